@@ -1,0 +1,25 @@
+.PHONY: install test slow lint type format bench
+
+install:
+	python3 -m venv .venv
+	.venv/bin/pip install -c constraints.txt -e ".[dev]"
+
+test:
+	.venv/bin/pytest
+
+slow:
+	.venv/bin/pytest -m slow
+
+lint:
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+type:
+	.venv/bin/mypy
+
+format:
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench:
+	.venv/bin/python -m experiments.evaluation_speed
