@@ -1,0 +1,123 @@
+"""What every layer costs at every pair of bits, and what a policy costs in sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_models.workload import Workload
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+BITS = 8  # widths 1..8
+UNITS = {"latency": "s", "energy": "J", "storage": "B"}
+METRICS = tuple(UNITS)
+
+
+class Costs(NamedTuple):
+    """Costs of policies, summed over the layers; None where the target has no such metric."""
+
+    latency_s: Floats | None
+    energy_j: Floats | None
+    storage_bytes: Floats | None
+    cycles: Integers | None
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Costs of every layer at every pair of widths on one target, for one batch.
+
+    Arrays have shape (layers, 8, 8) and are indexed [layer, weight bits - 1, activation bits - 1]. `latency_s` is in
+    seconds, `energy_j` in joules, `storage_bytes` in bytes; a metric that the target doesn't have is None. `bound` holds
+    the index in `bounds` of what limits each cell.
+    """
+
+    target: str
+    provenance: str  # "estimated" or "measured", and how
+    workload: Workload
+    batch: int
+    latency_s: Floats | None
+    energy_j: Floats | None
+    storage_bytes: Floats
+    cycles: Integers | None = None
+    bound: Integers | None = None
+    bounds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        shape = (len(self.workload), BITS, BITS)
+        for name in ("latency_s", "energy_j", "storage_bytes", "cycles"):
+            array = getattr(self, name)
+            if array is None:
+                continue
+            if array.shape != shape:
+                raise ValueError(f"{name} of {self.target} has shape {array.shape}, not {shape}")
+            if not (np.isfinite(array).all() and (array > 0).all()):
+                layer = int(np.argwhere(~(np.isfinite(array) & (array > 0)))[0][0])
+                raise ValueError(f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r}")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics this target has."""
+        present = {"latency": self.latency_s, "energy": self.energy_j, "storage": self.storage_bytes}
+        return tuple(name for name, array in present.items() if array is not None)
+
+    def metric(self, name: str) -> Floats:
+        """The array of `latency` (s), `energy` (J) or `storage` (B). Raises ValueError listing what there is."""
+        if name not in self.metrics:
+            raise ValueError(f"target {self.target} has no metric {name!r}; it has {', '.join(self.metrics)}")
+        array = {"latency": self.latency_s, "energy": self.energy_j, "storage": self.storage_bytes}[name]
+        assert array is not None
+        return array
+
+    def price(self, w_bits: object, a_bits: object) -> Costs:
+        """Costs of policies. `w_bits` and `a_bits` are integer arrays (..., layers); each cost has shape (...).
+
+        Raises ValueError for bits outside 1..8, for another number of layers, and for bits that aren't integers.
+        """
+        w, a = np.asarray(w_bits), np.asarray(a_bits)
+        for name, array in (("w_bits", w), ("a_bits", a)):
+            if not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(f"{name} must be integers, not {array.dtype}")
+            if array.ndim == 0 or array.shape[-1] != len(self.workload):
+                raise ValueError(f"{name} has shape {array.shape}; its last dimension must be {len(self.workload)} layers")
+            if array.size and not (array.min() >= 1 and array.max() <= BITS):
+                raise ValueError(f"{name} must be from 1 to {BITS}, found {array.min()} to {array.max()}")
+        layer = np.arange(len(self.workload))
+
+        def total(table: NDArray[np.generic] | None) -> NDArray[np.generic] | None:
+            return None if table is None else table[layer, w - 1, a - 1].sum(-1)
+
+        return Costs(
+            total(self.latency_s),  # type: ignore[arg-type]
+            total(self.energy_j),  # type: ignore[arg-type]
+            total(self.storage_bytes),  # type: ignore[arg-type]
+            total(self.cycles),  # type: ignore[arg-type]
+        )
+
+
+def undominated(cost: Floats, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The allowed pairs worth choosing: those for which no other allowed pair has at least the bits at no more cost.
+
+    `cost` and `allowed` have shape (layers, 8, 8). It assumes that more bits never hurt accuracy, and nothing about cost.
+    """
+    worth = allowed.copy()
+    priced = np.where(allowed, cost, np.inf)
+    for w in range(BITS):
+        for a in range(BITS):
+            above = priced[:, w:, a:].copy()
+            above[:, 0, 0] = np.inf
+            worth[:, w, a] &= above.min((1, 2)) > cost[:, w, a]
+    return worth
+
+
+def storage_bytes(workload: Workload) -> Floats:
+    """Bytes of every layer's parameters, shape (layers, 8, 8): weights at their bits (padded to a byte per layer), one
+    float32 scale per output channel, float32 biases. The same at every activation width."""
+    weights = np.array([layer.weights for layer in workload.layers])
+    channels = np.array([layer.out_channels * (2 if layer.bias else 1) for layer in workload.layers])
+    per_width = np.ceil(weights[:, None] * np.arange(1, BITS + 1) / 8) + 4 * channels[:, None]
+    return np.repeat(per_width[:, :, None], BITS, axis=2).astype(np.float64)

@@ -1,0 +1,78 @@
+"""Hardware targets by name or from a file: hardware is data."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from pydantic import ValidationError
+
+from hw_models.bismo import BismoTarget
+from hw_models.cost import CostTable
+from hw_models.workload import Workload
+
+MODELS = {"bismo": BismoTarget}
+
+
+class Target(Protocol):
+    """Something that prices layers at given bits."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def provenance(self) -> str: ...
+
+    def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable: ...
+
+
+def target_names() -> tuple[str, ...]:
+    """The targets that ship with the package."""
+    folder = resources.files("hw_models").joinpath("targets")
+    return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
+
+
+def load_target(name: str) -> Target:
+    """Load a target by name, or from a YAML file by path.
+
+    Raises ValueError for an unknown name, and for a wrong file with the key, the value and what is accepted.
+    """
+    if name in target_names():
+        return _parse(resources.files("hw_models").joinpath(f"targets/{name}.yaml").read_text(encoding="utf-8"), name)
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no hardware file {path}")
+        return _parse(path.read_text(encoding="utf-8"), name)
+    close = difflib.get_close_matches(name, target_names(), n=3, cutoff=0.4)
+    raise ValueError(
+        f"unknown hardware target {name!r}; did you mean {' or '.join(close) or 'one of these'}? "
+        f"Known: {', '.join(target_names())}, or a path to a .yaml file"
+    )
+
+
+def _parse(text: str, where: str) -> Target:
+    try:
+        content: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    kind = content.get("model") if isinstance(content, dict) else None
+    if kind not in MODELS:
+        raise ValueError(f"{where}: key 'model' is {kind!r}; accepted: {', '.join(MODELS)}")
+    try:
+        return MODELS[kind].model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(MODELS[kind].model_fields)
+            raise ValueError(f"{where}: unknown key {key!r}; accepted: {known}") from error
+        if first["type"] == "missing":
+            raise ValueError(f"{where}: key {key!r} is missing") from error
+        raise ValueError(f"{where}: key {key!r} is {first['input']!r}: {first['msg']}") from error

@@ -1,0 +1,38 @@
+"""Quantizers for anyone's training script.
+
+import quantizers as Q
+qnet = Q.quantize(net, Q.BitPolicy.uniform(net, w=4, a=4), calibrate=loader)
+Q.set_policy(qnet, policy)
+"""
+
+from quantizers.functional import dequantize, fake_quantize, integer_range
+from quantizers.layers import (
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    activation_scales,
+    get_policy,
+    load_quantizer_state,
+    quant_layers,
+    quantize,
+    quantizer_state,
+    set_policy,
+)
+from quantizers.policy import BitPolicy
+
+__all__ = [
+    "BitPolicy",
+    "QuantConv2d",
+    "QuantLayer",
+    "QuantLinear",
+    "activation_scales",
+    "dequantize",
+    "fake_quantize",
+    "get_policy",
+    "integer_range",
+    "load_quantizer_state",
+    "quant_layers",
+    "quantize",
+    "quantizer_state",
+    "set_policy",
+]

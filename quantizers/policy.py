@@ -1,0 +1,115 @@
+"""`BitPolicy`: the bits of every layer, the one object that is handed from room to room."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantizers.functional import MAX_BITS
+
+SCHEMA, VERSION = "haq-bit-policy", 1
+Bits = tuple["int | None", "int | None"]
+
+
+class BitPolicy(Mapping[str, Bits]):
+    """An immutable, ordered mapping: layer name -> (weight bits, activation bits).
+
+    The activation is the layer's *input*. Bits are 1..8, or None to leave that operand in float. Raises ValueError naming
+    the layer and the value for anything else.
+    """
+
+    def __init__(self, bits: Mapping[str, Iterable[int | None]]) -> None:
+        self._bits: dict[str, Bits] = {name: _checked(name, pair) for name, pair in bits.items()}
+
+    @classmethod
+    def uniform(cls, network: nn.Module, w: int | None, a: int | None) -> BitPolicy:
+        """The same bits for every convolution and linear layer of a network, in the order of its modules."""
+        names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        if not names:
+            raise ValueError(f"{type(network).__name__} has no Conv2d or Linear layer to quantize")
+        return cls(dict.fromkeys(names, (w, a)))
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> BitPolicy:
+        """Read a policy. Raises ValueError with the reason if the file is anything but one."""
+        try:
+            content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is not a bit policy: its 'schema' must be {SCHEMA!r}")
+        if content.get("version") != VERSION:
+            raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
+        bits: dict[str, tuple[Any, Any]] = {}
+        try:
+            for layer in content["layers"]:
+                if layer["name"] in bits:
+                    raise ValueError(f"{path} names layer {layer['name']!r} twice")
+                bits[layer["name"]] = layer["weight_bits"], layer["activation_bits"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: 'layers' must be a list of objects with name, weight_bits and activation_bits ({error!r})"
+            ) from error
+        return cls(bits)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy, beside the target first, then renamed over it."""
+        layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in self.items()]
+        rows = ",\n".join(f"    {json.dumps(layer)}" for layer in layers)
+        text = f'{{\n  "schema": "{SCHEMA}",\n  "version": {VERSION},\n  "layers": [\n{rows}\n  ]\n}}\n'
+        partial = Path(f"{os.fspath(path)}.part")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+    def __getitem__(self, name: str) -> Bits:
+        try:
+            return self._bits[name]
+        except KeyError:
+            close = difflib.get_close_matches(name, self._bits, n=3)
+            raise KeyError(f"no layer {name!r} in this policy; close: {', '.join(close) or 'none'}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bits
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._bits.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and self._bits == dict(other)
+
+    def __repr__(self) -> str:
+        return f"BitPolicy({self._bits})"
+
+
+def _checked(name: str, pair: Iterable[int | None]) -> Bits:
+    values = tuple(pair)
+    if len(values) != 2:
+        raise ValueError(f"layer {name!r} needs (weight bits, activation bits), not {values!r}")
+    widths: list[int | None] = []
+    for value in values:
+        width = None if value is None or isinstance(value, bool) else _index(value)
+        if value is not None and (width is None or not 1 <= width <= MAX_BITS):
+            raise ValueError(f"layer {name!r}: bits must be an integer from 1 to {MAX_BITS}, or None, not {value!r}")
+        widths.append(width)
+    return widths[0], widths[1]
+
+
+def _index(value: Any) -> int | None:
+    """An int from any integer type (NumPy's too), None from anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
