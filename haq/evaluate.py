@@ -1,0 +1,41 @@
+"""Measure what a run found again, from its files:  python -m haq.evaluate RUN"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+import quantizers as Q
+from haq import cli, summary
+from haq.run import Run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m haq.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a search")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=options.json)
+    run = Run.load(options.run)
+    policy = run.load_policy()
+    earlier = run.load_result() if run.finished else {"rival_policies": {}, "evaluations": {}}
+    with console.status("loading and measuring"):
+        job = run.settings.build()
+        run.check(job)
+        tuned = run.load_checkpoint(job)
+        rivals = {name: Q.BitPolicy(bits) for name, bits in earlier["rival_policies"].items()}
+        result = summary.collect(job, policy, tuned, rivals, earlier["evaluations"])
+    if not run.finished:
+        console.print(f"{run.folder} is not finished: this is the best policy so far")
+    summary.print_result(console, job, policy, result)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["budget"]["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_command(main))

@@ -1,0 +1,63 @@
+"""Train the quantized network of a run back to its accuracy:  python -m haq.finetune RUN --epochs 20"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+import quantizers as Q
+from haq import cli, summary, training
+from haq.run import Run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m haq.finetune", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished search")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=0.005)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
+    options = parser.parse_args(arguments)
+    if options.epochs < 1:
+        raise ValueError(f"--epochs is {options.epochs}; it must be at least 1")
+    if not 0 < options.learning_rate < 10:
+        raise ValueError(f"--learning-rate is {options.learning_rate}; it must be above 0 and below 10")
+    console = Console(stderr=options.json)
+    run = Run.load(options.run)
+    result, policy = run.load_result(), run.load_policy()
+    job = run.settings.build()
+    run.check(job)
+    network = job.problem.evaluator.network
+    Q.set_policy(network, policy)
+    try:
+        with cli.progress(console) as bar:
+            task = bar.add_task("fine-tuning", total=None, note="")
+            tuned = training.finetune(
+                job.network,
+                network,
+                job.dataset.train,
+                epochs=options.epochs,
+                seed=options.seed,
+                learning_rate=options.learning_rate,
+                on_epoch=lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
+                on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
+            )
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted; {run.folder} is as it was.")
+        return cli.EXIT_INTERRUPTED
+    run.save_checkpoint(tuned, job)
+    result["finetuned"] = summary.entry(job, policy, tuned)
+    run.save_result(result)
+    summary.print_result(console, job, policy, result)
+    summary.print_next(console, run, (f"evaluate {run.folder}",))
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["budget"]["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_command(main))

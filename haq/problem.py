@@ -1,0 +1,196 @@
+"""A problem: network + data + hardware + budget, all that a solver needs to look for a policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import hw_models
+import quantizers as Q
+from haq.evaluator import Evaluation, Evaluator
+
+UNITS = {
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
+    "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
+    "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
+}
+ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
+
+
+class Problem:
+    """Find the policy with the best accuracy on `search` whose cost on `target` is within `budget`.
+
+    network
+        an nn.Module that classifies; it is copied, never changed.
+    calibrate
+        batches of inputs that set the activation scales: a tensor, or an iterable of tensors or (inputs, labels).
+    search
+        held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory).
+    target
+        a hardware target, or the name of one; batch=None takes the target's own batch.
+    metric
+        "latency", "energy" or "storage".
+    budget
+        a number is a fraction of the uniform 8-bit network's cost; a string has a unit ("12ms", "40kB").
+    bits
+        smallest and largest width that a solver may choose.
+    pinned
+        layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8 bits.
+
+    A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `choices` (layers, 8, 8) the pairs
+    worth choosing (within `bits`, without those that cost as much as a pair with more bits),
+    `limit` the budget in the metric's unit, `noise` (layers, 2, 8) the relative squared error that each width of weights
+    and of activations leaves (from calibration), and `evaluate`. Raises ValueError for a budget out of reach, naming the
+    reachable range, and for whatever its parts refuse.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        calibrate: Iterable[Any] | Tensor,
+        search: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
+        target: str | hw_models.Target,
+        metric: str = "latency",
+        budget: float | str = 0.5,
+        *,
+        bits: tuple[int, int] = (2, 8),
+        pinned: Mapping[str, tuple[int, int]] | None = None,
+        batch: int | None = None,
+    ) -> None:
+        inputs, labels = _as_tensors(search)
+        self.network = network
+        self.target = hw_models.load_target(target) if isinstance(target, str) else target
+        self.workload = hw_models.trace(network, inputs[:1])
+        self.table = self.target.cost_table(self.workload, batch=batch)
+        self.metric, self.unit = metric, hw_models.UNITS.get(metric, "")
+        self.cost = self.table.metric(metric)
+        self.bits = bits
+        self.pinned = self._pinned(pinned)
+        self.choices = hw_models.undominated(self.cost, self._allowed())
+        self.reference = float(self.cost[:, 7, 7].sum())
+        self.smallest = float(np.where(self.choices, self.cost, np.inf).min((1, 2)).sum())
+        self.limit = self._limit(budget)
+        qnetwork = Q.quantize(network, self.uniform(8), calibrate=calibrate)
+        layers = Q.quant_layers(qnetwork)
+        self.noise: NDArray[np.float64] = np.array(
+            [[layers[name].weight_error.tolist(), layers[name].activation_error.tolist()] for name in self.workload.names]
+        )
+        self.evaluator = Evaluator(qnetwork, inputs, labels)
+        was_training = network.training
+        self.float_result = self.evaluator.measure(network.eval())
+        network.train(was_training)
+
+    @property
+    def budget(self) -> float:
+        """The budget as a fraction of the uniform 8-bit network."""
+        return self.limit / self.reference
+
+    @property
+    def float_accuracy(self) -> float:
+        """Accuracy of the float network on the search images."""
+        return self.float_result.accuracy
+
+    def uniform(self, bits: int) -> Q.BitPolicy:
+        """The same width everywhere, the pinned layers included."""
+        return Q.BitPolicy(dict.fromkeys(self.workload.names, (bits, bits)))
+
+    def policy(self, w_bits: Iterable[int], a_bits: Iterable[int]) -> Q.BitPolicy:
+        """A policy from two sequences of bits in the order of the workload."""
+        pairs = zip(self.workload.names, w_bits, a_bits, strict=True)
+        return Q.BitPolicy({name: (int(w), int(a)) for name, w, a in pairs})
+
+    def bit_arrays(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Weight bits and activation bits of a policy, in the order of the workload."""
+        pairs = np.array([policy[name] for name in self.workload.names])
+        return pairs[:, 0], pairs[:, 1]
+
+    def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
+        """Cost of a policy in the metric's unit."""
+        w, a = self.bit_arrays(policy)
+        return float(self.cost[np.arange(len(w)), w - 1, a - 1].sum())
+
+    def within_budget(self, cost: float) -> bool:
+        return cost <= self.limit * (1 + ROUNDING)
+
+    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+        """Accuracy and loss of a policy on the search images."""
+        return self.evaluator.evaluate(policy)
+
+    def _pinned(self, pinned: Mapping[str, tuple[int, int]] | None) -> dict[str, tuple[int, int]]:
+        names = self.workload.names
+        chosen = dict.fromkeys((names[0], names[-1]), (8, 8)) if pinned is None else dict(pinned)
+        if unknown := sorted(set(chosen) - set(names)):
+            raise ValueError(f"pinned layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
+        Q.BitPolicy(chosen)
+        return chosen
+
+    def _allowed(self) -> NDArray[np.bool_]:
+        low, high = self.bits
+        if not 1 <= low <= high <= 8:
+            raise ValueError(f"bits must be (smallest, largest) within 1..8, not {self.bits!r}")
+        allowed = np.zeros(self.cost.shape, bool)
+        allowed[:, low - 1 : high, low - 1 : high] = True
+        for name, (w, a) in self.pinned.items():
+            row = allowed[self.workload.names.index(name)]
+            row[:] = False
+            row[w - 1, a - 1] = True
+        return allowed
+
+    def _limit(self, budget: float | str) -> float:
+        limit = parse_budget(budget, self.metric, self.reference)
+        if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
+            low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
+            # Rounded up, so that the number we name is one we accept.
+            fraction = np.ceil(1000 * self.smallest / self.reference) / 1000
+            raise ValueError(
+                f"budget {budget} is out of reach: on {self.target.name}, {self.metric} can be from {low} "
+                f"({fraction:.3f} of uniform 8 bits) to {high} (1.0)"
+            )
+        return limit
+
+
+def parse_budget(budget: float | str, metric: str, reference: float) -> float:
+    """A budget in the metric's unit. "0.5" and 0.5 are fractions of `reference`; "12ms" is absolute."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(budget))
+    units = UNITS.get(metric, {})
+    try:
+        if not match or (match[2] and match[2] not in units):
+            raise ValueError
+        return float(match[1]) * (units[match[2]] if match[2] else reference)
+    except ValueError:
+        raise ValueError(
+            f"budget {budget!r} is not understood: give a fraction of uniform 8 bits such as 0.5, or an amount in "
+            f"{', '.join(units)}"
+        ) from None
+
+
+def best_unit(amount: float, metric: str) -> tuple[str, float]:
+    """The unit in which an amount reads best, and its size: ("ms", 0.001)."""
+    units = [(name, size) for name, size in UNITS[metric].items() if not name.endswith("iB")]
+    fitting = [unit for unit in units if abs(amount) >= unit[1]] or [min(units, key=lambda unit: unit[1])]
+    return max(fitting, key=lambda unit: unit[1])
+
+
+def describe_amount(amount: float, metric: str) -> str:
+    """An amount with the unit that reads best: 1.234 ms, 45.6 kB."""
+    name, size = best_unit(amount, metric)
+    return f"{amount / size:.4g} {name}"
+
+
+def _as_tensors(search: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(search, tuple) and len(search) == 2 and isinstance(search[0], Tensor):
+        inputs, labels = search
+    else:
+        batches = [(inputs, labels) for inputs, labels in search]
+        if not batches:
+            raise ValueError("`search` gave no images")
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if len(inputs) != len(labels) or not len(inputs):
+        raise ValueError(f"`search` needs as many images as labels, at least one; got {len(inputs)} and {len(labels)}")
+    return inputs, labels

@@ -1,0 +1,313 @@
+"""A run: one search on disk. What was asked, what was tried, what was found, and enough to go on from there.
+
+    config.yaml         what was asked, and signatures of network, data, target and versions
+    history.csv         every evaluation, in order
+    policy.json         the best policy so far; in the end, what was found
+    result.json         the summary; there once the run is finished
+    policy.png          bits per layer over each layer's share of the cost
+    checkpoint/         the fine-tuned network and its scales
+    events.*            TensorBoard, where it is installed
+
+A search is deterministic, so an interrupted one is resumed by doing it again with its history at hand: what was evaluated
+isn't evaluated anew, and the files come out as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq import data, models
+from haq.evaluator import Evaluation
+from haq.problem import Problem
+from haq.solvers import Found, check_name
+from haq.version import __version__
+
+CONFIG, HISTORY, POLICY, RESULT = "config.yaml", "history.csv", "policy.json", "result.json"
+CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
+SCHEMA, CHECKPOINT_FORMAT = "haq-run-1", "haq-quantized-1"
+COLUMNS = (
+    "solver",
+    "evaluation",
+    "weight_bits",
+    "activation_bits",
+    "accuracy",
+    "loss",
+    "cost",
+    "within_budget",
+)
+CALIBRATION = 512  # images of the train split
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a search is asked to do: the options of `python -m haq.search`."""
+
+    network: str = models.DEFAULT
+    data: str = data.DEFAULT
+    hw: str = "edge"
+    metric: str = "latency"
+    budget: str = "0.5"
+    solver: str = "ddpg"
+    evaluations: int = 200
+    seed: int = 0
+    finetune_epochs: int = 12
+
+    def __post_init__(self) -> None:
+        check_name(self.solver)
+        for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
+
+    def build(self) -> Job:
+        """Load network and data and put the problem together; raises what its parts raise."""
+        network = models.load(self.network)
+        dataset = data.load(self.data, image_size=network.input_shape[-1])
+        models.check_fits(network, dataset)
+        picked = data.balanced(dataset.train.labels, 0, -(-CALIBRATION // len(dataset.classes)))[:CALIBRATION]
+        search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
+        problem = Problem(
+            network.module,
+            calibrate=network.preprocess(dataset.train.images[picked]),
+            search=search,
+            target=self.hw,
+            metric=self.metric,
+            budget=self.budget,
+        )
+        return Job(self, network, dataset, problem)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings with everything they name, loaded."""
+
+    settings: Settings
+    network: models.Network
+    dataset: data.Dataset
+    problem: Problem
+
+    def signature(self) -> dict[str, str]:
+        """What must be the same for a run to be continued."""
+        table = self.problem.table
+        costs = hashlib.sha256(self.problem.cost.tobytes() + table.storage_bytes.tobytes()).hexdigest()[:16]
+        return {"network": self.network.signature(), "data": self.dataset.signature(), "target": costs}
+
+
+def versions() -> dict[str, str]:
+    """The versions on which the result of a search depends to the last bit."""
+    packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
+    return {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+class Run:
+    """The folder of a run, opened with `create` or `load`."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+        self._rows: list[list[str]] = []  # of an interrupted search, still to be met again
+        self._writer: Any = None
+
+    @classmethod
+    def create(cls, folder: Path, job: Job) -> Run:
+        """Start a new folder. Raises ValueError, touching nothing, if there is anything in it."""
+        check_unused(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "schema": SCHEMA,
+            "settings": asdict(job.settings),
+            "signature": job.signature(),
+            "versions": versions(),
+        }
+        run = cls(folder, job.settings)
+        run._write(CONFIG, yaml.safe_dump(content, sort_keys=False))
+        run._write(HISTORY, _line(COLUMNS))
+        return run
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """Open a folder. Raises ValueError with the reason if it isn't a run's."""
+        path = folder / CONFIG
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise ValueError(f"schema is {content['schema']!r}, not {SCHEMA!r}")
+            settings = Settings(**content["settings"])
+        except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error
+        return cls(folder, settings)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT).is_file()
+
+    def check(self, job: Job, *, same_versions: bool = False) -> None:
+        """Raise ValueError, with the way out, if network, data or target are no longer what the run began with."""
+        content = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
+        for name, value in job.signature().items():
+            if content["signature"].get(name) != value:
+                raise ValueError(
+                    f"the {name} ({getattr(self.settings, 'hw' if name == 'target' else name)}) is no longer what "
+                    f"{self.folder} began with: put it back, or start a new run"
+                )
+        before, now = content["versions"], versions()
+        if same_versions and before != now:
+            name = next(name for name in now if before.get(name) != now[name])
+            raise ValueError(
+                f"{self.folder} began with {name} {before.get(name)}, this is {name} {now[name]}, so it would not go on "
+                "as it began: install that version, or start a new run"
+            )
+
+    def prepare_resume(self, problem: Problem) -> int:
+        """Give the problem what was evaluated before; returns how many evaluations that saves."""
+        text = (self.folder / HISTORY).read_text(encoding="utf-8")
+        # A line without its end was being written when the run was killed.
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
+        for row in self._rows:
+            policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))
+            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]))
+        self._write(HISTORY, "".join(f"{line}\n" for line in lines))
+        return len(self._rows)
+
+    def record(self, solver: str, evaluation: int, found: Found, within_budget: bool, problem: Problem) -> None:
+        """Append one evaluation to the history."""
+        w, a = problem.bit_arrays(found.policy)
+        row = [
+            solver,
+            str(evaluation),
+            "-".join(map(str, w)),
+            "-".join(map(str, a)),
+            repr(found.result.accuracy),
+            repr(found.result.loss),
+            repr(found.cost),
+            str(int(within_budget)),
+        ]
+        if self._rows:
+            if (before := self._rows.pop(0)) != row:
+                raise ValueError(
+                    f"{self.folder} can't be resumed: evaluation {evaluation} of {solver} came out as {row[2:6]}, "
+                    f"its history has {before[2:6]}. Start a new run"
+                )
+            return
+        with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+        if writer := self._events():
+            writer.add_scalar(f"{solver}/accuracy", found.result.accuracy, evaluation)
+            writer.add_scalar(f"{solver}/loss", found.result.loss, evaluation)
+            writer.add_scalar(f"{solver}/{problem.metric}_{problem.unit}", found.cost, evaluation)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def save_policy(self, policy: Q.BitPolicy) -> None:
+        policy.to_json(self.folder / POLICY)
+
+    def load_policy(self) -> Q.BitPolicy:
+        if not (self.folder / POLICY).is_file():
+            raise FileNotFoundError(
+                f"{self.folder} has no {POLICY}: nothing was found yet; python -m haq.search --resume {self.folder}"
+            )
+        return Q.BitPolicy.from_json(self.folder / POLICY)
+
+    def save_result(self, result: dict[str, Any]) -> None:
+        self._write(RESULT, json.dumps(result, indent=2) + "\n")
+
+    def load_result(self) -> dict[str, Any]:
+        if not self.finished:
+            raise FileNotFoundError(f"{self.folder} is not finished: python -m haq.search --resume {self.folder}")
+        try:
+            content: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{self.folder / RESULT} is not JSON: {error}") from error
+        return content
+
+    def save_checkpoint(self, qnetwork: nn.Module, job: Job) -> Path:
+        """Write a quantized network: weights, scales and bits."""
+        tensors: dict[str, Tensor] = {f"network.{key}": value for key, value in qnetwork.state_dict().items()}
+        tensors |= {f"quantizer.{key}": value for key, value in Q.quantizer_state(qnetwork).items()}
+        notes = {
+            "format": CHECKPOINT_FORMAT,
+            "policy": json.dumps({name: list(bits) for name, bits in Q.get_policy(qnetwork).items()}),
+            **job.signature(),
+        }
+        path = self.folder / CHECKPOINT
+        models.write_safetensors({key: value.contiguous() for key, value in tensors.items()}, path, notes)
+        return path
+
+    def load_checkpoint(self, job: Job) -> nn.Module | None:
+        """The fine-tuned network of this run, or None if it has none. Raises ValueError if it is of another problem."""
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return None
+        tensors, notes = models.read_state(path)
+        if notes.get("format") != CHECKPOINT_FORMAT or any(notes.get(k) != v for k, v in job.signature().items()):
+            raise ValueError(f"{path} is not a checkpoint of this run: delete it and use python -m haq.finetune {self.folder}")
+        policy = Q.BitPolicy(json.loads(notes["policy"]))
+        state = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("quantizer.")}
+        qnetwork = Q.quantize(job.network.module, policy, state=state)
+        weights = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("network.")}
+        qnetwork.load_state_dict(weights)
+        return qnetwork.eval()
+
+    def _events(self) -> Any:
+        if self._writer is None and has_tensorboard():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder))  # type: ignore[no-untyped-call]
+        return self._writer
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self.folder / f"{name}.part"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.folder / name)
+
+
+def has_tensorboard() -> bool:
+    return importlib.util.find_spec("tensorboard") is not None
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ValueError if a folder is in use."""
+    if folder.is_dir() and any(folder.iterdir()):
+        unfinished = (folder / CONFIG).is_file() and not (folder / RESULT).is_file()
+        way_out = f"go on with it by --resume {folder}, or " if unfinished else ""
+        raise ValueError(f"{folder} is in use and is not overwritten: {way_out}name another with --out")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder: name another with --out")
+
+
+def default_folder(settings: Settings) -> Path:
+    """A folder under runs/ that says what is in it and isn't in use."""
+    hw = Path(settings.hw).stem.replace(":", "-")
+    base = Path("runs") / f"{hw}-{settings.metric}-{settings.budget}-{settings.solver}-seed{settings.seed}"
+    folder, number = base, 2
+    while folder.exists():
+        folder, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return folder
+
+
+def _line(values: Any) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()
+
+
+def threads() -> str:
+    """Where accuracy is measured, in words."""
+    return f"this machine's CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,146 @@
+"""Find a weight and activation bit width for every layer under a hardware budget:  python -m haq.search --hw edge"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+import quantizers as Q
+from haq import cli, summary, training
+from haq.run import Job, Run, Settings, check_unused, default_folder, has_tensorboard
+from haq.solvers import MODULES, Found, Session, solve
+
+RIVALS = ("greedy", "ilp")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    default = Settings()
+    parser = argparse.ArgumentParser(prog="python -m haq.search", description=__doc__)
+    add = parser.add_argument
+    add("--hw", help=f"hardware target: a name or a .yaml file (default: {default.hw})")
+    add(
+        "--budget",
+        help=f"a fraction of uniform 8 bits, or an amount such as 0.8ms, 40kB (default: {default.budget})",
+    )
+    add("--metric", help=f"latency, energy or storage (default: {default.metric})")
+    add("--network", help=f"a name as in haq.models (default: {default.network})")
+    add("--data", help=f"a name as in haq.data (default: {default.data})")
+    add("--solver", help=f"{', '.join(MODULES)} (default: {default.solver})")
+    add(
+        "--evaluations",
+        type=int,
+        help=f"policies that a solver may evaluate (default: {default.evaluations})",
+    )
+    add("--seed", type=int, help=f"of everything random but the data's splits (default: {default.seed})")
+    add("--finetune-epochs", type=int, help=f"0 leaves fine-tuning out (default: {default.finetune_epochs})")
+    add("--out", type=Path, help="folder of the run (default: one under runs/)")
+    add("--resume", type=Path, metavar="RUN", help="go on with an interrupted run")
+    add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
+    add("--dry-run", action="store_true", help="say what would be done, and stop")
+    options = parser.parse_args(arguments)
+    given = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    options.settings = {name: value for name, value in given.items() if value is not None}
+    if options.resume and (options.settings or options.out or options.dry_run):
+        raise ValueError("--resume RUN goes on with what the run was asked for: no other option but --json goes with it")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(stderr=options.json)
+    earlier = Run.load(options.resume) if options.resume else None
+    if earlier and earlier.finished:
+        raise ValueError(f"{earlier.folder} is finished; see it with python -m haq.evaluate {earlier.folder}")
+    settings = earlier.settings if earlier else Settings(**options.settings)
+    folder = earlier.folder if earlier else options.out or default_folder(settings)
+    if not earlier:
+        check_unused(folder)
+    with console.status("loading network and data, calibrating"):
+        job = settings.build()
+    rivals = tuple(name for name in RIVALS if name != settings.solver)
+    summary.print_plan(console, job, None if options.dry_run else folder, rivals)
+    if not has_tensorboard():
+        console.print("TensorBoard events: none (pip install 'haq\\[report]' to have them)")
+    if options.dry_run:
+        return 0
+
+    if earlier:
+        earlier.check(job, same_versions=True)
+        console.print(f"resuming: {earlier.prepare_resume(job.problem)} evaluations are there already")
+    run = earlier or Run.create(folder, job)
+    try:
+        result, policy = _search(console, job, run, rivals)
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
+        console.print(f"  python -m haq.search --resume {run.folder}", soft_wrap=True)
+        return cli.EXIT_INTERRUPTED
+    finally:
+        run.close()
+    summary.print_result(console, job, policy, result)
+    tuned = settings.finetune_epochs > 0
+    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}",))
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["budget"]["holds"] else 1
+
+
+def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
+    settings = job.settings
+    with cli.progress(console) as bar:
+        found: dict[str, Found] = {}
+        used: dict[str, int] = {}
+        for name in (settings.solver, *rivals):
+            found[name], used[name] = _solve(bar, job, run, name)
+            if name == settings.solver:
+                run.save_policy(found[name].policy)
+        policy = found[settings.solver].policy
+        tuned = None
+        if settings.finetune_epochs:
+            network = job.problem.evaluator.network
+            Q.set_policy(network, policy)
+            task = bar.add_task("fine-tuning", total=None, note="")
+            tuned = training.finetune(
+                job.network,
+                network,
+                job.dataset.train,
+                epochs=settings.finetune_epochs,
+                seed=settings.seed,
+                on_epoch=lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
+                on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
+            )
+            run.save_checkpoint(tuned, job)
+        result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used)
+    summary.draw(job.problem, policy, run.folder / "policy.png")
+    run.save_result(result)
+    return result, policy
+
+
+def _solve(bar: Progress, job: Job, run: Run, name: str) -> tuple[Found, int]:
+    """Run one solver, with a progress bar, every evaluation written down and the best policy kept on disk."""
+    best: list[Found] = []
+    task = bar.add_task(f"search: {name}", total=job.settings.evaluations, note="")
+
+    def on_evaluation(count: int, found: Found, within_budget: bool) -> None:
+        if within_budget and (not best or found.rank < best[0].rank):
+            best[:] = [found]
+            if name == job.settings.solver:
+                run.save_policy(found.policy)
+        run.record(name, count, found, within_budget, job.problem)
+        note = f"best accuracy {100 * best[0].result.accuracy:.2f} %" if best else "measuring sensitivities"
+        bar.update(task, completed=count, note=note)
+
+    session = Session(job.problem, job.settings.evaluations, on_evaluation)
+    found = solve(name, session, job.settings.seed)
+    bar.update(task, completed=session.used, total=session.used)
+    return found, session.used
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run_command(main))

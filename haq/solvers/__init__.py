@@ -1,0 +1,83 @@
+"""Solvers: all of them get the same problem and the same number of evaluations, and report in the same way.
+
+A solver is a function `solve(problem, session, seed)`. It evaluates policies through the session, which counts them and
+keeps the best that meets the budget; what the solver found is `session.best`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import quantizers as Q
+from haq.evaluator import Evaluation
+from haq.problem import Problem
+
+# Name -> module of this package; each is imported when it is asked for, so that only its own libraries are needed.
+MODULES = {"ddpg": "ddpg", "ilp": "ilp", "greedy": "greedy", "random": "random_search"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A policy with what it was measured to give and what it costs (in the problem's metric)."""
+
+    policy: Q.BitPolicy
+    result: Evaluation
+    cost: float
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Sorts better policies first: accuracy, then loss, then cost."""
+        return -self.result.accuracy, self.result.loss, self.cost
+
+
+@dataclass
+class Session:
+    """One solver's allowance of evaluations on a problem. A policy asked for twice counts once."""
+
+    problem: Problem
+    evaluations: int
+    on_evaluation: Callable[[int, Found, bool], None] = lambda count, found, feasible: None
+    best: Found | None = None
+    _seen: set[Q.BitPolicy] = field(default_factory=set)
+
+    @property
+    def used(self) -> int:
+        return len(self._seen)
+
+    @property
+    def left(self) -> int:
+        return self.evaluations - len(self._seen)
+
+    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+        """Accuracy and loss of a policy. Raises RuntimeError beyond the allowance."""
+        if policy in self._seen:
+            return self.problem.evaluate(policy)
+        if not self.left:
+            raise RuntimeError(f"all {self.evaluations} evaluations are used")
+        found = Found(policy, self.problem.evaluate(policy), self.problem.policy_cost(policy))
+        self._seen.add(policy)
+        feasible = self.problem.within_budget(found.cost)
+        if feasible and (self.best is None or found.rank < self.best.rank):
+            self.best = found
+        self.on_evaluation(self.used, found, feasible)
+        return found.result
+
+
+def solve(name: str, session: Session, seed: int) -> Found:
+    """Run a solver by name and return the best policy that it evaluated within the budget."""
+    solver = importlib.import_module(f"haq.solvers.{MODULES[check_name(name)]}")
+    solver.solve(session.problem, session, seed)
+    if session.best is None:
+        raise RuntimeError(f"{name} evaluated no policy within the budget")
+    return session.best
+
+
+def check_name(name: str) -> str:
+    """The name itself, or ValueError with the names that are close to it."""
+    if name not in MODULES:
+        close = difflib.get_close_matches(name, MODULES, n=2, cutoff=0.3) or list(MODULES)
+        raise ValueError(f"unknown solver {name!r}; did you mean {' or '.join(close)}? Known: {', '.join(MODULES)}")
+    return name

@@ -1,0 +1,177 @@
+"""The one training loop: float networks, and quantized ones back to their accuracy."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import quantizers as Q
+from haq.data import Split
+from haq.models import Network
+
+SMALL = 64  # pixels; a small batch of images up to this size is done sooner by one thread than by several
+
+
+def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
+    """Mirror half of the images and move each by up to `shift` pixels (zeros enter at the border)."""
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+    down, right = torch.randint(0, 2 * shift + 1, (2, count), generator=generator)
+    padded = F.pad(images, (shift, shift, shift, shift))
+    rows = (down.view(-1, 1) + torch.arange(height)).view(count, 1, height, 1)
+    columns = (right.view(-1, 1) + torch.arange(width)).view(count, 1, 1, width)
+    index = (
+        torch.arange(count).view(-1, 1, 1, 1),
+        torch.arange(images.shape[1]).view(1, -1, 1, 1),
+        rows,
+        columns,
+    )
+    return padded[index]
+
+
+def fit(
+    network: Network,
+    split: Split,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    module: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    batch_size: int = 128,
+    weight_decay: float = 1e-4,
+    scales: Sequence[Tensor] = (),
+    fixed_norms: bool = False,
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> None:
+    """Train `module` (default: the network's own) in place, on `split`, with SGD and a cosine learning rate.
+
+    With a `teacher` the labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
+    mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR 2022).
+    `scales` are quantization steps to train as well; they stay positive. `fixed_norms` keeps the statistics of batch norms.
+    `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`. Raises
+    FloatingPointError if the loss stops being a number.
+    """
+    module = module or network.module
+    generator = torch.Generator().manual_seed(seed)
+    # Scales and biases of norms have nothing to decay towards.
+    decayed = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in module.parameters() if p.requires_grad and p.dim() <= 1] + list(scales)
+    smallest = [0.1 * scale.detach() for scale in scales]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)
+    steps = epochs * math.ceil(len(split) / batch_size)
+    warmup = min(200, steps // 10 + 1)
+    step = 0
+    for epoch in range(epochs):
+        total = 0.0
+        module.train()
+        for part in module.modules():
+            if fixed_norms and isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+        for images, labels in split.batches(batch_size, generator):
+            rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * rate
+            inputs = network.preprocess(augment(images, generator))
+            loss = F.cross_entropy(module(inputs), labels) if teacher is None else _match(module, teacher, inputs, generator)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the training loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for scale, least in zip(scales, smallest, strict=True):
+                    torch.maximum(scale, least, out=scale)
+            total += loss.item() * len(labels)
+            step += 1
+            on_step(step, steps)
+        on_epoch(epoch + 1, total / len(split))
+    module.eval()
+
+
+def _match(module: nn.Module, teacher: nn.Module, inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Distance from the teacher's outputs on random mixtures of images, in nats."""
+    share = torch.rand(len(inputs), 1, 1, 1, generator=generator)
+    partner = torch.randperm(len(inputs), generator=generator)
+    inputs = (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        targets = F.log_softmax(teacher(inputs), dim=1)
+    return F.kl_div(F.log_softmax(module(inputs), dim=1), targets, reduction="batchmean", log_target=True)
+
+
+@torch.inference_mode()
+def accuracy(network: Network, split: Split, module: nn.Module | None = None, batch_size: int = 250) -> float:
+    """The share of `split` classified correctly, 0..1."""
+    module = (module or network.module).eval()
+    correct = sum(
+        int((module(network.preprocess(images)).argmax(1) == labels).sum()) for images, labels in split.batches(batch_size)
+    )
+    return correct / len(split)
+
+
+def finetune(
+    network: Network,
+    qnetwork: nn.Module,
+    split: Split,
+    *,
+    epochs: int,
+    seed: int,
+    learning_rate: float = 0.005,
+    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> nn.Module:
+    """A copy of a quantized network, trained at its bits with straight-through gradients and the float network as teacher.
+
+    The activation scales are trained as well. Batch norms first take their statistics anew from the quantized network, and
+    then keep them: with few images, statistics that wander cost more than they adapt.
+    """
+    tuned = copy.deepcopy(qnetwork)
+    for parameter in tuned.parameters():
+        parameter.requires_grad_(True)
+    refresh_norms(network, tuned, split)
+    scales = Q.activation_scales(tuned)
+    threads = torch.get_num_threads()
+    if max(network.input_shape[1:]) <= SMALL:
+        torch.set_num_threads(1)
+    fit(
+        network,
+        split,
+        module=tuned,
+        teacher=network.module.eval(),
+        scales=scales,
+        fixed_norms=True,
+        batch_size=32,  # many small steps: with few images it is their number that counts
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+        on_epoch=on_epoch,
+        on_step=on_step,
+    )
+    torch.set_num_threads(threads)
+    for scale in scales:
+        scale.requires_grad_(False)
+    return tuned
+
+
+@torch.no_grad()
+def refresh_norms(network: Network, module: nn.Module, split: Split, images: int = 4000) -> None:
+    """Give the batch norms of `module` the mean and variance over the first images of a split, in place."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    module.train()
+    for batch, _ in split.subset(torch.arange(min(images, len(split)))).batches(500):
+        module(network.preprocess(batch))
+    for norm, value in zip(norms, momentum, strict=True):
+        norm.momentum = value
+    module.eval()
