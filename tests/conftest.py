@@ -1,0 +1,74 @@
+"""Small things that many tests share: one thread, a network that is searched in milliseconds, and a problem made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import haq
+
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    # Two threads on a busy core are slower than one, and the suite's networks are tiny.
+    torch.set_num_threads(1)
+
+
+def small_network(seed: int = 0) -> nn.Module:
+    """A dense, a depthwise, a pointwise and a linear layer twice over, for 1x8x8 images and 4 classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = nn.Sequential()
+        network.add_module("stem", nn.Conv2d(1, 16, 3, 2, 1, bias=False))
+        network.add_module("norm", nn.BatchNorm2d(16))
+        network.add_module("relu", nn.ReLU(inplace=True))
+        network.add_module("depthwise", nn.Conv2d(16, 16, 3, 1, 1, groups=16))
+        network.add_module("relu2", nn.ReLU())
+        network.add_module("pointwise", nn.Conv2d(16, 16, 1))
+        network.add_module("relu3", nn.ReLU())
+        network.add_module("pool", nn.AdaptiveAvgPool2d(2))
+        network.add_module("flatten", nn.Flatten())
+        network.add_module("hidden", nn.Linear(64, 16))
+        network.add_module("classifier", nn.Linear(16, 4))
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.data *= 2.5  # as it comes, the network answers the same to every image
+    return network.eval()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    """Four grey quarters each, and a little noise, in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    quarters = torch.rand(count, 1, 2, 2, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return 0.8 * quarters + 0.2 * torch.rand(count, 1, 8, 8, generator=generator)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return small_network()
+
+
+@pytest.fixture
+def problem(network: nn.Module) -> haq.Problem:
+    return make_problem(network)
+
+
+def make_problem(network: nn.Module, budget: float | str = 0.6, metric: str = "latency") -> haq.Problem:
+    """The network's own float predictions are the labels: float accuracy is 1, and every bit taken away can be seen."""
+    inputs = images(96)
+    with torch.inference_mode():
+        labels = network(inputs).argmax(1).clone()
+    return haq.Problem(network, calibrate=images(32, 1), search=(inputs, labels), target="edge", metric=metric, budget=budget)
+
+
+@pytest.fixture
+def reference() -> Path:
+    """The folder of reference tables; tests that need the whole files are skipped where it isn't."""
+    if not REFERENCE.is_dir():
+        pytest.skip("the reference tables are not beside this checkout")
+    return REFERENCE

@@ -1,0 +1,204 @@
+"""Data sets come by name, in three disjoint balanced splits that never change; what is missing or broken is said."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+import tarfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from haq import data
+
+
+def contents(split: data.Split) -> set[bytes]:
+    return {image.numpy().tobytes() for image in split.images[torch.arange(len(split))]}
+
+
+def check_disjoint(dataset: data.Dataset) -> None:
+    train, search, test = (contents(getattr(dataset, name)) for name in ("train", "search", "test"))
+    assert not train & search
+    assert not train & test
+    assert not search & test
+
+
+def test_the_embedded_data_set() -> None:
+    dataset = data.load()
+    assert (len(dataset.train), len(dataset.search), len(dataset.test)) == (8000, 2000, 2000)
+    check_disjoint(dataset)
+    for split in (dataset.train, dataset.search, dataset.test):
+        assert torch.bincount(split.labels).tolist() == [len(split) // 10] * 10
+    assets = resources.files("haq").joinpath("assets")
+    assert len(assets.joinpath("fashion-mnist-12k.npz.xz").read_bytes()) < 6e6
+    licence = assets.joinpath("FASHION-MNIST-LICENSE").read_text(encoding="utf-8")
+    assert "MIT License" in licence
+    assert "Zalando" in licence
+    assert "8,000 train / 2,000 search / 2,000 test" in dataset.describe()
+
+
+def test_splits_never_change() -> None:
+    assert data.load().signature() == "afe190d710b99979"
+
+
+def full_or_skip() -> data.Dataset:
+    try:
+        return data.load("fashion-mnist")
+    except FileNotFoundError:
+        pytest.skip("Fashion-MNIST is not installed (apt-get install dataset-fashion-mnist)")
+
+
+def test_the_full_data_set_trains_on_nothing_that_the_embedded_one_judges_by() -> None:
+    full, embedded = full_or_skip(), data.load()
+    assert (len(full.train), len(full.search), len(full.test)) == (55000, 5000, 10000)
+    check_disjoint(full)
+    assert not contents(full.train) & (contents(embedded.search) | contents(embedded.test))
+    assert contents(embedded.train) <= contents(full.train)
+
+
+def test_batches_are_in_order_or_shuffled_by_the_generator() -> None:
+    split = data.Split(torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10))
+    assert torch.cat([labels for _, labels in split.batches(3)]).tolist() == list(range(10))
+    shuffled = [
+        torch.cat([y for _, y in split.batches(3, torch.Generator().manual_seed(seed))]).tolist() for seed in (0, 0, 1)
+    ]
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+    assert sorted(shuffled[0]) == list(range(10))
+
+
+@pytest.mark.parametrize(("name", "close"), [("fashion-mnst", "fashion-mnist"), ("cifar", "cifar10")])
+def test_unknown_names_list_the_close_ones(name: str, close: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown data set '{name}'; did you mean .*{close}"):
+        data.load(name)
+
+
+def test_missing_data_say_which_command_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAQ_DATA", str(tmp_path))
+    monkeypatch.setattr(data, "FASHION_DEBIAN", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"python -m haq\.data fashion-mnist.*apt-get install dataset-fashion-mnist"):
+        data.load("fashion-mnist")
+    with pytest.raises(FileNotFoundError, match=r"python -m haq\.data cifar10"):
+        data.load("cifar10")
+    with pytest.raises(FileNotFoundError, match="PATH/train/CLASS"):
+        data.load(f"imagefolder:{tmp_path}")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "FASHION_DEBIAN", tmp_path)
+    for name in data.FASHION_FILES:
+        (tmp_path / f"{name}.gz").write_bytes(b"not gzip")
+    with pytest.raises(ValueError, match=r"train-images.*can't be unpacked.*fetch it again"):
+        data.load("fashion-mnist")
+    import gzip
+
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01a"))
+    with pytest.raises(ValueError, match="SHA-256 differs"):
+        data.load("fashion-mnist")
+
+
+def make_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive in CIFAR-10's binary layout, of random images."""
+    random = np.random.default_rng(0)
+    archive = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "../../evil.bin"]:
+            rows = random.integers(0, 256, (1200 if "data" in name else 20, 3073), dtype=np.uint8)
+            rows[:, 0] = np.arange(len(rows)) % 10
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = rows.size
+            tar.addfile(info, io.BytesIO(rows.tobytes()))
+    monkeypatch.setattr(data, "CIFAR_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    return archive
+
+
+def test_cifar10_from_its_binary_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "a" / "b"
+    home.mkdir(parents=True)
+    archive = make_cifar(home, monkeypatch)
+    monkeypatch.setenv("HAQ_DATA", str(home))
+    monkeypatch.setattr(data, "_download", lambda url, path: None)
+    data.fetch("cifar10")
+    assert not (tmp_path / "evil.bin").exists()
+    assert not (home.parent / "evil.bin").exists()
+    dataset = data.load("cifar10")
+    assert (len(dataset.train), len(dataset.search), len(dataset.test)) == (1000, 5000, 20)
+    check_disjoint(dataset)
+    assert dataset.test.images[torch.arange(1)].shape == (1, 3, 32, 32)
+    with (home / data.CIFAR_FOLDER / "test_batch.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="truncated"):
+        data.load("cifar10")
+    archive.write_bytes(b"x")
+    with pytest.raises(ValueError, match="SHA-256"):
+        data._unpack_cifar10(archive, data.CIFAR_SHA256)
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"abc" * 1000)
+    data._download(source.as_uri(), tmp_path / "cache" / "file.bin")
+    assert (tmp_path / "cache" / "file.bin").read_bytes() == source.read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*put the file at"):
+        data._download((tmp_path / "nowhere").as_uri(), tmp_path / "cache" / "other.bin")
+
+
+def test_an_image_folder(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for part, count in (("train", 10), ("val", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
+    dataset = data.load(f"imagefolder:{tmp_path}", image_size=32)
+    assert dataset.classes == ("cat", "dog")
+    assert (len(dataset.train), len(dataset.search), len(dataset.test)) == (16, 4, 6)
+    check_disjoint(dataset)
+    batch, labels = next(dataset.search.batches(4))
+    assert batch.shape == (4, 3, 32, 32)
+    assert batch.dtype == torch.uint8
+    assert sorted(labels.tolist()) == [0, 0, 1, 1]
+    (tmp_path / "val" / "cat" / "0.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"0\.png is not a readable image"):
+        list(dataset.test.batches(8))
+    (tmp_path / "val" / "bird").mkdir()
+    with pytest.raises(ValueError, match="bird"):
+        data.load(f"imagefolder:{tmp_path}")
+
+
+MODULE = """
+import torch
+def splits():
+    x, y = torch.rand(50, 1, 8, 8), torch.arange(50) % 5
+    return {"train": (x, y), "test": (x[:10] + 1, y[:10])}
+def wrong(): return 3
+def outside():
+    return {"train": (torch.rand(2, 1, 1, 1), torch.tensor([0, -1])), "test": (torch.rand(1, 1, 1, 1), torch.tensor([0]))}
+"""
+
+
+def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_data.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    dataset = data.load("my_own_data:splits")
+    assert (len(dataset.train), len(dataset.search), len(dataset.test), len(dataset.classes)) == (
+        40,
+        10,
+        10,
+        5,
+    )
+    check_disjoint(dataset)
+    for name, message in (
+        ("my_own_data:wrong", "returned int; it must return"),
+        ("my_own_data:split", "close: splits"),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("my_own_data:outside", "labels from -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.load(name)

@@ -1,0 +1,149 @@
+"""`haq/MixedPrecision-v0` satisfies both checkers without a warning, and no episode can miss the budget."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from hypothesis import given
+from hypothesis import strategies as st
+from stable_baselines3 import DDPG
+from stable_baselines3.common.env_checker import check_env as sb3_check
+from torch import nn
+
+import envs
+import haq
+import quantizers as Q
+from tests.conftest import make_problem, small_network
+
+PROBLEM = make_problem(small_network(), 0.55)
+SMALLEST = make_problem(small_network(), PROBLEM.smallest / PROBLEM.reference)
+
+
+def make(problem: haq.Problem) -> gymnasium.Env[Any, Any]:
+    return gymnasium.make("haq/MixedPrecision-v0", problem=problem)
+
+
+def play(env: gymnasium.Env[Any, Any], actions: Any) -> tuple[float, dict[str, Any]]:
+    env.reset(seed=0)
+    total, done, info, step = 0.0, False, {}, 0
+    while not done:
+        _, reward, done, truncated, info = env.step(np.asarray(actions(step), np.float32))
+        assert not truncated
+        total, step = total + float(reward), step + 1
+    return total, info
+
+
+def test_gymnasium_checker_has_nothing_to_say(recwarn: pytest.WarningsRecorder) -> None:
+    gymnasium_check(make(PROBLEM).unwrapped)
+    assert not [str(w.message) for w in recwarn]
+
+
+def test_stable_baselines_checker_has_nothing_to_say(recwarn: pytest.WarningsRecorder) -> None:
+    sb3_check(make(PROBLEM), warn=True)
+    assert not [str(w.message) for w in recwarn]
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=3, max_size=3), st.booleans())
+def test_every_episode_meets_the_budget(actions: list[tuple[float, float]], smallest: bool) -> None:
+    problem = SMALLEST if smallest else PROBLEM
+    _, info = play(make(problem), lambda step: actions[step])
+    assert problem.within_budget(problem.policy_cost(info["policy"]))
+    assert info["cost"] == pytest.approx(problem.policy_cost(info["policy"]))
+    bits = np.array(list(info["policy"].values()))
+    assert bits.min() >= 2
+    assert bits.max() <= 8
+
+
+@pytest.mark.parametrize("corner", [(1, 1), (-1, -1), (1, -1), (0, 0), (5, -7)])
+def test_saturated_actions_are_no_wall(corner: tuple[float, float]) -> None:
+    _, info = play(make(PROBLEM), lambda step: corner)
+    assert PROBLEM.within_budget(info["cost"])
+
+
+def test_asking_for_nothing_in_particular_spends_the_budget_evenly() -> None:
+    """Action 0 is the level: it comes near the budget, where -1 stays at the cheapest policy."""
+    _, level = play(make(PROBLEM), lambda step: (0, 0))
+    _, least = play(make(PROBLEM), lambda step: (-1, -1))
+    assert least["cost"] == pytest.approx(PROBLEM.smallest)
+    assert level["cost"] > 0.8 * PROBLEM.limit
+
+
+def test_first_and_last_layer_keep_eight_bits() -> None:
+    _, info = play(make(PROBLEM), lambda step: (-1, -1))
+    assert info["policy"]["stem"] == info["policy"]["classifier"] == (8, 8)
+
+
+def test_the_reward_is_the_accuracy_lost_on_held_out_images() -> None:
+    reward, info = play(make(PROBLEM), lambda step: (0.3, -0.2))
+    assert reward == pytest.approx(10 * (info["accuracy"] - PROBLEM.float_accuracy))
+    assert info["accuracy"] == PROBLEM.evaluate(info["policy"]).accuracy
+
+
+def test_observations_stay_in_their_space_and_tell_layers_apart() -> None:
+    env = make(PROBLEM)
+    observation, _ = env.reset(seed=1)
+    seen = [observation, *(env.step(env.action_space.sample())[0] for _ in range(3))]
+    assert all(env.observation_space.contains(o) for o in seen)
+    assert len({o.tobytes() for o in seen}) == 4
+    assert len(seen[0]) == len(envs.MixedPrecisionEnv.FEATURES)
+
+
+def test_a_finished_episode_must_be_reset() -> None:
+    env = make(PROBLEM).unwrapped
+    play(env, lambda step: (0, 0))
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros(2, np.float32))
+
+
+def test_nothing_to_decide_is_an_error(network: nn.Module) -> None:
+    problem = make_problem(network, 1.0)
+    problem.choices[:] = False
+    problem.choices[:, 7, 7] = True
+    with pytest.raises(ValueError, match="nothing to decide"):
+        envs.MixedPrecisionEnv(problem)
+
+
+def test_costs_that_are_not_monotone_are_no_obstacle(network: nn.Module) -> None:
+    problem = make_problem(network, 0.7)
+    random = np.random.default_rng(0)
+    problem.cost = problem.cost * random.uniform(0.5, 1.5, problem.cost.shape)
+    problem.limit = float(problem.cost[:, 3, 3].sum())
+    env = make(problem)
+    env.action_space.seed(0)
+    for _ in range(50):
+        _, info = play(env, lambda step: env.action_space.sample())
+        assert problem.within_budget(problem.policy_cost(info["policy"]))
+
+
+def test_vector_environments_and_agents_of_stable_baselines_run_on_it() -> None:
+    vector = gymnasium.make_vec("haq/MixedPrecision-v0", num_envs=2, vectorization_mode="sync", problem=PROBLEM)
+    vector.reset(seed=0)
+    for _ in range(4):
+        vector.step(vector.action_space.sample())
+    vector.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DDPG("MlpPolicy", make(PROBLEM), learning_starts=4, device="cpu", seed=0).learn(9)
+
+
+def test_it_needs_no_more_of_a_problem_than_it_says() -> None:
+    """Any object with the fields of SearchProblem will do."""
+
+    class Bare:
+        workload, cost, choices, limit, noise = (
+            getattr(PROBLEM, name) for name in ("workload", "cost", "choices", "limit", "noise")
+        )
+        float_accuracy = 1.0
+
+        def policy(self, w: Any, a: Any) -> Q.BitPolicy:
+            return PROBLEM.policy(w, a)
+
+        def evaluate(self, policy: Q.BitPolicy) -> Any:
+            return PROBLEM.evaluate(policy)
+
+    assert play(envs.MixedPrecisionEnv(Bare()), lambda step: (0, 0)) == play(make(PROBLEM), lambda step: (0, 0))

@@ -1,0 +1,185 @@
+"""Networks come by name; the default one is what it claims; a checkpoint that isn't one is refused and never run."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hw_models
+from haq import data, models, training
+
+
+def test_the_default_network() -> None:
+    network = models.load()
+    layers = hw_models.trace(network.module, torch.zeros(1, 1, 28, 28)).layers
+    assert len(layers) >= 12
+    assert {layer.kind for layer in layers} == {"conv", "depthwise", "pointwise", "linear"}
+    asset = resources.files("haq").joinpath("assets/mobilenet-mini.safetensors")
+    assert len(asset.read_bytes()) < 1e6
+    with resources.as_file(asset) as path:
+        notes = models.read_state(path)[1]
+    assert notes["command"].startswith("python -m haq.train --network mobilenet-mini --data fashion-mnist --epochs")
+    assert "55,000 train" in notes["trained_on"]
+
+
+def test_its_accuracy_on_images_it_never_saw() -> None:
+    network, dataset = models.load(), data.load()
+    assert training.accuracy(network, dataset.test) >= 0.90
+    assert training.accuracy(network, dataset.search) >= 0.90
+    try:
+        full = data.load("fashion-mnist")
+    except FileNotFoundError:
+        return
+    assert training.accuracy(network, full.test) >= 0.90
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm:mobilenetv2_050",
+        "torchvision:squeezenet1_1",
+        "pytorchcv:mobilenet_wd4",
+        "efficientnet-lite0",
+        "mobilenet-mini",
+    ],
+)
+def test_every_library_builds(name: str) -> None:
+    network = models.load(name, classes=7, pretrained=False)
+    assert models.output_count(network) == 7
+    assert not network.module.training
+
+
+def test_efficientnet_lite0_has_its_imagenet_weights() -> None:
+    network = models.load("efficientnet-lite0")
+    assert sum(p.numel() for p in network.module.parameters()) == 4_652_008
+    inputs = network.preprocess(torch.tensor([0, 127, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 224, 224))
+    assert inputs[0, :, 0, 0].tolist() == pytest.approx([-127 / 128, 0, 1])
+    assert models.output_count(network) == 1000
+
+
+def test_preprocessing() -> None:
+    network = models.Network("n", nn.Identity(), (3, 2, 2), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
+    grey = torch.tensor([[[[0, 255], [51, 102]]]], dtype=torch.uint8)
+    out = network.preprocess(grey)
+    assert out.shape == (1, 3, 2, 2)
+    assert out[0, :, 0, 1].tolist() == [2, 1, 0.5]
+    floats = torch.rand(1, 3, 2, 2)
+    assert torch.equal(network.preprocess(floats), floats)
+    with pytest.raises(ValueError, match=r"takes images of shape \(3, 2, 2\), the data set has \(3, 4, 4\)"):
+        network.preprocess(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_a_checkpoint_brings_its_network_back(tmp_path: Path) -> None:
+    network = models.load("mobilenet-mini", classes=4, pretrained=False)
+    path = tmp_path / "mine.safetensors"
+    models.save_checkpoint(network, path)
+    again = models.load(str(path))
+    assert again.signature() == network.signature()
+    assert again.name == "mobilenet-mini"
+    assert models.output_count(again) == 4
+    assert models.load(f"mobilenet-mini@{path}").signature() == network.signature()
+    torch.save({"state_dict": network.module.state_dict()}, tmp_path / "mine.pt")
+    assert models.load(f"mobilenet-mini@{tmp_path}/mine.pt").signature() == network.signature()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code in a checkpoint was run')",)
+
+
+def test_bad_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
+    network = models.load("mobilenet-mini", pretrained=False)
+    good = tmp_path / "good.safetensors"
+    models.save_checkpoint(network, good)
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(good.read_bytes()[:-100])
+    nameless = tmp_path / "nameless.pt"
+    torch.save(network.module.state_dict(), nameless)
+    other = tmp_path / "other.pt"
+    torch.save({"layer.weight": torch.zeros(3, 3)}, other)
+    evil, plain = tmp_path / "evil.pt", tmp_path / "plain.pt"
+    torch.save({"weight": Evil()}, evil)
+    plain.write_bytes(pickle.dumps(Evil()))
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(nameless.read_bytes()[:1000])
+    numbers = tmp_path / "numbers.pt"
+    torch.save([1, 2], numbers)
+    broken = dict(network.module.state_dict())
+    broken["stem.weight"] = broken["stem.weight"] * float("nan")
+    torch.save(broken, tmp_path / "nan.pt")
+    for name, reason in (
+        (truncated, "truncated"),
+        (cut, "truncated|can't be read"),
+        (nameless, r"doesn't say which network.*NAME@"),
+        (f"mobilenet-mini@{other}", "another network: .* missing"),
+        (evil, "code.*not opened"),
+        (plain, "code.*not opened|can't be read"),
+        (f"mobilenet-mini@{numbers}", "no state dict of tensors but list"),
+        (f"mobilenet-mini@{tmp_path}/nan.pt", r"not finite in stem\.weight"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            models.load(str(name))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        models.load("nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("mobilenet-mni", "mobilenet-mini"),
+        ("timm:mobilenetv2_10", "timm:mobilenetv2_100"),
+        ("torchvision:resnet19", "torchvision:resnet18"),
+        ("pytorchcv:mobilenet_wd5", "pytorchcv:mobilenet_wd4"),
+    ],
+)
+def test_unknown_names_list_the_close_ones(name: str, close: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown network '{name}'.*{close}"):
+        models.load(name)
+
+
+def test_weights_that_cannot_be_had_say_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> nn.Module:
+        raise ConnectionError("no route to hub\nmore")
+
+    with pytest.raises(FileNotFoundError, match=r"\(no route to hub\); give them as timm:x@CHECKPOINT"):
+        models._download("timm:x", fail)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=r"pip install 'haq\[zoo\]'"):
+        models.load("timm:mobilenetv2_100")
+
+
+MODULE = """
+from torch import nn
+def good():
+    m = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)); m.input_shape = (1, 2, 2); return m
+def shapeless(): return nn.Linear(4, 3)
+def wrong(): return 3
+"""
+
+
+def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_network.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    network = models.load("my_own_network:good")
+    assert network.input_shape == (1, 2, 2)
+    assert models.output_count(network) == 3
+    with pytest.raises(ValueError, match=r"set module\.input_shape"):
+        models.load("my_own_network:shapeless")
+    with pytest.raises(ValueError, match="returned int"):
+        models.load("my_own_network:wrong")
+
+
+def test_networks_and_data_must_fit() -> None:
+    network, dataset = models.load("mobilenet-mini", classes=7, pretrained=False), data.load()
+    with pytest.raises(ValueError, match="7 classes apart, fashion-mnist-12k has 10"):
+        models.check_fits(network, dataset)
+    large = models.load("timm:mobilenetv2_050", classes=10, pretrained=False)
+    with pytest.raises(ValueError, match=r"takes images of shape \(3, 224, 224\)"):
+        models.check_fits(large, dataset)

@@ -1,0 +1,130 @@
+"""A problem checks what it is given, says what is reachable, and evaluates a policy once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import haq
+import quantizers as Q
+from haq.evaluator import Evaluator
+from haq.problem import describe_amount, parse_budget
+from tests.conftest import images, make_problem
+
+
+def test_fractions_and_amounts(problem: haq.Problem, network: nn.Module) -> None:
+    assert problem.limit == pytest.approx(0.6 * problem.cost[:, 7, 7].sum())
+    assert problem.budget == pytest.approx(0.6)
+    same = make_problem(network, f"{problem.limit * 1e6!r}us")
+    assert same.limit == pytest.approx(problem.limit)
+    storage = make_problem(network, "1.2 kB", "storage")
+    assert (storage.limit, storage.unit) == (1200, "B")
+
+
+@pytest.mark.parametrize("budget", [0.01, 1.5, "1us", 50])
+def test_a_budget_out_of_reach_names_the_reachable_range(network: nn.Module, budget: float | str) -> None:
+    with pytest.raises(ValueError, match=r"out of reach: on edge, latency can be from .* us \(0\.\d+ of .*\) to .* us"):
+        make_problem(network, budget)
+
+
+def test_the_smallest_budget_that_is_named_is_accepted(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match="out of reach") as error:
+        make_problem(network, 0.001)
+    named = str(error.value).partition("(")[2].partition(" of")[0]
+    assert make_problem(network, named).budget == pytest.approx(float(named))
+
+
+@pytest.mark.parametrize("budget", ["half", "3 bits", "", "12kB", "-1", "1..2"])
+def test_a_budget_that_is_not_understood(network: nn.Module, budget: str) -> None:
+    with pytest.raises(ValueError, match="not understood: give a fraction .* or an amount in s, ms, us"):
+        make_problem(network, budget)
+
+
+def test_units() -> None:
+    assert parse_budget("2.5e-1", "latency", 8.0) == 2.0
+    assert parse_budget("3mJ", "energy", 8.0) == pytest.approx(3e-3)
+    assert parse_budget("2 KiB", "storage", 8.0) == 2048
+    assert describe_amount(0.0012345, "latency") == "1.234 ms"
+    assert describe_amount(12.5, "storage") == "12.5 B"
+    assert describe_amount(4.5e4, "storage") == "45 kB"
+
+
+def test_a_policy_is_evaluated_once(problem: haq.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    measure = Evaluator.measure
+    monkeypatch.setattr(Evaluator, "measure", lambda self, network: calls.append(1) or measure(self, network))
+    first = problem.evaluate(problem.uniform(4))
+    assert problem.evaluate(problem.uniform(4)) == first
+    assert len(calls) == 1
+
+
+def test_evaluation_equals_the_straightforward_way(problem: haq.Problem, network: nn.Module) -> None:
+    inputs = images(96)
+    with torch.inference_mode():
+        labels = network(inputs).argmax(1)
+        for bits in (8, 3, 5):
+            policy = problem.policy([bits] * 5, [bits] * 5)
+            qnetwork = Q.quantize(network, policy, calibrate=images(32, 1))
+            outputs = qnetwork(inputs)
+            result = problem.evaluate(policy)
+            assert result.accuracy == pytest.approx((outputs.argmax(1) == labels).float().mean().item())
+            assert result.loss == pytest.approx(nn.functional.cross_entropy(outputs, labels).item(), rel=1e-5)
+
+
+def test_the_network_is_left_alone(network: nn.Module) -> None:
+    network.train()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    inputs = images(16)
+    problem = haq.Problem(network, images(8), (inputs, torch.zeros(16, dtype=torch.long)), "edge", budget=0.9)
+    problem.evaluate(problem.uniform(2))
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_pinned_layers_can_be_chosen(network: nn.Module) -> None:
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    problem = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.9, pinned={"hidden": (4, 6)})
+    assert np.argwhere(problem.choices[3]).tolist() == [[3, 5]]
+    assert problem.choices[0].sum() > 1
+    free = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.9, pinned={})
+    assert (free.choices.sum((1, 2)) > 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "edgy"}, "did you mean edge"),
+        ({"metric": "energy"}, "no metric 'energy'; it has latency, storage"),
+        ({"bits": (0, 8)}, "bits must be"),
+        ({"bits": (5, 4)}, "bits must be"),
+        ({"pinned": {"nope": (8, 8)}}, "pinned layer 'nope'"),
+        ({"pinned": {"stem": (9, 8)}}, "'stem'"),
+        ({"search": []}, "no images"),
+        ({"search": (images(4), torch.zeros(3, dtype=torch.long))}, "as many images as labels"),
+        ({"search": (images(4), torch.full((4,), 7))}, "don't fit outputs"),
+        ({"search": (images(4) * float("nan"), torch.zeros(4, dtype=torch.long))}, "not finite"),
+        ({"batch": 0}, "batch must be"),
+    ],
+)
+def test_bad_input_is_named(network: nn.Module, change: dict[str, Any], message: str) -> None:
+    given = {
+        "calibrate": images(8),
+        "search": (images(8), torch.zeros(8, dtype=torch.long)),
+        "target": "edge",
+        "budget": 0.9,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        haq.Problem(network, **given)
+
+
+def test_loaders_are_taken_as_well(network: nn.Module) -> None:
+    inputs, labels = images(8), torch.arange(8) % 4
+    loader = [(inputs[:5], labels[:5]), (inputs[5:], labels[5:])]
+    one = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.9)
+    other = haq.Problem(network, [inputs], loader, "edge", budget=0.9)
+    assert one.evaluate(one.uniform(5)) == other.evaluate(other.uniform(5))

@@ -1,0 +1,244 @@
+"""`quantize` makes a copy that keeps the float network's keys, changes bits at no cost and never shows stale weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import quantizers as Q
+from tests.conftest import images, small_network
+
+
+def quantized(network: nn.Module, w: int | None = 4, a: int | None = 4) -> nn.Module:
+    return Q.quantize(network, Q.BitPolicy.uniform(network, w=w, a=a), calibrate=images(32))
+
+
+def test_the_network_is_copied_and_its_keys_are_kept(network: nn.Module) -> None:
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    qnetwork = quantized(network)
+    assert list(qnetwork.state_dict()) == list(before)
+    qnetwork.load_state_dict(before, strict=True)
+    small_network(1).load_state_dict(qnetwork.state_dict(), strict=True)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert type(network.stem) is nn.Conv2d
+    assert isinstance(qnetwork.stem, Q.QuantConv2d)
+    assert isinstance(qnetwork.classifier, Q.QuantLinear)
+
+
+def test_layers_compute_what_their_formula_says(network: nn.Module) -> None:
+    qnetwork = quantized(network, 3, 5)
+    layer = qnetwork.get_submodule("depthwise")
+    assert isinstance(layer, Q.QuantConv2d)
+    x = network[:3](images(4))
+    expected = F.conv2d(
+        Q.fake_quantize(x, layer.activation_scale[4], 5, False),
+        Q.fake_quantize(layer.weight, layer.weight_scale[2].view(-1, 1, 1, 1), 3, True),
+        layer.bias,
+        padding=1,
+        groups=16,
+    )
+    assert torch.equal(layer(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+
+
+def test_none_is_float(network: nn.Module) -> None:
+    x = images(8)
+    assert torch.equal(quantized(network, None, None)(x), network(x))
+    assert not torch.equal(quantized(network, 2, None)(x), network(x))
+
+
+def test_eight_bits_are_nearly_float_and_two_are_not(network: nn.Module) -> None:
+    x = images(64)
+    errors = [(quantized(network, b, b)(x) - network(x)).square().mean().item() for b in (8, 6, 4, 2)]
+    assert errors == sorted(errors)
+    assert errors[0] < 1e-3 * errors[-1]
+
+
+def test_unsigned_where_the_data_are(network: nn.Module) -> None:
+    layers = Q.quant_layers(quantized(network))
+    assert {name: bool(layer.activation_signed) for name, layer in layers.items()} == {
+        "stem": False,  # images in [0, 1]
+        "depthwise": False,  # after ReLU
+        "pointwise": False,
+        "hidden": False,
+        "classifier": True,  # after a linear layer
+    }
+
+
+def test_set_policy_equals_quantizing_anew(network: nn.Module) -> None:
+    qnetwork, x = quantized(network, 8, 8), images(16)
+    with torch.inference_mode():
+        for w, a in ((2, 7), (8, 8), (5, 3), (2, 7), (1, 1)):
+            Q.set_policy(qnetwork, Q.BitPolicy.uniform(network, w=w, a=a))
+            assert torch.equal(qnetwork(x), quantized(network, w, a)(x))
+    assert Q.get_policy(qnetwork) == Q.BitPolicy.uniform(network, w=1, a=1)
+
+
+def test_kept_weights_never_outlive_a_change(network: nn.Module) -> None:
+    qnetwork, x = quantized(network), images(4)
+    layer = qnetwork.get_submodule("stem")
+    with torch.inference_mode():
+        before = qnetwork(x)
+    with torch.no_grad():
+        layer.weight.mul_(-1)
+    with torch.inference_mode():
+        after = qnetwork(x)
+    assert not torch.equal(before, after)
+    qnetwork.load_state_dict(network.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(qnetwork(x), before)
+        layer.weight_scale.mul_(1.5)
+        assert not torch.equal(qnetwork(x), before)
+
+
+def test_one_training_step_lowers_the_loss_and_reaches_every_parameter(network: nn.Module) -> None:
+    qnetwork, x, y = quantized(network).train(), images(32), torch.arange(32) % 4
+    optimizer = torch.optim.SGD(qnetwork.parameters(), 0.05)
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(qnetwork(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in qnetwork.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_activation_scales_can_be_learned(network: nn.Module) -> None:
+    qnetwork, x = quantized(network, 4, 3), images(32)
+    before = qnetwork(x).detach()
+    scales = Q.activation_scales(qnetwork)
+    assert torch.equal(qnetwork(x), before)
+    with torch.no_grad():
+        assert torch.equal(qnetwork(x), before)
+    qnetwork(x).square().sum().backward()
+    for scale in scales:
+        assert scale.grad is not None
+        assert scale.grad[2] != 0
+        assert (scale.grad[[0, 1, 3, 4, 5, 6, 7]] == 0).all()
+    assert "stem.activation_scale" not in qnetwork.state_dict()
+
+
+def test_a_copy_is_independent(network: nn.Module) -> None:
+    qnetwork, x = quantized(network), images(4)
+    with torch.inference_mode():
+        before = qnetwork(x)
+    twin = copy.deepcopy(qnetwork)
+    Q.set_policy(twin, Q.BitPolicy.uniform(network, w=2, a=2))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    with torch.inference_mode():
+        assert torch.equal(qnetwork(x), before)
+        assert not torch.equal(twin(x), before)
+
+
+def test_scales_travel_as_a_state(network: nn.Module) -> None:
+    qnetwork, x = quantized(network, 3, 3), images(4)
+    again = Q.quantize(network, Q.get_policy(qnetwork), state=Q.quantizer_state(qnetwork))
+    assert torch.equal(again(x), qnetwork(x))
+    with pytest.raises(ValueError, match="another network"):
+        Q.load_quantizer_state(again, {"nothing.weight_scale": torch.ones(8, 1)})
+    wrong = Q.quantizer_state(qnetwork) | {"stem.weight_scale": torch.ones(8, 1)}
+    with pytest.raises(ValueError, match=r"stem\.weight_scale"):
+        Q.load_quantizer_state(again, wrong)
+
+
+class PaddedConv(nn.Conv2d):
+    """A subclass with a forward of its own, as timm's and EfficientNet-Lite's padding convolutions have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+def test_subclasses_keep_their_own_forward() -> None:
+    network = nn.Sequential(PaddedConv(1, 3, 3), nn.Flatten(), nn.Linear(192, 2)).eval()
+    x = images(4)
+    qnetwork = quantized(network, 8, 8)
+    assert qnetwork[0](x).shape == (4, 3, 8, 8)
+    torch.testing.assert_close(qnetwork(x), network(x), atol=0.05, rtol=0.05)
+    order = [name for name, _ in network.named_parameters()]
+    qnetwork(x).sum().backward()
+    assert [name for name, _ in qnetwork.named_parameters()] == order
+    assert qnetwork[0].weight.grad.abs().sum() > 0
+    assert isinstance(copy.deepcopy(qnetwork)[0], PaddedConv)
+
+
+def test_a_channel_of_zeros_stays_zero() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():
+        network[1].weight[1] = 0
+    for b in range(2, 9):
+        out = quantized(network, b, 8)(images(4))
+        assert out.isfinite().all()
+        assert torch.equal(out[:, 1], network[1].bias[1].expand(4))
+
+
+def test_layers_that_are_never_called_stay_float() -> None:
+    network = small_network()
+    network.add_module("classifier", nn.Linear(16, 4))
+
+    class WithSpare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.spare = network, nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.body(x)
+
+    net = WithSpare().eval()
+    called = {f"body.{name}": (4, 4) for name in Q.BitPolicy.uniform(network, w=4, a=4)}
+    qnetwork = Q.quantize(net, called, calibrate=images(4))
+    assert type(qnetwork.spare) is nn.Linear
+    with pytest.raises(ValueError, match=r"spare.*never called"):
+        Q.quantize(net, Q.BitPolicy.uniform(net, w=4, a=4), calibrate=images(4))
+
+
+@pytest.mark.parametrize("batches", [images(6), [images(3), images(3)], [(images(6), torch.zeros(6))], [[images(6), 0]]])
+def test_calibration_takes_tensors_and_loaders(network: nn.Module, batches: Any) -> None:
+    qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=batches)
+    assert qnetwork(images(2)).isfinite().all()
+
+
+def test_the_mode_of_the_network_is_kept(network: nn.Module) -> None:
+    network.train()
+    statistics = network.norm.running_mean.clone()
+    assert quantized(network).training
+    assert network.training
+    assert torch.equal(network.norm.running_mean, statistics)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": {"stem2": (4, 4)}}, "stem2.*close: stem"),
+        ({"policy": {"stem": (4, 4)}}, "lacks layers depthwise, pointwise, hidden, classifier"),
+        ({"policy": {"stem": (0, 4)}}, "lacks layers|1 to 8"),
+        ({"scheme": "magic"}, "unknown scheme 'magic'; known: linear"),
+        ({"calibrate": []}, "at least one image"),
+        ({"calibrate": None}, "calibrate"),
+        ({"calibrate": torch.full((2, 1, 8, 8), float("nan"))}, "isn't finite"),
+    ],
+)
+def test_bad_input_is_named(network: nn.Module, arguments: dict[str, Any], message: str) -> None:
+    given = {"policy": Q.BitPolicy.uniform(network, w=4, a=4), "calibrate": images(4), **arguments}
+    with pytest.raises(ValueError, match=message):
+        Q.quantize(network, **given)
+
+
+def test_set_policy_changes_nothing_when_it_fails(network: nn.Module) -> None:
+    qnetwork = quantized(network)
+    before = Q.get_policy(qnetwork)
+    for bad in ({"stem": (2, 2)}, {**before, "other": (2, 2)}):
+        with pytest.raises(ValueError, match="lacks|no layer"):
+            Q.set_policy(qnetwork, bad)
+        assert Q.get_policy(qnetwork) == before
+    with pytest.raises(ValueError, match="quantized already"):
+        Q.quantize(qnetwork, before, calibrate=images(2))

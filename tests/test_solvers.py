@@ -1,0 +1,212 @@
+"""All solvers get the same problem and number of evaluations, meet the budget, and repeat themselves for a seed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import envs
+import haq
+from haq.solvers import MODULES, Found, Session, ddpg, ilp, sensitivity, solve
+from tests.conftest import make_problem, small_network
+
+
+def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0) -> tuple[Found, list[Found]]:
+    tried: list[Found] = []
+    session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found))
+    return solve(name, session, seed), tried
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("evaluations", [1, 24])
+def test_the_contract(name: str, evaluations: int) -> None:
+    problem = make_problem(small_network())
+    found, tried = run(name, problem, evaluations)
+    assert problem.within_budget(found.cost)
+    assert found.cost == pytest.approx(problem.policy_cost(found.policy))
+    assert found.result == problem.evaluate(found.policy)
+    assert 1 <= len(tried) <= evaluations
+    assert len({t.policy for t in tried}) == len(tried)
+    assert found.policy["stem"] == found.policy["classifier"] == (8, 8)
+    again, tried_again = run(name, make_problem(small_network()), evaluations)
+    assert (again, tried_again) == (found, tried)
+
+
+@pytest.mark.parametrize("name", ["ddpg", "random"])
+def test_another_seed_is_another_search(name: str) -> None:
+    problem = make_problem(small_network())
+    assert run(name, problem, seed=0)[1] != run(name, problem, seed=1)[1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_global_random_state_is_neither_used_nor_changed(name: str) -> None:
+    problem = make_problem(small_network())
+    first = run(name, problem)[1]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index, union-attr]
+    assert run(name, problem)[1] == first
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index, union-attr]
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_sessions_count_policies_once_and_stop_at_their_allowance(problem: haq.Problem) -> None:
+    session = Session(problem, 2)
+    session.evaluate(problem.uniform(4))
+    session.evaluate(problem.uniform(4))
+    assert (session.used, session.left) == (1, 1)
+    session.evaluate(problem.uniform(8))
+    assert session.best is not None
+    assert session.best.policy == problem.uniform(4)  # uniform 8 exceeds the budget, however good
+    with pytest.raises(RuntimeError, match="all 2 evaluations"):
+        session.evaluate(problem.uniform(3))
+
+
+def test_unknown_solvers_name_the_close_ones(problem: haq.Problem) -> None:
+    with pytest.raises(ValueError, match="did you mean random"):
+        solve("radnom", Session(problem, 1), 0)
+
+
+numbers = st.integers(0, 1000).map(lambda n: n / 100)  # a limit is kept to some 1e-11 of it, not to the last bit
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_the_integer_programme_is_optimal(data: st.DataObject) -> None:
+    layers, options = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    table = st.lists(st.lists(numbers, min_size=options, max_size=options), min_size=layers, max_size=layers)
+    loss, cost = np.array(data.draw(table)), np.array(data.draw(table))
+    tied = [(0, layers - 1)] if layers > 1 and data.draw(st.booleans()) else []
+    limit = 4 * data.draw(numbers)
+    every = [
+        choice for choice in itertools.product(range(options), repeat=layers) if all(choice[a] == choice[b] for a, b in tied)
+    ]
+    rows = np.arange(layers)
+    totals = [(loss[rows, choice].sum(), cost[rows, choice].sum()) for choice in every]
+    fitting = [total for total, price in totals if price <= limit]
+    if not fitting:
+        if min(price for _, price in totals) > limit * (1 + 1e-9) + 1e-9:
+            with pytest.raises(ValueError, match="the least is"):
+                ilp.allocate(loss, cost, limit, tied)
+        return
+    chosen = ilp.allocate(loss, cost, limit, tied)
+    assert cost[rows, chosen].sum() <= limit + 1e-9 * max(limit, 1)
+    assert loss[rows, chosen].sum() == pytest.approx(min(fitting), abs=1e-6)
+    assert all(chosen[a] == chosen[b] for a, b in tied)
+
+
+def test_options_that_are_infinite_are_not_taken() -> None:
+    loss = [[0.0, 1.0], [np.inf, 2.0]]
+    assert ilp.allocate(loss, [[1, 1], [1, 1]], 5).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="layer 1 has no available option"):
+        ilp.allocate([[0.0], [np.inf]], [[1.0], [1.0]], 5)
+    with pytest.raises(ValueError, match="NaN"):
+        ilp.allocate([[np.nan]], [[1.0]], 5)
+    with pytest.raises(ValueError, match="two arrays"):
+        ilp.allocate([[0.0, 1.0]], [[1.0]], 5)
+
+
+def test_published_allocations_are_found(reference: Path) -> None:
+    """HAWQ-V3's ResNet-18 problems, each with its proven optimum."""
+    given = json.loads((reference / "hawqv3_resnet18.json").read_text())
+    trace = np.array(given["trace"])
+    loss = np.stack([trace * given["dw2_4bit"], trace * given["dw2_8bit"]], axis=1)
+    parameters, bops = np.array(given["parameters"]), np.array(given["bops"])
+    costs = {
+        "modelsize": np.stack([parameters * 4, parameters * 8], axis=1),
+        "bops": np.stack([bops / 4, bops], axis=1),
+        "latency": np.stack([given["latency_int4"], given["latency_int8"]], axis=1),
+    }
+    for name, case in given["cases"].items():
+        cost = costs[name.partition("_")[0]]
+        low, high = cost[:, 0].sum(), cost[:, 1].sum()
+        chosen = ilp.allocate(loss, cost, low + case["fraction"] * (high - low), tied=given["tied_pairs"])
+        total = loss[np.arange(len(loss)), chosen].sum()
+        assert total == pytest.approx(case["optimal_objective"], rel=1e-9), name
+
+
+def test_sensitivities_are_monotone_and_cover_what_was_not_measured() -> None:
+    problem = make_problem(small_network())
+    for evaluations in (1, 3, 8, 200):
+        rise = sensitivity.measure(problem, Session(problem, evaluations), keep=1)
+        assert np.isfinite(rise).all()
+        assert (rise >= 0).all()
+        assert (np.diff(rise, axis=1) <= 0).all()
+        assert (np.diff(rise, axis=2) <= 0).all()
+        assert (rise[:, 7, 7] == 0).all()
+
+
+def test_sensitivities_are_those_measured() -> None:
+    problem = make_problem(small_network())
+    session = Session(problem, 200)
+    rise = sensitivity.measure(problem, session, keep=1)
+    base = problem.uniform(8)
+    layer = problem.workload.names.index("hidden")
+    changed = {**base, "hidden": (2, 8)}
+    bits = np.array(list(changed.values()))
+    measured = problem.evaluate(problem.policy(*bits.T)).loss - problem.evaluate(base).loss
+    assert rise[layer, 1, 7] >= measured
+    assert rise[layer, 1, 7] == pytest.approx(measured) or rise[layer, 1, 7] == rise[layer, 2, 7]
+
+
+def test_truncated_noise_stays_inside_without_piling_up_and_decays() -> None:
+    noise = ddpg.TruncatedNormalNoise(0.5, 0.9, np.random.default_rng(0))
+    action = np.full((20000, 1), 0.9, np.float32)
+    drawn = noise.around(action)
+    assert drawn.min() >= -1
+    assert drawn.max() <= 1
+    assert (np.abs(drawn) == 1).mean() < 1e-3  # clipped normal noise would put 42 % there
+    assert np.abs(noise.around(np.zeros((20000, 1), np.float32)).mean()) < 0.02
+    noise.reset()
+    assert noise.sigma == pytest.approx(0.45)
+
+
+def test_the_agent_is_no_worse_than_what_it_starts_from() -> None:
+    """Within its own evaluations it has tried what greedy descent and the integer programme propose."""
+    found, tried = run("ddpg", make_problem(small_network(), 0.5), 120)
+    for name in ("greedy", "ilp"):
+        assert found.rank <= run(name, make_problem(small_network(), 0.5), 60)[0].rank
+    assert len(tried) <= 120
+
+
+def test_the_agent_repeats_its_demonstrations_and_then_looks_around_them() -> None:
+    problem = make_problem(small_network(), 0.5)
+    env = envs.MixedPrecisionEnv(problem)
+    agent = ddpg.HaqDDPG(
+        "MlpPolicy", env, n_steps=len(env.decisions), policy_kwargs={"net_arch": [64, 64]}, seed=0, device="cpu"
+    )
+    policy = ilp.propose(problem, sensitivity.measure(problem, Session(problem, 100), keep=1))
+    ddpg.demonstrate(agent, env, policy)
+    assert agent.replay_buffer is not None
+    assert agent.replay_buffer.size() == len(env.decisions)
+    ddpg.imitate(agent)
+    observation, done, info = env.reset()[0], False, {}
+    while not done:
+        action, _ = agent.predict(observation, deterministic=True)
+        observation, reward, done, _, info = env.step(action)
+    assert info["policy"] == policy
+    # What the buffer holds is what was done: the reward of the whole episode, at its last step.
+    assert agent.replay_buffer.rewards[len(env.decisions) - 1, 0] == pytest.approx(reward)
+
+
+def test_asking_for_given_widths_gives_them() -> None:
+    problem = make_problem(small_network(), 0.6)
+    env = envs.MixedPrecisionEnv(problem)
+    random_policies = [found.policy for found in run("random", problem, 10)[1]]
+    for policy in random_policies:
+        env.reset()
+        done, info = False, {}
+        while not done:
+            w, a = policy[env.next_layer()]
+            _, _, done, _, info = env.step(env.action_for(w, a))
+        assert info["policy"] == policy

@@ -1,0 +1,137 @@
+"""Training learns, repeats itself for a seed, and ends in a checkpoint that a search can take up."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import quantizers as Q
+from haq import cli, data, models, train, training
+from tests.conftest import images, small_network
+
+NETWORK = models.Network("small", small_network(), (1, 8, 8))
+
+
+def split(count: int = 256) -> data.Split:
+    x = images(count)
+    with torch.no_grad():
+        return data.Split(x, NETWORK.module(x).argmax(1))
+
+
+def fitted(seed: int, **options: object) -> nn.Module:
+    module = small_network(1)
+    training.fit(NETWORK, split(), module=module, epochs=4, learning_rate=0.05, seed=seed, batch_size=32, **options)  # type: ignore[arg-type]
+    return module
+
+
+def test_training_raises_accuracy_and_repeats_itself() -> None:
+    before = training.accuracy(NETWORK, split(), small_network(1))
+    once, twice, other = fitted(0), fitted(0), fitted(1)
+    assert training.accuracy(NETWORK, split(), once) > before + 0.1
+    for key, value in once.state_dict().items():
+        assert torch.equal(value, twice.state_dict()[key])
+    assert any(not torch.equal(value, other.state_dict()[key]) for key, value in once.state_dict().items())
+
+
+def test_a_teacher_is_approached_without_labels() -> None:
+    """Given a teacher the labels play no part, and outputs come nearer to its."""
+    x = images(64, 5)
+
+    def distance(module: nn.Module) -> float:
+        with torch.no_grad():
+            return (module(x).softmax(1) - NETWORK.module(x).softmax(1)).abs().mean().item()
+
+    shuffled = data.Split(split().images, split().labels.flip(0))
+    module = small_network(1)
+    training.fit(NETWORK, shuffled, module=module, teacher=NETWORK.module, epochs=4, learning_rate=0.05, seed=0, batch_size=32)
+    assert distance(module) < 0.7 * distance(small_network(1))
+
+
+def test_finetuning_changes_a_copy_at_the_same_bits() -> None:
+    module = small_network()
+    training.refresh_norms(NETWORK, module, split())  # as a trained network's are
+    network = models.Network("small", module, (1, 8, 8))
+    policy = Q.BitPolicy(dict.fromkeys(Q.BitPolicy.uniform(module, w=2, a=3), (2, 3)))
+    qnetwork = Q.quantize(module, policy, calibrate=images(32))
+    before = copy.deepcopy(qnetwork.state_dict())
+    threads = torch.get_num_threads()
+    tuned = training.finetune(network, qnetwork, split(), epochs=8, seed=0, learning_rate=0.02)
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(value, before[key]) for key, value in qnetwork.state_dict().items())
+    assert Q.get_policy(tuned) == policy
+    assert not tuned.training
+    x = images(128, 9)
+    with torch.no_grad():
+        errors = [(net(x).softmax(1) - module(x).softmax(1)).abs().mean().item() for net in (tuned, qnetwork)]
+    assert errors[0] < 0.8 * errors[1]
+    scales = [layer.activation_scale for layer in Q.quant_layers(tuned).values()]
+    assert all((scale > 0).all() and not scale.requires_grad for scale in scales)
+
+
+def test_refreshed_norms_have_the_statistics_of_the_images() -> None:
+    module = small_network()
+    training.refresh_norms(NETWORK, module, split())
+    with torch.no_grad():
+        expected = module.stem(split().images[torch.arange(256)]).mean((0, 2, 3))
+    torch.testing.assert_close(module.norm.running_mean, expected, atol=1e-5, rtol=1e-4)
+    assert module.norm.momentum == 0.1
+    assert not module.training
+
+
+def test_a_loss_that_is_no_number_stops_training() -> None:
+    with pytest.raises(FloatingPointError, match=r"nan in epoch 1: lower the learning rate"):
+        training.fit(
+            NETWORK,
+            data.Split(images(8) * float("nan"), torch.zeros(8).long()),
+            module=small_network(),
+            epochs=1,
+            learning_rate=1.0,
+            seed=0,
+        )
+
+
+def test_augmentation_moves_and_mirrors_but_keeps_what_is_in_the_middle() -> None:
+    picture = torch.zeros(64, 1, 9, 9)
+    picture[:, :, 4, 4] = 1
+    moved = training.augment(picture, torch.Generator().manual_seed(0))
+    assert moved.shape == picture.shape
+    assert torch.equal(moved.sum((1, 2, 3)), torch.ones(64))
+    assert len({tuple(image.flatten().tolist()) for image in moved}) > 10
+
+
+MODULE = """
+import torch
+from tests.conftest import images
+def splits():
+    return {name: (images(n, n), torch.arange(n) % 4) for name, n in (("train", 64), ("search", 16), ("test", 8))}
+def network():
+    from haq.models import Network
+    from tests.conftest import small_network
+    return Network("small", small_network(), (1, 8, 8))
+"""
+
+
+def test_the_train_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train_job.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    arguments = ["--network", "train_job:network", "--data", "train_job:splits", "--epochs", "2", "--out", "a.safetensors"]
+    assert cli.run_command(lambda: train.main(arguments)) == 0
+    out = capsys.readouterr().out
+    assert "accuracy on the test split" in out
+    assert "next: python -m haq.search" in " ".join(out.split())
+    again = models.load("train_job:network@a.safetensors")
+    assert again.signature() != models.load("train_job:network").signature()
+    assert models.load("a.safetensors").signature() == again.signature()
+    for change, message in (
+        ([], "exists and is not overwritten"),
+        (["--out", "b.txt"], "ends in .safetensors"),
+        (["--epochs", "0"], "--epochs 0"),
+    ):
+        assert cli.run_command(lambda change=change: train.main([*arguments, *change])) == 2  # type: ignore[misc]
+        assert message in capsys.readouterr().err
