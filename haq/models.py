@@ -205,20 +205,20 @@ def _from_zoo(library: str, model: str, classes: int | None, pretrained: bool) -
         # A tag after a dot names one of several sets of weights.
         _check_known(name, model.partition(".")[0], known)
         weights = {"pretrained": pretrained, **outputs}
-        module = _download(name, lambda: timm.create_model(model, **weights))
+        module = _create(name, pretrained, lambda: timm.create_model(model, **weights))
         config: Any = module.pretrained_cfg
         shape, mean, std = tuple(config["input_size"]), tuple(config["mean"]), tuple(config["std"])
     elif library == "torchvision":
         models = import_zoo("torchvision.models")
         _check_known(name, model, models.list_models(module=models))
         weights = {"weights": "DEFAULT" if pretrained else None, **outputs}
-        if (not pretrained and "inception" in model) or "googlenet" in model:
+        if not pretrained and ("inception" in model or "googlenet" in model):
             weights["init_weights"] = True
-        module = _download(name, lambda: models.get_model(model, **weights))
+        module = _create(name, pretrained, lambda: models.get_model(model, **weights))
     else:
         provider = import_zoo("pytorchcv.model_provider")
         _check_known(name, model, list(provider._models))
-        module = _download(name, lambda: provider.get_model(model, pretrained=pretrained, **outputs))
+        module = _create(name, pretrained, lambda: provider.get_model(model, pretrained=pretrained, **outputs))
         side = getattr(module, "in_size", shape[1:])
         shape = (getattr(module, "in_channels", 3), *side)
     return Network(name, module, shape, mean, std, origin=library if pretrained else "random weights")
@@ -232,7 +232,9 @@ def _check_known(name: str, model: str, known: list[str]) -> None:
         raise ValueError(f"unknown network {name!r}: {library} has no {model!r}; close to it: {hint}")
 
 
-def _download(name: str, create: Any) -> nn.Module:
+def _create(name: str, pretrained: bool, create: Any) -> nn.Module:
+    if not pretrained:
+        return create()
     try:
         return create()
     except Exception as error:

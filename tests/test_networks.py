@@ -148,7 +148,7 @@ def test_weights_that_cannot_be_had_say_the_way_out(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no route to hub\nmore")
 
     with pytest.raises(FileNotFoundError, match=r"\(no route to hub\); give them as timm:x@CHECKPOINT"):
-        models._download("timm:x", fail)
+        models._create("timm:x", True, fail)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install 'haq\[zoo\]'"):
         models.load("timm:mobilenetv2_100")
