@@ -1,40 +1,77 @@
-"""BISMO, the bit-serial matrix multiplier of HAQ's `edge` and `cloud` targets, in first order.
+"""BISMO, the bit-serial matrix multiplier, as HAQ used it (targets `cloud` and `edge`): the exact schedule.
 
-An array of D x D dot-product units, each one word (`word_bits`) wide, computes one bit plane by bit plane tile product per
-cycle. A layer becomes matrix products, weights (M x K) times activations (K x N):
+An array of `array_rows` x `array_columns` dot-product units, each one word (`word_bits`) wide, computes one bit plane by bit
+plane tile product per cycle. A layer becomes matrix products, weights (M x K) times activations (K x N):
 
-    conv, pointwise   M = C_out             K = C_in k k   N = H_out W_out   once per image
-    grouped           M = C_out / groups    K = C_in / groups k k            once per group and image
-    depthwise         M = D C_out / C_in    K = D k k, a block-diagonal group of D channels: ceil(C_in / D) groups per image
-    linear            M = C_out             K = C_in       N = rows x batch  once
+    conv, pointwise   M = C_out              K = C_in k k    N = H_out W_out   once per image
+    grouped           M = C_out / groups     K = C_in / groups k k             once per group and image
+    depthwise         M = G C_out / C_in     K = G k k       as one block-diagonal group of G = `depthwise_group` channels,
+                                                             ceil(C_in / G) groups per image
+    linear            M = C_out              K = C_in        N = rows x batch  once
 
-and with kt = ceil(K / word_bits) each takes the longest of
+K fills kt = ceil(K / word_bits) words per row and bit plane; what pads a word is fetched and computed. One matrix product:
 
-    compute            ceil(M / D) ceil(N / D) kt w a
-    activation fetch   N kt a     x cycles per word
-    weight fetch       M kt w     x cycles per word
+ 1. Tiles are `array_rows` rows or `array_columns` columns. Each operand's buffer holds a number of tile-planes (one word of
+    every row of a tile, one bit plane), so N is split into chunks of floor(buffer / (kt a)) column tiles and M into chunks of
+    floor(buffer / (kt w)) row tiles, one at least. Blocks don't overlap: their times add.
+ 2. A block of m row tiles and n column tiles takes X = m n kt w a unit steps of a cycle each; a partial tile executes at full
+    cost. Order A: for column tile, row tile, word, weight plane, activation plane. Order B: the operands' roles swapped.
+ 3. Planes are fetched in the order of their first use, each operand through its own port, real rows only. A plane is there
+    after F cycles, the fetch time of everything up to it.
+ 4. T = max(X, max over planes of F + X - 1 - step of first use).
+ 5. The layer takes the order with the smaller sum of T over the blocks.
 
-cycles: compute, and each operand's own fetch port, work at the same time. This is the lower bound of the exact schedule
-(within 2 % of it for MobileNetV2 on `cloud`). Nothing is charged for results, instructions, activation functions,
-normalisation, pooling and additions.
+Nothing is charged for results, instructions, activation functions, normalisation, pooling and additions. F minus the step of
+first use is linear in tile, word and plane, so the maximum stands at a corner: that is the closed form below.
 
-Source: Umuroglu et al., "BISMO: A Scalable Bit-Serial Matrix Multiplication Overlay", FPL 2018; the mapping is the one that
-reproduces the latency table published by HAQ's authors (Wang et al., CVPR 2019).
+Sources: Umuroglu et al., "BISMO: A Scalable Bit-Serial Matrix Multiplication Overlay", FPL 2018; HAQ (Wang et al., CVPR
+2019), whose published latency table of MobileNetV2 on `cloud` these rules reproduce in all of its 3392 cells.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from hw_models.cost import BITS, CostTable, storage_bytes
+from hw_models.cost import BITS, CostTable, Floats, check_batch, storage_bytes
 from hw_models.workload import Layer, Workload
 
 BOUNDS = ("compute", "activation fetch", "weight fetch")
+
+
+class MatrixProduct(NamedTuple):
+    """Weights (m x k) times activations (k x n), `times` over."""
+
+    m: int
+    k: int
+    n: int
+    times: int
+
+
+def matrix_products(layer: Layer, images: int, depthwise_group: int) -> list[MatrixProduct]:
+    """A layer as matrix products (see the module's table), one entry per call."""
+    area = layer.kernel[0] * layer.kernel[1]
+    m, k, repeats = layer.out_channels // layer.groups, layer.in_channels // layer.groups * area, layer.groups
+    if layer.kind == "depthwise":
+        m, k, repeats = depthwise_group * m, depthwise_group * area, math.ceil(layer.in_channels / depthwise_group)
+    if layer.kind == "linear":
+        return [MatrixProduct(m, k, call.positions * images, 1) for call in layer.calls]
+    return [MatrixProduct(m, k, call.positions, repeats * images) for call in layer.calls]
+
+
+class _Operand(NamedTuple):
+    """One side of matrix products, as arrays that broadcast to (products, 8, 8)."""
+
+    rows: NDArray[np.int64]  # rows of weights or columns of activations
+    tile: int
+    bits: NDArray[np.int64]
+    chunk: NDArray[np.int64]  # rows that fit the buffer, in whole tiles
+    cycles: float  # the port's time for one word
 
 
 class BismoTarget(BaseModel):
@@ -45,64 +82,115 @@ class BismoTarget(BaseModel):
     model: Literal["bismo"]
     name: str = Field(min_length=1)
     description: str
-    array_size: int = Field(gt=0, description="dot-product units along each side of the array")
+    array_rows: int = Field(gt=0, description="dot-product units down the array: rows of weights in a tile")
+    array_columns: int = Field(gt=0, description="dot-product units across the array: columns of activations in a tile")
     word_bits: int = Field(gt=0, description="bits that one dot-product unit takes from each operand per cycle")
-    weight_port_bits_per_cycle: float = Field(gt=0)
-    activation_port_bits_per_cycle: float = Field(gt=0)
+    depthwise_group: int = Field(gt=0, description="channels of a depthwise layer in one block-diagonal matrix product")
+    weight_port_bits_per_cycle: float = Field(gt=0, allow_inf_nan=False)
+    activation_port_bits_per_cycle: float = Field(gt=0, allow_inf_nan=False)
+    weight_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the weight buffer holds")
+    activation_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the activation buffer holds")
     clock_mhz: float = Field(gt=0, allow_inf_nan=False)
     batch: int = Field(gt=0, description="images per batch")
+    power_w: float | None = Field(None, gt=0, allow_inf_nan=False, description="published power; energy = power x latency")
+    power_source: str | None = Field(None, description="where power_w was published")
 
     @property
     def provenance(self) -> str:
         return "estimated"
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
-        """Cycles and latency of every layer at every pair of widths, and its storage, for one batch of images.
+        """Cycles, latency, and energy where the power is known, of every layer at every pair of widths, for one batch.
 
         `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer.
         """
-        images = self.batch if batch is None else batch
-        if isinstance(images, bool) or not isinstance(images, int) or images < 1:
-            raise ValueError(f"batch must be a positive integer, not {images!r}")
-        terms = np.stack([self._terms(layer, images) for layer in workload.layers])  # (layers, bounds, 8, 8)
-        cycles = np.ceil(terms.max(1)).astype(np.int64)
+        images = check_batch(self.batch if batch is None else batch)
+        products = [(i, p) for i, layer in enumerate(workload.layers) for p in self.matrix_products(layer, images)]
+        owner = np.array([i for i, _ in products])
+        m, k, n, times = np.array([p for _, p in products], dtype=np.int64).T.reshape(4, -1, 1, 1)
+        steps, cycles, terms = self._price(m, k, n)
+        starts = np.searchsorted(owner, np.arange(len(workload)))  # a layer's calls stand next to each other
+        per_layer = np.add.reduceat(cycles * times, starts)
+        compute = np.add.reduceat(steps * times, starts)
+        latency = per_layer / (self.clock_mhz * 1e6)
         return CostTable(
             target=self.name,
             provenance=self.provenance,
             workload=workload,
             batch=images,
-            latency_s=cycles / (self.clock_mhz * 1e6),
-            energy_j=None,
+            latency_s=latency,
+            energy_j=None if self.power_w is None else latency * self.power_w,
             storage_bytes=storage_bytes(workload),
-            cycles=cycles,
-            bound=terms.argmax(1),
+            cycles=per_layer,
+            bound=np.add.reduceat(terms * times[None], starts, axis=1).argmax(0),
             bounds=BOUNDS,
+            counters={"compute_cycles": compute, "stall_cycles": per_layer - compute},
         )
 
-    def _terms(self, layer: Layer, images: int) -> NDArray[np.float64]:
-        """Cycles that each of BOUNDS would take alone, shape (3, 8, 8), summed over the layer's calls."""
-        area = layer.kernel[0] * layer.kernel[1]
-        rows, depth, repeats = (
-            layer.out_channels // layer.groups,
-            layer.in_channels // layer.groups * area,
-            layer.groups,
-        )
-        if layer.kind == "depthwise":
-            rows, depth = self.array_size * rows, self.array_size * area
-            repeats = math.ceil(layer.in_channels / self.array_size)
+    def matrix_products(self, layer: Layer, images: int) -> list[MatrixProduct]:
+        """What a layer becomes on this machine, for a batch of images."""
+        return matrix_products(layer, images, self.depthwise_group)
+
+    def _price(
+        self, m: NDArray[np.int64], k: NDArray[np.int64], n: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+        """Unit steps, cycles, and the time that each of BOUNDS would take alone, for products of shape (P, 1, 1)."""
         w, a = np.meshgrid(np.arange(1, BITS + 1), np.arange(1, BITS + 1), indexing="ij")
-        words = math.ceil(depth / self.word_bits)
-        terms = np.zeros((len(BOUNDS), BITS, BITS))
-        for call in layer.calls:
-            columns, times = call.positions, repeats * images
-            if layer.kind == "linear":
-                columns, times = columns * images, repeats
-            tiles = math.ceil(rows / self.array_size) * math.ceil(columns / self.array_size)
-            terms += times * np.stack(
-                [
-                    tiles * words * w * a,
-                    columns * words * a * (self.word_bits / self.activation_port_bits_per_cycle),
-                    rows * words * w * (self.word_bits / self.weight_port_bits_per_cycle),
-                ]
-            )
-        return terms
+        words = -(-k // self.word_bits)
+
+        def operand(rows: NDArray[np.int64], tile: int, bits: NDArray[np.int64], planes: int, port: float) -> _Operand:
+            chunk = tile * np.maximum(1, planes // (words * bits))
+            return _Operand(rows, tile, bits, chunk, self.word_bits / port)
+
+        weights = operand(m, self.array_rows, w, self.weight_buffer_tile_planes, self.weight_port_bits_per_cycle)
+        activations = operand(
+            n, self.array_columns, a, self.activation_buffer_tile_planes, self.activation_port_bits_per_cycle
+        )
+        cycles = np.minimum(_total(activations, weights, words), _total(weights, activations, words))
+        steps = -(-m // self.array_rows) * -(-n // self.array_columns) * words * w * a
+        fetch = (words * operand.bits * operand.rows * operand.cycles for operand in (activations, weights))
+        return steps, cycles, np.stack([np.broadcast_to(term, cycles.shape) for term in (steps, *fetch)]).astype(float)
+
+
+def _total(outer: _Operand, inner: _Operand, words: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cycles over all blocks, the outer operand's tiles in the outer loop. At most four blocks differ: the full chunks and
+    the last one, of either operand."""
+    total = np.zeros((), dtype=np.int64)
+    for (outer_rows, outer_count), (inner_rows, inner_count) in itertools.product(_chunks(outer), _chunks(inner)):
+        block = _block(outer._replace(rows=outer_rows), inner._replace(rows=inner_rows), words)
+        total = total + outer_count * inner_count * block
+    return total
+
+
+def _chunks(operand: _Operand) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows and number of the full chunks, and of the last one."""
+    full = -(-operand.rows // operand.chunk) - 1
+    one = np.ones((), dtype=np.int64)
+    return [(np.minimum(operand.chunk, operand.rows), full), (operand.rows - full * operand.chunk, one)]
+
+
+def _block(outer: _Operand, inner: _Operand, words: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cycles of one block: rule 4 at the corners of tile, word and plane."""
+    outer_tiles, inner_tiles = -(-outer.rows // outer.tile), -(-inner.rows // inner.tile)
+    per_tile = words * outer.bits * inner.bits
+    steps = outer_tiles * inner_tiles * per_tile
+    # First use of plane (tile, word, bit). The innermost loop runs over the outer operand's planes.
+    outer_first = (inner_tiles * per_tile, outer.bits * inner.bits, 1)
+    inner_first = (per_tile, outer.bits * inner.bits, outer.bits)
+    latest = np.maximum(_lateness(outer, words, outer_first), _lateness(inner, words, inner_first))
+    cycles: NDArray[np.int64] = np.maximum(steps, np.ceil(latest + steps - 1).astype(np.int64))
+    return cycles
+
+
+def _lateness(operand: _Operand, words: NDArray[np.int64], first: tuple[object, object, object]) -> Floats:
+    """The largest F - step of first use over an operand's planes; linear within full tiles and within the last tile."""
+    tiles = -(-operand.rows // operand.tile)
+    last = operand.rows - (tiles - 1) * operand.tile
+    full = np.where(tiles > 1, operand.tile, last)
+    latest: Floats = np.full((), -np.inf)
+    for index, size in ((np.zeros_like(tiles), full), (np.maximum(tiles - 2, 0), full), (tiles - 1, last)):
+        for word, plane in itertools.product((0, words - 1), (0, operand.bits - 1)):
+            fetched = index * operand.tile * words * operand.bits + size * (word * operand.bits + plane + 1)
+            step = index * first[0] + word * first[1] + plane * first[2]  # type: ignore[operator]
+            latest = np.maximum(latest, fetched * operand.cycles - step)
+    return latest

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class CostTable:
 
     Arrays have shape (layers, 8, 8) and are indexed [layer, weight bits - 1, activation bits - 1]. `latency_s` is in
     seconds, `energy_j` in joules, `storage_bytes` in bytes; a metric that the target doesn't have is None. `bound` holds
-    the index in `bounds` of what limits each cell.
+    the index in `bounds` of what limits each cell. `counters` are further integer arrays of the same shape, by name.
     """
 
     target: str
@@ -46,6 +47,7 @@ class CostTable:
     cycles: Integers | None = None
     bound: Integers | None = None
     bounds: tuple[str, ...] = ()
+    counters: Mapping[str, Integers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.workload), BITS, BITS)
@@ -97,6 +99,13 @@ class CostTable:
             total(self.storage_bytes),  # type: ignore[arg-type]
             total(self.cycles),  # type: ignore[arg-type]
         )
+
+
+def check_batch(batch: object) -> int:
+    """A batch as it was given. Raises ValueError unless it is a positive integer."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be a positive integer, not {batch!r}")
+    return batch
 
 
 def undominated(cost: Floats, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -11,10 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from hw_models.bismo import BismoTarget
+from hw_models.bitfusion import BitFusionTarget
 from hw_models.cost import CostTable
 from hw_models.workload import Workload
 
-MODELS = {"bismo": BismoTarget}
+MODELS: dict[str, type[BismoTarget] | type[BitFusionTarget]] = {"bismo": BismoTarget, "bitfusion": BitFusionTarget}
 
 
 class Target(Protocol):

@@ -7,6 +7,7 @@ Q.set_policy(qnet, policy)
 
 from quantizers.functional import dequantize, fake_quantize, integer_range
 from quantizers.layers import (
+    QuantConv1d,
     QuantConv2d,
     QuantLayer,
     QuantLinear,
@@ -22,6 +23,7 @@ from quantizers.policy import BitPolicy
 
 __all__ = [
     "BitPolicy",
+    "QuantConv1d",
     "QuantConv2d",
     "QuantLayer",
     "QuantLinear",

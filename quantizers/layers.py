@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 from quantizers import calibrate as calibration
 from quantizers.functional import MAX_BITS, fake_quantize, integer_range
-from quantizers.policy import BitPolicy, Bits
+from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 
 SCHEMES = ("linear",)
 
 
 class QuantLayer(nn.Module):
-    """What QuantConv2d and QuantLinear share. Both keep the float layer's parameters and `state_dict` keys.
+    """What QuantConv1d, QuantConv2d and QuantLinear share. They keep the float layer's parameters and `state_dict` keys.
 
     weight_bits, activation_bits
         1..8, or None for float. Can be set at any time (`set_policy`): the scales of every width are there already.
@@ -103,6 +103,13 @@ class QuantLayer(nn.Module):
         return made
 
 
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    """Conv1d whose input and weight are quantized to its bits."""
+
+    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """Conv2d whose input and weight are quantized to its bits."""
 
@@ -118,7 +125,7 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class _QuantCustom(QuantLayer):
-    """A Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place."""
+    """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place."""
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         parameter = self._parameters.pop("weight")
@@ -134,7 +141,9 @@ class _QuantCustom(QuantLayer):
         return result
 
 
-_CLASSES: dict[type[nn.Module], type[QuantLayer]] = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}
+_CLASSES: dict[type[nn.Module], type[QuantLayer]] = dict(
+    zip(QUANTIZABLE, (QuantConv1d, QuantConv2d, QuantLinear), strict=True)
+)
 
 
 def _quant_class(kind: type[nn.Module]) -> type[QuantLayer]:
@@ -164,7 +173,7 @@ def quantize(
 
     calibrate: inputs, as one tensor or an iterable of tensors or (inputs, labels); or instead
     state: what `quantizer_state` returned for the same network, which needs no data.
-    policy: must name every Conv2d and Linear that is called; (None, None) leaves one in float.
+    policy: must name every Conv1d, Conv2d and Linear that is called; (None, None) leaves one in float.
 
     Raises ValueError for unknown or missing layers, for bits out of range, and for calibration without data.
     """
@@ -172,7 +181,7 @@ def quantize(
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     if (calibrate is None) == (state is None):
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), one of the two")
-    floats = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    floats = {name: m for name, m in network.named_modules() if isinstance(m, QUANTIZABLE)}
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
     _check_names(policy, floats)

@@ -16,6 +16,7 @@ from quantizers.functional import MAX_BITS
 
 SCHEMA, VERSION = "haq-bit-policy", 1
 Bits = tuple["int | None", "int | None"]
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 class BitPolicy(Mapping[str, Bits]):
@@ -31,9 +32,9 @@ class BitPolicy(Mapping[str, Bits]):
     @classmethod
     def uniform(cls, network: nn.Module, w: int | None, a: int | None) -> BitPolicy:
         """The same bits for every convolution and linear layer of a network, in the order of its modules."""
-        names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        names = [name for name, module in network.named_modules() if isinstance(module, QUANTIZABLE)]
         if not names:
-            raise ValueError(f"{type(network).__name__} has no Conv2d or Linear layer to quantize")
+            raise ValueError(f"{type(network).__name__} has no Conv1d, Conv2d or Linear layer to quantize")
         return cls(dict.fromkeys(names, (w, a)))
 
     @classmethod

@@ -95,7 +95,7 @@ def test_grouped_layers() -> None:
 
 
 def test_nothing_to_quantize_lists_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no Conv2d or Linear.*Flatten, ReLU"):
+    with pytest.raises(ValueError, match=r"no Conv1d, Conv2d or Linear.*Flatten, ReLU"):
         hw_models.trace(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.zeros(1, 3))
 
 

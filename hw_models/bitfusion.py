@@ -1,0 +1,362 @@
+"""BitFusion, the accelerator whose multipliers fuse to the width they are asked for (target `bitfusion` and its relatives).
+
+N rows (input channels) x M columns (output channels) of fusion units, three double-buffered on-chip memories, and DRAM. All
+rules are those of the authors' simulator, whose layer results they reproduce (cycles and traffic as integers).
+
+Throughput. One unit does pf = int(F / max(a, 2)) int(F / max(w, 2)) products per cycle, F = `fusion_bits`: with F = 8, 1 bit
+computes as 2, 3 as 4 and 5 to 7 as 8. Memory traffic uses the true bits, so those widths still save traffic.
+
+Compute cycles of a tile of b images, ow x oh outputs, ic input and oc output channels, kernel kw x kh:
+    b ceil(oc / M) ow oh kw kh ceil(ic / (N pf))         convolution and linear (a linear layer has one output position)
+    b ceil(oc / M) ow oh ceil(kw kh ic / (N pf))         the first convolution of a workload, as im2col
+so that gains stop once N pf reaches the input channels.
+
+Tiles in bits: weights ceil(kw kh ic / (N pf)) N pf oc w; activations, the input window of the tile, times ic b a (im2col:
+ow oh kw kh ic b a); outputs ow oh ceil(oc / M) M b 32, read and written. Each must fit half its buffer.
+
+Schedule: b, ow = oh and ic from min(2^k, dimension), oc from min(M 2^k, dimension) (im2col: min(2^k, dimension)), and every order
+of the five loops over tiles; the smallest number of cycles wins, then the smallest energy. Walking the loops from the inside, an operand
+stays on the chip while what it needs fits half its buffer; from there on every loop fetches it again.
+
+    total = compute + stall        stall = max(0, ceil((reads + writes - resident) / bw) - compute) + fill and drain of what is resident
+    energy = compute cycles x core + buffer bits x SRAM energy per bit + DRAM bits x 15 pJ; no leakage
+
+Energy is not monotone in bits (w4/a6 can cost more than w4/a8): another width takes another schedule.
+
+Not known to the authors' simulator, and priced by these rules:
+    grouped       each group is a layer of its own, one after the other
+    depthwise     `depthwise: per_channel` prices each channel as a layer of one input and C_out / C_in outputs: the array
+                  broadcasts an input to all its columns, and a depthwise channel has use for one, so this is what the hardware as described
+                  can do. `depthwise: broadcast` takes the layer as one input channel to C_out outputs: the array's columns are full, as if
+                  each had its own input, and the input is fetched as one channel: the optimistic end.
+    rectangular   height and width keep their own kernel, stride and output size; a tile is 2^k x 2^k, cut to the output
+    dilated       as many products as without, on a window as wide as the dilated kernel
+
+Source: Sharma et al., "Bit Fusion: Bit-Level Dynamically Composable Architecture for Accelerating Deep Neural Networks",
+ISCA 2018; SRAM energies are CACTI's at 45 nm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from hw_models.cost import BITS, CostTable, Floats, Integers, check_batch, storage_bytes
+from hw_models.workload import Call, Layer, Size, Workload
+
+BOUNDS = ("compute", "DRAM")
+OUTPUT_BITS = 32
+LARGEST_WIDTH = 16  # that `schedule` accepts; a cost table ends at 8
+COUNTERS = (
+    "compute_cycles",
+    "stall_cycles",
+    "dram_read_bits",
+    "dram_write_bits",
+    "weight_buffer_read_bits",
+    "weight_buffer_write_bits",
+    "activation_buffer_read_bits",
+    "activation_buffer_write_bits",
+    "output_buffer_read_bits",
+    "output_buffer_write_bits",
+)
+# The loops over tiles, and which of them change an operand's tile.
+BATCH, WIDTH, HEIGHT, INPUTS, OUTPUTS = range(5)
+DEPENDS = {
+    "weights": (INPUTS, OUTPUTS),
+    "activations": (BATCH, WIDTH, HEIGHT, INPUTS),
+    "outputs": (BATCH, WIDTH, HEIGHT, OUTPUTS),
+}
+ORDERS = np.array(list(itertools.permutations(range(5))))  # from the innermost loop to the outermost
+# Width and height play the same part: where they have as many tiles, one order of the two is enough.
+SQUARE_ORDERS = ORDERS[(ORDERS == WIDTH).argmax(1) < (ORDERS == HEIGHT).argmax(1)]
+
+
+class Shape(NamedTuple):
+    """What the machine runs in one go: sizes as (height, width), channels of one group, images."""
+
+    kernel: Size
+    window: Size  # the kernel with its dilation
+    stride: Size
+    output: Size
+    inputs: int
+    outputs: int
+    images: int
+    im2col: bool
+
+
+class Schedule(NamedTuple):
+    """The best schedule of one shape at P pairs of widths: total cycles (P,), joules (P,), and COUNTERS (P,) by name."""
+
+    cycles: Integers
+    energy_j: Floats
+    counters: dict[str, Integers]
+
+
+class _Tilings(NamedTuple):
+    """T tilings at P pairs of widths: `loops` (5, T) are the numbers of tiles, the rest has shape (P, T) or (T,)."""
+
+    loops: Integers
+    weights: Integers
+    activations: Integers
+    outputs: Integers
+    compute: Integers
+    smallest: Integers  # no order of the loops takes fewer cycles
+
+
+class BitFusionTarget(BaseModel):
+    """A BitFusion machine: every field is a key of its YAML file, with its unit in the name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Literal["bitfusion"]
+    name: str = Field(min_length=1)
+    description: str
+    array_rows: int = Field(gt=0, description="fusion units down the array: input channels")
+    array_columns: int = Field(gt=0, description="fusion units across the array: output channels")
+    fusion_bits: Literal[8, 16] = Field(description="widest operand that one fusion unit multiplies in a cycle")
+    weight_buffer_bytes: int = Field(gt=0)
+    activation_buffer_bytes: int = Field(gt=0)
+    output_buffer_bytes: int = Field(gt=0)
+    dram_bits_per_cycle: int = Field(gt=0)
+    clock_mhz: float = Field(gt=0, allow_inf_nan=False)
+    core_pj_per_cycle: float = Field(gt=0, allow_inf_nan=False, description="the whole array, at any width")
+    weight_buffer_read_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    weight_buffer_write_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    activation_buffer_read_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    activation_buffer_write_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    output_buffer_read_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    output_buffer_write_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    dram_pj_per_bit: float = Field(gt=0, allow_inf_nan=False)
+    depthwise: Literal["per_channel", "broadcast"] = Field(description="how a depthwise layer is run")
+    batch: int = Field(gt=0, description="images per batch")
+
+    @property
+    def provenance(self) -> str:
+        return "estimated"
+
+    def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
+        """Cycles, latency, energy and traffic of every layer at every pair of widths, for one batch of images.
+
+        `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer, and for a layer of
+        which no tile fits the buffers.
+        """
+        images = check_batch(self.batch if batch is None else batch)
+        w, a = (grid.ravel() for grid in np.meshgrid(np.arange(1, BITS + 1), np.arange(1, BITS + 1), indexing="ij"))
+        first = next((i for i, layer in enumerate(workload.layers) if layer.kind != "linear"), None)
+        found: dict[Shape, Schedule] = {}  # networks repeat their layers
+        totals = {name: np.zeros((len(workload), BITS, BITS), np.int64) for name in ("cycles", *COUNTERS)}
+        energy = np.zeros((len(workload), BITS, BITS))
+        for i, layer in enumerate(workload.layers):
+            for call in layer.calls:
+                shape, repeats = self.shape(layer, call, images, im2col=i == first)
+                if shape not in found:
+                    try:
+                        found[shape] = self.schedule(shape, w, a)
+                    except ValueError as error:
+                        raise ValueError(f"layer {layer.name!r} can't be priced on {self.name}: {error}") from error
+                best = found[shape]
+                totals["cycles"][i] += repeats * best.cycles.reshape(BITS, BITS)
+                energy[i] += repeats * best.energy_j.reshape(BITS, BITS)
+                for name in COUNTERS:
+                    totals[name][i] += repeats * best.counters[name].reshape(BITS, BITS)
+        cycles = totals.pop("cycles")
+        traffic = (totals["dram_read_bits"] + totals["dram_write_bits"]) / self.dram_bits_per_cycle
+        return CostTable(
+            target=self.name,
+            provenance=self.provenance,
+            workload=workload,
+            batch=images,
+            latency_s=cycles / (self.clock_mhz * 1e6),
+            energy_j=energy,
+            storage_bytes=storage_bytes(workload),
+            cycles=cycles,
+            bound=(traffic > totals["compute_cycles"]).astype(np.int64),
+            bounds=BOUNDS,
+            counters=totals,
+        )
+
+    def shape(self, layer: Layer, call: Call, images: int, *, im2col: bool) -> tuple[Shape, int]:
+        """What one call of a layer asks of the machine, and how many times over."""
+        (kh, kw), (dh, dw) = layer.kernel, layer.dilation
+        window = (dh * (kh - 1) + 1, dw * (kw - 1) + 1)
+        if layer.kind == "linear":
+            # Rows of a sequence are independent of each other, as the images of a batch are.
+            rows = images * call.positions
+            return Shape((1, 1), (1, 1), (1, 1), (1, 1), layer.in_channels, layer.out_channels, rows, False), 1
+        inputs, outputs, repeats = layer.in_channels // layer.groups, layer.out_channels // layer.groups, layer.groups
+        if layer.kind == "depthwise" and self.depthwise == "broadcast":
+            outputs, repeats = layer.out_channels, 1
+        return Shape(layer.kernel, window, layer.stride, call.output_size, inputs, outputs, images, im2col), repeats
+
+    def schedule(self, shape: Shape, w_bits: NDArray[np.integer], a_bits: NDArray[np.integer]) -> Schedule:
+        """The best schedule of a shape for P pairs of weight and activation bits (1 to `fusion_bits`), arrays of shape (P,).
+
+        Raises ValueError for bits out of range, and if no tile fits the buffers.
+        """
+        w, a = np.asarray(w_bits, np.int64), np.asarray(a_bits, np.int64)
+        for bits in (w, a):
+            if bits.min() < 1 or bits.max() > self.fusion_bits:
+                raise ValueError(f"bits must be from 1 to {self.fusion_bits}, found {bits.min()} to {bits.max()}")
+        tilings, tiles = self._tilings(shape, w, a)
+        if (tilings.smallest == _NEVER).all(1).any():
+            raise ValueError("no tile of it fits half the buffers")
+        square = (tilings.loops[WIDTH] == tilings.loops[HEIGHT]).all()
+        orders = SQUARE_ORDERS if square else ORDERS
+        # The most promising tiling of each pair gives a number of cycles that few others can beat.
+        pairs = np.arange(len(w))
+        reached = self._run(tilings, pairs, tilings.smallest.argmin(1), orders)[0].min(1)
+        pair, tiling = np.nonzero(tilings.smallest <= reached[:, None])
+        cycles, reads, writes, filled = self._run(tilings, pair, tiling, orders)
+        best = np.full(len(w), _NEVER)
+        np.minimum.at(best, pair, cycles.min(1))
+        row, order = np.nonzero(cycles == best[pair][:, None])
+        chosen = (row, order)
+        counters = self._count(shape, tiles, tilings, w, a, pair[row], tiling[row])
+        counters["stall_cycles"] = cycles[chosen] - counters["compute_cycles"]
+        counters["dram_read_bits"], counters["dram_write_bits"] = reads[chosen], writes[chosen]
+        counters["weight_buffer_write_bits"] = filled[0][chosen]
+        counters["activation_buffer_write_bits"] = filled[1][chosen]
+        counters["output_buffer_read_bits"] += writes[chosen]
+        counters["output_buffer_write_bits"] += writes[chosen]
+        energy = self._energy(counters)
+        ranked = np.lexsort((energy, pair[row]))
+        winners = ranked[np.searchsorted(pair[row][ranked], pairs)]
+        return Schedule(best, energy[winners], {name: counters[name][winners] for name in COUNTERS})
+
+    def _tilings(self, shape: Shape, w: Integers, a: Integers) -> tuple[_Tilings, Integers]:
+        """All tilings whose outputs fit, and their sizes (b, oh, ow, ic, oc) as an array (5, T)."""
+        (kh, kw), (oh, ow) = shape.kernel, shape.output
+        sides = range(math.ceil(math.log2(max(oh, ow))) + 1)
+        unit = 1 if shape.im2col else self.array_columns
+        sizes = itertools.product(
+            _sizes(shape.images),
+            [(min(2**k, oh), min(2**k, ow)) for k in sides],
+            _sizes(shape.inputs),
+            _sizes(shape.outputs, unit),
+        )
+        tiles = np.array([(b, *side, ic, oc) for b, side, ic, oc in sizes], np.int64).T
+        b, th, tw, ic, oc = tiles
+        columns = _ceil(oc, self.array_columns)
+        outputs = tw * th * columns * self.array_columns * b * OUTPUT_BITS
+        fits = outputs <= self.output_buffer_bytes * 4
+        tiles, outputs, columns = tiles[:, fits], outputs[fits], columns[fits]
+        b, th, tw, ic, oc = tiles
+
+        whole = np.array([[shape.images], [ow], [oh], [shape.inputs], [shape.outputs]])
+        loops = _ceil(whole, np.stack([b, tw, th, ic, oc]))
+        depth = self._depth(w, a)[:, None]
+        weights = _ceil(kw * kh * ic, depth) * depth * oc * w[:, None]
+        if shape.im2col:
+            activations = tw * th * kw * kh * ic * b * a[:, None]
+            compute = b * tw * th * columns * _ceil(kw * kh * ic, depth)
+        else:
+            across = shape.window[1] + (tw - 1) * shape.stride[1]
+            down = shape.window[0] + (th - 1) * shape.stride[0]
+            activations = across * down * ic * b * a[:, None]
+            compute = b * tw * th * columns * kw * kh * _ceil(ic, depth)
+        compute = compute * loops.prod(0)
+        # Bounds from below: everything is moved once, and what is resident is at least a tile.
+        moved = sum(
+            tile * loops[list(DEPENDS[name])].prod(0)
+            for name, tile in (("weights", weights), ("activations", activations), ("outputs", 2 * outputs))
+        )
+        ends = _ceil(weights + activations + outputs, self.dram_bits_per_cycle) + _ceil(outputs, self.dram_bits_per_cycle)
+        smallest = np.maximum(compute + ends, _ceil(moved, self.dram_bits_per_cycle))
+        fits_pair = (weights <= self.weight_buffer_bytes * 4) & (activations <= self.activation_buffer_bytes * 4)
+        return _Tilings(loops, weights, activations, outputs, compute, np.where(fits_pair, smallest, _NEVER)), tiles
+
+    def _depth(self, w: Integers, a: Integers) -> Integers:
+        """Products that the rows of one column do in a cycle."""
+        return self.array_rows * (self.fusion_bits // np.maximum(a, 2)) * (self.fusion_bits // np.maximum(w, 2))
+
+    def _run(
+        self, tilings: _Tilings, pair: Integers, tiling: Integers, orders: Integers
+    ) -> tuple[Integers, Integers, Integers, tuple[Integers, Integers]]:
+        """Total cycles, DRAM reads and writes, and what fills the weight and activation buffers, each (K, orders), for K
+        combinations of a pair of widths and a tiling."""
+        loops = tilings.loops[:, tiling]
+        walked = [
+            _walk(size, limit * 4, loops, orders, DEPENDS[name])
+            for name, size, limit in (
+                ("weights", tilings.weights[pair, tiling], self.weight_buffer_bytes),
+                ("activations", tilings.activations[pair, tiling], self.activation_buffer_bytes),
+                ("outputs", tilings.outputs[tiling], self.output_buffer_bytes),
+            )
+        ]
+        (weights, _), (activations, _), (outputs, last) = walked
+        resident = walked[0][1] + walked[1][1] + last
+        reads, bw = weights + activations + outputs, self.dram_bits_per_cycle
+        ends = _ceil(resident, bw) + _ceil(last, bw)
+        middle = _ceil(reads + outputs - resident - last, bw)
+        cycles = np.maximum(tilings.compute[pair, tiling][:, None], middle) + ends
+        return cycles, reads, outputs, (weights, activations)
+
+    def _count(
+        self, shape: Shape, tiles: Integers, tilings: _Tilings, w: Integers, a: Integers, pair: Integers, tiling: Integers
+    ) -> dict[str, Integers]:
+        """Compute cycles and on-chip traffic of the cheapest of input-, output- and weight-stationary (ties in that order)."""
+        b, th, tw, ic, oc = tiles[:, tiling]
+        w, a = w[pair], a[pair]
+        depth, area = self._depth(w, a), shape.kernel[0] * shape.kernel[1]
+        columns, positions = _ceil(oc, self.array_columns) * self.array_columns, b * th * tw
+        padded = _ceil(ic * area, depth) * depth if shape.im2col else _ceil(ic, depth) * depth * area
+        input_stationary = padded * positions * (a + columns * (w + OUTPUT_BITS))
+        output_stationary = columns * positions * (OUTPUT_BITS + padded * (a + w))
+        weight_stationary = padded * columns * (w + positions * (a + OUTPUT_BITS))
+        choice = np.stack([input_stationary, output_stationary, weight_stationary]).argmin(0)
+        products = area * ic * positions
+        times = tilings.loops[:, tiling].prod(0)
+        activations = np.choose(choice, [products * a, products * oc * a, products * oc * a])
+        outputs = np.choose(choice, [products * oc, oc * positions, products * oc]) * OUTPUT_BITS
+        weights = np.choose(choice, [products * oc * w, products * oc * w, area * ic * oc * w])
+        return {
+            "compute_cycles": tilings.compute[pair, tiling],
+            "weight_buffer_read_bits": weights * times,
+            "activation_buffer_read_bits": activations * times,
+            "output_buffer_read_bits": outputs * times,
+            "output_buffer_write_bits": outputs * times,
+        }
+
+    def _energy(self, counters: dict[str, Integers]) -> Floats:
+        """Joules."""
+        picojoules: Floats = counters["compute_cycles"] * self.core_pj_per_cycle
+        for operand in ("weight", "activation", "output"):
+            for access in ("read", "write"):
+                bits = counters[f"{operand}_buffer_{access}_bits"]
+                picojoules = picojoules + bits * getattr(self, f"{operand}_buffer_{access}_pj_per_bit")
+        moved = counters["dram_read_bits"] + counters["dram_write_bits"]
+        return (picojoules + moved * self.dram_pj_per_bit) * 1e-12
+
+
+_NEVER = np.iinfo(np.int64).max
+
+
+def _walk(
+    tile: Integers, limit: int, loops: Integers, orders: Integers, depends: tuple[int, ...]
+) -> tuple[Integers, Integers]:
+    """DRAM traffic of an operand and what of it is resident, (K, orders): loops from the inside; see the module."""
+    traffic = np.repeat(tile[:, None], len(orders), axis=1)
+    resident, promoted = traffic, np.ones(traffic.shape, bool)
+    for loop in orders.T:
+        more = traffic * loops[loop].T
+        grows = promoted & np.isin(loop, depends)
+        traffic = np.where(grows | ~promoted, more, traffic)
+        stays = grows & (more <= limit)
+        resident = np.where(stays, more, resident)
+        promoted = promoted & (stays | ~grows)
+    return traffic, resident
+
+
+def _sizes(dimension: int, unit: int = 1) -> list[int]:
+    """unit, 2 unit, 4 unit, ... up to and cut to the dimension."""
+    steps = max(0, math.ceil(math.log2(dimension / unit)))
+    return [min(unit * 2**k, dimension) for k in range(steps + 1)]
+
+
+def _ceil(numerator: Integers, denominator: Integers | int) -> Integers:
+    return -(-numerator // denominator)
