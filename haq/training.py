@@ -101,7 +101,9 @@ def _match(module: nn.Module, teacher: nn.Module, inputs: Tensor, generator: tor
     """Distance from the teacher's outputs on random mixtures of images, in nats."""
     share = torch.rand(len(inputs), 1, 1, 1, generator=generator)
     partner = torch.randperm(len(inputs), generator=generator)
-    inputs = (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=torch.channels_last)
+    last = inputs.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    inputs = (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=order)
     with torch.no_grad():
         targets = F.log_softmax(teacher(inputs), dim=1)
     return F.kl_div(F.log_softmax(module(inputs), dim=1), targets, reduction="batchmean", log_target=True)

@@ -35,10 +35,11 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from hw_models.cost import BITS, CostTable, Floats, check_batch, storage_bytes
+from hw_models.cost import CostTable, Floats, Integers
+from hw_models.machine import PoweredMachine
+from hw_models.storage import BITS
 from hw_models.workload import Layer, Workload
 
 BOUNDS = ("compute", "activation fetch", "weight fetch")
@@ -67,21 +68,17 @@ def matrix_products(layer: Layer, images: int, depthwise_group: int) -> list[Mat
 class _Operand(NamedTuple):
     """One side of matrix products, as arrays that broadcast to (products, 8, 8)."""
 
-    rows: NDArray[np.int64]  # rows of weights or columns of activations
+    rows: Integers  # rows of weights or columns of activations
     tile: int
-    bits: NDArray[np.int64]
-    chunk: NDArray[np.int64]  # rows that fit the buffer, in whole tiles
+    bits: Integers
+    chunk: Integers  # rows that fit the buffer, in whole tiles
     cycles: float  # the port's time for one word
 
 
-class BismoTarget(BaseModel):
+class BismoTarget(PoweredMachine):
     """A BISMO machine: every field is a key of its YAML file, with its unit in the name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     model: Literal["bismo"]
-    name: str = Field(min_length=1)
-    description: str
     array_rows: int = Field(gt=0, description="dot-product units down the array: rows of weights in a tile")
     array_columns: int = Field(gt=0, description="dot-product units across the array: columns of activations in a tile")
     word_bits: int = Field(gt=0, description="bits that one dot-product unit takes from each operand per cycle")
@@ -90,55 +87,32 @@ class BismoTarget(BaseModel):
     activation_port_bits_per_cycle: float = Field(gt=0, allow_inf_nan=False)
     weight_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the weight buffer holds")
     activation_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the activation buffer holds")
-    clock_mhz: float = Field(gt=0, allow_inf_nan=False)
-    batch: int = Field(gt=0, description="images per batch")
-    power_w: float | None = Field(None, gt=0, allow_inf_nan=False, description="published power; energy = power x latency")
-    power_source: str | None = Field(None, description="where power_w was published")
-
-    @property
-    def provenance(self) -> str:
-        return "estimated"
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
         """Cycles, latency, and energy where the power is known, of every layer at every pair of widths, for one batch.
 
         `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer.
         """
-        images = check_batch(self.batch if batch is None else batch)
-        products = [(i, p) for i, layer in enumerate(workload.layers) for p in self.matrix_products(layer, images)]
+        images = self.images(workload, batch)
+        products = [
+            (i, p) for i, layer in enumerate(workload.layers) for p in matrix_products(layer, images, self.depthwise_group)
+        ]
         owner = np.array([i for i, _ in products])
         m, k, n, times = np.array([p for _, p in products], dtype=np.int64).T.reshape(4, -1, 1, 1)
         steps, cycles, terms = self._price(m, k, n)
         starts = np.searchsorted(owner, np.arange(len(workload)))  # a layer's calls stand next to each other
-        per_layer = np.add.reduceat(cycles * times, starts)
+        cycles = np.add.reduceat(cycles * times, starts)
         compute = np.add.reduceat(steps * times, starts)
-        latency = per_layer / (self.clock_mhz * 1e6)
-        return CostTable(
-            target=self.name,
-            provenance=self.provenance,
-            workload=workload,
-            batch=images,
-            latency_s=latency,
-            energy_j=None if self.power_w is None else latency * self.power_w,
-            storage_bytes=storage_bytes(workload),
-            cycles=per_layer,
-            bound=np.add.reduceat(terms * times[None], starts, axis=1).argmax(0),
-            bounds=BOUNDS,
-            counters={"compute_cycles": compute, "stall_cycles": per_layer - compute},
-        )
+        bound = np.add.reduceat(terms * times[None], starts, axis=1).argmax(0)
+        counters = {"compute_cycles": compute, "stall_cycles": cycles - compute}
+        return self.table(workload, images, cycles, self.energy(cycles), bound, BOUNDS, counters)
 
-    def matrix_products(self, layer: Layer, images: int) -> list[MatrixProduct]:
-        """What a layer becomes on this machine, for a batch of images."""
-        return matrix_products(layer, images, self.depthwise_group)
-
-    def _price(
-        self, m: NDArray[np.int64], k: NDArray[np.int64], n: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    def _price(self, m: Integers, k: Integers, n: Integers) -> tuple[Integers, Integers, Floats]:
         """Unit steps, cycles, and the time that each of BOUNDS would take alone, for products of shape (P, 1, 1)."""
         w, a = np.meshgrid(np.arange(1, BITS + 1), np.arange(1, BITS + 1), indexing="ij")
         words = -(-k // self.word_bits)
 
-        def operand(rows: NDArray[np.int64], tile: int, bits: NDArray[np.int64], planes: int, port: float) -> _Operand:
+        def operand(rows: Integers, tile: int, bits: Integers, planes: int, port: float) -> _Operand:
             chunk = tile * np.maximum(1, planes // (words * bits))
             return _Operand(rows, tile, bits, chunk, self.word_bits / port)
 
@@ -152,7 +126,7 @@ class BismoTarget(BaseModel):
         return steps, cycles, np.stack([np.broadcast_to(term, cycles.shape) for term in (steps, *fetch)]).astype(float)
 
 
-def _total(outer: _Operand, inner: _Operand, words: NDArray[np.int64]) -> NDArray[np.int64]:
+def _total(outer: _Operand, inner: _Operand, words: Integers) -> Integers:
     """Cycles over all blocks, the outer operand's tiles in the outer loop. At most four blocks differ: the full chunks and
     the last one, of either operand."""
     total = np.zeros((), dtype=np.int64)
@@ -162,35 +136,36 @@ def _total(outer: _Operand, inner: _Operand, words: NDArray[np.int64]) -> NDArra
     return total
 
 
-def _chunks(operand: _Operand) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _chunks(operand: _Operand) -> list[tuple[Integers, Integers]]:
     """Rows and number of the full chunks, and of the last one."""
     full = -(-operand.rows // operand.chunk) - 1
     one = np.ones((), dtype=np.int64)
     return [(np.minimum(operand.chunk, operand.rows), full), (operand.rows - full * operand.chunk, one)]
 
 
-def _block(outer: _Operand, inner: _Operand, words: NDArray[np.int64]) -> NDArray[np.int64]:
+def _block(outer: _Operand, inner: _Operand, words: Integers) -> Integers:
     """Cycles of one block: rule 4 at the corners of tile, word and plane."""
     outer_tiles, inner_tiles = -(-outer.rows // outer.tile), -(-inner.rows // inner.tile)
     per_tile = words * outer.bits * inner.bits
     steps = outer_tiles * inner_tiles * per_tile
     # First use of plane (tile, word, bit). The innermost loop runs over the outer operand's planes.
-    outer_first = (inner_tiles * per_tile, outer.bits * inner.bits, 1)
+    outer_first = (inner_tiles * per_tile, outer.bits * inner.bits, np.ones_like(words))
     inner_first = (per_tile, outer.bits * inner.bits, outer.bits)
     latest = np.maximum(_lateness(outer, words, outer_first), _lateness(inner, words, inner_first))
-    cycles: NDArray[np.int64] = np.maximum(steps, np.ceil(latest + steps - 1).astype(np.int64))
+    cycles: Integers = np.maximum(steps, np.ceil(latest + steps - 1).astype(np.int64))
     return cycles
 
 
-def _lateness(operand: _Operand, words: NDArray[np.int64], first: tuple[object, object, object]) -> Floats:
+def _lateness(operand: _Operand, words: Integers, first: tuple[Integers, Integers, Integers]) -> Floats:
     """The largest F - step of first use over an operand's planes; linear within full tiles and within the last tile."""
     tiles = -(-operand.rows // operand.tile)
     last = operand.rows - (tiles - 1) * operand.tile
     full = np.where(tiles > 1, operand.tile, last)
+    zero = np.zeros_like(tiles)
     latest: Floats = np.full((), -np.inf)
-    for index, size in ((np.zeros_like(tiles), full), (np.maximum(tiles - 2, 0), full), (tiles - 1, last)):
-        for word, plane in itertools.product((0, words - 1), (0, operand.bits - 1)):
+    for index, size in ((zero, full), (np.maximum(tiles - 2, 0), full), (tiles - 1, last)):
+        for word, plane in itertools.product((zero, words - 1), (zero, operand.bits - 1)):
             fetched = index * operand.tile * words * operand.bits + size * (word * operand.bits + plane + 1)
-            step = index * first[0] + word * first[1] + plane * first[2]  # type: ignore[operator]
+            step = index * first[0] + word * first[1] + plane * first[2]
             latest = np.maximum(latest, fetched * operand.cycles - step)
     return latest

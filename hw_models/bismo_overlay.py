@@ -54,10 +54,12 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hw_models.bismo import matrix_products
-from hw_models.cost import BITS, CostTable, Floats, Integers, check_batch, storage_bytes
+from hw_models.cost import CostTable, Floats, Integers
+from hw_models.machine import PoweredMachine
+from hw_models.storage import BITS
 from hw_models.workload import Workload
 
 BOUNDS = ("execute", "fetch", "write")
@@ -100,14 +102,10 @@ class _Gemms(NamedTuple):
     busy: Integers  # (bounds, ...)
 
 
-class BismoOverlayTarget(BaseModel):
+class BismoOverlayTarget(PoweredMachine):
     """An instance of the BISMO overlay: every field is a key of its YAML file, with its unit in the name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     model: Literal["bismo-overlay"]
-    name: str = Field(min_length=1)
-    description: str
     dm: int = Field(gt=0, description="rows of the array: rows of the left operand per tile")
     dk: int = Field(gt=0, description="bits that one dot-product unit takes from each operand per cycle")
     dn: int = Field(gt=0, description="columns of the array: columns of the right operand per tile")
@@ -119,10 +117,6 @@ class BismoOverlayTarget(BaseModel):
     fetch_execute_tokens: int = Field(default=4, gt=0, description="regions of each operand buffer")
     execute_write_tokens: int = Field(default=2, gt=0, description="regions of the result buffer")
     poll_cycles: int = Field(default=6, gt=0, description="interval at which the host looks whether all is written")
-    clock_mhz: float = Field(gt=0, allow_inf_nan=False)
-    batch: int = Field(gt=0, description="images per batch")
-    power_w: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="while it works; none: no energy")
-    power_source: str | None = Field(default=None, min_length=1, description="where power_w is from")
 
     @model_validator(mode="after")
     def _check(self) -> BismoOverlayTarget:
@@ -130,17 +124,11 @@ class BismoOverlayTarget(BaseModel):
             if getattr(self, name) // self.fetch_execute_tokens < BITS:
                 needed = BITS * self.fetch_execute_tokens
                 raise ValueError(f"{name} is {getattr(self, name)}; one word of {BITS} bit planes per region needs {needed}")
-        if (self.power_w is None) != (self.power_source is None):
-            raise ValueError("power_w and power_source come together: a power without its source can't be checked")
         return self
 
     @property
-    def provenance(self) -> str:
-        return "estimated"
-
-    @property
     def peak_binary_tops(self) -> float:
-        """Binary operations (AND and add, two each) per second, in 10^12."""
+        """Binary operations per second, in 10^12: an AND and an addition for each bit of each unit."""
         return 2 * self.dm * self.dk * self.dn * self.clock_mhz * 1e-6
 
     @property
@@ -172,7 +160,7 @@ class BismoOverlayTarget(BaseModel):
 
         `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer.
         """
-        images = check_batch(self.batch if batch is None else batch)
+        images = self.images(workload, batch)
         w, a = np.meshgrid(np.arange(1, BITS + 1), np.arange(1, BITS + 1), indexing="ij")
         known: dict[tuple[int, int, int], _Gemms] = {}  # networks repeat their layers
         totals = np.zeros((len(Gemm._fields), len(workload), BITS, BITS), np.int64)
@@ -187,20 +175,7 @@ class BismoOverlayTarget(BaseModel):
                 busy[index] += times * stages
         counters = dict(zip(Gemm._fields, totals, strict=True))
         cycles = counters.pop("cycles")
-        latency_s = cycles / (self.clock_mhz * 1e6)
-        return CostTable(
-            target=self.name,
-            provenance=self.provenance,
-            workload=workload,
-            batch=images,
-            latency_s=latency_s,
-            energy_j=None if self.power_w is None else latency_s * self.power_w,
-            storage_bytes=storage_bytes(workload),
-            cycles=cycles,
-            bound=busy.argmax(1),
-            bounds=BOUNDS,
-            counters=counters,
-        )
+        return self.table(workload, images, cycles, self.energy(cycles), busy.argmax(1), BOUNDS, counters)
 
     def _gemms(self, m: int, k: int, n: int, w: Integers, a: Integers) -> _Gemms:
         """The product of an m x k and a k x n matrix at each pair of widths of the arrays w and a."""
@@ -217,7 +192,7 @@ class BismoOverlayTarget(BaseModel):
         resident = tk * a <= rhs_region  # the right stripe is fetched once per column tile, else in slices for every tile
 
         # What the stages take for one slice; the resident right stripe comes first, and on its own.
-        left_blocks = np.where(slices > 1, self.dm * w, w)
+        left_blocks = np.where(slices > 1, self.dm * w, w if tm > 1 else 1)
 
         def fetch_slice(words: Integers) -> Integers:
             left = self._fetch(self.dm * w * words, left_blocks)

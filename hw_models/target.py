@@ -11,11 +11,17 @@ import yaml
 from pydantic import ValidationError
 
 from hw_models.bismo import BismoTarget
+from hw_models.bismo_overlay import BismoOverlayTarget
 from hw_models.bitfusion import BitFusionTarget
 from hw_models.cost import CostTable
+from hw_models.lut import load_lookup_table
 from hw_models.workload import Workload
 
-MODELS: dict[str, type[BismoTarget] | type[BitFusionTarget]] = {"bismo": BismoTarget, "bitfusion": BitFusionTarget}
+MODELS: dict[str, type[BismoTarget] | type[BismoOverlayTarget] | type[BitFusionTarget]] = {
+    "bismo": BismoTarget,
+    "bismo-overlay": BismoOverlayTarget,
+    "bitfusion": BitFusionTarget,
+}
 
 
 class Target(Protocol):
@@ -40,10 +46,12 @@ def target_names() -> tuple[str, ...]:
 
 
 def load_target(name: str) -> Target:
-    """Load a target by name, or from a YAML file by path.
+    """Load a target by name, from a YAML file by path, or from a table of measurements by `lut:PATH`.
 
     Raises ValueError for an unknown name, and for a wrong file with the key, the value and what is accepted.
     """
+    if name.startswith("lut:"):
+        return load_lookup_table(Path(name.removeprefix("lut:")))
     if name in target_names():
         return _parse(resources.files("hw_models").joinpath(f"targets/{name}.yaml").read_text(encoding="utf-8"), name)
     if name.endswith((".yaml", ".yml")):
@@ -54,7 +62,7 @@ def load_target(name: str) -> Target:
     close = difflib.get_close_matches(name, target_names(), n=3, cutoff=0.4)
     raise ValueError(
         f"unknown hardware target {name!r}; did you mean {' or '.join(close) or 'one of these'}? "
-        f"Known: {', '.join(target_names())}, or a path to a .yaml file"
+        f"Known: {', '.join(target_names())}, a path to a .yaml file, or lut:TABLE.csv"
     )
 
 

@@ -162,7 +162,9 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, network: nn.Module, example: tuple[Any, ...]) -> None:
         super().__init__()
-        self.names = {module: name for name, module in network.named_modules() if isinstance(module, PRICED)}
+        self.names: dict[nn.Module, str] = {
+            module: name for name, module in network.named_modules() if isinstance(module, PRICED)
+        }
         self.calls: dict[str, list[Call]] = {}
         self.batch = len(example[0])
         self._owners = {_storage(p): name for name, p in network.named_parameters()}
@@ -220,7 +222,8 @@ class _Recorder(TorchDispatchMode):
         read = [self._holds[storage] for storage in inputs if storage in self._holds]
         for buffer in read:
             self._last[buffer] = self._operation
-        for tensor in tree_leaves(result):
+        # A norm's further results are statistics that evaluation has no use for.
+        for tensor in tree_leaves(result)[: 1 if "batch_norm" in name else None]:
             if isinstance(tensor, Tensor) and _storage(tensor) not in inputs:
                 made = self._new(tensor)
                 if torch.Tag.pointwise in func.tags or any(word in name for word in self.IN_PLACE):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import hw_models
-from haq import models
 
 
 def test_sizes_of_the_small_network(network: nn.Module) -> None:
@@ -24,24 +23,6 @@ def test_sizes_of_the_small_network(network: nn.Module) -> None:
     assert [layer.parameters for layer in workload.layers] == [144, 144 + 16, 256 + 16, 1024 + 16, 64 + 4]
     assert workload.layers[0].input_size == (8, 8)
     assert workload.layers[0].output_size == (4, 4)
-
-
-# Conv and linear MACs, batch 1, 3x224x224: two or three libraries agree on each but the last, which has one source.
-@pytest.mark.parametrize(
-    ("name", "macs", "layers"),
-    [
-        ("timm:mobilenetv1_100", 568_740_352, 28),
-        ("timm:mobilenetv2_100", 300_774_272, 53),
-        ("torchvision:mobilenet_v2", 300_774_272, 53),
-        ("torchvision:resnet18", 1_814_073_344, 21),
-        ("pytorchcv:mobilenet_w1", 568_740_352, 28),
-        ("efficientnet-lite0", 385_187_552, 50),
-    ],
-)
-def test_published_networks(name: str, macs: int, layers: int) -> None:
-    network = models.load(name, pretrained=False)
-    workload = hw_models.trace(network.module, torch.zeros(1, *network.input_shape))
-    assert (workload.macs, len(workload)) == (macs, layers)
 
 
 def test_macs_do_not_depend_on_the_batch(network: nn.Module) -> None:
@@ -92,6 +73,64 @@ def test_grouped_layers() -> None:
         12 * 2 * 9,
         12 * 2 * 9 * 25,
     )
+
+
+def test_one_dimensional_convolutions_have_height_one() -> None:
+    network = nn.Sequential(nn.Conv1d(4, 6, 5, stride=2, padding=2, dilation=1), nn.Conv1d(6, 6, 3, groups=6, padding="same"))
+    first, second = hw_models.trace(network, torch.zeros(2, 4, 20)).layers
+    assert (first.kind, first.kernel, first.stride, first.padding) == ("conv", (1, 5), (1, 2), (0, 2))
+    assert (first.input_size, first.output_size, first.macs) == ((1, 20), (1, 10), 6 * 4 * 5 * 10)
+    assert (second.kind, second.padding, second.macs) == ("depthwise", (0, 1), 6 * 3 * 10)
+
+
+def test_rectangular_strided_and_dilated_layers() -> None:
+    module = nn.Conv2d(3, 5, (3, 1), stride=(2, 3), padding=(4, 1), dilation=(3, 1))
+    layer = hw_models.trace(module, torch.zeros(1, 3, 11, 14)).layers[0]
+    expected = module(torch.zeros(1, 3, 11, 14)).shape
+    assert layer.output_size == tuple(expected[2:])
+    assert layer.macs == 5 * 3 * 3 * expected[2] * expected[3]
+    assert (layer.stride, layer.dilation, layer.padding) == ((2, 3), (3, 1), (4, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "message"),
+    [
+        (nn.ConvTranspose2d(2, 2, 2), (2, 4, 4), r"layer of '1\.weight' computes 'convolution'"),
+        (nn.Conv3d(2, 2, 1), (2, 4, 4, 4), "computes 'convolution'"),
+        (nn.LSTM(4, 4), (4, 4), "has no cost model; priced are the modules Conv1d, Conv2d, Linear"),
+        (nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (3, 4), "'1.self_attn.in_proj_weight'"),
+        (nn.Bilinear(4, 4, 2), (4,), None),
+    ],
+)
+def test_a_layer_that_cannot_be_priced_is_named(module: nn.Module, shape: tuple[int, ...], message: str | None) -> None:
+    class Network(nn.Sequential):
+        def forward(self, x: Tensor) -> object:
+            return self[1](x, x) if isinstance(self[1], nn.Bilinear) else self[1](x)
+
+    with pytest.raises(ValueError, match=message):
+        hw_models.trace(Network(nn.Identity(), module), torch.zeros(1, *shape))
+
+
+def test_a_convolution_without_a_module_is_named() -> None:
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, torch.ones(2, 2, 3, 3))
+
+    with pytest.raises(ValueError, match="a function computes 'convolution'"):
+        hw_models.trace(Functional(), torch.zeros(1, 2, 8, 8))
+
+
+def test_attention_scores_have_no_weights_and_are_left_out() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return torch.softmax(q @ k.transpose(1, 2), -1) @ v
+
+    assert hw_models.trace(Attention(), torch.zeros(1, 5, 8)).names == ("qkv",)
 
 
 def test_nothing_to_quantize_lists_what_there_is() -> None:

@@ -1,0 +1,79 @@
+"""Bytes: what the parameters of a quantized network take, and the peak of its activation memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_models.workload import Workload
+
+BITS = 8  # widths 1..8
+FLOAT_BYTES = 4
+SCHEMES = ("linear", "affine", "kmeans")
+
+
+def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, NDArray[np.int64]]:
+    """Bytes of every layer's parameters at every weight width, arrays of shape (layers, 8), by what they are.
+
+    weights      at their bits, padded to a byte per layer; for k-means, the indices of the codebook
+    codebooks    k-means: 2^bits float32 values per layer (Han et al., ICLR 2016), no more than the layer has weights
+    scales       float32: one per output channel for the weights (not for k-means), one per layer for its input
+    zero_points  affine: a byte beside every scale
+    biases       float32
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown scheme {scheme!r} of storing weights; known: {', '.join(SCHEMES)}")
+    widths = np.arange(1, BITS + 1)
+    weights = np.array([layer.weights for layer in workload.layers])[:, None]
+    channels = np.array([layer.out_channels for layer in workload.layers])[:, None]
+    biases = np.array([layer.out_channels * layer.bias for layer in workload.layers])[:, None]
+    zero = np.zeros((len(workload), BITS), np.int64)
+    scales = zero + 1 + (0 if scheme == "kmeans" else channels)
+    return {
+        "weights": -(-weights * widths // 8),
+        "codebooks": FLOAT_BYTES * np.minimum(2**widths, weights) if scheme == "kmeans" else zero,
+        "scales": FLOAT_BYTES * scales,
+        "zero_points": scales if scheme == "affine" else zero,
+        "biases": zero + FLOAT_BYTES * biases,
+    }
+
+
+def storage_bytes(workload: Workload, scheme: str = "linear") -> NDArray[np.float64]:
+    """Bytes of every layer's parameters (the sum of `storage_parts`), shape (layers, 8, 8) as in a cost table: the same at
+    every activation width. What belongs to no layer is `float_bytes`."""
+    total = np.sum(list(storage_parts(workload, scheme).values()), axis=0)
+    return np.repeat(total[:, :, None], BITS, axis=2).astype(np.float64)
+
+
+def float_bytes(workload: Workload) -> int:
+    """Bytes of what no policy quantizes: norms with their running statistics, embeddings, layers that are never called."""
+    return FLOAT_BYTES * (workload.other_parameters + workload.other_values)
+
+
+def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1) -> NDArray[np.int64]:
+    """The most memory that activations take at one time, in bytes, for policies `a_bits` (..., layers) of shape (...).
+
+    A value is held from the operation that makes it to the last one that reads it, at the widest of its readers' activation
+    bits, or in float32 if no layer reads it; norms, activation functions and additions write over their input where
+    nobody else needs it. An engine that fuses or reorders operations can need less, one that copies, more.
+    """
+    bits = np.asarray(a_bits)
+    if not np.issubdtype(bits.dtype, np.integer) or bits.ndim == 0 or bits.shape[-1] != len(workload):
+        raise ValueError(f"a_bits must be integers (..., {len(workload)} layers), not {bits.dtype} {bits.shape}")
+    if bits.size and not (bits.min() >= 1 and bits.max() <= BITS):
+        raise ValueError(f"a_bits must be from 1 to {BITS}, found {bits.min()} to {bits.max()}")
+    if not workload.buffers:
+        raise ValueError("this workload has no record of its activations: make it with hw_models.trace")
+    first, last, elements = np.array([(b.first, b.last, b.elements * batch) for b in workload.buffers]).T
+    held = [
+        bits[..., list(buffer.readers)].max(-1) if buffer.readers else np.full(bits.shape[:-1], 8 * FLOAT_BYTES)
+        for buffer in workload.buffers
+    ]
+    size = -(-elements * np.stack(held, axis=-1) // 8)
+    # The peak stands where something has just been made.
+    moments = np.unique(first)[:, None]
+    alive = (first <= moments) & (moments <= last)
+    peak: NDArray[np.int64] = (size @ alive.T).max(-1)
+    return peak

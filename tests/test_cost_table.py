@@ -1,0 +1,119 @@
+"""A cost table holds every layer at every pair of bits, prices thousands of policies at once, and never a zero or a NaN."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hw_models
+from hw_models.cost import CostTable
+
+
+def workload_of(module: nn.Module, *shape: int) -> hw_models.Workload:
+    return hw_models.trace(module, torch.zeros(1, *shape))
+
+
+@pytest.mark.parametrize("name", hw_models.target_names())
+def test_every_target_prices_every_kind_of_layer(name: str) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(4, 8, 3, 2, 1),
+        nn.Conv2d(8, 8, (1, 5), padding="same", groups=8),
+        nn.Conv2d(8, 12, 3, dilation=2, groups=4),
+        nn.Flatten(2),
+        nn.Conv1d(12, 6, 3, padding=1),
+        nn.Linear(16, 5),
+    )
+    workload = workload_of(network, 4, 16, 16)
+    table = hw_models.load_target(name).cost_table(workload)
+    assert {layer.kind for layer in workload.layers} == {"conv", "depthwise", "grouped", "linear"}
+    for metric in table.metrics:
+        assert table.metric(metric).shape == (5, 8, 8)
+        assert (table.metric(metric) > 0).all()
+    assert table.cycles is not None
+    assert table.bound is not None
+    assert table.latency_s == pytest.approx(table.cycles / (hw_models.load_target(name).clock_mhz * 1e6))  # type: ignore[attr-defined]
+    assert 0 <= table.bound.min() <= table.bound.max() < len(table.bounds)
+    assert {"latency", "storage"} <= set(table.metrics)
+    assert table.provenance == "estimated"
+
+
+@pytest.mark.parametrize("name", hw_models.target_names())
+def test_batch(name: str, network: nn.Module) -> None:
+    workload = workload_of(network, 1, 8, 8)
+    target = hw_models.load_target(name)
+    assert target.cost_table(workload).batch == target.batch  # type: ignore[attr-defined]
+    one, sixteen = (target.cost_table(workload, batch=batch) for batch in (1, 16))
+    assert (one.batch, sixteen.batch) == (1, 16)
+    assert one.latency_s is not None
+    assert sixteen.latency_s is not None
+    # A linear layer of one image may fill an array as little as one of sixteen.
+    assert (sixteen.latency_s >= one.latency_s).all()
+    assert (sixteen.latency_s[:3] > one.latency_s[:3]).all()
+    assert (sixteen.latency_s <= 16 * one.latency_s).all()
+    for bad in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match=f"batch must be a positive integer, not {bad}"):
+            target.cost_table(workload, batch=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["edge", "bitfusion"])
+def test_prices_of_many_policies_at_once(name: str, network: nn.Module) -> None:
+    table = hw_models.load_target(name).cost_table(workload_of(network, 1, 8, 8))
+    random = np.random.default_rng(0)
+    w, a = random.integers(1, 9, (2, 7, 3, 5))
+    costs = table.price(w, a)
+    arrays = (table.latency_s, table.energy_j, table.storage_bytes, table.cycles)
+    for cost, array in zip(costs, arrays, strict=True):
+        assert cost is not None
+        assert array is not None
+        assert cost.shape == (7, 3)
+        expected = sum(array[i, w[2, 1, i] - 1, a[2, 1, i] - 1] for i in range(5))
+        assert cost[2, 1] == pytest.approx(expected)
+    for bad, message in (
+        (np.zeros(5, int), "from 1 to 8, found 0"),
+        (np.full(5, 9), "found 9"),
+        (np.ones(4, int), "5 layers"),
+        (np.ones(5), "integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table.price(bad, np.ones(5, int))
+        with pytest.raises(ValueError, match=message):
+            table.price(np.ones(5, int), bad)
+
+
+def test_undominated_pairs_are_those_worth_choosing() -> None:
+    cost = np.ones((1, 8, 8)) * np.arange(1, 9)  # only activation bits cost
+    allowed = np.ones((1, 8, 8), bool)
+    worth = hw_models.undominated(cost, allowed)
+    assert {tuple(pair) for pair in np.argwhere(worth[0]) + 1} == {(8, a) for a in range(1, 9)}
+    product = np.arange(1, 9)[:, None] * np.arange(1, 9)
+    assert hw_models.undominated(product[None].astype(float), allowed).all()
+    allowed[0, 7] = False
+    worth = hw_models.undominated(cost, allowed)
+    assert {tuple(pair) for pair in np.argwhere(worth[0]) + 1} == {(7, a) for a in range(1, 9)}
+
+
+def test_a_metric_that_is_missing_lists_those_there_are(network: nn.Module) -> None:
+    table = hw_models.load_target("cloud").cost_table(workload_of(network, 1, 8, 8))
+    assert table.metrics == ("latency", "storage")
+    assert table.price(np.ones(5, int), np.ones(5, int)).energy_j is None
+    with pytest.raises(ValueError, match="no metric 'energy'; it has latency, storage"):
+        table.metric("energy")
+
+
+def test_a_cost_that_is_not_a_positive_number_is_refused(network: nn.Module) -> None:
+    workload = workload_of(network, 1, 8, 8)
+    good = np.ones((5, 8, 8))
+    for value in (0.0, -1.0, np.nan, np.inf):
+        bad = good.copy()
+        bad[2, 3, 3] = value
+        with pytest.raises(ValueError, match="'pointwise'"):
+            CostTable("mine", "measured", workload, 1, bad, None, good)
+    with pytest.raises(ValueError, match="shape"):
+        CostTable("mine", "measured", workload, 1, good[:3], None, good)
+
+
+def test_an_empty_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="no layers"):
+        hw_models.load_target("cloud").cost_table(hw_models.Workload(()))

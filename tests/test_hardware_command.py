@@ -1,0 +1,72 @@
+"""`python -m haq.hardware` shows what hardware there is, and what a network costs on it layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import hw_models
+from haq import cli, hardware
+from tests.test_lookup_table import LAYERS, rows, write
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert hardware.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_list_names_every_target(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "list")
+    for name in hw_models.target_names():
+        assert f" {name} " in text
+    assert "estimated" in text
+
+
+def test_show_prints_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "show", "bitfusion")
+    for key in ("array_rows", "clock_mhz", "dram_pj_per_bit", "weight_buffer_bytes"):
+        assert key in text
+    assert "hw_models.bitfusion" in text
+
+
+def test_show_prices_a_network_by_its_bare_name(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "show", "cloud", "--network", "mobilenetv2_100")
+    for expected in ("timm:mobilenetv2_100 on cloud", "blocks.0.0.conv_dw", "depthwise 32→32 3x3 to 112x112"):
+        assert expected in text
+    assert "w8/a8: latency 198.1 ms, storage 3.546 MB, 39,624,933 cycles, activations at most 1.505 MB" in text
+    for bound in ("compute", "activation fetch", "weight fetch"):
+        assert bound in text
+    assert max(map(len, text.splitlines())) <= hardware.WIDTH
+    assert "…" not in text
+
+
+def test_show_prices_any_pair_of_bits_and_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "show", "bitfusion", "--network", "mobilenet-mini", "--bits", "8, 4/6", "--batch", "2")
+    assert "batch of 2 images" in text
+    assert "w4/a6: latency" in text
+    assert "energy" in text
+
+
+def test_show_a_measured_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    name = write(tmp_path / "t.csv", "layer,w_bits,a_bits,latency_ms", rows(LAYERS))
+    assert "(measured)" in run(capsys, "show", name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "egde"), "did you mean edge"),
+        (("show", "edge", "--network", "mobilenet-mni"), "unknown network 'mobilenet-mni'; did you mean mobilenet-mini"),
+        (("show", "edge", "--network", "mobilenet-mini", "--bits", "8,9"), "--bits has '9'; give widths from 1 to 8"),
+        (("show", "edge", "--network", "mobilenet-mini", "--batch", "0"), "batch must be a positive integer, not 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HAQ_DEBUG", raising=False)
+    assert cli.run_command(lambda: hardware.main(list(arguments))) == cli.EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
