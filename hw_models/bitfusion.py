@@ -194,13 +194,13 @@ class BitFusionTarget(Machine):
         orders = SQUARE_ORDERS if square else ORDERS
         # The most promising tiling of each pair gives a number of cycles that few others can beat.
         pairs = np.arange(len(w))
-        reached = self._run(tilings, pairs, tilings.smallest.argmin(1), orders)[0].min(1)
+        reached = self._run(tilings, pairs, tilings.smallest.argmin(1), orders)[0].min(0)
         pair, tiling = np.nonzero(tilings.smallest <= reached[:, None])
         cycles, reads, writes, filled = self._run(tilings, pair, tiling, orders)
         best = np.full(len(w), _NEVER)
-        np.minimum.at(best, pair, cycles.min(1))
-        row, order = np.nonzero(cycles == best[pair][:, None])
-        chosen = (row, order)
+        np.minimum.at(best, pair, cycles.min(0))
+        chosen = np.nonzero(cycles == best[pair])
+        row = chosen[1]
         counters = self._count(shape, tiles, tilings, w, a, pair[row], tiling[row])
         counters["stall_cycles"] = cycles[chosen] - counters["compute_cycles"]
         counters["dram_read_bits"], counters["dram_write_bits"] = reads[chosen], writes[chosen]
@@ -262,23 +262,25 @@ class BitFusionTarget(Machine):
     def _run(
         self, tilings: _Tilings, pair: Integers, tiling: Integers, orders: Integers
     ) -> tuple[Integers, Integers, Integers, tuple[Integers, Integers]]:
-        """Total cycles, DRAM reads and writes, and what fills the weight and activation buffers, each (K, orders), for K
+        """Total cycles, DRAM reads and writes, and what fills the weight and activation buffers, each (orders, K), for K
         combinations of a pair of widths and a tiling."""
-        loops = tilings.loops[:, tiling]
-        walked = [
-            _walk(size, limit * 4, loops, orders, DEPENDS[name])
-            for name, size, limit in (
-                ("weights", tilings.weights[pair, tiling], self.weight_buffer_bytes),
-                ("activations", tilings.activations[pair, tiling], self.activation_buffer_bytes),
-                ("outputs", tilings.outputs[tiling], self.output_buffer_bytes),
-            )
-        ]
+        walked = []
+        for name, size, buffer_bytes in (
+            ("weights", tilings.weights[pair, tiling], self.weight_buffer_bytes),
+            ("activations", tilings.activations[pair, tiling], self.activation_buffer_bytes),
+            ("outputs", tilings.outputs[tiling], self.output_buffer_bytes),
+        ):
+            # Most pairs of widths share an operand's tile, and so its walk.
+            limit = buffer_bytes * 4
+            _, some, same = np.unique(tiling * (limit + 1) + size, return_index=True, return_inverse=True)
+            traffic, resident = _walk(size[some], limit, tilings.loops[:, tiling[some]], orders, DEPENDS[name])
+            walked.append((traffic[:, same], resident[:, same]))
         (weights, _), (activations, _), (outputs, last) = walked
-        resident = walked[0][1] + walked[1][1] + last
+        held = walked[0][1] + walked[1][1] + last
         reads, bw = weights + activations + outputs, self.dram_bits_per_cycle
-        ends = _ceil(resident, bw) + _ceil(last, bw)
-        middle = _ceil(reads + outputs - resident - last, bw)
-        cycles = np.maximum(tilings.compute[pair, tiling][:, None], middle) + ends
+        ends = _ceil(held, bw) + _ceil(last, bw)
+        middle = _ceil(reads + outputs - held - last, bw)
+        cycles = np.maximum(tilings.compute[pair, tiling], middle) + ends
         return cycles, reads, outputs, (weights, activations)
 
     def _count(
@@ -324,16 +326,14 @@ _NEVER = np.iinfo(np.int64).max
 def _walk(
     tile: Integers, limit: int, loops: Integers, orders: Integers, depends: tuple[int, ...]
 ) -> tuple[Integers, Integers]:
-    """DRAM traffic of an operand and what of it is resident, (K, orders): loops from the inside; see the module."""
-    traffic = np.repeat(tile[:, None], len(orders), axis=1)
+    """DRAM traffic of an operand and what of it is resident, (orders, K): loops from the inside; see the module."""
+    traffic = np.broadcast_to(tile, (len(orders), len(tile)))
     resident, promoted = traffic, np.ones(traffic.shape, bool)
     for loop in orders.T:
-        more = traffic * loops[loop].T
-        grows = promoted & np.isin(loop, depends)
-        traffic = np.where(grows | ~promoted, more, traffic)
-        stays = grows & (more <= limit)
-        resident = np.where(stays, more, resident)
-        promoted = promoted & (stays | ~grows)
+        changes = np.isin(loop, depends)[:, None]
+        traffic = traffic * np.where(changes | ~promoted, loops[loop], 1)
+        promoted = promoted & ~(changes & (traffic > limit))
+        resident = np.where(changes & promoted, traffic, resident)
     return traffic, resident
 
 
