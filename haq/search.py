@@ -24,7 +24,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m haq.search", description=__doc__)
     add = parser.add_argument
-    add("--hw", help=f"hardware target: a name or a .yaml file (default: {default.hw})")
+    add("--hw", help=f"hardware target: a name, a .yaml file or lut:TABLE.csv (default: {default.hw})")
     add(
         "--budget",
         help=f"a fraction of uniform 8 bits, or an amount such as 0.8ms, 40kB (default: {default.budget})",

@@ -146,17 +146,17 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
     console.print(layer_table(problem, policy))
     title = f"{result['network']} on {result['data']}, {result['target']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    table.add_column("policy")
-    table.add_column("test accuracy\n(measured)", justify="right")
-    table.add_column("search accuracy\n(measured)", justify="right")
+    table.add_column("policy", no_wrap=True)
+    for split in ("test", "search"):
+        table.add_column(f"{split}\naccuracy\n(measured)", justify="right")
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
-        table.add_column(f"{name}\n({problem.table.provenance})", justify="right")
+        table.add_column(f"\n{name}\n({problem.table.provenance})", justify="right")
     rows: list[tuple[str, dict[str, float | None] | None]] = [
         ("float", result["float"]),
         ("uniform 8 bits", result["uniform8"]),
         (f"found by {result['solver']}", result["found"]),
-        ("  after fine-tuning", result["finetuned"]),
+        ("  fine-tuned", result["finetuned"]),
         *((f"found by {name}", row) for name, row in result["rivals"].items()),
     ]
     for label, row in rows:

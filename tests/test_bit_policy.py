@@ -28,7 +28,7 @@ def test_uniform_names_every_layer(network: nn.Module) -> None:
 
 
 def test_uniform_of_a_network_without_layers() -> None:
-    with pytest.raises(ValueError, match="no Conv2d or Linear"):
+    with pytest.raises(ValueError, match="no Conv1d, Conv2d or Linear"):
         Q.BitPolicy.uniform(nn.ReLU(), w=4, a=4)
 
 

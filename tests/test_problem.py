@@ -98,7 +98,7 @@ def test_pinned_layers_can_be_chosen(network: nn.Module) -> None:
     ("change", "message"),
     [
         ({"target": "edgy"}, "did you mean edge"),
-        ({"metric": "energy"}, "no metric 'energy'; it has latency, storage"),
+        ({"metric": "energy", "target": "cloud"}, "no metric 'energy'; it has latency, storage"),
         ({"bits": (0, 8)}, "bits must be"),
         ({"bits": (5, 4)}, "bits must be"),
         ({"pinned": {"nope": (8, 8)}}, "pinned layer 'nope'"),

@@ -74,7 +74,7 @@ def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
         "Bits per layer on edge",
         "bound by",
         "uniform 8 bits",
-        "after fine-tuning",
+        "fine-tuned",
         "(measured)",
         "(estimated)",
     ):
@@ -108,7 +108,7 @@ def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
     before = checkpoint.read_bytes()
     assert call(finetune.main, "run", "--epochs", "2") == 0
     assert checkpoint.read_bytes() != before
-    assert "after fine-tuning" in capsys.readouterr().out
+    assert "fine-tuned" in capsys.readouterr().out
     assert call(evaluate.main, "run", "--json") == 0
     tuned = json.loads(capsys.readouterr().out)
     assert tuned["found"] == result["found"]
@@ -256,7 +256,7 @@ def test_the_default_folder_is_never_one_in_use() -> None:
         (["--network", "mobilenet-mni"], "mobilenet-mini"),
         (["--data", "fashion-mnst"], "fashion-mnist"),
         (["--solver", "dpg"], "did you mean ddpg"),
-        (["--metric", "energy"], "it has latency, storage"),
+        (["--metric", "energy", "--hw", "cloud"], "it has latency, storage"),
         (["--budget", "0.01"], "out of reach"),
         (["--budget", "much"], "not understood"),
         (["--evaluations", "0"], "--evaluations is 0"),
