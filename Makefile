@@ -23,3 +23,4 @@ format:
 
 bench:
 	.venv/bin/python -m experiments.evaluation_speed
+	.venv/bin/python -m experiments.hardware_speed

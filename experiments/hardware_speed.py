@@ -6,7 +6,7 @@ The first table prices MobileNetV2 at 1x3x224x224, every layer at all 64 pairs o
 the bars are what each must stay under. The second one takes the layer with the median number of products of each kind. A
 rival prices one layer at one pair of widths per call, so the unit is the time per cell (a layer at one pair): ours is the
 time of the whole table divided by its cells, and the ratios are to the slowest of ours. Medians over rounds in which every
-contender runs once; the first round isn't counted.
+contender runs once; the first round isn't counted. Takes three minutes.
 
 The rivals are installed for this benchmark only, into an environment of its own (Python 3.11 or later, in bash):
 
@@ -143,16 +143,16 @@ def ours(seconds: dict[Key, float], per_cell: dict[str, float], size: str) -> Ta
 def theirs(seconds: dict[Key, float], troubles: dict[Key, str], layers: list[Layer], per_cell: dict[str, float]) -> Table:
     slowest = max(per_cell, key=lambda name: per_cell[name])
     table = Table(
-        title=f"One layer at one pair of widths, one thread, median of {ROUNDS}",
+        title=f"One layer at 8 bits, one thread, median of {ROUNDS}",
         caption="Not equal work. ZigZag, on its own example of a TPU-like accelerator, searches the temporal mappings of a "
-        "layer and asks its cost model for the latency and energy of each. SCALE-Sim, on a weight-stationary array of the same "
-        "size, simulates what is read and written in every cycle; its words are bytes, so widths make no difference to it. "
-        "Ours are a closed form (cloud, edge), a recurrence (bismo-overlay) and a search over tilings and loop orders "
+        "layer and asks its cost model for the latency and energy of each. SCALE-Sim, on a weight-stationary array of the "
+        "same size, simulates what is read and written in every cycle; its words are bytes, so widths make no difference to "
+        "it. Ours are a closed form (cloud, edge), a recurrence (bismo-overlay) and a search over tilings and loop orders "
         "(bitfusion), for all widths at once.",
         caption_justify="left",
     )
     table.add_column("")
-    table.add_column("layer")
+    table.add_column("layer, weights, output size")
     for heading in ("s per cell", f"x {slowest}"):
         table.add_column(heading, justify="right")
     for rival in RIVALS:
@@ -160,8 +160,8 @@ def theirs(seconds: dict[Key, float], troubles: dict[Key, str], layers: list[Lay
             table.add_row(rival, escape(troubles[rival, ""]), "-", "-")
             continue
         for layer in layers:
-            size = [*layer.kernel, layer.in_channels, layer.out_channels]
-            text = f"{layer.kind} {'x'.join(map(str, size))}, output {'x'.join(map(str, layer.output_size))}"
+            weights = (*layer.kernel, layer.in_channels // layer.groups, layer.out_channels)
+            text = f"{layer.kind} {'x'.join(map(str, weights))}, {'x'.join(map(str, layer.output_size))}"
             row = ("-", "-")
             if (time_s := seconds.get((rival, layer.name))) is None:
                 text += f": {escape(troubles[rival, layer.name])}"

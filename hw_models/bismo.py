@@ -9,7 +9,8 @@ plane tile product per cycle. A layer becomes matrix products, weights (M x K) t
                                                              ceil(C_in / G) groups per image
     linear            M = C_out              K = C_in        N = rows x batch  once
 
-K fills kt = ceil(K / word_bits) words per row and bit plane; what pads a word is fetched and computed. One matrix product:
+K fills kt = ceil(K / word_bits) words per row and bit plane; what pads the last word is computed but not fetched: a row and
+plane takes its port ceil(bits / port width) cycles per word. One matrix product:
 
  1. Tiles are `array_rows` rows or `array_columns` columns. Each operand's buffer holds a number of tile-planes (one word of
     every row of a tile, one bit plane), so N is split into chunks of floor(buffer / (kt a)) column tiles and M into chunks of
@@ -24,8 +25,13 @@ K fills kt = ceil(K / word_bits) words per row and bit plane; what pads a word i
 Nothing is charged for results, instructions, activation functions, normalisation, pooling and additions. F minus the step of
 first use is linear in tile, word and plane, so the maximum stands at a corner: that is the closed form below.
 
+`cloud` reproduces all 3392 cells of the latency table of MobileNetV2 that HAQ's authors published. `edge`, which they never
+described, was inferred from eight published latencies with the same rules: see docs/edge.md. Both could also run a depthwise
+layer one channel at a time, with the images of the batch (16 and 1) side by side in the block-diagonal product; the two
+readings differ only for other batches.
+
 Sources: Umuroglu et al., "BISMO: A Scalable Bit-Serial Matrix Multiplication Overlay", FPL 2018; HAQ (Wang et al., CVPR
-2019), whose published latency table of MobileNetV2 on `cloud` these rules reproduce in all of its 3392 cells.
+2019).
 """
 
 from __future__ import annotations
@@ -72,7 +78,8 @@ class _Operand(NamedTuple):
     tile: int
     bits: Integers
     chunk: Integers  # rows that fit the buffer, in whole tiles
-    cycles: float  # the port's time for one word
+    beats: int  # cycles of the port for a whole word of one row
+    last_beats: Integers  # and for the last word, of which only what isn't padding is fetched
 
 
 class BismoTarget(PoweredMachine):
@@ -83,8 +90,8 @@ class BismoTarget(PoweredMachine):
     array_columns: int = Field(gt=0, description="dot-product units across the array: columns of activations in a tile")
     word_bits: int = Field(gt=0, description="bits that one dot-product unit takes from each operand per cycle")
     depthwise_group: int = Field(gt=0, description="channels of a depthwise layer in one block-diagonal matrix product")
-    weight_port_bits_per_cycle: float = Field(gt=0, allow_inf_nan=False)
-    activation_port_bits_per_cycle: float = Field(gt=0, allow_inf_nan=False)
+    weight_port_bits_per_cycle: int = Field(gt=0)
+    activation_port_bits_per_cycle: int = Field(gt=0)
     weight_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the weight buffer holds")
     activation_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the activation buffer holds")
 
@@ -112,9 +119,10 @@ class BismoTarget(PoweredMachine):
         w, a = np.meshgrid(np.arange(1, BITS + 1), np.arange(1, BITS + 1), indexing="ij")
         words = -(-k // self.word_bits)
 
-        def operand(rows: Integers, tile: int, bits: Integers, planes: int, port: float) -> _Operand:
+        def operand(rows: Integers, tile: int, bits: Integers, planes: int, port: int) -> _Operand:
             chunk = tile * np.maximum(1, planes // (words * bits))
-            return _Operand(rows, tile, bits, chunk, self.word_bits / port)
+            last_beats = -(-(k - (words - 1) * self.word_bits) // port)
+            return _Operand(rows, tile, bits, chunk, math.ceil(self.word_bits / port), last_beats)
 
         weights = operand(m, self.array_rows, w, self.weight_buffer_tile_planes, self.weight_port_bits_per_cycle)
         activations = operand(
@@ -122,7 +130,7 @@ class BismoTarget(PoweredMachine):
         )
         cycles = np.minimum(_total(activations, weights, words), _total(weights, activations, words))
         steps = -(-m // self.array_rows) * -(-n // self.array_columns) * words * w * a
-        fetch = (words * operand.bits * operand.rows * operand.cycles for operand in (activations, weights))
+        fetch = (_row(operand, words) * operand.bits * operand.rows for operand in (activations, weights))
         return steps, cycles, np.stack([np.broadcast_to(term, cycles.shape) for term in (steps, *fetch)]).astype(float)
 
 
@@ -152,20 +160,31 @@ def _block(outer: _Operand, inner: _Operand, words: Integers) -> Integers:
     outer_first = (inner_tiles * per_tile, outer.bits * inner.bits, np.ones_like(words))
     inner_first = (per_tile, outer.bits * inner.bits, outer.bits)
     latest = np.maximum(_lateness(outer, words, outer_first), _lateness(inner, words, inner_first))
-    cycles: Integers = np.maximum(steps, np.ceil(latest + steps - 1).astype(np.int64))
+    cycles: Integers = np.maximum(steps, latest + steps - 1)
     return cycles
 
 
-def _lateness(operand: _Operand, words: Integers, first: tuple[Integers, Integers, Integers]) -> Floats:
-    """The largest F - step of first use over an operand's planes; linear within full tiles and within the last tile."""
+def _row(operand: _Operand, words: Integers) -> Integers:
+    """Cycles of the port for one row and bit plane."""
+    return (words - 1) * operand.beats + operand.last_beats
+
+
+def _lateness(operand: _Operand, words: Integers, first: tuple[Integers, Integers, Integers]) -> Integers:
+    """The largest F - step of first use over an operand's planes: linear in tiles, words and planes but for the last tile and
+    the last word, which may be shorter."""
     tiles = -(-operand.rows // operand.tile)
     last = operand.rows - (tiles - 1) * operand.tile
     full = np.where(tiles > 1, operand.tile, last)
     zero = np.zeros_like(tiles)
-    latest: Floats = np.full((), -np.inf)
-    for index, size in ((zero, full), (np.maximum(tiles - 2, 0), full), (tiles - 1, last)):
-        for word, plane in itertools.product((zero, words - 1), (zero, operand.bits - 1)):
-            fetched = index * operand.tile * words * operand.bits + size * (word * operand.bits + plane + 1)
-            step = index * first[0] + word * first[1] + plane * first[2]
-            latest = np.maximum(latest, fetched * operand.cycles - step)
+    corners = itertools.product(
+        ((zero, full), (np.maximum(tiles - 2, 0), full), (tiles - 1, last)),
+        (zero, np.maximum(words - 2, 0), words - 1),
+        (zero, operand.bits - 1),
+    )
+    latest: Integers = np.full((), np.iinfo(np.int64).min)
+    for (tile, rows), word, plane in corners:
+        beats = np.where(word == words - 1, operand.last_beats, operand.beats)
+        within = rows * (word * operand.beats * operand.bits + beats * (plane + 1))
+        fetched = tile * operand.tile * _row(operand, words) * operand.bits + within
+        latest = np.maximum(latest, fetched - (tile * first[0] + word * first[1] + plane * first[2]))
     return latest

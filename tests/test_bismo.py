@@ -45,6 +45,26 @@ def test_published_latencies_of_cloud(networks: dict[str, hw_models.Workload], v
     assert ours == published.split()
 
 
+# The same for `edge`, batch 1: inferred, and nearly there. The printed V1 values at 4, 5 and 6 bits fit with the first
+# convolution at 8 bits in them, the other five without it (docs/edge.md).
+@pytest.mark.parametrize(
+    ("version", "bits", "first", "published", "ours"),
+    [
+        *[("v1", 4, True, 45.45, "45.42"), ("v1", 5, True, 57.75, "57.72"), ("v1", 6, True, 70.67, "70.64")],
+        *[("v1", 8, False, 96.20, "96.19"), ("v2", 4, False, 52.15, "52.14"), ("v2", 5, False, 66.94, "66.94")],
+        *[("v2", 6, False, 82.49, "82.49"), ("v2", 8, False, 115.84, "115.85")],
+    ],
+)
+def test_published_latencies_of_edge(
+    networks: dict[str, hw_models.Workload], version: str, bits: int, first: bool, published: float, ours: str
+) -> None:
+    latency = machine("edge").cost_table(networks[version]).latency_s
+    assert latency is not None
+    milliseconds = 1e3 * (latency[1:-1, bits - 1, bits - 1].sum() + (latency[0, 7, 7] if first else 0))
+    assert f"{milliseconds:.2f}" == ours
+    assert milliseconds == pytest.approx(published, rel=6.1e-4)
+
+
 # Cells of the table that HAQ's authors published for MobileNetV2 on `cloud`: layer, weight bits, activation bits, cycles.
 CELLS = [
     *[(0, 4, 7, 1409632), (0, 3, 1, 200784), (0, 6, 8, 1615488), (1, 8, 5, 2007936), (1, 2, 1, 401440), (1, 1, 2, 802816)],
@@ -96,52 +116,54 @@ def test_depthwise_layers_are_what_the_published_table_says_of_them(networks: di
 
 def simulate(target: BismoTarget, m: int, k: int, n: int, w: int, a: int) -> int:
     """Cycles of one matrix product: every step of every block in turn, each waiting for the planes it needs."""
-    words = math.ceil(k / target.word_bits)
     sides = (
         (n, target.array_columns, a, target.activation_buffer_tile_planes, target.activation_port_bits_per_cycle),
         (m, target.array_rows, w, target.weight_buffer_tile_planes, target.weight_port_bits_per_cycle),
     )
-    return min(simulate_order(target.word_bits, words, outer, inner) for outer, inner in (sides, sides[::-1]))
+    return min(simulate_order(target.word_bits, k, outer, inner) for outer, inner in (sides, sides[::-1]))
 
 
-def simulate_order(word_bits: int, words: int, outer: tuple[float, ...], inner: tuple[float, ...]) -> int:
-    def tiles(rows: float, tile: float) -> list[int]:
-        return [int(min(tile, rows - start)) for start in range(0, int(rows), int(tile))]
+def simulate_order(word_bits: int, depth: int, outer: tuple[int, ...], inner: tuple[int, ...]) -> int:
+    words = math.ceil(depth / word_bits)
 
-    def chunks(side: tuple[float, ...]) -> list[list[int]]:
+    def tiles(rows: int, tile: int) -> list[int]:
+        return [min(tile, rows - start) for start in range(0, rows, tile)]
+
+    def chunks(side: tuple[int, ...]) -> list[list[int]]:
         rows, tile, bits, planes, _ = side
-        size = max(1, int(planes // (words * bits)))
+        size = max(1, planes // (words * bits))
         every = tiles(rows, tile)
         return [every[start : start + size] for start in range(0, len(every), size)]
 
     total = 0
     for outer_chunk, inner_chunk in itertools.product(chunks(outer), chunks(inner)):
-        now = 0.0
-        fetched = {"outer": 0.0, "inner": 0.0}
-        ready: dict[tuple[object, ...], float] = {}
+        now = 0
+        fetched = {"outer": 0, "inner": 0}
+        ready: dict[tuple[object, ...], int] = {}
         steps = itertools.product(
-            range(len(outer_chunk)), range(len(inner_chunk)), range(words), range(int(inner[2])), range(int(outer[2]))
+            range(len(outer_chunk)), range(len(inner_chunk)), range(words), range(inner[2]), range(outer[2])
         )
         for j, i, word, inner_plane, outer_plane in steps:
-            planes: tuple[tuple[str, tuple[object, ...], int, float], ...] = (
+            planes: tuple[tuple[str, tuple[object, ...], int, int], ...] = (
                 ("outer", ("outer", j, word, outer_plane), outer_chunk[j], outer[4]),
                 ("inner", ("inner", i, word, inner_plane), inner_chunk[i], inner[4]),
             )
             for port, plane, rows, port_bits in planes:
                 if plane not in ready:
-                    fetched[port] += rows * word_bits / port_bits
+                    here = min(word_bits, depth - word * word_bits)  # the padding of the last word isn't fetched
+                    fetched[port] += rows * math.ceil(here / port_bits)
                     ready[plane] = fetched[port]
                 # The step can take place in the cycle in which the plane's last word comes in.
                 now = max(now, ready[plane] - 1)
             now += 1
-        total += math.ceil(now)
+        total += now
     return total
 
 
 @given(
     st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40), st.integers(1, 4), st.integers(1, 4)),
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)),
-    st.sampled_from([(64, 64), (32, 16), (64, 24)]),
+    st.sampled_from([(64, 64), (32, 16), (64, 24), (8, 128)]),
 )
 def test_the_closed_form_is_the_simulation(
     product: tuple[int, ...], size: tuple[int, int, int, int], ports: tuple[int, int]
@@ -154,8 +176,8 @@ def test_the_closed_form_is_the_simulation(
         word_bits=64,
         weight_buffer_tile_planes=left,
         activation_buffer_tile_planes=right,
-        weight_port_bits_per_cycle=float(ports[0]),
-        activation_port_bits_per_cycle=float(ports[1]),
+        weight_port_bits_per_cycle=ports[0],
+        activation_port_bits_per_cycle=ports[1],
     )
     m, k, n, w, a = product
     cycles = target.cost_table(hw_models.trace(nn.Linear(k, m), torch.zeros(1, k)), batch=n).cycles
