@@ -12,6 +12,7 @@ from quantizers.layers import (
     QuantLayer,
     QuantLinear,
     activation_scales,
+    float_copy,
     get_policy,
     load_quantizer_state,
     quant_layers,
@@ -19,17 +20,22 @@ from quantizers.layers import (
     quantizer_state,
     set_policy,
 )
+from quantizers.linear import Linear
 from quantizers.policy import BitPolicy
+from quantizers.scheme import Scheme
 
 __all__ = [
     "BitPolicy",
+    "Linear",
     "QuantConv1d",
     "QuantConv2d",
     "QuantLayer",
     "QuantLinear",
+    "Scheme",
     "activation_scales",
     "dequantize",
     "fake_quantize",
+    "float_copy",
     "get_policy",
     "integer_range",
     "load_quantizer_state",

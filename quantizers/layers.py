@@ -5,61 +5,52 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantizers import calibrate as calibration
-from quantizers.functional import MAX_BITS, fake_quantize, integer_range
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
-
-SCHEMES = ("linear",)
+from quantizers.scheme import Scheme
 
 
 class QuantLayer(nn.Module):
     """What QuantConv1d, QuantConv2d and QuantLinear share. They keep the float layer's parameters and `state_dict` keys.
 
     weight_bits, activation_bits
-        1..8, or None for float. Can be set at any time (`set_policy`): the scales of every width are there already.
-    weight_scale (8, C_out), activation_scale (8,)
-        row b-1 is for width b; symmetric per output channel, and per tensor.
-    weight_error, activation_error (8,)
-        squared error relative to the squared values, as calibrated.
-    activation_signed
-        whether the calibration data were ever negative; unsigned inputs use their whole range for the positive side.
+        1..8, or None for float. Can be set at any time (`set_policy`).
+    scheme
+        how values become few-bit ones. Its tensors (see its docstring) are attributes of the layer; those that are learned
+        are parameters, but none of them is in the `state_dict`: `quantizer_state` has them.
     """
 
     weight: Tensor
+    # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
     activation_scale: Tensor
     activation_signed: Tensor
     weight_error: Tensor
     activation_error: Tensor
-    # The names are part of what `quantizer_state` saves.
-    STATE = ("weight_scale", "activation_scale", "activation_signed", "weight_error", "activation_error")
 
-    def _start(self) -> None:
+    def _start(self, scheme: Scheme) -> None:
+        self.scheme = scheme
         self.weight_bits: int | None = None
         self.activation_bits: int | None = None
-        channels = self.weight.shape[0]
-        shapes = ((MAX_BITS, channels), (MAX_BITS,), (), (MAX_BITS,), (MAX_BITS,))
-        for name, shape in zip(self.STATE, shapes, strict=True):
-            # Not persistent: the state_dict is the float network's.
-            self.register_buffer(name, torch.ones(shape), persistent=False)
-        self._signed = False
-        self._bank: dict[int, tuple[tuple[int, int, int, int], Tensor]] = {}
+        self.signed = True  # whether the input was negative during calibration
+        tensors = scheme.start(self)
+        self.state_names = tuple(tensors)
+        for name, tensor in tensors.items():
+            if name in scheme.learned:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+        self._bank: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            scale = self.activation_scale[self.activation_bits - 1]
-            if scale.requires_grad and torch.is_grad_enabled():
-                # LSQ's step size gradient scale (section 2.2): 1 / sqrt(features x largest integer).
-                largest = integer_range(self.activation_bits, self._signed)[1]
-                factor = (x[0].numel() * largest) ** -0.5
-                scale = scale.clone()
-                scale.register_hook(lambda gradient: gradient * factor)
-            x = fake_quantize(x, scale, self.activation_bits, self._signed)
+            x = self.scheme.activation(self, x, self.activation_bits)
         return self._apply_weight(x, self.quantized_weight())
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -68,31 +59,35 @@ class QuantLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: real values on the grid of its bits.
 
-        Without gradients the result is kept per width until the weight or its scale changes.
+        Without gradients the result is kept per width until the weight, or what else it depends on, changes.
         """
         bits = self.weight_bits
         if bits is None:
             return self.weight
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return fake_quantize(self.weight, self._channel_scale(bits), bits, True)
-        if self.weight.is_inference() or self.weight_scale.is_inference():
-            return fake_quantize(self.weight, self._channel_scale(bits), bits, True)  # whose changes nobody counts
+        sources = [self.weight, *(getattr(self, name) for name in self.scheme.of_weight)]
+        learning = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
+        # Nobody counts the changes of inference tensors.
+        if learning or torch.compiler.is_compiling() or any(source.is_inference() for source in sources):
+            return self.scheme.weight(self, bits)
         # torch counts in-place changes of a tensor; a replaced tensor has another address.
-        state = (
-            self.weight._version,
-            self.weight.data_ptr(),
-            self.weight_scale._version,
-            self.weight_scale.data_ptr(),
-        )
+        state = tuple(number for source in sources for number in (source._version, source.data_ptr()))
         kept = self._bank.get(bits)
         if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                kept = state, fake_quantize(self.weight.detach(), self._channel_scale(bits), bits, True)
+                kept = state, self.scheme.weight(self, bits).detach()
             self._bank[bits] = kept
         return kept[1]
 
-    def _channel_scale(self, bits: int) -> Tensor:
-        return self.weight_scale[bits - 1].view(-1, *[1] * (self.weight.dim() - 1))
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.state_names:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing[:] = [key for key in missing if key.removeprefix(prefix) not in self.state_names]
 
     def __deepcopy__(self, memo: dict[int, object]) -> QuantLayer:
         # The bank can be many times the layer's size and is made again when needed.
@@ -152,6 +147,15 @@ def _quant_class(kind: type[nn.Module]) -> type[QuantLayer]:
     return _CLASSES[kind]
 
 
+def _replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """Put a module in another's place; the network itself may be the one. Returns the network."""
+    if not name:
+        return module
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+    return network
+
+
 def quant_layers(network: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of a network by name, in the order of its modules."""
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantLayer)}
@@ -161,25 +165,27 @@ def quantize(
     network: nn.Module,
     policy: Mapping[str, Bits],
     *,
-    scheme: str = "linear",
+    scheme: str | Scheme = "linear",
     calibrate: calibration.Batches | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy of a network whose convolutions and linear layers compute at the bits of a policy.
 
-    Weights are symmetric per output channel, activations (each layer's input) per tensor, unsigned where the calibration
-    data are; the scales minimise the squared error and are found for every width at once, so that bits can be set again
-    with `set_policy` at no cost.
-
-    calibrate: inputs, as one tensor or an iterable of tensors or (inputs, labels); or instead
-    state: what `quantizer_state` returned for the same network, which needs no data.
+    scheme: a name (`Scheme.known`) or a scheme with its options, such as Linear(calibration="kl"). What belongs to a width
+        is found for every width at once, so that bits can be set again with `set_policy` at no cost.
+    calibrate: inputs, as one tensor or an iterable of tensors or (inputs, labels). Not needed by schemes that look at no
+        data, nor if all activations stay in float. Or instead
+    state: what `quantizer_state` returned for the same network and scheme.
     policy: must name every Conv1d, Conv2d and Linear that is called; (None, None) leaves one in float.
 
-    Raises ValueError for unknown or missing layers, for bits out of range, and for calibration without data.
+    Raises ValueError for unknown or missing layers, for bits out of range or without meaning in the scheme, and for
+    calibration without data.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    if (calibrate is None) == (state is None):
+    scheme = Scheme.named(scheme)
+    blind = not scheme.needs_data or all(activation is None for _, activation in policy.values())
+    if calibrate is not None and state is not None:
+        raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), not both")
+    if calibrate is None and state is None and not blind:
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), one of the two")
     floats = {name: m for name, m in network.named_modules() if isinstance(m, QUANTIZABLE)}
     if already := quant_layers(network):
@@ -190,18 +196,18 @@ def quantize(
     if calibrate is not None:
         observers = calibration.observe(made, {name: made.get_submodule(name) for name in floats}, calibrate)
     unseen = [name for name in floats if name not in policy and (observers is None or observers[name].values)]
-    if observers is not None and unseen:
+    if unseen and state is None:
         raise ValueError(f"the policy lacks layers {', '.join(unseen)}; (None, None) leaves a layer in float")
     for name in policy:
         module = made.get_submodule(name)
         layer = _quant_class(type(module)).__new__(_quant_class(type(module)))
-        layer.__dict__.update(module.__dict__)
-        layer._start()
+        # Containers of their own: hooks and parameters of the float layer stay what they are.
+        layer.__dict__.update({key: copy.copy(x) if isinstance(x, dict) else x for key, x in module.__dict__.items()})
+        layer._start(scheme)
         layer.to(module.weight.device)  # type: ignore[arg-type]
-        parent, _, child = name.rpartition(".")
-        setattr(made.get_submodule(parent), child, layer)
-        if observers is not None:
-            _calibrate(name, layer, observers[name], policy[name])
+        made = _replace(made, name, layer)
+        if state is None:
+            _calibrate(name, layer, observers[name] if observers else None, policy[name])
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
@@ -209,21 +215,31 @@ def quantize(
 
 
 @torch.no_grad()
-def _calibrate(name: str, layer: QuantLayer, observer: calibration.Observer, bits: Bits) -> None:
+def _calibrate(name: str, layer: QuantLayer, observer: calibration.Observer | None, bits: Bits) -> None:
+    seen = observer if observer is not None and observer.values else None
+    if seen is None and bits[1] is not None and layer.scheme.needs_data:
+        raise ValueError(f"layer {name!r} was never called during calibration, so its input has no scale")
     try:
-        scale, error = calibration.weight_scales(layer.weight)
+        layer.scheme.calibrate(layer, seen)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
-    layer.weight_scale.copy_(scale)
-    layer.weight_error.copy_(error)
-    if observer.values:
-        scale, error = calibration.activation_scales(observer.sample(), observer.largest, observer.signed)
-        layer.activation_scale.copy_(scale)
-        layer.activation_error.copy_(error)
-        layer.activation_signed.fill_(observer.signed)
-        layer._signed = observer.signed
-    elif bits[1] is not None:
-        raise ValueError(f"layer {name!r} was never called during calibration, so its input has no scale")
+    layer.signed = seen.signed if seen is not None else True
+
+
+def float_copy(network: nn.Module) -> nn.Module:
+    """A copy of a quantized network as a float network again, with the weights as they are now."""
+    made = copy.deepcopy(network)
+    for name, layer in quant_layers(made).items():
+        kind = next(base for base in type(layer).__mro__ if not issubclass(base, QuantLayer))
+        module: nn.Module = kind.__new__(kind)  # type: ignore[assignment]
+        ours = {"scheme", "weight_bits", "activation_bits", "signed", "state_names", "_bank"}
+        module.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in ours})
+        for tensors in (module._parameters, module._buffers):
+            for key in layer.state_names:
+                tensors.pop(key, None)
+        module._non_persistent_buffers_set -= set(layer.state_names)
+        made = _replace(made, name, module)
+    return made
 
 
 def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
@@ -233,6 +249,11 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     _check_names(checked, layers)
     if missing := [name for name in layers if name not in checked]:
         raise ValueError(f"the policy lacks layers {', '.join(missing)}")
+    for name, bits in checked.items():
+        try:
+            layers[name].scheme.check(*bits)
+        except ValueError as reason:
+            raise ValueError(f"layer {name!r}: {reason}") from reason
     for name, (weight, activation) in checked.items():
         layer = layers[name]
         layer.weight_bits, layer.activation_bits = weight, activation
@@ -250,27 +271,29 @@ def get_policy(network: nn.Module) -> BitPolicy:
 
 
 def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
-    """Every scale of a quantized network, by layer: what its `state_dict` (the float network's) doesn't hold."""
-    return {
-        f"{name}.{key}": getattr(layer, key).detach().clone()
-        for name, layer in quant_layers(network).items()
-        for key in QuantLayer.STATE
-    }
+    """Every tensor of a quantized network's scheme, by layer: what its `state_dict` (the float network's) doesn't hold."""
+    state = {}
+    for name, layer in quant_layers(network).items():
+        for key in layer.state_names:
+            state[f"{name}.{key}"] = getattr(layer, key).detach().clone()
+        state[f"{name}.signed"] = torch.tensor(layer.signed)
+    return state
 
 
 def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set every scale. Raises ValueError, changing nothing, if `state` is of another network."""
+    """Set all of it. Raises ValueError, changing nothing, if `state` is of another network or scheme."""
     layers = quant_layers(network)
-    expected = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in QuantLayer.STATE}
-    if wrong := sorted(set(expected) ^ set(state)):
+    expected = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in layer.state_names}
+    signs = {f"{name}.signed": layer for name, layer in layers.items()}
+    if wrong := sorted((set(expected) | set(signs)) ^ set(state)):
         raise ValueError(f"the quantizer state is of another network: {len(wrong)} names differ, such as {wrong[0]}")
     if wrong := [key for key, tensor in expected.items() if tensor.shape != state[key].shape]:
         raise ValueError(f"the quantizer state is of another network: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}")
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])
-    for layer in layers.values():
-        layer._signed = bool(layer.activation_signed)
+    for key, layer in signs.items():
+        layer.signed = bool(state[key])
 
 
 def _check_names(policy: Mapping[str, Bits], known: Mapping[str, object]) -> None:
