@@ -60,6 +60,18 @@ class BitPolicy(Mapping[str, Bits]):
             ) from error
         return cls(bits)
 
+    def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
+        """The same policy with the layers of each group at the widest bits of the group: for layers whose outputs are added,
+        which hardware wants on one grid. Float (None) is wider than 8 bits. Raises ValueError for a layer it doesn't have."""
+        bits = dict(self._bits)
+        for group in (list(group) for group in groups):
+            if unknown := [name for name in group if name not in bits]:
+                raise ValueError(f"the policy has no layer {unknown[0]!r} to tie")
+            pairs = [bits[name] for name in group]
+            widest = tuple(None if None in widths else max(w for w in widths if w) for widths in zip(*pairs, strict=True))
+            bits.update((name, (widest[0], widest[1])) for name in group)
+        return BitPolicy(bits)
+
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the policy, beside the target first, then renamed over it."""
         layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in self.items()]

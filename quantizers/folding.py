@@ -1,0 +1,87 @@
+"""Batch norm folded into the convolution or linear layer before it, as an explicit step before quantization."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from quantizers.policy import QUANTIZABLE
+
+
+@torch.no_grad()
+def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
+    """A copy of a network, in evaluation mode, without the batch norms that directly follow a Conv1d, Conv2d or Linear:
+
+        w' = w gamma / sqrt(var + eps)          b' = (b - mean) gamma / sqrt(var + eps) + beta
+
+    What follows what is seen in one forward pass on `example`; a layer or norm that is called twice is left alone. A folded
+    norm becomes an Identity; one of somebody else's class (with an activation inside, say) stays, and does nothing but its
+    other work. Raises ValueError if the copy doesn't compute the same on `example`, which happens if a layer's output is used
+    elsewhere than in its norm.
+    """
+    made = copy.deepcopy(network).eval()
+    before = made(*example)
+    pairs = _pairs(made, example)
+    for layer, norm in pairs:
+        _fold(layer, norm)
+    parents = [(parent, name, child) for parent in made.modules() for name, child in parent.named_children()]
+    folded = {norm for _, norm in pairs}
+    for parent, name, child in parents:
+        if child in folded and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            setattr(parent, name, nn.Identity())
+    after = made(*example)
+    for old, new in zip(_tensors(before), _tensors(after), strict=True):
+        if not torch.allclose(old, new, rtol=1e-3, atol=1e-4 * float(old.abs().max().clamp_min(1))):
+            worst = float((old - new).abs().max())
+            raise ValueError(
+                f"folding changes what the network computes (by up to {worst:.3g}): "
+                "the output of one of its layers is used elsewhere than in its batch norm"
+            )
+    return made
+
+
+def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module, _BatchNorm]]:
+    calls: dict[nn.Module, int] = {}
+    outputs: list[tuple[Tensor, nn.Module]] = []  # kept alive, so that an address stays one tensor's
+    pairs: list[tuple[nn.Module, _BatchNorm]] = []
+
+    def seen(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(module, _BatchNorm):
+            pairs.extend((layer, module) for tensor, layer in outputs if tensor is inputs[0])
+        else:
+            outputs.append((output, module))
+
+    kinds = (*QUANTIZABLE, _BatchNorm)
+    handles = [module.register_forward_hook(seen) for module in network.modules() if isinstance(module, kinds)]
+    try:
+        network(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    once = [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1 and pair[1].running_mean is not None]
+    return [pair for pair in once if sum(pair[0] is other[0] for other in pairs) == 1]
+
+
+def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+    fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    mean, var = norm.running_mean, norm.running_var
+    layer.weight, layer.bias = fuse(layer.weight, layer.bias, mean, var, norm.eps, norm.weight, norm.bias)
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    mean.zero_()
+    var.fill_(1)
+    norm.eps = 0
+    for parameter, value in ((norm.weight, 1.0), (norm.bias, 0.0)):
+        if parameter is not None:
+            parameter.fill_(value)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else [output]
+    return [part for part in parts if isinstance(part, Tensor)]
