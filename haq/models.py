@@ -19,7 +19,7 @@ import math
 import pickle
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import quantizers as Q
 from haq import data
 
 DEFAULT = "mobilenet-mini"
@@ -43,6 +44,7 @@ NAMES = (
 )
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
+QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
 CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -292,7 +294,11 @@ def _efficientnet_lite0(classes: int | None, pretrained: bool) -> Network:
 
 
 def save_checkpoint(network: Network, path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write weights and everything needed to rebuild the network, as safetensors, beside the target and renamed."""
+    """Write weights and everything needed to rebuild the network, as safetensors, beside the target and renamed.
+
+    If the module is quantized, what its scheme holds and its bits are written too: `load` brings the float network back,
+    `load_quantized` the quantized one.
+    """
     state = {key: tensor.detach().contiguous() for key, tensor in network.module.state_dict().items()}
     metadata = {
         "format": CHECKPOINT_FORMAT,
@@ -303,7 +309,24 @@ def save_checkpoint(network: Network, path: Path, notes: dict[str, str] | None =
         "std": json.dumps(network.std),
         **(notes or {}),
     }
+    if layers := Q.quant_layers(network.module):
+        schemes = {name: [layer.scheme.name, asdict(layer.scheme)] for name, layer in layers.items()}  # type: ignore[call-overload]
+        metadata["schemes"] = json.dumps(schemes)
+        metadata["policy"] = json.dumps({name: list(bits) for name, bits in Q.get_policy(network.module).items()})
+        state |= {f"{QUANTIZER}{key}": t.contiguous() for key, t in Q.quantizer_state(network.module).items()}
     write_safetensors(state, path, metadata)
+
+
+def load_quantized(path: Path) -> Network:
+    """The quantized network of a checkpoint, at its bits. Raises ValueError if the checkpoint holds none."""
+    tensors, notes = read_state(path)
+    if "schemes" not in notes:
+        raise ValueError(f"{path} holds a float network, not a quantized one")
+    network = load(str(path))
+    schemes = {layer: Q.Scheme.known[name](**options) for layer, (name, options) in json.loads(notes["schemes"]).items()}
+    state = {key.removeprefix(QUANTIZER): value for key, value in tensors.items() if key.startswith(QUANTIZER)}
+    policy = Q.BitPolicy(json.loads(notes["policy"]))
+    return replace(network, module=Q.quantize(network.module, policy, scheme=schemes, state=state).eval())
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -371,7 +394,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return dict(state), {}
 
 
-def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    state = {key: value for key, value in tensors.items() if not key.startswith(QUANTIZER)}
     expected = module.state_dict()
     missing = [key for key in expected if key not in state]
     foreign = [key for key in state if key not in expected]

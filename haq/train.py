@@ -1,26 +1,48 @@
-"""Train a network in float:  python -m haq.train --network mobilenet-mini --data fashion-mnist --out FILE.safetensors"""
+"""Train a network, in float or quantized:  python -m haq.train --network N --data D --out F.safetensors [--scheme lsq ...]"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
+import quantizers as Q
 from haq import cli, data, models, training
 
+CALIBRATION_IMAGES = 500
+RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
 
-def main(arguments: list[str] | None = None) -> int:
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m haq.train", description=__doc__)
-    parser.add_argument("--network", default=models.DEFAULT, help="a name as in haq.models (default: %(default)s)")
-    parser.add_argument("--data", default="fashion-mnist", help="a name as in haq.data (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=0.2)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write, .safetensors")
+    add = parser.add_argument
+    add("--network", default=models.DEFAULT, help="a name as in haq.models (default: %(default)s)")
+    add("--data", default="fashion-mnist", help="a name as in haq.data (default: %(default)s)")
+    add("--pretrained", action="store_true", help="start from the network's weights, not from random ones")
+    add("--scheme", choices=sorted(Q.Scheme.known), help="train quantized, with this scheme (default: in float)")
+    add("--bits", default="4/4", help="weight/activation bits of a quantized network, 1 to 8 or float (default: 4/4)")
+    add("--ends", default="8/8", help="bits of its first and last layer, with the linear scheme's rules (default: 8/8)")
+    add("--lipschitz", type=float, default=0.0, metavar="BETA", help="weight of defensive quantization's penalty (default: 0)")
+    add("--clip-weights", action="store_true", help="keep the float weights behind one-bit ones in [-1, 1]")
+    add("--optimizer", default="sgd", choices=("sgd", "adam"))
+    add("--epochs", type=int, default=40)
+    add(
+        "--learning-rate",
+        type=float,
+        help=f"default: {RATES['float']} in float, {RATES['quantized']} quantized, with adam 0.001",
+    )
+    add("--batch-size", type=int, default=128)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, required=True, help="checkpoint to write, .safetensors")
+    add("--resume", action="store_true", help="go on with a training that was interrupted, exactly")
+    add("--log", type=Path, metavar="FOLDER", help="write TensorBoard events there")
     options = parser.parse_args(arguments)
     if options.epochs < 1 or options.batch_size < 2:
         raise ValueError(f"--epochs {options.epochs} --batch-size {options.batch_size}: need at least 1 and 2")
@@ -28,14 +50,81 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"--out {options.out}: a checkpoint's name ends in .safetensors")
     if options.out.exists():
         raise ValueError(f"{options.out} exists and is not overwritten")
+    if options.learning_rate is None:
+        kind = "adam" if options.optimizer == "adam" else "quantized" if options.scheme else "float"
+        options.learning_rate = RATES[kind]
+    options.bits, options.ends = parse_bits("--bits", options.bits), parse_bits("--ends", options.ends)
+    return options
 
+
+def parse_bits(option: str, text: str) -> tuple[int | None, int | None]:
+    """(4, 8) from "4/8", (1, None) from "1/float"."""
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part == "float" or (part.isdecimal() and 1 <= int(part) <= 8) for part in parts):
+        raise ValueError(f"{option} is {text!r}; give W/A, each from 1 to 8 or float")
+    weight, activation = (None if part == "float" else int(part) for part in parts)
+    return weight, activation
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    state = training.TrainingState(options.out.with_suffix(".state"), _asked(options))
+    if state.path.exists() and not options.resume:
+        raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
     console = Console()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         dataset = data.load(options.data)
-        network = models.load(options.network, classes=len(dataset.classes), pretrained=False)
-    models.check_fits(network, dataset)
-    console.print(dataset.describe())
+        network = models.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
+        models.check_fits(network, dataset)
+        console.print(dataset.describe())
+        if options.scheme:
+            network = replace(network, module=quantized(network, dataset, options))
+        state.path.parent.mkdir(parents=True, exist_ok=True)
+        _train(console, network, dataset, options, state)
+    result = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
+    notes = {
+        "trained_on": f"the train split of {dataset.describe()}",
+        "command": " ".join(["python -m haq.train", *_command(options)]),
+        "test_accuracy": f"{result['test']:.4f}",
+    }
+    models.save_checkpoint(network, options.out, notes)
+    state.path.unlink(missing_ok=True)
+    for name, value in result.items():
+        console.print(f"accuracy on the {name} split: {100 * value:.2f} % of {len(getattr(dataset, name)):,} images")
+    console.print(f"written: {options.out} ({options.out.stat().st_size:,} bytes)")
+    console.print(f"next: python -m haq.search --hw edge --network {options.out} --data {options.data}", soft_wrap=True)
+    return 0
+
+
+def quantized(network: models.Network, dataset: data.Dataset, options: argparse.Namespace) -> nn.Module:
+    """The network at the bits asked for; its first and last layer at theirs, as almost everyone does."""
+    names = list(Q.BitPolicy.uniform(network.module, w=None, a=None))
+    policy = Q.BitPolicy({name: options.ends if name in (names[0], names[-1]) else options.bits for name in names})
+    images, _ = next(dataset.train.batches(CALIBRATION_IMAGES))
+    schemes = {name: "linear" if name in (names[0], names[-1]) else options.scheme for name in names}
+    return Q.quantize(network.module, policy, scheme=schemes, calibrate=network.preprocess(images))
+
+
+def _train(
+    console: Console,
+    network: models.Network,
+    dataset: data.Dataset,
+    options: argparse.Namespace,
+    state: training.TrainingState,
+) -> None:
+    events = _events(options.log)
+    penalty: Callable[[nn.Module], Tensor] | None = None
+    if options.lipschitz:
+        penalty = lambda module: Q.lipschitz_penalty(module, beta=options.lipschitz)  # noqa: E731
+    clipping = Q.clip_weights(network.module) if options.clip_weights else None
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        bar.console.print(f"epoch {epoch}/{options.epochs}: mean loss {loss:.4f}")
+        if events is not None:
+            events.add_scalar("loss", loss, epoch)
+            events.add_scalar("accuracy on the search split", training.accuracy(network, dataset.search), epoch)
+
     with cli.progress(console) as bar:
         task = bar.add_task("training", total=None, note="")
         training.fit(
@@ -44,24 +133,48 @@ def main(arguments: list[str] | None = None) -> int:
             epochs=options.epochs,
             learning_rate=options.learning_rate,
             batch_size=options.batch_size,
+            optimizer=options.optimizer,
             seed=options.seed,
-            on_epoch=lambda epoch, loss: bar.console.print(f"epoch {epoch}/{options.epochs}: mean loss {loss:.4f}"),
+            penalty=penalty,
+            clipping=clipping,
+            state=state,
+            on_epoch=on_epoch,
             on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
         )
-    result = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
-    notes = {
-        "trained_on": f"the train split of {dataset.describe()}",
-        "command": f"python -m haq.train --network {options.network} --data {options.data} --epochs {options.epochs} "
-        f"--learning-rate {options.learning_rate} --batch-size {options.batch_size} --seed {options.seed} "
-        f"--out {options.out.name}",
-        "test_accuracy": f"{result['test']:.4f}",
-    }
-    models.save_checkpoint(network, options.out, notes)
-    for name, value in result.items():
-        console.print(f"accuracy on the {name} split: {100 * value:.2f} % of {len(getattr(dataset, name)):,} images")
-    console.print(f"written: {options.out} ({options.out.stat().st_size:,} bytes)")
-    console.print(f"next: python -m haq.search --hw edge --network {options.out} --data {options.data}")
-    return 0
+    if events is not None:
+        events.close()
+    if clipping is not None:
+        console.print(f"one-bit weights that clipping changed: {100 * clipping.mean_share:.3f} % at each step, on average")
+
+
+def _events(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--log needs TensorBoard: pip install 'haq[report]'") from error
+    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+
+
+def _asked(options: argparse.Namespace) -> dict[str, str]:
+    """What must be the same for a training to go on."""
+    free = ("out", "resume", "log")
+    return {key: str(value) for key, value in vars(options).items() if key not in free} | {"torch": str(torch.__version__)}
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    words = [f"--network {options.network} --data {options.data}"]
+    if options.pretrained:
+        words.append("--pretrained")
+    if options.scheme:
+        bits, ends = ("/".join("float" if b is None else str(b) for b in pair) for pair in (options.bits, options.ends))
+        words.append(f"--scheme {options.scheme} --bits {bits} --ends {ends}")
+    words += [f"--lipschitz {options.lipschitz}"] if options.lipschitz else []
+    words += ["--clip-weights"] if options.clip_weights else []
+    words += [f"--optimizer {options.optimizer}"] if options.optimizer != "sgd" else []
+    words.append(f"--epochs {options.epochs} --learning-rate {options.learning_rate} --batch-size {options.batch_size}")
+    return [*words, f"--seed {options.seed} --out {options.out.name}"]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -46,31 +48,48 @@ def fit(
     teacher: nn.Module | None = None,
     batch_size: int = 128,
     weight_decay: float = 1e-4,
+    optimizer: str = "sgd",
     scales: Sequence[Tensor] = (),
     fixed_norms: bool = False,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    clipping: Q.WeightClipping | None = None,
+    state: TrainingState | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> None:
-    """Train `module` (default: the network's own) in place, on `split`, with SGD and a cosine learning rate.
+    """Train `module` (default: the network's own) in place, on `split`, with a cosine learning rate.
 
     With a `teacher` the labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
     mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR 2022).
     `scales` are quantization steps to train as well; they stay positive. `fixed_norms` keeps the statistics of batch norms.
-    `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`. Raises
-    FloatingPointError if the loss stops being a number.
+    `optimizer` is `sgd` (Nesterov, momentum 0.9) or `adam`; what a quantization scheme learns isn't decayed. `penalty` is
+    added to the loss; `clipping` clips weights after every step. `state` keeps what it takes to go on after every epoch, and
+    goes on from there. `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`.
+    Raises FloatingPointError if the loss stops being a number.
     """
     module = module or network.module
     generator = torch.Generator().manual_seed(seed)
-    # Scales and biases of norms have nothing to decay towards.
-    decayed = [p for p in module.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in module.parameters() if p.requires_grad and p.dim() <= 1] + list(scales)
+    learned = {id(p) for p in Q.learned_parameters(module)}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # Scales and biases of norms, and of quantizers, have nothing to decay towards.
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in learned]
+    others = [p for p in trained if p.dim() <= 1 or id(p) in learned] + list(scales)
     smallest = [0.1 * scale.detach() for scale in scales]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)
+    made: torch.optim.Optimizer
+    if optimizer == "adam":
+        made = torch.optim.Adam(groups, learning_rate)
+    elif optimizer == "sgd":
+        made = torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)
+    else:
+        raise ValueError(f"unknown optimizer {optimizer!r}; known: sgd, adam")
+    if clipping is not None:
+        made.register_step_post_hook(clipping)
     steps = epochs * math.ceil(len(split) / batch_size)
     warmup = min(200, steps // 10 + 1)
-    step = 0
-    for epoch in range(epochs):
+    done = state.load(module, made, generator) if state else 0
+    step = done * math.ceil(len(split) / batch_size)
+    for epoch in range(done, epochs):
         total = 0.0
         module.train()
         for part in module.modules():
@@ -78,23 +97,75 @@ def fit(
                 part.eval()
         for images, labels in split.batches(batch_size, generator):
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for group in optimizer.param_groups:
+            for group in made.param_groups:
                 group["lr"] = learning_rate * rate
             inputs = network.preprocess(augment(images, generator))
             loss = F.cross_entropy(module(inputs), labels) if teacher is None else _match(module, teacher, inputs, generator)
+            if penalty is not None:
+                loss = loss + penalty(module)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the training loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate")
-            optimizer.zero_grad()
+            made.zero_grad()
             loss.backward()
-            optimizer.step()
+            made.step()
             with torch.no_grad():
                 for scale, least in zip(scales, smallest, strict=True):
                     torch.maximum(scale, least, out=scale)
             total += loss.item() * len(labels)
             step += 1
             on_step(step, steps)
+        if state:
+            state.save(module, made, generator, epoch + 1)
         on_epoch(epoch + 1, total / len(split))
     module.eval()
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """A file with what it takes to go on exactly: network, quantizers, optimizer and random states after an epoch.
+
+    `asked` says what the training was asked for; a file of something else is refused with the difference.
+    """
+
+    path: Path
+    asked: dict[str, str]
+
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator, epoch: int) -> None:
+        content = {
+            "asked": self.asked,
+            "epoch": epoch,
+            "module": module.state_dict(),
+            "quantizers": Q.quantizer_state(module),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
+        }
+        partial = self.path.with_name(f"{self.path.name}.part")
+        torch.save(content, partial)
+        partial.replace(self.path)
+
+    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+        """Restore everything and return the number of epochs done: 0 if there is no file yet."""
+        if not self.path.is_file():
+            return 0
+        try:
+            content = torch.load(self.path, weights_only=True)
+            epoch, asked = content["epoch"], content["asked"]
+        except Exception as error:
+            raise ValueError(f"{self.path} can't be resumed from ({type(error).__name__}); delete it to start anew") from error
+        for key in sorted(set(asked) | set(self.asked)):
+            if asked.get(key) != self.asked.get(key):
+                raise ValueError(
+                    f"{self.path} is of another training: {key} was {asked.get(key)!r} and is {self.asked.get(key)!r} now; "
+                    "ask for the same again, or delete it to start anew"
+                )
+        module.load_state_dict(content["module"])
+        if content["quantizers"]:
+            Q.load_quantizer_state(module, content["quantizers"])
+        optimizer.load_state_dict(content["optimizer"])
+        generator.set_state(content["generator"])
+        torch.set_rng_state(content["torch"])
+        return int(epoch)
 
 
 def _match(module: nn.Module, teacher: nn.Module, inputs: Tensor, generator: torch.Generator) -> Tensor:

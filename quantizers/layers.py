@@ -165,14 +165,15 @@ def quantize(
     network: nn.Module,
     policy: Mapping[str, Bits],
     *,
-    scheme: str | Scheme = "linear",
+    scheme: str | Scheme | Mapping[str, str | Scheme] = "linear",
     calibrate: calibration.Batches | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """A copy of a network whose convolutions and linear layers compute at the bits of a policy.
 
-    scheme: a name (`Scheme.known`) or a scheme with its options, such as Linear(calibration="kl"). What belongs to a width
-        is found for every width at once, so that bits can be set again with `set_policy` at no cost.
+    scheme: a name (`Scheme.known`), a scheme with its options, such as Linear(calibration="kl"), or one per layer of the
+        policy, by name. What belongs to a width is found for every width at once, so that bits can be set again with
+        `set_policy` at no cost.
     calibrate: inputs, as one tensor or an iterable of tensors or (inputs, labels). Not needed by schemes that look at no
         data, nor if all activations stay in float. Or instead
     state: what `quantizer_state` returned for the same network and scheme.
@@ -181,8 +182,8 @@ def quantize(
     Raises ValueError for unknown or missing layers, for bits out of range or without meaning in the scheme, and for
     calibration without data.
     """
-    scheme = Scheme.named(scheme)
-    blind = not scheme.needs_data or all(activation is None for _, activation in policy.values())
+    schemes = _schemes(scheme, policy)
+    blind = all(activation is None or not schemes[name].needs_data for name, (_, activation) in policy.items())
     if calibrate is not None and state is not None:
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), not both")
     if calibrate is None and state is None and not blind:
@@ -203,7 +204,7 @@ def quantize(
         layer = _quant_class(type(module)).__new__(_quant_class(type(module)))
         # Containers of their own: hooks and parameters of the float layer stay what they are.
         layer.__dict__.update({key: copy.copy(x) if isinstance(x, dict) else x for key, x in module.__dict__.items()})
-        layer._start(scheme)
+        layer._start(schemes[name])
         layer.to(module.weight.device)  # type: ignore[arg-type]
         made = _replace(made, name, layer)
         if state is None:
@@ -212,6 +213,14 @@ def quantize(
         load_quantizer_state(made, state)
     set_policy(made, policy)
     return made
+
+
+def _schemes(scheme: str | Scheme | Mapping[str, str | Scheme], policy: Mapping[str, Bits]) -> dict[str, Scheme]:
+    if not isinstance(scheme, Mapping):
+        return dict.fromkeys(policy, Scheme.named(scheme))
+    if differing := sorted(set(scheme) ^ set(policy)):
+        raise ValueError(f"`scheme` must name the policy's layers, and only those; {differing[0]!r} is in one of the two only")
+    return {name: Scheme.named(chosen) for name, chosen in scheme.items()}
 
 
 @torch.no_grad()
@@ -251,7 +260,7 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
         raise ValueError(f"the policy lacks layers {', '.join(missing)}")
     for name, bits in checked.items():
         try:
-            layers[name].scheme.check(*bits)
+            layers[name].scheme.check(*bits, signed=layers[name].signed)
         except ValueError as reason:
             raise ValueError(f"layer {name!r}: {reason}") from reason
     for name, (weight, activation) in checked.items():

@@ -45,8 +45,9 @@ class Scheme:
             raise ValueError(f"unknown scheme {scheme!r}{hint} known: {', '.join(Scheme.known)}")
         return Scheme.known[scheme]()
 
-    def check(self, weight_bits: int | None, activation_bits: int | None) -> None:
-        """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it."""
+    def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
+        """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it. `signed` says whether the
+        layer's input was ever negative."""
         for bits in (weight_bits, activation_bits):
             if bits is not None:
                 integer_range(bits, False)

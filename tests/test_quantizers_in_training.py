@@ -227,7 +227,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("scheme", ["linear"])
+@pytest.mark.parametrize("scheme", ["linear", "lsq"])
 def test_two_processes_train_as_one(scheme: str, tmp_path: Path) -> None:
     """DistributedDataParallel over gloo: the gradients of two halves are those of the whole batch."""
     script, root = tmp_path / "train.py", str(Path(__file__).parents[1])

@@ -116,10 +116,17 @@ def network():
 """
 
 
-def test_the_train_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a small job of one's own in it."""
     (tmp_path / "train_job.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "train_job", raising=False)
+    return tmp_path
+
+
+def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--network", "train_job:network", "--data", "train_job:splits", "--epochs", "2", "--out", "a.safetensors"]
     assert cli.run_command(lambda: train.main(arguments)) == 0
     out = capsys.readouterr().out
@@ -135,3 +142,76 @@ def test_the_train_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     ):
         assert cli.run_command(lambda change=change: train.main([*arguments, *change])) == 2  # type: ignore[misc]
         assert message in capsys.readouterr().err
+
+
+JOB = ["--network", "train_job:network", "--data", "train_job:splits", "--epochs", "4", "--batch-size", "16"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--learning-rate", "0.05"],
+        ["--scheme", "linear", "--bits", "4/4", "--pretrained"],
+        ["--scheme", "lsq", "--bits", "2/3", "--pretrained", "--lipschitz", "1e-3"],
+        ["--scheme", "binary", "--bits", "1/1", "--ends", "float/float", "--optimizer", "adam", "--clip-weights"],
+    ],
+)
+def test_an_interrupted_training_goes_on_exactly(
+    options: list[str], place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*JOB, *options, "--out", "whole.safetensors"]) == 0
+
+    class Killed(Exception):
+        pass
+
+    save, saved = training.TrainingState.save, []
+
+    def save_and_die(self: training.TrainingState, *rest: object) -> None:
+        save(self, *rest)  # type: ignore[arg-type]
+        saved.append(self)
+        if len(saved) == 2:
+            raise Killed
+
+    monkeypatch.setattr(training.TrainingState, "save", save_and_die)
+    with pytest.raises(Killed):
+        train.main([*JOB, *options, "--out", "part.safetensors"])
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", [str(place), *sys.path])
+    assert cli.run_command(lambda: train.main([*JOB, *options, "--out", "part.safetensors"])) == 2
+    assert "add --resume to go on" in capsys.readouterr().err
+    changed = [*JOB, *options, "--seed", "1", "--resume", "--out", "part.safetensors"]
+    assert cli.run_command(lambda: train.main(changed)) == 2
+    assert "seed was '0' and is '1' now" in capsys.readouterr().err
+    assert train.main([*JOB, *options, "--resume", "--out", "part.safetensors"]) == 0
+    assert "epoch 2/4" not in capsys.readouterr().out
+    whole, part = (models.read_state(Path(name))[0] for name in ("whole.safetensors", "part.safetensors"))
+    assert whole.keys() == part.keys()
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+    assert not Path("part.state").exists()
+
+
+def test_a_quantized_training_ends_in_a_quantized_checkpoint(place: Path) -> None:
+    assert train.main([*JOB, "--scheme", "linear", "--bits", "3/2", "--pretrained", "--out", "q.safetensors"]) == 0
+    quantized = models.load_quantized(Path("q.safetensors"))
+    policy = Q.get_policy(quantized.module)
+    assert list(policy.values()) == [(8, 8), (3, 2), (3, 2), (3, 2), (8, 8)]
+    float_one = models.load("q.safetensors")
+    assert not Q.quant_layers(float_one.module)
+    again = Q.quantize(float_one.module, policy, state=Q.quantizer_state(quantized.module))
+    assert torch.equal(again(images(8)), quantized.module(images(8)))
+    models.save_checkpoint(float_one, Path("f.safetensors"))
+    with pytest.raises(ValueError, match="holds a float network"):
+        models.load_quantized(Path("f.safetensors"))
+
+
+def test_tensorboard_events_are_written(place: Path) -> None:
+    assert train.main([*JOB, "--learning-rate", "0.05", "--log", "events", "--out", "a.safetensors"]) == 0
+    assert list(Path("events").glob("events.*"))
+
+
+@pytest.mark.parametrize("bits", ["4", "9/4", "0/4", "4/x", "4/4/4"])
+def test_bits_that_are_none_are_named(bits: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*JOB, "--scheme", "linear", "--bits", bits, "--out", "a.safetensors"]
+    assert cli.run_command(lambda: train.main(arguments)) == 2
+    assert f"--bits is {bits!r}; give W/A" in capsys.readouterr().err
