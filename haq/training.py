@@ -48,7 +48,7 @@ def fit(
     teacher: nn.Module | None = None,
     batch_size: int = 128,
     weight_decay: float = 1e-4,
-    optimizer: str = "sgd",
+    optimizer: str | Callable[[nn.Module], Sequence[torch.optim.Optimizer]] = "sgd",
     scales: Sequence[Tensor] = (),
     fixed_norms: bool = False,
     penalty: Callable[[nn.Module], Tensor] | None = None,
@@ -62,10 +62,11 @@ def fit(
     With a `teacher` the labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
     mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR 2022).
     `scales` are quantization steps to train as well; they stay positive. `fixed_norms` keeps the statistics of batch norms.
-    `optimizer` is `sgd` (Nesterov, momentum 0.9) or `adam`; what a quantization scheme learns isn't decayed. `penalty` is
-    added to the loss; `clipping` clips weights after every step. `state` keeps what it takes to go on after every epoch, and
-    goes on from there. `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`.
-    Raises FloatingPointError if the loss stops being a number.
+    `optimizer` is `sgd` (Nesterov, momentum 0.9), `adam`, or a function that makes optimizers for the module, whose own
+    learning rates then stand for `learning_rate`; what a quantization scheme learns isn't decayed. `penalty` is added to the
+    loss; `clipping` clips weights after every step. `state` keeps what it takes to go on after every epoch, and goes on from
+    there. `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`, but for what the
+    module itself draws (dropout). Raises FloatingPointError if the loss stops being a number.
     """
     module = module or network.module
     generator = torch.Generator().manual_seed(seed)
@@ -76,15 +77,18 @@ def fit(
     others = [p for p in trained if p.dim() <= 1 or id(p) in learned] + list(scales)
     smallest = [0.1 * scale.detach() for scale in scales]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    made: torch.optim.Optimizer
-    if optimizer == "adam":
-        made = torch.optim.Adam(groups, learning_rate)
+    made: list[torch.optim.Optimizer]
+    if callable(optimizer):
+        made = list(optimizer(module))
+    elif optimizer == "adam":
+        made = [torch.optim.Adam(groups, learning_rate)]
     elif optimizer == "sgd":
-        made = torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)
+        made = [torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)]
     else:
         raise ValueError(f"unknown optimizer {optimizer!r}; known: sgd, adam")
     if clipping is not None:
-        made.register_step_post_hook(clipping)
+        made[-1].register_step_post_hook(clipping)
+    full = [[group["lr"] for group in one.param_groups] for one in made]
     steps = epochs * math.ceil(len(split) / batch_size)
     warmup = min(200, steps // 10 + 1)
     done = state.load(module, made, generator) if state else 0
@@ -97,17 +101,20 @@ def fit(
                 part.eval()
         for images, labels in split.batches(batch_size, generator):
             rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for group in made.param_groups:
-                group["lr"] = learning_rate * rate
+            for one, peaks in zip(made, full, strict=True):
+                for group, peak in zip(one.param_groups, peaks, strict=True):
+                    group["lr"] = peak * rate
             inputs = network.preprocess(augment(images, generator))
             loss = F.cross_entropy(module(inputs), labels) if teacher is None else _match(module, teacher, inputs, generator)
             if penalty is not None:
                 loss = loss + penalty(module)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the training loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate")
-            made.zero_grad()
+            for one in made:
+                one.zero_grad()
             loss.backward()
-            made.step()
+            for one in made:
+                one.step()
             with torch.no_grad():
                 for scale, least in zip(scales, smallest, strict=True):
                     torch.maximum(scale, least, out=scale)
@@ -130,13 +137,15 @@ class TrainingState:
     path: Path
     asked: dict[str, str]
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator, epoch: int) -> None:
+    def save(
+        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator, epoch: int
+    ) -> None:
         content = {
             "asked": self.asked,
             "epoch": epoch,
             "module": module.state_dict(),
             "quantizers": Q.quantizer_state(module),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": generator.get_state(),
             "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
         }
@@ -144,7 +153,7 @@ class TrainingState:
         torch.save(content, partial)
         partial.replace(self.path)
 
-    def load(self, module: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> int:
+    def load(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator) -> int:
         """Restore everything and return the number of epochs done: 0 if there is no file yet."""
         if not self.path.is_file():
             return 0
@@ -162,7 +171,8 @@ class TrainingState:
         module.load_state_dict(content["module"])
         if content["quantizers"]:
             Q.load_quantizer_state(module, content["quantizers"])
-        optimizer.load_state_dict(content["optimizer"])
+        for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         generator.set_state(content["generator"])
         torch.set_rng_state(content["torch"])
         return int(epoch)
