@@ -10,6 +10,7 @@ computed in float32 and come back as they were.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import torch
@@ -53,13 +54,22 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Te
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, bits: int, signed: bool, *, zero_point: Tensor | None = None, narrow: bool = True
+    x: Tensor,
+    scale: Tensor,
+    bits: int,
+    signed: bool,
+    *,
+    zero_point: Tensor | None = None,
+    narrow: bool = True,
+    reuse: bool = False,
 ) -> Tensor:
     """`dequantize(quantize(x))`, bit for bit, with the straight-through gradient of Bengio et al. 2013 (arXiv 1308.3432).
 
     The gradient passes where low <= x / scale + zero point <= high, both included, and is zero where x was clipped; at one
     signed bit it passes everywhere. A scale that requires a gradient gets that of LSQ (Esser et al., ICLR 2020, equation 3):
     round(x / scale) - x / scale where x passes, the bound where it was clipped; sign(x) at one signed bit.
+
+    With `reuse`, and without a gradient, the result may lie in memory that the thread's next call with it writes over.
     """
     low, high = _bounds(bits, signed, narrow, zero_point)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
@@ -67,7 +77,7 @@ def fake_quantize(
         return result
     if bits == 1 and signed:
         return dequantize(_sign(x), scale)
-    return _rounded(x, scale, low, high, rescale=True)
+    return _rounded(x, scale, low, high, rescale=True, reuse=reuse)
 
 
 def _bounds(bits: int, signed: bool, narrow: bool, zero_point: Tensor | None) -> tuple[Any, Any]:
@@ -84,20 +94,40 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool) -> Tensor:
+def _rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, reuse: bool = False) -> Tensor:
     """clamp(round(x / scale), low, high), times the scale if `rescale`."""
     dtype = _computed_in(x)
     per_tensor = scale.dim() == 0 and isinstance(low, int)
     if x.numel() <= BLOCK or not per_tensor or x.dtype != dtype or torch.compiler.is_compiling():
         q = (x.to(dtype) / scale).round_().clamp_(low, high)
         return (q.mul_(scale) if rescale else q).to(x.dtype)
-    made = torch.empty_like(x)
+    made = _workspace(x) if reuse else torch.empty_like(x)
     rows = max(1, BLOCK // x[0].numel())
     for source, target in zip(x.split(rows), made.split(rows), strict=True):
         torch.div(source, scale, out=target).round_().clamp_(low, high)
         if rescale:
             target.mul_(scale)
     return made
+
+
+_local = threading.local()
+
+
+def _workspace(x: Tensor) -> Tensor:
+    """A tensor like x in memory that this thread keeps: getting tens of megabytes anew for every layer takes as long as a
+    quarter of the arithmetic."""
+    kept: Tensor | None = getattr(_local, "kept", None)
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    if x.device.type != "cpu" or not dense:
+        return torch.empty_like(x)
+    if (
+        kept is None
+        or kept.numel() < x.numel()
+        or kept.dtype != x.dtype
+        or kept.is_inference() != torch.is_inference_mode_enabled()
+    ):
+        kept = _local.kept = torch.empty(x.numel(), dtype=x.dtype)
+    return kept.as_strided(x.shape, x.stride())
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -68,7 +68,7 @@ class Linear(Scheme, name="linear"):
         scale, signed = row(layer.activation_scale, bits), layer.signed
         if scale.requires_grad and torch.is_grad_enabled() and x.numel():
             scale = scaled_gradient(scale, (x[0].numel() * integer_range(bits, signed)[1]) ** -0.5)
-        return fake_quantize(x, scale, bits, signed)
+        return fake_quantize(x, scale, bits, signed, reuse=True)
 
 
 class _ScaledGradient(torch.autograd.Function):

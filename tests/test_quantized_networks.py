@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -242,3 +243,25 @@ def test_set_policy_changes_nothing_when_it_fails(network: nn.Module) -> None:
         assert Q.get_policy(qnetwork) == before
     with pytest.raises(ValueError, match="quantized already"):
         Q.quantize(qnetwork, before, calibrate=images(2))
+
+
+def test_memory_that_is_used_again_changes_no_result() -> None:
+    """Large inputs are quantized into memory that the thread keeps: other calls and other threads leave results alone."""
+    layer = Q.quantize(nn.Conv2d(4, 3, 1), Q.BitPolicy({"": (4, 4)}), calibrate=torch.randn(2, 4, 8, 8))
+    inputs = [torch.randn(3, 4, 200, 200, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    expected = [layer(x.requires_grad_()).detach() for x in inputs]  # with gradients nothing is used again
+    for context in (torch.no_grad, torch.inference_mode):
+
+        def run(x: Tensor, context: Any = context) -> Tensor:
+            with context():
+                result: Tensor = layer(x.detach())
+                return result
+
+        one_by_one = [run(x) for x in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(run, inputs * 4))
+        for index, result in enumerate([*one_by_one, *together]):
+            assert torch.equal(result, expected[index % 4])
+    smaller = inputs[0][:, :, :100]  # not dense
+    with torch.no_grad():
+        assert torch.equal(layer(smaller), expected[0][:, :, :100])
