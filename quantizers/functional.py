@@ -159,21 +159,22 @@ class _FakeQuantize(torch.autograd.Function):
         return to_x if ctx.needs_input_grad[0] else None, to_scale, None, None, None
 
 
-def inside(gradient: Tensor, x: Tensor, low: Any, high: Any) -> Tensor:
-    """The gradient where low <= x <= high, and zero elsewhere: an explicit mask, since the gradient of clamp at its bound
-    differs between versions of torch."""
+def inside(gradient: Tensor, x: Tensor, low: Any, high: Any, *, strict: bool = False) -> Tensor:
+    """The gradient where low <= x <= high (`strict`: low < x < high), and zero elsewhere: an explicit mask, since the gradient
+    of clamp at its bound differs between versions of torch."""
     plain = not isinstance(low, Tensor) and not isinstance(high, Tensor) and x.dtype == gradient.dtype == torch.float32
     if not plain or torch.compiler.is_compiling():
-        return torch.where((x >= low) & (x <= high), gradient, 0)
-    # One pass over memory instead of four. The operator's own bounds are the next floats outside, so that low and high
-    # themselves are in whatever becomes of its bounds.
-    below, above = _neighbours(float(low), float(high))
+        mask = (x > low) & (x < high) if strict else (x >= low) & (x <= high)
+        return torch.where(mask, gradient, 0)
+    # One pass over memory instead of four. The operator's own bounds are the next floats outside (or inside), so that what
+    # becomes of low and high themselves doesn't hang on whether its bounds are in or out.
+    below, above = _neighbours(float(low), float(high), not strict)
     return torch.ops.aten.hardtanh_backward(gradient, x, below, above)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _neighbours(low: float, high: float) -> tuple[float, float]:
-    """The next float32 below low and above high."""
-    below = torch.nextafter(torch.tensor(low), torch.tensor(-torch.inf)).item()
-    above = torch.nextafter(torch.tensor(high), torch.tensor(torch.inf)).item()
-    return below, above
+def _neighbours(low: float, high: float, outside: bool) -> tuple[float, float]:
+    """The float32 next to low and to high, outside or inside of them."""
+    ends = (-torch.inf, torch.inf) if outside else (torch.inf, -torch.inf)
+    low, high = (torch.nextafter(torch.tensor(x), torch.tensor(end)).item() for x, end in zip((low, high), ends, strict=True))
+    return low, high

@@ -405,26 +405,25 @@ class _LearnedStep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
         ratio = x.to(_computed_in(x))
         ratio = (ratio if offset is None else ratio - offset) / step
-        ctx.save_for_backward(ratio)
         ctx.bounds = low, high
         ctx.shapes = step.shape, None if offset is None else offset.shape
-        made = ratio.round().clamp_(low, high).mul_(step)
+        codes = ratio.round().clamp_(low, high)
+        made = codes * step
+        ctx.save_for_backward(ratio, codes if ctx.needs_input_grad[1] else None)
         return (made if offset is None else made.add_(offset)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        (ratio,), (low, high) = ctx.saved_tensors, ctx.bounds
+        ratio, codes = ctx.saved_tensors
         gradient = gradients[0].to(ratio.dtype)
-        within = (ratio > low) & (ratio < high)
-        to_x = to_step = to_offset = None
-        if ctx.needs_input_grad[0]:
-            to_x = torch.where(within, gradients[0], 0)
+        within = inside(gradient, ratio, *ctx.bounds, strict=True)
+        to_step = to_offset = None
         if ctx.needs_input_grad[1]:
-            slope = torch.where(within, ratio.round() - ratio, ratio.clamp(low, high))
-            to_step = (gradient * slope).sum_to_size(ctx.shapes[0])
+            # The code minus, within the bounds, the ratio: beyond them the code is the bound.
+            to_step = (gradient * codes).sum_to_size(ctx.shapes[0]) - (within * ratio).sum_to_size(ctx.shapes[0])
         if ctx.needs_input_grad[2]:
-            to_offset = torch.where(within, 0, gradient).sum_to_size(ctx.shapes[1])
-        return to_x, to_step, to_offset, None, None
+            to_offset = (gradient - within).sum_to_size(ctx.shapes[1])
+        return within.to(gradients[0].dtype) if ctx.needs_input_grad[0] else None, to_step, to_offset, None, None
 
 
 def _tensor(layer: QuantLayer, name: str) -> Tensor:
