@@ -10,7 +10,7 @@ What to know before relying on it:
 
 - Batch norm can undo it: a convolution before a batch norm may be scaled freely. `folded=True` penalizes the two together.
 - A reshaped weight of norm 1 isn't a convolution of norm 1: a 3x3 kernel may still expand by up to 3 (`spectral_norms`).
-- The gain was seen at about 4 bits. At 1 and 2 bits it is small, and a large beta costs accuracy.
+- The gain was seen at 4 bits. At 2 bits it is small and a large beta costs accuracy; at 1 bit nothing is promised.
 - Quantized networks hide their gradients. A gain under a single gradient attack is no evidence of robustness.
 """
 
@@ -305,7 +305,7 @@ def draw_amplification(results: Mapping[str, Mapping[str, float]], path: str | o
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 0.3 * len(names) + 2), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 0.25 * len(names) + 2), 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for label, line in lines.items():
