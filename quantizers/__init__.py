@@ -8,16 +8,12 @@ Q.set_policy(qnet, policy)
 from quantizers.binary import (
     Binary,
     Bop,
-    MainSubsidiary,
     RPReLU,
     RSign,
     Stage,
     WeightClipping,
     binarize,
     clip_weights,
-    kept_share,
-    layerwise_pruning,
-    remove_filters,
     split_parameters,
     two_stages,
 )
@@ -53,6 +49,7 @@ from quantizers.layers import (
 from quantizers.learned import LSQ, PACT, DoReFa, LSQPlus, learned_parameters, pact_penalty
 from quantizers.linear import Linear
 from quantizers.policy import BitPolicy
+from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
 from quantizers.scheme import Scheme
 
 __all__ = [
@@ -96,6 +93,7 @@ __all__ = [
     "learned_parameters",
     "lipschitz_bound",
     "lipschitz_penalty",
+    "masked_layers",
     "load_quantizer_state",
     "operator_norm",
     "pact_penalty",

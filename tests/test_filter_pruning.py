@@ -10,17 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from quantizers.binary import (
-    Binary,
-    MainSubsidiary,
-    RPReLU,
-    RSign,
-    kept_share,
-    layerwise_pruning,
-    masked_layers,
-    remove_filters,
-    split_parameters,
-)
+from quantizers.binary import Binary, RPReLU, RSign, split_parameters
+from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
 from tests.conftest import images
 
 Bits = dict[str, tuple["int | None", "int | None"]]
