@@ -31,6 +31,7 @@ from haq import cli, data, models, training
 
 SEEDS, WIDTHS, BETA, EPS = (0, 1, 2), (None, 8, 4, 2), 2e-3, 8 / 255
 EPOCHS, IMAGES = 8, 300
+UNTRAINED = 0.3  # an accuracy below which a network says nothing about robustness
 ATTACKS = ("FGSM", "PGD", "Square")
 OUT = Path("docs/experiments")
 
@@ -184,6 +185,8 @@ def differences(outcomes: list[Outcome]) -> Table:
             clean = [100 * (a.clean - b.clean) for a, b in pairs]
             means = [f"{sum(values) / len(values):+.1f}" for values in (clean, worst)]
             each = " ".join(f"{value:+.1f}" for value in worst)
+            if any(plain.clean < UNTRAINED for _, plain in pairs):
+                each += " (plain didn't train)"
             table.add_row("with norms" if norm else "without norms", label(bits), *means, each)
     return table
 

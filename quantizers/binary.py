@@ -111,7 +111,8 @@ class Binary(Scheme, name="binary"):
 
     Bits are (1, 1); (1, None), which is BinaryConnect; or (None, None), a layer left in float. Padding stays zero.
 
-    Only training draws `stochastic` weights: in training mode and with gradients enabled. Otherwise they are the sign, the
+    `stochastic` wants weights that fill -1..1 from the start, and clipping: near 0 it is a coin toss. Only training draws
+    `stochastic` weights: in training mode and with gradients enabled. Otherwise they are the sign, the
     likelier value (BinaryConnect, section 2.6, first method). The authors of the empirical study evaluate with the float
     weights instead: that would be a network of 32 bits under a policy of one.
     """

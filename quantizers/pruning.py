@@ -82,7 +82,8 @@ def layerwise_pruning(
 
     Yields (layer name, "mask", [its mask]), where nothing else requires a gradient and the mask starts anew, uniform in
     +-1e-4; then (layer name, "weights", all parameters but masks), where no mask does. Train what is yielded, then go on.
-    Masks are frozen at the end, and other parameters as they were. Norms still follow their batches in training mode.
+    Masks are frozen at the end, and other parameters as they were. Keep the norms in evaluation mode while a mask is trained:
+    one that follows its batches undoes whatever size a filter has, so that its mask would learn next to nothing.
 
     names: as `kept_share` has them.
     """
