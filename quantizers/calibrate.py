@@ -95,8 +95,11 @@ def activation_scales(
     for bits in range(1, MAX_BITS + 1):
         high = integer_range(bits, signed)[1]
         if bits == 1 and signed:
-            scale = magnitudes.mean()
-            error = (counts * (centres - scale).square()).sum() + (len(magnitudes) - len(live)) * scale.square()
+            mean = magnitudes.mean()
+            grid = torch.stack([2 ** mean.log2().floor(), 2 ** mean.log2().ceil()]) if power_of_two else mean.view(1)
+            at_zero = (len(magnitudes) - len(live)) * grid.square()
+            error, index = ((counts * (centres - grid[:, None]).square()).sum(1) + at_zero).min(0)
+            scale = grid[index]
         else:
             if rule == "mse":
                 grid = clips / high
@@ -121,6 +124,9 @@ def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
     bin; Q is P's own part (without what lies beyond) merged into `levels` groups of bins, each group's count spread evenly
     over its bins that aren't empty. The clipping point is that of the smallest Kullback-Leibler divergence of P from Q
     (Migacz, "8-bit Inference with TensorRT", GTC 2017).
+
+    Many equal values (an image's constant background, seen through a convolution) make a spike that no merging of bins
+    leaves alone: the rule then clips far too much.
     """
     width, total = largest / BINS, counts.sum()
     best, least = counts.new_tensor(largest), counts.new_tensor(torch.inf)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import quantizers as Q
 from quantizers import functional
-from quantizers.calibrate import activation_scales, weight_scales
+from quantizers.calibrate import BINS, RULES, activation_scales, kl_threshold, weight_scales
 
 bits = st.integers(1, 8)
 signs = st.booleans()
@@ -173,3 +173,55 @@ def test_an_input_of_zeros_has_a_scale() -> None:
 def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         weight_scales(torch.tensor([[1.0, float("nan")]]))
+
+
+def clip_by_divergence(x: Tensor, levels: int) -> tuple[float, float]:
+    """Where `kl` clips a sample, and its largest magnitude."""
+    largest = float(x.abs().max())
+    counts = torch.histc(x.abs().double(), BINS, 0, largest)
+    return float(kl_threshold(counts, largest, levels)), largest
+
+
+def test_divergence_keeps_what_is_spread_evenly_and_cuts_off_what_is_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    uniform, normal = torch.rand(65536, generator=generator), torch.randn(65536, generator=generator)
+    for levels in (4, 16, 256):
+        clip, largest = clip_by_divergence(uniform, levels)
+        assert clip > 0.98 * largest
+    clip, largest = clip_by_divergence(torch.cat([normal, torch.tensor([40.0])]), 128)
+    assert 3 < clip < 8 < largest
+    assert clip_by_divergence(normal, 4)[0] < clip_by_divergence(normal, 16)[0]
+    scaled = clip_by_divergence(normal * 64, 16)
+    assert scaled[0] == pytest.approx(64 * clip_by_divergence(normal, 16)[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_every_calibration_gives_positive_scales_and_true_errors(rule: str, power_of_two: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(20000, generator=generator), torch.tensor([25.0])])
+    scales, errors = activation_scales(x, 25.0, True, rule, power_of_two)
+    weights = torch.randn(6, 5, 3, 3, generator=generator)
+    weights[2] = 0
+    weight_scale, weight_error = weight_scales(weights, rule, power_of_two)
+    for scale in (scales, weight_scale):
+        assert (scale > 0).all()
+        if power_of_two:
+            assert torch.equal(scale, 2 ** scale.log2().round())
+    for b in range(2, 9):
+        fake = Q.fake_quantize(x, scales[b - 1], b, True)
+        assert ((fake - x).square().sum() / x.square().sum()).item() == pytest.approx(errors[b - 1].item(), rel=0.1, abs=1e-4)
+        fake = Q.fake_quantize(weights, weight_scale[b - 1].view(-1, 1, 1, 1), b, True)
+        expected = (fake - weights).square().sum() / weights.square().sum()
+        assert weight_error[b - 1].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_smallest_error_is_smallest_and_maximum_keeps_everything() -> None:
+    x = torch.cat([torch.randn(20000, generator=torch.Generator().manual_seed(0)), torch.tensor([25.0])])
+    errors = {rule: activation_scales(x, 25.0, True, rule)[1] for rule in RULES}
+    for rule in ("max", "percentile", "kl"):
+        assert (errors["mse"][1:] <= errors[rule][1:] * (1 + 1e-6)).all()
+    assert activation_scales(x, 25.0, True, "max")[0][7].item() == pytest.approx(25 / 127)
+    assert activation_scales(x, 25.0, True, "percentile")[0][7].item() < 6 / 127
+    with pytest.raises(ValueError, match="unknown calibration 'best'; known: mse, max"):
+        Q.Linear(calibration="best")
