@@ -419,8 +419,10 @@ class _LearnedStep(torch.autograd.Function):
         within = inside(gradient, ratio, *ctx.bounds, strict=True)
         to_step = to_offset = None
         if ctx.needs_input_grad[1]:
-            # The code minus, within the bounds, the ratio: beyond them the code is the bound.
-            to_step = (gradient * codes).sum_to_size(ctx.shapes[0]) - (within * ratio).sum_to_size(ctx.shapes[0])
+            # Within the bounds the code minus the ratio; beyond them the code, which is the bound. In two sums, because
+            # each is small beside the codes.
+            to_step = (codes - ratio).mul_(within).sum_to_size(ctx.shapes[0])
+            to_step = to_step + (gradient - within).mul_(codes).sum_to_size(ctx.shapes[0])
         if ctx.needs_input_grad[2]:
             to_offset = (gradient - within).sum_to_size(ctx.shapes[1])
         return within.to(gradients[0].dtype) if ctx.needs_input_grad[0] else None, to_step, to_offset, None, None
