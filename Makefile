@@ -24,3 +24,4 @@ format:
 bench:
 	.venv/bin/python -m experiments.evaluation_speed
 	.venv/bin/python -m experiments.hardware_speed
+	.venv/bin/python -m experiments.quantizer_speed
