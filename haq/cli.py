@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -32,6 +33,15 @@ def run_command(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def follow_training(bar: Progress) -> dict[str, Any]:
+    """What `training.finetune` takes to report to a progress bar: epoch, loss, and steps done."""
+    task = bar.add_task("fine-tuning", total=None, note="")
+    return {
+        "on_epoch": lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
+        "on_step": lambda step, steps: bar.update(task, completed=step, total=steps),
+    }
 
 
 def progress(console: Console) -> Progress:

@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
     Q.set_policy(network, policy)
     try:
         with cli.progress(console) as bar:
-            task = bar.add_task("fine-tuning", total=None, note="")
             tuned = training.finetune(
                 job.network,
                 network,
@@ -43,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
                 epochs=options.epochs,
                 seed=options.seed,
                 learning_rate=options.learning_rate,
-                on_epoch=lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
-                on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
+                **cli.follow_training(bar),
             )
     except KeyboardInterrupt:
         console.print(f"\nInterrupted; {run.folder} is as it was.")

@@ -184,12 +184,15 @@ def _build(name: str, classes: int | None, pretrained: bool) -> Network:
         if not isinstance(shape, tuple) or len(shape) != 3:
             raise ValueError(f"{name}: set module.input_shape = (channels, height, width), or return a haq.models.Network")
         return Network(name, made, shape, origin="your function")
+    names = {library: _zoo_names(library) for library in ZOO}
     for library in ZOO:
-        if name in _zoo_names(library):
+        if name in names[library]:
             return _from_zoo(library, name, classes, pretrained)
+    absent = [library for library in ZOO if not names[library]]
+    hint = f"; not installed: {', '.join(absent)} (pip install 'haq[zoo]')" if absent else ""
     close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.3)
     raise ValueError(
-        f"unknown network {name!r}; did you mean {' or '.join(close) or 'one of these'}? Known: {', '.join(NAMES)}"
+        f"unknown network {name!r}; did you mean {' or '.join(close) or 'one of these'}? Known: {', '.join(NAMES)}{hint}"
     )
 
 

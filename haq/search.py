@@ -105,15 +105,13 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
         if settings.finetune_epochs:
             network = job.problem.evaluator.network
             Q.set_policy(network, policy)
-            task = bar.add_task("fine-tuning", total=None, note="")
             tuned = training.finetune(
                 job.network,
                 network,
                 job.dataset.train,
                 epochs=settings.finetune_epochs,
                 seed=settings.seed,
-                on_epoch=lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
-                on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
+                **cli.follow_training(bar),
             )
             run.save_checkpoint(tuned, job)
         result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used)

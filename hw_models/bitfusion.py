@@ -57,7 +57,6 @@ from hw_models.workload import Call, Layer, Size, Workload
 
 BOUNDS = ("compute", "DRAM")
 OUTPUT_BITS = 32
-LARGEST_WIDTH = 16  # that `schedule` accepts; a cost table ends at 8
 COUNTERS = (
     "compute_cycles",
     "stall_cycles",

@@ -155,7 +155,10 @@ class _Recorder(TorchDispatchMode):
     """Watches a forward pass: layers through hooks, every operation's inputs and outputs through torch's dispatcher."""
 
     # Operations that multiply by weights, and would be priced at nothing if no layer owned them.
-    PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "linear", "_native_multi_head_attention", "_transformer")
+    PRODUCTS = (
+        *("convolution", "linear", "mm", "addmm", "bmm", "baddbmm"),
+        *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+    )
     RECURRENT = ("rnn", "lstm", "gru")
     # Beside the pointwise operations, those that can write their result over their input.
     IN_PLACE = ("batch_norm", "clone", "hardswish", "prelu", "threshold")

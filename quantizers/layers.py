@@ -271,7 +271,10 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
 def activation_scales(network: nn.Module) -> list[Tensor]:
     """The activation scales of a quantized network, of shape (8,) per layer, now requiring gradients: give them to an
     optimizer and they are learned (LSQ, Esser et al., ICLR 2020). Keep them positive."""
-    return [layer.activation_scale.requires_grad_(True) for layer in quant_layers(network).values()]
+    layers = quant_layers(network)
+    if without := [name for name, layer in layers.items() if "activation_scale" not in layer.state_names]:
+        raise ValueError(f"layer {without[0]!r} has scheme {layers[without[0]].scheme.name!r}, which has no activation scales")
+    return [layer.activation_scale.requires_grad_(True) for layer in layers.values()]
 
 
 def get_policy(network: nn.Module) -> BitPolicy:

@@ -183,3 +183,11 @@ def test_networks_and_data_must_fit() -> None:
     large = models.load("timm:mobilenetv2_050", classes=10, pretrained=False)
     with pytest.raises(ValueError, match=r"takes images of shape \(3, 224, 224\)"):
         models.check_fits(large, dataset)
+
+
+def test_a_bare_name_is_looked_for_in_the_zoo_and_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.load("mobilenetv2_050", pretrained=False).name == "timm:mobilenetv2_050"
+    assert models.load("mobilenet_wd4", pretrained=False).name == "pytorchcv:mobilenet_wd4"
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"unknown network 'mobilenetv2_050'.*not installed: timm .*pip install 'haq\[zoo\]'"):
+        models.load("mobilenetv2_050", pretrained=False)

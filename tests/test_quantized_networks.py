@@ -265,3 +265,9 @@ def test_memory_that_is_used_again_changes_no_result() -> None:
     smaller = inputs[0][:, :, :100]  # not dense
     with torch.no_grad():
         assert torch.equal(layer(smaller), expected[0][:, :, :100])
+
+
+def test_a_scheme_without_activation_scales_is_named(network: nn.Module) -> None:
+    qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, w=2, a=2), scheme="dorefa")
+    with pytest.raises(ValueError, match="layer 'stem' has scheme 'dorefa', which has no activation scales"):
+        Q.activation_scales(qnetwork)
