@@ -1,0 +1,193 @@
+"""TVM's builder of functions, with what kernels write again and again; and what follows a kernel's sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+LANES = 16  # output channels in a block
+
+
+class Argument(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an epilogue writes of its real values v, with f = `factor`:
+
+    codes   bytes clip(round(f v), low, high) + zero
+    sign    bytes 2 where v >= 0, else 0: one bipolar bit
+    fixed   32-bit integers clip(round(f v), -2^30, 2^30)
+    float   v
+    sums    the integer sums themselves, before any epilogue
+    """
+
+    kind: str = "codes"
+    factor: float = 1.0
+    low: int = 0
+    high: int = 255
+    zero: int = 0
+
+    @property
+    def dtype(self) -> str:
+        return {"codes": "uint8", "sign": "uint8", "fixed": "int32", "float": "float32", "sums": "int32"}[self.kind]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Something to be added: real value = factor * (stored integer - zero)."""
+
+    dtype: str
+    factor: float
+    zero: int = 0
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """v = clip(sum * multiplier[c] + offset[c] + residuals, low, high), and what is written of it.
+
+    In float32: the sum is rounded, then every product is added with one rounding (`conv.fma`).
+    """
+
+    outputs: tuple[Output, ...] = (Output(),)
+    residuals: tuple[Residual, ...] = ()
+    low: float = -math.inf
+    high: float = math.inf
+
+
+class Builder:
+    """TVM's builder, and what is written with it again and again."""
+
+    def __init__(self) -> None:
+        from tvm.script.ir_builder import IRBuilder
+        from tvm.tirx.script import builder
+
+        self.T: Any = builder
+        self._ir = IRBuilder
+
+    def function(self, symbol: str, arguments: Sequence[Argument], body: Callable[[dict[str, Any]], None]) -> Any:
+        T = self.T
+        with self._ir() as ir, T.prim_func():
+            T.func_name(symbol)
+            T.func_attr({"global_symbol": symbol, "tirx.noalias": True, "tir.noalias": True})
+            body({a.name: T.arg(a.name, T.buffer((math.prod(a.shape),), a.dtype)) for a in arguments})
+        return ir.get()
+
+    @contextmanager
+    def loop(self, extent: int, threads: int = 1) -> Iterator[Any]:
+        """A loop, run by several threads if there are; one round of it isn't a loop."""
+        if extent == 1:
+            yield 0
+        elif threads > 1:
+            with self.T.parallel(0, extent) as index:
+                yield index
+        else:
+            with self.T.serial(0, extent) as index:
+                yield index
+
+    def vector(self, buffer: Any, at: Any, lanes: int) -> Any:
+        return buffer[self.T.ramp(at, 1, lanes)] if lanes > 1 else buffer[at]
+
+    def put(self, buffer: Any, at: Any, value: Any, lanes: int) -> None:
+        self.T.buffer_store(buffer, value, [self.T.ramp(at, 1, lanes) if lanes > 1 else at])
+
+    def const(self, value: float, dtype: str) -> Any:
+        from tvm import tirx
+
+        return tirx.const(value, dtype)
+
+    def put_some(self, buffer: Any, at: Any, value: Any, dtype: str, count: int) -> None:
+        """The first of the 16 lanes of a vector; as powers of two from a place beside, where there are fewer."""
+        if count >= LANES:
+            self.put(buffer, at, value, LANES)
+            return
+        beside = self.T.alloc_buffer((LANES,), dtype)
+        self.put(beside, 0, value, LANES)
+        start = 0
+        for size in (8, 4, 2, 1):
+            if count & size:
+                self.put(buffer, at + start, self.vector(beside, start, size), size)
+                start += size
+
+    def splat(self, value: float, dtype: str, lanes: int = LANES) -> Any:
+        return self.T.broadcast(self.const(value, dtype), lanes) if lanes > 1 else self.const(value, dtype)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z, rounded once: said so, as the compiler would do it here and not there."""
+        return self.T.bind(self.T.call_llvm_pure_intrin("float32x16", "llvm.fma.v16f32", x, y, z))
+
+    def epilogue(self, buffers: dict[str, Any], epilogue: Epilogue, sums: Any, channel: Any, at: Any, count: int) -> None:
+        """Write 16 sums (int32), of the channels from `channel` on, to the outputs at `at`; only `count` of them exist."""
+        T, splat = self.T, self.splat
+        kinds = [output.kind for output in epilogue.outputs]
+        if kinds == ["sums"]:
+            self.put_some(buffers["output0"], at, sums, "int32", count)
+            return
+        assert "sums" not in kinds
+        scale, offset = (self.vector(buffers[name], channel, LANES) for name in ("multiplier", "offset"))
+        v = self.fma(sums.astype("float32x16"), scale, offset)
+        for index, residual in enumerate(epilogue.residuals):
+            stored = self._some(buffers[f"residual{index}"], at, residual.dtype, count).astype("int32x16")
+            if residual.zero:
+                stored = stored - splat(residual.zero, "int32")
+            v = self.fma(stored.astype("float32x16"), splat(residual.factor, "float32"), v)
+        if epilogue.low > -math.inf:
+            v = T.max(v, splat(epilogue.low, "float32"))
+        if epilogue.high < math.inf:
+            v = T.min(v, splat(epilogue.high, "float32"))
+        v = T.bind(v)
+        for index, output in enumerate(epilogue.outputs):
+            if output.kind == "float":
+                made = v
+            elif output.kind == "sign":
+                at_least = T.Select(v >= splat(0.0, "float32"), splat(2, "int32"), splat(0, "int32"))
+                made = at_least.astype("uint8x16")
+            else:
+                low, high = (output.low, output.high) if output.kind == "codes" else (-(2**30), 2**30)
+                made = v * splat(output.factor, "float32")
+                made = T.nearbyint(T.max(T.min(made, splat(high, "float32")), splat(low, "float32"))).astype("int32x16")
+                if output.kind == "codes":
+                    made = made + splat(output.zero, "int32") if output.zero else made
+                    made = made.astype("uint8x16")
+            self.put_some(buffers[f"output{index}"], at, made, output.dtype, count)
+
+    def _some(self, buffer: Any, at: Any, dtype: str, count: int) -> Any:
+        """16 lanes of which only the first `count` are read."""
+        if count >= LANES:
+            return self.vector(buffer, at, LANES)
+        beside = self.T.alloc_buffer((LANES,), dtype)
+        self.put(beside, 0, self.splat(0, dtype), LANES)
+        for lane in range(count):
+            self.T.buffer_store(beside, buffer[at + lane], [lane])
+        return self.vector(beside, 0, LANES)
+
+
+def up(count: int, to: int) -> int:
+    """The next multiple."""
+    return -(-count // to) * to
+
+
+def pieces(b: Builder, count: int, do: Callable[[Any, int], None]) -> None:
+    """Go over bytes 64 at a time, and the rest in powers of two."""
+    whole, rest = divmod(count, 64)
+    if whole:
+        with b.loop(whole) as index:
+            do(index * 64, 64)
+    start = whole * 64
+    for size in (32, 16, 8, 4, 2, 1):
+        if rest & size:
+            do(start, size)
+            start += size
+
+
+def segments(total: int, size: int) -> list[tuple[int, int, int]]:
+    """(start, rounds, size) of a loop over `total` in steps of `size`, and of what is left over."""
+    rounds, rest = divmod(total, size)
+    made = [(0, rounds, size)] if rounds else []
+    return [*made, (rounds * size, 1, rest)] if rest else made

@@ -1,0 +1,160 @@
+"""What a low-bit kernel computes: one integer convolution, said exactly, and slowly in NumPy.
+
+Weights are integers of two's complement, -2^(b-1)..2^(b-1)-1 (one bit: -1 and +1). Activations are integers q >= 0, or
+signed ones, and travel as bytes q + zero point, channels last, so that what pads an image is a byte as well:
+
+    activations             q                      zero point    byte
+    unsigned, b bits        0..2^b - 1             0             q
+    signed, b >= 2 bits     -2^(b-1)..2^(b-1)-1    128           q + 128
+    signed, 1 bit           -1, +1                 1             0 or 2 (padding, real zero, is 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_models.workload import Call, Layer, Size
+
+MAX_BITS = 8
+# The largest bytes that kernels multiply are 255 and 128; their sum over the taps must fit into 32 bits.
+MAX_TAPS = (2**31 - 1) // (255 * 128)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The sizes of a convolution. A linear layer is a 1x1 convolution of an image of (rows, 1).
+
+    `padding` is that of the top and left; at the bottom and right there is as much as the output's size needs. Raises
+    ValueError for sizes that don't belong together, and where 32 bits might not hold a sum.
+    """
+
+    in_channels: int
+    out_channels: int
+    input_size: Size
+    output_size: Size
+    kernel: Size = (1, 1)
+    stride: Size = (1, 1)
+    padding: Size = (0, 0)
+    dilation: Size = (1, 1)
+    groups: int = 1
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            raise ValueError(f"{self.groups} groups don't divide {self.in_channels} and {self.out_channels} channels")
+        if self.taps > MAX_TAPS:
+            raise ValueError(f"a sum of {self.taps} products of 8 bits may overflow 32 bits; at most {MAX_TAPS} are allowed")
+        for axis in (0, 1):
+            if self.end_padding[axis] < 0 and -self.end_padding[axis] >= self.input_size[axis]:
+                raise ValueError(f"an output of {self.output_size} doesn't belong to an input of {self.input_size}")
+
+    @staticmethod
+    def of(layer: Layer, call: Call | None = None, batch: int = 1) -> Conv:
+        """A layer's convolution in one of its calls (default: the first). A linear layer's batch are rows."""
+        call = call or layer.calls[0]
+        input_size, output_size = call.input_size, call.output_size
+        if layer.kind == "linear":
+            input_size, output_size, batch = (batch * input_size[0], 1), (batch * output_size[0], 1), 1
+        return Conv(
+            layer.in_channels,
+            layer.out_channels,
+            input_size,
+            output_size,
+            layer.kernel,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            batch,
+        )
+
+    @property
+    def end_padding(self) -> Size:
+        """Padding at the bottom and right; negative where the last rows or columns aren't looked at."""
+        sizes = zip(self.output_size, self.stride, self.dilation, self.kernel, self.padding, self.input_size, strict=True)
+        bottom, right = ((out - 1) * s + d * (k - 1) + 1 - pad - size for out, s, d, k, pad, size in sizes)
+        return bottom, right
+
+    @property
+    def taps(self) -> int:
+        """Products per output."""
+        return self.in_channels // self.groups * self.kernel[0] * self.kernel[1]
+
+    @property
+    def macs(self) -> int:
+        return self.taps * self.out_channels * self.output_size[0] * self.output_size[1] * self.batch
+
+    @property
+    def padded(self) -> bool:
+        return max(*self.padding, *self.end_padding) > 0
+
+
+def zero_point(bits: int, signed: bool) -> int:
+    """What is added to an activation to make it a byte."""
+    return 0 if not signed else 1 if bits == 1 else 128
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def activation_range(bits: int, signed: bool) -> tuple[int, int]:
+    return weight_range(bits) if signed else (0, 2**bits - 1)
+
+
+def reference(conv: Conv, weights: NDArray[np.integer], activations: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The sums (batch, height, width, C_out) of weights (C_out, C_in / groups, kh, kw) and of activations q (batch, height,
+    width, C_in): slow, and what kernels are tested against."""
+    (top, left), (bottom, right) = conv.padding, conv.end_padding
+    x = np.pad(activations.astype(np.int64), ((0, 0), (top, max(bottom, 0)), (left, max(right, 0)), (0, 0)))
+    (height, width), (down, across) = conv.output_size, conv.stride
+    sums = np.zeros((conv.batch, height, width, conv.out_channels), np.int64)
+    of_group, inputs = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    for ky, kx in np.ndindex(*conv.kernel):
+        y, z = ky * conv.dilation[0], kx * conv.dilation[1]
+        window = x[:, y : y + (height - 1) * down + 1 : down, z : z + (width - 1) * across + 1 : across]
+        for group in range(conv.groups):
+            w = weights[group * of_group : (group + 1) * of_group, :, ky, kx].astype(np.int64)
+            part = window[..., group * inputs : (group + 1) * inputs]
+            sums[..., group * of_group : (group + 1) * of_group] += part @ w.T
+    return sums
+
+
+def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Sums of the weights that meet padding: a row of C_out for each different border, and the border of each output row and
+    of each output column, so that output (y, x) has sums[rows[y] + columns[x]]."""
+    hit: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
+    for axis in (0, 1):
+        start = np.arange(conv.output_size[axis])[:, None] * conv.stride[axis] - conv.padding[axis]
+        position = start + np.arange(conv.kernel[axis])[None] * conv.dilation[axis]
+        outside = (position < 0) | (position >= conv.input_size[axis])
+        different, index = np.unique(outside, axis=0, return_inverse=True)
+        hit.append((index.reshape(-1).astype(np.int32), different))
+    (rows, vertical), (columns, horizontal) = hit
+    whole = weights.astype(np.int64).sum(1)
+    sums = [
+        (whole * (v[:, None] | h[None])).sum((1, 2)) for v in vertical for h in horizontal
+    ]  # taps outside in either direction
+    return np.array(sums, np.int32), rows * len(horizontal), columns
+
+
+def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.float32] | float) -> NDArray[np.float32]:
+    """x * y + z in float32, rounded once."""
+    product = x.astype(np.float64) * np.float32(y).astype(np.float64)  # exact
+    addend = np.broadcast_to(np.float32(z).astype(np.float64), product.shape)
+    total = product + addend
+    # What float64 rounded off (Knuth's two-sum) goes into its last bit, so that rounding again doesn't see a tie.
+    back = total - product
+    lost = (product - (total - back)) + (addend - back)
+    even = total.view(np.int64) & 1 == 0
+    odd = np.nextafter(total, np.where(lost > 0, np.inf, -np.inf))
+    return np.where((lost != 0) & even, odd, total).astype(np.float32)
+
+
+def check_codes(what: str, values: NDArray[np.integer], bounds: tuple[int, int]) -> None:
+    low, high = bounds
+    if values.size and not (values.min() >= low and values.max() <= high):
+        raise ValueError(f"{what} must be from {low} to {high}, found {values.min()} to {values.max()}")

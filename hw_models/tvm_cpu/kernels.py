@@ -1,0 +1,818 @@
+"""Low-bit convolutions as TVM functions: what they compute is `conv.reference`, bit for bit.
+
+Three ways to multiply, one loop nest around them (`Direct`), which goes over the image in channels-last order without an
+im2col and holds the sums of a tile of pixels by blocks of 16 output channels in registers:
+
+    bytes     weights of 8 bits, four products summed by one instruction where the processor has one (VNNI, dot product)
+    packed    the same with weights of 4 or 2 bits in memory, unpacked in registers: for layers that wait for weights
+    bits      weights and activations as planes of bits, 32 channels to a word: and, count, add for every pair of planes.
+              The planes' weights are applied in Horner's fashion over the sum of their positions, so that one set of sums
+              serves all pairs (Cowan et al., "Automatic generation of high-performance quantized machine learning
+              kernels", CGO 2020). Two's complement makes the highest plane negative and nothing else special. A bipolar bit,
+              -1 or +1, is 2u - 1, and where both sides are bipolar, an exclusive or counts the products that are -1
+              (Rastegari et al., "XNOR-Net", ECCV 2016).
+
+`Depthwise` multiplies channel by channel, with 16-bit sums where they can't overflow, which is what few bits buy there.
+
+What follows the sums (`Epilogue`) is fused behind them: scale and offset per channel, residual additions, clipping, and
+rounding half to even to the codes of the next layer. Sums don't wrap: `Conv` refuses what might exceed 32 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Epilogue, Output, pieces, segments, up
+from hw_models.tvm_cpu.conv import Conv, activation_range, border_sums, check_codes, weight_range, zero_point
+from hw_models.tvm_cpu.cpu import Cpu
+
+VERSION = 1  # of the code that is generated: what was measured with another isn't comparable
+WORD = 32  # channels in a word of bits
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute a layer, for weights and activations of at most these bits.
+
+    Its functions are called in order, each with the buffers that `arguments` names; `constants` makes those that come from
+    the weights, `workspace` are the ones in between, and `input`, `output0`.. and `residual0`.. are the layer's own: bytes
+    channels last, (batch, height, width, channels).
+    """
+
+    conv: Conv
+    w_bits: int
+    a_bits: int
+    signed: bool
+    cpu: Cpu
+    epilogue: Epilogue = field(default=Epilogue(), kw_only=True)
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        """Text that is the same for the same code, and only then; widths that make no difference aren't in it."""
+        return repr((self.name, self.conv, self._zero, self.epilogue, self.cpu))
+
+    def functions(self, symbol: str) -> dict[str, Any]:
+        """The TVM functions by their symbols, in the order to be called."""
+        made = {}
+        for stage, arguments in self.arguments().items():
+            name = f"{symbol}_{stage}"
+            b = Builder()
+            made[name] = b.function(name, arguments, functools.partial(getattr(self, f"_{stage}"), b))
+        return made
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        """What each function takes, by its stage."""
+        raise NotImplementedError
+
+    def constants(
+        self, weights: NDArray[np.integer], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
+    ) -> dict[str, NDArray[Any]]:
+        """The buffers that come from integer weights (C_out, C_in / groups, kh, kw) and the epilogue's factors (C_out,).
+
+        Raises ValueError for weights that aren't of the kernel's bits.
+        """
+        conv = self.conv
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
+        if weights.shape != shape:
+            raise ValueError(f"weights of shape {weights.shape} given where {shape} are needed")
+        check_codes(f"weights of {self.w_bits} bits", weights, weight_range(self.w_bits))
+        if self.w_bits == 1 and not weights.all():
+            raise ValueError("weights of 1 bit must be -1 or +1, found 0")
+        made = self._constants(weights.astype(np.int64))
+        for name, values in (("multiplier", multiplier), ("offset", offset)):
+            made[name] = np.pad(values.astype(np.float32), (0, LANES))
+        names = {a.name: a for arguments in self.arguments().values() for a in arguments}
+        return {
+            name: np.ascontiguousarray(array.reshape(-1), dtype=names[name].dtype)
+            for name, array in made.items()
+            if name in names
+        }
+
+    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        raise NotImplementedError
+
+    def workspace(self) -> dict[str, Argument]:
+        """The buffers between the functions, which start as zeros."""
+        given = ("input", "output", "residual")
+        fixed = ("weights", "multiplier", "offset", "initial", "border", "rows", "columns")
+        return {
+            a.name: a
+            for arguments in self.arguments().values()
+            for a in arguments
+            if not a.name.startswith(given) and a.name not in fixed
+        }
+
+    # Shared by all kernels.
+
+    @property
+    def _zero(self) -> int:
+        return zero_point(self.a_bits, self.signed)
+
+    @property
+    def _padded_size(self) -> tuple[int, int]:
+        (top, left), (bottom, right) = self.conv.padding, self.conv.end_padding
+        height, width = self.conv.input_size
+        return height + top + max(bottom, 0), width + left + max(right, 0)
+
+    def _input(self) -> Argument:
+        conv = self.conv
+        return Argument("input", (conv.batch, *conv.input_size, conv.in_channels), "uint8")
+
+    def _ends(self) -> list[Argument]:
+        conv, epilogue = self.conv, self.epilogue
+        shape = (conv.batch, *conv.output_size, conv.out_channels)
+        made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(epilogue.residuals)]
+        made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(epilogue.outputs)]
+        if any(output.kind != "sums" for output in epilogue.outputs):
+            made += [Argument(name, (conv.out_channels + LANES,), "float32") for name in ("multiplier", "offset")]
+        return made
+
+    def _pad(self, b: Builder, buffers: dict[str, Any], groups: int, to: int) -> None:
+        """Copy the image into the middle of one that is padded, each group's channels to a multiple of `to`."""
+        conv = self.conv
+        (height, width), (high, wide) = conv.input_size, self._padded_size
+        top, left = conv.padding
+        inputs = conv.in_channels // groups
+        padded = up(inputs, to)
+        source, target = buffers["input"], buffers["padded"]
+        pixel = groups * padded
+
+        def fill(at: Any, count: int) -> None:
+            # What pads is written each time: a buffer is used by one layer after another.
+            pieces(b, count, lambda offset, lanes: b.put(target, at + offset, b.splat(self._zero, "uint8", lanes), lanes))
+
+        with b.loop(conv.batch) as image:
+            for start, count in ((0, top), (top + height, high - top - height)):
+                fill((image * high + start) * wide * pixel, count * wide * pixel)
+            with b.loop(height, self.cpu.threads) as y:
+                line = (image * high + y + top) * wide * pixel
+                fill(line, left * pixel)
+                fill(line + (left + width) * pixel, (wide - left - width) * pixel)
+                to_line, from_line = line + left * pixel, (image * height + y) * width * conv.in_channels
+                if padded == inputs:
+                    pieces(
+                        b,
+                        width * pixel,
+                        lambda offset, lanes: b.put(
+                            target, to_line + offset, b.vector(source, from_line + offset, lanes), lanes
+                        ),
+                    )
+                else:
+                    with b.loop(width * groups) as x:
+                        from_pixel, to_pixel = from_line + x * inputs, to_line + x * padded
+
+                        def copy(offset: Any, lanes: int, source_at: Any = from_pixel, at: Any = to_pixel) -> None:
+                            b.put(target, at + offset, b.vector(source, source_at + offset, lanes), lanes)
+
+                        pieces(b, inputs, copy)
+                        for channel in range(inputs, padded):
+                            b.T.buffer_store(target, b.const(self._zero, "uint8"), [to_pixel + channel])
+
+
+@dataclass(frozen=True)
+class Direct(Kernel):
+    """A convolution over the image as it lies; `how` is `bytes`, `packed` or `bits`, `tile` pixels down and across by blocks
+    of 16 output channels."""
+
+    how: str = "bytes"
+    tile: tuple[int, int, int] = (1, 4, 4)
+
+    @property
+    def name(self) -> str:
+        kind = {"bytes": "int8", "packed": f"packed w{self.w_bits}", "bits": f"bits w{self.w_bits}a{self.a_bits}"}[self.how]
+        return f"{kind} {'x'.join(map(str, self.tile))}"
+
+    # Sizes
+
+    @property
+    def _bipolar(self) -> bool:
+        return self.signed and self.a_bits == 1
+
+    @property
+    def _inputs(self) -> int:
+        return self.conv.in_channels // self.conv.groups
+
+    @property
+    def _outputs(self) -> int:
+        return self.conv.out_channels // self.conv.groups
+
+    @property
+    def _blocks(self) -> int:
+        """Of a group."""
+        return -(-self._outputs // LANES)
+
+    @property
+    def _chunks(self) -> int:
+        """Of the channels of a group: what one step of the innermost loop takes of a pixel."""
+        return -(-self._inputs // (WORD if self.how == "bits" else 4))
+
+    @property
+    def _elements(self) -> int:
+        """Of a chunk, in the image: bytes or words."""
+        return self.a_bits if self.how == "bits" else 4
+
+    @property
+    def _parts(self) -> int:
+        """Chunks whose weights share a vector."""
+        return 8 // self.w_bits if self.how == "packed" else 1
+
+    @property
+    def _runs(self) -> tuple[int, int]:
+        """Columns of the kernel that are gone through one by one, and chunks that lie one behind the other in each."""
+        conv = self.conv
+        if conv.groups == 1 and conv.dilation[1] == 1:
+            return 1, conv.kernel[1] * self._chunks
+        return conv.kernel[1], self._chunks
+
+    @property
+    def _vectors_of_run(self) -> int:
+        return -(-self._runs[1] // self._parts)
+
+    @property
+    def _prepared(self) -> bool:
+        """Whether the image is read as it comes."""
+        return self.how != "bits" and not self.conv.padded and self._inputs % 4 == 0
+
+    @property
+    def _border(self) -> bool:
+        return self.how == "bits" and self._bipolar and self.conv.padded
+
+    @property
+    def _row_sums(self) -> bool:
+        return self.how == "bits" and self.w_bits == 1 and not self._bipolar
+
+    @property
+    def _initial(self) -> bool:
+        if self.how == "bits":
+            return self._bipolar
+        return self._zero != 0 or self.cpu.dot == "sdot"
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        conv = self.conv
+        (high, wide), (height, width) = self._padded_size, conv.output_size
+        image = Argument("padded", (conv.batch, high, wide, conv.groups, self._chunks * 4), "uint8")
+        stages: dict[str, list[Argument]] = {}
+        if self.how == "bits":
+            image = Argument("planes", (conv.batch, high, wide, conv.groups, self._chunks, self.a_bits), "uint32")
+            stages["prepare"] = [self._input(), image]
+        elif self._prepared:
+            image = self._input()
+        else:
+            stages["prepare"] = [self._input(), image]
+        vectors = conv.groups * self._blocks * conv.kernel[0] * self._runs[0] * self._vectors_of_run
+        if self.how == "bits":
+            main = [image, Argument("weights", (vectors, self.w_bits, LANES), "uint32")]
+        elif self.cpu.dot == "madd":
+            main = [image, Argument("weights", (vectors, 2, LANES, 2), "int16")]
+        else:
+            main = [image, Argument("weights", (vectors, LANES * 4), "int8")]
+        if self._row_sums:
+            sums = Argument("row_sums", (conv.batch, height, width, conv.groups), "int32")
+            pixels = [] if self._flat else [Argument("pixel_sums", (conv.batch, high, wide, conv.groups), "int32")]
+            stages["sums"] = [image, *pixels, sums]
+            main.append(sums)
+        if self._initial:
+            main.append(Argument("initial", (conv.groups, self._blocks * LANES), "int32"))
+        if self._border:
+            borders = len(border_sums(conv, np.zeros((1, 1, *conv.kernel), np.int8))[0])
+            main.append(Argument("border", (borders, conv.groups, self._blocks * LANES), "int32"))
+            main += [Argument("rows", (height,), "int32"), Argument("columns", (width,), "int32")]
+        stages["main"] = main + self._ends()
+        return stages
+
+    # Weights
+
+    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        conv = self.conv
+        kh, kw = conv.kernel
+        made: dict[str, NDArray[Any]] = {}
+        lanes = self._blocks * LANES
+
+        def by_group(values: NDArray[Any]) -> NDArray[Any]:
+            """(..., C_out) to (..., groups, blocks * 16)."""
+            split = values.reshape(*values.shape[:-1], conv.groups, self._outputs)
+            return np.pad(split, [(0, 0)] * (split.ndim - 1) + [(0, lanes - self._outputs)])
+
+        size = WORD if self.how == "bits" else 4
+        w = np.zeros((conv.groups, lanes, self._chunks * size, kh, kw), np.int64)
+        w[:, : self._outputs, : self._inputs] = weights.reshape(conv.groups, self._outputs, self._inputs, kh, kw)
+        # group, block, ky, run, chunk of the run, lane, channel of the chunk
+        w = w.reshape(conv.groups, self._blocks, LANES, self._chunks, size, kh, kw).transpose(0, 1, 5, 6, 3, 2, 4)
+        w = w.reshape(conv.groups, self._blocks, kh, self._runs[0], self._runs[1], LANES, size)
+        if self.how == "bits":
+            # A weight of +1 is a bit that is set; channels that aren't there have none.
+            codes = (w > 0).astype(np.uint32) if self.w_bits == 1 else w.astype(np.uint32)
+            planes = (codes[..., None, :, :] >> np.arange(self.w_bits, dtype=np.uint32)[:, None, None]) & 1
+            made["weights"] = (planes.astype(np.uint64) << np.arange(WORD, dtype=np.uint64)).sum(-1).astype(np.uint32)
+            made["weights"] = made["weights"].reshape(-1)
+            if self._bipolar and self.w_bits == 1:
+                made["initial"] = by_group(np.full(conv.out_channels, conv.taps))
+            elif self._bipolar:
+                made["initial"] = by_group(-weights.sum((1, 2, 3)))
+            if self._border:
+                border, made["rows"], made["columns"] = border_sums(conv, weights)
+                made["border"] = by_group(border)
+            return made
+        parts, rest = self._parts, -self._runs[1] % self._parts
+        if self.how == "packed":
+            w = np.pad(w, [(0, 0)] * 4 + [(0, rest), (0, 0), (0, 0)])
+            w = w.reshape(*w.shape[:4], -1, parts, LANES, 4) & (2**self.w_bits - 1)
+            w = (w << (self.w_bits * np.arange(parts))[:, None, None]).sum(-3).astype(np.uint8).view(np.int8)
+        elif self.cpu.dot == "madd":
+            w = w.reshape(*w.shape[:5], LANES, 2, 2).swapaxes(-3, -2)
+        elif self.cpu.dot == "plain":
+            w = w.swapaxes(-1, -2)
+        made["weights"] = w
+        made["initial"] = by_group(weights.sum((1, 2, 3)) * (128 * (self.cpu.dot == "sdot") - self._zero))
+        if self.how == "packed":
+            made["initial"] <<= 8 - self.w_bits
+        return made
+
+    # Code
+
+    def _prepare(self, b: Builder, buffers: dict[str, Any]) -> None:
+        if self.how == "bits":
+            self._pack(b, buffers)
+        else:
+            self._pad(b, buffers, self.conv.groups, 4)
+
+    def _pack(self, b: Builder, buffers: dict[str, Any]) -> None:
+        """Bytes to planes of bits: a word for each plane of 32 channels. Padding has no bits set."""
+        conv, T = self.conv, b.T
+        (height, width), (high, wide) = conv.input_size, self._padded_size
+        top, left = conv.padding
+        pixel = conv.groups * self._chunks * self.a_bits
+        source, planes = buffers["input"], buffers["planes"]
+
+        def clear(at: Any, count: int) -> None:
+            if count:
+                with b.loop(count) as index:
+                    T.buffer_store(planes, b.const(0, "uint32"), [at + index])
+
+        with b.loop(conv.batch) as image:
+            for start, count in ((0, top), (top + height, high - top - height)):
+                clear((image * high + start) * wide * pixel, count * wide * pixel)
+            with b.loop(height, self.cpu.threads) as y:
+                line = (image * high + y + top) * wide * pixel
+                clear(line, left * pixel)
+                clear(line + (left + width) * pixel, (wide - left - width) * pixel)
+                with b.loop(width * conv.groups) as x:
+                    start = (image * height + y) * width * conv.in_channels + x * self._inputs
+                    to = line + left * pixel + x * self._chunks * self.a_bits
+                    whole, rest = divmod(self._inputs, WORD)
+                    if whole:
+                        with b.loop(whole) as chunk:
+                            self._words(b, b.vector(source, start + chunk * WORD, WORD), planes, to + chunk * self.a_bits)
+                    if rest:
+                        some = T.alloc_buffer((WORD,), "uint8")
+                        # A byte without any bits.
+                        b.put(some, 0, b.splat(128 if self._zero == 128 else 0, "uint8", WORD), WORD)
+                        done = 0
+                        for size in (16, 8, 4, 2, 1):
+                            if rest & size:
+                                b.put(some, done, b.vector(source, start + whole * WORD + done, size), size)
+                                done += size
+                        self._words(b, b.vector(some, 0, WORD), planes, to + whole * self.a_bits)
+
+    def _words(self, b: Builder, x: Any, planes: Any, at: Any) -> None:
+        """Write the bits of 32 bytes, a word for each plane."""
+        T = b.T
+        if self._zero == 128:
+            x = x ^ b.splat(128, "uint8", WORD)
+        for plane in range(self.a_bits):
+            position = 1 if self._bipolar else plane
+            if self.cpu.gathers_signs:
+                # Bytes have no shift of their own: what comes over from a neighbour is below the top bit.
+                words = T.reinterpret("uint32x8", x) << b.splat(7 - position, "uint32", 8)
+                word = T.call_llvm_pure_intrin("int32", "llvm.x86.avx2.pmovmskb", T.reinterpret("int8x32", words))
+                word = T.reinterpret("uint32", word)
+            else:
+                # Eight bytes of 0 or 1 become one: the product adds up shifts that put byte i's bit to bit 56 + i.
+                eights = (T.reinterpret("uint64x4", x) >> b.splat(position, "uint64", 4)) & b.splat(
+                    0x0101010101010101, "uint64", 4
+                )
+                bits = ((eights * b.splat(0x0102040810204080, "uint64", 4)) >> b.splat(56, "uint64", 4)).astype("uint8x4")
+                word = T.reinterpret("uint32", bits)
+            T.buffer_store(planes, word, [at + plane])
+
+    def _sums(self, b: Builder, buffers: dict[str, Any]) -> None:
+        """The sum of the activations that meet each output, for weights of one bit: w = 2 bit - 1."""
+        conv, T = self.conv, b.T
+        high, wide = self._padded_size
+        (height, width), (kh, kw) = conv.output_size, conv.kernel
+        planes = buffers["planes"]
+        negative = [self.signed and plane == self.a_bits - 1 for plane in range(self.a_bits)]
+        worth = [-(2**plane) if negative[plane] else 2**plane for plane in range(self.a_bits)]
+        sums = buffers["row_sums" if self._flat else "pixel_sums"]
+        with b.loop(conv.batch * high * wide * conv.groups) as pixel:
+            # As many words at once as hold a whole number of chunks.
+            at_once = LANES // self.a_bits
+            whole = self._chunks // at_once
+            total = b.const(0, "int32")
+            if whole:
+                lanes = at_once * self.a_bits
+                counts = T.alloc_buffer((lanes,), "int32")
+                b.put(counts, 0, b.splat(0, "int32", lanes), lanes)
+                worths = T.Shuffle([b.const(value, "int32") for value in worth * at_once], list(range(lanes)))
+                with b.loop(whole) as step:
+                    words = b.vector(planes, pixel * self._chunks * self.a_bits + step * lanes, lanes)
+                    ones = T.popcount(words).astype(f"int32x{lanes}") * (worths if lanes > 1 else b.const(worth[0], "int32"))
+                    b.put(counts, 0, b.vector(counts, 0, lanes) + ones, lanes)
+                total = T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.add.v{lanes}i32", b.vector(counts, 0, lanes))
+            for chunk in range(whole * at_once, self._chunks):
+                for plane in range(self.a_bits):
+                    word = planes[(pixel * self._chunks + chunk) * self.a_bits + plane]
+                    total = total + T.popcount(word).astype("int32") * worth[plane]
+            T.buffer_store(sums, total, [pixel])
+        if self._flat:
+            return
+        with b.loop(conv.batch) as image, b.loop(height) as y, b.loop(width) as x, b.loop(conv.groups) as group:
+            total = b.const(0, "int32")
+            for ky in range(kh):
+                for kx in range(kw):
+                    row = image * high + y * conv.stride[0] + ky * conv.dilation[0]
+                    column = x * conv.stride[1] + kx * conv.dilation[1]
+                    total = total + sums[(row * wide + column) * conv.groups + group]
+            T.buffer_store(buffers["row_sums"], total, [((image * height + y) * width + x) * conv.groups + group])
+
+    def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
+        conv, threads = self.conv, self.cpu.threads
+        down, across, blocks = self.tile
+        images, (height, width) = conv.batch, conv.output_size
+        if self._flat:
+            images, height, width = 1, 1, images * height * width
+        spans = segments(self._blocks, blocks)
+        partial = self._outputs % LANES
+        if partial and spans[-1][1] > 1:
+            # The last block has channels that don't exist: its code is another.
+            start, rounds, size = spans[-1]
+            spans[-1:] = [(start, rounds - 1, size), (start + (rounds - 1) * size, 1, size)]
+        by_block = threads > 1 and sum(rounds for _, rounds, _ in spans) >= threads
+        with b.loop(images) as image, b.loop(conv.groups) as group:
+            for index, (first, rounds, size) in enumerate(spans):
+                count = partial if partial and index == len(spans) - 1 else LANES
+                with b.loop(rounds, threads if by_block else 1) as step:
+                    block = first + step * size
+                    for y0, y_rounds, rows in segments(height, down):
+                        with b.loop(y_rounds, 1 if by_block else threads) as y_step:
+                            for x0, x_rounds, columns in segments(width, across):
+                                wide = threads if not by_block and y_rounds == 1 else 1
+                                with b.loop(x_rounds, wide) as x_step:
+                                    corner = image, y0 + y_step * rows, x0 + x_step * columns
+                                    self._tile(b, buffers, group, block, size, count, corner, (rows, columns))
+
+    @property
+    def _flat(self) -> bool:
+        """Whether all pixels of all images can be taken for one row."""
+        conv = self.conv
+        return conv.kernel == (1, 1) and conv.stride == (1, 1) and conv.input_size == conv.output_size
+
+    def _tile(
+        self,
+        b: Builder,
+        buffers: dict[str, Any],
+        group: Any,
+        block: Any,
+        blocks: int,
+        count: int,
+        corner: tuple[Any, Any, Any],
+        tile: tuple[int, int],
+    ) -> None:
+        """The outputs of a tile of pixels, from `corner` on, in some blocks of channels; the last has `count` of them."""
+        conv, T = self.conv, b.T
+        image, y, x = corner
+        (high, wide), (height, width) = self._padded_size, conv.output_size
+        if self._flat:
+            high, wide, height, width = 1, conv.batch * high * wide, 1, conv.batch * height * width
+        pixels = list(np.ndindex(*tile))
+        # One array of sums for each pixel: of a larger one the compiler would not make registers.
+        sums = [T.alloc_buffer((blocks * LANES,), "int32") for _ in pixels]
+        first = (group * self._blocks + block) * LANES
+        zeros = b.splat(0, "int32")
+        starts = self.how != "bits" and self._initial
+        for at in range(0, blocks * LANES, LANES):
+            start = b.vector(buffers["initial"], first + at, LANES) if starts else zeros
+            for s in sums:
+                b.put(s, at, start, LANES)
+        pixel = conv.groups * self._chunks * self._elements
+        outputs = range(blocks)
+        steps = conv.kernel[0] * self._runs[0] * self._vectors_of_run
+        shifts = range(self.w_bits + self.a_bits - 2, -1, -1) if self.how == "bits" else (0,)
+        for shift in shifts:
+            if shift != shifts[0]:
+                for s in sums:
+                    for at in range(0, blocks * LANES, LANES):
+                        b.put(s, at, b.vector(s, at, LANES) << b.splat(1, "int32"), LANES)
+            with b.loop(conv.kernel[0]) as ky, b.loop(self._runs[0]) as kx:
+                row = (image * high + y * conv.stride[0] + ky * conv.dilation[0]) * wide
+                start_at = (row + x * conv.stride[1] + kx * conv.dilation[1]) * pixel + group * self._chunks * self._elements
+                weight_at = (group * self._blocks + block) * steps + (ky * self._runs[0] + kx) * self._vectors_of_run
+                vectors = [weight_at + index * steps for index in outputs]
+                places = [start_at + (dy * conv.stride[0] * wide + dx * conv.stride[1]) * pixel for dy, dx in pixels]
+                whole, rest = divmod(self._runs[1], self._parts)
+                if whole:
+                    with b.loop(whole) as step:
+                        self._step(b, buffers, sums, vectors, places, step, self._parts, shift)
+                if rest:
+                    self._step(b, buffers, sums, vectors, places, whole, rest, shift)
+        for (dy, dx), s in zip(pixels, sums, strict=True):
+            at = (image * height + y + dy) * width + x + dx
+            for index in outputs:
+                value = b.vector(s, index * LANES, LANES)
+                value = T.bind(self._true(b, buffers, value, first + index * LANES, group, at, y + dy, x + dx))
+                channel = group * self._outputs + (block + index) * LANES
+                some = count if index == blocks - 1 else LANES
+                b.epilogue(buffers, self.epilogue, value, channel, at * conv.out_channels + channel, some)
+
+    def _step(
+        self,
+        b: Builder,
+        buffers: dict[str, Any],
+        sums: list[Any],
+        vectors: list[Any],
+        places: list[Any],
+        step: Any,
+        parts: int,
+        shift: int,
+    ) -> None:
+        """One vector of weights of each block, by the channels it belongs to, of each pixel."""
+        vectors = [vector + step for vector in vectors]
+        places = [place + step * self._parts * self._elements for place in places]
+        if self.how == "bits":
+            self._count(b, buffers, sums, vectors, places, shift)
+        else:
+            self._multiply(b, buffers, sums, vectors, places, parts)
+
+    def _count(
+        self, b: Builder, buffers: dict[str, Any], sums: list[Any], vectors: list[Any], places: list[Any], shift: int
+    ) -> None:
+        """Add up the products of all pairs of planes whose positions sum up to `shift`."""
+        T = b.T
+        image, weights = buffers["planes"], buffers["weights"]
+        for i in range(self.w_bits):
+            j = shift - i
+            if not 0 <= j < self.a_bits:
+                continue
+            of_weight = self.w_bits > 1 and i == self.w_bits - 1
+            of_image = self.signed and not self._bipolar and j == self.a_bits - 1
+            for s, place in zip(sums, places, strict=True):
+                x = T.broadcast(image[place + j], LANES)
+                for index, vector in enumerate(vectors):
+                    w = b.vector(weights, (vector * self.w_bits + i) * LANES, LANES)
+                    both = w ^ x if self._bipolar and self.w_bits == 1 else w & x
+                    ones = T.popcount(both).astype("int32x16")
+                    before = b.vector(s, index * LANES, LANES)
+                    b.put(s, index * LANES, before - ones if of_weight != of_image else before + ones, LANES)
+
+    def _multiply(
+        self, b: Builder, buffers: dict[str, Any], sums: list[Any], vectors: list[Any], places: list[Any], parts: int
+    ) -> None:
+        """Add the products of four channels, in each of `parts` chunks."""
+        image, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        for part in range(parts):
+            for s, place in zip(sums, places, strict=True):
+                x = b.T.reinterpret("uint32", b.vector(image, place + part * 4, 4))
+                for index, vector in enumerate(vectors):
+                    _DOTS[self.cpu.dot](self, b, s, index * LANES, x, weights, vector, part)
+
+    def _vnni(self, b: Builder, s: Any, at: int, x: Any, weights: Any, vector: Any, part: int) -> None:
+        T = b.T
+        w = b.vector(weights, vector * 64, 64)
+        if self.how == "packed":
+            # Weights at the top of their bytes: the sums come out so many times as large.
+            words = T.reinterpret("uint32x16", w) << b.splat(8 - self.w_bits * (part + 1), "uint32")
+            top = 0x01010101 * (256 - 2 ** (8 - self.w_bits))
+            w = T.reinterpret("int8x64", words & b.splat(top, "uint32"))
+        x = T.reinterpret("uint8x64", T.broadcast(x, LANES))
+        dot = T.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", b.vector(s, at, LANES), x, w)
+        b.put(s, at, dot, LANES)
+
+    def _sdot(self, b: Builder, s: Any, at: int, x: Any, weights: Any, vector: Any, part: int) -> None:
+        T = b.T
+        signed = T.reinterpret("int8x16", T.broadcast(x ^ b.const(0x80808080, "uint32"), 4))
+        for lane in range(0, LANES, 4):
+            w = b.vector(weights, vector * 64 + lane * 4, 16)
+            name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+            dot = T.call_llvm_pure_intrin("int32x4", name, b.vector(s, at + lane, 4), signed, w)
+            b.put(s, at + lane, dot, 4)
+
+    def _madd(self, b: Builder, s: Any, at: int, x: Any, weights: Any, vector: Any, part: int) -> None:
+        """Two products of 16 bits at a time."""
+        T = b.T
+        name, lanes = self.cpu.madd
+        for pair in range(2):
+            low = (x >> b.const(16 * pair, "uint32")) & b.const(0xFF, "uint32")
+            high = (x >> b.const(16 * pair + 8, "uint32")) & b.const(0xFF, "uint32")
+            both = T.reinterpret(f"int16x{2 * lanes}", T.broadcast(low | (high << b.const(16, "uint32")), lanes))
+            for lane in range(0, LANES, lanes):
+                w = b.vector(weights, ((vector * 2 + pair) * LANES + lane) * 2, 2 * lanes)
+                products = T.call_llvm_pure_intrin(f"int32x{lanes}", name, both, w)
+                b.put(s, at + lane, b.vector(s, at + lane, lanes) + products, lanes)
+
+    def _plain(self, b: Builder, s: Any, at: int, x: Any, weights: Any, vector: Any, part: int) -> None:
+        for byte in range(4):
+            value = ((x >> b.const(8 * byte, "uint32")) & b.const(0xFF, "uint32")).astype("int32")
+            w = b.vector(weights, vector * 64 + byte * LANES, LANES).astype("int32x16")
+            b.put(s, at, b.vector(s, at, LANES) + b.T.broadcast(value, LANES) * w, LANES)
+
+    def _true(self, b: Builder, buffers: dict[str, Any], raw: Any, lane: Any, group: Any, at: Any, y: Any, x: Any) -> Any:
+        """The sum of products, from what was counted."""
+        conv = self.conv
+        if self.how == "packed":
+            return raw >> b.splat(8 - self.w_bits, "int32")
+        if self.how == "bytes":
+            return raw
+        if self._bipolar:
+            both = self.w_bits == 1
+            raw = raw << b.splat(1, "int32")
+            start = b.vector(buffers["initial"], lane, LANES)
+            raw = start - raw if both else start + raw
+            if self._border:
+                border = buffers["rows"][y] + buffers["columns"][x]
+                raw = raw + b.vector(buffers["border"], border * conv.groups * self._blocks * LANES + lane, LANES)
+        elif self._row_sums:
+            total = buffers["row_sums"][at * conv.groups + group]
+            raw = (raw << b.splat(1, "int32")) - b.T.broadcast(total, LANES)
+        return raw
+
+
+_DOTS = {"vnni": Direct._vnni, "sdot": Direct._sdot, "madd": Direct._madd, "plain": Direct._plain}
+
+
+@dataclass(frozen=True)
+class Depthwise(Kernel):
+    """One filter for each channel, 32 or 16 channels at a time; `wide` sums have 32 bits. `tile` is pixels across."""
+
+    wide: bool = True
+    tile: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"depthwise int{32 if self.wide else 16} {self.tile}"
+
+    @staticmethod
+    def fits(conv: Conv, w_bits: int, a_bits: int, signed: bool) -> bool:
+        """Whether no sum, and no part of one, exceeds 16 bits."""
+        weight, activation = (max(map(abs, bounds)) for bounds in (weight_range(w_bits), activation_range(a_bits, signed)))
+        return conv.taps * weight * activation < 2**15
+
+    @property
+    def _channels(self) -> int:
+        return up(self.conv.in_channels, LANES)
+
+    @property
+    def _prepared(self) -> bool:
+        return not self.conv.padded and self.conv.in_channels % LANES == 0
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        conv = self.conv
+        stages, image = {}, self._input()
+        if not self._prepared:
+            image = Argument("padded", (conv.batch, *self._padded_size, self._channels), "uint8")
+            stages["prepare"] = [self._input(), image]
+        weights = Argument("weights", (*conv.kernel, self._channels), "int16")
+        stages["main"] = [image, weights, *self._ends()]
+        return stages
+
+    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        if not self.wide and not self.fits(self.conv, self.w_bits, self.a_bits, self.signed):
+            raise ValueError(f"sums of {self.w_bits} by {self.a_bits} bits don't fit into 16 bits")
+        padding = [(0, 0), (0, 0), (0, self._channels - self.conv.in_channels)]
+        return {"weights": np.pad(weights[:, 0].transpose(1, 2, 0), padding)}
+
+    def _prepare(self, b: Builder, buffers: dict[str, Any]) -> None:
+        self._pad(b, buffers, 1, LANES)
+
+    def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
+        conv, threads = self.conv, self.cpu.threads
+        height, width = conv.output_size
+        size = LANES if self.wide else 2 * LANES
+        with b.loop(conv.batch) as image, b.loop(height, threads) as y:
+            for first, rounds, lanes in segments(self._channels, size):
+                last = first + rounds * lanes == self._channels and self._channels != conv.out_channels
+                for start, count, partial in (
+                    (first, rounds - last, False),
+                    (first + (rounds - last) * lanes, int(last), True),
+                ):
+                    if not count:
+                        continue
+                    with b.loop(count) as step:
+                        channel = start + step * lanes
+                        for x0, x_rounds, columns in segments(width, self.tile):
+                            with b.loop(x_rounds) as x_step:
+                                here = lanes - (self._channels - conv.out_channels) if partial else lanes
+                                self._tile(b, buffers, image, y, x0 + x_step * columns, columns, channel, lanes, here)
+
+    def _tile(
+        self,
+        b: Builder,
+        buffers: dict[str, Any],
+        image: Any,
+        y: Any,
+        x: Any,
+        columns: int,
+        channel: Any,
+        lanes: int,
+        count: int,
+    ) -> None:
+        """`columns` pixels of a row, in `lanes` channels of which `count` exist."""
+        conv, T = self.conv, b.T
+        high, wide = self._padded_size
+        height, width = conv.output_size
+        source, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        sums: list[Any] = [None] * columns
+        for ky, kx in np.ndindex(*conv.kernel):
+            w = b.vector(weights, (ky * conv.kernel[1] + kx) * self._channels + channel, lanes)
+            row = (image * high + y * conv.stride[0] + ky * conv.dilation[0]) * wide
+            for column in range(columns):
+                place = row + (x + column) * conv.stride[1] + kx * conv.dilation[1]
+                q = b.vector(source, place * self._channels + channel, lanes).astype(f"int16x{lanes}")
+                if self._zero:
+                    q = q - b.splat(self._zero, "int16", lanes)
+                # 255 x 128 fits into 16 bits.
+                product = (q * w).astype("int32x16") if self.wide else q * w
+                sums[column] = T.bind(product if sums[column] is None else sums[column] + product)
+        for column, total in enumerate(sums):
+            at = ((image * height + y) * width + x + column) * conv.out_channels + channel
+            if lanes == LANES:
+                b.epilogue(buffers, self.epilogue, total.astype("int32x16"), channel, at, count)
+                continue
+            both = T.alloc_buffer((lanes,), "int16")
+            b.put(both, 0, total, lanes)
+            for half in (0, LANES):
+                if count > half:
+                    value = T.bind(b.vector(both, half, LANES).astype("int32x16"))
+                    b.epilogue(buffers, self.epilogue, value, channel + half, at + half, min(LANES, count - half))
+
+
+def candidates(
+    conv: Conv, w_bits: int, a_bits: int, signed: bool, cpu: Cpu, *, epilogue: Epilogue | None = None, tiles: int = 2
+) -> list[Kernel]:
+    """The kernels worth measuring for a layer at some bits: of each kind that can do it, the `tiles` best by a simple model of
+    instructions. Raises ValueError for bits out of range."""
+    for bits in (w_bits, a_bits):
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+            raise ValueError(f"bits must be an integer from 1 to 8, not {bits!r}")
+    epilogue = epilogue or Epilogue((Output(factor=2.0**-10),))
+    if conv.groups == conv.in_channels == conv.out_channels:
+        wide = not Depthwise.fits(conv, w_bits, a_bits, signed)
+        return [Depthwise(conv, w_bits, a_bits, signed, cpu, wide, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]]
+    made: list[Kernel] = []
+    ways = [("bytes", 8, 1 if signed and a_bits == 1 else 8)]
+    if cpu.dot == "vnni" and w_bits <= 4:
+        ways.append(("packed", 2 if w_bits <= 2 else 4, ways[0][2]))
+    ways.append(("bits", w_bits, a_bits))
+    for how, w, a in ways:
+        some = [Direct(conv, w, a, signed, cpu, how, tile, epilogue=epilogue) for tile in _tiles(conv, how, cpu)]
+        made += sorted(some, key=_instructions)[:tiles]
+    return made
+
+
+def _tiles(conv: Conv, how: str, cpu: Cpu) -> list[tuple[int, int, int]]:
+    """Every tile whose sums fit into registers."""
+    free = cpu.vectors - (3 if how == "bits" else 1)
+    height, width = conv.output_size
+    if conv.kernel == (1, 1) and conv.stride == (1, 1) and conv.input_size == conv.output_size:
+        height, width = 1, conv.batch * height * width
+    most = -(-(conv.out_channels // conv.groups) // LANES)
+    found = []
+    for blocks in (1, 2, 3, 4, 6, 8):
+        for down in (1, 2, 3, 4):
+            for across in (1, 2, 3, 4, 6, 7, 8, 14, 16, 28):
+                # Sums, one weight for each block (none is kept if there is one pixel only), and the image's own.
+                registers = down * across * blocks + (blocks if down * across > 1 else 1)
+                whole = across == width if down > 1 else across <= width
+                if blocks <= most and down <= height and whole and registers <= max(free, 2):
+                    found.append((down, across, blocks))
+    return found
+
+
+def _instructions(kernel: Direct) -> float:
+    """A rough count of instructions, for choosing between tiles."""
+    conv, (down, across, blocks) = kernel.conv, kernel.tile
+    height, width = conv.output_size
+    if kernel._flat:
+        height, width = 1, conv.batch * height * width
+    pairs = kernel.w_bits * kernel.a_bits if kernel.how == "bits" else 1
+    each = 3 * pairs if kernel.how == "bits" else 1
+    loads = pairs
+    steps = conv.kernel[0] * kernel._runs[0] * kernel._runs[1]
+    total = 0.0
+    for _, block_rounds, size in segments(kernel._blocks, blocks):
+        for _, y_rounds, rows in segments(height, down):
+            for _, x_rounds, columns in segments(width, across):
+                pixels = rows * columns
+                # Less than eight sums at a time wait for each other.
+                busy = max(pixels * size, 8)
+                work = steps * (busy * each + loads * (pixels + size)) + 12 * pixels * size + 8
+                total += block_rounds * y_rounds * x_rounds * work
+    return total
