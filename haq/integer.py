@@ -446,16 +446,15 @@ class _Lowering:
         step = name if self.calls[name] == 1 else f"{name}@{self.calls[name]}"
         bias = _bias(layer)
         value = self.found[source.value, codes or Float()]
-        if name not in self.weights:
-            real = layer.quantized_weight().detach().float().numpy()
-            conv, weights = _sizes(group.head, source.shape, real)
-            return FloatConvolution(step, name, value, conv, weights, self._epilogue(group, np.ones(1), bias))
-        integers, scale, bits = self.weights[name]
-        assert codes is not None
+        integers, scale, bits = self.weights.get(name, (None, np.ones(1), 0))
+        real = layer.quantized_weight().detach().float().contiguous().numpy()
         try:
-            conv, weights = _sizes(group.head, source.shape, integers)
+            conv, weights = _sizes(group.head, source.shape, real if integers is None else integers)
         except ValueError as reason:
             raise ValueError(f"layer {name!r} can't be deployed: {reason}") from reason
+        if integers is None:
+            return FloatConvolution(step, name, value, conv, weights, self._epilogue(group, np.ones(1), bias))
+        assert codes is not None
         epilogue = self._epilogue(group, scale * codes.scale, bias)
         return Convolution(step, name, value, conv, bits, codes.bits, codes.signed, weights, epilogue)
 
@@ -525,7 +524,7 @@ def _sizes(node: Node, source: Shape, weights: Array) -> tuple[Conv, Array]:
     if node.kind == "linear":
         # torch flattens with the channels first, here they are last.
         columns = np.arange(height * width * channels).reshape(channels, height, width).transpose(1, 2, 0).reshape(-1)
-        weights = np.ascontiguousarray(weights[:, columns])[:, :, None, None]
+        weights = np.ascontiguousarray(weights[:, columns, None, None])
         return Conv(len(columns), len(weights), (1, 1), (1, 1)), weights
     window = node.window
     assert window is not None

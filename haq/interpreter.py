@@ -181,8 +181,12 @@ class Comparison:
 @torch.no_grad()
 def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, NDArray[np.int16]]]:
     """The outputs of the fake-quantized network, and the integers that enter its layers, in the layers' own shapes, by the
-    names of `run`."""
+    names of `run`. For images of float64 all but the quantized weights is computed in float64."""
     network = copy.deepcopy(network).eval()
+    if images.dtype == torch.float64:
+        for layer in Q.quant_layers(network).values():
+            layer.weight, layer.weight_bits = nn.Parameter(layer.quantized_weight()), None
+        network.double()
     entered: dict[str, NDArray[np.int16]] = {}
 
     def watch(name: str, layer: Q.QuantLayer) -> None:
@@ -205,11 +209,12 @@ def compare(network: nn.Module, program: Program, images: Tensor) -> Comparison:
     """A program against the fake-quantized network it was made of, on images (N, C, H, W).
 
     One integer that differs at a tie makes others differ behind it, at 8 bits many: the fake-quantized network in float32
-    and in float64 differ from each other as much. So both are counted: all, and those that a layer's own rounding made.
+    and in float64 (give images of float64) differ from each other as much. So both are counted: all, and those that a
+    layer's own rounding made.
     """
     expected, before = fake_quantized(network, images)
-    outputs, entered = run(program, images.numpy())
-    _, alone = run(program, images.numpy(), before)
+    outputs, entered = run(program, images.float().numpy())
+    _, alone = run(program, images.float().numpy(), before)
     layers = []
     for name, q in before.items():
         gap, own = (np.abs(x[name].reshape(q.shape) - q) for x in (entered, alone))
