@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +44,48 @@ def follow_training(bar: Progress) -> dict[str, Any]:
         "on_epoch": lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
         "on_step": lambda step, steps: bar.update(task, completed=step, total=steps),
     }
+
+
+def add_measuring(parser: argparse.ArgumentParser) -> None:
+    """The options of targets that are measured."""
+    parser.add_argument("--threads", type=int, help="of measured kernels, for the targets cpu and rpc:HOST:PORT (default: 1)")
+    parser.add_argument(
+        "--target", metavar="JSON|PROCESSOR", help="TVM's target for measured kernels (default: this machine's processor)"
+    )
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        default=None,
+        help="measure kernels with their data out of the caches (default: in them)",
+    )
+
+
+@contextmanager
+def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
+    """Say that something is loading, and show a bar with time left while kernels are measured.
+
+    Gives the callbacks `progress` and `notice` of `hw_models.load_target`.
+    """
+    status = console.status(what)
+    bar = progress(console)
+    task = bar.add_task("measuring kernels", total=None, note="")
+
+    def on_progress(done: int, total: int, note: str) -> None:
+        # There is one live display at a time.
+        if done < total:
+            status.stop()
+            bar.start()
+        bar.update(task, completed=done, total=total, note=note)
+        if done == total:
+            bar.stop()
+            status.start()
+
+    status.start()
+    try:
+        yield {"progress": on_progress, "notice": lambda sentence: console.print(sentence, soft_wrap=True, markup=False)}
+    finally:
+        bar.stop()
+        status.stop()
 
 
 def progress(console: Console) -> Progress:

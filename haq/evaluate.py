@@ -23,8 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run.load(options.run)
     policy = run.load_policy()
     earlier = run.load_result() if run.finished else {"rival_policies": {}, "evaluations": {}}
-    with console.status("loading and measuring"):
-        job = run.settings.build()
+    with cli.follow_loading(console, "loading and measuring") as follow:
+        job = run.build(**follow)
         run.check(job)
         tuned = run.load_checkpoint(job)
         rivals = {name: Q.BitPolicy(bits) for name, bits in earlier["rival_policies"].items()}

@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=options.json)
     run = Run.load(options.run)
     result, policy = run.load_result(), run.load_policy()
-    job = run.settings.build()
+    with cli.follow_loading(console, "loading network and data") as follow:
+        job = run.build(**follow)
     run.check(job)
     network = job.problem.evaluator.network
     Q.set_policy(network, policy)

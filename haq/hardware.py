@@ -25,9 +25,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every target that ships with the package")
     show = commands.add_parser("show", help="one target, and a network's costs on it")
-    show.add_argument("name", metavar="NAME", help="a target's name, a .yaml file or lut:TABLE.csv")
+    show.add_argument("name", metavar="NAME", help="a target's name, a .yaml file, lut:TABLE.csv, cpu or rpc:HOST:PORT")
     show.add_argument("--network", help="price this network, a name as in haq.models; its weights aren't needed")
     show.add_argument("--batch", type=int, help="images per batch (default: the target's own)")
+    cli.add_measuring(show)
     show.add_argument("--bits", default="8,4,2", help="widths to price, W/A or one number for both (default: %(default)s)")
     return parser.parse_args(arguments)
 
@@ -40,15 +41,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "list":
         print_list(console)
         return 0
-    target = hw_models.load_target(options.name)
+    pairs = parse_bits(options.bits)
+    measuring = {"threads": options.threads, "target": options.target, "cold": bool(options.cold)}
+    with cli.follow_loading(console, "building and pricing") as follow:
+        target = hw_models.load_target(options.name, **measuring, **follow)
+        if options.network is not None:
+            network = models.load(options.network, pretrained=False)
+            workload = hw_models.trace(network.module, torch.zeros(1, *network.input_shape))
+            table = target.cost_table(workload, batch=options.batch)
     if options.network is None:
         print_target(console, target)
         return 0
-    pairs = parse_bits(options.bits)
-    with console.status("building and pricing"):
-        network = models.load(options.network, pretrained=False)
-        workload = hw_models.trace(network.module, torch.zeros(1, *network.input_shape))
-        table = target.cost_table(workload, batch=options.batch)
     print_costs(console, network.name, target, table, pairs)
     return 0
 
@@ -79,9 +82,12 @@ def print_list(console: Console) -> None:
         assert isinstance(target, Machine)
         metrics = ", ".join(_metrics(target))
         table.add_row(name, target.model, str(target.batch), metrics, target.description)
+    for name, description in hw_models.MEASURED.items():
+        table.add_row(name, "measured", "1", "latency, storage", description)
     console.print(table)
     console.print(
-        "All of them are simulated (estimated). Your own: a .yaml file like those, or lut:TABLE.csv for measurements."
+        f"Measured are {' and '.join(hw_models.MEASURED)}; all others are simulated (estimated). "
+        "Your own: a .yaml file like those, or lut:TABLE.csv for measurements."
     )
     console.print("Next: [bold]python -m haq.hardware show NAME --network mobilenetv2_100[/]", soft_wrap=True)
 

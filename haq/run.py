@@ -28,12 +28,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import hw_models
 import quantizers as Q
 from haq import data, models
 from haq.evaluator import Evaluation
 from haq.problem import Problem
 from haq.solvers import Found, check_name
 from haq.version import __version__
+from hw_models.tvm_cpu.target import CpuTarget
 
 CONFIG, HISTORY, POLICY, RESULT = "config.yaml", "history.csv", "policy.json", "result.json"
 CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
@@ -64,6 +66,9 @@ class Settings:
     evaluations: int = 200
     seed: int = 0
     finetune_epochs: int = 12
+    threads: int | None = None
+    target: str | None = None
+    cold: bool | None = None
 
     def __post_init__(self) -> None:
         check_name(self.solver)
@@ -72,8 +77,14 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
 
-    def build(self) -> Job:
+    def load_target(self, **callbacks: Any) -> hw_models.Target:
+        """The hardware; `callbacks` and errors are those of `hw_models.load_target`."""
+        options = {"threads": self.threads, "target": self.target, "cold": bool(self.cold)}
+        return hw_models.load_target(self.hw, **options, **callbacks)  # type: ignore[arg-type]
+
+    def build(self, target: hw_models.Target | None = None) -> Job:
         """Load network and data and put the problem together; raises what its parts raise."""
+        target = target or self.load_target()
         network = models.load(self.network)
         dataset = data.load(self.data, image_size=network.input_shape[-1])
         models.check_fits(network, dataset)
@@ -83,7 +94,7 @@ class Settings:
             network.module,
             calibrate=network.preprocess(dataset.train.images[picked]),
             search=search,
-            target=self.hw,
+            target=target,
             metric=self.metric,
             budget=self.budget,
         )
@@ -103,7 +114,13 @@ class Job:
         """What must be the same for a run to be continued."""
         table = self.problem.table
         costs = hashlib.sha256(self.problem.cost.tobytes() + table.storage_bytes.tobytes()).hexdigest()[:16]
-        return {"network": self.network.signature(), "data": self.dataset.signature(), "target": costs}
+        machine = machine_signature(self.problem.target)
+        return {"network": self.network.signature(), "data": self.dataset.signature(), "target": costs, **machine}
+
+
+def machine_signature(target: hw_models.Target) -> dict[str, str]:
+    """Where latencies were measured; nothing for a target that is computed."""
+    return {"machine": json.dumps(target.key)} if isinstance(target, CpuTarget) else {}
 
 
 def versions() -> dict[str, str]:
@@ -155,13 +172,27 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / RESULT).is_file()
 
+    def build(self, **callbacks: Any) -> Job:
+        """The job that this run was asked for, where it began. Raises ValueError, before anything is measured, elsewhere."""
+        target = self.settings.load_target(**callbacks)
+        signature = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))["signature"]
+        before, now = (json.loads(s.get("machine", "{}")) for s in (signature, machine_signature(target)))
+        if before != now:
+            name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
+            raise ValueError(
+                f"{self.folder} began with latencies measured with {name} {before.get(name)}, here it is {now.get(name)}: "
+                "go on where it began, or start a new run"
+            )
+        return self.settings.build(target)
+
     def check(self, job: Job, *, same_versions: bool = False) -> None:
         """Raise ValueError, with the way out, if network, data or target are no longer what the run began with."""
         content = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
+        options = {"target": "hw", "machine": "hw"}
         for name, value in job.signature().items():
             if content["signature"].get(name) != value:
                 raise ValueError(
-                    f"the {name} ({getattr(self.settings, 'hw' if name == 'target' else name)}) is no longer what "
+                    f"the {name} ({getattr(self.settings, options.get(name, name))}) is no longer what "
                     f"{self.folder} began with: put it back, or start a new run"
                 )
         before, now = content["versions"], versions()
@@ -294,7 +325,7 @@ def check_unused(folder: Path) -> None:
 
 def default_folder(settings: Settings) -> Path:
     """A folder under runs/ that says what is in it and isn't in use."""
-    hw = Path(settings.hw).stem.replace(":", "-")
+    hw = (settings.hw if settings.hw.startswith("rpc:") else Path(settings.hw).stem).replace(":", "-")
     base = Path("runs") / f"{hw}-{settings.metric}-{settings.budget}-{settings.solver}-seed{settings.seed}"
     folder, number = base, 2
     while folder.exists():

@@ -24,11 +24,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m haq.search", description=__doc__)
     add = parser.add_argument
-    add("--hw", help=f"hardware target: a name, a .yaml file or lut:TABLE.csv (default: {default.hw})")
+    add(
+        "--hw",
+        help="hardware target: a name, a .yaml file, lut:TABLE.csv, cpu (measured here) or rpc:HOST:PORT (measured there) "
+        f"(default: {default.hw})",
+    )
     add(
         "--budget",
         help=f"a fraction of uniform 8 bits, or an amount such as 0.8ms, 40kB (default: {default.budget})",
     )
+    cli.add_measuring(parser)
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
     add("--network", help=f"a name as in haq.models (default: {default.network})")
     add("--data", help=f"a name as in haq.data (default: {default.data})")
@@ -62,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = earlier.folder if earlier else options.out or default_folder(settings)
     if not earlier:
         check_unused(folder)
-    with console.status("loading network and data, calibrating"):
-        job = settings.build()
+    with cli.follow_loading(console, "loading network and data, calibrating") as follow:
+        job = earlier.build(**follow) if earlier else settings.build(settings.load_target(**follow))
     rivals = tuple(name for name in RIVALS if name != settings.solver)
     summary.print_plan(console, job, None if options.dry_run else folder, rivals)
     if not has_tensorboard():

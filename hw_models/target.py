@@ -15,6 +15,9 @@ from hw_models.bismo_overlay import BismoOverlayTarget
 from hw_models.bitfusion import BitFusionTarget
 from hw_models.cost import CostTable
 from hw_models.lut import load_lookup_table
+from hw_models.tvm_cpu.cache import Notice
+from hw_models.tvm_cpu.measure import Progress
+from hw_models.tvm_cpu.target import LOCAL, MEASURED, REMOTE, load_cpu
 from hw_models.workload import Workload
 
 MODELS: dict[str, type[BismoTarget] | type[BismoOverlayTarget] | type[BitFusionTarget]] = {
@@ -45,11 +48,29 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
-def load_target(name: str) -> Target:
+def load_target(
+    name: str,
+    *,
+    threads: int | None = None,
+    target: str | None = None,
+    cold: bool = False,
+    progress: Progress | None = None,
+    notice: Notice | None = None,
+) -> Target:
     """Load a target by name, from a YAML file by path, or from a table of measurements by `lut:PATH`.
 
-    Raises ValueError for an unknown name, and for a wrong file with the key, the value and what is accepted.
+    `cpu` measures kernels on this machine, `rpc:HOST:PORT` on a board. These alone take the options: `threads` (1), `target`
+    (JSON of a TVM target or a processor's name; this machine's own), `cold` (times with cold caches), and the callbacks
+    `progress(done, total, note)` and `notice(sentence)`.
+
+    Raises ValueError for an unknown name, for options that a target doesn't take, and for a wrong file with the key, the value
+    and what is accepted; ImportError saying what to install.
     """
+    if name == LOCAL or name.startswith(REMOTE):
+        return load_cpu(name, threads=threads, target=target, cold=cold, progress=progress, notice=notice)
+    options = {"threads": threads is not None, "target": target is not None, "cold": cold}
+    if given := [option for option, is_given in options.items() if is_given]:
+        raise ValueError(f"{given[0]} is for kernels that are measured ({', '.join(MEASURED)}), not for {name}")
     if name.startswith("lut:"):
         return load_lookup_table(Path(name.removeprefix("lut:")))
     if name in target_names():
@@ -59,10 +80,11 @@ def load_target(name: str) -> Target:
         if not path.is_file():
             raise FileNotFoundError(f"there is no hardware file {path}")
         return _parse(path.read_text(encoding="utf-8"), name)
-    close = difflib.get_close_matches(name, target_names(), n=3, cutoff=0.4)
+    known = (*target_names(), *MEASURED)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     raise ValueError(
         f"unknown hardware target {name!r}; did you mean {' or '.join(close) or 'one of these'}? "
-        f"Known: {', '.join(target_names())}, a path to a .yaml file, or lut:TABLE.csv"
+        f"Known: {', '.join(known)}, a path to a .yaml file, or lut:TABLE.csv"
     )
 
 

@@ -304,9 +304,9 @@ def test_weights_of_other_bits_are_refused() -> None:
     ("target", "reason"),
     [
         ("nonsense9", "LLVM knows no processor 'nonsense9'"),
-        ({"kind": "cuda"}, "must be of kind llvm"),
+        ({"kind": "cuda"}, "its kind must be 'llvm'"),
         ('{"kind": "llvm", "foo": 3}', "Unknown config option 'foo'"),
-        ("{nonsense", "neither a processor's name nor JSON"),
+        ("{nonsense", "it is not JSON"),
     ],
 )
 def test_targets_that_tvm_refuses(target: object, reason: str) -> None:

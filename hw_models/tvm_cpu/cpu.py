@@ -31,28 +31,33 @@ class Cpu:
         import tvm
         from tvm.target import codegen
 
-        if isinstance(target, str):
-            try:
-                target = json.loads(target) if target.lstrip().startswith("{") else {"kind": "llvm", "mcpu": target}
-            except json.JSONDecodeError as reason:
-                raise ValueError(f"the target {target!r} is neither a processor's name nor JSON: {reason}") from None
-        assert isinstance(target, dict)
+        def refused(reason: object) -> ValueError:
+            return ValueError(f"TVM refuses the target {text!r}: {reason}")
+
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads must be a positive integer, not {threads!r}")
-        if target.get("kind") != "llvm":
-            raise ValueError(f"the target {json.dumps(target)} must be of kind llvm")
+        text = target if isinstance(target, str) else json.dumps(target)
         try:
-            made = tvm.target.Target(target)
-        except Exception as reason:
-            raise ValueError(f"TVM refuses the target {json.dumps(target)}: {str(reason).strip().splitlines()[-1]}") from None
-        # LLVM would take an unknown processor for a generic one.
-        known = {str(name) for name in codegen.llvm_get_cpu_archlist(tvm.target.Target(_without_cpu(target)))}
-        if "mcpu" in target and target["mcpu"] not in known:
-            raise ValueError(
-                f"TVM refuses the target {json.dumps(target)}: LLVM knows no processor {target['mcpu']!r} of that kind"
-            )
-        del made
-        return Cpu(json.dumps(target, sort_keys=True), threads)
+            content = json.loads(text) if text.lstrip().startswith("{") else {"kind": "llvm", "mcpu": text}
+        except ValueError as error:
+            raise refused(f"it is not JSON ({error})") from None
+        if content.get("kind") != "llvm":
+            raise refused(f"its kind must be 'llvm', not {content.get('kind')!r}")
+        try:
+            made = tvm.target.Target(content)
+        except Exception as error:
+            raise refused(str(error).strip().splitlines()[-1].strip()) from None
+        # LLVM by itself would go on with a generic processor, and without a feature.
+        triple = content.get("mtriple", codegen.llvm_get_system_triple())
+        if not codegen.llvm_is_valid_cpu("generic", triple) and not codegen.llvm_is_valid_cpu("generic-rv64", triple):
+            raise refused(f"LLVM knows no machine {triple!r}")
+        if "mcpu" in content and not codegen.llvm_is_valid_cpu(content["mcpu"], triple):
+            raise refused(f"LLVM knows no processor {content['mcpu']!r} for {triple}")
+        known = codegen.llvm_get_cpu_features(made)
+        for attribute in map(str, content.get("mattr", ())):
+            if attribute[:1] not in ("+", "-") or (attribute[0] == "+" and attribute[1:] not in known):
+                raise refused(f"LLVM knows no feature {attribute!r} for {triple}")
+        return Cpu(json.dumps(content, sort_keys=True), threads)
 
     @property
     def target(self) -> dict[str, Any]:
@@ -90,7 +95,3 @@ class Cpu:
     def gathers_signs(self) -> bool:
         """Whether one instruction takes the top bits of 32 bytes."""
         return self.has("avx2")
-
-
-def _without_cpu(target: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in target.items() if key not in ("mcpu", "mattr")}

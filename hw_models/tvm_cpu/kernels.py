@@ -765,6 +765,12 @@ def candidates(
     epilogue = epilogue or Epilogue((Output(factor=2.0**-10),))
     if conv.groups == conv.in_channels == conv.out_channels:
         wide = not Depthwise.fits(conv, w_bits, a_bits, signed)
+        # The widest that the same code serves.
+        bipolar = signed and a_bits == 1  # whose bytes are others
+        while a_bits < 8 and not bipolar and (wide or Depthwise.fits(conv, w_bits, a_bits + 1, signed)):
+            a_bits += 1
+        while w_bits < 8 and (wide or Depthwise.fits(conv, w_bits + 1, a_bits, signed)):
+            w_bits += 1
         return [Depthwise(conv, w_bits, a_bits, signed, cpu, wide, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]]
     made: list[Kernel] = []
     ways = [("bytes", 8, 1 if signed and a_bits == 1 else 8)]

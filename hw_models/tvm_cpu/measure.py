@@ -1,0 +1,288 @@
+"""Seconds that kernels take, measured: all kernels of a layer in turn, several rounds, so that drift meets all of them.
+
+The time of a kernel is that of its functions (preparing the activations, then the product), each timed on its own by TVM on
+the machine that runs it, and added up round by round.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import which
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from hw_models.tvm_cpu.cpu import Cpu
+    from hw_models.tvm_cpu.kernels import Kernel
+
+    Names = dict[Kernel, tuple[str, ...]]
+
+Progress = Callable[[int, int, str], None]  # done, total, what is worked on
+
+BATCH = 16  # kernels compiled as one module
+READING_MS = 1  # of one reading at least: as many calls as that takes
+KERNEL_S = 0.03  # of all readings of one kernel, within the bounds on their number
+ROUNDS = (3, 15)
+COLD_ROUNDS = 5
+FLUSH_BYTES = 64 << 20  # written before each cold reading; more than the caches of one core and its share of the last
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: median and interquartile range of the rounds."""
+
+    median_s: float
+    spread_s: float
+    repeats: int
+
+
+class BuildError(ValueError):
+    """A kernel that TVM can't compile for a target."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of TVM says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class Here:
+    """This machine, as a place to run kernels."""
+
+    def device(self) -> Any:
+        import tvm
+
+        return tvm.cpu(0)
+
+    def function(self, name: str) -> Any:
+        import tvm
+
+        return tvm.get_global_func(name)
+
+    def load(self, library: Any, cpu: Cpu) -> Any:
+        """A compiled module, ready to be called."""
+        return library.mod
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        yield
+
+
+class Board:
+    """A machine that runs TVM's RPC server (`python -m tvm.exec.rpc_server --port PORT`), connected to while `with` lasts.
+
+    Raises ConnectionError naming host and port when nothing answers there, and when the peer goes away.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+        self._session: Any = None
+
+    def __enter__(self) -> Board:
+        from tvm import rpc
+
+        try:
+            self._session = rpc.connect(self.host, self.port)
+        except Exception as error:
+            raise ConnectionError(f"no RPC server answers at {self.host}:{self.port}: {first_line(error)}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session = None  # the server takes one peer at a time
+
+    def processor(self) -> str:
+        """The name of its processor, if its TVM was built with LLVM."""
+        with self.watched():
+            try:
+                return str(self._session.get_function("tvm.codegen.llvm.GetHostCPUName")())
+            except AttributeError:
+                return "unnamed processor"
+
+    def device(self) -> Any:
+        return self._session.cpu(0)
+
+    def function(self, name: str) -> Any:
+        return self._session.get_function(name)
+
+    def load(self, library: Any, cpu: Cpu) -> Any:
+        """Link, upload and load a compiled module."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernels.so"
+            linker = cross_compiler(cpu.target.get("mtriple"))
+            try:
+                library.export_library(str(path), **({"cc": linker} if linker else {}))
+            except Exception as error:
+                raise BuildError(f"the kernels for {cpu.target_json} can't be linked: {first_line(error)}") from error
+            with self.watched():
+                self._session.upload(str(path))
+                module = self._session.load_module(path.name)
+                self._session.remove(path.name)
+                return module
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        # TVM raises an InternalError for a closed socket, and for nearly all else.
+        try:
+            yield
+        except AttributeError:
+            raise
+        except Exception as error:
+            raise ConnectionError(
+                f"the RPC peer {self.host}:{self.port} failed ({first_line(error)}); "
+                "what was measured before is kept, and the same command goes on from there"
+            ) from error
+
+
+def cross_compiler(triple: str | None) -> str | None:
+    """The compiler that links for an LLVM triple; None for this machine's own. Raises ValueError naming what to install."""
+    from tvm.target import codegen
+
+    if triple is None or triple.split("-")[0] == codegen.llvm_get_system_triple().split("-")[0]:
+        return None
+    machine, *rest = [part for part in triple.split("-") if part not in ("unknown", "pc")]
+    name = "-".join(["arm" if machine.startswith("armv") else machine, *rest])
+    if not which(f"{name}-gcc"):
+        raise ValueError(f"linking for {triple} needs {name}-gcc (Debian and Ubuntu: gcc-{name})")
+    return f"{name}-gcc"
+
+
+def measure(
+    kernels: Iterable[Kernel],
+    cpu: Cpu,
+    *,
+    progress: Progress | None = None,
+    session: Board | None = None,
+    cold: bool = False,
+) -> dict[Kernel, Timing]:
+    """Seconds that each kernel takes for one call on this machine, or on the board of `session`.
+
+    A reading is as many calls as take 1 ms, and there are 3 to 15 of them, about 30 ms per kernel. With `cold`, every
+    reading is one call with its inputs and weights out of the caches. Raises BuildError naming the kernel that doesn't
+    compile, and ConnectionError when the board goes away.
+    """
+    wanted = list(dict.fromkeys(kernels))
+    place = session or Here()
+    with place.watched():
+        place.function("runtime.config_threadpool")(1, cpu.threads)
+    found: dict[Kernel, Timing] = {}
+    for conv in dict.fromkeys(kernel.conv for kernel in wanted):
+        group = [kernel for kernel in wanted if kernel.conv == conv]
+        if progress:
+            progress(len(found), len(wanted), f"{len(group)} kernels")
+        modules = []
+        for start in range(0, len(group), BATCH):
+            library, names = _compile(group[start : start + BATCH], cpu)
+            modules.append((place.load(library, cpu), names))
+        with place.watched():
+            found |= _time(place, modules, cold)
+    if progress:
+        progress(len(wanted), len(wanted), "")
+    return found
+
+
+def _compile(kernels: Sequence[Kernel], cpu: Cpu) -> tuple[Any, Names]:
+    try:
+        return _build(kernels, cpu)
+    except Exception as error:
+        # Which one was it?
+        for kernel in kernels if len(kernels) > 1 else ():
+            _compile([kernel], cpu)
+        kernel = kernels[0]
+        raise BuildError(
+            f"the kernel {kernel.name} of {kernel.conv} doesn't compile for {cpu.target_json}: {first_line(error)}"
+        ) from error
+
+
+def _build(kernels: Sequence[Kernel], cpu: Cpu) -> tuple[Any, Names]:
+    """One module, and the names that each kernel's functions have in it."""
+    import tvm
+
+    names: Names = {}
+    functions: dict[str, Any] = {}
+    for index, kernel in enumerate(kernels):
+        own = kernel.functions(f"kernel{index}")
+        names[kernel] = tuple(own)
+        functions |= {name: function.with_attr("global_symbol", name) for name, function in own.items()}
+    return tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(cpu.target)), names
+
+
+class _Timer:
+    """One function of a kernel with its arguments."""
+
+    def __init__(self, place: Here | Board, module: Any, name: str, arguments: list[Any], cold: bool) -> None:
+        # TVM calls it once before it starts its clock, and finds out how many calls take so long; from then on it keeps to
+        # that number. (Making an evaluator costs more than reading one, so there is just this one.)
+        self._evaluator = module.time_evaluator(
+            name,
+            place.device(),
+            number=1,
+            repeat=1,
+            min_repeat_ms=0 if cold else READING_MS,
+            cache_flush_bytes=FLUSH_BYTES if cold else 0,
+        )
+        self._arguments = arguments
+        self.reading_s = max(self.read(), READING_MS / 1000)
+
+    def read(self) -> float:
+        (seconds,) = self._evaluator(*self._arguments).results
+        return float(seconds)
+
+
+def _time(place: Here | Board, modules: list[tuple[Any, Names]], cold: bool) -> dict[Kernel, Timing]:
+    buffers = _Buffers(place.device())
+    # `arguments` has the functions in the same order.
+    timers = {
+        kernel: [
+            _Timer(place, module, function, [buffers.get(*argument) for argument in arguments], cold)
+            for function, arguments in zip(functions, kernel.arguments().values(), strict=True)
+        ]
+        for module, names in modules
+        for kernel, functions in names.items()
+    }
+    rounds = {kernel: COLD_ROUNDS if cold else _rounds(parts) for kernel, parts in timers.items()}
+    readings: dict[Kernel, list[float]] = {kernel: [] for kernel in timers}
+    for number in range(max(rounds.values())):
+        for kernel, parts in timers.items():
+            if number < rounds[kernel]:
+                readings[kernel].append(sum(timer.read() for timer in parts))
+    timings = {}
+    for kernel, seconds in readings.items():
+        low, median, high = np.percentile(seconds, (25, 50, 75))
+        timings[kernel] = Timing(float(median), float(high - low), len(seconds))
+    return timings
+
+
+def _rounds(timers: list[_Timer]) -> int:
+    low, high = ROUNDS
+    return min(max(low, int(KERNEL_S / sum(timer.reading_s for timer in timers))), high)
+
+
+class _Buffers:
+    """Inputs and outputs; kernels of a layer share those of the same name and size."""
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._made: dict[tuple[str, tuple[int, ...], str], Any] = {}
+        self._generator = np.random.default_rng(0)
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+        import tvm
+
+        key = (name, tuple(shape), dtype)
+        if key not in self._made:
+            self._made[key] = tvm.runtime.tensor(self._values(key[1], dtype), self._device)
+        return self._made[key]
+
+    def _values(self, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
+        if dtype.startswith("float"):
+            # Nowhere near zero: denormal numbers are slow.
+            return self._generator.uniform(0.5, 1.5, shape).astype(dtype)
+        if dtype in ("int8", "uint8", "uint64"):
+            limits = np.iinfo(dtype)
+            return self._generator.integers(limits.min, limits.max, shape, dtype, endpoint=True)
+        # 32-bit integers may be positions in another buffer.
+        return np.zeros(shape, dtype)

@@ -1,0 +1,248 @@
+"""The targets `cpu` and `rpc:HOST:PORT`: layers cost what their fastest kernels were measured to take."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import platform
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hw_models.cost import BITS, CostTable, check_batch
+from hw_models.storage import storage_bytes
+from hw_models.tvm_cpu.cache import Notice, TimingCache, warn
+from hw_models.tvm_cpu.choose import Choice, Pair, choose, uncovered
+from hw_models.tvm_cpu.conv import Conv
+from hw_models.tvm_cpu.measure import Board, Progress, Timing, measure
+from hw_models.workload import Workload
+
+if TYPE_CHECKING:
+    from hw_models.tvm_cpu.cpu import Cpu
+    from hw_models.tvm_cpu.kernels import Kernel
+
+LOCAL, REMOTE = "cpu", "rpc:"
+# What these targets are, for a list of them.
+MEASURED = {
+    LOCAL: "kernels compiled with TVM and measured on this machine",
+    "rpc:HOST:PORT": "the same, on a board that runs TVM's RPC server",
+}
+# Instructions that a program dies of where they are missing; the rest of LLVM's features only tune.
+VECTOR = ("avx", "sse", "fma", "f16c", "bmi", "popcnt", "gfni", "amx", "dotprod", "i8mm", "sve", "sme")
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """A processor on which kernels are measured, one thread by default. Energy is not measured.
+
+    Each distinct layer shape is measured once, at batch 1 unless told otherwise, and a cell of the cost table is the time of
+    the fastest kernel for those bits or wider, so latency never falls with more bits. Activations are taken as unsigned. The
+    times are kept in a cache, layer by layer. `progress(done, total, note)` is told of the shapes done, `notice` of a cache
+    that can't be trusted.
+    """
+
+    cpu: Cpu
+    processor: str
+    features: str
+    board: tuple[str, int] | None = None
+    cold: bool = False
+    progress: Progress | None = field(default=None, compare=False)
+    notice: Notice = field(default=warn, compare=False)
+
+    @property
+    def name(self) -> str:
+        return LOCAL if self.board is None else f"{REMOTE}{self.board[0]}:{self.board[1]}"
+
+    @property
+    def description(self) -> str:
+        return f"{self.processor}, kernels compiled with TVM {_tvm_version()} for {self.cpu.target_json}"
+
+    @property
+    def provenance(self) -> str:
+        threads = f"{self.cpu.threads} thread{'s' if self.cpu.threads > 1 else ''}"
+        caches = ", cold caches" if self.cold else ""
+        return f"measured on {self.processor}, {threads}, TVM {_tvm_version()}, unsigned activations{caches}"
+
+    @property
+    def key(self) -> dict[str, str | int]:
+        """All that measured times depend on: they are never used under another key."""
+        from hw_models.tvm_cpu import kernels
+
+        return {
+            "processor": self.processor,
+            "features": self.features,
+            "target": self.cpu.target_json,
+            "threads": self.cpu.threads,
+            "caches": "cold" if self.cold else "warm",
+            "TVM": _tvm_version(),
+            "kernels": kernels.VERSION,
+        }
+
+    def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
+        """Measured seconds of every layer at every pair of bits (and bytes, as on any target).
+
+        Raises ValueError naming all layers that no kernel covers, with the reason, before anything is compiled; BuildError
+        (a ValueError) naming a kernel that can't be compiled; ConnectionError when the board goes away. What was measured
+        up to then is kept.
+        """
+        images = check_batch(1 if batch is None else batch)
+        chosen = self.choices(workload, batch=images)
+        latency = np.zeros((len(workload), BITS, BITS))
+        for index, layer in enumerate(workload.layers):
+            for call in layer.calls:
+                for (w, a), choice in chosen[Conv.of(layer, call, images)].items():
+                    latency[index, w - 1, a - 1] += choice.timing.median_s
+        return CostTable(
+            target=self.name,
+            provenance=self.provenance,
+            workload=workload,
+            batch=images,
+            latency_s=latency,
+            energy_j=None,
+            storage_bytes=storage_bytes(workload),
+        )
+
+    def choices(self, workload: Workload, *, batch: int = 1) -> dict[Conv, dict[Pair, Choice]]:
+        """The fastest kernel, and its timing, of every distinct layer shape at each (weight bits, activation bits)."""
+        candidates = self._candidates(workload, batch)
+        cache = TimingCache(self.key, self.notice)
+        known = cache.read()
+        chosen: dict[Conv, dict[Pair, Choice]] = {}
+        with ExitStack() as stack:
+            board: list[Board] = []  # connected to when there is something to measure
+
+            def timings(kernels: list[Kernel]) -> dict[Kernel, Timing]:
+                if missing := [kernel for kernel in kernels if _text(kernel) not in known]:
+                    if self.board and not board:
+                        board.append(stack.enter_context(Board(*self.board)))
+                    measured = measure(missing, self.cpu, session=board[0] if board else None, cold=self.cold)
+                    known.update(cache.save({_text(kernel): timing for kernel, timing in measured.items()}))
+                return {kernel: known[_text(kernel)] for kernel in kernels}
+
+            for conv, (layer, kernels) in candidates.items():
+                if self.progress:
+                    self.progress(len(chosen), len(candidates), layer)
+                chosen[conv] = choose(kernels, timings)
+        if self.progress:
+            self.progress(len(chosen), len(candidates), "")
+        return chosen
+
+    def _candidates(self, workload: Workload, batch: int) -> dict[Conv, tuple[str, Sequence[Kernel]]]:
+        """Of every distinct shape, the first layer that has it and all kernels that may be the fastest for some bits."""
+        from hw_models.tvm_cpu import kernels
+
+        if not len(workload):
+            raise ValueError("the workload has no layers, so there is nothing to price")
+        found: dict[Conv, tuple[str, Sequence[Kernel]]] = {}
+        refused: dict[str, str] = {}
+        for layer in workload.layers:
+            try:
+                for conv in dict.fromkeys(Conv.of(layer, call, batch) for call in layer.calls):
+                    if conv not in found:
+                        pairs = np.ndindex(BITS, BITS)
+                        lists = [kernels.candidates(conv, w + 1, a + 1, False, self.cpu) for w, a in pairs]
+                        distinct = list(dict.fromkeys(kernel for some in lists for kernel in some))
+                        if holes := uncovered(distinct):
+                            raise ValueError(f"no kernel for w{holes[0][0]}/a{holes[0][1]}")
+                        found[conv] = layer.name, distinct
+            except ValueError as error:
+                refused[layer.name] = str(error)
+        if refused:
+            reasons = "; ".join(f"{name!r} ({reason})" for name, reason in refused.items())
+            raise ValueError(f"{self.name} can't compute {len(refused)} of {len(workload)} layers: {reasons}")
+        return found
+
+
+def load_cpu(
+    name: str,
+    *,
+    threads: int | None = None,
+    target: str | None = None,
+    cold: bool = False,
+    progress: Progress | None = None,
+    notice: Notice | None = None,
+) -> CpuTarget:
+    """The target `cpu`, or `rpc:HOST:PORT` with the LLVM target of that board, as JSON or as the name of a processor.
+
+    Raises ImportError saying what to install, ValueError for a target that TVM refuses or that this machine can't run, and
+    ConnectionError when no board answers.
+    """
+    if importlib.util.find_spec("tvm") is None:
+        raise ImportError(f"the target {name} needs TVM: pip install 'haq[tvm]'")
+    from hw_models.tvm_cpu.cpu import Cpu
+
+    threads = 1 if threads is None else threads
+    cpu = Cpu.host(threads) if target is None else Cpu.of(target, threads)
+    board = None if name == LOCAL else parse_address(name)
+    if board and target is None:
+        raise ValueError(f'{name} needs --target, such as \'{{"kind": "llvm", "mtriple": "aarch64-linux-gnu"}}\'')
+    if board:
+        with Board(*board) as peer:
+            processor, features = f"{peer.processor()} at {board[0]}:{board[1]}", ""
+    else:
+        if target is not None:
+            _check_runs_here(cpu.target, target)
+        processor, features = processor_name(), _features()
+    return CpuTarget(cpu, processor, features, board, cold, progress, notice or warn)
+
+
+def parse_address(name: str) -> tuple[str, int]:
+    """Host and port of "rpc:HOST:PORT". Raises ValueError quoting what isn't one."""
+    match = re.fullmatch(r"rpc:(.+):([0-9]{1,5})", name)
+    if not match or not 0 < int(match[2]) < 65536:
+        raise ValueError(f"{name!r} is not the address of a board: give rpc:HOST:PORT, such as rpc:192.168.1.20:9090")
+    return match[1], int(match[2])
+
+
+def _check_runs_here(target: dict[str, Any], text: str) -> None:
+    """Raise ValueError for a target whose code would die of an illegal instruction on this machine."""
+    import tvm
+    from tvm.target import codegen
+
+    here, there = codegen.llvm_get_system_triple(), target.get("mtriple", "")
+    if there and there.split("-")[0] != here.split("-")[0]:
+        raise ValueError(f"this machine ({here}) can't run the target {text!r}: measure on such a one by --hw rpc:HOST:PORT")
+    lacking = {name for name, has in _host_features().items() if not has}
+    wanted = codegen.llvm_get_cpu_features(tvm.target.Target(target))
+    if missing := sorted(name for name in wanted & lacking if name.startswith(VECTOR)):
+        raise ValueError(f"this machine can't run the target {text!r}: it has no {', '.join(missing)}")
+
+
+def processor_name() -> str:
+    """What this machine's processor calls itself, and what LLVM calls it: virtual machines hide the former."""
+    import tvm
+
+    information = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.is_file() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{' '.join(name.split())} ({tvm.get_global_func('tvm.codegen.llvm.GetHostCPUName')()})"
+
+
+def _host_features() -> dict[str, bool]:
+    import tvm
+
+    return {str(name): bool(has) for name, has in tvm.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")().items()}
+
+
+def _features() -> str:
+    """A fingerprint of the instructions that this machine has."""
+    has = sorted(name for name, present in _host_features().items() if present)
+    return hashlib.sha256(" ".join(has).encode()).hexdigest()[:16]
+
+
+def _tvm_version() -> str:
+    import tvm
+
+    return str(tvm.__version__)
+
+
+def _text(kernel: Kernel) -> str:
+    """What names a kernel in the cache."""
+    sizes = json.dumps(astuple(kernel.conv), separators=(",", ":"))
+    return f"{kernel.name} w{kernel.w_bits}a{kernel.a_bits} {'signed' if kernel.signed else 'unsigned'} {sizes} {kernel.key}"
