@@ -118,6 +118,7 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
     """
     plain: Any = Q.float_copy(network).eval()
     image = example[:1].clone()
+    expected = plain(image.clone())
     try:
         exported = torch.export.export(plain, (image,))
     except Exception as error:
@@ -129,7 +130,6 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
     graph = _Reader(plain, exported, tuple(Q.quant_layers(network))).read()
     layers = {name: plain.get_submodule(name) for name in graph.layers}
     *_, (_, result) = evaluate(graph, layers, image)
-    expected = plain(image.clone())
     if not torch.allclose(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max().clamp_min(1e-6))):
         worst = float((result - expected).abs().max())
         raise ValueError(
@@ -189,6 +189,7 @@ class _Reader:
         self.layers = {name: network.get_submodule(name) for name in layers}
         self.nodes: dict[str, Node] = {}
         self.names: dict[fx.Node, str] = {}  # the node that holds a tensor's present value
+        self.pads: dict[fx.Node, tuple[int, ...]] = {}  # zeros put around a convolution's input: left, right, top, bottom
 
     def read(self) -> Graph:
         images = set(self.exported.graph_signature.user_inputs)
@@ -210,23 +211,26 @@ class _Reader:
 
     def _read(self, operation: fx.Node) -> None:
         target: Any = operation.target
-        base = target._schema.name.removeprefix("aten::")
-        in_place, base = base.endswith("_"), base.removesuffix("_")
+        base, in_place = _base(operation), target._schema.name.endswith("_")
         arguments = _arguments(operation)
         source = next(iter(operation.args), None)
         if base in NOTHING and isinstance(source, fx.Node) and source.meta["val"].dtype == operation.meta["val"].dtype:
             self.names[operation] = self._name(operation, source)
+            return
+        if base in ("pad", "constant_pad_nd") and all(KINDS.get(_base(user)) == "conv" for user in operation.users):
+            self.names[operation] = self._name(operation, source)
+            self.pads[operation] = tuple(arguments["pad"])
+            if len(arguments["pad"]) != 4 or arguments.get("mode", "constant") != "constant" or arguments["value"]:
+                raise self._refusal(operation, "other than with zeros, of height and width")
             return
         if base not in KINDS:
             raise self._refusal(operation)
         before = self._name(operation, source)
         read = getattr(self, f"_read_{KINDS[base]}")
         name = operation.name
-        fields: dict[str, Any] = {"inputs": (before,), "module": _module(operation)[0], "shape": None}
+        fields: dict[str, Any] = {"inputs": (before,), "module": _module(operation)[0]}
         fields |= read(operation, arguments)
-        kind = fields.pop("kind", KINDS[base])
-        shape = fields.pop("shape") or _shape(operation)
-        self._hold(operation, Node(name, kind, shape=shape, **fields))
+        self._hold(operation, Node(name, KINDS[base], shape=_shape(operation), **fields))
         if base == "mean" and not arguments["keepdim"]:
             flat = Node(f"{name}_flat", "flatten", (name,), _shape(operation), fields["module"])
             self._hold(operation, flat)
@@ -268,7 +272,14 @@ class _Reader:
             padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
         elif padding == "valid":
             padding = 0
-        return {"module": module, "window": Window(kernel, _pair(given["stride"]), _pair(padding), dilation, given["groups"])}
+        top, left = _pair(padding)
+        if given["input"] in self.pads:
+            # What a layer does to its own input, it does when it is quantized already, and zeros are zeros then.
+            if not f"{_module(given['input'])[0]}.".startswith(f"{module}."):
+                raise self._refusal(given["input"], "in another place than in the layer that it is for")
+            left, top = left + self.pads[given["input"]][0], top + self.pads[given["input"]][2]
+        window = Window(kernel, _pair(given["stride"]), (top, left), dilation, given["groups"])
+        return {"module": module, "window": window}
 
     def _read_linear(self, operation: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
         if given["input"].meta["val"].dim() != 2:
@@ -337,6 +348,12 @@ class _Reader:
         if before[0] != after[0] or not (len(after) == 2 or (single and len(after) <= len(before))):
             raise self._refusal(operation, f"from {tuple(before)} to {tuple(after)}")
         return {}
+
+
+def _base(operation: fx.Node) -> str:
+    """The name of an operation, without the underscore of one in place."""
+    schema = getattr(operation.target, "_schema", None)
+    return schema.name.removeprefix("aten::").removesuffix("_") if schema else ""
 
 
 def _arguments(operation: fx.Node) -> dict[str, Any]:

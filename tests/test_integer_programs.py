@@ -352,6 +352,20 @@ def test_values_beyond_the_calibrated_are_clipped_and_not_wrapped() -> None:
     assert np.isfinite(huge).all()
 
 
+class Padding(nn.Conv2d):
+    """Pads its own input, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (4, 1), (None, None)])
+def test_a_layer_that_pads_its_input(bits: Bits) -> None:
+    torch.manual_seed(0)
+    network = sequence(nn.Conv2d(3, 4, 3), Padding(4, 5, 3, 2, padding=1), nn.ReLU(), Padding(5, 5, 3, 2))
+    assert equal(deploy(network, bits, torch.randn(4, 3, 12, 12))[1])
+
+
 def test_maps_come_out_with_their_channels_first() -> None:
     torch.manual_seed(0)
     network = sequence(nn.Conv2d(3, 5, 3))
@@ -415,6 +429,7 @@ class Odd(nn.Module):
         (sequence(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(3)), "from 4x4 to 3x3, which doesn't divide"),
         (sequence(nn.Conv2d(3, 3, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)), "another divisor"),
         (sequence(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")), "layer '0' .*operation aten.pad"),
+        (sequence(nn.ZeroPad2d(1), nn.Conv2d(3, 3, 3)), "layer '0' .*aten.pad in another place than in the layer"),
         (sequence(nn.Conv2d(3, 3, 1), nn.Flatten(2), nn.Conv1d(3, 2, 1)), "can't be deployed"),
     ],
 )
