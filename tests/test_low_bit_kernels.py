@@ -213,7 +213,7 @@ def test_epilogue(channels: int) -> None:
     """Scale, offset, residuals, clipping and rounding, in float32 and in this order."""
     conv = Conv(12, channels, (4, 5), (4, 5), (3, 3), (1, 1), (1, 1))
     residuals = (Residual("uint8", 0.3, 128), Residual("int32", 2.0**-9))
-    outputs = (Output("codes", 1.7, -7, 7, 128), Output("sign"), Output("fixed", 2.0**7), Output("float"))
+    outputs = (Output("codes", 1.7, -7, 7, 128), Output("sign"), Output("fixed", 2.0**7, -(2**30), 2**30), Output("float"))
     epilogue = Epilogue(outputs, residuals, -4.0, 6.0)
     cpu, rng = Cpu.host(), np.random.default_rng(channels)
     for kernel in (
@@ -225,7 +225,7 @@ def test_epilogue(channels: int) -> None:
             4,
             False,
             cpu,
-            False,
+            "int16",
             epilogue=epilogue,
         ),
     ):
@@ -282,8 +282,8 @@ def test_sixteen_bit_sums_only_where_they_fit() -> None:
     for w_bits, a_bits in PAIRS:
         kernel = candidates(conv, w_bits, a_bits, False, Cpu.host())[0]
         assert isinstance(kernel, Depthwise)
-        assert kernel.wide != Depthwise.fits(conv, w_bits, a_bits, False)
-    kernel = Depthwise(conv, 8, 8, False, Cpu.host(), wide=False)
+        assert kernel.sums == ("int16" if Depthwise.fits(conv, w_bits, a_bits, False) else "int32")
+    kernel = Depthwise(conv, 8, 8, False, Cpu.host(), "int16")
     with pytest.raises(ValueError, match="don't fit into 16 bits"):
         kernel.constants(np.zeros((16, 1, 3, 3), np.int8), np.ones(16), np.zeros(16))
 

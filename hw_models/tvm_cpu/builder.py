@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 LANES = 16  # output channels in a block
 
@@ -23,8 +27,8 @@ class Output:
 
     codes   bytes clip(round(f v), low, high) + zero
     sign    bytes 2 where v >= 0, else 0: one bipolar bit
-    fixed   32-bit integers clip(round(f v), -2^30, 2^30)
-    float   v
+    fixed   32-bit integers clip(round(f v), low, high), at most 2^30 in size
+    float   f v
     sums    the integer sums themselves, before any epilogue
     """
 
@@ -60,6 +64,19 @@ class Epilogue:
     low: float = -math.inf
     high: float = math.inf
 
+    def arguments(self, shape: tuple[int, ...]) -> list[Argument]:
+        """The buffers of an epilogue on a map whose channels are last. Its factors can be read 16 at a time from any on."""
+        made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
+        made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
+        if any(output.kind != "sums" for output in self.outputs):
+            made += [Argument(name, (shape[-1] + LANES,), "float32") for name in ("multiplier", "offset")]
+        return made
+
+    def constants(self, multiplier: NDArray[np.floating], offset: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
+        """Its factors, of (channels,), as buffers."""
+        made = {"multiplier": multiplier, "offset": offset}
+        return {name: np.pad(values.astype(np.float32), (0, LANES)) for name, values in made.items()}
+
 
 class Builder:
     """TVM's builder, and what is written with it again and again."""
@@ -78,6 +95,11 @@ class Builder:
             T.func_attr({"global_symbol": symbol, "tirx.noalias": True, "tir.noalias": True})
             body({a.name: T.arg(a.name, T.buffer((math.prod(a.shape),), a.dtype)) for a in arguments})
         return ir.get()
+
+    def view(self, buffer: Any, start: int, shape: tuple[int, ...], dtype: str) -> Any:
+        """A part of a buffer as a buffer by itself."""
+        size = math.prod(shape)
+        return self.T.decl_buffer((size,), dtype, data=buffer.data, elem_offset=start, offset_factor=1)
 
     @contextmanager
     def loop(self, extent: int, threads: int = 1) -> Iterator[Any]:
@@ -123,7 +145,7 @@ class Builder:
         return self.T.bind(self.T.call_llvm_pure_intrin("float32x16", "llvm.fma.v16f32", x, y, z))
 
     def epilogue(self, buffers: dict[str, Any], epilogue: Epilogue, sums: Any, channel: Any, at: Any, count: int) -> None:
-        """Write 16 sums (int32), of the channels from `channel` on, to the outputs at `at`; only `count` of them exist."""
+        """Write 16 sums (int32 or float32), of the channels from `channel` on, to the outputs at `at`; `count` exist."""
         T, splat = self.T, self.splat
         kinds = [output.kind for output in epilogue.outputs]
         if kinds == ["sums"]:
@@ -133,7 +155,7 @@ class Builder:
         scale, offset = (self.vector(buffers[name], channel, LANES) for name in ("multiplier", "offset"))
         v = self.fma(sums.astype("float32x16"), scale, offset)
         for index, residual in enumerate(epilogue.residuals):
-            stored = self._some(buffers[f"residual{index}"], at, residual.dtype, count).astype("int32x16")
+            stored = self.some(buffers[f"residual{index}"], at, residual.dtype, count).astype("int32x16")
             if residual.zero:
                 stored = stored - splat(residual.zero, "int32")
             v = self.fma(stored.astype("float32x16"), splat(residual.factor, "float32"), v)
@@ -143,21 +165,23 @@ class Builder:
             v = T.min(v, splat(epilogue.high, "float32"))
         v = T.bind(v)
         for index, output in enumerate(epilogue.outputs):
-            if output.kind == "float":
-                made = v
-            elif output.kind == "sign":
-                at_least = T.Select(v >= splat(0.0, "float32"), splat(2, "int32"), splat(0, "int32"))
-                made = at_least.astype("uint8x16")
-            else:
-                low, high = (output.low, output.high) if output.kind == "codes" else (-(2**30), 2**30)
-                made = v * splat(output.factor, "float32")
-                made = T.nearbyint(T.max(T.min(made, splat(high, "float32")), splat(low, "float32"))).astype("int32x16")
-                if output.kind == "codes":
-                    made = made + splat(output.zero, "int32") if output.zero else made
-                    made = made.astype("uint8x16")
-            self.put_some(buffers[f"output{index}"], at, made, output.dtype, count)
+            made = v if output.factor == 1 else v * splat(output.factor, "float32")
+            self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
 
-    def _some(self, buffer: Any, at: Any, dtype: str, count: int) -> Any:
+    def rounded(self, values: Any, output: Output) -> Any:
+        """16 values as an output stores them."""
+        T, splat = self.T, self.splat
+        if output.kind == "float":
+            return values
+        if output.kind == "sign":
+            return T.Select(values >= splat(0.0, "float32"), splat(2, "int32"), splat(0, "int32")).astype("uint8x16")
+        values = T.max(T.min(values, splat(output.high, "float32")), splat(output.low, "float32"))
+        made = T.nearbyint(values).astype("int32x16")
+        if output.kind == "fixed":
+            return made
+        return (made + splat(output.zero, "int32") if output.zero else made).astype("uint8x16")
+
+    def some(self, buffer: Any, at: Any, dtype: str, count: int) -> Any:
         """16 lanes of which only the first `count` are read."""
         if count >= LANES:
             return self.vector(buffer, at, LANES)
@@ -166,6 +190,39 @@ class Builder:
         for lane in range(count):
             self.T.buffer_store(beside, buffer[at + lane], [lane])
         return self.vector(beside, 0, LANES)
+
+
+class Code:
+    """Functions that are called in order, each with the buffers that `arguments` names; equal names are equal buffers.
+
+    `input`, `output0`.. and `residual0`.. come from and go to other code: images with their channels last. `multiplier`,
+    `offset` and others that `workspace` doesn't have are constants. The others are between the functions.
+    """
+
+    constant = ("weights", "multiplier", "offset", "initial", "border", "rows", "columns")
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        """What each function takes, by its stage."""
+        raise NotImplementedError
+
+    def functions(self, symbol: str) -> dict[str, Any]:
+        """The TVM functions by their symbols, in the order to be called."""
+        made = {}
+        for stage, arguments in self.arguments().items():
+            b = Builder()
+            made[f"{symbol}_{stage}"] = b.function(f"{symbol}_{stage}", arguments, functools.partial(self.emit, b, stage))
+        return made
+
+    def emit(self, b: Builder, stage: str, buffers: dict[str, Any]) -> None:
+        """Write the code of a stage into the function that is being built."""
+        getattr(self, f"_{stage}")(b, buffers)
+
+    def workspace(self) -> dict[str, Argument]:
+        """The buffers between the functions, by name."""
+        every = [a for arguments in self.arguments().values() for a in arguments]
+        return {
+            a.name: a for a in every if not a.name.startswith(("input", "output", "residual")) and a.name not in self.constant
+        }
 
 
 def up(count: int, to: int) -> int:

@@ -1,10 +1,11 @@
 """Low-bit convolutions as TVM functions: what they compute is `conv.reference`, bit for bit.
 
-Three ways to multiply, one loop nest around them (`Direct`), which goes over the image in channels-last order without an
+Four ways to multiply, one loop nest around them (`Direct`), which goes over the image in channels-last order without an
 im2col and holds the sums of a tile of pixels by blocks of 16 output channels in registers:
 
     bytes     weights of 8 bits, four products summed by one instruction where the processor has one (VNNI, dot product)
     packed    the same with weights of 4 or 2 bits in memory, unpacked in registers: for layers that wait for weights
+    float     float32, one product at a time: for layers that a policy leaves as they are
     bits      weights and activations as planes of bits, 32 channels to a word: and, count, add for every pair of planes.
               The planes' weights are applied in Horner's fashion over the sum of their positions, so that one set of sums
               serves all pairs (Cowan et al., "Automatic generation of high-performance quantized machine learning
@@ -20,14 +21,13 @@ rounding half to even to the codes of the next layer. Sums don't wrap: `Conv` re
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Epilogue, Output, pieces, segments, up
+from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Code, Epilogue, Output, pieces, segments, up
 from hw_models.tvm_cpu.conv import Conv, activation_range, border_sums, check_codes, weight_range, zero_point
 from hw_models.tvm_cpu.cpu import Cpu
 
@@ -36,12 +36,10 @@ WORD = 32  # channels in a word of bits
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(Code):
     """One way to compute a layer, for weights and activations of at most these bits.
 
-    Its functions are called in order, each with the buffers that `arguments` names; `constants` makes those that come from
-    the weights, `workspace` are the ones in between, and `input`, `output0`.. and `residual0`.. are the layer's own: bytes
-    channels last, (batch, height, width, channels).
+    `input` are bytes (batch, height, width, channels); `constants` makes the buffers that come from the weights.
     """
 
     conv: Conv
@@ -56,22 +54,14 @@ class Kernel:
         raise NotImplementedError
 
     @property
+    def is_float(self) -> bool:
+        """Whether it is for float32 weights and activations, which have no bits."""
+        return self.w_bits == 0
+
+    @property
     def key(self) -> str:
         """Text that is the same for the same code, and only then; widths that make no difference aren't in it."""
         return repr((self.name, self.conv, self._zero, self.epilogue, self.cpu))
-
-    def functions(self, symbol: str) -> dict[str, Any]:
-        """The TVM functions by their symbols, in the order to be called."""
-        made = {}
-        for stage, arguments in self.arguments().items():
-            name = f"{symbol}_{stage}"
-            b = Builder()
-            made[name] = b.function(name, arguments, functools.partial(getattr(self, f"_{stage}"), b))
-        return made
-
-    def arguments(self) -> dict[str, list[Argument]]:
-        """What each function takes, by its stage."""
-        raise NotImplementedError
 
     def constants(
         self, weights: NDArray[np.integer], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
@@ -84,12 +74,12 @@ class Kernel:
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
         if weights.shape != shape:
             raise ValueError(f"weights of shape {weights.shape} given where {shape} are needed")
-        check_codes(f"weights of {self.w_bits} bits", weights, weight_range(self.w_bits))
-        if self.w_bits == 1 and not weights.all():
-            raise ValueError("weights of 1 bit must be -1 or +1, found 0")
-        made = self._constants(weights.astype(np.int64))
-        for name, values in (("multiplier", multiplier), ("offset", offset)):
-            made[name] = np.pad(values.astype(np.float32), (0, LANES))
+        if not self.is_float:
+            check_codes(f"weights of {self.w_bits} bits", weights, weight_range(self.w_bits))
+            if self.w_bits == 1 and not weights.all():
+                raise ValueError("weights of 1 bit must be -1 or +1, found 0")
+        made = self._constants(weights if self.is_float else weights.astype(np.int64))
+        made |= self.epilogue.constants(multiplier, offset)
         names = {a.name: a for arguments in self.arguments().values() for a in arguments}
         return {
             name: np.ascontiguousarray(array.reshape(-1), dtype=names[name].dtype)
@@ -97,19 +87,8 @@ class Kernel:
             if name in names
         }
 
-    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def _constants(self, weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
         raise NotImplementedError
-
-    def workspace(self) -> dict[str, Argument]:
-        """The buffers between the functions, which start as zeros."""
-        given = ("input", "output", "residual")
-        fixed = ("weights", "multiplier", "offset", "initial", "border", "rows", "columns")
-        return {
-            a.name: a
-            for arguments in self.arguments().values()
-            for a in arguments
-            if not a.name.startswith(given) and a.name not in fixed
-        }
 
     # Shared by all kernels.
 
@@ -125,16 +104,14 @@ class Kernel:
 
     def _input(self) -> Argument:
         conv = self.conv
-        return Argument("input", (conv.batch, *conv.input_size, conv.in_channels), "uint8")
+        return Argument("input", (conv.batch, *conv.input_size, conv.in_channels), self._dtype)
+
+    @property
+    def _dtype(self) -> str:
+        return "float32" if self.is_float else "uint8"
 
     def _ends(self) -> list[Argument]:
-        conv, epilogue = self.conv, self.epilogue
-        shape = (conv.batch, *conv.output_size, conv.out_channels)
-        made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(epilogue.residuals)]
-        made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(epilogue.outputs)]
-        if any(output.kind != "sums" for output in epilogue.outputs):
-            made += [Argument(name, (conv.out_channels + LANES,), "float32") for name in ("multiplier", "offset")]
-        return made
+        return self.epilogue.arguments((self.conv.batch, *self.conv.output_size, self.conv.out_channels))
 
     def _pad(self, b: Builder, buffers: dict[str, Any], groups: int, to: int) -> None:
         """Copy the image into the middle of one that is padded, each group's channels to a multiple of `to`."""
@@ -148,7 +125,7 @@ class Kernel:
 
         def fill(at: Any, count: int) -> None:
             # What pads is written each time: a buffer is used by one layer after another.
-            pieces(b, count, lambda offset, lanes: b.put(target, at + offset, b.splat(self._zero, "uint8", lanes), lanes))
+            pieces(b, count, lambda offset, lanes: b.put(target, at + offset, b.splat(self._zero, self._dtype, lanes), lanes))
 
         with b.loop(conv.batch) as image:
             for start, count in ((0, top), (top + height, high - top - height)):
@@ -175,21 +152,21 @@ class Kernel:
 
                         pieces(b, inputs, copy)
                         for channel in range(inputs, padded):
-                            b.T.buffer_store(target, b.const(self._zero, "uint8"), [to_pixel + channel])
+                            b.T.buffer_store(target, b.const(self._zero, self._dtype), [to_pixel + channel])
 
 
 @dataclass(frozen=True)
 class Direct(Kernel):
-    """A convolution over the image as it lies; `how` is `bytes`, `packed` or `bits`, `tile` pixels down and across by blocks
-    of 16 output channels."""
+    """A convolution over the image as it lies; `how` is `bytes`, `packed`, `bits` or `float`, `tile` pixels down and across
+    by blocks of 16 output channels."""
 
     how: str = "bytes"
     tile: tuple[int, int, int] = (1, 4, 4)
 
     @property
     def name(self) -> str:
-        kind = {"bytes": "int8", "packed": f"packed w{self.w_bits}", "bits": f"bits w{self.w_bits}a{self.a_bits}"}[self.how]
-        return f"{kind} {'x'.join(map(str, self.tile))}"
+        kinds = {"bytes": "int8", "packed": f"packed w{self.w_bits}", "bits": f"bits w{self.w_bits}a{self.a_bits}"}
+        return f"{kinds.get(self.how, self.how)} {'x'.join(map(str, self.tile))}"
 
     # Sizes
 
@@ -213,12 +190,17 @@ class Direct(Kernel):
     @property
     def _chunks(self) -> int:
         """Of the channels of a group: what one step of the innermost loop takes of a pixel."""
-        return -(-self._inputs // (WORD if self.how == "bits" else 4))
+        return -(-self._inputs // self._chunk)
+
+    @property
+    def _chunk(self) -> int:
+        """Channels of a chunk."""
+        return {"bits": WORD, "float": 1}.get(self.how, 4)
 
     @property
     def _elements(self) -> int:
-        """Of a chunk, in the image: bytes or words."""
-        return self.a_bits if self.how == "bits" else 4
+        """Of a chunk, in the image: bytes, words or numbers."""
+        return self.a_bits if self.how == "bits" else self._chunk
 
     @property
     def _parts(self) -> int:
@@ -240,7 +222,7 @@ class Direct(Kernel):
     @property
     def _prepared(self) -> bool:
         """Whether the image is read as it comes."""
-        return self.how != "bits" and not self.conv.padded and self._inputs % 4 == 0
+        return self.how != "bits" and not self.conv.padded and self._inputs % self._chunk == 0
 
     @property
     def _border(self) -> bool:
@@ -252,14 +234,14 @@ class Direct(Kernel):
 
     @property
     def _initial(self) -> bool:
-        if self.how == "bits":
+        if self.how in ("bits", "float"):
             return self._bipolar
         return self._zero != 0 or self.cpu.dot == "sdot"
 
     def arguments(self) -> dict[str, list[Argument]]:
         conv = self.conv
         (high, wide), (height, width) = self._padded_size, conv.output_size
-        image = Argument("padded", (conv.batch, high, wide, conv.groups, self._chunks * 4), "uint8")
+        image = Argument("padded", (conv.batch, high, wide, conv.groups, self._chunks * self._chunk), self._dtype)
         stages: dict[str, list[Argument]] = {}
         if self.how == "bits":
             image = Argument("planes", (conv.batch, high, wide, conv.groups, self._chunks, self.a_bits), "uint32")
@@ -271,6 +253,8 @@ class Direct(Kernel):
         vectors = conv.groups * self._blocks * conv.kernel[0] * self._runs[0] * self._vectors_of_run
         if self.how == "bits":
             main = [image, Argument("weights", (vectors, self.w_bits, LANES), "uint32")]
+        elif self.how == "float":
+            main = [image, Argument("weights", (vectors, LANES), "float32")]
         elif self.cpu.dot == "madd":
             main = [image, Argument("weights", (vectors, 2, LANES, 2), "int16")]
         else:
@@ -291,7 +275,7 @@ class Direct(Kernel):
 
     # Weights
 
-    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def _constants(self, weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
         conv = self.conv
         kh, kw = conv.kernel
         made: dict[str, NDArray[Any]] = {}
@@ -302,8 +286,8 @@ class Direct(Kernel):
             split = values.reshape(*values.shape[:-1], conv.groups, self._outputs)
             return np.pad(split, [(0, 0)] * (split.ndim - 1) + [(0, lanes - self._outputs)])
 
-        size = WORD if self.how == "bits" else 4
-        w = np.zeros((conv.groups, lanes, self._chunks * size, kh, kw), np.int64)
+        size = self._chunk
+        w = np.zeros((conv.groups, lanes, self._chunks * size, kh, kw), weights.dtype)
         w[:, : self._outputs, : self._inputs] = weights.reshape(conv.groups, self._outputs, self._inputs, kh, kw)
         # group, block, ky, run, chunk of the run, lane, channel of the chunk
         w = w.reshape(conv.groups, self._blocks, LANES, self._chunks, size, kh, kw).transpose(0, 1, 5, 6, 3, 2, 4)
@@ -322,6 +306,8 @@ class Direct(Kernel):
                 border, made["rows"], made["columns"] = border_sums(conv, weights)
                 made["border"] = by_group(border)
             return made
+        if self.how == "float":
+            return {"weights": w}
         parts, rest = self._parts, -self._runs[1] % self._parts
         if self.how == "packed":
             w = np.pad(w, [(0, 0)] * 4 + [(0, rest), (0, 0), (0, 0)])
@@ -343,7 +329,7 @@ class Direct(Kernel):
         if self.how == "bits":
             self._pack(b, buffers)
         else:
-            self._pad(b, buffers, self.conv.groups, 4)
+            self._pad(b, buffers, self.conv.groups, self._chunk)
 
     def _pack(self, b: Builder, buffers: dict[str, Any]) -> None:
         """Bytes to planes of bits: a word for each plane of 32 channels. Padding has no bits set."""
@@ -495,9 +481,10 @@ class Direct(Kernel):
             high, wide, height, width = 1, conv.batch * high * wide, 1, conv.batch * height * width
         pixels = list(np.ndindex(*tile))
         # One array of sums for each pixel: of a larger one the compiler would not make registers.
-        sums = [T.alloc_buffer((blocks * LANES,), "int32") for _ in pixels]
+        dtype = "float32" if self.how == "float" else "int32"
+        sums = [T.alloc_buffer((blocks * LANES,), dtype) for _ in pixels]
         first = (group * self._blocks + block) * LANES
-        zeros = b.splat(0, "int32")
+        zeros = b.splat(0, dtype)
         starts = self.how != "bits" and self._initial
         for at in range(0, blocks * LANES, LANES):
             start = b.vector(buffers["initial"], first + at, LANES) if starts else zeros
@@ -578,6 +565,12 @@ class Direct(Kernel):
     ) -> None:
         """Add the products of four channels, in each of `parts` chunks."""
         image, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        if self.how == "float":
+            for s, place in zip(sums, places, strict=True):
+                for index, vector in enumerate(vectors):
+                    w, at = b.vector(weights, vector * LANES, LANES), index * LANES
+                    b.put(s, at, b.fma(b.T.broadcast(image[place], LANES), w, b.vector(s, at, LANES)), LANES)
+            return
         for part in range(parts):
             for s, place in zip(sums, places, strict=True):
                 x = b.T.reinterpret("uint32", b.vector(image, place + part * 4, 4))
@@ -629,7 +622,7 @@ class Direct(Kernel):
         conv = self.conv
         if self.how == "packed":
             return raw >> b.splat(8 - self.w_bits, "int32")
-        if self.how == "bytes":
+        if self.how in ("bytes", "float"):
             return raw
         if self._bipolar:
             both = self.w_bits == 1
@@ -650,14 +643,14 @@ _DOTS = {"vnni": Direct._vnni, "sdot": Direct._sdot, "madd": Direct._madd, "plai
 
 @dataclass(frozen=True)
 class Depthwise(Kernel):
-    """One filter for each channel, 32 or 16 channels at a time; `wide` sums have 32 bits. `tile` is pixels across."""
+    """One filter for each channel, 32 or 16 channels at a time; `sums` are int32, int16 or float32, `tile` pixels across."""
 
-    wide: bool = True
+    sums: str = "int32"
     tile: int = 4
 
     @property
     def name(self) -> str:
-        return f"depthwise int{32 if self.wide else 16} {self.tile}"
+        return f"depthwise {self.sums} {self.tile}"
 
     @staticmethod
     def fits(conv: Conv, w_bits: int, a_bits: int, signed: bool) -> bool:
@@ -677,14 +670,14 @@ class Depthwise(Kernel):
         conv = self.conv
         stages, image = {}, self._input()
         if not self._prepared:
-            image = Argument("padded", (conv.batch, *self._padded_size, self._channels), "uint8")
+            image = Argument("padded", (conv.batch, *self._padded_size, self._channels), self._dtype)
             stages["prepare"] = [self._input(), image]
-        weights = Argument("weights", (*conv.kernel, self._channels), "int16")
+        weights = Argument("weights", (*conv.kernel, self._channels), "float32" if self.is_float else "int16")
         stages["main"] = [image, weights, *self._ends()]
         return stages
 
-    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        if not self.wide and not self.fits(self.conv, self.w_bits, self.a_bits, self.signed):
+    def _constants(self, weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self.sums == "int16" and not self.fits(self.conv, self.w_bits, self.a_bits, self.signed):
             raise ValueError(f"sums of {self.w_bits} by {self.a_bits} bits don't fit into 16 bits")
         padding = [(0, 0), (0, 0), (0, self._channels - self.conv.in_channels)]
         return {"weights": np.pad(weights[:, 0].transpose(1, 2, 0), padding)}
@@ -695,7 +688,7 @@ class Depthwise(Kernel):
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
         conv, threads = self.conv, self.cpu.threads
         height, width = conv.output_size
-        size = LANES if self.wide else 2 * LANES
+        size = 2 * LANES if self.sums == "int16" else LANES
         with b.loop(conv.batch) as image, b.loop(height, threads) as y:
             for first, rounds, lanes in segments(self._channels, size):
                 last = first + rounds * lanes == self._channels and self._channels != conv.out_channels
@@ -735,16 +728,21 @@ class Depthwise(Kernel):
             row = (image * high + y * conv.stride[0] + ky * conv.dilation[0]) * wide
             for column in range(columns):
                 place = row + (x + column) * conv.stride[1] + kx * conv.dilation[1]
-                q = b.vector(source, place * self._channels + channel, lanes).astype(f"int16x{lanes}")
+                stored = b.vector(source, place * self._channels + channel, lanes)
+                if self.is_float:
+                    before = b.splat(0.0, "float32") if sums[column] is None else sums[column]
+                    sums[column] = b.fma(stored, w, before)
+                    continue
+                q = stored.astype(f"int16x{lanes}")
                 if self._zero:
                     q = q - b.splat(self._zero, "int16", lanes)
                 # 255 x 128 fits into 16 bits.
-                product = (q * w).astype("int32x16") if self.wide else q * w
+                product = (q * w).astype("int32x16") if self.sums == "int32" else q * w
                 sums[column] = T.bind(product if sums[column] is None else sums[column] + product)
         for column, total in enumerate(sums):
             at = ((image * height + y) * width + x + column) * conv.out_channels + channel
             if lanes == LANES:
-                b.epilogue(buffers, self.epilogue, total.astype("int32x16"), channel, at, count)
+                b.epilogue(buffers, self.epilogue, total, channel, at, count)
                 continue
             both = T.alloc_buffer((lanes,), "int16")
             b.put(both, 0, total, lanes)
@@ -771,7 +769,8 @@ def candidates(
             a_bits += 1
         while w_bits < 8 and (wide or Depthwise.fits(conv, w_bits + 1, a_bits, signed)):
             w_bits += 1
-        return [Depthwise(conv, w_bits, a_bits, signed, cpu, wide, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]]
+        sums = "int32" if wide else "int16"
+        return [Depthwise(conv, w_bits, a_bits, signed, cpu, sums, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]]
     made: list[Kernel] = []
     ways = [("bytes", 8, 1 if signed and a_bits == 1 else 8)]
     if cpu.dot == "vnni" and w_bits <= 4:
@@ -781,6 +780,14 @@ def candidates(
         some = [Direct(conv, w, a, signed, cpu, how, tile, epilogue=epilogue) for tile in _tiles(conv, how, cpu)]
         made += sorted(some, key=_instructions)[:tiles]
     return made
+
+
+def float_kernel(conv: Conv, cpu: Cpu, epilogue: Epilogue) -> Kernel:
+    """The kernel for a layer that is left in float32."""
+    if conv.groups == conv.in_channels == conv.out_channels:
+        return Depthwise(conv, 0, 0, False, cpu, "float32", epilogue=epilogue)
+    made = [Direct(conv, 0, 0, False, cpu, "float", tile, epilogue=epilogue) for tile in _tiles(conv, "float", cpu)]
+    return min(made, key=_instructions)
 
 
 def _tiles(conv: Conv, how: str, cpu: Cpu) -> list[tuple[int, int, int]]:
