@@ -27,7 +27,7 @@ from haq.integer import (
     Value,
     integer_activations,
 )
-from hw_models.tvm_cpu.conv import Conv, zero_point
+from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 
 
 def run(
@@ -92,17 +92,10 @@ def _convolve(conv: Conv, x: Array, weights: Array, dtype: torch.dtype) -> Array
     return _last(made.numpy())
 
 
-def _fma(a: Array, b: Array | np.float32, c: Array) -> NDArray[np.float32]:
-    """a b + c of float32 numbers. The product is exact in float64; the sum is rounded there and again to float32, which
-    differs from the processor's fused one by one in the last digit, in about one case in 2^29."""
-    made: NDArray[np.float32] = (a.astype(np.float32).astype(np.float64) * np.float64(b) + c).astype(np.float32)
-    return made
-
-
 def _finish(epilogue: Epilogue, sums: Array, held: dict[str, Array], values: Mapping[str, Value]) -> None:
-    v = _fma(sums, epilogue.multiplier, epilogue.offset)
+    v = fma(sums.astype(np.float32), epilogue.multiplier, epilogue.offset)
     for residual in epilogue.residuals:
-        v = _fma(held[residual.value], np.float32(residual.factor), v)
+        v = fma(held[residual.value].astype(np.float32), residual.factor, v)
     v = v.clip(np.float32(epilogue.low), np.float32(epilogue.high))
     for output in epilogue.outputs:
         u, representation = v * np.float32(output.factor), values[output.value].representation

@@ -64,7 +64,7 @@ class Kernel(Code):
         return repr((self.name, self.conv, self._zero, self.epilogue, self.cpu))
 
     def constants(
-        self, weights: NDArray[np.integer], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
+        self, weights: NDArray[Any], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
     ) -> dict[str, NDArray[Any]]:
         """The buffers that come from integer weights (C_out, C_in / groups, kh, kw) and the epilogue's factors (C_out,).
 

@@ -6,6 +6,7 @@ the machine that runs it, and added up round by round.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -275,7 +276,7 @@ class _Buffers:
     def get(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         import tvm
 
-        key = (name, tuple(shape), dtype)
+        key = (name, (math.prod(shape),), dtype)  # functions take them flat
         if key not in self._made:
             self._made[key] = tvm.runtime.tensor(self._values(key[1], dtype), self._device)
         return self._made[key]

@@ -7,8 +7,8 @@ import importlib.util
 import json
 import platform
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,9 +111,37 @@ class CpuTarget:
     def choices(self, workload: Workload, *, batch: int = 1) -> dict[Conv, dict[Pair, Choice]]:
         """The fastest kernel, and its timing, of every distinct layer shape at each (weight bits, activation bits)."""
         candidates = self._candidates(workload, batch)
+        chosen: dict[Conv, dict[Pair, Choice]] = {}
+        with self._timings() as timings:
+            for conv, (layer, kernels) in candidates.items():
+                if self.progress:
+                    self.progress(len(chosen), len(candidates), layer)
+                chosen[conv] = choose(kernels, timings)
+        if self.progress:
+            self.progress(len(chosen), len(candidates), "")
+        return chosen
+
+    def fastest(self, wanted: Iterable[tuple[Conv, int, int, bool]]) -> dict[tuple[Conv, int, int, bool], Choice]:
+        """The fastest kernel for layers whose bits are settled: (sizes, weight bits, activation bits, signed activations)."""
+        from hw_models.tvm_cpu import kernels
+
+        distinct = list(dict.fromkeys(wanted))
+        chosen: dict[tuple[Conv, int, int, bool], Choice] = {}
+        with self._timings() as timings:
+            for layer in distinct:
+                if self.progress:
+                    self.progress(len(chosen), len(distinct), "choosing kernels")
+                timed = timings(kernels.candidates(*layer, self.cpu))
+                chosen[layer] = min((Choice(*pair) for pair in timed.items()), key=lambda choice: choice.timing.median_s)
+        if self.progress:
+            self.progress(len(distinct), len(distinct), "")
+        return chosen
+
+    @contextmanager
+    def _timings(self) -> Iterator[Callable[[list[Kernel]], dict[Kernel, Timing]]]:
+        """A function that has kernels measured, unless they are in the cache."""
         cache = TimingCache(self.key, self.notice)
         known = cache.read()
-        chosen: dict[Conv, dict[Pair, Choice]] = {}
         with ExitStack() as stack:
             board: list[Board] = []  # connected to when there is something to measure
 
@@ -125,13 +153,7 @@ class CpuTarget:
                     known.update(cache.save({_text(kernel): timing for kernel, timing in measured.items()}))
                 return {kernel: known[_text(kernel)] for kernel in kernels}
 
-            for conv, (layer, kernels) in candidates.items():
-                if self.progress:
-                    self.progress(len(chosen), len(candidates), layer)
-                chosen[conv] = choose(kernels, timings)
-        if self.progress:
-            self.progress(len(chosen), len(candidates), "")
-        return chosen
+            yield timings
 
     def _candidates(self, workload: Workload, batch: int) -> dict[Conv, tuple[str, Sequence[Kernel]]]:
         """Of every distinct shape, the first layer that has it and all kernels that may be the fastest for some bits."""
@@ -187,7 +209,7 @@ def load_cpu(
             processor, features = f"{peer.processor()} at {board[0]}:{board[1]}", ""
     else:
         if target is not None:
-            _check_runs_here(cpu.target, target)
+            check_runs_here(cpu.target, target)
         processor, features = processor_name(), _features()
     return CpuTarget(cpu, processor, features, board, cold, progress, notice or warn)
 
@@ -200,7 +222,7 @@ def parse_address(name: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def _check_runs_here(target: dict[str, Any], text: str) -> None:
+def check_runs_here(target: dict[str, Any], text: str) -> None:
     """Raise ValueError for a target whose code would die of an illegal instruction on this machine."""
     import tvm
     from tvm.target import codegen
