@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,10 +70,10 @@ def fake_quantize(
     signed bit it passes everywhere. A scale that requires a gradient gets that of LSQ (Esser et al., ICLR 2020, equation 3):
     round(x / scale) - x / scale where x passes, the bound where it was clipped; sign(x) at one signed bit.
 
-    With `reuse`, and without a gradient, the result may lie in memory that the thread's next call with it writes over.
+    With `reuse`, and with gradients disabled, the result may lie in memory that the thread's next call with it writes over.
     """
     low, high = _bounds(bits, signed, narrow, zero_point)
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+    if differentiated(x, scale):
         result: Tensor = _FakeQuantize.apply(x, scale, low, high, bits == 1 and signed)
         return result
     if bits == 1 and signed:
@@ -94,16 +95,34 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether autograd records what is computed from them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def blockwise(*tensors: Tensor) -> bool:
+    """Whether `blocks` divides tensors like these: autograd and the compiler can't follow results written piece by piece."""
+    return tensors[0].numel() > BLOCK and not torch.compiler.is_compiling() and not differentiated(*tensors)
+
+
+def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Tensors of one shape in pieces along the first dimension, so that what one operation leaves in the processor's cache is
+    there for the next."""
+    if not blockwise(*tensors):
+        return [tensors]
+    rows = max(1, BLOCK // tensors[0][0].numel())
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
 def _rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, reuse: bool = False) -> Tensor:
     """clamp(round(x / scale), low, high), times the scale if `rescale`."""
     dtype = _computed_in(x)
     per_tensor = scale.dim() == 0 and isinstance(low, int)
-    if x.numel() <= BLOCK or not per_tensor or x.dtype != dtype or torch.compiler.is_compiling():
+    if not blockwise(x, scale) or not per_tensor or x.dtype != dtype:
         q = (x.to(dtype) / scale).round_().clamp_(low, high)
         return (q.mul_(scale) if rescale else q).to(x.dtype)
     made = _workspace(x) if reuse else torch.empty_like(x)
-    rows = max(1, BLOCK // x[0].numel())
-    for source, target in zip(x.split(rows), made.split(rows), strict=True):
+    for source, target in blocks(x, made):
         torch.div(source, scale, out=target).round_().clamp_(low, high)
         if rescale:
             target.mul_(scale)
@@ -118,7 +137,8 @@ def _workspace(x: Tensor) -> Tensor:
     quarter of the arithmetic."""
     kept: Tensor | None = getattr(_local, "kept", None)
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    if x.device.type != "cpu" or not dense:
+    # With gradients enabled, a layer whose input needs none keeps it all the same, for the gradient of its weight.
+    if x.device.type != "cpu" or not dense or torch.is_grad_enabled():
         return torch.empty_like(x)
     if (
         kept is None

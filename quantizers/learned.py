@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from quantizers import calibrate as calibration
-from quantizers.functional import MAX_BITS, _computed_in, _sign, inside, integer_range
+from quantizers.functional import (
+    MAX_BITS,
+    _computed_in,
+    _rounded,
+    _sign,
+    _workspace,
+    blocks,
+    blockwise,
+    differentiated,
+    inside,
+    integer_range,
+)
 from quantizers.layers import quant_layers
 from quantizers.linear import scaled_gradient
 from quantizers.scheme import Scheme, along_channels, row
@@ -76,7 +87,7 @@ class DoReFa(Scheme, name="dorefa"):
         return dorefa_weight(layer.weight, bits)
 
     def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
-        return dorefa_activation(x, bits)
+        return dorefa_activation(x, bits, reuse=True)
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class PACT(DoReFa, name="pact"):
         super().calibrate(layer, observer)
 
     def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
-        return pact(x, _positive(_tensor(layer, "activation_clip")), bits, layer.signed)
+        return pact(x, _positive(_tensor(layer, "activation_clip")), bits, layer.signed, reuse=True)
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,7 @@ class LSQ(Scheme, name="lsq"):
     def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
         low, high = integer_range(bits, layer.signed, narrow=False)
         step = scaled_gradient(_positive(row(layer.activation_scale, bits)), _factor(x.shape[1:].numel(), high))
-        return learned_step(x, step, low, high)
+        return learned_step(x, step, low, high, reuse=True)
 
 
 @dataclass(frozen=True)
@@ -254,21 +265,29 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     return (2 * (rounded / levels) - 1).to(weight.dtype)
 
 
-def dorefa_activation(x: Tensor, bits: int) -> Tensor:
-    """The activations of DoReFa: round((2^k - 1) clip(x, 0, 1)) / (2^k - 1)."""
-    made: Tensor = _UnitRange.apply(x, integer_range(bits, False)[1])
+def dorefa_activation(x: Tensor, bits: int, *, reuse: bool = False) -> Tensor:
+    """The activations of DoReFa: round((2^k - 1) clip(x, 0, 1)) / (2^k - 1). `reuse` as in `fake_quantize`."""
+    levels = integer_range(bits, False)[1]
+    if not differentiated(x):
+        return _unit_range(x, levels, reuse)
+    made: Tensor = _UnitRange.apply(x, levels)
     return made
 
 
-def pact(x: Tensor, clip: Tensor, bits: int, signed: bool = False) -> Tensor:
-    """Equations 1 to 3 of PACT, and their symmetric twin for signed inputs; `clip` is positive, one number."""
+def pact(x: Tensor, clip: Tensor, bits: int, signed: bool = False, *, reuse: bool = False) -> Tensor:
+    """Equations 1 to 3 of PACT, and their symmetric twin for signed inputs; `clip` is positive, one number. `reuse` as in
+    `fake_quantize`."""
+    if not differentiated(x, clip):
+        return _clipped(x, clip, bits, signed, reuse)
     made: Tensor = _Clip.apply(x, clip, bits, signed)
     return made
 
 
-def learned_step(x: Tensor, step: Tensor, low: int, high: int, offset: Tensor | None = None) -> Tensor:
+def learned_step(x: Tensor, step: Tensor, low: int, high: int, offset: Tensor | None = None, *, reuse: bool = False) -> Tensor:
     """round(clip((x - offset) / step, low, high)) step + offset, with the gradients of LSQ and LSQ+. `step` is positive; both
-    it and `offset` must broadcast against x."""
+    it and `offset` must broadcast against x. `reuse` as in `fake_quantize`."""
+    if offset is None and not differentiated(x, step):
+        return _rounded(x, step, low, high, rescale=True, reuse=reuse)
     made: Tensor = _LearnedStep.apply(x, step, offset, low, high)
     return made
 
@@ -350,11 +369,19 @@ class _SignTimesMean(torch.autograd.Function):
         return gradients[0]
 
 
+def _unit_range(x: Tensor, levels: int, reuse: bool = False) -> Tensor:
+    wide = x.to(_computed_in(x))
+    made = _workspace(wide) if reuse and blockwise(wide) else torch.empty_like(wide)
+    for source, target in blocks(wide, made):
+        torch.clamp(source, 0, 1, out=target).mul_(levels).round_().div_(levels)
+    return made.to(x.dtype)
+
+
 class _UnitRange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, levels: int) -> Tensor:
         ctx.save_for_backward(x)
-        return (x.to(_computed_in(x)).clamp(0, 1).mul_(levels).round_() / levels).to(x.dtype)
+        return _unit_range(x, levels)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -376,17 +403,20 @@ class _Positive(torch.autograd.Function):
         return torch.where(x >= 0, gradients[0], -gradients[0])
 
 
+def _clipped(x: Tensor, clip: Tensor, bits: int, signed: bool, reuse: bool = False) -> Tensor:
+    if signed and bits == 1:
+        return (_sign(x).to(_computed_in(x)) * clip).to(x.dtype)
+    low, high = integer_range(bits, signed)
+    return _rounded(x, clip / high, low, high, rescale=True, reuse=reuse)
+
+
 class _Clip(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, bits: int, signed: bool) -> Tensor:
         wide = x.to(_computed_in(x))
         ctx.save_for_backward(wide, clip)
         ctx.signed = signed
-        if signed and bits == 1:
-            return (_sign(wide) * clip).to(x.dtype)
-        low, high = integer_range(bits, signed)
-        step = clip / high
-        return (wide / step).round_().clamp_(low, high).mul_(step).to(x.dtype)
+        return _clipped(x, clip, bits, signed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantizers import calibrate as calibration
-from quantizers.functional import MAX_BITS, fake_quantize, integer_range
+from quantizers.functional import MAX_BITS, differentiated, fake_quantize, integer_range
 from quantizers.scheme import Scheme, along_channels, row
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Linear(Scheme, name="linear"):
 
     def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
         scale, signed = row(layer.activation_scale, bits), layer.signed
-        if scale.requires_grad and torch.is_grad_enabled() and x.numel():
+        if differentiated(scale) and x.numel():
             scale = scaled_gradient(scale, (x[0].numel() * integer_range(bits, signed)[1]) ** -0.5)
         return fake_quantize(x, scale, bits, signed, reuse=True)
 
@@ -84,5 +84,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 def scaled_gradient(scale: Tensor, factor: float) -> Tensor:
     """The scale itself, its gradient times a factor: 1 / sqrt(values x largest integer) in LSQ (Esser et al., section 2.2)."""
+    if not differentiated(scale):
+        return scale
     scaled: Tensor = _ScaledGradient.apply(scale, factor)
     return scaled

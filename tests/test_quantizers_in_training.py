@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quantizers as Q
 from haq import models
+from quantizers.functional import BLOCK
 from tests.conftest import images, small_network
 
 LABELS = torch.arange(16) % 4
@@ -289,3 +290,17 @@ def test_every_compact_network_is_quantized_and_trained_one_step(name: str) -> N
     # Its gradient has come through every other layer.
     first = next(iter(layers))
     assert not torch.equal(layers[first].weight, before[f"{first}.weight"])
+
+
+@pytest.mark.parametrize("scheme", ["linear", "dorefa", "pact", "lsq"])
+def test_passes_before_a_backward_do_not_disturb_each_other(scheme: str) -> None:
+    x = torch.randn(8, 3, 128, 128)
+    assert x.numel() > BLOCK  # smaller inputs aren't written into memory that is used again
+    network = Q.quantize(nn.Sequential(nn.Conv2d(3, 4, 3)), {"0": (4, 4)}, calibrate=x, scheme=scheme)
+    weight = network.get_parameter("0.weight")
+    apart = [torch.autograd.grad(network(batch).square().mean(), weight)[0] for batch in (x, x / 2)]
+    first = network(x).square().mean()
+    with torch.no_grad():
+        network(x / 3)
+    (together,) = torch.autograd.grad(first + network(x / 2).square().mean(), weight)
+    torch.testing.assert_close(together, sum(apart))
