@@ -299,9 +299,10 @@ def compile_program(
         "arguments": [[a.name, list(a.shape), a.dtype] for a in arguments],
         "steps": [{"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made],
         "values": {
-            value: [*places[name][:2], list(places[name][2]), places[name][3]]
+            value: [*places[name][:2], list(program.values[value].shape)]
             for part, places in zip(made, planned.places, strict=True)
             for name, value in part.values.items()
+            if value in program.values
         },
     }
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -380,6 +381,6 @@ class Deployed:
 
     def value(self, name: str) -> NDArray[Any]:
         """A value of the program as the last image left it; only of a network that was compiled without reusing memory."""
-        arena, start, shape, _ = self.description["values"][name]
+        arena, start, shape = self.description["values"][name]
         values: NDArray[Any] = self._arrays[arena].numpy()[start : start + math.prod(shape)].reshape(shape)
         return values

@@ -1,0 +1,175 @@
+"""A compiled network computes what the quantized one does: its integer program bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq import deploy, interpreter, models
+from haq.graph import capture
+from haq.integer import Codes, lower
+
+pytest.importorskip("tvm")
+
+IMAGES = 6
+TEN_LINES = """
+import json, sys, numpy as np, tvm
+folder, images = sys.argv[1], np.load(sys.argv[2])
+network = json.load(open(f"{folder}/network.json"))
+library = tvm.runtime.load_module(f"{folder}/network.so")
+constants = np.load(f"{folder}/constants.npz")
+buffers = {n: tvm.runtime.tensor(constants[n] if n in constants else np.zeros(np.prod(shape), dtype))
+           for n, shape, dtype in network["arguments"]}
+for image in images:
+    buffers["input"].copyfrom(image.reshape(-1))
+    for name in network["calls"]:
+        library[name](*buffers.values())
+    print(json.dumps(buffers["output"].numpy().tolist()))
+"""
+WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'  # importing it raises ImportError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One for all tests of this file: the same layers aren't measured again.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+class Small(nn.Module):
+    """All that is deployable, on small maps: residual additions, both poolings, a flatten of a map, ReLU6."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 20, 3, 2, 1, bias=False), nn.BatchNorm2d(20), nn.ReLU6())
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.left = nn.Sequential(nn.Conv2d(20, 20, 3, 1, 1, groups=20), nn.ReLU(), nn.Conv2d(20, 20, 1), nn.BatchNorm2d(20))
+        self.right = nn.Conv2d(20, 20, 3, 1, 2, dilation=2, groups=2)
+        self.average = nn.AvgPool2d(2)
+        self.last = nn.Linear(20 * 2 * 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.stem(x))
+        x = torch.relu(x + self.left(x))
+        x = x + self.right(x)
+        return self.last(self.average(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    network = Small().train()
+    images = torch.randn(64, 3, 16, 16)
+    network(images)  # batch statistics
+    return network.eval(), images[:IMAGES]
+
+
+def assert_same(network: nn.Module, images: Tensor, folder: Path) -> deploy.Deployed:
+    """Outputs, and the integers that enter every layer."""
+    deployed = deploy.to_tvm(network, images, folder, reuse=False)
+    program = lower(capture(network, images), network, images)
+    expected, entered = interpreter.run(program, images.numpy())
+    assert np.array_equal(deployed(images.numpy()), expected)
+    for step in program.steps:
+        name = getattr(step, "layer", None)
+        if name is not None and isinstance(program.values[step.input].representation, Codes):
+            codes = program.values[step.input].representation
+            zero = 0 if not codes.signed else 1 if codes.bits == 1 else 128
+            found = deployed.value(step.input).astype(int) - zero
+            assert np.array_equal(found.transpose(2, 0, 1), entered[step.name][-1].reshape(found.transpose(2, 0, 1).shape))
+    assert interpreter.compare(network, program, images).same_answers == 1
+    return deployed
+
+
+@pytest.mark.parametrize(("w", "a"), [(8, 8), (1, 1), (2, 2), (1, 4), (5, 3)])
+def test_every_operation(w: int, a: int, tmp_path: Path) -> None:
+    network, images = small()
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=w, a=a), calibrate=images).eval()
+    assert_same(quantized, images, tmp_path)
+
+
+def test_mixed_policy_with_float_layers(tmp_path: Path) -> None:
+    network, images = small()
+    bits = {"stem.0": (None, None), "left.0": (4, 5), "left.2": (None, 6), "right": (3, 3), "last": (None, None)}
+    quantized = Q.quantize(network, Q.BitPolicy(bits), calibrate=images).eval()
+    deployed = deploy.to_tvm(quantized, images, tmp_path)
+    with torch.inference_mode():
+        assert torch.allclose(deployed(images), quantized(images), rtol=1e-3, atol=1e-3)
+    kinds = {step["name"]: step["code"].split()[0] for step in deployed.description["steps"]}
+    assert kinds["stem.0"] == kinds["last"] == "float"
+
+
+def test_binary_network(tmp_path: Path) -> None:
+    """Signs whose padding is zero."""
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.Conv2d(32, 40, 3, 1, 1, bias=False)]
+    network = nn.Sequential(*layers, nn.BatchNorm2d(40), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 5)).train()
+    images = torch.randn(64, 3, 16, 16)
+    network(images)
+    network = network.eval()
+    schemes = {"0": Q.Linear(), "2": Q.Binary(), "6": Q.Linear()}
+    policy = {"0": (8, 8), "2": (1, 1), "6": (8, 8)}
+    quantized = Q.quantize(network, policy, scheme=schemes, calibrate=images).eval()
+    deployed = assert_same(quantized, images[:IMAGES], tmp_path)
+    assert any(step["code"].startswith("bits w1a1") for step in deployed.description["steps"])
+
+
+def test_default_network(tmp_path: Path) -> None:
+    made = models.load()
+    from haq import data
+
+    images = made.preprocess(next(data.load("fashion-mnist-12k").test.batches(40))[0]).contiguous()
+    rng = np.random.default_rng(0)
+    names = list(Q.BitPolicy.uniform(made.module, w=8, a=8))
+    policy = {name: (int(rng.integers(2, 9)), int(rng.integers(2, 9))) for name in names}
+    quantized = Q.quantize(made.module, policy, calibrate=images).eval()
+    deployed = assert_same(quantized, images, tmp_path)
+    assert isinstance(deployed(images), torch.Tensor)
+
+
+def test_ten_lines_without_torch(tmp_path: Path) -> None:
+    network, images = small()
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=images).eval()
+    deployed = deploy.to_tvm(quantized, images, tmp_path / "deployed")
+    np.save(tmp_path / "images.npy", images.numpy())
+    (tmp_path / "example.py").write_text(f"{WITHOUT_TORCH}\n{TEN_LINES}")
+    command = [sys.executable, "example.py", "deployed", "images.npy"]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    outputs = np.array([json.loads(line) for line in printed.splitlines()], np.float32)
+    assert np.array_equal(outputs, deployed(images.numpy()))
+
+
+def test_readme_has_the_ten_lines() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert TEN_LINES.strip() in readme
+
+
+def test_what_no_kernel_covers_is_named_before_anything_is_compiled(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=images).eval()
+    with pytest.raises(ValueError, match=r"layer '1' \(Hardswish\) can't be deployed: operation aten.hardswish"):
+        deploy.to_tvm(quantized, images, tmp_path / "deployed")
+    assert not (tmp_path / "deployed").exists()
+
+
+def test_bad_folders_and_images(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no network.json: python -m haq.deploy RUN --to tvm"):
+        deploy.load(tmp_path)
+    (tmp_path / "network.json").write_text("{}")
+    with pytest.raises(ValueError, match="is of format None, not 'haq-deployed-1'"):
+        deploy.load(tmp_path)
+    network, images = small()
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
+    deployed = deploy.to_tvm(quantized, images, tmp_path / "deployed")
+    with pytest.raises(ValueError, match=r"float32 images \(N, 3, 16, 16\), not float32 of \(1, 1, 16, 16\)"):
+        deployed(np.zeros((1, 1, 16, 16), np.float32))
+    with pytest.raises(ValueError, match="not uint8"):
+        deployed(np.zeros((1, 3, 16, 16), np.uint8))
+    assert deployed(np.zeros((0, 3, 16, 16), np.float32)).shape == (0, 5)
