@@ -7,11 +7,12 @@ MobileNetV2 at 96x96 and of ResNet-18 at 64x64, in int8.
 
 What is timed is bytes in, bytes out: preparing and packing the activations and the requantization count. Ours is, for each
 pair of bits, the fastest of the kernels that `--hw cpu` would measure; all that is compared is measured in turn, round by
-round, and medians of the rounds are given (spread: half the interquartile range, in percent of the median). Libraries are
-called from Python, which costs them time that a network would not spend: from each time we subtract what the same library
-takes for a 1x1 convolution of 16 channels on one pixel. Every result of ours, as it is timed, is checked in the same run
-to be exact, and the libraries' to be at most one step away (fbgemm's depthwise kernels saturate, and aren't checked).
-OpenVINO's plan is read back: a layer that it wouldn't run in 8 bits is refused.
+round, and medians of the rounds are given (spread: half the interquartile range, in percent of the median). A library's time
+is what one more such layer would cost in a network: to run a graph costs ONNX Runtime and OpenVINO some microseconds,
+whatever is in it, so theirs is the time of a graph that has the layer several times side by side (as often as the caches
+hold, at most 16 times), less that of a graph with next to nothing in it, divided by how often. torch calls its operators one
+by one, as it does in a network. Every result of ours, as it is timed, is checked in the same run to be exact, and the
+libraries' to be at most one step away. OpenVINO's plan is read back: a layer that it wouldn't run in 8 bits is refused.
 
 A ratio holds if it is at least nine tenths of the reference; a layer of `--layers` counts as slower if ours takes more than
 1.1 times as long as the fastest library.
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.rivals import INT8_LAYERS, Int8Layer, Rival, torch_float_layer
+from experiments.rivals import INT8_LIBRARIES, TORCH_ENGINES, Int8Layer, Rival, torch_float_layer, torch_layer
 from haq import models
 from hw_models import trace
 from hw_models.tvm_cpu.conv import Conv, activation_range, fma, reference, weight_range, zero_point
@@ -41,7 +42,7 @@ from hw_models.tvm_cpu.cpu import Cpu
 from hw_models.tvm_cpu.kernels import Kernel, candidates
 from hw_models.tvm_cpu.measure import measure
 
-ROUNDS, READING_S = 15, 0.002
+ROUNDS, READING_S = 21, 0.002
 TOLERANCE = 1.1
 FACTOR = 2.0**-10  # of the kernels' epilogue
 NETWORKS = {"timm:mobilenetv2_100": 96, "torchvision:resnet18": 64}
@@ -72,7 +73,9 @@ REFERENCE = {
     "w3a3": (0.62, 0.70, 1.48, 0.66),
 }
 OVER_FLOAT = (27, 26, 200, 27)
-IN_REFERENCE = ("ONNX Runtime", "torch fbgemm", "torch onednn")
+IN_REFERENCE = ("ONNX Runtime", *(f"torch {engine}" for engine in TORCH_ENGINES))
+INT8 = (*IN_REFERENCE, "OpenVINO")
+MOST_COPIES, COPIES_BYTES = 16, 512 << 10
 
 
 @dataclass
@@ -104,10 +107,21 @@ def print_shapes() -> None:
     found = {name: compare(conv, list(BITS), True) for name, conv in track(SHAPES.items(), "measuring")}
     console = Console(width=150)
     for index, (name, (times, kernels)) in enumerate(found.items()):
-        best = min(times[rival].median for rival in IN_REFERENCE if rival in times)
-        best_of_all = min(times[rival].median for rival in INT8_LAYERS if rival in times)
+        best = min(times[rival].median for rival in IN_REFERENCE)
+        best_of_all = min(times[rival].median for rival in INT8)
         table = Table(title=f"{name}, one thread, medians of {ROUNDS} rounds", box=box.SIMPLE_HEAD)
-        for heading in ("", "us", "spread", "x best of ORT, torch", "reference", "", "x best of all", "x float32", "reference", ""):
+        for heading in (
+            "",
+            "us",
+            "spread",
+            "x best of ORT, torch",
+            "reference",
+            "",
+            "x best of all",
+            "x float32",
+            "reference",
+            "",
+        ):
             table.add_column(heading, justify="left" if not heading else "right")
         table.add_column("kernel")
         for what, time_of in times.items():
@@ -137,7 +151,7 @@ def print_layers() -> None:
         table = Table(title=f"{network} at {size}x{size}, int8, one thread, us", box=box.SIMPLE_HEAD)
         for heading in ("layer", "", "times"):
             table.add_column(heading, justify="right" if heading == "times" else "left")
-        for heading in ("ours", "spread", *INT8_LAYERS, "ours / best"):
+        for heading in ("ours", "spread", *INT8, "ours / best"):
             table.add_column(heading, justify="right")
         table.add_column("kernel")
         slower, total = [], dict.fromkeys(("ours", "best"), 0.0)
@@ -150,7 +164,7 @@ def print_layers() -> None:
             total["best"] += len(names) * best
             if ratio > TOLERANCE:
                 slower.append(f"{names[0]} ({describe(conv)}): {ratio:.2f}")
-            cells = [f"{1e6 * times[rival].median:.1f}" if rival in times else "" for rival in INT8_LAYERS]
+            cells = [f"{1e6 * times[rival].median:.1f}" for rival in INT8]
             mark = " slower" if ratio > TOLERANCE else ""
             row = (f"{1e6 * ours.median:.1f}", f"{ours.spread:.0%}", *cells, f"{ratio:.2f}{mark}", kernels["w8a8"])
             table.add_row(names[0], describe(conv), str(len(names)), *row)
@@ -184,35 +198,33 @@ def compare(conv: Conv, bits: list[str], check: bool) -> tuple[dict[str, Time], 
     rng = np.random.default_rng(0)
     layer = int8_layer(conv, rng)
     ours = fastest(conv, bits, rng, check)
-    rivals = {name: make(layer) for name, make in INT8_LAYERS.items()}
-    rivals["torch float32"] = torch_float_layer(layer)
-    overhead = {name: Reading(make(NOTHING)) for name, make in (*INT8_LAYERS.items(), ("torch float32", torch_float_layer))}
+    copies = min(max(1, COPIES_BYTES // (layer.weights.nbytes + layer.outputs)), MOST_COPIES)
+    # The graph, the one with next to nothing in it, and how often the layer is in it.
+    rivals = {name: (make(layer, copies), make(NOTHING, 1), copies) for name, make in INT8_LIBRARIES.items()}
+    alone = [torch_layer(layer, engine) for engine in TORCH_ENGINES] + [torch_float_layer(layer)] * check
+    for name, (rival, _, _) in rivals.items():
+        if rival.note != f"{copies} in u8" and name == "OpenVINO":
+            raise SystemExit(f"OpenVINO runs {conv} not in 8 bits: {rival.note}")
     if check:
         for name, made in ours.items():
-            if not np.array_equal(made.run(), made.expected):
+            if made.expected is None or not np.array_equal(made.run(), made.expected):
                 raise SystemExit(f"{made.kernel.name} ({name}) is not exact on {conv}")
         expected = quantized(reference(conv, layer.weights, layer.image) + layer.bias, layer.scale, np.float32(128))
-        for name in INT8_LAYERS:
-            if np.abs(rivals[name].run(layer.image).reshape(-1).astype(int) - expected).max() > 1:
-                raise SystemExit(f"{name} computes something else on {conv}")
-    if rivals["OpenVINO"].note != "1 in u8":
-        raise SystemExit(f"OpenVINO runs {conv} not in 8 bits: {rivals['OpenVINO'].note}")
+        for rival in [rival for rival, _, _ in rivals.values()] + alone[: len(TORCH_ENGINES)]:
+            if np.abs(rival.run(layer.image).reshape(-1).astype(int) - expected).max() > 1:
+                raise SystemExit(f"{rival.name} computes something else on {conv}")
     readers: dict[str, Callable[[], float]] = {name: made.seconds for name, made in ours.items()}
-    if not check:
-        del rivals["torch float32"]
-    readers |= {name: Reading(rival) for name, rival in rivals.items()}
+    readers |= {rival.name: Reading(rival) for rival in alone}
+    readers |= {name: Share(Reading(rival), Reading(nothing), copies) for name, (rival, nothing, copies) in rivals.items()}
     seconds: dict[str, list[float]] = {name: [] for name in readers}
-    idle: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(ROUNDS):
-        for name, read in readers.items():
-            seconds[name].append(read())
-        for name, values in idle.items():
-            values.append(overhead[name]())
+        # In another order each time: what else the machine does may have a rhythm, too.
+        for name in rng.permutation(list(readers)):
+            seconds[name].append(readers[name]())
     times = {}
     for name, values in seconds.items():
         low, median, high = np.percentile(values, (25, 50, 75))
-        less = float(np.median(idle[name])) if name in idle else 0.0
-        times[name] = Time(max(float(median) - less, 1e-9), float(high - low) / 2 / float(median))
+        times[name] = Time(float(median), float(high - low) / 2 / float(median))
     return times, {name: made.kernel.name for name, made in ours.items()}
 
 
@@ -230,6 +242,16 @@ class Reading:
         for _ in range(self.count):
             call()
         return (time.perf_counter() - start) / self.count
+
+
+class Share:
+    """Seconds of one of the layers in a graph."""
+
+    def __init__(self, graph: Reading, nothing: Reading, copies: int) -> None:
+        self.graph, self.nothing, self.copies = graph, nothing, copies
+
+    def __call__(self) -> float:
+        return (self.graph() - self.nothing()) / self.copies
 
 
 def int8_layer(conv: Conv, rng: np.random.Generator) -> Int8Layer:
@@ -258,7 +280,7 @@ def fastest(conv: Conv, bits: list[str], rng: np.random.Generator, check: bool) 
     choices = {name: candidates(conv, *BITS[name], cpu) for name in bits}
     timings = measure(list(dict.fromkeys(kernel for kernels in choices.values() for kernel in kernels)), cpu)
     best = {name: min(kernels, key=lambda kernel: timings[kernel].median_s) for name, kernels in choices.items()}
-    functions = {}
+    functions: dict[str, Any] = {}
     for name, kernel in best.items():
         functions |= kernel.functions(name)
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(cpu.target)).mod

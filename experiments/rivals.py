@@ -3,20 +3,25 @@
 A rival is made once and called often, through the fastest interface its library has. What isn't installed raises
 ImportError when a rival is made.
 
-    pip install -c constraints.txt -e ".[onnx,zoo]" openvino
+    pip install -c constraints.txt -e ".[onnx,tvm,zoo]" onnxscript openvino
 """
 
 from __future__ import annotations
 
 import importlib
+import io
+import math
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hw_models.tvm_cpu.conv import Conv
@@ -58,6 +63,10 @@ class Int8Layer:
         return [conv.batch, *conv.input_size, conv.in_channels], [conv.batch, *conv.output_size, conv.out_channels]
 
     @property
+    def outputs(self) -> int:
+        return math.prod(self.sizes[1])
+
+    @property
     def real_bias(self) -> NDArray[np.float32]:
         return self.scale * self.bias.astype(np.float32)
 
@@ -76,49 +85,68 @@ class Int8Layer:
 # Single layers
 
 
-def onnxruntime_layer(layer: Int8Layer) -> Rival:
-    """ONNX Runtime's QLinearConv channels last, as its optimizer makes it inside a network, or QGemm."""
+def onnx_layer(
+    layer: Int8Layer, nodes: Callable[[Any, str], list[Any]], shared: dict[str, Any], own: dict[str, Any], copies: int
+) -> Any:
+    """A model of the same layer several times, side by side with different weights: of input x, outputs y0, y1.. `nodes`
+    makes those of one copy, whose names end in its number."""
     onnx = importlib.import_module("onnx")
-    make, numpy_helper, of = onnx.helper, onnx.numpy_helper, onnx.TensorProto
-    conv = layer.conv
-    constants: dict[str, NDArray[Any]] = {
+    make, of = onnx.helper, onnx.TensorProto
+    given, made = layer.sizes
+    held = dict(shared)
+    for copy in range(copies):
+        held |= {f"{name}{copy}": np.roll(value, copy, -1) for name, value in own.items()}
+    graph = make.make_graph(
+        [node for copy in range(copies) for node in nodes(make.make_node, str(copy))],
+        "layer",
+        [make.make_tensor_value_info("x", of.UINT8, given)],
+        [make.make_tensor_value_info(f"y{copy}", of.UINT8, made) for copy in range(copies)],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in held.items()],
+    )
+    domains = [make.make_opsetid("", OPSET), make.make_opsetid("com.microsoft", 1)]
+    model = make.make_model(graph, opset_imports=domains)
+    model.ir_version = IR_VERSION
+    return model
+
+
+def onnxruntime_layer(layer: Int8Layer, copies: int = 1) -> Rival:
+    """ONNX Runtime's QLinearConv channels last, as its optimizer makes it inside a network, or QGemm."""
+    shared: dict[str, Any] = {
         "x_scale": np.float32(1),
         "x_zero": np.uint8(0),
-        "w": layer.weights,
         "w_scale": layer.scale,
-        "w_zero": np.zeros(conv.out_channels, np.int8),
+        "w_zero": np.zeros(layer.conv.out_channels, np.int8),
         "y_scale": np.float32(1),
         "y_zero": np.uint8(128),
         "bias": layer.bias,
     }
-    names = ["x", "x_scale", "x_zero", "w", "w_scale", "w_zero"]
-    if layer.linear:
-        constants["w"] = layer.weights[:, :, 0, 0].T
-        node = make.make_node("QGemm", [*names, "bias", "y_scale", "y_zero"], ["y"], domain="com.microsoft")
-    else:
-        options = layer.attributes | {"channels_last": 1}
-        node = make.make_node("QLinearConv", [*names, "y_scale", "y_zero", "bias"], ["y"], domain="com.microsoft", **options)
-    given, made = (make.make_tensor_value_info(name, of.UINT8, size) for name, size in zip("xy", layer.sizes, strict=True))
-    held = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
-    domains = [make.make_opsetid("", OPSET), make.make_opsetid("com.microsoft", 1)]
-    model = make.make_model(make.make_graph([node], "layer", [given], [made], held), opset_imports=domains)
-    model.ir_version = IR_VERSION
+
+    def nodes(node: Any, copy: str) -> list[Any]:
+        names = ["x", "x_scale", "x_zero", f"w{copy}", "w_scale", "w_zero"]
+        end = {"outputs": [f"y{copy}"], "domain": "com.microsoft"}
+        if layer.linear:
+            return [node("QGemm", [*names, "bias", "y_scale", "y_zero"], **end)]
+        return [node("QLinearConv", [*names, "y_scale", "y_zero", "bias"], **end, **layer.attributes, channels_last=1)]
+
+    own = {"w": layer.weights[:, :, 0, 0].T if layer.linear else layer.weights}
+    model = onnx_layer(layer, nodes, shared, own, copies)
     return onnxruntime_rival("ONNX Runtime", model.SerializeToString(), layer.image.reshape(layer.sizes[0]))
 
 
 def onnxruntime_rival(name: str, model: bytes, example: NDArray[Any]) -> Rival:
-    """A model of one input and one output, with buffers bound once."""
+    """A model of one input, with buffers bound once; of its outputs, `run` returns the first."""
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    given, made = session.get_inputs()[0].name, session.get_outputs()[0].name
+    given, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
     x = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(example))
-    y = ort.OrtValue.ortvalue_from_numpy(session.run([made], {given: example})[0])
+    made = [ort.OrtValue.ortvalue_from_numpy(value) for value in session.run(names, {given: example})]
     binding = session.io_binding()
     binding.bind_ortvalue_input(given, x)
-    binding.bind_ortvalue_output(made, y)
+    for name_of, value in zip(names, made, strict=True):
+        binding.bind_ortvalue_output(name_of, value)
     inner, bound = session._sess, binding._iobinding  # without the checks in Python
 
     def call() -> None:
@@ -127,50 +155,43 @@ def onnxruntime_rival(name: str, model: bytes, example: NDArray[Any]) -> Rival:
     def run(value: NDArray[Any]) -> NDArray[Any]:
         x.update_inplace(np.ascontiguousarray(value.reshape(example.shape)))
         call()
-        return np.array(y.numpy())
+        return np.array(made[0].numpy())
 
     return Rival(name, run, call)
 
 
-def openvino_layer(layer: Int8Layer) -> Rival:
+def openvino_layer(layer: Int8Layer, copies: int = 1) -> Rival:
     """A layer of QuantizeLinear and DequantizeLinear as OpenVINO reads it, tensors channels last."""
-    onnx = importlib.import_module("onnx")
-    make, numpy_helper, of = onnx.helper, onnx.numpy_helper, onnx.TensorProto
-    conv = layer.conv
-    constants: dict[str, NDArray[Any]] = {
+    shared: dict[str, Any] = {
         # A scale of 1 would vanish, and OpenVINO would not see that this is quantized.
         "half": np.float32(0.5),
         "x_zero": np.uint8(0),
         "y_zero": np.uint8(128),
-        "w": layer.weights,
         "w_scale": layer.scale,
-        "w_zero": np.zeros(conv.out_channels, np.int8),
+        "w_zero": np.zeros(layer.conv.out_channels, np.int8),
         "bias": layer.real_bias * np.float32(0.5),
     }
-    if layer.linear:
-        constants["w"] = layer.weights[:, :, 0, 0]
-        middle = [make.make_node("Gemm", ["real", "real_w", "bias"], ["sum"], transB=1)]
-    else:
-        middle = [
-            make.make_node("Transpose", ["real"], ["first"], perm=(0, 3, 1, 2)),
-            make.make_node("Conv", ["first", "real_w", "bias"], ["sum_first"], **layer.attributes),
-            make.make_node("Transpose", ["sum_first"], ["sum"], perm=(0, 2, 3, 1)),
-        ]
-    nodes = [
-        make.make_node("DequantizeLinear", ["x", "half", "x_zero"], ["real"]),
-        make.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["real_w"], axis=0),
-        *middle,
-        make.make_node("QuantizeLinear", ["sum", "half", "y_zero"], ["y"]),
-    ]
-    given, made = (make.make_tensor_value_info(name, of.UINT8, size) for name, size in zip("xy", layer.sizes, strict=True))
-    held = [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in constants.items()]
-    model = make.make_model(make.make_graph(nodes, "layer", [given], [made], held), opset_imports=[make.make_opsetid("", OPSET)])
-    model.ir_version = IR_VERSION
+
+    def nodes(node: Any, copy: str) -> list[Any]:
+        weights, total = f"real_w{copy}", f"sum{copy}"
+        made = [node("DequantizeLinear", [f"w{copy}", "w_scale", "w_zero"], [weights], axis=0)]
+        if copy == "0":
+            made.append(node("DequantizeLinear", ["x", "half", "x_zero"], ["real"]))
+            if not layer.linear:
+                made.append(node("Transpose", ["real"], ["first"], perm=(0, 3, 1, 2)))
+        if layer.linear:
+            made.append(node("Gemm", ["real", weights, "bias"], [total], transB=1))
+        else:
+            made.append(node("Conv", ["first", weights, "bias"], [f"{total}_first"], **layer.attributes))
+            made.append(node("Transpose", [f"{total}_first"], [total], perm=(0, 2, 3, 1)))
+        return [*made, node("QuantizeLinear", [total, "half", "y_zero"], [f"y{copy}"])]
+
+    model = onnx_layer(layer, nodes, shared, {"w": layer.weights[:, :, 0, 0] if layer.linear else layer.weights}, copies)
     return openvino_rival("OpenVINO", model, layer.image.reshape(layer.sizes[0]))
 
 
 def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
-    """An ONNX model of one input and one output; `note` says in what precision its layers run."""
+    """An ONNX model of one input; `run` returns its first output, `note` says in what precision its layers run."""
     ov = importlib.import_module("openvino")
     core = ov.Core()
     read = core.read_model(model.SerializeToString(), b"")
@@ -188,7 +209,7 @@ def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
     def run(value: NDArray[Any]) -> NDArray[Any]:
         buffer[:] = value.reshape(buffer.shape)
         call()
-        return np.array(request.get_output_tensor().data)
+        return np.array(request.get_output_tensor(0).data)
 
     kinds = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
     ran = []
@@ -225,8 +246,8 @@ def torch_layer(layer: Int8Layer, engine: str) -> Rival:
             operator = torch.ops.quantized.conv2d.new
     inputs = {"x": example}
 
-    def call() -> torch.Tensor:
-        made: torch.Tensor = operator(inputs["x"], packed, 1.0, 128)
+    def call() -> Tensor:
+        made: Tensor = operator(inputs["x"], packed, 1.0, 128)
         return made
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
@@ -245,13 +266,13 @@ def torch_float_layer(layer: Int8Layer) -> Rival:
     if layer.linear:
         weights, x = weights[:, :, 0, 0].contiguous(), x.reshape(-1, conv.in_channels)
 
-        def call() -> torch.Tensor:
+        def call() -> Tensor:
             return F.linear(x, weights, bias)
     else:
         weights = weights.contiguous(memory_format=torch.channels_last)
         x = x.permute(0, 3, 1, 2)
 
-        def call() -> torch.Tensor:
+        def call() -> Tensor:
             return F.conv2d(x, weights, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
@@ -260,9 +281,102 @@ def torch_float_layer(layer: Int8Layer) -> Rival:
     return Rival("torch float32", run, call)
 
 
-INT8_LAYERS: dict[str, Callable[[Int8Layer], Rival]] = {
-    "ONNX Runtime": onnxruntime_layer,
-    "torch fbgemm": lambda layer: torch_layer(layer, "fbgemm"),
-    "torch onednn": lambda layer: torch_layer(layer, "onednn"),
-    "OpenVINO": openvino_layer,
-}
+TORCH_ENGINES = ("fbgemm", "onednn")
+INT8_LIBRARIES: dict[str, Callable[[Int8Layer, int], Rival]] = {"ONNX Runtime": onnxruntime_layer, "OpenVINO": openvino_layer}
+
+
+# Whole networks
+
+
+def torch_eager(network: nn.Module, images: Tensor) -> Rival:
+    """As `haq.models` loads it, weights channels last where that is faster, on one example, a batch."""
+    return _torch_rival("torch float32 eager", network.eval(), images)
+
+
+def torch_compiled(network: nn.Module, images: Tensor) -> Rival:
+    """Needs a C++ compiler."""
+    return _torch_rival("torch float32 compiled", torch.compile(network.eval()), images)
+
+
+def _torch_rival(name: str, network: Callable[[Tensor], Tensor], images: Tensor) -> Rival:
+    channels_last = images.clone(memory_format=torch.channels_last) if images.dim() == 4 else images.clone()
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            return network(channels_last)
+
+    def run(value: NDArray[Any]) -> NDArray[Any]:
+        channels_last.copy_(torch.from_numpy(value))
+        return call().numpy()
+
+    call()
+    return Rival(name, run, call)
+
+
+def onnxruntime_float(network: nn.Module, images: Tensor) -> Rival:
+    return onnxruntime_rival("ONNX Runtime float32", _exported(network, images), images.numpy())
+
+
+def onnxruntime_int8(network: nn.Module, images: Tensor, calibration: Tensor) -> Rival:
+    """Static QuantizeLinear/DequantizeLinear: weights per channel, unsigned activations by their least and largest values."""
+    return onnxruntime_rival("ONNX Runtime int8", _quantized(network, images, calibration), images.numpy())
+
+
+def openvino_int8(network: nn.Module, images: Tensor, calibration: Tensor) -> Rival:
+    """OpenVINO runs the model that ONNX Runtime has quantized."""
+    onnx = importlib.import_module("onnx")
+    model = onnx.load_from_string(_quantized(network, images, calibration))
+    return openvino_rival("OpenVINO int8", model, images.numpy())
+
+
+def network_rivals(network: nn.Module, images: Tensor, calibration: Tensor) -> tuple[list[Rival], dict[str, str]]:
+    """Every rival that is installed, and by its name what the others lack."""
+    makers: dict[str, Callable[[], Rival]] = {
+        "torch float32 eager": lambda: torch_eager(network, images),
+        "torch float32 compiled": lambda: torch_compiled(network, images),
+        "ONNX Runtime float32": lambda: onnxruntime_float(network, images),
+        "ONNX Runtime int8": lambda: onnxruntime_int8(network, images, calibration),
+        "OpenVINO int8": lambda: openvino_int8(network, images, calibration),
+    }
+    made, missing = [], {}
+    for name, make in makers.items():
+        try:
+            made.append(make())
+        except ImportError as error:
+            missing[name] = f"not installed ({error})"
+    return made, missing
+
+
+def _exported(network: nn.Module, images: Tensor) -> bytes:
+    """The network in ONNX."""
+    importlib.import_module("onnxscript")
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(network.eval(), (images,), dynamo=True, verbose=False)
+        assert program is not None
+        program.save(buffer)
+    return buffer.getvalue()
+
+
+def _quantized(network: nn.Module, images: Tensor, calibration: Tensor) -> bytes:
+    ort = importlib.import_module("onnxruntime.quantization")
+    prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
+
+    class Images(ort.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            self.batches = iter(
+                [{name: batch.numpy()} for batch in calibration.split(len(images)) if len(batch) == len(images)]
+            )
+
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        exported, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("exported", "prepared", "quantized"))
+        exported.write_bytes(_exported(network, images))
+        prepare(str(exported), str(prepared), skip_symbolic_shape=True)  # which folds batch normalization, too
+        (given,) = importlib.import_module("onnx").load(str(prepared)).graph.input
+        options = {"per_channel": True, "activation_type": ort.QuantType.QUInt8, "weight_type": ort.QuantType.QInt8}
+        ort.quantize_static(str(prepared), str(quantized), Images(given.name), quant_format=ort.QuantFormat.QDQ, **options)
+        return quantized.read_bytes()
