@@ -278,7 +278,7 @@ class _Buffers:
 
         key = (name, (math.prod(shape),), dtype)  # functions take them flat
         if key not in self._made:
-            self._made[key] = tvm.runtime.tensor(self._values(key[1], dtype), self._device)
+            self._made[key] = tvm.runtime.tensor(self._values(key[1], dtype).reshape(-1), self._device)  # flat, as all of them
         return self._made[key]
 
     def _values(self, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
