@@ -355,7 +355,7 @@ def _exported(network: nn.Module, images: Tensor) -> bytes:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(network.eval(), (images,), dynamo=True, verbose=False)
         assert program is not None
-        program.save(buffer)
+        program.save(buffer)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
@@ -363,7 +363,7 @@ def _quantized(network: nn.Module, images: Tensor, calibration: Tensor) -> bytes
     ort = importlib.import_module("onnxruntime.quantization")
     prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
 
-    class Images(ort.CalibrationDataReader):  # type: ignore[misc]
+    class Images(ort.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self, name: str) -> None:
             self.batches = iter(
                 [{name: batch.numpy()} for batch in calibration.split(len(images)) if len(batch) == len(images)]
