@@ -39,8 +39,9 @@ def export(graph: Graph, qnet: nn.Module, path: str | Path, *, flavour: str = "o
         qonnx   the same with the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527). The batch
                 size is 1, as the tools that read it want.
 
-    All else is computed in float32, as the fake-quantized network does. A layer's input, quantized, is the tensor NAME:input,
-    NAME being the layer's name, and name@2 at its second call.
+    All else is computed in float32, as the fake-quantized network does, and ONNX Runtime is kept from making integer kernels
+    with other results of it: the file says what the network computes, and runs no faster for it. A layer's input, quantized,
+    is the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
 
     Raises ValueError, naming the layer and its scheme, for weights or activations that are not integers times a scale, and
     ImportError, naming what to install.
@@ -94,7 +95,11 @@ def verify(path: str | Path, qnet: nn.Module, images: Tensor) -> Verification:
     ONNX Runtime on the CPU, with the optimizations that it makes by default, or the interpreter of the package `qonnx`. They
     add in another order: where a float32 sum falls on the other side of a tie, an integer differs by one step, and in deep
     networks at 8 bits many do behind it (see `haq.interpreter.compare`).
+
+    Raises ValueError without images, and ImportError, naming what to install.
     """
+    if not len(images):
+        raise ValueError("a file is verified on images, and there are none")
     images = images.float()
     model = _package("onnx").load(str(path))
     flavour = "qonnx" if any(opset.domain == QONNX_DOMAIN for opset in model.opset_import) else "onnx"
@@ -226,9 +231,8 @@ class _Writer:
             if (node.low, node.high) == (0, math.inf):
                 self._op("Relu", inputs, name)
                 return
-            for key, bound in (("low", node.low), ("high", node.high)):
-                inputs.append(self._constant(f"{name}:{key}", bound) if math.isfinite(bound) else "")
-            self._op("Clip", inputs, name)
+            bounds = {"low": node.low, "high": node.high}
+            self._op("Clip", inputs + [self._constant(f"{name}:{key}", bound) for key, bound in bounds.items()], name)
         elif node.kind == "add":
             self._op("Add", inputs, name)
         elif node.kind == "max_pool":
