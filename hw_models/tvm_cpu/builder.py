@@ -151,7 +151,9 @@ class Builder:
             else:
                 low, high = (output.low, output.high) if output.kind == "codes" else (-(2**30), 2**30)
                 made = v * splat(output.factor, "float32")
-                made = T.nearbyint(T.max(T.min(made, splat(high, "float32")), splat(low, "float32"))).astype("int32x16")
+                made = T.max(T.min(made, splat(high, "float32")), splat(low, "float32"))
+                # Rounds and converts in one instruction, where there is one.
+                made = T.call_llvm_pure_intrin("int32x16", "llvm.lrint.v16i32.v16f32", made)
                 if output.kind == "codes":
                     made = made + splat(output.zero, "int32") if output.zero else made
                     made = made.astype("uint8x16")
