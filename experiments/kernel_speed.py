@@ -11,8 +11,11 @@ round, and medians of the rounds are given (spread: half the interquartile range
 is what one more such layer would cost in a network: to run a graph costs ONNX Runtime and OpenVINO some microseconds,
 whatever is in it, so theirs is the time of a graph that has the layer several times side by side (as often as the caches
 hold, at most 16 times), less that of a graph with next to nothing in it, divided by how often. torch calls its operators one
-by one, as it does in a network. Every result of ours, as it is timed, is checked in the same run to be exact, and the
-libraries' to be at most one step away. OpenVINO's plan is read back: a layer that it wouldn't run in 8 bits is refused.
+by one, as it does in a network.
+
+Without `--layers`, every result of ours, as it is timed, is checked to be exact, and the libraries' to be at most one step
+away; with it, nothing is checked (fbgemm's depthwise kernels saturate). OpenVINO's plan is always read back: a layer that it
+wouldn't run in 8 bits is refused.
 
 A ratio holds if it is at least nine tenths of the reference; a layer of `--layers` counts as slower if ours takes more than
 1.1 times as long as the fastest library.

@@ -9,7 +9,6 @@ ImportError when a rival is made.
 from __future__ import annotations
 
 import importlib
-import io
 import math
 import tempfile
 import warnings
@@ -350,20 +349,19 @@ def network_rivals(network: nn.Module, images: Tensor, calibration: Tensor) -> t
 def _exported(network: nn.Module, images: Tensor) -> bytes:
     """The network in ONNX."""
     importlib.import_module("onnxscript")
-    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(network.eval(), (images,), dynamo=True, verbose=False)
         assert program is not None
-        program.save(buffer)  # type: ignore[arg-type]
-    return buffer.getvalue()
+    model: bytes = program.model_proto.SerializeToString()
+    return model
 
 
 def _quantized(network: nn.Module, images: Tensor, calibration: Tensor) -> bytes:
-    ort = importlib.import_module("onnxruntime.quantization")
+    ort: Any = importlib.import_module("onnxruntime.quantization")
     prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
 
-    class Images(ort.CalibrationDataReader):  # type: ignore[misc, name-defined]
+    class Images(ort.CalibrationDataReader):  # type: ignore[name-defined]
         def __init__(self, name: str) -> None:
             self.batches = iter(
                 [{name: batch.numpy()} for batch in calibration.split(len(images)) if len(batch) == len(images)]

@@ -13,7 +13,8 @@ im2col and holds the sums of a tile of pixels by blocks of 16 output channels in
               -1 or +1, is 2u - 1, and where both sides are bipolar, an exclusive or counts the products that are -1
               (Rastegari et al., "XNOR-Net", ECCV 2016).
 
-`Depthwise` multiplies channel by channel, with 16-bit sums where they can't overflow, which is what few bits buy there.
+`Depthwise` multiplies channel by channel, with 16-bit sums where they can't overflow, which is what few bits buy there;
+`DepthwiseDot` four products at a time where the processor has VNNI.
 
 What follows the sums (`Epilogue`) is fused behind them: scale and offset per channel, residual additions, clipping, and
 rounding half to even to the codes of the next layer. Sums don't wrap: `Conv` refuses what might exceed 32 bits.
@@ -31,7 +32,7 @@ from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Code, Epilogue, 
 from hw_models.tvm_cpu.conv import Conv, activation_range, border_sums, check_codes, weight_range, zero_point
 from hw_models.tvm_cpu.cpu import Cpu
 
-VERSION = 1  # of the code that is generated: what was measured with another isn't comparable
+VERSION = 4  # of the code that is generated: what was measured with another isn't comparable
 WORD = 32  # channels in a word of bits
 
 
@@ -234,8 +235,10 @@ class Direct(Kernel):
 
     @property
     def _initial(self) -> bool:
-        if self.how in ("bits", "float"):
-            return self._bipolar
+        if self.how == "float":
+            return False
+        if self.how == "bits":
+            return self._bipolar and not self._border  # which includes it
         return self._zero != 0 or self.cpu.dot == "sdot"
 
     def arguments(self) -> dict[str, list[Argument]]:
@@ -304,7 +307,7 @@ class Direct(Kernel):
                 made["initial"] = by_group(-weights.sum((1, 2, 3)))
             if self._border:
                 border, made["rows"], made["columns"] = border_sums(conv, weights)
-                made["border"] = by_group(border)
+                made["border"] = by_group(border) + made.pop("initial")
             return made
         if self.how == "float":
             return {"weights": w}
@@ -627,11 +630,12 @@ class Direct(Kernel):
         if self._bipolar:
             both = self.w_bits == 1
             raw = raw << b.splat(1, "int32")
-            start = b.vector(buffers["initial"], lane, LANES)
-            raw = start - raw if both else start + raw
             if self._border:
                 border = buffers["rows"][y] + buffers["columns"][x]
-                raw = raw + b.vector(buffers["border"], border * conv.groups * self._blocks * LANES + lane, LANES)
+                start = b.vector(buffers["border"], border * conv.groups * self._blocks * LANES + lane, LANES)
+            else:
+                start = b.vector(buffers["initial"], lane, LANES)
+            raw = start - raw if both else start + raw
         elif self._row_sums:
             total = buffers["row_sums"][at * conv.groups + group]
             raw = (raw << b.splat(1, "int32")) - b.T.broadcast(total, LANES)
@@ -752,6 +756,79 @@ class Depthwise(Kernel):
                     b.epilogue(buffers, self.epilogue, value, channel + half, at + half, min(LANES, count - half))
 
 
+@dataclass(frozen=True)
+class DepthwiseDot(Depthwise):
+    """The same with the instruction that sums four products: of four neighbours in a row, channel by channel. A window of
+    four serves as many outputs as fit into it, each with the weights at another place."""
+
+    @property
+    def name(self) -> str:
+        return f"depthwise dot {self.tile}"
+
+    @staticmethod
+    def can(conv: Conv, cpu: Cpu) -> bool:
+        return cpu.dot == "vnni" and conv.kernel[1] <= 4 and conv.dilation[1] == 1
+
+    @property
+    def _of_window(self) -> int:
+        """Outputs of a window."""
+        return (4 - self.conv.kernel[1]) // self.conv.stride[1] + 1
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        stages = super().arguments()
+        image, _, *ends = stages["main"]
+        weights = Argument("weights", (self.conv.kernel[0], self._of_window, self._channels, 4), "int8")
+        initial = [Argument("initial", (self._channels,), "int32")] if self._zero else []
+        return stages | {"main": [image, weights, *initial, *ends]}
+
+    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        conv = self.conv
+        kh, kw = conv.kernel
+        made = np.zeros((kh, self._of_window, self._channels, 4), np.int64)
+        for index in range(self._of_window):
+            start = index * conv.stride[1]
+            made[:, index, : conv.in_channels, start : start + kw] = weights[:, 0].transpose(1, 0, 2)
+        initial = np.pad(-self._zero * weights.sum((1, 2, 3)), (0, self._channels - conv.in_channels))
+        return {"weights": made, "initial": initial}
+
+    def _tile(
+        self,
+        b: Builder,
+        buffers: dict[str, Any],
+        image: Any,
+        y: Any,
+        x: Any,
+        columns: int,
+        channel: Any,
+        lanes: int,
+        count: int,
+    ) -> None:
+        conv, T = self.conv, b.T
+        high, wide = self._padded_size
+        height, width = conv.output_size
+        (kh, kw), (down, across) = conv.kernel, conv.stride
+        source, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        start = b.vector(buffers["initial"], channel, LANES) if self._zero else b.splat(0, "int32")
+        sums: list[Any] = [start] * columns
+        interleaved = [lane + LANES * part for lane in range(LANES) for part in range(4)]
+        for ky in range(kh):
+            row = (image * high + y * down + ky * conv.dilation[0]) * wide
+            for first in range(0, columns, self._of_window):
+                served = min(self._of_window, columns - first)
+                needed = (served - 1) * across + kw
+                # What lies behind the last one needed may not exist, and meets weights of zero.
+                places = [row + (x + first) * across + min(part, needed - 1) for part in range(4)]
+                pixels = [b.vector(source, place * self._channels + channel, LANES) for place in places]
+                window = T.bind(T.reinterpret("uint8x64", T.Shuffle(pixels, interleaved)))
+                for index in range(served):
+                    at = ((ky * self._of_window + index) * self._channels + channel) * 4
+                    dot = ("int32x16", "llvm.x86.avx512.vpdpbusd.512", sums[first + index], window, b.vector(weights, at, 64))
+                    sums[first + index] = T.bind(T.call_llvm_pure_intrin(*dot))
+        for column, total in enumerate(sums):
+            at = ((image * height + y) * width + x + column) * conv.out_channels + channel
+            b.epilogue(buffers, self.epilogue, total, channel, at, count)
+
+
 def candidates(
     conv: Conv, w_bits: int, a_bits: int, signed: bool, cpu: Cpu, *, epilogue: Epilogue | None = None, tiles: int = 2
 ) -> list[Kernel]:
@@ -762,16 +839,22 @@ def candidates(
             raise ValueError(f"bits must be an integer from 1 to 8, not {bits!r}")
     epilogue = epilogue or Epilogue((Output(factor=2.0**-10),))
     if conv.groups == conv.in_channels == conv.out_channels:
+        made: list[Kernel] = []
         wide = not Depthwise.fits(conv, w_bits, a_bits, signed)
         # The widest that the same code serves.
         bipolar = signed and a_bits == 1  # whose bytes are others
+        if DepthwiseDot.can(conv, cpu):
+            a = 1 if bipolar else 8
+            made += [DepthwiseDot(conv, 8, a, signed, cpu, tile=tile, epilogue=epilogue) for tile in (6, 12)[:tiles]]
+            if wide:
+                return made
         while a_bits < 8 and not bipolar and (wide or Depthwise.fits(conv, w_bits, a_bits + 1, signed)):
             a_bits += 1
         while w_bits < 8 and (wide or Depthwise.fits(conv, w_bits + 1, a_bits, signed)):
             w_bits += 1
         sums = "int32" if wide else "int16"
-        return [Depthwise(conv, w_bits, a_bits, signed, cpu, sums, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]]
-    made: list[Kernel] = []
+        return [Depthwise(conv, w_bits, a_bits, signed, cpu, sums, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]] + made
+    made = []
     ways = [("bytes", 8, 1 if signed and a_bits == 1 else 8)]
     if cpu.dot == "vnni" and w_bits <= 4:
         ways.append(("packed", 2 if w_bits <= 2 else 4, ways[0][2]))
