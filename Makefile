@@ -25,3 +25,5 @@ bench:
 	.venv/bin/python -m experiments.evaluation_speed
 	.venv/bin/python -m experiments.hardware_speed
 	.venv/bin/python -m experiments.quantizer_speed
+	.venv/bin/python -m experiments.kernel_speed
+	.venv/bin/python -m experiments.cpu_speed

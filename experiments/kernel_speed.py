@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m experiments.kernel_speed [--layers]
 
-Without arguments, four layers at the bits of the reference table in issue 5; with `--layers`, every distinct layer of
+Without arguments, four layers at the bits of a reference that was measured on Zen 4; with `--layers`, every distinct layer of
 MobileNetV2 at 96x96 and of ResNet-18 at 64x64, in int8.
 
 What is timed is bytes in, bytes out: preparing and packing the activations and the requantization count. Ours is, for each
