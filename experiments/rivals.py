@@ -199,7 +199,7 @@ def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
     compiled = core.compile_model(read, "CPU", settings)
     request = compiled.create_infer_request()
     buffer = np.ascontiguousarray(example).copy()
-    request.set_input_tensor(ov.Tensor(buffer))
+    request.set_input_tensor(ov.Tensor(buffer, shared_memory=True))
     request.infer()
 
     def call() -> None:
