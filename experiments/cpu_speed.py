@@ -66,6 +66,9 @@ RESNET, SIGNS = "torchvision:resnet18", "binary-resnet18"
 COLUMNS = ("contender", "us", "x ORT int8", "x ours int8", "layers us", "layers/whole", "quality %", "as in torch %", "note")
 
 
+Say = Callable[[str], None]  # what is being done
+
+
 @dataclass
 class Subject:
     """A network, the images that calibrate it, and those that it is judged by, with the answers that are right."""
@@ -154,7 +157,7 @@ def without_relus(module: nn.Module) -> None:
 # Contenders
 
 
-def policies(given: Subject, findings: Findings, quick: bool) -> Iterator[tuple[str, nn.Module, str]]:
+def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Iterator[tuple[str, nn.Module, str]]:
     """Our contenders on a network: name, quantized network, note."""
     module, names = given.module, list(Q.BitPolicy.uniform(given.module, w=8, a=8))
     ends = (names[0], names[-1])
@@ -169,6 +172,7 @@ def policies(given: Subject, findings: Findings, quick: bool) -> Iterator[tuple[
     if given.name == SIGNS:
         return (yield BINARY, quantize((1, 1)), "first and last layer 8 bits")
     yield FOUR, quantize((4, 4)), "first and last layer 8 bits"
+    say(f"{given.name}: measuring kernels and searching")
     target: Any = load_target("cpu")
     start = time.perf_counter()
     search = given.trained or (given.images, given.labels)
@@ -205,14 +209,14 @@ def compiled_network(name: str, quantized: nn.Module, given: Subject, folder: Pa
     return Ours(rival, deployed, quantized, seconds)
 
 
-def study(name: str, quick: bool, say: Callable[[str], None]) -> Findings:
+def study(name: str, quick: bool, say: Say) -> Findings:
     say(f"{name}: preparing")
     given = subject(name, quick)
     findings = Findings(name, given.quality)
     ours: dict[str, Ours] = {}
     notes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for what, quantized, note in policies(given, findings, quick):
+        for what, quantized, note in policies(given, findings, quick, say):
             say(f"{name}: compiling {what}")
             ours[what], notes[what] = compiled_network(what, quantized, given, Path(folder) / what.replace(" ", "-")), note
         say(f"{name}: making rivals")
@@ -386,24 +390,30 @@ def main() -> int:
         console = Console(width=150)
     out = options.out or (None if options.quick else FOLDER)
     every: list[Findings] = []
-    with console.status("") as status:
-        for name in options.networks:
-            if options.cached:
-                findings = replace(study(name, options.quick, status.update), cold=False)
-            else:
-                with empty_cache():
-                    findings = study(name, options.quick, status.update)
-            console.print(rich_table(findings))
-            every.append(findings)
-    made = bars(every)
     target: Any = load_target("cpu")
     setting = f"One thread, one image, medians of {3 if options.quick else ROUNDS} rounds. {target.description}."
+    command = " ".join([f"OMP_NUM_THREADS=1 python -m experiments.{NAME}", *sys.argv[1:]])
+    with console.status("") as status:
+
+        def say(what: str) -> None:
+            status.update(what)
+            if not console.is_terminal:
+                console.print(f"{time.strftime('%H:%M:%S')} {what}", markup=False)
+
+        for name in options.networks:
+            if options.cached:
+                every.append(replace(study(name, options.quick, say), cold=False))
+            else:
+                with empty_cache():
+                    every.append(study(name, options.quick, say))
+            console.print(rich_table(every[-1]))
+            made = bars(every)
+            if out is not None:
+                save(out, command, setting, every, made)
     console.print(setting)
     for line in sentences(made):
         console.print(line, markup=False)
     if out is not None:
-        arguments = sys.argv[1:]
-        save(out, " ".join(["OMP_NUM_THREADS=1 python -m", f"experiments.{NAME}", *arguments]), setting, every, made)
         console.print(f"written: {out / NAME}.md and .csv")
     return 0
 

@@ -8,6 +8,7 @@ ImportError when a rival is made.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import math
@@ -347,6 +348,7 @@ def network_rivals(network: nn.Module, images: Tensor, calibration: Tensor) -> t
     return made, missing
 
 
+@functools.lru_cache(maxsize=1)  # of the last network: several rivals want it
 def _exported(network: nn.Module, images: Tensor) -> bytes:
     """The network in ONNX."""
     importlib.import_module("onnxscript")
@@ -359,6 +361,7 @@ def _exported(network: nn.Module, images: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+@functools.lru_cache(maxsize=1)
 def _quantized(network: nn.Module, images: Tensor, calibration: Tensor) -> bytes:
     ort = importlib.import_module("onnxruntime.quantization")
     prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
