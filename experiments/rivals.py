@@ -8,6 +8,7 @@ ImportError when a rival is made.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import tempfile
@@ -198,7 +199,7 @@ def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
     compiled = core.compile_model(read, "CPU", settings)
     request = compiled.create_infer_request()
     buffer = np.ascontiguousarray(example).copy()
-    request.set_input_tensor(ov.Tensor(buffer))
+    request.set_input_tensor(ov.Tensor(buffer, shared_memory=True))
     request.infer()
 
     def call() -> None:
@@ -346,6 +347,7 @@ def network_rivals(network: nn.Module, images: Tensor, calibration: Tensor) -> t
     return made, missing
 
 
+@functools.lru_cache(maxsize=1)  # of the last network: several rivals want it
 def _exported(network: nn.Module, images: Tensor) -> bytes:
     """The network in ONNX."""
     importlib.import_module("onnxscript")
@@ -357,6 +359,7 @@ def _exported(network: nn.Module, images: Tensor) -> bytes:
     return model
 
 
+@functools.lru_cache(maxsize=1)
 def _quantized(network: nn.Module, images: Tensor, calibration: Tensor) -> bytes:
     ort: Any = importlib.import_module("onnxruntime.quantization")
     prepare = importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process
