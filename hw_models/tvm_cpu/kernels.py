@@ -34,6 +34,9 @@ from hw_models.tvm_cpu.cpu import Cpu
 
 VERSION = 4  # of the code that is generated: what was measured with another isn't comparable
 WORD = 32  # channels in a word of bits
+# Pairs of planes up to which a kernel on bits is tried. Where products of bytes are fastest it wins up to 5 pairs, and where
+# they are slowest (SSE2) it takes about as long as they do with 16.
+MOST_PAIRS = 16
 
 
 @dataclass(frozen=True)
@@ -858,7 +861,8 @@ def candidates(
     ways = [("bytes", 8, 1 if signed and a_bits == 1 else 8)]
     if cpu.dot == "vnni" and w_bits <= 4:
         ways.append(("packed", 2 if w_bits <= 2 else 4, ways[0][2]))
-    ways.append(("bits", w_bits, a_bits))
+    if w_bits * a_bits <= MOST_PAIRS:
+        ways.append(("bits", w_bits, a_bits))
     for how, w, a in ways:
         some = [Direct(conv, w, a, signed, cpu, how, tile, epilogue=epilogue) for tile in _tiles(conv, how, cpu)]
         made += sorted(some, key=_instructions)[:tiles]
