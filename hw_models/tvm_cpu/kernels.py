@@ -34,9 +34,9 @@ from hw_models.tvm_cpu.cpu import Cpu
 
 VERSION = 4  # of the code that is generated: what was measured with another isn't comparable
 WORD = 32  # channels in a word of bits
-# Pairs of planes up to which a kernel on bits is tried. Where products of bytes are fastest it wins up to 5 pairs, and where
-# they are slowest (SSE2) it takes about as long as they do with 16.
-MOST_PAIRS = 16
+# Pairs of planes up to which a kernel on bits is tried: measured, it wins up to 4 with VNNI or with AVX2, and up to 6 in fully
+# connected layers, which wait for their weights.
+MOST_PAIRS = 8
 
 
 @dataclass(frozen=True)
