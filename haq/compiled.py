@@ -287,6 +287,8 @@ def compile_program(
     progress(0, 1, "compiling")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     folder.mkdir(parents=True, exist_ok=True)
+    # Written last: until then the folder isn't taken for a network, nor for the one it held before.
+    (folder / DESCRIPTION).unlink(missing_ok=True)
     module.export_library(str(folder / LIBRARY))
     np.savez(folder / CONSTANTS, **planned.constants)  # type: ignore[arg-type]
     content = {

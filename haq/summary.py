@@ -151,7 +151,9 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         table.add_column(f"{split}\naccuracy\n(measured)", justify="right")
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
-        table.add_column(f"\n{name}\n({problem.table.provenance})", justify="right")
+        # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
+        kind = "counted" if name == "storage" else _word(problem)
+        table.add_column(f"\n{name}\n({kind})", justify="right")
     rows: list[tuple[str, dict[str, float | None] | None]] = [
         ("float", result["float"]),
         ("uniform 8 bits", result["uniform8"]),
@@ -185,6 +187,11 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         )
 
 
+def _word(problem: Problem) -> str:
+    """ "estimated" or "measured", without where."""
+    return problem.table.provenance.split()[0]
+
+
 def draw(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
     """Bits per layer, weights up and activations down, over each layer's share of the cost; written beside and renamed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -211,13 +218,13 @@ def draw(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
     used = problem.policy_cost(policy)
     bits.set_title(
         f"{problem.target.name}: {describe_amount(used, problem.metric)} of {describe_amount(problem.limit, problem.metric)} "
-        f"{problem.metric}, {used / problem.reference:.3g} of uniform 8 bits ({problem.table.provenance})",
+        f"{problem.metric}, {used / problem.reference:.3g} of uniform 8 bits ({_word(problem)})",
         fontsize=10,
         pad=22,
     )
     share.bar(x, 100 * before, 0.8, color="#cccccc", label="at 8/8 bits")
     share.bar(x, 100 * after, 0.8, color="#4c9a5b", label="at these bits")
-    share.set_ylabel(f"{problem.metric}, % of the\n8-bit network ({problem.table.provenance})", fontsize=9)
+    share.set_ylabel(f"{problem.metric}, % of the\n8-bit network ({_word(problem)})", fontsize=9)
     share.legend(fontsize=8, frameon=False)
     share.set_xticks(x, problem.workload.names, rotation=90, fontsize=8 if len(x) <= 40 else 5)
     for axes in (bits, share):

@@ -321,4 +321,3 @@ def test_key_is_of_the_code() -> None:
     assert keys[0] == keys[1] == keys[2]
     narrow = [(w, a) for w, a in PAIRS if w * a <= kernels.MOST_PAIRS]
     assert len({k.key for w, a in narrow for k in candidates(conv, w, a, False, cpu) if "bits" in k.name}) >= len(narrow)
-    assert isinstance(kernels.VERSION, int)
