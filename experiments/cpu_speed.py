@@ -13,8 +13,9 @@ the interface of least overhead that they have. What ours is predicted to take i
 which `--hw cpu` makes its cost table of; the time to measure that table, from an empty cache, is a bar too.
 
 Policies are those of `--hw cpu --budget 0.6` (or of the least budget that this machine allows), first and last layer at 8
-bits, the others at 2 to 8, by the exact integer programme. On the default network, as in `python -m haq.search`, it knows the
-rise of the loss on search images; on the others the relative squared errors that calibration measured, added up over layers.
+bits, the others at 2 to 8 and, with `--bits 1:8`, at 1 to 8, by the exact integer programme. On the default network, as in
+`python -m haq.search`, it knows the rise of the loss on search images, and what it found is fine-tuned; on the others the
+relative squared errors that calibration measured, added up over layers.
 
 Accuracy is on test images; with random weights there is none, and what stands there is how often the largest output is that
 of the float network in torch, on random images, which means little: such outputs lie close together. Of ours is given, too,
@@ -48,7 +49,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from experiments.rivals import Rival, network_rivals
-from haq import cli, compiled, data, deploy, models, solvers
+from haq import cli, compiled, data, deploy, models, solvers, training
 from haq.graph import capture
 from haq.integer import lower
 from haq.problem import Problem
@@ -59,10 +60,11 @@ NAME = "cpu_speed"
 FOLDER = Path("docs/experiments")
 ROUNDS, READING_S = 101, 0.002
 CALIBRATION, TEST_IMAGES, RANDOM_IMAGES = 256, 2000, 64
-EVALUATIONS = 150  # of the search on the default network
+EVALUATIONS, EPOCHS = 150, 12  # of the search on the default network
 BUDGET = 0.6
 ORT, OPENVINO = "ONNX Runtime int8", "OpenVINO int8"
-INT8, FOUR, SEARCHED, BINARY = "ours int8", "ours 4 bits", "ours searched", "ours binary"
+INT8, FOUR, BINARY = "ours int8", "ours 4 bits", "ours binary"
+SEARCHED = {"ours searched 2:8": (2, 8), "ours searched 1:8": (1, 8)}
 ENDS = "first and last layer 8 bits"
 SIZES = {"mobilenet-mini": 28, "torchvision:resnet18": 64, "binary-resnet18": 64, "timm:mobilenetv2_100": 96}
 RESNET, SIGNS = "torchvision:resnet18", "binary-resnet18"
@@ -92,7 +94,8 @@ class Subject:
     calibration: Tensor
     images: Tensor
     labels: Tensor
-    trained: Any = None  # images and labels of the search split
+    trained: tuple[models.Network, data.Dataset] | None = None
+    searched: Any = None  # images and labels that policies are judged by
 
     @property
     def quality(self) -> str:
@@ -152,7 +155,8 @@ def subject(name: str, quick: bool) -> Subject:
 
         images, labels = take("test", 100 if quick else TEST_IMAGES)
         searched = take("search", 500 if quick else 2000)
-        return Subject(name, network.module, take("train", CALIBRATION)[0], images, labels, searched)
+        calibration = take("train", CALIBRATION)[0]
+        return Subject(name, network.module, calibration, images, labels, (network, dataset), searched)
     module = models.load(RESNET if name == SIGNS else name, pretrained=False).module
     if name == SIGNS:
         without_relus(module)
@@ -191,27 +195,34 @@ def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Itera
         return
     say(f"{given.name}: measuring kernels and calibrating")
     target: Any = load_target("cpu", progress=findings.clock)
-    problem = Problem(module, given.calibration, given.trained or (given.images, given.labels), target, budget=1.0)
-    quantized = problem.evaluator.network.eval()
+    searched = given.searched or (given.images, given.labels)
+    problem = Problem(module, given.calibration, searched, target, budget=1.0)
 
     def at(policy: Q.BitPolicy) -> nn.Module:
-        made = copy.deepcopy(quantized)
+        made = copy.deepcopy(problem.evaluator.network)
         Q.set_policy(made, policy)
         return made
 
     yield INT8, at(problem.uniform(8)), ""
     yield FOUR, at(Q.BitPolicy({**problem.uniform(4), names[0]: (8, 8), names[-1]: (8, 8)})), ENDS
-    say(f"{given.name}: searching")
-    least = problem.smallest / problem.reference
-    problem.limit = max(BUDGET * problem.reference, problem.smallest * (1 + 1e-6))
-    if given.trained:
-        found = solvers.solve("ilp", solvers.Session(problem, 20 if quick else EVALUATIONS), 0).policy
-    else:
-        noise = problem.noise
-        found = ilp.propose(problem, noise[:, 0, :, None] + noise[:, 1, None, :])
-    note = f"budget {problem.policy_cost(found) / problem.reference:.3f}"
-    note += f": least possible is {least:.3f}" if least > BUDGET else ""
-    yield SEARCHED, at(found), f"{note}; {mean_bits(found)}"
+    for what, widths in SEARCHED.items():
+        say(f"{given.name}: searching, {widths[0]} to {widths[1]} bits")
+        problem = Problem(module, given.calibration, searched, target, budget=1.0, bits=widths)
+        least = problem.smallest / problem.reference
+        problem.limit = max(BUDGET * problem.reference, problem.smallest * (1 + 1e-6))
+        if given.trained:
+            found = solvers.solve("ilp", solvers.Session(problem, 20 if quick else EVALUATIONS), 0).policy
+        else:
+            noise = problem.noise
+            found = ilp.propose(problem, noise[:, 0, :, None] + noise[:, 1, None, :])
+        note = f"budget {problem.policy_cost(found) / problem.reference:.3f}"
+        note += f": least possible is {least:.3f}" if least > BUDGET else ""
+        tuned = at(found)
+        if given.trained:
+            network, dataset = given.trained
+            tuned = training.finetune(network, tuned, dataset.train, epochs=1 if quick else EPOCHS, seed=0)
+            note += "; fine-tuned"
+        yield what, tuned, f"{note}; {mean_bits(found)}"
 
 
 def mean_bits(policy: Q.BitPolicy) -> str:
@@ -336,9 +347,10 @@ def bars(every: list[Findings]) -> list[Bar]:
         if findings.network != SIGNS:
             faster(findings, INT8, ORT, 1.0)
             faster(findings, INT8, OPENVINO, 1 / 1.1)
-            faster(findings, SEARCHED, INT8, 1.5)
+            for searched in SEARCHED:
+                faster(findings, searched, INT8, 1.5)
         faster(findings, BINARY, ORT, 3.0)
-    for findings, what in itertools.product(every, (INT8, FOUR, SEARCHED, BINARY)):
+    for findings, what in itertools.product(every, (INT8, FOUR, *SEARCHED, BINARY)):
         found = findings.results.get(what)
         if found and found.layers:
             share = found.layers / found.seconds

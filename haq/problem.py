@@ -72,9 +72,9 @@ class Problem:
         self.cost = self.table.metric(metric)
         self.bits = bits
         self.pinned = self._pinned(pinned)
-        self.choices = hw_models.undominated(self.cost, self._allowed())
+        self.choices = hw_models.undominated(self.cost, self._allowed(*bits))
         self.reference = float(self.cost[:, 7, 7].sum())
-        self.smallest = float(np.where(self.choices, self.cost, np.inf).min((1, 2)).sum())
+        self.smallest = self._smallest(self.choices)
         self.limit = self._limit(budget)
         qnetwork = Q.quantize(network, self.uniform(8), calibrate=calibrate)
         layers = Q.quant_layers(qnetwork)
@@ -130,10 +130,12 @@ class Problem:
         Q.BitPolicy(chosen)
         return chosen
 
-    def _allowed(self) -> NDArray[np.bool_]:
-        low, high = self.bits
+    def _smallest(self, choices: NDArray[np.bool_]) -> float:
+        return float(np.where(choices, self.cost, np.inf).min((1, 2)).sum())
+
+    def _allowed(self, low: int, high: int) -> NDArray[np.bool_]:
         if not 1 <= low <= high <= 8:
-            raise ValueError(f"bits must be (smallest, largest) within 1..8, not {self.bits!r}")
+            raise ValueError(f"bits must be (smallest, largest) within 1..8, not {(low, high)!r}")
         allowed = np.zeros(self.cost.shape, bool)
         allowed[:, low - 1 : high, low - 1 : high] = True
         for name, (w, a) in self.pinned.items():
@@ -147,10 +149,14 @@ class Problem:
         if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
             low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
             # Rounded up, so that the number we name is one we accept.
-            fraction = np.ceil(1000 * self.smallest / self.reference) / 1000
+            fraction, at_one_bit = (
+                np.ceil(1000 * smallest / self.reference) / 1000
+                for smallest in (self.smallest, self._smallest(self._allowed(1, self.bits[1])))
+            )
+            further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
             raise ValueError(
                 f"budget {budget} is out of reach: on {self.target.name}, {self.metric} can be from {low} "
-                f"({fraction:.3f} of uniform 8 bits) to {high} (1.0)"
+                f"({fraction:.3f} of uniform 8 bits) to {high} (1.0){further}"
             )
         return limit
 

@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Settings:
     hw: str = "edge"
     metric: str = "latency"
     budget: str = "0.5"
+    bits: str = "2:8"
     solver: str = "ddpg"
     evaluations: int = 200
     seed: int = 0
@@ -76,6 +78,13 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
+        self.bit_range()
+
+    def bit_range(self) -> tuple[int, int]:
+        """Smallest and largest width. Raises ValueError if that isn't what `bits` says."""
+        if not (match := re.fullmatch(r"([1-8]):([1-8])", str(self.bits))) or match[1] > match[2]:
+            raise ValueError(f"--bits is {self.bits!r}; it must be SMALLEST:LARGEST within 1:8, such as 2:8")
+        return int(match[1]), int(match[2])
 
     def load_target(self, **callbacks: Any) -> hw_models.Target:
         """The hardware; `callbacks` and errors are those of `hw_models.load_target`."""
@@ -97,6 +106,7 @@ class Settings:
             target=target,
             metric=self.metric,
             budget=self.budget,
+            bits=self.bit_range(),
         )
         return Job(self, network, dataset, problem)
 

@@ -33,6 +33,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--budget",
         help=f"a fraction of uniform 8 bits, or an amount such as 0.8ms, 40kB (default: {default.budget})",
     )
+    add("--bits", metavar="SMALLEST:LARGEST", help=f"widths that a solver may choose (default: {default.bits})")
     cli.add_measuring(parser)
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
     add("--network", help=f"a name as in haq.models (default: {default.network})")

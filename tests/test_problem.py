@@ -38,6 +38,15 @@ def test_the_smallest_budget_that_is_named_is_accepted(network: nn.Module) -> No
     assert make_problem(network, named).budget == pytest.approx(float(named))
 
 
+def test_one_bit_is_named_where_it_would_reach_further(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"; bits 1:8 would reach 0\.\d+$") as error:
+        make_problem(network, 0.001)
+    reached = float(str(error.value).rpartition(" ")[2])
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    one = haq.Problem(network, inputs, (inputs, labels), "edge", budget=reached, bits=(1, 8))
+    assert one.smallest / one.reference <= one.budget < make_problem(network, 1.0).smallest / one.reference
+
+
 @pytest.mark.parametrize("budget", ["half", "3 bits", "", "12kB", "-1", "1..2"])
 def test_a_budget_that_is_not_understood(network: nn.Module, budget: str) -> None:
     with pytest.raises(ValueError, match="not understood: give a fraction .* or an amount in s, ms, us"):
