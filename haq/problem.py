@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,18 @@ UNITS = {
     "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
 }
 ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
+
+
+class Decision(NamedTuple):
+    """Layers that take one pair of bits together, and what they may take."""
+
+    layers: tuple[int, ...]  # in the order of the workload
+    pairs: NDArray[np.int64]  # (options, 2): weight bits, activation bits
+    prices: NDArray[np.float64]  # (options,) in the metric's unit
+
+    def of(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The options' entries of a table (8, 8), shape (options,)."""
+        return table[self.pairs[:, 0] - 1, self.pairs[:, 1] - 1]
 
 
 class Problem:
@@ -42,12 +54,13 @@ class Problem:
         smallest and largest width that a solver may choose.
     pinned
         layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8 bits.
+    tied
+        groups of layer names; the layers of a group take the same bits.
 
-    A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `choices` (layers, 8, 8) the pairs
-    worth choosing (within `bits`, without those that cost as much as a pair with more bits),
-    `limit` the budget in the metric's unit, `noise` (layers, 2, 8) the relative squared error that each width of weights
-    and of activations leaves (from calibration), and `evaluate`. Raises ValueError for a budget out of reach, naming the
-    reachable range, and for whatever its parts refuse.
+    A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
+    `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
+    (decisions, 2, 8) the relative squared error that each width of weights and of activations leaves (from calibration), and
+    `evaluate`. Raises ValueError for a budget out of reach, naming the reachable range, and for whatever its parts refuse.
     """
 
     def __init__(
@@ -61,6 +74,7 @@ class Problem:
         *,
         bits: tuple[int, int] = (2, 8),
         pinned: Mapping[str, tuple[int, int]] | None = None,
+        tied: Iterable[Iterable[str]] = (),
         batch: int | None = None,
     ) -> None:
         inputs, labels = _as_tensors(search)
@@ -72,15 +86,17 @@ class Problem:
         self.cost = self.table.metric(metric)
         self.bits = bits
         self.pinned = self._pinned(pinned)
-        self.choices = hw_models.undominated(self.cost, self._allowed(*bits))
+        self.groups = self._groups(tied)
+        self.decisions = self._decisions(self._allowed(*bits))
         self.reference = float(self.cost[:, 7, 7].sum())
-        self.smallest = self._smallest(self.choices)
+        self.smallest = self._smallest(self.decisions)
         self.limit = self._limit(budget)
         qnetwork = Q.quantize(network, self.uniform(8), calibrate=calibrate)
         layers = Q.quant_layers(qnetwork)
-        self.noise: NDArray[np.float64] = np.array(
+        errors = np.array(
             [[layers[name].weight_error.tolist(), layers[name].activation_error.tolist()] for name in self.workload.names]
         )
+        self.noise = np.array([errors[list(group)].mean(0) for group in self.groups])
         self.evaluator = Evaluator(qnetwork, inputs, labels)
         was_training = network.training
         self.float_result = self.evaluator.measure(network.eval())
@@ -104,6 +120,13 @@ class Problem:
         """A policy from two sequences of bits in the order of the workload."""
         pairs = zip(self.workload.names, w_bits, a_bits, strict=True)
         return Q.BitPolicy({name: (int(w), int(a)) for name, w, a in pairs})
+
+    def decide(self, pairs: Iterable[Iterable[int]]) -> Q.BitPolicy:
+        """A policy from one pair of bits for each of the decisions."""
+        bits = np.empty((len(self.workload), 2), int)
+        for group, pair in zip(self.groups, pairs, strict=True):
+            bits[list(group)] = tuple(pair)
+        return self.policy(*bits.T)
 
     def bit_arrays(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Weight bits and activation bits of a policy, in the order of the workload."""
@@ -130,8 +153,30 @@ class Problem:
         Q.BitPolicy(chosen)
         return chosen
 
-    def _smallest(self, choices: NDArray[np.bool_]) -> float:
-        return float(np.where(choices, self.cost, np.inf).min((1, 2)).sum())
+    def _groups(self, tied: Iterable[Iterable[str]]) -> list[tuple[int, ...]]:
+        """Layers that decide together, by their place in the workload; each is in one group."""
+        names, made = self.workload.names, []
+        for group in (list(group) for group in tied):
+            if unknown := [name for name in group if name not in names]:
+                raise ValueError(f"tied layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
+            made.append(tuple(sorted(names.index(name) for name in group)))
+        seen = [layer for group in made for layer in group]
+        if twice := [names[layer] for layer in seen if seen.count(layer) > 1]:
+            raise ValueError(f"layer {twice[0]!r} is tied twice: join the groups")
+        return sorted([*(group for group in made if group), *((i,) for i in range(len(names)) if i not in seen)])
+
+    def _decisions(self, allowed: NDArray[np.bool_]) -> list[Decision]:
+        cost = np.array([self.cost[list(group)].sum(0) for group in self.groups])
+        together = np.array([allowed[list(group)].all(0) for group in self.groups])
+        if not together.any((1, 2)).all():
+            group = self.groups[int(np.argmin(together.any((1, 2))))]
+            raise ValueError(f"tied layers {', '.join(self.workload.names[i] for i in group)} have no pair of bits in common")
+        worth = hw_models.undominated(cost, together)
+        return [Decision(*part) for part in zip(self.groups, map(_pairs, worth), map(np.extract, worth, cost), strict=True)]
+
+    @staticmethod
+    def _smallest(decisions: list[Decision]) -> float:
+        return float(sum(decision.prices.min() for decision in decisions))
 
     def _allowed(self, low: int, high: int) -> NDArray[np.bool_]:
         if not 1 <= low <= high <= 8:
@@ -151,7 +196,7 @@ class Problem:
             # Rounded up, so that the number we name is one we accept.
             fraction, at_one_bit = (
                 np.ceil(1000 * smallest / self.reference) / 1000
-                for smallest in (self.smallest, self._smallest(self._allowed(1, self.bits[1])))
+                for smallest in (self.smallest, self._smallest(self._decisions(self._allowed(1, self.bits[1]))))
             )
             further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
             raise ValueError(
@@ -159,6 +204,11 @@ class Problem:
                 f"({fraction:.3f} of uniform 8 bits) to {high} (1.0){further}"
             )
         return limit
+
+
+def _pairs(choices: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The bits of the entries of a table (8, 8) that are true, in the order in which `extract` takes them."""
+    return np.argwhere(choices) + 1
 
 
 def parse_budget(budget: float | str, metric: str, reference: float) -> float:

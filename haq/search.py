@@ -15,7 +15,7 @@ from rich.progress import Progress
 import quantizers as Q
 from haq import cli, summary, training
 from haq.run import Job, Run, Settings, check_unused, default_folder, has_tensorboard
-from haq.solvers import MODULES, Found, Session, solve
+from haq.solvers import SOLVERS, Found, Session, solve
 
 RIVALS = ("greedy", "ilp")
 
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
     add("--network", help=f"a name as in haq.models (default: {default.network})")
     add("--data", help=f"a name as in haq.data (default: {default.data})")
-    add("--solver", help=f"{', '.join(MODULES)} (default: {default.solver})")
+    add("--solver", help=f"{', '.join(SOLVERS)} (default: {default.solver})")
     add(
         "--evaluations",
         type=int,

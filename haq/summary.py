@@ -88,7 +88,7 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
     problem, settings = job.problem, job.settings
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    free = int((problem.choices.sum((1, 2)) > 1).sum())
+    free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     rows = {
         "network": f"{job.network.name} ({job.network.origin}): {len(problem.workload)} quantizable layers, "
         f"{problem.workload.macs / 1e6:.2f} M MACs, float accuracy {_percent(problem.float_accuracy)} on the search split",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -97,15 +96,31 @@ def test_the_network_is_left_alone(network: nn.Module) -> None:
 def test_pinned_layers_can_be_chosen(network: nn.Module) -> None:
     inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
     problem = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.9, pinned={"hidden": (4, 6)})
-    assert np.argwhere(problem.choices[3]).tolist() == [[3, 5]]
-    assert problem.choices[0].sum() > 1
+    assert problem.decisions[3].pairs.tolist() == [[4, 6]]
+    assert len(problem.decisions[0].pairs) > 1
     free = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.9, pinned={})
-    assert (free.choices.sum((1, 2)) > 1).all()
+    assert all(len(decision.pairs) > 1 for decision in free.decisions)
+
+
+def test_tied_layers_take_the_same_bits(network: nn.Module) -> None:
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    tied = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, tied=[("hidden", "depthwise")], bits=(3, 6))
+    assert [decision.layers for decision in tied.decisions] == [(0,), (1, 3), (2,), (4,)]
+    assert tied.noise.shape == (4, 2, 8)
+    decision = tied.decisions[1]
+    w, a = decision.pairs[0] - 1
+    assert decision.prices[0] == pytest.approx(tied.cost[1, w, a] + tied.cost[3, w, a])
+    policy = tied.decide([(8, 8), (3, 4), (5, 6), (8, 8)])
+    assert policy["hidden"] == policy["depthwise"] == (3, 4)
+    with pytest.raises(ValueError, match="tied layers stem, hidden have no pair of bits in common"):
+        haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, tied=[("hidden", "stem")], bits=(3, 6))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"tied": [("hiden",)]}, "tied layer 'hiden'"),
+        ({"tied": [("hidden", "stem"), ("hidden",)]}, "'hidden' is tied twice"),
         ({"target": "edgy"}, "did you mean edge"),
         ({"metric": "energy", "target": "cloud"}, "no metric 'energy'; it has latency, storage"),
         ({"bits": (0, 8)}, "bits must be"),

@@ -12,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stable_baselines3 import DDPG
 
 import envs
 import haq
-from haq.solvers import MODULES, Found, Session, ddpg, ilp, sensitivity, solve
+from haq.solvers import SOLVERS, Found, Session, agents, ilp, sensitivity, solve
 from tests.conftest import make_problem, small_network
+
+SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
 
 
 def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0) -> tuple[Found, list[Found]]:
@@ -25,7 +28,7 @@ def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0) -
     return solve(name, session, seed), tried
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SEARCHING)
 @pytest.mark.parametrize("evaluations", [1, 24])
 def test_the_contract(name: str, evaluations: int) -> None:
     problem = make_problem(small_network())
@@ -46,7 +49,7 @@ def test_another_seed_is_another_search(name: str) -> None:
     assert run(name, problem, seed=0)[1] != run(name, problem, seed=1)[1]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SEARCHING)
 def test_global_random_state_is_neither_used_nor_changed(name: str) -> None:
     problem = make_problem(small_network())
     first = run(name, problem)[1]
@@ -159,16 +162,13 @@ def test_sensitivities_are_those_measured() -> None:
     assert rise[layer, 1, 7] == pytest.approx(measured) or rise[layer, 1, 7] == rise[layer, 2, 7]
 
 
-def test_truncated_noise_stays_inside_without_piling_up_and_decays() -> None:
-    noise = ddpg.TruncatedNormalNoise(0.5, 0.9, np.random.default_rng(0))
-    action = np.full((20000, 1), 0.9, np.float32)
-    drawn = noise.around(action)
+def test_truncated_noise_stays_inside_without_piling_up() -> None:
+    random = np.random.default_rng(0)
+    drawn = agents.truncated_normal(np.full((20000, 1), 0.9, np.float32), 0.5, random)
     assert drawn.min() >= -1
     assert drawn.max() <= 1
     assert (np.abs(drawn) == 1).mean() < 1e-3  # clipped normal noise would put 42 % there
-    assert np.abs(noise.around(np.zeros((20000, 1), np.float32)).mean()) < 0.02
-    noise.reset()
-    assert noise.sigma == pytest.approx(0.45)
+    assert np.abs(agents.truncated_normal(np.zeros((20000, 1), np.float32), 0.5, random).mean()) < 0.02
 
 
 def test_the_agent_is_no_worse_than_what_it_starts_from() -> None:
@@ -179,24 +179,53 @@ def test_the_agent_is_no_worse_than_what_it_starts_from() -> None:
     assert len(tried) <= 120
 
 
-def test_the_agent_repeats_its_demonstrations_and_then_looks_around_them() -> None:
+def test_episodes_reach_the_replay_buffer_as_they_were_played_and_the_critic_learns_them() -> None:
     problem = make_problem(small_network(), 0.5)
     env = envs.MixedPrecisionEnv(problem)
-    agent = ddpg.HaqDDPG(
-        "MlpPolicy", env, n_steps=len(env.decisions), policy_kwargs={"net_arch": [64, 64]}, seed=0, device="cpu"
-    )
-    policy = ilp.propose(problem, sensitivity.measure(problem, Session(problem, 100), keep=1))
-    ddpg.demonstrate(agent, env, policy)
+    steps = len(env.decisions)
+    agent = agents.make_agent(DDPG, env, seed=0, episodes=30)
+    tried = {found.policy: found for found in run("random", problem, 12)[1]}
+    episodes = [agents.play(env, policy) for policy in tried]
+    assert [episode.policy for episode in episodes] == list(tried)
+    for episode, found in zip(episodes, tried.values(), strict=True):
+        assert episode.reward == pytest.approx(10 * (found.result.accuracy - problem.float_accuracy))
+        agents.learn(agent, episode)
     assert agent.replay_buffer is not None
-    assert agent.replay_buffer.size() == len(env.decisions)
-    ddpg.imitate(agent)
-    observation, done, info = env.reset()[0], False, {}
-    while not done:
-        action, _ = agent.predict(observation, deterministic=True)
-        observation, reward, done, _, info = env.step(action)
-    assert info["policy"] == policy
-    # What the buffer holds is what was done: the reward of the whole episode, at its last step.
-    assert agent.replay_buffer.rewards[len(env.decisions) - 1, 0] == pytest.approx(reward)
+    assert agent.replay_buffer.size() == 12 * steps
+    assert agent.replay_buffer.rewards[steps - 1, 0] == pytest.approx(episodes[0].reward)
+    agent.train(300, 64)
+    believed, rewards = agents.expected(agent, episodes), [episode.reward for episode in episodes]
+    assert np.corrcoef(believed, rewards)[0, 1] > 0.8
+
+
+def test_imagined_episodes_are_what_would_have_been_played() -> None:
+    problem = make_problem(small_network(), 0.5)
+    env = envs.MixedPrecisionEnv(problem)
+    agent = agents.make_agent(DDPG, env, seed=0, episodes=3)
+    best = [agents.play(env, found.policy) for found in run("random", problem, 3)[1]]
+    imagined = agents.imagine(agent, [envs.MixedPrecisionEnv(problem) for _ in range(8)], best, 0.5, np.random.default_rng(0))
+    assert len(imagined) == 8
+    for episode in imagined:
+        played = agents.play(env, episode.policy)
+        assert problem.within_budget(problem.policy_cost(played.policy))
+        assert np.allclose(played.observations, episode.observations)
+
+
+def test_exhaustive_search_is_the_truth_where_it_is_possible() -> None:
+    problem = make_problem(small_network(), 0.6)
+    problem.decisions = [
+        d if len(d.pairs) == 1 else d._replace(pairs=d.pairs[-3:], prices=d.prices[-3:]) for d in problem.decisions
+    ]
+    problem.limit = sum(float(np.median(d.prices)) for d in problem.decisions)
+    best, tried = run("exhaustive", problem, 27)
+    assert best.rank == min(found.rank for found in tried)
+    assert 1 < len(tried) < 27
+    for name in ("random", "evolution", "ddpg"):
+        assert run(name, problem, 60)[0].rank == best.rank
+    with pytest.raises(ValueError, match=f"{len(tried)} policies are within the budget"):
+        run("exhaustive", problem, len(tried) - 1)
+    with pytest.raises(ValueError, match="hopeless"):
+        run("exhaustive", make_problem(small_network(), 0.6), 2)
 
 
 def test_asking_for_given_widths_gives_them() -> None:

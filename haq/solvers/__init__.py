@@ -15,8 +15,17 @@ import quantizers as Q
 from haq.evaluator import Evaluation
 from haq.problem import Problem
 
-# Name -> module of this package; each is imported when it is asked for, so that only its own libraries are needed.
-MODULES = {"ddpg": "ddpg", "ilp": "ilp", "greedy": "greedy", "random": "random_search"}
+# Name -> function of this package; its module is imported when it is asked for, so that only its own libraries are needed.
+SOLVERS = {
+    "ddpg": "agents.ddpg",
+    "td3": "agents.td3",
+    "sac": "agents.sac",
+    "ilp": "ilp.solve",
+    "greedy": "greedy.solve",
+    "evolution": "evolution.solve",
+    "random": "random_search.solve",
+    "exhaustive": "exhaustive.solve",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,10 @@ class Session:
     def left(self) -> int:
         return self.evaluations - len(self._seen)
 
+    def seen(self, policy: Q.BitPolicy) -> bool:
+        """Whether a policy was asked for before."""
+        return policy in self._seen
+
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Accuracy and loss of a policy. Raises RuntimeError beyond the allowance."""
         if policy in self._seen:
@@ -68,8 +81,8 @@ class Session:
 
 def solve(name: str, session: Session, seed: int) -> Found:
     """Run a solver by name and return the best policy that it evaluated within the budget."""
-    solver = importlib.import_module(f"haq.solvers.{MODULES[check_name(name)]}")
-    solver.solve(session.problem, session, seed)
+    module, _, function = SOLVERS[check_name(name)].partition(".")
+    getattr(importlib.import_module(f"haq.solvers.{module}"), function)(session.problem, session, seed)
     if session.best is None:
         raise RuntimeError(f"{name} evaluated no policy within the budget")
     return session.best
@@ -77,7 +90,7 @@ def solve(name: str, session: Session, seed: int) -> Found:
 
 def check_name(name: str) -> str:
     """The name itself, or ValueError with the names that are close to it."""
-    if name not in MODULES:
-        close = difflib.get_close_matches(name, MODULES, n=2, cutoff=0.3) or list(MODULES)
-        raise ValueError(f"unknown solver {name!r}; did you mean {' or '.join(close)}? Known: {', '.join(MODULES)}")
+    if name not in SOLVERS:
+        close = difflib.get_close_matches(name, SOLVERS, n=2, cutoff=0.3) or list(SOLVERS)
+        raise ValueError(f"unknown solver {name!r}; did you mean {' or '.join(close)}? Known: {', '.join(SOLVERS)}")
     return name

@@ -1,14 +1,18 @@
-"""HAQ's agent: DDPG, from Stable-Baselines3, on `haq/MixedPrecision-v0`.
+"""Agents from Stable-Baselines3 (DDPG, TD3, SAC) on `haq/MixedPrecision-v0`.
 
-From HAQ (Wang et al., CVPR 2019, section 3.5): hidden layers of 400 and 300, replay of transitions in batches of 64, soft
-updates of 0.01, no discount, and truncated-normal exploration around the actor's action that decays by a factor per
-episode. Two things are different, because a search has hundreds of episodes and not thousands:
+From HAQ (Wang et al., CVPR 2019, section 3.5): DDPG with hidden layers of 400 and 300, replay of transitions in batches of
+64, soft updates of 0.01, no discount, and truncated-normal exploration around the actor's action that decays by a factor per
+episode. What is different is due to one thing: a search has hundreds of episodes and not thousands.
 
 * The return of an episode is given to every one of its steps (n-step returns as long as the episode). The reward comes at
   the end only; learned one step at a time it doesn't arrive in time.
 * The agent doesn't start from nothing. Up to half of its evaluations go into the sensitivities that greedy descent and the
-  integer programme work with; the policies these propose are its first episodes, and its actor is first taught to repeat
-  them. Whatever it finds beyond that is its own.
+  integer programme work with. They make the environment's plan, from which actions are deviations, and the policies that
+  greedy and the programme propose are the first episodes.
+* An episode costs nothing until its policy is evaluated. So many are played for each evaluation, around the actor's actions
+  and around those of the best episodes so far, and the one evaluated is that for which the critic expects most.
+
+With `--env haq` none of this holds: the agent is HAQ's on `haq/HAQ-v0`.
 """
 
 from __future__ import annotations
@@ -17,70 +21,54 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
-from stable_baselines3 import DDPG
-from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3 import DDPG, SAC, TD3
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 import envs
 import quantizers as Q
+from haq.evaluator import Evaluation
 from haq.problem import Problem
 from haq.solvers import Session, greedy, ilp, sensitivity
 
+Floats = NDArray[np.float32]
+
 HIDDEN = [400, 300]
-ACTOR_RATE, CRITIC_RATE = 3e-4, 1e-3
+RATE = 1e-3
 BATCH, TAU = 64, 0.01
 UPDATES = 2  # gradient steps per step of the environment
-SIGMA, DECAY = 0.4, 0.98
-IMITATION_STEPS = 300
+SIGMA, DECAY = 0.5, 0.98
+CANDIDATES = 32  # episodes played for each that is evaluated
+ELITE = 4  # best episodes around which half of them are played
+CHANGED = 0.3  # share of their actions that are drawn anew
+VAIN = 3  # rounds without a policy that is new, after which there seem to be none
 
 
-class TruncatedNormalNoise(ActionNoise):
-    """Normal noise around an action, cut off where the action would leave [-1, 1]; `sigma` decays with every episode.
+class Episode(NamedTuple):
+    """One policy being decided: what was seen, done and given, step by step."""
 
-    Unlike noise that is added and clipped, it puts no weight on the bounds themselves.
-    """
-
-    def __init__(self, sigma: float, decay: float, random: np.random.Generator) -> None:
-        super().__init__()
-        self.sigma, self.decay, self.random = sigma, decay, random
-
-    def around(self, action: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A draw for every entry of an action, by the inverse of the distribution function."""
-        low, high = ndtr((-1 - action) / self.sigma), ndtr((1 - action) / self.sigma)
-        drawn = action + self.sigma * ndtri(low + (high - low) * self.random.random(action.shape))
-        return np.clip(drawn, -1, 1).astype(np.float32)
-
-    def __call__(self) -> NDArray[np.float32]:
-        raise RuntimeError("truncated noise depends on the action it is drawn around: call around(action)")
-
-    def reset(self) -> None:
-        """End of an episode (Stable-Baselines3 calls this)."""
-        self.sigma *= self.decay
+    policy: Q.BitPolicy
+    observations: Floats  # (steps + 1, features)
+    actions: Floats  # (steps, 2)
+    reward: float
 
 
-class HaqDDPG(DDPG):
-    """DDPG that explores with TruncatedNormalNoise, whose draw needs the actor's action, and learns at two rates."""
+def ddpg(problem: Problem, session: Session, seed: int) -> None:
+    search(DDPG, problem, session, seed)
 
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        for optimizer, rate in ((self.actor.optimizer, ACTOR_RATE), (self.critic.optimizer, CRITIC_RATE)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
 
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        action, stored = super()._sample_action(learning_starts, None, n_envs)
-        if self.num_timesteps < learning_starts or not isinstance(action_noise, TruncatedNormalNoise):
-            return action, stored
-        noisy = action_noise.around(stored)
-        # The action space is [-1, 1]: what is done and what is stored are the same.
-        return noisy, noisy
+def td3(problem: Problem, session: Session, seed: int) -> None:
+    search(TD3, problem, session, seed)
+
+
+def sac(problem: Problem, session: Session, seed: int) -> None:
+    search(SAC, problem, session, seed)
 
 
 @contextmanager
@@ -96,64 +84,133 @@ def kept_random_state() -> Iterator[None]:
 
 
 @kept_random_state()
-def solve(problem: Problem, session: Session, seed: int) -> None:
-    """Sensitivities, the rivals' policies as demonstrations, then one episode per evaluation that is left."""
-    counted = copy.copy(problem)
+def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
+    """Sensitivities, the rivals' policies as demonstrations, then an episode for each evaluation that is left."""
+    draws = np.random.default_rng(seed)
+    rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 2, 1))
+    counted, imagined = copy.copy(problem), copy.copy(problem)
     counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    env = gymnasium.make("haq/MixedPrecision-v0", problem=counted)
-    inner = env.unwrapped
-    assert isinstance(inner, envs.MixedPrecisionEnv)
-    steps = len(inner.decisions)
-    agent = HaqDDPG(
+    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0)  # type: ignore[method-assign]
+    env = envs.MixedPrecisionEnv(counted, rise)
+    agent = make_agent(kind, env, seed, episodes=session.evaluations + 2)
+    episodes: list[Episode] = []
+    proposals = dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise)))
+    episodes += [learn(agent, play(env, proposal)) for proposal in list(proposals)[: session.left]]
+    players = [copy.copy(envs.MixedPrecisionEnv(imagined, rise)) for _ in range(CANDIDATES)]
+    sigma, vain = SIGMA, 0
+    while session.left and vain < VAIN:
+        candidates = imagine(agent, players, episodes, sigma, draws)
+        new = [candidate for candidate in candidates if not session.seen(candidate.policy)]
+        vain = 0 if new else vain + 1
+        if new:
+            chosen = new[int(np.argmax(expected(agent, new)))]
+            episodes.append(learn(agent, play(env, chosen.policy)))
+            sigma *= DECAY
+
+
+def make_agent(kind: type[OffPolicyAlgorithm], env: envs.MixedPrecisionEnv, seed: int, episodes: int) -> OffPolicyAlgorithm:
+    """An agent of Stable-Baselines3 with HAQ's networks, that learns from whole episodes."""
+    steps = len(env.decisions)
+    agent = kind(
         "MlpPolicy",
         env,
-        learning_rate=CRITIC_RATE,
-        buffer_size=(session.evaluations + 2) * steps,
-        learning_starts=0,
+        learning_rate=RATE,
+        buffer_size=episodes * steps,
         batch_size=BATCH,
         tau=TAU,
         gamma=1.0,
         n_steps=steps,
-        train_freq=(1, "episode"),
-        gradient_steps=UPDATES * steps,
-        action_noise=TruncatedNormalNoise(SIGMA, DECAY, np.random.default_rng(seed)),
         policy_kwargs={"net_arch": HIDDEN},
         seed=seed,
         device="cpu",
     )
-    rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 2, 1))
-    for proposal in dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise))):
-        if session.left:
-            demonstrate(agent, inner, proposal)
-    imitate(agent)
-    agent.learn(session.left * steps)
+    agent.set_logger(Logger(None, []))
+    return agent
 
 
-def demonstrate(agent: DDPG, env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> None:
-    """Play the episode that decides a policy, and put it into the agent's replay buffer."""
-    assert agent.replay_buffer is not None
-    observation, done = env.reset()[0], False
+def play(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Episode:
+    """The episode that decides a policy."""
+    observations, actions, done, reward = [env.reset()[0]], [], False, 0.0
     while not done:
         w, a = policy[env.next_layer()]
         assert w is not None
         assert a is not None
-        action = env.action_for(w, a)
-        following, reward, done, _, info = env.step(action)
-        agent.replay_buffer.add(observation[None], following[None], action[None], np.array([reward]), np.array([done]), [info])
-        observation = following
+        actions.append(env.action_for(w, a))
+        observation, reward, done, _, _ = env.step(actions[-1])
+        observations.append(observation)
+    return Episode(policy, np.array(observations), np.array(actions), reward)
 
 
-def imitate(agent: DDPG) -> None:
-    """Teach the actor the actions in the replay buffer."""
+def learn(agent: OffPolicyAlgorithm, episode: Episode) -> Episode:
+    """Put an episode into the agent's replay buffer, and let it train."""
     assert agent.replay_buffer is not None
-    for group in agent.actor.optimizer.param_groups:
-        group["lr"] = ACTOR_RATE
-    size = agent.replay_buffer.size()
-    observations = torch.as_tensor(agent.replay_buffer.observations[:size, 0])
-    actions = torch.as_tensor(agent.replay_buffer.actions[:size, 0])
-    for _ in range(IMITATION_STEPS):
-        loss = (agent.actor(observations) - actions).square().mean()
-        agent.actor.optimizer.zero_grad()
-        loss.backward()
-        agent.actor.optimizer.step()
-    agent.actor_target.load_state_dict(agent.actor.state_dict())
+    steps = len(episode.actions)
+    for step in range(steps):
+        done = step == steps - 1
+        agent.replay_buffer.add(
+            episode.observations[step][None],
+            episode.observations[step + 1][None],
+            episode.actions[step][None],
+            np.array([episode.reward if done else 0.0]),
+            np.array([done]),
+            [{}],
+        )
+    agent.train(UPDATES * steps, BATCH)
+    return episode
+
+
+def imagine(
+    agent: OffPolicyAlgorithm,
+    players: list[envs.MixedPrecisionEnv],
+    episodes: list[Episode],
+    sigma: float,
+    draws: np.random.Generator,
+) -> list[Episode]:
+    """Play one episode with each player without evaluating anything: a quarter of them around the actor's actions, half with
+    the bits of one of the best episodes, some of which are drawn anew, and a quarter at random."""
+    best = sorted(episodes, key=lambda episode: -episode.reward)[:ELITE]
+    observations = [np.array([player.reset()[0] for player in players])]
+    guides = [best[int(draws.integers(len(best)))] if best and i % 2 else None for i in range(len(players))]
+    actions: list[Floats] = []
+    policies: list[Q.BitPolicy] = []
+    for _ in players[0].decisions:
+        asked = agent.predict(observations[-1], deterministic=True)[0]
+        noisy = truncated_normal(asked, sigma, draws)
+        for i, (player, guide) in enumerate(zip(players, guides, strict=True)):
+            if i % 4 == 0 or (guide is not None and draws.random() < CHANGED):
+                noisy[i] = draws.uniform(-1, 1, 2)
+            elif guide is not None:
+                w, a = guide.policy[player.next_layer()]
+                assert w is not None
+                assert a is not None
+                noisy[i] = player.action_for(w, a)
+        actions.append(noisy)
+        following = []
+        for player, action in zip(players, noisy, strict=True):
+            observation, _, done, _, info = player.step(action)
+            following.append(observation)
+            if done:
+                policies.append(info["policy"])
+        observations.append(np.array(following))
+    seen, done_ = np.stack(observations, axis=1), np.stack(actions, axis=1)
+    return [Episode(policy, o, a, np.nan) for policy, o, a in zip(policies, seen, done_, strict=True)]
+
+
+@torch.no_grad()
+def expected(agent: OffPolicyAlgorithm, episodes: list[Episode]) -> Floats:
+    """What the critic expects of episodes, the mean over their steps, each of which it is asked about."""
+    observations = torch.as_tensor(np.stack([episode.observations[:-1] for episode in episodes]))
+    actions = torch.as_tensor(np.stack([episode.actions for episode in episodes]))
+    values = torch.stack(agent.critic(observations.flatten(0, 1), actions.flatten(0, 1)))  # type: ignore[attr-defined]
+    result: Floats = values.min(0).values.view(len(episodes), -1).mean(1).numpy()
+    return result
+
+
+def truncated_normal(mean: Floats, sigma: float, draws: np.random.Generator) -> Floats:
+    """Draws around actions, cut off where they would leave [-1, 1], by the inverse of the distribution function.
+
+    Unlike noise that is added and clipped, it puts no weight on the bounds themselves.
+    """
+    low, high = ndtr((-1 - mean) / sigma), ndtr((1 - mean) / sigma)
+    drawn = mean + sigma * ndtri(low + (high - low) * draws.random(mean.shape))
+    return np.clip(drawn, -1, 1).astype(np.float32)

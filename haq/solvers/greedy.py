@@ -12,10 +12,9 @@ from haq.solvers import Session, sensitivity
 
 def propose(problem: Problem, rise: NDArray[np.float64]) -> Q.BitPolicy:
     """From the largest widths, take the step with the least rise of the loss per cost saved until the budget holds; then
-    give back, best first, what still fits. `rise` has shape (layers, 8, 8)."""
-    pairs = [np.argwhere(layer) for layer in problem.choices]
-    losses = [rise[layer][tuple(options.T)] for layer, options in enumerate(pairs)]
-    costs = [problem.cost[layer][tuple(options.T)] for layer, options in enumerate(pairs)]
+    give back, best first, what still fits. `rise` has shape (decisions, 8, 8)."""
+    losses = [decision.of(table) for decision, table in zip(problem.decisions, rise, strict=True)]
+    costs = [decision.prices for decision in problem.decisions]
     chosen = [int(cost.argmax()) for cost in costs]
     while not problem.within_budget(total := sum(cost[pick] for cost, pick in zip(costs, chosen, strict=True))):
         _, layer, option = min(
@@ -33,8 +32,7 @@ def propose(problem: Problem, rise: NDArray[np.float64]) -> Q.BitPolicy:
         _, layer, option = min(gains)
         total += costs[layer][option] - costs[layer][chosen[layer]]
         chosen[layer] = int(option)
-    bits = np.array([options[pick] + 1 for options, pick in zip(pairs, chosen, strict=True)])
-    return problem.policy(bits[:, 0], bits[:, 1])
+    return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
 
 
 def solve(problem: Problem, session: Session, seed: int) -> None:

@@ -84,11 +84,13 @@ def allocate(loss: ArrayLike, cost: ArrayLike, limit: float, tied: Sequence[Sequ
 
 
 def propose(problem: Problem, rise: NDArray[np.float64]) -> Q.BitPolicy:
-    """The policy within budget that is optimal if the rises of the loss, shape (layers, 8, 8), add up."""
-    options = (len(rise), -1)
-    loss = np.where(problem.choices, rise, np.inf).reshape(options)
-    chosen = allocate(loss, problem.cost.reshape(options), problem.limit)
-    return problem.policy(chosen // 8 + 1, chosen % 8 + 1)
+    """The policy within budget that is optimal if the rises of the loss, shape (decisions, 8, 8), add up."""
+    most = max(len(decision.pairs) for decision in problem.decisions)
+    loss, cost = np.full((2, len(problem.decisions), most), np.inf)
+    for row, (decision, table) in enumerate(zip(problem.decisions, rise, strict=True)):
+        loss[row, : len(decision.pairs)], cost[row, : len(decision.pairs)] = decision.of(table), decision.prices
+    chosen = allocate(loss, cost, problem.limit)
+    return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
 
 
 def solve(problem: Problem, session: Session, seed: int) -> None:

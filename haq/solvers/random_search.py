@@ -4,36 +4,69 @@ from __future__ import annotations
 
 import numpy as np
 
+import quantizers as Q
 from haq.problem import Problem
 from haq.solvers import Session
 
+VAIN = 100  # draws in a row that are no new policy, after which there seem to be none
+
 
 def solve(problem: Problem, session: Session, seed: int) -> None:
-    """Draw every layer's pair uniformly among those worth choosing; lower random layers until the budget holds, then
-    raise layers, in random order, as far as what is left allows. A naive draw would leave much of the budget unused."""
+    """Draw every decision's pair uniformly among those worth choosing, and repair it: a naive draw would leave much of the
+    budget unused."""
     random = np.random.default_rng(seed)
-    pairs = [np.argwhere(layer) + 1 for layer in problem.choices]
-    prices = [cost[layer] for cost, layer in zip(problem.cost, problem.choices, strict=True)]
-    # Where a problem has fewer policies than evaluations, drawing goes on in vain: so the draws are counted, not the finds.
-    for _ in range(session.evaluations):
-        chosen = [int(random.integers(len(options))) for options in pairs]
+    vain = 0
+    while session.left and vain < VAIN:
+        found = unseen(problem, session, draw(problem, random), random)
+        vain = vain + 1 if found is None else 0
+        if found is not None:
+            session.evaluate(policy(problem, found))
 
-        def price(layer: int, picks: list[int] = chosen) -> float:
-            return float(prices[layer][picks[layer]])
 
-        total = sum(price(layer) for layer in range(len(pairs)))
-        while not problem.within_budget(total):
-            layer = int(random.integers(len(pairs)))
-            cheaper = np.flatnonzero(prices[layer] < price(layer))
-            if len(cheaper):
-                total -= price(layer)
-                chosen[layer] = int(random.choice(cheaper))
-                total += price(layer)
-        for layer in random.permutation(len(pairs)).tolist():
-            now = price(layer)
-            fits = np.flatnonzero((prices[layer] > now) & (total - now + prices[layer] <= problem.limit))
+def unseen(problem: Problem, session: Session, chosen: list[int], random: np.random.Generator) -> list[int] | None:
+    """Options repaired to a policy that is new: one that fills the budget, or else one within it. None if neither is."""
+    within = lowered(problem, chosen, random)
+    full = filled(problem, within, random)
+    return next((picks for picks in (full, within) if not session.seen(policy(problem, picks))), None)
+
+
+def draw(problem: Problem, random: np.random.Generator) -> list[int]:
+    """An option of every decision, uniformly, whatever it costs."""
+    return [int(random.integers(len(decision.pairs))) for decision in problem.decisions]
+
+
+def policy(problem: Problem, chosen: list[int]) -> Q.BitPolicy:
+    """The policy of an option per decision."""
+    return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
+
+
+def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
+    """Options that meet the budget: random decisions are lowered until it holds."""
+    prices, chosen = [decision.prices for decision in problem.decisions], list(chosen)
+    while not problem.within_budget(_total(problem, chosen)):
+        layer = int(random.integers(len(prices)))
+        cheaper = np.flatnonzero(prices[layer] < prices[layer][chosen[layer]])
+        if len(cheaper):
+            chosen[layer] = int(random.choice(cheaper))
+    return chosen
+
+
+def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
+    """Options that fill the budget: in random order, decisions get more bits as far as what is left allows. First any that
+    fit, so that every policy that fills the budget can be met; then the dearest."""
+    chosen = list(chosen)
+    total = _total(problem, chosen)
+    for dearest in (False, True):
+        for layer in random.permutation(len(chosen)).tolist():
+            _, pairs, prices = problem.decisions[layer]
+            now, pair = prices[chosen[layer]], pairs[chosen[layer]]
+            more = (pairs >= pair).all(1) & (pairs > pair).any(1)
+            fits = np.flatnonzero(more & (total - now + prices <= problem.limit))
             if len(fits):
-                chosen[layer] = int(fits[prices[layer][fits].argmax()])
-                total += price(layer) - now
-        bits = np.array([options[pick] for options, pick in zip(pairs, chosen, strict=True)])
-        session.evaluate(problem.policy(bits[:, 0], bits[:, 1]))
+                chosen[layer] = int(fits[prices[fits].argmax()] if dearest else random.choice(fits))
+                total += float(prices[chosen[layer]] - now)
+    return chosen
+
+
+def _total(problem: Problem, chosen: list[int]) -> float:
+    return sum(float(decision.prices[pick]) for decision, pick in zip(problem.decisions, chosen, strict=True))

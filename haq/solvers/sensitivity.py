@@ -14,30 +14,30 @@ LEAST = 1e-6  # nats: what a rise that drowns in noise is taken for
 
 
 def measure(problem: Problem, session: Session, keep: int) -> NDArray[np.float64]:
-    """The rise of the loss (nats) of every layer at every pair of bits, shape (layers, 8, 8), taken as a sum of the
+    """The rise of the loss (nats) of every decision at every pair of bits, shape (decisions, 8, 8), taken as a sum of the
     weights' and the activations' parts, each measured with everything else at the largest width.
 
     All but `keep` of the session's evaluations may be used. What is not measured is scaled from the nearest width that
     was, or from the other layers, by the quantization error found in calibration. More bits are never taken to be worse.
     """
-    highest = np.array([(np.argwhere(layer) + 1).max(0) for layer in problem.choices])
+    highest = np.array([decision.pairs.max(0) for decision in problem.decisions])
     rise = np.full((len(highest), 2, 8), np.nan)
     wanted = [
         (layer, operand, bits)
         for bits in ORDER
-        for layer, choices in enumerate(problem.choices)
+        for layer, decision in enumerate(problem.decisions)
         for operand in (0, 1)
-        if bits < highest[layer, operand] and choices.any(1 - operand)[bits - 1]
+        if bits < highest[layer, operand] and bits in decision.pairs[:, operand]
     ]
     base = None
     for layer, operand, bits in wanted:
         if session.left <= keep + (base is None):
             break
         if base is None:
-            base = session.evaluate(problem.policy(*highest.T)).loss
+            base = session.evaluate(problem.decide(highest)).loss
         changed = highest.copy()
         changed[layer, operand] = bits
-        rise[layer, operand, bits - 1] = max(session.evaluate(problem.policy(*changed.T)).loss - base, LEAST)
+        rise[layer, operand, bits - 1] = max(session.evaluate(problem.decide(changed)).loss - base, LEAST)
     _fill(rise, problem.noise)
     for layer in range(len(highest)):
         for operand in (0, 1):

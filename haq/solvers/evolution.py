@@ -1,0 +1,35 @@
+"""Evolution: policies are crossed and mutated, and the best survive."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from haq.problem import Problem
+from haq.solvers import Found, Session
+from haq.solvers.random_search import VAIN, draw, policy, unseen
+
+POPULATION = 20
+TOURNAMENT = 4  # parents are the better of so many
+
+
+def solve(problem: Problem, session: Session, seed: int) -> None:
+    """A steady state: a population of random policies that fill the budget; then, one by one, a child of two tournament
+    winners, crossed uniformly, one decision in expectation drawn anew, repaired to the budget; it takes the place of the
+    worst if it is better. What SPOS (Guo et al., ECCV 2020) and others search architectures with, one child at a time."""
+    random = np.random.default_rng(seed)
+    population: list[tuple[tuple[float, float, float], list[int]]] = []
+    vain = 0
+    while session.left and vain < VAIN:
+        if len(population) < min(POPULATION, session.evaluations):
+            child = draw(problem, random)
+        else:
+            parents = [min(population[i] for i in random.integers(len(population), size=TOURNAMENT))[1] for _ in range(2)]
+            child = [int(random.choice(genes)) for genes in zip(*parents, strict=True)]
+            for i in np.flatnonzero(random.random(len(child)) < 1 / len(child)):
+                child[i] = int(random.integers(len(problem.decisions[i].pairs)))
+        found = unseen(problem, session, child, random)
+        vain = vain + 1 if found is None else 0
+        if found is not None:
+            born = policy(problem, found)
+            population.append((Found(born, session.evaluate(born), problem.policy_cost(born)).rank, found))
+            population = sorted(population)[:POPULATION]
