@@ -40,7 +40,7 @@ from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv, zero_point
 
 if TYPE_CHECKING:
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
     from hw_models.tvm_cpu.target import CpuTarget
 
 FORMAT = "haq-deployed-1"

@@ -25,7 +25,9 @@ from hw_models.tvm_cpu.conv import (  # noqa: E402
     zero_point,
 )
 from hw_models.tvm_cpu.cpu import Cpu  # noqa: E402
-from hw_models.tvm_cpu.kernels import Depthwise, Direct, Kernel, candidates  # noqa: E402
+from hw_models.tvm_cpu.depthwise import Depthwise  # noqa: E402
+from hw_models.tvm_cpu.kernel import Kernel  # noqa: E402
+from hw_models.tvm_cpu.kernels import Direct, candidates  # noqa: E402
 
 SUMS = Epilogue((Output("sums"),))
 PAIRS = [(w, a) for w in range(1, 9) for a in range(1, 9)]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
 
     Names = dict[Kernel, tuple[str, ...]]
 

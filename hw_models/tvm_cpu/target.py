@@ -25,7 +25,7 @@ from hw_models.workload import Workload
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
 
 LOCAL, REMOTE = "cpu", "rpc:"
 # What these targets are, for a list of them.
