@@ -190,16 +190,10 @@ class CpuTarget:
         return found
 
 
-def load_cpu(
-    name: str,
-    *,
-    threads: int | None = None,
-    target: str | None = None,
-    cold: bool = False,
-    progress: Progress | None = None,
-    notice: Notice | None = None,
-) -> CpuTarget:
+def load_cpu(name: str, threads: int | None, target: str | None) -> CpuTarget:
     """The target `cpu`, or `rpc:HOST:PORT` with the LLVM target of that board, as JSON or as the name of a processor.
+
+    None are one thread, and the target of this machine. What else there is to say are fields of the result.
 
     Raises ImportError saying what to install, ValueError for a target that TVM refuses or that this machine can't run, and
     ConnectionError when no board answers.
@@ -220,7 +214,7 @@ def load_cpu(
         if target is not None:
             check_runs_here(cpu.target, target)
         processor, features = processor_name(), _features()
-    return CpuTarget(cpu, processor, features, board, cold, progress, notice or warn)
+    return CpuTarget(cpu, processor, features, board)
 
 
 def parse_address(name: str) -> tuple[str, int]:
