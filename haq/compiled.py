@@ -284,7 +284,7 @@ def compile_program(
 
         symbol = f"steps_{start}"
         functions[symbol] = b.function(symbol, arguments, body)
-    progress(0, 1, "compiling")
+    progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     folder.mkdir(parents=True, exist_ok=True)
     # Written last: until then the folder isn't taken for a network, nor for the one it held before.

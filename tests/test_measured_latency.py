@@ -316,7 +316,9 @@ def test_measuring(stand_ins: None) -> None:
     cpu = hw_models.load_target("cpu").cpu  # type: ignore[attr-defined]
     few, many = Spin(CONV, 8, 8, False, "int8 few", 1), Spin(CONV, 8, 8, False, "int8 many", 1000)
     for cold in (False, True):
-        timings = measure([few, many, few], cpu, cold=cold)
+        said: list[str] = []
+        timings = measure([few, many, few], cpu, say=said.append, cold=cold)
+        assert said == ["compiling", "measuring"]
         assert list(timings) == [few, many]
         assert timings[few].median_s > 0
         for timing in timings.values():
@@ -379,7 +381,9 @@ def test_a_board_is_measured_and_may_die(
     small = hw_models.trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4))
     target = hw_models.load_target(name, target=llvm)
     assert isinstance(target, targets.CpuTarget)
-    table = target.cost_table(small)
+    notes: list[str] = []
+    table = replace(target, progress=lambda done, total, note: notes.append(note)).cost_table(small)
+    assert notes[:3] == ["0", "compiling 0", "measuring 0"]
     assert table.target == name
     assert f"at 127.0.0.1:{port}" in table.provenance
     assert np.array_equal(target.cost_table(small).metric("latency"), table.metric("latency"))

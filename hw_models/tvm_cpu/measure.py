@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Names = dict[Kernel, tuple[str, ...]]
 
 Progress = Callable[[int, int, str], None]  # done, total, what is worked on
+Say = Callable[[str], None]
 
 BATCH = 16  # kernels compiled as one module
 READING_MS = 1  # of one reading at least: as many calls as that takes
@@ -158,15 +159,15 @@ def measure(
     kernels: Iterable[Kernel],
     cpu: Cpu,
     *,
-    progress: Progress | None = None,
+    say: Say = lambda doing: None,
     session: Board | None = None,
     cold: bool = False,
 ) -> dict[Kernel, Timing]:
     """Seconds that each kernel takes for one call on this machine, or on the board of `session`.
 
     A reading is as many calls as take 1 ms, and there are 3 to 15 of them, about 30 ms per kernel. With `cold`, every
-    reading is one call with its inputs and weights out of the caches. Raises BuildError naming the kernel that doesn't
-    compile, and ConnectionError when the board goes away.
+    reading is one call with its inputs and weights out of the caches. `say` is told "compiling" and "measuring". Raises
+    BuildError naming the kernel that doesn't compile, and ConnectionError when the board goes away.
     """
     wanted = list(dict.fromkeys(kernels))
     place = session or Here()
@@ -175,16 +176,14 @@ def measure(
     found: dict[Kernel, Timing] = {}
     for conv in dict.fromkeys(kernel.conv for kernel in wanted):
         group = [kernel for kernel in wanted if kernel.conv == conv]
-        if progress:
-            progress(len(found), len(wanted), f"{len(group)} kernels")
+        say("compiling")
         modules = []
         for start in range(0, len(group), BATCH):
             library, names = _compile(group[start : start + BATCH], cpu)
             modules.append((place.load(library, cpu), names))
+        say("measuring")
         with place.watched():
             found |= _time(place, modules, cold)
-    if progress:
-        progress(len(wanted), len(wanted), "")
     return found
 
 
