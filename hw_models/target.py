@@ -65,7 +65,7 @@ def load_target(
     `progress(done, total, note)` and `notice(sentence)`.
 
     Raises ValueError for an unknown name, for options that a target doesn't take, and for a wrong file with the key, the value
-    and what is accepted; ImportError saying what to install.
+    and what is accepted; ImportError saying what to install; ConnectionError when no board answers.
     """
     if name == LOCAL or name.startswith(REMOTE):
         return replace(load_cpu(name, threads, target), cold=cold, progress=progress, notice=notice or warn)

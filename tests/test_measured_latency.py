@@ -26,6 +26,7 @@ from torch import nn
 
 import hw_models
 from haq import cli, hardware, search
+from hw_models.tvm_cpu import measure as measuring
 from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu.cache import TimingCache, cache_folder
 from hw_models.tvm_cpu.choose import choose
@@ -400,6 +401,18 @@ def test_a_board_is_measured_and_may_die(
     assert len(kept) == 2
     with pytest.raises(ConnectionError, match=f"no RPC server answers at 127.0.0.1:{other}"):
         hw_models.load_target(f"rpc:127.0.0.1:{other}", target=llvm)
+
+
+def test_a_board_that_accepts_and_never_answers(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"no RPC server answers at {address} within 0.5 s: .*busy") as caught:
+            hw_models.load_target(f"rpc:{address}", target="generic")
+        assert "\n" not in str(caught.value)
+        # Lets go of the thread that is still waiting.
+        peer, _ = silent.accept()
+        peer.close()
 
 
 def test_addresses(stand_ins: None) -> None:

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from shutil import which
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,8 @@ READING_MS = 1  # of one reading at least: as many calls as that takes
 KERNEL_S = 0.03  # of all readings of one kernel, within the bounds on their number
 ROUNDS = (3, 15)
 COLD_ROUNDS = 5
+# Until an RPC server has to answer a new client. It starts a process for each, and a small board takes its time to import TVM.
+ANSWER_S = 60.0
 FLUSH_BYTES = 64 << 20  # written before each cold reading; more than the caches of one core and its share of the last
 
 
@@ -77,7 +81,7 @@ class Here:
 class Board:
     """A machine that runs TVM's RPC server (`python -m tvm.exec.rpc_server --port PORT`), connected to while `with` lasts.
 
-    Raises ConnectionError naming host and port when nothing answers there, and when the peer goes away.
+    Raises ConnectionError naming host and port when nothing answers there in time, and when the peer goes away.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -88,10 +92,26 @@ class Board:
     def __enter__(self) -> Board:
         from tvm import rpc
 
+        # TVM waits for an answer for as long as it takes (its `session_timeout` is for the server), so a thread does that.
+        answers: SimpleQueue[Any] = SimpleQueue()
+
+        def connect() -> None:
+            try:
+                answers.put(rpc.connect(self.host, self.port))
+            except Exception as error:
+                answers.put(error)
+
+        Thread(target=connect, daemon=True).start()
+        none = f"no RPC server answers at {self.host}:{self.port}"
         try:
-            self._session = rpc.connect(self.host, self.port)
-        except Exception as error:
-            raise ConnectionError(f"no RPC server answers at {self.host}:{self.port}: {first_line(error)}") from error
+            answer = answers.get(timeout=ANSWER_S)
+        except Empty:
+            raise ConnectionError(
+                f"{none} within {ANSWER_S:g} s: it serves one client at a time and may be busy, or it isn't TVM's"
+            ) from None
+        if isinstance(answer, Exception):
+            raise ConnectionError(f"{none}: {first_line(answer)}") from answer
+        self._session = answer
         return self
 
     def __exit__(self, *_: object) -> None:
