@@ -42,7 +42,8 @@ from haq import models
 from hw_models import trace
 from hw_models.tvm_cpu.conv import Conv, activation_range, fma, reference, weight_range, zero_point
 from hw_models.tvm_cpu.cpu import Cpu
-from hw_models.tvm_cpu.kernels import Kernel, candidates
+from hw_models.tvm_cpu.kernel import Kernel
+from hw_models.tvm_cpu.kernels import candidates
 from hw_models.tvm_cpu.measure import measure
 
 ROUNDS, READING_S = 21, 0.002

@@ -62,13 +62,13 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
-    """Say that something is loading, and show a bar with time left while kernels are measured.
+    """Say that something is loading, and show a bar with time left while kernels are compiled and measured.
 
     Gives the callbacks `progress` and `notice` of `hw_models.load_target`.
     """
     status = console.status(what)
     bar = progress(console)
-    task = bar.add_task("measuring kernels", total=None, note="")
+    task = bar.add_task("kernels", total=None, note="")
 
     def on_progress(done: int, total: int, note: str) -> None:
         # There is one live display at a time.

@@ -40,7 +40,7 @@ from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv, zero_point
 
 if TYPE_CHECKING:
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
     from hw_models.tvm_cpu.target import CpuTarget
 
 FORMAT = "haq-deployed-1"
@@ -284,7 +284,7 @@ def compile_program(
 
         symbol = f"steps_{start}"
         functions[symbol] = b.function(symbol, arguments, body)
-    progress(0, 1, "compiling")
+    progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     folder.mkdir(parents=True, exist_ok=True)
     # Written last: until then the folder isn't taken for a network, nor for the one it held before.

@@ -4,8 +4,8 @@ tvm     a folder with one library for this machine's processor, integers from en
 onnx    a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others
 qonnx   a file of QONNX, for tools of FPGAs
 
-The fine-tuned network is written if there is one. What was written is run on test images beside the network in PyTorch, and
-the largest difference is printed.
+The fine-tuned network is written if there is one. The run may come from another machine: kernels are chosen by what they take
+on this one. What was written is run on test images beside the network in PyTorch, and the largest difference is printed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from haq import cli, interpreter, onnx_export
 from haq.compiled import Deployed, compile_program
 from haq.graph import Graph, capture
 from haq.integer import lower
-from haq.run import Job, Run
+from haq.run import Run, Subject
 from hw_models import load_target
 
 FORMATS = ("tvm", "onnx", "qonnx")
@@ -85,24 +85,23 @@ def main(arguments: list[str] | None = None) -> int:
     if options.to != "tvm" and (options.threads or options.target or options.cold):
         raise ValueError(f"--threads, --target and --cold are for --to tvm, not for {options.to}")
     with cli.follow_loading(console, "loading network and data") as follow:
-        job = run.build(**follow)
-        run.check(job)
-        network = run.load_checkpoint(job)
+        subject = run.settings.load()
+        run.check(subject)
+        network = run.load_checkpoint(subject)
         tuned = network is not None
         if network is None:
-            network = job.problem.evaluator.network
-            Q.set_policy(network, policy)
+            network = Q.quantize(subject.network.module, policy, calibrate=subject.calibration())
         network = network.eval()
-        graph = capture(network, _images(job, 1))
+        graph = capture(network, _images(subject, 1))
         out = options.out or run.folder / ("deployed" if options.to == "tvm" else f"{options.to}.onnx")
         if options.to == "tvm":
             deployed = to_tvm(
                 network,
-                _images(job, COMPARED, "train"),
+                _images(subject, COMPARED, "train"),
                 out,
                 threads=options.threads,
                 target=options.target,
-                notes=job.signature(),
+                notes=subject.signature(),
                 progress=follow["progress"],
             )
         else:
@@ -111,31 +110,31 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"written: {out} ({'fine-tuned' if tuned else 'not fine-tuned'})", soft_wrap=True, markup=False)
     with console.status("comparing with the network in PyTorch"):
         if options.to == "tvm":
-            return _check_compiled(console, job, network, graph, deployed)
-        found = onnx_export.verify(out, network, _images(job, COMPARED))
+            return _check_compiled(console, subject, network, graph, deployed)
+        found = onnx_export.verify(out, network, _images(subject, COMPARED))
     console.print(str(found), soft_wrap=True, markup=False)
     return 0 if found.same_answers == 1 else 1
 
 
-def _images(job: Job, count: int, split: str = "test") -> Tensor:
-    images, _ = next(getattr(job.dataset, split).batches(count))
-    return job.network.preprocess(images).contiguous()
+def _images(subject: Subject, count: int, split: str = "test") -> Tensor:
+    images, _ = next(getattr(subject.dataset, split).batches(count))
+    return subject.network.preprocess(images).contiguous()
 
 
-def _check_compiled(console: Console, job: Job, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
+def _check_compiled(console: Console, subject: Subject, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
     """Compare on all test images, layer by layer on some of them, and time it. 0 if all answers are the same."""
     same = right = right_before = 0
-    for images, labels in job.dataset.test.batches(250):
-        x = job.network.preprocess(images).contiguous()
+    for images, labels in subject.dataset.test.batches(250):
+        x = subject.network.preprocess(images).contiguous()
         with torch.inference_mode():
             expected = network(x).argmax(1)
         answers = deployed(x).argmax(1)
         same += int((answers == expected).sum())
         right += int((answers == labels).sum())
         right_before += int((expected == labels).sum())
-    count = len(job.dataset.test)
-    some = _images(job, COMPARED)
-    program = lower(graph, network, _images(job, COMPARED, "train"))
+    count = len(subject.dataset.test)
+    some = _images(subject, COMPARED)
+    program = lower(graph, network, _images(subject, COMPARED, "train"))
     comparison = interpreter.compare(network, program, some)
     reference, _ = interpreter.run(program, some.numpy())
     unequal = int((deployed(some).numpy() != reference).sum())

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from hw_models.workload import Size
+from hw_models.workload import Size, end_padding
 
 Shape = tuple[int, int, int]
 
@@ -59,9 +59,7 @@ class Window:
 
     def end_padding(self, input_size: Size, output_size: Size) -> Size:
         """Padding at the bottom and right; negative where the last rows or columns aren't looked at."""
-        sizes = zip(output_size, self.stride, self.dilation, self.kernel, self.padding, input_size, strict=True)
-        bottom, right = ((out - 1) * s + d * (k - 1) + 1 - pad - size for out, s, d, k, pad, size in sizes)
-        return bottom, right
+        return end_padding(self.kernel, self.stride, self.padding, self.dilation, input_size, output_size)
 
     def padded(self, x: Tensor, output_size: Size, value: float) -> Tensor:
         """Images (N, C, H, W) with this padding around them, or without what isn't looked at."""

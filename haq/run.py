@@ -91,17 +91,22 @@ class Settings:
         options = {"threads": self.threads, "target": self.target, "cold": bool(self.cold)}
         return hw_models.load_target(self.hw, **options, **callbacks)  # type: ignore[arg-type]
 
-    def build(self, target: hw_models.Target | None = None) -> Job:
-        """Load network and data and put the problem together; raises what its parts raise."""
-        target = target or self.load_target()
+    def load(self) -> Subject:
+        """Load network and data, which need no hardware; raises what its parts raise."""
         network = models.load(self.network)
         dataset = data.load(self.data, image_size=network.input_shape[-1])
         models.check_fits(network, dataset)
-        picked = data.balanced(dataset.train.labels, 0, -(-CALIBRATION // len(dataset.classes)))[:CALIBRATION]
+        return Subject(self, network, dataset)
+
+    def build(self, target: hw_models.Target | None = None) -> Job:
+        """Load network and data and put the problem together; raises what its parts raise."""
+        target = target or self.load_target()
+        subject = self.load()
+        network, dataset = subject.network, subject.dataset
         search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
         problem = Problem(
             network.module,
-            calibrate=network.preprocess(dataset.train.images[picked]),
+            calibrate=subject.calibration(),
             search=search,
             target=target,
             metric=self.metric,
@@ -112,20 +117,35 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Settings with everything they name, loaded."""
+class Subject:
+    """The network and data that settings name, loaded: what is quantized, wherever it is to run."""
 
     settings: Settings
     network: models.Network
     dataset: data.Dataset
+
+    def signature(self) -> dict[str, str]:
+        """What must be the same for a run's policy and checkpoint to belong to it."""
+        return {"network": self.network.signature(), "data": self.dataset.signature()}
+
+    def calibration(self) -> Tensor:
+        """Preprocessed images of the train split (N, C, H, W), of all classes, that set the activation scales."""
+        train, classes = self.dataset.train, len(self.dataset.classes)
+        picked = data.balanced(train.labels, 0, -(-CALIBRATION // classes))[:CALIBRATION]
+        return self.network.preprocess(train.images[picked])
+
+
+@dataclass(frozen=True)
+class Job(Subject):
+    """Settings with everything they name, loaded and priced."""
+
     problem: Problem
 
     def signature(self) -> dict[str, str]:
         """What must be the same for a run to be continued."""
         table = self.problem.table
         costs = hashlib.sha256(self.problem.cost.tobytes() + table.storage_bytes.tobytes()).hexdigest()[:16]
-        machine = machine_signature(self.problem.target)
-        return {"network": self.network.signature(), "data": self.dataset.signature(), "target": costs, **machine}
+        return {**super().signature(), "target": costs, **machine_signature(self.problem.target)}
 
 
 def machine_signature(target: hw_models.Target) -> dict[str, str]:
@@ -195,8 +215,8 @@ class Run:
             )
         return self.settings.build(target)
 
-    def check(self, job: Job, *, same_versions: bool = False) -> None:
-        """Raise ValueError, with the way out, if network, data or target are no longer what the run began with."""
+    def check(self, job: Subject, *, same_versions: bool = False) -> None:
+        """Raise ValueError, with the way out, if network, data or target (of a Job) aren't what the run began with."""
         content = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
         options = {"target": "hw", "machine": "hw"}
         for name, value in job.signature().items():
@@ -291,7 +311,7 @@ class Run:
         models.write_safetensors({key: value.contiguous() for key, value in tensors.items()}, path, notes)
         return path
 
-    def load_checkpoint(self, job: Job) -> nn.Module | None:
+    def load_checkpoint(self, job: Subject) -> nn.Module | None:
         """The fine-tuned network of this run, or None if it has none. Raises ValueError if it is of another problem."""
         path = self.folder / CHECKPOINT
         if not path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from hw_models.bismo_overlay import BismoOverlayTarget
 from hw_models.bitfusion import BitFusionTarget
 from hw_models.cost import CostTable
 from hw_models.lut import load_lookup_table
-from hw_models.tvm_cpu.cache import Notice
+from hw_models.tvm_cpu.cache import Notice, warn
 from hw_models.tvm_cpu.measure import Progress
 from hw_models.tvm_cpu.target import LOCAL, MEASURED, REMOTE, load_cpu
 from hw_models.workload import Workload
@@ -64,10 +65,10 @@ def load_target(
     `progress(done, total, note)` and `notice(sentence)`.
 
     Raises ValueError for an unknown name, for options that a target doesn't take, and for a wrong file with the key, the value
-    and what is accepted; ImportError saying what to install.
+    and what is accepted; ImportError saying what to install; ConnectionError when no board answers.
     """
     if name == LOCAL or name.startswith(REMOTE):
-        return load_cpu(name, threads=threads, target=target, cold=cold, progress=progress, notice=notice)
+        return replace(load_cpu(name, threads, target), cold=cold, progress=progress, notice=notice or warn)
     options = {"threads": threads is not None, "target": target is not None, "cold": cold}
     if given := [option for option, is_given in options.items() if is_given]:
         raise ValueError(f"{given[0]} is for kernels that are measured ({', '.join(MEASURED)}), not for {name}")

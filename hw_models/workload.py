@@ -17,6 +17,14 @@ Size = tuple[int, int]
 PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
+def end_padding(kernel: Size, stride: Size, padding: Size, dilation: Size, input_size: Size, output_size: Size) -> Size:
+    """Padding at the bottom and right that an output's size needs, of a window with `padding` at the top and left; negative
+    where the last rows or columns aren't looked at."""
+    sizes = zip(output_size, stride, dilation, kernel, padding, input_size, strict=True)
+    bottom, right = ((out - 1) * s + d * (k - 1) + 1 - pad - size for out, s, d, k, pad, size in sizes)
+    return bottom, right
+
+
 @dataclass(frozen=True)
 class Call:
     """One use of a layer on one image: input and output positions (height, width); a linear layer has (rows, 1)."""

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import deploy, interpreter, models
+from haq import cli, deploy, interpreter, models, search
 from haq.graph import capture
 from haq.integer import Codes, lower
+from tests.test_search_command import MODULE, QUICK
 
 pytest.importorskip("tvm")
 
@@ -141,6 +143,33 @@ def test_what_no_kernel_covers_is_named_before_anything_is_compiled(tmp_path: Pa
     with pytest.raises(ValueError, match=r"layer '1' \(Hardswish\) can't be deployed: operation aten.hardswish"):
         deploy.to_tvm(quantized, images, tmp_path / "deployed")
     assert not (tmp_path / "deployed").exists()
+
+
+def test_a_run_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its costs are neither needed nor asked for; its network and data must be the same."""
+    (tmp_path / "small_job.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    assert cli.run_command(lambda: search.main([*QUICK, "--solver", "greedy", "--out", "run"])) == 0
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    config["settings"] |= {"hw": "rpc:192.0.2.1:9090", "target": "generic"}
+    config["signature"] |= {"target": "other", "machine": json.dumps({"processor": "Z80"})}
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    for tuned in ("fine-tuned", "not fine-tuned"):
+        # One if an answer differs from PyTorch's, at a tie.
+        assert cli.run_command(lambda: deploy.main(["run"])) in (0, 1)
+        out, err = capsys.readouterr()
+        assert not err
+        assert f"written: run/deployed ({tuned})" in out
+        content = json.loads(Path("run/deployed/network.json").read_text())
+        assert Q.BitPolicy(content["policy"]) == Q.BitPolicy.from_json("run/policy.json")
+        assert content["machine"]["processor"] != "Z80"
+        Path("run/checkpoint/quantized.safetensors").unlink(missing_ok=True)
+    config["signature"]["network"] = "other"
+    Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.run_command(lambda: deploy.main(["run"])) == cli.EXIT_BAD_INPUT
+    assert "the network (small_job:network) is no longer what run began with" in capsys.readouterr().err
 
 
 def test_bad_folders_and_images(tmp_path: Path) -> None:

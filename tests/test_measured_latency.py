@@ -26,6 +26,7 @@ from torch import nn
 
 import hw_models
 from haq import cli, hardware, search
+from hw_models.tvm_cpu import measure as measuring
 from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu.cache import TimingCache, cache_folder
 from hw_models.tvm_cpu.choose import choose
@@ -316,7 +317,9 @@ def test_measuring(stand_ins: None) -> None:
     cpu = hw_models.load_target("cpu").cpu  # type: ignore[attr-defined]
     few, many = Spin(CONV, 8, 8, False, "int8 few", 1), Spin(CONV, 8, 8, False, "int8 many", 1000)
     for cold in (False, True):
-        timings = measure([few, many, few], cpu, cold=cold)
+        said: list[str] = []
+        timings = measure([few, many, few], cpu, say=said.append, cold=cold)
+        assert said == ["compiling", "measuring"]
         assert list(timings) == [few, many]
         assert timings[few].median_s > 0
         for timing in timings.values():
@@ -379,7 +382,9 @@ def test_a_board_is_measured_and_may_die(
     small = hw_models.trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4))
     target = hw_models.load_target(name, target=llvm)
     assert isinstance(target, targets.CpuTarget)
-    table = target.cost_table(small)
+    notes: list[str] = []
+    table = replace(target, progress=lambda done, total, note: notes.append(note)).cost_table(small)
+    assert notes[:3] == ["0", "compiling 0", "measuring 0"]
     assert table.target == name
     assert f"at 127.0.0.1:{port}" in table.provenance
     assert np.array_equal(target.cost_table(small).metric("latency"), table.metric("latency"))
@@ -396,6 +401,18 @@ def test_a_board_is_measured_and_may_die(
     assert len(kept) == 2
     with pytest.raises(ConnectionError, match=f"no RPC server answers at 127.0.0.1:{other}"):
         hw_models.load_target(f"rpc:127.0.0.1:{other}", target=llvm)
+
+
+def test_a_board_that_accepts_and_never_answers(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"no RPC server answers at {address} within 0.5 s: .*busy") as caught:
+            hw_models.load_target(f"rpc:{address}", target="generic")
+        assert "\n" not in str(caught.value)
+        # Lets go of the thread that is still waiting.
+        peer, _ = silent.accept()
+        peer.close()
 
 
 def test_addresses(stand_ins: None) -> None:

@@ -45,11 +45,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Residual:
-    """Something to be added: real value = factor * (stored integer - zero)."""
+    """Something to be added: real value = factor * stored integer."""
 
     dtype: str
     factor: float
-    zero: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,6 @@ class Builder:
         v = self.fma(sums.astype("float32x16"), scale, offset)
         for index, residual in enumerate(epilogue.residuals):
             stored = self.some(buffers[f"residual{index}"], at, residual.dtype, count).astype("int32x16")
-            if residual.zero:
-                stored = stored - splat(residual.zero, "int32")
             v = self.fma(stored.astype("float32x16"), splat(residual.factor, "float32"), v)
         if epilogue.low > -math.inf:
             v = T.max(v, splat(epilogue.low, "float32"))

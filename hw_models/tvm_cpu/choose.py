@@ -18,7 +18,7 @@ from hw_models.storage import BITS
 from hw_models.tvm_cpu.measure import Timing
 
 if TYPE_CHECKING:
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
 
 SLOWER_TILE = 1.15  # beyond what two readings of the same kernel differ by
 

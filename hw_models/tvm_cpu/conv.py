@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.workload import Call, Layer, Size
+from hw_models.workload import Call, Layer, Size, end_padding
 
 MAX_BITS = 8
 # The largest bytes that kernels multiply are 255 and 128; their sum over the taps must fit into 32 bits.
@@ -74,9 +74,7 @@ class Conv:
     @property
     def end_padding(self) -> Size:
         """Padding at the bottom and right; negative where the last rows or columns aren't looked at."""
-        sizes = zip(self.output_size, self.stride, self.dilation, self.kernel, self.padding, self.input_size, strict=True)
-        bottom, right = ((out - 1) * s + d * (k - 1) + 1 - pad - size for out, s, d, k, pad, size in sizes)
-        return bottom, right
+        return end_padding(self.kernel, self.stride, self.padding, self.dilation, self.input_size, self.output_size)
 
     @property
     def taps(self) -> int:

@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from shutil import which
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,17 +21,20 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
 
     Names = dict[Kernel, tuple[str, ...]]
 
 Progress = Callable[[int, int, str], None]  # done, total, what is worked on
+Say = Callable[[str], None]
 
 BATCH = 16  # kernels compiled as one module
 READING_MS = 1  # of one reading at least: as many calls as that takes
 KERNEL_S = 0.03  # of all readings of one kernel, within the bounds on their number
 ROUNDS = (3, 15)
 COLD_ROUNDS = 5
+# Until an RPC server has to answer a new client. It starts a process for each, and a small board takes its time to import TVM.
+ANSWER_S = 60.0
 FLUSH_BYTES = 64 << 20  # written before each cold reading; more than the caches of one core and its share of the last
 
 
@@ -76,7 +81,7 @@ class Here:
 class Board:
     """A machine that runs TVM's RPC server (`python -m tvm.exec.rpc_server --port PORT`), connected to while `with` lasts.
 
-    Raises ConnectionError naming host and port when nothing answers there, and when the peer goes away.
+    Raises ConnectionError naming host and port when nothing answers there in time, and when the peer goes away.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -87,10 +92,26 @@ class Board:
     def __enter__(self) -> Board:
         from tvm import rpc
 
+        # TVM waits for an answer for as long as it takes (its `session_timeout` is for the server), so a thread does that.
+        answers: SimpleQueue[Any] = SimpleQueue()
+
+        def connect() -> None:
+            try:
+                answers.put(rpc.connect(self.host, self.port))
+            except Exception as error:
+                answers.put(error)
+
+        Thread(target=connect, daemon=True).start()
+        none = f"no RPC server answers at {self.host}:{self.port}"
         try:
-            self._session = rpc.connect(self.host, self.port)
-        except Exception as error:
-            raise ConnectionError(f"no RPC server answers at {self.host}:{self.port}: {first_line(error)}") from error
+            answer = answers.get(timeout=ANSWER_S)
+        except Empty:
+            raise ConnectionError(
+                f"{none} within {ANSWER_S:g} s: it serves one client at a time and may be busy, or it isn't TVM's"
+            ) from None
+        if isinstance(answer, Exception):
+            raise ConnectionError(f"{none}: {first_line(answer)}") from answer
+        self._session = answer
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,15 +179,15 @@ def measure(
     kernels: Iterable[Kernel],
     cpu: Cpu,
     *,
-    progress: Progress | None = None,
+    say: Say = lambda doing: None,
     session: Board | None = None,
     cold: bool = False,
 ) -> dict[Kernel, Timing]:
     """Seconds that each kernel takes for one call on this machine, or on the board of `session`.
 
     A reading is as many calls as take 1 ms, and there are 3 to 15 of them, about 30 ms per kernel. With `cold`, every
-    reading is one call with its inputs and weights out of the caches. Raises BuildError naming the kernel that doesn't
-    compile, and ConnectionError when the board goes away.
+    reading is one call with its inputs and weights out of the caches. `say` is told "compiling" and "measuring". Raises
+    BuildError naming the kernel that doesn't compile, and ConnectionError when the board goes away.
     """
     wanted = list(dict.fromkeys(kernels))
     place = session or Here()
@@ -175,16 +196,14 @@ def measure(
     found: dict[Kernel, Timing] = {}
     for conv in dict.fromkeys(kernel.conv for kernel in wanted):
         group = [kernel for kernel in wanted if kernel.conv == conv]
-        if progress:
-            progress(len(found), len(wanted), f"{len(group)} kernels")
+        say("compiling")
         modules = []
         for start in range(0, len(group), BATCH):
             library, names = _compile(group[start : start + BATCH], cpu)
             modules.append((place.load(library, cpu), names))
+        say("measuring")
         with place.watched():
             found |= _time(place, modules, cold)
-    if progress:
-        progress(len(wanted), len(wanted), "")
     return found
 
 

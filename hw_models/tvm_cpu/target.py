@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,12 @@ from hw_models.storage import storage_bytes
 from hw_models.tvm_cpu.cache import Notice, TimingCache, warn
 from hw_models.tvm_cpu.choose import Choice, Pair, choose, uncovered
 from hw_models.tvm_cpu.conv import Conv
-from hw_models.tvm_cpu.measure import Board, Progress, Timing, measure
+from hw_models.tvm_cpu.measure import Board, Progress, Say, Timing, measure
 from hw_models.workload import Workload
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
-    from hw_models.tvm_cpu.kernels import Kernel
+    from hw_models.tvm_cpu.kernel import Kernel
 
 LOCAL, REMOTE = "cpu", "rpc:"
 # What these targets are, for a list of them.
@@ -43,8 +44,8 @@ class CpuTarget:
 
     Each distinct layer shape is measured once, at batch 1 unless told otherwise, and a cell of the cost table is the time of
     the fastest kernel for those bits or wider, so latency never falls with more bits. Activations are taken as unsigned. The
-    times are kept in a cache, layer by layer. `progress(done, total, note)` is told of the shapes done, `notice` of a cache
-    that can't be trusted.
+    times are kept in a cache, layer by layer. `progress(done, total, note)` is told of the shapes done and of what is being
+    done, `notice` of a cache that can't be trusted.
     """
 
     cpu: Cpu
@@ -114,11 +115,10 @@ class CpuTarget:
         chosen: dict[Conv, dict[Pair, Choice]] = {}
         with self._timings() as timings:
             for conv, (layer, kernels) in candidates.items():
-                if self.progress:
-                    self.progress(len(chosen), len(candidates), layer)
-                chosen[conv] = choose(kernels, timings)
-        if self.progress:
-            self.progress(len(chosen), len(candidates), "")
+                say = partial(self._say, len(chosen), len(candidates), layer)
+                say("")
+                chosen[conv] = choose(kernels, partial(timings, say))
+        self._say(len(chosen), len(candidates), "", "")
         return chosen
 
     def fastest(self, wanted: Iterable[tuple[Conv, int, int, bool]]) -> dict[tuple[Conv, int, int, bool], Choice]:
@@ -133,32 +133,35 @@ class CpuTarget:
         chosen: dict[tuple[Conv, int, int, bool], Choice] = {}
         with self._timings() as timings:
             for layer in distinct:
-                if self.progress:
-                    self.progress(len(chosen), len(distinct), "choosing kernels")
-                timed = timings(kernels.candidates(*layer[:3], False, self.cpu))
+                say = partial(self._say, len(chosen), len(distinct), "kernels")
+                say("choosing")
+                timed = timings(say, kernels.candidates(*layer[:3], False, self.cpu))
                 named = {kernel.name: timing for kernel, timing in timed.items()}
                 able = kernels.candidates(*layer, self.cpu)
                 if not all(kernel.name in named for kernel in able):
-                    named = {kernel.name: timing for kernel, timing in timings(able).items()}
+                    named = {kernel.name: timing for kernel, timing in timings(say, able).items()}
                 best = min(able, key=lambda kernel: named[kernel.name].median_s)
                 chosen[layer] = Choice(best, named[best.name])
-        if self.progress:
-            self.progress(len(distinct), len(distinct), "")
+        self._say(len(distinct), len(distinct), "", "")
         return chosen
 
+    def _say(self, done: int, total: int, what: str, doing: str) -> None:
+        if self.progress:
+            self.progress(done, total, f"{doing} {what}".strip())
+
     @contextmanager
-    def _timings(self) -> Iterator[Callable[[list[Kernel]], dict[Kernel, Timing]]]:
+    def _timings(self) -> Iterator[Callable[[Say, list[Kernel]], dict[Kernel, Timing]]]:
         """A function that has kernels measured, unless they are in the cache."""
         cache = TimingCache(self.key, self.notice)
         known = cache.read()
         with ExitStack() as stack:
             board: list[Board] = []  # connected to when there is something to measure
 
-            def timings(kernels: list[Kernel]) -> dict[Kernel, Timing]:
+            def timings(say: Say, kernels: list[Kernel]) -> dict[Kernel, Timing]:
                 if missing := [kernel for kernel in kernels if _text(kernel) not in known]:
                     if self.board and not board:
                         board.append(stack.enter_context(Board(*self.board)))
-                    measured = measure(missing, self.cpu, session=board[0] if board else None, cold=self.cold)
+                    measured = measure(missing, self.cpu, say=say, session=board[0] if board else None, cold=self.cold)
                     known.update(cache.save({_text(kernel): timing for kernel, timing in measured.items()}))
                 return {kernel: known[_text(kernel)] for kernel in kernels}
 
@@ -190,16 +193,10 @@ class CpuTarget:
         return found
 
 
-def load_cpu(
-    name: str,
-    *,
-    threads: int | None = None,
-    target: str | None = None,
-    cold: bool = False,
-    progress: Progress | None = None,
-    notice: Notice | None = None,
-) -> CpuTarget:
+def load_cpu(name: str, threads: int | None, target: str | None) -> CpuTarget:
     """The target `cpu`, or `rpc:HOST:PORT` with the LLVM target of that board, as JSON or as the name of a processor.
+
+    None are one thread, and the target of this machine. What else there is to say are fields of the result.
 
     Raises ImportError saying what to install, ValueError for a target that TVM refuses or that this machine can't run, and
     ConnectionError when no board answers.
@@ -220,7 +217,7 @@ def load_cpu(
         if target is not None:
             check_runs_here(cpu.target, target)
         processor, features = processor_name(), _features()
-    return CpuTarget(cpu, processor, features, board, cold, progress, notice or warn)
+    return CpuTarget(cpu, processor, features, board)
 
 
 def parse_address(name: str) -> tuple[str, int]:

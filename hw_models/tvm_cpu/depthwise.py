@@ -1,0 +1,202 @@
+"""Depthwise convolutions, which multiply channel by channel: what they compute is `conv.reference`, bit for bit.
+
+`Depthwise` has 16-bit sums where they can't overflow, which is what few bits buy there; `DepthwiseDot` multiplies four at a
+time where the processor has VNNI.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_models.tvm_cpu.builder import LANES, Argument, Builder, segments, up
+from hw_models.tvm_cpu.conv import Conv, activation_range, weight_range
+from hw_models.tvm_cpu.cpu import Cpu
+from hw_models.tvm_cpu.kernel import Kernel
+
+
+@dataclass(frozen=True)
+class Depthwise(Kernel):
+    """One filter for each channel, 32 or 16 channels at a time; `sums` are int32, int16 or float32, `tile` pixels across."""
+
+    sums: str = "int32"
+    tile: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"depthwise {self.sums} {self.tile}"
+
+    @staticmethod
+    def fits(conv: Conv, w_bits: int, a_bits: int, signed: bool) -> bool:
+        """Whether no sum, and no part of one, exceeds 16 bits."""
+        weight, activation = (max(map(abs, bounds)) for bounds in (weight_range(w_bits), activation_range(a_bits, signed)))
+        return conv.taps * weight * activation < 2**15
+
+    @property
+    def _channels(self) -> int:
+        return up(self.conv.in_channels, LANES)
+
+    @property
+    def _prepared(self) -> bool:
+        return not self.conv.padded and self.conv.in_channels % LANES == 0
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        conv = self.conv
+        stages, image = {}, self._input()
+        if not self._prepared:
+            image = Argument("padded", (conv.batch, *self._padded_size, self._channels), self._dtype)
+            stages["prepare"] = [self._input(), image]
+        weights = Argument("weights", (*conv.kernel, self._channels), "float32" if self.is_float else "int16")
+        stages["main"] = [image, weights, *self._ends()]
+        return stages
+
+    def _constants(self, weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self.sums == "int16" and not self.fits(self.conv, self.w_bits, self.a_bits, self.signed):
+            raise ValueError(f"sums of {self.w_bits} by {self.a_bits} bits don't fit into 16 bits")
+        padding = [(0, 0), (0, 0), (0, self._channels - self.conv.in_channels)]
+        return {"weights": np.pad(weights[:, 0].transpose(1, 2, 0), padding)}
+
+    def _prepare(self, b: Builder, buffers: dict[str, Any]) -> None:
+        self._pad(b, buffers, 1, LANES)
+
+    def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
+        conv, threads = self.conv, self.cpu.threads
+        height, width = conv.output_size
+        size = 2 * LANES if self.sums == "int16" else LANES
+        with b.loop(conv.batch) as image, b.loop(height, threads) as y:
+            for first, rounds, lanes in segments(self._channels, size):
+                last = first + rounds * lanes == self._channels and self._channels != conv.out_channels
+                for start, count, partial in (
+                    (first, rounds - last, False),
+                    (first + (rounds - last) * lanes, int(last), True),
+                ):
+                    if not count:
+                        continue
+                    with b.loop(count) as step:
+                        channel = start + step * lanes
+                        for x0, x_rounds, columns in segments(width, self.tile):
+                            with b.loop(x_rounds) as x_step:
+                                here = lanes - (self._channels - conv.out_channels) if partial else lanes
+                                self._tile(b, buffers, image, y, x0 + x_step * columns, columns, channel, lanes, here)
+
+    def _tile(
+        self,
+        b: Builder,
+        buffers: dict[str, Any],
+        image: Any,
+        y: Any,
+        x: Any,
+        columns: int,
+        channel: Any,
+        lanes: int,
+        count: int,
+    ) -> None:
+        """`columns` pixels of a row, in `lanes` channels of which `count` exist."""
+        conv, T = self.conv, b.T
+        high, wide = self._padded_size
+        height, width = conv.output_size
+        source, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        sums: list[Any] = [None] * columns
+        for ky, kx in np.ndindex(*conv.kernel):
+            w = b.vector(weights, (ky * conv.kernel[1] + kx) * self._channels + channel, lanes)
+            row = (image * high + y * conv.stride[0] + ky * conv.dilation[0]) * wide
+            for column in range(columns):
+                place = row + (x + column) * conv.stride[1] + kx * conv.dilation[1]
+                stored = b.vector(source, place * self._channels + channel, lanes)
+                if self.is_float:
+                    before = b.splat(0.0, "float32") if sums[column] is None else sums[column]
+                    sums[column] = b.fma(stored, w, before)
+                    continue
+                q = stored.astype(f"int16x{lanes}")
+                if self._zero:
+                    q = q - b.splat(self._zero, "int16", lanes)
+                # 255 x 128 fits into 16 bits.
+                product = (q * w).astype("int32x16") if self.sums == "int32" else q * w
+                sums[column] = T.bind(product if sums[column] is None else sums[column] + product)
+        for column, total in enumerate(sums):
+            at = ((image * height + y) * width + x + column) * conv.out_channels + channel
+            if lanes == LANES:
+                b.epilogue(buffers, self.epilogue, total, channel, at, count)
+                continue
+            both = T.alloc_buffer((lanes,), "int16")
+            b.put(both, 0, total, lanes)
+            for half in (0, LANES):
+                if count > half:
+                    value = T.bind(b.vector(both, half, LANES).astype("int32x16"))
+                    b.epilogue(buffers, self.epilogue, value, channel + half, at + half, min(LANES, count - half))
+
+
+@dataclass(frozen=True)
+class DepthwiseDot(Depthwise):
+    """The same with the instruction that sums four products: of four neighbours in a row, channel by channel. A window of
+    four serves as many outputs as fit into it, each with the weights at another place."""
+
+    @property
+    def name(self) -> str:
+        return f"depthwise dot {self.tile}"
+
+    @staticmethod
+    def can(conv: Conv, cpu: Cpu) -> bool:
+        return cpu.dot == "vnni" and conv.kernel[1] <= 4 and conv.dilation[1] == 1
+
+    @property
+    def _of_window(self) -> int:
+        """Outputs of a window."""
+        return (4 - self.conv.kernel[1]) // self.conv.stride[1] + 1
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        stages = super().arguments()
+        image, _, *ends = stages["main"]
+        weights = Argument("weights", (self.conv.kernel[0], self._of_window, self._channels, 4), "int8")
+        initial = [Argument("initial", (self._channels,), "int32")] if self._zero else []
+        return stages | {"main": [image, weights, *initial, *ends]}
+
+    def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        conv = self.conv
+        kh, kw = conv.kernel
+        made = np.zeros((kh, self._of_window, self._channels, 4), np.int64)
+        for index in range(self._of_window):
+            start = index * conv.stride[1]
+            made[:, index, : conv.in_channels, start : start + kw] = weights[:, 0].transpose(1, 0, 2)
+        initial = np.pad(-self._zero * weights.sum((1, 2, 3)), (0, self._channels - conv.in_channels))
+        return {"weights": made, "initial": initial}
+
+    def _tile(
+        self,
+        b: Builder,
+        buffers: dict[str, Any],
+        image: Any,
+        y: Any,
+        x: Any,
+        columns: int,
+        channel: Any,
+        lanes: int,
+        count: int,
+    ) -> None:
+        conv, T = self.conv, b.T
+        high, wide = self._padded_size
+        height, width = conv.output_size
+        (kh, kw), (down, across) = conv.kernel, conv.stride
+        source, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        start = b.vector(buffers["initial"], channel, LANES) if self._zero else b.splat(0, "int32")
+        sums: list[Any] = [start] * columns
+        interleaved = [lane + LANES * part for lane in range(LANES) for part in range(4)]
+        for ky in range(kh):
+            row = (image * high + y * down + ky * conv.dilation[0]) * wide
+            for first in range(0, columns, self._of_window):
+                served = min(self._of_window, columns - first)
+                needed = (served - 1) * across + kw
+                # What lies behind the last one needed may not exist, and meets weights of zero.
+                places = [row + (x + first) * across + min(part, needed - 1) for part in range(4)]
+                pixels = [b.vector(source, place * self._channels + channel, LANES) for place in places]
+                window = T.bind(T.reinterpret("uint8x64", T.Shuffle(pixels, interleaved)))
+                for index in range(served):
+                    at = ((ky * self._of_window + index) * self._channels + channel) * 4
+                    dot = ("int32x16", "llvm.x86.avx512.vpdpbusd.512", sums[first + index], window, b.vector(weights, at, 64))
+                    sums[first + index] = T.bind(T.call_llvm_pure_intrin(*dot))
+        for column, total in enumerate(sums):
+            at = ((image * height + y) * width + x + column) * conv.out_channels + channel
+            b.epilogue(buffers, self.epilogue, total, channel, at, count)

@@ -1,0 +1,133 @@
+"""What all kernels share: a convolution with its bits, its buffers, and the padding of its image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hw_models.tvm_cpu.builder import Argument, Builder, Code, Epilogue, pieces, up
+from hw_models.tvm_cpu.conv import Conv, check_codes, weight_range, zero_point
+from hw_models.tvm_cpu.cpu import Cpu
+
+
+@dataclass(frozen=True)
+class Kernel(Code):
+    """One way to compute a layer, for weights and activations of at most these bits.
+
+    `input` are bytes (batch, height, width, channels); `constants` makes the buffers that come from the weights.
+    """
+
+    conv: Conv
+    w_bits: int
+    a_bits: int
+    signed: bool
+    cpu: Cpu
+    epilogue: Epilogue = field(default=Epilogue(), kw_only=True)
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is for float32 weights and activations, which have no bits."""
+        return self.w_bits == 0
+
+    @property
+    def key(self) -> str:
+        """Text that is the same for the same code, and only then; widths that make no difference aren't in it."""
+        return repr((self.name, self.conv, self._zero, self.epilogue, self.cpu))
+
+    def constants(
+        self, weights: NDArray[Any], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
+    ) -> dict[str, NDArray[Any]]:
+        """The buffers that come from integer weights (C_out, C_in / groups, kh, kw) and the epilogue's factors (C_out,).
+
+        Raises ValueError for weights that aren't of the kernel's bits.
+        """
+        conv = self.conv
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
+        if weights.shape != shape:
+            raise ValueError(f"weights of shape {weights.shape} given where {shape} are needed")
+        if not self.is_float:
+            check_codes(f"weights of {self.w_bits} bits", weights, weight_range(self.w_bits))
+            if self.w_bits == 1 and not weights.all():
+                raise ValueError("weights of 1 bit must be -1 or +1, found 0")
+        made = self._constants(weights if self.is_float else weights.astype(np.int64))
+        made |= self.epilogue.constants(multiplier, offset)
+        names = {a.name: a for arguments in self.arguments().values() for a in arguments}
+        return {
+            name: np.ascontiguousarray(array.reshape(-1), dtype=names[name].dtype)
+            for name, array in made.items()
+            if name in names
+        }
+
+    def _constants(self, weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        raise NotImplementedError
+
+    # Shared by all kernels.
+
+    @property
+    def _zero(self) -> int:
+        return zero_point(self.a_bits, self.signed)
+
+    @property
+    def _padded_size(self) -> tuple[int, int]:
+        (top, left), (bottom, right) = self.conv.padding, self.conv.end_padding
+        height, width = self.conv.input_size
+        return height + top + max(bottom, 0), width + left + max(right, 0)
+
+    def _input(self) -> Argument:
+        conv = self.conv
+        return Argument("input", (conv.batch, *conv.input_size, conv.in_channels), self._dtype)
+
+    @property
+    def _dtype(self) -> str:
+        return "float32" if self.is_float else "uint8"
+
+    def _ends(self) -> list[Argument]:
+        return self.epilogue.arguments((self.conv.batch, *self.conv.output_size, self.conv.out_channels))
+
+    def _pad(self, b: Builder, buffers: dict[str, Any], groups: int, to: int) -> None:
+        """Copy the image into the middle of one that is padded, each group's channels to a multiple of `to`."""
+        conv = self.conv
+        (height, width), (high, wide) = conv.input_size, self._padded_size
+        top, left = conv.padding
+        inputs = conv.in_channels // groups
+        padded = up(inputs, to)
+        source, target = buffers["input"], buffers["padded"]
+        pixel = groups * padded
+
+        def fill(at: Any, count: int) -> None:
+            # What pads is written each time: a buffer is used by one layer after another.
+            pieces(b, count, lambda offset, lanes: b.put(target, at + offset, b.splat(self._zero, self._dtype, lanes), lanes))
+
+        with b.loop(conv.batch) as image:
+            for start, count in ((0, top), (top + height, high - top - height)):
+                fill((image * high + start) * wide * pixel, count * wide * pixel)
+            with b.loop(height, self.cpu.threads) as y:
+                line = (image * high + y + top) * wide * pixel
+                fill(line, left * pixel)
+                fill(line + (left + width) * pixel, (wide - left - width) * pixel)
+                to_line, from_line = line + left * pixel, (image * height + y) * width * conv.in_channels
+                if padded == inputs:
+                    pieces(
+                        b,
+                        width * pixel,
+                        lambda offset, lanes: b.put(
+                            target, to_line + offset, b.vector(source, from_line + offset, lanes), lanes
+                        ),
+                    )
+                else:
+                    with b.loop(width * groups) as x:
+                        from_pixel, to_pixel = from_line + x * inputs, to_line + x * padded
+
+                        def copy(offset: Any, lanes: int, source_at: Any = from_pixel, at: Any = to_pixel) -> None:
+                            b.put(target, at + offset, b.vector(source, source_at + offset, lanes), lanes)
+
+                        pieces(b, inputs, copy)
+                        for channel in range(inputs, padded):
+                            b.T.buffer_store(target, b.const(self._zero, self._dtype), [to_pixel + channel])
