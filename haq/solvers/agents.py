@@ -42,11 +42,11 @@ Floats = NDArray[np.float32]
 HIDDEN = [400, 300]
 RATE = 1e-3
 BATCH, TAU = 64, 0.01
-UPDATES = 2  # gradient steps per step of the environment
+UPDATES = 16  # gradient steps per episode
 SIGMA, DECAY = 0.5, 0.98
 CANDIDATES = 32  # episodes played for each that is evaluated
 ELITE = 4  # best episodes around which half of them are played
-CHANGED = 0.3  # share of their actions that are drawn anew
+CHANGED = (0.1, 0.2, 0.4)  # shares of their decisions that are made anew
 VAIN = 3  # rounds without a policy that is new, after which there seem to be none
 
 
@@ -155,7 +155,7 @@ def learn(agent: OffPolicyAlgorithm, episode: Episode) -> Episode:
             np.array([done]),
             [{}],
         )
-    agent.train(UPDATES * steps, BATCH)
+    agent.train(UPDATES, BATCH)
     return episode
 
 
@@ -166,8 +166,8 @@ def imagine(
     sigma: float,
     draws: np.random.Generator,
 ) -> list[Episode]:
-    """Play one episode with each player without evaluating anything: a quarter of them around the actor's actions, half with
-    the bits of one of the best episodes, some of which are drawn anew, and a quarter at random."""
+    """Play one episode with each player without evaluating anything: a quarter of them around the actor's actions, a quarter
+    at random, and half with the bits of one of the best episodes, some of which are drawn or planned anew."""
     best = sorted(episodes, key=lambda episode: -episode.reward)[:ELITE]
     observations = [np.array([player.reset()[0] for player in players])]
     guides = [best[int(draws.integers(len(best)))] if best and i % 2 else None for i in range(len(players))]
@@ -177,8 +177,10 @@ def imagine(
         asked = agent.predict(observations[-1], deterministic=True)[0]
         noisy = truncated_normal(asked, sigma, draws)
         for i, (player, guide) in enumerate(zip(players, guides, strict=True)):
-            if i % 4 == 0 or (guide is not None and draws.random() < CHANGED):
+            if i % 4 == 0:
                 noisy[i] = draws.uniform(-1, 1, 2)
+            elif guide is not None and draws.random() < CHANGED[i % len(CHANGED)]:
+                noisy[i] = draws.uniform(-1, 1, 2) if draws.random() < 0.5 else 0
             elif guide is not None:
                 w, a = guide.policy[player.next_layer()]
                 assert w is not None
