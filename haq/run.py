@@ -221,7 +221,7 @@ class Run:
         self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
         for row in self._rows:
             policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))
-            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]))
+            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count)
         self._write(HISTORY, "".join(f"{line}\n" for line in lines))
         return len(self._rows)
 
