@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq import data, models
+from haq import data, models, training
 from haq.evaluator import Evaluation
-from haq.problem import Problem
+from haq.problem import Problem, check_reward
 from haq.solvers import Found, check_name
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
@@ -68,13 +68,16 @@ class Settings:
     evaluations: int = 200
     seed: int = 0
     finetune_epochs: int = 12
+    finetune_steps: int = 0
+    reward: str = "accuracy"
     threads: int | None = None
     target: str | None = None
     cold: bool | None = None
 
     def __post_init__(self) -> None:
         check_name(self.solver)
-        for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0)):
+        check_reward(self.reward)
+        for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
@@ -97,16 +100,20 @@ class Settings:
         network = models.load(self.network)
         dataset = data.load(self.data, image_size=network.input_shape[-1])
         models.check_fits(network, dataset)
-        picked = data.balanced(dataset.train.labels, 0, -(-CALIBRATION // len(dataset.classes)))[:CALIBRATION]
+        if not dataset.classes and self.reward == "accuracy":
+            raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --reward agreement")
+        tuning = training.ShortTuning(network, dataset.train, self.finetune_steps, self.seed) if self.finetune_steps else None
         search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
         problem = Problem(
             network.module,
-            calibrate=network.preprocess(dataset.train.images[picked]),
+            calibrate=network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)]),
             search=search,
             target=target,
             metric=self.metric,
             budget=self.budget,
             bits=self.bit_range(),
+            reward=self.reward,
+            tune=tuning,
         )
         return Job(self, network, dataset, problem)
 
