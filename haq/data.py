@@ -32,7 +32,8 @@ from torch import Tensor
 
 SPLIT_SEED = 0
 DEFAULT = "fashion-mnist-12k"
-NAMES = ("fashion-mnist-12k", "fashion-mnist", "cifar10", "imagefolder:PATH", "module:function")
+NAMES = ("fashion-mnist-12k", "fashion-mnist", "cifar10", "imagefolder:PATH", "images:PATH", "module:function")
+UNLABELLED = -1
 
 FASHION_CLASSES = (
     "T-shirt",
@@ -132,7 +133,8 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set: its class names and its three disjoint splits."""
+    """A named data set: its class names and its three disjoint splits. One without labels has no classes, and UNLABELLED for
+    every label."""
 
     name: str
     classes: tuple[str, ...]
@@ -146,7 +148,7 @@ class Dataset:
             labels = getattr(self, name).labels
             if len(labels) == 0:
                 raise ValueError(f"the {name} split of {self.name} is empty")
-            if labels.min() < 0 or labels.max() >= len(self.classes):
+            if self.classes and (labels.min() < 0 or labels.max() >= len(self.classes)):
                 raise ValueError(
                     f"the {name} split of {self.name} has labels from {int(labels.min())} to {int(labels.max())}, "
                     f"outside its {len(self.classes)} classes"
@@ -154,10 +156,16 @@ class Dataset:
 
     def describe(self) -> str:
         """The splits in one line."""
+        classes = f"{len(self.classes)} classes" if self.classes else "no labels"
         return (
-            f"{self.name} ({self.origin}): {len(self.classes)} classes, {len(self.train):,} train / "
+            f"{self.name} ({self.origin}): {classes}, {len(self.train):,} train / "
             f"{len(self.search):,} search / {len(self.test):,} test images, disjoint, split seed {SPLIT_SEED}"
         )
+
+    def fair(self, count: int) -> Tensor:
+        """Indices of `count` train images, of every class as many, in an order that never changes."""
+        labels, classes = (self.train.labels, len(self.classes)) if self.classes else (torch.zeros_like(self.train.labels), 1)
+        return balanced(labels, 0, -(-count // classes))[:count]
 
     def signature(self) -> str:
         """A hash of the labels of every split and of the first search images: what a resumed run compares."""
@@ -171,7 +179,7 @@ class Dataset:
 def load(name: str = DEFAULT, *, image_size: int = 224) -> Dataset:
     """Load a data set by name.
 
-    `image_size` (pixels) is used only where images have no size of their own: `imagefolder:PATH`.
+    `image_size` (pixels) is used only where images have no size of their own: `imagefolder:PATH`, `images:PATH`.
     Raises ValueError for an unknown name and FileNotFoundError, with the command that gets it, for missing data.
     """
     if name == "fashion-mnist-12k":
@@ -182,6 +190,8 @@ def load(name: str = DEFAULT, *, image_size: int = 224) -> Dataset:
         return _cifar10(cache_folder() / CIFAR_FOLDER)
     if name.startswith("imagefolder:"):
         return _imagefolder(Path(name.partition(":")[2]), image_size)
+    if name.startswith("images:"):
+        return _images(Path(name.partition(":")[2]), image_size)
     if ":" in name:
         return _from_function(name)
     close = difflib.get_close_matches(name, NAMES, n=3, cutoff=0.3)
@@ -328,9 +338,7 @@ def _imagefolder(path: Path, size: int) -> Dataset:
         ]
         if not files:
             raise ValueError(f"{folder} holds no image ending in {', '.join(IMAGE_ENDINGS)}")
-        # 256/224 is the customary margin of ImageNet's evaluation.
-        images = ImageFiles(tuple(file for file, _ in files), size, round(size * 256 / 224))
-        return Split(images, torch.tensor([label for _, label in files]))
+        return Split(_files([file for file, _ in files], size), torch.tensor([label for _, label in files]))
 
     everything = split(train_folder)
     search = balanced(everything.labels, 0, max(1, min(2000, len(everything) // 5) // len(classes)))
@@ -343,6 +351,27 @@ def _imagefolder(path: Path, size: int) -> Dataset:
         split(test_folder),
         str(path),
     )
+
+
+def _images(path: Path, size: int) -> Dataset:
+    """Photographs in any layout of folders, without labels."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: images:PATH wants one with photographs, in folders of any kind")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
+    held = min(2000, len(files) // 5)
+    if not held:
+        raise ValueError(
+            f"{path} holds {len(files)} images ending in {', '.join(IMAGE_ENDINGS)}; three splits take at least 5"
+        )
+    everything = Split(_files(files, size), torch.full((len(files),), UNLABELLED))
+    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(files)))
+    search, test, train = (everything.subset(index) for index in order.split([held, held, len(files) - 2 * held]))
+    return Dataset(f"images:{path}", (), train, search, test, str(path))
+
+
+def _files(paths: list[Path], size: int) -> ImageFiles:
+    # 256/224 is the customary margin of ImageNet's evaluation.
+    return ImageFiles(tuple(paths), size, round(size * 256 / 224))
 
 
 def _from_function(name: str) -> Dataset:

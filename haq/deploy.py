@@ -145,7 +145,8 @@ def _check_compiled(console: Console, subject: Subject, network: nn.Module, grap
         seconds.append(time.perf_counter() - start)
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_row("same answer as in PyTorch", f"{same:,} of {count:,} test images")
-    table.add_row("accuracy", f"{right / count:.2%} (in PyTorch {right_before / count:.2%})")
+    if subject.dataset.classes:
+        table.add_row("accuracy", f"{right / count:.2%} (in PyTorch {right_before / count:.2%})")
     table.add_row("integers that enter layers", f"{comparison.values:,}, of {len(some)} images")
     table.add_row("  other than in PyTorch", f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding")
     table.add_row("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}")

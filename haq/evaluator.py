@@ -1,73 +1,220 @@
-"""Accuracy of a policy on held-out images, fast: one forward pass for a policy never seen before, none for one that was."""
+"""Accuracy of a policy on held-out images, fast: at most one forward pass for a policy never seen before, none for one that
+was."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.prefix import Prefix
 
 BATCH = 125  # images; small enough for a layer's activations to stay in the processor's cache
+KEPT_BYTES = 1 << 30  # of activations, all batches together
+RISK = 1e-3  # that an evaluation is stopped although the policy isn't below the accuracy to beat
+SHUFFLE_SEED = 0
 
 
 class Evaluation(NamedTuple):
-    """Share of images classified correctly (0..1), and mean cross-entropy (nats)."""
+    """Share of images classified correctly (0..1), mean loss (nats), and the number of images that both stand on."""
 
     accuracy: float
     loss: float
+    images: int
 
 
 class Evaluator:
-    """Evaluates policies of one quantized network on one set of images, which it keeps in memory.
+    """Evaluates policies of one quantized network on one set of images, which it keeps in memory, where the network is.
 
-    Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy.
+    Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
+    begins with the bits of the one before starts from what was computed then (`haq.prefix`), with the same result.
     """
 
-    def __init__(self, network: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-        """`network` comes from `quantizers.quantize`; `inputs` (N, ...) are preprocessed, `labels` int64 (N,)."""
-        if len(inputs) != len(labels) or not len(inputs):
-            raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {len(labels)}")
-        self.network = network.eval()
-        self.batches = list(zip(inputs.split(BATCH), labels.split(BATCH), strict=True))
-        self.count = len(labels)
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        *,
+        teacher: nn.Module | None = None,
+        tune: Callable[[nn.Module], nn.Module] | None = None,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
+        """network: from `quantizers.quantize`.
+        inputs: (N, ...), preprocessed.
+        labels: int64 (N,); the loss is the cross-entropy. Or instead
+        teacher: a network whose answers are taken for labels; accuracy is then the share of equal answers, and the loss the
+            Kullback-Leibler divergence KL(teacher || network).
+        tune: makes of the network, at a policy's bits, the one that is judged (a copy).
+        kept_bytes: limit of the activations kept between evaluations, all batches together.
+        """
+        count = len(inputs) if labels is None else len(labels)
+        if len(inputs) != count or not count:
+            raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
+        if (labels is None) == (teacher is None):
+            raise ValueError("give labels or a teacher, one of the two")
+        self.network, self.tune, self.kept_bytes = network.eval(), tune, kept_bytes
+        self.count = count
+        self.device = device_of(network)
+        # Whatever part of them is looked at first is a fair sample.
+        self.order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count))
+        with torch.inference_mode(False), torch.no_grad():  # changes of inference tensors can't be noticed
+            self._inputs = [_rows(inputs, index).to(self.device) for index in self.order.split(BATCH)]
+        self.expected: Tensor | None = None  # the teacher's outputs, in the order of `inputs`
+        if teacher is not None:
+            outputs = torch.cat([_scores(part) for part in self._each(_whole(teacher, self._inputs))])
+            self.expected = outputs[self.order.argsort()]
+            labels = self.expected.argmax(1)
+        assert labels is not None
+        self.labels = labels.cpu()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
+        self._prefix: Prefix | None = None
+        self._cut = False  # whether it was tried
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Accuracy and loss of a policy. Raises ValueError if the outputs aren't finite."""
-        if policy not in self.cache:
-            Q.set_policy(self.network, policy)
-            self.cache[policy] = self.measure(self.network)
-        return self.cache[policy]
+    @property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Inputs and labels, in the order in which they are looked at."""
+        return list(zip(self._inputs, self.labels[self.order].split(BATCH), strict=True))
+
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
+        """Accuracy and loss of a policy. Raises ValueError if the outputs aren't finite.
+
+        Given an accuracy to beat, evaluation ends after a part of the images, taken in random order without replacement, if
+        that part tells that the accuracy on all of them is below `beat`. A policy that isn't below it is stopped with a
+        probability of at most `RISK`, all looks together: after each batch the number of right answers is held against its
+        hypergeometric distribution for a policy that just reaches `beat`, at the level RISK / looks (union bound). The
+        probability is that of the order of images, which is drawn once for all policies.
+        """
+        known = self.cache.get(policy)
+        if known is None or (known.images < self.count and not self._is_below(known, beat)):
+            network = self.prepared(policy)
+            forward = self._resuming() if network is self.network else _whole(network, self._inputs)
+            self.cache[policy] = known = self._measure(forward, beat)
+        return known
+
+    def prepared(self, policy: Q.BitPolicy) -> nn.Module:
+        """The network that a policy is judged by: at its bits, and tuned if there is a `tune`."""
+        Q.set_policy(self.network, policy)
+        return self.network if self.tune is None else self.tune(self.network).eval()
 
     def measure(self, network: nn.Module) -> Evaluation:
-        """Accuracy and loss of any network, in evaluation mode, on the same images.
+        """Accuracy and loss of any network, in evaluation mode, on the same images."""
+        return self._measure(_whole(network, self._inputs), None)
+
+    def _resuming(self) -> Callable[[int], Tensor]:
+        """Outputs of the quantized network by batch, computed from where its bits part from those before."""
+        if not self._cut:
+            self._cut = True
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._prefix = Prefix(self.network, self._inputs, self.kept_bytes)
+            except ValueError:
+                pass  # then it is run as a whole, with the same result
+        if self._prefix is None:
+            return _whole(self.network, self._inputs)
+        prefix = self._prefix
+
+        def forward(batch: int) -> Tensor:
+            # Not inference mode: what is kept must tell whether it was changed.
+            with torch.inference_mode(False), torch.no_grad():
+                return prefix.forward(batch)
+
+        return forward
+
+    def _measure(self, forward: Callable[[int], Tensor], beat: float | None) -> Evaluation:
+        parts: list[Tensor] = []
+        right = seen = 0
+        with closing(self._each(forward)) as each:
+            for outputs in each:
+                labels = self.labels[self.order[seen : seen + len(outputs)]]
+                if labels.max() >= _scores(outputs).shape[1] or labels.min() < 0:
+                    span = f"{int(labels.min())} to {int(labels.max())}"
+                    raise ValueError(f"labels from {span} don't fit outputs of shape {tuple(outputs.shape)}")
+                right += int((outputs.argmax(1) == labels).sum())
+                seen += len(outputs)
+                parts.append(outputs)
+                if seen < self.count and self._is_below(Evaluation(right / seen, 0.0, seen), beat):
+                    break
+        # Summed in the order in which the images were given.
+        looked_at = self.order[:seen]
+        loss = self._loss(torch.cat(parts)[looked_at.argsort()], looked_at.sort().values)
+        if not math.isfinite(loss):
+            raise ValueError("the network's outputs are not finite on the search images")
+        return Evaluation(right / seen, loss / seen, seen)
+
+    def _each(self, forward: Callable[[int], Tensor]) -> Generator[Tensor]:
+        """The outputs of every batch, in their order, in main memory.
 
         Every thread takes whole batches: small networks spend much of their time waiting where all threads share one
-        operation. The sums are taken in the order of the batches, so the result doesn't depend on who was first.
+        operation. What a result is doesn't depend on who was first.
         """
-        threads = torch.get_num_threads()
-        if threads == 1 or len(self.batches) == 1:
-            parts = [self._batch(network, *batch) for batch in self.batches]
-        else:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                parts = list(pool.map(lambda batch: self._batch(network, *batch), self.batches))
+        threads, batches = torch.get_num_threads(), range(len(self._inputs))
+        if threads == 1 or len(batches) == 1 or self.device.type != "cpu":
+            yield from (forward(batch).cpu() for batch in batches)
+            return
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            yield from pool.map(forward, batches)
+        finally:
+            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # threads made from now on would have taken over the pool's setting
-        loss = sum(part[1] for part in parts)
-        if loss != loss or loss == float("inf"):
-            raise ValueError("the network's outputs are not finite on the search images")
-        return Evaluation(sum(part[0] for part in parts) / self.count, loss / self.count)
 
-    @staticmethod
-    @torch.inference_mode()
-    def _batch(network: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[int, float]:
-        """Images classified correctly, and the sum of their losses."""
-        outputs = network(inputs)
-        if outputs.dim() != 2 or labels.max() >= outputs.shape[1] or labels.min() < 0:
-            span = f"{int(labels.min())} to {int(labels.max())}"
-            raise ValueError(f"labels from {span} don't fit outputs of shape {tuple(outputs.shape)}")
-        correct = int((outputs.argmax(1) == labels).sum())
-        return correct, float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
+    def _is_below(self, part: Evaluation, beat: float | None) -> bool:
+        """Whether the part of the images that was looked at tells that the accuracy on all of them is below `beat`."""
+        if beat is None:
+            return False
+        from scipy.stats import hypergeom  # it takes half a second to import
+
+        # Right answers that reach `beat`, which may be such a share itself, rounded.
+        needed = min(max(math.ceil(beat * self.count - 1e-6), 0), self.count)
+        right, looks = round(part.accuracy * part.images), len(self._inputs) - 1
+        return bool(hypergeom.cdf(right, self.count, needed, part.images) <= RISK / looks)
+
+    def _loss(self, outputs: Tensor, index: Tensor) -> float:
+        """The sum of the losses of the images `index`."""
+        total = 0.0
+        for part, images in zip(outputs.double().split(BATCH), index.split(BATCH), strict=True):
+            if self.expected is None:
+                loss = F.cross_entropy(part, self.labels[images], reduction="sum")
+            else:
+                expected = F.log_softmax(self.expected[images].double(), 1)
+                loss = F.kl_div(F.log_softmax(part, 1), expected, reduction="sum", log_target=True)
+            total += float(loss)
+        return total
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are; the CPU if it has none."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def _scores(outputs: Tensor) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        what = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"the network's outputs are class scores of shape (images, classes), not {what}")
+    return outputs
+
+
+def _whole(network: nn.Module, inputs: list[Tensor]) -> Callable[[int], Tensor]:
+    """Outputs of a network by batch, computed from the input on."""
+
+    def forward(batch: int) -> Tensor:
+        with torch.inference_mode():
+            outputs: Tensor = network(inputs[batch])
+        return outputs
+
+    return forward
+
+
+def _rows(inputs: Tensor, index: Tensor) -> Tensor:
+    """Some of the images, in the memory order that they have."""
+    rows = torch.empty_like(inputs[: len(index)])
+    return torch.index_select(inputs, 0, index.to(inputs.device), out=rows)

@@ -429,9 +429,10 @@ def output_count(network: Network) -> int:
 
 
 def check_fits(network: Network, dataset: data.Dataset) -> None:
-    """Raise ValueError unless the network's outputs are the data set's classes and its input the data set's images."""
+    """Raise ValueError unless the network's outputs are the data set's classes, where it has labels, and its input the data
+    set's images."""
     outputs = output_count(network)
-    if outputs != len(dataset.classes):
+    if dataset.classes and outputs != len(dataset.classes):
         raise ValueError(
             f"{network.name} tells {outputs} classes apart, {dataset.name} has {len(dataset.classes)}: accuracy would mean "
             "nothing. Train the network on this data set (python -m haq.train) or choose another data set"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq.evaluator import Evaluation, Evaluator
+from haq.evaluator import Evaluation, Evaluator, device_of
 
 UNITS = {
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
     "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
 }
+REWARDS = ("accuracy", "agreement")
 ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
 
 
@@ -39,11 +40,12 @@ class Problem:
     """Find the policy with the best accuracy on `search` whose cost on `target` is within `budget`.
 
     network
-        an nn.Module that classifies; it is copied, never changed.
+        an nn.Module that classifies; it is copied, never changed. Everything is computed on the device it is on.
     calibrate
         batches of inputs that set the activation scales: a tensor, or an iterable of tensors or (inputs, labels).
     search
-        held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory).
+        held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory). With reward="agreement"
+        inputs are enough: a tensor, or an iterable of tensors.
     target
         a hardware target, or the name of one; batch=None takes the target's own batch.
     metric
@@ -56,6 +58,12 @@ class Problem:
         layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8 bits.
     tied
         groups of layer names; the layers of a group take the same bits.
+    reward
+        what a policy is judged by: "accuracy" on the labels of `search` and cross-entropy (nats); or, without labels,
+        "agreement": the share of inputs on which its answer is the float network's, and the mean Kullback-Leibler divergence
+        (nats) of its outputs from the float network's. The two are then what an evaluation calls accuracy and loss.
+    tune
+        what is done to the quantized network, at a policy's bits, before the policy is judged: takes it, returns a tuned copy.
 
     A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
     `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
@@ -67,7 +75,7 @@ class Problem:
         self,
         network: nn.Module,
         calibrate: Iterable[Any] | Tensor,
-        search: tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]],
+        search: Tensor | tuple[Tensor, Tensor] | Iterable[Any],
         target: str | hw_models.Target,
         metric: str = "latency",
         budget: float | str = 0.5,
@@ -76,8 +84,13 @@ class Problem:
         pinned: Mapping[str, tuple[int, int]] | None = None,
         tied: Iterable[Iterable[str]] = (),
         batch: int | None = None,
+        reward: str = "accuracy",
+        tune: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
-        inputs, labels = _as_tensors(search)
+        self.reward = check_reward(reward)
+        inputs, labels = _as_tensors(search, reward)
+        device = device_of(network)
+        inputs = inputs.to(device)
         self.network = network
         self.target = hw_models.load_target(target) if isinstance(target, str) else target
         self.workload = hw_models.trace(network, inputs[:1])
@@ -91,14 +104,15 @@ class Problem:
         self.reference = float(self.cost[:, 7, 7].sum())
         self.smallest = self._smallest(self.decisions)
         self.limit = self._limit(budget)
-        qnetwork = Q.quantize(network, self.uniform(8), calibrate=calibrate)
+        qnetwork = Q.quantize(network, self.uniform(8), calibrate=_moved(calibrate, device))
         layers = Q.quant_layers(qnetwork)
         errors = np.array(
             [[layers[name].weight_error.tolist(), layers[name].activation_error.tolist()] for name in self.workload.names]
         )
         self.noise = np.array([errors[list(group)].mean(0) for group in self.groups])
-        self.evaluator = Evaluator(qnetwork, inputs, labels)
         was_training = network.training
+        teacher = None if labels is not None else network.eval()
+        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=teacher, tune=tune)
         self.float_result = self.evaluator.measure(network.eval())
         network.train(was_training)
 
@@ -109,7 +123,7 @@ class Problem:
 
     @property
     def float_accuracy(self) -> float:
-        """Accuracy of the float network on the search images."""
+        """Accuracy of the float network on the search images; 1 where the reward is agreement with it."""
         return self.float_result.accuracy
 
     def uniform(self, bits: int) -> Q.BitPolicy:
@@ -239,14 +253,39 @@ def describe_amount(amount: float, metric: str) -> str:
     return f"{amount / size:.4g} {name}"
 
 
-def _as_tensors(search: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(search, tuple) and len(search) == 2 and isinstance(search[0], Tensor):
-        inputs, labels = search
+def check_reward(reward: str) -> str:
+    """The reward itself. Raises ValueError for one that there isn't."""
+    if reward not in REWARDS:
+        raise ValueError(f"unknown reward {reward!r}; it can be {' or '.join(REWARDS)}")
+    return reward
+
+
+def _as_tensors(search: Any, reward: str) -> tuple[Tensor, Tensor | None]:
+    """Inputs and labels; no labels where they play no part."""
+    batches: list[tuple[Tensor, Any]]
+    if isinstance(search, Tensor):
+        batches = [(search, None)]
+    elif isinstance(search, tuple) and len(search) == 2 and isinstance(search[0], Tensor):
+        batches = [search]
     else:
-        batches = [(inputs, labels) for inputs, labels in search]
-        if not batches:
-            raise ValueError("`search` gave no images")
-        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    if len(inputs) != len(labels) or not len(inputs):
-        raise ValueError(f"`search` needs as many images as labels, at least one; got {len(inputs)} and {len(labels)}")
+        batches = [(batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1]) for batch in search]
+    if not batches:
+        raise ValueError("`search` gave no images")
+    inputs = torch.cat([batch for batch, _ in batches]) if len(batches) > 1 else batches[0][0]
+    if reward == "agreement":
+        labels = None
+    elif any(part is None for _, part in batches):
+        raise ValueError('`search` has no labels to tell the accuracy by: give (inputs, labels), or reward="agreement"')
+    else:
+        labels = torch.cat([part for _, part in batches])
+    count = len(inputs) if labels is None else len(labels)
+    if len(inputs) != count or not count:
+        raise ValueError(f"`search` needs as many images as labels, at least one; got {len(inputs)} and {count}")
     return inputs, labels
+
+
+def _moved(batches: Iterable[Any] | Tensor, device: torch.device) -> Iterable[Any] | Tensor:
+    """Batches of inputs, on a device."""
+    if isinstance(batches, Tensor) or device.type == "cpu":
+        return batches.to(device) if isinstance(batches, Tensor) else batches
+    return ((batch if isinstance(batch, Tensor) else batch[0]).to(device) for batch in batches)

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq import data, models
+from haq import data, models, training
 from haq.evaluator import Evaluation
-from haq.problem import Problem
+from haq.problem import Problem, check_reward
 from haq.solvers import Found, check_name
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
@@ -68,13 +68,16 @@ class Settings:
     evaluations: int = 200
     seed: int = 0
     finetune_epochs: int = 12
+    finetune_steps: int = 0
+    reward: str = "accuracy"
     threads: int | None = None
     target: str | None = None
     cold: bool | None = None
 
     def __post_init__(self) -> None:
         check_name(self.solver)
-        for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0)):
+        check_reward(self.reward)
+        for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
@@ -103,6 +106,9 @@ class Settings:
         target = target or self.load_target()
         subject = self.load()
         network, dataset = subject.network, subject.dataset
+        if not dataset.classes and self.reward == "accuracy":
+            raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --reward agreement")
+        tuning = training.ShortTuning(network, dataset.train, self.finetune_steps, self.seed) if self.finetune_steps else None
         search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
         problem = Problem(
             network.module,
@@ -112,6 +118,8 @@ class Settings:
             metric=self.metric,
             budget=self.budget,
             bits=self.bit_range(),
+            reward=self.reward,
+            tune=tuning,
         )
         return Job(self, network, dataset, problem)
 
@@ -130,9 +138,7 @@ class Subject:
 
     def calibration(self) -> Tensor:
         """Preprocessed images of the train split (N, C, H, W), of all classes, that set the activation scales."""
-        train, classes = self.dataset.train, len(self.dataset.classes)
-        picked = data.balanced(train.labels, 0, -(-CALIBRATION // classes))[:CALIBRATION]
-        return self.network.preprocess(train.images[picked])
+        return self.network.preprocess(self.dataset.train.images[self.dataset.fair(CALIBRATION)])
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ class Run:
         self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
         for row in self._rows:
             policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))
-            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]))
+            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count)
         self._write(HISTORY, "".join(f"{line}\n" for line in lines))
         return len(self._rows)
 

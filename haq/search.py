@@ -46,6 +46,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, help=f"of everything random but the data's splits (default: {default.seed})")
     add("--finetune-epochs", type=int, help=f"0 leaves fine-tuning out (default: {default.finetune_epochs})")
+    add(
+        "--finetune-steps",
+        type=int,
+        help=f"steps by which every policy is fine-tuned before it is judged (default: {default.finetune_steps})",
+    )
+    add(
+        "--reward",
+        help="what a policy is judged by: accuracy, or, on images without labels, agreement with the float network "
+        f"(default: {default.reward})",
+    )
     add("--out", type=Path, help="folder of the run (default: one under runs/)")
     add("--resume", type=Path, metavar="RUN", help="go on with an interrupted run")
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
@@ -137,7 +147,7 @@ def _solve(bar: Progress, job: Job, run: Run, name: str) -> tuple[Found, int]:
             if name == job.settings.solver:
                 run.save_policy(found.policy)
         run.record(name, count, found, within_budget, job.problem)
-        note = f"best accuracy {100 * best[0].result.accuracy:.2f} %" if best else "measuring sensitivities"
+        note = f"best {job.settings.reward} {100 * best[0].result.accuracy:.2f} %" if best else "measuring sensitivities"
         bar.update(task, completed=count, note=note)
 
     session = Session(job.problem, job.settings.evaluations, on_evaluation)

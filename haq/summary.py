@@ -20,16 +20,17 @@ SCHEMA = "haq-result-1"
 
 
 def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
-    """Accuracy of a network on the search and the test split, and what its policy costs; the float network without one.
+    """Accuracy (or agreement with the float network, if that is the reward) on the search and the test split, and what its
+    policy costs; of the float network without one.
 
-    `module` is a fine-tuned network; without it the policy is applied to the float network's weights.
+    `module` is a fine-tuned network; without it the policy is applied to the float network's weights, and they are fine-tuned
+    as far as every policy of the search was.
     """
     problem = job.problem
     if policy is None:
         module = job.network.module
     elif module is None:
-        module = problem.evaluator.network
-        Q.set_policy(module, policy)
+        module = problem.evaluator.prepared(policy)
     costs: dict[str, float | None] = {"latency_s": None, "energy_j": None}
     if policy is None:
         # 32 bits for each weight and bias; no simulated target computes in float.
@@ -38,11 +39,9 @@ def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None)
         w, a = problem.bit_arrays(policy)
         costs |= {k: None if v is None else float(v) for k, v in problem.table.price(w, a)._asdict().items()}
         del costs["cycles"]
-    return {
-        "search_accuracy": training.accuracy(job.network, job.dataset.search, module),
-        "test_accuracy": training.accuracy(job.network, job.dataset.test, module),
-        **costs,
-    }
+    measure = training.accuracy if problem.reward == "accuracy" else training.agreement
+    splits = {"search": job.dataset.search, "test": job.dataset.test}
+    return {f"{name}_{problem.reward}": measure(job.network, split, module) for name, split in splits.items()} | costs
 
 
 def collect(
@@ -63,6 +62,8 @@ def collect(
         "solver": job.settings.solver,
         "evaluations": evaluations,
         "seed": job.settings.seed,
+        "reward": problem.reward,
+        "finetune_steps": job.settings.finetune_steps,
         "accuracy_is": f"measured on {threads()}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": {
@@ -88,10 +89,11 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
     problem, settings = job.problem, job.settings
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
+    float_accuracy = f", float accuracy {_percent(problem.float_accuracy)} on the search split"
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     rows = {
         "network": f"{job.network.name} ({job.network.origin}): {len(problem.workload)} quantizable layers, "
-        f"{problem.workload.macs / 1e6:.2f} M MACs, float accuracy {_percent(problem.float_accuracy)} on the search split",
+        f"{problem.workload.macs / 1e6:.2f} M MACs{float_accuracy if problem.reward == 'accuracy' else ''}",
         "data": job.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
@@ -100,7 +102,9 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
         f"({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "solver": f"{settings.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
-        "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images",
+        "reward": "accuracy" if problem.reward == "accuracy" else "agreement with the float network's answers, without labels",
+        "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
+        + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else ""),
         "fine-tuning": f"{settings.finetune_epochs} epochs on {len(job.dataset.train):,} train images"
         if settings.finetune_epochs
         else "none",
@@ -142,13 +146,13 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
 
 def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[str, Any]) -> None:
     """The two tables and one sentence each on the budget and on the rivals."""
-    problem, budget = job.problem, result["budget"]
+    problem, budget, reward = job.problem, result["budget"], job.problem.reward
     console.print(layer_table(problem, policy))
     title = f"{result['network']} on {result['data']}, {result['target']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
     table.add_column("policy", no_wrap=True)
     for split in ("test", "search"):
-        table.add_column(f"{split}\naccuracy\n(measured)", justify="right")
+        table.add_column(f"{split}\n{reward}\n(measured)", justify="right")
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
@@ -167,9 +171,11 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         keys = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
         costs = [row[keys[name]] for name in metrics]
         cells = ["–" if c is None else describe_amount(c, name) for c, name in zip(costs, metrics, strict=True)]
-        table.add_row(label, _percent(row["test_accuracy"]), _percent(row["search_accuracy"]), *cells)
+        table.add_row(label, _percent(row[f"test_{reward}"]), _percent(row[f"search_{reward}"]), *cells)
     sizes = f"{len(job.dataset.test):,} test and {len(job.dataset.search):,} search images"
-    table.caption = f"{sizes}; accuracy {result['accuracy_is']}; cost {result['cost_is']}"
+    steps = job.settings.finetune_steps
+    tuned = f"; every policy fine-tuned for {steps} steps" if steps else ""
+    table.caption = f"{sizes}{tuned}; {reward} {result['accuracy_is']}; cost {result['cost_is']}"
     console.print(table)
     used = describe_amount(budget["used"], budget["metric"])
     limit = describe_amount(budget["limit"], budget["metric"])
@@ -178,12 +184,12 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         f"{budget['used_fraction']:.3f} of uniform 8 bits): {'holds' if budget['holds'] else 'EXCEEDED'}."
     )
     if result["rivals"]:
-        name, rival = max(result["rivals"].items(), key=lambda item: item[1]["search_accuracy"])
-        difference = 100 * (result["found"]["search_accuracy"] - rival["search_accuracy"])
+        name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{reward}"])
+        difference = 100 * (result["found"][f"search_{reward}"] - rival[f"search_{reward}"])
         than = f"{abs(difference):.2f} points {'below' if difference > 0 else 'above'}" if difference else "as good as"
         console.print(
             f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
-            f"{_percent(rival['search_accuracy'])} on the search split, {than} {result['solver']}."
+            f"{_percent(rival[f'search_{reward}'])} on the search split, {than} {result['solver']}."
         )
 
 

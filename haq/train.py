@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         dataset = data.load(options.data)
+        if not dataset.classes:
+            raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --reward agreement needs none")
         network = models.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
         models.check_fits(network, dataset)
         console.print(dataset.describe())

@@ -16,6 +16,7 @@ import quantizers as Q
 from haq.data import Split
 from haq.models import Network
 
+TUNING_BATCH = 32  # images of a step of `finetune`
 SMALL = 64  # pixels; a small batch of images up to this size is done sooner by one thread than by several
 
 
@@ -54,10 +55,12 @@ def fit(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     clipping: Q.WeightClipping | None = None,
     state: TrainingState | None = None,
+    steps: int | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> None:
-    """Train `module` (default: the network's own) in place, on `split`, with a cosine learning rate.
+    """Train `module` (default: the network's own) in place, on `split`, with a cosine learning rate, for `epochs`, or for as
+    many `steps` (batches) if these are given.
 
     With a `teacher` the labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
     mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR 2022).
@@ -89,12 +92,13 @@ def fit(
     if clipping is not None:
         made[-1].register_step_post_hook(clipping)
     full = [[group["lr"] for group in one.param_groups] for one in made]
-    steps = epochs * math.ceil(len(split) / batch_size)
+    per_epoch = math.ceil(len(split) / batch_size)
+    steps = steps or epochs * per_epoch
     warmup = min(200, steps // 10 + 1)
     done = state.load(module, made, generator) if state else 0
-    step = done * math.ceil(len(split) / batch_size)
-    for epoch in range(done, epochs):
-        total = 0.0
+    step = done * per_epoch
+    for epoch in range(done, math.ceil(steps / per_epoch)):
+        total, seen = 0.0, 0
         module.train()
         for part in module.modules():
             if fixed_norms and isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -119,11 +123,14 @@ def fit(
                 for scale, least in zip(scales, smallest, strict=True):
                     torch.maximum(scale, least, out=scale)
             total += loss.item() * len(labels)
+            seen += len(labels)
             step += 1
             on_step(step, steps)
+            if step == steps:
+                break
         if state:
             state.save(module, made, generator, epoch + 1)
-        on_epoch(epoch + 1, total / len(split))
+        on_epoch(epoch + 1, total / seen)
     module.eval()
 
 
@@ -191,6 +198,16 @@ def _match(module: nn.Module, teacher: nn.Module, inputs: Tensor, generator: tor
 
 
 @torch.inference_mode()
+def agreement(network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+    """The share of `split` on which `module` answers what the float network answers, 0..1; labels play no part."""
+    same = 0
+    for images, _ in split.batches(batch_size):
+        inputs = network.preprocess(images)
+        same += int((module.eval()(inputs).argmax(1) == network.module.eval()(inputs).argmax(1)).sum())
+    return same / len(split)
+
+
+@torch.inference_mode()
 def accuracy(network: Network, split: Split, module: nn.Module | None = None, batch_size: int = 250) -> float:
     """The share of `split` classified correctly, 0..1."""
     module = (module or network.module).eval()
@@ -208,18 +225,21 @@ def finetune(
     epochs: int,
     seed: int,
     learning_rate: float = 0.005,
+    steps: int | None = None,
+    norm_images: int = 4000,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> nn.Module:
-    """A copy of a quantized network, trained at its bits with straight-through gradients and the float network as teacher.
+    """A copy of a quantized network, trained at its bits with straight-through gradients and the float network as teacher, for
+    `epochs`, or for `steps` if these are given. Labels play no part.
 
-    The activation scales are trained as well. Batch norms first take their statistics anew from the quantized network, and
-    then keep them: with few images, statistics that wander cost more than they adapt.
+    The activation scales are trained as well. Batch norms first take their statistics anew from the quantized network, on the
+    first `norm_images`, and then keep them: with few images, statistics that wander cost more than they adapt.
     """
     tuned = copy.deepcopy(qnetwork)
     for parameter in tuned.parameters():
         parameter.requires_grad_(True)
-    refresh_norms(network, tuned, split)
+    refresh_norms(network, tuned, split, norm_images)
     scales = Q.activation_scales(tuned)
     threads = torch.get_num_threads()
     if max(network.input_shape[1:]) <= SMALL:
@@ -231,10 +251,11 @@ def finetune(
         teacher=network.module.eval(),
         scales=scales,
         fixed_norms=True,
-        batch_size=32,  # many small steps: with few images it is their number that counts
+        batch_size=TUNING_BATCH,  # many small steps: with few images it is their number that counts
         epochs=epochs,
         learning_rate=learning_rate,
         seed=seed,
+        steps=steps,
         on_epoch=on_epoch,
         on_step=on_step,
     )
@@ -242,6 +263,31 @@ def finetune(
     for scale in scales:
         scale.requires_grad_(False)
     return tuned
+
+
+@dataclass(frozen=True)
+class ShortTuning:
+    """Fine-tuning in the loop of a search, as HAQ does it (Wang et al., CVPR 2019): some steps of `finetune` from
+    the float weights, for every policy alike and always the same. A callable for `haq.Problem(tune=)`."""
+
+    network: Network
+    split: Split
+    steps: int
+    seed: int
+
+    def __call__(self, qnetwork: nn.Module) -> nn.Module:
+        # What the module itself draws (dropout) must not depend on how many policies came before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return finetune(
+                self.network,
+                qnetwork,
+                self.split,
+                epochs=0,
+                steps=self.steps,
+                seed=self.seed,
+                norm_images=max(500, TUNING_BATCH * self.steps),
+            )
 
 
 @torch.no_grad()

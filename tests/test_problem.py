@@ -63,8 +63,8 @@ def test_units() -> None:
 
 def test_a_policy_is_evaluated_once(problem: haq.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    measure = Evaluator.measure
-    monkeypatch.setattr(Evaluator, "measure", lambda self, network: calls.append(1) or measure(self, network))
+    prepared = Evaluator.prepared
+    monkeypatch.setattr(Evaluator, "prepared", lambda self, policy: calls.append(1) or prepared(self, policy))
     first = problem.evaluate(problem.uniform(4))
     assert problem.evaluate(problem.uniform(4)) == first
     assert len(calls) == 1

@@ -90,7 +90,7 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
     rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 2, 1))
     counted, imagined = copy.copy(problem), copy.copy(problem)
     counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0)  # type: ignore[method-assign]
+    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
     env = envs.MixedPrecisionEnv(counted, rise)
     agent = make_agent(kind, env, seed, episodes=session.evaluations + 2)
     episodes: list[Episode] = []

@@ -29,8 +29,12 @@ def measure(problem: Problem, session: Session, keep: int) -> NDArray[np.float64
         for operand in (0, 1)
         if bits < highest[layer, operand] and bits in decision.pairs[:, operand]
     ]
+    # Those that can be paid for; within a width from the last layer to the first, so that what comes before the changed layer
+    # is already computed (haq/prefix.py).
+    affordable = wanted[: max(session.left - keep - 1, 0)]
+    affordable.sort(key=lambda item: (ORDER.index(item[2]), -item[0]))
     base = None
-    for layer, operand, bits in wanted:
+    for layer, operand, bits in affordable:
         if session.left <= keep + (base is None):
             break
         if base is None:

@@ -1,0 +1,158 @@
+"""A forward pass that begins where a policy parts from the one before: what its first layers computed is kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from quantizers.layers import QuantLayer
+
+State = tuple[Any, ...]  # what the rest of a network still needs of what was computed before
+
+
+@dataclass
+class Kept:
+    """What is kept of one batch: the bits of every call when it was computed, and states by cut."""
+
+    bits: list[Any] = field(default_factory=list)
+    states: dict[int, tuple[State, list[int]]] = field(default_factory=dict)  # with the versions of their tensors
+
+    def latest(self, bits: list[Any]) -> int:
+        """The last cut that can be started from at these bits; 0, the input, if there is none."""
+        pairs = zip(self.bits, bits, strict=False)
+        common = next((call for call, (before, now) in enumerate(pairs) if before != now), min(len(self.bits), len(bits)))
+        # An activation that a later operation wrote over (a ReLU in place, a quantizer's memory) has another version.
+        fit = (cut for cut, (state, versions) in self.states.items() if cut <= common and versions == _versions(state))
+        return max(fit, default=0)
+
+
+class Prefix:
+    """A quantized network cut before every call of a quantized layer, and the states at those cuts for each of some batches.
+
+    Cut 0 is the input, cut k > 0 lies before the k-th further call, the last one is the output. A layer that is called twice
+    has two of them. A state holds all values that are still needed, so branches and residual connections are no obstacle.
+    """
+
+    def __init__(self, network: nn.Module, batches: Sequence[Tensor], memory_bytes: int) -> None:
+        """`memory_bytes` limits what is kept of all batches together; the smallest states are kept first.
+
+        Raises ValueError if the network can't be cut: torch.fx doesn't follow it, or what it follows is something else.
+        """
+        self.network, self.batches = network, batches
+        self.stages, self.layers, names = _cut(network)
+        self.kept = [Kept() for _ in batches]
+        self.cuts: frozenset[int] = frozenset()
+        first = max(range(len(batches)), key=lambda batch: len(batches[batch]))
+        sizes = self._check(batches[first], names)
+        images = sum(map(len, batches)) / len(batches[first])
+        self.cuts = _fitting(sizes, memory_bytes / images)
+
+    def forward(self, batch: int) -> Tensor:
+        """The outputs of one batch at the network's present bits: bit for bit those of the network itself."""
+        kept, bits = self.kept[batch], self._bits()
+        start = kept.latest(bits)
+        state = kept.states[start][0] if start else (self.batches[batch],)
+        # In this order, so that what is kept fits the bits whenever this is interrupted.
+        kept.states = {cut: held for cut, held in kept.states.items() if cut <= start}
+        kept.bits = bits
+        for cut, stage in enumerate(self.stages[start:], start + 1):
+            state = stage(*state)
+            # Nobody counts the changes of inference tensors, which a module may make on its own.
+            if cut in self.cuts and not any(tensor.is_inference() for tensor in _tensors(state)):
+                kept.states[cut] = state, _versions(state)
+        result: Tensor = state[0]
+        return result
+
+    def _bits(self) -> list[Any]:
+        return [[(layer.weight_bits, layer.activation_bits) for layer in layers] for layers in self.layers]
+
+    def _check(self, batch: Tensor, names: list[list[str]]) -> list[dict[str, int]]:
+        """Compare with the network itself on a batch. Returns the bytes of every value of every cut after the first."""
+        state: State = (batch,)
+        sizes = []
+        for stage, values in zip(self.stages, names[1:], strict=True):
+            state = stage(*state)
+            sizes.append({name: _bytes(value) for name, value in zip(values, state, strict=True)})
+        if not isinstance(state[0], Tensor) or not torch.equal(state[0], self.network(batch)):
+            raise ValueError("the network does something else than its torch.fx graph")
+        return sizes
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QuantLayer) or super().is_leaf_module(module, name)
+
+
+def _cut(network: nn.Module) -> tuple[list[fx.GraphModule], list[list[QuantLayer]], list[list[str]]]:
+    """One graph per call of quantized layers, the layers of each (more than one, where they are in a module that is not
+    looked into), and the names of the values at every cut."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nodes = list(_Tracer().trace(network).nodes)
+    except Exception as error:  # whatever a network's code raises when it is called with something that isn't a tensor
+        raise ValueError(f"torch.fx doesn't follow the network: {error}") from error
+    inside = {node: _quant_layers(network, node) for node in nodes}
+    calls = [place for place, node in enumerate(nodes) if inside[node]]
+    reached = {layer for place in calls for layer in inside[nodes[place]]}
+    everything = {module for module in network.modules() if isinstance(module, QuantLayer)}
+    if reached != everything or not calls or sum(node.op == "placeholder" for node in nodes) != 1:
+        raise ValueError("the network has layers that aren't called as such, or other inputs than one")
+    places = {node: place for place, node in enumerate(nodes)}
+    last_use = {node: max((places[user] for user in node.users), default=-1) for node in nodes}
+    output = nodes.pop()
+    ends = [*calls[1:], len(nodes)]
+    alive = [[node for node in nodes[:end] if last_use[node] >= end] for end in ends[:-1]]
+    stages, before, begin = [], [node for node in nodes if node.op == "placeholder"], 0
+    names = [[node.name for node in before]]
+    for number, end in enumerate(ends):
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(node.name) for node in before}
+        for node in nodes[begin:end]:
+            if node not in copies:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        last = number == len(ends) - 1
+        results = output.args if last else alive[number]
+        graph.output(fx.node.map_arg(tuple(results), copies.__getitem__))
+        stages.append(fx.GraphModule(network, graph))
+        names.append(["output"] if last else [node.name for node in alive[number]])
+        before, begin = ([] if last else alive[number]), end
+    return stages, [inside[nodes[place]] for place in calls], names
+
+
+def _quant_layers(network: nn.Module, node: fx.Node) -> list[QuantLayer]:
+    if node.op != "call_module":
+        return []
+    return [module for module in network.get_submodule(str(node.target)).modules() if isinstance(module, QuantLayer)]
+
+
+def _fitting(sizes: list[dict[str, int]], limit: float) -> frozenset[int]:
+    """The cuts that fit into `limit` bytes, smallest first and later ones (which save more) before earlier; a value that is
+    alive at several cuts takes its place once."""
+    chosen: set[int] = set()
+    held: dict[str, int] = {}
+    for cut, values in sorted(enumerate(sizes, 1), key=lambda item: (sum(item[1].values()), -item[0])):
+        if sum((held | values).values()) <= limit:
+            chosen.add(cut)
+            held |= values
+    return frozenset(chosen)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _versions(state: State) -> list[int]:
+    """torch counts in-place changes of a tensor, together with those of its views."""
+    return [tensor._version for tensor in _tensors(state)]
+
+
+def _bytes(value: Any) -> int:
+    # A view keeps all of its storage alive.
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(value))
