@@ -19,6 +19,7 @@ import haq
 from haq.solvers import SOLVERS, Found, Session, agents, ilp, sensitivity, solve
 from tests.conftest import make_problem, small_network
 
+PUBLISHED = Path(__file__).parents[1] / "experiments" / "hawqv3_resnet18.json"
 SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
 
 
@@ -119,9 +120,9 @@ def test_options_that_are_infinite_are_not_taken() -> None:
         ilp.allocate([[0.0, 1.0]], [[1.0]], 5)
 
 
-def test_published_allocations_are_found(reference: Path) -> None:
+def test_published_allocations_are_found() -> None:
     """HAWQ-V3's ResNet-18 problems, each with its proven optimum."""
-    given = json.loads((reference / "hawqv3_resnet18.json").read_text())
+    given = json.loads(PUBLISHED.read_text())
     trace = np.array(given["trace"])
     loss = np.stack([trace * given["dw2_4bit"], trace * given["dw2_8bit"]], axis=1)
     parameters, bops = np.array(given["parameters"]), np.array(given["bops"])
