@@ -1,10 +1,12 @@
-"""Gymnasium environments: importing this package registers `haq/MixedPrecision-v0`."""
+"""Gymnasium environments: importing this package registers `haq/MixedPrecision-v0` and `haq/HAQ-v0`."""
 
 import gymnasium
 
+from envs.haq_paper import HaqEnv
 from envs.mixed_precision import MixedPrecisionEnv, SearchProblem
 from envs.plan import Plan
 
-__all__ = ["MixedPrecisionEnv", "Plan", "SearchProblem"]
+__all__ = ["HaqEnv", "MixedPrecisionEnv", "Plan", "SearchProblem"]
 
 gymnasium.register(id="haq/MixedPrecision-v0", entry_point="envs.mixed_precision:MixedPrecisionEnv")
+gymnasium.register(id="haq/HAQ-v0", entry_point="envs.haq_paper:HaqEnv")

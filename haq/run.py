@@ -34,7 +34,7 @@ import quantizers as Q
 from haq import data, models, training
 from haq.evaluator import Evaluation
 from haq.problem import Problem, check_reward
-from haq.solvers import Found, check_name
+from haq.solvers import Found, check_env, check_name
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
@@ -66,6 +66,7 @@ class Settings:
     bits: str = "2:8"
     solver: str = "ddpg"
     evaluations: int = 200
+    env: str = "plan"
     seed: int = 0
     finetune_epochs: int = 12
     finetune_steps: int = 0
@@ -76,6 +77,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.solver)
+        check_env(self.env)
         check_reward(self.reward)
         for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -44,6 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help=f"policies that a solver may evaluate (default: {default.evaluations})",
     )
+    add("--env", help="of agents: plan (relative to a plan for what is left) or haq (HAQ's own) (default: plan)")
     add("--seed", type=int, help=f"of everything random but the data's splits (default: {default.seed})")
     add("--finetune-epochs", type=int, help=f"0 leaves fine-tuning out (default: {default.finetune_epochs})")
     add(
@@ -112,8 +114,13 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
     with cli.progress(console) as bar:
         found: dict[str, Found] = {}
         used: dict[str, int] = {}
+        saturated: dict[str, float] = {}
         for name in (settings.solver, *rivals):
-            found[name], used[name] = _solve(bar, job, run, name)
+            session = _solve(bar, job, run, name)
+            assert session.best is not None
+            found[name], used[name] = session.best, session.used
+            if session.saturated:
+                saturated[name] = statistics.mean(session.saturated)
             if name == settings.solver:
                 run.save_policy(found[name].policy)
         policy = found[settings.solver].policy
@@ -131,12 +138,13 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
             )
             run.save_checkpoint(tuned, job)
         result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used)
+        result["saturated_actions"] = saturated
     summary.draw(job.problem, policy, run.folder / "policy.png")
     run.save_result(result)
     return result, policy
 
 
-def _solve(bar: Progress, job: Job, run: Run, name: str) -> tuple[Found, int]:
+def _solve(bar: Progress, job: Job, run: Run, name: str) -> Session:
     """Run one solver, with a progress bar, every evaluation written down and the best policy kept on disk."""
     best: list[Found] = []
     task = bar.add_task(f"search: {name}", total=job.settings.evaluations, note="")
@@ -150,10 +158,10 @@ def _solve(bar: Progress, job: Job, run: Run, name: str) -> tuple[Found, int]:
         note = f"best {job.settings.reward} {100 * best[0].result.accuracy:.2f} %" if best else "measuring sensitivities"
         bar.update(task, completed=count, note=note)
 
-    session = Session(job.problem, job.settings.evaluations, on_evaluation)
-    found = solve(name, session, job.settings.seed)
+    session = Session(job.problem, job.settings.evaluations, on_evaluation, job.settings.env)
+    solve(name, session, job.settings.seed)
     bar.update(task, completed=session.used, total=session.used)
-    return found, session.used
+    return session
 
 
 if __name__ == "__main__":

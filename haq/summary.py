@@ -183,6 +183,8 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         f"Budget: {used} of {limit} {budget['metric']} used ({100 * budget['used'] / budget['limit']:.1f} %, "
         f"{budget['used_fraction']:.3f} of uniform 8 bits): {'holds' if budget['holds'] else 'EXCEEDED'}."
     )
+    for name, share in result.get("saturated_actions", {}).items():
+        console.print(f"Actions of {name} at a bound: {100 * share:.1f} %.")
     if result["rivals"]:
         name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{reward}"])
         difference = 100 * (result["found"][f"search_{reward}"] - rival[f"search_{reward}"])

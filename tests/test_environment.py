@@ -12,7 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env as gymnasium_check
 from hypothesis import given
 from hypothesis import strategies as st
-from stable_baselines3 import DDPG
+from stable_baselines3 import DDPG, PPO, SAC, TD3
 from stable_baselines3.common.env_checker import check_env as sb3_check
 from torch import nn
 
@@ -27,8 +27,12 @@ PROBLEM = make_problem(small_network(), 0.55)
 SMALLEST = make_problem(small_network(), PROBLEM.smallest / PROBLEM.reference)
 
 
-def make(problem: haq.Problem) -> gymnasium.Env[Any, Any]:
-    return gymnasium.make("haq/MixedPrecision-v0", problem=problem)
+PAPER = "haq/HAQ-v0"
+both = pytest.mark.parametrize("name", ["haq/MixedPrecision-v0", PAPER])
+
+
+def make(problem: haq.Problem, name: str = "haq/MixedPrecision-v0") -> gymnasium.Env[Any, Any]:
+    return gymnasium.make(name, problem=problem)
 
 
 def play(env: gymnasium.Env[Any, Any], actions: Any) -> tuple[float, dict[str, Any]]:
@@ -41,13 +45,15 @@ def play(env: gymnasium.Env[Any, Any], actions: Any) -> tuple[float, dict[str, A
     return total, info
 
 
-def test_gymnasium_checker_has_nothing_to_say(recwarn: pytest.WarningsRecorder) -> None:
-    gymnasium_check(make(PROBLEM).unwrapped)
+@both
+def test_gymnasium_checker_has_nothing_to_say(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    gymnasium_check(make(PROBLEM, name).unwrapped)
     assert not [str(w.message) for w in recwarn]
 
 
-def test_stable_baselines_checker_has_nothing_to_say(recwarn: pytest.WarningsRecorder) -> None:
-    sb3_check(make(PROBLEM), warn=True)
+@both
+def test_stable_baselines_checker_has_nothing_to_say(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    sb3_check(make(PROBLEM, name), warn=True)
     assert not [str(w.message) for w in recwarn]
 
 
@@ -66,6 +72,31 @@ def test_every_episode_meets_the_budget(actions: list[tuple[float, float]], smal
 def test_saturated_actions_are_no_wall(corner: tuple[float, float]) -> None:
     _, info = play(make(PROBLEM), lambda step: corner)
     assert PROBLEM.within_budget(info["cost"])
+    assert info["saturated"] == np.mean([abs(a) >= 1 for a in corner])
+
+
+def test_haqs_environment_takes_back_from_the_last_layer() -> None:
+    """Equation 2 of the paper, and the walk of its section 3.4."""
+    free = make_problem(small_network(), 1.0)
+    _, info = play(make(free, PAPER), lambda step: [(step - 2.5) / 2.5])
+    # 6 actions from -1 to 1: x = 0, 0.2 ... 1, bits = round(1.5 + 7 x), then the nearest pair worth choosing.
+    asked = [(2, 3), (4, 6), (7, 8)]
+    for decision, bits in zip(free.decisions[1:-1], asked, strict=True):
+        name = free.workload.names[decision.layers[0]]
+        assert info["policy"][name] == tuple(decision.pairs[np.square(decision.pairs - np.array(bits)).sum(1).argmin()])
+    _, info = play(make(PROBLEM, PAPER), lambda step: [1.0])
+    assert PROBLEM.within_budget(info["cost"])
+    assert info["saturated"] == 1
+    wide = [sum(info["policy"][PROBLEM.workload.names[d.layers[0]]]) for d in PROBLEM.decisions[1:-1]]  # type: ignore[arg-type]
+    assert wide[0] >= wide[-1]  # the wall eats the end
+
+
+@given(st.lists(st.floats(-1, 1), min_size=6, max_size=6), st.booleans())
+def test_haqs_environment_meets_the_budget_too(actions: list[float], smallest: bool) -> None:
+    problem = SMALLEST if smallest else PROBLEM
+    _, info = play(make(problem, PAPER), lambda step: [actions[step]])
+    assert problem.within_budget(problem.policy_cost(info["policy"]))
+    assert info["cost"] == pytest.approx(problem.policy_cost(info["policy"]))
 
 
 def test_asking_for_nothing_in_particular_follows_the_plan() -> None:
@@ -135,8 +166,9 @@ def test_a_finished_episode_must_be_reset() -> None:
 def test_nothing_to_decide_is_an_error(network: nn.Module) -> None:
     problem = make_problem(network, 1.0)
     problem.decisions = [Decision((i,), np.array([[8, 8]]), np.ones(1)) for i in range(5)]
-    with pytest.raises(ValueError, match="nothing to decide"):
-        envs.MixedPrecisionEnv(problem)
+    for env in (envs.MixedPrecisionEnv, envs.HaqEnv):
+        with pytest.raises(ValueError, match="nothing to decide"):
+            env(problem)
 
 
 def test_costs_that_are_not_monotone_are_no_obstacle(network: nn.Module) -> None:
@@ -160,7 +192,9 @@ def test_vector_environments_and_agents_of_stable_baselines_run_on_it() -> None:
     vector.close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DDPG("MlpPolicy", make(PROBLEM), learning_starts=4, device="cpu", seed=0).learn(9)
+        for kind in (DDPG, TD3, SAC):
+            kind("MlpPolicy", make(PROBLEM), learning_starts=4, device="cpu", seed=0).learn(9)
+        PPO("MlpPolicy", make(PROBLEM), n_steps=6, batch_size=6, device="cpu", seed=0).learn(9)
 
 
 def test_it_needs_no_more_of_a_problem_than_it_says() -> None:

@@ -259,6 +259,7 @@ def test_the_default_folder_is_never_one_in_use() -> None:
         (["--metric", "energy", "--hw", "cloud"], "it has latency, storage"),
         (["--budget", "0.01"], "out of reach"),
         (["--budget", "much"], "not understood"),
+        (["--env", "gym"], "unknown environment 'gym'; known: plan, haq"),
         (["--bits", "8:2"], "--bits is '8:2'; it must be SMALLEST:LARGEST within 1:8"),
         (["--bits", "0:8"], "within 1:8"),
         (["--evaluations", "0"], "--evaluations is 0"),

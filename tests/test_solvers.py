@@ -23,9 +23,9 @@ PUBLISHED = Path(__file__).parents[1] / "experiments" / "hawqv3_resnet18.json"
 SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
 
 
-def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0) -> tuple[Found, list[Found]]:
+def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0, env: str = "plan") -> tuple[Found, list[Found]]:
     tried: list[Found] = []
-    session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found))
+    session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found), env)
     return solve(name, session, seed), tried
 
 
@@ -184,7 +184,7 @@ def test_episodes_reach_the_replay_buffer_as_they_were_played_and_the_critic_lea
     problem = make_problem(small_network(), 0.5)
     env = envs.MixedPrecisionEnv(problem)
     steps = len(env.decisions)
-    agent = agents.make_agent(DDPG, env, seed=0, episodes=30)
+    agent = agents.make_agent(DDPG, env, steps, seed=0, episodes=30)
     tried = {found.policy: found for found in run("random", problem, 12)[1]}
     episodes = [agents.play(env, policy) for policy in tried]
     assert [episode.policy for episode in episodes] == list(tried)
@@ -202,7 +202,7 @@ def test_episodes_reach_the_replay_buffer_as_they_were_played_and_the_critic_lea
 def test_imagined_episodes_are_what_would_have_been_played() -> None:
     problem = make_problem(small_network(), 0.5)
     env = envs.MixedPrecisionEnv(problem)
-    agent = agents.make_agent(DDPG, env, seed=0, episodes=3)
+    agent = agents.make_agent(DDPG, env, len(env.decisions), seed=0, episodes=3)
     best = [agents.play(env, found.policy) for found in run("random", problem, 3)[1]]
     imagined = agents.imagine(agent, [envs.MixedPrecisionEnv(problem) for _ in range(8)], best, 0.5, np.random.default_rng(0))
     assert len(imagined) == 8
@@ -210,6 +210,22 @@ def test_imagined_episodes_are_what_would_have_been_played() -> None:
         played = agents.play(env, episode.policy)
         assert problem.within_budget(problem.policy_cost(played.policy))
         assert np.allclose(played.observations, episode.observations)
+
+
+@pytest.mark.parametrize("name", ["ddpg", "sac"])
+def test_haqs_own_search_keeps_the_contract(name: str) -> None:
+    problem = make_problem(small_network())
+    found, tried = run(name, problem, 30, env="haq")
+    assert len(tried) == 30
+    assert all(problem.within_budget(one.cost) for one in tried)  # no sensitivities: every evaluation is an episode's
+    assert (found, tried) == run(name, make_problem(small_network()), 30, env="haq")
+
+
+def test_the_share_of_actions_at_a_bound_is_kept() -> None:
+    session = Session(make_problem(small_network()), 30)
+    solve("ddpg", session, 0)
+    assert session.saturated
+    assert all(0 <= share <= 1 for share in session.saturated)
 
 
 def test_exhaustive_search_is_the_truth_where_it_is_possible() -> None:

@@ -26,6 +26,7 @@ SOLVERS = {
     "random": "random_search.solve",
     "exhaustive": "exhaustive.solve",
 }
+ENVS = ("plan", "haq")
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,17 @@ class Found:
 
 @dataclass
 class Session:
-    """One solver's allowance of evaluations on a problem. A policy asked for twice counts once."""
+    """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
+
+    `env` is the environment of agents, "plan" or "haq"; they note the share of actions at a bound, by episode, in `saturated`.
+    """
 
     problem: Problem
     evaluations: int
     on_evaluation: Callable[[int, Found, bool], None] = lambda count, found, feasible: None
+    env: str = "plan"
     best: Found | None = None
+    saturated: list[float] = field(default_factory=list)
     _seen: set[Q.BitPolicy] = field(default_factory=set)
 
     @property
@@ -86,6 +92,13 @@ def solve(name: str, session: Session, seed: int) -> Found:
     if session.best is None:
         raise RuntimeError(f"{name} evaluated no policy within the budget")
     return session.best
+
+
+def check_env(name: str) -> str:
+    """The name itself, or ValueError with those that are known."""
+    if name not in ENVS:
+        raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVS)}")
+    return name
 
 
 def check_name(name: str) -> str:

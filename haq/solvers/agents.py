@@ -12,7 +12,7 @@ episode. What is different is due to one thing: a search has hundreds of episode
 * An episode costs nothing until its policy is evaluated. So many are played for each evaluation, around the actor's actions
   and around those of the best episodes so far, and the one evaluated is that for which the critic expects most.
 
-With `--env haq` none of this holds: the agent is HAQ's on `haq/HAQ-v0`.
+With `--env haq` only the first of these holds: the agent is HAQ's, on `haq/HAQ-v0`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ SIGMA, DECAY = 0.5, 0.98
 CANDIDATES = 32  # episodes played for each that is evaluated
 ELITE = 4  # best episodes around which half of them are played
 CHANGED = (0.1, 0.2, 0.4)  # shares of their decisions that are made anew
+PAPER_RATE, PAPER_DECAY, WARM_UP = 1e-4, 0.99, 20  # of HAQ: actor's rate, decay of the noise, episodes at random
 VAIN = 3  # rounds without a policy that is new, after which there seem to be none
 
 
@@ -55,20 +57,21 @@ class Episode(NamedTuple):
 
     policy: Q.BitPolicy
     observations: Floats  # (steps + 1, features)
-    actions: Floats  # (steps, 2)
+    actions: Floats  # (steps, entries)
     reward: float
+    saturated: float = 0.0
 
 
 def ddpg(problem: Problem, session: Session, seed: int) -> None:
-    search(DDPG, problem, session, seed)
+    (search if session.env == "plan" else search_as_haq)(DDPG, problem, session, seed)
 
 
 def td3(problem: Problem, session: Session, seed: int) -> None:
-    search(TD3, problem, session, seed)
+    (search if session.env == "plan" else search_as_haq)(TD3, problem, session, seed)
 
 
 def sac(problem: Problem, session: Session, seed: int) -> None:
-    search(SAC, problem, session, seed)
+    (search if session.env == "plan" else search_as_haq)(SAC, problem, session, seed)
 
 
 @contextmanager
@@ -92,7 +95,7 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
     counted.evaluate = session.evaluate  # type: ignore[method-assign]
     imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
     env = envs.MixedPrecisionEnv(counted, rise)
-    agent = make_agent(kind, env, seed, episodes=session.evaluations + 2)
+    agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
     episodes: list[Episode] = []
     proposals = dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise)))
     episodes += [learn(agent, play(env, proposal)) for proposal in list(proposals)[: session.left]]
@@ -105,12 +108,44 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
         if new:
             chosen = new[int(np.argmax(expected(agent, new)))]
             episodes.append(learn(agent, play(env, chosen.policy)))
+            session.saturated.append(episodes[-1].saturated)
             sigma *= DECAY
 
 
-def make_agent(kind: type[OffPolicyAlgorithm], env: envs.MixedPrecisionEnv, seed: int, episodes: int) -> OffPolicyAlgorithm:
+@kept_random_state()
+def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
+    """HAQ's search: episodes at random to begin with, then around what the actor does, every one of them evaluated."""
+    draws = np.random.default_rng(seed)
+    counted = copy.copy(problem)
+    counted.evaluate = session.evaluate  # type: ignore[method-assign]
+    env = envs.HaqEnv(counted)
+    steps = 2 * len(env.free)
+    agent = make_agent(kind, env, steps, seed, session.evaluations + WARM_UP)
+    for group in agent.actor.optimizer.param_groups:  # type: ignore[union-attr]
+        group["lr"] = PAPER_RATE
+    # Stable-Baselines3 would set the critic's rate for both.
+    agent._update_learning_rate = lambda optimizers: None  # type: ignore[method-assign]
+    sigma, vain, played = SIGMA, 0, 0
+    while session.left and vain < 10 * VAIN:
+        used = session.used
+        observations, actions, done, reward = [env.reset()[0]], [], False, 0.0
+        info: dict[str, Any] = {}
+        while not done:
+            asked = agent.predict(observations[-1], deterministic=True)[0]
+            actions.append(
+                draws.uniform(-1, 1, 1).astype(np.float32) if played < WARM_UP else truncated_normal(asked, sigma, draws)
+            )
+            observation, reward, done, _, info = env.step(actions[-1])
+            observations.append(observation)
+        learn(agent, Episode(info["policy"], np.array(observations), np.array(actions, np.float32), reward))
+        session.saturated.append(info["saturated"])
+        vain = 0 if session.used > used else vain + 1
+        played += 1
+        sigma *= PAPER_DECAY if played > WARM_UP else 1
+
+
+def make_agent(kind: type[OffPolicyAlgorithm], env: gymnasium.Env, steps: int, seed: int, episodes: int) -> OffPolicyAlgorithm:
     """An agent of Stable-Baselines3 with HAQ's networks, that learns from whole episodes."""
-    steps = len(env.decisions)
     agent = kind(
         "MlpPolicy",
         env,
@@ -131,14 +166,15 @@ def make_agent(kind: type[OffPolicyAlgorithm], env: envs.MixedPrecisionEnv, seed
 def play(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Episode:
     """The episode that decides a policy."""
     observations, actions, done, reward = [env.reset()[0]], [], False, 0.0
+    info: dict[str, Any] = {}
     while not done:
         w, a = policy[env.next_layer()]
         assert w is not None
         assert a is not None
         actions.append(env.action_for(w, a))
-        observation, reward, done, _, _ = env.step(actions[-1])
+        observation, reward, done, _, info = env.step(actions[-1])
         observations.append(observation)
-    return Episode(policy, np.array(observations), np.array(actions), reward)
+    return Episode(policy, np.array(observations), np.array(actions), reward, info["saturated"])
 
 
 def learn(agent: OffPolicyAlgorithm, episode: Episode) -> Episode:
