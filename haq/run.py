@@ -2,6 +2,7 @@
 
     config.yaml         what was asked, and signatures of network, data, target and versions
     history.csv         every evaluation, in order
+    sensitivity.json    what is known of single operands, if the search was given it or measured it
     policy.json         the best policy so far; in the end, what was found
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
@@ -21,6 +22,7 @@ import importlib.util
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ import quantizers as Q
 from haq import data, models, training
 from haq.evaluator import Evaluation
 from haq.problem import Problem, check_reward
-from haq.solvers import Found, check_name
+from haq.solvers import Found, Session, check_name, solve
+from haq.solvers.sensitivity import Sensitivities, by_hessian, check_kind, signed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
 CONFIG, HISTORY, POLICY, RESULT = "config.yaml", "history.csv", "policy.json", "result.json"
+SENSITIVITY = "sensitivity.json"
 CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
 SCHEMA, CHECKPOINT_FORMAT = "haq-run-1", "haq-quantized-1"
 COLUMNS = (
@@ -50,6 +54,7 @@ COLUMNS = (
     "loss",
     "cost",
     "within_budget",
+    "divergence",
 )
 CALIBRATION = 512  # images of the train split
 
@@ -70,6 +75,8 @@ class Settings:
     finetune_epochs: int = 12
     finetune_steps: int = 0
     reward: str = "accuracy"
+    sensitivity_kind: str = "loss"
+    sensitivity: str | None = None
     threads: int | None = None
     target: str | None = None
     cold: bool | None = None
@@ -77,6 +84,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_name(self.solver)
         check_reward(self.reward)
+        check_kind(self.sensitivity_kind)
         for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -147,6 +155,21 @@ class Job(Subject):
 
     problem: Problem
 
+    def subject_signature(self) -> dict[str, str]:
+        """What doesn't depend on the hardware: sensitivities belong to it."""
+        return super().signature()
+
+    def read_sensitivities(self, source: Path) -> Sensitivities:
+        """Sensitivities from a file or from the folder of a run. Raises ValueError with one reason if they are of another
+        network, other data or other bits, FileNotFoundError if there are none."""
+        path = source / SENSITIVITY if source.is_dir() else source
+        if not path.is_file():
+            lacks = f"{source} has no {SENSITIVITY}: its search measured none" if source.is_dir() else f"there is no {source}"
+            raise FileNotFoundError(f"{lacks}; give the folder of a run that did, or its {SENSITIVITY}")
+        sensitivities = Sensitivities.from_json(path)
+        sensitivities.check(self.problem, self.subject_signature(), path)
+        return sensitivities
+
     def signature(self) -> dict[str, str]:
         """What must be the same for a run to be continued."""
         table = self.problem.table
@@ -171,12 +194,16 @@ class Run:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self._rows: list[list[str]] = []  # of an interrupted search, still to be met again
+        self._known = 0  # rises in its file of sensitivities, as far as we wrote it
         self._writer: Any = None
 
     @classmethod
     def create(cls, folder: Path, job: Job) -> Run:
-        """Start a new folder. Raises ValueError, touching nothing, if there is anything in it."""
+        """Start a new folder, with a copy of the sensitivities that the run is given. Raises ValueError, touching nothing, if
+        there is anything in it, or these are refused."""
         check_unused(folder)
+        given = job.settings.sensitivity
+        sensitivities = None if given is None else job.read_sensitivities(Path(given))
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": SCHEMA,
@@ -187,6 +214,8 @@ class Run:
         run = cls(folder, job.settings)
         run._write(CONFIG, yaml.safe_dump(content, sort_keys=False))
         run._write(HISTORY, _line(COLUMNS))
+        if sensitivities is not None:
+            run.save_sensitivities(sensitivities, job)
         return run
 
     @classmethod
@@ -241,13 +270,15 @@ class Run:
 
     def prepare_resume(self, problem: Problem) -> int:
         """Give the problem what was evaluated before; returns how many evaluations that saves."""
-        text = (self.folder / HISTORY).read_text(encoding="utf-8")
+        path = self.folder / HISTORY
+        text = path.read_text(encoding="utf-8") if path.is_file() else _line(COLUMNS)
         # A line without its end was being written when the run was killed.
         lines = text[: text.rfind("\n") + 1].splitlines()
         self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
         for row in self._rows:
             policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))
-            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count)
+            divergence = float(row[8]) if row[8] else None
+            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count, divergence)
         self._write(HISTORY, "".join(f"{line}\n" for line in lines))
         return len(self._rows)
 
@@ -263,6 +294,7 @@ class Run:
             repr(found.result.loss),
             repr(found.cost),
             str(int(within_budget)),
+            "" if found.result.divergence is None else repr(found.result.divergence),
         ]
         if self._rows:
             if (before := self._rows.pop(0)) != row:
@@ -281,6 +313,55 @@ class Run:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+    def search(
+        self,
+        job: Job,
+        solver: str,
+        sensitivities: Sensitivities | None = None,
+        on_evaluation: Callable[[int, Found | None], None] = lambda count, best: None,
+    ) -> tuple[Found, int]:
+        """Run a solver, with every evaluation written down, and, if the run is this solver's, its best policy kept on disk.
+        `on_evaluation` is told the number of evaluations and the best policy so far.
+        Returns what was found, and that number."""
+        mine = solver == self.settings.solver
+
+        def record(count: int, found: Found, within_budget: bool) -> None:
+            if mine and found is session.best:
+                self.save_policy(found.policy)
+            self.record(solver, count, found, within_budget, job.problem)
+            on_evaluation(count, session.best)
+
+        session = Session(
+            job.problem,
+            self.settings.evaluations,
+            record,
+            sensitivities,
+            self.settings.sensitivity_kind,
+            lambda measured: self.save_sensitivities(measured, job),
+        )
+        found = solve(solver, session, self.settings.seed)
+        if mine:
+            self.save_policy(found.policy)
+        return found, session.used
+
+    def sensitivities(self, job: Job) -> Sensitivities | None:
+        """What the run's solvers need not measure: what it was given (once it is there, the copy in its folder), or what costs
+        no evaluation. None if they are to measure themselves."""
+        if self.settings.sensitivity is not None:
+            copy = self.folder / SENSITIVITY
+            return job.read_sensitivities(copy if copy.is_file() else Path(self.settings.sensitivity))
+        if self.settings.sensitivity_kind != "hessian":
+            return None
+        measured = by_hessian(job.problem)
+        self.save_sensitivities(measured, job)
+        return measured
+
+    def save_sensitivities(self, measured: Sensitivities, job: Job) -> None:
+        """Write sensitivities, unless a solver before knew more of them."""
+        if measured.known > self._known:
+            signed(measured, job.subject_signature()).to_json(self.folder / SENSITIVITY)
+            self._known = measured.known
 
     def save_policy(self, policy: Q.BitPolicy) -> None:
         policy.to_json(self.folder / POLICY)

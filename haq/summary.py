@@ -64,6 +64,7 @@ def collect(
         "seed": job.settings.seed,
         "reward": problem.reward,
         "finetune_steps": job.settings.finetune_steps,
+        "sensitivity_kind": job.settings.sensitivity_kind,
         "accuracy_is": f"measured on {threads()}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": {
@@ -102,6 +103,14 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
         f"({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "solver": f"{settings.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
+        "sensitivities": f"{settings.sensitivity_kind}, "
+        + (
+            f"from {settings.sensitivity}"
+            if settings.sensitivity
+            else "computed, without evaluations"
+            if settings.sensitivity_kind == "hessian"
+            else "measured by each solver that needs them"
+        ),
         "reward": "accuracy" if problem.reward == "accuracy" else "agreement with the float network's answers, without labels",
         "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
         + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else ""),

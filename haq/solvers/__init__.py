@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import quantizers as Q
 from haq.evaluator import Evaluation
 from haq.problem import Problem
+from haq.solvers.sensitivity import Sensitivities
 
 # Name -> function of this package; its module is imported when it is asked for, so that only its own libraries are needed.
 SOLVERS = {
@@ -44,11 +45,18 @@ class Found:
 
 @dataclass
 class Session:
-    """One solver's allowance of evaluations on a problem. A policy asked for twice counts once."""
+    """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
+
+    `sensitivities` are what a solver that works with them need not measure; otherwise it measures those of `sensitivity_kind`,
+    and tells `on_sensitivities`.
+    """
 
     problem: Problem
     evaluations: int
     on_evaluation: Callable[[int, Found, bool], None] = lambda count, found, feasible: None
+    sensitivities: Sensitivities | None = None
+    sensitivity_kind: str = "loss"
+    on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
     best: Found | None = None
     _seen: set[Q.BitPolicy] = field(default_factory=set)
 
