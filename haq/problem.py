@@ -104,7 +104,8 @@ class Problem:
         self.bits, self.batch = bits, batch
         self.pinned = self._pinned(pinned)
         self.groups = self._groups(tied)
-        self._price(target, budget)
+        self._price(target)
+        self.limit = self._limit(budget)
         self.calibration = [batch.to(device) for batch in _inputs(calibrate)]  # batches of inputs (N, ...)
         qnetwork = Q.quantize(network, self.uniform(8), calibrate=self.calibration)
         layers = Q.quant_layers(qnetwork)
@@ -121,23 +122,37 @@ class Problem:
         """The same problem on another target, within another budget. What a policy's accuracy depends on, the network, the
         images, the scales and everything evaluated, is shared by the two. Raises what `Problem` raises."""
         made = copy.copy(self)
-        made._price(target, budget)
+        if target is not self.target:
+            made._price(target)
+        made.limit = made._limit(budget)
         return made
 
-    def _price(self, target: str | hw_models.Target, budget: float | str) -> None:
-        """Set all that depends on the target and the budget."""
+    def _price(self, target: str | hw_models.Target) -> None:
+        """Set all that depends on the target."""
         self.target = hw_models.load_target(target) if isinstance(target, str) else target
         self.table = self.target.cost_table(self.workload, batch=self.batch)
         self.cost = self.table.metric(self.metric)
         self.decisions = self._decisions(self._allowed(*self.bits))
         self.reference = float(self.cost[:, 7, 7].sum())
         self.smallest = self._smallest(self.decisions)
-        self.limit = self._limit(budget)
 
     @property
     def budget(self) -> float:
         """The budget as a fraction of the uniform 8-bit network."""
         return self.limit / self.reference
+
+    @property
+    def reach(self) -> str:
+        """The budgets that can be met, in words."""
+        low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
+        # Rounded up, so that the number we name is one we accept.
+        fraction, at_one_bit = (
+            np.ceil(1000 * smallest / self.reference) / 1000
+            for smallest in (self.smallest, self._smallest(self._decisions(self._allowed(1, self.bits[1]))))
+        )
+        further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
+        least = f"{low} ({fraction:.3f} of uniform 8 bits)"
+        return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
 
     @property
     def float_accuracy(self) -> float:
@@ -224,17 +239,7 @@ class Problem:
     def _limit(self, budget: float | str) -> float:
         limit = parse_budget(budget, self.metric, self.reference)
         if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
-            low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
-            # Rounded up, so that the number we name is one we accept.
-            fraction, at_one_bit = (
-                np.ceil(1000 * smallest / self.reference) / 1000
-                for smallest in (self.smallest, self._smallest(self._decisions(self._allowed(1, self.bits[1]))))
-            )
-            further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
-            raise OutOfReach(
-                f"budget {budget} is out of reach: on {self.target.name}, {self.metric} can be from {low} "
-                f"({fraction:.3f} of uniform 8 bits) to {high} (1.0){further}"
-            )
+            raise OutOfReach(f"budget {budget} is out of reach: {self.reach}")
         return limit
 
 

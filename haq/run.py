@@ -23,7 +23,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,12 @@ class Job(Subject):
     """Settings with everything they name, loaded and priced."""
 
     problem: Problem
+    # Accuracies on the search and the test split by policy (None: the float network), as far as they were measured.
+    judged: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
+
+    def on(self, settings: Settings, target: hw_models.Target) -> Job:
+        """The same network and data on another target or within another budget; all that was evaluated is shared."""
+        return replace(self, settings=settings, problem=self.problem.on(target, settings.budget))
 
     def subject_signature(self) -> dict[str, str]:
         """What doesn't depend on the hardware: sensitivities belong to it."""
@@ -186,6 +192,24 @@ def versions() -> dict[str, str]:
     """The versions on which the result of a search depends to the last bit."""
     packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
     return {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], called: dict[str, str]) -> None:
+    """Raise ValueError, with the way out, if something isn't what the run or sweep of a folder began with. `called`: names of
+    the signature's parts, for the user."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"the {called[name]} is no longer what {folder} began with: put it back, or start a new run")
+
+
+def check_versions(folder: Path, before: dict[str, str]) -> None:
+    """Raise ValueError if the versions, on which results depend to the last bit, aren't those a folder began with."""
+    now = versions()
+    if name := next((name for name in now if before.get(name) != now[name]), None):
+        raise ValueError(
+            f"{folder} began with {name} {before.get(name)}, this is {name} {now[name]}, so it would not go on "
+            "as it began: install that version, or start a new run"
+        )
 
 
 class Run:
@@ -254,19 +278,11 @@ class Run:
         """Raise ValueError, with the way out, if network, data or target (of a Job) aren't what the run began with."""
         content = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
         options = {"target": "hw", "machine": "hw"}
-        for name, value in job.signature().items():
-            if content["signature"].get(name) != value:
-                raise ValueError(
-                    f"the {name} ({getattr(self.settings, options.get(name, name))}) is no longer what "
-                    f"{self.folder} began with: put it back, or start a new run"
-                )
-        before, now = content["versions"], versions()
-        if same_versions and before != now:
-            name = next(name for name in now if before.get(name) != now[name])
-            raise ValueError(
-                f"{self.folder} began with {name} {before.get(name)}, this is {name} {now[name]}, so it would not go on "
-                "as it began: install that version, or start a new run"
-            )
+        signature = job.signature()
+        called = {name: f"{name} ({getattr(self.settings, options.get(name, name))})" for name in signature}
+        check_signature(self.folder, content["signature"], signature, called)
+        if same_versions:
+            check_versions(self.folder, content["versions"])
 
     def prepare_resume(self, problem: Problem) -> int:
         """Give the problem what was evaluated before; returns how many evaluations that saves."""
@@ -443,7 +459,12 @@ def check_unused(folder: Path) -> None:
 def default_folder(settings: Settings) -> Path:
     """A folder under runs/ that says what is in it and isn't in use."""
     hw = (settings.hw if settings.hw.startswith("rpc:") else Path(settings.hw).stem).replace(":", "-")
-    base = Path("runs") / f"{hw}-{settings.metric}-{settings.budget}-{settings.solver}-seed{settings.seed}"
+    return unused_folder(f"{hw}-{settings.metric}-{settings.budget}-{settings.solver}-seed{settings.seed}")
+
+
+def unused_folder(name: str) -> Path:
+    """A folder of that name under runs/, with a number if there is one already."""
+    base = Path("runs") / name
     folder, number = base, 2
     while folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1

@@ -27,6 +27,8 @@ SOLVERS = {
     "random": "random_search.solve",
     "exhaustive": "exhaustive.solve",
 }
+USE_SENSITIVITIES = ("ddpg", "td3", "sac", "ilp", "greedy")
+USE_NO_SEED = ("ilp", "greedy", "exhaustive")
 
 
 @dataclass(frozen=True)
