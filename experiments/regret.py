@@ -120,12 +120,13 @@ class Known(haq.Problem):
     """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
 
     def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """of: what a problem holds: workload, cost, groups, decisions, noise, metric, float_result.
+        """of: what a problem holds: workload, cost, bits, groups, decisions, noise, metric, float_result.
         fraction: the budget, from the cheapest policy (0) to the dearest (1).
         accuracy, loss: one axis per decision, one entry per option.
         """
-        for field in ("workload", "cost", "groups", "decisions", "noise", "metric", "float_result"):
+        for field in ("workload", "cost", "bits", "groups", "decisions", "noise", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
+        self.reward = "accuracy"
         self.title, self._elsewhere = title, getattr(of, "evaluate", None)
         self._accuracy, self._loss = accuracy, loss
         self._option = [{tuple(pair): i for i, pair in enumerate(d.pairs.tolist())} for d in self.decisions]
@@ -238,7 +239,9 @@ def published(given: dict[str, Any]) -> list[Known]:
     total = functools.reduce(np.add.outer, [harm[list(group)].sum(0) for group in groups])
     made = []
     for case, cost in costs.items():
-        of = SimpleNamespace(workload=workload, groups=groups, metric="latency", float_result=Evaluation(1.0, 0.0, 1))
+        of = SimpleNamespace(
+            workload=workload, groups=groups, metric="latency", float_result=Evaluation(1.0, 0.0, 1), bits=(4, 8)
+        )
         # Between and below the two widths that were published, cost is taken to be linear in bits; nothing chooses them.
         per_bit = (cost[:, 1] - cost[:, 0]) / 4
         of.cost = np.repeat((cost[:, :1] + per_bit[:, None] * (np.arange(1, 9) - 4))[:, :, None], 8, axis=2)

@@ -24,11 +24,13 @@ SHUFFLE_SEED = 0
 
 
 class Evaluation(NamedTuple):
-    """Share of images classified correctly (0..1), mean loss (nats), and the number of images that both stand on."""
+    """Share of images classified correctly (0..1), mean loss (nats), the number of images that both stand on, and, where
+    there is a teacher, the mean Kullback-Leibler divergence (nats) of its outputs from the network's."""
 
     accuracy: float
     loss: float
     images: int
+    divergence: float | None = None
 
 
 class Evaluator:
@@ -50,17 +52,17 @@ class Evaluator:
     ) -> None:
         """network: from `quantizers.quantize`.
         inputs: (N, ...), preprocessed.
-        labels: int64 (N,); the loss is the cross-entropy. Or instead
-        teacher: a network whose answers are taken for labels; accuracy is then the share of equal answers, and the loss the
-            Kullback-Leibler divergence KL(teacher || network).
+        labels: int64 (N,); the loss is the cross-entropy.
+        teacher: a network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network). Without labels
+            its answers are taken for them: accuracy is the share of equal answers, and the loss is the divergence.
         tune: makes of the network, at a policy's bits, the one that is judged (a copy).
         kept_bytes: limit of the activations kept between evaluations, all batches together.
         """
         count = len(inputs) if labels is None else len(labels)
         if len(inputs) != count or not count:
             raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
-        if (labels is None) == (teacher is None):
-            raise ValueError("give labels or a teacher, one of the two")
+        if labels is None and teacher is None:
+            raise ValueError("give labels or a teacher, or both")
         self.network, self.tune, self.kept_bytes = network.eval(), tune, kept_bytes
         self.count = count
         self.device = device_of(network)
@@ -72,8 +74,10 @@ class Evaluator:
         if teacher is not None:
             outputs = torch.cat([_scores(part) for part in self._each(_whole(teacher, self._inputs))])
             self.expected = outputs[self.order.argsort()]
+        self.labelled = labels is not None
+        if labels is None:
+            assert self.expected is not None
             labels = self.expected.argmax(1)
-        assert labels is not None
         self.labels = labels.cpu()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self._prefix: Prefix | None = None
@@ -108,6 +112,13 @@ class Evaluator:
     def measure(self, network: nn.Module) -> Evaluation:
         """Accuracy and loss of any network, in evaluation mode, on the same images."""
         return self._measure(_whole(network, self._inputs), None)
+
+    def measure_teacher(self) -> Evaluation:
+        """Accuracy and loss of the teacher, which were computed when it was asked. Raises ValueError if there is none."""
+        if self.expected is None:
+            raise ValueError("the evaluator has no teacher")
+        outputs = self.expected[self.order].split(BATCH)
+        return self._measure(outputs.__getitem__, None)
 
     def _resuming(self) -> Callable[[int], Tensor]:
         """Outputs of the quantized network by batch, computed from where its bits part from those before."""
@@ -145,10 +156,13 @@ class Evaluator:
                     break
         # Summed in the order in which the images were given.
         looked_at = self.order[:seen]
-        loss = self._loss(torch.cat(parts)[looked_at.argsort()], looked_at.sort().values)
+        outputs, index = torch.cat(parts)[looked_at.argsort()], looked_at.sort().values
+        divergence = None if self.expected is None else self._divergence(outputs, self.expected[index]) / seen
+        loss = self._cross_entropy(outputs, self.labels[index]) / seen if self.labelled else divergence
+        assert loss is not None
         if not math.isfinite(loss):
             raise ValueError("the network's outputs are not finite on the search images")
-        return Evaluation(right / seen, loss / seen, seen)
+        return Evaluation(right / seen, loss, seen, divergence)
 
     def _each(self, forward: Callable[[int], Tensor]) -> Generator[Tensor]:
         """The outputs of every batch, in their order, in main memory.
@@ -178,16 +192,19 @@ class Evaluator:
         right, looks = round(part.accuracy * part.images), len(self._inputs) - 1
         return bool(hypergeom.cdf(right, self.count, needed, part.images) <= RISK / looks)
 
-    def _loss(self, outputs: Tensor, index: Tensor) -> float:
-        """The sum of the losses of the images `index`."""
+    @staticmethod
+    def _cross_entropy(outputs: Tensor, labels: Tensor) -> float:
+        """The sum over images."""
+        parts = zip(outputs.double().split(BATCH), labels.split(BATCH), strict=True)
+        return sum(float(F.cross_entropy(part, answers, reduction="sum")) for part, answers in parts)
+
+    @staticmethod
+    def _divergence(outputs: Tensor, expected: Tensor) -> float:
+        """The sum over images of KL(expected || outputs)."""
         total = 0.0
-        for part, images in zip(outputs.double().split(BATCH), index.split(BATCH), strict=True):
-            if self.expected is None:
-                loss = F.cross_entropy(part, self.labels[images], reduction="sum")
-            else:
-                expected = F.log_softmax(self.expected[images].double(), 1)
-                loss = F.kl_div(F.log_softmax(part, 1), expected, reduction="sum", log_target=True)
-            total += float(loss)
+        for part, of_teacher in zip(outputs.double().split(BATCH), expected.double().split(BATCH), strict=True):
+            target = F.log_softmax(of_teacher, 1)
+            total += float(F.kl_div(F.log_softmax(part, 1), target, reduction="sum", log_target=True))
         return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,10 @@ REWARDS = ("accuracy", "agreement")
 ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
 
 
+class OutOfReach(ValueError):
+    """No policy costs so little, or none so much, on a target."""
+
+
 class Decision(NamedTuple):
     """Layers that take one pair of bits together, and what they may take."""
 
@@ -42,7 +47,8 @@ class Problem:
     network
         an nn.Module that classifies; it is copied, never changed. Everything is computed on the device it is on.
     calibrate
-        batches of inputs that set the activation scales: a tensor, or an iterable of tensors or (inputs, labels).
+        batches of inputs that set the activation scales: a tensor, or an iterable of tensors or (inputs, labels) (kept in
+        memory).
     search
         held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory). With reward="agreement"
         inputs are enough: a tensor, or an iterable of tensors.
@@ -68,7 +74,8 @@ class Problem:
     A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
     `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
     (decisions, 2, 8) the relative squared error that each width of weights and of activations leaves (from calibration), and
-    `evaluate`. Raises ValueError for a budget out of reach, naming the reachable range, and for whatever its parts refuse.
+    `evaluate`. Raises OutOfReach, a ValueError, for a budget out of reach, naming the reachable range, and ValueError for
+    whatever its parts refuse.
     """
 
     def __init__(
@@ -92,29 +99,42 @@ class Problem:
         device = device_of(network)
         inputs = inputs.to(device)
         self.network = network
-        self.target = hw_models.load_target(target) if isinstance(target, str) else target
         self.workload = hw_models.trace(network, inputs[:1])
-        self.table = self.target.cost_table(self.workload, batch=batch)
         self.metric, self.unit = metric, hw_models.UNITS.get(metric, "")
-        self.cost = self.table.metric(metric)
-        self.bits = bits
+        self.bits, self.batch = bits, batch
         self.pinned = self._pinned(pinned)
         self.groups = self._groups(tied)
-        self.decisions = self._decisions(self._allowed(*bits))
-        self.reference = float(self.cost[:, 7, 7].sum())
-        self.smallest = self._smallest(self.decisions)
+        self._price(target)
         self.limit = self._limit(budget)
-        qnetwork = Q.quantize(network, self.uniform(8), calibrate=_moved(calibrate, device))
+        self.calibration = [batch.to(device) for batch in _inputs(calibrate)]  # batches of inputs (N, ...)
+        qnetwork = Q.quantize(network, self.uniform(8), calibrate=self.calibration)
         layers = Q.quant_layers(qnetwork)
         errors = np.array(
             [[layers[name].weight_error.tolist(), layers[name].activation_error.tolist()] for name in self.workload.names]
         )
         self.noise = np.array([errors[list(group)].mean(0) for group in self.groups])
         was_training = network.training
-        teacher = None if labels is not None else network.eval()
-        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=teacher, tune=tune)
-        self.float_result = self.evaluator.measure(network.eval())
+        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune)
+        self.float_result = self.evaluator.measure_teacher()
         network.train(was_training)
+
+    def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
+        """The same problem on another target, within another budget. What a policy's accuracy depends on, the network, the
+        images, the scales and everything evaluated, is shared by the two. Raises what `Problem` raises."""
+        made = copy.copy(self)
+        if target is not self.target:
+            made._price(target)
+        made.limit = made._limit(budget)
+        return made
+
+    def _price(self, target: str | hw_models.Target) -> None:
+        """Set all that depends on the target."""
+        self.target = hw_models.load_target(target) if isinstance(target, str) else target
+        self.table = self.target.cost_table(self.workload, batch=self.batch)
+        self.cost = self.table.metric(self.metric)
+        self.decisions = self._decisions(self._allowed(*self.bits))
+        self.reference = float(self.cost[:, 7, 7].sum())
+        self.smallest = self._smallest(self.decisions)
 
     @property
     def budget(self) -> float:
@@ -122,13 +142,26 @@ class Problem:
         return self.limit / self.reference
 
     @property
+    def reach(self) -> str:
+        """The budgets that can be met, in words."""
+        low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
+        # Rounded up, so that the number we name is one we accept.
+        fraction, at_one_bit = (
+            np.ceil(1000 * smallest / self.reference) / 1000
+            for smallest in (self.smallest, self._smallest(self._decisions(self._allowed(1, self.bits[1]))))
+        )
+        further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
+        least = f"{low} ({fraction:.3f} of uniform 8 bits)"
+        return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
+
+    @property
     def float_accuracy(self) -> float:
         """Accuracy of the float network on the search images; 1 where the reward is agreement with it."""
         return self.float_result.accuracy
 
-    def uniform(self, bits: int) -> Q.BitPolicy:
-        """The same width everywhere, the pinned layers included."""
-        return Q.BitPolicy(dict.fromkeys(self.workload.names, (bits, bits)))
+    def uniform(self, bits: int, *, keep_pinned: bool = False) -> Q.BitPolicy:
+        """The same width everywhere, the pinned layers included unless they keep theirs."""
+        return Q.BitPolicy(dict.fromkeys(self.workload.names, (bits, bits)) | (self.pinned if keep_pinned else {}))
 
     def policy(self, w_bits: Iterable[int], a_bits: Iterable[int]) -> Q.BitPolicy:
         """A policy from two sequences of bits in the order of the workload."""
@@ -206,17 +239,7 @@ class Problem:
     def _limit(self, budget: float | str) -> float:
         limit = parse_budget(budget, self.metric, self.reference)
         if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
-            low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
-            # Rounded up, so that the number we name is one we accept.
-            fraction, at_one_bit = (
-                np.ceil(1000 * smallest / self.reference) / 1000
-                for smallest in (self.smallest, self._smallest(self._decisions(self._allowed(1, self.bits[1]))))
-            )
-            further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
-            raise ValueError(
-                f"budget {budget} is out of reach: on {self.target.name}, {self.metric} can be from {low} "
-                f"({fraction:.3f} of uniform 8 bits) to {high} (1.0){further}"
-            )
+            raise OutOfReach(f"budget {budget} is out of reach: {self.reach}")
         return limit
 
 
@@ -284,8 +307,8 @@ def _as_tensors(search: Any, reward: str) -> tuple[Tensor, Tensor | None]:
     return inputs, labels
 
 
-def _moved(batches: Iterable[Any] | Tensor, device: torch.device) -> Iterable[Any] | Tensor:
-    """Batches of inputs, on a device."""
-    if isinstance(batches, Tensor) or device.type == "cpu":
-        return batches.to(device) if isinstance(batches, Tensor) else batches
-    return ((batch if isinstance(batch, Tensor) else batch[0]).to(device) for batch in batches)
+def _inputs(batches: Iterable[Any] | Tensor) -> list[Tensor]:
+    """The inputs of batches, without their labels."""
+    if isinstance(batches, Tensor):
+        return [batches]
+    return [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]

@@ -2,6 +2,7 @@
 
     config.yaml         what was asked, and signatures of network, data, target and versions
     history.csv         every evaluation, in order
+    sensitivity.json    what is known of single operands, if the search was given it or measured it
     policy.json         the best policy so far; in the end, what was found
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
@@ -21,7 +22,8 @@ import importlib.util
 import io
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,13 @@ import quantizers as Q
 from haq import data, models, training
 from haq.evaluator import Evaluation
 from haq.problem import Problem, check_reward
-from haq.solvers import Found, check_env, check_name
+from haq.solvers import Found, Session, check_env, check_name, solve
+from haq.solvers.sensitivity import Sensitivities, by_hessian, check_kind, signed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
 CONFIG, HISTORY, POLICY, RESULT = "config.yaml", "history.csv", "policy.json", "result.json"
+SENSITIVITY = "sensitivity.json"
 CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
 SCHEMA, CHECKPOINT_FORMAT = "haq-run-1", "haq-quantized-1"
 COLUMNS = (
@@ -50,6 +54,7 @@ COLUMNS = (
     "loss",
     "cost",
     "within_budget",
+    "divergence",
 )
 CALIBRATION = 512  # images of the train split
 
@@ -71,6 +76,8 @@ class Settings:
     finetune_epochs: int = 12
     finetune_steps: int = 0
     reward: str = "accuracy"
+    sensitivity_kind: str = "loss"
+    sensitivity: str | None = None
     threads: int | None = None
     target: str | None = None
     cold: bool | None = None
@@ -79,6 +86,7 @@ class Settings:
         check_name(self.solver)
         check_env(self.env)
         check_reward(self.reward)
+        check_kind(self.sensitivity_kind)
         for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -148,6 +156,27 @@ class Job(Subject):
     """Settings with everything they name, loaded and priced."""
 
     problem: Problem
+    # Accuracies on the search and the test split by policy (None: the float network), as far as they were measured.
+    judged: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
+
+    def on(self, settings: Settings, target: hw_models.Target) -> Job:
+        """The same network and data on another target or within another budget; all that was evaluated is shared."""
+        return replace(self, settings=settings, problem=self.problem.on(target, settings.budget))
+
+    def subject_signature(self) -> dict[str, str]:
+        """What doesn't depend on the hardware: sensitivities belong to it."""
+        return super().signature()
+
+    def read_sensitivities(self, source: Path) -> Sensitivities:
+        """Sensitivities from a file or from the folder of a run. Raises ValueError with one reason if they are of another
+        network, other data or other bits, FileNotFoundError if there are none."""
+        path = source / SENSITIVITY if source.is_dir() else source
+        if not path.is_file():
+            lacks = f"{source} has no {SENSITIVITY}: its search measured none" if source.is_dir() else f"there is no {source}"
+            raise FileNotFoundError(f"{lacks}; give the folder of a run that did, or its {SENSITIVITY}")
+        sensitivities = Sensitivities.from_json(path)
+        sensitivities.check(self.problem, self.subject_signature(), path)
+        return sensitivities
 
     def signature(self) -> dict[str, str]:
         """What must be the same for a run to be continued."""
@@ -167,18 +196,40 @@ def versions() -> dict[str, str]:
     return {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
+def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], called: dict[str, str]) -> None:
+    """Raise ValueError, with the way out, if something isn't what the run or sweep of a folder began with. `called`: names of
+    the signature's parts, for the user."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"the {called[name]} is no longer what {folder} began with: put it back, or start a new run")
+
+
+def check_versions(folder: Path, before: dict[str, str]) -> None:
+    """Raise ValueError if the versions, on which results depend to the last bit, aren't those a folder began with."""
+    now = versions()
+    if name := next((name for name in now if before.get(name) != now[name]), None):
+        raise ValueError(
+            f"{folder} began with {name} {before.get(name)}, this is {name} {now[name]}, so it would not go on "
+            "as it began: install that version, or start a new run"
+        )
+
+
 class Run:
     """The folder of a run, opened with `create` or `load`."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self._rows: list[list[str]] = []  # of an interrupted search, still to be met again
+        self._known = 0  # rises in its file of sensitivities, as far as we wrote it
         self._writer: Any = None
 
     @classmethod
     def create(cls, folder: Path, job: Job) -> Run:
-        """Start a new folder. Raises ValueError, touching nothing, if there is anything in it."""
+        """Start a new folder, with a copy of the sensitivities that the run is given. Raises ValueError, touching nothing, if
+        there is anything in it, or these are refused."""
         check_unused(folder)
+        given = job.settings.sensitivity
+        sensitivities = None if given is None else job.read_sensitivities(Path(given))
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": SCHEMA,
@@ -189,6 +240,8 @@ class Run:
         run = cls(folder, job.settings)
         run._write(CONFIG, yaml.safe_dump(content, sort_keys=False))
         run._write(HISTORY, _line(COLUMNS))
+        if sensitivities is not None:
+            run.save_sensitivities(sensitivities, job)
         return run
 
     @classmethod
@@ -227,29 +280,23 @@ class Run:
         """Raise ValueError, with the way out, if network, data or target (of a Job) aren't what the run began with."""
         content = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
         options = {"target": "hw", "machine": "hw"}
-        for name, value in job.signature().items():
-            if content["signature"].get(name) != value:
-                raise ValueError(
-                    f"the {name} ({getattr(self.settings, options.get(name, name))}) is no longer what "
-                    f"{self.folder} began with: put it back, or start a new run"
-                )
-        before, now = content["versions"], versions()
-        if same_versions and before != now:
-            name = next(name for name in now if before.get(name) != now[name])
-            raise ValueError(
-                f"{self.folder} began with {name} {before.get(name)}, this is {name} {now[name]}, so it would not go on "
-                "as it began: install that version, or start a new run"
-            )
+        signature = job.signature()
+        called = {name: f"{name} ({getattr(self.settings, options.get(name, name))})" for name in signature}
+        check_signature(self.folder, content["signature"], signature, called)
+        if same_versions:
+            check_versions(self.folder, content["versions"])
 
     def prepare_resume(self, problem: Problem) -> int:
         """Give the problem what was evaluated before; returns how many evaluations that saves."""
-        text = (self.folder / HISTORY).read_text(encoding="utf-8")
+        path = self.folder / HISTORY
+        text = path.read_text(encoding="utf-8") if path.is_file() else _line(COLUMNS)
         # A line without its end was being written when the run was killed.
         lines = text[: text.rfind("\n") + 1].splitlines()
         self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
         for row in self._rows:
             policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))
-            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count)
+            divergence = float(row[8]) if row[8] else None
+            problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count, divergence)
         self._write(HISTORY, "".join(f"{line}\n" for line in lines))
         return len(self._rows)
 
@@ -265,6 +312,7 @@ class Run:
             repr(found.result.loss),
             repr(found.cost),
             str(int(within_budget)),
+            "" if found.result.divergence is None else repr(found.result.divergence),
         ]
         if self._rows:
             if (before := self._rows.pop(0)) != row:
@@ -283,6 +331,56 @@ class Run:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+
+    def search(
+        self,
+        job: Job,
+        solver: str,
+        sensitivities: Sensitivities | None = None,
+        on_evaluation: Callable[[int, Found | None], None] = lambda count, best: None,
+    ) -> Session:
+        """Run a solver, with every evaluation written down, and, if the run is this solver's, its best policy kept on disk.
+        `on_evaluation` is told the number of evaluations and the best policy so far.
+        Returns the session, with what was found."""
+        mine = solver == self.settings.solver
+
+        def record(count: int, found: Found, within_budget: bool) -> None:
+            if mine and found is session.best:
+                self.save_policy(found.policy)
+            self.record(solver, count, found, within_budget, job.problem)
+            on_evaluation(count, session.best)
+
+        session = Session(
+            job.problem,
+            self.settings.evaluations,
+            record,
+            sensitivities,
+            self.settings.sensitivity_kind,
+            lambda measured: self.save_sensitivities(measured, job),
+            env=self.settings.env,
+        )
+        found = solve(solver, session, self.settings.seed)
+        if mine:
+            self.save_policy(found.policy)
+        return session
+
+    def sensitivities(self, job: Job) -> Sensitivities | None:
+        """What the run's solvers need not measure: what it was given (once it is there, the copy in its folder), or what costs
+        no evaluation. None if they are to measure themselves."""
+        if self.settings.sensitivity is not None:
+            copy = self.folder / SENSITIVITY
+            return job.read_sensitivities(copy if copy.is_file() else Path(self.settings.sensitivity))
+        if self.settings.sensitivity_kind != "hessian":
+            return None
+        measured = by_hessian(job.problem)
+        self.save_sensitivities(measured, job)
+        return measured
+
+    def save_sensitivities(self, measured: Sensitivities, job: Job) -> None:
+        """Write sensitivities, unless a solver before knew more of them."""
+        if measured.known > self._known:
+            signed(measured, job.subject_signature()).to_json(self.folder / SENSITIVITY)
+            self._known = measured.known
 
     def save_policy(self, policy: Q.BitPolicy) -> None:
         policy.to_json(self.folder / POLICY)
@@ -364,7 +462,12 @@ def check_unused(folder: Path) -> None:
 def default_folder(settings: Settings) -> Path:
     """A folder under runs/ that says what is in it and isn't in use."""
     hw = (settings.hw if settings.hw.startswith("rpc:") else Path(settings.hw).stem).replace(":", "-")
-    base = Path("runs") / f"{hw}-{settings.metric}-{settings.budget}-{settings.solver}-seed{settings.seed}"
+    return unused_folder(f"{hw}-{settings.metric}-{settings.budget}-{settings.solver}-seed{settings.seed}")
+
+
+def unused_folder(name: str) -> Path:
+    """A folder of that name under runs/, with a number if there is one already."""
+    base = Path("runs") / name
     folder, number = base, 2
     while folder.exists():
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1

@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from rich.progress import Progress
 import quantizers as Q
 from haq import cli, summary, training
 from haq.run import Job, Run, Settings, check_unused, default_folder, has_tensorboard
-from haq.solvers import SOLVERS, Found, Session, solve
+from haq.solvers import SOLVERS, Found, Session
+from haq.solvers.sensitivity import KINDS, Sensitivities
 
 RIVALS = ("greedy", "ilp")
 
@@ -58,6 +59,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="what a policy is judged by: accuracy, or, on images without labels, agreement with the float network "
         f"(default: {default.reward})",
     )
+    add(
+        "--sensitivity-kind",
+        help=f"what solvers know of single layers: {', '.join(KINDS)}; the last costs no evaluation "
+        f"(default: {default.sensitivity_kind})",
+    )
+    add(
+        "--sensitivity",
+        metavar="RUN|FILE",
+        help="take it from an earlier run of this network and data, for whatever target and budget, instead of measuring it",
+    )
     add("--out", type=Path, help="folder of the run (default: one under runs/)")
     add("--resume", type=Path, metavar="RUN", help="go on with an interrupted run")
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
@@ -67,6 +78,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
         raise ValueError("--resume RUN goes on with what the run was asked for: no other option but --json goes with it")
+    if options.sensitivity and options.sensitivity_kind:
+        raise ValueError("--sensitivity brings its kind along: leave --sensitivity-kind out")
     return options
 
 
@@ -82,6 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
         check_unused(folder)
     with cli.follow_loading(console, "loading network and data, calibrating") as follow:
         job = earlier.build(**follow) if earlier else settings.build(settings.load_target(**follow))
+    if settings.sensitivity and not earlier:
+        kind = job.read_sensitivities(Path(settings.sensitivity)).kind
+        job = replace(job, settings=replace(settings, sensitivity_kind=kind))
+        settings = job.settings
     rivals = tuple(name for name in RIVALS if name != settings.solver)
     summary.print_plan(console, job, None if options.dry_run else folder, rivals)
     if not has_tensorboard():
@@ -111,18 +128,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
     settings = job.settings
+    sensitivities = run.sensitivities(job)
     with cli.progress(console) as bar:
         found: dict[str, Found] = {}
         used: dict[str, int] = {}
         saturated: dict[str, float] = {}
         for name in (settings.solver, *rivals):
-            session = _solve(bar, job, run, name)
+            session = _solve(bar, job, run, name, sensitivities)
             assert session.best is not None
             found[name], used[name] = session.best, session.used
             if session.saturated:
                 saturated[name] = statistics.mean(session.saturated)
-            if name == settings.solver:
-                run.save_policy(found[name].policy)
         policy = found[settings.solver].policy
         tuned = None
         if settings.finetune_epochs:
@@ -144,22 +160,15 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
     return result, policy
 
 
-def _solve(bar: Progress, job: Job, run: Run, name: str) -> Session:
-    """Run one solver, with a progress bar, every evaluation written down and the best policy kept on disk."""
-    best: list[Found] = []
+def _solve(bar: Progress, job: Job, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
+    """Run one solver, with a progress bar."""
     task = bar.add_task(f"search: {name}", total=job.settings.evaluations, note="")
 
-    def on_evaluation(count: int, found: Found, within_budget: bool) -> None:
-        if within_budget and (not best or found.rank < best[0].rank):
-            best[:] = [found]
-            if name == job.settings.solver:
-                run.save_policy(found.policy)
-        run.record(name, count, found, within_budget, job.problem)
-        note = f"best {job.settings.reward} {100 * best[0].result.accuracy:.2f} %" if best else "measuring sensitivities"
+    def on_evaluation(count: int, best: Found | None) -> None:
+        note = f"best {job.settings.reward} {100 * best.result.accuracy:.2f} %" if best else "measuring sensitivities"
         bar.update(task, completed=count, note=note)
 
-    session = Session(job.problem, job.settings.evaluations, on_evaluation, job.settings.env)
-    solve(name, session, job.settings.seed)
+    session = run.search(job, name, sensitivities, on_evaluation)
     bar.update(task, completed=session.used, total=session.used)
     return session
 

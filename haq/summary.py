@@ -27,10 +27,6 @@ def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None)
     as far as every policy of the search was.
     """
     problem = job.problem
-    if policy is None:
-        module = job.network.module
-    elif module is None:
-        module = problem.evaluator.prepared(policy)
     costs: dict[str, float | None] = {"latency_s": None, "energy_j": None}
     if policy is None:
         # 32 bits for each weight and bias; no simulated target computes in float.
@@ -39,9 +35,18 @@ def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None)
         w, a = problem.bit_arrays(policy)
         costs |= {k: None if v is None else float(v) for k, v in problem.table.price(w, a)._asdict().items()}
         del costs["cycles"]
-    measure = training.accuracy if problem.reward == "accuracy" else training.agreement
+    if module is not None:
+        return _judge(job, module) | costs
+    if policy not in job.judged:
+        job.judged[policy] = _judge(job, job.network.module if policy is None else problem.evaluator.prepared(policy))
+    return job.judged[policy] | costs
+
+
+def _judge(job: Job, module: nn.Module) -> dict[str, float]:
+    reward = job.problem.reward
+    measure = training.accuracy if reward == "accuracy" else training.agreement
     splits = {"search": job.dataset.search, "test": job.dataset.test}
-    return {f"{name}_{problem.reward}": measure(job.network, split, module) for name, split in splits.items()} | costs
+    return {f"{name}_{reward}": measure(job.network, split, module) for name, split in splits.items()}
 
 
 def collect(
@@ -64,6 +69,7 @@ def collect(
         "seed": job.settings.seed,
         "reward": problem.reward,
         "finetune_steps": job.settings.finetune_steps,
+        "sensitivity_kind": job.settings.sensitivity_kind,
         "accuracy_is": f"measured on {threads()}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": {
@@ -89,7 +95,7 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
     problem, settings = job.problem, job.settings
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    float_accuracy = f", float accuracy {_percent(problem.float_accuracy)} on the search split"
+    float_accuracy = f", float accuracy {percent(problem.float_accuracy)} on the search split"
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     rows = {
         "network": f"{job.network.name} ({job.network.origin}): {len(problem.workload)} quantizable layers, "
@@ -102,6 +108,14 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
         f"({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "solver": f"{settings.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
+        "sensitivities": f"{settings.sensitivity_kind}, "
+        + (
+            f"from {settings.sensitivity}"
+            if settings.sensitivity
+            else "computed, without evaluations"
+            if settings.sensitivity_kind == "hessian"
+            else "measured by each solver that needs them"
+        ),
         "reward": "accuracy" if problem.reward == "accuracy" else "agreement with the float network's answers, without labels",
         "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
         + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else ""),
@@ -156,7 +170,7 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
-        kind = "counted" if name == "storage" else _word(problem)
+        kind = "counted" if name == "storage" else cost_kind(problem)
         table.add_column(f"\n{name}\n({kind})", justify="right")
     rows: list[tuple[str, dict[str, float | None] | None]] = [
         ("float", result["float"]),
@@ -171,7 +185,7 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         keys = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
         costs = [row[keys[name]] for name in metrics]
         cells = ["–" if c is None else describe_amount(c, name) for c, name in zip(costs, metrics, strict=True)]
-        table.add_row(label, _percent(row[f"test_{reward}"]), _percent(row[f"search_{reward}"]), *cells)
+        table.add_row(label, percent(row[f"test_{reward}"]), percent(row[f"search_{reward}"]), *cells)
     sizes = f"{len(job.dataset.test):,} test and {len(job.dataset.search):,} search images"
     steps = job.settings.finetune_steps
     tuned = f"; every policy fine-tuned for {steps} steps" if steps else ""
@@ -191,11 +205,11 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         than = f"{abs(difference):.2f} points {'below' if difference > 0 else 'above'}" if difference else "as good as"
         console.print(
             f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
-            f"{_percent(rival[f'search_{reward}'])} on the search split, {than} {result['solver']}."
+            f"{percent(rival[f'search_{reward}'])} on the search split, {than} {result['solver']}."
         )
 
 
-def _word(problem: Problem) -> str:
+def cost_kind(problem: Problem) -> str:
     """ "estimated" or "measured", without where."""
     return problem.table.provenance.split()[0]
 
@@ -226,13 +240,13 @@ def draw(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
     used = problem.policy_cost(policy)
     bits.set_title(
         f"{problem.target.name}: {describe_amount(used, problem.metric)} of {describe_amount(problem.limit, problem.metric)} "
-        f"{problem.metric}, {used / problem.reference:.3g} of uniform 8 bits ({_word(problem)})",
+        f"{problem.metric}, {used / problem.reference:.3g} of uniform 8 bits ({cost_kind(problem)})",
         fontsize=10,
         pad=22,
     )
     share.bar(x, 100 * before, 0.8, color="#cccccc", label="at 8/8 bits")
     share.bar(x, 100 * after, 0.8, color="#4c9a5b", label="at these bits")
-    share.set_ylabel(f"{problem.metric}, % of the\n8-bit network ({_word(problem)})", fontsize=9)
+    share.set_ylabel(f"{problem.metric}, % of the\n8-bit network ({cost_kind(problem)})", fontsize=9)
     share.legend(fontsize=8, frameon=False)
     share.set_xticks(x, problem.workload.names, rotation=90, fontsize=8 if len(x) <= 40 else 5)
     for axes in (bits, share):
@@ -250,5 +264,5 @@ def print_next(console: Console, run: Run, commands: tuple[str, ...]) -> None:
         console.print(f"Next: [bold]python -m haq.{command}[/]", soft_wrap=True)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"

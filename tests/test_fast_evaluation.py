@@ -340,6 +340,14 @@ def test_stopping_does_not_depend_on_threads_and_leaves_what_is_kept_right(threa
 
 def test_labels_or_a_teacher() -> None:
     network = quantized("small")
-    for given_ in ({}, {"labels": torch.zeros(8, dtype=torch.long), "teacher": network}):
-        with pytest.raises(ValueError, match="labels or a teacher, one of the two"):
-            Evaluator(network, images(8), **given_)
+    with pytest.raises(ValueError, match="labels or a teacher, or both"):
+        Evaluator(network, images(8))
+    labels = torch.zeros(8, dtype=torch.long)
+    told, taught = Evaluator(network, images(8), labels), Evaluator(network, images(8), teacher=network)
+    with pytest.raises(ValueError, match="no teacher"):
+        told.measure_teacher()
+    policy = Q.BitPolicy(dict.fromkeys(Q.quant_layers(network), (3, 3)))
+    both = Evaluator(network, images(8), labels, teacher=network).evaluate(policy)
+    assert both[:3] == told.evaluate(policy)[:3]
+    assert told.evaluate(policy).divergence is None
+    assert both.divergence == taught.evaluate(policy).divergence == taught.evaluate(policy).loss

@@ -25,7 +25,7 @@ SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a 
 
 def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0, env: str = "plan") -> tuple[Found, list[Found]]:
     tried: list[Found] = []
-    session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found), env)
+    session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found), env=env)
     return solve(name, session, seed), tried
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import quantizers as Q
 from haq.evaluator import Evaluation
 from haq.problem import Problem
+from haq.solvers.sensitivity import Sensitivities
 
 # Name -> function of this package; its module is imported when it is asked for, so that only its own libraries are needed.
 SOLVERS = {
@@ -27,6 +28,8 @@ SOLVERS = {
     "exhaustive": "exhaustive.solve",
 }
 ENVS = ("plan", "haq")
+USE_SENSITIVITIES = ("ddpg", "td3", "sac", "ilp", "greedy")
+USE_NO_SEED = ("ilp", "greedy", "exhaustive")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,16 @@ class Session:
     """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
 
     `env` is the environment of agents, "plan" or "haq"; they note the share of actions at a bound, by episode, in `saturated`.
+    `sensitivities` are what a solver that works with them need not measure; otherwise it measures those of `sensitivity_kind`,
+    and tells `on_sensitivities`.
     """
 
     problem: Problem
     evaluations: int
     on_evaluation: Callable[[int, Found, bool], None] = lambda count, found, feasible: None
+    sensitivities: Sensitivities | None = None
+    sensitivity_kind: str = "loss"
+    on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
     env: str = "plan"
     best: Found | None = None
     saturated: list[float] = field(default_factory=list)

@@ -1,0 +1,478 @@
+"""Many searches of one network: every target, budget, solver and seed, with all they can share measured once.
+
+    sweep.json               what was asked; in the end, everything that was found
+    sweep.png                accuracy against cost, a panel for each target
+    sensitivity/             the run that measured sensitivities
+    TARGET-BUDGET-SOLVER-seedN/      a run each, as `python -m haq.search` writes them
+
+How accurate a policy is doesn't depend on the target: network, data, scales and evaluations are shared by all searches of a
+process, and sensitivities by all of them. A search's result depends on nothing but its own settings, so neither their order
+nor the number of processes does anything to it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import quantizers as Q
+from haq import summary
+from haq.evaluator import Evaluation
+from haq.problem import OutOfReach
+from haq.run import (
+    CONFIG,
+    SENSITIVITY,
+    Job,
+    Run,
+    Settings,
+    check_signature,
+    check_unused,
+    check_versions,
+    threads,
+    versions,
+)
+from haq.solvers import USE_NO_SEED, USE_SENSITIVITIES, Found, Session, check_name
+from haq.solvers.sensitivity import Sensitivities, by_evaluation, by_hessian
+from hw_models.tvm_cpu.target import LOCAL, REMOTE
+
+SCHEMA, FILE = "haq-sweep-1", "sweep.json"
+MOST_BUDGETS = 1000
+
+
+class Point(NamedTuple):
+    """One search of a sweep."""
+
+    hw: str
+    budget: str
+    solver: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """The name of its run's folder."""
+        hw = self.hw.replace(":", "-") if self.hw.startswith(REMOTE) else Path(self.hw).stem.replace(":", "-")
+        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is asked to do: `settings` of every run, but for the target, budget, solver and seed, which vary."""
+
+    settings: Settings
+    hw: tuple[str, ...]
+    budgets: tuple[str, ...]
+    solvers: tuple[str, ...]
+    seeds: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
+            raise ValueError(f"--seeds is {self.seeds!r}; it must be an integer of at least 1: so many are 0, 1, 2 ...")
+        for option, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
+            if not values or not all(values) or len(set(values)) < len(values):
+                raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
+        for solver in self.solvers:
+            check_name(solver)
+        folders = [Point(hw, "", "", 0).folder for hw in self.hw]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"--hw is {','.join(self.hw)!r}; its files must have different names: runs are named after them")
+
+    @property
+    def shares_sensitivities(self) -> bool:
+        return bool(set(self.solvers) & set(USE_SENSITIVITIES))
+
+    def settings_on(self, hw: str) -> Settings:
+        """The settings that all runs on a target share; options of measured targets only where they are measured."""
+        settings = replace(self.settings, hw=hw, budget="1.0")
+        if any(_measured(name) for name in self.hw) and not _measured(hw):
+            settings = replace(settings, threads=None, target=None, cold=None)
+        return settings
+
+
+@dataclass
+class Ground:
+    """What a sweep's searches stand on: a job for each target, which share what they evaluate, and the budgets in reach."""
+
+    sweep: Sweep
+    jobs: dict[str, Job]
+    unreachable: dict[str, list[str]]  # budgets by target
+
+    @classmethod
+    def load(cls, sweep: Sweep, **callbacks: Any) -> Ground:
+        """Load all that is named. Raises ValueError if no budget is in reach of any target, and what the parts raise."""
+        targets = {hw: sweep.settings_on(hw).load_target(**callbacks) for hw in sweep.hw}
+        jobs: dict[str, Job] = {}
+        for hw, target in targets.items():
+            settings = sweep.settings_on(hw)
+            jobs[hw] = next(iter(jobs.values())).on(settings, target) if jobs else settings.build(target)
+        unreachable: dict[str, list[str]] = {hw: [] for hw in jobs}
+        for hw, job in jobs.items():
+            for budget in sweep.budgets:
+                try:
+                    job.problem.on(job.problem.target, budget)
+                except OutOfReach:
+                    unreachable[hw].append(budget)
+        if not any(len(missed) < len(sweep.budgets) for missed in unreachable.values()):
+            ranges = "; ".join(job.problem.reach for job in jobs.values())
+            raise ValueError(f"none of the budgets {', '.join(sweep.budgets)} is in reach of any target: {ranges}")
+        return cls(sweep, jobs, unreachable)
+
+    def left_out(self, hw: str) -> str:
+        """The budgets that are out of reach on a target, and what is in reach, in words; nothing if all are."""
+        missed = ", ".join(self.unreachable[hw])
+        return missed and f"out of reach: {missed} ({self.jobs[hw].problem.reach})"
+
+    @property
+    def first(self) -> Job:
+        return self.jobs[self.sweep.hw[0]]
+
+    def points(self) -> list[Point]:
+        """Every search, in the order of targets, budgets, solvers and seeds. Solvers that draw nothing have one seed."""
+        return [
+            Point(hw, budget, solver, seed)
+            for hw in self.sweep.hw
+            for budget in self.sweep.budgets
+            if budget not in self.unreachable[hw]
+            for solver in self.sweep.solvers
+            for seed in range(1 if solver in USE_NO_SEED else self.sweep.seeds)
+        ]
+
+    def job(self, point: Point, folder: Path, kind: str) -> Job:
+        """What one search is given; solvers that work with sensitivities get the sweep's, which are of that kind."""
+        job = self.jobs[point.hw]
+        settings = replace(job.settings, budget=point.budget, solver=point.solver, seed=point.seed, sensitivity_kind=kind)
+        if point.solver in USE_SENSITIVITIES:
+            settings = replace(settings, sensitivity=str(folder / "sensitivity" / SENSITIVITY))
+        return job.on(settings, job.problem.target)
+
+    def signature(self) -> dict[str, str]:
+        """What must be the same for a sweep to be continued."""
+        return {
+            **self.first.subject_signature(),
+            **{
+                f"{name} of {hw}": value
+                for hw, job in self.jobs.items()
+                for name, value in job.signature().items()
+                if name not in self.first.subject_signature()
+            },
+        }
+
+
+def budgets(text: str) -> tuple[str, ...]:
+    """FIRST:LAST:STEP, fractions of uniform 8 bits, or budgets parted by commas. Raises ValueError for anything else.
+
+    >>> budgets("0.3:0.5:0.1")
+    ('0.3', '0.4', '0.5')
+    """
+    if ":" not in text:
+        return tuple(text.split(","))
+    try:
+        first, last, step = (Decimal(part) for part in text.split(":"))
+        if not (0 < first <= last <= 1 and step > 0 and (last - first) / step < MOST_BUDGETS):
+            raise ValueError
+    except (ValueError, InvalidOperation):
+        raise ValueError(
+            f"--budgets is {text!r}; it must be FIRST:LAST:STEP, fractions of uniform 8 bits such as 0.3:0.9:0.1, at most "
+            f"{MOST_BUDGETS} of them, or budgets parted by commas such as 0.5,0.7"
+        ) from None
+    return tuple(str(first + step * i) for i in range(int((last - first) / step) + 1))
+
+
+def begin(folder: Path, sweep: Sweep, ground: Ground) -> None:
+    """Start a sweep's folder. Raises ValueError, touching nothing, if there is anything in it."""
+    check_unused(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(
+        folder,
+        {"schema": SCHEMA, "finished": False, "asked": asdict(sweep), "signature": ground.signature(), "versions": versions()},
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What sweep.json holds. Raises FileNotFoundError, or ValueError with the reason, if the folder isn't a sweep's."""
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {FILE}")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema is {content['schema']!r}, not {SCHEMA!r}")
+        asked(content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the file of a sweep: {error}") from error
+    return content
+
+
+def asked(content: dict[str, Any]) -> Sweep:
+    """The sweep that sweep.json says was asked for."""
+    lists = {name: tuple(content["asked"][name]) for name in ("hw", "budgets", "solvers")}
+    return Sweep(Settings(**content["asked"]["settings"]), seeds=content["asked"]["seeds"], **lists)
+
+
+def check(folder: Path, content: dict[str, Any], ground: Ground) -> None:
+    """Raise ValueError, with the way out, if a sweep can't be continued here."""
+    signature, settings = ground.signature(), ground.sweep.settings
+    called = {name: name for name in signature} | {
+        "network": f"network ({settings.network})",
+        "data": f"data ({settings.data})",
+    }
+    check_signature(folder, content["signature"], signature, called)
+    check_versions(folder, content["versions"])
+
+
+def measure_sensitivities(folder: Path, ground: Ground, on_evaluation: Callable[[int], None]) -> Sensitivities:
+    """What is known of single operands, in the sweep's folder; measured, unless they are there."""
+    job = ground.first
+    run = _open(folder / "sensitivity", job)
+    try:
+        if (run.folder / SENSITIVITY).is_file():
+            return job.read_sensitivities(run.folder)
+
+        def record(count: int, found: Found, within_budget: bool) -> None:
+            run.record("sensitivity", count, found, within_budget, job.problem)
+            on_evaluation(count)
+
+        settings = ground.sweep.settings
+        session = Session(job.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
+        others = [other.problem for other in ground.jobs.values()]
+        hessian = settings.sensitivity_kind == "hessian"
+        measured = by_hessian(job.problem) if hessian else by_evaluation(job.problem, session, 0, others)
+        run.save_sensitivities(measured, job)
+        return measured
+    finally:
+        run.close()
+
+
+def search(folder: Path, job: Job, on_evaluation: Callable[[], None] = lambda: None) -> None:
+    """One search of a sweep, on one thread, begun or gone on with. Nothing is done if it is finished."""
+    run = _open(folder, job)
+    if run.finished:
+        return
+    name = job.settings.solver
+    try:
+        with one_thread():
+            session = run.search(job, name, run.sensitivities(job), lambda count, best: on_evaluation())
+            assert session.best is not None
+            run.save_result(summary.collect(job, session.best.policy, None, {}, {name: session.used}))
+    finally:
+        run.close()
+
+
+def run_all(
+    folder: Path, ground: Ground, points: Sequence[Point], kind: str, workers: int, on_search: Callable[[Point], None]
+) -> None:
+    """Run searches in so many processes, or in this one if it is one. `on_search` is told each that is finished.
+
+    Raises what the first failing search raises, and ChildProcessError if a process was killed; the others stop after the
+    evaluation they are at, and can be continued.
+    """
+    if workers == 1:
+        for point in points:
+            search(folder / point.folder, ground.job(point, folder, kind))
+            on_search(point)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    known = ground.first.problem.evaluator.cache, ground.first.judged
+    given = folder, ground.sweep, kind, torch.get_num_threads(), known, stop
+    pool = ProcessPoolExecutor(min(workers, len(points)), context, _start_worker, given)
+    try:
+        waiting = {pool.submit(_search_in_worker, point): point for point in points}
+        for done in as_completed(waiting):
+            done.result()
+            on_search(waiting[done])
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"a worker was killed, perhaps for want of memory; go on with fewer: python -m haq.sweep --resume {folder}"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+class _Worker(NamedTuple):
+    """What a process of `run_all` keeps from search to search."""
+
+    folder: Path
+    kind: str
+    ground: Ground
+    stop: Any
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(
+    folder: Path,
+    sweep: Sweep,
+    kind: str,
+    threads: int,
+    known: tuple[dict[Q.BitPolicy, Evaluation], dict[Q.BitPolicy | None, dict[str, float]]],
+    stop: Any,
+) -> None:
+    global _worker
+    # Ctrl-C reaches every process; the first one tells the others, by `stop`, what to do.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    ground = Ground.load(sweep)
+    ground.first.problem.evaluator.cache.update(known[0])
+    ground.first.judged.update(known[1])
+    _worker = _Worker(folder, kind, ground, stop)
+
+
+def _search_in_worker(point: Point) -> None:
+    assert _worker is not None
+    stop, parent = _worker.stop, multiprocessing.parent_process()
+
+    def on_evaluation() -> None:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # nobody waits for an answer
+        if stop.is_set():
+            raise InterruptedError("stopped")
+
+    search(_worker.folder / point.folder, _worker.ground.job(point, _worker.folder, _worker.kind), on_evaluation)
+
+
+def finish(folder: Path, ground: Ground, points: Sequence[Point], sensitivities: Sensitivities | None) -> dict[str, Any]:
+    """Put together what a sweep found, from its runs, and write it. Returns what sweep.json holds."""
+    job, sweep = ground.first, ground.sweep
+    problem, reward = job.problem, job.problem.reward
+    results = {point: Run.load(folder / point.folder).load_result() for point in points}
+    policies = {point: Run.load(folder / point.folder).load_policy() for point in points}
+    content = read(folder) | {
+        "finished": True,
+        "network": job.network.name,
+        "data": job.dataset.name,
+        "reward": reward,
+        "metric": problem.metric,
+        "unit": problem.unit,
+        "accuracy_is": f"measured on {threads()}",
+        "images": {"test": len(job.dataset.test), "search": len(job.dataset.search)},
+        "float": summary.entry(job, None),
+        "sensitivities": sensitivities
+        and {"kind": sensitivities.kind, "known": sensitivities.known, "file": f"sensitivity/{SENSITIVITY}"},
+        "targets": {hw: _of_target(ground, hw, results, policies) for hw in ground.jobs},
+        "specialisation": _specialisation(ground, results, policies),
+    }
+    assert asked(content) == sweep
+    _write(folder, content)
+    return content
+
+
+def _of_target(
+    ground: Ground, hw: str, results: dict[Point, dict[str, Any]], policies: dict[Point, Q.BitPolicy]
+) -> dict[str, Any]:
+    job = ground.jobs[hw]
+    problem, reward = job.problem, job.problem.reward
+    keys = (f"search_{reward}", f"test_{reward}")
+    uniform = []
+    for bits in range(problem.bits[0], problem.bits[1] + 1):
+        policy = problem.uniform(bits, keep_pinned=True)
+        judged, cost = summary.entry(job, policy), problem.policy_cost(policy)
+        row = {"cost": cost, "fraction": cost / problem.reference, **{key: judged[key] for key in keys}}
+        uniform.append({"bits": bits, **row})
+    found = []
+    for budget, solver in dict.fromkeys((point.budget, point.solver) for point in results if point.hw == hw):
+        runs = [
+            {
+                "seed": point.seed,
+                "folder": point.folder,
+                "evaluations": result["evaluations"][solver],
+                "cost": result["budget"]["used"],
+                "fraction": result["budget"]["used_fraction"],
+                **{key: result["found"][key] for key in keys},
+                "policy": {name: list(bits) for name, bits in policies[point].items()},
+            }
+            for point, result in results.items()
+            if point[:3] == (hw, budget, solver)
+        ]
+        means = {key: sum(run[key] for run in runs) / len(runs) for key in ("cost", "fraction", *keys)}
+        limit = problem.on(problem.target, budget).limit
+        found.append({"budget": budget, "solver": solver, "limit": limit, **means, "runs": runs})
+    rows: list[dict[str, Any]] = [*uniform, *found]
+    for row, is_best in zip(rows, pareto([(row["cost"], row[keys[1]]) for row in rows]), strict=True):
+        row["pareto"] = is_best
+    return {
+        "name": problem.target.name,
+        "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
+        "kind": "counted" if problem.metric == "storage" else summary.cost_kind(problem),
+        "uniform8": problem.reference,
+        "least_fraction": problem.smallest / problem.reference,
+        "unreachable": ground.unreachable[hw],
+        "left_out": ground.left_out(hw),
+        "uniform": uniform,
+        "found": found,
+    }
+
+
+def _specialisation(
+    ground: Ground, results: dict[Point, dict[str, Any]], policies: dict[Point, Q.BitPolicy]
+) -> dict[str, Any] | None:
+    """HAQ's table of policies found for one target and run on another, at the middle one of the budgets in reach of all;
+    a target's policy is the one that is best on the search split. None if there are no two targets with such a budget."""
+    common = [b for b in ground.sweep.budgets if not any(b in missed for missed in ground.unreachable.values())]
+    if len(ground.jobs) < 2 or not common:
+        return None
+    budget, reward = common[(len(common) - 1) // 2], ground.first.problem.reward
+    rows = {}
+    for hw in ground.jobs:
+        candidates = [point for point in results if (point.hw, point.budget) == (hw, budget)]
+        best = max(candidates, key=lambda point: results[point]["found"][f"search_{reward}"])
+        rows[hw] = {
+            "folder": best.folder,
+            "solver": best.solver,
+            **{key: results[best]["found"][key] for key in (f"search_{reward}", f"test_{reward}")},
+            "fractions": {
+                other: job.problem.policy_cost(policies[best]) / job.problem.reference for other, job in ground.jobs.items()
+            },
+        }
+    return {"budget": budget, "policies": rows}
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of some (cost, accuracy) no other is as good as in both and better in one."""
+    return [
+        not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points) for cost, accuracy in points
+    ]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on the number of threads; searches that share a machine have one each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open(folder: Path, job: Job) -> Run:
+    """The run of a folder, ready to go on, or a new one."""
+    if not (folder / CONFIG).is_file():
+        return Run.create(folder, job)
+    run = Run.load(folder)
+    run.check(job, same_versions=True)
+    run.prepare_resume(job.problem)
+    return run
+
+
+def _measured(hw: str) -> bool:
+    return hw == LOCAL or hw.startswith(REMOTE)
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
+    partial = folder / f"{FILE}.part"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / FILE)

@@ -1,0 +1,278 @@
+"""Search on many targets, within many budgets, and compare:  python -m haq.sweep --hw edge,cloud --budgets 0.3:0.9:0.1"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from haq import cli, frontier
+from haq.frontier import FILE, Ground, Sweep
+from haq.problem import describe_amount
+from haq.run import Settings, check_unused, has_tensorboard, unused_folder
+from haq.solvers import SOLVERS
+from haq.solvers.sensitivity import KINDS, Sensitivities
+from haq.summary import percent
+
+PICTURE = "sweep.png"
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    default = Settings()
+    parser = argparse.ArgumentParser(prog="python -m haq.sweep", description=__doc__)
+    add = parser.add_argument
+    add("--hw", metavar="NAME,NAME", help="hardware targets, as haq.search takes them, parted by commas (default: edge,cloud)")
+    add(
+        "--budgets",
+        metavar="FIRST:LAST:STEP",
+        help="fractions of uniform 8 bits, or budgets parted by commas (default: 0.3:0.9:0.1)",
+    )
+    add("--seeds", type=int, help="searches of each solver that draws: seeds 0, 1, 2 ... (default: 1)")
+    add("--solvers", metavar="NAME,NAME", help=f"of {', '.join(SOLVERS)} (default: ilp,ddpg)")
+    cli.add_measuring(parser)
+    add("--bits", metavar="SMALLEST:LARGEST", help=f"widths that a solver may choose (default: {default.bits})")
+    add("--metric", help=f"latency, energy or storage (default: {default.metric})")
+    add("--network", help=f"a name as in haq.models (default: {default.network})")
+    add("--data", help=f"a name as in haq.data (default: {default.data})")
+    add(
+        "--evaluations",
+        type=int,
+        help=f"policies that each search may evaluate, and as many for sensitivities, once (default: {default.evaluations})",
+    )
+    add("--reward", help=f"accuracy, or agreement with the float network (default: {default.reward})")
+    add("--sensitivity-kind", help=f"{', '.join(KINDS)} (default: {default.sensitivity_kind})")
+    add("--workers", type=int, default=1, help="processes that search, one thread each; results are the same (default: 1)")
+    add("--out", type=Path, help="folder of the sweep (default: one under runs/)")
+    add("--resume", type=Path, metavar="SWEEP", help="go on with an interrupted sweep")
+    add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
+    add("--dry-run", action="store_true", help="say what would be done, and stop")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}; it must be at least 1")
+    varied = ("hw", "budgets", "seeds", "solvers")
+    given = {field.name: getattr(options, field.name, None) for field in fields(Settings) if field.name not in varied}
+    options.settings = {name: value for name, value in given.items() if value is not None}
+    if options.resume and (options.settings or options.out or options.dry_run or any(getattr(options, x) for x in varied)):
+        raise ValueError(
+            "--resume SWEEP goes on with what the sweep was asked for: no other option but --workers and --json goes with it"
+        )
+    return options
+
+
+def asked(options: argparse.Namespace) -> Sweep:
+    """The sweep that options of the command ask for."""
+    return Sweep(
+        Settings(**options.settings, finetune_epochs=0),
+        hw=tuple((options.hw or "edge,cloud").split(",")),
+        budgets=frontier.budgets(options.budgets or "0.3:0.9:0.1"),
+        solvers=tuple((options.solvers or "ilp,ddpg").split(",")),
+        seeds=1 if options.seeds is None else options.seeds,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console(stderr=options.json)
+    earlier = frontier.read(options.resume) if options.resume else None
+    if earlier and earlier["finished"]:
+        raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / FILE}")
+    sweep = frontier.asked(earlier) if earlier else asked(options)
+    folder = options.resume or options.out or unused_folder(f"sweep-{sweep.settings.metric}")
+    if not earlier:
+        check_unused(folder)
+    with cli.follow_loading(console, "loading network and data, calibrating, pricing") as follow:
+        ground = Ground.load(sweep, **follow)
+    print_plan(console, ground, options.workers, None if options.dry_run else folder)
+    if options.dry_run:
+        return 0
+    if earlier:
+        frontier.check(folder, earlier, ground)
+    else:
+        frontier.begin(folder, sweep, ground)
+    try:
+        content = run(console, ground, folder, options.workers)
+    except KeyboardInterrupt:
+        console.print(f"\nInterrupted. Finished searches are kept in {folder}; go on with")
+        console.print(f"  python -m haq.sweep --resume {folder}", soft_wrap=True)
+        return cli.EXIT_INTERRUPTED
+    draw(content, folder / PICTURE)
+    print_result(console, content)
+    console.print(f"Written: {folder} ({FILE}, {PICTURE}, and a folder for each search)", soft_wrap=True)
+    example = next(found["runs"][0]["folder"] for target in content["targets"].values() for found in target["found"])
+    console.print(f"Next: [bold]python -m haq.finetune {folder / example}[/], or another of them", soft_wrap=True)
+    if options.json:
+        print(json.dumps(content, indent=2))
+    return 0
+
+
+def run(console: Console, ground: Ground, folder: Path, workers: int) -> dict[str, Any]:
+    """Sensitivities, then every search, with progress bars. Returns what sweep.json holds."""
+    points, sensitivities = ground.points(), None
+    with cli.progress(console) as bar:
+        if ground.sweep.shares_sensitivities:
+            sensitivities = _measure_sensitivities(bar, ground, folder)
+        # What is told of every run is measured here, once.
+        for job in ground.jobs.values():
+            frontier.summary.entry(job, None)
+            frontier.summary.entry(job, job.problem.uniform(8))
+        task = bar.add_task("searches", total=len(points), note="")
+        kind = sensitivities.kind if sensitivities else ground.sweep.settings.sensitivity_kind
+        frontier.run_all(folder, ground, points, kind, workers, lambda point: bar.update(task, advance=1, note=point.folder))
+        return frontier.finish(folder, ground, points, sensitivities)
+
+
+def _measure_sensitivities(bar: Any, ground: Ground, folder: Path) -> Sensitivities:
+    task = bar.add_task("sensitivities", total=ground.sweep.settings.evaluations, note="")
+    found = frontier.measure_sensitivities(folder, ground, lambda count: bar.update(task, completed=count))
+    bar.update(task, completed=found.known, total=found.known)
+    return found
+
+
+def print_plan(console: Console, ground: Ground, workers: int, folder: Path | None) -> None:
+    """What a sweep will do."""
+    sweep, job = ground.sweep, ground.first
+    settings, points = sweep.settings, ground.points()
+    drawn = f"{sweep.seeds} seeds of those that draw" if sweep.seeds > 1 else "one seed"
+    rows = {
+        "network": f"{job.network.name}: {len(job.problem.workload)} quantizable layers, "
+        f"{job.problem.workload.macs / 1e6:.2f} M MACs",
+        "data": job.dataset.describe(),
+        "metric": f"{settings.metric}, as a fraction of uniform 8 bits",
+        **{
+            f"on {hw}": f"{one.problem.target.description}; {one.problem.table.provenance}; budgets "
+            + (", ".join(b for b in sweep.budgets if b not in ground.unreachable[hw]) or "none")
+            + (f"; {left_out}" if (left_out := ground.left_out(hw)) else "")
+            for hw, one in ground.jobs.items()
+        },
+        "solvers": f"{', '.join(sweep.solvers)}; {settings.evaluations} evaluations, {drawn}",
+        "sensitivities": f"{settings.sensitivity_kind}, once for all" if sweep.shares_sensitivities else "none",
+        "searches": f"{len(points)}, {workers} at a time",
+        "results in": str(folder) if folder else "nothing is written (--dry-run)",
+    }
+    table = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/]", value)
+    console.print(table)
+    if not has_tensorboard():
+        console.print("TensorBoard events: none (pip install 'haq\\[report]' to have them)")
+
+
+def print_result(console: Console, content: dict[str, Any]) -> None:
+    """A table for each target, what was out of reach, and what each policy costs on the other targets."""
+    for target in content["targets"].values():
+        if target["found"]:
+            console.print(_target_table(content, target))
+        if target["left_out"]:
+            console.print(f"{target['name']}: budgets {target['left_out']}.", soft_wrap=True, highlight=False)
+    if content["specialisation"]:
+        console.print(_specialisation_table(content))
+
+
+def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
+    reward, metric = content["reward"], content["metric"]
+    title = f"{content['network']} on {content['data']}, {target['name']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    table.add_column("budget", no_wrap=True)
+    table.add_column("policy", no_wrap=True)
+    table.add_column(f"\n{metric}\n({target['kind']})", justify="right", no_wrap=True)
+    table.add_column("of\nuniform\n8 bits", justify="right")
+    for split in ("search", "test"):
+        table.add_column(f"{split}\n{reward}\n(measured)", justify="right")
+    table.add_column("Pareto\nfront")
+
+    def add(row: dict[str, Any], runs: list[dict[str, Any]], *cells: str) -> None:
+        accuracies = [_spread([run[f"{split}_{reward}"] for run in runs]) for split in ("search", "test")]
+        amount = describe_amount(row["cost"], metric)
+        table.add_row(*cells, amount, f"{row['fraction']:.3f}", *accuracies, "*" if row["pareto"] else "")
+
+    before = None
+    for row in target["found"]:
+        if before is not None and row["budget"] != before:
+            table.add_section()
+        add(row, row["runs"], row["budget"] if row["budget"] != before else "", row["solver"])
+        before = row["budget"]
+    table.add_section()
+    for row in target["uniform"]:
+        add(row, [row], "", f"uniform {row['bits']} bits")
+    sizes = " and ".join(f"{count:,} {split}" for split, count in content["images"].items())
+    seeds = "; means of several seeds, in brackets smallest and largest" if content["asked"]["seeds"] > 1 else ""
+    table.caption = (
+        f"float: {percent(content['float'][f'test_{reward}'])} on the test split; {sizes} images; {reward} "
+        f"{content['accuracy_is']}; cost {target['cost_is']}{seeds}. *: nothing costs less and has a better test {reward}. "
+        "Uniform policies keep the fixed layers' bits"
+    )
+    return table
+
+
+def _specialisation_table(content: dict[str, Any]) -> Table:
+    special, reward = content["specialisation"], content["reward"]
+    title = f"What a policy found for one target costs on another: {content['metric']} as a fraction of uniform 8 bits there"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    table.add_column("found for", no_wrap=True)
+    table.add_column(f"test\n{reward}\n(measured)", justify="right")
+    for hw in special["policies"]:
+        table.add_column(f"\non {hw}\n({content['targets'][hw]['kind']})", justify="right")
+    for hw, row in special["policies"].items():
+        cells = [f"{share:.3f} {'*' if other == hw else ' '}" for other, share in row["fractions"].items()]
+        table.add_row(f"{hw} by {row['solver']}", percent(row[f"test_{reward}"]), *cells)
+    table.caption = (
+        f"budget {special['budget']}. *: the target's own policy, the best on the search split of those found for it"
+    )
+    return table
+
+
+def _spread(values: list[float]) -> str:
+    mean = percent(sum(values) / len(values))
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.2f}–{100 * max(values):.2f})"
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """Test accuracy over cost, as a fraction of uniform 8 bits, a panel for each target; written beside and renamed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    key = f"test_{content['reward']}"
+    panels = [target for target in content["targets"].values() if target["found"]]
+    figure = Figure(figsize=(5.2 * len(panels) + 0.8, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    lowest = min(run[key] for target in panels for row in target["found"] for run in row["runs"])
+    for axes, target in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        axes.axhline(100 * content["float"][key], color="black", linewidth=0.8, linestyle=":", label="float")
+        for solver, color in zip(content["asked"]["solvers"], _COLORS, strict=False):
+            rows = sorted((r for r in target["found"] if r["solver"] == solver), key=lambda r: r["fraction"])
+            runs = [[100 * run[key] for run in row["runs"]] for row in rows]
+            means = [100 * row[key] for row in rows]
+            ends = [
+                [m - min(r) for m, r in zip(means, runs, strict=True)],
+                [max(r) - m for m, r in zip(means, runs, strict=True)],
+            ]
+            x = [row["fraction"] for row in rows]
+            axes.errorbar(x, means, ends, color=color, marker="o", markersize=4, linewidth=1.3, capsize=2, label=solver)
+        shown = [row for row in target["uniform"] if row[key] >= lowest - 0.02]
+        axes.plot([r["fraction"] for r in shown], [100 * r[key] for r in shown], "x", color="#777777", label="uniform bits")
+        for row in shown:
+            axes.annotate(str(row["bits"]), (row["fraction"], 100 * row[key]), (4, -9), textcoords="offset points", fontsize=7)
+        front = [row for row in [*target["found"], *shown] if row["pareto"]]
+        x, y = [row["fraction"] for row in front], [100 * row[key] for row in front]
+        axes.plot(x, y, "o", markersize=9, fillstyle="none", color="#333333", linestyle="none", label="Pareto front")
+        axes.set_title(f"{target['name']} ({target['kind']})", fontsize=10)
+        axes.set_xlabel(f"{content['metric']}, fraction of uniform 8 bits", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel(f"test {content['reward']}, % (measured)", fontsize=9)
+    figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    partial = path.with_name(f"{path.name}.part")
+    figure.savefig(partial, dpi=130, format="png")
+    partial.replace(path)
+
+
+_COLORS = ("#3b6fb6", "#d9822b", "#4c9a5b", "#a3489b", "#b64040", "#7a6a2f", "#2f7a78", "#5a5ad0")
+
+if __name__ == "__main__":
+    sys.exit(cli.run_command(main))

@@ -1,0 +1,284 @@
+"""Sensitivities: measured once, kept in a file, taken by later searches; those that are computed are what they should be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import haq
+from haq import cli, search
+from haq.run import Run
+from haq.solvers import SOLVERS, Session, greedy, ilp, sensitivity, solve
+from haq.solvers.hessian import curvature
+from haq.solvers.sensitivity import Sensitivities
+from tests.conftest import images, make_problem, small_network
+from tests.test_search_command import MODULE, SMALL, call, history
+
+QUICK = [*SMALL, "--finetune-epochs", "0", "--evaluations", "40"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small_job.py").write_text(MODULE + OTHERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    return tmp_path
+
+
+OTHERS = """
+def other():
+    return Network("other", small_network(1), (1, 8, 8))
+
+def other_splits():
+    return splits() | {"search": splits()["train"], "train": splits()["search"]}
+"""
+
+
+# ---- Hessians
+
+
+def exact_traces(network: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Of a network with one layer "layer" as its first: Hessian traces of the mean loss in its weight, over its entries, and
+    of an image's loss in its input, over the entries; by automatic differentiation, from the definition."""
+    p = network(x).softmax(1).detach()
+    layer = network.get_submodule("layer")
+    weight = layer.get_parameter("weight").detach()
+
+    def of_weight(w: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(network, {"layer.weight": w}, (x,)), p)
+
+    h = torch.autograd.functional.hessian(of_weight, weight).reshape(weight.numel(), -1)
+    by_image = [
+        torch.autograd.functional.hessian(lambda one, i=i: F.cross_entropy(network(one), p[i : i + 1]), x[i : i + 1])
+        for i in range(len(x))
+    ]
+    traces = [float(one.reshape(x[0].numel(), -1).trace()) / x[0].numel() for one in by_image]
+    return float(h.trace()) / weight.numel(), float(np.mean(traces))
+
+
+def with_weights(*modules: tuple[str, nn.Module]) -> nn.Module:
+    network = nn.Sequential()
+    generator = torch.Generator().manual_seed(3)
+    for name, module in modules:
+        network.add_module(name, module)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    return network.double().eval()
+
+
+def test_traces_of_a_linear_softmax_model_are_those_of_its_closed_form() -> None:
+    network = with_weights(("layer", nn.Linear(5, 4)))
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+    p, w = network(x).softmax(1).detach(), network.get_submodule("layer").get_parameter("weight").detach()
+    # H = (diag p - p p^T) (x) x x^T in the weight, W^T (diag p - p p^T) W in the input.
+    of_outputs = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    weight = float((of_outputs.diagonal(dim1=1, dim2=2).sum(1) * x.square().sum(1)).mean()) / w.numel()
+    inputs = float((w.T @ of_outputs @ w).diagonal(dim1=1, dim2=2).sum(1).mean()) / 5
+    assert exact_traces(network, x) == pytest.approx((weight, inputs))
+    found = curvature(network, ["layer"], [x], draws=4000)["layer"]
+    assert found.weight == pytest.approx(weight, rel=0.03)
+    ((trace, power),) = found.inputs
+    assert trace == pytest.approx(inputs, rel=0.03)
+    assert power == pytest.approx(float(x.square().sum(1).mean()))
+
+
+def test_traces_of_a_deep_model_are_those_of_its_hessian() -> None:
+    network = with_weights(
+        ("layer", nn.Conv2d(1, 2, 3, 2)), ("tanh", nn.Tanh()), ("flatten", nn.Flatten()), ("out", nn.Linear(8, 3))
+    )
+    x = torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(1)).double()
+    weight, inputs = exact_traces(network, x)
+    found = curvature(network, ["layer", "out"], [x[:1], x[1:]], draws=4000)["layer"]
+    assert found.weight == pytest.approx(weight, rel=0.05)
+    assert found.inputs[0][0] == pytest.approx(inputs, rel=0.05)
+
+
+def test_zeros_stay_zero_and_every_call_counts() -> None:
+    """An entry that is always zero has no part in the average; a layer called twice has two inputs."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.layer(torch.relu_(self.layer(x)))
+            return result
+
+    network = Twice().double().eval()
+    network.layer.weight.data = torch.diag(torch.tensor([1.0, 2.0, -1.0, 1.0])).double()
+    x = torch.ones(2, 4).double()
+    (_, (trace, power)) = curvature(network, ["layer"], [x], draws=4000)["layer"].inputs
+    p = network(x)[0].softmax(0)
+    w = network.layer.weight
+    h = (w.T @ (torch.diag(p) - p[:, None] * p) @ w).diagonal().detach()
+    assert trace == pytest.approx(float(h[[0, 1, 3]].mean()), rel=0.05)
+    assert power == pytest.approx(1 + 4 + 1)
+    assert not network.layer.weight.grad
+
+
+def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: haq.Problem) -> None:
+    found = sensitivity.by_hessian(problem)
+    layer = problem.evaluator.network.get_submodule("pointwise")
+    bend = curvature(problem.network, problem.workload.names, problem.calibration)["pointwise"]
+    assert isinstance(layer, haq.problem.Q.layers.QuantConv2d)
+    errors = []
+    for bits in (3, 8):
+        layer.weight_bits = bits
+        errors.append(float((layer.quantized_weight() - layer.weight).square().sum().detach()))
+    rises = found.rises[found.layers.index(("pointwise",))]
+    assert rises[0, 2] == pytest.approx(0.5 * bend.weight * (errors[0] - errors[1]), rel=1e-3)
+    assert rises[1, 1] > rises[1, 3] > 0
+    assert problem.evaluator.cache == {}  # not one policy was evaluated
+    again = sensitivity.by_hessian(make_problem(small_network()))
+    assert np.array_equal(again.rises, found.rises)
+
+
+# ---- kinds
+
+
+def test_divergences_are_those_of_the_evaluations(problem: haq.Problem) -> None:
+    found = sensitivity.by_evaluation(problem, Session(problem, 200, sensitivity_kind="kl"), 1)
+    assert found.kind == "kl"
+    highest = dict.fromkeys(problem.workload.names, (8, 8))
+    lowered = problem.policy(*problem.bit_arrays(highest | {"hidden": (3, 8)}))
+    with torch.inference_mode():
+        inputs = images(96)
+        expected = problem.network(inputs).double().log_softmax(1)
+    gaps = []
+    for policy in (lowered, problem.uniform(8)):
+        with torch.inference_mode():
+            outputs = problem.evaluator.prepared(policy)(inputs).double().log_softmax(1)
+        gaps.append(float((expected.exp() * (expected - outputs)).sum(1).mean()))
+    rise = found.rises[found.layers.index(("hidden",)), 0, 2]
+    assert rise == pytest.approx(gaps[0] - gaps[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", sensitivity.KINDS)
+def test_a_file_gives_back_what_was_measured(kind: str, tmp_path: Path) -> None:
+    problem = make_problem(small_network())
+    session = Session(problem, 30, sensitivity_kind=kind)
+    table = sensitivity.measure(problem, session, keep=1)
+    assert session.sensitivities is not None
+    assert session.used == (0 if kind == "hessian" else 29)
+    kept = sensitivity.signed(session.sensitivities, {"network": "n", "data": "d"})
+    kept.to_json(tmp_path / "a.json")
+    read = Sensitivities.from_json(tmp_path / "a.json")
+    assert np.array_equal(read.rises, kept.rises, equal_nan=True)
+    assert (read.kind, read.layers, read.bits, read.base, read.signature) == (
+        kind,
+        kept.layers,
+        (2, 8),
+        kept.base,
+        kept.signature,
+    )
+    assert np.array_equal(read.table(problem), table)
+    read.to_json(tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_they_serve_other_targets_and_budgets_without_an_evaluation(problem: haq.Problem) -> None:
+    session = Session(problem, 200)
+    sensitivity.measure(problem, session, keep=1)
+    for target, budget in (("edge", 0.4), ("cloud", 0.5), ("bitfusion", 0.98)):
+        other = problem.on(target, budget)
+        for module, name in ((ilp, "ilp"), (greedy, "greedy")):
+            lean = Session(other, 200, sensitivities=session.sensitivities)
+            assert solve(name, lean, 0).policy == module.propose(other, session.sensitivities.table(other))
+            assert lean.used == 1
+    free = Session(problem, 12, sensitivities=session.sensitivities)
+    solve("ddpg", free, 0)
+    before = make_problem(small_network())
+    assert not {before.decide(d.pairs.max(0) for d in before.decisions)} & free._seen
+
+
+# ---- through the command
+
+
+def test_a_search_leaves_them_and_others_take_them(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(search.main, *QUICK, "--solver", "ilp", "--evaluations", "99", "--out", "first") == 0
+    written = json.loads(Path("first/sensitivity.json").read_text())
+    assert written["kind"] == "loss"
+    assert not any(None in row["weights"][2:7] for row in written["rises"] if row["layers"] == ["pointwise"])
+    given = ["--sensitivity", "first", "--hw", "cloud", "--budget", "0.5"]
+    assert call(search.main, *QUICK, *given, "--solver", "greedy", "--out", "second") == 0
+    assert [row["solver"] for row in history(Path("second"))] == ["greedy", "ilp"]
+    assert Path("second/sensitivity.json").read_bytes() == Path("first/sensitivity.json").read_bytes()
+    assert call(search.main, *QUICK, "--sensitivity", "second/sensitivity.json", "--solver", "ilp", "--out", "third") == 0
+    assert Path("third/policy.json").read_bytes() == Path("first/policy.json").read_bytes()
+    capsys.readouterr()
+    assert call(search.main, *QUICK, "--solver", "random", "--out", "drawn", "--sensitivity-kind", "hessian") == 0
+    assert "hessian, computed" in " ".join(capsys.readouterr().out.split())
+    assert {row["solver"] for row in history(Path("drawn"))} == {"random", "greedy", "ilp"}
+    assert len(history(Path("drawn"))) == 42
+    assert Sensitivities.from_json(Path("drawn/sensitivity.json")).kind == "hessian"
+
+
+@pytest.mark.parametrize("kind", ["kl", "hessian"])
+def test_interrupted_searches_go_on_with_them(kind: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*QUICK, "--evaluations", "16", "--sensitivity-kind", kind]
+    assert call(search.main, *arguments, "--out", "whole") == 0
+    assert call(search.main, *QUICK, "--sensitivity", "whole", "--solver", "random", "--out", "given") == 0
+    record, count = Run.record, []
+
+    def interrupted(self: Run, *rest: Any) -> None:
+        record(self, *rest)
+        count.append(1)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+
+    for name, asked in (("cut", arguments), ("cut2", [*QUICK, "--sensitivity", "whole", "--solver", "random"])):
+        count.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "record", interrupted)
+            assert call(search.main, *asked, "--out", name) == cli.EXIT_INTERRUPTED
+    Path("whole/sensitivity.json").rename("moved.json")  # a run has a copy of its own
+    assert call(search.main, "--resume", "cut") == call(search.main, "--resume", "cut2") == 0
+    Path("moved.json").rename("whole/sensitivity.json")
+    for one, other in (("whole", "cut"), ("given", "cut2")):
+        for file in ("policy.json", "history.csv", "sensitivity.json"):
+            assert Path(one, file).read_bytes() == Path(other, file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--network", "small_job:other"], "of another network: its signature is"),
+        (["--data", "small_job:other_splits"], "of another data: its signature is"),
+        (["--bits", "1:8"], "has sensitivities of bits 2:8, here they are 1:8"),
+        (["--bits", "2:6"], "choose --bits within 2:8 that end at 8"),
+        (["--sensitivity", "nowhere"], "there is no nowhere; give the folder of a run"),
+        (["--sensitivity", "."], "has no sensitivity.json"),
+        (["--sensitivity", "first/config.yaml"], "first/config.yaml is not a file of sensitivities"),
+        (["--sensitivity", "wrong.json"], "wrong.json is not a file of sensitivities"),
+        (["--sensitivity-kind", "kl"], "leave --sensitivity-kind out"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(
+    arguments: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(search.main, *QUICK, "--solver", "ilp", "--evaluations", "3", "--out", "first") == 0
+    wrong = json.loads(Path("first/sensitivity.json").read_text())
+    wrong["rises"][0]["weights"] = [0.0]
+    Path("wrong.json").write_text(json.dumps(wrong))
+    capsys.readouterr()
+    assert call(search.main, *QUICK, "--sensitivity", "first", *arguments, "--out", "second") == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("second").exists()
+
+
+def test_kinds_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(search.main, "--sensitivity-kind", "hesse") == 2
+    assert "unknown kind of sensitivities 'hesse'; it can be loss, kl, hessian" in capsys.readouterr().err
+    assert {"ilp", "greedy"} <= set(SOLVERS)
