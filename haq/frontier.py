@@ -30,7 +30,7 @@ import torch
 import quantizers as Q
 from haq import summary
 from haq.evaluator import Evaluation
-from haq.problem import OutOfReach
+from haq.problem import OutOfReach, Problem
 from haq.run import (
     CONFIG,
     SENSITIVITY,
@@ -254,6 +254,19 @@ def measure_sensitivities(folder: Path, ground: Ground, on_evaluation: Callable[
         run.close()
 
 
+def uniform_policies(problem: Problem) -> dict[int, Q.BitPolicy]:
+    """What found policies are held against: every width that may be chosen, the fixed layers at their own."""
+    low, high = problem.bits
+    return {bits: problem.uniform(bits, keep_pinned=True) for bits in range(low, high + 1)}
+
+
+def judge_uniform(ground: Ground) -> None:
+    """Measure, once for all runs, what isn't searched for: the float network and uniform policies."""
+    problem = ground.first.problem
+    for policy in (None, problem.uniform(8), *uniform_policies(problem).values()):
+        summary.entry(ground.first, policy)
+
+
 def search(folder: Path, job: Job, on_evaluation: Callable[[], None] = lambda: None) -> None:
     """One search of a sweep, on one thread, begun or gone on with. Nothing is done if it is finished."""
     run = _open(folder, job)
@@ -377,8 +390,7 @@ def _of_target(
     problem, reward = job.problem, job.problem.reward
     keys = (f"search_{reward}", f"test_{reward}")
     uniform = []
-    for bits in range(problem.bits[0], problem.bits[1] + 1):
-        policy = problem.uniform(bits, keep_pinned=True)
+    for bits, policy in uniform_policies(problem).items():
         judged, cost = summary.entry(job, policy), problem.policy_cost(policy)
         row = {"cost": cost, "fraction": cost / problem.reference, **{key: judged[key] for key in keys}}
         uniform.append({"bits": bits, **row})

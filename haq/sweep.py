@@ -118,10 +118,7 @@ def run(console: Console, ground: Ground, folder: Path, workers: int) -> dict[st
     with cli.progress(console) as bar:
         if ground.sweep.shares_sensitivities:
             sensitivities = _measure_sensitivities(bar, ground, folder)
-        # What is told of every run is measured here, once.
-        for job in ground.jobs.values():
-            frontier.summary.entry(job, None)
-            frontier.summary.entry(job, job.problem.uniform(8))
+        frontier.judge_uniform(ground)
         task = bar.add_task("searches", total=len(points), note="")
         kind = sensitivities.kind if sensitivities else ground.sweep.settings.sensitivity_kind
         frontier.run_all(folder, ground, points, kind, workers, lambda point: bar.update(task, advance=1, note=point.folder))
@@ -256,7 +253,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
             x = [row["fraction"] for row in rows]
             axes.errorbar(x, means, ends, color=color, marker="o", markersize=4, linewidth=1.3, capsize=2, label=solver)
         shown = [row for row in target["uniform"] if row[key] >= lowest - 0.02]
-        axes.plot([r["fraction"] for r in shown], [100 * r[key] for r in shown], "x", color="#777777", label="uniform bits")
+        crosses = "uniform bits" if len(shown) == len(target["uniform"]) else "uniform bits (some lie further down)"
+        axes.plot([r["fraction"] for r in shown], [100 * r[key] for r in shown], "x", color="#777777", label=crosses)
         for row in shown:
             axes.annotate(str(row["bits"]), (row["fraction"], 100 * row[key]), (4, -9), textcoords="offset points", fontsize=7)
         front = [row for row in [*target["found"], *shown] if row["pareto"]]
