@@ -181,7 +181,7 @@ def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
     table.add_column(f"\n{metric}\n({target['kind']})", justify="right", no_wrap=True)
     table.add_column("of\nuniform\n8 bits", justify="right")
     for split in ("search", "test"):
-        table.add_column(f"{split}\n{reward}\n(measured)", justify="right")
+        table.add_column(f"{split}\n{reward}\n(measured)", justify="right", no_wrap=True)
     table.add_column("Pareto\nfront")
 
     def add(row: dict[str, Any], runs: list[dict[str, Any]], *cells: str) -> None:
@@ -199,7 +199,7 @@ def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
     for row in target["uniform"]:
         add(row, [row], "", f"uniform {row['bits']} bits")
     sizes = " and ".join(f"{count:,} {split}" for split, count in content["images"].items())
-    seeds = "; means of several seeds, in brackets smallest and largest" if content["asked"]["seeds"] > 1 else ""
+    seeds = "; means of several seeds, below them smallest and largest" if content["asked"]["seeds"] > 1 else ""
     table.caption = (
         f"float: {percent(content['float'][f'test_{reward}'])} on the test split; {sizes} images; {reward} "
         f"{content['accuracy_is']}; cost {target['cost_is']}{seeds}. *: nothing costs less and has a better test {reward}. "
@@ -227,7 +227,7 @@ def _specialisation_table(content: dict[str, Any]) -> Table:
 
 def _spread(values: list[float]) -> str:
     mean = percent(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.2f}–{100 * max(values):.2f})"
+    return mean if len(values) == 1 else f"{mean}\n{100 * min(values):.2f}–{100 * max(values):.2f}"
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
