@@ -64,8 +64,8 @@ WIDTHS = (8, 6, 5, 4)
 @dataclass(frozen=True)
 class Effort:
     crops: int = 5
-    evaluations: int = 200
-    agent: int = 150
+    evaluations: int = 150
+    agent: int = 120
 
 
 QUICK = Effort(2, 12, 12)
