@@ -91,7 +91,7 @@ REASONS = """In table 3 every policy meets the budget of its own target, and no 
 
 Where the bar is missed: on bitfusion the default network is bound by memory in every layer, and of its traffic, 98 million
 bits in a batch at 8 bits, 93 million are outputs, which are 32 bits wide whatever the operands are. On edge and cloud its
-policies at half of the latency still lose a little more than half a point on the search split after 1,000 steps; the next
+policies at half of the latency lose more than half a point on the search split after 1,000 steps; the next
 budget that was tried is 0.6."""
 JUDGED = 2000  # images of the search split that solvers see
 CALIBRATION = 512
@@ -453,7 +453,9 @@ def main() -> int:
     console.print("\n".join(bars))
     if out is not None:
         minutes = (time.monotonic() - start) / 60
-        about = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{' --quick' * options.quick}\n\n{sizes(dataset)} "
+        given = f"{' --quick' * options.quick}{f' --data {options.data}' * bool(options.data)}"
+        given += f" --steps {options.steps}" * bool(options.steps)
+        about = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{given}\n\n{sizes(dataset)} "
         about += f"It took {minutes:.0f} minutes of one core."
         save(out, about, made, bars, [result for study in studies for result in study.results])
         console.print(f"written: {out / NAME}.md and .csv")
