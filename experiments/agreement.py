@@ -257,16 +257,15 @@ def main() -> int:
     console.print(about)
     right = int((study.answers(study.whole) == study.labels).sum())
     study.rows.append(Row("", "float", None, None, 100.0, right, ""))
-    study.on_edge()
-    console.print(table(study).rich())
-    if not options.no_cpu:
-        study.on_cpu()
+    words = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{' --quick' * options.quick}{' --no-cpu' * options.no_cpu}"
+    # Saved after each part: the second waits for measurements.
+    for part in (study.on_edge, *(() if options.no_cpu else (study.on_cpu,))):
+        part()
         console.print(table(study).rich())
-    if out is not None:
-        minutes = (time.monotonic() - start) / 60
-        words = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{' --quick' * options.quick}{' --no-cpu' * options.no_cpu}"
-        save(out, f"{words}\n\n{about} It took {minutes:.0f} minutes of one core.", table(study), study.rows)
-        console.print(f"written: {out / NAME}.md and .csv")
+        if out is not None:
+            minutes = (time.monotonic() - start) / 60
+            save(out, f"{words}\n\n{about} It took {minutes:.0f} minutes of one core.", table(study), study.rows)
+            console.print(f"written: {out / NAME}.md and .csv")
     return 0
 
 
