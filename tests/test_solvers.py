@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import random
@@ -118,6 +119,18 @@ def test_options_that_are_infinite_are_not_taken() -> None:
         ilp.allocate([[np.nan]], [[1.0]], 5)
     with pytest.raises(ValueError, match="two arrays"):
         ilp.allocate([[0.0, 1.0]], [[1.0]], 5)
+
+
+def test_the_integer_programme_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS does, on this one."""
+    random = np.random.default_rng(1)
+    bits = np.array(list(itertools.product(range(1, 9), repeat=2)))
+    loss = random.lognormal(0, 1.5, (50, 1)) * (4.0 ** -bits[:, 0] + 4.0 ** -bits[:, 1])
+    cost = random.lognormal(0, 1, (50, 1)) * bits.prod(1) * (1 + 0.05 * random.random((50, 64)))
+    ilp.allocate(loss, cost, cost[:, -1].sum() * random.uniform(0.1, 0.6))
+    ctypes.CDLL(None).fflush(None)
+    print("still here")
+    assert capfd.readouterr() == ("still here\n", "")
 
 
 def test_published_allocations_are_found() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -64,13 +68,14 @@ def allocate(loss: ArrayLike, cost: ArrayLike, limit: float, tied: Sequence[Sequ
         constraints.append(LinearConstraint(vstack(rows), 0, 0))
 
     def solve(goal: NDArray[np.float64], extra: list[LinearConstraint]) -> Any:
-        return milp(
-            goal.ravel(),
-            integrality=np.ones(layers * options),
-            bounds=Bounds(0, available.ravel().astype(float)),
-            constraints=[*constraints, *extra],
-            options={"mip_rel_gap": 0.0},
-        )
+        with _silent():
+            return milp(
+                goal.ravel(),
+                integrality=np.ones(layers * options),
+                bounds=Bounds(0, available.ravel().astype(float)),
+                constraints=[*constraints, *extra],
+                options={"mip_rel_gap": 0.0},
+            )
 
     budget = LinearConstraint(csr_array(prices.ravel()[None] * grain), -np.inf, ceiling * grain)
     result = solve(objective, [budget])
@@ -81,6 +86,24 @@ def allocate(loss: ArrayLike, cost: ArrayLike, limit: float, tied: Sequence[Sequ
         raise RuntimeError(f"the integer programme was not solved: {result.message}")
     chosen: NDArray[np.int64] = result.x.reshape(layers, options).argmax(1)
     return chosen
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Standard output goes nowhere: HiGHS leaves a line of its debugging there, even when it is told not to display anything,
+    and what is there may be JSON."""
+    flush = ctypes.CDLL(None).fflush  # it prints through C, which has a buffer of its own
+    sys.stdout.flush()
+    flush(None)
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def propose(problem: Problem, rise: NDArray[np.float64]) -> Q.BitPolicy:
