@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "haq-sensitivity-1"
 KINDS = ("loss", "kl", "hessian")
-# A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured.
-ORDER = (4, 3, 5, 2, 6, 7, 1, 8)
+# A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured. But for
+# one bit, where that error is far too kind.
+ORDER = (4, 1, 3, 5, 2, 6, 7, 8)
 LEAST = 1e-6  # nats: what a rise that drowns in noise is taken for
 
 
