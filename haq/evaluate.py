@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.check(job)
         tuned = run.load_checkpoint(job)
         rivals = {name: Q.BitPolicy(bits) for name, bits in earlier["rival_policies"].items()}
-        result = summary.collect(job, policy, tuned, rivals, earlier["evaluations"])
+        result = summary.collect(job, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
     if not run.finished:
         console.print(f"{run.folder} is not finished: this is the best policy so far")
     summary.print_result(console, job, policy, result)

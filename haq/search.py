@@ -153,8 +153,7 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
                 **cli.follow_training(bar),
             )
             run.save_checkpoint(tuned, job)
-        result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used)
-        result["saturated_actions"] = saturated
+        result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used, saturated)
     summary.draw(job.problem, policy, run.folder / "policy.png")
     run.save_result(result)
     return result, policy

@@ -55,6 +55,7 @@ def collect(
     finetuned: nn.Module | None,
     rivals: dict[str, Q.BitPolicy],
     evaluations: dict[str, int],
+    saturated: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Everything the summary shows, measured now, as plain data (what `--json` prints and result.json holds)."""
     problem = job.problem
@@ -66,6 +67,7 @@ def collect(
         "target": problem.target.name,
         "solver": job.settings.solver,
         "evaluations": evaluations,
+        "saturated_actions": saturated or {},
         "seed": job.settings.seed,
         "reward": problem.reward,
         "finetune_steps": job.settings.finetune_steps,
