@@ -431,14 +431,16 @@ def _of_target(
 def _specialisation(
     ground: Ground, results: dict[Point, dict[str, Any]], policies: dict[Point, Q.BitPolicy]
 ) -> dict[str, Any] | None:
-    """HAQ's table of policies found for one target and run on another, at the middle one of the budgets in reach of all;
-    a target's policy is the one that is best on the search split. None if there are no two targets with such a budget."""
-    common = [b for b in ground.sweep.budgets if not any(b in missed for missed in ground.unreachable.values())]
-    if len(ground.jobs) < 2 or not common:
+    """HAQ's table of policies found for one target and run on another, at the middle one of the budgets in reach of the most
+    targets; a target's policy is the one that is best on the search split. None if no budget is in reach of two."""
+    within = {b: [hw for hw in ground.jobs if b not in ground.unreachable[hw]] for b in ground.sweep.budgets}
+    most = max(map(len, within.values()))
+    if most < 2:
         return None
+    common = [b for b, targets in within.items() if len(targets) == most]
     budget, reward = common[(len(common) - 1) // 2], ground.first.problem.reward
     rows = {}
-    for hw in ground.jobs:
+    for hw in within[budget]:
         candidates = [point for point in results if (point.hw, point.budget) == (hw, budget)]
         best = max(candidates, key=lambda point: results[point]["found"][f"search_{reward}"])
         rows[hw] = {
@@ -446,7 +448,8 @@ def _specialisation(
             "solver": best.solver,
             **{key: results[best]["found"][key] for key in (f"search_{reward}", f"test_{reward}")},
             "fractions": {
-                other: job.problem.policy_cost(policies[best]) / job.problem.reference for other, job in ground.jobs.items()
+                other: ground.jobs[other].problem.policy_cost(policies[best]) / ground.jobs[other].problem.reference
+                for other in within[budget]
             },
         }
     return {"budget": budget, "policies": rows}
