@@ -292,6 +292,8 @@ class Run:
         text = path.read_text(encoding="utf-8") if path.is_file() else _line(COLUMNS)
         # A line without its end was being written when the run was killed.
         lines = text[: text.rfind("\n") + 1].splitlines()
+        if lines[:1] != [",".join(COLUMNS)]:
+            raise ValueError(f"{path} has the columns {' '.join(lines[:1])}, not {','.join(COLUMNS)}: start a new run")
         self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
         for row in self._rows:
             policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))

@@ -279,6 +279,17 @@ def test_bad_input_is_one_sentence_and_touches_nothing(
     assert set(Path().iterdir()) - before <= {Path("__pycache__")}
 
 
+def test_a_history_of_other_columns_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(search.main, *QUICK, "--solver", "ilp", "--out", "run") == 0
+    Path("run/result.json").unlink()
+    path = Path("run/history.csv")
+    path.write_text(path.read_text().replace(",divergence", "", 1))
+    before = path.read_text()
+    assert call(search.main, "--resume", "run") == 2
+    assert "start a new run" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
 def test_a_folder_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.tex").write_text("years of work")
