@@ -13,10 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq import cli, frontier
-from haq.frontier import FILE, Ground, Sweep
+from haq import cli, searches
 from haq.problem import describe_amount
 from haq.run import Settings, check_unused, has_tensorboard, unused_folder
+from haq.searches import FILE, Ground, Sweep
 from haq.solvers import SOLVERS
 from haq.solvers.sensitivity import KINDS, Sensitivities
 from haq.summary import percent
@@ -71,7 +71,7 @@ def asked(options: argparse.Namespace) -> Sweep:
     return Sweep(
         Settings(**options.settings, finetune_epochs=0),
         hw=tuple((options.hw or "edge,cloud").split(",")),
-        budgets=frontier.budgets(options.budgets or "0.3:0.9:0.1"),
+        budgets=searches.budgets(options.budgets or "0.3:0.9:0.1"),
         solvers=tuple((options.solvers or "ilp,ddpg").split(",")),
         seeds=1 if options.seeds is None else options.seeds,
     )
@@ -80,10 +80,10 @@ def asked(options: argparse.Namespace) -> Sweep:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(stderr=options.json)
-    earlier = frontier.read(options.resume) if options.resume else None
+    earlier = searches.read(options.resume) if options.resume else None
     if earlier and earlier["finished"]:
         raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / FILE}")
-    sweep = frontier.asked(earlier) if earlier else asked(options)
+    sweep = searches.asked(earlier) if earlier else asked(options)
     folder = options.resume or options.out or unused_folder(f"sweep-{sweep.settings.metric}")
     if not earlier:
         check_unused(folder)
@@ -93,9 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         return 0
     if earlier:
-        frontier.check(folder, earlier, ground)
+        searches.check(folder, earlier, ground)
     else:
-        frontier.begin(folder, sweep, ground)
+        searches.begin(folder, sweep, ground)
     try:
         content = run(console, ground, folder, options.workers)
     except KeyboardInterrupt:
@@ -118,16 +118,16 @@ def run(console: Console, ground: Ground, folder: Path, workers: int) -> dict[st
     with cli.progress(console) as bar:
         if ground.sweep.shares_sensitivities:
             sensitivities = _measure_sensitivities(bar, ground, folder)
-        frontier.judge_uniform(ground)
+        searches.judge_uniform(ground)
         task = bar.add_task("searches", total=len(points), note="")
         kind = sensitivities.kind if sensitivities else ground.sweep.settings.sensitivity_kind
-        frontier.run_all(folder, ground, points, kind, workers, lambda point: bar.update(task, advance=1, note=point.folder))
-        return frontier.finish(folder, ground, points, sensitivities)
+        searches.run_all(folder, ground, points, kind, workers, lambda point: bar.update(task, advance=1, note=point.folder))
+        return searches.finish(folder, ground, points, sensitivities)
 
 
 def _measure_sensitivities(bar: Any, ground: Ground, folder: Path) -> Sensitivities:
     task = bar.add_task("sensitivities", total=ground.sweep.settings.evaluations, note="")
-    found = frontier.measure_sensitivities(folder, ground, lambda count: bar.update(task, completed=count))
+    found = searches.measure_sensitivities(folder, ground, lambda count: bar.update(task, completed=count))
     bar.update(task, completed=found.known, total=found.known)
     return found
 

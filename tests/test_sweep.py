@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from haq import cli, evaluate, finetune, frontier, search, sweep
+from haq import cli, evaluate, finetune, search, searches, sweep
 from haq.evaluator import Evaluator
 from haq.run import Run
 from tests.test_search_command import MODULE, call, history
@@ -211,13 +211,13 @@ def test_storage_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_budgets_are_decimal() -> None:
-    assert frontier.budgets("0.3:0.9:0.1") == ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
-    assert frontier.budgets("0.5:0.5:0.1") == ("0.5",)
-    assert frontier.budgets("0.5,12ms") == ("0.5", "12ms")
+    assert searches.budgets("0.3:0.9:0.1") == ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
+    assert searches.budgets("0.5:0.5:0.1") == ("0.5",)
+    assert searches.budgets("0.5,12ms") == ("0.5", "12ms")
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    assert frontier.pareto([(1, 0.5), (2, 0.5), (2, 0.7), (2, 0.7), (3, 0.6), (0.5, 0.1)]) == [
+    assert searches.pareto([(1, 0.5), (2, 0.5), (2, 0.7), (2, 0.7), (3, 0.6), (0.5, 0.1)]) == [
         True,
         False,
         True,
