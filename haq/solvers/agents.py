@@ -6,9 +6,10 @@ episode. What is different is due to one thing: a search has hundreds of episode
 
 * The return of an episode is given to every one of its steps (n-step returns as long as the episode). The reward comes at
   the end only; learned one step at a time it doesn't arrive in time.
-* The agent doesn't start from nothing. Up to half of its evaluations go into the sensitivities that greedy descent and the
-  integer programme work with. They make the environment's plan, from which actions are deviations, and the policies that
-  greedy and the programme propose are the first episodes.
+* The agent doesn't start from nothing. As many of its evaluations as that takes, but for a tenth, go into the sensitivities
+  that greedy descent and the integer programme work with: a plan made of half of them is worse than none. They make the
+  environment's plan, from which actions are deviations, and the policies that greedy and the programme propose are the first
+  episodes.
 * An episode costs nothing until its policy is evaluated. So many are played for each evaluation, around the actor's actions
   and around those of the best episodes so far, and the one evaluated is that for which the critic expects most.
 
@@ -90,7 +91,7 @@ def kept_random_state() -> Iterator[None]:
 def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
     """Sensitivities, the rivals' policies as demonstrations, then an episode for each evaluation that is left."""
     draws = np.random.default_rng(seed)
-    rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 2, 1))
+    rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 10, 1))
     counted, imagined = copy.copy(problem), copy.copy(problem)
     counted.evaluate = session.evaluate  # type: ignore[method-assign]
     imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
