@@ -237,20 +237,16 @@ def integer_activations(name: str, layer: Q.QuantLayer) -> Codes:
     bits, scheme, signed, narrow = layer.activation_bits, layer.scheme, layer.signed, True
     assert bits is not None
     with torch.no_grad():
-        if isinstance(scheme, Q.Linear):
-            scale = row(layer.activation_scale, bits)
-        elif isinstance(scheme, Q.LSQ) and not isinstance(scheme, Q.LSQPlus):
-            scale, narrow = _positive(row(layer.activation_scale, bits)), False
-        elif isinstance(scheme, Q.PACT):
-            clip: Any = layer.activation_clip
-            scale = _positive(clip) / Q.integer_range(bits, signed)[1]
-        elif isinstance(scheme, Q.DoReFa):
-            scale, signed = torch.tensor(1 / (2**bits - 1)), False
+        if isinstance(scheme, Q.LSQ) and not isinstance(scheme, Q.LSQPlus):
+            narrow = False
         elif isinstance(scheme, Q.Binary):
-            scale, signed = torch.tensor(1.0), True
-        else:
+            signed = True
+        elif isinstance(scheme, Q.DoReFa) and not isinstance(scheme, Q.PACT):
+            signed = False
+        elif not isinstance(scheme, Q.Linear | Q.PACT):
             why = "have an offset" if isinstance(scheme, Q.LSQPlus) else "are no multiples of a step"
             raise ValueError(f"layer {name!r} can't be deployed: activations of scheme {scheme.name!r} {why}")
+        scale = scheme.activation_step(layer, bits)
     return Codes(float(scale.float()), bits, signed, narrow or not signed)
 
 

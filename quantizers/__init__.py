@@ -5,6 +5,7 @@ qnet = Q.quantize(net, Q.BitPolicy.uniform(net, w=4, a=4), calibrate=loader)
 Q.set_policy(qnet, policy)
 """
 
+from quantizers.backward import BACKWARD, backward_mode
 from quantizers.binary import (
     Binary,
     Bop,
@@ -53,6 +54,7 @@ from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, ma
 from quantizers.scheme import Scheme
 
 __all__ = [
+    "BACKWARD",
     "LSQ",
     "PACT",
     "Binary",
@@ -76,6 +78,7 @@ __all__ = [
     "WeightClipping",
     "Wiring",
     "activation_scales",
+    "backward_mode",
     "bagging",
     "binarize",
     "boosting",

@@ -152,6 +152,9 @@ class Binary(Scheme, name="binary"):
         estimator = self.activation_estimator
         return binarize(x, estimator, random=self._random(layer, estimator))
 
+    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
+        return layer.weight.new_ones(())
+
     @staticmethod
     def _random(layer: QuantLayer, estimator: str) -> bool:
         # A layer keeps the weight that it makes without gradients, for evaluation too: a drawn one must not be kept.

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantizers import calibrate as calibration
+from quantizers.backward import quantized_input
+from quantizers.functional import differentiated
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme
 
@@ -21,12 +23,15 @@ class QuantLayer(nn.Module):
 
     weight_bits, activation_bits
         1..8, or None for float. Can be set at any time (`set_policy`).
+    backward_mode
+        what the gradient does at the quantized input (`quantizers.backward_mode`).
     scheme
         how values become few-bit ones. Its tensors (see its docstring) are attributes of the layer; those that are learned
         are parameters, but none of them is in the `state_dict`: `quantizer_state` has them.
     """
 
     weight: Tensor
+    backward_mode: str = "ste"
     # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
     activation_scale: Tensor
@@ -50,7 +55,8 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation_bits is not None:
-            x = self.scheme.activation(self, x, self.activation_bits)
+            plain = self.backward_mode == "ste" or not differentiated(x)
+            x = (self.scheme.activation if plain else quantized_input)(self, x, self.activation_bits)
         return self._apply_weight(x, self.quantized_weight())
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ def float_copy(network: nn.Module) -> nn.Module:
     for name, layer in quant_layers(made).items():
         kind = next(base for base in type(layer).__mro__ if not issubclass(base, QuantLayer))
         module: nn.Module = kind.__new__(kind)  # type: ignore[assignment]
-        ours = {"scheme", "weight_bits", "activation_bits", "signed", "state_names", "_bank"}
+        ours = {"scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "state_names", "_bank"}
         module.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in ours})
         for tensors in (module._parameters, module._buffers):
             for key in layer.state_names:

@@ -89,6 +89,9 @@ class DoReFa(Scheme, name="dorefa"):
     def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
         return dorefa_activation(x, bits, reuse=True)
 
+    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
+        return layer.weight.new_tensor(1 / integer_range(bits, False)[1])
+
 
 @dataclass(frozen=True)
 class PACT(DoReFa, name="pact"):
@@ -129,6 +132,9 @@ class PACT(DoReFa, name="pact"):
 
     def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
         return pact(x, _positive(_tensor(layer, "activation_clip")), bits, layer.signed, reuse=True)
+
+    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
+        return _positive(_tensor(layer, "activation_clip")) / integer_range(bits, layer.signed)[1]
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,9 @@ class LSQ(Scheme, name="lsq"):
         low, high = integer_range(bits, layer.signed, narrow=False)
         step = scaled_gradient(_positive(row(layer.activation_scale, bits)), _factor(x.shape[1:].numel(), high))
         return learned_step(x, step, low, high, reuse=True)
+
+    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
+        return _positive(row(layer.activation_scale, bits))
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,9 @@ class Linear(Scheme, name="linear"):
             scale = scaled_gradient(scale, (x[0].numel() * integer_range(bits, signed)[1]) ** -0.5)
         return fake_quantize(x, scale, bits, signed, reuse=True)
 
+    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
+        return row(layer.activation_scale, bits)
+
 
 class _ScaledGradient(torch.autograd.Function):
     @staticmethod

@@ -69,6 +69,11 @@ class Scheme:
         """The layer's input, likewise."""
         raise NotImplementedError
 
+    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
+        """What the integers of a layer's input are multiplied by, a positive number: the distance of its levels, but for the
+        two of one signed bit, -1 and +1 times it."""
+        raise NotImplementedError
+
 
 def row(table: Tensor, bits: int) -> Tensor:
     """The entry of a width in a tensor whose rows are widths 1..8."""
