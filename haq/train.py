@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import cli, data, models, training
+from haq import adversarial, cli, data, models, training
 
 CALIBRATION_IMAGES = 500
+REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
 
 
@@ -30,6 +31,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--bits", default="4/4", help="weight/activation bits of a quantized network, 1 to 8 or float (default: 4/4)")
     add("--ends", default="8/8", help="bits of its first and last layer, with the linear scheme's rules (default: 8/8)")
     add("--lipschitz", type=float, default=0.0, metavar="BETA", help="weight of defensive quantization's penalty (default: 0)")
+    add("--adversarial", choices=sorted(adversarial.STEPS), help="train on images attacked in this way (default: as they are)")
+    add(
+        "--eps",
+        help="largest change of a pixel by the attack, on the scale of images in [0, 1], such as 8/255 or 0.03 "
+        f"(default: {adversarial.DEFAULT_EPS})",
+    )
+    steps = ", ".join(f"{kind} {count}" for kind, count in adversarial.STEPS.items())
+    add("--attack-steps", type=int, help=f"of the attack; for free, how often a batch is replayed (default: {steps})")
     add("--clip-weights", action="store_true", help="keep the float weights behind one-bit ones in [-1, 1]")
     add("--optimizer", default="sgd", choices=("sgd", "adam"))
     add("--epochs", type=int, default=40)
@@ -53,8 +62,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.learning_rate is None:
         kind = "adam" if options.optimizer == "adam" else "quantized" if options.scheme else "float"
         options.learning_rate = RATES[kind]
+    if options.adversarial:
+        options.eps = options.eps or adversarial.DEFAULT_EPS
+        options.attack_steps = adversary(options).count
+    elif options.eps is not None or options.attack_steps is not None:
+        name, value = ("--eps", options.eps) if options.eps is not None else ("--attack-steps", options.attack_steps)
+        raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {'|'.join(adversarial.STEPS)}")
     options.bits, options.ends = parse_bits("--bits", options.bits), parse_bits("--ends", options.ends)
     return options
+
+
+def adversary(options: argparse.Namespace) -> adversarial.Adversary:
+    """What is trained against. Raises ValueError for an attack that can't be."""
+    return adversarial.Adversary(options.adversarial, adversarial.parse_eps(options.eps), options.attack_steps)
 
 
 def parse_bits(option: str, text: str) -> tuple[int | None, int | None]:
@@ -79,6 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --reward agreement needs none")
         network = models.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
         models.check_fits(network, dataset)
+        if options.adversarial:
+            for split in (dataset.train, dataset.test):
+                adversarial.check_images(split, dataset.name)
         console.print(dataset.describe())
         if options.scheme:
             network = replace(network, module=quantized(network, dataset, options))
@@ -90,10 +113,20 @@ def main(arguments: list[str] | None = None) -> int:
         "command": " ".join(["python -m haq.train", *_command(options)]),
         "test_accuracy": f"{result['test']:.4f}",
     }
+    if options.adversarial:
+        proxy = adversarial.Proxy.of(network, adversarial.parse_eps(options.eps), REPORT_STEPS)
+        attacked = adversarial.worst_case(network, dataset.test, network.module, proxy)
+        notes["test_accuracy_attacked"] = f"{attacked:.4f} (worst of clean and {proxy})"
     models.save_checkpoint(network, options.out, notes)
     state.path.unlink(missing_ok=True)
     for name, value in result.items():
         console.print(f"accuracy on the {name} split: {100 * value:.2f} % of {len(getattr(dataset, name)):,} images")
+    if options.adversarial:
+        console.print(
+            f"accuracy on the test split, worst of clean and {proxy}: {100 * attacked:.2f} % (a cheap attack, not an "
+            f"evaluation: python -m haq.robustness {options.out})",
+            soft_wrap=True,
+        )
     console.print(f"written: {options.out} ({options.out.stat().st_size:,} bytes)")
     console.print(f"next: python -m haq.search --hw edge --network {options.out} --data {options.data}", soft_wrap=True)
     return 0
@@ -121,8 +154,11 @@ def _train(
         penalty = lambda module: Q.lipschitz_penalty(module, beta=options.lipschitz)  # noqa: E731
     clipping = Q.clip_weights(network.module) if options.clip_weights else None
 
+    attacker = adversary(options) if options.adversarial else None
+    passes = attacker.passes(options.epochs) if attacker else options.epochs
+
     def on_epoch(epoch: int, loss: float) -> None:
-        bar.console.print(f"epoch {epoch}/{options.epochs}: mean loss {loss:.4f}")
+        bar.console.print(f"epoch {epoch}/{passes}: mean loss {loss:.4f}")
         if events is not None:
             events.add_scalar("loss", loss, epoch)
             events.add_scalar("accuracy on the search split", training.accuracy(network, dataset.search), epoch)
@@ -139,6 +175,7 @@ def _train(
             seed=options.seed,
             penalty=penalty,
             clipping=clipping,
+            adversary=attacker,
             state=state,
             on_epoch=on_epoch,
             on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
@@ -173,6 +210,8 @@ def _command(options: argparse.Namespace) -> list[str]:
         bits, ends = ("/".join("float" if b is None else str(b) for b in pair) for pair in (options.bits, options.ends))
         words.append(f"--scheme {options.scheme} --bits {bits} --ends {ends}")
     words += [f"--lipschitz {options.lipschitz}"] if options.lipschitz else []
+    if options.adversarial:
+        words.append(f"--adversarial {options.adversarial} --eps {options.eps} --attack-steps {options.attack_steps}")
     words += ["--clip-weights"] if options.clip_weights else []
     words += [f"--optimizer {options.optimizer}"] if options.optimizer != "sgd" else []
     words.append(f"--epochs {options.epochs} --learning-rate {options.learning_rate} --batch-size {options.batch_size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.adversarial import Adversary, Attack, Ball, check_images
 from haq.data import Split
 from haq.models import Network
 
@@ -54,6 +56,7 @@ def fit(
     fixed_norms: bool = False,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     clipping: Q.WeightClipping | None = None,
+    adversary: Adversary | None = None,
     state: TrainingState | None = None,
     steps: int | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
@@ -67,9 +70,12 @@ def fit(
     `scales` are quantization steps to train as well; they stay positive. `fixed_norms` keeps the statistics of batch norms.
     `optimizer` is `sgd` (Nesterov, momentum 0.9), `adam`, or a function that makes optimizers for the module, whose own
     learning rates then stand for `learning_rate`; what a quantization scheme learns isn't decayed. `penalty` is added to the
-    loss; `clipping` clips weights after every step. `state` keeps what it takes to go on after every epoch, and goes on from
-    there. `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`, but for what the
-    module itself draws (dropout). Raises FloatingPointError if the loss stops being a number.
+    loss; `clipping` clips weights after every step. With an `adversary` the network is trained on inputs that are perturbed to
+    raise the loss (with a teacher: the distance from its outputs on the inputs as they were); of `free`, every batch is
+    replayed, in as many times fewer epochs. `state` keeps what it takes to go on after every epoch, and goes on from there.
+    `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`, but for what the module
+    itself draws (dropout). Raises FloatingPointError if the loss stops being a number, and ValueError for an adversary on
+    images of unknown range.
     """
     module = module or network.module
     generator = torch.Generator().manual_seed(seed)
@@ -92,11 +98,17 @@ def fit(
     if clipping is not None:
         made[-1].register_step_post_hook(clipping)
     full = [[group["lr"] for group in one.param_groups] for one in made]
-    per_epoch = math.ceil(len(split) / batch_size)
+    attack, replays = None, 1
+    if adversary is not None:
+        check_images(split)
+        attack, replays = Attack(adversary, Ball.of(network, adversary.eps)), adversary.replays
+        epochs = adversary.passes(epochs)
+    per_epoch = math.ceil(len(split) / batch_size) * replays
     steps = steps or epochs * per_epoch
     warmup = min(200, steps // 10 + 1)
-    done = state.load(module, made, generator) if state else 0
+    done = state.load(module, made, generator, attack) if state else 0
     step = done * per_epoch
+    loss_of: Callable[[Tensor], Tensor]
     for epoch in range(done, math.ceil(steps / per_epoch)):
         total, seen = 0.0, 0
         module.train()
@@ -104,39 +116,51 @@ def fit(
             if fixed_norms and isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.eval()
         for images, labels in split.batches(batch_size, generator):
-            rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-            for one, peaks in zip(made, full, strict=True):
-                for group, peak in zip(one.param_groups, peaks, strict=True):
-                    group["lr"] = peak * rate
             inputs = network.preprocess(augment(images, generator))
-            loss = F.cross_entropy(module(inputs), labels) if teacher is None else _match(module, teacher, inputs, generator)
-            if penalty is not None:
-                loss = loss + penalty(module)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the training loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate")
-            for one in made:
-                one.zero_grad()
-            loss.backward()
-            for one in made:
-                one.step()
-            with torch.no_grad():
-                for scale, least in zip(scales, smallest, strict=True):
-                    torch.maximum(scale, least, out=scale)
-            total += loss.item() * len(labels)
-            seen += len(labels)
-            step += 1
-            on_step(step, steps)
+            if teacher is None:
+                loss_of = functools.partial(F.cross_entropy, target=labels)
+            else:
+                inputs = _mixed(inputs, generator)
+                loss_of = _distance(teacher, inputs)
+            for _ in range(min(replays, steps - step)):
+                rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+                for one, peaks in zip(made, full, strict=True):
+                    for group, peak in zip(one.param_groups, peaks, strict=True):
+                        group["lr"] = peak * rate
+                given = attack.perturb(module, inputs, loss_of, generator) if attack else inputs
+                loss = loss_of(module(given))
+                if penalty is not None:
+                    loss = loss + penalty(module)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the training loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate"
+                    )
+                for one in made:
+                    one.zero_grad()
+                loss.backward()
+                if attack:
+                    attack.learn(given)
+                for one in made:
+                    one.step()
+                with torch.no_grad():
+                    for scale, least in zip(scales, smallest, strict=True):
+                        torch.maximum(scale, least, out=scale)
+                total += loss.item() * len(labels)
+                seen += len(labels)
+                step += 1
+                on_step(step, steps)
             if step == steps:
                 break
         if state:
-            state.save(module, made, generator, epoch + 1)
+            state.save(module, made, generator, epoch + 1, attack)
         on_epoch(epoch + 1, total / seen)
     module.eval()
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A file with what it takes to go on exactly: network, quantizers, optimizer and random states after an epoch.
+    """A file with what it takes to go on exactly: network, quantizers, optimizer and random states after an epoch, and the
+    perturbation that an attack keeps.
 
     `asked` says what the training was asked for; a file of something else is refused with the difference.
     """
@@ -145,7 +169,12 @@ class TrainingState:
     asked: dict[str, str]
 
     def save(
-        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator, epoch: int
+        self,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        generator: torch.Generator,
+        epoch: int,
+        attack: Attack | None = None,
     ) -> None:
         content = {
             "asked": self.asked,
@@ -155,12 +184,19 @@ class TrainingState:
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "generator": generator.get_state(),
             "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
+            "perturbation": attack and attack.delta,
         }
         partial = self.path.with_name(f"{self.path.name}.part")
         torch.save(content, partial)
         partial.replace(self.path)
 
-    def load(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator) -> int:
+    def load(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        generator: torch.Generator,
+        attack: Attack | None = None,
+    ) -> int:
         """Restore everything and return the number of epochs done: 0 if there is no file yet."""
         if not self.path.is_file():
             return 0
@@ -182,19 +218,25 @@ class TrainingState:
             optimizer.load_state_dict(kept)
         generator.set_state(content["generator"])
         torch.set_rng_state(content["torch"])
+        if attack:
+            attack.delta = content["perturbation"]
         return int(epoch)
 
 
-def _match(module: nn.Module, teacher: nn.Module, inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Distance from the teacher's outputs on random mixtures of images, in nats."""
+def _mixed(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Random mixtures of two images each."""
     share = torch.rand(len(inputs), 1, 1, 1, generator=generator)
     partner = torch.randperm(len(inputs), generator=generator)
     last = inputs.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
-    inputs = (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=order)
+    return (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=order)
+
+
+def _distance(teacher: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """Distance of outputs from the teacher's on these inputs, in nats."""
     with torch.no_grad():
         targets = F.log_softmax(teacher(inputs), dim=1)
-    return F.kl_div(F.log_softmax(module(inputs), dim=1), targets, reduction="batchmean", log_target=True)
+    return lambda outputs: F.kl_div(F.log_softmax(outputs, dim=1), targets, reduction="batchmean", log_target=True)
 
 
 @torch.inference_mode()
@@ -227,11 +269,13 @@ def finetune(
     learning_rate: float = 0.005,
     steps: int | None = None,
     norm_images: int = 4000,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    adversary: Adversary | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> nn.Module:
     """A copy of a quantized network, trained at its bits with straight-through gradients and the float network as teacher, for
-    `epochs`, or for `steps` if these are given. Labels play no part.
+    `epochs`, or for `steps` if these are given. Labels play no part. `penalty` and `adversary` are those of `fit`.
 
     The activation scales are trained as well. Batch norms first take their statistics anew from the quantized network, on the
     first `norm_images`, and then keep them: with few images, statistics that wander cost more than they adapt.
@@ -244,22 +288,26 @@ def finetune(
     threads = torch.get_num_threads()
     if max(network.input_shape[1:]) <= SMALL:
         torch.set_num_threads(1)
-    fit(
-        network,
-        split,
-        module=tuned,
-        teacher=network.module.eval(),
-        scales=scales,
-        fixed_norms=True,
-        batch_size=TUNING_BATCH,  # many small steps: with few images it is their number that counts
-        epochs=epochs,
-        learning_rate=learning_rate,
-        seed=seed,
-        steps=steps,
-        on_epoch=on_epoch,
-        on_step=on_step,
-    )
-    torch.set_num_threads(threads)
+    try:
+        fit(
+            network,
+            split,
+            module=tuned,
+            teacher=network.module.eval(),
+            scales=scales,
+            fixed_norms=True,
+            batch_size=TUNING_BATCH,  # many small steps: with few images it is their number that counts
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+            penalty=penalty,
+            adversary=adversary,
+            steps=steps,
+            on_epoch=on_epoch,
+            on_step=on_step,
+        )
+    finally:
+        torch.set_num_threads(threads)
     for scale in scales:
         scale.requires_grad_(False)
     return tuned
