@@ -320,6 +320,11 @@ def save_checkpoint(network: Network, path: Path, notes: dict[str, str] | None =
     write_safetensors(state, path, metadata)
 
 
+def holds_quantized(path: Path) -> bool:
+    """Whether a file is a checkpoint of a quantized network."""
+    return path.suffix == ".safetensors" and "schemes" in read_state(path)[1]
+
+
 def load_quantized(path: Path) -> Network:
     """The quantized network of a checkpoint, at its bits. Raises ValueError if the checkpoint holds none."""
     tensors, notes = read_state(path)

@@ -406,8 +406,8 @@ class Run:
             raise ValueError(f"{self.folder / RESULT} is not JSON: {error}") from error
         return content
 
-    def save_checkpoint(self, qnetwork: nn.Module, job: Job) -> Path:
-        """Write a quantized network: weights, scales and bits."""
+    def save_checkpoint(self, qnetwork: nn.Module, job: Subject, name: Path = CHECKPOINT) -> Path:
+        """Write a quantized network into the folder: weights, scales and bits."""
         tensors: dict[str, Tensor] = {f"network.{key}": value for key, value in qnetwork.state_dict().items()}
         tensors |= {f"quantizer.{key}": value for key, value in Q.quantizer_state(qnetwork).items()}
         notes = {
@@ -415,13 +415,13 @@ class Run:
             "policy": json.dumps({name: list(bits) for name, bits in Q.get_policy(qnetwork).items()}),
             **job.signature(),
         }
-        path = self.folder / CHECKPOINT
+        path = self.folder / name
         models.write_safetensors({key: value.contiguous() for key, value in tensors.items()}, path, notes)
         return path
 
-    def load_checkpoint(self, job: Subject) -> nn.Module | None:
+    def load_checkpoint(self, job: Subject, name: Path = CHECKPOINT) -> nn.Module | None:
         """The fine-tuned network of this run, or None if it has none. Raises ValueError if it is of another problem."""
-        path = self.folder / CHECKPOINT
+        path = self.folder / name
         if not path.is_file():
             return None
         tensors, notes = models.read_state(path)
