@@ -218,7 +218,7 @@ def suite(
     needs = {"pgd-dlr": 3, "apgd-dlr": 3, "apgd-dlr-targeted": 4}
     if names in EFFORTS:
         modes = tuple(f"pgd-{mode}" for mode in BACKWARD)
-        left_out = {"quick": ("pgd-dlr", *modes), "standard": modes, "full": ()}[names]
+        left_out = {"quick": ("pgd-dlr", "pgd-temperature", *modes), "standard": modes, "full": ()}[names]
         return [one for name, one in known.items() if name not in left_out and classes >= needs.get(name, 2)]
     asked = [name.strip() for name in names.split(",")]
     for name in asked:

@@ -327,15 +327,20 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    norm = content["threat"].partition(",")[0]
+    unit = 255 if norm == "linf" else 1
     for color, (name, one) in enumerate(content["networks"].items()):
         eps, accuracy = zip(*one["curve"], strict=True)
-        axes.plot(eps, [100 * value for value in accuracy], color=f"C{color}", marker="o", markersize=3, label=name)
+        line = [unit * value for value in eps], [100 * value for value in accuracy]
+        axes.plot(*line, color=f"C{color}", marker="o", markersize=3, label=name)
         mark = "v" if one["masked"] else "*"
-        axes.plot(one["threat"]["eps"], 100 * one["worst"], color=f"C{color}", marker=mark, markersize=11, linestyle="")
+        worst = (unit * one["threat"]["eps"], 100 * one["worst"])
+        axes.plot(*worst, color=f"C{color}", marker=mark, markersize=11, linestyle="", clip_on=False, alpha=0.8)
     chance = 100 / next(iter(content["networks"].values()))["classes"]
     axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
     axes.text(0, chance + 1, "chance", color="grey", fontsize=8)
-    axes.set(xlabel=f"eps ({content['threat'].partition(',')[0]})", ylabel="accuracy, %", ylim=(0, 100), xlim=(0, None))
+    scale = "1/255" if unit == 255 else "of images in [0, 1]"
+    axes.set(xlabel=f"eps, {scale} ({norm})", ylabel="accuracy, %", ylim=(0, 100), xlim=(0, None))
     few = next(iter(content["networks"].values()))["curve_images"]
     axes.set_title(
         f"Lines: PGD, {assessment.CURVE_STEPS} steps, {few} images. Stars: worst case over all attacks\n"
