@@ -1,0 +1,213 @@
+"""`python -m haq.robustness` attacks every network alike, keeps what is finished, and says what can be believed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import quantizers as Q
+from haq import attacks, cli, models, robustness, search
+from haq.contenders import Request, gather
+from tests.conftest import images, small_network
+
+MODULE = """
+import torch
+from haq.models import Network
+from tests.conftest import images, small_network
+
+def splits():
+    network = small_network()
+    parts = {}
+    for seed, (name, count) in enumerate((("train", 64), ("search", 64), ("test", 64))):
+        x = (255 * images(count, seed)).round().to(torch.uint8)
+        with torch.no_grad():
+            y = network((x.float() / 255 - 0.4) / 0.5).argmax(1)
+        y[:4] = torch.arange(4)  # every class at least once
+        parts[name] = (x, y)
+    return parts
+
+def floats():
+    return {name: (x.float(), y) for name, (x, y) in splits().items()}
+
+def network():
+    return Network("small", small_network(), (1, 8, 8), (0.4,), (0.5,))
+"""
+JOB = ["--network", "small_job:network", "--data", "small_job:splits", "--budget", "0.6", "--solver", "random"]
+TINY = attacks.Effort(3, 1, 4, 0, 5, 2)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty current folder with a small job in it; efforts that take no time."""
+    (tmp_path / "small_job.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    monkeypatch.setitem(attacks.EFFORTS, "quick", TINY)
+
+
+def call(*arguments: str) -> int:
+    return cli.run_command(lambda: robustness.main([*arguments, "--images", "32"]))
+
+
+def searched(*more: str) -> None:
+    assert cli.run_command(lambda: search.main([*JOB, "--evaluations", "3", "--out", "run", *more])) == 0
+
+
+def result(folder: str = "run/robustness") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(folder) / "robustness.json").read_text())
+    return content
+
+
+def test_a_run_is_compared_with_float_uniform_bits_and_a_defence(capsys: pytest.CaptureFixture[str]) -> None:
+    searched("--finetune-epochs", "1")
+    assert call("run", "--attacks", "quick", "--uniform", "8,2", "--workers", "1") == 0
+    out, err = capsys.readouterr()
+    assert not err
+    content = result()
+    assert list(content["networks"]) == ["float", "uniform 8", "uniform 2", "found", "defensive"]
+    for name, one in content["networks"].items():
+        assert {"noise", "fgsm", "rfgsm", "pgd", "apgd-ce", "apgd-dlr", "square"} <= set(one["attacks"])
+        assert sum(attack.startswith("transfer-") for attack in one["attacks"]) == 1
+        assert one["worst"] <= min(one["attacks"].values())
+        assert one["worst"] <= one["clean"]
+        assert len(one["checks"]) == 8
+        assert one["masked"] == any(not check["passed"] for check in one["checks"])
+        assert ("upper bound: gradients are masked" in one["verdict"]) == one["masked"]
+        if name != "float":
+            # The integer network answers the worst images as the fake-quantized one does.
+            deployed = one["deployed"]
+            assert deployed["images"] == 32
+            assert deployed["different"] <= 1
+            assert abs(deployed["right"] / 32 - one["worst"]) <= deployed["different"] / 32 + 1e-9
+    for word in ("attacker", "worst case, image by image", "Signs of masked gradients", "as an integer network"):
+        assert word in " ".join(out.split())
+    assert (Path("run/robustness") / "robustness.png").read_bytes().startswith(b"\x89PNG")
+
+    policies = {name: Q.get_policy(net) for name, net in gather(Request("run", None, (8, 2))).networks.items() if name != "float"}
+    assert set(policies["uniform 8"].values()) == {(8, 8)}
+    assert policies["uniform 2"]["stem"] == policies["uniform 2"]["classifier"] == (8, 8)
+    assert policies["uniform 2"]["hidden"] == (2, 2)
+    assert policies["defensive"] == policies["found"]
+
+
+def test_the_defence_is_trained_once_and_lowers_the_norms(capsys: pytest.CaptureFixture[str]) -> None:
+    searched("--finetune-epochs", "4")
+    with pytest.raises(FileNotFoundError, match="defensive"):
+        gather(Request("run", uniform=(), beta=0.5))
+    assert call("run", "--attacks", "fgsm", "--defensive", "0.5", "--workers", "1") == 0
+    assert "defensive0.5 isn't there yet" in capsys.readouterr().out
+    gathered = gather(Request("run", beta=0.5)).networks
+    penalties = {name: float(Q.lipschitz_penalty(gathered[name], beta=1.0)) for name in ("found", "defensive")}
+    assert penalties["defensive"] < 0.9 * penalties["found"]
+    assert call("run", "--attacks", "fgsm", "--defensive", "0.5", "--workers", "1") == 0
+    assert "isn't there yet" not in capsys.readouterr().out
+
+
+def test_without_fine_tuning_there_is_no_defence(capsys: pytest.CaptureFixture[str]) -> None:
+    searched("--finetune-epochs", "0")
+    assert call("run", "--attacks", "fgsm", "--workers", "1") == 0
+    assert list(result()["networks"]) == ["float", "uniform 8", "found"]
+    assert "calibrated, not fine-tuned" in " ".join(capsys.readouterr().out.split())
+
+
+def test_interrupted_it_goes_on_without_losing_finished_attacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "quick", "--workers", "1")
+    assert call(*asked, "--out", "whole") == 0
+    run, ran = attacks.Attack.run, []
+
+    def counted(self: attacks.Attack, *rest: Any) -> Tensor:
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        ran.append(self.name)
+        return run(self, *rest)
+
+    monkeypatch.setattr(attacks.Attack, "run", counted)
+    assert call(*asked, "--out", "parts") == 130
+    assert "goes on from there" in capsys.readouterr().out
+    before = ran.copy()
+    ran[:] = [""] * 6  # no longer interrupted
+    assert call(*asked, "--out", "parts") == 0
+    assert not set(before) & set(ran[6 : 6 + len(before)])
+    assert result("parts") == result("whole")
+
+
+def test_the_number_of_workers_changes_nothing() -> None:
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--uniform", "8")
+    assert call(*asked, "--out", "one", "--workers", "1") == 0
+    assert call(*asked, "--out", "two", "--workers", "2") == 0
+    assert result("one") == result("two")
+
+
+def test_hard_gradients_are_stamped(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm,pgd", "--uniform", "3", "--workers", "1")
+    assert call(*asked, "--backward", "hard", "--eps", "0.2", "--out", "hard") == 0
+    masked = result("hard")["networks"]
+    assert not masked["float"]["masked"] or masked["uniform 3"]["masked"]
+    failed = [check["name"] for check in masked["uniform 3"]["checks"] if not check["passed"]]
+    assert "no gradient is zero" in failed
+    assert "uniform 3: FAIL: no gradient is zero: 100.0 % of images without any" in " ".join(capsys.readouterr().out.split())
+    assert call(*asked, "--eps", "0.2", "--out", "ste") == 0
+    honest = result("ste")["networks"]["uniform 3"]
+    assert honest["worst"] < masked["uniform 3"]["worst"]
+
+
+def test_a_quantized_checkpoint_is_attacked_at_its_bits() -> None:
+    module = small_network()
+    network = models.load("mobilenet-mini", pretrained=False)
+    del module
+    qnetwork = Q.quantize(network.module, Q.BitPolicy.uniform(network.module, w=4, a=4), calibrate=torch.rand(16, 1, 28, 28))
+    models.save_checkpoint(models.Network("mobilenet-mini", qnetwork, (1, 28, 28)), Path("four.safetensors"))
+    gathered = gather(Request("four.safetensors"))
+    assert list(gathered.networks) == ["float", "quantized", "uniform 8"]
+    assert set(Q.get_policy(gathered.networks["quantized"]).values()) == {(4, 4)}
+    assert list(gathered.sources("quantized")) == ["twin", "8bits"]
+    assert list(gathered.sources("float")) == ["quantized", "uniform8"]
+
+
+def test_requantized_input_is_what_the_network_sees() -> None:
+    gathered = gather(Request("small_job:network", "small_job:splits"))
+    x = images(4, 3)
+    levels = (x * 255).round() / 255
+    assert not torch.equal(x, levels)
+    for name, net in gathered.networks.items():
+        outputs = [gathered.classifier(net, True)(x), gathered.classifier(net, False)(levels)]
+        assert torch.allclose(*outputs, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["small_job:network", "--eps", "8"], "eps is on the scale of images in [0, 1]: 8/255, not 8"),
+        (["small_job:network", "--eps", "much"], "eps 'much' is not understood"),
+        (["small_job:network", "--attacks", "pdg"], "unknown attack 'pdg'; known: quick, standard, full"),
+        (["small_job:network", "--uniform", "9"], "--uniform is '9'; give widths from 1 to 8"),
+        (["small_job:network", "--defensive", "-1"], "--defensive is -1.0; it must be 0 or above"),
+        (["small_job:network", "--data", "small_job:floats"], "of unknown range; attacks need uint8 images"),
+        (["no_such_network"], "no_such_network"),
+        (["small_job:network", "--seed", "-1"], "--seed is -1; it must be at least 0"),
+    ],
+)
+def test_bad_input(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = [] if "--data" in arguments else ["--data", "small_job:splits"]
+    assert call(*arguments, *more, "--workers", "1", "--out", "nowhere") == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not Path("nowhere/robustness.json").exists()
+
+
+def test_a_run_that_found_nothing_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    searched("--finetune-epochs", "0")
+    Path("run/policy.json").unlink()
+    assert call("run") == 2
+    assert "run has no policy.json: nothing was found yet" in capsys.readouterr().err
