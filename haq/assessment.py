@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,7 @@ CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of eps
 DRAWS = 10  # of noise, without bounds
 CURVE_IMAGES, CURVE_STEPS = {"quick": 200, "standard": 500, "full": 1000}, 20
 SCHEMA = "haq-robustness-1"
+_PLAIN = (bool, int, float, str, tuple, Q.Scheme)  # attributes of modules that say how they compute
 
 Given = tuple[Tensor, Tensor, Tensor]  # images, labels, and whether they are classified right
 
@@ -186,7 +188,7 @@ def assess(
         *checking.unbounded(first, curve_passes),
         *checking.monotone(curve),
         *checking.zero_gradients(images, labels, clean),
-        Check("logits are deterministic", spread <= DIFFERENT, f"differ by {spread:.1g} over {RUNS} passes"),
+        checking.deterministic(kept.examples, spread),
     ]
     progress.finish()
     return Assessment(
@@ -219,26 +221,39 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
             f"images reach from {least:.4g} to {most:.4g}; attacks need them in [0, 1]: divide by 255, and give mean and std"
         )
     x = images[:BATCH]
-    with torch.no_grad():
-        runs = [victim(x) for _ in range(RUNS)]
+    runs = _runs(victim, x)
     logits = runs[0]
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"the network's outputs are logits (images, two classes or more), not {tuple(logits.shape)}")
     if not all(bool(run.isfinite().all()) for run in runs):
         raise ValueError("the network's outputs are not finite")
     classes = logits.shape[1]
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are int64, not {labels.dtype}")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes")
     if logits.min() >= 0 and bool(((logits.sum(1) - 1).abs() < 1e-5).all()):
         raise ValueError("the network's outputs are probabilities, whose gradients vanish: give it without its softmax")
-    scaled = torch.stack([run / torch.linalg.vector_norm(run, dim=1, keepdim=True).clamp_min(1e-12) for run in runs])
-    spread = float((scaled - scaled[0]).norm(dim=2).max())
+    spread = _spread(runs)
     if spread > DIFFERENT:
         raise ValueError(
             f"the network answers the same images differently from pass to pass (by {spread:.2g} of its logits' size): take "
             "the randomness out, attacks would have to average over it"
         )
+    if not victim(x[:1].clone().requires_grad_()).requires_grad:
+        raise ValueError("no gradient passes through the network, not even zeros: something in it detaches its input")
     return classes, spread
+
+
+@torch.no_grad()
+def _runs(victim: Classifier, images: Tensor) -> list[Tensor]:
+    return [victim(images) for _ in range(RUNS)]
+
+
+def _spread(runs: Sequence[Tensor]) -> float:
+    """How much logits differ from pass to pass, of their size."""
+    scaled = torch.stack([run / torch.linalg.vector_norm(run, dim=1, keepdim=True).clamp_min(1e-12) for run in runs])
+    return float((scaled - scaled[0]).norm(dim=2).max())
 
 
 def _attacked(
@@ -368,6 +383,11 @@ class _Checking:
         count = max(int(clean.sum()), 1)
         yield Check("no gradient is zero", none == 0, f"{_percent(none / count)} of images without any")
 
+    def deterministic(self, examples: Tensor, spread: float) -> Check:
+        """On what attacks made; a network that differs on the images themselves was refused."""
+        most = max(spread, _spread(_runs(self.victim, examples[:BATCH])))
+        return Check("logits are deterministic", most <= DIFFERENT, f"differ by {most:.1g} over {RUNS} passes")
+
 
 class _Kept:
     """What is finished: in memory, and in a file of its own for what was asked, without pickle."""
@@ -380,7 +400,7 @@ class _Kept:
         if self.path is not None and self.path.is_file():
             try:
                 self._read(self.path)
-            except (ValueError, OSError, KeyError, EOFError) as error:
+            except (ValueError, OSError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{self.path} can't be gone on from ({error}): delete it") from error
 
     def add(self, name: str, right: Tensor, found: Tensor) -> None:
@@ -465,7 +485,12 @@ def _asked(
         digest = hashlib.sha256(repr(sorted(Q.get_policy(network).items())).encode() if Q.quant_layers(network) else b"")
         for key, tensor in sorted({**classifier.state_dict(), **Q.quantizer_state(network)}.items()):
             digest.update(key.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        digest.update(repr((type(network).__name__, classifier.requantize)).encode())
+        # What state_dict doesn't tell: strides, slopes, temperatures, options of schemes.
+        for name, module in network.named_modules():
+            options = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
+            kept = sorted((key, value) for key, value in options.items() if key != "backward_mode")
+            digest.update(repr((name, type(module).__name__, kept)).encode())
+        digest.update(repr(classifier.requantize).encode())
         return digest.hexdigest()
 
     data = hashlib.sha256(images.cpu().contiguous().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()

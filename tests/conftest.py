@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 import hypothesis
@@ -51,6 +53,37 @@ def images(count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     quarters = torch.rand(count, 1, 2, 2, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
     return 0.8 * quarters + 0.2 * torch.rand(count, 1, 8, 8, generator=generator)
+
+
+def brightest(x: Tensor) -> Tensor:
+    """Which quarter of each image is brightest: four classes that the small network can learn."""
+    return nn.functional.adaptive_avg_pool2d(x, 2).flatten(1).argmax(1)
+
+
+def fitted(network: nn.Module, steps: int = 150) -> nn.Module:
+    """The network itself, after some steps of learning `brightest`: about nine in ten are right then."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = images(2000, seed=7)
+        labels = brightest(x)
+        optimizer = torch.optim.Adam(network.train().parameters(), lr=3e-3)
+        for _ in range(steps):
+            batch = torch.randint(len(x), (64,))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(x[batch]), labels[batch]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return network.eval()
+
+
+@functools.cache
+def _fitted_small(seed: int) -> nn.Module:
+    return fitted(small_network(seed))
+
+
+def fitted_network(seed: int = 0) -> nn.Module:
+    """The small network, fitted; a copy of its own for each caller."""
+    return copy.deepcopy(_fitted_small(seed))
 
 
 @pytest.fixture
