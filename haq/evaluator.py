@@ -146,7 +146,9 @@ class Evaluator:
         """Outputs of a network, computed from the input on, and those for attacked images if there is an attack."""
         if self.proxy is None:
             return _whole(network, self._inputs)
-        proxy, batches = self.proxy, self.batches
+        proxy = self.proxy
+        with torch.inference_mode(False):  # inference tensors can't be kept for a gradient
+            batches = self.batches
 
         def forward(batch: int) -> tuple[Tensor, ...]:
             inputs, labels = batches[batch]

@@ -174,13 +174,18 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
     problem, budget, reward = job.problem, result["budget"], job.problem.reward
     console.print(layer_table(problem, policy))
     title = f"{result['network']} on {result['data']}, {result['target']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    table.add_column("policy", no_wrap=True)
-    # Under attack two things are told, so plain accuracy is told of the test split as well.
     attacked = problem.proxy is not None
-    columns = [("test", "accuracy")] * attacked + [("test", reward), ("search", reward)]
-    for split, kind in columns:
-        table.add_column(f"{split}\n{'worst case' if '+' in kind else kind}\n(measured)", justify="right")
+    padding = (0, 0 if attacked else 1, 0, 0)  # one column more, within the same 80 characters
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, caption_justify="left")
+    table.add_column("policy", no_wrap=True)
+    columns = [("test", reward), ("search", reward)]
+    headings = [f"{split}\n{reward}\n(measured)" for split, _ in columns]
+    if attacked:
+        # Plain accuracy beside what policies were judged by. That these are measured stands below the table.
+        columns.insert(0, ("test", "accuracy"))
+        headings = ["\ntest\naccuracy", "test\nworst\ncase", "search\nworst\ncase"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
