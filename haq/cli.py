@@ -60,6 +60,26 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reward(parser: argparse.ArgumentParser, reward: str, eps: str) -> None:
+    """What policies are judged by; the defaults are told."""
+    parser.add_argument(
+        "--reward",
+        help="what a policy is judged by: accuracy; on images without labels, agreement with the float network; or "
+        f"accuracy+robust, right both as images are and under a cheap attack (default: {reward})",
+    )
+    parser.add_argument(
+        "--eps",
+        help="of that attack: largest change of a pixel, on the scale of images in [0, 1], such as 8/255 or 0.03 "
+        f"(default: {eps})",
+    )
+
+
+def check_eps(options: argparse.Namespace) -> None:
+    """Raise ValueError if --eps is given without the reward that it belongs to."""
+    if options.eps is not None and options.reward != "accuracy+robust":
+        raise ValueError(f"--eps {options.eps} is of an attack: it goes with --reward accuracy+robust")
+
+
 @contextmanager
 def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
     """Say that something is loading, and show a bar with time left while kernels are compiled and measured.

@@ -22,10 +22,16 @@ KEPT_BYTES = 1 << 30  # of activations, all batches together
 RISK = 1e-3  # that an evaluation is stopped although the policy isn't below the accuracy to beat
 SHUFFLE_SEED = 0
 
+# Of a batch's number: class scores (images, classes), and, where they are attacked, those of the attacked images.
+Forward = Callable[[int], tuple[Tensor, ...]]
+
 
 class Evaluation(NamedTuple):
     """Share of images classified correctly (0..1), mean loss (nats), the number of images that both stand on, and, where
-    there is a teacher, the mean Kullback-Leibler divergence (nats) of its outputs from the network's."""
+    there is a teacher, the mean Kullback-Leibler divergence (nats) of its outputs from the network's.
+
+    Where images are attacked too, one is classified correctly if it is both as it is and attacked, and its loss is the larger
+    one of the two; the divergence is that of the images as they are."""
 
     accuracy: float
     loss: float
@@ -37,7 +43,8 @@ class Evaluator:
     """Evaluates policies of one quantized network on one set of images, which it keeps in memory, where the network is.
 
     Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
-    begins with the bits of the one before starts from what was computed then (`haq.prefix`), with the same result.
+    begins with the bits of the one before starts from what was computed then (`haq.prefix`), with the same result; but not where
+    images are attacked, which takes whole forward and backward passes.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class Evaluator:
         *,
         teacher: nn.Module | None = None,
         tune: Callable[[nn.Module], nn.Module] | None = None,
+        proxy: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
         """network: from `quantizers.quantize`.
@@ -56,6 +64,9 @@ class Evaluator:
         teacher: a network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network). Without labels
             its answers are taken for them: accuracy is the share of equal answers, and the loss is the divergence.
         tune: makes of the network, at a policy's bits, the one that is judged (a copy).
+        proxy: an attack, such as `haq.adversarial.Proxy`: takes the network that is judged, the inputs and labels of a batch
+            and its number, and returns inputs to judge it by as well. Its result must depend on nothing else. What is attacked
+            differs from policy to policy, so nothing is kept from one to the next.
         kept_bytes: limit of the activations kept between evaluations, all batches together.
         """
         count = len(inputs) if labels is None else len(labels)
@@ -63,7 +74,13 @@ class Evaluator:
             raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
         if labels is None and teacher is None:
             raise ValueError("give labels or a teacher, or both")
-        self.network, self.tune, self.kept_bytes = network.eval(), tune, kept_bytes
+        if labels is None and proxy is not None:
+            raise ValueError("an attack makes answers wrong, so it needs labels")
+        self.network, self.tune, self.proxy, self.kept_bytes = network.eval(), tune, proxy, kept_bytes
+        self.teacher = teacher
+        if proxy is not None:
+            # Gradients go to the inputs alone, so that quantized weights are made once per width as they are without.
+            network.requires_grad_(False)
         self.count = count
         self.device = device_of(network)
         # Whatever part of them is looked at first is a fair sample.
@@ -72,7 +89,7 @@ class Evaluator:
             self._inputs = [_rows(inputs, index).to(self.device) for index in self.order.split(BATCH)]
         self.expected: Tensor | None = None  # the teacher's outputs, in the order of `inputs`
         if teacher is not None:
-            outputs = torch.cat([_scores(part) for part in self._each(_whole(teacher, self._inputs))])
+            outputs = torch.cat([_scores(part) for (part,) in self._each(_whole(teacher, self._inputs))])
             self.expected = outputs[self.order.argsort()]
         self.labelled = labels is not None
         if labels is None:
@@ -100,27 +117,50 @@ class Evaluator:
         known = self.cache.get(policy)
         if known is None or (known.images < self.count and not self._is_below(known, beat)):
             network = self.prepared(policy)
-            forward = self._resuming() if network is self.network else _whole(network, self._inputs)
-            self.cache[policy] = known = self._measure(forward, beat)
+            resumes = network is self.network and self.proxy is None
+            self.cache[policy] = known = self._measure(self._resuming() if resumes else self._forward(network), beat)
         return known
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:
         """The network that a policy is judged by: at its bits, and tuned if there is a `tune`."""
         Q.set_policy(self.network, policy)
-        return self.network if self.tune is None else self.tune(self.network).eval()
+        if self.tune is None:
+            return self.network
+        tuned = self.tune(self.network).eval()
+        return tuned if self.proxy is None else tuned.requires_grad_(False)
 
     def measure(self, network: nn.Module) -> Evaluation:
         """Accuracy and loss of any network, in evaluation mode, on the same images."""
-        return self._measure(_whole(network, self._inputs), None)
+        return self._measure(self._forward(network), None)
 
     def measure_teacher(self) -> Evaluation:
-        """Accuracy and loss of the teacher, which were computed when it was asked. Raises ValueError if there is none."""
-        if self.expected is None:
+        """Accuracy and loss of the teacher, which were computed when it was asked (but for attacked images, which it is asked
+        now). Raises ValueError if there is none."""
+        if self.expected is None or self.teacher is None:
             raise ValueError("the evaluator has no teacher")
+        if self.proxy is not None:
+            return self.measure(self.teacher)
         outputs = self.expected[self.order].split(BATCH)
-        return self._measure(outputs.__getitem__, None)
+        return self._measure(lambda batch: (outputs[batch],), None)
 
-    def _resuming(self) -> Callable[[int], Tensor]:
+    def _forward(self, network: nn.Module) -> Forward:
+        """Outputs of a network, computed from the input on, and those for attacked images if there is an attack."""
+        if self.proxy is None:
+            return _whole(network, self._inputs)
+        proxy = self.proxy
+        with torch.inference_mode(False):  # inference tensors can't be kept for a gradient
+            batches = self.batches
+
+        def forward(batch: int) -> tuple[Tensor, ...]:
+            inputs, labels = batches[batch]
+            with torch.inference_mode(False):
+                attacked = proxy(network, inputs, labels, batch)
+            with torch.inference_mode():
+                return network(inputs), network(attacked)
+
+        return forward
+
+    def _resuming(self) -> Forward:
         """Outputs of the quantized network by batch, computed from where its bits part from those before."""
         if not self._cut:
             self._cut = True
@@ -133,46 +173,49 @@ class Evaluator:
             return _whole(self.network, self._inputs)
         prefix = self._prefix
 
-        def forward(batch: int) -> Tensor:
+        def forward(batch: int) -> tuple[Tensor, ...]:
             # Not inference mode: what is kept must tell whether it was changed.
             with torch.inference_mode(False), torch.no_grad():
-                return prefix.forward(batch)
+                return (prefix.forward(batch),)
 
         return forward
 
-    def _measure(self, forward: Callable[[int], Tensor], beat: float | None) -> Evaluation:
-        parts: list[Tensor] = []
+    def _measure(self, forward: Forward, beat: float | None) -> Evaluation:
+        parts: list[tuple[Tensor, ...]] = []
         right = seen = 0
         with closing(self._each(forward)) as each:
             for outputs in each:
-                labels = self.labels[self.order[seen : seen + len(outputs)]]
-                if labels.max() >= _scores(outputs).shape[1] or labels.min() < 0:
+                labels = self.labels[self.order[seen : seen + len(outputs[0])]]
+                if labels.max() >= _scores(outputs[0]).shape[1] or labels.min() < 0:
                     span = f"{int(labels.min())} to {int(labels.max())}"
-                    raise ValueError(f"labels from {span} don't fit outputs of shape {tuple(outputs.shape)}")
-                right += int((outputs.argmax(1) == labels).sum())
-                seen += len(outputs)
+                    raise ValueError(f"labels from {span} don't fit outputs of shape {tuple(outputs[0].shape)}")
+                right += int(torch.stack([part.argmax(1) == labels for part in outputs]).all(0).sum())
+                seen += len(labels)
                 parts.append(outputs)
                 if seen < self.count and self._is_below(Evaluation(right / seen, 0.0, seen), beat):
                     break
         # Summed in the order in which the images were given.
         looked_at = self.order[:seen]
-        outputs, index = torch.cat(parts)[looked_at.argsort()], looked_at.sort().values
-        divergence = None if self.expected is None else self._divergence(outputs, self.expected[index]) / seen
-        loss = self._cross_entropy(outputs, self.labels[index]) / seen if self.labelled else divergence
+        back, index = looked_at.argsort(), looked_at.sort().values
+        clean, *attacked = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+        divergence = None if self.expected is None else self._divergence(clean, self.expected[index]) / seen
+        loss = self._cross_entropy([clean, *attacked], self.labels[index]) / seen if self.labelled else divergence
         assert loss is not None
         if not math.isfinite(loss):
             raise ValueError("the network's outputs are not finite on the search images")
         return Evaluation(right / seen, loss, seen, divergence)
 
-    def _each(self, forward: Callable[[int], Tensor]) -> Generator[Tensor]:
+    def _each(self, forward: Forward) -> Generator[tuple[Tensor, ...]]:
         """The outputs of every batch, in their order, in main memory.
 
         Every thread takes whole batches: small networks spend much of their time waiting where all threads share one
         operation. What a result is doesn't depend on who was first.
         """
         threads, batches = torch.get_num_threads(), range(len(self._inputs))
-        if threads == 1 or len(batches) == 1 or self.device.type != "cpu":
-            yield from (forward(batch).cpu() for batch in batches)
+        # A single batch has all threads, unless it is attacked: the sign of a gradient near 0 must not hang on their number.
+        alone = len(batches) == 1 and self.proxy is None
+        if threads == 1 or alone or self.device.type != "cpu":
+            yield from (tuple(part.cpu() for part in forward(batch)) for batch in batches)
             return
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         try:
@@ -193,10 +236,16 @@ class Evaluator:
         return bool(hypergeom.cdf(right, self.count, needed, part.images) <= RISK / looks)
 
     @staticmethod
-    def _cross_entropy(outputs: Tensor, labels: Tensor) -> float:
-        """The sum over images."""
-        parts = zip(outputs.double().split(BATCH), labels.split(BATCH), strict=True)
-        return sum(float(F.cross_entropy(part, answers, reduction="sum")) for part, answers in parts)
+    def _cross_entropy(outputs: list[Tensor], labels: Tensor) -> float:
+        """The sum over images, of the largest of several outputs' each."""
+        total = 0.0
+        for *parts, answers in zip(*(part.double().split(BATCH) for part in outputs), labels.split(BATCH), strict=True):
+            if len(parts) == 1:
+                total += float(F.cross_entropy(parts[0], answers, reduction="sum"))
+            else:
+                losses = [F.cross_entropy(part, answers, reduction="none") for part in parts]
+                total += float(torch.stack(losses).amax(0).sum())
+        return total
 
     @staticmethod
     def _divergence(outputs: Tensor, expected: Tensor) -> float:
@@ -220,13 +269,12 @@ def _scores(outputs: Tensor) -> Tensor:
     return outputs
 
 
-def _whole(network: nn.Module, inputs: list[Tensor]) -> Callable[[int], Tensor]:
+def _whole(network: nn.Module, inputs: list[Tensor]) -> Forward:
     """Outputs of a network by batch, computed from the input on."""
 
-    def forward(batch: int) -> Tensor:
+    def forward(batch: int) -> tuple[Tensor, ...]:
         with torch.inference_mode():
-            outputs: Tensor = network(inputs[batch])
-        return outputs
+            return (network(inputs[batch]),)
 
     return forward
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
+from haq.adversarial import Proxy
 from haq.evaluator import Evaluation, Evaluator, device_of
 
 UNITS = {
@@ -21,7 +22,7 @@ UNITS = {
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
     "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
 }
-REWARDS = ("accuracy", "agreement")
+REWARDS = ("accuracy", "agreement", "accuracy+robust")
 ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
 
 
@@ -67,9 +68,16 @@ class Problem:
     reward
         what a policy is judged by: "accuracy" on the labels of `search` and cross-entropy (nats); or, without labels,
         "agreement": the share of inputs on which its answer is the float network's, and the mean Kullback-Leibler divergence
-        (nats) of its outputs from the float network's. The two are then what an evaluation calls accuracy and loss.
+        (nats) of its outputs from the float network's. The two are then what an evaluation calls accuracy and loss. Or
+        "accuracy+robust": the share of images that are classified correctly both as they are and attacked by `proxy`, and the
+        mean of the larger one of their two cross-entropies (nats). The attack is a cheap one, made anew for every policy's
+        network with gradients straight through its quantizers. What it doesn't break may still be broken, above all at few
+        bits: verify what was found with a full suite of attacks, python -m haq.robustness RUN --attacks full.
     tune
         what is done to the quantized network, at a policy's bits, before the policy is judged: takes it, returns a tuned copy.
+    proxy
+        the attack of reward="accuracy+robust": a `haq.adversarial.Proxy`, which knows eps and the range of images in the
+        network's input space (`Proxy.of(network, eps)` for a `haq.models.Network`).
 
     A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
     `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
@@ -93,8 +101,10 @@ class Problem:
         batch: int | None = None,
         reward: str = "accuracy",
         tune: Callable[[nn.Module], nn.Module] | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         self.reward = check_reward(reward)
+        self.proxy = _check_proxy(proxy, reward)
         inputs, labels = _as_tensors(search, reward)
         device = device_of(network)
         inputs = inputs.to(device)
@@ -114,7 +124,7 @@ class Problem:
         )
         self.noise = np.array([errors[list(group)].mean(0) for group in self.groups])
         was_training = network.training
-        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune)
+        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, proxy=proxy)
         self.float_result = self.evaluator.measure_teacher()
         network.train(was_training)
 
@@ -155,8 +165,15 @@ class Problem:
         return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
 
     @property
+    def reward_is(self) -> str:
+        """What the reward measures, in words."""
+        words = {"accuracy": "accuracy", "agreement": "agreement with the float network's answers, without labels"}
+        return words.get(self.reward) or f"worst of clean and {self.proxy}"
+
+    @property
     def float_accuracy(self) -> float:
-        """Accuracy of the float network on the search images; 1 where the reward is agreement with it."""
+        """Accuracy of the float network on the search images, attacked too if policies are; 1 where the reward is agreement
+        with it."""
         return self.float_result.accuracy
 
     def uniform(self, bits: int, *, keep_pinned: bool = False) -> Q.BitPolicy:
@@ -281,6 +298,17 @@ def check_reward(reward: str) -> str:
     if reward not in REWARDS:
         raise ValueError(f"unknown reward {reward!r}; it can be {' or '.join(REWARDS)}")
     return reward
+
+
+def _check_proxy(proxy: Proxy | None, reward: str) -> Proxy | None:
+    if reward == "accuracy+robust" and proxy is None:
+        raise ValueError(
+            'reward="accuracy+robust" needs `proxy`, the attack that policies are judged under: give haq.adversarial.Proxy.of('
+            "network, eps)"
+        )
+    if reward != "accuracy+robust" and proxy is not None:
+        raise ValueError(f'`proxy` is of reward="accuracy+robust", not of {reward!r}: give both or neither')
+    return proxy
 
 
 def _as_tensors(search: Any, reward: str) -> tuple[Tensor, Tensor | None]:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import hw_models
 import quantizers as Q
 from haq import data, models, training
+from haq.adversarial import DEFAULT_EPS, Proxy, check_images, parse_eps
 from haq.evaluator import Evaluation
 from haq.problem import Problem, check_reward
 from haq.solvers import Found, Session, check_env, check_name, solve
@@ -76,6 +77,7 @@ class Settings:
     finetune_epochs: int = 12
     finetune_steps: int = 0
     reward: str = "accuracy"
+    eps: str = DEFAULT_EPS  # of the attack of reward accuracy+robust
     sensitivity_kind: str = "loss"
     sensitivity: str | None = None
     threads: int | None = None
@@ -92,6 +94,9 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
         self.bit_range()
+        parse_eps(self.eps)
+        if self.reward != "accuracy+robust" and self.eps != DEFAULT_EPS:
+            raise ValueError(f"--eps {self.eps} is of an attack: it goes with --reward accuracy+robust, not {self.reward}")
 
     def bit_range(self) -> tuple[int, int]:
         """Smallest and largest width. Raises ValueError if that isn't what `bits` says."""
@@ -116,8 +121,13 @@ class Settings:
         target = target or self.load_target()
         subject = self.load()
         network, dataset = subject.network, subject.dataset
-        if not dataset.classes and self.reward == "accuracy":
+        if not dataset.classes and self.reward != "agreement":
             raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --reward agreement")
+        proxy = None
+        if self.reward == "accuracy+robust":
+            for split in (dataset.search, dataset.test):
+                check_images(split, dataset.name)
+            proxy = Proxy.of(network, parse_eps(self.eps))
         tuning = training.ShortTuning(network, dataset.train, self.finetune_steps, self.seed) if self.finetune_steps else None
         search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
         problem = Problem(
@@ -130,6 +140,7 @@ class Settings:
             bits=self.bit_range(),
             reward=self.reward,
             tune=tuning,
+            proxy=proxy,
         )
         return Job(self, network, dataset, problem)
 

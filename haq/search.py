@@ -54,11 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help=f"steps by which every policy is fine-tuned before it is judged (default: {default.finetune_steps})",
     )
-    add(
-        "--reward",
-        help="what a policy is judged by: accuracy, or, on images without labels, agreement with the float network "
-        f"(default: {default.reward})",
-    )
+    cli.add_reward(parser, default.reward, default.eps)
     add(
         "--sensitivity-kind",
         help=f"what solvers know of single layers: {', '.join(KINDS)}; the last costs no evaluation "
@@ -78,6 +74,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
         raise ValueError("--resume RUN goes on with what the run was asked for: no other option but --json goes with it")
+    cli.check_eps(options)
     if options.sensitivity and options.sensitivity_kind:
         raise ValueError("--sensitivity brings its kind along: leave --sensitivity-kind out")
     return options
@@ -120,7 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         run.close()
     summary.print_result(console, job, policy, result)
     tuned = settings.finetune_epochs > 0
-    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}",))
+    verify = (f"robustness {folder} --attacks full",) if job.problem.proxy else ()
+    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", *verify))
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1
@@ -164,7 +162,7 @@ def _solve(bar: Progress, job: Job, run: Run, name: str, sensitivities: Sensitiv
     task = bar.add_task(f"search: {name}", total=job.settings.evaluations, note="")
 
     def on_evaluation(count: int, best: Found | None) -> None:
-        note = f"best {job.settings.reward} {100 * best.result.accuracy:.2f} %" if best else "measuring sensitivities"
+        note = f"best {job.problem.reward} {100 * best.result.accuracy:.2f} %" if best else "measuring sensitivities"
         bar.update(task, completed=count, note=note)
 
     session = run.search(job, name, sensitivities, on_evaluation)

@@ -368,6 +368,7 @@ def finish(folder: Path, ground: Ground, points: Sequence[Point], sensitivities:
         "network": job.network.name,
         "data": job.dataset.name,
         "reward": reward,
+        "reward_is": problem.reward_is,
         "metric": problem.metric,
         "unit": problem.unit,
         "accuracy_is": f"measured on {threads()}",

@@ -13,6 +13,7 @@ from torch import nn
 
 import quantizers as Q
 from haq import training
+from haq.adversarial import worst_case
 from haq.problem import Problem, best_unit, describe_amount
 from haq.run import Job, Run, threads
 
@@ -20,8 +21,8 @@ SCHEMA = "haq-result-1"
 
 
 def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
-    """Accuracy (or agreement with the float network, if that is the reward) on the search and the test split, and what its
-    policy costs; of the float network without one.
+    """Accuracy on the search and the test split (or agreement with the float network, if that is the reward; beside plain
+    accuracy, what it is under attack, if that is) and what its policy costs; of the float network without one.
 
     `module` is a fine-tuned network; without it the policy is applied to the float network's weights, and they are fine-tuned
     as far as every policy of the search was.
@@ -43,10 +44,16 @@ def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None)
 
 
 def _judge(job: Job, module: nn.Module) -> dict[str, float]:
-    reward = job.problem.reward
-    measure = training.accuracy if reward == "accuracy" else training.agreement
+    problem = job.problem
     splits = {"search": job.dataset.search, "test": job.dataset.test}
-    return {f"{name}_{reward}": measure(job.network, split, module) for name, split in splits.items()}
+    if problem.reward == "agreement":
+        return {f"{name}_agreement": training.agreement(job.network, split, module) for name, split in splits.items()}
+    judged = {f"{name}_accuracy": training.accuracy(job.network, split, module) for name, split in splits.items()}
+    if problem.proxy is not None:
+        # On the search images exactly what policies were judged by.
+        judged[f"search_{problem.reward}"] = problem.evaluator.measure(module).accuracy
+        judged[f"test_{problem.reward}"] = worst_case(job.network, job.dataset.test, module, problem.proxy)
+    return judged
 
 
 def collect(
@@ -70,6 +77,7 @@ def collect(
         "saturated_actions": saturated or {},
         "seed": job.settings.seed,
         "reward": problem.reward,
+        "reward_is": problem.reward_is,
         "finetune_steps": job.settings.finetune_steps,
         "sensitivity_kind": job.settings.sensitivity_kind,
         "accuracy_is": f"measured on {threads()}",
@@ -97,11 +105,12 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
     problem, settings = job.problem, job.settings
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    float_accuracy = f", float accuracy {percent(problem.float_accuracy)} on the search split"
+    of_float = f"accuracy ({problem.reward_is})" if problem.proxy else "accuracy"
+    float_accuracy = f", float {of_float} {percent(problem.float_accuracy)} on the search split"
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     rows = {
         "network": f"{job.network.name} ({job.network.origin}): {len(problem.workload)} quantizable layers, "
-        f"{problem.workload.macs / 1e6:.2f} M MACs{float_accuracy if problem.reward == 'accuracy' else ''}",
+        f"{problem.workload.macs / 1e6:.2f} M MACs{'' if problem.reward == 'agreement' else float_accuracy}",
         "data": job.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
@@ -118,7 +127,7 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
             if settings.sensitivity_kind == "hessian"
             else "measured by each solver that needs them"
         ),
-        "reward": "accuracy" if problem.reward == "accuracy" else "agreement with the float network's answers, without labels",
+        "reward": problem.reward_is,
         "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
         + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else ""),
         "fine-tuning": f"{settings.finetune_epochs} epochs on {len(job.dataset.train):,} train images"
@@ -165,10 +174,18 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
     problem, budget, reward = job.problem, result["budget"], job.problem.reward
     console.print(layer_table(problem, policy))
     title = f"{result['network']} on {result['data']}, {result['target']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
+    attacked = problem.proxy is not None
+    padding = (0, 0 if attacked else 1, 0, 0)  # one column more, within the same 80 characters
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, caption_justify="left")
     table.add_column("policy", no_wrap=True)
-    for split in ("test", "search"):
-        table.add_column(f"{split}\n{reward}\n(measured)", justify="right")
+    columns = [("test", reward), ("search", reward)]
+    headings = [f"{split}\n{reward}\n(measured)" for split, _ in columns]
+    if attacked:
+        # Plain accuracy beside what policies were judged by. That these are measured stands below the table.
+        columns.insert(0, ("test", "accuracy"))
+        headings = ["\ntest\naccuracy", "test\nworst\ncase", "search\nworst\ncase"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
@@ -187,11 +204,15 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         keys = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
         costs = [row[keys[name]] for name in metrics]
         cells = ["–" if c is None else describe_amount(c, name) for c, name in zip(costs, metrics, strict=True)]
-        table.add_row(label, percent(row[f"test_{reward}"]), percent(row[f"search_{reward}"]), *cells)
+        shares = [percent(row[f"{split}_{kind}"]) for split, kind in columns]
+        table.add_row(label, *shares, *cells)
     sizes = f"{len(job.dataset.test):,} test and {len(job.dataset.search):,} search images"
     steps = job.settings.finetune_steps
     tuned = f"; every policy fine-tuned for {steps} steps" if steps else ""
-    table.caption = f"{sizes}{tuned}; {reward} {result['accuracy_is']}; cost {result['cost_is']}"
+    worst = f"; worst case: {problem.reward_is}, right both times, a cheap attack and no evaluation" if attacked else ""
+    table.caption = (
+        f"{sizes}{tuned}{worst}; {'accuracy' if attacked else reward} {result['accuracy_is']}; cost {result['cost_is']}"
+    )
     console.print(table)
     used = describe_amount(budget["used"], budget["metric"])
     limit = describe_amount(budget["limit"], budget["metric"])
@@ -205,9 +226,10 @@ def print_result(console: Console, job: Job, policy: Q.BitPolicy, result: dict[s
         name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{reward}"])
         difference = 100 * (result["found"][f"search_{reward}"] - rival[f"search_{reward}"])
         than = f"{abs(difference):.2f} points {'below' if difference > 0 else 'above'}" if difference else "as good as"
+        measured = f" ({problem.reward_is})" if attacked else ""
         console.print(
             f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
-            f"{percent(rival[f'search_{reward}'])} on the search split, {than} {result['solver']}."
+            f"{percent(rival[f'search_{reward}'])} on the search split{measured}, {than} {result['solver']}."
         )
 
 

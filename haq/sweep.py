@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help=f"policies that each search may evaluate, and as many for sensitivities, once (default: {default.evaluations})",
     )
-    add("--reward", help=f"accuracy, or agreement with the float network (default: {default.reward})")
+    cli.add_reward(parser, default.reward, default.eps)
     add("--sensitivity-kind", help=f"{', '.join(KINDS)} (default: {default.sensitivity_kind})")
     add("--workers", type=int, default=1, help="processes that search, one thread each; results are the same (default: 1)")
     add("--out", type=Path, help="folder of the sweep (default: one under runs/)")
@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers}; it must be at least 1")
+    cli.check_eps(options)
     varied = ("hw", "budgets", "seeds", "solvers")
     given = {field.name: getattr(options, field.name, None) for field in fields(Settings) if field.name not in varied}
     options.settings = {name: value for name, value in given.items() if value is not None}
@@ -200,8 +201,9 @@ def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
         add(row, [row], "", f"uniform {row['bits']} bits")
     sizes = " and ".join(f"{count:,} {split}" for split, count in content["images"].items())
     seeds = "; means of several seeds, below them smallest and largest" if content["asked"]["seeds"] > 1 else ""
+    measured = f"{reward} ({content['reward_is']})" if reward == "accuracy+robust" else reward
     table.caption = (
-        f"float: {percent(content['float'][f'test_{reward}'])} on the test split; {sizes} images; {reward} "
+        f"float: {percent(content['float'][f'test_{reward}'])} on the test split; {sizes} images; {measured} "
         f"{content['accuracy_is']}; cost {target['cost_is']}{seeds}. *: nothing costs less and has a better test {reward}. "
         "Uniform policies keep the fixed layers' bits"
     )
