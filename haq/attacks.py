@@ -19,6 +19,7 @@ import copy
 import itertools
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,10 +31,13 @@ from torch.nn import functional as F
 import quantizers as Q
 
 try:
-    import eagerpy
-    import foolbox
-    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-    from pyautoattack.square import SquareAttack
+    with warnings.catch_warnings():
+        # foolbox imports a name that SciPy moved; not ours to mend.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import eagerpy
+        import foolbox
+        from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+        from pyautoattack.square import SquareAttack
 except ImportError as error:
     raise ImportError("attacks need foolbox and pyautoattack: pip install 'haq[robustness]'") from error
 
