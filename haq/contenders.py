@@ -16,9 +16,8 @@ import quantizers as Q
 from haq import data, integer, interpreter, models, training
 from haq.attacks import Classifier
 from haq.graph import capture
-from haq.run import CALIBRATION, CONFIG, Run
+from haq.run import CALIBRATION, CONFIG, ROBUSTNESS, Run
 
-FOLDER = "robustness"
 BETA = 2e-3  # of the penalty: fixed before anything was attacked (docs/experiments/defensive_quantization.md)
 PINNED = (8, 8)  # first and last layer of uniform policies below 8 bits, as in a search
 FEW = 500  # images at a time, through the integer program
@@ -125,7 +124,7 @@ def _of_run(request: Request, run: Run, on_training: OnTraining | None) -> Conte
     budget = f"fine-tuned for {epochs} epochs, seed {seed}" if epochs else "calibrated, not fine-tuned"
 
     def tuned(name: str, bits: Q.BitPolicy, beta: float = 0.0) -> nn.Module:
-        path = Path(FOLDER) / f"{name}-{epochs}-epochs.safetensors"
+        path = ROBUSTNESS / f"{name}-{epochs}-epochs.safetensors"
         kept = run.load_checkpoint(subject, path)
         if kept is not None and Q.get_policy(kept) == bits:
             return kept

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
         tuned = run.load_checkpoint(job)
         rivals = {name: Q.BitPolicy(bits) for name, bits in earlier["rival_policies"].items()}
         result = summary.collect(job, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
+    if "verified" in earlier:  # under attack, by the search; python -m haq.robustness does it again
+        result["verified"] = earlier["verified"]
     if not run.finished:
         console.print(f"{run.folder} is not finished: this is the best policy so far")
     summary.print_result(console, job, policy, result)

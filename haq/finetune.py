@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"\nInterrupted; {run.folder} is as it was.")
         return cli.EXIT_INTERRUPTED
     run.save_checkpoint(tuned, job)
+    result.pop("verified", None)  # that was another network
     result["finetuned"] = summary.entry(job, policy, tuned)
     run.save_result(result)
     summary.print_result(console, job, policy, result)

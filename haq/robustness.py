@@ -28,7 +28,8 @@ from rich.table import Table
 from haq import adversarial, assessment, cli, contenders
 from haq.assessment import Assessment
 from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat
-from haq.contenders import FOLDER, Contenders, Request
+from haq.contenders import Contenders, Request
+from haq.run import ROBUSTNESS
 from haq.searches import one_thread
 
 FILE, PICTURE = "robustness.json", "robustness.png"
@@ -82,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=os.cpu_count() or 1,
         help="networks attacked at a time; the outcome doesn't depend on it",
     )
-    add("--out", type=Path, help=f"folder (default: {FOLDER}/ in the run's, or runs/robustness-MODEL)")
+    add("--out", type=Path, help=f"folder (default: {ROBUSTNESS}/ in the run's, or runs/robustness-MODEL)")
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
     options = parser.parse_args(arguments)
     for name, least in (("images", 10), ("workers", 1), ("seed", 0)):
@@ -102,7 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
     threat = Threat(adversarial.parse_eps(options.eps or EPS[options.norm]), options.norm)
     request = Request(options.source, options.data, options.uniform, options.defensive)
     run = request.run
-    inside = Path("runs") / f"{FOLDER}-{Path(options.source).stem.replace(':', '-')}" if run is None else run.folder / FOLDER
+    inside = (
+        Path("runs") / f"{ROBUSTNESS}-{Path(options.source).stem.replace(':', '-')}"
+        if run is None
+        else run.folder / ROBUSTNESS
+    )
     folder = options.out or inside
     attempt = Attempt(
         request,

@@ -7,6 +7,7 @@
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
     checkpoint/         the fine-tuned network and its scales
+    robustness/         finished attacks, and networks that were trained to compare with
     events.*            TensorBoard, where it is installed
 
 A search is deterministic, so an interrupted one is resumed by doing it again with its history at hand: what was evaluated
@@ -45,6 +46,7 @@ from hw_models.tvm_cpu.target import CpuTarget
 CONFIG, HISTORY, POLICY, RESULT = "config.yaml", "history.csv", "policy.json", "result.json"
 SENSITIVITY = "sensitivity.json"
 CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
+ROBUSTNESS = Path("robustness")
 SCHEMA, CHECKPOINT_FORMAT = "haq-run-1", "haq-quantized-1"
 COLUMNS = (
     "solver",

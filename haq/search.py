@@ -12,14 +12,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 import quantizers as Q
 from haq import cli, summary, training
-from haq.run import Job, Run, Settings, check_unused, default_folder, has_tensorboard
+from haq.adversarial import parse_eps
+from haq.run import ROBUSTNESS, Job, Run, Settings, check_unused, default_folder, has_tensorboard
 from haq.solvers import SOLVERS, Found, Session
 from haq.solvers.sensitivity import KINDS, Sensitivities
 
 RIVALS = ("greedy", "ilp")
+VERIFIED = 200  # images
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -96,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         kind = job.read_sensitivities(Path(settings.sensitivity)).kind
         job = replace(job, settings=replace(settings, sensitivity_kind=kind))
         settings = job.settings
+    if job.problem.proxy:
+        import haq.attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
     rivals = tuple(name for name in RIVALS if name != settings.solver)
     summary.print_plan(console, job, None if options.dry_run else folder, rivals)
     if not has_tensorboard():
@@ -117,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         run.close()
     summary.print_result(console, job, policy, result)
     tuned = settings.finetune_epochs > 0
+    if "verified" in result:
+        console.print(_verdict(result["verified"]), soft_wrap=True, markup=False)
     verify = (f"robustness {folder} --attacks full",) if job.problem.proxy else ()
     summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", *verify))
     if options.json:
@@ -152,9 +159,41 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
             )
             run.save_checkpoint(tuned, job)
         result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used, saturated)
+        if job.problem.proxy:
+            network = tuned or job.problem.evaluator.prepared(policy)
+            result["verified"] = _verify(bar, job, network, run.folder / ROBUSTNESS)
     summary.draw(job.problem, policy, run.folder / "policy.png")
     run.save_result(result)
     return result, policy
+
+
+def _verify(bar: Progress, job: Job, network: nn.Module, folder: Path) -> dict[str, Any]:
+    """What was found for its accuracy under a cheap attack, under the full suite."""
+    from haq.assessment import assess
+    from haq.contenders import Contenders
+
+    assert job.problem.proxy is not None
+    task = bar.add_task("verifying", total=None, note="")
+    gathered = Contenders(job.network, job.dataset, {"found": network}, {})
+    found = assess(
+        gathered.classifier(network),
+        *gathered.images(VERIFIED),
+        eps=parse_eps(job.settings.eps),
+        attacks="full",
+        sources=gathered.sources("found"),
+        seed=job.settings.seed,
+        folder=folder,
+        on_progress=lambda done, total, note: bar.update(task, completed=int(done), total=int(total) or 1, note=note),
+    )
+    return found.summary()
+
+
+def _verdict(verified: dict[str, Any]) -> str:
+    failed = "; ".join(f"{check['name']}: {check['figures']}" for check in verified["checks"] if not check["passed"])
+    return (
+        f"Verified by the full suite on {verified['images']} test images: {summary.percent(verified['worst'])} right in the "
+        f"worst case, {verified['verdict']}{f' ({failed})' if failed else ''}."
+    )
 
 
 def _solve(bar: Progress, job: Job, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from haq import cli, data, evaluate, finetune, search, sweep
+from haq import attacks, cli, data, evaluate, finetune, search, sweep
 from haq.adversarial import Ball, Proxy
 from haq.evaluator import BATCH, Evaluator
 from haq.models import Network
@@ -254,6 +254,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "robust_job", raising=False)
+    monkeypatch.setitem(attacks.EFFORTS, "full", attacks.Effort(3, 1, 4, 1, 5, 2))
+    monkeypatch.setattr(search, "VERIFIED", 24)
 
 
 def call(main: Any, *arguments: str) -> int:
@@ -276,6 +278,11 @@ def test_a_search_of_the_default_network(capsys: pytest.CaptureFixture[str]) -> 
         assert headings.count(split) == count, split
     assert "Next: python -m haq.evaluate run" in words
     assert "Next: python -m haq.robustness run --attacks full" in words
+    verified = json.loads(Path("run/result.json").read_text())["verified"]
+    assert f"Verified by the full suite on 24 test images: {100 * verified['worst']:.2f} % right in the worst case" in words
+    assert verified["threat"] == {"eps": 4 / 255, "norm": "linf"}
+    assert verified["worst"] <= min(verified["attacks"].values())
+    assert {"pgd", "apgd-ce", "square", "transfer-twin", "pgd-twin", "pgd-bpda-soft"} <= set(verified["attacks"])
     assert yaml.safe_load(Path("run/config.yaml").read_text())["settings"]["eps"] == "4/255"
     result = json.loads(Path("run/result.json").read_text())
     assert result["reward"] == REWARD
