@@ -419,7 +419,7 @@ class _Kept:
         return self.figures[name]
 
     def _read(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             self.examples = torch.from_numpy(file["examples"]).to(self.examples)
             self.fooled_by = [str(name) for name in file["fooled_by"]]
             self.figures = dict(zip(map(str, file["figures"]), map(float, file["values"]), strict=True))
