@@ -43,8 +43,8 @@ class Evaluator:
     """Evaluates policies of one quantized network on one set of images, which it keeps in memory, where the network is.
 
     Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
-    begins with the bits of the one before starts from what was computed then (`haq.prefix`), with the same result; but
-    not where images are attacked, which takes whole forward and backward passes.
+    begins with the bits of the one before starts from what was computed then (`haq.prefix`), with the same result. Only where
+    images are attacked is the whole network run, several times, forwards and backwards.
     """
 
     def __init__(
