@@ -121,7 +121,8 @@ def _of_run(request: Request, run: Run, on_training: OnTraining | None) -> Conte
     plain = Q.quantize(subject.network.module, policy, calibrate=subject.calibration())
     networks: dict[str, nn.Module] = {"float": subject.network.module}
     notes = {"float": "as it was loaded"}
-    budget = f"fine-tuned for {epochs} epochs, seed {seed}" if epochs else "calibrated, not fine-tuned"
+    against = " against R+FGSM" if run.settings.adversary else ""
+    budget = f"fine-tuned{against} for {epochs} epochs, seed {seed}" if epochs else "calibrated, not fine-tuned"
 
     def tuned(name: str, bits: Q.BitPolicy, beta: float = 0.0) -> nn.Module:
         path = ROBUSTNESS / f"{name}-{epochs}-epochs.safetensors"
@@ -140,6 +141,7 @@ def _of_run(request: Request, run: Run, on_training: OnTraining | None) -> Conte
             subject.dataset.train,
             epochs=epochs,
             seed=seed,
+            adversary=run.settings.adversary,
             penalty=(lambda module: Q.lipschitz_penalty(module, beta=beta)) if beta else None,
             **on_training(name),
         )

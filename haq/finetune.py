@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
                 epochs=options.epochs,
                 seed=options.seed,
                 learning_rate=options.learning_rate,
+                adversary=run.settings.adversary,
                 **cli.follow_training(bar),
             )
     except KeyboardInterrupt:

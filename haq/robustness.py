@@ -8,6 +8,7 @@ attacks, image by image; checks for masked gradients stand beside it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -301,9 +302,10 @@ def print_result(console: Console, content: Mapping[str, Any]) -> None:
     checks.add_column("what should hold")
     for name in networks:
         checks.add_column(name, justify="right")
-    for held in zip(*(one["checks"] for one in networks.values()), strict=False):
-        cells = ("[green]PASS[/]" if check["passed"] else "[bold red]FAIL[/]" for check in held)
-        checks.add_row(held[0]["name"], *cells)
+    held = [{check["name"]: check["passed"] for check in one["checks"]} for one in networks.values()]
+    words = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "–"}
+    for check in dict.fromkeys(itertools.chain(*held)):  # what was asked for by name may leave nothing to compare
+        checks.add_row(check, *(words[one.get(check)] for one in held))
     console.print(checks)
     for name, one in networks.items():
         for check in one["checks"]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import hw_models
 import quantizers as Q
 from haq import data, models, training
-from haq.adversarial import DEFAULT_EPS, Proxy, check_images, parse_eps
+from haq.adversarial import DEFAULT_EPS, Adversary, Proxy, check_images, parse_eps
 from haq.evaluator import Evaluation
 from haq.problem import Problem, check_reward
 from haq.solvers import Found, Session, check_env, check_name, solve
@@ -105,6 +105,12 @@ class Settings:
         if not (match := re.fullmatch(r"([1-8]):([1-8])", str(self.bits))) or match[1] > match[2]:
             raise ValueError(f"--bits is {self.bits!r}; it must be SMALLEST:LARGEST within 1:8, such as 2:8")
         return int(match[1]), int(match[2])
+
+    @property
+    def adversary(self) -> Adversary | None:
+        """What fine-tuning trains against: where policies are judged under attack, R+FGSM of the same eps. Without it, what
+        they were chosen for would be trained away."""
+        return Adversary("rfgsm", parse_eps(self.eps)) if self.reward == "accuracy+robust" else None
 
     def load_target(self, **callbacks: Any) -> hw_models.Target:
         """The hardware; `callbacks` and errors are those of `hw_models.load_target`."""

@@ -155,6 +155,7 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
                 job.dataset.train,
                 epochs=settings.finetune_epochs,
                 seed=settings.seed,
+                adversary=settings.adversary,
                 **cli.follow_training(bar),
             )
             run.save_checkpoint(tuned, job)

@@ -131,6 +131,7 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
         "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
         + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else ""),
         "fine-tuning": f"{settings.finetune_epochs} epochs on {len(job.dataset.train):,} train images"
+        + (f", against R+FGSM at eps {settings.eps}" if settings.adversary else "")
         if settings.finetune_epochs
         else "none",
         "seed": str(settings.seed),
