@@ -85,6 +85,11 @@ def three_levels(x: Tensor) -> Tensor:
     return Q.fake_quantize(x, x.new_tensor(0.5), 2, False)
 
 
+def always(z: Tensor) -> Tensor:
+    """Class 0, whatever the logits."""
+    return 0.001 * z + torch.tensor([9.0, 0, 0, 0])
+
+
 def test_hard_rounding_is_noticed_and_straight_through_is_not(few_bits: nn.Module) -> None:
     """The true gradient of rounding is zero: the number is stamped an upper bound. With the straight-through one it isn't for
     that reason."""
@@ -172,6 +177,7 @@ def test_labels_and_attacks_of_images_that_are_wrong_are_not_counted() -> None:
     assert wrong > 0.9
     # Five passes, one with a gradient and one for `clean`; last, five over the examples.
     assert max(given[7:-5]) <= round(80 * found.clean)
+    assert found.attacks["pgd"] <= found.clean
     assert found.fooled_by.count("nothing") == round(80 * wrong)
 
 
@@ -256,10 +262,6 @@ def test_success_that_falls_with_more_room_is_noticed() -> None:
 def test_robustness_without_bounds_is_noticed() -> None:
     """A network that answers the same to every image, which are all of that class, can't be fooled even where each could
     become grey."""
-
-    def always(z: Tensor) -> Tensor:
-        return 0.001 * z + torch.tensor([9.0, 0, 0, 0])
-
     found = assess(Before(fitted_network(), after=always), X, torch.zeros_like(Y), eps=0.1, attacks="pgd")
     one = check(found, "without bounds it succeeds")
     assert not one.passed
@@ -300,8 +302,9 @@ def test_the_curve_falls_to_chance() -> None:
     assert [eps for eps, _ in found.curve] == pytest.approx([0, 0.05, 0.1, 0.4][: len(found.curve)])
     assert found.curve[-1][1] <= 0.25
     assert all(value > 0.25 for _, value in found.curve[:-1])
-    wide = assess(fitted_network(), X, torch.zeros_like(Y), eps=3.9, norm="l2", attacks="fgsm")
-    assert all(eps <= 4 for eps, _ in wide.curve)  # 4 = sqrt(64) / 2, within which any image can become grey
+    never = Before(fitted_network(), after=always)
+    wide = assess(never, X, torch.zeros_like(Y), eps=3.9, norm="l2", attacks="fgsm")
+    assert wide.curve == ((0, 1), (1.95, 1), (3.9, 1), (4, 1))  # 4 = sqrt(64) / 2, within which any image can become grey
 
 
 class Interrupted(Exception):
@@ -399,6 +402,11 @@ def test_another_question_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     # The same again, in another order, makes no new ones.
     for net, inputs, labels, options in reversed(calls):
         assess(net, inputs, labels, folder=tmp_path, **{"eps": 0.1, "attacks": "fgsm", **options})
+    assert len(list(tmp_path.iterdir())) == len(calls)
+    # A classifier isn't copied; what attacks leave on it says nothing.
+    victim = Classifier(quantized(4))
+    for _ in range(2):
+        assess(victim, x, y, folder=tmp_path, eps=0.1, attacks="fgsm")
     assert len(list(tmp_path.iterdir())) == len(calls)
 
 
