@@ -22,16 +22,17 @@ from haq.attacks import Attack, Classifier, Effort
 from tests.conftest import brightest, fitted, fitted_network, images, small_network
 
 SHORT = Effort(steps=10, restarts=1, apgd=10, targets=2, queries=60, draws=5)
-X = images(100, seed=3)
+X = images(80, seed=3)
 Y = brightest(X)
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Efforts of a few steps, and a curve of four points, so that an assessment takes a fraction of a second."""
+    """Efforts of a few steps, and a curve of four points and ten steps, so that an assessment takes a fraction of a second."""
     for name in attacks.EFFORTS:
         monkeypatch.setitem(attacks.EFFORTS, name, SHORT)
     monkeypatch.setattr(assessment, "CURVE", (0.5, 1, 4))
+    monkeypatch.setattr(assessment, "CURVE_STEPS", 10)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,11 @@ def three_levels(x: Tensor) -> Tensor:
     return Q.fake_quantize(x, x.new_tensor(0.5), 2, False)
 
 
+def always(z: Tensor) -> Tensor:
+    """Class 0, whatever the logits."""
+    return 0.001 * z + torch.tensor([9.0, 0, 0, 0])
+
+
 def test_hard_rounding_is_noticed_and_straight_through_is_not(few_bits: nn.Module) -> None:
     """The true gradient of rounding is zero: the number is stamped an upper bound. With the straight-through one it isn't for
     that reason."""
@@ -96,14 +102,14 @@ def test_hard_rounding_is_noticed_and_straight_through_is_not(few_bits: nn.Modul
     assert found.summary()["masked"] is True
     through = assess(few_bits, X, Y, eps=0.1, attacks="fgsm,pgd", backward="ste")
     assert check(through, "no gradient is zero").passed
-    assert through.clean == found.clean > 0.85
+    assert through.clean == found.clean > 0.8
 
 
 def test_following_the_true_gradient_finds_thirty_points_too_little(few_bits: nn.Module) -> None:
     """With attacks that follow gradients only, at an eps where half of the images or so are fooled."""
     ste, hard = (assess(few_bits, X, Y, eps=0.12, attacks="fgsm,pgd", backward=mode) for mode in ("ste", "hard"))
     assert ste.worst <= hard.worst - 0.3
-    assert hard.worst >= hard.clean - 0.1
+    assert hard.worst >= hard.clean - 0.15
     full = assess(few_bits, X, Y, eps=0.12, attacks="full", backward="hard")
     assert full.worst <= ste.worst + 0.05  # `full` attacks through every other mode as well
 
@@ -170,8 +176,9 @@ def test_labels_and_attacks_of_images_that_are_wrong_are_not_counted() -> None:
     wrong = 1 - found.clean
     assert wrong > 0.9
     # Five passes, one with a gradient and one for `clean`; last, five over the examples.
-    assert max(given[7:-5]) <= round(100 * found.clean)
-    assert found.fooled_by.count("nothing") == round(100 * wrong)
+    assert max(given[7:-5]) <= round(80 * found.clean)
+    assert found.attacks["pgd"] <= found.clean
+    assert found.fooled_by.count("nothing") == round(80 * wrong)
 
 
 # Eight checks, and for each a situation in which it fails.
@@ -245,7 +252,7 @@ def test_success_that_falls_with_more_room_is_noticed() -> None:
     """What is found with small steps in a small ball, and missed with large ones in a large ball."""
     x, y = grey()
     x = 0.4 * (x - 0.5) + 0.5
-    found = assess(Pocket(0.025, 0.003), x, y, eps=0.1, attacks="fgsm,pgd")
+    found = assess(Pocket(0.025, 0.006), x, y, eps=0.1, attacks="fgsm,pgd")
     one = check(found, "more room, more success")
     assert not one.passed
     assert "accuracy rises by" in one.figures
@@ -255,10 +262,6 @@ def test_success_that_falls_with_more_room_is_noticed() -> None:
 def test_robustness_without_bounds_is_noticed() -> None:
     """A network that answers the same to every image, which are all of that class, can't be fooled even where each could
     become grey."""
-
-    def always(z: Tensor) -> Tensor:
-        return 0.001 * z + torch.tensor([9.0, 0, 0, 0])
-
     found = assess(Before(fitted_network(), after=always), X, torch.zeros_like(Y), eps=0.1, attacks="pgd")
     one = check(found, "without bounds it succeeds")
     assert not one.passed
@@ -299,8 +302,9 @@ def test_the_curve_falls_to_chance() -> None:
     assert [eps for eps, _ in found.curve] == pytest.approx([0, 0.05, 0.1, 0.4][: len(found.curve)])
     assert found.curve[-1][1] <= 0.25
     assert all(value > 0.25 for _, value in found.curve[:-1])
-    wide = assess(fitted_network(), X, torch.zeros_like(Y), eps=3.9, norm="l2", attacks="fgsm")
-    assert all(eps <= 4 for eps, _ in wide.curve)  # 4 = sqrt(64) / 2, within which any image can become grey
+    never = Before(fitted_network(), after=always)
+    wide = assess(never, X, torch.zeros_like(Y), eps=3.9, norm="l2", attacks="fgsm")
+    assert wide.curve == ((0, 1), (1.95, 1), (3.9, 1), (4, 1))  # 4 = sqrt(64) / 2, within which any image can become grey
 
 
 class Interrupted(Exception):
@@ -398,6 +402,11 @@ def test_another_question_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     # The same again, in another order, makes no new ones.
     for net, inputs, labels, options in reversed(calls):
         assess(net, inputs, labels, folder=tmp_path, **{"eps": 0.1, "attacks": "fgsm", **options})
+    assert len(list(tmp_path.iterdir())) == len(calls)
+    # A classifier isn't copied; what attacks leave on it says nothing.
+    victim = Classifier(quantized(4))
+    for _ in range(2):
+        assess(victim, x, y, folder=tmp_path, eps=0.1, attacks="fgsm")
     assert len(list(tmp_path.iterdir())) == len(calls)
 
 
