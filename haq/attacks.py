@@ -32,7 +32,7 @@ import quantizers as Q
 
 try:
     with warnings.catch_warnings():
-        # foolbox imports a name that SciPy moved; not ours to mend.
+        # foolbox imports a name from where SciPy had it; not ours to mend.
         warnings.simplefilter("ignore", DeprecationWarning)
         import eagerpy
         import foolbox
