@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("foolbox")
 pytest.importorskip("art")
 from art.attacks import evasion
 from art.estimators.classification import PyTorchClassifier

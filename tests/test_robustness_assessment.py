@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-
-pytest.importorskip("foolbox")
 from haq import assessment, attacks
 from haq.assessment import Assessment, assess
 from haq.attacks import Attack, Classifier, Effort
