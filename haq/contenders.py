@@ -88,7 +88,7 @@ class Contenders:
                     made[f"{bits}bits"] = other
         else:
             made = {other: net for other, net in self.networks.items() if Q.quant_layers(net)}
-            made = {other.replace(" ", "").replace(",", "-"): net for other, net in list(made.items())[:2]}
+            made = {other.replace(" ", ""): net for other, net in list(made.items())[:2]}
         return {other: self.classifier(net, requantize) for other, net in made.items()}
 
 
