@@ -5,7 +5,7 @@ qnet = Q.quantize(net, Q.BitPolicy.uniform(net, w=4, a=4), calibrate=loader)
 Q.set_policy(qnet, policy)
 """
 
-from quantizers.backward import BACKWARD, backward_mode
+from quantizers.backward import BACKWARD
 from quantizers.binary import (
     Binary,
     Bop,
@@ -39,6 +39,7 @@ from quantizers.layers import (
     QuantLayer,
     QuantLinear,
     activation_scales,
+    backward_mode,
     float_copy,
     get_policy,
     load_quantizer_state,

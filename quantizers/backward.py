@@ -13,37 +13,16 @@ changes, to the last bit; what passes backward is one of `BACKWARD`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from quantizers.layers import QuantLayer
 
 BACKWARD = ("ste", "bpda-identity", "bpda-soft", "hard")
 HALF_WINDOWS = (0.25, 0.5, 1.0, 2.0)  # steps; the slopes over the four are averaged
-
-
-@contextmanager
-def backward_mode(network: nn.Module, mode: str) -> Iterator[None]:
-    """Within it, gradients pass the quantized inputs of a network's layers as `mode` says. Networks without quantized layers
-    have nothing to change. Raises ValueError for a mode that there isn't."""
-    from quantizers.layers import quant_layers
-
-    if mode not in BACKWARD:
-        raise ValueError(f"unknown backward mode {mode!r}; known: {', '.join(BACKWARD)}")
-    layers = list(quant_layers(network).values())
-    before = [layer.backward_mode for layer in layers]
-    try:
-        for layer in layers:
-            layer.backward_mode = mode
-        yield
-    finally:
-        for layer, mode in zip(layers, before, strict=True):
-            layer.backward_mode = mode
 
 
 def quantized_input(layer: QuantLayer, x: Tensor, bits: int) -> Tensor:

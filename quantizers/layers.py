@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quantizers import calibrate as calibration
-from quantizers.backward import quantized_input
+from quantizers.backward import BACKWARD, quantized_input
 from quantizers.functional import differentiated
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme
@@ -272,6 +273,23 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     for name, (weight, activation) in checked.items():
         layer = layers[name]
         layer.weight_bits, layer.activation_bits = weight, activation
+
+
+@contextmanager
+def backward_mode(network: nn.Module, mode: str) -> Iterator[None]:
+    """Within it, gradients pass the quantized inputs of a network's layers as `mode` says. Networks without quantized layers
+    have nothing to change. Raises ValueError for a mode that there isn't."""
+    if mode not in BACKWARD:
+        raise ValueError(f"unknown backward mode {mode!r}; known: {', '.join(BACKWARD)}")
+    layers = list(quant_layers(network).values())
+    before = [layer.backward_mode for layer in layers]
+    try:
+        for layer in layers:
+            layer.backward_mode = mode
+        yield
+    finally:
+        for layer, mode in zip(layers, before, strict=True):
+            layer.backward_mode = mode
 
 
 def activation_scales(network: nn.Module) -> list[Tensor]:
