@@ -44,7 +44,7 @@ from haq.attacks import (
     zero_gradients,
 )
 
-BATCH = 250
+BATCH, PIXELS = 125, 1 << 22  # images at a time, and numbers in them: what a backward pass needs is many times as much
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
 CHANGED = 0.01  # of the images: what more steps, or a larger ball, may change the other way
 RUNS, DIFFERENT = 5, 1e-4  # forward passes that are held against each other, and by how much normalised logits may differ
@@ -220,7 +220,7 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
         raise ValueError(
             f"images reach from {least:.4g} to {most:.4g}; attacks need them in [0, 1]: divide by 255, and give mean and std"
         )
-    x = images[:BATCH]
+    x = images[: _batch(images)]
     runs = _runs(victim, x)
     logits = runs[0]
     if logits.dim() != 2 or logits.shape[1] < 2:
@@ -269,7 +269,7 @@ def _attacked(
     """Which images an attack leaves right, (N,), and what it made of all that were right before."""
     right, found = clean.clone(), images.clone()
     base = zlib.crc32(f"{seed} {attack.name}".encode())  # so that what else is run changes nothing
-    for number, index in enumerate(_indices(clean)):
+    for number, index in enumerate(_indices(clean, _batch(images))):
         found[index] = attack.run(images[index], labels[index], threat, base + number)
         right[index] = victim.right(found[index], labels[index])
         progress.advance(len(index) / max(int(clean.sum()), 1))
@@ -320,7 +320,7 @@ class _Checking:
         images, labels, clean = given
         right, threat = clean.clone(), Threat(eps, self.threat.norm)
         mode = "ste" if self.backward == "twin" else self.backward
-        for number, index in enumerate(_indices(clean)):
+        for number, index in enumerate(_indices(clean, _batch(images))):
             x, y = images[index], labels[index]
             with torch.random.fork_rng(), Q.backward_mode(self.victim.network, mode):
                 torch.manual_seed(self.seed + number)
@@ -377,7 +377,7 @@ class _Checking:
         loss = dlr_loss if self.classes >= 3 else cross_entropy
         mode = "ste" if self.backward == "twin" else self.backward
         none = 0
-        for index in _indices(clean):
+        for index in _indices(clean, _batch(images)):
             with Q.backward_mode(self.victim.network, mode):
                 none += int(zero_gradients(self.victim, images[index], labels[index], loss).sum())
         count = max(int(clean.sum()), 1)
@@ -385,7 +385,7 @@ class _Checking:
 
     def deterministic(self, examples: Tensor, spread: float) -> Check:
         """On what attacks made; a network that differs on the images themselves was refused."""
-        most = max(spread, _spread(_runs(self.victim, examples[:BATCH])))
+        most = max(spread, _spread(_runs(self.victim, examples[: _batch(examples)])))
         return Check("logits are deterministic", most <= DIFFERENT, f"differ by {most:.1g} over {RUNS} passes")
 
 
@@ -498,14 +498,20 @@ def _asked(
     return json.dumps([SCHEMA, networks, data, asdict(threat), attacks, backward, seed, torch.__version__])
 
 
-def _indices(mask: Tensor) -> tuple[Tensor, ...]:
+def _batch(images: Tensor) -> int:
+    """How many images are looked at together."""
+    return min(BATCH, max(1, PIXELS // images[0].numel()))
+
+
+def _indices(mask: Tensor, size: int) -> tuple[Tensor, ...]:
     """Where a mask is true, in batches."""
     where = mask.nonzero()[:, 0]
-    return where.split(BATCH) if len(where) else ()
+    return where.split(size) if len(where) else ()
 
 
 def _batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    size = _batch(images)
+    return zip(images.split(size), labels.split(size), strict=True)
 
 
 def _share(mask: Tensor) -> float:
