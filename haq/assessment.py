@@ -48,7 +48,7 @@ BATCH, PIXELS = 125, 1 << 22  # images at a time, and numbers in them: what a ba
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
 CHANGED = 0.01  # of the images: what more steps, or a larger ball, may change the other way
 RUNS, DIFFERENT = 5, 1e-4  # forward passes that are held against each other, and by how much normalised logits may differ
-CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of eps
+CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of eps; `quick` takes every second
 DRAWS = 10  # of noise, without bounds
 CURVE_IMAGES, CURVE_STEPS = {"quick": 200, "standard": 500, "full": 1000}, 20
 SCHEMA = "haq-robustness-1"
@@ -170,7 +170,8 @@ def assess(
     effort = EFFORTS.get(attacks, EFFORTS["standard"])
     # What is still to be done, in passes back and forth; the curve's are a guess, it ends at chance.
     curve_passes = CURVE_STEPS * few
-    total = sum(attack.passes for attack in plan) * len(images) + (len(CURVE) + 2) * curve_passes + 3 * effort.steps * few
+    factors = CURVE[1::2] if attacks == "quick" else CURVE
+    total = sum(attack.passes for attack in plan) * len(images) + (len(factors) + 2) * curve_passes + 3 * effort.steps * few
     progress = _Progress(total, on_progress)
     for attack in plan:
         progress.begin(attack.name, attack.passes * len(images))
@@ -179,7 +180,7 @@ def assess(
         progress.end()
     first = (images[:few], labels[:few], clean[:few])
     checking = _Checking(victim, threat, backward, classes, seed, progress, kept)
-    curve = checking.curve(first, curve_passes)
+    curve = checking.curve(first, factors, curve_passes)
     right = {attack.name: kept.right[attack.name] for attack in plan}
     worst = torch.stack([clean, *right.values()]).all(0)
     checks = [
@@ -330,10 +331,10 @@ class _Checking:
                 right[index] &= self.victim.right(found, y)
         return _share(right)
 
-    def curve(self, given: Given, passes: float) -> list[tuple[float, float]]:
+    def curve(self, given: Given, factors: Sequence[float], passes: float) -> list[tuple[float, float]]:
         """Accuracy against eps, from 0 until it is no better than chance."""
         points = [(0.0, _share(given[2]))]
-        for factor in CURVE:
+        for factor in factors:
             eps = min(factor * self.threat.eps, self.everything(given[0]))
             self.progress.begin(f"eps {eps:.3f}", passes)
             value = self.kept.figure(f"curve {factor}", partial(self.accuracy, given, eps, CURVE_STEPS))
