@@ -29,11 +29,12 @@ from rich.table import Table
 from haq import adversarial, assessment, cli, contenders
 from haq.assessment import Assessment
 from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat
-from haq.contenders import Contenders, Request
+from haq.contenders import Contenders, Deployed, Request
 from haq.run import ROBUSTNESS
 from haq.searches import one_thread
 
 FILE, PICTURE = "robustness.json", "robustness.png"
+Examined = tuple[Assessment, Deployed | None]
 EPS = {"linf": adversarial.DEFAULT_EPS, "l2": "0.5"}
 IMAGES = 1000
 
@@ -125,12 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
         with one_thread():
             gathered = _gather(console, request)
             print_plan(console, attempt, gathered)
-            found = assess_all(console, attempt, gathered, min(options.workers, len(gathered.networks)))
-            with console.status("the worst images, through the integer programs"):
-                content = collect(attempt, gathered, found)
+            found = examine_all(console, attempt, gathered, min(options.workers, len(gathered.networks)))
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there.")
         return cli.EXIT_INTERRUPTED
+    content = collect(attempt, gathered, found)
     _write(folder / FILE, json.dumps(content, indent=2) + "\n")
     draw(content, folder / PICTURE)
     print_result(console, content)
@@ -155,7 +155,7 @@ def _gather(console: Console, request: Request) -> Contenders:
         bar.stop()
 
 
-def assess_all(console: Console, attempt: Attempt, gathered: Contenders, workers: int) -> dict[str, Assessment]:
+def examine_all(console: Console, attempt: Attempt, gathered: Contenders, workers: int) -> dict[str, Examined]:
     """Attack every contender, so many at a time, with a bar for each."""
     with cli.progress(console) as bar:
         tasks = {name: bar.add_task(name, total=None, note="") for name in gathered.networks}
@@ -165,17 +165,18 @@ def assess_all(console: Console, attempt: Attempt, gathered: Contenders, workers
             bar.update(tasks[name], completed=int(done / 1000), total=int(total / 1000) or 1, note=note)
 
         if workers == 1:
-            return {name: attacked(attempt, gathered, name, told) for name in gathered.networks}
+            return {name: examined(attempt, gathered, name, told) for name in gathered.networks}
         return _in_workers(attempt, list(gathered.networks), workers, told)
 
 
-def attacked(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[str, float, float, str], None]) -> Assessment:
-    """Assess one contender; what is finished is kept in the folder, and taken from there."""
+def examined(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[str, float, float, str], None]) -> Examined:
+    """Assess one contender, and run its worst images through its integer network, if it is quantized; what is finished is
+    kept in the folder, and taken from there."""
     images, labels = gathered.images(attempt.images)
     sources = gathered.sources(name, attempt.requantize)
     if attempt.attacks == "quick":
         sources = dict(list(sources.items())[:1])
-    return assessment.assess(
+    found = assessment.assess(
         gathered.classifier(gathered.networks[name], attempt.requantize),
         images,
         labels,
@@ -188,11 +189,12 @@ def attacked(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[
         folder=attempt.folder,
         on_progress=lambda done, total, note: told(name, done, total, note),
     )
+    return found, None if name == "float" else contenders.deployed(gathered, name, found.examples, labels)
 
 
 def _in_workers(
     attempt: Attempt, names: list[str], workers: int, told: Callable[[str, float, float, str], None]
-) -> dict[str, Assessment]:
+) -> dict[str, Examined]:
     """The same in processes of their own, which load the contenders again."""
     context = multiprocessing.get_context("spawn")
     stop, news = context.Event(), context.Queue()
@@ -227,7 +229,7 @@ def _start_worker(attempt: Attempt, news: Any, stop: Any) -> None:
     _worker = attempt, contenders.gather(attempt.request), news, stop
 
 
-def _attack_in_worker(name: str) -> Assessment:
+def _attack_in_worker(name: str) -> Examined:
     assert _worker is not None
     attempt, gathered, news, stop = _worker
     parent = multiprocessing.parent_process()
@@ -239,23 +241,22 @@ def _attack_in_worker(name: str) -> Assessment:
             raise InterruptedError("stopped")
         news.put(progress)
 
-    return attacked(attempt, gathered, name, told)
+    return examined(attempt, gathered, name, told)
 
 
-def collect(attempt: Attempt, gathered: Contenders, found: Mapping[str, Assessment]) -> dict[str, Any]:
+def collect(attempt: Attempt, gathered: Contenders, found: Mapping[str, Examined]) -> dict[str, Any]:
     """Everything that is shown, as plain data: what --json prints and robustness.json holds."""
-    images, labels = gathered.images(attempt.images)
     networks = {}
-    for name, one in found.items():
+    for name, (one, deployed) in found.items():
         networks[name] = {"is": gathered.notes[name], **one.summary()}
-        if name != "float":
-            networks[name]["deployed"] = asdict(contenders.deployed(gathered, name, one.examples, labels))
+        if deployed is not None:
+            networks[name]["deployed"] = asdict(deployed)
     return {
         "schema": assessment.SCHEMA,
         "source": attempt.request.source,
         "network": gathered.network.name,
         "data": gathered.dataset.name,
-        "images": len(images),
+        "images": len(next(iter(found.values()))[0].examples),
         "threat": str(attempt.threat),
         "attacks": attempt.attacks,
         "backward": attempt.backward,
