@@ -171,7 +171,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    "quick": Effort(20, 1, 20, 0, 100, 5),
+    "quick": Effort(20, 1, 15, 0, 100, 5),
     "standard": Effort(50, 5, 100, 3, 1000, 20),
     "full": Effort(50, 5, 100, 9, 5000, 50),
 }
