@@ -28,9 +28,9 @@ PROXY_STEPS = 3
 Loss = Callable[[Tensor], Tensor]  # of a network's outputs: a number
 
 
-def parse_eps(text: str) -> float:
+def parse_eps(text: str, most: float = 1.0) -> float:
     """The size of a perturbation, on the scale of images in [0, 1], from a fraction, "8/255", or a decimal, "0.03". Raises
-    ValueError for anything else, and for what isn't above 0 and at most 1."""
+    ValueError for anything else, and for what isn't above 0 and at most `most`: 1 for a pixel's change, more for an L2 norm."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", str(text))
     try:
         if match is None:
@@ -38,13 +38,15 @@ def parse_eps(text: str) -> float:
         eps = float(match[1]) / (float(match[2]) if match[2] else 1.0)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"eps {text!r} is not understood: give a fraction such as 8/255, or a decimal such as 0.03") from None
-    return check_eps(eps, text)
+    return check_eps(eps, text, most)
 
 
-def check_eps(eps: float, text: object = None) -> float:
-    """eps itself. Raises ValueError, naming `text` (what was given), unless it is above 0 and at most 1."""
-    if not 0 < eps <= 1:
-        given = eps if text is None else text
+def check_eps(eps: float, text: object = None, most: float = 1.0) -> float:
+    """eps itself. Raises ValueError, naming `text` (what was given), unless it is above 0 and at most `most`."""
+    given = eps if text is None else text
+    if most > 1 and not 0 < eps < math.inf:
+        raise ValueError(f"eps must be above 0 and finite, not {given}")
+    if not 0 < eps <= most:
         raise ValueError(
             f"eps is on the scale of images in [0, 1]: 8/255, not 8; it must be above 0 and at most 1, not {given}"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import queue
@@ -102,7 +103,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    threat = Threat(adversarial.parse_eps(options.eps or EPS[options.norm]), options.norm)
+    threat = Threat(
+        adversarial.parse_eps(options.eps or EPS[options.norm], 1.0 if options.norm == "linf" else math.inf), options.norm
+    )
     request = Request(options.source, options.data, options.uniform, options.defensive)
     run = request.run
     inside = (

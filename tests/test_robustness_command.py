@@ -151,6 +151,13 @@ def test_the_number_of_workers_changes_nothing() -> None:
     assert result("one") == result("two")
 
 
+def test_another_norm_has_another_scale() -> None:
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--workers", "1", "--norm", "l2")
+    for eps, folder in ((None, "default"), ("2.5", "large")):
+        assert call(*asked, "--out", folder, *(("--eps", eps) if eps else ())) == 0
+        assert result(folder)["threat"] == f"l2, eps {eps or '0.5'}"
+
+
 def test_hard_gradients_are_stamped(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm,pgd", "--uniform", "3", "--workers", "1")
     assert call(*asked, "--backward", "hard", "--eps", "0.2", "--out", "hard") == 0
@@ -189,6 +196,7 @@ def test_requantized_input_is_what_the_network_sees() -> None:
     ("arguments", "sentence"),
     [
         (["small_job:network", "--eps", "8"], "eps is on the scale of images in [0, 1]: 8/255, not 8"),
+        (["small_job:network", "--norm", "l2", "--eps", "0"], "eps must be above 0 and finite, not 0"),
         (["small_job:network", "--eps", "much"], "eps 'much' is not understood"),
         (["small_job:network", "--attacks", "pdg"], "unknown attack 'pdg'; known: quick, standard, full"),
         (["small_job:network", "--uniform", "9"], "--uniform is '9'; give widths from 1 to 8"),
