@@ -30,7 +30,7 @@ Loss = Callable[[Tensor], Tensor]  # of a network's outputs: a number
 
 def parse_eps(text: str, most: float = 1.0) -> float:
     """The size of a perturbation, on the scale of images in [0, 1], from a fraction, "8/255", or a decimal, "0.03". Raises
-    ValueError for anything else, and for what isn't above 0 and at most `most`: 1 for a pixel's change, more for an L2 norm."""
+    ValueError for anything else, and for what isn't above 0 and at most `most`: 1 for a pixel, more for an L2 norm."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", str(text))
     try:
         if match is None:
