@@ -103,9 +103,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    threat = Threat(
-        adversarial.parse_eps(options.eps or EPS[options.norm], 1.0 if options.norm == "linf" else math.inf), options.norm
-    )
+    most = 1.0 if options.norm == "linf" else math.inf
+    threat = Threat(adversarial.parse_eps(options.eps or EPS[options.norm], most), options.norm)
     request = Request(options.source, options.data, options.uniform, options.defensive)
     run = request.run
     inside = (
