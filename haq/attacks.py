@@ -43,6 +43,10 @@ except ImportError as error:
 
 NORMS = {"linf": "Linf", "l2": "L2"}
 BACKWARD = (*Q.BACKWARD, "twin")
+NAMES = (
+    *("noise", "fgsm", "rfgsm", "pgd", "pgd-dlr", "pgd-temperature", "apgd-ce", "apgd-dlr", "apgd-dlr-targeted", "square"),
+    *(f"pgd-{mode}" for mode in BACKWARD if mode != "hard"),
+)
 WHITE, BLACK, NOISE = "white box", "black box", "noise"
 TOLERANCE = 1e-6
 LOGITS = 10  # largest logits of an image that temperatures are found from
@@ -195,6 +199,16 @@ class Attack(NamedTuple):
         if not threat.within(images, found):
             raise RuntimeError(f"{self.name} left the ball: {threat}")
         return found
+
+
+def check_names(names: str) -> None:
+    """Raise ValueError for what is neither an effort nor names of attacks divided by commas, before anything is loaded; from
+    which networks there is something to transfer, `suite` will tell."""
+    for name in () if names in EFFORTS else map(str.strip, names.split(",")):
+        if name not in NAMES and not name.startswith("transfer-"):
+            raise ValueError(
+                f"unknown attack {name!r}; known: {', '.join(EFFORTS)}, or some of {', '.join(NAMES)}, transfer-NAME"
+            )
 
 
 def suite(

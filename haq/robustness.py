@@ -18,7 +18,10 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from rich.table import Table
 
 from haq import adversarial, assessment, cli, contenders
 from haq.assessment import Assessment
-from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat
+from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat, check_names
 from haq.contenders import Contenders, Deployed, Request
 from haq.run import ROBUSTNESS
 from haq.searches import one_thread
@@ -96,6 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if not all(width.strip().isdecimal() and 1 <= int(width) <= 8 for width in widths):
         raise ValueError(f"--uniform is {options.uniform!r}; give widths from 1 to 8, such as 8,4,2")
     options.uniform = tuple(dict.fromkeys(int(width) for width in widths))
+    check_names(options.attacks)
     if options.defensive < 0:
         raise ValueError(f"--defensive is {options.defensive}; it must be 0 or above")
     return options
@@ -189,7 +193,7 @@ def examined(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[
         backward=attempt.backward,
         seed=attempt.seed,
         folder=attempt.folder,
-        on_progress=lambda done, total, note: told(name, done, total, note),
+        on_progress=partial(told, name),
     )
     return found, None if name == "float" else contenders.deployed(gathered, name, found.examples, labels)
 
@@ -203,18 +207,20 @@ def _in_workers(
     pool = ProcessPoolExecutor(workers, context, _start_worker, (attempt, news, stop))
     try:
         waiting = {name: pool.submit(_attack_in_worker, name) for name in names}
-        while True:
-            finished = all(future.done() for future in waiting.values())
-            try:
-                while True:
-                    told(*news.get(timeout=0.0 if finished else 0.2))
-            except queue.Empty:
-                pass
+        while not all(future.done() for future in waiting.values()):
+            with suppress(queue.Empty):
+                told(*news.get(timeout=0.2))
             for future in waiting.values():
                 if future.done():
-                    future.result()
-            if finished:
-                return {name: future.result() for name, future in waiting.items()}
+                    future.result()  # raises what it raised
+        while not news.empty():
+            told(*news.get())
+        return {name: future.result() for name, future in waiting.items()}
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            f"a worker was killed, perhaps for want of memory; finished attacks are kept in {attempt.folder}: the same "
+            "command with fewer --workers goes on from there"
+        ) from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -290,7 +296,7 @@ def print_result(console: Console, content: Mapping[str, Any]) -> None:
     """Accuracy under every attack, the checks, and what the deployed networks make of the worst images."""
     networks: Mapping[str, Any] = content["networks"]
     title = f"{content['network']} on {content['images']:,} images of {content['data']}, {content['threat']}"
-    table = Table(title=f"Accuracy, {title}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=f"Accuracy, measured: {title}", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("attack", no_wrap=True)
     for name in networks:
         table.add_column(name, justify="right")

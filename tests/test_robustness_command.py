@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,28 @@ def test_the_number_of_workers_changes_nothing() -> None:
     assert call(*asked, "--out", "one", "--workers", "1") == 0
     assert call(*asked, "--out", "two", "--workers", "2") == 0
     assert result("one") == result("two")
+
+
+def test_unknown_attacks_are_refused_before_anything_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    searched("--finetune-epochs", "1")
+    capsys.readouterr()
+    assert call("run", "--attacks", "fgsm,pdg") == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "unknown attack 'pdg'; known: quick, standard, full" in err
+    assert not Path("run/robustness").exists()
+
+
+def killed(name: str) -> None:
+    os._exit(9)
+
+
+def test_a_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(robustness, "_attack_in_worker", killed)
+    assert call("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--workers", "2", "--out", "o") == 2
+    err = capsys.readouterr().err
+    assert "a worker was killed" in err
+    assert "finished attacks are kept in o" in err
 
 
 def test_another_norm_has_another_scale() -> None:
