@@ -195,7 +195,10 @@ def examined(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[
         folder=attempt.folder,
         on_progress=partial(told, name),
     )
-    return found, None if name == "float" else contenders.deployed(gathered, name, found.examples, labels)
+    worst = found.examples
+    if attempt.requantize:
+        worst = (255 * worst).round() / 255
+    return found, None if name == "float" else contenders.deployed(gathered, name, worst, labels)
 
 
 def _in_workers(
