@@ -31,7 +31,7 @@ import haq
 import quantizers as Q
 from haq import models
 from haq.evaluator import Evaluator
-from haq.run import Settings
+from haq.job import Settings
 from haq.solvers import Session, sensitivity
 
 FLOAT = "float forward pass, batches of 250"

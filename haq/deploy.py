@@ -29,7 +29,8 @@ from haq import cli, interpreter, onnx_export
 from haq.compiled import Deployed, compile_program
 from haq.graph import Graph, capture
 from haq.integer import lower
-from haq.run import Run, Subject
+from haq.job import Subject
+from haq.run import Run
 from hw_models import load_target
 
 FORMATS = ("tvm", "onnx", "qonnx")

@@ -30,19 +30,9 @@ import torch
 import quantizers as Q
 from haq import summary
 from haq.evaluator import Evaluation
-from haq.problem import OutOfReach, Problem
-from haq.run import (
-    CONFIG,
-    SENSITIVITY,
-    Job,
-    Run,
-    Settings,
-    check_signature,
-    check_unused,
-    check_versions,
-    threads,
-    versions,
-)
+from haq.job import SENSITIVITY, Job, Settings, check_signature, check_versions, threads, versions
+from haq.problem import OutOfReach
+from haq.run import CONFIG, Run, check_unused
 from haq.solvers import USE_NO_SEED, USE_SENSITIVITIES, Found, Session, check_name
 from haq.solvers.sensitivity import Sensitivities, by_evaluation, by_hessian
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
@@ -254,16 +244,10 @@ def measure_sensitivities(folder: Path, ground: Ground, on_evaluation: Callable[
         run.close()
 
 
-def uniform_policies(problem: Problem) -> dict[int, Q.BitPolicy]:
-    """What found policies are held against: every width that may be chosen, the fixed layers at their own."""
-    low, high = problem.bits
-    return {bits: problem.uniform(bits, keep_pinned=True) for bits in range(low, high + 1)}
-
-
 def judge_uniform(ground: Ground) -> None:
     """Measure, once for all runs, what isn't searched for: the float network and uniform policies."""
     problem = ground.first.problem
-    for policy in (None, problem.uniform(8), *uniform_policies(problem).values()):
+    for policy in (None, problem.uniform(8), *summary.uniform_policies(problem).values()):
         summary.entry(ground.first, policy)
 
 
@@ -391,7 +375,7 @@ def _of_target(
     problem, reward = job.problem, job.problem.reward
     keys = (f"search_{reward}", f"test_{reward}")
     uniform = []
-    for bits, policy in uniform_policies(problem).items():
+    for bits, policy in summary.uniform_policies(problem).items():
         judged, cost = summary.entry(job, policy), problem.policy_cost(policy)
         row = {"cost": cost, "fraction": cost / problem.reference, **{key: judged[key] for key in keys}}
         uniform.append({"bits": bits, **row})

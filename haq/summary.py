@@ -14,8 +14,9 @@ from torch import nn
 import quantizers as Q
 from haq import training
 from haq.adversarial import worst_case
+from haq.job import Job, threads
 from haq.problem import Problem, best_unit, describe_amount
-from haq.run import Job, Run, threads
+from haq.run import Run
 
 SCHEMA = "haq-result-1"
 
@@ -56,6 +57,12 @@ def _judge(job: Job, module: nn.Module) -> dict[str, float]:
     return judged
 
 
+def uniform_policies(problem: Problem) -> dict[int, Q.BitPolicy]:
+    """What found policies are held against: every width that may be chosen, the fixed layers at their own."""
+    low, high = problem.bits
+    return {bits: problem.uniform(bits, keep_pinned=True) for bits in range(low, high + 1)}
+
+
 def collect(
     job: Job,
     policy: Q.BitPolicy,
@@ -66,7 +73,7 @@ def collect(
 ) -> dict[str, Any]:
     """Everything the summary shows, measured now, as plain data (what `--json` prints and result.json holds)."""
     problem = job.problem
-    cost = problem.policy_cost(policy)
+    cost, key = problem.policy_cost(policy), f"search_{problem.reward}"
     return {
         "schema": SCHEMA,
         "network": job.network.name,
@@ -93,6 +100,14 @@ def collect(
         },
         "float": entry(job, None),
         "uniform8": entry(job, problem.uniform(8)),
+        "uniform": [
+            {
+                "bits": bits,
+                "cost": problem.policy_cost(same),
+                key: job.judged[same][key] if same in job.judged else problem.evaluate(same).accuracy,
+            }
+            for bits, same in uniform_policies(problem).items()
+        ],
         "found": entry(job, policy),
         "finetuned": None if finetuned is None else entry(job, policy, finetuned),
         "rivals": {name: entry(job, rival) for name, rival in rivals.items()},

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from haq import cli, searches
+from haq.job import Settings
 from haq.problem import describe_amount
-from haq.run import Settings, check_unused, has_tensorboard, unused_folder
+from haq.run import check_unused, has_tensorboard, unused_folder
 from haq.searches import FILE, Ground, Sweep
 from haq.solvers import SOLVERS
 from haq.solvers.sensitivity import KINDS, Sensitivities

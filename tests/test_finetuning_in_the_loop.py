@@ -13,8 +13,8 @@ from torch import nn
 import haq
 import quantizers as Q
 from haq import cli, data, evaluate, search, training
+from haq.job import Settings
 from haq.models import Network
-from haq.run import Settings
 from haq.solvers import Session, sensitivity
 from tests.conftest import images, make_problem, small_network
 from tests.test_search_command import SMALL, place  # noqa: F401

@@ -20,8 +20,9 @@ import quantizers as Q
 from haq import attacks, cli, data, evaluate, finetune, search, sweep
 from haq.adversarial import Ball, Proxy
 from haq.evaluator import BATCH, Evaluator
+from haq.job import Settings
 from haq.models import Network
-from haq.run import Run, Settings
+from haq.run import Run
 from quantizers.linear import Linear
 from tests.conftest import images, small_network
 from tests.test_finetuning_in_the_loop import tuning

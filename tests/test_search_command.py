@@ -15,7 +15,8 @@ import yaml
 
 import quantizers as Q
 from haq import cli, evaluate, finetune, search
-from haq.run import COLUMNS, Run, Settings
+from haq.job import Settings
+from haq.run import COLUMNS, Run
 
 MODULE = """
 import torch

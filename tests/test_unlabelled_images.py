@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import haq
 import quantizers as Q
 from haq import cli, data, evaluate, finetune, search, train
-from haq.run import Settings
+from haq.job import Settings
 from tests.conftest import images
 
 MODULE = """

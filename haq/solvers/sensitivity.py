@@ -42,7 +42,7 @@ class Sensitivities:
     base
         layer name -> (weight bits, activation bits) from which single operands were lowered.
     signature
-        network and data (`haq.run.Subject.signature`).
+        network and data (`haq.job.Subject.signature`).
     """
 
     kind: str
