@@ -1,6 +1,6 @@
 """How far from the best policy every solver stays, on problems small enough for the best to be known.
 
-    python -m experiments.regret [--problems NAME ...] [--solvers NAME ...] [--seeds N] [--processes N] [--quick]
+    python -m experiments.regret [--problems NAME ...] [--solvers NAME ...] [--seeds N] [--ahead N] [--processes N] [--quick]
 
 Problems. Small networks, trained here on the default data set, of which *every* policy is evaluated, with real quantized
 forward passes on the 2,000 search images, on the target `edge`; first and last layer at 8 bits:
@@ -34,7 +34,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +135,9 @@ class Known(haq.Problem):
         price = functools.reduce(np.add.outer, [decision.prices for decision in self.decisions])
         within = price <= self.limit * (1 + ROUNDING)
         self.best, self.policies, self.within = float(accuracy[within].max()), accuracy.size, int(within.sum())
+
+    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Everything is known already."""
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         pairs = [policy[self.workload.names[group[0]]] for group in self.groups]
@@ -273,8 +276,8 @@ def known(name: str, quick: bool) -> list[Known]:
     return load(name, quick)
 
 
-def one_search(asked: tuple[str, bool, int, str, int, int]) -> Outcome:
-    name, quick, number, solver, evaluations, seed = asked
+def one_search(asked: tuple[str, bool, int, str, int, int, int]) -> Outcome:
+    name, quick, number, solver, evaluations, seed, ahead = asked
     torch.set_num_threads(1)
     problem = known(name, quick)[number]
     curve: list[float] = []
@@ -284,7 +287,7 @@ def one_search(asked: tuple[str, bool, int, str, int, int]) -> Outcome:
         curve.append(min(best, 100 * (problem.best - found.result.accuracy)) if within else best)
 
     start = time.perf_counter()
-    found = solve(solver, Session(problem, evaluations, on_evaluation), seed)
+    found = solve(solver, Session(problem, evaluations, on_evaluation, ahead=ahead), seed)
     seconds = time.perf_counter() - start
     return Outcome(problem.title, solver, evaluations, seed, 100 * (problem.best - found.result.accuracy), curve, seconds)
 
@@ -408,6 +411,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SHOWN), metavar="NAME")
     parser.add_argument("--evaluations", nargs="+", type=int, default=list(ALLOWED), metavar="N")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--ahead", type=int, default=1, help="policies chosen before the first of them is learned from")
     parser.add_argument("--processes", type=int, default=2, help="searches at a time; the figures don't depend on it")
     parser.add_argument(
         "--quick", action="store_true", help="only see that it runs: 2 pairs per layer, one seed; saves nothing"
@@ -430,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             console.print(about[-1])
             asked += [
-                (name, options.quick, number, solver, evaluations, seed)
+                (name, options.quick, number, solver, evaluations, seed, options.ahead)
                 for solver, evaluations in itertools.product(options.solvers, allowed)
                 for seed in range(1 if solver in CERTAIN else seeds)
             ]

@@ -4,10 +4,10 @@ was."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import NamedTuple
+from contextlib import closing, contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,16 @@ SHUFFLE_SEED = 0
 
 # Of a batch's number: class scores (images, classes), and, where they are attacked, those of the attacked images.
 Forward = Callable[[int], tuple[Tensor, ...]]
+
+
+class Pool(Protocol):
+    """Workers that evaluate policies for an evaluator, each on its own copy of it (`haq.workers`)."""
+
+    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Begin with policies that will be asked for."""
+
+    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+        """Wait for a policy's evaluation."""
 
 
 class Evaluation(NamedTuple):
@@ -97,8 +107,19 @@ class Evaluator:
             labels = self.expected.argmax(1)
         self.labels = labels.cpu()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
+        self.pool: Pool | None = None
         self._prefix: Prefix | None = None
         self._cut = False  # whether it was tried
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
+        return self.__dict__ | {"cache": {}, "pool": None, "teacher": None, "_prefix": None, "_cut": False}
+
+    @property
+    def one_batch(self) -> bool:
+        """Whether a single batch is evaluated by all threads, so that sums of floats depend on their number."""
+        # Unless it is attacked: the sign of a gradient near 0 must not hang on it.
+        return len(self._inputs) == 1 and self.proxy is None
 
     @property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
@@ -115,11 +136,18 @@ class Evaluator:
         probability is that of the order of images, which is drawn once for all policies.
         """
         known = self.cache.get(policy)
+        if self.pool is not None and beat is None and (known is None or known.images < self.count):
+            self.cache[policy] = known = self.pool.evaluate(policy)
         if known is None or (known.images < self.count and not self._is_below(known, beat)):
             network = self.prepared(policy)
             resumes = network is self.network and self.proxy is None
             self.cache[policy] = known = self._measure(self._resuming() if resumes else self._forward(network), beat)
         return known
+
+    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Tell the pool, if there is one, what it will be asked for."""
+        if self.pool is not None:
+            self.pool.expect(policy for policy in policies if policy not in self.cache)
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:
         """The network that a policy is judged by: at its bits, and tuned if there is a `tune`."""
@@ -212,9 +240,7 @@ class Evaluator:
         operation. What a result is doesn't depend on who was first.
         """
         threads, batches = torch.get_num_threads(), range(len(self._inputs))
-        # A single batch has all threads, unless it is attacked: the sign of a gradient near 0 must not hang on their number.
-        alone = len(batches) == 1 and self.proxy is None
-        if threads == 1 or alone or self.device.type != "cpu":
+        if threads == 1 or self.one_batch or self.device.type != "cpu":
             yield from (tuple(part.cpu() for part in forward(batch)) for batch in batches)
             return
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -255,6 +281,18 @@ class Evaluator:
             target = F.log_softmax(of_teacher, 1)
             total += float(F.kl_div(F.log_softmax(part, 1), target, reduction="sum", log_target=True))
         return total
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations don't
+    wait for others' threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_of(network: nn.Module) -> torch.device:

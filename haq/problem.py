@@ -205,6 +205,10 @@ class Problem:
     def within_budget(self, cost: float) -> bool:
         return cost <= self.limit * (1 + ROUNDING)
 
+    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Say which policies will be evaluated, so that a pool of workers, if there is one, can begin."""
+        self.evaluator.expect(policies)
+
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Accuracy and loss of a policy on the search images."""
         return self.evaluator.evaluate(policy)

@@ -34,8 +34,8 @@ from haq import adversarial, assessment, cli, contenders
 from haq.assessment import Assessment
 from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat, check_names
 from haq.contenders import Contenders, Deployed, Request
+from haq.evaluator import one_thread
 from haq.run import ROBUSTNESS
-from haq.searches import one_thread
 
 FILE, PICTURE = "robustness.json", "robustness.png"
 Examined = tuple[Assessment, Deployed | None]

@@ -16,10 +16,9 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 
 import quantizers as Q
 from haq import summary
-from haq.evaluator import Evaluation
+from haq.evaluator import Evaluation, one_thread
 from haq.job import SENSITIVITY, Job, Settings, check_signature, check_versions, threads, versions
 from haq.problem import OutOfReach
 from haq.run import CONFIG, Run, check_unused
@@ -445,17 +444,6 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [
         not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points) for cost, accuracy in points
     ]
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums of floats depend on the number of threads; searches that share a machine have one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _open(folder: Path, job: Job) -> Run:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import adversarial, cli, data, models, training
+from haq.checkpoint import Checkpoint
 
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
@@ -88,7 +89,7 @@ def parse_bits(option: str, text: str) -> tuple[int | None, int | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    state = training.TrainingState(options.out.with_suffix(".state"), _asked(options))
+    state = Checkpoint(options.out.with_suffix(".state"), _asked(options))
     if state.path.exists() and not options.resume:
         raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
     console = Console()
@@ -146,7 +147,7 @@ def _train(
     network: models.Network,
     dataset: data.Dataset,
     options: argparse.Namespace,
-    state: training.TrainingState,
+    state: Checkpoint,
 ) -> None:
     events = _events(options.log)
     penalty: Callable[[nn.Module], Tensor] | None = None

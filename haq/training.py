@@ -7,7 +7,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from haq.adversarial import Adversary, Attack, Ball, check_images
+from haq.checkpoint import Checkpoint
 from haq.data import Split
 from haq.models import Network
 
@@ -57,7 +57,7 @@ def fit(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     clipping: Q.WeightClipping | None = None,
     adversary: Adversary | None = None,
-    state: TrainingState | None = None,
+    state: Checkpoint | None = None,
     steps: int | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
@@ -106,7 +106,7 @@ def fit(
     per_epoch = math.ceil(len(split) / batch_size) * replays
     steps = steps or epochs * per_epoch
     warmup = min(200, steps // 10 + 1)
-    done = state.load(module, made, generator, attack) if state else 0
+    done = _restore(state, module, made, generator, attack) if state else 0
     step = done * per_epoch
     loss_of: Callable[[Tensor], Tensor]
     for epoch in range(done, math.ceil(steps / per_epoch)):
@@ -152,32 +152,23 @@ def fit(
             if step == steps:
                 break
         if state:
-            state.save(module, made, generator, epoch + 1, attack)
+            _save(state, module, made, generator, epoch + 1, attack)
         on_epoch(epoch + 1, total / seen)
     module.eval()
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """A file with what it takes to go on exactly: network, quantizers, optimizer and random states after an epoch, and the
-    perturbation that an attack keeps.
-
-    `asked` says what the training was asked for; a file of something else is refused with the difference.
-    """
-
-    path: Path
-    asked: dict[str, str]
-
-    def save(
-        self,
-        module: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        generator: torch.Generator,
-        epoch: int,
-        attack: Attack | None = None,
-    ) -> None:
-        content = {
-            "asked": self.asked,
+def _save(
+    state: Checkpoint,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+    epoch: int,
+    attack: Attack | None,
+) -> None:
+    """What a training goes on with after an epoch: network, quantizers, optimizers and random states, and the perturbation
+    that an attack keeps."""
+    state.write(
+        {
             "epoch": epoch,
             "module": module.state_dict(),
             "quantizers": Q.quantizer_state(module),
@@ -186,41 +177,29 @@ class TrainingState:
             "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
             "perturbation": attack and attack.delta,
         }
-        partial = self.path.with_name(f"{self.path.name}.part")
-        torch.save(content, partial)
-        partial.replace(self.path)
+    )
 
-    def load(
-        self,
-        module: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        generator: torch.Generator,
-        attack: Attack | None = None,
-    ) -> int:
-        """Restore everything and return the number of epochs done: 0 if there is no file yet."""
-        if not self.path.is_file():
-            return 0
-        try:
-            content = torch.load(self.path, weights_only=True)
-            epoch, asked = content["epoch"], content["asked"]
-        except Exception as error:
-            raise ValueError(f"{self.path} can't be resumed from ({type(error).__name__}); delete it to start anew") from error
-        for key in sorted(set(asked) | set(self.asked)):
-            if asked.get(key) != self.asked.get(key):
-                raise ValueError(
-                    f"{self.path} is of another training: {key} was {asked.get(key)!r} and is {self.asked.get(key)!r} now; "
-                    "ask for the same again, or delete it to start anew"
-                )
-        module.load_state_dict(content["module"])
-        if content["quantizers"]:
-            Q.load_quantizer_state(module, content["quantizers"])
-        for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        generator.set_state(content["generator"])
-        torch.set_rng_state(content["torch"])
-        if attack:
-            attack.delta = content["perturbation"]
-        return int(epoch)
+
+def _restore(
+    state: Checkpoint,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+    attack: Attack | None,
+) -> int:
+    """Restore everything and return the number of epochs done: 0 if nothing was saved yet."""
+    if (content := state.read()) is None:
+        return 0
+    module.load_state_dict(content["module"])
+    if content["quantizers"]:
+        Q.load_quantizer_state(module, content["quantizers"])
+    for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(kept)
+    generator.set_state(content["generator"])
+    torch.set_rng_state(content["torch"])
+    if attack:
+        attack.delta = content["perturbation"]
+    return int(content["epoch"])
 
 
 def _mixed(inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -271,11 +250,12 @@ def finetune(
     norm_images: int = 4000,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     adversary: Adversary | None = None,
+    state: Checkpoint | None = None,
     on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> nn.Module:
     """A copy of a quantized network, trained at its bits with straight-through gradients and the float network as teacher, for
-    `epochs`, or for `steps` if these are given. Labels play no part. `penalty` and `adversary` are those of `fit`.
+    `epochs`, or for `steps` if these are given. Labels play no part. `penalty`, `adversary` and `state` are those of `fit`.
 
     The activation scales are trained as well. Batch norms first take their statistics anew from the quantized network, on the
     first `norm_images`, and then keep them: with few images, statistics that wander cost more than they adapt.
@@ -302,6 +282,7 @@ def finetune(
             seed=seed,
             penalty=penalty,
             adversary=adversary,
+            state=state,
             steps=steps,
             on_epoch=on_epoch,
             on_step=on_step,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import quantizers as Q
 from haq import adversarial, cli, data, models, train, training
 from haq.adversarial import Adversary, Attack, Ball, Proxy
+from haq.checkpoint import Checkpoint
 from tests.conftest import images, small_network
 
 EPS = 8 / 255
@@ -251,7 +252,7 @@ def test_an_interrupted_training_goes_on_exactly(kind: str, tmp_path: Path) -> N
                 raise Killed
 
         module = small_network(1)
-        state = training.TrainingState(path, {"kind": kind})
+        state = Checkpoint(path, {"kind": kind})
         adversary = Adversary(kind, EPS, 2 if kind == "free" else None)
         training.fit(
             small(),
@@ -405,14 +406,14 @@ def test_a_training_against_another_attack_is_another_training(
 ) -> None:
     asked = [*JOB, "--adversarial", "pgd", "--out", "a.safetensors"]
 
-    save = training.TrainingState.save
+    save = Checkpoint.write
 
-    def save_and_die(self: training.TrainingState, *rest: object) -> None:
+    def save_and_die(self: Checkpoint, *rest: object) -> None:
         save(self, *rest)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.TrainingState, "save", save_and_die)
+        patched.setattr(Checkpoint, "write", save_and_die)
         assert cli.run_command(lambda: train.main(asked)) == cli.EXIT_INTERRUPTED
     assert cli.run_command(lambda: train.main([*asked, "--eps", "4/255", "--resume"])) == cli.EXIT_BAD_INPUT
     assert "eps was '8/255' and is '4/255' now" in capsys.readouterr().err

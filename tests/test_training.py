@@ -12,6 +12,7 @@ from torch import nn
 
 import quantizers as Q
 from haq import cli, data, models, train, training
+from haq.checkpoint import Checkpoint
 from tests.conftest import images, small_network
 
 NETWORK = models.Network("small", small_network(), (1, 8, 8))
@@ -164,15 +165,15 @@ def test_an_interrupted_training_goes_on_exactly(
     class Killed(Exception):
         pass
 
-    save, saved = training.TrainingState.save, []
+    save, saved = Checkpoint.write, []
 
-    def save_and_die(self: training.TrainingState, *rest: object) -> None:
+    def save_and_die(self: Checkpoint, *rest: object) -> None:
         save(self, *rest)  # type: ignore[arg-type]
         saved.append(self)
         if len(saved) == 2:
             raise Killed
 
-    monkeypatch.setattr(training.TrainingState, "save", save_and_die)
+    monkeypatch.setattr(Checkpoint, "write", save_and_die)
     with pytest.raises(Killed):
         train.main([*JOB, *options, "--out", "part.safetensors"])
     monkeypatch.undo()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import quantizers as Q
+from haq.checkpoint import Checkpoint
 from haq.evaluator import Evaluation
 from haq.problem import Problem
 from haq.solvers.sensitivity import Sensitivities
@@ -51,6 +52,8 @@ class Session:
     """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
 
     `env` is the environment of agents, "plan" or "haq"; they note the share of actions at a bound, by episode, in `saturated`.
+    `ahead` is the number of policies that a solver may choose before it learns what the first of them is worth; it says by
+    `expect` what it will ask for, so that others can evaluate it meanwhile. An agent keeps its state in `checkpoint`.
     `sensitivities` are what a solver that works with them need not measure; otherwise it measures those of `sensitivity_kind`,
     and tells `on_sensitivities`.
     """
@@ -62,6 +65,8 @@ class Session:
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
     env: str = "plan"
+    ahead: int = 1
+    checkpoint: Checkpoint | None = None
     best: Found | None = None
     saturated: list[float] = field(default_factory=list)
     _seen: set[Q.BitPolicy] = field(default_factory=set)
@@ -77,6 +82,11 @@ class Session:
     def seen(self, policy: Q.BitPolicy) -> bool:
         """Whether a policy was asked for before."""
         return policy in self._seen
+
+    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Say that these policies will be asked for, probably in this order. It changes no result: they count, and come, in
+        the order in which they are asked for."""
+        self.problem.expect(policies)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Accuracy and loss of a policy. Raises RuntimeError beyond the allowance."""

@@ -13,15 +13,22 @@ episode. What is different is due to one thing: a search has hundreds of episode
 * An episode costs nothing until its policy is evaluated. So many are played for each evaluation, around the actor's actions
   and around those of the best episodes so far, and the one evaluated is that for which the critic expects most.
 
+* With `--ahead N` the agent chooses N policies before it learns what the first of them is worth, so that as many processes can
+  evaluate them. What it does depends on N, but not on how many there are.
+
 With `--env haq` only the first of these holds: the agent is HAQ's, on `haq/HAQ-v0`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import operator
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -32,10 +39,11 @@ from scipy.special import ndtr, ndtri
 from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from torch import Tensor
 
 import envs
 import quantizers as Q
-from haq.evaluator import Evaluation
+from haq.evaluator import Evaluation, one_thread
 from haq.problem import Problem
 from haq.solvers import Session, greedy, ilp, sensitivity
 
@@ -61,6 +69,107 @@ class Episode(NamedTuple):
     actions: Floats  # (steps, entries)
     reward: float
     saturated: float = 0.0
+
+
+@dataclass
+class Learner:
+    """An agent, what it has learned from, and what it has chosen but not learned from yet: all that a search goes on with."""
+
+    agent: OffPolicyAlgorithm
+    draws: np.random.Generator
+    session: Session
+    sigma: float = SIGMA
+    chosen: int = 0  # episodes, without demonstrations
+    vain: int = 0  # choices in a row that came to nothing
+    episodes: list[Episode] = field(default_factory=list)
+    waiting: deque[Episode] = field(default_factory=deque)
+
+    @property
+    def may_choose(self) -> bool:
+        """Whether another policy may be chosen before the first of those that wait is learned from."""
+        new = {episode.policy for episode in self.waiting if not self.session.seen(episode.policy)}
+        return len(self.waiting) < self.session.ahead and len(new) < self.session.left
+
+    def choose(self, episode: Episode) -> None:
+        """Let a policy be evaluated, and wait in line to be learned from."""
+        self.waiting.append(episode)
+        self.session.expect([episode.policy])
+
+    def learn(self, env: gymnasium.Env) -> Episode:
+        """Take the first that waits, have it judged, put it into the replay buffer, train, and keep all that on disk."""
+        waiting = self.waiting.popleft()
+        episode = play(env, lambda step, _: waiting.actions[step])
+        self._remember(episode)
+        with one_thread():
+            self.agent.train(UPDATES, BATCH)
+        return episode
+
+    def save(self) -> None:
+        """Write a checkpoint, if the session keeps any."""
+        if self.session.checkpoint is None:
+            return
+        generator = np.random.get_state()
+        assert isinstance(generator, tuple)
+        name, keys, *rest = generator
+        self.session.checkpoint.write(
+            {
+                "agent": self.agent.get_parameters(),
+                "variables": self._variables(),
+                "updates": self.agent._n_updates,
+                "episodes": [_as_tensors(episode) for episode in self.episodes],
+                "waiting": [_as_tensors(episode) for episode in self.waiting],
+                "saturated": self.session.saturated,
+                "counts": [self.sigma, self.chosen, self.vain],
+                "draws": json.dumps(self.draws.bit_generator.state),
+                "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+            }
+        )
+
+    def restore(self) -> bool:
+        """Go on from the checkpoint, if there is one: agent, replay buffer and every random state. What was evaluated until
+        then is asked for again, in its order, so that the session counts it."""
+        content = self.session.checkpoint.read() if self.session.checkpoint else None
+        if content is None:
+            return False
+        for kept in content["episodes"]:
+            episode = _from_tensors(kept)
+            self.session.evaluate(episode.policy)
+            self._remember(episode)
+        for kept in content["waiting"]:
+            self.choose(_from_tensors(kept))
+        self.agent.set_parameters(content["agent"], exact_match=True, device="cpu")
+        for variable, kept in zip(self._variables(), content["variables"], strict=True):
+            variable.copy_(kept)
+        self.agent._n_updates = content["updates"]
+        self.session.saturated[:] = content["saturated"]
+        self.sigma, self.chosen, self.vain = content["counts"]
+        self.draws.bit_generator.state = json.loads(content["draws"])
+        name, keys, *rest = content["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(content["python"])
+        torch.set_rng_state(content["torch"])
+        return True
+
+    def _remember(self, episode: Episode) -> None:
+        self.episodes.append(episode)
+        assert self.agent.replay_buffer is not None
+        steps = len(episode.actions)
+        for step in range(steps):
+            done = step == steps - 1
+            self.agent.replay_buffer.add(
+                episode.observations[step][None],
+                episode.observations[step + 1][None],
+                episode.actions[step][None],
+                np.array([episode.reward if done else 0.0]),
+                np.array([done]),
+                [{}],
+            )
+
+    def _variables(self) -> list[Tensor]:
+        """What an agent learns beside its networks (SAC: the logarithm of the entropy's weight)."""
+        return [operator.attrgetter(name)(self.agent).data for name in self.agent._get_torch_save_params()[1]]
 
 
 def ddpg(problem: Problem, session: Session, seed: int) -> None:
@@ -90,59 +199,72 @@ def kept_random_state() -> Iterator[None]:
 @kept_random_state()
 def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
     """Sensitivities, the rivals' policies as demonstrations, then an episode for each evaluation that is left."""
-    draws = np.random.default_rng(seed)
     rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 10, 1))
     counted, imagined = copy.copy(problem), copy.copy(problem)
     counted.evaluate = session.evaluate  # type: ignore[method-assign]
     imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
     env = envs.MixedPrecisionEnv(counted, rise)
     agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
-    episodes: list[Episode] = []
-    proposals = dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise)))
-    episodes += [learn(agent, play(env, proposal)) for proposal in list(proposals)[: session.left]]
+    learner = Learner(agent, np.random.default_rng(seed), session)
     players = [copy.copy(envs.MixedPrecisionEnv(imagined, rise)) for _ in range(CANDIDATES)]
-    sigma, vain = SIGMA, 0
-    while session.left and vain < VAIN:
-        candidates = imagine(agent, players, episodes, sigma, draws)
-        new = [candidate for candidate in candidates if not session.seen(candidate.policy)]
-        vain = 0 if new else vain + 1
-        if new:
-            chosen = new[int(np.argmax(expected(agent, new)))]
-            episodes.append(learn(agent, play(env, chosen.policy)))
-            session.saturated.append(episodes[-1].saturated)
-            sigma *= DECAY
+    proposals = list(dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise))))[: session.left]
+    shown = len(proposals)
+    if not learner.restore():
+        for proposal in proposals:
+            learner.choose(play(players[0], _follow(players[0], proposal)))
+    while True:
+        while learner.may_choose and learner.vain < VAIN:
+            with one_thread():
+                candidates = imagine(agent, players, learner.episodes, learner.sigma, learner.draws)
+                chosen_before = {episode.policy for episode in learner.waiting}
+                new = [c for c in candidates if not session.seen(c.policy) and c.policy not in chosen_before]
+                learner.vain = 0 if new else learner.vain + 1
+                if new:
+                    best = new[int(np.argmax(expected(agent, new)))].policy
+                    learner.choose(play(players[0], _follow(players[0], best)))
+                    learner.sigma *= DECAY
+        if not learner.waiting:
+            return
+        episode, learner.vain = learner.learn(env), 0
+        if len(learner.episodes) > shown:
+            session.saturated.append(episode.saturated)
+        learner.save()
 
 
 @kept_random_state()
 def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
     """HAQ's search: episodes at random to begin with, then around what the actor does, every one of them evaluated."""
-    draws = np.random.default_rng(seed)
-    counted = copy.copy(problem)
+    counted, imagined = copy.copy(problem), copy.copy(problem)
     counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    env = envs.HaqEnv(counted)
+    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
+    env, player = envs.HaqEnv(counted), envs.HaqEnv(imagined)
     steps = 2 * len(env.free)
     agent = make_agent(kind, env, steps, seed, session.evaluations + WARM_UP)
     for group in agent.actor.optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = PAPER_RATE
     # Stable-Baselines3 would set the critic's rate for both.
     agent._update_learning_rate = lambda optimizers: None  # type: ignore[method-assign]
-    sigma, vain, played = SIGMA, 0, 0
-    while session.left and vain < 10 * VAIN:
+    learner = Learner(agent, np.random.default_rng(seed), session)
+
+    def explore(step: int, observation: Floats) -> Floats:
+        if learner.chosen < WARM_UP:
+            return learner.draws.uniform(-1, 1, 1).astype(np.float32)
+        asked = agent.predict(observation, deterministic=True)[0]
+        return truncated_normal(asked, learner.sigma, learner.draws)
+
+    learner.restore()
+    while True:
+        while learner.may_choose and learner.vain < 10 * VAIN:
+            with one_thread():
+                learner.choose(play(player, explore))
+            learner.chosen += 1
+            learner.sigma *= PAPER_DECAY if learner.chosen > WARM_UP else 1
+        if not learner.waiting:
+            return
         used = session.used
-        observations, actions, done, reward = [env.reset()[0]], [], False, 0.0
-        info: dict[str, Any] = {}
-        while not done:
-            asked = agent.predict(observations[-1], deterministic=True)[0]
-            actions.append(
-                draws.uniform(-1, 1, 1).astype(np.float32) if played < WARM_UP else truncated_normal(asked, sigma, draws)
-            )
-            observation, reward, done, _, info = env.step(actions[-1])
-            observations.append(observation)
-        learn(agent, Episode(info["policy"], np.array(observations), np.array(actions, np.float32), reward))
-        session.saturated.append(info["saturated"])
-        vain = 0 if session.used > used else vain + 1
-        played += 1
-        sigma *= PAPER_DECAY if played > WARM_UP else 1
+        session.saturated.append(learner.learn(env).saturated)
+        learner.vain = 0 if session.used > used else learner.vain + 1
+        learner.save()
 
 
 def make_agent(kind: type[OffPolicyAlgorithm], env: gymnasium.Env, steps: int, seed: int, episodes: int) -> OffPolicyAlgorithm:
@@ -164,36 +286,44 @@ def make_agent(kind: type[OffPolicyAlgorithm], env: gymnasium.Env, steps: int, s
     return agent
 
 
-def play(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Episode:
-    """The episode that decides a policy."""
-    observations, actions, done, reward = [env.reset()[0]], [], False, 0.0
-    info: dict[str, Any] = {}
+def play(env: gymnasium.Env, act: Callable[[int, Floats], Floats]) -> Episode:
+    """An episode of what `act` does at each step, which it is told, with what is seen there."""
+    observations, actions = [env.reset()[0]], list[Floats]()
+    done, reward, info = False, 0.0, dict[str, Any]()
     while not done:
+        actions.append(act(len(actions), observations[-1]))
+        observation, given, done, _, info = env.step(actions[-1])
+        observations.append(observation)
+        reward = float(given)
+    return Episode(info["policy"], np.array(observations), np.array(actions, np.float32), reward, info["saturated"])
+
+
+def _follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, Floats], Floats]:
+    """What decides just this policy."""
+
+    def act(step: int, observation: Floats) -> Floats:
         w, a = policy[env.next_layer()]
         assert w is not None
         assert a is not None
-        actions.append(env.action_for(w, a))
-        observation, reward, done, _, info = env.step(actions[-1])
-        observations.append(observation)
-    return Episode(policy, np.array(observations), np.array(actions), reward, info["saturated"])
+        return env.action_for(w, a)
+
+    return act
 
 
-def learn(agent: OffPolicyAlgorithm, episode: Episode) -> Episode:
-    """Put an episode into the agent's replay buffer, and let it train."""
-    assert agent.replay_buffer is not None
-    steps = len(episode.actions)
-    for step in range(steps):
-        done = step == steps - 1
-        agent.replay_buffer.add(
-            episode.observations[step][None],
-            episode.observations[step + 1][None],
-            episode.actions[step][None],
-            np.array([episode.reward if done else 0.0]),
-            np.array([done]),
-            [{}],
-        )
-    agent.train(UPDATES, BATCH)
-    return episode
+def _as_tensors(episode: Episode) -> dict[str, Any]:
+    """An episode as plain data and tensors."""
+    return {
+        "policy": {name: list(bits) for name, bits in episode.policy.items()},
+        "observations": torch.from_numpy(episode.observations),
+        "actions": torch.from_numpy(episode.actions),
+        "reward": episode.reward,
+        "saturated": episode.saturated,
+    }
+
+
+def _from_tensors(kept: dict[str, Any]) -> Episode:
+    policy = Q.BitPolicy({name: tuple(bits) for name, bits in kept["policy"].items()})
+    return Episode(policy, kept["observations"].numpy(), kept["actions"].numpy(), kept["reward"], kept["saturated"])
 
 
 def imagine(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+import quantizers as Q
 from haq.problem import Problem
 from haq.solvers import Found, Session
 from haq.solvers.random_search import VAIN, draw, policy, unseen
@@ -17,19 +18,30 @@ def solve(problem: Problem, session: Session, seed: int) -> None:
     winners, crossed uniformly, one decision in expectation drawn anew, repaired to the budget; it takes the place of the
     worst if it is better. What SPOS (Guo et al., ECCV 2020) and others search architectures with, one child at a time."""
     random = np.random.default_rng(seed)
+    first = min(POPULATION, session.evaluations)
     population: list[tuple[tuple[float, float, float], list[int]]] = []
+    waiting: dict[Q.BitPolicy, list[int]] = {}  # chosen, in this order, and not in the population yet
     vain = 0
-    while session.left and vain < VAIN:
-        if len(population) < min(POPULATION, session.evaluations):
-            child = draw(problem, random)
-        else:
-            parents = [min(population[i] for i in random.integers(len(population), size=TOURNAMENT))[1] for _ in range(2)]
-            child = [int(random.choice(genes)) for genes in zip(*parents, strict=True)]
-            for i in np.flatnonzero(random.random(len(child)) < 1 / len(child)):
-                child[i] = int(random.integers(len(problem.decisions[i].pairs)))
-        found = unseen(problem, session, child, random)
-        vain = vain + 1 if found is None else 0
-        if found is not None:
-            born = policy(problem, found)
-            population.append((Found(born, session.evaluate(born), problem.policy_cost(born)).rank, found))
-            population = sorted(population)[:POPULATION]
+    while True:
+        while vain < VAIN and len(waiting) < session.left:
+            if len(population) + len(waiting) < first:
+                child = draw(problem, random)
+            elif len(waiting) < session.ahead:
+                parents = [min(population[i] for i in random.integers(len(population), size=TOURNAMENT))[1] for _ in range(2)]
+                child = [int(random.choice(genes)) for genes in zip(*parents, strict=True)]
+                for i in np.flatnonzero(random.random(len(child)) < 1 / len(child)):
+                    child[i] = int(random.integers(len(problem.decisions[i].pairs)))
+            else:
+                break
+            found = unseen(problem, session, waiting, child, random)
+            vain = vain + 1 if found is None else 0
+            if found is not None:
+                born = policy(problem, found)
+                waiting[born] = found
+                session.expect([born])
+        if not waiting:
+            return
+        born = next(iter(waiting))
+        found = waiting.pop(born)
+        population.append((Found(born, session.evaluate(born), problem.policy_cost(born)).rank, found))
+        population = sorted(population)[:POPULATION]

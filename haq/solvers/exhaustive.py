@@ -24,5 +24,6 @@ def solve(problem: Problem, session: Session, seed: int) -> None:
     ]
     if len(chosen) > session.evaluations:
         raise ValueError(f"{len(chosen):,} policies are within the budget: allow as many evaluations, or take another solver")
+    session.expect(policy(problem, picks) for picks in chosen)
     for picks in chosen:
         session.evaluate(policy(problem, picks))

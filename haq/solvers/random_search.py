@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 import quantizers as Q
 from haq.problem import Problem
 from haq.solvers import Session
 
+AHEAD = 256  # policies that are drawn before the first of them is evaluated
 VAIN = 100  # draws in a row that are no new policy, after which there seem to be none
 
 
@@ -17,17 +20,26 @@ def solve(problem: Problem, session: Session, seed: int) -> None:
     random = np.random.default_rng(seed)
     vain = 0
     while session.left and vain < VAIN:
-        found = unseen(problem, session, draw(problem, random), random)
-        vain = vain + 1 if found is None else 0
-        if found is not None:
-            session.evaluate(policy(problem, found))
+        drawn: list[Q.BitPolicy] = []
+        while len(drawn) < min(AHEAD, session.left) and vain < VAIN:
+            found = unseen(problem, session, drawn, draw(problem, random), random)
+            vain = vain + 1 if found is None else 0
+            if found is not None:
+                drawn.append(policy(problem, found))
+        session.expect(drawn)
+        for one in drawn:
+            session.evaluate(one)
 
 
-def unseen(problem: Problem, session: Session, chosen: list[int], random: np.random.Generator) -> list[int] | None:
-    """Options repaired to a policy that is new: one that fills the budget, or else one within it. None if neither is."""
+def unseen(
+    problem: Problem, session: Session, waiting: Collection[Q.BitPolicy], chosen: list[int], random: np.random.Generator
+) -> list[int] | None:
+    """Options repaired to a policy that is new, neither evaluated nor waiting for it: one that fills the budget, or else one
+    within it. None if neither is."""
     within = lowered(problem, chosen, random)
     full = filled(problem, within, random)
-    return next((picks for picks in (full, within) if not session.seen(policy(problem, picks))), None)
+    made = ((picks, policy(problem, picks)) for picks in (full, within))
+    return next((picks for picks, one in made if not session.seen(one) and one not in waiting), None)
 
 
 def draw(problem: Problem, random: np.random.Generator) -> list[int]:

@@ -169,15 +169,20 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
             raise ValueError("the evaluator has no teacher to tell the divergence from")
         return result.divergence
 
+    def changed(decision: int, operand: int, bits: int) -> NDArray[np.int64]:
+        pairs = highest.copy()
+        pairs[decision, operand] = bits
+        return pairs
+
+    if affordable:
+        session.expect(map(problem.decide, [highest, *(changed(*item) for item in affordable)]))
     base = None
     for decision, operand, bits in affordable:
         if session.left <= keep + (base is None):
             break
         if base is None:
             base = loss(highest)
-        changed = highest.copy()
-        changed[decision, operand] = bits
-        rise[decision, operand, bits - 1] = max(loss(changed) - base, LEAST)
+        rise[decision, operand, bits - 1] = max(loss(changed(decision, operand, bits)) - base, LEAST)
     # Judged by agreement, the loss is the divergence.
     kind = "kl" if divergence or problem.reward == "agreement" else "loss"
     return _sensitivities(problem, kind, rise)
