@@ -36,7 +36,7 @@ class Checkpoint:
         for key in sorted(set(asked) | set(self.asked)):
             if asked.get(key) != self.asked.get(key):
                 raise ValueError(
-                    f"{self.path} is of another training: {key} was {asked.get(key)!r} and is {self.asked.get(key)!r} now; "
+                    f"{self.path} is of something else: {key} was {asked.get(key)!r} and is {self.asked.get(key)!r} now; "
                     "ask for the same again, or delete it to start anew"
                 )
         return content

@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--learning-rate", type=float, default=0.005)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on with a fine-tuning that was interrupted, exactly")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
     options = parser.parse_args(arguments)
     if options.epochs < 1:
@@ -32,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     with cli.follow_loading(console, "loading network and data") as follow:
         job = run.build(**follow)
     run.check(job)
+    asked = {"epochs": options.epochs, "learning rate": options.learning_rate, "seed": options.seed, "policy": policy}
+    state = run.checkpoint("finetune", job, **asked)
+    if state.path.exists() and not options.resume:
+        raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
     network = job.problem.evaluator.network
     Q.set_policy(network, policy)
     try:
@@ -44,15 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
                 seed=options.seed,
                 learning_rate=options.learning_rate,
                 adversary=run.settings.adversary,
+                state=state,
                 **cli.follow_training(bar),
             )
     except KeyboardInterrupt:
-        console.print(f"\nInterrupted; {run.folder} is as it was.")
+        console.print(f"\nInterrupted; {run.folder} is as it was, but for what the finished epochs gave. Go on with --resume.")
         return cli.EXIT_INTERRUPTED
     run.save_checkpoint(tuned, job)
     result.pop("verified", None)  # that was another network
     result["finetuned"] = summary.entry(job, policy, tuned)
     run.save_result(result)
+    run.drop_checkpoint("finetune")
     summary.print_result(console, job, policy, result)
     summary.print_next(console, run, (f"evaluate {run.folder}",))
     if options.json:

@@ -42,6 +42,7 @@ class Settings:
     solver: str = "ddpg"
     evaluations: int = 200
     env: str = "plan"
+    ahead: int = 1
     seed: int = 0
     finetune_epochs: int = 12
     finetune_steps: int = 0
@@ -58,7 +59,7 @@ class Settings:
         check_env(self.env)
         check_reward(self.reward)
         check_kind(self.sensitivity_kind)
-        for name, least in (("evaluations", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
+        for name, least in (("evaluations", 1), ("ahead", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")

@@ -7,12 +7,13 @@
     policy.json         the best policy so far; in the end, what was found
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
-    checkpoint/         the fine-tuned network and its scales
+    checkpoint/         the fine-tuned network and its scales; agents after their last episode; an interrupted fine-tuning
     robustness/         finished attacks, and networks that were trained to compare with
     events.*            TensorBoard, where it is installed
 
 A search is deterministic, so an interrupted one is resumed by doing it again with its history at hand: what was evaluated
-isn't evaluated anew, and the files come out as if nothing had happened.
+isn't evaluated anew, and the files come out as if nothing had happened. Only an agent isn't taught anew: it goes on from its
+last episode, with its networks, its replay buffer and all random states as they were.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import models
+from haq.checkpoint import Checkpoint
 from haq.evaluator import Evaluation
 from haq.job import SENSITIVITY, Job, Settings, Subject, check_signature, check_versions, machine_signature, versions
 from haq.problem import Problem
@@ -194,6 +196,7 @@ class Run:
             self.record(solver, count, found, within_budget, job.problem)
             on_evaluation(count, session.best)
 
+        asked = {name: getattr(self.settings, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
             job.problem,
             self.settings.evaluations,
@@ -202,11 +205,22 @@ class Run:
             self.settings.sensitivity_kind,
             lambda measured: self.save_sensitivities(measured, job),
             env=self.settings.env,
+            ahead=self.settings.ahead,
+            checkpoint=self.checkpoint(solver, job, **asked),
         )
         found = solve(solver, session, self.settings.seed)
         if mine:
             self.save_policy(found.policy)
         return session
+
+    def checkpoint(self, name: str, job: Job, **asked: Any) -> Checkpoint:
+        """Where something of this run, asked for in that way, keeps what it goes on with."""
+        belongs = job.signature() | versions() | {key: str(value) for key, value in asked.items()}
+        return Checkpoint(self.folder / CHECKPOINT.parent / f"{name}.state", belongs)
+
+    def drop_checkpoint(self, name: str) -> None:
+        """What nothing will go on with any more."""
+        (self.folder / CHECKPOINT.parent / f"{name}.state").unlink(missing_ok=True)
 
     def sensitivities(self, job: Job) -> Sensitivities | None:
         """What the run's solvers need not measure: what it was given (once it is there, the copy in its folder), or what costs

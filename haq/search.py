@@ -21,6 +21,7 @@ from haq.job import Job, Settings
 from haq.run import ROBUSTNESS, Run, check_unused, default_folder, has_tensorboard
 from haq.solvers import SOLVERS, Found, Session
 from haq.solvers.sensitivity import KINDS, Sensitivities
+from haq.workers import working
 
 RIVALS = ("greedy", "ilp")
 VERIFIED = 200  # images
@@ -50,6 +51,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help=f"policies that a solver may evaluate (default: {default.evaluations})",
     )
+    add(
+        "--ahead",
+        type=int,
+        metavar="N",
+        help="policies that agents and evolution choose before they learn what the first of them is worth, so that workers "
+        f"have something to do; results depend on it (default: {default.ahead})",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that evaluate policies; results don't depend on their number (default: this one, with all threads)",
+    )
     add("--env", help="of agents: plan (relative to a plan for what is left) or haq (HAQ's own) (default: plan)")
     add("--seed", type=int, help=f"of everything random but the data's splits (default: {default.seed})")
     add("--finetune-epochs", type=int, help=f"0 leaves fine-tuning out (default: {default.finetune_epochs})")
@@ -77,7 +91,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given = {field.name: getattr(options, field.name) for field in fields(Settings)}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
-        raise ValueError("--resume RUN goes on with what the run was asked for: no other option but --json goes with it")
+        raise ValueError(
+            "--resume RUN goes on with what the run was asked for: no other option but --workers and --json goes with it"
+        )
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}; it must be at least 1")
     cli.check_eps(options)
     if options.sensitivity and options.sensitivity_kind:
         raise ValueError("--sensitivity brings its kind along: leave --sensitivity-kind out")
@@ -114,7 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"resuming: {earlier.prepare_resume(job.problem)} evaluations are there already")
     run = earlier or Run.create(folder, job)
     try:
-        result, policy = _search(console, job, run, rivals)
+        with working(job.problem.evaluator, options.workers):
+            result, policy = _search(console, job, run, rivals)
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
         console.print(f"  python -m haq.search --resume {run.folder}", soft_wrap=True)
@@ -150,6 +169,7 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
         if settings.finetune_epochs:
             network = job.problem.evaluator.network
             Q.set_policy(network, policy)
+            state = run.checkpoint("finetuning", job, epochs=settings.finetune_epochs, policy=policy)
             tuned = training.finetune(
                 job.network,
                 network,
@@ -157,6 +177,7 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
                 epochs=settings.finetune_epochs,
                 seed=settings.seed,
                 adversary=settings.adversary,
+                state=state,
                 **cli.follow_training(bar),
             )
             run.save_checkpoint(tuned, job)
@@ -166,6 +187,7 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
             result["verified"] = _verify(bar, job, network, run.folder / ROBUSTNESS)
     summary.draw(job.problem, policy, run.folder / "policy.png")
     run.save_result(result)
+    run.drop_checkpoint("finetuning")
     return result, policy
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import quantizers as Q
 from haq.adversarial import Adversary, Attack, Ball, check_images
 from haq.checkpoint import Checkpoint
 from haq.data import Split
+from haq.evaluator import one_thread
 from haq.models import Network
 
 TUNING_BATCH = 32  # images of a step of `finetune`
@@ -265,10 +267,10 @@ def finetune(
         parameter.requires_grad_(True)
     refresh_norms(network, tuned, split, norm_images)
     scales = Q.activation_scales(tuned)
-    threads = torch.get_num_threads()
-    if max(network.input_shape[1:]) <= SMALL:
-        torch.set_num_threads(1)
-    try:
+    small = max(network.input_shape[1:]) <= SMALL
+    with torch.random.fork_rng(devices=[]), one_thread() if small else nullcontext():
+        # What the network itself draws (dropout) comes from the seed too, whatever was computed before.
+        torch.manual_seed(seed)
         fit(
             network,
             split,
@@ -287,8 +289,6 @@ def finetune(
             on_epoch=on_epoch,
             on_step=on_step,
         )
-    finally:
-        torch.set_num_threads(threads)
     for scale in scales:
         scale.requires_grad_(False)
     return tuned
@@ -305,18 +305,15 @@ class ShortTuning:
     seed: int
 
     def __call__(self, qnetwork: nn.Module) -> nn.Module:
-        # What the module itself draws (dropout) must not depend on how many policies came before.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return finetune(
-                self.network,
-                qnetwork,
-                self.split,
-                epochs=0,
-                steps=self.steps,
-                seed=self.seed,
-                norm_images=max(500, TUNING_BATCH * self.steps),
-            )
+        return finetune(
+            self.network,
+            qnetwork,
+            self.split,
+            epochs=0,
+            steps=self.steps,
+            seed=self.seed,
+            norm_images=max(500, TUNING_BATCH * self.steps),
+        )
 
 
 @torch.no_grad()
