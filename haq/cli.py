@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -58,6 +61,29 @@ def add_measuring(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="measure kernels with their data out of the caches (default: in them)",
     )
+
+
+def add_ray(parser: argparse.ArgumentParser) -> None:
+    """Where the workers are."""
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="work on a Ray cluster, on every processor or on as many as there are --workers: auto on one of its machines, "
+        "HOST:PORT, or local (default: none)",
+    )
+
+
+def check_workers(options: argparse.Namespace) -> None:
+    """Raise ValueError if --workers is no number of workers."""
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}; it must be at least 1")
+
+
+def describe_workers(options: argparse.Namespace) -> str:
+    """Who works, in words."""
+    if options.ray is not None:
+        return f"by {options.workers or 'all'} processors of the Ray cluster {options.ray}"
+    return "in this process" if options.workers is None else f"in {options.workers} processes"
 
 
 def add_reward(parser: argparse.ArgumentParser, reward: str, eps: str) -> None:
@@ -109,7 +135,7 @@ def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
 
 
 def progress(console: Console) -> Progress:
-    """A progress bar with time gone and time left."""
+    """A progress bar with time gone and time left; nothing where the output isn't a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -119,4 +145,34 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         TextColumn("left  {task.fields[note]}"),
         console=console,
+        disable=not console.is_terminal,
     )
+
+
+class Live(Progress):
+    """A table that follows a search: a line for each solver, and for what comes after them, whose `note` takes the place of an
+    accuracy. Nothing where the output isn't a terminal."""
+
+    COLUMNS = {
+        "": TextColumn("{task.description}"),
+        "evaluation": MofNCompleteColumn(),
+        "accuracy": TextColumn("{task.fields[accuracy]}", justify="right"),
+        "of budget": TextColumn("{task.fields[cost]}", justify="right"),
+        "best so far": TextColumn("{task.fields[best]}{task.fields[note]}", justify="right"),
+        "gone": TimeElapsedColumn(),
+        "left": TimeRemainingColumn(),
+    }
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
+
+    def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
+        return super().add_task(description, *arguments, **{"accuracy": "", "cost": "", "best": "", "note": ""} | fields)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        table = super().make_tasks_table(tasks)
+        table.show_header = True
+        for heading, column in zip(self.COLUMNS, table.columns, strict=True):
+            column.header = heading
+            column.no_wrap = True
+        return table

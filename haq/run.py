@@ -22,6 +22,8 @@ import csv
 import importlib.util
 import io
 import json
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +41,7 @@ from haq.problem import Problem
 from haq.solvers import Found, Session, solve
 from haq.solvers.sensitivity import Sensitivities, by_hessian, signed
 
+logger = logging.getLogger("haq")
 CONFIG, PROBLEM, HISTORY = "config.yaml", "problem.json", "history.csv"
 POLICY, RESULT = "policy.json", "result.json"
 CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
@@ -63,7 +66,9 @@ class Run:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self._rows: list[list[str]] = []  # of an interrupted search, still to be met again
+        self._met: list[list[str]] = []  # of it, met again
         self._known = 0  # rises in its file of sensitivities, as far as we wrote it
+        self._began: dict[str, tuple[int, float]] = {}  # by solver: the first evaluation of this process, and when it was
         self._writer: Any = None
 
     @classmethod
@@ -146,8 +151,10 @@ class Run:
         self._write(HISTORY, "".join(f"{line}\n" for line in lines))
         return len(self._rows)
 
-    def record(self, solver: str, evaluation: int, found: Found, within_budget: bool, problem: Problem) -> None:
-        """Append one evaluation to the history."""
+    def record(
+        self, solver: str, evaluation: int, found: Found, within_budget: bool, problem: Problem, best: Found | None = None
+    ) -> None:
+        """Append one evaluation to the history, and show it to TensorBoard with the best so far and the time left."""
         w, a = problem.bit_arrays(found.policy)
         row = [
             solver,
@@ -161,18 +168,32 @@ class Run:
             "" if found.result.divergence is None else repr(found.result.divergence),
         ]
         if self._rows:
-            if (before := self._rows.pop(0)) != row:
+            if (before := self._rows.pop(0)) == row:
+                self._met.append(row)
+                return
+            if not (self.folder / CHECKPOINT.parent / f"{solver}.state").is_file():
                 raise ValueError(
                     f"{self.folder} can't be resumed: evaluation {evaluation} of {solver} came out as {row[2:6]}, "
                     f"its history has {before[2:6]}. Start a new run"
                 )
-            return
+            # On another kind of processor, floats differ in their last bits, and an agent goes another way from its checkpoint
+            # on, which is behind by the episodes it was at.
+            logger.warning(f"{solver} goes on from evaluation {evaluation} otherwise than it had begun: another processor?")
+            self._rows = []
+            self._write(HISTORY, "".join(map(_line, [COLUMNS, *self._met])))
         with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
             file.write(_line(row))
         if writer := self._events():
             writer.add_scalar(f"{solver}/accuracy", found.result.accuracy, evaluation)
             writer.add_scalar(f"{solver}/loss", found.result.loss, evaluation)
             writer.add_scalar(f"{solver}/{problem.metric}_{problem.unit}", found.cost, evaluation)
+            writer.add_scalar(f"{solver}/share_of_budget", found.cost / problem.limit, evaluation)
+            if best is not None:
+                writer.add_scalar(f"{solver}/best_accuracy", best.result.accuracy, evaluation)
+            first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
+            if evaluation > first:
+                rate = (time.monotonic() - began) / (evaluation - first)
+                writer.add_scalar(f"{solver}/seconds_left", rate * (self.settings.evaluations - evaluation), evaluation)
 
     def close(self) -> None:
         if self._writer:
@@ -183,18 +204,18 @@ class Run:
         job: Job,
         solver: str,
         sensitivities: Sensitivities | None = None,
-        on_evaluation: Callable[[int, Found | None], None] = lambda count, best: None,
+        on_evaluation: Callable[[int, Found, Found | None], None] = lambda count, found, best: None,
     ) -> Session:
         """Run a solver, with every evaluation written down, and, if the run is this solver's, its best policy kept on disk.
-        `on_evaluation` is told the number of evaluations and the best policy so far.
+        `on_evaluation` is told the number of evaluations, the last one, and the best policy so far.
         Returns the session, with what was found."""
         mine = solver == self.settings.solver
 
         def record(count: int, found: Found, within_budget: bool) -> None:
             if mine and found is session.best:
                 self.save_policy(found.policy)
-            self.record(solver, count, found, within_budget, job.problem)
-            on_evaluation(count, session.best)
+            self.record(solver, count, found, within_budget, job.problem, session.best)
+            on_evaluation(count, found, session.best)
 
         asked = {name: getattr(self.settings, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(

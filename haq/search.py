@@ -64,6 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="processes that evaluate policies; results don't depend on their number (default: this one, with all threads)",
     )
+    cli.add_ray(parser)
     add("--env", help="of agents: plan (relative to a plan for what is left) or haq (HAQ's own) (default: plan)")
     add("--seed", type=int, help=f"of everything random but the data's splits (default: {default.seed})")
     add("--finetune-epochs", type=int, help=f"0 leaves fine-tuning out (default: {default.finetune_epochs})")
@@ -92,10 +93,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
         raise ValueError(
-            "--resume RUN goes on with what the run was asked for: no other option but --workers and --json goes with it"
+            "--resume RUN goes on with what the run was asked for: no other option but --workers, --ray and --json goes"
         )
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it must be at least 1")
+    cli.check_workers(options)
     cli.check_eps(options)
     if options.sensitivity and options.sensitivity_kind:
         raise ValueError("--sensitivity brings its kind along: leave --sensitivity-kind out")
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"resuming: {earlier.prepare_resume(job.problem)} evaluations are there already")
     run = earlier or Run.create(folder, job)
     try:
-        with working(job.problem.evaluator, options.workers):
+        with working(job.problem.evaluator, options.workers, options.ray):
             result, policy = _search(console, job, run, rivals)
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
     settings = job.settings
     sensitivities = run.sensitivities(job)
-    with cli.progress(console) as bar:
+    with cli.Live(console) as bar:
         found: dict[str, Found] = {}
         used: dict[str, int] = {}
         saturated: dict[str, float] = {}
@@ -197,7 +197,7 @@ def _verify(bar: Progress, job: Job, network: nn.Module, folder: Path) -> dict[s
     from haq.contenders import Contenders
 
     assert job.problem.proxy is not None
-    task = bar.add_task("verifying", total=None, note="")
+    task = bar.add_task("verifying", total=None)
     gathered = Contenders(job.network, job.dataset, {"found": network}, {})
     found = assess(
         gathered.classifier(network),
@@ -221,12 +221,14 @@ def _verdict(verified: dict[str, Any]) -> str:
 
 
 def _solve(bar: Progress, job: Job, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
-    """Run one solver, with a progress bar."""
-    task = bar.add_task(f"search: {name}", total=job.settings.evaluations, note="")
+    """Run one solver, and show where it is."""
+    task = bar.add_task(name, total=job.settings.evaluations)
 
-    def on_evaluation(count: int, best: Found | None) -> None:
-        note = f"best {job.problem.reward} {100 * best.result.accuracy:.2f} %" if best else "measuring sensitivities"
-        bar.update(task, completed=count, note=note)
+    def on_evaluation(count: int, found: Found, best: Found | None) -> None:
+        share = found.cost / job.problem.limit
+        so_far = summary.percent(best.result.accuracy) if best else "none within it"
+        last = summary.percent(found.result.accuracy)
+        bar.update(task, completed=count, accuracy=last, cost=f"{share:.3f}", best=so_far)
 
     session = run.search(job, name, sensitivities, on_evaluation)
     bar.update(task, completed=session.used, total=session.used)

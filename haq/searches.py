@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +32,7 @@ from haq.problem import OutOfReach
 from haq.run import CONFIG, Run, check_unused
 from haq.solvers import USE_NO_SEED, USE_SENSITIVITIES, Found, Session, check_name
 from haq.solvers.sensitivity import Sensitivities, by_evaluation, by_hessian
+from haq.workers import live_with_parent
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
 SCHEMA, FILE = "haq-sweep-1", "sweep.json"
@@ -258,7 +257,7 @@ def search(folder: Path, job: Job, on_evaluation: Callable[[], None] = lambda: N
     name = job.settings.solver
     try:
         with one_thread():
-            session = run.search(job, name, run.sensitivities(job), lambda count, best: on_evaluation())
+            session = run.search(job, name, run.sensitivities(job), lambda count, found, best: on_evaluation())
             assert session.best is not None
             run.save_result(summary.collect(job, session.best.policy, None, {}, {name: session.used}))
     finally:
@@ -266,14 +265,33 @@ def search(folder: Path, job: Job, on_evaluation: Callable[[], None] = lambda: N
 
 
 def run_all(
-    folder: Path, ground: Ground, points: Sequence[Point], kind: str, workers: int, on_search: Callable[[Point], None]
+    folder: Path,
+    ground: Ground,
+    points: Sequence[Point],
+    kind: str,
+    workers: int | None,
+    on_search: Callable[[Point], None],
+    ray: str | None = None,
 ) -> None:
-    """Run searches in so many processes, or in this one if it is one. `on_search` is told each that is finished.
+    """Run searches in so many processes, or in this one if it is one or no number; or, given its address, on a Ray cluster, by
+    at most so many workers. `on_search` is told each that is finished.
 
     Raises what the first failing search raises, and ChildProcessError if a process was killed; the others stop after the
     evaluation they are at, and can be continued.
     """
-    if workers == 1:
+    if ray is not None:
+        from haq import cluster
+
+        folders = {}
+        for point in points:
+            run = _open(folder / point.folder, ground.job(point, folder, kind))
+            if not run.finished:
+                folders[point] = run.folder
+        there = ground, kind, ground.first.problem.evaluator.cache, ground.first.judged
+        with cluster.connected(ray):
+            cluster.run_folders(there, _search_there, folders, workers, on_search)
+        return
+    if workers in (None, 1):
         for point in points:
             search(folder / point.folder, ground.job(point, folder, kind))
             on_search(point)
@@ -282,7 +300,7 @@ def run_all(
     stop = context.Event()
     known = ground.first.problem.evaluator.cache, ground.first.judged
     given = folder, ground.sweep, kind, torch.get_num_threads(), known, stop
-    pool = ProcessPoolExecutor(min(workers, len(points)), context, _start_worker, given)
+    pool = ProcessPoolExecutor(min(workers or 1, len(points)), context, _start_worker, given)
     try:
         waiting = {pool.submit(_search_in_worker, point): point for point in points}
         for done in as_completed(waiting):
@@ -318,8 +336,7 @@ def _start_worker(
     stop: Any,
 ) -> None:
     global _worker
-    # Ctrl-C reaches every process; the first one tells the others, by `stop`, what to do.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    live_with_parent()
     torch.set_num_threads(threads)
     ground = Ground.load(sweep)
     ground.first.problem.evaluator.cache.update(known[0])
@@ -329,15 +346,21 @@ def _start_worker(
 
 def _search_in_worker(point: Point) -> None:
     assert _worker is not None
-    stop, parent = _worker.stop, multiprocessing.parent_process()
+    stop = _worker.stop
 
     def on_evaluation() -> None:
-        if parent is not None and not parent.is_alive():
-            os._exit(1)  # nobody waits for an answer
         if stop.is_set():
             raise InterruptedError("stopped")
 
     search(_worker.folder / point.folder, _worker.ground.job(point, _worker.folder, _worker.kind), on_evaluation)
+
+
+def _search_there(given: Any, point: Point, folder: Path, on_evaluation: Callable[[], None]) -> None:
+    """A search on another machine, in a folder that was begun here."""
+    ground, kind, cache, judged = given
+    ground.first.problem.evaluator.cache.update(cache)
+    ground.first.judged.update(judged)
+    search(folder, ground.job(point, folder.parent, kind), on_evaluation)
 
 
 def finish(folder: Path, ground: Ground, points: Sequence[Point], sensitivities: Sensitivities | None) -> dict[str, Any]:

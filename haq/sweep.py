@@ -49,21 +49,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     cli.add_reward(parser, default.reward, default.eps)
     add("--sensitivity-kind", help=f"{', '.join(KINDS)} (default: {default.sensitivity_kind})")
-    add("--workers", type=int, default=1, help="processes that search, one thread each; results are the same (default: 1)")
+    add("--workers", type=int, help="processes that search, one thread each; results are the same (default: 1)")
+    cli.add_ray(parser)
     add("--out", type=Path, help="folder of the sweep (default: one under runs/)")
     add("--resume", type=Path, metavar="SWEEP", help="go on with an interrupted sweep")
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     options = parser.parse_args(arguments)
-    if options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it must be at least 1")
+    cli.check_workers(options)
     cli.check_eps(options)
     varied = ("hw", "budgets", "seeds", "solvers")
     given = {field.name: getattr(options, field.name, None) for field in fields(Settings) if field.name not in varied}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run or any(getattr(options, x) for x in varied)):
         raise ValueError(
-            "--resume SWEEP goes on with what the sweep was asked for: no other option but --workers and --json goes with it"
+            "--resume SWEEP goes on with what the sweep was asked for: no other option but --workers, --ray and --json goes"
         )
     return options
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_unused(folder)
     with cli.follow_loading(console, "loading network and data, calibrating, pricing") as follow:
         ground = Ground.load(sweep, **follow)
-    print_plan(console, ground, options.workers, None if options.dry_run else folder)
+    print_plan(console, ground, options, None if options.dry_run else folder)
     if options.dry_run:
         return 0
     if earlier:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         searches.begin(folder, sweep, ground)
     try:
-        content = run(console, ground, folder, options.workers)
+        content = run(console, ground, folder, options)
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. Finished searches are kept in {folder}; go on with")
         console.print(f"  python -m haq.sweep --resume {folder}", soft_wrap=True)
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(console: Console, ground: Ground, folder: Path, workers: int) -> dict[str, Any]:
+def run(console: Console, ground: Ground, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Sensitivities, then every search, with progress bars. Returns what sweep.json holds."""
     points, sensitivities = ground.points(), None
     with cli.progress(console) as bar:
@@ -123,7 +123,8 @@ def run(console: Console, ground: Ground, folder: Path, workers: int) -> dict[st
         searches.judge_uniform(ground)
         task = bar.add_task("searches", total=len(points), note="")
         kind = sensitivities.kind if sensitivities else ground.sweep.settings.sensitivity_kind
-        searches.run_all(folder, ground, points, kind, workers, lambda point: bar.update(task, advance=1, note=point.folder))
+        done = lambda point: bar.update(task, advance=1, note=point.folder)  # noqa: E731
+        searches.run_all(folder, ground, points, kind, options.workers, done, options.ray)
         return searches.finish(folder, ground, points, sensitivities)
 
 
@@ -134,7 +135,7 @@ def _measure_sensitivities(bar: Any, ground: Ground, folder: Path) -> Sensitivit
     return found
 
 
-def print_plan(console: Console, ground: Ground, workers: int, folder: Path | None) -> None:
+def print_plan(console: Console, ground: Ground, options: argparse.Namespace, folder: Path | None) -> None:
     """What a sweep will do."""
     sweep, job = ground.sweep, ground.first
     settings, points = sweep.settings, ground.points()
@@ -152,7 +153,7 @@ def print_plan(console: Console, ground: Ground, workers: int, folder: Path | No
         },
         "solvers": f"{', '.join(sweep.solvers)}; {settings.evaluations} evaluations, {drawn}",
         "sensitivities": f"{settings.sensitivity_kind}, once for all" if sweep.shares_sensitivities else "none",
-        "searches": f"{len(points)}, {workers} at a time",
+        "searches": f"{len(points)}, {cli.describe_workers(options)}",
         "results in": str(folder) if folder else "nothing is written (--dry-run)",
     }
     table = Table.grid(padding=(0, 2))

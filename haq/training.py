@@ -265,30 +265,31 @@ def finetune(
     tuned = copy.deepcopy(qnetwork)
     for parameter in tuned.parameters():
         parameter.requires_grad_(True)
-    refresh_norms(network, tuned, split, norm_images)
-    scales = Q.activation_scales(tuned)
     small = max(network.input_shape[1:]) <= SMALL
-    with torch.random.fork_rng(devices=[]), one_thread() if small else nullcontext():
+    with torch.random.fork_rng(devices=[]):
         # What the network itself draws (dropout) comes from the seed too, whatever was computed before.
         torch.manual_seed(seed)
-        fit(
-            network,
-            split,
-            module=tuned,
-            teacher=network.module.eval(),
-            scales=scales,
-            fixed_norms=True,
-            batch_size=TUNING_BATCH,  # many small steps: with few images it is their number that counts
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            penalty=penalty,
-            adversary=adversary,
-            state=state,
-            steps=steps,
-            on_epoch=on_epoch,
-            on_step=on_step,
-        )
+        refresh_norms(network, tuned, split, norm_images)
+        scales = Q.activation_scales(tuned)
+        with one_thread() if small else nullcontext():
+            fit(
+                network,
+                split,
+                module=tuned,
+                teacher=network.module.eval(),
+                scales=scales,
+                fixed_norms=True,
+                batch_size=TUNING_BATCH,  # many small steps: with few images it is their number that counts
+                epochs=epochs,
+                learning_rate=learning_rate,
+                seed=seed,
+                penalty=penalty,
+                adversary=adversary,
+                state=state,
+                steps=steps,
+                on_epoch=on_epoch,
+                on_step=on_step,
+            )
     for scale in scales:
         scale.requires_grad_(False)
     return tuned

@@ -78,8 +78,15 @@ class Processes:
 
 
 @contextmanager
-def working(evaluator: Evaluator, count: int | None) -> Iterator[None]:
-    """Let an evaluator's policies be evaluated by so many processes; by this one if there is no number."""
+def working(evaluator: Evaluator, count: int | None, ray: str | None = None) -> Iterator[None]:
+    """Let an evaluator's policies be evaluated by so many processes; by this one if there is no number. Given the address of a
+    Ray cluster, by as many workers there, or by all of its processors."""
+    if ray is not None:
+        from haq import cluster
+
+        with cluster.working(evaluator, ray, count):
+            yield
+        return
     if count is None:
         yield
         return

@@ -199,11 +199,14 @@ def test_episodes_reach_the_replay_buffer_as_they_were_played_and_the_critic_lea
     steps = len(env.decisions)
     agent = agents.make_agent(DDPG, env, steps, seed=0, episodes=30)
     tried = {found.policy: found for found in run("random", problem, 12)[1]}
-    episodes = [agents.play(env, policy) for policy in tried]
+    episodes = [agents.play(env, agents.follow(env, policy)) for policy in tried]
+    learner = agents.Learner(agent, np.random.default_rng(0), Session(problem, 12))
     assert [episode.policy for episode in episodes] == list(tried)
     for episode, found in zip(episodes, tried.values(), strict=True):
         assert episode.reward == pytest.approx(10 * (found.result.accuracy - problem.float_accuracy))
-        agents.learn(agent, episode)
+        learner.choose(episode)
+        learned = learner.learn(env)
+        assert (learned.policy, learned.reward) == (episode.policy, episode.reward)
     assert agent.replay_buffer is not None
     assert agent.replay_buffer.size() == 12 * steps
     assert agent.replay_buffer.rewards[steps - 1, 0] == pytest.approx(episodes[0].reward)
@@ -216,11 +219,11 @@ def test_imagined_episodes_are_what_would_have_been_played() -> None:
     problem = make_problem(small_network(), 0.5)
     env = envs.MixedPrecisionEnv(problem)
     agent = agents.make_agent(DDPG, env, len(env.decisions), seed=0, episodes=3)
-    best = [agents.play(env, found.policy) for found in run("random", problem, 3)[1]]
+    best = [agents.play(env, agents.follow(env, found.policy)) for found in run("random", problem, 3)[1]]
     imagined = agents.imagine(agent, [envs.MixedPrecisionEnv(problem) for _ in range(8)], best, 0.5, np.random.default_rng(0))
     assert len(imagined) == 8
     for episode in imagined:
-        played = agents.play(env, episode.policy)
+        played = agents.play(env, agents.follow(env, episode.policy))
         assert problem.within_budget(problem.policy_cost(played.policy))
         assert np.allclose(played.observations, episode.observations)
 

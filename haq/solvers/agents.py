@@ -211,7 +211,7 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
     shown = len(proposals)
     if not learner.restore():
         for proposal in proposals:
-            learner.choose(play(players[0], _follow(players[0], proposal)))
+            learner.choose(play(players[0], follow(players[0], proposal)))
     while True:
         while learner.may_choose and learner.vain < VAIN:
             with one_thread():
@@ -221,7 +221,7 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
                 learner.vain = 0 if new else learner.vain + 1
                 if new:
                     best = new[int(np.argmax(expected(agent, new)))].policy
-                    learner.choose(play(players[0], _follow(players[0], best)))
+                    learner.choose(play(players[0], follow(players[0], best)))
                     learner.sigma *= DECAY
         if not learner.waiting:
             return
@@ -298,7 +298,7 @@ def play(env: gymnasium.Env, act: Callable[[int, Floats], Floats]) -> Episode:
     return Episode(info["policy"], np.array(observations), np.array(actions, np.float32), reward, info["saturated"])
 
 
-def _follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, Floats], Floats]:
+def follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, Floats], Floats]:
     """What decides just this policy."""
 
     def act(step: int, observation: Floats) -> Floats:
