@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=options.json)
     earlier = Run.load(options.resume) if options.resume else None
     if earlier and earlier.finished:
+        earlier.drop_checkpoint("finetuning")  # it may have been killed just before it did so itself
         raise ValueError(f"{earlier.folder} is finished; see it with python -m haq.evaluate {earlier.folder}")
     settings = earlier.settings if earlier else Settings(**options.settings)
     folder = earlier.folder if earlier else options.out or default_folder(settings)

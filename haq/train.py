@@ -59,6 +59,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out {options.out}: a checkpoint's name ends in .safetensors")
     if options.out.exists():
+        if options.resume:  # it may have been killed just before it did so itself
+            options.out.with_suffix(".state").unlink(missing_ok=True)
         raise ValueError(f"{options.out} exists and is not overwritten")
     if options.learning_rate is None:
         kind = "adam" if options.optimizer == "adam" else "quantized" if options.scheme else "float"

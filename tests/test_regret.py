@@ -47,7 +47,7 @@ def test_a_search_is_told_with_its_regret_evaluation_by_evaluation(
     known: regret.Known, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(regret, "known", lambda name, quick: [known])
-    outcome = regret.one_search(("small", True, 0, "random", 10, 0))
+    outcome = regret.one_search(("small", True, 0, "random", 10, 0, 1))
     assert len(outcome.curve) == 10
     assert (np.diff(outcome.curve) <= 0).all()
     assert outcome.regret == pytest.approx(outcome.curve[-1])
