@@ -77,12 +77,15 @@ JOBS = {
         name: Job(f"{SEARCH} --solver {name} --seed 1", RESUMED, "config.yaml", "result.json")
         for name in ("ddpg", "td3", "sac", "ilp", "greedy", "evolution", "random")
     },
-    "exhaustive": Job(
-        f"{SEARCH} --solver exhaustive --bits 6:7 --budget 0.95 --evaluations 300", RESUMED, "config.yaml", "result.json"
-    ),
-    "ddpg as in HAQ": Job(f"{SEARCH} --env haq", RESUMED, "config.yaml", "result.json"),
-    "ddpg, 2 workers": Job(f"{SEARCH} --ahead 3 --workers 2", f"{RESUMED} --workers 2", "config.yaml", "result.json"),
-    "tuning in the loop": Job(f"{SEARCH} --finetune-steps 3 --solver evolution", RESUMED, "config.yaml", "result.json"),
+    **{
+        name: Job(f"{SEARCH} {more}", f"{RESUMED} {resumed}", "config.yaml", "result.json")
+        for name, more, resumed in (
+            ("exhaustive", "--solver exhaustive --bits 6:7 --budget 0.95 --evaluations 300", ""),
+            ("ddpg as in HAQ", "--env haq", ""),
+            ("ddpg, 2 workers", "--workers 2", "--workers 2"),
+            ("tuning in the loop", "--finetune-steps 3 --solver evolution", ""),
+        )
+    },
     "fine-tuning": Job(
         "haq.finetune run --epochs 12",
         "haq.finetune run --epochs 12 --resume",

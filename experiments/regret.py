@@ -54,6 +54,7 @@ import hw_models
 import quantizers as Q
 from haq import cli, data, models, training
 from haq.evaluator import Evaluation
+from haq.job import Settings
 from haq.problem import ROUNDING, Decision
 from haq.solvers import SOLVERS, Session, random_search, sensitivity, solve
 
@@ -411,7 +412,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SHOWN), metavar="NAME")
     parser.add_argument("--evaluations", nargs="+", type=int, default=list(ALLOWED), metavar="N")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--ahead", type=int, default=1, help="policies chosen before the first of them is learned from")
+    parser.add_argument("--ahead", type=int, default=Settings().ahead, help="policies chosen before the first is learned from")
     parser.add_argument("--processes", type=int, default=2, help="searches at a time; the figures don't depend on it")
     parser.add_argument(
         "--quick", action="store_true", help="only see that it runs: 2 pairs per layer, one seed; saves nothing"

@@ -338,9 +338,17 @@ def load_quantized(path: Path) -> Network:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors with notes, beside and renamed; the same bytes for the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    safetensors.torch.save_file(tensors, partial, metadata)
+    content = safetensors.torch.save(tensors, metadata)
+    # The library leaves the notes in an order of its own, another one in every process.
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    ordered += b" " * (-len(ordered) % 8)  # tensors are aligned
+    partial.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
     partial.replace(path)
 
 
