@@ -135,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with working(job.problem.evaluator, options.workers, options.ray):
             result, policy = _search(console, job, run, rivals)
+    except (ConnectionError, ChildProcessError) as error:
+        raise type(error)(f"{error}; what was found is kept, go on with: python -m haq.search --resume {run.folder}") from None
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
         console.print(f"  python -m haq.search --resume {run.folder}", soft_wrap=True)

@@ -307,9 +307,7 @@ def run_all(
             done.result()
             on_search(waiting[done])
     except BrokenProcessPool:
-        raise ChildProcessError(
-            f"a worker was killed, perhaps for want of memory; go on with fewer: python -m haq.sweep --resume {folder}"
-        ) from None
+        raise ChildProcessError("a worker was killed, perhaps for want of memory: go on with fewer") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -100,6 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         searches.begin(folder, sweep, ground)
     try:
         content = run(console, ground, folder, options)
+    except (ConnectionError, ChildProcessError) as error:
+        raise type(error)(f"{error}; finished searches are kept, go on with: python -m haq.sweep --resume {folder}") from None
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. Finished searches are kept in {folder}; go on with")
         console.print(f"  python -m haq.sweep --resume {folder}", soft_wrap=True)
