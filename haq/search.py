@@ -17,8 +17,9 @@ from torch import nn
 import quantizers as Q
 from haq import cli, summary, training
 from haq.adversarial import parse_eps
+from haq.files import ROBUSTNESS
 from haq.job import Job, Settings
-from haq.run import ROBUSTNESS, Run, check_unused, default_folder, has_tensorboard
+from haq.run import Run, check_unused, default_folder, has_tensorboard
 from haq.solvers import SOLVERS, Found, Session
 from haq.solvers.sensitivity import KINDS, Sensitivities
 from haq.workers import working
