@@ -12,12 +12,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from haq.amounts import UNITS
 from haq.files import (
     ATTACKED,
     COLUMNS,
@@ -34,265 +33,20 @@ from haq.files import (
     SWEEP,
     SWEEP_SCHEMA,
 )
+from haq.records import Config, Policy, Problem, Record, Result, Robustness, SweepBegun, SweepDone, share_of
 
 POLICY_SCHEMA = "haq-bit-policy"  # quantizers.policy's, which can't be imported without torch
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Cost = Annotated[float, Field(ge=0)]
-Bits = Annotated[int, Field(ge=1, le=8)]
-Count = Annotated[int, Field(ge=0)]
-Metric = Annotated[str, Field(pattern=f"^({'|'.join(UNITS)})$")]
-Eight = Annotated[list[Cost], Field(min_length=8, max_length=8)]
-
-
-class Record(BaseModel):
-    """Data from a file. What isn't named is left alone, so that an older report reads a newer file of the same schema."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore", populate_by_name=True)
-
-
-class Hardware(Record):
-    name: str
-    description: str
-    batch: int
-    provenance: str
-
-
-class Layer(Record):
-    name: str
-    kind: str
-    macs: Count
-    parameters: Count
-    fixed: bool
-    cost: Annotated[list[Eight], Field(min_length=8, max_length=8)]  # [weight bits - 1][activation bits - 1]
-
-
-class Problem(Record):
-    """problem.json: what is searched."""
-
-    network: str
-    origin: str
-    data: str
-    images: Count
-    target: Hardware
-    metric: Metric
-    unit: str
-    limit: Cost
-    uniform8: Annotated[float, Field(gt=0)]
-    smallest: Cost
-    bits: Annotated[list[Bits], Field(min_length=2, max_length=2)]
-    reward: str
-    reward_is: str
-    float_accuracy: Share = Field(alias="float")
-    layers: Annotated[list[Layer], Field(min_length=1)]
-
-
-class PolicyLayer(Record):
-    name: str
-    weight_bits: Bits
-    activation_bits: Bits
-
-
-class Policy(Record):
-    """policy.json; searched policies have no layer in float."""
-
-    layers: list[PolicyLayer]
-
-
-class Budget(Record):
-    metric: Metric
-    limit: Cost
-    used: Cost
-    fraction: float
-    used_fraction: float
-    holds: bool
-
-
-class Check(Record):
-    name: str
-    passed: bool
-    figures: str
-
-
-class Threat(Record):
-    eps: float
-    norm: str
-
-
-class Deployed(Record):
-    images: Count
-    right: Count
-    different: Count
-    reason: str | None
-
-
-class Attacked(Record):
-    """One network under attack."""
-
-    what: str = Field("", alias="is")
-    clean: Share
-    worst: Share
-    images: Count
-    classes: Annotated[int, Field(ge=1)]
-    threat: Threat
-    attacks: dict[str, Share | None]
-    checks: list[Check]
-    curve: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
-    curve_images: Count
-    masked: bool
-    verdict: str
-    deployed: Deployed | None = None
-
-
-class Robustness(Record):
-    """robustness.json, as `python -m haq.robustness` writes it."""
-
-    network: str
-    data: str
-    images: Count
-    threat: str
-    attacks: str
-    backward: str
-    requantized_input: bool
-    seed: int
-    networks: Annotated[dict[str, Attacked], Field(min_length=1)]
-
-
-Entry = dict[str, float | None]
-
-
-class Result(Record):
-    """result.json: what a finished search found."""
-
-    network: str
-    data: str
-    target: str
-    solver: str
-    evaluations: dict[str, Count]
-    seed: int
-    reward: str
-    accuracy_is: str
-    cost_is: str
-    budget: Budget
-    of_float: Entry = Field(alias="float")
-    uniform8: Entry
-    uniform: list[Entry] = []
-    found: Entry
-    finetuned: Entry | None
-    rivals: dict[str, Entry]
-    verified: Attacked | None = None
-
-
-class SweepRun(Record):
-    seed: int
-    folder: str
-    evaluations: Count
-    cost: Cost
-    fraction: float
-
-
-class Judged(Record):
-    """A policy of a sweep, with the accuracies of its reward beside its own fields."""
-
-    model_config = ConfigDict(extra="allow")
-
-    cost: Cost
-    fraction: float
-    pareto: bool
-
-    def share(self, key: str) -> float:
-        """An accuracy, 0..1. Raises ValueError if there is none of that name."""
-        return _share(self.model_extra or {}, key)
-
-
-class Uniform(Judged):
-    bits: Bits
-
-
-class Searched(Judged):
-    budget: str
-    solver: str
-    limit: Cost
-    runs: Annotated[list[dict[str, Any]], Field(min_length=1)]
-
-    def spread(self, key: str) -> tuple[float, float]:
-        """The smallest and the largest accuracy over the seeds."""
-        shares = [_share(run, key) for run in self.runs]
-        return min(shares), max(shares)
-
-
-class SweepTarget(Record):
-    name: str
-    cost_is: str
-    kind: str
-    uniform8: Cost
-    left_out: str
-    uniform: list[Uniform]
-    found: list[Searched]
-
-
-class Specialised(Judged):
-    cost: Cost = 0.0
-    fraction: float = 0.0
-    pareto: bool = False
-    solver: str
-    folder: str
-    fractions: dict[str, float]
-
-
-class Specialisation(Record):
-    budget: str
-    policies: dict[str, Specialised]
-
-
-class Asked(Record):
-    settings: dict[str, str | int | bool | None]
-    hw: list[str]
-    budgets: list[str]
-    solvers: list[str]
-    seeds: int
-
-
-class SweepBegun(Record):
-    """sweep.json while it is searched."""
-
-    finished: bool
-    asked: Asked
-    versions: dict[str, str]
-    command: str | None = None
-
-
-class SweepDone(SweepBegun):
-    """sweep.json in the end."""
-
-    network: str
-    data: str
-    reward: str
-    reward_is: str
-    metric: Metric
-    accuracy_is: str
-    images: dict[str, Count]
-    of_float: Entry = Field(alias="float")
-    targets: dict[str, SweepTarget]
-    specialisation: Specialisation | None
-
-
-class Config(Record):
-    """config.yaml: what was asked. Runs of before the first release have no command."""
-
-    settings: dict[str, str | int | bool | None]
-    versions: dict[str, str]
-    command: str | None = None
-
 
 class Tried(NamedTuple):
-    """One evaluation, a row of history.csv; accuracy is a share, cost in the metric's unit."""
+    """One evaluation, a row of history.csv: accuracy is a share, loss in nats, cost in the metric's unit."""
 
     solver: str
     evaluation: int
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     accuracy: float
+    loss: float
     cost: float
     within_budget: bool
 
@@ -321,7 +75,7 @@ class RunFolder:
     def best(self) -> Tried | None:
         """The best policy so far of the run's own solver within its budget; None if there is none yet."""
         mine = [tried for tried in self.history if tried.within_budget and tried.solver == self.solver]
-        return max(mine, key=lambda tried: (tried.accuracy, -tried.cost), default=None)
+        return min(mine, key=lambda tried: (-tried.accuracy, tried.loss, tried.cost), default=None)
 
 
 @dataclass(frozen=True)
@@ -331,6 +85,10 @@ class SweepFolder:
     folder: Path
     content: SweepBegun
     runs: list[RunFolder]
+
+
+def is_finished(source: RunFolder | SweepFolder) -> bool:
+    return source.finished if isinstance(source, RunFolder) else source.content.finished
 
 
 def read(folder: Path) -> RunFolder | SweepFolder:
@@ -366,13 +124,7 @@ def _read_run(folder: Path) -> RunFolder:
     path = folder / RESULT
     result = _record(Result, _text(path), path, RESULT_SCHEMA) if path.is_file() else None
     if result:
-        for entry in (result.of_float, result.uniform8, result.found, result.finetuned, *result.rivals.values()):
-            for key in (f"search_{result.reward}", f"test_{result.reward}") if entry is not None else ():
-                _share(entry or {}, key, path)
-        for uniform in result.uniform:
-            _share(uniform, f"search_{result.reward}", path)
-            if any(uniform.get(key) is None for key in ("bits", "cost")):
-                raise ValueError(f"{path}: an entry of 'uniform' lacks its bits or its cost")
+        _check_accuracies(result, path)
     path = folder / ROBUSTNESS / ATTACKED
     robustness = _record(Robustness, _text(path), path, ROBUSTNESS_SCHEMA) if path.is_file() else None
     return RunFolder(
@@ -384,6 +136,21 @@ def _read_run(folder: Path) -> RunFolder:
         result,
         robustness,
     )
+
+
+def _check_accuracies(result: Result, path: Path) -> None:
+    """Their names depend on the reward, so that no record can name them."""
+    keys = [f"{split}_{result.reward}" for split in ("search", "test")]
+    try:
+        for entry in (result.of_float, result.uniform8, result.found, result.finetuned, *result.rivals.values()):
+            for key in keys if entry is not None else ():
+                share_of(entry or {}, key)
+        for uniform in result.uniform:
+            share_of(uniform, keys[0])
+            if any(uniform.get(key) is None for key in ("bits", "cost")):
+                raise ValueError("an entry of 'uniform' lacks its bits or its cost")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _config(path: Path) -> Config:
@@ -434,14 +201,15 @@ def _tried(row: list[str], layers: int) -> Tried:
         if len(widths) != layers or not all(width in "12345678" and len(width) == 1 for width in widths):
             raise ValueError(f"{name} is {cell[name][:80]!r}; it must be {layers} widths from 1 to 8 parted by dashes")
         bits.append(tuple(map(int, widths)))
-    accuracy, cost = _number(cell, "accuracy"), _number(cell, "cost")
+    accuracy, loss, cost = (_number(cell, name) for name in ("accuracy", "loss", "cost"))
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy is {accuracy}; it must be from 0 to 1")
     if cell["within_budget"] not in ("0", "1"):
         raise ValueError(f"within_budget is {cell['within_budget'][:80]!r}; it must be 0 or 1")
     if not cell["evaluation"].isdecimal():
         raise ValueError(f"evaluation is {cell['evaluation'][:80]!r}; it must be a whole number")
-    return Tried(cell["solver"], int(cell["evaluation"]), bits[0], bits[1], accuracy, cost, cell["within_budget"] == "1")
+    within = cell["within_budget"] == "1"
+    return Tried(cell["solver"], int(cell["evaluation"]), bits[0], bits[1], accuracy, loss, cost, within)
 
 
 def _number(cell: dict[str, str], name: str) -> float:
@@ -449,16 +217,10 @@ def _number(cell: dict[str, str], name: str) -> float:
         value = float(cell[name])
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
+    # A network at too few bits may have an infinite loss.
+    if not (value >= 0 and (name == "loss" or value < math.inf)):
         raise ValueError(f"{name} is {cell[name][:80]!r}; it must be a number of at least 0")
     return value
-
-
-def _share(entry: dict[str, Any], key: str, path: Path | None = None) -> float:
-    value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{f'{path}: ' if path else ''}{key!r} is {value!r:.80}; it must be a share from 0 to 1")
-    return float(value)
 
 
 _Any = TypeVar("_Any", bound=Record)
@@ -480,8 +242,8 @@ def _check_schema(content: Any, path: Path, known: str) -> None:
     found = content.get("schema") if isinstance(content, dict) else None
     if found != known:
         raise ValueError(
-            f"{path} has the schema {found!r:.80}, this version of haq reads {known!r}: make the report with the version of haq "
-            "that wrote it"
+            f"{path} has the schema {found!r:.80}, this version of haq reads {known!r}: make the report with the version that "
+            "wrote it"
         )
 
 

@@ -1,0 +1,63 @@
+"""The page itself: one HTML file that needs nothing else and asks nobody for anything.
+
+Every name and number passes through Jinja's escaping; the data of charts are JSON in which no tag can end. The page's own
+script and style are let in by their hashes, and the Content-Security-Policy lets in nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+
+from jinja2 import Environment, StrictUndefined
+
+from haq.folder import RunFolder, SweepFolder
+from haq.reporting import parts, vega
+from haq.reporting.drawing import Picture
+from haq.version import __version__
+
+GENERATOR = "haq.report"
+
+
+def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
+    """The page of some runs and sweeps, in their order. The same folders give the same page, byte for byte."""
+    told = [parts.of(source, f"part-{number}") for number, source in enumerate(sources, 1)]
+    overview = parts.overview(sources, told) if len(sources) > 1 else None
+    pictures: list[Picture] = [*(overview.pictures if overview else ())]
+    pictures += [picture for part in told for section in part.sections for picture in section.pictures]
+    boxes = {id(picture): f"chart-{number}" for number, picture in enumerate(pictures)}
+    specs = {f"{boxes[id(picture)]}-{i}": spec for picture in pictures for i, spec in enumerate(picture.specs)}
+    style, script = _asset("report.css"), _asset("report.js")
+    # No file of ours may end the element that it stands in.
+    library = vega.script().replace("</script", "<\\/script")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.from_string(_asset("report.html.jinja")).render(
+        title=told[0].title if len(told) == 1 else f"{len(told)} searches, side by side",
+        parts=told,
+        overview=overview,
+        box=lambda picture: boxes[id(picture)],
+        specs=specs,
+        style=style,
+        library=library,
+        script=script,
+        policy=_policy(style, library, script),
+        generator=GENERATOR,
+        version=__version__,
+    )
+
+
+def _policy(style: str, *scripts: str) -> str:
+    """What a browser lets this page do: draw, with its own script and style. Nothing is fetched, framed, sent or evaluated."""
+    hashes = " ".join(_hash(script) for script in scripts)
+    return f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _asset(name: str) -> str:
+    return resources.files("haq.reporting").joinpath(name).read_text(encoding="utf-8")
