@@ -48,8 +48,8 @@ def bits(run: RunFolder) -> Picture:
     says = (
         f"{len(policy)} layers; weights have {min(w_bits)} to {max(w_bits)} bits, {statistics.mean(w_bits):.1f} on average, "
         f"activations {min(a_bits)} to {max(a_bits)}, {statistics.mean(a_bits):.1f} on average. Together they take "
-        f"{amount(used, metric)} instead of {amount(problem.uniform8, metric)} of {metric} at 8/8 bits ({kind}). The costliest "
-        f"layer at 8/8, {layer.name}, goes from {amount(before, metric)} to {amount(after, metric)} at {w}/{a} bits."
+        f"{amount(used, metric)} of {metric} instead of {amount(problem.uniform8, metric)} at 8/8 bits ({kind}). The layer "
+        f"that costs most at 8/8, {layer.name}, goes from {amount(before, metric)} to {amount(after, metric)} at {w}/{a} bits."
     )
     note = (
         "Weights up, activations (a layer's input) down, as in HAQ's paper; below them each layer's share of the "
@@ -99,9 +99,9 @@ def _bars(rows: list[Row], layers: int) -> dict[str, Any]:
     axis = alt.Axis(values=[-8, -4, 0, 4, 8], labelExpr="abs(datum.value)", **_AXIS)
     base = plot(rows).encode(x=alt.X("layer:N", sort=None, title=None, axis=alt.Axis(labels=False, ticks=False)))
     bars = base.mark_bar(strokeWidth=1.5).encode(
-        y=alt.Y("height:Q", title="activations   bits   weights", scale=alt.Scale(domain=[-9.5, 9.5], nice=False), axis=axis),
+        y=alt.Y("height:Q", title="activations ← bits → weights", scale=alt.Scale(domain=[-9.5, 9.5], nice=False), axis=axis),
         color=color_by("operand", OPERANDS, colors),
-        stroke=alt.Stroke("operand:N", scale=alt.Scale(domain=list(OPERANDS), range=colors), legend=None),
+        stroke=alt.Stroke("operand:N", scale=alt.Scale(domain=list(OPERANDS), range=colors), legend=alt.Legend(title=None)),
         fillOpacity=alt.condition("datum.chosen == 'fixed'", alt.value(0.15), alt.value(1)),
         tooltip=[f"{name}:N" for name in ("layer", "kind", "operand", "bits", "chosen")],
     )
@@ -148,9 +148,9 @@ def tried(run: RunFolder) -> Picture:
     points = [(one.cost, one.accuracy) for one in run.history] + [(cost, accuracy) for _, cost, accuracy in uniform]
     best, least = front(points), lowest([accuracy for _, accuracy in points])
     note = (
-        "A filled mark is within the budget, an empty one above it. The line is the Pareto front: nothing tried costs less and "
-        f"is better. {reward.capitalize()} is measured on the search split, by which policies are chosen; what they are worth "
-        "is told by the test split."
+        "A filled mark is within the budget, an empty one above it. The line is the Pareto front: nothing tried costs less "
+        f"and is better. {reward.capitalize()} is measured on the search split, by which policies are chosen; what they are "
+        "worth is told by the test split."
     )
     if uniform:
         note += " Numbers are the bits of uniform policies (fixed layers keep theirs)."
@@ -205,7 +205,7 @@ def _points(
         words = {"is": percent(accuracy), "cost": amount(cost, metric), "within": "within" if within else "above"}
         return {**at(cost, accuracy), **words}
 
-    rows = [
+    rows: list[Row] = [
         {"policy": one.solver, "evaluation": one.evaluation, "mean": _means(one)}
         | told(one.cost, one.accuracy, one.within_budget)
         for one in run.history
@@ -237,7 +237,12 @@ def _points(
         ],
     )
     steps = plot([at(*point) for point in best]).mark_line(interpolate="step-after", color="var(--ink)", strokeWidth=1.2)
-    layers = [*level(problem.float_accuracy, "float"), *limit(problem.limit / size, "budget"), steps.encode(x=x, y=y), marks]
+    layers = [
+        *level(problem.float_accuracy, "float", y),
+        *limit(problem.limit / size, "budget", x),
+        steps.encode(x=x, y=y),
+        marks,
+    ]
     if uniform:
         widths = plot([row for row in rows if row["policy"] == UNIFORM])
         layers.append(widths.mark_text(dx=10, fontSize=11, color="var(--muted)").encode(x=x, y=y, text="mean:N"))
@@ -268,7 +273,8 @@ def convergence(run: RunFolder) -> Picture:
             says.append(f"{solver}: {percent(best)}, first at evaluation {rises[-1]['evaluation']} of {mine[-1].evaluation}")
     least = lowest([row["y"] / 100 for row in rises], 0.75)
     most = max([run.problem.float_accuracy, *(row["y"] / 100 for row in rises)])
-    x = alt.X("evaluation:Q", title="evaluation")
+    longest = max(one.evaluation for one in run.history)
+    x = alt.X("evaluation:Q", title="evaluation", scale=alt.Scale(domain=[0, rounded(1.02 * longest)], nice=False))
     y = alt.Y("y:Q", title=f"best {reward} so far, %", scale=scale_of(least, most))
     color = color_by("solver", solvers, palette(solvers))
     line = plot([*rises, *ends]).mark_line(interpolate="step-after", strokeWidth=1.6).encode(x=x, y=y, color=color)
@@ -276,15 +282,15 @@ def convergence(run: RunFolder) -> Picture:
     marks = plot(rises).mark_point(size=50, filled=True, opacity=0.9)
     marks = marks.encode(x=x, y=y, color=color, shape=shape_by("solver", solvers), tooltip=tooltip)
     note = (
-        f"{reward.capitalize()} on the search split (measured) of the best policy within the budget. Evaluations above it, such as "
-        "those that measure what single layers bear, raise no line."
+        f"{reward.capitalize()} on the search split (measured) of the best policy within the budget. Evaluations above it, "
+        "such as those that measure what single layers bear, raise no line."
     )
     if any(row["y"] / 100 < least for row in rises):
         note += f" What is below {100 * least:.1f} % is drawn at the lower edge."
     return Picture(
         "Convergence: the best so far",
         "; ".join(says) + ".",
-        [finished(alt.layer(*level(run.problem.float_accuracy, "float"), line, marks), 260)],
+        [finished(alt.layer(*level(run.problem.float_accuracy, "float", y), line, marks), 260)],
         ["solver", "evaluation", f"best {reward} so far"],
         [[row["solver"], str(row["evaluation"]), row["is"]] for row in rises],
         note,

@@ -42,9 +42,9 @@ def sweep(content: SweepDone, target: SweepTarget) -> Picture:
     of_float = content.of_float.get(key) or 0.0
     says = (
         f"{', '.join(solvers)} at budgets {', '.join(dict.fromkeys(row.budget for row in target.found))}; "
-        f"{sum(row['front'] == 'yes' for row in rows)} policies are on the Pareto front. The most accurate, by {best.solver} at "
-        f"budget {best.budget}, has {percent(best.share(key))} on the test split at {best.fraction:.3f} of uniform 8 bits; float "
-        f"has {percent(of_float)}."
+        f"{sum(row['front'] == 'yes' for row in rows)} policies are on the Pareto front. The most accurate, by {best.solver} "
+        f"at budget {best.budget}, has {percent(best.share(key))} on the test split at {best.fraction:.3f} of uniform 8 bits; "
+        f"float has {percent(of_float)}."
     )
     note = "Ringed: on the Pareto front, nothing costs less and is better. Numbers are the bits of uniform policies."
     if lower := sum(uniform.share(key) < least for uniform in target.uniform):
@@ -105,6 +105,7 @@ def _panel(content: SweepDone, target: SweepTarget, rows: list[Row], solvers: li
     x = alt.X("x:Q", title=f"{content.metric}, fraction of uniform 8 bits ({target.kind})", scale=alt.Scale(zero=False))
     scale = scale_of(least, max(of_float, *(row["y"] / 100 for row in rows)))
     y = alt.Y("y:Q", title=f"test {reward}, % (measured)", scale=scale)
+    low = alt.Y("low:Q", title=f"test {reward}, % (measured)", scale=scale)
     color = color_by("policy", names, [*palette(solvers), "var(--muted)"])
     searched = plot([row for row in rows if row["policy"] != UNIFORM])
     tooltip = [
@@ -120,9 +121,9 @@ def _panel(content: SweepDone, target: SweepTarget, rows: list[Row], solvers: li
     rings = plot([row for row in rows if row["front"] == "yes"]).mark_point(size=200, strokeWidth=1.5, color="var(--ink)")
     return finished(
         alt.layer(
-            *level(of_float, "float"),
+            *level(of_float, "float", y),
             searched.mark_line(strokeWidth=1.4).encode(x=x, y=y, color=color),
-            searched.mark_rule(strokeWidth=1.5).encode(x=x, y="low:Q", y2="high:Q", color=color),
+            searched.mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=color),
             rings.encode(x=x, y=y),
             marks.encode(x=x, y=y, color=color, shape=shape_by("policy", names), tooltip=tooltip),
             plot(rows).mark_text(dx=11, dy=6, fontSize=11, color="var(--muted)").encode(x=x, y=y, text="label:N"),
@@ -136,12 +137,12 @@ def attacked(found: Robustness) -> Picture:
     first = next(iter(found.networks.values()))
     of_pixels = first.threat.norm == "linf"
     unit, names = 255 if of_pixels else 1, list(found.networks)
-    curve = [
+    curve: list[Row] = [
         {"network": name, "eps": rounded(unit * eps), "y": rounded(100 * share), "is": percent(share)}
         for name, one in found.networks.items()
         for eps, share in one.curve
     ]
-    worst = [
+    worst: list[Row] = [
         {
             "network": name,
             "eps": rounded(unit * one.threat.eps),
@@ -157,7 +158,10 @@ def attacked(found: Robustness) -> Picture:
     )
     color, shape = color_by("network", names, palette(names)), shape_by("network", names)
     scale = "1/255 of the range of a pixel" if of_pixels else "of images in [0, 1]"
-    x = alt.X("eps:Q", title=f"eps, {scale} ({first.threat.norm})")
+    # Stars at the largest eps need room.
+    most = 1.04 * max(row["eps"] for row in [*curve, *worst])
+    title = f"eps, {scale} ({first.threat.norm})"
+    x = alt.X("eps:Q", title=title, scale=alt.Scale(domain=[0, rounded(most)], nice=False))
     y = alt.Y("y:Q", title="accuracy, % (measured)", scale=alt.Scale(domain=[0, 100]))
     told = ["network:N", "eps:Q", alt.Tooltip("is:N", title="accuracy under PGD")]
     told_worst = ["network:N", alt.Tooltip("is:N", title="worst case over all attacks"), "verdict:N"]
@@ -166,7 +170,7 @@ def attacked(found: Robustness) -> Picture:
         plot(worst).mark_point(size=220, strokeWidth=2, shape=STAR),
     )
     layers = (
-        *level(1 / first.classes, "chance"),
+        *level(1 / first.classes, "chance", y),
         plot(curve).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=color),
         marks.encode(x=x, y=y, color=color, shape=shape, tooltip=told),
         stars.encode(x=x, y=y, color=color, tooltip=told_worst),
@@ -204,7 +208,7 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     tooltip = ["run:N", alt.Tooltip("is:N", title=f"{reward} (measured)"), alt.Tooltip("cost:N", title=f"{metric} ({kind})")]
     marks, rings = plot(steps).mark_point(size=35, filled=True), plot(found).mark_point(size=230, strokeWidth=2)
     layers = alt.layer(
-        *level(problem.float_accuracy, "float"),
+        *level(problem.float_accuracy, "float", y),
         plot(steps).mark_line(interpolate="step-after", strokeWidth=1.4).encode(x=x, y=y, color=color),
         marks.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
         rings.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),

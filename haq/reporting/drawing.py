@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
         "labelFontSize": 12,
         "labelLimit": 220,
         "symbolSize": 80,
-        "columns": 3,
+        "columns": 4,
     },
 }
 
@@ -100,20 +100,20 @@ def shape_by(field: str, names: Sequence[str]) -> alt.Shape:
     return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=alt.Legend(title=None))
 
 
-def level(share: float, label: str) -> list[alt.Chart]:
-    """A level across the chart, with its name and value."""
+def level(share: float, label: str, y: alt.Y) -> list[alt.Chart]:
+    """A level across the chart, with its name and value; `y` is the axis that all layers of the chart share."""
     told = plot([{"y": rounded(100 * share), "label": f"{label} {percent(share)}"}])
-    line = told.mark_rule(color="var(--muted)", strokeDash=[2, 3]).encode(y="y:Q")
+    line = told.mark_rule(color="var(--muted)", strokeDash=[2, 3]).encode(y=y)
     text = told.mark_text(align="right", baseline="bottom", dy=-3, fontSize=11, color="var(--muted)")
-    return [line, text.encode(y="y:Q", x=alt.value("width"), text="label:N")]
+    return [line, text.encode(y=y, x=alt.value("width"), text="label:N")]
 
 
-def limit(value: float, label: str) -> list[alt.Chart]:
+def limit(value: float, label: str, x: alt.X) -> list[alt.Chart]:
     """A limit from top to bottom, with its name."""
     told = plot([{"x": rounded(value), "label": label}])
-    line = told.mark_rule(color="var(--ink)", strokeDash=[6, 3]).encode(x="x:Q")
+    line = told.mark_rule(color="var(--ink)", strokeDash=[6, 3]).encode(x=x)
     text = told.mark_text(align="left", baseline="bottom", dx=4, dy=-4, fontSize=11, color="var(--ink)")
-    return [line, text.encode(x="x:Q", y=alt.value("height"), text="label:N")]
+    return [line, text.encode(x=x, y=alt.value("height"), text="label:N")]
 
 
 def lowest(shares: Sequence[float], quantile: float = 0.5) -> float:

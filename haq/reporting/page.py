@@ -52,7 +52,8 @@ def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
 def _policy(style: str, *scripts: str) -> str:
     """What a browser lets this page do: draw, with its own script and style. Nothing is fetched, framed, sent or evaluated."""
     hashes = " ".join(_hash(script) for script in scripts)
-    return f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data:; base-uri 'none'; form-action 'none'"
+    allowed = f"script-src {hashes}; style-src {_hash(style)}; img-src data:"
+    return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
 
 
 def _hash(text: str) -> str:

@@ -34,6 +34,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     links: Mapping[str, str] = field(default_factory=dict)
+    words: bool = False  # rather than numbers
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Section:
     title: str
     stamp: str = ""  # what must not be overlooked
     sentences: Sequence[str] = ()
+    points: Sequence[str] = ()  # a list below the sentences
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     command: str = ""
@@ -87,15 +89,9 @@ def _line(source: RunFolder | SweepFolder, name: str) -> list[str]:
     if isinstance(source, SweepFolder):
         content = source.content
         state = "finished sweep" if content.finished else "unfinished sweep"
-        asked = content.asked
-        settings = asked.settings
-        told = [
-            str(settings.get("network", "")),
-            ", ".join(asked.hw),
-            str(settings.get("metric", "")),
-            ", ".join(asked.solvers),
-        ]
-        return [name, state, *told, f"{len(asked.budgets)} budgets", "–", "–", "–"]
+        asked, settings = content.asked, content.asked.settings
+        told = [str(settings.get("network", "")), ", ".join(asked.hw), str(settings.get("metric", ""))]
+        return [name, state, *told, ", ".join(asked.solvers), f"{len(asked.budgets)} budgets", "–", "–", "–"]
     problem, result = source.problem, source.result
     told = [problem.network, problem.target.name, problem.metric, source.solver]
     limit = amount(problem.limit, problem.metric)
@@ -163,8 +159,8 @@ def _so_far(run: RunFolder) -> str:
         return f"{words} None of them is within the budget yet."
     metric = run.problem.metric
     return (
-        f"{words} The best within the budget so far has {percent(run.best.accuracy)} on the search split (measured), float has "
-        f"{percent(run.problem.float_accuracy)}; it takes {amount(run.best.cost, metric)} of at most "
+        f"{words} The best within the budget so far has {percent(run.best.accuracy)} on the search split (measured), float "
+        f"has {percent(run.problem.float_accuracy)}; it takes {amount(run.best.cost, metric)} of at most "
         f"{amount(run.problem.limit, metric)} {metric} ({kind_of_cost(run)})."
     )
 
@@ -187,9 +183,8 @@ def _facts(run: RunFolder, result: Result) -> list[Fact]:
             metric.capitalize(), amount(budget.used, metric), f"{kind}; {share} of the budget, {amount(budget.limit, metric)}"
         )
     )
-    if budget.used:
-        of_uniform = f"less {metric} than uniform 8 bits, {kind}"
-        facts.append(Fact("Gain", f"{run.problem.uniform8 / budget.used:.2f} times", of_uniform))
+    of_uniform = f"of uniform 8 bits, {amount(run.problem.uniform8, metric)}; {kind}"
+    facts.append(Fact("Against 8 bits", f"{100 * budget.used_fraction:.1f} %", of_uniform))
     facts.append(Fact("Budget", "✓ holds" if budget.holds else "✗ EXCEEDED", f"{budget.fraction:.3g} of uniform 8 bits"))
     return facts
 
@@ -239,9 +234,7 @@ def _results(run: RunFolder, result: Result) -> Table:
     ]
     note = f"{run.problem.data}. {called(result.reward).capitalize()} {result.accuracy_is}; cost {result.cost_is}."
     if robust:
-        note += (
-            f" Worst case: {run.problem.reward_is}, right both times, by a cheap attack that is no evaluation of robustness."
-        )
+        note += f" Worst case: {run.problem.reward_is}, right both times; a cheap attack, no evaluation of robustness."
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
 
 
@@ -267,21 +260,22 @@ def _attacked(found: Robustness) -> Section:
     held = [{check.name: check.passed for check in one.checks} for one in networks.values()]
     words = {True: "PASS", False: "FAIL", None: "–"}
     masked = [name for name, one in networks.items() if one.masked]
-    sentences = [
-        f"The attacker may change any of {found.images:,} test images of {found.data} within {found.threat}, and knows weights, "
-        f"bits and quantizers; gradients by {found.backward}. Attacks: {found.attacks}, seed {found.seed}. Networks get images "
-        f"{'rounded to 8 bits' if found.requantized_input else 'as the attacker made them'}. The number that counts is the worst "
-        "case over all attacks, image by image."
-    ]
-    sentences += [f"{name}: {one.what}." for name, one in networks.items() if one.what]
+    given = "rounded to 8 bits" if found.requantized_input else "as the attacker made them"
+    sentence = (
+        f"The attacker may change any of {found.images:,} test images of {found.data} within {found.threat}, and knows "
+        f"weights, bits and quantizers; gradients by {found.backward}. Attacks: {found.attacks}, seed {found.seed}. Networks "
+        f"get images {given}. The number that counts is the worst case over all attacks, image by image."
+    )
+    points = []
     for name, one in networks.items():
-        sentences += [f"{name}: FAIL: {check.name}: {check.figures}." for check in one.checks if not check.passed]
-        sentences.append(f"{name}: {_tenth(one.worst)}, {one.verdict}.")
-    sentences += [f"{name}, as an integer network: {_deployed(one)}" for name, one in networks.items() if one.deployed]
+        points += [f"{name}: FAIL: {check.name}: {check.figures}." for check in one.checks if not check.passed]
+        points.append(f"{name}: {_tenth(one.worst)}, {one.verdict}.")
+        points += [f"{name}, as an integer network: {_deployed(one)}"] if one.deployed else []
     return Section(
         "Under attack",
-        f"Masked gradients: of {', '.join(masked)} the worst case is an upper bound, no assurance." if masked else "",
-        sentences,
+        f"Masked gradients: of {' and '.join(masked)} the worst case is an upper bound, no assurance." if masked else "",
+        [sentence],
+        points,
         [comparisons.attacked(found)],
         [
             Table(f"Accuracy under attack, measured, {found.threat}", ["attack", *names], rows),
@@ -290,6 +284,7 @@ def _attacked(found: Robustness) -> Section:
                 ["what should hold", *names],
                 [[check, *(words[one.get(check)] for one in held)] for check in checks],
             ),
+            Table("Networks", ["network", "what it is"], [[name, one.what] for name, one in networks.items()], words=True),
         ],
     )
 
@@ -352,8 +347,9 @@ def _configuration(run: RunFolder) -> Section:
         ["target", f"{problem.target.name}: {problem.target.description}"],
         [
             "budget",
-            f"{amount(problem.limit, problem.metric)} {problem.metric}, {problem.limit / problem.uniform8:.3g} of uniform 8 bits "
-            f"({amount(problem.uniform8, problem.metric)}); the least possible is {amount(problem.smallest, problem.metric)}",
+            f"{amount(problem.limit, problem.metric)} {problem.metric}, {problem.limit / problem.uniform8:.3g} of uniform "
+            f"8 bits ({amount(problem.uniform8, problem.metric)}); at least {amount(problem.smallest, problem.metric)} is "
+            "possible",
         ],
         ["bits", f"{low} to {high}" + (f"; fixed: {', '.join(fixed)}" if fixed else "")],
     ]
@@ -362,14 +358,14 @@ def _configuration(run: RunFolder) -> Section:
 
 def _asked(told: list[list[str]], settings: Mapping[str, Any], versions: Mapping[str, str], command: str | None) -> Section:
     rows = [[f"--{name.replace('_', '-')}", str(value)] for name, value in settings.items() if value is not None]
-    tables = [Table("Problem", ["what", "value"], told)] if told else []
+    tables = [Table("Problem", ["what", "value"], told, words=True)] if told else []
     return Section(
         "Configuration",
         sentences=["This command repeats it; the same seed on the same machine gives the same files." if command else ""],
         tables=[
             *tables,
-            Table("Settings", ["option", "value"], rows),
-            Table("Versions", ["package", "version"], [list(one) for one in versions.items()]),
+            Table("Settings", ["option", "value"], rows, words=True),
+            Table("Versions", ["package", "version"], [list(one) for one in versions.items()], words=True),
         ],
         command=command or "",
     )
@@ -404,8 +400,9 @@ def _of_sweep(source: SweepFolder, content: SweepDone, anchor: str) -> Part:
         str(source.folder),
         True,
         [
-            f"{sum(len(row.runs) for row in searches)} searches of {content.network} on {content.data}, for {content.metric}, by "
-            f"{', '.join(asked.solvers)}. Accuracies are of policies as they were found, without fine-tuning."
+            f"{sum(len(row.runs) for row in searches)} searches of {content.network} on {content.data}, for "
+            f"{content.metric}, by {', '.join(asked.solvers)}. Accuracies are of policies as they were found, without "
+            "fine-tuning."
         ],
         facts,
         sections,
@@ -421,8 +418,8 @@ def _specialised(content: SweepDone, special: Specialisation) -> Table:
         shares = [f"{row.fractions[other]:.3f}{' *' if other == name else ''}" for other in names if other in row.fractions]
         rows.append([name, row.solver, percent(row.share(f"test_{content.reward}")), *shares])
     note = (
-        f"{content.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the target's "
-        "own policy, the best on the search split of those found for it."
+        f"{content.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
+        "target's own policy, the best on the search split of those found for it."
     )
     return Table("What a policy found for one target costs on another", head, rows, note)
 
