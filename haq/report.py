@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    check_once(options.runs)
     out = options.out or default_file(options.runs)
     check_free(out)
     sources = [folder.read(run) for run in options.runs]
@@ -56,6 +57,15 @@ def default_file(runs: list[Path]) -> Path:
     if len(runs) == 1:
         return runs[0] / REPORT
     return Path(os.path.relpath(os.path.commonpath([run.resolve().parent for run in runs]))) / REPORT
+
+
+def check_once(runs: list[Path]) -> None:
+    """Raise ValueError if a folder is given twice."""
+    seen: set[Path] = set()
+    for run in runs:
+        if run.resolve() in seen:
+            raise ValueError(f"{run} is given twice; give each folder once")
+        seen.add(run.resolve())
 
 
 def check_free(out: Path) -> None:

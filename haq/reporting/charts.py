@@ -19,6 +19,7 @@ from haq.reporting.drawing import (
     finished,
     front,
     kind_of_cost,
+    legend,
     level,
     limit,
     lowest,
@@ -101,7 +102,7 @@ def _bars(rows: list[Row], layers: int) -> dict[str, Any]:
     bars = base.mark_bar(strokeWidth=1.5).encode(
         y=alt.Y("height:Q", title="activations ← bits → weights", scale=alt.Scale(domain=[-9.5, 9.5], nice=False), axis=axis),
         color=color_by("operand", OPERANDS, colors),
-        stroke=alt.Stroke("operand:N", scale=alt.Scale(domain=list(OPERANDS), range=colors), legend=alt.Legend(title=None)),
+        stroke=alt.Stroke("operand:N", scale=alt.Scale(domain=list(OPERANDS), range=colors), legend=legend(OPERANDS)),
         fillOpacity=alt.condition("datum.chosen == 'fixed'", alt.value(0.15), alt.value(1)),
         tooltip=[f"{name}:N" for name in ("layer", "kind", "operand", "bits", "chosen")],
     )
@@ -224,7 +225,7 @@ def _points(
         x=x,
         y=y,
         color=color_by("policy", names, colors),
-        fill=alt.Fill("policy:N", scale=alt.Scale(domain=names, range=colors), legend=alt.Legend(title=None)),
+        fill=alt.Fill("policy:N", scale=alt.Scale(domain=names, range=colors), legend=legend(names)),
         shape=shape_by("policy", names),
         fillOpacity=alt.condition("datum.within == 'within'", alt.value(0.6), alt.value(0)),
         tooltip=[

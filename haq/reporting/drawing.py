@@ -43,7 +43,6 @@ CONFIG: dict[str, Any] = {
         "labelFontSize": 12,
         "labelLimit": 220,
         "symbolSize": 80,
-        "columns": 4,
     },
 }
 
@@ -91,13 +90,19 @@ def palette(names: Sequence[str]) -> list[str]:
     return [f"var(--series-{i % COLORS})" for i in range(len(names))]
 
 
+def legend(names: Sequence[str]) -> alt.Legend:
+    """As many names beside each other as a phone has room for."""
+    longest = max(map(len, names), default=0)
+    return alt.Legend(title=None, columns=max(1, min(4, 48 // (longest + 3))))
+
+
 def color_by(field: str, names: Sequence[str], colors: Sequence[str]) -> alt.Color:
-    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names), range=list(colors)), legend=alt.Legend(title=None))
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names), range=list(colors)), legend=legend(names))
 
 
 def shape_by(field: str, names: Sequence[str]) -> alt.Shape:
     shapes = [CROSS if name == UNIFORM else SHAPES[i % len(SHAPES)] for i, name in enumerate(names)]
-    return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=alt.Legend(title=None))
+    return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend(names))
 
 
 def level(share: float, label: str, y: alt.Y) -> list[alt.Chart]:

@@ -23,7 +23,8 @@ GENERATOR = "haq.report"
 
 def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
     """The page of some runs and sweeps, in their order. The same folders give the same page, byte for byte."""
-    told = [parts.of(source, f"part-{number}") for number, source in enumerate(sources, 1)]
+    names = parts.names([source.folder for source in sources])
+    told = [parts.of(source, name, f"part-{i}") for i, (source, name) in enumerate(zip(sources, names, strict=True), 1)]
     overview = parts.overview(sources, told) if len(sources) > 1 else None
     pictures: list[Picture] = [*(overview.pictures if overview else ())]
     pictures += [picture for part in told for section in part.sections for picture in section.pictures]

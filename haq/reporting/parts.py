@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from haq.amounts import percent
 from haq.folder import RunFolder, SweepFolder
-from haq.records import Attacked, Entry, Result, Robustness, Searched, Specialisation, SweepDone
+from haq.records import Attacked, Entry, Result, Robustness, Searched, Specialisation, SweepBegun, SweepDone
 from haq.reporting import charts, comparisons
 from haq.reporting.drawing import Picture, amount, called, kind_of_cost
 
@@ -62,10 +64,21 @@ class Part:
     command: str = ""  # what goes on with it, if it isn't finished
 
 
-def of(source: RunFolder | SweepFolder, anchor: str) -> Part:
+def names(folders: Sequence[Path]) -> list[str]:
+    """What folders are called on the page: as little of their paths as tells them apart, and nobody's home."""
+    paths = [folder.resolve() for folder in folders]
+    if len(paths) == 1:
+        return [paths[0].name]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() for path in paths]
+
+
+def of(source: RunFolder | SweepFolder, name: str, anchor: str) -> Part:
     if isinstance(source, RunFolder):
-        return _of_run(source, anchor)
-    return _of_sweep(source, source.content, anchor) if isinstance(source.content, SweepDone) else _begun(source, anchor)
+        return _of_run(source, name, anchor)
+    if isinstance(source.content, SweepDone):
+        return _of_sweep(source.content, name, anchor)
+    return _begun(source, name, anchor)
 
 
 def overview(sources: Sequence[RunFolder | SweepFolder], told: Sequence[Part]) -> Section:
@@ -113,7 +126,7 @@ def _joint(runs: Sequence[tuple[str, RunFolder]]) -> list[Picture]:
     return [comparisons.together(group) for group in groups if len(group) > 1 and any(run.history for _, run in group)]
 
 
-def _of_run(run: RunFolder, anchor: str) -> Part:
+def _of_run(run: RunFolder, name: str, anchor: str) -> Part:
     problem, result = run.problem, run.result
     sections = []
     if result is not None:
@@ -130,7 +143,7 @@ def _of_run(run: RunFolder, anchor: str) -> Part:
     return Part(
         anchor,
         f"{problem.network} on {problem.target.name}",
-        str(run.folder),
+        name,
         run.finished,
         [_verdict(run, result) if result else _so_far(run)],
         _facts(run, result) if result else _facts_so_far(run),
@@ -371,7 +384,7 @@ def _asked(told: list[list[str]], settings: Mapping[str, Any], versions: Mapping
     )
 
 
-def _of_sweep(source: SweepFolder, content: SweepDone, anchor: str) -> Part:
+def _of_sweep(content: SweepDone, name: str, anchor: str) -> Part:
     reward, key = called(content.reward), f"test_{content.reward}"
     asked = content.asked
     sizes = " and ".join(f"{count:,} {split}" for split, count in content.images.items())
@@ -389,15 +402,16 @@ def _of_sweep(source: SweepFolder, content: SweepDone, anchor: str) -> Part:
     if content.specialisation is not None:
         sections.append(Section("Specialisation", tables=[_specialised(content, content.specialisation)]))
     kinds = [f"On {target.name}, {content.metric} is {target.cost_is}." for target in content.targets.values()]
-    measured = f"{reward.capitalize()} ({content.reward_is}) is {content.accuracy_is}, on {sizes} images."
+    what = "" if content.reward_is == reward else f" ({content.reward_is})"
+    measured = f"{reward.capitalize()}{what} is {content.accuracy_is}, on {sizes} images."
     estimated = [_ESTIMATED] if any(target.kind == "estimated" for target in content.targets.values()) else []
     sections.append(Section("What is estimated, what is measured", sentences=[measured, *kinds, *estimated]))
     searches: list[Searched] = [row for target in content.targets.values() for row in target.found]
-    sections.append(_asked(_asked_of(content), asked.settings, content.versions, content.command))
+    sections.append(_asked(_asked_of(content), _shared(asked.settings), content.versions, content.command))
     return Part(
         anchor,
         f"Sweep of {content.network} on {', '.join(target.name for target in content.targets.values())}",
-        str(source.folder),
+        name,
         True,
         [
             f"{sum(len(row.runs) for row in searches)} searches of {content.network} on {content.data}, for "
@@ -428,7 +442,7 @@ def _kind(content: SweepDone, name: str) -> str:
     return f" ({content.targets[name].kind})" if name in content.targets else ""
 
 
-def _asked_of(content: Any) -> list[list[str]]:
+def _asked_of(content: SweepBegun) -> list[list[str]]:
     asked = content.asked
     return [
         ["targets", ", ".join(asked.hw)],
@@ -438,17 +452,22 @@ def _asked_of(content: Any) -> list[list[str]]:
     ]
 
 
-def _begun(source: SweepFolder, anchor: str) -> Part:
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that don't vary from search to search; a sweep never fine-tunes."""
+    return {key: value for key, value in settings.items() if key not in ("hw", "budget", "solver", "seed", "finetune_epochs")}
+
+
+def _begun(source: SweepFolder, name: str, anchor: str) -> Part:
     content, runs = source.content, source.runs
     done = sum(run.finished for run in runs)
     rows = [_line(run, run.folder.name) for run in runs]
     named = [(run.folder.name, run) for run in runs]
     sections = [Section("Searches so far", pictures=_joint(named), tables=[_list("Searches", rows, {})])] if runs else []
-    sections.append(_asked(_asked_of(content), content.asked.settings, content.versions, content.command))
+    sections.append(_asked(_asked_of(content), _shared(content.asked.settings), content.versions, content.command))
     return Part(
         anchor,
         f"Sweep of {content.asked.settings.get('network', '')} on {', '.join(content.asked.hw)}",
-        str(source.folder),
+        name,
         False,
         [f"This sweep is not finished: {len(runs)} searches are begun, {done} of them finished."],
         [],
