@@ -107,7 +107,9 @@ def _read_sweep(folder: Path) -> SweepFolder:
     text = _text(path)
     begun = _record(SweepBegun, text, path, SWEEP_SCHEMA)
     if begun.finished:
-        return SweepFolder(folder, _record(SweepDone, text, path, SWEEP_SCHEMA), [])
+        done = _record(SweepDone, text, path, SWEEP_SCHEMA)
+        _check_sweep(done, path)
+        return SweepFolder(folder, done, [])
     # The run that measured sensitivities searches nothing.
     begun_runs = sorted(one.parent for one in folder.glob(f"*/{CONFIG}") if one.parent.name != "sensitivity")
     return SweepFolder(folder, begun, [_read_run(one) for one in begun_runs])
@@ -136,6 +138,23 @@ def _read_run(folder: Path) -> RunFolder:
         result,
         robustness,
     )
+
+
+def _check_sweep(done: SweepDone, path: Path) -> None:
+    keys = [f"{split}_{done.reward}" for split in ("search", "test")]
+    special = done.specialisation.policies.values() if done.specialisation else ()
+    try:
+        for key in keys:
+            share_of(done.of_float, key)
+            for target in done.targets.values():
+                for row in (*target.uniform, *target.found):
+                    row.share(key)
+                for row in target.found:
+                    row.spread(key)
+            for policy in special:
+                policy.share(key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _check_accuracies(result: Result, path: Path) -> None:

@@ -330,7 +330,7 @@ def _tenth(share: float | None) -> str:
 
 
 _ESTIMATED = "Estimated means computed by a model of the hardware: nothing of it was run there."
-_MEASURED = "Measured means timed layer by layer, kernel by kernel; the whole network may take more or less than their sum."
+_MEASURED = "Measured means timed layer by layer; the whole network may take more or less than their sum."
 
 
 def _provenance(run: RunFolder) -> Section:
