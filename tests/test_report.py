@@ -117,7 +117,7 @@ def drawn(spec: Any) -> list[dict[str, Any]]:
         return [row for one in spec for row in drawn(one)]
     if not isinstance(spec, dict):
         return []
-    mine = [row for row in spec.get("data", {}).get("values", [])]
+    mine = list(spec.get("data", {}).get("values", []))
     return mine + [row for key, one in spec.items() if key != "data" for row in drawn(one)]
 
 
@@ -128,7 +128,7 @@ def test_a_run_from_end_to_end(made: Path, capsys: pytest.CaptureFixture[str]) -
     assert not list(Path().rglob("*.part"))
     page = Page(Path("run/report.html"))
     result, config = json.loads(Path("run/result.json").read_text()), yaml.safe_load(Path("run/config.yaml").read_text())
-    rows = {row[0]: row[1:] for row in page.tables["small on small_job:splits, edge"]}
+    rows = {row[0]: row[1:] for row in page.tables[f"{result['network']} on {result['data']}, edge"]}
     assert list(rows) == [
         "policy",
         "float",
