@@ -73,8 +73,11 @@ class RunFolder:
 
     @cached_property
     def best(self) -> Tried | None:
-        """The best policy so far of the run's own solver within its budget; None if there is none yet."""
+        """What the run's own solver found within its budget, or its best so far; None if there is none yet."""
         mine = [tried for tried in self.history if tried.within_budget and tried.solver == self.solver]
+        if self.policy is not None:
+            w, a = zip(*self.policy, strict=True)
+            mine = [tried for tried in mine if (tried.weight_bits, tried.activation_bits) == (w, a)] or mine
         return min(mine, key=lambda tried: (-tried.accuracy, tried.loss, tried.cost), default=None)
 
 

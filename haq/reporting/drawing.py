@@ -92,8 +92,10 @@ def palette(names: Sequence[str]) -> list[str]:
 
 def legend(names: Sequence[str]) -> alt.Legend:
     """As many names beside each other as a phone has room for."""
-    longest = max(map(len, names), default=0)
-    return alt.Legend(title=None, columns=max(1, min(4, 48 // (longest + 3))))
+    columns = 4
+    while columns > 1 and sum(26 + 6.5 * max(map(len, names[i::columns])) for i in range(min(columns, len(names)))) > 300:
+        columns -= 1
+    return alt.Legend(title=None, columns=columns)
 
 
 def color_by(field: str, names: Sequence[str], colors: Sequence[str]) -> alt.Color:
