@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Sequence
 from importlib import resources
+from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
 from haq.folder import RunFolder, SweepFolder
-from haq.reporting import parts, vega
+from haq.reporting import vega
 from haq.reporting.drawing import Picture
+from haq.reporting.overview import overview
+from haq.reporting.run_part import of_run
+from haq.reporting.sections import Part
+from haq.reporting.sweep_part import of_sweep
 from haq.version import __version__
 
 GENERATOR = "haq.report"
@@ -23,10 +29,10 @@ GENERATOR = "haq.report"
 
 def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
     """The page of some runs and sweeps, in their order. The same folders give the same page, byte for byte."""
-    names = parts.names([source.folder for source in sources])
-    told = [parts.of(source, name, f"part-{i}") for i, (source, name) in enumerate(zip(sources, names, strict=True), 1)]
-    overview = parts.overview(sources, told) if len(sources) > 1 else None
-    pictures: list[Picture] = [*(overview.pictures if overview else ())]
+    called = names([source.folder for source in sources])
+    told = [_part(source, name, f"part-{i}") for i, (source, name) in enumerate(zip(sources, called, strict=True), 1)]
+    first = overview(sources, told) if len(sources) > 1 else None
+    pictures: list[Picture] = [*(first.pictures if first else ())]
     pictures += [picture for part in told for section in part.sections for picture in section.pictures]
     boxes = {id(picture): f"chart-{number}" for number, picture in enumerate(pictures)}
     specs = {f"{boxes[id(picture)]}-{i}": spec for picture in pictures for i, spec in enumerate(picture.specs)}
@@ -38,7 +44,7 @@ def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
     return environment.from_string(_asset("report.html.jinja")).render(
         title=told[0].title if len(told) == 1 else f"{len(told)} searches, side by side",
         parts=told,
-        overview=overview,
+        overview=first,
         box=lambda picture: boxes[id(picture)],
         specs=specs,
         style=style,
@@ -48,6 +54,19 @@ def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
         generator=GENERATOR,
         version=__version__,
     )
+
+
+def names(folders: Sequence[Path]) -> list[str]:
+    """What folders are called on the page: as little of their paths as tells them apart, and nobody's home."""
+    paths = [folder.resolve() for folder in folders]
+    if len(paths) == 1:
+        return [paths[0].name]
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() for path in paths]
+
+
+def _part(source: RunFolder | SweepFolder, name: str, anchor: str) -> Part:
+    return of_run(source, name, anchor) if isinstance(source, RunFolder) else of_sweep(source, name, anchor)
 
 
 def _policy(style: str, *scripts: str) -> str:
