@@ -47,12 +47,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def several(run: Path) -> Path:
-    """The report of that run, of one with hostile names, and of one that has only begun."""
-    hostile = write_run(run.parent / "<b>hostile", layers=("stem", HOSTILE), network=HOSTILE, solvers=(HOSTILE, "ilp"))
-    begun = write_run(run.parent / "begun", layers=DEEP, finished=False)
-    out = run.parent / "several.html"
-    assert report.main([*map(str, (run, hostile, begun)), "--out", str(out)]) == 0
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an attacked run, of one with hostile names, and of one that has only begun."""
+    place = tmp_path_factory.mktemp("several")
+    attacked = write_run(place / "attacked", layers=DEEP)
+    write_robustness(attacked)
+    hostile = write_run(place / "<b>hostile", layers=("stem", HOSTILE), network=HOSTILE, solvers=(HOSTILE, "ilp"))
+    begun = write_run(place / "begun", layers=DEEP, finished=False)
+    out = place / "several.html"
+    assert report.main([*map(str, (attacked, hostile, begun)), "--out", str(out)]) == 0
     return out
 
 
@@ -285,6 +288,17 @@ def test_a_screen_reader_finds_its_way(browser: Any, several: Path) -> None:
         assert len(ids) == len(set(ids))
         referred = page.eval_on_selector_all("[aria-labelledby]", "all => all.map(one => one.getAttribute('aria-labelledby'))")
         assert set(" ".join(referred).split()) <= set(ids)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_to_complain_of(scheme: str, browser: Any, several: Path) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    with opened(browser, several, color_scheme=scheme) as page:
+        page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+        assert len(found.response["passes"]) > 30
 
 
 def test_without_javascript_words_and_tables_stand(browser: Any, run: Path) -> None:
