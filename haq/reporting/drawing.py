@@ -83,7 +83,8 @@ def finished(chart: Any, height: int) -> dict[str, Any]:
     """What Vega-Lite draws, as wide as its box."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     made: dict[str, Any] = chart.properties(width="container", height=height, autosize=fit).to_dict()
-    return {**made, "config": CONFIG}
+    # Without the schema's address no library minds another's version; what the chart says is the same in all of them.
+    return {key: value for key, value in made.items() if key != "$schema"} | {"config": CONFIG}
 
 
 def palette(names: Sequence[str]) -> list[str]:
