@@ -19,10 +19,11 @@ import yaml
 from haq import cli, folder, report, robustness, search, searches, sweep
 from haq.amounts import describe_amount, percent
 from haq.job import Settings
+from haq.reporting import vega
 from haq.reporting.drawing import front
 from quantizers.policy import SCHEMA as POLICY_SCHEMA
 from tests.test_robustness_command import MODULE
-from tests.written_runs import change, write, write_robustness, write_run
+from tests.written_runs import REWARDS, change, write, write_robustness, write_run
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
 HOSTILE = '</script><script>window.hacked=1</script>"><img src=x onerror=window.hacked=1>{{7*7}}'
@@ -298,6 +299,49 @@ def test_every_metric_has_its_unit_and_says_where_it_is_from(metric: str) -> Non
     titles = re.findall(r'"title":"([^"]*)"', json.dumps(page.specs, separators=(",", ":")))
     unit = {"latency": "\\u00b5s", "energy": "\\u00b5J", "storage": "kB"}[metric]
     assert f"{metric}, {unit} ({kind})" in titles or f"{metric}, m{unit[-1]} ({kind})" in titles
+
+
+@pytest.mark.parametrize(
+    ("reward", "called", "shares"),
+    [
+        ("accuracy", "accuracy", ["91.33 %"]),
+        ("agreement", "agreement", ["91.33 %"]),
+        ("accuracy+robust", "worst-case accuracy", ["96.33 %", "91.33 %"]),  # plain accuracy beside it
+    ],
+)
+def test_every_reward_is_called_by_its_name(reward: str, called: str, shares: list[str]) -> None:
+    run = write_run(Path("run"), reward=reward)
+    assert call(run) == 0
+    page = Page(run / "report.html")
+    rows = {row[0]: row[1:] for row in page.tables["small on digits, edge"]}
+    assert f"test {called} (measured)" in rows["policy"]
+    assert rows["found by ddpg"][: len(shares)] == shares
+    assert f"has 91.33 % {called} on the test split" in page.text
+    assert REWARDS[reward] in page.text
+    if reward == "agreement":
+        assert "accuracy" not in page.text.lower()
+
+
+def test_the_libraries_of_charts_are_bundled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def bundled(snippet: str) -> str:
+        made.append(snippet)
+        return f"bundle; {snippet}"
+
+    monkeypatch.setattr(vega.vl_convert, "javascript_bundle", bundled)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = vega.script()
+    assert first.startswith("bundle; window.vegaEmbed")
+    assert vega.script() == first
+    assert len(made) == 1
+    (kept,) = (tmp_path / "cache" / "haq").iterdir()
+    kept.write_text(first[:-5])  # of a machine that lost power
+    assert vega.script() == first
+    assert len(made) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # no folder can be made there
+    assert vega.script() == first
+    assert len(made) == 3
 
 
 def test_a_budget_that_is_exceeded_is_said_so() -> None:
