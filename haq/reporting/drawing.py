@@ -112,8 +112,8 @@ def level(share: float, label: str, y: alt.Y) -> list[alt.Chart]:
     """A level across the chart, with its name and value; `y` is the axis that all layers of the chart share."""
     told = plot([{"y": rounded(100 * share), "label": f"{label} {percent(share)}"}])
     line = told.mark_rule(color="var(--muted)", strokeDash=[2, 3]).encode(y=y)
-    text = told.mark_text(align="right", baseline="bottom", dy=-3, fontSize=11, color="var(--muted)")
-    return [line, text.encode(y=y, x=alt.value("width"), text="label:N")]
+    text = told.mark_text(align="left", baseline="bottom", dx=4, dy=-3, fontSize=11, color="var(--muted)")
+    return [line, text.encode(y=y, x=alt.value(0), text="label:N")]
 
 
 def limit(value: float, label: str, x: alt.X) -> list[alt.Chart]:
