@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "verified" in result:
         console.print(_verdict(result["verified"]), soft_wrap=True, markup=False)
     verify = (f"robustness {folder} --attacks full",) if job.problem.proxy else ()
-    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", *verify))
+    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify))
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1

@@ -109,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"Written: {folder} ({SWEEP}, {PICTURE}, and a folder for each search)", soft_wrap=True)
     example = next(found["runs"][0]["folder"] for target in content["targets"].values() for found in target["found"])
     console.print(f"Next: [bold]python -m haq.finetune {folder / example}[/], or another of them", soft_wrap=True)
+    console.print(f"Next: [bold]python -m haq.report {folder}[/]", soft_wrap=True)
     if options.json:
         print(json.dumps(content, indent=2))
     return 0

@@ -159,6 +159,10 @@ def test_a_run_from_end_to_end(made: Path, capsys: pytest.CaptureFixture[str]) -
     tried = page.tables["Data: Accuracy against latency: every policy tried"]
     assert len(tried) - 1 == len(Path("run/history.csv").read_text().splitlines()) - 1
     assert config["command"] in page.text
+    found, tuned = (percent(result[key]["test_accuracy"]) for key in ("found", "finetuned"))
+    assert f"The policy found by ddpg has {found} accuracy on the test split" in page.text
+    assert f"Found by ddpg {found} test accuracy, measured" in page.text
+    assert f"Fine-tuned {tuned} test accuracy, measured" in page.text
     for words in ("finished", "The budget of", "holds", "Convergence", "0.1.0", config["versions"]["torch"], "--seed 3"):
         assert words in page.text
     for words in (result["accuracy_is"], "nothing of it was run there", "no search and no training sees the test split"):
