@@ -516,6 +516,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("problem.json", lambda p: _without(p, "limit"), "run/problem.json: 'limit' is missing"),
     ("problem.json", lambda p: change(p, limit="much"), "run/problem.json: 'limit' is 'much': input should be a valid number"),
     ("problem.json", lambda p: change(p, limit=float("nan")), "run/problem.json: 'limit' is "),
+    ("problem.json", lambda p: change(p, limit=float("inf")), "run/problem.json: 'limit' is inf"),
     ("problem.json", lambda p: change(p, layers=[]), "run/problem.json: 'layers' is []"),
     ("problem.json", lambda p: change(p, uniform8=1.0), "run/problem.json: the costs of the layers at 8 bits don't add up"),
     ("problem.json", lambda p: change(p, metric="<b>"), "run/problem.json: 'metric' is '<b>'"),
