@@ -43,6 +43,7 @@ from haq.attacks import (
     suite,
     zero_gradients,
 )
+from haq.files import ROBUSTNESS_SCHEMA
 
 BATCH, PIXELS = 125, 1 << 22  # images at a time, and numbers in them: what a backward pass needs is many times as much
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
@@ -51,7 +52,6 @@ RUNS, DIFFERENT = 5, 1e-4  # forward passes that are held against each other, an
 CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of eps; `quick` takes every second
 DRAWS = 10  # of noise, without bounds
 CURVE_IMAGES, CURVE_STEPS = {"quick": 200, "standard": 500, "full": 1000}, 20
-SCHEMA = "haq-robustness-1"
 _PLAIN = (bool, int, float, str, tuple, Q.Scheme)  # attributes of modules that say how they compute
 
 Given = tuple[Tensor, Tensor, Tensor]  # images, labels, and whether they are classified right
@@ -496,7 +496,7 @@ def _asked(
 
     data = hashlib.sha256(images.cpu().contiguous().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
     networks = {"": signature(victim)} | {name: signature(source) for name, source in sources.items()}
-    return json.dumps([SCHEMA, networks, data, asdict(threat), attacks, backward, seed, torch.__version__])
+    return json.dumps([ROBUSTNESS_SCHEMA, networks, data, asdict(threat), attacks, backward, seed, torch.__version__])
 
 
 def _batch(images: Tensor) -> int:

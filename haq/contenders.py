@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import data, integer, interpreter, models, training
 from haq.attacks import Classifier
+from haq.files import CONFIG, ROBUSTNESS
 from haq.graph import capture
 from haq.job import CALIBRATION
-from haq.run import CONFIG, ROBUSTNESS, Run
+from haq.run import Run
 
 BETA = 2e-3  # of the penalty: fixed before anything was attacked (docs/experiments/defensive_quantization.md)
 PINNED = (8, 8)  # first and last layer of uniform policies below 8 bits, as in a search

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import hw_models
 from haq import cli, models
-from haq.problem import best_unit, describe_amount
+from haq.amounts import best_unit, describe_amount
 from hw_models.machine import Machine
 from hw_models.storage import BITS
 

@@ -18,14 +18,13 @@ import hw_models
 import quantizers as Q
 from haq import data, models, training
 from haq.adversarial import DEFAULT_EPS, Adversary, Proxy, check_images, parse_eps
+from haq.files import PROBLEM_SCHEMA, SENSITIVITY
 from haq.problem import Problem, check_reward
 from haq.solvers import check_env, check_name
 from haq.solvers.sensitivity import Sensitivities, check_kind
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
-SENSITIVITY = "sensitivity.json"
-PROBLEM_SCHEMA = "haq-problem-1"
 CALIBRATION = 512  # images of the train split
 
 
@@ -79,7 +78,9 @@ class Settings:
         words = ["python -m haq.search"]
         for one in fields(self):
             value = getattr(self, one.name)
-            if value != one.default:
+            # Sensitivities that are given bring their kind along.
+            brought = one.name == "sensitivity_kind" and self.sensitivity is not None
+            if value != one.default and not brought:
                 option = f"--{one.name.replace('_', '-')}"
                 words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
         return " ".join(words)

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 import hw_models
 import quantizers as Q
 from haq.adversarial import Proxy
+from haq.amounts import UNITS, describe_amount
 from haq.evaluator import Evaluation, Evaluator, device_of
 
-UNITS = {
-    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
-    "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
-}
 REWARDS = ("accuracy", "agreement", "accuracy+robust")
 ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
 
@@ -282,19 +278,6 @@ def parse_budget(budget: float | str, metric: str, reference: float) -> float:
             f"budget {budget!r} is not understood: give a fraction of uniform 8 bits such as 0.5, or an amount in "
             f"{', '.join(units)}"
         ) from None
-
-
-def best_unit(amount: float, metric: str) -> tuple[str, float]:
-    """The unit in which an amount reads best, and its size: ("ms", 0.001)."""
-    units = [(name, size) for name, size in UNITS[metric].items() if not name.endswith("iB")]
-    fitting = [unit for unit in units if abs(amount) >= unit[1]] or [min(units, key=lambda unit: unit[1])]
-    return max(fitting, key=lambda unit: unit[1])
-
-
-def describe_amount(amount: float, metric: str) -> str:
-    """An amount with the unit that reads best: 1.234 ms, 45.6 kB."""
-    name, size = best_unit(amount, metric)
-    return f"{amount / size:.4g} {name}"
 
 
 def check_reward(reward: str) -> str:

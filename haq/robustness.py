@@ -35,9 +35,9 @@ from haq.assessment import Assessment
 from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat, check_names
 from haq.contenders import Contenders, Deployed, Request
 from haq.evaluator import one_thread
-from haq.run import ROBUSTNESS
+from haq.files import ATTACKED, ROBUSTNESS, ROBUSTNESS_SCHEMA
 
-FILE, PICTURE = "robustness.json", "robustness.png"
+PICTURE = "robustness.png"
 Examined = tuple[Assessment, Deployed | None]
 EPS = {"linf": adversarial.DEFAULT_EPS, "l2": "0.5"}
 IMAGES = 1000
@@ -137,10 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there.")
         return cli.EXIT_INTERRUPTED
     content = collect(attempt, gathered, found)
-    _write(folder / FILE, json.dumps(content, indent=2) + "\n")
+    _write(folder / ATTACKED, json.dumps(content, indent=2) + "\n")
     draw(content, folder / PICTURE)
     print_result(console, content)
-    console.print(f"Written: {folder} ({FILE}, {PICTURE}, and the worst images of every network)", soft_wrap=True)
+    console.print(f"Written: {folder} ({ATTACKED}, {PICTURE}, and the worst images of every network)", soft_wrap=True)
     if options.json:
         print(json.dumps(content, indent=2))
     return 0
@@ -263,7 +263,7 @@ def collect(attempt: Attempt, gathered: Contenders, found: Mapping[str, Examined
         if deployed is not None:
             networks[name]["deployed"] = asdict(deployed)
     return {
-        "schema": assessment.SCHEMA,
+        "schema": ROBUSTNESS_SCHEMA,
         "source": attempt.request.source,
         "network": gathered.network.name,
         "data": gathered.dataset.name,

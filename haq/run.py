@@ -9,6 +9,7 @@
     policy.png          bits per layer over each layer's share of the cost
     checkpoint/         the fine-tuned network and its scales; agents after their last episode; an interrupted fine-tuning
     robustness/         finished attacks, and networks that were trained to compare with
+    report.html         what python -m haq.report makes of all this
     events.*            TensorBoard, where it is installed
 
 A search is deterministic, so an interrupted one is resumed by doing it again with its history at hand: what was evaluated
@@ -36,28 +37,15 @@ import quantizers as Q
 from haq import models
 from haq.checkpoint import Checkpoint
 from haq.evaluator import Evaluation
-from haq.job import SENSITIVITY, Job, Settings, Subject, check_signature, check_versions, machine_signature, versions
+from haq.files import COLUMNS, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
+from haq.job import Job, Settings, Subject, check_signature, check_versions, machine_signature, versions
 from haq.problem import Problem
 from haq.solvers import Found, Session, solve
 from haq.solvers.sensitivity import Sensitivities, by_hessian, signed
 
 logger = logging.getLogger("haq")
-CONFIG, PROBLEM, HISTORY = "config.yaml", "problem.json", "history.csv"
-POLICY, RESULT = "policy.json", "result.json"
 CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
-ROBUSTNESS = Path("robustness")
-SCHEMA, CHECKPOINT_FORMAT = "haq-run-1", "haq-quantized-1"
-COLUMNS = (
-    "solver",
-    "evaluation",
-    "weight_bits",
-    "activation_bits",
-    "accuracy",
-    "loss",
-    "cost",
-    "within_budget",
-    "divergence",
-)
+CHECKPOINT_FORMAT = "haq-quantized-1"
 
 
 class Run:
@@ -80,7 +68,8 @@ class Run:
         sensitivities = None if given is None else job.read_sensitivities(Path(given))
         folder.mkdir(parents=True, exist_ok=True)
         content = {
-            "schema": SCHEMA,
+            "schema": RUN_SCHEMA,
+            "command": job.settings.command(),
             "settings": asdict(job.settings),
             "signature": job.signature(),
             "versions": versions(),
@@ -101,8 +90,8 @@ class Run:
             raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {CONFIG}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
-                raise ValueError(f"schema is {content['schema']!r}, not {SCHEMA!r}")
+            if content["schema"] != RUN_SCHEMA:
+                raise ValueError(f"schema is {content['schema']!r}, not {RUN_SCHEMA!r}")
             settings = Settings(**content["settings"])
         except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error

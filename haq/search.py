@@ -17,8 +17,9 @@ from torch import nn
 import quantizers as Q
 from haq import cli, summary, training
 from haq.adversarial import parse_eps
+from haq.files import ROBUSTNESS
 from haq.job import Job, Settings
-from haq.run import ROBUSTNESS, Run, check_unused, default_folder, has_tensorboard
+from haq.run import Run, check_unused, default_folder, has_tensorboard
 from haq.solvers import SOLVERS, Found, Session
 from haq.solvers.sensitivity import KINDS, Sensitivities
 from haq.workers import working
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "verified" in result:
         console.print(_verdict(result["verified"]), soft_wrap=True, markup=False)
     verify = (f"robustness {folder} --attacks full",) if job.problem.proxy else ()
-    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", *verify))
+    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify))
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -27,15 +28,15 @@ import torch
 import quantizers as Q
 from haq import summary
 from haq.evaluator import Evaluation, one_thread
-from haq.job import SENSITIVITY, Job, Settings, check_signature, check_versions, threads, versions
+from haq.files import CONFIG, SENSITIVITY, SWEEP, SWEEP_SCHEMA
+from haq.job import Job, Settings, check_signature, check_versions, threads, versions
 from haq.problem import OutOfReach
-from haq.run import CONFIG, Run, check_unused
+from haq.run import Run, check_unused
 from haq.solvers import USE_NO_SEED, USE_SENSITIVITIES, Found, Session, check_name
 from haq.solvers.sensitivity import Sensitivities, by_evaluation, by_hessian
 from haq.workers import live_with_parent
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
-SCHEMA, FILE = "haq-sweep-1", "sweep.json"
 MOST_BUDGETS = 1000
 
 
@@ -79,6 +80,16 @@ class Sweep:
     @property
     def shares_sensitivities(self) -> bool:
         return bool(set(self.solvers) & set(USE_SENSITIVITIES))
+
+    def command(self) -> str:
+        """The command that asks for this; options of the runs that are as they come are left out."""
+        lists = {"hw": ",".join(self.hw), "budgets": ",".join(self.budgets), "solvers": ",".join(self.solvers)}
+        words = [f"--{name} {shlex.quote(value)}" for name, value in lists.items()]
+        if self.seeds != 1:
+            words.append(f"--seeds {self.seeds}")
+        # A sweep never fine-tunes, so it has no option for that.
+        shared = replace(self.settings, finetune_epochs=Settings.finetune_epochs).command().partition("haq.search")[2]
+        return f"python -m haq.sweep {' '.join(words)}{shared}"
 
     def settings_on(self, hw: str) -> Settings:
         """The settings that all runs on a target share; options of measured targets only where they are measured."""
@@ -183,19 +194,26 @@ def begin(folder: Path, sweep: Sweep, ground: Ground) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(
         folder,
-        {"schema": SCHEMA, "finished": False, "asked": asdict(sweep), "signature": ground.signature(), "versions": versions()},
+        {
+            "schema": SWEEP_SCHEMA,
+            "finished": False,
+            "command": sweep.command(),
+            "asked": asdict(sweep),
+            "signature": ground.signature(),
+            "versions": versions(),
+        },
     )
 
 
 def read(folder: Path) -> dict[str, Any]:
     """What sweep.json holds. Raises FileNotFoundError, or ValueError with the reason, if the folder isn't a sweep's."""
-    path = folder / FILE
+    path = folder / SWEEP
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {FILE}")
+        raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {SWEEP}")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"schema is {content['schema']!r}, not {SCHEMA!r}")
+        if content["schema"] != SWEEP_SCHEMA:
+            raise ValueError(f"schema is {content['schema']!r}, not {SWEEP_SCHEMA!r}")
         asked(content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is not the file of a sweep: {error}") from error
@@ -482,6 +500,6 @@ def _measured(hw: str) -> bool:
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-    partial = folder / f"{FILE}.part"
+    partial = folder / f"{SWEEP}.part"
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / FILE)
+    partial.replace(folder / SWEEP)

@@ -14,11 +14,11 @@ from torch import nn
 import quantizers as Q
 from haq import training
 from haq.adversarial import worst_case
+from haq.amounts import best_unit, describe_amount, percent
+from haq.files import RESULT_SCHEMA
 from haq.job import Job, threads
-from haq.problem import Problem, best_unit, describe_amount
+from haq.problem import Problem
 from haq.run import Run
-
-SCHEMA = "haq-result-1"
 
 
 def entry(job: Job, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -75,7 +75,7 @@ def collect(
     problem = job.problem
     cost, key = problem.policy_cost(policy), f"search_{problem.reward}"
     return {
-        "schema": SCHEMA,
+        "schema": RESULT_SCHEMA,
         "network": job.network.name,
         "data": job.dataset.name,
         "target": problem.target.name,
@@ -302,7 +302,3 @@ def print_next(console: Console, run: Run, commands: tuple[str, ...]) -> None:
     console.print(f"Written: {run.folder} (policy.json, policy.png, history.csv, result.json)")
     for command in commands:
         console.print(f"Next: [bold]python -m haq.{command}[/]", soft_wrap=True)
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from haq import cli, searches
+from haq.amounts import describe_amount, percent
+from haq.files import SWEEP
 from haq.job import Settings
-from haq.problem import describe_amount
 from haq.run import check_unused, has_tensorboard, unused_folder
-from haq.searches import FILE, Ground, Sweep
+from haq.searches import Ground, Sweep
 from haq.solvers import SOLVERS
 from haq.solvers.sensitivity import KINDS, Sensitivities
-from haq.summary import percent
 
 PICTURE = "sweep.png"
 
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=options.json)
     earlier = searches.read(options.resume) if options.resume else None
     if earlier and earlier["finished"]:
-        raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / FILE}")
+        raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / SWEEP}")
     sweep = searches.asked(earlier) if earlier else asked(options)
     folder = options.resume or options.out or unused_folder(f"sweep-{sweep.settings.metric}")
     if not earlier:
@@ -108,9 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
         return cli.EXIT_INTERRUPTED
     draw(content, folder / PICTURE)
     print_result(console, content)
-    console.print(f"Written: {folder} ({FILE}, {PICTURE}, and a folder for each search)", soft_wrap=True)
+    console.print(f"Written: {folder} ({SWEEP}, {PICTURE}, and a folder for each search)", soft_wrap=True)
     example = next(found["runs"][0]["folder"] for target in content["targets"].values() for found in target["found"])
     console.print(f"Next: [bold]python -m haq.finetune {folder / example}[/], or another of them", soft_wrap=True)
+    console.print(f"Next: [bold]python -m haq.report {folder}[/]", soft_wrap=True)
     if options.json:
         print(json.dumps(content, indent=2))
     return 0

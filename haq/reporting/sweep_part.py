@@ -1,0 +1,110 @@
+"""What a report says of a sweep, finished or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from haq.amounts import percent
+from haq.folder import SweepFolder
+from haq.records import Searched, Specialisation, SweepBegun, SweepDone
+from haq.reporting import comparisons
+from haq.reporting.drawing import called
+from haq.reporting.overview import joint, line, listed
+from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
+
+
+def of_sweep(source: SweepFolder, name: str, anchor: str) -> Part:
+    return _done(source.content, name, anchor) if isinstance(source.content, SweepDone) else _begun(source, name, anchor)
+
+
+def _done(content: SweepDone, name: str, anchor: str) -> Part:
+    reward, key = called(content.reward), f"test_{content.reward}"
+    asked = content.asked
+    sizes = " and ".join(f"{count:,} {split}" for split, count in content.images.items())
+    facts = [Fact("Float", percent(content.of_float.get(key)), f"test {reward}, measured")]
+    for target in content.targets.values():
+        if target.found:
+            best = min(target.found, key=lambda row: (-row.share(key), row.fraction))
+            what = f"test {reward}, measured, by {best.solver} at {best.fraction:.3f} of uniform 8 bits ({target.kind})"
+            facts.append(Fact(f"Best on {target.name}", percent(best.share(key)), what))
+    sections = []
+    for target in content.targets.values():
+        missed = [f"Budgets {target.left_out}."] if target.left_out else []
+        pictures = [comparisons.sweep(content, target)] if target.found else []
+        sections.append(Section(f"Pareto front on {target.name}", sentences=missed, pictures=pictures))
+    if content.specialisation is not None:
+        sections.append(Section("Specialisation", tables=[_specialised(content, content.specialisation)]))
+    kinds = [f"On {target.name}, {content.metric} is {target.cost_is}." for target in content.targets.values()]
+    what = "" if content.reward_is == reward else f" ({content.reward_is})"
+    measured = f"{reward.capitalize()}{what} is {content.accuracy_is}, on {sizes} images."
+    estimated = [ESTIMATED] if any(target.kind == "estimated" for target in content.targets.values()) else []
+    sections.append(Section("What is estimated, what is measured", sentences=[measured, *kinds, *estimated]))
+    searches: list[Searched] = [row for target in content.targets.values() for row in target.found]
+    sections.append(configuration(_asked_of(content), _shared(asked.settings), content.versions, content.command))
+    return Part(
+        anchor,
+        f"Sweep of {content.network} on {', '.join(target.name for target in content.targets.values())}",
+        name,
+        True,
+        [
+            f"{sum(len(row.runs) for row in searches)} searches of {content.network} on {content.data}, for "
+            f"{content.metric}, by {', '.join(asked.solvers)}. Accuracies are of policies as they were found, without "
+            "fine-tuning."
+        ],
+        facts,
+        sections,
+    )
+
+
+def _specialised(content: SweepDone, special: Specialisation) -> Table:
+    reward, names = called(content.reward), list(special.policies)
+    head = ["found for", "by", f"test {reward} (measured)"]
+    head += [f"{content.metric} on {name}{_kind(content, name)}" for name in names]
+    rows = []
+    for name, row in special.policies.items():
+        shares = [f"{row.fractions[other]:.3f}{' *' if other == name else ''}" for other in names if other in row.fractions]
+        rows.append([name, row.solver, percent(row.share(f"test_{content.reward}")), *shares])
+    note = (
+        f"{content.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
+        "target's own policy, the best on the search split of those found for it."
+    )
+    return Table("What a policy found for one target costs on another", head, rows, note)
+
+
+def _kind(content: SweepDone, name: str) -> str:
+    return f" ({content.targets[name].kind})" if name in content.targets else ""
+
+
+def _asked_of(content: SweepBegun) -> list[list[str]]:
+    asked = content.asked
+    return [
+        ["targets", ", ".join(asked.hw)],
+        ["budgets", ", ".join(asked.budgets)],
+        ["solvers", ", ".join(asked.solvers)],
+        ["seeds", str(asked.seeds)],
+    ]
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that don't vary from search to search; a sweep never fine-tunes."""
+    return {key: value for key, value in settings.items() if key not in ("hw", "budget", "solver", "seed", "finetune_epochs")}
+
+
+def _begun(source: SweepFolder, name: str, anchor: str) -> Part:
+    content, runs = source.content, source.runs
+    done = sum(run.finished for run in runs)
+    rows = [line(run, run.folder.name) for run in runs]
+    named = [(run.folder.name, run) for run in runs]
+    sections = [Section("Searches so far", pictures=joint(named), tables=[listed("Searches", rows, {})])] if runs else []
+    sections.append(configuration(_asked_of(content), _shared(content.asked.settings), content.versions, content.command))
+    return Part(
+        anchor,
+        f"Sweep of {content.asked.settings.get('network', '')} on {', '.join(content.asked.hw)}",
+        name,
+        False,
+        [f"This sweep is not finished: {len(runs)} searches are begun, {done} of them finished."],
+        [],
+        sections,
+        f"python -m haq.sweep --resume {source.folder}",
+    )
