@@ -104,10 +104,8 @@ def read_result(folder: Path) -> dict[str, Any]:
         for name in ("network", "data", "target", "solver", "accuracy_is", "cost_is"):
             _have(content, name, str)
         budget = _have(content, "budget", dict)
-        for name, kind in (("metric", str), ("unit", str), ("holds", bool)):
+        for name, kind in _BUDGET.items():
             _have(budget, name, kind)
-        for name in ("limit", "used", "used_fraction"):
-            _have(budget, name, float)
         for name in ("float", "uniform8", "found", *(["finetuned"] if content.get("finetuned") is not None else [])):
             _check_row(_have(content, name, dict), reward)
         for row in _have(content, "rivals", dict).values():
@@ -117,9 +115,9 @@ def read_result(folder: Path) -> dict[str, Any]:
         for bits in _have(content, "rival_policies", dict).values():
             if not isinstance(bits, dict) or not all(isinstance(pair, list) for pair in bits.values()):
                 raise ValueError("'rival_policies' must map names to bits by layer")
-        for name, kind in (("evaluations", int), ("saturated_actions", float)):
+        for name, of in _COUNTS.items():
             for key in (counts := _have(content, name, dict)):
-                _have(counts, key, kind)
+                _have(counts, key, of)
     except ValueError as error:
         raise ValueError(f"{path} is not the result of a run: {error}") from None
     return content
@@ -143,9 +141,7 @@ def check_links(folder: Path) -> None:
         for name in (*folders, *files):
             path = Path(inside, name)
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
-                raise ValueError(
-                    f"{path} is a symbolic link out of {folder}: nothing is written through it; put the file there"
-                )
+                raise ValueError(f"{path} is a symbolic link out of {folder}: nothing is written through it; put a copy there")
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -165,12 +161,8 @@ def size(count: int) -> str:
     """Bytes in words: 3.2 MB."""
     if count < 1000:
         return f"{count} bytes"
-    number, unit = float(count), "bytes"
-    for unit in ("kB", "MB", "GB", "TB"):
-        number /= 1000
-        if number < 999.5:
-            break
-    return f"{number:.3g} {unit}"
+    power = next((power for power in (1, 2, 3) if count < 999.5 * 1000**power), 4)
+    return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def full(error: BaseException) -> bool:
@@ -197,7 +189,7 @@ def _check_row(row: dict[str, Any], reward: str) -> None:
 
 def _have(content: dict[str, Any], name: str, kind: type) -> Any:
     """The value of a key. Raises ValueError unless it is of a type; a float may be an int, and is finite."""
-    value = content.get(name)
+    value: Any = content.get(name)
     kinds = (float, int) if kind is float else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{_quoted(name)} is a {_kind(value)}, not a {_NAMES[kind]}")
@@ -206,6 +198,8 @@ def _have(content: dict[str, Any], name: str, kind: type) -> Any:
     return value
 
 
+_BUDGET: dict[str, type] = {"metric": str, "unit": str, "holds": bool, "limit": float, "used": float, "used_fraction": float}
+_COUNTS: dict[str, type] = {"evaluations": int, "saturated_actions": float}
 _NAMES: dict[type, str] = {
     dict: "mapping",
     list: "list",

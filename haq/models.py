@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import data
+from haq.folder import write
 
 DEFAULT = "mobilenet-mini"
 ZOO = ("timm", "torchvision", "pytorchcv")
@@ -339,9 +340,7 @@ def load_quantized(path: Path) -> Network:
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    safetensors.torch.save_file(tensors, partial, metadata)
-    partial.replace(path)
+    write(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_checkpoint(path: Path) -> Network:

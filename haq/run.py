@@ -373,7 +373,8 @@ def _check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> Non
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {expected[name].dtype} of "
                 f"{tuple(expected[name].shape)}"
             )
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # What a scheme notes of widths that it doesn't use may be anything.
+        if name.endswith(("weight", "bias", "running_mean", "running_var", "_scale")) and not tensor.isfinite().all():
             raise ValueError(f"{name} has values that are not finite")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 import quantizers as Q
 from haq.adversarial import Adversary, Attack, Ball, check_images
 from haq.data import Split
+from haq.folder import write
 from haq.models import Network
 
 TUNING_BATCH = 32  # images of a step of `finetune`
@@ -186,9 +188,9 @@ class TrainingState:
             "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
             "perturbation": attack and attack.delta,
         }
-        partial = self.path.with_name(f"{self.path.name}.part")
-        torch.save(content, partial)
-        partial.replace(self.path)
+        file = io.BytesIO()  # torch's own error on a full disk doesn't say so
+        torch.save(content, file)
+        write(self.path, file.getvalue())
 
     def load(
         self,
