@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq import arrays
 from haq.attacks import (
     BLACK,
     EFFORTS,
@@ -398,10 +398,10 @@ class _Kept:
         self.right: dict[str, Tensor] = {}
         self.figures: dict[str, float] = {}
         self.examples, self.fooled_by = images.clone(), ["" if right else "nothing" for right in clean]
-        if self.path is not None and self.path.is_file():
+        if self.path is not None and self.path.exists():
             try:
                 self._read(self.path)
-            except (ValueError, OSError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            except (ValueError, OSError, LookupError, EOFError, TypeError) as error:
                 raise ValueError(f"{self.path} can't be gone on from ({error}): delete it") from error
 
     def add(self, name: str, right: Tensor, found: Tensor) -> None:
@@ -420,12 +420,27 @@ class _Kept:
         return self.figures[name]
 
     def _read(self, path: Path) -> None:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            self.examples = torch.from_numpy(file["examples"]).to(self.examples)
-            self.fooled_by = [str(name) for name in file["fooled_by"]]
-            self.figures = dict(zip(map(str, file["figures"]), map(float, file["values"]), strict=True))
-            for number, name in enumerate(map(str, file["attacks"])):
-                self.right[name] = torch.from_numpy(file["right"][number]).to(self.examples.device)
+        names = {"examples", "fooled_by", "attacks", "right", "figures", "values"}
+        file = arrays.read(path, names, 2 * self.examples.numel() * self.examples.element_size() + 2**24)
+        images, attacks = self.examples, len(file["attacks"])
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {
+            "examples": ("f", tuple(images.shape)),
+            "fooled_by": ("U", (len(images),)),
+            "attacks": ("U", (attacks,)),
+            "right": ("b", (attacks, len(images))),
+            "figures": ("U", (len(file["figures"]),)),
+            "values": ("f", (len(file["figures"]),)),
+        }
+        for name, (kind, shape) in expected.items():
+            if (file[name].dtype.kind, file[name].shape) != (kind, shape):
+                raise ValueError(f"{name} is {file[name].dtype} of shape {file[name].shape}")
+            if kind == "f" and not np.isfinite(file[name]).all():
+                raise ValueError(f"{name} has values that are not finite")
+        self.examples = torch.tensor(file["examples"]).to(self.examples)
+        self.fooled_by = [str(name) for name in file["fooled_by"]]
+        self.figures = dict(zip(map(str, file["figures"]), map(float, file["values"]), strict=True))
+        for number, name in enumerate(map(str, file["attacks"])):
+            self.right[name] = torch.tensor(file["right"][number]).to(self.examples.device)
 
     def _write(self) -> None:
         if self.path is None:

@@ -190,8 +190,8 @@ def _check_row(row: dict[str, Any], reward: str) -> None:
 def _have(content: dict[str, Any], name: str, kind: type) -> Any:
     """The value of a key. Raises ValueError unless it is of a type; a float may be an int, and is finite."""
     value: Any = content.get(name)
-    kinds = (float, int) if kind is float else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+    fits = isinstance(value, (float, int) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{_quoted(name)} is a {_kind(value)}, not a {_NAMES[kind]}")
     if kind is float and not abs(value) < 1e300:
         raise ValueError(f"{_quoted(name)} is no finite number")

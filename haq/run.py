@@ -119,8 +119,8 @@ class Run:
             if name in names and not path.exists():
                 where = "" if path.is_absolute() else f" in {Path.cwd()}: paths are relative to where the search was started"
                 raise FileNotFoundError(
-                    f"{self.folder} was asked for with --{name} {getattr(self.settings, name)}, and there is no {path}{where}; "
-                    "go on from there, or put it here"
+                    f"{self.folder} was asked for with --{name} {getattr(self.settings, name)}, and there is no {path}"
+                    f"{where}; go on from there, or put it here"
                 )
 
     def check(self, job: Subject, *, same_versions: bool = False) -> None:
@@ -144,8 +144,8 @@ class Run:
             layers = set(Q.BitPolicy.uniform(job.network.module, w=8, a=8)) & set(policy)
         if wrong := sorted(set(policy) ^ layers) or sorted(name for name, bits in policy.items() if None in bits):
             raise ValueError(
-                f"{source} is of another network than {job.network.name}: layer {wrong[0]!r} is in one of the two only, or has "
-                f"no bits; {len(wrong)} are wrong"
+                f"{source} is of another network than {job.network.name}: layer {wrong[0][:60]!r} is in one of the two only, "
+                f"or has no bits; so are {len(wrong)} in all"
             )
         return policy
 

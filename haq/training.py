@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 import quantizers as Q
 from haq.adversarial import Adversary, Attack, Ball, check_images
 from haq.data import Split
-from haq.folder import write
+from haq.folder import check_file, write
 from haq.models import Network
 
 TUNING_BATCH = 32  # images of a step of `finetune`
@@ -200,11 +201,17 @@ class TrainingState:
         attack: Attack | None = None,
     ) -> int:
         """Restore everything and return the number of epochs done: 0 if there is no file yet."""
-        if not self.path.is_file():
+        if not self.path.exists():
             return 0
+        # Weights, what an optimizer and an attack keep: never so many times the network.
+        check_file(self.path, 16 * sum(t.numel() * t.element_size() for t in module.state_dict().values()) + 2**28)
         try:
-            content = torch.load(self.path, weights_only=True)
-            epoch, asked = content["epoch"], content["asked"]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about foreign pickles, which are refused in our own words
+                content = torch.load(self.path, weights_only=True)
+            epoch, asked = content["epoch"], dict(content["asked"])
+            if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+                raise TypeError("the epoch is no number")
         except Exception as error:
             raise ValueError(f"{self.path} can't be resumed from ({type(error).__name__}); delete it to start anew") from error
         for key in sorted(set(asked) | set(self.asked)):
@@ -213,16 +220,20 @@ class TrainingState:
                     f"{self.path} is of another training: {key} was {asked.get(key)!r} and is {self.asked.get(key)!r} now; "
                     "ask for the same again, or delete it to start anew"
                 )
-        module.load_state_dict(content["module"])
-        if content["quantizers"]:
-            Q.load_quantizer_state(module, content["quantizers"])
-        for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        generator.set_state(content["generator"])
-        torch.set_rng_state(content["torch"])
-        if attack:
-            attack.delta = content["perturbation"]
-        return int(epoch)
+        try:
+            module.load_state_dict(content["module"])
+            if content["quantizers"]:
+                Q.load_quantizer_state(module, content["quantizers"])
+            for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+            generator.set_state(content["generator"])
+            torch.set_rng_state(content["torch"])
+            if attack:
+                attack.delta = content["perturbation"]
+        except Exception as error:  # whatever torch raises for tensors that aren't this training's
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path} doesn't fit this training ({reason}); delete it to start anew") from error
+        return epoch
 
 
 def _mixed(inputs: Tensor, generator: torch.Generator) -> Tensor:
