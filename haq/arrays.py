@@ -1,4 +1,4 @@
-"""Arrays from an .npz file that nobody vouches for: no pickle, nothing unpacked, and no memory taken that the file doesn't fill."""
+"""Arrays from an .npz file that nobody vouches for: no pickle, nothing unpacked, no memory taken that the file doesn't fill."""
 
 from __future__ import annotations
 

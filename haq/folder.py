@@ -51,17 +51,17 @@ def read_text(path: Path, most: int) -> str:
         raise ValueError(f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
 
 
-def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
-    """An object from a JSON file."""
-    text = read_text(path, most)
+def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
+    """An object from a JSON file, which is to be `what`."""
+    text = read_text(path, MOST_JSON)
     try:
         content = json.loads(text)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be JSON of ours") from None
+        raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {_short(error)}") from error
+        raise ValueError(f"{path} is not {what}: {_short(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {_kind(content)}")
+        raise ValueError(f"{path} is not {what}: it must be an object, not a {_kind(content)}")
     return content
 
 
@@ -97,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_result(folder: Path) -> dict[str, Any]:
     """What result.json holds, of the types that are relied on."""
     path = folder / RESULT
-    content = read_json(path)
+    content = read_json(path, "the result of a run")
     check_schema(path, content.get("schema"), RESULT_SCHEMA, "the result of a run")
     try:
         reward = _have(content, "reward", str)

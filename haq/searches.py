@@ -202,7 +202,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / FILE
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {FILE}")
-    content = folders.read_json(path)
+    content = folders.read_json(path, "the file of a sweep")
     folders.check_schema(path, content.get("schema"), SCHEMA, "the file of a sweep")
     try:
         asked(content)

@@ -111,10 +111,7 @@ class Sensitivities:
     @classmethod
     def from_json(cls, path: Path) -> Sensitivities:
         """Read a file. Raises FileNotFoundError, or ValueError with the reason if it isn't one of sensitivities."""
-        try:
-            content = read_json(path)
-        except ValueError as error:
-            raise ValueError(f"{path} is not a file of sensitivities: {error}") from error
+        content = read_json(path, "a file of sensitivities")
         check_schema(path, content.get("schema"), SCHEMA, "a file of sensitivities")
         try:
             rows = content["rises"]
