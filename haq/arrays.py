@@ -1,4 +1,4 @@
-"""Arrays from an .npz file that nobody vouches for: no pickle, nothing unpacked, no memory taken that the file doesn't fill."""
+"""Arrays from an .npz file that nobody vouches for: no pickle, nothing unpacked, no more memory than the file has bytes."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _sweep(folder: Path) -> dict[str, Any]:
     path = folder / SWEEP
     content = folders.read_json(path, "the file of a sweep")
     folders.check_schema(path, content.get("schema"), folders.SWEEP_SCHEMA, "the file of a sweep")
-    asked = content.get("asked")
+    asked: Any = content.get("asked")
     try:
         lists = [asked[name] for name in ("hw", "budgets", "solvers")]
         if not all(isinstance(value, str) for values in lists for value in values) or not isinstance(asked["seeds"], int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ COLORS = {FINISHED: "green", INTERRUPTED: "yellow", RUNNING: "cyan", DAMAGED: "r
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m haq.runs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("list", help="every run and sweep in some folders, or of a sweep").add_argument
+
+    def command(name: str, what: str) -> Callable[..., argparse.Action]:
+        return commands.add_parser(name, help=what).add_argument
+
+    add = command("list", "every run and sweep in some folders, or of a sweep")
     add("folders", nargs="*", type=Path, metavar="FOLDER", default=[HOME], help=f"(default: {HOME}/)")
     add("--json", action="store_true", help="print JSON")
     add = commands.add_parser(
@@ -163,7 +167,8 @@ def print_run(console: Console, content: dict[str, Any]) -> None:
     def add(name: str, value: Any) -> None:
         grid.add_row(f"[bold]{name}[/]", _plain(value))
 
-    add(content["kind"], f"{content['folder']}: {content['state']}{f', {content['reason']}' if content['reason'] else ''}")
+    reason = f", {content['reason']}" if content["reason"] else ""
+    add(content["kind"], f"{content['folder']}: {content['state']}{reason}")
     if content["settings"]:
         add("asked", _pairs(content["settings"]))
         add("signature", _pairs(content["signature"]))
@@ -180,9 +185,9 @@ def print_run(console: Console, content: dict[str, Any]) -> None:
     elif content["search_accuracy"] is not None:
         add("best so far", f"{_percent(content['search_accuracy'])} on the search split (measured)")
     add("files", f"{size(content['bytes'])}: " + ", ".join(f"{name} {size(n)}" for name, n in content["files"].items()))
-    for name, command in content["commands"].items():
-        add(name, command)
     console.print(grid)
+    for name, command in content["commands"].items():
+        console.print(f"[bold]{name}[/]  {_plain(command)}", soft_wrap=True, highlight=False)  # unbroken, to be copied
 
 
 def _comparable(folder: Path) -> Entry:
