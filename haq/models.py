@@ -45,6 +45,7 @@ NAMES = (
 )
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
+MOST_PIXELS = 2**24  # of an image that a checkpoint says its network takes
 QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
 CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -332,10 +333,14 @@ def load_quantized(path: Path) -> Network:
     if "schemes" not in notes:
         raise ValueError(f"{path} holds a float network, not a quantized one")
     network = load(str(path))
-    schemes = {layer: Q.Scheme.known[name](**options) for layer, (name, options) in json.loads(notes["schemes"]).items()}
     state = {key.removeprefix(QUANTIZER): value for key, value in tensors.items() if key.startswith(QUANTIZER)}
-    policy = Q.BitPolicy(json.loads(notes["policy"]))
-    return replace(network, module=Q.quantize(network.module, policy, scheme=schemes, state=state).eval())
+    try:
+        schemes = {layer: Q.Scheme.known[name](**options) for layer, (name, options) in json.loads(notes["schemes"]).items()}
+        policy = Q.BitPolicy(json.loads(notes["policy"]))
+        return replace(network, module=Q.quantize(network.module, policy, scheme=schemes, state=state).eval())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} has schemes or bits that aren't of its network: {reason}") from error
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -354,16 +359,19 @@ def load_checkpoint(path: Path) -> Network:
             f"{path} doesn't say which network it is of (no {CHECKPOINT_FORMAT!r} in its header); "
             f"name the network: NAME@{path}"
         )
-    network = _build(notes["network"], int(notes["classes"]), pretrained=False)
+    try:
+        classes, shape = int(notes["classes"]), json.loads(notes["input_shape"])
+        mean, std = (tuple(float(value) for value in json.loads(notes[key])) for key in ("mean", "std"))
+        fits = len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape) and math.prod(shape) <= MOST_PIXELS
+        # No network tells more classes apart than one of its tensors has rows.
+        fits = fits and any(classes in tensor.shape for tensor in state.values())
+        if not fits or not all(map(math.isfinite, (*mean, *std))) or 0 in std:
+            raise ValueError(f"{classes} classes, images of {shape}, mean {mean} and deviation {std}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a header that describes no network of its tensors: {str(error)[:200]}") from error
+    network = _build(notes.get("network", ""), classes, pretrained=False)
     _load_state(network.module, state, path)
-    shape = json.loads(notes["input_shape"])
-    return replace(
-        network,
-        input_shape=(shape[0], shape[1], shape[2]),
-        mean=tuple(json.loads(notes["mean"])),
-        std=tuple(json.loads(notes["std"])),
-        origin=str(path),
-    )
+    return replace(network, input_shape=(shape[0], shape[1], shape[2]), mean=mean, std=std, origin=str(path))
 
 
 def _with_weights(base: str, path: Path, classes: int | None) -> Network:

@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,14 @@ class Run:
                 raise FileNotFoundError(
                     f"{self.folder} was asked for with --{name} {getattr(self.settings, name)}, and there is no {path}"
                     f"{where}; go on from there, or put it here"
+                )
+        for name in ("network", "data"):
+            module = str(getattr(self.settings, name)).rpartition("@")[0] or str(getattr(self.settings, name))
+            found = PathFinder.find_spec(module.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
+            if found and found.origin and Path(found.origin).resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(
+                    f"{self.folder / CONFIG} names {name} {module}, which is code in the run's own folder, and was not run: "
+                    "move it out of there if you trust it"
                 )
 
     def check(self, job: Subject, *, same_versions: bool = False) -> None:

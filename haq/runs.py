@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,19 +35,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = command("list", "every run and sweep in some folders, or of a sweep")
     add("folders", nargs="*", type=Path, metavar="FOLDER", default=[HOME], help=f"(default: {HOME}/)")
     add("--json", action="store_true", help="print JSON")
-    add = commands.add_parser(
-        "show", help="what a run was asked for, what it found, and the commands that go with it"
-    ).add_argument
+    add = command("show", "what a run was asked for, what it found, and the commands that go with it")
     add("run", type=Path, metavar="RUN")
     add("--json", action="store_true", help="print JSON")
-    add = commands.add_parser(
-        "compare", help="runs side by side: first what was asked differently, then what came out"
-    ).add_argument
+    add = command("compare", "runs side by side: first what was asked differently, then what came out")
     add("runs", nargs="+", type=Path, metavar="RUN")
     add("--json", action="store_true", help="print JSON")
-    add = commands.add_parser(
-        "prune", help="delete what of runs isn't needed any more; without --yes only say what"
-    ).add_argument
+    add = command("prune", "delete what of runs isn't needed any more; without --yes only say what")
     add("folder", nargs="?", type=Path, metavar="FOLDER", default=HOME, help=f"of runs, or one run (default: {HOME}/)")
     add("--unfinished", action="store_true", help="runs and sweeps that were interrupted, all of them")
     add("--checkpoints", action="store_true", help="of finished runs, networks and attacks: what was tried and found stays")
@@ -145,11 +140,9 @@ def commands(entry: Entry) -> dict[str, str]:
             found["again"] = Settings.read(entry.config["settings"]).command()
         else:
             # Of a sweep, these vary; and it never fine-tunes.
-            fixed = {name: value for name, value in asked["settings"].items() if name != "finetune_epochs"}
-            varied = (
-                f"--hw {','.join(asked['hw'])} --budgets {','.join(asked['budgets'])} --solvers {','.join(asked['solvers'])}"
-            )
-            begin = f"python -m haq.sweep {varied} --seeds {asked['seeds']}"
+            fixed = {option: value for option, value in asked["settings"].items() if option != "finetune_epochs"}
+            lists = (f"--{option} {shlex.quote(','.join(asked[option]))}" for option in ("hw", "budgets", "solvers"))
+            begin = f"python -m haq.sweep {' '.join(lists)} --seeds {asked['seeds']}"
             found["again"] = Settings.read(fixed).command().replace("python -m haq.search", begin)
     if entry.state == INTERRUPTED and entry.config:
         found["go on"] = f"python -m haq.{name} --resume {entry.folder}"
@@ -277,9 +270,8 @@ def prune(console: Console, options: argparse.Namespace) -> None:
 
 
 def _pairs(content: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {json.dumps(value) if isinstance(value, dict | list) else value}" for name, value in content.items()
-    )
+    texts = {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in content.items()}
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
 
 
 def _cell(name: str, value: Any) -> str:
