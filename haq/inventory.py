@@ -13,6 +13,7 @@ from haq import history
 from haq.folder import CONFIG, HISTORY, LEFTOVERS, LOCK, RESULT, SWEEP
 from haq.lock import is_held
 
+SENSITIVITIES = "sensitivity"  # the folder in a sweep's
 FINISHED, INTERRUPTED, RUNNING, DAMAGED = "finished", "interrupted", "running", "damaged"
 
 
@@ -61,7 +62,10 @@ def find(folder: Path) -> list[Entry]:
     if is_run(folder):
         return [look(folder)]
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and (is_run(path) or is_sweep(path) or unborn(path))]
-    return [look(path) for path in ([folder, *inside] if is_sweep(folder) else inside)]
+    if is_sweep(folder):
+        # What it measured for all its searches is no search.
+        inside = [folder, *(path for path in inside if path.name != SENSITIVITIES)]
+    return [look(path) for path in inside]
 
 
 def is_run(folder: Path) -> bool:

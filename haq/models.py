@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import pickle
+import re
 import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import data
-from haq.folder import write
+from haq.folder import check_schema, write
 
 DEFAULT = "mobilenet-mini"
 ZOO = ("timm", "torchvision", "pytorchcv")
@@ -354,6 +355,8 @@ def load_checkpoint(path: Path) -> Network:
     Raises ValueError with the reason if the file is truncated, holds code, or doesn't say which network it is of.
     """
     state, notes = read_state(path)
+    if re.fullmatch(r"haq-checkpoint-[0-9]+", notes.get("format", "")):
+        check_schema(path, notes["format"], CHECKPOINT_FORMAT, "a checkpoint of ours")
     if notes.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} doesn't say which network it is of (no {CHECKPOINT_FORMAT!r} in its header); "

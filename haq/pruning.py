@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from haq.folder import CHECKPOINT, CONFIG, HISTORY, LOCK, POLICY, PROBLEM, RESULT, ROBUSTNESS, SENSITIVITY, SWEEP
-from haq.inventory import FINISHED, INTERRUPTED, RUNNING, Entry, find, is_run, look, unborn
+from haq.inventory import FINISHED, INTERRUPTED, RUNNING, Entry, find, is_run, is_sweep, look, unborn
 from haq.lock import holding, is_held
 
 # All that haq writes into the folder of a run or a sweep.
@@ -49,6 +49,8 @@ def choose(folder: Path, *, unfinished: bool, checkpoints: bool, older_than_days
             found.append(Victim(entry, "", spared="it is being written"))
         elif entry.folder.is_symlink():
             found.append(Victim(entry, "", spared="it is a symbolic link"))
+        elif entry.kind == "search" and unfinished and is_sweep(entry.folder.resolve().parent):
+            found.append(Victim(entry, "", spared="it is part of a sweep, which goes as a whole"))
         elif entry.state == INTERRUPTED and unfinished:
             found.append(_whole(entry))
         elif entry.state == FINISHED and checkpoints and (paths := tuple(_remakeable(entry))):

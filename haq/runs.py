@@ -22,6 +22,7 @@ WIDTH = 150  # of tables that go to a file or a pipe
 HOME = Path("runs")
 # What accuracies must agree in to be compared; eps is of the attack of one of the rewards.
 TERMS = ("network", "data", "reward", "eps")
+PREFIXES = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 COLORS = {FINISHED: "green", INTERRUPTED: "yellow", RUNNING: "cyan", DAMAGED: "red"}
 
 
@@ -101,8 +102,8 @@ def print_list(console: Console, entries: Sequence[Entry], folders: Sequence[Pat
             _plain(f"{told['metric']} {told['budget']}" if told else "–"),
             _plain(told.get("solver", "–")),
             "–" if entry.asked is None else f"{entry.done}/{entry.asked}{searches}",
-            _percent(entry.search),
-            _percent(entry.test),
+            _share(entry.search, told),
+            _share(entry.test, told),
             f"[{COLORS[entry.state]}]{entry.state}[/]",
         )
     console.print(table)
@@ -110,7 +111,10 @@ def print_list(console: Console, entries: Sequence[Entry], folders: Sequence[Pat
         if entry.reason:
             console.print(f"{entry.folder}: {entry.reason}", soft_wrap=True, markup=False, highlight=False)
     if any(entry.search is not None for entry in entries):
-        console.print("Accuracies are measured; of unfinished runs, the best within the budget so far.", highlight=False)
+        sentence = (
+            "Accuracies are measured: on the search split, of what was found, or is the best within the budget so far; on"
+        )
+        console.print(f"{sentence} the test split, of what was found, fine-tuned if it was.", soft_wrap=True, highlight=False)
 
 
 def shown(entry: Entry) -> dict[str, Any]:
@@ -170,14 +174,17 @@ def print_run(console: Console, content: dict[str, Any]) -> None:
     if result:
         budget, key = result["budget"], result["reward"]
         holds = "holds" if budget["holds"] else "EXCEEDED"
-        used = f"{budget['used']:.4g} of {budget['limit']:.4g} {budget['unit']}"
+        used = f"{_amount(budget['used'], budget['unit'])} of {_amount(budget['limit'], budget['unit'])}"
         add("budget", f"{budget['metric']}, {used}, {budget['used_fraction']:.3f} of uniform 8 bits: {holds}")
         for name in ("float", "uniform8", "found", "finetuned"):
             if row := result[name]:
                 add(name, f"{_percent(row[f'search_{key}'])} search, {_percent(row[f'test_{key}'])} test {key} (measured)")
     elif content["search_accuracy"] is not None:
         add("best so far", f"{_percent(content['search_accuracy'])} on the search split (measured)")
-    add("files", f"{size(content['bytes'])}: " + ", ".join(f"{name} {size(n)}" for name, n in content["files"].items()))
+    parts: dict[str, list[int]] = {}
+    for name, count in content["files"].items():
+        parts.setdefault(f"{name.partition('/')[0]}/" if "/" in name else name, []).append(count)
+    add("files", f"{size(content['bytes'])}: " + ", ".join(f"{name} {size(sum(counts))}" for name, counts in parts.items()))
     console.print(grid)
     for name, command in content["commands"].items():
         console.print(f"[bold]{name}[/]  {_plain(command)}", soft_wrap=True, highlight=False)  # unbroken, to be copied
@@ -202,13 +209,13 @@ def compared(entries: Sequence[Entry]) -> dict[str, Any]:
     folders = [str(entry.folder) for entry in entries]
     rows: dict[str, list[Any]] = {"state": [entry.state for entry in entries]}
     if not terms:
-        rows["search accuracy, best within the budget"] = [entry.search for entry in entries]
-        rows["test accuracy, found"] = [_of(entry, "found") for entry in entries]
-        rows["test accuracy, fine-tuned"] = [_of(entry, "finetuned") for entry in entries]
+        reward = entries[0].settings.get("reward", "accuracy")
+        rows[f"search {reward}, best within the budget"] = [entry.search for entry in entries]
+        rows[f"test {reward}, found"] = [_of(entry, "found") for entry in entries]
+        rows[f"test {reward}, fine-tuned"] = [_of(entry, "finetuned") for entry in entries]
     budgets = [entry.result["budget"] if entry.result else {} for entry in entries]
     if "hw" not in differing and "metric" not in differing:
-        unit = next((budget["unit"] for budget in budgets if budget), "")
-        rows[f"cost, {unit}"] = [budget.get("used") for budget in budgets]
+        rows["cost"] = [_amount(budget["used"], budget["unit"]) if budget else None for budget in budgets]
     rows["cost, of uniform 8 bits"] = [budget.get("used_fraction") for budget in budgets]
     rows["evaluations"] = [entry.done for entry in entries]
     return {
@@ -276,8 +283,21 @@ def _pairs(content: dict[str, Any]) -> str:
 
 def _cell(name: str, value: Any) -> str:
     if isinstance(value, float):
-        return _percent(value) if "accuracy" in name else f"{value:.4g}"
+        return _percent(value) if name.startswith(("search ", "test ")) else f"{value:.4g}"
     return "–" if value is None else _plain(value)
+
+
+def _share(share: float | None, settings: dict[str, Any]) -> str:
+    reward = settings.get("reward", "accuracy")
+    return _percent(share) if share is None or reward == "accuracy" else f"{_percent(share)} {_plain(reward)}"
+
+
+def _amount(value: float, unit: str) -> str:
+    """A cost in the unit it reads best in: 8.9 us."""
+    if unit == "B":
+        return size(round(value))
+    prefix, scale = next(((name, scale) for name, scale in PREFIXES.items() if abs(value) >= scale), ("n", 1e-9))
+    return f"{value / scale:.4g} {prefix}{_plain(unit)}"
 
 
 def _percent(share: float | None) -> str:
