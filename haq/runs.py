@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print_list(console, entries, options.folders)
     elif options.command == "show":
-        content = shown(look(options.run))
+        content = shown(_whole(look(options.run)))
         print(json.dumps(content, indent=2)) if options.json else print_run(console, content)
     elif options.command == "compare":
         content = compared([_comparable(folder) for folder in options.runs])
@@ -190,11 +190,18 @@ def print_run(console: Console, content: dict[str, Any]) -> None:
         console.print(f"[bold]{name}[/]  {_plain(command)}", soft_wrap=True, highlight=False)  # unbroken, to be copied
 
 
+def _whole(entry: Entry) -> Entry:
+    """The entry itself. Raises ValueError with the reason if it is damaged."""
+    if entry.state == DAMAGED:
+        raise ValueError(entry.reason)
+    return entry
+
+
 def _comparable(folder: Path) -> Entry:
-    entry = look(folder)
+    entry = _whole(look(folder))
     if entry.kind == "sweep":
         raise ValueError(f"{folder} is a sweep: compare runs of it, which python -m haq.runs list {folder} names")
-    if entry.state == DAMAGED or not entry.config:
+    if not entry.config:
         raise ValueError(f"{folder} can't be compared: {entry.reason}")
     return entry
 
