@@ -9,6 +9,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -27,6 +28,7 @@ from haq.folder import MOST_HISTORY
 from tests.test_robustness_command import MODULE, TINY
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
+ATTACKED = ["--attacks", "fgsm", "--images", "32", "--workers", "1", "--defensive", "0"]
 COMMANDS: dict[str, Callable[[], int]] = {
     "resume": lambda: search.main(["--resume", "run"]),
     "evaluate": lambda: evaluate.main(["run"]),
@@ -92,8 +94,16 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     before = resource.getrlimit(resource.RLIMIT_AS)
     if used:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    ring = signal.signal(signal.SIGALRM, _hangs)
+    signal.alarm(PATIENCE)
     yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, ring)
     resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _hangs(*arguments: object) -> None:
+    raise AssertionError("the command hangs")
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -288,7 +298,12 @@ LAYERS = 5
 
 CASES: list[tuple[str, str, Callable[[], object], str]] = [
     # what is wrong, the commands that must refuse it, how it is made, what the sentence says
-    ("config: Python's tags", "resume evaluate show", _put("run/config.yaml", "!!python/object/apply:os.mkdir [executed]"), "could not determine a constructor"),
+    (
+        "config: Python's tags",
+        "resume evaluate show",
+        _put("run/config.yaml", "!!python/object/apply:os.mkdir [executed]"),
+        "could not determine a constructor",
+    ),
     ("config: a bomb of aliases", "resume deploy compare", _put("run/config.yaml", ALIASES + "schema: *i\n"), "alias"),
     ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-1\n"), "must be a mapping, not a list"),
     ("config: nested 100,000 deep", "resume robustness", _put("run/config.yaml", DEEP), "nested too deeply"),
@@ -296,34 +311,104 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ("config: 10 GB", "resume show", _huge("run/config.yaml"), "has 10 GB and was not read; at most 262 kB"),
     ("config: a folder", "resume evaluate show", _folder("run/config.yaml"), "is a folder and was not read"),
     ("config: a pipe", "resume evaluate show", _pipe("run/config.yaml"), "no ordinary file (a pipe or a device)"),
-    ("config: of a newer version", "resume evaluate finetune deploy robustness show", lambda: _config("schema", schema="haq-run-2"), "made by a newer version of haq (haq-run-2, this one reads haq-run-1): upgrade haq"),
-    ("config: no schema of ours", "resume show", lambda: _config("schema", schema="haq-run-one"), "its schema is 'haq-run-one'"),
+    (
+        "config: of a newer version",
+        "resume evaluate finetune deploy robustness show",
+        lambda: _config("schema", schema="haq-run-2"),
+        "made by a newer version of haq (haq-run-2, this one reads haq-run-1): upgrade haq",
+    ),
+    (
+        "config: no schema of ours",
+        "resume show",
+        lambda: _config("schema", schema="haq-run-one"),
+        "its schema is 'haq-run-one'",
+    ),
     ("config: an unknown setting", "resume evaluate", lambda: _config(color="red"), "unknown setting 'color'"),
-    ("config: a setting of another type", "resume finetune", lambda: _config(evaluations="6"), "setting 'evaluations' is '6', a str; it must be an integer"),
+    (
+        "config: a setting of another type",
+        "resume finetune",
+        lambda: _config(evaluations="6"),
+        "setting 'evaluations' is '6', a str; it must be an integer",
+    ),
     ("config: a list for a setting", "resume show", lambda: _config(solver=["random"]), "has a list for 'solver'"),
-    ("config: no settings", "resume show", lambda: _put("run/config.yaml", "schema: haq-run-1\nsettings: 3\n")(), "'settings' must be a mapping"),
+    (
+        "config: no settings",
+        "resume show",
+        lambda: _put("run/config.yaml", "schema: haq-run-1\nsettings: 3\n")(),
+        "'settings' must be a mapping",
+    ),
     ("config: a negative count", "resume", lambda: _config(evaluations=-5), "--evaluations is -5"),
     ("config: a network that is a path", "evaluate deploy", lambda: _config(network="../.."), "unknown network '../..'"),
-    ("config: a network that there isn't", "evaluate deploy robustness", lambda: _config(network="mobilenet-mni"), "mobilenet-mini"),
+    (
+        "config: a network that there isn't",
+        "evaluate deploy robustness",
+        lambda: _config(network="mobilenet-mni"),
+        "mobilenet-mini",
+    ),
     ("config: a function of Python's own", "evaluate finetune", lambda: _config(network="os:abort"), "is of Python itself"),
-    ("config: code in the run's own folder", "evaluate deploy robustness", _in_own_folder, "code in the run's own folder, and was not run"),
-    ("config: signature of other types", "resume evaluate", lambda: _config("signature", network=[1]), "'signature' has a list for 'network'"),
-    ("config: a machine that isn't one", "evaluate", lambda: _config("signature", machine="{"), "its signature's machine is not JSON"),
-    ("policy: of another network", "evaluate deploy robustness finetune", lambda: _policy(lambda p: p["layers"][0].update(name="conv1")), "is of another network"),
-    ("policy: a path for a name", "evaluate deploy", lambda: _policy(lambda p: p["layers"][0].update(name="../../stem")), "is of another network"),
-    ("policy: 9 bits", "evaluate deploy", lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)), "run/policy.json: layer 'depthwise': bits must be an integer from 1 to 8, or None, not 9"),
+    (
+        "config: code in the run's own folder",
+        "evaluate deploy robustness",
+        _in_own_folder,
+        "code in the run's own folder, and was not run",
+    ),
+    (
+        "config: signature of other types",
+        "resume evaluate",
+        lambda: _config("signature", network=[1]),
+        "'signature' has a list for 'network'",
+    ),
+    (
+        "config: a machine that isn't one",
+        "evaluate",
+        lambda: _config("signature", machine="{"),
+        "its signature's machine is not JSON",
+    ),
+    (
+        "policy: of another network",
+        "evaluate deploy robustness finetune",
+        lambda: _policy(lambda p: p["layers"][0].update(name="conv1")),
+        "is of another network",
+    ),
+    (
+        "policy: a path for a name",
+        "evaluate deploy",
+        lambda: _policy(lambda p: p["layers"][0].update(name="../../stem")),
+        "is of another network",
+    ),
+    (
+        "policy: 9 bits",
+        "evaluate deploy",
+        lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)),
+        "run/policy.json: layer 'depthwise': bits must be an integer from 1 to 8, or None, not 9",
+    ),
     ("policy: -1 bits", "evaluate finetune", lambda: _policy(lambda p: p["layers"][1].update(activation_bits=-1)), "not -1"),
     ("policy: bits in quotes", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits="4")), "not '4'"),
-    ("policy: true for bits", "evaluate robustness", lambda: _policy(lambda p: p["layers"][1].update(weight_bits=True)), "not True"),
+    (
+        "policy: true for bits",
+        "evaluate robustness",
+        lambda: _policy(lambda p: p["layers"][1].update(weight_bits=True)),
+        "not True",
+    ),
     ("policy: no bits", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits=None)), "or has no bits"),
-    ("policy: a number for a name", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(name=3)), "'layers' must be a list of objects"),
+    (
+        "policy: a number for a name",
+        "evaluate",
+        lambda: _policy(lambda p: p["layers"][1].update(name=3)),
+        "'layers' must be a list of objects",
+    ),
     ("policy: nested 100,000 deep", "evaluate", _put("run/policy.json", DEEP), "nested too deeply"),
     ("policy: of a newer version", "evaluate deploy", lambda: _policy(lambda p: p.update(version=2)), "upgrade to read it"),
     ("policy: 10 GB", "evaluate deploy", _huge("run/policy.json"), "has 10 GB and was not read"),
     ("policy: a pipe", "evaluate deploy", _pipe("run/policy.json"), "a pipe or a device"),
     ("history: 10 GB", "unfinished compare", _huge("run/history.csv"), f"at most {MOST_HISTORY / 1e6:.3g} MB"),
     ("history: a column less", "unfinished", lambda: _history(lambda rows: [row.pop() for row in rows]), "has the columns"),
-    ("history: a row cut short", "unfinished compare", lambda: _history(lambda rows: rows[2].pop()), "line 3: 8 columns, not 9"),
+    (
+        "history: a row cut short",
+        "unfinished compare",
+        lambda: _history(lambda rows: rows[2].pop()),
+        "line 3: 8 columns, not 9",
+    ),
     ("history: no number", "unfinished compare", _cell(4, "nan"), "line 3: the accuracy is 'nan', not a number from 0 to 1"),
     ("history: below 0", "unfinished", _cell(6, "-1"), "the cost is '-1'"),
     ("history: above 1", "unfinished", _cell(4, "1.5"), "the accuracy is '1.5'"),
@@ -331,40 +416,154 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ("history: beyond floats", "unfinished", _cell(5, "1e999"), "the loss is '1e999'"),
     ("history: 9 bits", "unfinished", _cell(2, "8-9-8-8-8"), "the weight bits are '8-9-8-8-8'"),
     ("history: a huge count", "unfinished", _cell(1, "9" * 6000), "the evaluation is '999"),
-    ("history: of a network of 3 layers", "unfinished", _cell(3, "8-4-8"), f"activation bits of 3 layers, the network has {LAYERS}"),
+    (
+        "history: of a network of 3 layers",
+        "unfinished",
+        _cell(3, "8-4-8"),
+        f"activation bits of 3 layers, the network has {LAYERS}",
+    ),
     ("history: garbage", "unfinished compare", _put("run/history.csv", bytes(range(128, 256)) * 50), "is not text in UTF-8"),
     ("history: a NUL byte", "unfinished", _cell(0, "ran\0dom"), "the solver is"),
-    ("history: a link out of the folder", "unfinished", _out("run/history.csv"), "run/history.csv is a symbolic link out of run"),
-    ("what is written beside: a link out of the folder", "unfinished finetune", _out("run/result.json.part"), "symbolic link out of run"),
+    (
+        "history: a link out of the folder",
+        "unfinished",
+        _out("run/history.csv"),
+        "run/history.csv is a symbolic link out of run",
+    ),
+    (
+        "what is written beside: a link out of the folder",
+        "unfinished finetune",
+        _out("run/result.json.part"),
+        "symbolic link out of run",
+    ),
     ("lock: a link out of the folder", "unfinished finetune deploy", _out("run/.lock"), "symbolic link out of run"),
-    ("checkpoints: in a folder elsewhere", "finetune robustness", lambda: _link_folder("run/checkpoint")(), "symbolic link out of run"),
+    (
+        "checkpoints: in a folder elsewhere",
+        "finetune robustness",
+        lambda: _link_folder("run/checkpoint")(),
+        "symbolic link out of run",
+    ),
     ("result: not JSON", "evaluate finetune show", _put("run/result.json", "{'"), "is not the result of a run"),
     ("result: a list", "evaluate show compare", _put("run/result.json", "[]"), "must be an object, not a list"),
     ("result: nested 100,000 deep", "evaluate show", _put("run/result.json", DEEP), "nested too deeply"),
-    ("result: text for a number", "finetune show", lambda: _json(Path("run/result.json"), found={"search_accuracy": "1"}), "'search_accuracy' is a text, not a number"),
-    ("result: no number", "finetune compare", lambda: _json(Path("run/result.json"), found={"search_accuracy": NAN, "test_accuracy": 1}), "is no finite number"),
-    ("result: rivals of another network", "evaluate", lambda: _json(Path("run/result.json"), rival_policies={"greedy": {"conv1": [8, 8]}}), "run/result.json is of another network"),
-    ("result: of a newer version", "evaluate finetune show", lambda: _json(Path("run/result.json"), schema="haq-result-7"), "upgrade haq"),
+    (
+        "result: text for a number",
+        "finetune show",
+        lambda: _json(Path("run/result.json"), found={"search_accuracy": "1"}),
+        "'search_accuracy' is a text, not a number",
+    ),
+    (
+        "result: no number",
+        "finetune compare",
+        lambda: _json(Path("run/result.json"), found={"search_accuracy": NAN, "test_accuracy": 1}),
+        "is no finite number",
+    ),
+    (
+        "result: rivals of another network",
+        "evaluate",
+        lambda: _json(Path("run/result.json"), rival_policies={"greedy": {"conv1": [8, 8]}}),
+        "run/result.json is of another network",
+    ),
+    (
+        "result: of a newer version",
+        "evaluate finetune show",
+        lambda: _json(Path("run/result.json"), schema="haq-result-7"),
+        "upgrade haq",
+    ),
     ("result: 10 GB", "evaluate show", _huge("run/result.json"), "has 10 GB"),
-    ("sensitivities: of another network", "given", lambda: _json(Path("run/sensitivity.json"), signature={"network": "0", "data": "0"}), "sensitivities of another network"),
-    ("sensitivities: another shape", "given", lambda: _json(Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [1], "activations": [1]}]), "not (decisions, 2, 8)"),
-    ("sensitivities: no number", "given", lambda: _json(Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [NAN] * 8, "activations": [1] * 8}]), "a rise is nan"),
-    ("sensitivities: of a newer version", "given", lambda: _json(Path("run/sensitivity.json"), schema="haq-sensitivity-2"), "upgrade haq"),
+    (
+        "sensitivities: of another network",
+        "given",
+        lambda: _json(Path("run/sensitivity.json"), signature={"network": "0", "data": "0"}),
+        "sensitivities of another network",
+    ),
+    (
+        "sensitivities: another shape",
+        "given",
+        lambda: _json(Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [1], "activations": [1]}]),
+        "not (decisions, 2, 8)",
+    ),
+    (
+        "sensitivities: no number",
+        "given",
+        lambda: _json(
+            Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [NAN] * 8, "activations": [1] * 8}]
+        ),
+        "a rise is nan",
+    ),
+    (
+        "sensitivities: of a newer version",
+        "given",
+        lambda: _json(Path("run/sensitivity.json"), schema="haq-sensitivity-2"),
+        "upgrade haq",
+    ),
     ("sensitivities: 10 GB", "given", _huge("run/sensitivity.json"), "has 10 GB"),
-    ("checkpoint: a pickle", "evaluate deploy robustness", _put("run/checkpoint/quantized.safetensors", PICKLE), "can't be read as a checkpoint"),
-    ("checkpoint: cut short", "evaluate deploy", lambda: Path("run/checkpoint/quantized.safetensors").write_bytes(Path("run/checkpoint/quantized.safetensors").read_bytes()[:-10]), "truncated"),
+    (
+        "checkpoint: a pickle",
+        "evaluate deploy robustness",
+        _put("run/checkpoint/quantized.safetensors", PICKLE),
+        "can't be read as a checkpoint",
+    ),
+    (
+        "checkpoint: cut short",
+        "evaluate deploy",
+        lambda: Path("run/checkpoint/quantized.safetensors").write_bytes(
+            Path("run/checkpoint/quantized.safetensors").read_bytes()[:-10]
+        ),
+        "truncated",
+    ),
     ("checkpoint: a header beyond the file", "evaluate", _header(10**12), "can't be read as a checkpoint"),
     ("checkpoint: a header of 90 MB", "evaluate", _header(90 * 10**6), "can't be read as a checkpoint"),
     ("checkpoint: 10 GB", "evaluate deploy", _huge("run/checkpoint/quantized.safetensors"), "has 10 GB"),
     ("checkpoint: a pipe", "evaluate", _pipe("run/checkpoint/quantized.safetensors"), "a pipe or a device"),
-    ("checkpoint: another shape", "evaluate deploy", lambda: _checkpoint(lambda t: _first(t, lambda x: x[:3].clone())), "of shape (3, 1, 3, 3), not torch.float32 of (16, 1, 3, 3)"),
-    ("checkpoint: another type", "evaluate deploy", lambda: _checkpoint(lambda t: _first(t, torch.Tensor.double)), "is torch.float64 of shape"),
-    ("checkpoint: no numbers", "evaluate", lambda: _checkpoint(lambda t: _first(t, lambda x: x * NAN)), "stem.weight has values that are not finite"),
-    ("checkpoint: a tensor less", "evaluate", lambda: _checkpoint(lambda t: t.pop("network.stem.weight")), "stem.weight is missing"),
-    ("checkpoint: 9 bits", "evaluate", lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"stem": [9, 9]}))), "bits must be an integer from 1 to 8"),
-    ("checkpoint: a path for a layer", "evaluate deploy", lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"../stem": [8, 8]}))), "'../stem'"),
-    ("checkpoint: no policy", "evaluate", lambda: _checkpoint(notes=lambda n: n.pop("policy")), "doesn't hold the network of this run"),
-    ("checkpoint: of a newer version", "evaluate deploy", lambda: _checkpoint(notes=lambda n: n.update(format="haq-quantized-2")), "upgrade haq"),
+    (
+        "checkpoint: another shape",
+        "evaluate deploy",
+        lambda: _checkpoint(lambda t: _first(t, lambda x: x[:3].clone())),
+        "of shape (3, 1, 3, 3), not torch.float32 of (16, 1, 3, 3)",
+    ),
+    (
+        "checkpoint: another type",
+        "evaluate deploy",
+        lambda: _checkpoint(lambda t: _first(t, torch.Tensor.double)),
+        "is torch.float64 of shape",
+    ),
+    (
+        "checkpoint: no numbers",
+        "evaluate",
+        lambda: _checkpoint(lambda t: _first(t, lambda x: x * NAN)),
+        "stem.weight has values that are not finite",
+    ),
+    (
+        "checkpoint: a tensor less",
+        "evaluate",
+        lambda: _checkpoint(lambda t: t.pop("network.stem.weight")),
+        "stem.weight is missing",
+    ),
+    (
+        "checkpoint: 9 bits",
+        "evaluate",
+        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"stem": [9, 9]}))),
+        "bits must be an integer from 1 to 8",
+    ),
+    (
+        "checkpoint: a path for a layer",
+        "evaluate deploy",
+        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"../stem": [8, 8]}))),
+        "'../stem'",
+    ),
+    (
+        "checkpoint: no policy",
+        "evaluate",
+        lambda: _checkpoint(notes=lambda n: n.pop("policy")),
+        "doesn't hold the network of this run",
+    ),
+    (
+        "checkpoint: of a newer version",
+        "evaluate deploy",
+        lambda: _checkpoint(notes=lambda n: n.update(format="haq-quantized-2")),
+        "upgrade haq",
+    ),
     ("attacks: cut short", "robustness", lambda: _attacks(lambda whole: whole[: len(whole) // 2]), "can't be gone on from"),
     ("attacks: a pickle", "robustness", lambda: _attacks(lambda whole: PICKLE), "can't be gone on from"),
     ("attacks: objects", "robustness", _arrays(attacks=np.array([Bomb()], object)), "it may hold code"),
@@ -372,10 +571,20 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ("attacks: no numbers", "robustness", _arrays(examples=lambda x: x * NAN), "examples has values that are not finite"),
     ("attacks: compressed", "robustness", _arrays(compress=True), "it is compressed"),
     ("attacks: more claimed than there is", "robustness", _claimed, "isn't of the size that it says"),
-    ("attacks: 10 GB", "robustness", lambda: [_huge(str(path))() for path in Path("run/robustness").glob("*.npz")], "has 10 GB"),
+    (
+        "attacks: 10 GB",
+        "robustness",
+        lambda: [_huge(str(path))() for path in Path("run/robustness").glob("*.npz")],
+        "has 10 GB",
+    ),
     ("training: a pickle", "train", _put("run/net.state", PICKLE), "can't be resumed from"),
     ("training: a torch file that executes", "train", lambda: torch.save(Bomb(), "run/net.state"), "can't be resumed from"),
-    ("training: another network's tensors", "train", _state(module={"stem.weight": torch.zeros(1)}), "doesn't fit this training"),
+    (
+        "training: another network's tensors",
+        "train",
+        _state(module={"stem.weight": torch.zeros(1)}),
+        "doesn't fit this training",
+    ),
     ("training: no optimizer", "train", _state(optimizers=[]), "doesn't fit this training"),
     ("training: no epoch", "train", _state(epoch="1"), "can't be resumed from"),
     ("training: 10 GB", "train", _huge("run/net.state"), "has 10 GB"),
@@ -389,8 +598,13 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ("sweep: not JSON", "sweep", _put("swept/sweep.json", "{"), "is not the file of a sweep"),
     ("sweep: a list", "sweep", _put("swept/sweep.json", "[1]"), "must be an object"),
     ("sweep: of a newer version", "sweep", lambda: _json(Path("swept/sweep.json"), schema="haq-sweep-2"), "upgrade haq"),
-    ("sweep: a run that leads out", "sweep", lambda: _link_folder("swept/edge-0.6-random-seed0")(), "symbolic link out of swept"),
-]  # fmt: skip
+    (
+        "sweep: a run that leads out",
+        "sweep",
+        lambda: _link_folder("swept/edge-0.6-random-seed0")(),
+        "symbolic link out of swept",
+    ),
+]
 
 
 def _swept(**changes: Any) -> None:
