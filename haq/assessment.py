@@ -12,6 +12,7 @@ signs that gradients are masked, in which case attacks that follow them find too
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -43,6 +44,7 @@ from haq.attacks import (
     suite,
     zero_gradients,
 )
+from haq.folder import write
 
 BATCH, PIXELS = 125, 1 << 22  # images at a time, and numbers in them: what a backward pass needs is many times as much
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
@@ -446,10 +448,10 @@ class _Kept:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part.npz")
+        file = io.BytesIO()
         masks = [mask.cpu().numpy() for mask in self.right.values()]
         np.savez(
-            beside,
+            file,
             examples=self.examples.cpu().numpy(),
             fooled_by=np.array(self.fooled_by),
             attacks=np.array(list(self.right), dtype=str),
@@ -457,7 +459,7 @@ class _Kept:
             figures=np.array(list(self.figures), dtype=str),
             values=np.array(list(self.figures.values()), float),
         )
-        beside.replace(self.path)
+        write(self.path, file.getvalue())
 
 
 class _Progress:

@@ -82,12 +82,16 @@ def _told(what: Path, go_on: str) -> Iterator[None]:
             sentence = (
                 f"the disk is full, {what} can't be written{at}: what was finished is kept; free some space, then {way_out}"
             )
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and (named is None or named.is_relative_to(what.parent)):
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _within(named, what):
             why = "its file system is read-only" if error.errno == errno.EROFS else "you lack the permission"
             sentence = f"{what} can't be written{at}, {why}: copy it to where you may write, or name another place with --out"
         else:
             raise
         raise Unwritable(error.errno, sentence) from error
+
+
+def _within(named: Path | None, what: Path) -> bool:
+    return named is None or named.resolve().is_relative_to(what.resolve().parent)
 
 
 class Unwritable(OSError):
