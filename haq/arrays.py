@@ -24,8 +24,9 @@ def read(path: Path, names: set[str], most: int) -> dict[str, NDArray[Any]]:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-            if sorted(entry.filename for entry in entries) != sorted(f"{name}.npy" for name in names):
-                raise ValueError("it has other arrays")
+            found = [entry.filename.removesuffix(".npy") for entry in entries]
+            if wrong := sorted(set(found) ^ names) or (len(found) > len(names) and found):
+                raise ValueError(f"the array {wrong[0][:40]!r} is missing, or there once too often")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError("it is compressed, which nothing of ours is")
             return {entry.filename.removesuffix(".npy"): _array(file.read(entry)) for entry in entries}

@@ -24,7 +24,8 @@ CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
 SCHEMA, SWEEP_SCHEMA, RESULT_SCHEMA = "haq-run-1", "haq-sweep-1", "haq-result-1"
 
 # Bytes up to which a file is read. What we write is far smaller: the largest history so far has 3 MB.
-MOST_CONFIG, MOST_JSON, MOST_HISTORY = 256 * 1024, 16 * 1024**2, 64 * 1024**2
+MOST_CONFIG, MOST_JSON, MOST_HISTORY = 64 * 1024, 32 * 1024**2, 64 * 1024**2
+WRITTEN = (LOCK, ".part", ".json", ".npz", ".png")  # what is put into a folder that isn't a run's, by attacks on a model
 LEFTOVERS = {LOCK, f"{CONFIG}.part", f"{SWEEP}.part"}  # all there is, if a process was killed while it made a folder
 
 
@@ -136,9 +137,12 @@ def check_schema(path: Path, found: Any, ours: str, what: str) -> None:
 
 def check_links(folder: Path) -> None:
     """Raise ValueError if anything in a folder that is to be written is a symbolic link out of it."""
-    home = folder.resolve()
+    home, begun = folder.resolve(), any(os.path.lexists(folder / name) for name in (CONFIG, SWEEP))
     for inside, folders, files in os.walk(folder):
-        for name in (*folders, *files):
+        if not begun:
+            # Somebody's folder that results are put into; links of other names and further down are their own affair.
+            folders.clear()
+        for name in (*folders, *(name for name in files if begun or name.endswith(WRITTEN))):
             path = Path(inside, name)
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
                 raise ValueError(f"{path} is a symbolic link out of {folder}: nothing is written through it; put a copy there")
@@ -149,6 +153,7 @@ def write(path: Path, content: str | bytes) -> None:
     written leaves nothing behind."""
     partial = path.with_name(f"{path.name}.part")
     try:
+        partial.unlink(missing_ok=True)  # it may be a link to somewhere
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except OSError:

@@ -224,6 +224,10 @@ def _out(path: str) -> Callable[[], None]:
     return make
 
 
+def _named() -> None:
+    Path("run/\x1b[2J\nerror").symlink_to("/")
+
+
 def _link_folder(path: str) -> Callable[[], None]:
     def make() -> None:
         shutil.rmtree(path)
@@ -308,7 +312,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-1\n"), "must be a mapping, not a list"),
     ("config: nested 100,000 deep", "resume robustness", _put("run/config.yaml", DEEP), "nested too deeply"),
     ("config: not text", "resume evaluate", _put("run/config.yaml", bytes(range(256))), "is not text in UTF-8"),
-    ("config: 10 GB", "resume show", _huge("run/config.yaml"), "has 10 GB and was not read; at most 262 kB"),
+    ("config: 10 GB", "resume show", _huge("run/config.yaml"), "has 10 GB and was not read; at most 65.5 kB"),
     ("config: a folder", "resume evaluate show", _folder("run/config.yaml"), "is a folder and was not read"),
     ("config: a pipe", "resume evaluate show", _pipe("run/config.yaml"), "no ordinary file (a pipe or a device)"),
     (
@@ -437,6 +441,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "symbolic link out of run",
     ),
     ("lock: a link out of the folder", "unfinished finetune deploy", _out("run/.lock"), "symbolic link out of run"),
+    ("a name that steers the terminal", "unfinished finetune", _named, "run/\\x1b[2J\\nerror is a symbolic link out of run"),
     (
         "checkpoints: in a folder elsewhere",
         "finetune robustness",

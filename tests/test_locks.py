@@ -231,3 +231,15 @@ def test_a_lock_that_leads_elsewhere_is_not_followed() -> None:
     with pytest.raises(ValueError, match="no ordinary file"), writing(Path("run"), ""):
         pass
     assert Path("outside").read_text() == "years of work"
+
+
+def test_links_of_ones_own_in_a_folder_for_results_are_let_be() -> None:
+    """A project with a virtual environment in it is no run's folder."""
+    Path("project/.venv/bin").mkdir(parents=True)
+    Path("project/.venv/bin/python").symlink_to(sys.executable)
+    Path("project/data").symlink_to("/")
+    with writing(Path("project"), ""):
+        pass
+    Path("project/robustness.json.part").symlink_to("/nowhere")
+    with pytest.raises(ValueError, match="symbolic link out of project"), writing(Path("project"), ""):
+        pass
