@@ -42,9 +42,8 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "sweep": lambda: sweep.main(["--resume", "swept"]),
     "train": lambda: train.main([*JOB, "--epochs", "2", "--resume", "--out", "run/net.safetensors"]),
 }
-MEMORY = (
-    3 * 2**30
-)  # bytes by which a refused folder may make a process grow: far less than any bomb, more than torch's threads
+MEMORY = 3 * 2**30  # bytes by which a refused folder may make a process grow: far less than any bomb
+PATIENCE = 120  # seconds after which a command that waits for a pipe is given up
 
 
 class Bomb:
@@ -310,7 +309,8 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ),
     ("config: a bomb of aliases", "resume deploy compare", _put("run/config.yaml", ALIASES + "schema: *i\n"), "alias"),
     ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-1\n"), "must be a mapping, not a list"),
-    ("config: nested 100,000 deep", "resume robustness", _put("run/config.yaml", DEEP), "nested too deeply"),
+    ("config: nested 100,000 deep", "resume robustness", _put("run/config.yaml", DEEP), "has 200 kB and was not read"),
+    ("config: nested 30,000 deep", "resume show", _put("run/config.yaml", "[" * 30_000), "nested too deeply"),
     ("config: not text", "resume evaluate", _put("run/config.yaml", bytes(range(256))), "is not text in UTF-8"),
     ("config: 10 GB", "resume show", _huge("run/config.yaml"), "has 10 GB and was not read; at most 65.5 kB"),
     ("config: a folder", "resume evaluate show", _folder("run/config.yaml"), "is a folder and was not read"),
