@@ -118,8 +118,6 @@ def test_a_sweep_is_listed_with_its_searches(capsys: pytest.CaptureFixture[str])
     assert {run["folder"] for run in found[1:]} == {
         f"runs/swept/{hw}-0.6-{solver}-seed0" for hw in ("edge", "cloud") for solver in ("ilp", "random")
     }
-    one, other = told(capsys, "list", "runs/a", "runs/b").splitlines()[3:6:2][:2] or ("", "")
-    assert "runs/a" in one + other + told(capsys, "list", "runs/a", "runs/b")
 
 
 def test_where_there_are_none_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
