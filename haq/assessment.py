@@ -12,10 +12,10 @@ signs that gradients are masked, in which case attacks that follow them find too
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import math
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq import arrays
 from haq.attacks import (
     BLACK,
     EFFORTS,
@@ -43,7 +44,7 @@ from haq.attacks import (
     suite,
     zero_gradients,
 )
-from haq.files import ROBUSTNESS_SCHEMA
+from haq.folder import ROBUSTNESS_SCHEMA, write
 
 BATCH, PIXELS = 125, 1 << 22  # images at a time, and numbers in them: what a backward pass needs is many times as much
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
@@ -398,10 +399,10 @@ class _Kept:
         self.right: dict[str, Tensor] = {}
         self.figures: dict[str, float] = {}
         self.examples, self.fooled_by = images.clone(), ["" if right else "nothing" for right in clean]
-        if self.path is not None and self.path.is_file():
+        if self.path is not None and self.path.exists():
             try:
                 self._read(self.path)
-            except (ValueError, OSError, LookupError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            except (ValueError, OSError, LookupError, EOFError, TypeError) as error:
                 raise ValueError(f"{self.path} can't be gone on from ({error}): delete it") from error
 
     def add(self, name: str, right: Tensor, found: Tensor) -> None:
@@ -420,21 +421,36 @@ class _Kept:
         return self.figures[name]
 
     def _read(self, path: Path) -> None:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            self.examples = torch.from_numpy(file["examples"]).to(self.examples)
-            self.fooled_by = [str(name) for name in file["fooled_by"]]
-            self.figures = dict(zip(map(str, file["figures"]), map(float, file["values"]), strict=True))
-            for number, name in enumerate(map(str, file["attacks"])):
-                self.right[name] = torch.from_numpy(file["right"][number]).to(self.examples.device)
+        names = {"examples", "fooled_by", "attacks", "right", "figures", "values"}
+        file = arrays.read(path, names, 2 * self.examples.numel() * self.examples.element_size() + 2**24)
+        images, attacks = self.examples, len(file["attacks"])
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {
+            "examples": ("f", tuple(images.shape)),
+            "fooled_by": ("U", (len(images),)),
+            "attacks": ("U", (attacks,)),
+            "right": ("b", (attacks, len(images))),
+            "figures": ("U", (len(file["figures"]),)),
+            "values": ("f", (len(file["figures"]),)),
+        }
+        for name, (kind, shape) in expected.items():
+            if (file[name].dtype.kind, file[name].shape) != (kind, shape):
+                raise ValueError(f"{name} is {file[name].dtype} of shape {file[name].shape}")
+            if kind == "f" and not np.isfinite(file[name]).all():
+                raise ValueError(f"{name} has values that are not finite")
+        self.examples = torch.tensor(file["examples"]).to(self.examples)
+        self.fooled_by = [str(name) for name in file["fooled_by"]]
+        self.figures = dict(zip(map(str, file["figures"]), map(float, file["values"]), strict=True))
+        for number, name in enumerate(map(str, file["attacks"])):
+            self.right[name] = torch.tensor(file["right"][number]).to(self.examples.device)
 
     def _write(self) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part.npz")
+        file = io.BytesIO()
         masks = [mask.cpu().numpy() for mask in self.right.values()]
         np.savez(
-            beside,
+            file,
             examples=self.examples.cpu().numpy(),
             fooled_by=np.array(self.fooled_by),
             attacks=np.array(list(self.right), dtype=str),
@@ -442,7 +458,7 @@ class _Kept:
             figures=np.array(list(self.figures), dtype=str),
             values=np.array(list(self.figures.values()), float),
         )
-        beside.replace(self.path)
+        write(self.path, file.getvalue())
 
 
 class _Progress:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from haq.folder import check_file, write
+
+MOST = 2**30  # bytes that are read
 
 
 @dataclass(frozen=True)
@@ -19,17 +27,20 @@ class Checkpoint:
     def write(self, content: dict[str, Any]) -> None:
         """Write tensors, numbers, strings and containers of them, beside and renamed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.part")
-        torch.save({"asked": self.asked, **content}, partial)
-        partial.replace(self.path)
+        file = io.BytesIO()  # torch's own error on a full disk doesn't say so
+        torch.save({"asked": self.asked, **content}, file)
+        write(self.path, file.getvalue())
 
-    def read(self) -> dict[str, Any] | None:
-        """What was written last; None if nothing was. Raises ValueError, with the way out, for a file that can't be read or is
-        of something else."""
-        if not self.path.is_file():
+    def read(self, most: int = MOST) -> dict[str, Any] | None:
+        """What was written last; None if nothing was. Raises ValueError, with the way out, for a file that can't be read, is
+        of something else, or has more than `most` bytes."""
+        if not self.path.exists():
             return None
+        check_file(self.path, most)
         try:
-            content: dict[str, Any] = torch.load(self.path, weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about foreign pickles, which are refused in our own words
+                content: dict[str, Any] = torch.load(self.path, weights_only=True)
             asked = dict(content["asked"])
         except Exception as error:
             raise ValueError(f"{self.path} can't be resumed from ({type(error).__name__}); delete it to start anew") from error
@@ -40,3 +51,12 @@ class Checkpoint:
                     "ask for the same again, or delete it to start anew"
                 )
         return content
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Whatever is raised while what was read is put back, in one sentence: it doesn't fit."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path} doesn't fit what goes on from it ({reason}); delete it to start anew") from error

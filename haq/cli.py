@@ -33,7 +33,9 @@ def run_command(main: Callable[[], int]) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("HAQ_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A name from somebody's folder may hold what breaks a line or steers a terminal.
+        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
+        print(f"error: {text}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

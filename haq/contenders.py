@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import data, integer, interpreter, models, training
 from haq.attacks import Classifier
-from haq.files import CONFIG, ROBUSTNESS
+from haq.folder import CONFIG, ROBUSTNESS
 from haq.graph import capture
 from haq.job import CALIBRATION
 from haq.run import Run
@@ -117,7 +117,7 @@ def gather(request: Request, on_training: OnTraining | None = None) -> Contender
 def _of_run(request: Request, run: Run, on_training: OnTraining | None) -> Contenders:
     if request.data is not None:
         raise ValueError(f"--data goes with a model; {request.source} is a run on {run.settings.data}")
-    policy, subject = run.load_policy(), run.settings.load()
+    policy, subject = run.load_policy(), run.load_subject()
     run.check(subject)
     epochs, seed = run.settings.finetune_epochs, run.settings.seed
     plain = Q.quantize(subject.network.module, policy, calibrate=subject.calibration())

@@ -397,6 +397,8 @@ def _from_function(name: str) -> Dataset:
 def call_by_name(name: str) -> Any:
     """Import and call `module:function`; the current folder can be imported from, as with `python -m`."""
     module_name, _, function_name = name.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{name!r} is of Python itself, where there are neither networks nor data sets; give module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from haq.compiled import Deployed, compile_program
 from haq.graph import Graph, capture
 from haq.integer import lower
 from haq.job import Subject
+from haq.lock import writing
 from haq.run import Run
 from hw_models import load_target
 
@@ -80,13 +82,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder or file to write (default: in the run's folder)")
     cli.add_measuring(parser)
     options = parser.parse_args(arguments)
+    with ExitStack() as held:
+        return go(options, held)
+
+
+def go(options: argparse.Namespace, held: ExitStack) -> int:
+    """What is asked for; `held` holds the run's folder until the end, if that is where it is written."""
     console = Console()
     run = Run.load(options.run)
     policy = run.load_policy()
+    out = options.out or run.folder / ("deployed" if options.to == "tvm" else f"{options.to}.onnx")
+    if out.resolve().is_relative_to(run.folder.resolve()):
+        held.enter_context(writing(run.folder, f"python -m haq.deploy {run.folder} --to {options.to}"))
     if options.to != "tvm" and (options.threads or options.target or options.cold):
         raise ValueError(f"--threads, --target and --cold are for --to tvm, not for {options.to}")
     with cli.follow_loading(console, "loading network and data") as follow:
-        subject = run.settings.load()
+        subject = run.load_subject()
         run.check(subject)
         network = run.load_checkpoint(subject)
         tuned = network is not None
@@ -94,7 +105,6 @@ def main(arguments: list[str] | None = None) -> int:
             network = Q.quantize(subject.network.module, policy, calibrate=subject.calibration())
         network = network.eval()
         graph = capture(network, _images(subject, 1))
-        out = options.out or run.folder / ("deployed" if options.to == "tvm" else f"{options.to}.onnx")
         if options.to == "tvm":
             deployed = to_tvm(
                 network,

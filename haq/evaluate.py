@@ -11,6 +11,7 @@ from rich.console import Console
 
 import quantizers as Q
 from haq import cli, summary
+from haq.folder import RESULT
 from haq.run import Run
 
 
@@ -27,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         job = run.build(**follow)
         run.check(job)
         tuned = run.load_checkpoint(job)
-        rivals = {name: Q.BitPolicy(bits) for name, bits in earlier["rival_policies"].items()}
+        rivals = {
+            name: run.check_policy(Q.BitPolicy(bits), job, run.folder / RESULT)
+            for name, bits in earlier["rival_policies"].items()
+        }
         result = summary.collect(job, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
     if "verified" in earlier:  # under attack, by the search; python -m haq.robustness does it again
         result["verified"] = earlier["verified"]

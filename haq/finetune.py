@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
 import quantizers as Q
 from haq import cli, summary, training
+from haq.lock import writing
 from haq.run import Run
 
 
@@ -27,8 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"--epochs is {options.epochs}; it must be at least 1")
     if not 0 < options.learning_rate < 10:
         raise ValueError(f"--learning-rate is {options.learning_rate}; it must be above 0 and below 10")
+    with ExitStack() as held:
+        return go(options, held)
+
+
+def go(options: argparse.Namespace, held: ExitStack) -> int:
+    """What is asked for; `held` holds the run's folder until the end."""
     console = Console(stderr=options.json)
     run = Run.load(options.run)
+    held.enter_context(writing(run.folder, f"python -m haq.finetune {run.folder} --epochs {options.epochs}"))
     result, policy = run.load_result(), run.load_policy()
     with cli.follow_loading(console, "loading network and data") as follow:
         job = run.build(**follow)

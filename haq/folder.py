@@ -1,285 +1,234 @@
-"""The folders of runs and sweeps, read without torch and checked: what a report is made of.
+"""The folder of a run or a sweep, read without torch and without trust: nothing in it is executed, waited for, or read whole
+before its size is known.
 
-Nothing that is read here is ever executed: it is JSON, CSV or safe YAML, and plain data that fits the records below. A file
-that doesn't fit is a ValueError of one sentence with its name and the first fault.
+Every function raises OSError or ValueError with one sentence that names the file.
 """
 
 from __future__ import annotations
 
-import csv
+import errno
 import json
-import math
-from dataclasses import dataclass
-from functools import cached_property
+import os
+import re
+import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from haq.files import (
-    ATTACKED,
-    COLUMNS,
-    CONFIG,
-    HISTORY,
-    POLICY,
-    PROBLEM,
-    PROBLEM_SCHEMA,
-    RESULT,
-    RESULT_SCHEMA,
-    ROBUSTNESS,
-    ROBUSTNESS_SCHEMA,
-    RUN_SCHEMA,
-    SWEEP,
-    SWEEP_SCHEMA,
-)
-from haq.records import Config, Policy, Problem, Record, Result, Robustness, SweepBegun, SweepDone, share_of
+CONFIG, PROBLEM, HISTORY, POLICY, RESULT = "config.yaml", "problem.json", "history.csv", "policy.json", "result.json"
+SWEEP, LOCK, SENSITIVITY, REPORT = "sweep.json", ".lock", "sensitivity.json", "report.html"
+ROBUSTNESS, ATTACKED = Path("robustness"), "robustness.json"  # a folder, and what comes of it
+CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
+RUN_SCHEMA, PROBLEM_SCHEMA, RESULT_SCHEMA = "haq-run-1", "haq-problem-1", "haq-result-1"
+SWEEP_SCHEMA, ROBUSTNESS_SCHEMA = "haq-sweep-1", "haq-robustness-1"
 
-POLICY_SCHEMA = "haq-bit-policy"  # quantizers.policy's, which can't be imported without torch
+# Bytes up to which a file is read. What we write is far smaller: the largest history so far has 3 MB.
+MOST_CONFIG, MOST_JSON, MOST_HISTORY = 64 * 1024, 32 * 1024**2, 64 * 1024**2
+WRITTEN = (LOCK, ".part", ".json", ".npz", ".png")  # what is put into a folder that isn't a run's, by attacks on a model
+LEFTOVERS = {LOCK, f"{CONFIG}.part", f"{SWEEP}.part"}  # all there is, if a process was killed while it made a folder
 
 
-class Tried(NamedTuple):
-    """One evaluation, a row of history.csv: accuracy is a share, loss in nats, cost in the metric's unit."""
-
-    solver: str
-    evaluation: int
-    weight_bits: tuple[int, ...]
-    activation_bits: tuple[int, ...]
-    accuracy: float
-    loss: float
-    cost: float
-    within_budget: bool
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run, finished or not."""
-
-    folder: Path
-    config: Config
-    problem: Problem
-    history: list[Tried]
-    policy: list[tuple[int, int]] | None  # (weight bits, activation bits) of each layer: the best so far
-    result: Result | None
-    robustness: Robustness | None
-
-    @property
-    def finished(self) -> bool:
-        return self.result is not None
-
-    @property
-    def solver(self) -> str:
-        return str(self.config.settings.get("solver", ""))
-
-    @cached_property
-    def best(self) -> Tried | None:
-        """What the run's own solver found within its budget, or its best so far; None if there is none yet."""
-        mine = [tried for tried in self.history if tried.within_budget and tried.solver == self.solver]
-        if self.policy is not None:
-            w, a = zip(*self.policy, strict=True)
-            mine = [tried for tried in mine if (tried.weight_bits, tried.activation_bits) == (w, a)] or mine
-        return min(mine, key=lambda tried: (-tried.accuracy, tried.loss, tried.cost), default=None)
+def check_file(path: Path, most: int) -> None:
+    """Raise FileNotFoundError, or ValueError if it isn't a file (a pipe would be waited for) or has more than `most` bytes."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no ordinary file (a pipe or a device)"
+        raise ValueError(f"{path} is {kind} and was not read; a file of at most {size(most)} is expected there")
+    if found.st_size > most:
+        raise ValueError(f"{path} has {size(found.st_size)} and was not read; at most {size(most)} are expected there")
 
 
-@dataclass(frozen=True)
-class SweepFolder:
-    """A sweep, finished or not, and as long as it isn't, the runs that are there."""
-
-    folder: Path
-    content: SweepBegun
-    runs: list[RunFolder]
-
-
-def is_finished(source: RunFolder | SweepFolder) -> bool:
-    return source.finished if isinstance(source, RunFolder) else source.content.finished
+def read_text(path: Path, most: int) -> str:
+    """A text file of at most `most` bytes."""
+    check_file(path, most)
+    try:
+        # Line ends as they are: what is written back must not differ.
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
 
 
-def read(folder: Path) -> RunFolder | SweepFolder:
-    """The run or sweep of a folder. Raises FileNotFoundError if it is neither's, ValueError for a file that doesn't fit."""
-    if (folder / SWEEP).is_file():
-        return _read_sweep(folder)
-    if (folder / CONFIG).is_file():
-        return _read_run(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; give the folder of a run or of a sweep")
-    raise FileNotFoundError(f"{folder} is neither the folder of a run (it has no {CONFIG}) nor of a sweep (no {SWEEP})")
+def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
+    """An object from a JSON file, which is to be `what`."""
+    text = read_text(path, MOST_JSON)
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not {what}: {_short(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not {what}: it must be an object, not a {_kind(content)}")
+    return content
 
 
-def _read_sweep(folder: Path) -> SweepFolder:
-    path = folder / SWEEP
-    text = _text(path)
-    begun = _record(SweepBegun, text, path, SWEEP_SCHEMA)
-    if begun.finished:
-        done = _record(SweepDone, text, path, SWEEP_SCHEMA)
-        _check_sweep(done, path)
-        return SweepFolder(folder, done, [])
-    # The run that measured sensitivities searches nothing.
-    begun_runs = sorted(one.parent for one in folder.glob(f"*/{CONFIG}") if one.parent.name != "sensitivity")
-    return SweepFolder(folder, begun, [_read_run(one) for one in begun_runs])
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.yaml says: schema, settings (name -> plain value), signature and versions (name -> text)."""
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+    wrong = f"{path} is not the configuration of a run"
+    text = read_text(path, MOST_CONFIG)
+    try:
+        content = yaml.load(text, _Plain)
+    except RecursionError:
+        raise ValueError(f"{wrong}: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of month 13
+        raise ValueError(f"{wrong}: {_short(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{wrong}: it must be a mapping, not a {_kind(content)}")
+    check_schema(path, content.get("schema"), RUN_SCHEMA, "the configuration of a run")
+    for part, kinds in (("settings", (str, int, float, type(None))), ("signature", (str,)), ("versions", (str,))):
+        given = content.get(part)
+        if not isinstance(given, dict):
+            raise ValueError(f"{wrong}: {part!r} must be a mapping, not a {_kind(given)}")
+        for name, value in given.items():
+            if not isinstance(name, str) or not isinstance(value, kinds):
+                raise ValueError(f"{wrong}: {part!r} has a {_kind(value)} for {_quoted(name)}")
+    for name in ("network", "data", "hw", "metric", "budget", "solver"):
+        if not isinstance(content["settings"].get(name), str):
+            raise ValueError(f"{wrong}: setting {name!r} must be text, not a {_kind(content['settings'].get(name))}")
+    return content
 
 
-def _read_run(folder: Path) -> RunFolder:
-    config = _config(folder / CONFIG)
-    path = folder / PROBLEM
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {PROBLEM}: a run of this version of haq has one; search again")
-    problem = _record(Problem, _text(path), path, PROBLEM_SCHEMA)
-    if not math.isclose(sum(layer.cost[7][7] for layer in problem.layers), problem.uniform8, rel_tol=1e-6):
-        raise ValueError(f"{path}: the costs of the layers at 8 bits don't add up to 'uniform8', {problem.uniform8!r}")
+def read_result(folder: Path) -> dict[str, Any]:
+    """What result.json holds, of the types that are relied on."""
     path = folder / RESULT
-    result = _record(Result, _text(path), path, RESULT_SCHEMA) if path.is_file() else None
-    if result:
-        _check_accuracies(result, path)
-    path = folder / ROBUSTNESS / ATTACKED
-    robustness = _record(Robustness, _text(path), path, ROBUSTNESS_SCHEMA) if path.is_file() else None
-    return RunFolder(
-        folder,
-        config,
-        problem,
-        _history(folder / HISTORY, len(problem.layers)),
-        _policy(folder / POLICY, problem),
-        result,
-        robustness,
-    )
-
-
-def _check_sweep(done: SweepDone, path: Path) -> None:
-    keys = [f"{split}_{done.reward}" for split in ("search", "test")]
-    special = done.specialisation.policies.values() if done.specialisation else ()
+    content = read_json(path, "the result of a run")
+    check_schema(path, content.get("schema"), RESULT_SCHEMA, "the result of a run")
     try:
-        for key in keys:
-            share_of(done.of_float, key)
-            for target in done.targets.values():
-                for row in (*target.uniform, *target.found):
-                    row.share(key)
-                for row in target.found:
-                    row.spread(key)
-            for policy in special:
-                policy.share(key)
+        reward = _have(content, "reward", str)
+        for name in ("network", "data", "target", "solver", "accuracy_is", "cost_is"):
+            _have(content, name, str)
+        budget = _have(content, "budget", dict)
+        for name, kind in _BUDGET.items():
+            _have(budget, name, kind)
+        for name in ("float", "uniform8", "found", *(["finetuned"] if content.get("finetuned") is not None else [])):
+            _check_row(_have(content, name, dict), reward)
+        for row in _have(content, "rivals", dict).values():
+            if not isinstance(row, dict):
+                raise ValueError(f"a rival is a {_kind(row)}")
+            _check_row(row, reward)
+        for bits in _have(content, "rival_policies", dict).values():
+            if not isinstance(bits, dict) or not all(isinstance(pair, list) for pair in bits.values()):
+                raise ValueError("'rival_policies' must map names to bits by layer")
+        for name, of in _COUNTS.items():
+            for key in (counts := _have(content, name, dict)):
+                _have(counts, key, of)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path} is not the result of a run: {error}") from None
+    return content
 
 
-def _check_accuracies(result: Result, path: Path) -> None:
-    """Their names depend on the reward, so that no record can name them."""
-    keys = [f"{split}_{result.reward}" for split in ("search", "test")]
+def check_schema(path: Path, found: Any, ours: str, what: str) -> None:
+    """Raise ValueError unless a file is of our schema, such as "haq-run-1"; of a later one it says so."""
+    if found == ours:
+        return
+    base, _, number = ours.rpartition("-")
+    later = re.fullmatch(rf"{re.escape(base)}-([0-9]{{1,6}})", found) if isinstance(found, str) else None
+    if later and int(later[1]) > int(number):
+        raise ValueError(f"{path} was made by a newer version of haq ({found}, this one reads {ours}): upgrade haq to use it")
+    raise ValueError(f"{path} is not {what}: its schema is {_quoted(found)}, not {ours!r}")
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError if anything in a folder that is to be written is a symbolic link out of it."""
+    home, begun = folder.resolve(), any(os.path.lexists(folder / name) for name in (CONFIG, SWEEP))
+    for inside, folders, files in os.walk(folder):
+        if not begun:
+            # Somebody's folder that results are put into; links of other names and further down are their own affair.
+            folders.clear()
+        for name in (*folders, *(name for name in files if begun or name.endswith(WRITTEN))):
+            path = Path(inside, name)
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+                raise ValueError(f"{path} is a symbolic link out of {folder}: nothing is written through it; put a copy there")
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and rename it: whatever happens, there is the old one or the new one. What can't be
+    written leaves nothing behind."""
+    partial = path.with_name(f"{path.name}.part")
     try:
-        for entry in (result.of_float, result.uniform8, result.found, result.finetuned, *result.rivals.values()):
-            for key in keys if entry is not None else ():
-                share_of(entry or {}, key)
-        for uniform in result.uniform:
-            share_of(uniform, keys[0])
-            if any(uniform.get(key) is None for key in ("bits", "cost")):
-                raise ValueError("an entry of 'uniform' lacks its bits or its cost")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        partial.unlink(missing_ok=True)  # it may be a link to somewhere
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
-def _config(path: Path) -> Config:
-    try:
-        content = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    _check_schema(content, path, RUN_SCHEMA)
-    try:
-        return Config.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_first(error)}") from error
+def size(count: int) -> str:
+    """Bytes in words: 3.2 MB."""
+    if count < 1000:
+        return f"{count} bytes"
+    power = next((power for power in (1, 2, 3) if count < 999.5 * 1000**power), 4)
+    return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
-def _policy(path: Path, problem: Problem) -> list[tuple[int, int]] | None:
-    if not path.is_file():
-        return None
-    layers = _record(Policy, _text(path), path, POLICY_SCHEMA).layers
-    if [layer.name for layer in layers] != [layer.name for layer in problem.layers]:
-        raise ValueError(f"{path} is not a policy for the layers of {path.with_name(PROBLEM)}")
-    return [(layer.weight_bits, layer.activation_bits) for layer in layers]
+def full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or what one may use of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _history(path: Path, layers: int) -> list[Tried]:
-    """Every evaluation that is whole: a line without its end was being written when the run was killed."""
-    if not path.is_file():
-        return []
-    text = _text(path)
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    if lines[:1] != [",".join(COLUMNS)]:
-        raise ValueError(f"{path} has the columns {' '.join(lines[:1])!r}, not {','.join(COLUMNS)!r}")
-    found = []
-    for number, row in enumerate(csv.reader(lines[1:]), 2):
-        try:
-            found.append(_tried(row, layers))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return found
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases: nothing of ours has any, and a few lines of them can stand for more text than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*), which no file of a run has")
+        return super().compose_node(parent, index)
 
 
-def _tried(row: list[str], layers: int) -> Tried:
-    if len(row) != len(COLUMNS):
-        raise ValueError(f"{len(row)} columns, not {len(COLUMNS)}")
-    cell = dict(zip(COLUMNS, row, strict=True))
-    bits = []
-    for name in ("weight_bits", "activation_bits"):
-        widths = cell[name].split("-")
-        if len(widths) != layers or not all(width in "12345678" and len(width) == 1 for width in widths):
-            raise ValueError(f"{name} is {cell[name][:80]!r}; it must be {layers} widths from 1 to 8 parted by dashes")
-        bits.append(tuple(map(int, widths)))
-    accuracy, loss, cost = (_number(cell, name) for name in ("accuracy", "loss", "cost"))
-    if not 0 <= accuracy <= 1:
-        raise ValueError(f"accuracy is {accuracy}; it must be from 0 to 1")
-    if cell["within_budget"] not in ("0", "1"):
-        raise ValueError(f"within_budget is {cell['within_budget'][:80]!r}; it must be 0 or 1")
-    if not cell["evaluation"].isdecimal():
-        raise ValueError(f"evaluation is {cell['evaluation'][:80]!r}; it must be a whole number")
-    within = cell["within_budget"] == "1"
-    return Tried(cell["solver"], int(cell["evaluation"]), bits[0], bits[1], accuracy, loss, cost, within)
+def _check_row(row: dict[str, Any], reward: str) -> None:
+    for split in ("search", "test"):
+        _have(row, f"{split}_{reward}", float)
+    for name, value in row.items():
+        if value is not None:
+            _have(row, name, float)
 
 
-def _number(cell: dict[str, str], name: str) -> float:
-    try:
-        value = float(cell[name])
-    except ValueError:
-        value = math.nan
-    # A network at too few bits may have an infinite loss.
-    if not (value >= 0 and (name == "loss" or value < math.inf)):
-        raise ValueError(f"{name} is {cell[name][:80]!r}; it must be a number of at least 0")
+def _have(content: dict[str, Any], name: str, kind: type) -> Any:
+    """The value of a key. Raises ValueError unless it is of a type; a float may be an int, and is finite."""
+    value: Any = content.get(name)
+    fits = isinstance(value, (float, int) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{_quoted(name)} is a {_kind(value)}, not a {_NAMES[kind]}")
+    if kind is float and not abs(value) < 1e300:
+        raise ValueError(f"{_quoted(name)} is no finite number")
     return value
 
 
-_Any = TypeVar("_Any", bound=Record)
+_BUDGET: dict[str, type] = {"metric": str, "unit": str, "holds": bool, "limit": float, "used": float, "used_fraction": float}
+_COUNTS: dict[str, type] = {"evaluations": int, "saturated_actions": float}
+_NAMES: dict[type, str] = {
+    dict: "mapping",
+    list: "list",
+    str: "text",
+    bool: "truth value",
+    int: "whole number",
+    float: "number",
+    type(None): "nothing",
+}
 
 
-def _record(kind: type[_Any], text: str, path: Path, schema: str) -> _Any:
-    """A file's content, checked: its schema first, so that a newer file is called newer and not broken."""
-    try:
-        _check_schema(json.loads(text), path, schema)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_first(error)}") from error
+def _kind(value: Any) -> str:
+    return _NAMES.get(type(value), type(value).__name__)
 
 
-def _check_schema(content: Any, path: Path, known: str) -> None:
-    found = content.get("schema") if isinstance(content, dict) else None
-    if found != known:
-        raise ValueError(
-            f"{path} has the schema {found!r:.80}, this version of haq reads {known!r}: make the report with the version that "
-            "wrote it"
-        )
+def _quoted(value: Any) -> str:
+    """A value in a message: only if it is text or a number, and not all of it if it is long."""
+    if not isinstance(value, (str, int, float)):
+        return f"a {_kind(value)}"
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _first(error: ValidationError) -> str:
-    """The first fault, in words."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"])) or "the file"
-    if first["type"] == "missing":
-        return f"{key!r} is missing"
-    return f"{key!r} is {first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

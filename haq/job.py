@@ -7,9 +7,10 @@ import importlib.metadata
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ import hw_models
 import quantizers as Q
 from haq import data, models, training
 from haq.adversarial import DEFAULT_EPS, Adversary, Proxy, check_images, parse_eps
-from haq.files import PROBLEM_SCHEMA, SENSITIVITY
+from haq.folder import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.problem import Problem, check_reward
 from haq.solvers import check_env, check_name
 from haq.solvers.sensitivity import Sensitivities, check_kind
@@ -66,6 +67,32 @@ class Settings:
         parse_eps(self.eps)
         if self.reward != "accuracy+robust" and self.eps != DEFAULT_EPS:
             raise ValueError(f"--eps {self.eps} is of an attack: it goes with --reward accuracy+robust, not {self.reward}")
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Settings:
+        """Settings from a file. Raises ValueError for a name that there isn't, and for a value of the wrong type."""
+        kinds = get_type_hints(cls)
+        for name, value in content.items():
+            if name not in kinds:
+                raise ValueError(
+                    f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {', '.join(kinds)}"
+                )
+            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "cold"):
+                wanted = {str: "text", int: "an integer"}.get(kinds[name], str(kinds[name]))
+                raise ValueError(f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {wanted}")
+        return cls(**content)
+
+    def files(self) -> dict[str, Path]:
+        """The files and folders of the user's own that are named, by setting."""
+        found = {}
+        network = Path(self.network.rpartition("@")[2])
+        if "@" in self.network or network.suffix in models.CHECKPOINT_ENDINGS:
+            found["network"] = network
+        if self.data.startswith(("imagefolder:", "images:")):
+            found["data"] = Path(self.data.partition(":")[2])
+        if self.hw.startswith("lut:") or self.hw.endswith((".yaml", ".yml")):
+            found["hw"] = Path(self.hw.removeprefix("lut:"))
+        return found
 
     def bit_range(self) -> tuple[int, int]:
         """Smallest and largest width. Raises ValueError if that isn't what `bits` says."""
@@ -207,9 +234,10 @@ class Job(Subject):
         """Sensitivities from a file or from the folder of a run. Raises ValueError with one reason if they are of another
         network, other data or other bits, FileNotFoundError if there are none."""
         path = source / SENSITIVITY if source.is_dir() else source
-        if not path.is_file():
+        if not path.exists():
             lacks = f"{source} has no {SENSITIVITY}: its search measured none" if source.is_dir() else f"there is no {source}"
             raise FileNotFoundError(f"{lacks}; give the folder of a run that did, or its {SENSITIVITY}")
+        check_file(path, MOST_JSON)
         sensitivities = Sensitivities.from_json(path)
         sensitivities.check(self.problem, self.subject_signature(), path)
         return sensitivities

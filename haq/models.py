@@ -17,6 +17,7 @@ import importlib
 import json
 import math
 import pickle
+import re
 import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import data
+from haq.folder import check_schema, write
 
 DEFAULT = "mobilenet-mini"
 ZOO = ("timm", "torchvision", "pytorchcv")
@@ -44,6 +46,7 @@ NAMES = (
 )
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
+MOST_PIXELS = 2**24  # of an image that a checkpoint says its network takes
 QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
 CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -331,16 +334,19 @@ def load_quantized(path: Path) -> Network:
     if "schemes" not in notes:
         raise ValueError(f"{path} holds a float network, not a quantized one")
     network = load(str(path))
-    schemes = {layer: Q.Scheme.known[name](**options) for layer, (name, options) in json.loads(notes["schemes"]).items()}
     state = {key.removeprefix(QUANTIZER): value for key, value in tensors.items() if key.startswith(QUANTIZER)}
-    policy = Q.BitPolicy(json.loads(notes["policy"]))
-    return replace(network, module=Q.quantize(network.module, policy, scheme=schemes, state=state).eval())
+    try:
+        schemes = {layer: Q.Scheme.known[name](**options) for layer, (name, options) in json.loads(notes["schemes"]).items()}
+        policy = Q.BitPolicy(json.loads(notes["policy"]))
+        return replace(network, module=Q.quantize(network.module, policy, scheme=schemes, state=state).eval())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} has schemes or bits that aren't of its network: {reason}") from error
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write tensors with notes, beside and renamed; the same bytes for the same content."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
     content = safetensors.torch.save(tensors, metadata)
     # The library leaves the notes in an order of its own, another one in every process.
     size = int.from_bytes(content[:8], "little")
@@ -348,8 +354,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     ordered += b" " * (-len(ordered) % 8)  # tensors are aligned
-    partial.write_bytes(len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
-    partial.replace(path)
+    write(path, len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
 
 
 def load_checkpoint(path: Path) -> Network:
@@ -358,21 +363,26 @@ def load_checkpoint(path: Path) -> Network:
     Raises ValueError with the reason if the file is truncated, holds code, or doesn't say which network it is of.
     """
     state, notes = read_state(path)
+    if re.fullmatch(r"haq-checkpoint-[0-9]+", notes.get("format", "")):
+        check_schema(path, notes["format"], CHECKPOINT_FORMAT, "a checkpoint of ours")
     if notes.get("format") != CHECKPOINT_FORMAT:
         raise ValueError(
             f"{path} doesn't say which network it is of (no {CHECKPOINT_FORMAT!r} in its header); "
             f"name the network: NAME@{path}"
         )
-    network = _build(notes["network"], int(notes["classes"]), pretrained=False)
+    try:
+        classes, shape = int(notes["classes"]), json.loads(notes["input_shape"])
+        mean, std = (tuple(float(value) for value in json.loads(notes[key])) for key in ("mean", "std"))
+        fits = len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape) and math.prod(shape) <= MOST_PIXELS
+        # No network tells more classes apart than one of its tensors has rows.
+        fits = fits and any(classes in tensor.shape for tensor in state.values())
+        if not fits or not all(map(math.isfinite, (*mean, *std))) or 0 in std:
+            raise ValueError(f"{classes} classes, images of {shape}, mean {mean} and deviation {std}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a header that describes no network of its tensors: {str(error)[:200]}") from error
+    network = _build(notes.get("network", ""), classes, pretrained=False)
     _load_state(network.module, state, path)
-    shape = json.loads(notes["input_shape"])
-    return replace(
-        network,
-        input_shape=(shape[0], shape[1], shape[2]),
-        mean=tuple(json.loads(notes["mean"])),
-        std=tuple(json.loads(notes["std"])),
-        origin=str(path),
-    )
+    return replace(network, input_shape=(shape[0], shape[1], shape[2]), mean=mean, std=std, origin=str(path))
 
 
 def _with_weights(base: str, path: Path, classes: int | None) -> Network:

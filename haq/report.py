@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from haq import cli, folder
-from haq.files import REPORT
+from haq.folder import REPORT
+from haq.reporting import reading
 
 OURS = b'<meta name="generator" content="haq.report'
 
@@ -35,17 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     check_once(options.runs)
     out = options.out or default_file(options.runs)
     check_free(out)
-    sources = [folder.read(run) for run in options.runs]
+    sources = [reading.read(run) for run in options.runs]
     try:
         from haq.reporting import page
     except ImportError as error:
         raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): pip install 'haq[report]'") from error
     text = page.render(sources)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.part")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(out)
-    unfinished = [str(run) for run, source in zip(options.runs, sources, strict=True) if not folder.is_finished(source)]
+    folder.write(out, text)
+    unfinished = [str(run) for run, source in zip(options.runs, sources, strict=True) if not reading.is_finished(source)]
     if unfinished:
         print(f"Not finished, shown as far as it is there: {', '.join(unfinished)}")
     print(f"Written: {out} ({len(text.encode()) / 1e6:.2f} MB; open it in any browser)")

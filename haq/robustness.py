@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from haq import adversarial, assessment, cli, contenders
+from haq import folder as folders
 from haq.assessment import Assessment
 from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat, check_names
 from haq.contenders import Contenders, Deployed, Request
 from haq.evaluator import one_thread
-from haq.files import ATTACKED, ROBUSTNESS, ROBUSTNESS_SCHEMA
+from haq.folder import ATTACKED, ROBUSTNESS, ROBUSTNESS_SCHEMA
+from haq.lock import writing
 
 PICTURE = "robustness.png"
 Examined = tuple[Assessment, Deployed | None]
@@ -107,6 +109,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with ExitStack() as held:
+        return go(options, held)
+
+
+def go(options: argparse.Namespace, held: ExitStack) -> int:
+    """What is asked for; `held` holds the folders that are written, the run's and that of --out, until the end."""
     most = 1.0 if options.norm == "linf" else math.inf
     threat = Threat(adversarial.parse_eps(options.eps or EPS[options.norm], most), options.norm)
     request = Request(options.source, options.data, options.uniform, options.defensive)
@@ -128,10 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
         options.seed,
     )
     console = Console(stderr=options.json)
+    same = "the same command again, which takes up what is finished"
+    if run is not None:
+        held.enter_context(writing(run.folder, same))
     try:
         with one_thread():
             gathered = _gather(console, request)
             print_plan(console, attempt, gathered)
+            if run is None or not folder.resolve().is_relative_to(run.folder.resolve()):
+                held.enter_context(writing(folder, same))
             found = examine_all(console, attempt, gathered, min(options.workers, len(gathered.networks)))
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there.")
@@ -380,9 +393,7 @@ def _percent(share: float | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    folders.write(path, text)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,16 @@ last episode, with its networks, its replay buffer and all random states as they
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import json
 import logging
+import os
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,18 @@ import yaml
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import models
+from haq import folder as folders
+from haq import history, models
 from haq.checkpoint import Checkpoint
 from haq.evaluator import Evaluation
-from haq.files import COLUMNS, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
+from haq.folder import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
 from haq.job import Job, Settings, Subject, check_signature, check_versions, machine_signature, versions
+from haq.lock import is_held
 from haq.problem import Problem
 from haq.solvers import Found, Session, solve
 from haq.solvers.sensitivity import Sensitivities, by_hessian, signed
 
 logger = logging.getLogger("haq")
-CHECKPOINT = Path("checkpoint") / "quantized.safetensors"
 CHECKPOINT_FORMAT = "haq-quantized-1"
 
 
@@ -77,7 +80,7 @@ class Run:
         run = cls(folder, job.settings)
         run._write(CONFIG, yaml.safe_dump(content, sort_keys=False))
         run._write(PROBLEM, json.dumps(job.outline(), indent=2) + "\n")
-        run._write(HISTORY, _line(COLUMNS))
+        run._write(HISTORY, history.HEADER)
         if sensitivities is not None:
             run.save_sensitivities(sensitivities, job)
         return run
@@ -85,27 +88,28 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Open a folder. Raises ValueError with the reason if it isn't a run's."""
-        path = folder / CONFIG
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {CONFIG}")
+        content = folders.read_config(folder)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if content["schema"] != RUN_SCHEMA:
-                raise ValueError(f"schema is {content['schema']!r}, not {RUN_SCHEMA!r}")
-            settings = Settings(**content["settings"])
-        except (yaml.YAMLError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not the configuration of a run: {' '.join(str(error).split())}") from error
+            settings = Settings.read(content["settings"])
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
         return cls(folder, settings)
 
     @property
     def finished(self) -> bool:
-        return (self.folder / RESULT).is_file()
+        return (self.folder / RESULT).exists()
+
+    @property
+    def go_on(self) -> str:
+        """The command that goes on with the search."""
+        return f"python -m haq.search --resume {self.folder}"
 
     def build(self, **callbacks: Any) -> Job:
         """The job that this run was asked for, where it began. Raises ValueError, before anything is measured, elsewhere."""
+        self._check_files("network", "data", "hw")
         target = self.settings.load_target(**callbacks)
-        signature = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))["signature"]
-        before, now = (json.loads(s.get("machine", "{}")) for s in (signature, machine_signature(target)))
+        signature = folders.read_config(self.folder)["signature"]
+        before, now = (_machine(self.folder / CONFIG, s) for s in (signature, machine_signature(target)))
         if before != now:
             name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
             raise ValueError(
@@ -114,31 +118,71 @@ class Run:
             )
         return self.settings.build(target)
 
+    def load_subject(self) -> Subject:
+        """The network and data that this run was asked for. Raises ValueError or FileNotFoundError if they aren't here."""
+        self._check_files("network", "data")
+        return self.settings.load()
+
+    def _check_files(self, *names: str) -> None:
+        """Raise FileNotFoundError, saying where it is looked for, if a file that settings name isn't here."""
+        for name, path in self.settings.files().items():
+            if name in names and not path.exists():
+                where = "" if path.is_absolute() else f" in {Path.cwd()}: paths are relative to where the search was started"
+                raise FileNotFoundError(
+                    f"{self.folder} was asked for with --{name} {getattr(self.settings, name)}, and there is no {path}"
+                    f"{where}; go on from there, or put it here"
+                )
+        for name in ("network", "data"):
+            module = str(getattr(self.settings, name)).rpartition("@")[0] or str(getattr(self.settings, name))
+            found = PathFinder.find_spec(module.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
+            if found and found.origin and Path(found.origin).resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(
+                    f"{self.folder / CONFIG} names {name} {module}, which is code in the run's own folder, and was not run: "
+                    "move it out of there if you trust it"
+                )
+
     def check(self, job: Subject, *, same_versions: bool = False) -> None:
-        """Raise ValueError, with the way out, if network, data or target (of a Job) aren't what the run began with."""
-        content = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
+        """Raise ValueError, with the way out, if network, data or target (of a Job) aren't what the run began with, or if the
+        policy in the folder is of another network."""
+        content = folders.read_config(self.folder)
         options = {"target": "hw", "machine": "hw"}
         signature = job.signature()
         called = {name: f"{name} ({getattr(self.settings, options.get(name, name))})" for name in signature}
         check_signature(self.folder, content["signature"], signature, called)
         if same_versions:
             check_versions(self.folder, content["versions"])
+        if (self.folder / POLICY).exists():
+            self.check_policy(self.load_policy(), job, self.folder / POLICY)
+
+    def check_policy(self, policy: Q.BitPolicy, job: Subject, source: Path) -> Q.BitPolicy:
+        """The policy itself. Raises ValueError, naming its source, unless it gives bits to the layers of the run's network."""
+        if isinstance(job, Job):
+            layers = set(job.problem.workload.names)
+        else:
+            layers = set(Q.BitPolicy.uniform(job.network.module, w=8, a=8)) & set(policy)
+        if wrong := sorted(set(policy) ^ layers) or sorted(name for name, bits in policy.items() if None in bits):
+            raise ValueError(
+                f"{source} is of another network than {job.network.name}: layer {wrong[0][:60]!r} is in one of the two only, "
+                f"or has no bits; so are {len(wrong)} in all"
+            )
+        return policy
 
     def prepare_resume(self, problem: Problem) -> int:
         """Give the problem what was evaluated before; returns how many evaluations that saves."""
         path = self.folder / HISTORY
-        text = path.read_text(encoding="utf-8") if path.is_file() else _line(COLUMNS)
-        # A line without its end was being written when the run was killed.
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        if lines[:1] != [",".join(COLUMNS)]:
-            raise ValueError(f"{path} has the columns {' '.join(lines[:1])}, not {','.join(COLUMNS)}: start a new run")
-        self._rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
+        self._rows = history.read(path, len(problem.workload)) if path.exists() else []
         for row in self._rows:
             policy = problem.policy(map(int, row[2].split("-")), map(int, row[3].split("-")))
             divergence = float(row[8]) if row[8] else None
             problem.evaluator.cache[policy] = Evaluation(float(row[4]), float(row[5]), problem.evaluator.count, divergence)
-        self._write(HISTORY, "".join(f"{line}\n" for line in lines))
+        # Without the line that was being written when the run was killed.
+        self._write(HISTORY, history.HEADER + "".join(_line(row) for row in self._rows))
         return len(self._rows)
+
+    def complete(self, job: Job) -> None:
+        """Write what a kill, just as the folder was made, has left out."""
+        if not (self.folder / PROBLEM).exists():
+            self._write(PROBLEM, json.dumps(job.outline(), indent=2) + "\n")
 
     def record(
         self, solver: str, evaluation: int, found: Found, within_budget: bool, problem: Problem, best: Found | None = None
@@ -169,7 +213,7 @@ class Run:
             # on, which is behind by the episodes it was at.
             logger.warning(f"{solver} goes on from evaluation {evaluation} otherwise than it had begun: another processor?")
             self._rows = []
-            self._write(HISTORY, "".join(map(_line, [COLUMNS, *self._met])))
+            self._write(HISTORY, history.HEADER + "".join(map(_line, self._met)))
         with (self.folder / HISTORY).open("a", encoding="utf-8") as file:
             file.write(_line(row))
         if writer := self._events():
@@ -201,9 +245,9 @@ class Run:
         mine = solver == self.settings.solver
 
         def record(count: int, found: Found, within_budget: bool) -> None:
+            self.record(solver, count, found, within_budget, job.problem, session.best)
             if mine and found is session.best:
                 self.save_policy(found.policy)
-            self.record(solver, count, found, within_budget, job.problem, session.best)
             on_evaluation(count, found, session.best)
 
         asked = {name: getattr(self.settings, name) for name in ("evaluations", "seed", "env", "ahead")}
@@ -237,7 +281,7 @@ class Run:
         no evaluation. None if they are to measure themselves."""
         if self.settings.sensitivity is not None:
             copy = self.folder / SENSITIVITY
-            return job.read_sensitivities(copy if copy.is_file() else Path(self.settings.sensitivity))
+            return job.read_sensitivities(copy if copy.exists() else Path(self.settings.sensitivity))
         if self.settings.sensitivity_kind != "hessian":
             return None
         measured = by_hessian(job.problem)
@@ -254,23 +298,19 @@ class Run:
         policy.to_json(self.folder / POLICY)
 
     def load_policy(self) -> Q.BitPolicy:
-        if not (self.folder / POLICY).is_file():
-            raise FileNotFoundError(
-                f"{self.folder} has no {POLICY}: nothing was found yet; python -m haq.search --resume {self.folder}"
-            )
-        return Q.BitPolicy.from_json(self.folder / POLICY)
+        path = self.folder / POLICY
+        if not path.exists():
+            raise FileNotFoundError(f"{self.folder} has no {POLICY}: nothing was found yet; {self.go_on}")
+        folders.check_file(path, folders.MOST_JSON)
+        return Q.BitPolicy.from_json(path)
 
     def save_result(self, result: dict[str, Any]) -> None:
         self._write(RESULT, json.dumps(result, indent=2) + "\n")
 
     def load_result(self) -> dict[str, Any]:
         if not self.finished:
-            raise FileNotFoundError(f"{self.folder} is not finished: python -m haq.search --resume {self.folder}")
-        try:
-            content: dict[str, Any] = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.folder / RESULT} is not JSON: {error}") from error
-        return content
+            raise FileNotFoundError(f"{self.folder} is not finished: {self.go_on}")
+        return folders.read_result(self.folder)
 
     def save_checkpoint(self, qnetwork: nn.Module, job: Subject, name: Path = CHECKPOINT) -> Path:
         """Write a quantized network into the folder: weights, scales and bits."""
@@ -288,15 +328,28 @@ class Run:
     def load_checkpoint(self, job: Subject, name: Path = CHECKPOINT) -> nn.Module | None:
         """The fine-tuned network of this run, or None if it has none. Raises ValueError if it is of another problem."""
         path = self.folder / name
-        if not path.is_file():
+        if not path.exists():
             return None
+        # Weights, scales, and what schemes keep: never several times the network.
+        held = sum(tensor.numel() * tensor.element_size() for tensor in job.network.module.state_dict().values())
+        folders.check_file(path, 4 * held + 2**24)
         tensors, notes = models.read_state(path)
-        if notes.get("format") != CHECKPOINT_FORMAT or any(notes.get(k) != v for k, v in job.signature().items()):
-            raise ValueError(f"{path} is not a checkpoint of this run: delete it and use python -m haq.finetune {self.folder}")
-        policy = Q.BitPolicy(json.loads(notes["policy"]))
+        way_out = f"delete it and use python -m haq.finetune {self.folder}"
+        if (later := notes.get("format", "")) != CHECKPOINT_FORMAT and re.fullmatch(r"haq-quantized-[0-9]+", later):
+            folders.check_schema(path, later, CHECKPOINT_FORMAT, "a checkpoint of this run")
+        if later != CHECKPOINT_FORMAT or any(notes.get(k) != v for k, v in job.signature().items()):
+            raise ValueError(f"{path} is not a checkpoint of this run: {way_out}")
         state = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("quantizer.")}
-        qnetwork = Q.quantize(job.network.module, policy, state=state)
         weights = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("network.")}
+        try:
+            policy = self.check_policy(Q.BitPolicy(json.loads(notes["policy"])), job, path)
+            qnetwork = Q.quantize(job.network.module, policy, state=state)
+            for expected, given in ((Q.quantizer_state(qnetwork), state), (qnetwork.state_dict(), weights)):
+                _check_tensors(expected, given)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} doesn't hold the network of this run ({' '.join(str(error).split())}): {way_out}"
+            ) from error
         qnetwork.load_state_dict(weights)
         return qnetwork.eval()
 
@@ -308,9 +361,7 @@ class Run:
         return self._writer
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.folder / f"{name}.part"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.folder / name)
+        folders.write(self.folder / name, text)
 
 
 def has_tensorboard() -> bool:
@@ -319,7 +370,7 @@ def has_tensorboard() -> bool:
 
 def check_unused(folder: Path) -> None:
     """Raise ValueError if a folder is in use."""
-    if folder.is_dir() and any(folder.iterdir()):
+    if _holds_something(folder):
         unfinished = (folder / CONFIG).is_file() and not (folder / RESULT).is_file()
         way_out = f"go on with it by --resume {folder}, or " if unfinished else ""
         raise ValueError(f"{folder} is in use and is not overwritten: {way_out}name another with --out")
@@ -337,12 +388,41 @@ def unused_folder(name: str) -> Path:
     """A folder of that name under runs/, with a number if there is one already."""
     base = Path("runs") / name
     folder, number = base, 2
-    while folder.exists():
+    while folder.exists() and (not folder.is_dir() or _holds_something(folder) or is_held(folder)):
         folder, number = base.with_name(f"{base.name}-{number}"), number + 1
     return folder
 
 
-def _line(values: Any) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(values)
-    return buffer.getvalue()
+def _holds_something(folder: Path) -> bool:
+    """Whether there is more in a folder than what a process leaves that is killed while it makes it."""
+    return folder.is_dir() and any(path.name not in folders.LEFTOVERS for path in folder.iterdir())
+
+
+def _machine(path: Path, signature: dict[str, str]) -> dict[str, Any]:
+    """The machine of a signature, by its parts; none for a target that is computed."""
+    try:
+        found = json.loads(signature.get("machine", "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not the configuration of a run: its signature's machine is not JSON")
+    return found
+
+
+def _check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    """Raise ValueError unless tensors have the names, shapes and types that are expected, and finite values."""
+    if wrong := sorted(set(expected) ^ set(given)):
+        raise ValueError(f"{wrong[0]} is missing, or is one too many; {len(wrong)} are")
+    for name, tensor in given.items():
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {expected[name].dtype} of "
+                f"{tuple(expected[name].shape)}"
+            )
+        # What a scheme notes of widths that it doesn't use may be anything.
+        if name.endswith(("weight", "bias", "running_mean", "running_var", "_scale")) and not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+
+
+def _line(values: list[str]) -> str:
+    return ",".join(values) + "\n"

@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 import quantizers as Q
 from haq import cli, summary, training
 from haq.adversarial import parse_eps
-from haq.files import ROBUSTNESS
+from haq.folder import ROBUSTNESS
 from haq.job import Job, Settings
+from haq.lock import writing
 from haq.run import Run, check_unused, default_folder, has_tensorboard
 from haq.solvers import SOLVERS, Found, Session
 from haq.solvers.sensitivity import KINDS, Sensitivities
@@ -105,8 +107,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with ExitStack() as held:
+        return go(options, held)
+
+
+def go(options: argparse.Namespace, held: ExitStack) -> int:
+    """What is asked for; `held` holds the run's folder, once there is one, until the end."""
     console = Console(stderr=options.json)
     earlier = Run.load(options.resume) if options.resume else None
+    if earlier:
+        held.enter_context(writing(earlier.folder, earlier.go_on))
     if earlier and earlier.finished:
         earlier.drop_checkpoint("finetuning")  # it may have been killed just before it did so itself
         raise ValueError(f"{earlier.folder} is finished; see it with python -m haq.evaluate {earlier.folder}")
@@ -131,7 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if earlier:
         earlier.check(job, same_versions=True)
+        earlier.complete(job)
         console.print(f"resuming: {earlier.prepare_resume(job.problem)} evaluations are there already")
+    else:
+        held.enter_context(writing(folder, f"python -m haq.search --resume {folder}"))
     run = earlier or Run.create(folder, job)
     try:
         with working(job.problem.evaluator, options.workers, options.ray):

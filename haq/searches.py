@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -26,10 +27,12 @@ from typing import Any, NamedTuple
 import torch
 
 import quantizers as Q
+from haq import folder as folders
 from haq import summary
 from haq.evaluator import Evaluation, one_thread
-from haq.files import CONFIG, SENSITIVITY, SWEEP, SWEEP_SCHEMA
+from haq.folder import CONFIG, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.job import Job, Settings, check_signature, check_versions, threads, versions
+from haq.lock import writing
 from haq.problem import OutOfReach
 from haq.run import Run, check_unused
 from haq.solvers import USE_NO_SEED, USE_SENSITIVITIES, Found, Session, check_name
@@ -38,6 +41,7 @@ from haq.workers import live_with_parent
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
 MOST_BUDGETS = 1000
+ORPHAN_S = 60.0  # a worker whose sweep was killed ends after the evaluation it is at; its search is waited for
 
 
 class Point(NamedTuple):
@@ -69,12 +73,16 @@ class Sweep:
         if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
             raise ValueError(f"--seeds is {self.seeds!r}; it must be an integer of at least 1: so many are 0, 1, 2 ...")
         for option, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
+            if not all(isinstance(value, str) for value in values):
+                raise ValueError(f"--{option} must be names, not {type(values[0]).__name__}")
             if not values or not all(values) or len(set(values)) < len(values):
                 raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
         for solver in self.solvers:
             check_name(solver)
-        folders = [Point(hw, "", "", 0).folder for hw in self.hw]
-        if len(set(folders)) < len(folders):
+        names = [Point(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"--hw or --budgets have a '/' in {outside[0][:80]!r}: runs are named after them")
+        if len(set(names)) < len(names):
             raise ValueError(f"--hw is {','.join(self.hw)!r}; its files must have different names: runs are named after them")
 
     @property
@@ -191,7 +199,6 @@ def budgets(text: str) -> tuple[str, ...]:
 def begin(folder: Path, sweep: Sweep, ground: Ground) -> None:
     """Start a sweep's folder. Raises ValueError, touching nothing, if there is anything in it."""
     check_unused(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _write(
         folder,
         {
@@ -208,22 +215,33 @@ def begin(folder: Path, sweep: Sweep, ground: Ground) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """What sweep.json holds. Raises FileNotFoundError, or ValueError with the reason, if the folder isn't a sweep's."""
     path = folder / SWEEP
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {SWEEP}")
+    content = folders.read_json(path, "the file of a sweep")
+    folders.check_schema(path, content.get("schema"), SWEEP_SCHEMA, "the file of a sweep")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SWEEP_SCHEMA:
-            raise ValueError(f"schema is {content['schema']!r}, not {SWEEP_SCHEMA!r}")
         asked(content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        for part in ("signature", "versions"):
+            if not all(isinstance(value, str) for value in content[part].values()):
+                raise ValueError(f"{part!r} must map names to text")
+        if not isinstance(content["finished"], bool):
+            raise ValueError("'finished' must be true or false")
+    except KeyError as error:
+        raise ValueError(f"{path} is not the file of a sweep: it has no {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the file of a sweep: {error}") from error
     return content
+
+
+def go_on(folder: Path) -> str:
+    """The command that goes on with a sweep."""
+    return f"python -m haq.sweep --resume {folder}"
 
 
 def asked(content: dict[str, Any]) -> Sweep:
     """The sweep that sweep.json says was asked for."""
     lists = {name: tuple(content["asked"][name]) for name in ("hw", "budgets", "solvers")}
-    return Sweep(Settings(**content["asked"]["settings"]), seeds=content["asked"]["seeds"], **lists)
+    return Sweep(Settings.read(content["asked"]["settings"]), seeds=content["asked"]["seeds"], **lists)
 
 
 def check(folder: Path, content: dict[str, Any], ground: Ground) -> None:
@@ -240,8 +258,7 @@ def check(folder: Path, content: dict[str, Any], ground: Ground) -> None:
 def measure_sensitivities(folder: Path, ground: Ground, on_evaluation: Callable[[int], None]) -> Sensitivities:
     """What is known of single operands, in the sweep's folder; measured, unless they are there."""
     job = ground.first
-    run = _open(folder / "sensitivity", job)
-    try:
+    with _opened(folder / "sensitivity", job) as run:
         if (run.folder / SENSITIVITY).is_file():
             return job.read_sensitivities(run.folder)
 
@@ -256,8 +273,6 @@ def measure_sensitivities(folder: Path, ground: Ground, on_evaluation: Callable[
         measured = by_hessian(job.problem) if hessian else by_evaluation(job.problem, session, 0, others)
         run.save_sensitivities(measured, job)
         return measured
-    finally:
-        run.close()
 
 
 def judge_uniform(ground: Ground) -> None:
@@ -269,17 +284,12 @@ def judge_uniform(ground: Ground) -> None:
 
 def search(folder: Path, job: Job, on_evaluation: Callable[[], None] = lambda: None) -> None:
     """One search of a sweep, on one thread, begun or gone on with. Nothing is done if it is finished."""
-    run = _open(folder, job)
-    if run.finished:
-        return
     name = job.settings.solver
-    try:
-        with one_thread():
+    with _opened(folder, job) as run, one_thread():
+        if not run.finished:
             session = run.search(job, name, run.sensitivities(job), lambda count, found, best: on_evaluation())
             assert session.best is not None
             run.save_result(summary.collect(job, session.best.policy, None, {}, {name: session.used}))
-    finally:
-        run.close()
 
 
 def run_all(
@@ -300,14 +310,12 @@ def run_all(
     if ray is not None:
         from haq import cluster
 
-        folders = {}
-        for point in points:
-            run = _open(folder / point.folder, ground.job(point, folder, kind))
-            if not run.finished:
-                folders[point] = run.folder
         there = ground, kind, ground.first.problem.evaluator.cache, ground.first.judged
-        with cluster.connected(ray):
-            cluster.run_folders(there, _search_there, folders, workers, on_search)
+        with ExitStack() as held:
+            begun = [held.enter_context(_opened(folder / point.folder, ground.job(point, folder, kind))) for point in points]
+            left = {point: run.folder for point, run in zip(points, begun, strict=True) if not run.finished}
+            with cluster.connected(ray):
+                cluster.run_folders(there, _search_there, left, workers, on_search)
         return
     if workers in (None, 1):
         for point in points:
@@ -485,14 +493,21 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]
 
 
-def _open(folder: Path, job: Job) -> Run:
-    """The run of a folder, ready to go on, or a new one."""
-    if not (folder / CONFIG).is_file():
-        return Run.create(folder, job)
-    run = Run.load(folder)
-    run.check(job, same_versions=True)
-    run.prepare_resume(job.problem)
-    return run
+@contextmanager
+def _opened(folder: Path, job: Job) -> Iterator[Run]:
+    """The run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
+    with writing(folder, go_on(folder.parent), wait_s=ORPHAN_S):
+        if (folder / CONFIG).exists():
+            run = Run.load(folder)
+            run.check(job, same_versions=True)
+            run.complete(job)
+            run.prepare_resume(job.problem)
+        else:
+            run = Run.create(folder, job)
+        try:
+            yield run
+        finally:
+            run.close()
 
 
 def _measured(hw: str) -> bool:
@@ -500,6 +515,4 @@ def _measured(hw: str) -> bool:
 
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
-    partial = folder / f"{SWEEP}.part"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / SWEEP)
+    folders.write(folder / SWEEP, json.dumps(content, indent=2) + "\n")

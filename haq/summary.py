@@ -15,7 +15,7 @@ import quantizers as Q
 from haq import training
 from haq.adversarial import worst_case
 from haq.amounts import best_unit, describe_amount, percent
-from haq.files import RESULT_SCHEMA
+from haq.folder import RESULT_SCHEMA
 from haq.job import Job, threads
 from haq.problem import Problem
 from haq.run import Run

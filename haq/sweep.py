@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from rich.table import Table
 
 from haq import cli, searches
 from haq.amounts import describe_amount, percent
-from haq.files import SWEEP
+from haq.folder import SWEEP
 from haq.job import Settings
+from haq.lock import writing
 from haq.run import check_unused, has_tensorboard, unused_folder
 from haq.searches import Ground, Sweep
 from haq.solvers import SOLVERS
@@ -81,7 +83,16 @@ def asked(options: argparse.Namespace) -> Sweep:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with ExitStack() as held:
+        return go(options, held)
+
+
+def go(options: argparse.Namespace, held: ExitStack) -> int:
+    """What is asked for; `held` holds the sweep's folder, once there is one, until the end; each search holds its own."""
     console = Console(stderr=options.json)
+    if options.resume:
+        searches.read(options.resume)  # nothing is locked that isn't a sweep's
+        held.enter_context(writing(options.resume, searches.go_on(options.resume)))
     earlier = searches.read(options.resume) if options.resume else None
     if earlier and earlier["finished"]:
         raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / SWEEP}")
@@ -97,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     if earlier:
         searches.check(folder, earlier, ground)
     else:
+        held.enter_context(writing(folder, searches.go_on(folder)))
         searches.begin(folder, sweep, ground)
     try:
         content = run(console, ground, folder, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import adversarial, cli, data, models, training
 from haq.checkpoint import Checkpoint
+from haq.lock import holding
 
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
@@ -58,10 +60,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--epochs {options.epochs} --batch-size {options.batch_size}: need at least 1 and 2")
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out {options.out}: a checkpoint's name ends in .safetensors")
-    if options.out.exists():
-        if options.resume:  # it may have been killed just before it did so itself
-            options.out.with_suffix(".state").unlink(missing_ok=True)
-        raise ValueError(f"{options.out} exists and is not overwritten")
     if options.learning_rate is None:
         kind = "adam" if options.optimizer == "adam" else "quantized" if options.scheme else "float"
         options.learning_rate = RATES[kind]
@@ -91,9 +89,14 @@ def parse_bits(option: str, text: str) -> tuple[int | None, int | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    with ExitStack() as held:
+        return go(options, held)
+
+
+def go(options: argparse.Namespace, held: ExitStack) -> int:
+    """What is asked for; `held` holds the checkpoint that is written, by a lock beside it, until the end."""
     state = Checkpoint(options.out.with_suffix(".state"), _asked(options))
-    if state.path.exists() and not options.resume:
-        raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
+    _check_unused(options, state)
     console = Console()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -108,7 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(dataset.describe())
         if options.scheme:
             network = replace(network, module=quantized(network, dataset, options))
-        state.path.parent.mkdir(parents=True, exist_ok=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        lock = options.out.with_name(f".{options.out.name}.lock")
+        held.enter_context(holding(lock, options.out, "the same command and --resume"))
+        _check_unused(options, state)  # another process may have begun meanwhile
         _train(console, network, dataset, options, state)
     result = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
     notes = {
@@ -133,6 +139,15 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"written: {options.out} ({options.out.stat().st_size:,} bytes)")
     console.print(f"next: python -m haq.search --hw edge --network {options.out} --data {options.data}", soft_wrap=True)
     return 0
+
+
+def _check_unused(options: argparse.Namespace, state: Checkpoint) -> None:
+    if options.out.exists():
+        if options.resume:  # it may have been killed just before it did so itself
+            state.path.unlink(missing_ok=True)
+        raise ValueError(f"{options.out} exists and is not overwritten")
+    if state.path.exists() and not options.resume:
+        raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
 
 
 def quantized(network: models.Network, dataset: data.Dataset, options: argparse.Namespace) -> nn.Module:

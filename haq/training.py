@@ -190,18 +190,24 @@ def _restore(
     attack: Attack | None,
 ) -> int:
     """Restore everything and return the number of epochs done: 0 if nothing was saved yet."""
-    if (content := state.read()) is None:
+    # Weights, what an optimizer and an attack keep: never so many times the network.
+    most = 16 * sum(t.numel() * t.element_size() for t in module.state_dict().values()) + 2**28
+    if (content := state.read(most)) is None:
         return 0
-    module.load_state_dict(content["module"])
-    if content["quantizers"]:
-        Q.load_quantizer_state(module, content["quantizers"])
-    for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(kept)
-    generator.set_state(content["generator"])
-    torch.set_rng_state(content["torch"])
-    if attack:
-        attack.delta = content["perturbation"]
-    return int(content["epoch"])
+    with state.fitting():
+        module.load_state_dict(content["module"])
+        if content["quantizers"]:
+            Q.load_quantizer_state(module, content["quantizers"])
+        for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
+        generator.set_state(content["generator"])
+        torch.set_rng_state(content["torch"])
+        if attack:
+            attack.delta = content["perturbation"]
+        epoch = content["epoch"]
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise TypeError("the epoch is no number")
+    return epoch
 
 
 def _mixed(inputs: Tensor, generator: torch.Generator) -> Tensor:

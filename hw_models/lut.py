@@ -26,6 +26,7 @@ SECONDS = {"latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns
 JOULES = {"energy_j": 1.0, "energy_mj": 1e-3, "energy_uj": 1e-6, "energy_nj": 1e-9, "energy_pj": 1e-12}
 ALIASES = {"weight_bits": "w_bits", "wbits": "w_bits", "activation_bits": "a_bits", "abits": "a_bits"}
 KEYS = ("layer", "w_bits", "a_bits")
+MOST = 64 * 1024**2  # bytes of a table
 ACCEPTED = f"{', '.join(KEYS)}, and {' or '.join((*SECONDS, *JOULES))}; batch may be added"
 
 
@@ -76,6 +77,8 @@ def load_lookup_table(path: Path) -> LookupTarget:
     """Read a table. Raises ValueError naming the line, the layer and the bits of what is wrong, twice there or missing."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no table {path}")
+    if path.stat().st_size > MOST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes and was not read; a table has at most {MOST:,}")
     with path.open(encoding="utf-8", newline="") as file:
         try:
             lines = [line for line in csv.reader(file, strict=True) if line]

@@ -28,6 +28,9 @@ MODELS: dict[str, type[BismoTarget] | type[BismoOverlayTarget] | type[BitFusionT
 }
 
 
+MOST = 256 * 1024  # bytes of a file that describes hardware
+
+
 class Target(Protocol):
     """Something that prices layers at given bits."""
 
@@ -80,6 +83,10 @@ def load_target(
         path = Path(name)
         if not path.is_file():
             raise FileNotFoundError(f"there is no hardware file {path}")
+        if path.stat().st_size > MOST:
+            raise ValueError(
+                f"{path} has {path.stat().st_size:,} bytes and was not read; a hardware file has at most {MOST:,}"
+            )
         return _parse(path.read_text(encoding="utf-8"), name)
     known = (*target_names(), *MEASURED)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
@@ -94,6 +101,8 @@ def _parse(text: str, where: str) -> Target:
         content: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be hardware") from None
     kind = content.get("model") if isinstance(content, dict) else None
     if kind not in MODELS:
         raise ValueError(f"{where}: key 'model' is {kind!r}; accepted: {', '.join(MODELS)}")

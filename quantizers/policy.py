@@ -44,21 +44,31 @@ class BitPolicy(Mapping[str, Bits]):
             content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply to be a bit policy") from None
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ValueError(f"{path} is not a bit policy: its 'schema' must be {SCHEMA!r}")
         if content.get("version") != VERSION:
-            raise ValueError(f"{path} has version {content.get('version')!r}; this release reads version {VERSION}")
+            version = content.get("version")
+            newer = isinstance(version, int) and version > VERSION
+            way_out = ": it was made by a newer one, upgrade to read it" if newer else ""
+            raise ValueError(f"{path} has version {str(version)[:40]}; this release reads version {VERSION}{way_out}")
         bits: dict[str, tuple[Any, Any]] = {}
         try:
             for layer in content["layers"]:
+                if not isinstance(layer["name"], str):
+                    raise TypeError("a name isn't text")
                 if layer["name"] in bits:
-                    raise ValueError(f"{path} names layer {layer['name']!r} twice")
+                    raise ValueError(f"{path} names layer {layer['name'][:80]!r} twice")
                 bits[layer["name"]] = layer["weight_bits"], layer["activation_bits"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: 'layers' must be a list of objects with name, weight_bits and activation_bits ({error!r})"
             ) from error
-        return cls(bits)
+        try:
+            return cls(bits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
         """The same policy with the layers of each group at the widest bits of the group: for layers whose outputs are added,
@@ -115,9 +125,14 @@ def _checked(name: str, pair: Iterable[int | None]) -> Bits:
     for value in values:
         width = None if value is None or isinstance(value, bool) else _index(value)
         if value is not None and (width is None or not 1 <= width <= MAX_BITS):
-            raise ValueError(f"layer {name!r}: bits must be an integer from 1 to {MAX_BITS}, or None, not {value!r}")
+            raise ValueError(f"layer {name!r}: bits must be an integer from 1 to {MAX_BITS}, or None, not {_shown(value)}")
         widths.append(width)
     return widths[0], widths[1]
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of a long one, its type."""
+    return repr(value) if isinstance(value, (int, float, str, type(None))) and len(str(value)) <= 40 else type(value).__name__
 
 
 def _index(value: Any) -> int | None:

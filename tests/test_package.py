@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "envs": {"quantizers", "hw_models"},
     "haq": {"quantizers", "hw_models", "envs"},
 }
-COMMANDS = ("search", "train", "finetune", "evaluate", "deploy", "hardware", "sweep", "report")
+COMMANDS = ("search", "train", "finetune", "evaluate", "deploy", "hardware", "robustness", "report", "runs", "sweep")
 
 
 def imports(path: Path) -> set[str]:

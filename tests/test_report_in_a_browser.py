@@ -14,7 +14,7 @@ import pytest
 
 from haq import report
 from haq.amounts import percent
-from haq.folder import RunFolder, read
+from haq.reporting.reading import RunFolder, read
 from tests.test_report import HOSTILE
 from tests.written_runs import write_robustness, write_run
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from haq.amounts import percent
-from haq.records import Attacked, Robustness
 from haq.reporting import comparisons
+from haq.reporting.records import Attacked, Robustness
 from haq.reporting.sections import Section, Table
 
 

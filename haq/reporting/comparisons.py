@@ -8,8 +8,6 @@ from typing import Any
 import altair as alt
 
 from haq.amounts import best_unit, percent
-from haq.folder import RunFolder
-from haq.records import Robustness, Searched, SweepDone, SweepTarget, Uniform
 from haq.reporting.drawing import (
     STAR,
     UNIFORM,
@@ -29,6 +27,8 @@ from haq.reporting.drawing import (
     scale_of,
     shape_by,
 )
+from haq.reporting.reading import RunFolder
+from haq.reporting.records import Robustness, Searched, SweepDone, SweepTarget, Uniform
 
 
 def sweep(content: SweepDone, target: SweepTarget) -> Picture:

@@ -13,7 +13,7 @@ from typing import Any
 import altair as alt
 
 from haq.amounts import describe_amount, percent
-from haq.folder import RunFolder
+from haq.reporting.reading import RunFolder
 
 Row = dict[str, Any]
 UNIFORM = "uniform bits"

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from haq.amounts import percent
-from haq.folder import RunFolder, SweepFolder
 from haq.reporting import comparisons
 from haq.reporting.drawing import Picture, amount
+from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from haq.folder import RunFolder, SweepFolder
 from haq.reporting import vega
 from haq.reporting.drawing import Picture
 from haq.reporting.overview import overview
+from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.run_part import of_run
 from haq.reporting.sections import Part
 from haq.reporting.sweep_part import of_sweep

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from haq.amounts import percent
-from haq.folder import RunFolder
-from haq.records import Entry, Result
 from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount, called, kind_of_cost
+from haq.reporting.reading import RunFolder
+from haq.reporting.records import Entry, Result
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
 
 COSTS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}

@@ -130,26 +130,27 @@ class Learner:
     def restore(self) -> bool:
         """Go on from the checkpoint, if there is one: agent, replay buffer and every random state. What was evaluated until
         then is asked for again, in its order, so that the session counts it."""
-        content = self.session.checkpoint.read() if self.session.checkpoint else None
-        if content is None:
+        if self.session.checkpoint is None or (content := self.session.checkpoint.read()) is None:
             return False
-        for kept in content["episodes"]:
-            episode = _from_tensors(kept)
+        with self.session.checkpoint.fitting():
+            episodes, waiting = (list(map(_from_tensors, content[name])) for name in ("episodes", "waiting"))
+            self.agent.set_parameters(content["agent"], exact_match=True, device="cpu")
+            for variable, kept in zip(self._variables(), content["variables"], strict=True):
+                variable.copy_(kept)
+            self.agent._n_updates = content["updates"]
+            self.session.saturated[:] = content["saturated"]
+            self.sigma, self.chosen, self.vain = content["counts"]
+            self.draws.bit_generator.state = json.loads(content["draws"])
+            name, keys, *rest = content["numpy"]
+            np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+            random.setstate(content["python"])
+            torch.set_rng_state(content["torch"])
+            for episode in episodes:
+                self._remember(episode)
+        for episode in episodes:
             self.session.evaluate(episode.policy)
-            self._remember(episode)
-        for kept in content["waiting"]:
-            self.choose(_from_tensors(kept))
-        self.agent.set_parameters(content["agent"], exact_match=True, device="cpu")
-        for variable, kept in zip(self._variables(), content["variables"], strict=True):
-            variable.copy_(kept)
-        self.agent._n_updates = content["updates"]
-        self.session.saturated[:] = content["saturated"]
-        self.sigma, self.chosen, self.vain = content["counts"]
-        self.draws.bit_generator.state = json.loads(content["draws"])
-        name, keys, *rest = content["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        random.setstate(content["python"])
-        torch.set_rng_state(content["torch"])
+        for episode in waiting:
+            self.choose(episode)
         return True
 
     def _remember(self, episode: Episode) -> None:

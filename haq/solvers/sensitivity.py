@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.folder import check_schema, read_json
 from haq.problem import Problem
 from haq.solvers.hessian import curvature
 
@@ -110,15 +111,19 @@ class Sensitivities:
     @classmethod
     def from_json(cls, path: Path) -> Sensitivities:
         """Read a file. Raises FileNotFoundError, or ValueError with the reason if it isn't one of sensitivities."""
+        content = read_json(path, "a file of sensitivities")
+        check_schema(path, content.get("schema"), SCHEMA, "a file of sensitivities")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
-                raise ValueError(f"schema is {content['schema']!r}, not {SCHEMA!r}")
             rows = content["rises"]
+            values = [value for row in rows for key in ("weights", "activations") for value in row[key]]
+            if wrong := [value for value in values if value is not None and not _is_rise(value)]:
+                raise ValueError(f"a rise is {str(wrong[0])[:40]}, not a number of nats from 0 or null")
             rises = np.array([[row["weights"], row["activations"]] for row in rows], float)  # None becomes NaN
             if rises.shape != (len(rows), 2, 8):
                 raise ValueError(f"the rises have shape {rises.shape}, not (decisions, 2, 8)")
             low, high = content["bits"]
+            if not all(isinstance(value, str) for value in content["signature"].values()):
+                raise ValueError("its signature must map names to text")
             return cls(
                 check_kind(content["kind"]),
                 rises,
@@ -232,6 +237,10 @@ def _layers(problem: Problem) -> tuple[tuple[str, ...], ...]:
 def _highest(problem: Problem) -> NDArray[np.int64]:
     """The largest widths that can be chosen, shape (decisions, 2). They are always worth it: no pair has more bits."""
     return np.array([decision.pairs.max(0) for decision in problem.decisions])
+
+
+def _is_rise(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e30
 
 
 def _without_nan(values: NDArray[np.float64]) -> list[float | None]:

@@ -1,0 +1,673 @@
+"""A run's folder from anywhere is refused in one sentence or read: nothing in it is executed, waited for or written over."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from haq import attacks, cli, data, deploy, evaluate, finetune, models, robustness, runs, search, sweep, train
+from haq.folder import MOST_HISTORY
+from tests.test_robustness_command import MODULE, TINY
+
+JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
+ATTACKED = ["--attacks", "fgsm", "--images", "32", "--workers", "1", "--defensive", "0"]
+COMMANDS: dict[str, Callable[[], int]] = {
+    "resume": lambda: search.main(["--resume", "run"]),
+    "evaluate": lambda: evaluate.main(["run"]),
+    "finetune": lambda: finetune.main(["run", "--epochs", "1"]),
+    "deploy": lambda: deploy.main(["run", "--to", "onnx"]),
+    "robustness": lambda: robustness.main(
+        ["run", "--attacks", "fgsm", "--images", "32", "--workers", "1", "--defensive", "0"]
+    ),
+    "show": lambda: runs.main(["show", "run"]),
+    "compare": lambda: runs.main(["compare", "run", "run"]),
+    "sweep": lambda: sweep.main(["--resume", "swept"]),
+    "train": lambda: train.main([*JOB, "--epochs", "2", "--resume", "--out", "run/net.safetensors"]),
+}
+MEMORY = 3 * 2**30  # bytes by which a refused folder may make a process grow: far less than any bomb
+PATIENCE = 120  # seconds after which a command that waits for a pipe is given up
+
+
+class Bomb:
+    """A pickle that writes a file when it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("executed"),)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is finished, with networks and attacks; a sweep that isn't; an interrupted training."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        _enter(place, patch)
+        arguments = [*JOB, "--budget", "0.6", "--solver", "random", "--evaluations", "6", "--finetune-epochs", "1"]
+        assert search.main([*arguments, "--out", "run"]) == 0
+        assert COMMANDS["robustness"]() == 0
+        begun = [*JOB, "--hw", "edge", "--budgets", "0.6", "--solvers", "random", "--evaluations", "4"]
+        assert sweep.main([*begun, "--out", "swept"]) == 0
+        _json(Path("swept/sweep.json"), finished=False)
+        Path("swept/edge-0.6-random-seed0/result.json").unlink()
+        patch.setattr(models, "save_checkpoint", _killed)
+        with pytest.raises(InterruptedError):
+            train.main([*JOB, "--epochs", "2", "--out", "run/net.safetensors"])
+    return place
+
+
+def _killed(*arguments: object) -> None:
+    raise InterruptedError
+
+
+def _enter(place: Path, patch: pytest.MonkeyPatch) -> None:
+    (place / "small_job.py").write_text(MODULE)
+    patch.chdir(place)
+    patch.setattr(sys, "path", [str(place), *sys.path])
+    patch.delitem(sys.modules, "small_job", raising=False)
+    patch.setitem(attacks.EFFORTS, "quick", TINY)
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A copy of all that was made, in a process that can't grow without bounds."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    _enter(tmp_path, monkeypatch)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if sys.platform == "linux" else None
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if used:
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    ring = signal.signal(signal.SIGALRM, _hangs)
+    signal.alarm(PATIENCE)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, ring)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _hangs(*arguments: object) -> None:
+    raise AssertionError("the command hangs")
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All that is in a folder: bytes of small files, where links lead, what else there is."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        elif path.is_file() and path.name != ".lock":
+            found[str(path)] = path.stat().st_size if path.stat().st_size > 2**24 else path.read_bytes()
+        elif not path.is_file():
+            found[str(path)] = path.lstat().st_mode
+    return found
+
+
+def refused(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that must end with one sentence, and change nothing."""
+    before = contents(Path())
+    capsys.readouterr()
+    assert cli.run_command(COMMANDS[command]) == cli.EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert len(err) < 900
+    after = contents(Path())
+    assert {key: value for key, value in after.items() if "__pycache__" not in key} == {
+        key: value for key, value in before.items() if "__pycache__" not in key
+    }
+    assert not Path("executed").exists()
+    return err
+
+
+# --- ways to make a file hostile -----------------------------------------------------------------------------------------
+
+
+def _config(part: str = "settings", **changes: Any) -> None:
+    path = Path("run/config.yaml")
+    content = yaml.safe_load(path.read_text())
+    content[part] = {**content[part], **changes} if isinstance(content[part], dict) else changes["schema"]
+    path.write_text(yaml.safe_dump(content))
+
+
+def _json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _policy(change: Callable[[dict[str, Any]], object]) -> None:
+    path = Path("run/policy.json")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _history(change: Callable[[list[list[str]]], object]) -> None:
+    path = Path("run/history.csv")
+    rows = [line.split(",") for line in path.read_text().splitlines()]
+    change(rows)
+    path.write_text("".join(",".join(row) + "\n" for row in rows))
+
+
+def _cell(column: int, value: str) -> Callable[[], None]:
+    return lambda: _history(lambda rows: rows[2].__setitem__(column, value))
+
+
+def _checkpoint(
+    tensors: Callable[[dict[str, torch.Tensor]], object] = lambda t: None,
+    notes: Callable[[dict[str, str]], object] = lambda n: None,
+) -> None:
+    path = Path("run/checkpoint/quantized.safetensors")
+    held, said = models.read_state(path)
+    tensors(held)
+    notes(said)
+    path.write_bytes(safetensors.torch.save(held, said))
+
+
+def _first(tensors: dict[str, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors["network.stem.weight"] = change(tensors["network.stem.weight"])
+
+
+def _huge(path: str) -> Callable[[], None]:
+    """A file of 10 GB that takes no room."""
+
+    def make() -> None:
+        with open(path, "ab") as file:
+            file.truncate(10 * 10**9)
+
+    return make
+
+
+def _pipe(path: str) -> Callable[[], None]:
+    def make() -> None:
+        Path(path).unlink()
+        os.mkfifo(path)
+
+    return make
+
+
+def _folder(path: str) -> Callable[[], None]:
+    def make() -> None:
+        Path(path).unlink()
+        Path(path).mkdir()
+
+    return make
+
+
+def _put(path: str, content: str | bytes) -> Callable[[], None]:
+    return lambda: void(Path(path).write_bytes(content.encode() if isinstance(content, str) else content))
+
+
+def _out(path: str) -> Callable[[], None]:
+    """A link to a file outside, where the run's own is written."""
+
+    def make() -> None:
+        Path("outside").write_text("years of work")
+        Path(path).unlink(missing_ok=True)
+        Path(path).symlink_to(Path("outside").resolve())
+
+    return make
+
+
+def _named() -> None:
+    Path("run/\x1b[2J\nerror").symlink_to("/")
+
+
+def _link_folder(path: str) -> Callable[[], None]:
+    def make() -> None:
+        shutil.rmtree(path)
+        Path("elsewhere").mkdir()
+        Path(path).symlink_to(Path("elsewhere").resolve())
+
+    return make
+
+
+def void(value: object) -> None:
+    return None
+
+
+def _attacks(change: Callable[[bytes], bytes]) -> None:
+    for path in Path("run/robustness").glob("*.npz"):
+        path.write_bytes(change(path.read_bytes()))
+
+
+def _arrays(compress: bool = False, **changes: Any) -> Callable[[], None]:
+    def make() -> None:
+        for path in Path("run/robustness").glob("*.npz"):
+            with np.load(path) as file:
+                held = {name: file[name] for name in file.files}
+            for name, value in changes.items():
+                held[name] = value(held[name]) if callable(value) else value
+            (np.savez_compressed if compress else np.savez)(path, **held)
+
+    return make
+
+
+def _claimed() -> None:
+    """An array that says it has 10^12 numbers, in a file of a few bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    for path in Path("run/robustness").glob("*.npz"):
+        with zipfile.ZipFile(path) as file:
+            held = {name: file.read(name) for name in file.namelist()}
+        with zipfile.ZipFile(path, "w") as file:
+            for name, content in (held | {"examples.npy": header.getvalue()}).items():
+                file.writestr(name, content)
+
+
+def _header(length: int) -> Callable[[], None]:
+    return _put("run/checkpoint/quantized.safetensors", struct.pack("<Q", length) + b"{" + b" " * 1000)
+
+
+def _state(**changes: Any) -> Callable[[], None]:
+    def make() -> None:
+        path = Path("run/net.state")
+        torch.save(torch.load(path, weights_only=True) | changes, path)
+
+    return make
+
+
+def _in_own_folder() -> None:
+    Path("run/evil.py").write_text("from pathlib import Path\nPath('executed').touch()\n")
+    _config(network="run.evil:network")
+    Path("run/__init__.py").touch()
+
+
+def _unfinished(path: str = "run/result.json") -> None:
+    Path(path).unlink()
+
+
+PICKLE = pickle.dumps(Bomb())
+ALIASES = "a: &a [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+DEEP = "[" * 100_000 + "]" * 100_000
+NAN = float("nan")
+LAYERS = 5
+
+CASES: list[tuple[str, str, Callable[[], object], str]] = [
+    # what is wrong, the commands that must refuse it, how it is made, what the sentence says
+    (
+        "config: Python's tags",
+        "resume evaluate show",
+        _put("run/config.yaml", "!!python/object/apply:os.mkdir [executed]"),
+        "could not determine a constructor",
+    ),
+    ("config: a bomb of aliases", "resume deploy compare", _put("run/config.yaml", ALIASES + "schema: *i\n"), "alias"),
+    ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-1\n"), "must be a mapping, not a list"),
+    ("config: nested 100,000 deep", "resume robustness", _put("run/config.yaml", DEEP), "has 200 kB and was not read"),
+    ("config: nested 30,000 deep", "resume show", _put("run/config.yaml", "[" * 30_000), "nested too deeply"),
+    ("config: not text", "resume evaluate", _put("run/config.yaml", bytes(range(256))), "is not text in UTF-8"),
+    ("config: 10 GB", "resume show", _huge("run/config.yaml"), "has 10 GB and was not read; at most 65.5 kB"),
+    ("config: a folder", "resume evaluate show", _folder("run/config.yaml"), "is a folder and was not read"),
+    ("config: a pipe", "resume evaluate show", _pipe("run/config.yaml"), "no ordinary file (a pipe or a device)"),
+    (
+        "config: of a newer version",
+        "resume evaluate finetune deploy robustness show",
+        lambda: _config("schema", schema="haq-run-2"),
+        "made by a newer version of haq (haq-run-2, this one reads haq-run-1): upgrade haq",
+    ),
+    (
+        "config: no schema of ours",
+        "resume show",
+        lambda: _config("schema", schema="haq-run-one"),
+        "its schema is 'haq-run-one'",
+    ),
+    ("config: an unknown setting", "resume evaluate", lambda: _config(color="red"), "unknown setting 'color'"),
+    (
+        "config: a setting of another type",
+        "resume finetune",
+        lambda: _config(evaluations="6"),
+        "setting 'evaluations' is '6', a str; it must be an integer",
+    ),
+    ("config: a list for a setting", "resume show", lambda: _config(solver=["random"]), "has a list for 'solver'"),
+    (
+        "config: no settings",
+        "resume show",
+        lambda: _put("run/config.yaml", "schema: haq-run-1\nsettings: 3\n")(),
+        "'settings' must be a mapping",
+    ),
+    ("config: a negative count", "resume", lambda: _config(evaluations=-5), "--evaluations is -5"),
+    ("config: a network that is a path", "evaluate deploy", lambda: _config(network="../.."), "unknown network '../..'"),
+    (
+        "config: a network that there isn't",
+        "evaluate deploy robustness",
+        lambda: _config(network="mobilenet-mni"),
+        "mobilenet-mini",
+    ),
+    ("config: a function of Python's own", "evaluate finetune", lambda: _config(network="os:abort"), "is of Python itself"),
+    (
+        "config: code in the run's own folder",
+        "evaluate deploy robustness",
+        _in_own_folder,
+        "code in the run's own folder, and was not run",
+    ),
+    (
+        "config: signature of other types",
+        "resume evaluate",
+        lambda: _config("signature", network=[1]),
+        "'signature' has a list for 'network'",
+    ),
+    (
+        "config: a machine that isn't one",
+        "evaluate",
+        lambda: _config("signature", machine="{"),
+        "its signature's machine is not JSON",
+    ),
+    (
+        "policy: of another network",
+        "evaluate deploy robustness finetune",
+        lambda: _policy(lambda p: p["layers"][0].update(name="conv1")),
+        "is of another network",
+    ),
+    (
+        "policy: a path for a name",
+        "evaluate deploy",
+        lambda: _policy(lambda p: p["layers"][0].update(name="../../stem")),
+        "is of another network",
+    ),
+    (
+        "policy: 9 bits",
+        "evaluate deploy",
+        lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)),
+        "run/policy.json: layer 'depthwise': bits must be an integer from 1 to 8, or None, not 9",
+    ),
+    ("policy: -1 bits", "evaluate finetune", lambda: _policy(lambda p: p["layers"][1].update(activation_bits=-1)), "not -1"),
+    ("policy: bits in quotes", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits="4")), "not '4'"),
+    (
+        "policy: true for bits",
+        "evaluate robustness",
+        lambda: _policy(lambda p: p["layers"][1].update(weight_bits=True)),
+        "not True",
+    ),
+    ("policy: no bits", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits=None)), "or has no bits"),
+    (
+        "policy: a number for a name",
+        "evaluate",
+        lambda: _policy(lambda p: p["layers"][1].update(name=3)),
+        "'layers' must be a list of objects",
+    ),
+    ("policy: nested 100,000 deep", "evaluate", _put("run/policy.json", DEEP), "nested too deeply"),
+    ("policy: of a newer version", "evaluate deploy", lambda: _policy(lambda p: p.update(version=2)), "upgrade to read it"),
+    ("policy: 10 GB", "evaluate deploy", _huge("run/policy.json"), "has 10 GB and was not read"),
+    ("policy: a pipe", "evaluate deploy", _pipe("run/policy.json"), "a pipe or a device"),
+    ("history: 10 GB", "unfinished compare", _huge("run/history.csv"), f"at most {MOST_HISTORY / 1e6:.3g} MB"),
+    ("history: a column less", "unfinished", lambda: _history(lambda rows: [row.pop() for row in rows]), "has the columns"),
+    (
+        "history: a row cut short",
+        "unfinished compare",
+        lambda: _history(lambda rows: rows[2].pop()),
+        "line 3: 8 columns, not 9",
+    ),
+    ("history: no number", "unfinished compare", _cell(4, "nan"), "line 3: the accuracy is 'nan', not a number from 0 to 1"),
+    ("history: below 0", "unfinished", _cell(6, "-1"), "the cost is '-1'"),
+    ("history: above 1", "unfinished", _cell(4, "1.5"), "the accuracy is '1.5'"),
+    ("history: a huge number", "unfinished", _cell(5, "1" + "0" * 5000), "the loss is '1000"),
+    ("history: beyond floats", "unfinished", _cell(5, "1e999"), "the loss is '1e999'"),
+    ("history: 9 bits", "unfinished", _cell(2, "8-9-8-8-8"), "the weight bits are '8-9-8-8-8'"),
+    ("history: a huge count", "unfinished", _cell(1, "9" * 6000), "the evaluation is '999"),
+    (
+        "history: of a network of 3 layers",
+        "unfinished",
+        _cell(3, "8-4-8"),
+        f"activation bits of 3 layers, the network has {LAYERS}",
+    ),
+    ("history: garbage", "unfinished compare", _put("run/history.csv", bytes(range(128, 256)) * 50), "is not text in UTF-8"),
+    ("history: a NUL byte", "unfinished", _cell(0, "ran\0dom"), "the solver is"),
+    (
+        "history: a link out of the folder",
+        "unfinished",
+        _out("run/history.csv"),
+        "run/history.csv is a symbolic link out of run",
+    ),
+    (
+        "what is written beside: a link out of the folder",
+        "unfinished finetune",
+        _out("run/result.json.part"),
+        "symbolic link out of run",
+    ),
+    ("lock: a link out of the folder", "unfinished finetune deploy", _out("run/.lock"), "symbolic link out of run"),
+    ("a name that steers the terminal", "unfinished finetune", _named, "run/\\x1b[2J\\nerror is a symbolic link out of run"),
+    (
+        "checkpoints: in a folder elsewhere",
+        "finetune robustness",
+        lambda: _link_folder("run/checkpoint")(),
+        "symbolic link out of run",
+    ),
+    ("result: not JSON", "evaluate finetune show", _put("run/result.json", "{'"), "is not the result of a run"),
+    ("result: a list", "evaluate show compare", _put("run/result.json", "[]"), "must be an object, not a list"),
+    ("result: nested 100,000 deep", "evaluate show", _put("run/result.json", DEEP), "nested too deeply"),
+    (
+        "result: text for a number",
+        "finetune show",
+        lambda: _json(Path("run/result.json"), found={"search_accuracy": "1"}),
+        "'search_accuracy' is a text, not a number",
+    ),
+    (
+        "result: no number",
+        "finetune compare",
+        lambda: _json(Path("run/result.json"), found={"search_accuracy": NAN, "test_accuracy": 1}),
+        "is no finite number",
+    ),
+    (
+        "result: rivals of another network",
+        "evaluate",
+        lambda: _json(Path("run/result.json"), rival_policies={"greedy": {"conv1": [8, 8]}}),
+        "run/result.json is of another network",
+    ),
+    (
+        "result: of a newer version",
+        "evaluate finetune show",
+        lambda: _json(Path("run/result.json"), schema="haq-result-7"),
+        "upgrade haq",
+    ),
+    ("result: 10 GB", "evaluate show", _huge("run/result.json"), "has 10 GB"),
+    (
+        "sensitivities: of another network",
+        "given",
+        lambda: _json(Path("run/sensitivity.json"), signature={"network": "0", "data": "0"}),
+        "sensitivities of another network",
+    ),
+    (
+        "sensitivities: another shape",
+        "given",
+        lambda: _json(Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [1], "activations": [1]}]),
+        "not (decisions, 2, 8)",
+    ),
+    (
+        "sensitivities: no number",
+        "given",
+        lambda: _json(
+            Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [NAN] * 8, "activations": [1] * 8}]
+        ),
+        "a rise is nan",
+    ),
+    (
+        "sensitivities: of a newer version",
+        "given",
+        lambda: _json(Path("run/sensitivity.json"), schema="haq-sensitivity-2"),
+        "upgrade haq",
+    ),
+    ("sensitivities: 10 GB", "given", _huge("run/sensitivity.json"), "has 10 GB"),
+    (
+        "checkpoint: a pickle",
+        "evaluate deploy robustness",
+        _put("run/checkpoint/quantized.safetensors", PICKLE),
+        "can't be read as a checkpoint",
+    ),
+    (
+        "checkpoint: cut short",
+        "evaluate deploy",
+        lambda: Path("run/checkpoint/quantized.safetensors").write_bytes(
+            Path("run/checkpoint/quantized.safetensors").read_bytes()[:-10]
+        ),
+        "truncated",
+    ),
+    ("checkpoint: a header beyond the file", "evaluate", _header(10**12), "can't be read as a checkpoint"),
+    ("checkpoint: a header of 90 MB", "evaluate", _header(90 * 10**6), "can't be read as a checkpoint"),
+    ("checkpoint: 10 GB", "evaluate deploy", _huge("run/checkpoint/quantized.safetensors"), "has 10 GB"),
+    ("checkpoint: a pipe", "evaluate", _pipe("run/checkpoint/quantized.safetensors"), "a pipe or a device"),
+    (
+        "checkpoint: another shape",
+        "evaluate deploy",
+        lambda: _checkpoint(lambda t: _first(t, lambda x: x[:3].clone())),
+        "of shape (3, 1, 3, 3), not torch.float32 of (16, 1, 3, 3)",
+    ),
+    (
+        "checkpoint: another type",
+        "evaluate deploy",
+        lambda: _checkpoint(lambda t: _first(t, torch.Tensor.double)),
+        "is torch.float64 of shape",
+    ),
+    (
+        "checkpoint: no numbers",
+        "evaluate",
+        lambda: _checkpoint(lambda t: _first(t, lambda x: x * NAN)),
+        "stem.weight has values that are not finite",
+    ),
+    (
+        "checkpoint: a tensor less",
+        "evaluate",
+        lambda: _checkpoint(lambda t: t.pop("network.stem.weight")),
+        "stem.weight is missing",
+    ),
+    (
+        "checkpoint: 9 bits",
+        "evaluate",
+        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"stem": [9, 9]}))),
+        "bits must be an integer from 1 to 8",
+    ),
+    (
+        "checkpoint: a path for a layer",
+        "evaluate deploy",
+        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"../stem": [8, 8]}))),
+        "'../stem'",
+    ),
+    (
+        "checkpoint: no policy",
+        "evaluate",
+        lambda: _checkpoint(notes=lambda n: n.pop("policy")),
+        "doesn't hold the network of this run",
+    ),
+    (
+        "checkpoint: of a newer version",
+        "evaluate deploy",
+        lambda: _checkpoint(notes=lambda n: n.update(format="haq-quantized-2")),
+        "upgrade haq",
+    ),
+    ("attacks: cut short", "robustness", lambda: _attacks(lambda whole: whole[: len(whole) // 2]), "can't be gone on from"),
+    ("attacks: a pickle", "robustness", lambda: _attacks(lambda whole: PICKLE), "can't be gone on from"),
+    ("attacks: objects", "robustness", _arrays(attacks=np.array([Bomb()], object)), "it may hold code"),
+    ("attacks: another shape", "robustness", _arrays(examples=lambda x: x[:, :, :4]), "examples is float32 of shape"),
+    ("attacks: no numbers", "robustness", _arrays(examples=lambda x: x * NAN), "examples has values that are not finite"),
+    ("attacks: compressed", "robustness", _arrays(compress=True), "it is compressed"),
+    ("attacks: more claimed than there is", "robustness", _claimed, "isn't of the size that it says"),
+    (
+        "attacks: 10 GB",
+        "robustness",
+        lambda: [_huge(str(path))() for path in Path("run/robustness").glob("*.npz")],
+        "has 10 GB",
+    ),
+    ("training: a pickle", "train", _put("run/net.state", PICKLE), "can't be resumed from"),
+    ("training: a torch file that executes", "train", lambda: torch.save(Bomb(), "run/net.state"), "can't be resumed from"),
+    (
+        "training: another network's tensors",
+        "train",
+        _state(module={"stem.weight": torch.zeros(1)}),
+        "doesn't fit this training",
+    ),
+    ("training: no optimizer", "train", _state(optimizers=[]), "doesn't fit this training"),
+    ("training: no epoch", "train", _state(epoch="1"), "can't be resumed from"),
+    ("training: 10 GB", "train", _huge("run/net.state"), "has 10 GB"),
+    ("training: a pipe", "train", _pipe("run/net.state"), "a pipe or a device"),
+    ("training: a lock that leads out", "train", _out("run/.net.safetensors.lock"), "can't be locked: delete it"),
+    ("sweep: a path for a budget", "sweep", lambda: _swept(budgets=["0.6/../../../x"]), "have a '/' in 'edge-0.6/../../../x"),
+    ("sweep: a path for a board", "sweep", lambda: _swept(hw=["rpc:../../x:1"]), "have a '/' in"),
+    ("sweep: hardware that is a path", "sweep", lambda: _swept(hw=["../../../x"]), "unknown hardware target '../../../x'"),
+    ("sweep: a number for hardware", "sweep", lambda: _swept(hw=[3]), "--hw must be names, not int"),
+    ("sweep: an unknown setting", "sweep", lambda: _swept(settings={"color": "red"}), "unknown setting 'color'"),
+    ("sweep: not JSON", "sweep", _put("swept/sweep.json", "{"), "is not the file of a sweep"),
+    ("sweep: a list", "sweep", _put("swept/sweep.json", "[1]"), "must be an object"),
+    ("sweep: of a newer version", "sweep", lambda: _json(Path("swept/sweep.json"), schema="haq-sweep-2"), "upgrade haq"),
+    (
+        "sweep: a run that leads out",
+        "sweep",
+        lambda: _link_folder("swept/edge-0.6-random-seed0")(),
+        "symbolic link out of swept",
+    ),
+]
+
+
+def _swept(**changes: Any) -> None:
+    content = json.loads(Path("swept/sweep.json").read_text())
+    _json(Path("swept/sweep.json"), asked={**content["asked"], **changes})
+
+
+COMMANDS["unfinished"] = COMMANDS["resume"]
+COMMANDS["given"] = lambda: search.main([*JOB, "--budget", "0.7", "--solver", "ilp", "--sensitivity", "run", "--out", "new"])
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize(("commands", "make", "sentence"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_it_is_refused_in_one_sentence_and_left_as_it_was(
+    commands: str, make: Callable[[], object], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make()
+    for command in commands.split():
+        if command in ("unfinished", "resume") and Path("run/result.json").exists():
+            _unfinished()
+        assert sentence in refused(command, capsys), command
+    assert not Path("outside").exists() or Path("outside").read_text() == "years of work"
+    assert not Path("elsewhere").exists() or not list(Path("elsewhere").iterdir())
+
+
+@pytest.mark.usefixtures("place")
+def test_without_malice_every_command_works() -> None:
+    """The cases above are refused for what is wrong with them, and for nothing else."""
+    for command in ("evaluate", "finetune", "deploy", "robustness", "show", "compare", "sweep", "train", "given"):
+        assert cli.run_command(COMMANDS[command]) == 0, command
+    _unfinished()
+    assert cli.run_command(COMMANDS["resume"]) == 0
+
+
+@pytest.mark.usefixtures("place")
+def test_a_list_says_which_is_damaged_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("run", "copy")
+    Path("copy/history.csv").write_bytes(b"\0\xff")
+    assert runs.main(["list", "."]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"copy .* damaged", out)
+    assert re.search(r"run .* finished", out)
+    assert "copy: copy/history.csv is not text in UTF-8" in out
+
+
+def test_a_checkpoint_of_a_function_of_pythons_own_is_refused(tmp_path: Path) -> None:
+    held, notes = {"weight": torch.zeros(10)}, {"format": "haq-checkpoint-1", "network": "os:abort", "classes": "10"}
+    notes |= {"input_shape": "[1, 8, 8]", "mean": "[0]", "std": "[1]"}
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(safetensors.torch.save(held, notes))
+    with pytest.raises(ValueError, match="is of Python itself"):
+        models.load(str(path))
+    for changes in ({"classes": "1000000000"}, {"input_shape": "[1, 100000, 100000]"}, {"std": "[0]"}, {"mean": "nan"}):
+        path.write_bytes(safetensors.torch.save(held, notes | changes))
+        with pytest.raises(ValueError, match="describes no network of its tensors"):
+            models.load(str(path))
+    path.write_bytes(safetensors.torch.save(held, notes | {"format": "haq-checkpoint-2"}))
+    with pytest.raises(ValueError, match="upgrade haq"):
+        models.load(str(path))
+    with pytest.raises(ValueError, match="is of Python itself"):
+        data.call_by_name("code:interact")
