@@ -245,9 +245,9 @@ class Run:
         mine = solver == self.settings.solver
 
         def record(count: int, found: Found, within_budget: bool) -> None:
-            self.record(solver, count, found, within_budget, job.problem, session.best)
-            if mine and found is session.best:
+            if mine and found is session.best and not self._rows:  # what is met again is there, and may still be refused
                 self.save_policy(found.policy)
+            self.record(solver, count, found, within_budget, job.problem, session.best)
             on_evaluation(count, found, session.best)
 
         asked = {name: getattr(self.settings, name) for name in ("evaluations", "seed", "env", "ahead")}

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from haq import cli, folder, report, robustness, search, searches, sweep
+from haq import cli, report, robustness, search, searches, sweep
 from haq.amounts import describe_amount, percent
 from haq.job import Settings
-from haq.reporting import vega
+from haq.reporting import reading, vega
 from haq.reporting.drawing import front
 from quantizers.policy import SCHEMA as POLICY_SCHEMA
 from tests.test_robustness_command import MODULE
@@ -176,8 +176,8 @@ def test_a_run_from_end_to_end(made: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_is_on_the_chart_is_what_is_in_the_files(made: Path) -> None:
     assert call(made / "run", "--out", "page.html") == 0
     specs = list(Page(Path("page.html")).specs.values())
-    run = folder.read(made / "run")
-    assert isinstance(run, folder.RunFolder)
+    run = reading.read(made / "run")
+    assert isinstance(run, reading.RunFolder)
 
     def values(spec: dict[str, Any], *keys: str) -> list[tuple[Any, ...]]:
         return [tuple(row[key] for key in keys) for row in drawn(spec) if set(keys) <= set(row)]
@@ -254,7 +254,7 @@ def test_the_command_of_a_sweep_asks_for_the_same() -> None:
 
 def test_names_are_shown_and_never_run() -> None:
     name = f"layer {HOSTILE}"
-    run = write_run(Path("<b>run"), layers=("stem", name), network=HOSTILE, target=HOSTILE, solvers=(f"s {HOSTILE}", "ilp"))
+    run = write_run(Path("<b>run"), layers=("stem", name), network=HOSTILE, target=HOSTILE, solvers=("ddpg", "ilp"))
     change(run / "problem.json", data=HOSTILE, origin=HOSTILE)
     write_robustness(run)
     content = json.loads((run / "robustness/robustness.json").read_text())
@@ -483,16 +483,16 @@ def test_anything_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run has no problem.json" in refused(capsys, run)
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "problem.json", "policy.json", "result.json", "robustness/robustness.json"])
+@pytest.mark.parametrize("file", ["config.yaml", "problem.json", "result.json", "robustness/robustness.json"])
 def test_a_newer_schema_is_called_newer(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(Path("run"))
     write_robustness(run)
     text = (run / file).read_text()
-    name = re.search(r"haq-[a-z-]+\d?", text)
+    name = re.search(r"(haq-[a-z]+)-1", text)
     assert name
-    (run / file).write_text(text.replace(name[0], "haq-9000", 1))
+    (run / file).write_text(text.replace(name[0], f"{name[1]}-9000", 1))
     sentence = refused(capsys, run)
-    assert sentence.startswith(f"run/{file} has the schema 'haq-9000', this version of haq reads {name[0]!r}")
+    assert sentence.startswith(f"run/{file} was made by a newer version of haq ({name[1]}-9000, this one reads {name[0]})")
 
 
 def _without(path: Path, key: str) -> None:
@@ -509,10 +509,10 @@ def _text(path: Path, before: str, after: str) -> None:
 
 DEEP = "[" * 100_000
 DAMAGE: list[tuple[str, Any, str]] = [
-    ("problem.json", lambda p: p.write_text('{"schema": '), "run/problem.json is not JSON: "),
-    ("problem.json", lambda p: p.write_text(DEEP), "run/problem.json is not JSON: "),
-    ("problem.json", lambda p: p.write_bytes(b"\xff\xfe"), "run/problem.json is not UTF-8 text"),
-    ("problem.json", lambda p: p.write_text("[]"), "run/problem.json has the schema None"),
+    ("problem.json", lambda p: p.write_text('{"schema": '), "run/problem.json is not what a run searches: "),
+    ("problem.json", lambda p: p.write_text(DEEP), "run/problem.json is not what a run searches: "),
+    ("problem.json", lambda p: p.write_bytes(b"\xff\xfe"), "run/problem.json is not text in UTF-8"),
+    ("problem.json", lambda p: p.write_text("[]"), "run/problem.json is not what a run searches: it must be an object"),
     ("problem.json", lambda p: _without(p, "limit"), "run/problem.json: 'limit' is missing"),
     ("problem.json", lambda p: change(p, limit="much"), "run/problem.json: 'limit' is 'much': input should be a valid number"),
     ("problem.json", lambda p: change(p, limit=float("nan")), "run/problem.json: 'limit' is "),
@@ -520,13 +520,17 @@ DAMAGE: list[tuple[str, Any, str]] = [
     ("problem.json", lambda p: change(p, layers=[]), "run/problem.json: 'layers' is []"),
     ("problem.json", lambda p: change(p, uniform8=1.0), "run/problem.json: the costs of the layers at 8 bits don't add up"),
     ("problem.json", lambda p: change(p, metric="<b>"), "run/problem.json: 'metric' is '<b>'"),
-    ("config.yaml", lambda p: p.write_text("a: [b"), "run/config.yaml is not YAML"),
+    ("config.yaml", lambda p: p.write_text("a: [b"), "run/config.yaml is not the configuration of a run: "),
     (
         "config.yaml",
         lambda p: p.write_text("!!python/object/apply:os.system ['touch hacked']"),
-        "run/config.yaml is not YAML: could not determine a constructor",
+        "run/config.yaml is not the configuration of a run: could not determine a constructor",
     ),
-    ("config.yaml", lambda p: _text(p, "settings:", "settled:"), "run/config.yaml: 'settings' is missing"),
+    (
+        "config.yaml",
+        lambda p: _text(p, "settings:", "settled:"),
+        "run/config.yaml is not the configuration of a run: 'settings' must be a mapping",
+    ),
     (
         "policy.json",
         lambda p: _text(p, '"stem"', '"stern"'),
@@ -537,11 +541,16 @@ DAMAGE: list[tuple[str, Any, str]] = [
         lambda p: _text(p, '"weight_bits": 8', '"weight_bits": 9'),
         "run/policy.json: 'layers.0.weight_bits' is 9",
     ),
+    ("policy.json", lambda p: _text(p, '"version": 1', '"version": 2'), "run/policy.json: 'version' is 2"),
     ("history.csv", lambda p: _text(p, "solver,", "saviour,"), "run/history.csv has the columns "),
-    ("history.csv", lambda p: _text(p, "ddpg,1,8-", "ddpg,1,9-"), "run/history.csv, line 2: weight_bits is '9-"),
-    ("history.csv", lambda p: _text(p, "ddpg,2,8-", "ddpg,2,"), "run/history.csv, line 3: weight_bits is "),
-    ("history.csv", lambda p: _text(p, "\nddpg,1,", "\nddpg,one,"), "run/history.csv, line 2: evaluation is 'one'"),
-    ("history.csv", lambda p: _text(p, ",0.3,", ",nan,"), "run/history.csv, line 2: loss is 'nan'"),
+    ("history.csv", lambda p: _text(p, "ddpg,1,8-", "ddpg,1,9-"), "run/history.csv, line 2: the weight bits are '9-"),
+    (
+        "history.csv",
+        lambda p: _text(p, "ddpg,2,8-", "ddpg,2,"),
+        "run/history.csv, line 3: weight bits of 3 layers, ",
+    ),
+    ("history.csv", lambda p: _text(p, "\nddpg,1,", "\nddpg,one,"), "run/history.csv, line 2: the evaluation is 'one'"),
+    ("history.csv", lambda p: _text(p, ",0.3,", ",nan,"), "run/history.csv, line 2: the loss is 'nan'"),
     ("history.csv", lambda p: _text(p, ",0.01\n", "\n"), "run/history.csv, line 2: 8 columns, not 9"),
     ("result.json", lambda p: change(p, found={"test_accuracy": 0.9}), "run/result.json: 'search_accuracy' is None"),
     (
@@ -568,7 +577,10 @@ def test_a_damaged_file_is_named_with_its_fault(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"schema": "haq-sweep-2"}, "sweep/sweep.json has the schema 'haq-sweep-2', this version of haq reads 'haq-sweep-1'"),
+        (
+            {"schema": "haq-sweep-2"},
+            "sweep/sweep.json was made by a newer version of haq (haq-sweep-2, this one reads haq-sweep-1)",
+        ),
         ({"targets": []}, "sweep/sweep.json: 'targets' is []"),
         ({"metric": "money"}, "sweep/sweep.json: 'metric' is 'money'"),
         ({"reward": "agreement"}, "sweep/sweep.json: 'search_agreement' is None; it must be a share from 0 to 1"),
@@ -594,7 +606,7 @@ def test_without_the_extra_it_says_what_to_install(
 
 
 def test_names_of_formats_agree_with_those_who_write_them() -> None:
-    assert folder.POLICY_SCHEMA == POLICY_SCHEMA
+    assert reading.POLICY_SCHEMA == POLICY_SCHEMA
 
 
 def test_help_names_the_arguments(capsys: pytest.CaptureFixture[str]) -> None:

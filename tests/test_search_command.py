@@ -15,8 +15,9 @@ import yaml
 
 import quantizers as Q
 from haq import cli, evaluate, finetune, search
+from haq.history import COLUMNS
 from haq.job import Settings
-from haq.run import COLUMNS, Run
+from haq.run import Run
 
 MODULE = """
 import torch

@@ -74,6 +74,8 @@ def write_run(
         "network": network,
         "data": "digits",
         "hw": target,
+        "metric": metric,
+        "budget": "0.5",
         "solver": solvers[0],
         "evaluations": evaluations,
         "seed": 0,

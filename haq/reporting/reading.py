@@ -209,7 +209,7 @@ def _record(kind: type[_Any], path: Path, schema: str, what: str) -> _Any:
         # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
         return kind.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise ValueError(f"{path} is not {what}: {_first(error)}") from error
+        raise ValueError(f"{path}: {_first(error)}") from error
 
 
 def _first(error: ValidationError) -> str:

@@ -67,6 +67,8 @@ class PolicyLayer(Record):
 class Policy(Record):
     """policy.json; searched policies have no layer in float."""
 
+    version: Annotated[int, Field(ge=1, le=1)]
+
     layers: list[PolicyLayer]
 
 
