@@ -30,6 +30,7 @@ from rich.table import Table
 from haq import cli
 
 NAME = "kills"
+RUN = Path("run")
 ROOT = Path(__file__).parents[1]
 EARLY = 0.2  # share of kills that may hit the start of the process
 JOB = """
@@ -100,8 +101,8 @@ JOBS = {
 
 
 def start(command: str, folder: Path) -> subprocess.Popen[bytes]:
-    log = (folder / "log").open("ab")
-    return subprocess.Popen([sys.executable, "-m", *command.split()], cwd=folder, stdout=log, stderr=log)
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", *command.split()], cwd=folder, stdout=log, stderr=log)
 
 
 def finish(command: str, folder: Path) -> None:
@@ -119,9 +120,9 @@ def prepared(job: Job, place: Path, name: str) -> Path:
     return folder
 
 
-def endings(folder: Path) -> dict[str, bytes]:
-    """What a job leaves."""
-    paths = (path for path in sorted((folder / "run").rglob("*")) if path.is_file())
+def endings(folder: Path, run: Path) -> dict[str, bytes]:
+    """What a job leaves in a run."""
+    paths = (path for path in sorted((folder / run).rglob("*")) if path.is_file())
     aside = ("events.", ".lock")
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -134,7 +135,7 @@ def timed(job: Job, folder: Path) -> tuple[float, float]:
     """Run a job to its end. Returns its seconds until it had begun, and in all."""
     began, process, first = time.monotonic(), start(job.command, folder), 0.0
     while process.poll() is None:
-        if not first and (folder / "run" / job.begun).exists():
+        if not first and (folder / RUN / job.begun).exists():
             first = time.monotonic() - began
         time.sleep(0.01)
     if process.returncode not in (0, 1):
@@ -147,7 +148,7 @@ def interrupted(job: Job, folder: Path, kills: int, times: tuple[float, float], 
     when: list[float] = []
     first, whole = times
     while True:
-        process = start(job.resume if (folder / "run" / job.begun).exists() else job.command, folder)
+        process = start(job.resume if (folder / RUN / job.begun).exists() else job.command, folder)
         moment = None
         if len(when) < kills:
             moment = draws.uniform(0 if draws.random() < EARLY else first, whole)
@@ -160,7 +161,7 @@ def interrupted(job: Job, folder: Path, kills: int, times: tuple[float, float], 
             when.append(moment)
             continue
         # Gone on with after its end, it says so.
-        over = process.returncode == cli.EXIT_BAD_INPUT and when and job.ended and (folder / "run" / job.ended).exists()
+        over = process.returncode == cli.EXIT_BAD_INPUT and when and job.ended and (folder / RUN / job.ended).exists()
         if process.returncode not in (0, 1) and not over:
             raise ChildProcessError(f"{job.resume} failed: {(folder / 'log').read_text()[-2000:]}")
         return when
@@ -187,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
             job, place = JOBS[name], Path(temporary) / f"job{number}"
             place.mkdir()
             whole = prepared(job, place, "whole")
-            times, expected = timed(job, whole), endings(whole)
+            times, expected = timed(job, whole), endings(whole, RUN)
             left, moments, endings_, same = share + (number < rest), list[float](), 0, 0
             while left:
                 folder = prepared(job, place, f"cut{endings_}")
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 moments += when
                 killed_at = ", ".join(f"{moment:.2f}" for moment in when)
-                found = endings(folder)
+                found = endings(folder, RUN)
                 endings_ += 1
                 if found == expected:
                     same += 1

@@ -25,10 +25,10 @@ class Checkpoint:
     asked: dict[str, str]
 
     def write(self, content: dict[str, Any]) -> None:
-        """Write tensors, numbers, strings and containers of them, beside and renamed."""
+        """Write tensors, numbers, strings and containers of them, beside and renamed; the same bytes for the same content."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()  # torch's own error on a full disk doesn't say so
-        torch.save({"asked": self.asked, **content}, file)
+        torch.save(_apart({"asked": self.asked, **content}, {}), file)
         write(self.path, file.getvalue())
 
     def read(self, most: int = MOST) -> dict[str, Any] | None:
@@ -60,3 +60,13 @@ class Checkpoint:
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{self.path} doesn't fit what goes on from it ({reason}); delete it to start anew") from error
+
+
+def _apart(value: Any, strings: dict[str, str]) -> Any:
+    """The same, with equal strings one object and every container one of its own: a pickle tells objects from equal ones."""
+    if isinstance(value, dict):
+        return {_apart(key, strings): _apart(one, strings) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        made = [_apart(one, strings) for one in value]
+        return made if isinstance(value, list) else tuple(made)
+    return strings.setdefault(value, value) if isinstance(value, str) else value
