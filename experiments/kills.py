@@ -1,9 +1,9 @@
 """Kill runs at random moments, go on with them, and see whether they end as if nothing had happened.
 
-    python -m experiments.kills [--kills N] [--jobs NAME ...] [--seed N]
+    python -m experiments.kills [--kills N] [--times N] [--jobs NAME ...] [--seed N]
 
 Every job is run once without interruption. Then it is started, killed (SIGKILL, to the first process only), started again with
---resume, killed again, and so on, until it ends; every file it leaves, but for TensorBoard's events, must have the same bytes:
+--resume, perhaps killed again, and so on, until it ends; every file it leaves, but for TensorBoard's events, must have the same bytes:
 policy, history, sensitivities, agents with their optimizers, fine-tuned and trained networks, results. Moments are drawn
 uniformly over the time that the job took, a fifth of them from the start of the process, the others from its first file on.
 The network has five small layers and the images are noise, so that a job takes seconds; what is kept is the same as of any.
@@ -172,6 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog=f"python -m experiments.{NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--times", type=int, default=1, help="kills of each run, at most (default: 1)")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -192,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
             left, moments, endings_, same = share + (number < rest), list[float](), 0, 0
             while left:
                 folder = prepared(job, place, f"cut{endings_}")
-                when = interrupted(job, folder, min(left, 3), times, draws)
+                when = interrupted(job, folder, min(left, options.times), times, draws)
                 left -= len(when)
                 if not when:  # it ended before it was to be killed
                     shutil.rmtree(folder)
