@@ -2,11 +2,12 @@
 
     python -m experiments.kills [--kills N] [--times N] [--jobs NAME ...] [--seed N]
 
-Every job is run once without interruption. Then it is started, killed (SIGKILL, to the first process only), started again with
---resume, perhaps killed again, and so on, until it ends; every file it leaves, but for TensorBoard's events, must have the same bytes:
-policy, history, sensitivities, agents with their optimizers, fine-tuned and trained networks, results. Moments are drawn
-uniformly over the time that the job took, a fifth of them from the start of the process, the others from its first file on.
-The network has five small layers and the images are noise, so that a job takes seconds; what is kept is the same as of any.
+Every job is run once without interruption. Then it is started, killed (SIGKILL, to the first process only), started again
+with --resume, perhaps killed again, and so on, until it ends; every file it leaves, but for TensorBoard's events, must have
+the same bytes: policy, history, sensitivities, agents with their optimizers, fine-tuned and trained networks, results. Moments
+are drawn uniformly over the time that the job took, a fifth of them from the start of the process, the others from its first
+file on. The network has five small layers and the images are noise, so that a job takes seconds; what is kept is what is kept
+of any.
 """
 
 from __future__ import annotations

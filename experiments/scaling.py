@@ -258,10 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
             "",
             *_markdown(model),
             "",
-            "With an agent it is what it chooses ahead (`--ahead`) that gives out first: more workers than that are idle, but for",
-            "the sensitivities it begins with. A larger cluster takes a larger `--ahead`, or a sweep, whose searches need nothing",
-            "of each other. With policies that are known ahead it is the first process, which gives out and takes back, and the",
-            "solver.",
+            "With an agent it is what it chooses ahead (`--ahead`) that gives out first: more workers than that are idle, but",
+            "for the sensitivities it begins with. A larger cluster takes a larger `--ahead`, or a sweep, whose searches need",
+            "nothing of each other. With policies that are known ahead it is the first process, which gives out and takes",
+            "back, and the solver.",
         ]
         (out / f"{NAME}.md").write_text("\n".join(page) + "\n", encoding="utf-8")
         console.print(f"written: {out / NAME}.md")

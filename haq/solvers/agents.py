@@ -73,7 +73,10 @@ class Episode(NamedTuple):
 
 @dataclass
 class Learner:
-    """An agent, what it has learned from, and what it has chosen but not learned from yet: all that a search goes on with."""
+    """An agent, what it has learned from, and what it has chosen but not learned from yet: all that a search goes on with.
+
+    The environments draw nothing, and an episode begins with a reset, so they have no state that would have to be kept.
+    """
 
     agent: OffPolicyAlgorithm
     draws: np.random.Generator
