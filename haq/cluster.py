@@ -8,6 +8,7 @@ first process writes files; what workers find streams to it.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import socket
@@ -31,6 +32,7 @@ from haq.workers import threads_of
 
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
+FULL = 60.0  # seconds without a worker after which it is told that there is none
 PATIENCE = 10  # times in a row that workers may be lost before anything is done
 
 
@@ -98,7 +100,7 @@ class Crew:
         self._load: dict[Any, int] = {}  # workers that are ready -> tasks that they have
         self._running: dict[Any, tuple[Any, Any]] = {}  # what a task yields -> its key and worker
         self._refused: list[Any] = []  # workers on machines with other versions; they keep their places
-        self._looked, self._losses = -GROWTH, 0
+        self._looked, self._losses, self._notice = -GROWTH, 0, time.monotonic() + FULL
 
     @property
     def workers(self) -> int:
@@ -116,6 +118,9 @@ class Crew:
         """
         self._grow()
         self._dispatch()
+        if not self._load and time.monotonic() > self._notice:
+            logger.warning("no processor of the Ray cluster is free yet: waiting for one")
+            self._notice = math.inf
         waiting = [*self._starting, *self._running]
         if not waiting:
             time.sleep(0.1)
@@ -127,7 +132,7 @@ class Crew:
                     self._welcome(reference)
                 else:
                     yield self._next(reference)
-            except self._ray.exceptions.RayActorError as error:
+            except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError) as error:
                 self._lose(reference, error)
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None

@@ -219,6 +219,29 @@ def test_workers_that_are_lost_again_and_again_are_given_up(nodes: Any, monkeypa
             wait_for(lambda: list(crew.wait()))
 
 
+def test_a_cluster_that_is_full_is_waited_for_and_that_is_told(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    monkeypatch.setattr(cluster, "FULL", 0.5)
+    problem = make_problem(small_network())
+    alone = problem.evaluate(problem.uniform(4))
+    problem.evaluator.cache.clear()
+    with caplog.at_level(logging.WARNING, "haq"), working(problem.evaluator, None, nodes.address):
+        pool: Any = problem.evaluator.pool
+        others = [ray.remote(num_cpus=1)(_Idle).remote() for _ in range(2)]  # type: ignore[attr-defined]
+        ray.get([other.ready.remote() for other in others])
+        pool.expect([problem.uniform(4)])
+        wait_for(lambda: not list(pool._crew.wait()) and "no processor of the Ray cluster is free yet" in caplog.text)
+        others.clear()
+        assert problem.evaluate(problem.uniform(4)) == alone
+
+
+class _Idle:
+    def ready(self) -> None: ...
+
+
 class _Dying:
     def ready(self, given: bytes, threads: int) -> dict[str, str]:
         return os._exit(1)
