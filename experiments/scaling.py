@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             for solver in evaluations:
                 ahead = Settings().ahead if solver == "ddpg" else None
                 rate, bound = modelled(count, s, given_out["Ray"], own[solver], ahead)
-                cells.append(f"{rate * s:.3g} times one ({bound})")
+                cells.append(f"{rate * s:,.1f} ({bound})")
         model.append([str(count), *cells])
     for heading in shown[0]:
         table.add_column(heading)

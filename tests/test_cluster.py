@@ -50,7 +50,7 @@ def test_every_solver_finds_the_same_on_two_machines(nodes: Any) -> None:
     with working(problem.evaluator, None, nodes.address):
         assert [rows(problem, solver) for solver in asked] == alone
         pool: Any = problem.evaluator.pool
-        assert pool._crew.workers == 2
+        wait_for(lambda: pool.evaluate(problem.uniform(5)) and pool._crew.workers == 2)
     assert problem.evaluator.pool is None
 
 
@@ -211,9 +211,13 @@ sys.exit(cli.run_command(lambda: search.main([*sys.argv[1:], "--ray", made.addre
 
 
 def test_workers_that_are_lost_again_and_again_are_given_up(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:  # of this function, so that workers needn't import it
+        def ready(self, given: bytes, threads: int) -> dict[str, str]:
+            return os._exit(1)
+
     monkeypatch.setattr(cluster, "PATIENCE", 2)
     with cluster.connected(nodes.address):
-        crew = Crew(_Dying, None, 1, 1, 1)
+        crew = Crew(Dying, None, 1, 1, 1)
         crew.submit("anything")
         with pytest.raises(ChildProcessError, match="lost 2 times in a row"):
             wait_for(lambda: list(crew.wait()))
@@ -224,24 +228,18 @@ def test_a_cluster_that_is_full_is_waited_for_and_that_is_told(
 ) -> None:
     import ray
 
+    class Idle:  # of this function, so that workers needn't import it
+        def ready(self) -> None: ...
+
     monkeypatch.setattr(cluster, "FULL", 0.5)
     problem = make_problem(small_network())
     alone = problem.evaluate(problem.uniform(4))
     problem.evaluator.cache.clear()
     with caplog.at_level(logging.WARNING, "haq"), working(problem.evaluator, None, nodes.address):
         pool: Any = problem.evaluator.pool
-        others = [ray.remote(num_cpus=1)(_Idle).remote() for _ in range(2)]  # type: ignore[attr-defined]
+        others = [ray.remote(num_cpus=1)(Idle).remote() for _ in range(2)]  # type: ignore[attr-defined]
         ray.get([other.ready.remote() for other in others])
         pool.expect([problem.uniform(4)])
         wait_for(lambda: not list(pool._crew.wait()) and "no processor of the Ray cluster is free yet" in caplog.text)
         others.clear()
         assert problem.evaluate(problem.uniform(4)) == alone
-
-
-class _Idle:
-    def ready(self) -> None: ...
-
-
-class _Dying:
-    def ready(self, given: bytes, threads: int) -> dict[str, str]:
-        return os._exit(1)
