@@ -84,7 +84,7 @@ JOBS = {
         for name, more, resumed in (
             ("exhaustive", "--solver exhaustive --bits 6:7 --budget 0.95 --evaluations 300", ""),
             ("ddpg as in HAQ", "--env haq", ""),
-            ("ddpg, 2 workers", "--workers 2", "--workers 2"),
+            ("ddpg, 2 workers", "--workers 2 --ahead 3", "--workers 2"),
             ("tuning in the loop", "--finetune-steps 3 --solver evolution", ""),
         )
     },

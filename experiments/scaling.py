@@ -2,12 +2,12 @@
 
     python -m experiments.scaling [--repeats N] [--quick]
 
-Measured here, on the default search: evaluations per second of `random`, whose policies are known ahead, and of `ddpg`, which
-learns from each; by this process with one thread and with all, by one and two processes, by one and two workers of a Ray
-cluster of two nodes that is started for it. Workers are started before the clock is; medians over repeats, which take turns,
-so that a busy moment of the machine hits all alike. All must find the same. Then what bounds a larger cluster: the bytes that
-go to each machine once and with each policy, the policies per second that the first process can give out and take back (with
-workers that do nothing), and the time that a solver itself takes for an evaluation.
+Measured here, on the default search: evaluations per second of `random`, whose policies are known ahead, and of `ddpg` with
+`--ahead 4`, which learns from each; by this process with one thread and with all, by one and two processes, by one and two
+workers of a Ray cluster of two nodes that is started for it. Workers are started before the clock is; medians over repeats,
+which take turns, so that a busy moment of the machine hits all alike. All must find the same. Then what bounds a larger
+cluster: the bytes that go to each machine once and with each policy, the policies per second that the first process can give
+out and take back (with workers that do nothing), and the time that a solver itself takes for an evaluation.
 
 Modelled from these, and said so: N workers finish N / e evaluations a second, if one takes e seconds, but no more than are
 given out, and no more than the solver asks for: it takes s seconds for each, and agents wait for the first of those they chose
@@ -46,6 +46,7 @@ NAME = "scaling"
 FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
 BAR = {"2 processes": 1.7, "2 workers of Ray": 1.5}  # times the evaluations per second of one
 WORKERS = (1, 2, 10, 100, 1000)
+AHEAD = 4  # policies that ddpg chooses before it learns from the first
 SLOW = 60.0  # seconds of an evaluation, as of a large network on a few thousand images
 
 
@@ -77,7 +78,7 @@ def run(problem: haq.Problem, solver: str, evaluations: int) -> Timed:
     def on_evaluation(count: int, found: Found, within: bool) -> None:
         digest.update(repr((count, found.result, sorted(found.policy.items()))).encode())
 
-    session = Session(problem, evaluations, on_evaluation, ahead=Settings().ahead)
+    session = Session(problem, evaluations, on_evaluation, ahead=AHEAD)
     began = time.perf_counter()
     solve(solver, session, seed=0)
     return Timed(session.used / (time.perf_counter() - began), digest.hexdigest()[:12])
@@ -86,7 +87,7 @@ def run(problem: haq.Problem, solver: str, evaluations: int) -> Timed:
 def own_seconds(problem: haq.Problem, solver: str, evaluations: int) -> float:
     """What a solver itself takes for an evaluation, of the last fifth (an agent has its sensitivities then): what is left of
     the time if all is known already."""
-    ahead = Settings().ahead
+    ahead = AHEAD
     solve(solver, Session(problem, evaluations, ahead=ahead), seed=0)
     moments: list[float] = []
     began = time.perf_counter()
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = []
         for s in (seconds, SLOW):
             for solver in evaluations:
-                ahead = Settings().ahead if solver == "ddpg" else None
+                ahead = AHEAD if solver == "ddpg" else None
                 rate, bound = modelled(count, s, given_out["Ray"], own[solver], ahead)
                 cells.append(f"{rate * s:,.1f} ({bound})")
         model.append([str(count), *cells])
@@ -258,10 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
             "",
             *_markdown(model),
             "",
-            "With an agent it is what it chooses ahead (`--ahead`) that gives out first: more workers than that are idle, but",
-            "for the sensitivities it begins with. A larger cluster takes a larger `--ahead`, or a sweep, whose searches need",
-            "nothing of each other. With policies that are known ahead it is the first process, which gives out and takes",
-            "back, and the solver.",
+            "With an agent it is what it chooses ahead (`--ahead`, 4 here) that gives out first: more workers than that are",
+            "idle, but for the sensitivities it begins with. A larger cluster takes a larger `--ahead`, or a sweep, whose",
+            "searches need nothing of each other. With policies that are known ahead it is the first process, which gives out",
+            "and takes back, and the solver.",
         ]
         (out / f"{NAME}.md").write_text("\n".join(page) + "\n", encoding="utf-8")
         console.print(f"written: {out / NAME}.md")

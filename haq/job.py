@@ -42,7 +42,7 @@ class Settings:
     solver: str = "ddpg"
     evaluations: int = 200
     env: str = "plan"
-    ahead: int = 4
+    ahead: int = 1
     seed: int = 0
     finetune_epochs: int = 12
     finetune_steps: int = 0

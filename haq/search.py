@@ -22,7 +22,7 @@ from haq.folder import ROBUSTNESS
 from haq.job import Job, Settings
 from haq.lock import writing
 from haq.run import Run, check_unused, default_folder, has_tensorboard
-from haq.solvers import SOLVERS, Found, Session
+from haq.solvers import CHOOSE_AHEAD, SOLVERS, Found, Session
 from haq.solvers.sensitivity import KINDS, Sensitivities
 from haq.workers import working
 
@@ -133,7 +133,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if job.problem.proxy:
         import haq.attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
     rivals = tuple(name for name in RIVALS if name != settings.solver)
-    summary.print_plan(console, job, None if options.dry_run else folder, rivals)
+    summary.print_plan(console, job, None if options.dry_run else folder, rivals, _workers(options, settings))
     if not has_tensorboard():
         console.print("TensorBoard events: none (pip install 'haq\\[report]' to have them)")
     if options.dry_run:
@@ -166,6 +166,15 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1
+
+
+def _workers(options: argparse.Namespace, settings: Settings) -> str:
+    """Who evaluates policies, and what keeps the solver from using all of them."""
+    described = cli.describe_workers(options)
+    more = options.ray is not None if options.workers is None else options.workers > settings.ahead
+    if not more or settings.solver not in CHOOSE_AHEAD:
+        return described
+    return f"{described}; beyond sensitivities {settings.solver} keeps {settings.ahead} of them busy (--ahead)"
 
 
 def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:

@@ -115,8 +115,8 @@ def collect(
     }
 
 
-def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[str, ...]) -> None:
-    """What a search will do."""
+def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[str, ...], workers: str) -> None:
+    """What a search will do; `workers`: who evaluates policies, in words."""
     problem, settings = job.problem, job.settings
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
@@ -144,7 +144,8 @@ def print_plan(console: Console, job: Job, folder: Path | None, rivals: tuple[st
         ),
         "reward": problem.reward_is,
         "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
-        + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else ""),
+        + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else "")
+        + f", {workers}",
         "fine-tuning": f"{settings.finetune_epochs} epochs on {len(job.dataset.train):,} train images"
         + (f", against R+FGSM at eps {settings.eps}" if settings.adversary else "")
         if settings.finetune_epochs

@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_on_another_processor_an_agent_may_go_another_way_from_its_checkpoint_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cut(monkeypatch, Run, "record", 39, search.main, *AGENT, "--out", "cut")
+    cut(monkeypatch, Run, "record", 39, search.main, *AGENT, "--ahead", "3", "--out", "cut")
     state = torch.load("cut/checkpoint/ddpg.state", weights_only=True)
     rows = Path("cut/history.csv").read_text().splitlines()
     known = len(rows) - 1

@@ -30,6 +30,7 @@ SOLVERS = {
 }
 ENVS = ("plan", "haq")
 USE_SENSITIVITIES = ("ddpg", "td3", "sac", "ilp", "greedy")
+CHOOSE_AHEAD = ("ddpg", "td3", "sac", "evolution")
 USE_NO_SEED = ("ilp", "greedy", "exhaustive")
 
 
