@@ -17,8 +17,9 @@ from haq.lock import holding, is_held
 FILES = (CONFIG, PROBLEM, HISTORY, POLICY, RESULT, SENSITIVITY, SWEEP, LOCK, "policy.png", "sweep.png", "report.html")
 PATTERNS = (*FILES, *(f"{name}.part" for name in FILES), "events.*", "onnx.onnx", "qonnx.onnx")
 PARTS = (CHECKPOINT.parent.name, ROBUSTNESS.name, "deployed")
-# What can be made again by haq.finetune and haq.robustness, and is most of a run's bytes.
-REMAKEABLE = (f"{CHECKPOINT.parent}/*.safetensors", f"{ROBUSTNESS}/*.safetensors", f"{ROBUSTNESS}/*.npz", "*.part")
+# What can be made again by haq.search, haq.finetune and haq.robustness, and is most of a run's bytes.
+AGENTS = tuple(f"{CHECKPOINT.parent}/{solver}.state" for solver in ("ddpg", "td3", "sac"))
+REMAKEABLE = (f"{CHECKPOINT.parent}/*.safetensors", *AGENTS, f"{ROBUSTNESS}/*.safetensors", f"{ROBUSTNESS}/*.npz", "*.part")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def choose(folder: Path, *, unfinished: bool, checkpoints: bool, older_than_days
         elif entry.state == INTERRUPTED and unfinished:
             found.append(_whole(entry))
         elif entry.state == FINISHED and checkpoints and (paths := tuple(_remakeable(entry))):
-            found.append(Victim(entry, "networks and attacks", paths))
+            found.append(Victim(entry, "networks, agents and attacks", paths))
     return found
 
 

@@ -45,7 +45,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = command("prune", "delete what of runs isn't needed any more; without --yes only say what")
     add("folder", nargs="?", type=Path, metavar="FOLDER", default=HOME, help=f"of runs, or one run (default: {HOME}/)")
     add("--unfinished", action="store_true", help="runs and sweeps that were interrupted, all of them")
-    add("--checkpoints", action="store_true", help="of finished runs, networks and attacks: what was tried and found stays")
+    add(
+        "--checkpoints",
+        action="store_true",
+        help="of finished runs, networks, agents and attacks: what was tried and found stays",
+    )
     add("--older-than", type=float, metavar="DAYS", help="only what was last written so long ago")
     add("--yes", action="store_true", help="delete it")
     options = parser.parse_args(arguments)

@@ -213,7 +213,7 @@ def test_prune_says_what_it_would_delete_and_deletes_nothing(capsys: pytest.Capt
     before = files()
     out = told(capsys, "prune", "--unfinished", "--checkpoints")
     assert "would delete: runs/cut, all of it" in out
-    assert "would delete: runs/a, networks and attacks, 1 files" in out
+    assert "would delete: runs/a, networks, agents and attacks, 1 files" in out
     assert "nothing was deleted: add --yes to do it" in out
     assert files() == before
 
@@ -224,8 +224,12 @@ def test_prune_deletes_what_it_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert "deleted: runs/cut, all of it" in out
     assert not Path("runs/cut").exists()
     assert files() == {name for name in before if not name.startswith("runs/cut/")}
+    for state in ("ddpg", "finetune"):
+        Path(f"runs/a/checkpoint/{state}.state").write_bytes(b"kept")
     out = told(capsys, "prune", "--checkpoints", "--yes")
-    assert "deleted: runs/a, networks and attacks" in out
+    assert "deleted: runs/a, networks, agents and attacks, 2 files" in out
+    assert Path("runs/a/checkpoint/finetune.state").exists()  # somebody's interrupted fine-tuning
+    Path("runs/a/checkpoint/finetune.state").unlink()
     gone = "runs/a/checkpoint/quantized.safetensors"
     assert files() == {name for name in before if not name.startswith("runs/cut/") and name != gone}
     assert "finished" in told(capsys, "show", "runs/a")
