@@ -53,7 +53,7 @@ SLOW = 60.0  # seconds of an evaluation, as of a large network on a few thousand
 class Nothing:
     """An evaluator that does nothing, to see what giving out costs."""
 
-    one_batch, tune = False, None
+    worker_threads = 1
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         return Evaluation(0.5, 1.0, 1)

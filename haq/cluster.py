@@ -28,7 +28,6 @@ import quantizers as Q
 from haq.evaluator import Evaluation, Evaluator
 from haq.job import versions
 from haq.run import HISTORY
-from haq.workers import threads_of
 
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
@@ -206,7 +205,7 @@ class Evaluations:
 
     def __init__(self, evaluator: Evaluator, most: int | None) -> None:
         # Two policies each, so that none waits for us while we wait for another.
-        self._crew = Crew(_Evaluator, evaluator, threads_of(evaluator), most, depth=2)
+        self._crew = Crew(_Evaluator, evaluator, evaluator.worker_threads, most, depth=2)
         self._asked: set[Q.BitPolicy] = set()
         self._found: dict[Q.BitPolicy, Evaluation] = {}
 

@@ -122,6 +122,12 @@ class Evaluator:
         return len(self._inputs) == 1 and self.proxy is None
 
     @property
+    def worker_threads(self) -> int:
+        """The threads that a worker takes which evaluates elsewhere: one, unless sums of floats depend on their number. Then it
+        is as many as there are here, so that results are those of this process."""
+        return torch.get_num_threads() if self.one_batch or self.tune is not None else 1
+
+    @property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Inputs and labels, in the order in which they are looked at."""
         return list(zip(self._inputs, self.labels[self.order].split(BATCH), strict=True))

@@ -30,7 +30,7 @@ class Processes:
 
     def __init__(self, evaluator: Evaluator, count: int) -> None:
         self.count = count
-        self._given = cloudpickle.dumps(evaluator), threads_of(evaluator)
+        self._given = cloudpickle.dumps(evaluator), evaluator.worker_threads
         self._futures: dict[Q.BitPolicy, Future[Evaluation]] = {}
         self._deaths = 0
         self._executor = self._start()
@@ -96,12 +96,6 @@ def working(evaluator: Evaluator, count: int | None, ray: str | None = None) -> 
     finally:
         evaluator.pool = None
         pool.close()
-
-
-def threads_of(evaluator: Evaluator) -> int:
-    """The threads that each worker has. One, unless sums of floats depend on their number; then as many as there are here, so
-    that results are those of this process."""
-    return torch.get_num_threads() if evaluator.one_batch or evaluator.tune is not None else 1
 
 
 def live_with_parent() -> None:

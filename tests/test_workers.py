@@ -77,10 +77,10 @@ def test_a_single_batch_has_the_threads_of_this_process_since_sums_depend_on_the
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert workers.threads_of(evaluator) == 3
+        assert evaluator.worker_threads == 3
         many = images(300)
         larger = haq.Problem(small_network(), calibrate=images(32), search=many, target="edge", reward="agreement")
-        assert workers.threads_of(larger.evaluator) == 1
+        assert larger.evaluator.worker_threads == 1
     finally:
         torch.set_num_threads(before)
 
