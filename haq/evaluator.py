@@ -123,8 +123,8 @@ class Evaluator:
 
     @property
     def worker_threads(self) -> int:
-        """The threads of a worker that evaluates elsewhere: one, unless sums of floats depend on their number. Then they are as
-        many as here, so that results are those of this process."""
+        """The threads of a worker that evaluates elsewhere: one, unless sums of floats depend on their number. Then they are
+        as many as here, so that results are those of this process."""
         return torch.get_num_threads() if self.one_batch or self.tune is not None else 1
 
     @property
