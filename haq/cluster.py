@@ -25,6 +25,7 @@ import cloudpickle
 import torch
 
 import quantizers as Q
+from haq import folder as folders
 from haq.evaluator import Evaluation, Evaluator
 from haq.job import versions
 from haq.run import HISTORY
@@ -315,9 +316,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.part")
-        partial.write_bytes(content)
-        partial.replace(path)
+        folders.write(path, content)
 
 
 def _answers(host: str, port: int) -> bool:

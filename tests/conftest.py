@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -84,6 +85,14 @@ def _fitted_small(seed: int) -> nn.Module:
 def fitted_network(seed: int = 0) -> nn.Module:
     """The small network, fitted; a copy of its own for each caller."""
     return copy.deepcopy(_fitted_small(seed))
+
+
+def enter(place: Path, patch: pytest.MonkeyPatch, module: str) -> None:
+    """Make a folder the current one, with a job of one's own in it, as the module small_job."""
+    (place / "small_job.py").write_text(module)
+    patch.chdir(place)
+    patch.setattr(sys, "path", [str(place), *sys.path])
+    patch.delitem(sys.modules, "small_job", raising=False)
 
 
 @pytest.fixture

@@ -105,14 +105,9 @@ def test_a_machine_that_joins_is_used_and_one_that_leaves_is_not_missed(nodes: A
     assert kept == alone
 
 
-def test_a_sweep_on_the_cluster_writes_what_one_process_writes(
-    nodes: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_on_the_cluster_writes_what_one_process_writes(nodes: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*QUICK[:4], "--hw", "edge,cloud", "--budgets", "0.6", "--solvers", "ilp,ddpg", "--evaluations", "12"]
     assert call(sweep.main, *arguments, "--out", "here") == 0
-    seen: list[int] = []
-    write = cluster._write
-    monkeypatch.setattr(cluster, "_write", lambda *given: [write(*given), seen.append(1)])
     # One is killed once the first search streams its history.
     watcher = threading.Thread(target=lambda: [wait_for(lambda: _streamed(Path("there"))), kill_a_worker()])
     watcher.start()

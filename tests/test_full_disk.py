@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from haq import cli, finetune, folder, robustness, search, sweep, train
+from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -22,10 +23,7 @@ QUICK = [*JOB, "--budget", "0.6", "--solver", "random", "--evaluations", "30", "
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small_job.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    enter(tmp_path, monkeypatch, MODULE)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 

@@ -25,6 +25,7 @@ import yaml
 
 from haq import attacks, cli, data, deploy, evaluate, finetune, models, robustness, runs, search, sweep, train
 from haq.folder import MOST_HISTORY
+from tests.conftest import enter
 from tests.test_robustness_command import MODULE, TINY
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -77,10 +78,7 @@ def _killed(*arguments: object) -> None:
 
 
 def _enter(place: Path, patch: pytest.MonkeyPatch) -> None:
-    (place / "small_job.py").write_text(MODULE)
-    patch.chdir(place)
-    patch.setattr(sys, "path", [str(place), *sys.path])
-    patch.delitem(sys.modules, "small_job", raising=False)
+    enter(place, patch, MODULE)
     patch.setitem(attacks.EFFORTS, "quick", TINY)
 
 

@@ -19,6 +19,7 @@ import pytest
 from haq import cli, deploy, evaluate, finetune, robustness, runs, search, searches, sweep, train
 from haq.lock import is_held, writing
 from haq.run import Run, check_unused, unused_folder
+from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +40,7 @@ with holding(path, path, "") if path.suffix == ".lock" else writing(path, ""):
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small_job.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    enter(tmp_path, monkeypatch, MODULE)
 
 
 @contextmanager

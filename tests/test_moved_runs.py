@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from haq import cli, deploy, evaluate, finetune, models, search, sweep
 from haq.run import Run
+from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -20,10 +20,7 @@ QUICK = [*JOB, "--budget", "0.6", "--evaluations", "12", "--finetune-epochs", "1
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small_job.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    enter(tmp_path, monkeypatch, MODULE)
 
 
 def call(main: Any, *arguments: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 import quantizers as Q
 from haq import attacks, cli, models, robustness, search
 from haq.contenders import Request, gather
-from tests.conftest import images
+from tests.conftest import enter, images
 
 MODULE = """
 import torch
@@ -46,10 +45,7 @@ TINY = attacks.Effort(3, 1, 4, 0, 5, 2)
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty current folder with a small job in it; efforts that take no time."""
-    (tmp_path / "small_job.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    enter(tmp_path, monkeypatch, MODULE)
     monkeypatch.setitem(attacks.EFFORTS, "quick", TINY)
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from haq import cli, runs, search, sweep
 from haq.run import Run
+from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two finished runs, one of them fine-tuned, one that was interrupted, one damaged, and a sweep."""
     place = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        _enter(place, patch)
+        enter(place, patch, MODULE)
         assert search.main([*QUICK, "--budget", "0.6", "--finetune-epochs", "1", "--out", "runs/a"]) == 0
         assert search.main([*QUICK, "--budget", "0.7", "--finetune-epochs", "0", "--out", "runs/b"]) == 0
         record, count = Run.record, []
@@ -50,17 +51,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _enter(place: Path, patch: pytest.MonkeyPatch) -> None:
-    (place / "small_job.py").write_text(MODULE)
-    patch.chdir(place)
-    patch.setattr(sys, "path", [str(place), *sys.path])
-    patch.delitem(sys.modules, "small_job", raising=False)
-
-
 @pytest.fixture(autouse=True)
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    _enter(tmp_path, monkeypatch)
+    enter(tmp_path, monkeypatch, MODULE)
 
 
 def call(*arguments: str) -> int:

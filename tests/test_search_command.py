@@ -18,6 +18,7 @@ from haq import cli, evaluate, finetune, search
 from haq.history import COLUMNS
 from haq.job import Settings
 from haq.run import Run
+from tests.conftest import enter
 
 MODULE = """
 import torch
@@ -45,10 +46,7 @@ QUICK = [*SMALL, "--evaluations", "30", "--finetune-epochs", "1"]
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty current folder with a small job of one's own in it."""
-    (tmp_path / "small_job.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    enter(tmp_path, monkeypatch, MODULE)
 
 
 def call(main: Any, *arguments: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from haq import cli, evaluate, finetune, search, searches, sweep
 from haq.evaluator import Evaluator
 from haq.run import Run
+from tests.conftest import enter
 from tests.test_search_command import MODULE, call, history
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -22,10 +22,7 @@ ALL = [*QUICK, "--solvers", "ilp,greedy,random", "--seeds", "2"]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small_job.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.delitem(sys.modules, "small_job", raising=False)
+    enter(tmp_path, monkeypatch, MODULE)
 
 
 def files(folder: str) -> dict[str, bytes]:

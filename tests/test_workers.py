@@ -106,7 +106,6 @@ def test_a_killed_worker_loses_nothing() -> None:
 
 def test_workers_that_are_killed_again_and_again_are_given_up_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(small_network())
-    monkeypatch.setattr(workers, "_start_worker", os._exit)
     monkeypatch.setattr(Processes, "_start", lambda self: _dying())
     with working(problem.evaluator, 1), pytest.raises(ChildProcessError, match="killed 3 times in a row") as raised:
         problem.evaluate(problem.uniform(4))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
-from haq.folder import check_schema, read_json
+from haq.folder import check_schema, read_json, write
 from haq.problem import Problem
 from haq.solvers.hessian import curvature
 
@@ -104,9 +104,7 @@ class Sensitivities:
                 for names, (of_weights, of_activations) in zip(self.layers, self.rises, strict=True)
             ],
         }
-        partial = path.with_name(f"{path.name}.part")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write(path, json.dumps(content, indent=2) + "\n")
 
     @classmethod
     def from_json(cls, path: Path) -> Sensitivities:
