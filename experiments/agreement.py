@@ -41,9 +41,11 @@ import haq
 import hw_models
 import quantizers as Q
 from experiments.quantizer_accuracy import Table
-from haq import cli, models
+from haq import networks
+from haq.console import cli
 from haq.data import IMAGE_ENDINGS
-from haq.solvers import Session, ilp, sensitivity, solve
+from haq.solvers import ilp, sensitivity
+from haq.solvers.base import Session, solve
 
 NAME = "agreement"
 NETWORK = "efficientnet-lite0"
@@ -127,7 +129,7 @@ def crops(path: Path, count: int, random: np.random.Generator) -> list[Tensor]:
 class Study:
     """The network with its crops: everything but a target."""
 
-    network: models.Network
+    network: networks.Network
     calibrate: Tensor
     search: Tensor
     test: Tensor
@@ -200,7 +202,7 @@ def limited(problem: haq.Problem, limit: float) -> haq.Problem:
 
 def prepare(folders: Sequence[Path], effort: Effort) -> tuple[Study, str]:
     """Network and crops, and a sentence about them."""
-    network, random = models.load(NETWORK), np.random.default_rng(0)
+    network, random = networks.load(NETWORK), np.random.default_rng(0)
     tested, labels = labelled()
     sources = photographs(folders)
     others = [path for paths in sources.values() for path in paths]

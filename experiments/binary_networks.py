@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import data, training
-from haq.models import Network
+from haq.networks import Network
 
 SEEDS = (0, 1, 2)
 ADAM_RATES = (3e-3, 1e-2, 3e-2, 1e-1)

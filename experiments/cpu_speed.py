@@ -49,11 +49,13 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from experiments.rivals import Rival, network_rivals
-from haq import cli, compiled, data, deploy, models, solvers, training
-from haq.graph import capture
-from haq.integer import lower
-from haq.problem import Problem
-from haq.solvers import ilp
+from haq import data, deploy, networks, training
+from haq.console import cli
+from haq.deployment import tvm as tvm_deployment
+from haq.deployment.graph import capture
+from haq.deployment.lowering import lower
+from haq.problem.problem import Problem
+from haq.solvers import base, ilp
 from hw_models import load_target
 
 NAME = "cpu_speed"
@@ -94,7 +96,7 @@ class Subject:
     calibration: Tensor
     images: Tensor
     labels: Tensor
-    trained: tuple[models.Network, data.Dataset] | None = None
+    trained: tuple[networks.Network, data.Dataset] | None = None
     searched: Any = None  # images and labels that policies are judged by
 
     @property
@@ -119,7 +121,7 @@ class Ours:
     """A compiled network as a contender."""
 
     rival: Rival
-    deployed: compiled.Deployed
+    deployed: tvm_deployment.Deployed
     quantized: nn.Module
     layers: float
 
@@ -146,8 +148,8 @@ class Findings:
 
 def subject(name: str, quick: bool) -> Subject:
     torch.manual_seed(0)
-    if name == models.DEFAULT:
-        network, dataset = models.load(), data.load()
+    if name == networks.DEFAULT:
+        network, dataset = networks.load(), data.load()
 
         def take(split: str, count: int) -> tuple[Tensor, Tensor]:
             images, labels = next(getattr(dataset, split).batches(count))
@@ -157,7 +159,7 @@ def subject(name: str, quick: bool) -> Subject:
         searched = take("search", 500 if quick else 2000)
         calibration = take("train", CALIBRATION)[0]
         return Subject(name, network.module, calibration, images, labels, (network, dataset), searched)
-    module = models.load(RESNET if name == SIGNS else name, pretrained=False).module
+    module = networks.load(RESNET if name == SIGNS else name, pretrained=False).module
     if name == SIGNS:
         without_relus(module)
     size = SIZES[name]
@@ -211,7 +213,7 @@ def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Itera
         least = problem.smallest / problem.reference
         problem.limit = max(BUDGET * problem.reference, problem.smallest * (1 + 1e-6))
         if given.trained:
-            found = solvers.solve("ilp", solvers.Session(problem, 20 if quick else EVALUATIONS), 0).policy
+            found = base.solve("ilp", base.Session(problem, 20 if quick else EVALUATIONS), 0).policy
         else:
             noise = problem.noise
             found = ilp.propose(problem, noise[:, 0, :, None] + noise[:, 1, None, :])
@@ -234,7 +236,7 @@ def compiled_network(name: str, quantized: nn.Module, given: Subject, folder: Pa
     """Deployed, and the sum of the times of the kernels in it."""
     deployed = deploy.to_tvm(quantized, given.calibration, folder)
     program = lower(capture(quantized, given.calibration), quantized, given.calibration)
-    layers = compiled.layers(program)
+    layers = tvm_deployment.layers(program)
     target: Any = load_target("cpu")
     chosen = target.fastest(layers)
     seconds = sum(chosen[layer].timing.median_s for layer in layers)

@@ -14,7 +14,7 @@ networks without norms (seed 0); defensive ones are better at it than at 3e-3, t
 
 Attacked in the infinity norm at 8/255 on 300 test images. As in the paper: FGSM, R+FGSM and PGD with straight-through
 gradients, and a black box, PGD's images of another network (plain, in float, of another seed). Beside it, through
-`haq.assessment` at standard effort: APGD on two losses, Square with 1,000 queries, noise, transfer from the float twin; the
+`haq.attacks.assessment` at standard effort: APGD on two losses, Square with 1,000 queries, noise, transfer from the float twin; the
 per-image worst case over all; and the checks for masked gradients. Means of three seeds with smallest and largest; the
 differences are between pairs of the same seed.
 
@@ -41,8 +41,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import cli, data, models, training
-from haq.assessment import Assessment, assess
+from haq import data, networks, training
+from haq.attacks.assessment import Assessment, assess
+from haq.console import cli
 
 SEEDS, WIDTHS, BETA, EPS = (0, 1, 2), (None, 5, 4, 3, 2), 2e-3, 8 / 255
 EPOCHS, RATE, IMAGES = 5, 1e-2, 300
@@ -89,7 +90,7 @@ def network(norm: bool) -> nn.Sequential:
 def train(module: nn.Module, split: data.Split, beta: float, seed: int) -> nn.Module:
     """Train a network in place for one half of the budget."""
     training.fit(
-        models.Network("small", module, (1, 28, 28)),
+        networks.Network("small", module, (1, 28, 28)),
         split,
         epochs=EPOCHS,
         learning_rate=RATE,
@@ -112,7 +113,7 @@ def finished(start: nn.Module, split: data.Split, bits: int | None, beta: float,
         names = list(Q.BitPolicy.uniform(module, w=None, a=None))
         policy = Q.BitPolicy({name: (None, None if name == "conv1" else bits) for name in names})
         images, _ = next(split.batches(500))
-        inputs = models.Network("small", module, (1, 28, 28)).preprocess(images)
+        inputs = networks.Network("small", module, (1, 28, 28)).preprocess(images)
         module = Q.quantize(module, policy, scheme=Q.PACT(clip=None), calibrate=inputs)
     return train(module, split, beta, 1000 + seed)
 
@@ -129,7 +130,7 @@ def study(setting: tuple[bool, float, int]) -> list[Outcome]:
     norm, beta, seed = setting
     torch.set_num_threads(1)
     dataset = data.load("fashion-mnist-12k")
-    net = models.Network("small", network(False), (1, 28, 28))
+    net = networks.Network("small", network(False), (1, 28, 28))
     pictures, labels = next(dataset.test.batches(IMAGES))
     images = net.preprocess(pictures).contiguous()
     another = finished(started(dataset.train, norm, 0.0, 100 + seed), dataset.train, None, 0.0, 100 + seed)

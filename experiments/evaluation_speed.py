@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 import haq
 import quantizers as Q
-from haq import models
-from haq.evaluator import Evaluator
-from haq.job import Settings
-from haq.solvers import Session, sensitivity
+from haq import networks
+from haq.problem.evaluator import Evaluator
+from haq.solvers import sensitivity
+from haq.solvers.base import Session
+from haq.study.task import SearchConfig
 
 FLOAT = "float forward pass, batches of 250"
 BARS = {"a new random policy": ("at most", 1.3, FLOAT), "straightforward": ("at least", 5.0, "a new random policy")}
@@ -56,10 +57,10 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    job = Settings().build()
+    job = SearchConfig().build()
     yield Case("mobilenet-mini at 28x28, the default job", job.network.module, job.problem, 15, 10_000)
     size = 64
-    network = models.load("torchvision:resnet18", classes=10, pretrained=False)
+    network = networks.load("torchvision:resnet18", classes=10, pretrained=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.rand(500, 3, size, size).contiguous(memory_format=torch.channels_last)

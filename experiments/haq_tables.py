@@ -45,8 +45,10 @@ import quantizers as Q
 from experiments.published_hardware import HAQ_LATENCIES_MS, WITH_FIRST
 from experiments.published_hardware import WIDTHS as PUBLISHED_WIDTHS
 from experiments.quantizer_accuracy import Table, Values
-from haq import cli, data, models, training
-from haq.solvers import Found, Session, ilp, sensitivity, solve
+from haq import data, networks, training
+from haq.console import cli
+from haq.solvers import ilp, sensitivity
+from haq.solvers.base import Session, Trial, solve
 
 NAME = "haq_tables"
 TARGETS = ("edge", "cloud", "bitfusion")
@@ -125,14 +127,14 @@ class Result(NamedTuple):
     policy: str
 
 
-def residual(epochs: int, dataset: data.Dataset) -> models.Network:
+def residual(epochs: int, dataset: data.Dataset) -> networks.Network:
     """The larger network, trained: dense 3x3 convolutions, which a BitFusion array can do something with at fewer bits."""
 
     def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
 
     def block(width: int) -> nn.Module:
-        return models.Residual(*convolution(width, width), nn.ReLU(inplace=True), *convolution(width, width))
+        return networks.Residual(*convolution(width, width), nn.ReLU(inplace=True), *convolution(width, width))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -143,7 +145,7 @@ def residual(epochs: int, dataset: data.Dataset) -> models.Network:
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)),
         )
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = models.Network("residual", module, (1, 28, 28))
+    network = networks.Network("residual", module, (1, 28, 28))
     training.fit(network, dataset.train, epochs=epochs, learning_rate=RATE, seed=0)
     return network
 
@@ -152,7 +154,7 @@ def residual(epochs: int, dataset: data.Dataset) -> models.Network:
 class Study:
     """A network on all targets. What a policy is worth doesn't depend on the target, so all problems share one evaluator."""
 
-    network: models.Network
+    network: networks.Network
     dataset: data.Dataset
     effort: Effort
     problems: dict[str, haq.Problem] = field(default_factory=dict)
@@ -221,7 +223,7 @@ class Study:
 
     def agent(self, target: str, limit: float) -> Q.BitPolicy:
         problem = self.limited(target, limit)
-        found: Found = solve("ddpg", Session(problem, self.effort.evaluations), 0)
+        found: Trial = solve("ddpg", Session(problem, self.effort.evaluations), 0)
         return found.policy
 
 
@@ -240,7 +242,7 @@ def cost_tables() -> list[Table]:
         ("metric", "HAQ", "ours, 16 images", "ours / HAQ", "ours, 1 image", "ours / HAQ"),
     )
     for label, name in NETWORKS.items():
-        module = models.load(f"timm:{name}", pretrained=False).module
+        module = networks.load(f"timm:{name}", pretrained=False).module
         workload = hw_models.trace(module, torch.zeros(1, 3, 224, 224))
         costs = {target: hw_models.load_target(target).cost_table(workload) for target in TARGETS}
         kmeans = hw_models.storage_bytes(workload, "kmeans")
@@ -430,7 +432,7 @@ def main() -> int:
 
     made = show([*cost_tables(), *published_tables()])
     studies = []
-    for network in (models.load(), residual(effort.epochs, dataset)):
+    for network in (networks.load(), residual(effort.epochs, dataset)):
         studies.append(Study(network, dataset, effort))
         made += show([equal_cost(studies[-1])])
     made += show([specialisation(studies)])

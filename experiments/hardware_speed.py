@@ -39,7 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 import hw_models
-from haq import models
+from haq import networks
 from hw_models import Layer, Workload
 
 ROUNDS = 5
@@ -55,7 +55,7 @@ Key = tuple[str, str]  # target and "table" or "policies"; rival and layer, or "
 
 def main() -> None:
     torch.set_num_threads(1)
-    network = models.load("timm:mobilenetv2_100", pretrained=False)
+    network = networks.load("timm:mobilenetv2_100", pretrained=False)
     workload = hw_models.trace(network.module, torch.zeros(1, *network.input_shape))
     layers = typical(workload)
     policies = np.random.default_rng(0).integers(1, 9, (2, POLICIES, len(workload)))

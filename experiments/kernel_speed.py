@@ -38,7 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.rivals import INT8_LIBRARIES, TORCH_ENGINES, Int8Layer, Rival, torch_float_layer, torch_layer
-from haq import models
+from haq import networks
 from hw_models import trace
 from hw_models.tvm_cpu.conv import Conv, activation_range, fma, reference, weight_range, zero_point
 from hw_models.tvm_cpu.cpu import Cpu
@@ -148,7 +148,7 @@ def judged(ratio: float, target: float) -> list[str]:
 def print_layers() -> None:
     console = Console(width=150)
     for network, size in NETWORKS.items():
-        workload = trace(models.load(network, pretrained=False).module, torch.zeros(1, 3, size, size))
+        workload = trace(networks.load(network, pretrained=False).module, torch.zeros(1, 3, size, size))
         convs: dict[Conv, list[str]] = {}
         for layer in workload.layers:
             convs.setdefault(Conv.of(layer), []).append(layer.name)

@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq import cli
+from haq.console import cli
 
 NAME = "kills"
 RUN = Path("run")
@@ -37,7 +37,7 @@ EARLY = 0.2  # share of kills that may hit the start of the process
 JOB = """
 import torch
 from torch import nn
-from haq.models import Network
+from haq.networks import Network
 
 def network():
     torch.manual_seed(0)

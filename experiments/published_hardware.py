@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hw_models
-from haq import models
+from haq import networks
 from hw_models.bismo_overlay import BismoOverlayTarget
 from hw_models.bitfusion import BitFusionTarget, Shape
 
@@ -182,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     workloads = {
-        name: hw_models.trace(models.load(f"timm:{name}", pretrained=False).module, torch.zeros(1, 3, 224, 224))
+        name: hw_models.trace(networks.load(f"timm:{name}", pretrained=False).module, torch.zeros(1, 3, 224, 224))
         for name in ("mobilenetv1_100", "mobilenetv2_100")
     }
     console.print(_haq(workloads))

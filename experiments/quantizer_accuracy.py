@@ -50,7 +50,8 @@ from torch import nn
 
 import hw_models
 import quantizers as Q
-from haq import cli, data, models, training
+from haq import data, networks, training
+from haq.console import cli
 from quantizers.calibrate import RULES
 
 NAME = "quantizer_accuracy"
@@ -150,7 +151,7 @@ class Values(NamedTuple):
         return f"{self.mean:.2f} ({min(self.all):.2f}..{max(self.all):.2f})"
 
 
-def network(seed: int) -> models.Network:
+def network(seed: int) -> networks.Network:
     """The float network before training, its random start that of a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -161,7 +162,7 @@ def network(seed: int) -> models.Network:
             inputs = outputs
         module = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return models.Network("four convolutions", module, (1, 28, 28))
+    return networks.Network("four convolutions", module, (1, 28, 28))
 
 
 load = functools.cache(data.load)
@@ -173,7 +174,7 @@ class Maker:
 
     name: str
     budget: Budget
-    floats: dict[int, models.Network] = field(default_factory=dict)  # by seed
+    floats: dict[int, networks.Network] = field(default_factory=dict)  # by seed
 
     @property
     def dataset(self) -> data.Dataset:
@@ -187,7 +188,7 @@ class Maker:
             return 0
         return self.passes(self.budget.tuning_images if run.part == "tuning" else self.budget.images)
 
-    def float_network(self, seed: int) -> models.Network:
+    def float_network(self, seed: int) -> networks.Network:
         made = network(seed)
         epochs = self.passes(self.budget.float_images)
         training.fit(made, self.dataset.train, epochs=epochs, learning_rate=FLOAT_RATE, seed=seed, batch_size=128)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq import models
+from haq import networks
 
 ROUNDS, BITS = 15, 4
 # What is measured, in this order: inference in a process that hasn't trained, steps, and inference between them.
@@ -100,7 +100,7 @@ def contend(name: str, connection: Connection) -> None:
     """The process of one contender: says what is missing, if anything, then answers every request with its seconds."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    network = models.load("timm:mobilenetv2_100", pretrained=False).module
+    network = networks.load("timm:mobilenetv2_100", pretrained=False).module
     images = torch.randn(32, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (32,))
     policy = Q.BitPolicy.uniform(network, w=BITS, a=BITS)

@@ -52,11 +52,14 @@ from torch.nn import functional as F
 import haq
 import hw_models
 import quantizers as Q
-from haq import cli, data, models, training
-from haq.evaluator import Evaluation
-from haq.job import Settings
-from haq.problem import ROUNDING, Decision
-from haq.solvers import SOLVERS, Session, random_search, sensitivity, solve
+from haq import data, networks, training
+from haq.console import cli
+from haq.problem.budget import ROUNDING
+from haq.problem.decision import Decision
+from haq.problem.evaluator import Evaluation
+from haq.solvers import random_search, sensitivity
+from haq.solvers.base import SOLVERS, Session, solve
+from haq.study.task import SearchConfig
 
 NAME = "regret"
 FOLDER = Path("docs/experiments")
@@ -178,7 +181,7 @@ def trained(name: str, build: Callable[[], list[nn.Module]], epochs: int) -> tup
     """A problem, and the images and labels that judge it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = models.Network(name, nn.Sequential(*build()), (1, 28, 28), (0.286,), (0.353,))
+        network = networks.Network(name, nn.Sequential(*build()), (1, 28, 28), (0.286,), (0.353,))
     dataset = data.load()
     training.fit(network, dataset.train, epochs=epochs, learning_rate=0.1, seed=0)
     images, labels = next(dataset.search.batches(len(dataset.search)))
@@ -228,7 +231,7 @@ def check(problem: haq.Problem, accuracy: Floats, loss: Floats) -> None:
 
 def published(given: dict[str, Any]) -> list[Known]:
     """HAWQ-V3's problems: 19 layers of ResNet-18 at 4 or 8 bits, some of them tied."""
-    network = models.load("torchvision:resnet18", pretrained=False).module
+    network = networks.load("torchvision:resnet18", pretrained=False).module
     traced = hw_models.trace(network.eval(), torch.zeros(1, 3, 224, 224))
     workload = hw_models.Workload(traced.layers[1:-1])
     first = {other: one for one, other in given["tied_pairs"]}
@@ -413,7 +416,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SHOWN), metavar="NAME")
     parser.add_argument("--evaluations", nargs="+", type=int, default=list(ALLOWED), metavar="N")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--ahead", type=int, default=Settings().ahead, help="policies chosen before the first is learned from")
+    parser.add_argument(
+        "--ahead", type=int, default=SearchConfig().ahead, help="policies chosen before the first is learned from"
+    )
     parser.add_argument("--processes", type=int, default=2, help="searches at a time; the figures don't depend on it")
     parser.add_argument(
         "--quick", action="store_true", help="only see that it runs: 2 pairs per layer, one seed; saves nothing"

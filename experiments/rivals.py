@@ -289,7 +289,7 @@ INT8_LIBRARIES: dict[str, Callable[[Int8Layer, int], Rival]] = {"ONNX Runtime": 
 
 
 def torch_eager(network: nn.Module, images: Tensor) -> Rival:
-    """As `haq.models` loads it, weights channels last where that is faster, on one example, a batch."""
+    """As `haq.networks` loads it, weights channels last where that is faster, on one example, a batch."""
     return _torch_rival("torch float32 eager", network.eval(), images)
 
 

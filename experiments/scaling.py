@@ -36,11 +36,11 @@ from rich.table import Table
 
 import haq
 import quantizers as Q
-from haq import cli
-from haq.evaluator import Evaluation
-from haq.job import Settings
-from haq.solvers import Found, Session, solve
-from haq.workers import Processes, working
+from haq.console import cli
+from haq.problem.evaluator import Evaluation
+from haq.solvers.base import Session, Trial, solve
+from haq.study.task import SearchConfig
+from haq.study.workers.processes import Processes, working
 
 NAME = "scaling"
 FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
@@ -75,7 +75,7 @@ def run(problem: haq.Problem, solver: str, evaluations: int) -> Timed:
         problem.evaluator.cache.clear()
     digest = hashlib.sha256()
 
-    def on_evaluation(count: int, found: Found, within: bool) -> None:
+    def on_evaluation(count: int, found: Trial, within: bool) -> None:
         digest.update(repr((count, found.result, sorted(found.policy.items()))).encode())
 
     session = Session(problem, evaluations, on_evaluation, ahead=AHEAD)
@@ -142,12 +142,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only see that it runs: saves nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the page (default: {FOLDER})")
     options = parser.parse_args(arguments)
-    evaluations = {"random": 8, "ddpg": 40} if options.quick else {"random": 60, "ddpg": Settings().evaluations}
+    evaluations = {"random": 8, "ddpg": 40} if options.quick else {"random": 60, "ddpg": SearchConfig().evaluations}
     repeats = 1 if options.quick else options.repeats
     console = Console(width=110) if not sys.stdout.isatty() else Console()
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    problem = Settings().build().problem
+    problem = SearchConfig().build().problem
     rates: dict[tuple[str, str], list[float]] = {}
     found: dict[str, set[str]] = {}
     address_of = nodes()
@@ -185,10 +185,10 @@ def main(arguments: list[str] | None = None) -> int:
     given_out = {"processes": tasks_per_second(pool, problem, tasks)}
     pool.close()
     with ExitStack() as stack:
-        from haq import cluster
+        from haq.study.workers import ray as ray_workers
 
-        stack.enter_context(cluster.connected(address))
-        given_out["Ray"] = tasks_per_second(cluster.Evaluations(Nothing(), 1), problem, tasks)  # type: ignore[arg-type]
+        stack.enter_context(ray_workers.connected(address))
+        given_out["Ray"] = tasks_per_second(ray_workers.Evaluations(Nothing(), 1), problem, tasks)  # type: ignore[arg-type]
     address_of.close()  # type: ignore[attr-defined]
 
     lines = [

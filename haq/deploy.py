@@ -26,13 +26,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import cli, interpreter, onnx_export
-from haq.compiled import Deployed, compile_program
-from haq.graph import Graph, capture
-from haq.integer import lower
-from haq.job import Subject
-from haq.lock import writing
-from haq.run import Run
+from haq.console import cli
+from haq.deployment import interpreter
+from haq.deployment import onnx as onnx_deployment
+from haq.deployment.graph import Graph, capture
+from haq.deployment.lowering import lower
+from haq.deployment.tvm import Deployed, compile_program
+from haq.store.lock import writing
+from haq.study.search_run import Run
+from haq.study.task import LoadedNetwork
 from hw_models import load_target
 
 FORMATS = ("tvm", "onnx", "qonnx")
@@ -117,22 +119,22 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
             )
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
-            onnx_export.export(graph, network, out, flavour=options.to)
+            onnx_deployment.export(graph, network, out, flavour=options.to)
     console.print(f"written: {out} ({'fine-tuned' if tuned else 'not fine-tuned'})", soft_wrap=True, markup=False)
     with console.status("comparing with the network in PyTorch"):
         if options.to == "tvm":
             return _check_compiled(console, subject, network, graph, deployed)
-        found = onnx_export.verify(out, network, _images(subject, COMPARED))
+        found = onnx_deployment.verify(out, network, _images(subject, COMPARED))
     console.print(str(found), soft_wrap=True, markup=False)
     return 0 if found.same_answers == 1 else 1
 
 
-def _images(subject: Subject, count: int, split: str = "test") -> Tensor:
+def _images(subject: LoadedNetwork, count: int, split: str = "test") -> Tensor:
     images, _ = next(getattr(subject.dataset, split).batches(count))
     return subject.network.preprocess(images).contiguous()
 
 
-def _check_compiled(console: Console, subject: Subject, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
+def _check_compiled(console: Console, subject: LoadedNetwork, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
     """Compare on all test images, layer by layer on some of them, and time it. 0 if all answers are the same."""
     same = right = right_before = 0
     for images, labels in subject.dataset.test.batches(250):

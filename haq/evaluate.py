@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 import quantizers as Q
-from haq import cli, summary
-from haq.folder import RESULT
-from haq.run import Run
+from haq.console import cli
+from haq.store.files import RESULT
+from haq.study import result as summary
+from haq.study.search_run import Run
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,9 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 import quantizers as Q
-from haq import cli, summary, training
-from haq.lock import writing
-from haq.run import Run
+from haq import training
+from haq.console import cli
+from haq.store.lock import writing
+from haq.study import result as summary
+from haq.study.search_run import Run
 
 
 def main(arguments: list[str] | None = None) -> int:

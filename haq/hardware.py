@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import hw_models
-from haq import cli, models
-from haq.amounts import best_unit, describe_amount
+from haq import networks
+from haq.console import cli
+from haq.store.units import best_unit, describe_amount
 from hw_models.machine import Machine
 from hw_models.storage import BITS
 
@@ -26,7 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands.add_parser("list", help="every target that ships with the package")
     show = commands.add_parser("show", help="one target, and a network's costs on it")
     show.add_argument("name", metavar="NAME", help="a target's name, a .yaml file, lut:TABLE.csv, cpu or rpc:HOST:PORT")
-    show.add_argument("--network", help="price this network, a name as in haq.models; its weights aren't needed")
+    show.add_argument("--network", help="price this network, a name as in haq.networks; its weights aren't needed")
     show.add_argument("--batch", type=int, help="images per batch (default: the target's own)")
     cli.add_measuring(show)
     show.add_argument("--bits", default="8,4,2", help="widths to price, W/A or one number for both (default: %(default)s)")
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     with cli.follow_loading(console, "building and pricing") as follow:
         target = hw_models.load_target(options.name, **measuring, **follow)
         if options.network is not None:
-            network = models.load(options.network, pretrained=False)
+            network = networks.load(options.network, pretrained=False)
             workload = hw_models.trace(network.module, torch.zeros(1, *network.input_shape))
             table = target.cost_table(workload, batch=options.batch)
     if options.network is None:

@@ -10,9 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from haq import cli, folder
-from haq.folder import REPORT
+from haq.console import cli
 from haq.reporting import reading
+from haq.store import files
+from haq.store.files import REPORT
 
 OURS = b'<meta name="generator" content="haq.report'
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): pip install 'haq[report]'") from error
     text = page.render(sources)
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder.write(out, text)
+    files.write(out, text)
     unfinished = [str(run) for run, source in zip(options.runs, sources, strict=True) if not reading.is_finished(source)]
     if unfinished:
         print(f"Not finished, shown as far as it is there: {', '.join(unfinished)}")

@@ -1,6 +1,6 @@
 """Attack the networks of a run, or a model, and say what can be believed of the outcome:  python -m haq.robustness RUN
 
-Compares float, uniform 8 bits, the policy found, and the same policy trained defensively; of a MODEL (a name as in haq.models,
+Compares float, uniform 8 bits, the policy found, and the same policy trained defensively; of a MODEL (a name as in haq.networks,
 or a checkpoint) float, uniform bits, and the bits of the checkpoint. The number that counts is the worst case over all
 attacks, image by image; checks for masked gradients stand beside it.
 """
@@ -30,28 +30,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq import adversarial, assessment, cli, contenders
-from haq import folder as folders
-from haq.assessment import Assessment
-from haq.attacks import BACKWARD, EFFORTS, NORMS, Threat, check_names
-from haq.contenders import Contenders, Deployed, Request
-from haq.evaluator import one_thread
-from haq.folder import ATTACKED, ROBUSTNESS, ROBUSTNESS_SCHEMA
-from haq.lock import writing
+from haq.attacks import assessment, threat_model
+from haq.attacks.assessment import Assessment
+from haq.attacks.evaluation_attacks import ATTACK_BUDGETS, BACKWARD, check_names
+from haq.attacks.threat_model import NORMS, ThreatModel
+from haq.console import cli
+from haq.problem.evaluator import one_thread
+from haq.store import files
+from haq.store.files import ATTACKED, ROBUSTNESS, ROBUSTNESS_SCHEMA
+from haq.store.lock import writing
+from haq.study import comparison
+from haq.study.comparison import ComparedNetworks, ComparisonSpec, Deployed
 
 PICTURE = "robustness.png"
 Examined = tuple[Assessment, Deployed | None]
-EPS = {"linf": adversarial.DEFAULT_EPS, "l2": "0.5"}
+EPS = {"linf": threat_model.DEFAULT_EPS, "l2": "0.5"}
 IMAGES = 1000
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttackConfig:
     """What is done to every contender."""
 
-    request: Request
+    request: ComparisonSpec
     folder: Path
-    threat: Threat
+    threat: ThreatModel
     attacks: str
     images: int
     backward: str
@@ -64,11 +67,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m haq.robustness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="RUN|MODEL", help="the folder of a search, a network's name as in haq.models, or a checkpoint")
+    add("source", metavar="RUN|MODEL", help="the folder of a search, a network's name as in haq.networks, or a checkpoint")
     add(
         "--attacks",
         default="standard",
-        help=f"{', '.join(EFFORTS)}, or names divided by commas, such as fgsm,pgd,square (default: %(default)s)",
+        help=f"{', '.join(ATTACK_BUDGETS)}, or names divided by commas, such as fgsm,pgd,square (default: %(default)s)",
     )
     add("--eps", help=f"size of a perturbation of images in [0, 1] (default: {EPS['linf']}, l2: {EPS['l2']})")
     add("--norm", default="linf", choices=list(NORMS))
@@ -77,7 +80,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--defensive",
         type=float,
-        default=contenders.BETA,
+        default=comparison.BETA,
         metavar="BETA",
         help="of the penalty in training the found policy once more; 0 leaves that out (default: %(default)s)",
     )
@@ -116,8 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
 def go(options: argparse.Namespace, held: ExitStack) -> int:
     """What is asked for; `held` holds the folders that are written, the run's and that of --out, until the end."""
     most = 1.0 if options.norm == "linf" else math.inf
-    threat = Threat(adversarial.parse_eps(options.eps or EPS[options.norm], most), options.norm)
-    request = Request(options.source, options.data, options.uniform, options.defensive)
+    threat = ThreatModel(threat_model.parse_eps(options.eps or EPS[options.norm], most), options.norm)
+    request = ComparisonSpec(options.source, options.data, options.uniform, options.defensive)
     run = request.run
     inside = (
         Path("runs") / f"{ROBUSTNESS}-{Path(options.source).stem.replace(':', '-')}"
@@ -125,7 +128,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         else run.folder / ROBUSTNESS
     )
     folder = options.out or inside
-    attempt = Attempt(
+    attempt = AttackConfig(
         request,
         folder,
         threat,
@@ -159,7 +162,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     return 0
 
 
-def _gather(console: Console, request: Request) -> Contenders:
+def _gather(console: Console, request: ComparisonSpec) -> ComparedNetworks:
     """Load what is compared, with a bar for what has to be trained."""
     bar = cli.progress(console)
 
@@ -169,12 +172,12 @@ def _gather(console: Console, request: Request) -> Contenders:
         return cli.follow_training(bar)
 
     try:
-        return contenders.gather(request, on_training)
+        return comparison.gather(request, on_training)
     finally:
         bar.stop()
 
 
-def examine_all(console: Console, attempt: Attempt, gathered: Contenders, workers: int) -> dict[str, Examined]:
+def examine_all(console: Console, attempt: AttackConfig, gathered: ComparedNetworks, workers: int) -> dict[str, Examined]:
     """Attack every contender, so many at a time, with a bar for each."""
     with cli.progress(console) as bar:
         tasks = {name: bar.add_task(name, total=None, note="") for name in gathered.networks}
@@ -188,7 +191,9 @@ def examine_all(console: Console, attempt: Attempt, gathered: Contenders, worker
         return _in_workers(attempt, list(gathered.networks), workers, told)
 
 
-def examined(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[str, float, float, str], None]) -> Examined:
+def examined(
+    attempt: AttackConfig, gathered: ComparedNetworks, name: str, told: Callable[[str, float, float, str], None]
+) -> Examined:
     """Assess one contender, and run its worst images through its integer network, if it is quantized; what is finished is
     kept in the folder, and taken from there."""
     images, labels = gathered.images(attempt.images)
@@ -211,11 +216,11 @@ def examined(attempt: Attempt, gathered: Contenders, name: str, told: Callable[[
     worst = found.examples
     if attempt.requantize:
         worst = (255 * worst).round() / 255
-    return found, None if name == "float" else contenders.deployed(gathered, name, worst, labels)
+    return found, None if name == "float" else comparison.deployed(gathered, name, worst, labels)
 
 
 def _in_workers(
-    attempt: Attempt, names: list[str], workers: int, told: Callable[[str, float, float, str], None]
+    attempt: AttackConfig, names: list[str], workers: int, told: Callable[[str, float, float, str], None]
 ) -> dict[str, Examined]:
     """The same in processes of their own, which load the contenders again."""
     context = multiprocessing.get_context("spawn")
@@ -242,15 +247,15 @@ def _in_workers(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Attempt, Contenders, Any, Any] | None = None
+_worker: tuple[AttackConfig, ComparedNetworks, Any, Any] | None = None
 
 
-def _start_worker(attempt: Attempt, news: Any, stop: Any) -> None:
+def _start_worker(attempt: AttackConfig, news: Any, stop: Any) -> None:
     global _worker
     # Ctrl-C reaches every process; the first one tells the others, by `stop`, what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    _worker = attempt, contenders.gather(attempt.request), news, stop
+    _worker = attempt, comparison.gather(attempt.request), news, stop
 
 
 def _attack_in_worker(name: str) -> Examined:
@@ -268,7 +273,7 @@ def _attack_in_worker(name: str) -> Examined:
     return examined(attempt, gathered, name, told)
 
 
-def collect(attempt: Attempt, gathered: Contenders, found: Mapping[str, Examined]) -> dict[str, Any]:
+def collect(attempt: AttackConfig, gathered: ComparedNetworks, found: Mapping[str, Examined]) -> dict[str, Any]:
     """Everything that is shown, as plain data: what --json prints and robustness.json holds."""
     networks = {}
     for name, (one, deployed) in found.items():
@@ -290,9 +295,9 @@ def collect(attempt: Attempt, gathered: Contenders, found: Mapping[str, Examined
     }
 
 
-def print_plan(console: Console, attempt: Attempt, gathered: Contenders) -> None:
+def print_plan(console: Console, attempt: AttackConfig, gathered: ComparedNetworks) -> None:
     """The threat model, and who is attacked."""
-    effort = EFFORTS.get(attempt.attacks, EFFORTS["standard"])
+    effort = ATTACK_BUDGETS.get(attempt.attacks, ATTACK_BUDGETS["standard"])
     white = f"weights, bits and quantizers; gradients by {attempt.backward}"
     rows = {
         "images": f"{min(attempt.images, len(gathered.dataset.test)):,} of the test split of {gathered.dataset.name}",
@@ -393,7 +398,7 @@ def _percent(share: float | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    folders.write(path, text)
+    files.write(path, text)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq import cli, pruning
-from haq.folder import size
-from haq.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Entry, find, look, sizes
+from haq.console import cli
+from haq.store import cleanup
+from haq.store.files import size
+from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Entry, find, look, sizes
 
 WIDTH = 150  # of tables that go to a file or a pipe
 HOME = Path("runs")
@@ -141,17 +142,17 @@ def commands(entry: Entry) -> dict[str, str]:
     name = "sweep" if entry.kind == "sweep" else "search"
     if entry.config:
         # A run's settings know their command; only here is torch imported.
-        from haq.job import Settings
+        from haq.study.task import SearchConfig
 
         asked = entry.config.get("asked")
         if asked is None:
-            found["again"] = Settings.read(entry.config["settings"]).command()
+            found["again"] = SearchConfig.read(entry.config["settings"]).command()
         else:
             # Of a sweep, these vary; and it never fine-tunes.
             fixed = {option: value for option, value in asked["settings"].items() if option != "finetune_epochs"}
             lists = (f"--{option} {shlex.quote(','.join(asked[option]))}" for option in ("hw", "budgets", "solvers"))
             begin = f"python -m haq.sweep {' '.join(lists)} --seeds {asked['seeds']}"
-            found["again"] = Settings.read(fixed).command().replace("python -m haq.search", begin)
+            found["again"] = SearchConfig.read(fixed).command().replace("python -m haq.search", begin)
     if entry.state == INTERRUPTED and entry.config:
         found["go on"] = f"python -m haq.{name} --resume {entry.folder}"
     elif entry.state == FINISHED and entry.kind == "search":
@@ -262,7 +263,7 @@ def print_comparison(console: Console, content: dict[str, Any]) -> None:
 
 def prune(console: Console, options: argparse.Namespace) -> None:
     """Delete what was asked for, or say what that would be."""
-    victims = pruning.choose(
+    victims = cleanup.choose(
         options.folder,
         unfinished=options.unfinished,
         checkpoints=options.checkpoints,
@@ -274,7 +275,7 @@ def prune(console: Console, options: argparse.Namespace) -> None:
         if victim.spared:
             console.print(f"left alone: {folder}, {victim.spared}", soft_wrap=True, markup=False, highlight=False)
             continue
-        if options.yes and not pruning.delete(victim):
+        if options.yes and not cleanup.delete(victim):
             console.print(f"left alone: {folder}, it is in use", soft_wrap=True, markup=False, highlight=False)
             continue
         count += held

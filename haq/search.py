@@ -16,22 +16,24 @@ from rich.progress import Progress
 from torch import nn
 
 import quantizers as Q
-from haq import cli, summary, training
-from haq.adversarial import parse_eps
-from haq.folder import ROBUSTNESS
-from haq.job import Job, Settings
-from haq.lock import writing
-from haq.run import Run, check_unused, default_folder, has_tensorboard
-from haq.solvers import CHOOSE_AHEAD, SOLVERS, Found, Session
-from haq.solvers.sensitivity import KINDS, Sensitivities
-from haq.workers import working
+from haq import training
+from haq.attacks.threat_model import parse_eps
+from haq.console import cli
+from haq.problem.sensitivity import KINDS, Sensitivities
+from haq.solvers.base import CHOOSE_AHEAD, SOLVERS, Session, Trial
+from haq.store.files import ROBUSTNESS
+from haq.store.lock import writing
+from haq.study import result as summary
+from haq.study.search_run import Run, check_unused, default_folder, has_tensorboard
+from haq.study.task import SearchConfig, SearchTask
+from haq.study.workers.processes import working
 
 RIVALS = ("greedy", "ilp")
 VERIFIED = 200  # images
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    default = Settings()
+    default = SearchConfig()
     parser = argparse.ArgumentParser(prog="python -m haq.search", description=__doc__)
     add = parser.add_argument
     add(
@@ -46,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--bits", metavar="SMALLEST:LARGEST", help=f"widths that a solver may choose (default: {default.bits})")
     cli.add_measuring(parser)
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
-    add("--network", help=f"a name as in haq.models (default: {default.network})")
+    add("--network", help=f"a name as in haq.networks (default: {default.network})")
     add("--data", help=f"a name as in haq.data (default: {default.data})")
     add("--solver", help=f"{', '.join(SOLVERS)} (default: {default.solver})")
     add(
@@ -92,7 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     options = parser.parse_args(arguments)
-    given = {field.name: getattr(options, field.name) for field in fields(Settings)}
+    given = {field.name: getattr(options, field.name) for field in fields(SearchConfig)}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
         raise ValueError(
@@ -120,7 +122,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if earlier and earlier.finished:
         earlier.drop_checkpoint("finetuning")  # it may have been killed just before it did so itself
         raise ValueError(f"{earlier.folder} is finished; see it with python -m haq.evaluate {earlier.folder}")
-    settings = earlier.settings if earlier else Settings(**options.settings)
+    settings = earlier.settings if earlier else SearchConfig(**options.settings)
     folder = earlier.folder if earlier else options.out or default_folder(settings)
     if not earlier:
         check_unused(folder)
@@ -131,7 +133,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         job = replace(job, settings=replace(settings, sensitivity_kind=kind))
         settings = job.settings
     if job.problem.proxy:
-        import haq.attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
+        import haq.attacks.evaluation_attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
     rivals = tuple(name for name in RIVALS if name != settings.solver)
     summary.print_plan(console, job, None if options.dry_run else folder, rivals, _workers(options, settings))
     if not has_tensorboard():
@@ -168,7 +170,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     return 0 if result["budget"]["holds"] else 1
 
 
-def _workers(options: argparse.Namespace, settings: Settings) -> str:
+def _workers(options: argparse.Namespace, settings: SearchConfig) -> str:
     """Who evaluates policies, and what keeps the solver from using all of them."""
     described = cli.describe_workers(options)
     more = options.ray is not None if options.workers is None else options.workers > settings.ahead
@@ -177,11 +179,11 @@ def _workers(options: argparse.Namespace, settings: Settings) -> str:
     return f"{described}; beyond sensitivities {settings.solver} keeps {settings.ahead} of them busy (--ahead)"
 
 
-def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
+def _search(console: Console, job: SearchTask, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
     settings = job.settings
     sensitivities = run.sensitivities(job)
     with cli.Live(console) as bar:
-        found: dict[str, Found] = {}
+        found: dict[str, Trial] = {}
         used: dict[str, int] = {}
         saturated: dict[str, float] = {}
         for name in (settings.solver, *rivals):
@@ -217,14 +219,14 @@ def _search(console: Console, job: Job, run: Run, rivals: tuple[str, ...]) -> tu
     return result, policy
 
 
-def _verify(bar: Progress, job: Job, network: nn.Module, folder: Path) -> dict[str, Any]:
+def _verify(bar: Progress, job: SearchTask, network: nn.Module, folder: Path) -> dict[str, Any]:
     """What was found for its accuracy under a cheap attack, under the full suite."""
-    from haq.assessment import assess
-    from haq.contenders import Contenders
+    from haq.attacks.assessment import assess
+    from haq.study.comparison import ComparedNetworks
 
     assert job.problem.proxy is not None
     task = bar.add_task("verifying", total=None)
-    gathered = Contenders(job.network, job.dataset, {"found": network}, {})
+    gathered = ComparedNetworks(job.network, job.dataset, {"found": network}, {})
     found = assess(
         gathered.classifier(network),
         *gathered.images(VERIFIED),
@@ -246,11 +248,11 @@ def _verdict(verified: dict[str, Any]) -> str:
     )
 
 
-def _solve(bar: Progress, job: Job, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
+def _solve(bar: Progress, job: SearchTask, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
     task = bar.add_task(name, total=job.settings.evaluations)
 
-    def on_evaluation(count: int, found: Found, best: Found | None) -> None:
+    def on_evaluation(count: int, found: Trial, best: Trial | None) -> None:
         share = found.cost / job.problem.limit
         so_far = summary.percent(best.result.accuracy) if best else "none within it"
         last = summary.percent(found.result.accuracy)

@@ -14,21 +14,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq import cli, searches
-from haq.amounts import describe_amount, percent
-from haq.folder import SWEEP
-from haq.job import Settings
-from haq.lock import writing
-from haq.run import check_unused, has_tensorboard, unused_folder
-from haq.searches import Ground, Sweep
-from haq.solvers import SOLVERS
-from haq.solvers.sensitivity import KINDS, Sensitivities
+from haq.console import cli
+from haq.problem.sensitivity import KINDS, Sensitivities
+from haq.solvers.base import SOLVERS
+from haq.store.files import SWEEP
+from haq.store.lock import writing
+from haq.store.units import describe_amount, percent
+from haq.study import sweep_run
+from haq.study.search_run import check_unused, has_tensorboard, unused_folder
+from haq.study.sweep_run import SweepConfig, SweepContext
+from haq.study.task import SearchConfig
 
 PICTURE = "sweep.png"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    default = Settings()
+    default = SearchConfig()
     parser = argparse.ArgumentParser(prog="python -m haq.sweep", description=__doc__)
     add = parser.add_argument
     add("--hw", metavar="NAME,NAME", help="hardware targets, as haq.search takes them, parted by commas (default: edge,cloud)")
@@ -42,7 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.add_measuring(parser)
     add("--bits", metavar="SMALLEST:LARGEST", help=f"widths that a solver may choose (default: {default.bits})")
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
-    add("--network", help=f"a name as in haq.models (default: {default.network})")
+    add("--network", help=f"a name as in haq.networks (default: {default.network})")
     add("--data", help=f"a name as in haq.data (default: {default.data})")
     add(
         "--evaluations",
@@ -61,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.check_workers(options)
     cli.check_eps(options)
     varied = ("hw", "budgets", "seeds", "solvers")
-    given = {field.name: getattr(options, field.name, None) for field in fields(Settings) if field.name not in varied}
+    given = {field.name: getattr(options, field.name, None) for field in fields(SearchConfig) if field.name not in varied}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run or any(getattr(options, x) for x in varied)):
         raise ValueError(
@@ -70,12 +71,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def asked(options: argparse.Namespace) -> Sweep:
+def asked(options: argparse.Namespace) -> SweepConfig:
     """The sweep that options of the command ask for."""
-    return Sweep(
-        Settings(**options.settings, finetune_epochs=0),
+    return SweepConfig(
+        SearchConfig(**options.settings, finetune_epochs=0),
         hw=tuple((options.hw or "edge,cloud").split(",")),
-        budgets=searches.budgets(options.budgets or "0.3:0.9:0.1"),
+        budgets=sweep_run.budgets(options.budgets or "0.3:0.9:0.1"),
         solvers=tuple((options.solvers or "ilp,ddpg").split(",")),
         seeds=1 if options.seeds is None else options.seeds,
     )
@@ -91,25 +92,25 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     """What is asked for; `held` holds the sweep's folder, once there is one, until the end; each search holds its own."""
     console = Console(stderr=options.json)
     if options.resume:
-        searches.read(options.resume)  # nothing is locked that isn't a sweep's
-        held.enter_context(writing(options.resume, searches.go_on(options.resume)))
-    earlier = searches.read(options.resume) if options.resume else None
+        sweep_run.read(options.resume)  # nothing is locked that isn't a sweep's
+        held.enter_context(writing(options.resume, sweep_run.go_on(options.resume)))
+    earlier = sweep_run.read(options.resume) if options.resume else None
     if earlier and earlier["finished"]:
         raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / SWEEP}")
-    sweep = searches.asked(earlier) if earlier else asked(options)
+    sweep = sweep_run.asked(earlier) if earlier else asked(options)
     folder = options.resume or options.out or unused_folder(f"sweep-{sweep.settings.metric}")
     if not earlier:
         check_unused(folder)
     with cli.follow_loading(console, "loading network and data, calibrating, pricing") as follow:
-        ground = Ground.load(sweep, **follow)
+        ground = SweepContext.load(sweep, **follow)
     print_plan(console, ground, options, None if options.dry_run else folder)
     if options.dry_run:
         return 0
     if earlier:
-        searches.check(folder, earlier, ground)
+        sweep_run.check(folder, earlier, ground)
     else:
-        held.enter_context(writing(folder, searches.go_on(folder)))
-        searches.begin(folder, sweep, ground)
+        held.enter_context(writing(folder, sweep_run.go_on(folder)))
+        sweep_run.begin(folder, sweep, ground)
     try:
         content = run(console, ground, folder, options)
     except (ConnectionError, ChildProcessError) as error:
@@ -129,28 +130,28 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     return 0
 
 
-def run(console: Console, ground: Ground, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(console: Console, ground: SweepContext, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Sensitivities, then every search, with progress bars. Returns what sweep.json holds."""
     points, sensitivities = ground.points(), None
     with cli.progress(console) as bar:
         if ground.sweep.shares_sensitivities:
             sensitivities = _measure_sensitivities(bar, ground, folder)
-        searches.judge_uniform(ground)
+        sweep_run.judge_uniform(ground)
         task = bar.add_task("searches", total=len(points), note="")
         kind = sensitivities.kind if sensitivities else ground.sweep.settings.sensitivity_kind
         done = lambda point: bar.update(task, advance=1, note=point.folder)  # noqa: E731
-        searches.run_all(folder, ground, points, kind, options.workers, done, options.ray)
-        return searches.finish(folder, ground, points, sensitivities)
+        sweep_run.run_all(folder, ground, points, kind, options.workers, done, options.ray)
+        return sweep_run.finish(folder, ground, points, sensitivities)
 
 
-def _measure_sensitivities(bar: Any, ground: Ground, folder: Path) -> Sensitivities:
+def _measure_sensitivities(bar: Any, ground: SweepContext, folder: Path) -> Sensitivities:
     task = bar.add_task("sensitivities", total=ground.sweep.settings.evaluations, note="")
-    found = searches.measure_sensitivities(folder, ground, lambda count: bar.update(task, completed=count))
+    found = sweep_run.measure_sensitivities(folder, ground, lambda count: bar.update(task, completed=count))
     bar.update(task, completed=found.known, total=found.known)
     return found
 
 
-def print_plan(console: Console, ground: Ground, options: argparse.Namespace, folder: Path | None) -> None:
+def print_plan(console: Console, ground: SweepContext, options: argparse.Namespace, folder: Path | None) -> None:
     """What a sweep will do."""
     sweep, job = ground.sweep, ground.first
     settings, points = sweep.settings, ground.points()

@@ -15,9 +15,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import adversarial, cli, data, models, training
-from haq.checkpoint import Checkpoint
-from haq.lock import holding
+from haq import data, networks, training
+from haq.attacks import proxy, threat_model
+from haq.console import cli
+from haq.store.checkpoint import Checkpoint
+from haq.store.lock import holding
+from haq.training import adversaries
 
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
@@ -27,20 +30,20 @@ RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m haq.train", description=__doc__)
     add = parser.add_argument
-    add("--network", default=models.DEFAULT, help="a name as in haq.models (default: %(default)s)")
+    add("--network", default=networks.DEFAULT, help="a name as in haq.networks (default: %(default)s)")
     add("--data", default="fashion-mnist", help="a name as in haq.data (default: %(default)s)")
     add("--pretrained", action="store_true", help="start from the network's weights, not from random ones")
     add("--scheme", choices=sorted(Q.Scheme.known), help="train quantized, with this scheme (default: in float)")
     add("--bits", default="4/4", help="weight/activation bits of a quantized network, 1 to 8 or float (default: 4/4)")
     add("--ends", default="8/8", help="bits of its first and last layer, with the linear scheme's rules (default: 8/8)")
     add("--lipschitz", type=float, default=0.0, metavar="BETA", help="weight of defensive quantization's penalty (default: 0)")
-    add("--adversarial", choices=sorted(adversarial.STEPS), help="train on images attacked in this way (default: as they are)")
+    add("--adversarial", choices=sorted(adversaries.STEPS), help="train on images attacked in this way (default: as they are)")
     add(
         "--eps",
         help="largest change of a pixel by the attack, on the scale of images in [0, 1], such as 8/255 or 0.03 "
-        f"(default: {adversarial.DEFAULT_EPS})",
+        f"(default: {threat_model.DEFAULT_EPS})",
     )
-    steps = ", ".join(f"{kind} {count}" for kind, count in adversarial.STEPS.items())
+    steps = ", ".join(f"{kind} {count}" for kind, count in adversaries.STEPS.items())
     add("--attack-steps", type=int, help=f"of the attack; for free, how often a batch is replayed (default: {steps})")
     add("--clip-weights", action="store_true", help="keep the float weights behind one-bit ones in [-1, 1]")
     add("--optimizer", default="sgd", choices=("sgd", "adam"))
@@ -64,18 +67,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         kind = "adam" if options.optimizer == "adam" else "quantized" if options.scheme else "float"
         options.learning_rate = RATES[kind]
     if options.adversarial:
-        options.eps = options.eps or adversarial.DEFAULT_EPS
+        options.eps = options.eps or threat_model.DEFAULT_EPS
         options.attack_steps = adversary(options).count
     elif options.eps is not None or options.attack_steps is not None:
         name, value = ("--eps", options.eps) if options.eps is not None else ("--attack-steps", options.attack_steps)
-        raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {'|'.join(adversarial.STEPS)}")
+        raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {'|'.join(adversaries.STEPS)}")
     options.bits, options.ends = parse_bits("--bits", options.bits), parse_bits("--ends", options.ends)
     return options
 
 
-def adversary(options: argparse.Namespace) -> adversarial.Adversary:
+def adversary(options: argparse.Namespace) -> adversaries.Adversary:
     """What is trained against. Raises ValueError for an attack that can't be."""
-    return adversarial.Adversary(options.adversarial, adversarial.parse_eps(options.eps), options.attack_steps)
+    return adversaries.Adversary(options.adversarial, threat_model.parse_eps(options.eps), options.attack_steps)
 
 
 def parse_bits(option: str, text: str) -> tuple[int | None, int | None]:
@@ -103,11 +106,11 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         dataset = data.load(options.data)
         if not dataset.classes:
             raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --reward agreement needs none")
-        network = models.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
-        models.check_fits(network, dataset)
+        network = networks.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
+        networks.check_fits(network, dataset)
         if options.adversarial:
             for split in (dataset.train, dataset.test):
-                adversarial.check_images(split, dataset.name)
+                threat_model.check_images(split, dataset.name)
         console.print(dataset.describe())
         if options.scheme:
             network = replace(network, module=quantized(network, dataset, options))
@@ -123,16 +126,16 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         "test_accuracy": f"{result['test']:.4f}",
     }
     if options.adversarial:
-        proxy = adversarial.Proxy.of(network, adversarial.parse_eps(options.eps), REPORT_STEPS)
-        attacked = adversarial.worst_case(network, dataset.test, network.module, proxy)
-        notes["test_accuracy_attacked"] = f"{attacked:.4f} (worst of clean and {proxy})"
-    models.save_checkpoint(network, options.out, notes)
+        attack = proxy.ProxyAttack.of(network, threat_model.parse_eps(options.eps), REPORT_STEPS)
+        attacked = proxy.worst_case(network, dataset.test, network.module, attack)
+        notes["test_accuracy_attacked"] = f"{attacked:.4f} (worst of clean and {attack})"
+    networks.save_checkpoint(network, options.out, notes)
     state.path.unlink(missing_ok=True)
     for name, value in result.items():
         console.print(f"accuracy on the {name} split: {100 * value:.2f} % of {len(getattr(dataset, name)):,} images")
     if options.adversarial:
         console.print(
-            f"accuracy on the test split, worst of clean and {proxy}: {100 * attacked:.2f} % (a cheap attack, not an "
+            f"accuracy on the test split, worst of clean and {attack}: {100 * attacked:.2f} % (a cheap attack, not an "
             f"evaluation: python -m haq.robustness {options.out})",
             soft_wrap=True,
         )
@@ -150,7 +153,7 @@ def _check_unused(options: argparse.Namespace, state: Checkpoint) -> None:
         raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
 
 
-def quantized(network: models.Network, dataset: data.Dataset, options: argparse.Namespace) -> nn.Module:
+def quantized(network: networks.Network, dataset: data.Dataset, options: argparse.Namespace) -> nn.Module:
     """The network at the bits asked for; its first and last layer at theirs, as almost everyone does."""
     names = list(Q.BitPolicy.uniform(network.module, w=None, a=None))
     policy = Q.BitPolicy({name: options.ends if name in (names[0], names[-1]) else options.bits for name in names})
@@ -161,7 +164,7 @@ def quantized(network: models.Network, dataset: data.Dataset, options: argparse.
 
 def _train(
     console: Console,
-    network: models.Network,
+    network: networks.Network,
     dataset: data.Dataset,
     options: argparse.Namespace,
     state: Checkpoint,

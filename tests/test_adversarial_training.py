@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq import adversarial, cli, data, models, train, training
-from haq.adversarial import Adversary, Attack, Ball, Proxy
-from haq.checkpoint import Checkpoint
+from haq import data, networks, train, training
+from haq.attacks import gradient, proxy, threat_model
+from haq.attacks.proxy import ProxyAttack
+from haq.attacks.threat_model import PerturbationBall
+from haq.console import cli
+from haq.store.checkpoint import Checkpoint
+from haq.training.adversaries import Adversary, TrainingAttack
 from tests.conftest import images, small_network
 
 EPS = 8 / 255
@@ -23,12 +27,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINDS = ("pgd", "rfgsm", "free")
 
 
-def coloured() -> models.Network:
+def coloured() -> networks.Network:
     """For 3x6x6 images, with a norm and dropout in it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(128, 5)
-    return models.Network("coloured", nn.Sequential(*layers), (3, 6, 6), MEAN, STD)
+    return networks.Network("coloured", nn.Sequential(*layers), (3, 6, 6), MEAN, STD)
 
 
 def bytes_of(count: int, *shape: int) -> Tensor:
@@ -38,8 +42,8 @@ def bytes_of(count: int, *shape: int) -> Tensor:
     return made.to(torch.uint8)
 
 
-def attack(network: models.Network, kind: str, eps: float = EPS) -> Attack:
-    return Attack(Adversary(kind, eps), Ball.of(network, eps))
+def attack(network: networks.Network, kind: str, eps: float = EPS) -> TrainingAttack:
+    return TrainingAttack(Adversary(kind, eps), PerturbationBall.of(network, eps))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +68,7 @@ def test_perturbed_images_are_images_within_eps(kind: str, eps: float) -> None:
         assert change[:, channel].max() >= eps - 1e-6
 
 
-def linear(classes: int = 2) -> tuple[models.Network, Tensor, Tensor, Tensor]:
+def linear(classes: int = 2) -> tuple[networks.Network, Tensor, Tensor, Tensor]:
     """A linear network with two classes, inputs that no perturbation takes out of range, labels, and the sign of each input's
     gradient: towards the weights of the other class."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
@@ -72,7 +76,7 @@ def linear(classes: int = 2) -> tuple[models.Network, Tensor, Tensor, Tensor]:
     with torch.no_grad():
         module[1].weight.copy_(weight)
         module[1].bias.zero_()
-    network = models.Network("linear", module, (3, 2, 2), MEAN, STD)
+    network = networks.Network("linear", module, (3, 2, 2), MEAN, STD)
     inputs, labels = network.preprocess(bytes_of(8, 3, 2, 2) // 2 + 64), torch.arange(8) % 2
     sign = (weight[1 - labels] - weight[labels]).sign().view(8, 3, 2, 2)
     return network, inputs, labels, sign
@@ -81,12 +85,12 @@ def linear(classes: int = 2) -> tuple[models.Network, Tensor, Tensor, Tensor]:
 def test_on_a_linear_network_pgd_is_the_closed_form() -> None:
     """x + eps sign(w), which costs a margin of eps |w|_1: the largest loss there is in the ball."""
     network, inputs, labels, sign = linear()
-    ball = Ball.of(network, EPS)
-    gradient = adversarial.input_gradient(network.module, functools.partial(F.cross_entropy, target=labels))
-    fgsm = inputs + ball.radius * gradient(inputs).sign()
+    ball = PerturbationBall.of(network, EPS)
+    slope = gradient.input_gradient(network.module, functools.partial(F.cross_entropy, target=labels))
+    fgsm = inputs + ball.radius * slope(inputs).sign()
     torch.testing.assert_close(fgsm, inputs + ball.radius * sign)
     for steps in (1, 2, 7):
-        made = adversarial.pgd(gradient, inputs, ball, steps, torch.Generator().manual_seed(steps))
+        made = gradient.pgd(slope, inputs, ball, steps, torch.Generator().manual_seed(steps))
         torch.testing.assert_close(made, fgsm)
     scores = network.module(torch.stack([inputs, made]).flatten(0, 1)).detach().unflatten(0, (2, 8))
     own, other = (scores.gather(2, index.expand(2, 8).unsqueeze(2)) for index in (labels, 1 - labels))
@@ -98,9 +102,9 @@ def test_on_a_linear_network_pgd_is_the_closed_form() -> None:
 def test_the_edge_of_the_range_of_images_is_kept() -> None:
     network, _, labels, sign = linear()
     inputs = network.preprocess(bytes_of(8, 3, 2, 2))  # black and white
-    ball = Ball.of(network, EPS)
-    gradient = adversarial.input_gradient(network.module, functools.partial(F.cross_entropy, target=labels))
-    made = adversarial.pgd(gradient, inputs, ball, 5, torch.Generator().manual_seed(0))
+    ball = PerturbationBall.of(network, EPS)
+    slope = gradient.input_gradient(network.module, functools.partial(F.cross_entropy, target=labels))
+    made = gradient.pgd(slope, inputs, ball, 5, torch.Generator().manual_seed(0))
     torch.testing.assert_close(made, (inputs + ball.radius * sign).clamp(ball.low, ball.high))
     assert (made == inputs).any()
 
@@ -108,30 +112,30 @@ def test_the_edge_of_the_range_of_images_is_kept() -> None:
 def test_pgd_starts_at_random_and_takes_the_steps_that_it_says() -> None:
     """Where the gradient says no direction the start is what remains: uniform in the ball. And steps are 2.5 eps / steps."""
     network, inputs, _, _ = linear()
-    ball = Ball.of(network, EPS)
+    ball = PerturbationBall.of(network, EPS)
     inputs = inputs[:1].expand(4000, -1, -1, -1)
-    start = adversarial.pgd(torch.zeros_like, inputs, ball, 7, torch.Generator().manual_seed(0))
+    start = gradient.pgd(torch.zeros_like, inputs, ball, 7, torch.Generator().manual_seed(0))
     place = (start - inputs) / ball.radius
     assert place.abs().max() <= 1 + 1e-5
     assert abs(place.mean()) < 0.01
     assert abs(place.var() - 1 / 3) < 0.01
-    moved = adversarial.pgd(torch.ones_like, inputs, ball, 5, torch.Generator().manual_seed(0))
+    moved = gradient.pgd(torch.ones_like, inputs, ball, 5, torch.Generator().manual_seed(0))
     torch.testing.assert_close(moved, torch.minimum(start + 2.5 * ball.radius, inputs + ball.radius))
     seen: list[Tensor] = []
-    adversarial.pgd(lambda x: seen.append(x) or torch.ones_like(x), inputs, ball, 50, torch.Generator().manual_seed(0))  # type: ignore[func-returns-value]
+    gradient.pgd(lambda x: seen.append(x) or torch.ones_like(x), inputs, ball, 50, torch.Generator().manual_seed(0))  # type: ignore[func-returns-value]
     torch.testing.assert_close(seen[1], torch.minimum(seen[0] + 2.5 / 50 * ball.radius, inputs + ball.radius))
 
 
 def test_rfgsm_is_its_formula() -> None:
     network, inputs, _, sign = linear()
-    ball = Ball.of(network, EPS)
+    ball = PerturbationBall.of(network, EPS)
     points: list[Tensor] = []
 
-    def gradient(x: Tensor) -> Tensor:
+    def gradient_of(x: Tensor) -> Tensor:
         points.append(x)
         return sign
 
-    made = adversarial.rfgsm(gradient, inputs, ball, torch.Generator().manual_seed(4))
+    made = gradient.rfgsm(gradient_of, inputs, ball, torch.Generator().manual_seed(4))
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(points[0], inputs + ball.radius / 2 * noise.sign())
     torch.testing.assert_close(made, inputs + ball.radius / 2 * noise.sign() + ball.radius / 2 * sign)
@@ -163,8 +167,8 @@ def grey(count: int) -> data.Split:
     return data.Split(torch.full((count, 1, 8, 8), 128, dtype=torch.uint8), torch.arange(count) % 4)
 
 
-def small(seed: int = 0) -> models.Network:
-    return models.Network("small", small_network(seed), (1, 8, 8))
+def small(seed: int = 0) -> networks.Network:
+    return networks.Network("small", small_network(seed), (1, 8, 8))
 
 
 def shipped(count: int) -> data.Split:
@@ -287,10 +291,10 @@ def test_training_against_attacks_makes_a_network_bear_them() -> None:
             torch.manual_seed(0)
             first = nn.Conv2d(1, 8, 5, 2, 2), nn.BatchNorm2d(8), nn.ReLU()
             second = nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()
-            network = models.Network("tiny", nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(784, 10)), (1, 28, 28))
+            network = networks.Network("tiny", nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(784, 10)), (1, 28, 28))
         epochs = 16 if adversary is not None and adversary.kind == "free" else 4  # 4 passes each
         training.fit(network, some, epochs=epochs, learning_rate=0.1, seed=0, adversary=adversary)
-        attacked = adversarial.worst_case(network, test, network.module, Proxy.of(network, eps, steps=10))
+        attacked = proxy.worst_case(network, test, network.module, ProxyAttack.of(network, eps, steps=10))
         return training.accuracy(network, test), attacked
 
     clean, attacked = found(None)
@@ -305,24 +309,24 @@ def test_training_against_attacks_makes_a_network_bear_them() -> None:
     ("text", "eps"), [("8/255", 8 / 255), ("0.03", 0.03), ("1e-2", 0.01), (" 4 / 255 ", 4 / 255), ("1", 1)]
 )
 def test_eps_is_a_fraction_or_a_decimal(text: str, eps: float) -> None:
-    assert adversarial.parse_eps(text) == eps
+    assert threat_model.parse_eps(text) == eps
 
 
 @pytest.mark.parametrize("text", ["8", "0", "0/255", "256/255", "1.01"])
 def test_eps_out_of_range_is_named(text: str) -> None:
     message = rf"eps is on the scale of images in \[0, 1\]: 8/255, not 8; it must be above 0 and at most 1, not {text}$"
     with pytest.raises(ValueError, match=message):
-        adversarial.parse_eps(text)
+        threat_model.parse_eps(text)
 
 
 @pytest.mark.parametrize("text", ["8/0", "a lot", "", "-0.1", "8/255/2", "nan", "1..2", "/255"])
 def test_what_is_no_eps_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=rf"eps {text!r} is not understood: give a fraction such as 8/255"):
-        adversarial.parse_eps(text)
+        threat_model.parse_eps(text)
 
 
 def test_eps_is_written_as_people_write_it() -> None:
-    written = [adversarial.describe_eps(eps) for eps in (8 / 255, 0.03, 0.5 / 255, 1.0)]
+    written = [threat_model.describe_eps(eps) for eps in (8 / 255, 0.03, 0.5 / 255, 1.0)]
     assert written == ["8/255", "0.03", "0.001961", "255/255"]
 
 
@@ -338,7 +342,7 @@ def test_adversaries_that_are_none_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             Adversary(*arguments)
     with pytest.raises(ValueError, match="the number of attack steps is 0"):
-        Proxy.of(small(), EPS, steps=0)
+        ProxyAttack.of(small(), EPS, steps=0)
 
 
 def test_images_of_unknown_range_are_refused() -> None:
@@ -359,7 +363,7 @@ def splits():
 def floats():
     return {name: (x.float(), y) for name, (x, y) in splits().items()}
 def network():
-    from haq.models import Network
+    from haq.networks import Network
     from tests.conftest import small_network
     return Network("small", small_network(), (1, 8, 8))
 """
@@ -386,17 +390,17 @@ def test_the_command_with_an_attack_a_penalty_and_a_scheme(kind: str, capsys: py
     assert ("epoch 2/2" if kind == "free" else "epoch 4/4") in out
     assert "accuracy on the test split, worst of clean and PGD-10 at eps 8/255: " in out
     assert "(a cheap attack, not an evaluation: python -m haq.robustness q.safetensors)" in out
-    tensors, notes = models.read_state(Path("q.safetensors"))
+    tensors, notes = networks.read_state(Path("q.safetensors"))
     assert (
         f"--lipschitz 0.001 --adversarial {kind} --eps 8/255 --attack-steps {1 if kind == 'rfgsm' else 2}" in notes["command"]
     )
     assert notes["test_accuracy_attacked"].endswith("(worst of clean and PGD-10 at eps 8/255)")
-    layers = Q.quant_layers(models.load_quantized(Path("q.safetensors")).module)
+    layers = Q.quant_layers(networks.load_quantized(Path("q.safetensors")).module)
     assert [layer.scheme.name for layer in layers.values()] == ["linear", "lsq", "lsq", "lsq", "linear"]
     # Each of the two does something.
     for name, one in (("penalty.safetensors", penalty), ("against.safetensors", against)):
         assert cli.run_command(lambda name=name, one=one: train.main([*asked, *one, "--out", name])) == 0  # type: ignore[misc]
-        other, _ = models.read_state(Path(name))
+        other, _ = networks.read_state(Path(name))
         assert not torch.equal(other["pointwise.weight"], tensors["pointwise.weight"])
 
 

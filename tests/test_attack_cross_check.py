@@ -16,8 +16,10 @@ pytest.importorskip("art")
 from art.attacks import evasion
 from art.estimators.classification import PyTorchClassifier
 
-from haq import attacks, data
-from haq.attacks import Classifier, Effort, Threat, pgd, suite
+from haq import data
+from haq.attacks import evaluation_attacks
+from haq.attacks.evaluation_attacks import AttackBudget, Classifier, pgd, suite
+from haq.attacks.threat_model import ThreatModel
 
 IMAGES, STEPS, QUERIES = 400, 10, 80
 # Where accuracy is half or so of that without an attack.
@@ -62,15 +64,15 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture(autouse=True)
 def same_effort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(attacks.EFFORTS, "standard", Effort(STEPS, 1, STEPS, 3, QUERIES, 1))
+    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "standard", AttackBudget(STEPS, 1, STEPS, 3, QUERIES, 1))
 
 
-def ours(pair: Pair, name: str, threat: Threat) -> Tensor:
+def ours(pair: Pair, name: str, threat: ThreatModel) -> Tensor:
     (one,) = suite(name, pair.victim, threat, 10)
     return one.run(pair.x, pair.y, threat, 0)
 
 
-def theirs(pair: Pair, kind: str, threat: Threat, **options: Any) -> Tensor:
+def theirs(pair: Pair, kind: str, threat: ThreatModel, **options: Any) -> Tensor:
     """The other library's images. It draws from numpy's global generator."""
     np.random.seed(0)
     norm = np.inf if threat.norm == "linf" else 2
@@ -101,7 +103,7 @@ def test_without_an_attack_both_see_the_same_network(pair: Pair) -> None:
 @pytest.mark.parametrize("norm", MIDDLE)
 def test_fgsm_is_the_same_image(pair: Pair, norm: str) -> None:
     """Pixel by pixel."""
-    threat = Threat(MIDDLE[norm], norm)
+    threat = ThreatModel(MIDDLE[norm], norm)
     mine, other = ours(pair, "fgsm", threat), theirs(pair, "FastGradientMethod", threat)
     torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
     assert (mine - pair.x).abs().max() > 0.04
@@ -111,7 +113,7 @@ def test_fgsm_is_the_same_image(pair: Pair, norm: str) -> None:
 @pytest.mark.parametrize("norm", MIDDLE)
 def test_pgd_fools_the_same_images(pair: Pair, norm: str) -> None:
     """As many steps, of the same size, from random starts that differ."""
-    threat = Threat(MIDDLE[norm], norm)
+    threat = ThreatModel(MIDDLE[norm], norm)
     options = {"eps_step": 2.5 * threat.eps / STEPS, "max_iter": STEPS, "num_random_init": 1, "verbose": False}
     other = theirs(pair, "ProjectedGradientDescentPyTorch", threat, **options)
     agree(pair, ours(pair, "pgd", threat), other, 0.03)
@@ -124,7 +126,7 @@ def test_pgd_fools_the_same_images(pair: Pair, norm: str) -> None:
 @pytest.mark.parametrize(("name", "loss"), [("apgd-ce", "cross_entropy"), ("apgd-dlr", "difference_logits_ratio")])
 def test_apgd_fools_the_same_images(pair: Pair, norm: str, name: str, loss: str) -> None:
     """On either loss, from random starts that differ."""
-    threat = Threat(MIDDLE[norm], norm)
+    threat = ThreatModel(MIDDLE[norm], norm)
     options = {"eps_step": 2 * threat.eps, "max_iter": STEPS, "nb_random_init": 1, "loss_type": loss, "verbose": False}
     agree(pair, ours(pair, name, threat), theirs(pair, "AutoProjectedGradientDescent", threat, **options), 0.04)
 
@@ -132,6 +134,6 @@ def test_apgd_fools_the_same_images(pair: Pair, norm: str, name: str, loss: str)
 def test_square_fools_as_many_images(pair: Pair) -> None:
     """In linf, with as many queries, in a ball where so few fool half of the images. (In l2 the other library divides by
     zero where an image is black.)"""
-    threat = Threat(0.1)
+    threat = ThreatModel(0.1)
     other = theirs(pair, "SquareAttack", threat, max_iter=QUERIES, verbose=False)
     agree(pair, ours(pair, "square", threat), other, 0.15)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq import attacks
-from haq.attacks import Classifier, Effort, Threat, cross_entropy, dlr_loss, noise, pgd, suite, temperatures
+from haq.attacks import evaluation_attacks
+from haq.attacks.evaluation_attacks import AttackBudget, Classifier, cross_entropy, dlr_loss, noise, pgd, suite, temperatures
+from haq.attacks.threat_model import ThreatModel
 from tests.conftest import brightest, fitted_network, images, small_network
 
-TINY = Effort(steps=3, restarts=2, apgd=4, targets=2, queries=5, draws=2)
+TINY = AttackBudget(steps=3, restarts=2, apgd=4, targets=2, queries=5, draws=2)
 NORMS = ("linf", "l2")
 
 
@@ -47,7 +48,7 @@ def answers(network: nn.Module, x: Tensor) -> Tensor:
 def attack(
     name: str,
     victim: Classifier,
-    threat: Threat,
+    threat: ThreatModel,
     x: Tensor,
     labels: Tensor,
     *,
@@ -68,7 +69,7 @@ def quantized(network: nn.Module, bits: int = 2) -> nn.Module:
 def test_linear_networks_lose_the_closed_form(name: str) -> None:
     """With two classes and w the difference of their weights the margin falls by eps ||w||_1 exactly, in the middle of [0, 1];
     at its borders by that of the pixels that can still move."""
-    network, threat = linear_network(), Threat(0.1)
+    network, threat = linear_network(), ThreatModel(0.1)
     victim, labels = Classifier(network), torch.arange(2).repeat(10)
     w = (network[1].weight[0] - network[1].weight[1]).detach().view(1, 8, 8)
     middle, everywhere = 0.3 + 0.4 * images(20), images(20, seed=1)
@@ -85,7 +86,7 @@ def test_linear_networks_lose_the_closed_form(name: str) -> None:
 @pytest.mark.parametrize(("name", "close"), [("fgsm", 1e-5), ("pgd", 0.03), ("pgd-temperature", 0.03)])
 def test_linear_networks_lose_the_closed_form_in_l2(name: str, close: float) -> None:
     """The margin falls by eps ||w||_2, and never by more. Fifty steps of eps / 20 leave a little of the random start."""
-    network, threat = linear_network(), Threat(0.25, "l2")
+    network, threat = linear_network(), ThreatModel(0.25, "l2")
     x, labels = 0.3 + 0.4 * images(20), torch.arange(2).repeat(10)
     w = (network[1].weight[0] - network[1].weight[1]).detach()
     found = attack(name, Classifier(network), threat, x, labels)
@@ -104,7 +105,7 @@ def test_linear_networks_are_fooled_where_they_can_be(name: str, norm: str) -> N
     w = (network[1].weight[0] - network[1].weight[1]).detach()
     size = w.abs().sum() if norm == "linf" else w.norm()
     margin = margins(network, x, labels)
-    threat = Threat(float(margin.median() / size), norm)
+    threat = ThreatModel(float(margin.median() / size), norm)
     found = attack(name, Classifier(network), threat, x, labels)
     clear = (margin / (threat.eps * size) - 1).abs() > (0.03 if norm == "l2" else 1e-3)
     fooled = answers(network, found) != labels
@@ -127,10 +128,10 @@ def test_every_attack_stays_within_the_ball(seed: int, eps: float, norm: str, bi
     x[0], x[1] = x[0].round(), 0.5
     if bits is not None:
         network = Q.quantize(network, Q.BitPolicy.uniform(network, w=max(2, bits), a=bits), calibrate=images(16, seed))
-    threat = Threat(eps if norm == "linf" else 8 * eps, norm)
+    threat = ThreatModel(eps if norm == "linf" else 8 * eps, norm)
     victim = Classifier(network, requantize=requantize)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attacks.EFFORTS, "full", TINY)
+        patch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", TINY)
         plan = suite("full", victim, threat, 4, sources={"other": Classifier(small_network(seed + 1))})
     assert len(plan) == (11 if bits is None else 14)
     for one in plan:
@@ -149,10 +150,16 @@ def test_what_leaves_the_ball_is_not_taken() -> None:
     x, labels = torch.full((2, 1, 8, 8), 0.95), torch.zeros(2, dtype=torch.int64)
     for shift in (0.1 + 2e-6, math.nan):
         with pytest.raises(RuntimeError, match="stub left the ball: linf, eps 25.5/255"):
-            attacks.Attack("stub", "white box", lambda x, y, s=shift: x - s, 1).run(x, labels, Threat(0.1), 0)
+            evaluation_attacks.EvaluationAttack("stub", "white box", lambda x, y, s=shift: x - s, 1).run(
+                x, labels, ThreatModel(0.1), 0
+            )
     with pytest.raises(RuntimeError, match="stub left the ball: l2, eps 8"):
-        attacks.Attack("stub", "white box", lambda x, y: x + 0.06, 1).run(x, labels, Threat(8, "l2"), 0)
-    fine = attacks.Attack("stub", "white box", lambda x, y: x - 0.1, 1).run(x, labels, Threat(0.1), 0)
+        evaluation_attacks.EvaluationAttack("stub", "white box", lambda x, y: x + 0.06, 1).run(
+            x, labels, ThreatModel(8, "l2"), 0
+        )
+    fine = evaluation_attacks.EvaluationAttack("stub", "white box", lambda x, y: x - 0.1, 1).run(
+        x, labels, ThreatModel(0.1), 0
+    )
     assert torch.equal(fine, x - 0.1)
 
 
@@ -169,14 +176,14 @@ class Chain(nn.Sequential):
 
 def test_no_attack_breaks_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     """An image whose margin is above sqrt(2) Lip eps can't be fooled in L2 by anything; of those clearly below all are."""
-    monkeypatch.setitem(attacks.EFFORTS, "full", Effort(10, 2, 20, 3, 100, 10))
+    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", AttackBudget(10, 2, 20, 3, 100, 10))
     network, x = Chain(), 0.3 + 0.4 * images(100)
     labels = answers(network, x)
     bound = Q.lipschitz_bound(network, x[:1])
     assert bound == pytest.approx(1, rel=1e-3)
     margin = margins(network, x, labels)
     eps = float(margin.median()) / (math.sqrt(2) * bound)
-    need, threat = math.sqrt(2) * bound * eps, Threat(eps, "l2")
+    need, threat = math.sqrt(2) * bound * eps, ThreatModel(eps, "l2")
     fooled = {}
     for one in suite("full", Classifier(network), threat, 4, sources={"other": Classifier(fitted_network())}):
         fooled[one.name] = answers(network, one.run(x, labels, threat, 0)) != labels
@@ -204,7 +211,7 @@ def test_the_dlr_loss_is_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_rfgsm_is_half_of_the_way_at_random_and_half_along_the_gradient(norm: str) -> None:
     """x' = x + eps / 2 of a random sign or direction, then eps / 2 along the sign or direction of the gradient at x'."""
-    network, threat = small_network(), Threat(0.05, norm)
+    network, threat = small_network(), ThreatModel(0.05, norm)
     x, labels = 0.3 + 0.4 * images(5), torch.tensor([0, 1, 2, 3, 0])
     found = attack("rfgsm", Classifier(network), threat, x, labels, seed=11)
 
@@ -223,7 +230,7 @@ def test_rfgsm_is_half_of_the_way_at_random_and_half_along_the_gradient(norm: st
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_is_as_large_as_the_ball(norm: str) -> None:
     """Each draw that is shown has the size of the ball, signs in linf; more fool more, and who is fooled is left alone."""
-    network, threat = Chain(), Threat(0.2 if norm == "linf" else 0.8, norm)
+    network, threat = Chain(), ThreatModel(0.2 if norm == "linf" else 0.8, norm)
     x = 0.4 + 0.2 * images(60)
     labels = answers(network, x)
     kept = []
@@ -282,7 +289,7 @@ def test_temperatures_make_saturated_networks_attackable_again() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 1000 * self.network(x)
 
-    threat = Threat(0.2)
+    threat = ThreatModel(0.2)
     sure = margins(network, x, labels) > 0.5  # times 1000 so much that exp(-margin) is zero
     assert sure.sum() > 40
     fooled = {
@@ -298,8 +305,8 @@ def test_temperatures_make_saturated_networks_attackable_again() -> None:
 
 def test_the_same_seed_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was drawn before, and another seed others. The global generators go on as if nothing had been."""
-    monkeypatch.setitem(attacks.EFFORTS, "full", TINY)
-    network, x, threat = quantized(fitted_network(), 4), images(6), Threat(0.4)
+    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", TINY)
+    network, x, threat = quantized(fitted_network(), 4), images(6), ThreatModel(0.4)
     labels = answers(network, x)
     plan = suite("full", Classifier(network), threat, 4, sources={"other": Classifier(fitted_network(1))})
     state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -319,10 +326,10 @@ def test_the_same_seed_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_users_network_and_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, gradients, their flags, the training mode and the backward mode are as they were; so are the images."""
-    monkeypatch.setitem(attacks.EFFORTS, "full", TINY)
+    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", TINY)
     network = quantized(small_network()).train()
     network.stem.weight.requires_grad_(False)
-    x, labels, threat = images(4), torch.arange(4), Threat(0.1)
+    x, labels, threat = images(4), torch.arange(4), ThreatModel(0.1)
     network(x).sum().backward()
     before = copy.deepcopy(network.state_dict())
     gradients = {name: p.grad if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
@@ -364,7 +371,7 @@ def test_a_classifier_normalises_and_rounds() -> None:
 def test_gradients_are_those_of_the_mode(mode: str) -> None:
     """FGSM, step by step: the quantized network's logits with the gradient of the float one (twin), none at all (hard), or
     that of training."""
-    qnetwork, threat = quantized(small_network()), Threat(0.05)
+    qnetwork, threat = quantized(small_network()), ThreatModel(0.05)
     x, labels = 0.3 + 0.4 * images(5), torch.tensor([0, 1, 2, 3, 0])
     network = Q.float_copy(qnetwork)
     inputs = x.clone().requires_grad_()
@@ -385,7 +392,7 @@ def test_the_twin_keeps_the_logits_of_the_quantized_network() -> None:
     with torch.no_grad():
         qnetwork.classifier.weight += 0.1
     victim = Classifier(qnetwork, (0.4,), (0.2,))
-    twinned, x = attacks._Twinned(victim, victim.twin()), images(5).requires_grad_()
+    twinned, x = evaluation_attacks._Twinned(victim, victim.twin()), images(5).requires_grad_()
     with torch.no_grad():
         assert torch.equal(twinned(x), victim(x))
     assert not torch.allclose(twinned(x), victim.twin()(x), atol=1e-3)
@@ -398,7 +405,7 @@ def test_the_twin_keeps_the_logits_of_the_quantized_network() -> None:
 
 def test_transfer_is_what_fools_another_network() -> None:
     """PGD on the source, whatever the victim is; it fools the source, and the victim less."""
-    x, threat = images(40), Threat(0.1)
+    x, threat = images(40), ThreatModel(0.1)
     source = Classifier(fitted_network(1))
     labels = brightest(x)
     victims = (Classifier(small_network()), Classifier(linear_network(0, 4)))
@@ -412,7 +419,7 @@ def test_transfer_is_what_fools_another_network() -> None:
 
 def test_restarts_add_up() -> None:
     """Who is fooled by the first start stays fooled, with the same image; more are."""
-    network, threat, x = fitted_network(), Threat(0.06), images(100)
+    network, threat, x = fitted_network(), ThreatModel(0.06), images(100)
     labels = answers(network, x)
     found = []
     for restarts in (1, 8):
@@ -427,7 +434,7 @@ def test_restarts_add_up() -> None:
 
 def test_efforts_are_lists_of_attacks() -> None:
     """quick < standard < full; only `full` has other backward passes, those that the victim has and the first isn't."""
-    threat = Threat()
+    threat = ThreatModel()
     plain, quant = Classifier(small_network()), Classifier(quantized(small_network()))
     quick = ["noise", "fgsm", "rfgsm", "pgd", "apgd-ce", "apgd-dlr", "square"]
     standard = [*quick[:4], "pgd-dlr", "pgd-temperature", *quick[4:6], "apgd-dlr-targeted", "square"]
@@ -469,12 +476,12 @@ def test_efforts_are_lists_of_attacks() -> None:
 )
 def test_a_bad_threat_is_named(arguments: dict[str, float | str], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        Threat(**arguments)  # type: ignore[arg-type]
+        ThreatModel(**arguments)  # type: ignore[arg-type]
 
 
 def test_bad_attacks_are_named() -> None:
     """Unknown names and modes, and losses without enough classes if asked for by name."""
-    victim, threat = Classifier(linear_network()), Threat()
+    victim, threat = Classifier(linear_network()), ThreatModel()
     for names, classes, message in (
         ("fgsm,bim", 2, "unknown attack 'bim'; known: quick, standard, full, or some of noise, fgsm, "),
         ("", 2, "unknown attack ''"),
@@ -491,4 +498,4 @@ def test_bad_attacks_are_named() -> None:
 
 
 def test_threats_are_words() -> None:
-    assert [str(threat) for threat in (Threat(), Threat(0.5, "l2"))] == ["linf, eps 8/255", "l2, eps 0.5"]
+    assert [str(threat) for threat in (ThreatModel(), ThreatModel(0.5, "l2"))] == ["linf, eps 8/255", "l2, eps 0.5"]

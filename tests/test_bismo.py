@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hw_models
-from haq import models
+from haq import networks as models
 from hw_models.bismo import BismoTarget, matrix_products
 
 

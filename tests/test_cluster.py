@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from haq import cluster, search, sweep
-from haq.cluster import Crew
-from haq.solvers import Found, Session, solve
-from haq.workers import working
+from haq import search, sweep
+from haq.solvers.base import Session, Trial, solve
+from haq.study.workers import ray as ray_workers
+from haq.study.workers.processes import working
+from haq.study.workers.ray import Crew
 from tests.conftest import make_problem, small_network
 from tests.test_search_command import QUICK, call, history, place  # noqa: F401
 from tests.test_sweep import files
@@ -60,7 +61,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(nodes: Any) -> None:
     problem.evaluator.cache.clear()
     kept: Rows = []
 
-    def on_evaluation(count: int, found: Found, _: bool) -> None:
+    def on_evaluation(count: int, found: Trial, _: bool) -> None:
         kept.append((count, found.result, found.cost, found.policy))
         if count in (3, 12):
             kill_a_worker()
@@ -93,7 +94,7 @@ def test_a_machine_that_joins_is_used_and_one_that_leaves_is_not_missed(nodes: A
         pool: Any = problem.evaluator.pool
         extra: list[Any] = []
 
-        def on_evaluation(count: int, found: Found, _: bool) -> None:
+        def on_evaluation(count: int, found: Trial, _: bool) -> None:
             kept.append((count, found.result, found.cost, found.policy))
             if count == 5:
                 extra.append(nodes.add_node(num_cpus=1, object_store_memory=MEMORY))
@@ -133,8 +134,8 @@ def test_machines_with_other_versions_are_refused(
     nodes: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     problem = make_problem(small_network())
-    here = cluster.versions()
-    monkeypatch.setattr(cluster, "versions", lambda: here | {"torch": "1.0"})
+    here = ray_workers.versions()
+    monkeypatch.setattr(ray_workers, "versions", lambda: here | {"torch": "1.0"})
     with (
         caplog.at_level(logging.WARNING, "haq"),
         working(problem.evaluator, None, nodes.address),
@@ -210,8 +211,8 @@ def test_workers_that_are_lost_again_and_again_are_given_up(nodes: Any, monkeypa
         def ready(self, given: bytes, threads: int) -> dict[str, str]:
             return os._exit(1)
 
-    monkeypatch.setattr(cluster, "PATIENCE", 2)
-    with cluster.connected(nodes.address):
+    monkeypatch.setattr(ray_workers, "PATIENCE", 2)
+    with ray_workers.connected(nodes.address):
         crew = Crew(Dying, None, 1, 1, 1)
         crew.submit("anything")
         with pytest.raises(ChildProcessError, match="lost 2 times in a row"):
@@ -226,7 +227,7 @@ def test_a_cluster_that_is_full_is_waited_for_and_that_is_told(
     class Idle:  # of this function, so that workers needn't import it
         def ready(self) -> None: ...
 
-    monkeypatch.setattr(cluster, "FULL", 0.5)
+    monkeypatch.setattr(ray_workers, "FULL", 0.5)
     problem = make_problem(small_network())
     alone = problem.evaluate(problem.uniform(4))
     problem.evaluator.cache.clear()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from haq import data
+from haq.data import sources
 
 
 def contents(split: data.Split) -> set[bytes]:
@@ -79,7 +80,7 @@ def test_unknown_names_list_the_close_ones(name: str, close: str) -> None:
 
 def test_missing_data_say_which_command_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAQ_DATA", str(tmp_path))
-    monkeypatch.setattr(data, "FASHION_DEBIAN", tmp_path / "none")
+    monkeypatch.setattr(sources, "FASHION_DEBIAN", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"python -m haq\.data fashion-mnist.*apt-get install dataset-fashion-mnist"):
         data.load("fashion-mnist")
     with pytest.raises(FileNotFoundError, match=r"python -m haq\.data cifar10"):
@@ -89,8 +90,8 @@ def test_missing_data_say_which_command_gets_them(tmp_path: Path, monkeypatch: p
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "FASHION_DEBIAN", tmp_path)
-    for name in data.FASHION_FILES:
+    monkeypatch.setattr(sources, "FASHION_DEBIAN", tmp_path)
+    for name in sources.FASHION_FILES:
         (tmp_path / f"{name}.gz").write_bytes(b"not gzip")
     with pytest.raises(ValueError, match=r"train-images.*can't be unpacked.*fetch it again"):
         data.load("fashion-mnist")
@@ -112,7 +113,7 @@ def make_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = rows.size
             tar.addfile(info, io.BytesIO(rows.tobytes()))
-    monkeypatch.setattr(data, "CIFAR_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(sources, "CIFAR_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     return archive
 
 
@@ -121,7 +122,7 @@ def test_cifar10_from_its_binary_edition(tmp_path: Path, monkeypatch: pytest.Mon
     home.mkdir(parents=True)
     archive = make_cifar(home, monkeypatch)
     monkeypatch.setenv("HAQ_DATA", str(home))
-    monkeypatch.setattr(data, "_download", lambda url, path: None)
+    monkeypatch.setattr(sources, "_download", lambda url, path: None)
     data.fetch("cifar10")
     assert not (tmp_path / "evil.bin").exists()
     assert not (home.parent / "evil.bin").exists()
@@ -129,22 +130,22 @@ def test_cifar10_from_its_binary_edition(tmp_path: Path, monkeypatch: pytest.Mon
     assert (len(dataset.train), len(dataset.search), len(dataset.test)) == (1000, 5000, 20)
     check_disjoint(dataset)
     assert dataset.test.images[torch.arange(1)].shape == (1, 3, 32, 32)
-    with (home / data.CIFAR_FOLDER / "test_batch.bin").open("ab") as file:
+    with (home / sources.CIFAR_FOLDER / "test_batch.bin").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match="truncated"):
         data.load("cifar10")
     archive.write_bytes(b"x")
     with pytest.raises(ValueError, match="SHA-256"):
-        data._unpack_cifar10(archive, data.CIFAR_SHA256)
+        sources._unpack_cifar10(archive, sources.CIFAR_SHA256)
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source.bin"
     source.write_bytes(b"abc" * 1000)
-    data._download(source.as_uri(), tmp_path / "cache" / "file.bin")
+    sources._download(source.as_uri(), tmp_path / "cache" / "file.bin")
     assert (tmp_path / "cache" / "file.bin").read_bytes() == source.read_bytes()
     with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*put the file at"):
-        data._download((tmp_path / "nowhere").as_uri(), tmp_path / "cache" / "other.bin")
+        sources._download((tmp_path / "nowhere").as_uri(), tmp_path / "cache" / "other.bin")
 
 
 def test_an_image_folder(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import yaml
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import cli, deploy, interpreter, models, search
-from haq.graph import capture
-from haq.integer import Codes, lower
+from haq import deploy, networks, search
+from haq.console import cli
+from haq.deployment import interpreter
+from haq.deployment.graph import capture
+from haq.deployment.lowering import Codes, lower
 from tests.test_search_command import MODULE, QUICK
 
 pytest.importorskip("tvm")
@@ -110,7 +112,7 @@ def test_binary_network(tmp_path: Path) -> None:
 
 
 def test_default_network(tmp_path: Path) -> None:
-    made = models.load()
+    made = networks.load()
     from haq import data
 
     images = made.preprocess(next(data.load("fashion-mnist-12k").test.batches(40))[0]).contiguous()

@@ -19,7 +19,7 @@ from torch import nn
 import envs
 import haq
 import quantizers as Q
-from haq.problem import Decision
+from haq.problem.decision import Decision
 from haq.solvers import ilp
 from tests.conftest import make_problem, small_network
 

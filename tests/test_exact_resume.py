@@ -12,8 +12,8 @@ import torch
 
 from experiments import kills
 from haq import finetune, search
-from haq.checkpoint import Checkpoint
-from haq.run import Run
+from haq.store.checkpoint import Checkpoint
+from haq.study.search_run import Run
 from tests.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 AGENT = [*SMALL, "--evaluations", "40", "--finetune-epochs", "0"]

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from experiments import agreement, haq_tables
-from haq import data, models
+from haq import data, networks
 from tests.conftest import images, small_network
 
 
 def test_tables_of_haq() -> None:
-    network = models.Network("tiny", small_network(), (1, 8, 8))
+    network = networks.Network("tiny", small_network(), (1, 8, 8))
     with torch.inference_mode():
         splits = [data.Split(x, network.module(x).argmax(1).clone()) for x in (images(64, 1), images(96), images(96, 2))]
     dataset = data.Dataset("quarters", ("a", "b", "c", "d"), *splits)
@@ -44,7 +44,7 @@ def test_agreement_on_photographs(tmp_path: Path) -> None:
     assert torch.equal(cut[0], agreement.crops(found[0], 1, np.random.default_rng(1))[0])  # the centre isn't random
     assert not torch.equal(cut[1], cut[2])
 
-    network, test = models.Network("tiny", small_network(), (1, 8, 8)), images(60, 2)
+    network, test = networks.Network("tiny", small_network(), (1, 8, 8)), images(60, 2)
     with torch.inference_mode():
         labels = network.module(test).argmax(1).clone()
     study = agreement.Study(network, images(32, 1), images(96), test, test, labels, agreement.Effort(evaluations=12, agent=12))

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.evaluator import RISK, Evaluation, Evaluator
-from haq.prefix import Prefix
-from haq.solvers import Session, sensitivity
+from haq.problem.evaluator import RISK, Evaluation, Evaluator
+from haq.problem.prefix_cache import Prefix
+from haq.solvers import sensitivity
+from haq.solvers.base import Session
 from tests.conftest import images, make_problem, small_network
 
 
@@ -281,13 +282,13 @@ def test_a_policy_that_just_reaches_the_accuracy_is_stopped_with_the_risk_that_w
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # At a risk of 1 in 5, so that a bound that were wrong would be seen: 300 draws, 15 looks each.
-    monkeypatch.setattr("haq.evaluator.RISK", 0.2)
+    monkeypatch.setattr("haq.problem.evaluator.RISK", 0.2)
     count, right = 2000, 1800
     stopped = [told(right, count, seed).evaluate(POLICY, beat=right / count).images < count for seed in range(300)]
     assert sum(stopped) <= 0.2 * 300
     # The union bound is not exact, but neither is it so wide that nothing is ever stopped.
     assert sum(stopped) >= 0.02 * 300
-    monkeypatch.setattr("haq.evaluator.RISK", 3.0)  # a fifth of a look: no longer a bound
+    monkeypatch.setattr("haq.problem.evaluator.RISK", 3.0)  # a fifth of a look: no longer a bound
     assert sum(told(right, count, seed).evaluate(POLICY, beat=right / count).images < count for seed in range(60)) > 0.2 * 60
 
 

@@ -12,10 +12,12 @@ from torch import nn
 
 import haq
 import quantizers as Q
-from haq import cli, data, evaluate, search, training
-from haq.job import Settings
-from haq.models import Network
-from haq.solvers import Session, sensitivity
+from haq import data, evaluate, search, training
+from haq.console import cli
+from haq.networks import Network
+from haq.solvers import sensitivity
+from haq.solvers.base import Session
+from haq.study.task import SearchConfig
 from tests.conftest import images, make_problem, small_network
 from tests.test_search_command import SMALL, place  # noqa: F401
 
@@ -93,7 +95,7 @@ def test_the_search_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_steps_are_checked() -> None:
     with pytest.raises(ValueError, match="--finetune-steps is -1; it must be an integer of at least 0"):
-        Settings(finetune_steps=-1)
+        SearchConfig(finetune_steps=-1)
 
 
 def test_the_network_judged_is_a_copy() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from haq import cli, finetune, folder, robustness, search, sweep, train
+from haq import finetune, robustness, search, sweep, train
+from haq.console import cli
+from haq.store import files
 from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
@@ -131,7 +133,7 @@ def test_without_a_small_disk_the_sentence_is_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same where nothing can be mounted: the third write fails."""
-    write, count = folder.write, []
+    write, count = files.write, []
 
     def fails(path: Path, content: str | bytes) -> None:
         count.append(path)
@@ -140,7 +142,7 @@ def test_without_a_small_disk_the_sentence_is_the_same(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write", fails)
+        patch.setattr(files, "write", fails)
         assert "go on with python -m haq.search --resume run" in full(capsys, search.main, *QUICK, "--out", "run")
     assert call(search.main, "--resume", "run") == 0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import hw_models
-from haq import cli, hardware
+from haq import hardware
+from haq.console import cli
 from tests.test_lookup_table import LAYERS, rows, write
 
 

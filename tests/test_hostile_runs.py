@@ -23,8 +23,10 @@ import safetensors.torch
 import torch
 import yaml
 
-from haq import attacks, cli, data, deploy, evaluate, finetune, models, robustness, runs, search, sweep, train
-from haq.folder import MOST_HISTORY
+from haq import data, deploy, evaluate, finetune, networks, robustness, runs, search, sweep, train
+from haq.attacks import evaluation_attacks
+from haq.console import cli
+from haq.store.files import MOST_HISTORY
 from tests.conftest import enter
 from tests.test_robustness_command import MODULE, TINY
 
@@ -67,7 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert sweep.main([*begun, "--out", "swept"]) == 0
         _json(Path("swept/sweep.json"), finished=False)
         Path("swept/edge-0.6-random-seed0/result.json").unlink()
-        patch.setattr(models, "save_checkpoint", _killed)
+        patch.setattr(networks, "save_checkpoint", _killed)
         with pytest.raises(InterruptedError):
             train.main([*JOB, "--epochs", "2", "--out", "run/net.safetensors"])
     return place
@@ -79,7 +81,7 @@ def _killed(*arguments: object) -> None:
 
 def _enter(place: Path, patch: pytest.MonkeyPatch) -> None:
     enter(place, patch, MODULE)
-    patch.setitem(attacks.EFFORTS, "quick", TINY)
+    patch.setitem(evaluation_attacks.ATTACK_BUDGETS, "quick", TINY)
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def _checkpoint(
     notes: Callable[[dict[str, str]], object] = lambda n: None,
 ) -> None:
     path = Path("run/checkpoint/quantized.safetensors")
-    held, said = models.read_state(path)
+    held, said = networks.read_state(path)
     tensors(held)
     notes(said)
     path.write_bytes(safetensors.torch.save(held, said))
@@ -659,13 +661,13 @@ def test_a_checkpoint_of_a_function_of_pythons_own_is_refused(tmp_path: Path) ->
     path = tmp_path / "net.safetensors"
     path.write_bytes(safetensors.torch.save(held, notes))
     with pytest.raises(ValueError, match="is of Python itself"):
-        models.load(str(path))
+        networks.load(str(path))
     for changes in ({"classes": "1000000000"}, {"input_shape": "[1, 100000, 100000]"}, {"std": "[0]"}, {"mean": "nan"}):
         path.write_bytes(safetensors.torch.save(held, notes | changes))
         with pytest.raises(ValueError, match="describes no network of its tensors"):
-            models.load(str(path))
+            networks.load(str(path))
     path.write_bytes(safetensors.torch.save(held, notes | {"format": "haq-checkpoint-2"}))
     with pytest.raises(ValueError, match="upgrade haq"):
-        models.load(str(path))
+        networks.load(str(path))
     with pytest.raises(ValueError, match="is of Python itself"):
         data.call_by_name("code:interact")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import quantizers as Q
-from haq import models
-from haq.graph import Graph, capture
-from haq.integer import (
+from haq import networks
+from haq.deployment.graph import Graph, capture
+from haq.deployment.interpreter import Comparison, compare, run
+from haq.deployment.lowering import (
     Codes,
     Convolution,
     Fixed,
@@ -34,7 +35,6 @@ from haq.integer import (
     integer_weights,
     lower,
 )
-from haq.interpreter import Comparison, compare, run
 from hw_models.tvm_cpu.conv import reference, zero_point
 
 Bits = tuple[int | None, int | None]
@@ -112,7 +112,7 @@ def sequence(*modules: nn.Module) -> nn.Sequential:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_default_network_at_mixed_bits(seed: int) -> None:
-    network = models.load().module
+    network = networks.load().module
     draw = random.Random(seed)
     policy: dict[str, Bits] = {
         name: (draw.randint(1, 8), draw.randint(1, 8)) for name in Q.BitPolicy.uniform(network, w=8, a=8)
@@ -127,7 +127,7 @@ def test_the_default_network_at_mixed_bits(seed: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4, 1])
 def test_the_default_network_at_even_bits(bits: int) -> None:
-    program, found = deploy(models.load().module, (bits, bits), torch.rand(8, 1, 28, 28))
+    program, found = deploy(networks.load().module, (bits, bits), torch.rand(8, 1, 28, 28))
     # Every residual addition, ReLU and batch norm is in a convolution.
     assert kinds(program) == ["Quantize", *["Convolution"] * 13, "Pool", "Convolution"]
     assert sum(len(step.epilogue.residuals) for step in program.steps if isinstance(step, Convolution)) == 3
@@ -146,7 +146,7 @@ def test_the_default_network_at_even_bits(bits: int) -> None:
 )
 def test_published_networks(name: str, bits: Bits, scheme: Any) -> None:
     torch.manual_seed(0)
-    network = randomised(models.load(name, pretrained=False).module)
+    network = randomised(networks.load(name, pretrained=False).module)
     x = torch.randn(2, 3, 64, 64)
     # In a network of random weights one tie makes thousands of integers differ behind it: how many is not looked at.
     program, _ = deploy(network, bits, x, scheme)
@@ -480,7 +480,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 
 def test_a_program_has_integers_only_but_at_its_ends() -> None:
-    program, _ = deploy(models.load().module, (4, 4), torch.rand(4, 1, 28, 28))
+    program, _ = deploy(networks.load().module, (4, 4), torch.rand(4, 1, 28, 28))
     floats = [name for name, value in program.values.items() if value.representation == Float()]
     assert floats == [program.input, program.output]
     assert not any(isinstance(step, FloatConvolution | Sum) for step in program.steps)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from haq import cli, search
+from haq import search
+from haq.console import cli
 from tests.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 

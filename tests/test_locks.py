@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
-from haq import cli, deploy, evaluate, finetune, robustness, runs, search, searches, sweep, train
-from haq.lock import is_held, writing
-from haq.run import Run, check_unused, unused_folder
+from haq import deploy, evaluate, finetune, robustness, runs, search, sweep, train
+from haq.console import cli
+from haq.store.lock import is_held, writing
+from haq.study import sweep_run
+from haq.study.search_run import Run, check_unused, unused_folder
 from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
@@ -153,7 +155,7 @@ def test_a_folder_that_another_search_has_just_taken_is_refused(capsys: pytest.C
 def test_a_sweep_is_written_by_one_process_and_so_is_each_of_its_searches(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(searches, "ORPHAN_S", 0.1)
+    monkeypatch.setattr(sweep_run, "ORPHAN_S", 0.1)
     assert call(sweep.main, *SWEEP, "--out", "all") == 0
     path = Path("all/sweep.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))

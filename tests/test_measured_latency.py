@@ -25,7 +25,8 @@ import yaml
 from torch import nn
 
 import hw_models
-from haq import cli, hardware, search
+from haq import hardware, search
+from haq.console import cli
 from hw_models.tvm_cpu import measure as measuring
 from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu.cache import TimingCache, cache_folder

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from haq import cli, deploy, evaluate, finetune, models, search, sweep
-from haq.run import Run
+from haq import deploy, evaluate, finetune, networks, search, sweep
+from haq.console import cli
+from haq.study.search_run import Run
 from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 
@@ -83,7 +84,7 @@ def test_files_that_it_names_by_relative_paths_are_asked_for_where_they_are_not(
 ) -> None:
     from small_job import network  # type: ignore[import-not-found]
 
-    models.save_checkpoint(network(), Path("net.safetensors"))
+    networks.save_checkpoint(network(), Path("net.safetensors"))
     target = Path(__file__).parents[1] / "hw_models" / "targets" / "edge.yaml"
     shutil.copy(target, "mine.yaml")
     arguments = [*QUICK, "--network", "small_job:network@net.safetensors", "--hw", "mine.yaml", "--out", "run"]

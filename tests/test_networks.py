@@ -12,24 +12,24 @@ import torch
 from torch import nn
 
 import hw_models
-from haq import data, models, training
+from haq import data, networks, training
 
 
 def test_the_default_network() -> None:
-    network = models.load()
+    network = networks.load()
     layers = hw_models.trace(network.module, torch.zeros(1, 1, 28, 28)).layers
     assert len(layers) >= 12
     assert {layer.kind for layer in layers} == {"conv", "depthwise", "pointwise", "linear"}
     asset = resources.files("haq").joinpath("assets/mobilenet-mini.safetensors")
     assert len(asset.read_bytes()) < 1e6
     with resources.as_file(asset) as path:
-        notes = models.read_state(path)[1]
+        notes = networks.read_state(path)[1]
     assert notes["command"].startswith("python -m haq.train --network mobilenet-mini --data fashion-mnist --epochs")
     assert "55,000 train" in notes["trained_on"]
 
 
 def test_its_accuracy_on_images_it_never_saw() -> None:
-    network, dataset = models.load(), data.load()
+    network, dataset = networks.load(), data.load()
     assert training.accuracy(network, dataset.test) >= 0.90
     assert training.accuracy(network, dataset.search) >= 0.90
     try:
@@ -50,21 +50,21 @@ def test_its_accuracy_on_images_it_never_saw() -> None:
     ],
 )
 def test_every_library_builds(name: str) -> None:
-    network = models.load(name, classes=7, pretrained=False)
-    assert models.output_count(network) == 7
+    network = networks.load(name, classes=7, pretrained=False)
+    assert networks.output_count(network) == 7
     assert not network.module.training
 
 
 def test_efficientnet_lite0_has_its_imagenet_weights() -> None:
-    network = models.load("efficientnet-lite0")
+    network = networks.load("efficientnet-lite0")
     assert sum(p.numel() for p in network.module.parameters()) == 4_652_008
     inputs = network.preprocess(torch.tensor([0, 127, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 224, 224))
     assert inputs[0, :, 0, 0].tolist() == pytest.approx([-127 / 128, 0, 1])
-    assert models.output_count(network) == 1000
+    assert networks.output_count(network) == 1000
 
 
 def test_preprocessing() -> None:
-    network = models.Network("n", nn.Identity(), (3, 2, 2), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
+    network = networks.Network("n", nn.Identity(), (3, 2, 2), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
     grey = torch.tensor([[[[0, 255], [51, 102]]]], dtype=torch.uint8)
     out = network.preprocess(grey)
     assert out.shape == (1, 3, 2, 2)
@@ -76,16 +76,16 @@ def test_preprocessing() -> None:
 
 
 def test_a_checkpoint_brings_its_network_back(tmp_path: Path) -> None:
-    network = models.load("mobilenet-mini", classes=4, pretrained=False)
+    network = networks.load("mobilenet-mini", classes=4, pretrained=False)
     path = tmp_path / "mine.safetensors"
-    models.save_checkpoint(network, path)
-    again = models.load(str(path))
+    networks.save_checkpoint(network, path)
+    again = networks.load(str(path))
     assert again.signature() == network.signature()
     assert again.name == "mobilenet-mini"
-    assert models.output_count(again) == 4
-    assert models.load(f"mobilenet-mini@{path}").signature() == network.signature()
+    assert networks.output_count(again) == 4
+    assert networks.load(f"mobilenet-mini@{path}").signature() == network.signature()
     torch.save({"state_dict": network.module.state_dict()}, tmp_path / "mine.pt")
-    assert models.load(f"mobilenet-mini@{tmp_path}/mine.pt").signature() == network.signature()
+    assert networks.load(f"mobilenet-mini@{tmp_path}/mine.pt").signature() == network.signature()
 
 
 class Evil:
@@ -94,9 +94,9 @@ class Evil:
 
 
 def test_bad_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
-    network = models.load("mobilenet-mini", pretrained=False)
+    network = networks.load("mobilenet-mini", pretrained=False)
     good = tmp_path / "good.safetensors"
-    models.save_checkpoint(network, good)
+    networks.save_checkpoint(network, good)
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(good.read_bytes()[:-100])
     nameless = tmp_path / "nameless.pt"
@@ -124,9 +124,9 @@ def test_bad_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
         (f"mobilenet-mini@{tmp_path}/nan.pt", r"not finite in stem\.weight"),
     ):
         with pytest.raises(ValueError, match=reason):
-            models.load(str(name))
+            networks.load(str(name))
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        models.load("nowhere.safetensors")
+        networks.load("nowhere.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_bad_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
 )
 def test_unknown_names_list_the_close_ones(name: str, close: str) -> None:
     with pytest.raises(ValueError, match=f"unknown network '{name}'.*{close}"):
-        models.load(name)
+        networks.load(name)
 
 
 def test_weights_that_cannot_be_had_say_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +148,10 @@ def test_weights_that_cannot_be_had_say_the_way_out(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no route to hub\nmore")
 
     with pytest.raises(FileNotFoundError, match=r"\(no route to hub\); give them as timm:x@CHECKPOINT"):
-        models._create("timm:x", True, fail)
+        networks._create("timm:x", True, fail)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install 'haq\[zoo\]'"):
-        models.load("timm:mobilenetv2_100")
+        networks.load("timm:mobilenetv2_100")
 
 
 MODULE = """
@@ -167,27 +167,27 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "my_own_network.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    network = models.load("my_own_network:good")
+    network = networks.load("my_own_network:good")
     assert network.input_shape == (1, 2, 2)
-    assert models.output_count(network) == 3
+    assert networks.output_count(network) == 3
     with pytest.raises(ValueError, match=r"set module\.input_shape"):
-        models.load("my_own_network:shapeless")
+        networks.load("my_own_network:shapeless")
     with pytest.raises(ValueError, match="returned int"):
-        models.load("my_own_network:wrong")
+        networks.load("my_own_network:wrong")
 
 
 def test_networks_and_data_must_fit() -> None:
-    network, dataset = models.load("mobilenet-mini", classes=7, pretrained=False), data.load()
+    network, dataset = networks.load("mobilenet-mini", classes=7, pretrained=False), data.load()
     with pytest.raises(ValueError, match="7 classes apart, fashion-mnist-12k has 10"):
-        models.check_fits(network, dataset)
-    large = models.load("timm:mobilenetv2_050", classes=10, pretrained=False)
+        networks.check_fits(network, dataset)
+    large = networks.load("timm:mobilenetv2_050", classes=10, pretrained=False)
     with pytest.raises(ValueError, match=r"takes images of shape \(3, 224, 224\)"):
-        models.check_fits(large, dataset)
+        networks.check_fits(large, dataset)
 
 
 def test_a_bare_name_is_looked_for_in_the_zoo_and_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.load("mobilenetv2_050", pretrained=False).name == "timm:mobilenetv2_050"
-    assert models.load("mobilenet_wd4", pretrained=False).name == "pytorchcv:mobilenet_wd4"
+    assert networks.load("mobilenetv2_050", pretrained=False).name == "timm:mobilenetv2_050"
+    assert networks.load("mobilenet_wd4", pretrained=False).name == "pytorchcv:mobilenet_wd4"
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"unknown network 'mobilenetv2_050'.*not installed: timm .*pip install 'haq\[zoo\]'"):
-        models.load("mobilenetv2_050", pretrained=False)
+        networks.load("mobilenetv2_050", pretrained=False)

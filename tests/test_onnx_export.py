@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import quantizers as Q
-from haq import models
-from haq.graph import capture
-from haq.onnx_export import FLAVOURS, Verification, export, verify
+from haq import networks
+from haq.deployment.graph import capture
+from haq.deployment.onnx import FLAVOURS, Verification, export, verify
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -75,7 +75,7 @@ def kinds(path: Path) -> list[str]:
 
 
 def test_the_default_network_at_mixed_bits(tmp_path: Path) -> None:
-    network = models.load().module
+    network = networks.load().module
     draw = random.Random(0)
     policy: dict[str, Bits] = {
         name: (draw.randint(1, 8), draw.randint(1, 8)) for name in Q.BitPolicy.uniform(network, w=8, a=8)
@@ -96,7 +96,7 @@ def test_the_default_network_at_mixed_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [8, 1])
 def test_the_default_network_at_even_bits(bits: int, tmp_path: Path) -> None:
     x = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    for result in exported(models.load().module, (bits, bits), x, tmp_path):
+    for result in exported(networks.load().module, (bits, bits), x, tmp_path):
         assert result.same_answers == 1
         assert result.different <= 1e-3 * result.values
 
@@ -104,7 +104,7 @@ def test_the_default_network_at_even_bits(bits: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("bits", "scheme"), [((8, 8), Q.Linear(calibration="max")), ((1, 1), "binary"), ((3, 2), "lsq")])
 def test_resnet18(bits: Bits, scheme: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = randomised(models.load("torchvision:resnet18", pretrained=False).module)
+    network = randomised(networks.load("torchvision:resnet18", pretrained=False).module)
     # In a network of random weights one tie makes thousands of integers of 8 bits differ behind it.
     for result in exported(network, bits, torch.randn(2, 3, 64, 64), tmp_path, scheme):
         assert result.same_answers == 1

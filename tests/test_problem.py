@@ -10,8 +10,9 @@ from torch import nn
 
 import haq
 import quantizers as Q
-from haq.evaluator import Evaluator
-from haq.problem import describe_amount, parse_budget
+from haq.problem.budget import parse_budget
+from haq.problem.evaluator import Evaluator
+from haq.problem.problem import describe_amount
 from tests.conftest import images, make_problem
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hw_models
-from haq import models
+from haq import networks
 from hw_models.workload import Workload
 
 
@@ -217,7 +217,7 @@ DEPTHWISE = {
 @cache
 def build(name: str) -> nn.Module:
     with torch.device("meta"):
-        return models.load(name, pretrained=False).module
+        return networks.load(name, pretrained=False).module
 
 
 @cache
@@ -334,5 +334,5 @@ def test_twice_the_side_is_four_times_the_convolutions(name: str) -> None:
     ],
 )
 def test_real_tensors_give_the_same(name: str) -> None:
-    network = models.load(name, pretrained=False)
+    network = networks.load(name, pretrained=False)
     assert hw_models.trace(network.module, torch.zeros(1, *network.input_shape)).layers == trace(name).layers

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import quantizers as Q
-from haq import models
+from haq import networks
 from quantizers.functional import BLOCK
 from tests.conftest import images, small_network
 
@@ -111,7 +111,7 @@ def test_folding_is_refused_where_it_would_change_the_result() -> None:
 
 
 def test_a_norm_with_an_activation_inside_keeps_it() -> None:
-    network = models.load("timm:mobilenetv2_050", pretrained=False).module
+    network = networks.load("timm:mobilenetv2_050", pretrained=False).module
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -268,7 +268,7 @@ COMPACT = [
 @pytest.mark.parametrize("name", COMPACT)
 def test_every_compact_network_is_quantized_and_trained_one_step(name: str) -> None:
     torch.manual_seed(0)
-    network = models.load(name, pretrained=False)
+    network = networks.load(name, pretrained=False)
     fixed = name.startswith("pytorchcv")  # whose last pool expects the full size
     inputs = torch.randn(2, *network.input_shape) if fixed else torch.randn(2, 3, 96, 96)
     # Norms as a trained network has them: those of a fresh one let values grow or vanish from layer to layer.

@@ -11,7 +11,7 @@ from torch import nn
 
 import haq
 from experiments import regret
-from haq.solvers import Session, solve
+from haq.solvers.base import Session, solve
 from tests.conftest import images
 
 PAIRS = [(2, 2), (3, 4), (6, 6)]

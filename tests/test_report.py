@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from haq import cli, report, robustness, search, searches, sweep
-from haq.amounts import describe_amount, percent
-from haq.job import Settings
+from haq import report, robustness, search, sweep
+from haq.console import cli
 from haq.reporting import reading, vega
 from haq.reporting.drawing import front
+from haq.store.units import describe_amount, percent
+from haq.study import sweep_run
+from haq.study.task import SearchConfig
 from quantizers.policy import SCHEMA as POLICY_SCHEMA
 from tests.test_robustness_command import MODULE
 from tests.written_runs import REWARDS, change, write, write_robustness, write_run
@@ -201,7 +203,7 @@ def test_what_is_on_the_chart_is_what_is_in_the_files(made: Path) -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.5), (2.0, 0.7), (3.0, 0.8), (4.0, 0.9), (5.0, 0.95), (1.0, 0.4)]
     assert front(points) == [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (5.0, 0.95)]
-    kept = [one for one, best in zip(points, searches.pareto(points), strict=True) if best]
+    kept = [one for one, best in zip(points, sweep_run.pareto(points), strict=True) if best]
     assert sorted(kept) == front(points)
 
 
@@ -232,13 +234,13 @@ def test_torch_is_not_imported(made: Path) -> None:
 def test_the_command_of_a_run_asks_for_the_same(options: dict[str, Any]) -> None:
     import shlex
 
-    settings = Settings(**options)
+    settings = SearchConfig(**options)
     python, *arguments = shlex.split(settings.command())
     assert [python, *arguments[:2]] == ["python", "-m", "haq.search"]
     given = search.parse(arguments[2:]).settings
     # A search takes the kind from the sensitivities that it is given.
-    expected = settings if settings.sensitivity is None else Settings(**{**options, "sensitivity_kind": "loss"})
-    assert Settings(**given) == expected
+    expected = settings if settings.sensitivity is None else SearchConfig(**{**options, "sensitivity_kind": "loss"})
+    assert SearchConfig(**given) == expected
 
 
 def test_the_command_of_a_sweep_asks_for_the_same() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from haq import report
-from haq.amounts import percent
 from haq.reporting.reading import RunFolder, read
+from haq.store.units import percent
 from tests.test_report import HOSTILE
 from tests.written_runs import write_robustness, write_run
 

@@ -17,12 +17,15 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from haq import attacks, cli, data, evaluate, finetune, search, sweep
-from haq.adversarial import Ball, Proxy
-from haq.evaluator import BATCH, Evaluator
-from haq.job import Settings
-from haq.models import Network
-from haq.run import Run
+from haq import data, evaluate, finetune, search, sweep
+from haq.attacks import evaluation_attacks
+from haq.attacks.proxy import ProxyAttack
+from haq.attacks.threat_model import PerturbationBall
+from haq.console import cli
+from haq.networks import Network
+from haq.problem.evaluator import BATCH, Evaluator
+from haq.study.search_run import Run
+from haq.study.task import SearchConfig
 from quantizers.linear import Linear
 from tests.conftest import images, small_network
 from tests.test_finetuning_in_the_loop import tuning
@@ -47,7 +50,7 @@ def labelled(network: nn.Module, count: int = 300) -> tuple[Tensor, Tensor]:
 
 
 def robust(network: nn.Module, count: int = 300, **options: Any) -> haq.Problem:
-    proxy = options.pop("proxy", None) or Proxy.of(described(network), EPS)
+    proxy = options.pop("proxy", None) or ProxyAttack.of(described(network), EPS)
     return haq.Problem(
         network, CALIBRATION, labelled(network, count), "edge", budget=0.6, reward=REWARD, proxy=proxy, **options
     )
@@ -96,7 +99,7 @@ def test_no_policy_is_better_under_attack(network: nn.Module) -> None:
     assert after.accuracy < before.accuracy - 0.02
     assert attacked.float_accuracy < plain.float_accuracy - 0.02
     # Less eps finds less, and more steps find more.
-    less, more = (robust(network, proxy=Proxy.of(described(network), *how)) for how in ((EPS / 3, 3), (EPS, 20)))
+    less, more = (robust(network, proxy=ProxyAttack.of(described(network), *how)) for how in ((EPS / 3, 3), (EPS, 20)))
     assert less.float_accuracy > attacked.float_accuracy > more.float_accuracy + 0.1
     assert less.float_result.loss < attacked.float_result.loss < more.float_result.loss
 
@@ -188,21 +191,21 @@ def test_a_tuned_network_is_attacked_as_it_is_after_tuning(network: nn.Module) -
 
 def test_attacks_stay_within_eps_and_the_range_of_images(network: nn.Module) -> None:
     inputs, labels = labelled(network, 60)
-    ball = Ball.of(described(network), EPS)
-    attacked = Proxy(ball)(network, inputs, labels, 0)
+    ball = PerturbationBall.of(described(network), EPS)
+    attacked = ProxyAttack(ball)(network, inputs, labels, 0)
     pixels, before = (x * STD[0] + MEAN[0] for x in (attacked, inputs))
     assert (pixels - before).abs().max() <= EPS + 1e-6
     assert pixels.min() >= -1e-6
     assert pixels.max() <= 1 + 1e-6
-    assert not torch.equal(attacked, Proxy(ball)(network, inputs, labels, 1))
-    assert not torch.equal(attacked, Proxy(ball, seed=5)(network, inputs, labels, 0))
-    assert str(Proxy.of(described(network), 8 / 255, 4)) == "PGD-4 at eps 8/255"
+    assert not torch.equal(attacked, ProxyAttack(ball)(network, inputs, labels, 1))
+    assert not torch.equal(attacked, ProxyAttack(ball, seed=5)(network, inputs, labels, 0))
+    assert str(ProxyAttack.of(described(network), 8 / 255, 4)) == "PGD-4 at eps 8/255"
 
 
 def test_what_belongs_together_is_asked_for(network: nn.Module) -> None:
     given = network, images(8), labelled(network, 8), "edge"
-    proxy = Proxy.of(described(network), EPS)
-    with pytest.raises(ValueError, match=r'reward="accuracy\+robust" needs `proxy`, .* haq.adversarial.Proxy.of'):
+    proxy = ProxyAttack.of(described(network), EPS)
+    with pytest.raises(ValueError, match=r'reward="accuracy\+robust" needs `proxy`, .* haq.attacks.proxy.ProxyAttack.of'):
         haq.Problem(*given, reward=REWARD)
     with pytest.raises(ValueError, match=r"`proxy` is of reward=.accuracy\+robust., not of 'accuracy'"):
         haq.Problem(*given, proxy=proxy)
@@ -213,13 +216,13 @@ def test_what_belongs_together_is_asked_for(network: nn.Module) -> None:
 
 
 def test_eps_is_of_this_reward_only() -> None:
-    assert Settings(reward=REWARD).eps == "8/255"
-    assert Settings(reward=REWARD, eps="0.1").eps == "0.1"
+    assert SearchConfig(reward=REWARD).eps == "8/255"
+    assert SearchConfig(reward=REWARD, eps="0.1").eps == "0.1"
     with pytest.raises(ValueError, match=r"--eps 4/255 is of an attack: it goes with --reward accuracy\+robust, not accuracy"):
-        Settings(eps="4/255")
+        SearchConfig(eps="4/255")
     for eps, message in (("8", "8/255, not 8; .* not 8$"), ("much", "eps 'much' is not understood")):
         with pytest.raises(ValueError, match=message):
-            Settings(reward=REWARD, eps=eps)
+            SearchConfig(reward=REWARD, eps=eps)
 
 
 MODULE = """
@@ -240,7 +243,7 @@ def floats():
     return small(torch.float32)
 
 def network():
-    from haq.models import Network
+    from haq.networks import Network
     from tests.conftest import small_network
     return Network("small", small_network(), (1, 8, 8))
 """
@@ -255,7 +258,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "robust_job", raising=False)
-    monkeypatch.setitem(attacks.EFFORTS, "full", attacks.Effort(3, 1, 4, 1, 5, 2))
+    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", evaluation_attacks.AttackBudget(3, 1, 4, 1, 5, 2))
     monkeypatch.setattr(search, "VERIFIED", 24)
 
 
@@ -362,7 +365,7 @@ def test_photographs_without_labels_are_refused(monkeypatch: pytest.MonkeyPatch)
     network = described(small_network())
     pictures = (255 * images(9)).to(torch.uint8).split(3)
     unlabelled = data.Dataset("photos", (), *(data.Split(part, torch.full((3,), data.UNLABELLED)) for part in pictures))
-    monkeypatch.setattr("haq.models.load", lambda name: network)
+    monkeypatch.setattr("haq.networks.load", lambda name: network)
     monkeypatch.setattr("haq.data.load", lambda name, image_size: unlabelled)
     with pytest.raises(ValueError, match="photos has no labels to tell the accuracy by: search with --reward agreement"):
-        Settings(reward=REWARD).build()
+        SearchConfig(reward=REWARD).build()

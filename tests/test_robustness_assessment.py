@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq import assessment, attacks
-from haq.assessment import Assessment, assess
-from haq.attacks import Attack, Classifier, Effort
+from haq.attacks import assessment, evaluation_attacks
+from haq.attacks.assessment import Assessment, assess
+from haq.attacks.evaluation_attacks import AttackBudget, Classifier, EvaluationAttack
 from tests.conftest import brightest, fitted, fitted_network, images, small_network
 
-SHORT = Effort(steps=10, restarts=1, apgd=10, targets=2, queries=60, draws=5)
+SHORT = AttackBudget(steps=10, restarts=1, apgd=10, targets=2, queries=60, draws=5)
 X = images(80, seed=3)
 Y = brightest(X)
 
@@ -27,8 +27,8 @@ Y = brightest(X)
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Efforts of a few steps, and a curve of four points and ten steps, so that an assessment takes a fraction of a second."""
-    for name in attacks.EFFORTS:
-        monkeypatch.setitem(attacks.EFFORTS, name, SHORT)
+    for name in evaluation_attacks.ATTACK_BUDGETS:
+        monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, name, SHORT)
     monkeypatch.setattr(assessment, "CURVE", (0.5, 1, 4))
     monkeypatch.setattr(assessment, "CURVE_STEPS", 10)
 
@@ -315,13 +315,13 @@ def test_it_goes_on_where_it_was_interrupted(
 ) -> None:
     """Attacks that are finished aren't run again, and the outcome is that of a run without interruption."""
     ran: list[str] = []
-    original = Attack.run
+    original = EvaluationAttack.run
 
-    def run(self: Attack, *arguments: Any) -> Tensor:
+    def run(self: EvaluationAttack, *arguments: Any) -> Tensor:
         ran.append(self.name)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Attack, "run", run)
+    monkeypatch.setattr(EvaluationAttack, "run", run)
     names = ["rfgsm", "pgd", "apgd-ce", "square"]
     options = {"eps": 0.08, "attacks": ",".join(names), "backward": "bpda-soft"}
     whole = assess(few_bits, X, Y, **options)  # type: ignore[arg-type]
@@ -371,8 +371,8 @@ def test_another_question_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     moved.classifier.bias.data[0] += 1e-3
     x, y = X[:8], Y[:8]
     monkeypatch.setattr(assessment, "CURVE_STEPS", 1)
-    monkeypatch.setattr(attacks, "EFFORTS", {"standard": SHORT._replace(steps=1)})
-    monkeypatch.setattr(assessment, "EFFORTS", attacks.EFFORTS)
+    monkeypatch.setattr(evaluation_attacks, "EFFORTS", {"standard": SHORT._replace(steps=1)})
+    monkeypatch.setattr(assessment, "EFFORTS", evaluation_attacks.ATTACK_BUDGETS)
     calls: list[tuple[nn.Module, Tensor, Tensor, dict[str, Any]]] = [
         (network, x, y, {}),
         (network, x.flip(3), y, {}),

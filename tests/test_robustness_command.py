@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 import quantizers as Q
-from haq import attacks, cli, models, robustness, search
-from haq.contenders import Request, gather
+from haq import networks, robustness, search
+from haq.attacks import evaluation_attacks
+from haq.console import cli
+from haq.study.comparison import ComparisonSpec, gather
 from tests.conftest import enter, images
 
 MODULE = """
 import torch
-from haq.models import Network
+from haq.networks import Network
 from tests.conftest import images, small_network
 
 def splits():
@@ -39,14 +41,14 @@ def network():
     return Network("small", small_network(), (1, 8, 8), (0.4,), (0.5,))
 """
 JOB = ["--network", "small_job:network", "--data", "small_job:splits", "--budget", "0.6", "--solver", "random"]
-TINY = attacks.Effort(3, 1, 4, 0, 5, 2)
+TINY = evaluation_attacks.AttackBudget(3, 1, 4, 0, 5, 2)
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty current folder with a small job in it; efforts that take no time."""
     enter(tmp_path, monkeypatch, MODULE)
-    monkeypatch.setitem(attacks.EFFORTS, "quick", TINY)
+    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "quick", TINY)
 
 
 def call(*arguments: str) -> int:
@@ -88,7 +90,9 @@ def test_a_run_is_compared_with_float_uniform_bits_and_a_defence(capsys: pytest.
     assert (Path("run/robustness") / "robustness.png").read_bytes().startswith(b"\x89PNG")
 
     policies = {
-        name: Q.get_policy(net) for name, net in gather(Request("run", None, (8, 2))).networks.items() if name != "float"
+        name: Q.get_policy(net)
+        for name, net in gather(ComparisonSpec("run", None, (8, 2))).networks.items()
+        if name != "float"
     }
     assert set(policies["uniform 8"].values()) == {(8, 8)}
     assert policies["uniform 2"]["stem"] == policies["uniform 2"]["classifier"] == (8, 8)
@@ -99,10 +103,10 @@ def test_a_run_is_compared_with_float_uniform_bits_and_a_defence(capsys: pytest.
 def test_the_defence_is_trained_once_and_lowers_the_norms(capsys: pytest.CaptureFixture[str]) -> None:
     searched("--finetune-epochs", "4")
     with pytest.raises(FileNotFoundError, match="defensive"):
-        gather(Request("run", uniform=(), beta=0.5))
+        gather(ComparisonSpec("run", uniform=(), beta=0.5))
     assert call("run", "--attacks", "fgsm", "--defensive", "0.5", "--workers", "1") == 0
     assert "defensive0.5 isn't there yet" in capsys.readouterr().out
-    gathered = gather(Request("run", beta=0.5)).networks
+    gathered = gather(ComparisonSpec("run", beta=0.5)).networks
     penalties = {name: Q.lipschitz_penalty(gathered[name], beta=1.0).item() for name in ("found", "defensive")}
     assert penalties["defensive"] < 0.9 * penalties["found"]
     assert call("run", "--attacks", "fgsm", "--defensive", "0.5", "--workers", "1") == 0
@@ -121,15 +125,15 @@ def test_interrupted_it_goes_on_without_losing_finished_attacks(
 ) -> None:
     asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "quick", "--workers", "1")
     assert call(*asked, "--out", "whole") == 0
-    run, ran = attacks.Attack.run, []
+    run, ran = evaluation_attacks.Attack.run, []
 
-    def counted(self: attacks.Attack, *rest: Any) -> Tensor:
+    def counted(self: evaluation_attacks.EvaluationAttack, *rest: Any) -> Tensor:
         if len(ran) == 5:
             raise KeyboardInterrupt
         ran.append(self.name)
         return run(self, *rest)
 
-    monkeypatch.setattr(attacks.Attack, "run", counted)
+    monkeypatch.setattr(evaluation_attacks.EvaluationAttack, "run", counted)
     assert call(*asked, "--out", "parts") == 130
     assert "goes on from there" in " ".join(capsys.readouterr().out.split())
     before = ran.copy()
@@ -191,10 +195,10 @@ def test_hard_gradients_are_stamped(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_quantized_checkpoint_is_attacked_at_its_bits() -> None:
-    network = models.load("mobilenet-mini", pretrained=False)
+    network = networks.load("mobilenet-mini", pretrained=False)
     qnetwork = Q.quantize(network.module, Q.BitPolicy.uniform(network.module, w=4, a=4), calibrate=torch.rand(16, 1, 28, 28))
-    models.save_checkpoint(models.Network("mobilenet-mini", qnetwork, (1, 28, 28)), Path("four.safetensors"))
-    gathered = gather(Request("four.safetensors"))
+    networks.save_checkpoint(networks.Network("mobilenet-mini", qnetwork, (1, 28, 28)), Path("four.safetensors"))
+    gathered = gather(ComparisonSpec("four.safetensors"))
     assert list(gathered.networks) == ["float", "quantized", "uniform 8"]
     assert set(Q.get_policy(gathered.networks["quantized"]).values()) == {(4, 4)}
     assert list(gathered.sources("quantized")) == ["twin", "8bits"]
@@ -202,7 +206,7 @@ def test_a_quantized_checkpoint_is_attacked_at_its_bits() -> None:
 
 
 def test_requantized_input_is_what_the_network_sees() -> None:
-    gathered = gather(Request("small_job:network", "small_job:splits"))
+    gathered = gather(ComparisonSpec("small_job:network", "small_job:splits"))
     x = images(4, 3)
     levels = (x * 255).round() / 255
     assert not torch.equal(x, levels)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from haq import cli, runs, search, sweep
-from haq.run import Run
+from haq import runs, search, sweep
+from haq.console import cli
+from haq.study.search_run import Run
 from tests.conftest import enter
 from tests.test_robustness_command import MODULE
 

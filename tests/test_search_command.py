@@ -14,15 +14,16 @@ import pytest
 import yaml
 
 import quantizers as Q
-from haq import cli, evaluate, finetune, search
-from haq.history import COLUMNS
-from haq.job import Settings
-from haq.run import Run
+from haq import evaluate, finetune, search
+from haq.console import cli
+from haq.store.history import COLUMNS
+from haq.study.search_run import Run
+from haq.study.task import SearchConfig
 from tests.conftest import enter
 
 MODULE = """
 import torch
-from haq.models import Network
+from haq.networks import Network
 from tests.conftest import images, small_network
 
 def splits():
@@ -307,9 +308,9 @@ def test_a_checkpoint_of_another_run_is_refused(capsys: pytest.CaptureFixture[st
     path.write_bytes(whole[:-10])
     assert call(evaluate.main, "run") == 2
     assert "truncated" in capsys.readouterr().err
-    from haq import models
+    from haq import networks
 
-    models.save_checkpoint(models.load("small_job:network"), path)
+    networks.save_checkpoint(networks.load("small_job:network"), path)
     assert call(evaluate.main, "run") == 2
     assert "not a checkpoint of this run" in capsys.readouterr().err
     path.unlink()
@@ -335,7 +336,7 @@ def test_status_one_if_the_budget_does_not_hold(monkeypatch: pytest.MonkeyPatch,
 
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="--seed is -1"):
-        Settings(seed=-1)
+        SearchConfig(seed=-1)
 
 
 def test_as_a_user_types_it_nothing_comes_on_stderr(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import haq
-from haq import cli, search
-from haq.run import Run
-from haq.solvers import SOLVERS, Session, greedy, ilp, sensitivity, solve
+from haq import search
+from haq.console import cli
+from haq.problem.sensitivity import Sensitivities
+from haq.solvers import greedy, ilp, sensitivity
+from haq.solvers.base import SOLVERS, Session, solve
 from haq.solvers.hessian import curvature
-from haq.solvers.sensitivity import Sensitivities
+from haq.study.search_run import Run
 from tests.conftest import images, make_problem, small_network
 from tests.test_search_command import MODULE, SMALL, call, history
 

@@ -17,15 +17,16 @@ from stable_baselines3 import DDPG
 
 import envs
 import haq
-from haq.solvers import SOLVERS, Found, Session, agents, ilp, sensitivity, solve
+from haq.solvers import agents, ilp, sensitivity
+from haq.solvers.base import SOLVERS, Session, Trial, solve
 from tests.conftest import make_problem, small_network
 
 PUBLISHED = Path(__file__).parents[1] / "experiments" / "hawqv3_resnet18.json"
 SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
 
 
-def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0, env: str = "plan") -> tuple[Found, list[Found]]:
-    tried: list[Found] = []
+def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0, env: str = "plan") -> tuple[Trial, list[Trial]]:
+    tried: list[Trial] = []
     session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found), env=env)
     return solve(name, session, seed), tried
 

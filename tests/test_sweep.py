@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from haq import cli, evaluate, finetune, search, searches, sweep
-from haq.evaluator import Evaluator
-from haq.run import Run
+from haq import evaluate, finetune, search, sweep
+from haq.console import cli
+from haq.problem.evaluator import Evaluator
+from haq.study import sweep_run
+from haq.study.search_run import Run
 from tests.conftest import enter
 from tests.test_search_command import MODULE, call, history
 
@@ -214,13 +216,13 @@ def test_storage_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_budgets_are_decimal() -> None:
-    assert searches.budgets("0.3:0.9:0.1") == ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
-    assert searches.budgets("0.5:0.5:0.1") == ("0.5",)
-    assert searches.budgets("0.5,12ms") == ("0.5", "12ms")
+    assert sweep_run.budgets("0.3:0.9:0.1") == ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
+    assert sweep_run.budgets("0.5:0.5:0.1") == ("0.5",)
+    assert sweep_run.budgets("0.5,12ms") == ("0.5", "12ms")
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    assert searches.pareto([(1, 0.5), (2, 0.5), (2, 0.7), (2, 0.7), (3, 0.6), (0.5, 0.1)]) == [
+    assert sweep_run.pareto([(1, 0.5), (2, 0.5), (2, 0.7), (2, 0.7), (3, 0.6), (0.5, 0.1)]) == [
         True,
         False,
         True,

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import quantizers as Q
-from haq import cli, data, models, train, training
-from haq.checkpoint import Checkpoint
+from haq import data, networks, train, training
+from haq.console import cli
+from haq.store.checkpoint import Checkpoint
 from tests.conftest import images, small_network
 
-NETWORK = models.Network("small", small_network(), (1, 8, 8))
+NETWORK = networks.Network("small", small_network(), (1, 8, 8))
 
 
 def split(count: int = 256) -> data.Split:
@@ -56,7 +57,7 @@ def test_a_teacher_is_approached_without_labels() -> None:
 def test_finetuning_changes_a_copy_at_the_same_bits() -> None:
     module = small_network()
     training.refresh_norms(NETWORK, module, split())  # as a trained network's are
-    network = models.Network("small", module, (1, 8, 8))
+    network = networks.Network("small", module, (1, 8, 8))
     policy = Q.BitPolicy(dict.fromkeys(Q.BitPolicy.uniform(module, w=2, a=3), (2, 3)))
     qnetwork = Q.quantize(module, policy, calibrate=images(32))
     before = copy.deepcopy(qnetwork.state_dict())
@@ -111,7 +112,7 @@ from tests.conftest import images
 def splits():
     return {name: (images(n, n), torch.arange(n) % 4) for name, n in (("train", 64), ("search", 16), ("test", 8))}
 def network():
-    from haq.models import Network
+    from haq.networks import Network
     from tests.conftest import small_network
     return Network("small", small_network(), (1, 8, 8))
 """
@@ -133,9 +134,9 @@ def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "accuracy on the test split" in out
     assert "next: python -m haq.search" in " ".join(out.split())
-    again = models.load("train_job:network@a.safetensors")
-    assert again.signature() != models.load("train_job:network").signature()
-    assert models.load("a.safetensors").signature() == again.signature()
+    again = networks.load("train_job:network@a.safetensors")
+    assert again.signature() != networks.load("train_job:network").signature()
+    assert networks.load("a.safetensors").signature() == again.signature()
     for change, message in (
         ([], "exists and is not overwritten"),
         (["--out", "b.txt"], "ends in .safetensors"),
@@ -186,7 +187,7 @@ def test_an_interrupted_training_goes_on_exactly(
     assert "seed was '0' and is '1' now" in capsys.readouterr().err
     assert train.main([*JOB, *options, "--resume", "--out", "part.safetensors"]) == 0
     assert "epoch 2/4" not in capsys.readouterr().out
-    whole, part = (models.read_state(Path(name))[0] for name in ("whole.safetensors", "part.safetensors"))
+    whole, part = (networks.read_state(Path(name))[0] for name in ("whole.safetensors", "part.safetensors"))
     assert whole.keys() == part.keys()
     assert all(torch.equal(whole[key], part[key]) for key in whole)
     assert not Path("part.state").exists()
@@ -194,16 +195,16 @@ def test_an_interrupted_training_goes_on_exactly(
 
 def test_a_quantized_training_ends_in_a_quantized_checkpoint(place: Path) -> None:
     assert train.main([*JOB, "--scheme", "linear", "--bits", "3/2", "--pretrained", "--out", "q.safetensors"]) == 0
-    quantized = models.load_quantized(Path("q.safetensors"))
+    quantized = networks.load_quantized(Path("q.safetensors"))
     policy = Q.get_policy(quantized.module)
     assert list(policy.values()) == [(8, 8), (3, 2), (3, 2), (3, 2), (8, 8)]
-    float_one = models.load("q.safetensors")
+    float_one = networks.load("q.safetensors")
     assert not Q.quant_layers(float_one.module)
     again = Q.quantize(float_one.module, policy, state=Q.quantizer_state(quantized.module))
     assert torch.equal(again(images(8)), quantized.module(images(8)))
-    models.save_checkpoint(float_one, Path("f.safetensors"))
+    networks.save_checkpoint(float_one, Path("f.safetensors"))
     with pytest.raises(ValueError, match="holds a float network"):
-        models.load_quantized(Path("f.safetensors"))
+        networks.load_quantized(Path("f.safetensors"))
 
 
 def test_tensorboard_events_are_written(place: Path) -> None:

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from haq import cli, data, evaluate, finetune, search, train
-from haq.job import Settings
+from haq import data, evaluate, finetune, search, train
+from haq.console import cli
+from haq.study.task import SearchConfig
 from tests.conftest import images
 
 MODULE = """
 import torch
-from haq.models import Network
+from haq.networks import Network
 from torch import nn
 
 def network():
@@ -88,7 +89,7 @@ def test_unknown_rewards_are_named(network: nn.Module) -> None:
     with pytest.raises(ValueError, match="unknown reward 'kl'; it can be accuracy or agreement"):
         haq.Problem(network, images(8), images(8), "edge", budget=0.6, reward="kl")
     with pytest.raises(ValueError, match="unknown reward 'kl'"):
-        Settings(reward="kl")
+        SearchConfig(reward="kl")
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import haq
-from haq import search, workers
-from haq.evaluator import Evaluation
-from haq.solvers import Found, Session, solve
-from haq.workers import Processes, working
+from haq import search
+from haq.problem.evaluator import Evaluation
+from haq.solvers.base import Session, Trial, solve
+from haq.study.workers import processes
+from haq.study.workers.processes import Processes, working
 from tests.conftest import images, make_problem, small_network
 from tests.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
@@ -29,7 +30,7 @@ def rows(problem: haq.Problem, solver: str, evaluations: int = 24, env: str = "p
     problem.evaluator.cache.clear()
     kept: Rows = []
 
-    def keep(count: int, found: Found, within: bool) -> None:
+    def keep(count: int, found: Trial, within: bool) -> None:
         kept.append((count, found.result, found.cost, found.policy))
 
     solve(solver, Session(problem, evaluations, keep, env=env, ahead=3), seed=2)
@@ -91,7 +92,7 @@ def test_a_killed_worker_loses_nothing() -> None:
     problem.evaluator.cache.clear()
     kept: Rows = []
 
-    def on_evaluation(count: int, found: Found, _: bool) -> None:
+    def on_evaluation(count: int, found: Trial, _: bool) -> None:
         kept.append((count, found.result, found.cost, found.policy))
         if count in (3, 11):
             for process in multiprocessing.active_children():
@@ -112,8 +113,8 @@ def test_workers_that_are_killed_again_and_again_are_given_up_in_one_sentence(mo
     assert "\n" not in str(raised.value)
 
 
-def _dying() -> workers.ProcessPoolExecutor:
-    return workers.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os._exit, (1,))
+def _dying() -> processes.ProcessPoolExecutor:
+    return processes.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os._exit, (1,))
 
 
 def test_what_goes_wrong_there_is_told_here() -> None:

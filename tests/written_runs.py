@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from haq.history import COLUMNS
+from haq.store.history import COLUMNS
 
 FLOAT = 0.931
 LIMIT = 0.5  # of uniform 8 bits

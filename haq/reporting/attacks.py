@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from haq.amounts import percent
 from haq.reporting import comparisons
 from haq.reporting.records import Attacked, Robustness
 from haq.reporting.sections import Section, Table
+from haq.store.units import percent
 
 
 def attacked(found: Robustness) -> Section:

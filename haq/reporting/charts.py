@@ -7,7 +7,6 @@ from typing import Any
 
 import altair as alt
 
-from haq.amounts import best_unit, percent
 from haq.reporting.drawing import (
     UNIFORM,
     Picture,
@@ -29,6 +28,7 @@ from haq.reporting.drawing import (
     shape_by,
 )
 from haq.reporting.reading import RunFolder, Tried
+from haq.store.units import best_unit, percent
 
 LABELLED = 40  # layers, at most, whose bars have their bits written at them in full size
 OPERANDS = ("weights", "activations")

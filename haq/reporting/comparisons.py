@@ -7,7 +7,6 @@ from typing import Any
 
 import altair as alt
 
-from haq.amounts import best_unit, percent
 from haq.reporting.drawing import (
     STAR,
     UNIFORM,
@@ -29,6 +28,7 @@ from haq.reporting.drawing import (
 )
 from haq.reporting.reading import RunFolder
 from haq.reporting.records import Robustness, Searched, SweepDone, SweepTarget, Uniform
+from haq.store.units import best_unit, percent
 
 
 def sweep(content: SweepDone, target: SweepTarget) -> Picture:

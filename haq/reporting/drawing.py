@@ -12,8 +12,8 @@ from typing import Any
 
 import altair as alt
 
-from haq.amounts import describe_amount, percent
 from haq.reporting.reading import RunFolder
+from haq.store.units import describe_amount, percent
 
 Row = dict[str, Any]
 UNIFORM = "uniform bits"

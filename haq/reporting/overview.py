@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from haq.amounts import percent
 from haq.reporting import comparisons
 from haq.reporting.drawing import Picture, amount
 from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
+from haq.store.units import percent
 
 
 def overview(sources: Sequence[RunFolder | SweepFolder], told: Sequence[Part]) -> Section:

@@ -15,9 +15,9 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from haq import folder as folders
-from haq import history
-from haq.folder import (
+from haq.reporting.records import Config, Policy, Problem, Record, Result, Robustness, SweepBegun, SweepDone, share_of
+from haq.store import files, history
+from haq.store.files import (
     ATTACKED,
     CONFIG,
     HISTORY,
@@ -31,7 +31,6 @@ from haq.folder import (
     SWEEP,
     SWEEP_SCHEMA,
 )
-from haq.reporting.records import Config, Policy, Problem, Record, Result, Robustness, SweepBegun, SweepDone, share_of
 
 POLICY_SCHEMA = "haq-bit-policy"  # quantizers.policy's, which can't be imported without torch
 
@@ -176,7 +175,7 @@ def _check_accuracies(result: Result, path: Path) -> None:
 
 
 def _config(folder: Path) -> Config:
-    content = folders.read_config(folder)
+    content = files.read_config(folder)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
@@ -203,8 +202,8 @@ _Any = TypeVar("_Any", bound=Record)
 
 def _record(kind: type[_Any], path: Path, schema: str, what: str) -> _Any:
     """A file's content, checked: its schema first, so that a newer file is called newer and not broken."""
-    content = folders.read_json(path, what)
-    folders.check_schema(path, content.get("schema"), schema, what)
+    content = files.read_json(path, what)
+    files.check_schema(path, content.get("schema"), schema, what)
     try:
         # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
         return kind.model_validate_json(json.dumps(content))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from haq.amounts import UNITS
+from haq.store.units import UNITS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0)]
@@ -87,7 +87,7 @@ class Check(Record):
     figures: str
 
 
-class Threat(Record):
+class ThreatModel(Record):
     eps: float
     norm: str
 
@@ -107,7 +107,7 @@ class Attacked(Record):
     worst: Share
     images: Count
     classes: Annotated[int, Field(ge=1)]
-    threat: Threat
+    threat: ThreatModel
     attacks: dict[str, Share | None]
     checks: list[Check]
     curve: list[Annotated[list[float], Field(min_length=2, max_length=2)]]

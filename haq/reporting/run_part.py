@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from haq.amounts import percent
 from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount, called, kind_of_cost
 from haq.reporting.reading import RunFolder
 from haq.reporting.records import Entry, Result
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
+from haq.store.units import percent
 
 COSTS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
 MEASURED = "Measured means timed layer by layer; the whole network may take more or less than their sum."

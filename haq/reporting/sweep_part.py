@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from haq.amounts import percent
 from haq.reporting import comparisons
 from haq.reporting.drawing import called
 from haq.reporting.overview import joint, line, listed
 from haq.reporting.reading import SweepFolder
 from haq.reporting.records import Searched, Specialisation, SweepBegun, SweepDone
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
+from haq.store.units import percent
 
 
 def of_sweep(source: SweepFolder, name: str, anchor: str) -> Part:

@@ -43,9 +43,10 @@ from torch import Tensor
 
 import envs
 import quantizers as Q
-from haq.evaluator import Evaluation, one_thread
-from haq.problem import Problem
-from haq.solvers import Session, greedy, ilp, sensitivity
+from haq.problem.evaluator import Evaluation, one_thread
+from haq.problem.problem import Problem
+from haq.solvers import greedy, ilp, sensitivity
+from haq.solvers.base import Session
 
 Floats = NDArray[np.float32]
 
@@ -58,7 +59,7 @@ CANDIDATES = 32  # episodes played for each that is evaluated
 ELITE = 4  # best episodes around which half of them are played
 CHANGED = (0.1, 0.2, 0.4)  # shares of their decisions that are made anew
 PAPER_RATE, PAPER_DECAY, WARM_UP = 1e-4, 0.99, 20  # of HAQ: actor's rate, decay of the noise, episodes at random
-VAIN = 3  # rounds without a policy that is new, after which there seem to be none
+MOST_STALE_ROUNDS = 3  # rounds without a policy that is new, after which there seem to be none
 
 
 class Episode(NamedTuple):
@@ -83,7 +84,7 @@ class Learner:
     session: Session
     sigma: float = SIGMA
     chosen: int = 0  # episodes, without demonstrations
-    vain: int = 0  # choices in a row that came to nothing
+    stale_rounds: int = 0  # choices in a row that came to nothing
     episodes: list[Episode] = field(default_factory=list)
     waiting: deque[Episode] = field(default_factory=deque)
 
@@ -122,7 +123,7 @@ class Learner:
                 "episodes": [_as_tensors(episode) for episode in self.episodes],
                 "waiting": [_as_tensors(episode) for episode in self.waiting],
                 "saturated": self.session.saturated,
-                "counts": [self.sigma, self.chosen, self.vain],
+                "counts": [self.sigma, self.chosen, self.stale_rounds],
                 "draws": json.dumps(self.draws.bit_generator.state),
                 "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
                 "python": random.getstate(),
@@ -142,7 +143,7 @@ class Learner:
                 variable.copy_(kept)
             self.agent._n_updates = content["updates"]
             self.session.saturated[:] = content["saturated"]
-            self.sigma, self.chosen, self.vain = content["counts"]
+            self.sigma, self.chosen, self.stale_rounds = content["counts"]
             self.draws.bit_generator.state = json.loads(content["draws"])
             name, keys, *rest = content["numpy"]
             np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -217,19 +218,19 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
         for proposal in proposals:
             learner.choose(play(players[0], follow(players[0], proposal)))
     while True:
-        while learner.may_choose and learner.vain < VAIN:
+        while learner.may_choose and learner.stale_rounds < MOST_STALE_ROUNDS:
             with one_thread():
                 candidates = imagine(agent, players, learner.episodes, learner.sigma, learner.draws)
                 chosen_before = {episode.policy for episode in learner.waiting}
                 new = [c for c in candidates if not session.seen(c.policy) and c.policy not in chosen_before]
-                learner.vain = 0 if new else learner.vain + 1
+                learner.stale_rounds = 0 if new else learner.stale_rounds + 1
                 if new:
                     best = new[int(np.argmax(expected(agent, new)))].policy
                     learner.choose(play(players[0], follow(players[0], best)))
                     learner.sigma *= DECAY
         if not learner.waiting:
             return
-        episode, learner.vain = learner.learn(env), 0
+        episode, learner.stale_rounds = learner.learn(env), 0
         if len(learner.episodes) > shown:
             session.saturated.append(episode.saturated)
         learner.save()
@@ -258,7 +259,7 @@ def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Ses
 
     learner.restore()
     while True:
-        while learner.may_choose and learner.vain < 10 * VAIN:
+        while learner.may_choose and learner.stale_rounds < 10 * MOST_STALE_ROUNDS:
             with one_thread():
                 learner.choose(play(player, explore))
             learner.chosen += 1
@@ -267,7 +268,7 @@ def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Ses
             return
         used = session.used
         session.saturated.append(learner.learn(env).saturated)
-        learner.vain = 0 if session.used > used else learner.vain + 1
+        learner.stale_rounds = 0 if session.used > used else learner.stale_rounds + 1
         learner.save()
 
 

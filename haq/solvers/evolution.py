@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 import quantizers as Q
-from haq.problem import Problem
-from haq.solvers import Found, Session
-from haq.solvers.random_search import VAIN, draw, policy, unseen
+from haq.problem.problem import Problem
+from haq.solvers.base import Session, Trial
+from haq.solvers.random_search import MOST_STALE_ROUNDS, draw, policy, unseen
 
 POPULATION = 20
 TOURNAMENT = 4  # parents are the better of so many
@@ -21,9 +21,9 @@ def solve(problem: Problem, session: Session, seed: int) -> None:
     first = min(POPULATION, session.evaluations)
     population: list[tuple[tuple[float, float, float], list[int]]] = []
     waiting: dict[Q.BitPolicy, list[int]] = {}  # chosen, in this order, and not in the population yet
-    vain = 0
+    stale_rounds = 0
     while True:
-        while vain < VAIN and len(waiting) < session.left:
+        while stale_rounds < MOST_STALE_ROUNDS and len(waiting) < session.left:
             if len(population) + len(waiting) < first:
                 child = draw(problem, random)
             elif len(waiting) < session.ahead:
@@ -34,7 +34,7 @@ def solve(problem: Problem, session: Session, seed: int) -> None:
             else:
                 break
             found = unseen(problem, session, waiting, child, random)
-            vain = vain + 1 if found is None else 0
+            stale_rounds = stale_rounds + 1 if found is None else 0
             if found is not None:
                 born = policy(problem, found)
                 waiting[born] = found
@@ -43,5 +43,5 @@ def solve(problem: Problem, session: Session, seed: int) -> None:
             return
         born = next(iter(waiting))
         found = waiting.pop(born)
-        population.append((Found(born, session.evaluate(born), problem.policy_cost(born)).rank, found))
+        population.append((Trial(born, session.evaluate(born), problem.policy_cost(born)).rank, found))
         population = sorted(population)[:POPULATION]

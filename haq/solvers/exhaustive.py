@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
-from haq.problem import Problem
-from haq.solvers import Session
+from haq.problem.problem import Problem
+from haq.solvers.base import Session
 from haq.solvers.random_search import policy
 
 

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
-from haq.problem import Problem
-from haq.solvers import Session, sensitivity
+from haq.problem.problem import Problem
+from haq.solvers import sensitivity
+from haq.solvers.base import Session
 
 
 def propose(problem: Problem, rise: NDArray[np.float64]) -> Q.BitPolicy:

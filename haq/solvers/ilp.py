@@ -15,8 +15,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
 import quantizers as Q
-from haq.problem import Problem
-from haq.solvers import Session, sensitivity
+from haq.problem.problem import Problem
+from haq.solvers import sensitivity
+from haq.solvers.base import Session
 
 SCALE = 1e4  # HiGHS works to absolute tolerances near 1e-7: numbers of this size make them harmless
 

@@ -7,23 +7,23 @@ from collections.abc import Collection
 import numpy as np
 
 import quantizers as Q
-from haq.problem import Problem
-from haq.solvers import Session
+from haq.problem.problem import Problem
+from haq.solvers.base import Session
 
 AHEAD = 256  # policies that are drawn before the first of them is evaluated
-VAIN = 100  # draws in a row that are no new policy, after which there seem to be none
+MOST_STALE_ROUNDS = 100  # draws in a row that are no new policy, after which there seem to be none
 
 
 def solve(problem: Problem, session: Session, seed: int) -> None:
     """Draw every decision's pair uniformly among those worth choosing, and repair it: a naive draw would leave much of the
     budget unused."""
     random = np.random.default_rng(seed)
-    vain = 0
-    while session.left and vain < VAIN:
+    stale_rounds = 0
+    while session.left and stale_rounds < MOST_STALE_ROUNDS:
         drawn: list[Q.BitPolicy] = []
-        while len(drawn) < min(AHEAD, session.left) and vain < VAIN:
+        while len(drawn) < min(AHEAD, session.left) and stale_rounds < MOST_STALE_ROUNDS:
             found = unseen(problem, session, drawn, draw(problem, random), random)
-            vain = vain + 1 if found is None else 0
+            stale_rounds = stale_rounds + 1 if found is None else 0
             if found is not None:
                 drawn.append(policy(problem, found))
         session.expect(drawn)

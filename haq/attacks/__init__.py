@@ -1,0 +1,1 @@
+"""Attacks on networks, and what can be believed of their outcome."""

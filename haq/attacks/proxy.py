@@ -1,0 +1,65 @@
+"""A cheap attack that stands for an attacker while policies are searched. It is no evaluation of robustness: that takes many
+attacks, and `haq.robustness` is for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from haq.attacks.gradient import check_steps, input_gradient, pgd
+from haq.attacks.threat_model import PerturbationBall, check_images, describe_eps
+from haq.data import Split
+from haq.networks import Network
+
+PROXY_STEPS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class ProxyAttack:
+    """A few steps of PGD on the cross-entropy, always the same: what stands for an attacker while policies are searched.
+
+    ball: see `PerturbationBall.of`. steps: of the attack. seed: of its random starts, which depend on nothing but a batch's
+    number.
+    """
+
+    ball: PerturbationBall
+    steps: int = PROXY_STEPS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    @classmethod
+    def of(cls, network: Network, eps: float, steps: int = PROXY_STEPS, seed: int = 0) -> ProxyAttack:
+        """For inputs that `network.preprocess` made of uint8 images."""
+        return cls(PerturbationBall.of(network, eps), steps, seed)
+
+    def __str__(self) -> str:
+        return f"PGD-{self.steps} at eps {describe_eps(self.ball.eps)}"
+
+    def __call__(self, module: nn.Module, inputs: Tensor, labels: Tensor, number: int) -> Tensor:
+        """Adversarial inputs for the batch of that number: inputs (N, C, H, W), labels (N,). The module is in evaluation mode.
+        It is differentiated straight through its quantizers."""
+        generator = torch.Generator().manual_seed(self.seed + number)
+        labels = labels.to(inputs.device)
+        # Summed, not averaged: one image's gradient is not made smaller by the others, down to where its sign is lost.
+        gradient = input_gradient(module, lambda outputs: F.cross_entropy(outputs, labels, reduction="sum"))
+        return pgd(gradient, inputs, self.ball.to(inputs.device), self.steps, generator)
+
+
+def worst_case(network: Network, split: Split, module: nn.Module, proxy: ProxyAttack, batch_size: int = 250) -> float:
+    """The share of `split` that `module` classifies correctly both as it is and attacked, 0..1. Raises ValueError for images
+    of unknown range."""
+    check_images(split)
+    module.eval()
+    right = 0
+    for number, (images, labels) in enumerate(split.batches(batch_size)):
+        inputs = network.preprocess(images)
+        attacked = proxy(module, inputs, labels, number)
+        with torch.inference_mode():
+            answers = torch.stack([module(inputs).argmax(1), module(attacked).argmax(1)])
+        right += int((answers == labels).all(0).sum())
+    return right / len(split)

@@ -1,0 +1,1 @@
+"""What commands share on a terminal: errors in a sentence, progress, tables, options."""

@@ -1,0 +1,218 @@
+"""What a program of integers computes: a slow, exact reference, and its comparison with the fake-quantized network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import quantizers as Q
+from haq.deployment.graph import Window, max_pool, sum_pool
+from haq.deployment.lowering import (
+    Array,
+    Codes,
+    Convolution,
+    Epilogue,
+    Fixed,
+    FloatConvolution,
+    Pool,
+    Program,
+    Quantize,
+    Value,
+    integer_activations,
+)
+from hw_models.tvm_cpu.conv import Conv, fma, zero_point
+
+
+def run(
+    program: Program, images: Array, given: Mapping[str, Array] | None = None
+) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int16]]]:
+    """What a program computes for images (N, C, H, W), slowly and exactly: the outputs, (N, classes) or (N, C, H, W), and the
+    integers that enter each layer, (N, C, H, W), by the name of the convolution step.
+
+    given: integers by the same names, that layers compute with in place of those that reach them.
+
+    Raises ValueError for images of another shape than the program's.
+    """
+    height, width, channels = program.values[program.input].shape
+    if images.ndim != 4 or images.shape[1:] != (channels, height, width):
+        raise ValueError(f"the program takes images (N, {channels}, {height}, {width}), not {images.shape}")
+    held: dict[str, Array] = {program.input: np.ascontiguousarray(images.transpose(0, 2, 3, 1), np.float32)}
+    entered: dict[str, NDArray[np.int16]] = {}
+    for step in program.steps:
+        representation, x = program.values[step.input].representation, held[step.input]
+        if isinstance(representation, Codes):
+            x = x.astype(np.int16) - zero_point(representation.bits, representation.signed)
+        if isinstance(step, Quantize):
+            codes = program.values[step.output].representation
+            assert isinstance(codes, Codes)
+            held[step.output] = _to_codes(x / np.float32(codes.scale), codes)
+            continue
+        if isinstance(step, Convolution | FloatConvolution):
+            if isinstance(representation, Codes):
+                entered[step.name] = _first(x)
+                if given is not None:
+                    x = _last(given[step.name].reshape(entered[step.name].shape)).astype(np.int16)
+            if isinstance(step, FloatConvolution):
+                if isinstance(representation, Codes):
+                    x = x.astype(np.float32) * np.float32(representation.scale)
+                sums = _convolve(step.conv, x, step.weights, torch.float32)
+            else:
+                sums = _convolve(step.conv, x, step.weights, torch.float64)  # exact below 2^53
+        elif isinstance(step, Pool):
+            image = torch.from_numpy(_first(x).astype(np.float64))
+            pool = max_pool if step.kind == "max" else sum_pool
+            sums = _last(pool(image, step.window, step.output_size).numpy())
+        else:
+            sums = x
+        _finish(step.epilogue, sums, held, program.values)
+    output = _first(held[program.output])
+    return np.ascontiguousarray(output[:, :, 0, 0] if output.shape[2:] == (1, 1) else output), entered
+
+
+def _first(x: Array) -> Array:
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+
+
+def _last(x: Array) -> Array:
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+
+
+def _convolve(conv: Conv, x: Array, weights: Array, dtype: torch.dtype) -> Array:
+    window = Window(conv.kernel, conv.stride, conv.padding, conv.dilation)
+    image = torch.from_numpy(_first(x.reshape(len(x), *conv.input_size, conv.in_channels))).to(dtype)
+    image = window.padded(image, conv.output_size, 0.0)
+    made = F.conv2d(image, torch.from_numpy(weights).to(dtype), None, conv.stride, 0, conv.dilation, conv.groups)
+    return _last(made.numpy())
+
+
+def _finish(epilogue: Epilogue, sums: Array, held: dict[str, Array], values: Mapping[str, Value]) -> None:
+    v = fma(sums.astype(np.float32), epilogue.multiplier, epilogue.offset)
+    for residual in epilogue.residuals:
+        v = fma(held[residual.value].astype(np.float32), residual.factor, v)
+    v = v.clip(np.float32(epilogue.low), np.float32(epilogue.high))
+    for output in epilogue.outputs:
+        u, representation = v * np.float32(output.factor), values[output.value].representation
+        if isinstance(representation, Codes):
+            held[output.value] = _to_codes(u, representation)
+        elif isinstance(representation, Fixed):
+            held[output.value] = np.rint(u).clip(-representation.limit, representation.limit).astype(np.int32)
+        else:
+            held[output.value] = u
+
+
+def _to_codes(ratio: Array, codes: Codes) -> NDArray[np.uint8]:
+    if codes.bits == 1 and codes.signed:
+        q: Array = np.where(ratio >= 0, 1, -1)
+    else:
+        q = np.rint(ratio).clip(*codes.range)
+    made: NDArray[np.uint8] = (q + zero_point(codes.bits, codes.signed)).astype(np.uint8)
+    return made
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """The integers that enter a layer in all images, against those of the fake-quantized network.
+
+    values      how many there are
+    different   how many of them are others, and by how many steps at most (`largest`)
+    own         how many are others although every layer before got the same integers: what this step's rounding does, ties
+                and the last digits of float32; the rest of `different` follows from those of earlier layers
+    own_largest by how many steps those are
+    """
+
+    layer: str
+    values: int
+    different: int
+    largest: int
+    own: int
+    own_largest: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found. `same_answers` is the share of images with the same largest output, `output_difference` the
+    largest between outputs."""
+
+    layers: tuple[LayerDifference, ...]
+    same_answers: float
+    output_difference: float
+
+    @property
+    def values(self) -> int:
+        return sum(layer.values for layer in self.layers)
+
+    @property
+    def different(self) -> int:
+        return sum(layer.different for layer in self.layers)
+
+    @property
+    def own(self) -> int:
+        return sum(layer.own for layer in self.layers)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{x.layer}: {x.different} of {x.values} integers differ, by up to {x.largest}; {x.own} by its own rounding"
+            for x in self.layers
+            if x.different
+        ]
+        equal = len(self.layers) - len(lines)
+        lines.append(
+            f"{equal} of {len(self.layers)} layers are equal bit for bit; of {self.values} integers {self.different} differ, "
+            f"{self.own} by their own rounding; same answer on {self.same_answers:.2%} of the images, "
+            f"outputs differ by up to {self.output_difference:.3g}"
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, NDArray[np.int16]]]:
+    """The outputs of the fake-quantized network, and the integers that enter its layers, in the layers' own shapes, by the
+    names of `run`. For images of float64 all but the quantized weights is computed in float64."""
+    network = copy.deepcopy(network).eval()
+    if images.dtype == torch.float64:
+        for layer in Q.quant_layers(network).values():
+            layer.weight, layer.weight_bits = nn.Parameter(layer.quantized_weight()), None
+        network.double()
+    entered: dict[str, NDArray[np.int16]] = {}
+
+    def watch(name: str, layer: Q.QuantLayer) -> None:
+        codes = integer_activations(name, layer)
+
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            calls = 1 + sum(key.partition("@")[0] == name for key in entered)
+            real = layer.scheme.activation(layer, inputs[0], codes.bits)
+            entered[name if calls == 1 else f"{name}@{calls}"] = (real / codes.scale).round().to(torch.int16).numpy()
+
+        layer.register_forward_pre_hook(before)
+
+    for name, layer in Q.quant_layers(network).items():
+        if layer.activation_bits is not None:
+            watch(name, layer)
+    return network(images), entered
+
+
+def compare(network: nn.Module, program: Program, images: Tensor) -> Comparison:
+    """A program against the fake-quantized network it was made of, on images (N, C, H, W).
+
+    One integer that differs at a tie makes others differ behind it, at 8 bits many: the fake-quantized network in float32
+    and in float64 (give images of float64) differ from each other as much. So both are counted: all, and those that a
+    layer's own rounding made.
+    """
+    expected, before = fake_quantized(network, images)
+    outputs, entered = run(program, images.float().numpy())
+    _, alone = run(program, images.float().numpy(), before)
+    layers = []
+    for name, q in before.items():
+        gap, own = (np.abs(x[name].reshape(q.shape) - q) for x in (entered, alone))
+        counts = (int((gap > 0).sum()), int(gap.max()), int((own > 0).sum()), int(own.max()))
+        layers.append(LayerDifference(name, q.size, *counts))
+    real = expected.numpy().reshape(outputs.shape)
+    same = outputs.argmax(1) == real.argmax(1)
+    return Comparison(tuple(layers), float(same.mean()), float(np.abs(outputs - real).max()))

@@ -1,0 +1,332 @@
+"""A quantized network as an ONNX file: for stock ONNX Runtime, or for tools that read QONNX."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq.deployment.graph import Graph, Node, Shape
+from haq.deployment.interpreter import fake_quantized
+from haq.deployment.lowering import integer_activations, integer_weights
+
+FLAVOURS = ("onnx", "qonnx")
+# Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
+OPSET, IR_VERSION = 17, 8
+QONNX_DOMAIN = "qonnx.custom_op.general"
+BATCH = 64
+
+Array = NDArray[Any]
+
+
+def export(graph: Graph, qnet: nn.Module, path: str | Path, *, flavour: str = "onnx") -> None:
+    """Write a captured network with its present weights, scales and bits to an ONNX file, for images (N, C, H, W) in float.
+
+    flavour
+        onnx    weights are int8 and DequantizeLinear per output channel; inputs of layers go through QuantizeLinear, a Clip
+                of the integers where they have fewer than 8 bits, and DequantizeLinear; signs are Where. Any batch size.
+        qonnx   the same with the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527). The batch
+                size is 1, as the tools that read it want.
+
+    All else is computed in float32, as the fake-quantized network does, and ONNX Runtime is kept from making integer kernels
+    with other results of it: the file says what the network computes, and runs no faster for it. A layer's input, quantized,
+    is the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
+
+    Raises ValueError, naming the layer and its scheme, for weights or activations that are not integers times a scale, and
+    ImportError, naming what to install.
+    """
+    if flavour not in FLAVOURS:
+        raise ValueError(f"unknown flavour {flavour!r} of ONNX; known: {', '.join(FLAVOURS)}")
+    model = _Writer(graph, qnet, flavour).model()
+    if flavour == "qonnx":
+        # QONNX executes no file that lacks the shape of any tensor.
+        wrapper = _package("qonnx.core.modelwrapper").ModelWrapper(model)
+        model = wrapper.transform(_package("qonnx.transformation.infer_shapes").InferShapes()).model
+    else:
+        _package("onnx").checker.check_model(model, full_check=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(model.SerializeToString())
+    partial.replace(path)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """An ONNX file against the fake-quantized network it was made of.
+
+    same_answers        the share of images with the same largest output
+    output_difference   the largest difference of outputs, and `largest_output` the largest output there is
+    values, different   how many integers enter layers, and how many of them are others; by how many steps at most (`steps`)
+    """
+
+    flavour: str
+    images: int
+    same_answers: float
+    output_difference: float
+    largest_output: float
+    values: int
+    different: int
+    steps: int
+
+    def __str__(self) -> str:
+        by = f", by up to {self.steps}" if self.different else ""
+        return (
+            f"{self.flavour}: same answer on {self.same_answers:.2%} of {self.images} images, outputs differ by up to "
+            f"{self.output_difference:.3g} (the largest is {self.largest_output:.3g}); of {self.values} integers that enter "
+            f"layers {self.different} differ{by}"
+        )
+
+
+def verify(path: str | Path, qnet: nn.Module, images: Tensor) -> Verification:
+    """Run a file of `export` on images (N, C, H, W), as its user would, beside the network in PyTorch.
+
+    ONNX Runtime on the CPU, with the optimizations that it makes by default, or the interpreter of the package `qonnx`. They
+    add in another order: where a float32 sum falls on the other side of a tie, an integer differs by one step, and in deep
+    networks at 8 bits many do behind it (see `haq.interpreter.compare`).
+
+    Raises ValueError without images, and ImportError, naming what to install.
+    """
+    if not len(images):
+        raise ValueError("a file is verified on images, and there are none")
+    images = images.float()
+    model = _package("onnx").load(str(path))
+    flavour = "qonnx" if any(opset.domain == QONNX_DOMAIN for opset in model.opset_import) else "onnx"
+    run = _qonnx_runner(model) if flavour == "qonnx" else _onnx_runner(model)
+    scales = {
+        name: integer_activations(name, layer).scale
+        for name, layer in Q.quant_layers(qnet).items()
+        if layer.activation_bits is not None
+    }
+    same, worst, largest, values, different, steps = 0, 0.0, 0.0, 0, 0, 0
+    for batch in images.split(BATCH):
+        expected, integers = fake_quantized(qnet, batch)
+        outputs, entered = run(batch.numpy(), [f"{name}:input" for name in integers])
+        real = expected.numpy()
+        outputs = outputs.reshape(real.shape)
+        same += int((outputs.argmax(1) == real.argmax(1)).reshape(len(real), -1).all(1).sum())
+        worst, largest = max(worst, float(np.abs(outputs - real).max())), max(largest, float(np.abs(real).max()))
+        for (name, q), x in zip(integers.items(), entered, strict=True):
+            gap = np.abs(np.rint(x / np.float32(scales[name.partition("@")[0]])).astype(int).reshape(q.shape) - q)
+            values, different, steps = values + q.size, different + int((gap > 0).sum()), max(steps, int(gap.max()))
+    return Verification(flavour, len(images), same / len(images), worst, largest, values, different, steps)
+
+
+# The outputs for images, and the tensors of these names.
+Runner = Callable[[Array, list[str]], tuple[Array, list[Array]]]
+
+
+def _onnx_runner(model: Any) -> Runner:
+    runtime, helper = _package("onnxruntime"), _package("onnx").helper
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+
+    def session(model: Any) -> Any:
+        return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    # What is looked into can't be optimized away, so the file is run as it is, too.
+    plain, opened = session(model), None
+
+    def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
+        nonlocal opened
+        if opened is None:
+            model.graph.output.extend(helper.make_tensor_value_info(name, 1, None) for name in names)
+            opened = session(model)
+        return plain.run(["output"], {"input": images})[0], opened.run(names, {"input": images}) if names else []
+
+    return run
+
+
+def _qonnx_runner(model: Any) -> Runner:
+    execution = _package("qonnx.core.onnx_exec")
+    make = execution.qonnx_make_model
+    wrapper = _package("qonnx.core.modelwrapper").ModelWrapper(model)
+    resize = _package("qonnx.transformation.change_batchsize").ChangeBatchSize
+    infer = _package("qonnx.transformation.infer_shapes").InferShapes
+
+    def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
+        sized = wrapper.transform(resize(len(images))).transform(infer())
+        # QONNX has ONNX Runtime execute each node as a file of onnx's newest version, which it may not know yet.
+        with mock.patch.object(execution, "qonnx_make_model", functools.partial(make, ir_version=IR_VERSION)):
+            held = execution.execute_onnx(sized, {"input": images}, return_full_exec_context=True)
+        return held["output"], [held[name] for name in names]
+
+    return run
+
+
+def _package(name: str) -> Any:
+    """onnx, onnxruntime or qonnx: optional, so imported where it is needed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"ONNX files need the package {name.partition('.')[0]}: pip install 'haq[onnx]'") from error
+
+
+class _Writer:
+    """Writes ONNX nodes for those of a graph. A tensor has the name of the graph's node that makes it."""
+
+    def __init__(self, graph: Graph, qnet: nn.Module, flavour: str) -> None:
+        self.onnx = _package("onnx")
+        self.graph, self.qonnx = graph, flavour == "qonnx"
+        self.layers: Mapping[str, Q.QuantLayer] = Q.quant_layers(qnet)
+        self.shapes = {node.name: node.shape for node in graph.nodes}
+        # Results that others than batch norms read.
+        self.followed = {name for node in graph.nodes if node.kind != "batch_norm" for name in node.inputs}
+        self.nodes: list[Any] = []
+        self.constants: dict[str, Array] = {}
+        self.weights: dict[str, tuple[str, int]] = {}
+        self.calls: dict[str, int] = {}
+
+    def model(self) -> Any:
+        helper = self.onnx.helper
+        first, *_, last = self.graph.nodes
+        for node in self.graph.nodes[1:]:
+            with torch.no_grad():
+                self._write(node)
+        kinds = {node.kind for node in self.graph.nodes}
+        graph = helper.make_graph(
+            self.nodes,
+            "haq",
+            [self._value("input", first.shape, vector=not kinds & {"conv", "max_pool", "avg_pool"})],
+            [self._value("output", last.shape, vector=bool(kinds & {"linear", "flatten"}))],
+            [self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
+        )
+        opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(QONNX_DOMAIN, 1)] if self.qonnx else [])
+        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="haq")
+
+    def _value(self, name: str, shape: Shape, vector: bool) -> Any:
+        height, width, channels = shape
+        size = (1 if self.qonnx else "N", channels, *(() if vector and (height, width) == (1, 1) else (height, width)))
+        return self.onnx.helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, size)
+
+    def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def _constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
+        self.constants[name] = np.asarray(value, dtype)
+        return name
+
+    def _write(self, node: Node) -> None:
+        name, inputs = node.name, list(node.inputs)
+        if node.kind in ("conv", "linear"):
+            self._layer(node)
+        elif node.kind == "batch_norm":
+            assert node.scale is not None
+            values = {"scale": node.scale, "shift": node.shift, "mean": 0 * node.scale, "variance": 0 * node.scale + 1}
+            inputs += [self._constant(f"{name}:{key}", value) for key, value in values.items()]
+            self._op("BatchNormalization", inputs, name, epsilon=0.0)
+        elif node.kind in ("relu", "clamp"):
+            if (node.low, node.high) == (0, math.inf):
+                self._op("Relu", inputs, name)
+                return
+            bounds = {"low": node.low, "high": node.high}
+            self._op("Clip", inputs + [self._constant(f"{name}:{key}", bound) for key, bound in bounds.items()], name)
+        elif node.kind == "add":
+            self._op("Add", inputs, name)
+        elif node.kind == "max_pool":
+            self._op("MaxPool", inputs, name, **self._window(node))
+        elif node.kind == "avg_pool":
+            window = self._window(node)
+            del window["dilations"]
+            self._op("AveragePool", inputs, name, count_include_pad=1, **window)
+        elif node.kind == "flatten":
+            self._op("Flatten", inputs, name)
+        else:
+            self._op("Identity", inputs, "output")
+
+    def _window(self, node: Node) -> dict[str, Any]:
+        window = node.window
+        assert window is not None
+        ends = window.end_padding(self.shapes[node.inputs[0]][:2], node.shape[:2])
+        return {
+            "kernel_shape": window.kernel,
+            "strides": window.stride,
+            # Rows that aren't looked at at the end need no cutting off: ONNX rounds sizes down.
+            "pads": (*window.padding, *(max(0, end) for end in ends)),
+            "dilations": window.dilation,
+        }
+
+    def _layer(self, node: Node) -> None:
+        name, layer, (source,) = node.module, self.layers[node.module], node.inputs
+        self.calls[name] = self.calls.get(name, 0) + 1
+        step = name if self.calls[name] == 1 else f"{name}@{self.calls[name]}"
+        if name not in self.weights:
+            self.weights[name] = self._weight(name, layer)
+        weight, bits = self.weights[name]
+        if layer.activation_bits is not None:
+            source = self._activation(step, name, layer, source, bits, node.kind == "linear")
+        inputs, made = [source, weight], node.name
+        bias = layer.bias.detach().numpy() if isinstance(layer.bias, Tensor) else None
+        # Between quantized layers, ONNX Runtime would round a layer's bias to multiples of both scales' product, which at few
+        # bits is far off, and round its result in another way than is written. An addition in between keeps it from that.
+        apart = layer.activation_bits is not None and (bias is not None or node.name in self.followed)
+        if apart:
+            made = f"{node.name}:sums"
+        elif bias is not None:
+            inputs.append(self._constant(f"{name}.bias", bias))
+        if node.kind == "linear":
+            self._op("Gemm", inputs, made, transB=1)
+        else:
+            assert node.window is not None
+            self._op("Conv", inputs, made, group=node.window.groups, **self._window(node))
+        if apart:
+            shape = (-1,) if node.kind == "linear" else (-1, 1, 1)
+            bias = np.zeros(node.shape[2]) if bias is None else bias
+            self._op("Add", [made, self._constant(f"{name}.bias", bias.reshape(shape))], node.name)
+
+    def _activation(self, step: str, name: str, layer: Q.QuantLayer, source: str, w_bits: int, linear: bool) -> str:
+        """What enters a layer: codes times their scale."""
+        codes, made = integer_activations(name, layer), f"{step}:input"
+        scale = self._constant(f"{step}:input_scale", codes.scale)
+        if self.qonnx:
+            return self._quant(source, made, scale, codes.bits, codes.signed, codes.narrow and codes.signed)
+        if codes.bits == 1 and codes.signed:
+            zero, minus = self._constant("zero", 0), self._constant(f"{step}:minus_input_scale", -codes.scale)
+            positive = self._op("GreaterOrEqual", [source, zero], f"{step}:sign")
+            return self._op("Where", [positive, scale, minus], made)
+        dtype = np.dtype(np.int8 if codes.signed else np.uint8)
+        zero = self._constant(f"zero_{dtype}", 0, dtype)
+        integers = self._op("QuantizeLinear", [source, scale, zero], f"{step}:integers")
+        if codes.range != (np.iinfo(dtype).min, np.iinfo(dtype).max):
+            low, high = (self._constant(f"{dtype}_{bound}", bound, dtype) for bound in codes.range)
+            integers = self._op("Clip", [integers, low, high], f"{step}:clipped")
+        # Where ONNX Runtime sees DequantizeLinear, it makes float weights 8 bits wide, and adds a linear layer's products by
+        # pairs: on x86 without VNNI in 16 bits, too few for weights of 8 bits, unless inputs are unsigned and of less.
+        narrow = linear and w_bits == 8 and (codes.bits == 8 or codes.signed)
+        if w_bits and not narrow:
+            return self._op("DequantizeLinear", [integers, scale, zero], made)
+        real = self._op("Cast", [integers], f"{step}:real", to=self.onnx.TensorProto.FLOAT)
+        return self._op("Mul", [real, scale], made)
+
+    def _weight(self, name: str, layer: Q.QuantLayer) -> tuple[str, int]:
+        """A layer's weights, and the bits of their integers; 0 if they are float."""
+        if layer.weight_bits is None:
+            return self._constant(f"{name}.weight", layer.weight.detach().float().numpy()), 0
+        q, scales, bits = integer_weights(name, layer)
+        made = f"{name}:weight"
+        if self.qonnx:
+            each = scales.astype(np.float32).reshape(-1, *[1] * (q.ndim - 1))
+            real, scale = self._constant(f"{name}.weight", q * each), self._constant(f"{name}:weight_scale", each)
+            return self._quant(real, made, scale, bits, True, int(q.min()) > -(2 ** (bits - 1))), bits
+        zeros = self._constant(f"{name}:weight_zero", np.zeros(len(q)), np.int8)
+        scale = self._constant(f"{name}:weight_scale", scales)
+        return self._op("DequantizeLinear", [self._constant(f"{name}.weight", q, np.int8), scale, zeros], made, axis=0), bits
+
+    def _quant(self, source: str, made: str, scale: str, bits: int, signed: bool, narrow: bool) -> str:
+        if bits == 1 and signed:
+            return self._op("BipolarQuant", [source, scale], made, domain=QONNX_DOMAIN)
+        inputs = [source, scale, self._constant("zero", 0), self._constant(f"bits_{bits}", bits)]
+        attributes = {"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
+        return self._op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)

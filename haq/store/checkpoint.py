@@ -1,0 +1,72 @@
+"""A file with what it takes to go on exactly where something was interrupted; reading one can't execute anything."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from haq.store.files import check_file, write
+
+MOST = 2**30  # bytes that are read
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where it is, and what it belongs to: `asked`, by name. A file of something else is refused with the difference."""
+
+    path: Path
+    asked: dict[str, str]
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Write tensors, numbers, strings and containers of them, beside and renamed; the same bytes for the same content."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()  # torch's own error on a full disk doesn't say so
+        torch.save(_apart({"asked": self.asked, **content}, {}), file)
+        write(self.path, file.getvalue())
+
+    def read(self, most: int = MOST) -> dict[str, Any] | None:
+        """What was written last; None if nothing was. Raises ValueError, with the way out, for a file that can't be read, is
+        of something else, or has more than `most` bytes."""
+        if not self.path.exists():
+            return None
+        check_file(self.path, most)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about foreign pickles, which are refused in our own words
+                content: dict[str, Any] = torch.load(self.path, weights_only=True)
+            asked = dict(content["asked"])
+        except Exception as error:
+            raise ValueError(f"{self.path} can't be resumed from ({type(error).__name__}); delete it to start anew") from error
+        for key in sorted(set(asked) | set(self.asked)):
+            if asked.get(key) != self.asked.get(key):
+                raise ValueError(
+                    f"{self.path} is of something else: {key} was {asked.get(key)!r} and is {self.asked.get(key)!r} now; "
+                    "ask for the same again, or delete it to start anew"
+                )
+        return content
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Whatever is raised while what was read is put back, in one sentence: it doesn't fit."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.path} doesn't fit what goes on from it ({reason}); delete it to start anew") from error
+
+
+def _apart(value: Any, strings: dict[str, str]) -> Any:
+    """The same, with equal strings one object and every container one of its own: a pickle tells objects from equal ones."""
+    if isinstance(value, dict):
+        return {_apart(key, strings): _apart(one, strings) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        made = [_apart(one, strings) for one in value]
+        return made if isinstance(value, list) else tuple(made)
+    return strings.setdefault(value, value) if isinstance(value, str) else value

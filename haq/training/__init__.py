@@ -1,0 +1,28 @@
+"""Training: the one loop, fine-tuning, and attackers to train against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from haq.training.adversaries import Adversary as Adversary
+    from haq.training.adversaries import TrainingAttack as TrainingAttack
+    from haq.training.finetuning import ShortTuning as ShortTuning
+    from haq.training.finetuning import finetune as finetune
+    from haq.training.finetuning import refresh_norms as refresh_norms
+    from haq.training.loop import accuracy as accuracy
+    from haq.training.loop import agreement as agreement
+    from haq.training.loop import augment as augment
+    from haq.training.loop import fit as fit
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["adversaries", "loop", "finetuning"],
+    submod_attrs={
+        "adversaries": ["Adversary", "TrainingAttack"],
+        "loop": ["accuracy", "agreement", "augment", "fit"],
+        "finetuning": ["ShortTuning", "finetune", "refresh_norms"],
+    },
+)
