@@ -33,8 +33,8 @@ from hw_models.tvm_cpu.cache import TimingCache, cache_folder
 from hw_models.tvm_cpu.choose import choose
 from hw_models.tvm_cpu.conv import Conv
 from hw_models.tvm_cpu.measure import BuildError, Timing, cross_compiler, measure
+from tests.commands.test_search_command import MODULE, QUICK
 from tests.stand_in_kernels import Spin, candidates
-from tests.test_search_command import MODULE, QUICK
 
 ROOT = Path(__file__).parents[1]
 CONV = Conv(8, 4, (2, 2), (2, 2))

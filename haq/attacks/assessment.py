@@ -146,7 +146,7 @@ def assess(
     eps, norm: how far an attacker may go: `linf` or `l2`.
     attacks: quick, standard, full, or names divided by commas (`haq.attacks.evaluation_attacks`).
     sources: networks on the same inputs to transfer attacks from, by name.
-    backward: how gradients pass the quantized inputs of layers (`haq.attacks.evaluation_attacks.BACKWARD`). `hard` shows masking.
+    backward: how gradients pass the quantized inputs of layers (`evaluation_attacks.BACKWARD`). `hard` shows masking.
     requantize: the network is given images rounded to 8 bits.
     folder: where every finished attack is kept; the same call goes on from there.
     on_progress: told passes done and in all, and what is being done.

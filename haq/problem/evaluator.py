@@ -53,7 +53,7 @@ class Evaluator:
     """Evaluates policies of one quantized network on one set of images, which it keeps in memory, where the network is.
 
     Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
-    begins with the bits of the one before starts from what was computed then (`haq.problem.prefix_cache`), with the same result. Only where
+    begins with the bits of the one before starts from what was computed then (`prefix_cache`), with the same result. Only where
     images are attacked is the whole network run, several times, forwards and backwards.
     """
 

@@ -25,8 +25,8 @@ PATIENCE = 3  # times in a row that workers may be killed before anything is eva
 
 
 class Processes:
-    """A pool (`haq.problem.evaluator.Pool`) of `count` processes, each with a copy of the evaluator. If one is killed, all are started
-    anew, and nothing is lost but what they were at."""
+    """A pool (`haq.problem.evaluator.Pool`) of `count` processes, each with a copy of the evaluator. If one is killed, all
+    are started anew, and nothing is lost but what they were at."""
 
     def __init__(self, evaluator: Evaluator, count: int) -> None:
         self.count = count

@@ -14,8 +14,8 @@ from haq.console import cli
 from haq.problem.evaluator import Evaluator
 from haq.study import sweep_run
 from haq.study.search_run import Run
+from tests.commands.test_search_command import MODULE, call, history
 from tests.conftest import enter
-from tests.test_search_command import MODULE, call, history
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
 QUICK = [*SMALL, "--hw", "edge,cloud,bitfusion", "--budgets", "0.5:0.98:0.24", "--evaluations", "40"]

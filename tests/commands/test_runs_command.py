@@ -16,10 +16,10 @@ import yaml
 from haq import runs, search, sweep
 from haq.console import cli
 from haq.study.search_run import Run
+from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
-from tests.test_robustness_command import MODULE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
 QUICK = [*JOB, "--solver", "random", "--evaluations", "6"]
 

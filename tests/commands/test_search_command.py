@@ -345,7 +345,7 @@ def test_as_a_user_types_it_nothing_comes_on_stderr(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr

@@ -12,8 +12,8 @@ import pytest
 from haq import deploy, evaluate, finetune, networks, search, sweep
 from haq.console import cli
 from haq.study.search_run import Run
+from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
-from tests.test_robustness_command import MODULE
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
 QUICK = [*JOB, "--budget", "0.6", "--evaluations", "12", "--finetune-epochs", "1", "--solver", "random"]
@@ -85,7 +85,7 @@ def test_files_that_it_names_by_relative_paths_are_asked_for_where_they_are_not(
     from small_job import network  # type: ignore[import-not-found]
 
     networks.save_checkpoint(network(), Path("net.safetensors"))
-    target = Path(__file__).parents[1] / "hw_models" / "targets" / "edge.yaml"
+    target = Path(__file__).parents[2] / "hw_models" / "targets" / "edge.yaml"
     shutil.copy(target, "mine.yaml")
     arguments = [*QUICK, "--network", "small_job:network@net.safetensors", "--hw", "mine.yaml", "--out", "run"]
     cut(monkeypatch, 5, search.main, *arguments)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from haq import search
 from haq.console import cli
-from tests.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
+from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 
 def test_the_table_has_a_line_for_each_solver_and_tells_what_there_is_to_know(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
 from haq.study.workers import processes
 from haq.study.workers.processes import Processes, working
+from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 from tests.conftest import images, make_problem, small_network
-from tests.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 Rows = list[tuple[int, Evaluation, float, object]]
 
@@ -145,7 +145,7 @@ def test_the_search_command_writes_the_same_with_workers(capsys: pytest.CaptureF
 
 def test_workers_end_with_the_process_that_started_them() -> None:
     asked = [*SMALL, "--evaluations", "2000", "--solver", "random", "--finetune-epochs", "0", "--workers", "2", "--out", "run"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.getcwd()])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.getcwd()])}
     process = subprocess.Popen([sys.executable, "-m", "haq.search", *asked], env=environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: Path("run/history.csv").is_file() and len(history(Path("run"))) > 5)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

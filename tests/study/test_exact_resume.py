@@ -14,7 +14,7 @@ from experiments import kills
 from haq import finetune, search
 from haq.store.checkpoint import Checkpoint
 from haq.study.search_run import Run
-from tests.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
+from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 AGENT = [*SMALL, "--evaluations", "40", "--finetune-epochs", "0"]
 

@@ -18,8 +18,8 @@ from haq.networks import Network
 from haq.solvers import sensitivity
 from haq.solvers.base import Session
 from haq.study.task import SearchConfig
+from tests.commands.test_search_command import SMALL, place  # noqa: F401
 from tests.conftest import images, make_problem, small_network
-from tests.test_search_command import SMALL, place  # noqa: F401
 
 
 def tuning(network: nn.Module, steps: int = 3, seed: int = 0) -> training.ShortTuning:

@@ -24,8 +24,8 @@ from haq.store.units import describe_amount, percent
 from haq.study import sweep_run
 from haq.study.task import SearchConfig
 from quantizers.policy import SCHEMA as POLICY_SCHEMA
-from tests.test_robustness_command import MODULE
-from tests.written_runs import REWARDS, change, write, write_robustness, write_run
+from tests.commands.test_robustness_command import MODULE
+from tests.reporting.written_runs import REWARDS, change, write, write_robustness, write_run
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
 HOSTILE = '</script><script>window.hacked=1</script>"><img src=x onerror=window.hacked=1>{{7*7}}'
@@ -213,7 +213,7 @@ def test_torch_is_not_imported(made: Path) -> None:
         "print(status, *sorted({name.partition('.')[0] for name in sys.modules}))"
     )
     arguments = [sys.executable, "-W", "error", "-c", code, str(made / "run"), str(made / "sweep"), "--out", "page.html"]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, env={"PYTHONPATH": str(root)})
     assert not done.stderr
     status, *loaded = done.stdout.splitlines()[-1].split()

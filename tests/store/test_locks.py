@@ -21,10 +21,10 @@ from haq.console import cli
 from haq.store.lock import is_held, writing
 from haq.study import sweep_run
 from haq.study.search_run import Run, check_unused, unused_folder
+from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
-from tests.test_robustness_command import MODULE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
 QUICK = [*JOB, "--budget", "0.6", "--solver", "random", "--evaluations", "4", "--finetune-epochs", "0"]
 SWEEP = [*JOB, "--hw", "edge", "--budgets", "0.6", "--solvers", "random", "--evaluations", "4"]

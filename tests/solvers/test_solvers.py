@@ -21,7 +21,7 @@ from haq.solvers import agents, ilp, sensitivity
 from haq.solvers.base import SOLVERS, Session, Trial, solve
 from tests.conftest import make_problem, small_network
 
-PUBLISHED = Path(__file__).parents[1] / "experiments" / "hawqv3_resnet18.json"
+PUBLISHED = Path(__file__).parents[2] / "experiments" / "hawqv3_resnet18.json"
 SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
 
 

@@ -20,7 +20,7 @@ from haq.console import cli
 from haq.deployment import interpreter
 from haq.deployment.graph import capture
 from haq.deployment.lowering import Codes, lower
-from tests.test_search_command import MODULE, QUICK
+from tests.commands.test_search_command import MODULE, QUICK
 
 pytest.importorskip("tvm")
 
@@ -129,7 +129,7 @@ def test_readme_runs_it_without_torch(tmp_path: Path) -> None:
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=images).eval()
     deployed = deploy.to_tvm(quantized, images, tmp_path / "deployed")
     np.save(tmp_path / "images.npy", images.numpy())
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(import json, sys.*?)```", readme, re.DOTALL)
     (tmp_path / "example.py").write_text(f"{WITHOUT_TORCH}\n{example}")
     command = [sys.executable, "example.py", "deployed", "images.npy"]

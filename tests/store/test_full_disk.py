@@ -16,8 +16,8 @@ import pytest
 from haq import finetune, robustness, search, sweep, train
 from haq.console import cli
 from haq.store import files
+from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
-from tests.test_robustness_command import MODULE
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
 QUICK = [*JOB, "--budget", "0.6", "--solver", "random", "--evaluations", "30", "--finetune-epochs", "1"]

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 import haq
 from haq import search
 from haq.console import cli
-from haq.problem.sensitivity import Sensitivities
+from haq.problem.sensitivity import KINDS, Sensitivities, signed
 from haq.solvers import greedy, ilp, sensitivity
 from haq.solvers.base import SOLVERS, Session, solve
 from haq.solvers.hessian import curvature
 from haq.study.search_run import Run
+from tests.commands.test_search_command import MODULE, SMALL, call, history
 from tests.conftest import images, make_problem, small_network
-from tests.test_search_command import MODULE, SMALL, call, history
 
 QUICK = [*SMALL, "--finetune-epochs", "0", "--evaluations", "40"]
 
@@ -165,14 +165,14 @@ def test_divergences_are_those_of_the_evaluations(problem: haq.Problem) -> None:
     assert rise == pytest.approx(gaps[0] - gaps[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", sensitivity.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_gives_back_what_was_measured(kind: str, tmp_path: Path) -> None:
     problem = make_problem(small_network())
     session = Session(problem, 30, sensitivity_kind=kind)
     table = sensitivity.measure(problem, session, keep=1)
     assert session.sensitivities is not None
     assert session.used == (0 if kind == "hessian" else 29)
-    kept = sensitivity.signed(session.sensitivities, {"network": "n", "data": "d"})
+    kept = signed(session.sensitivities, {"network": "n", "data": "d"})
     kept.to_json(tmp_path / "a.json")
     read = Sensitivities.from_json(tmp_path / "a.json")
     assert np.array_equal(read.rises, kept.rises, equal_nan=True)

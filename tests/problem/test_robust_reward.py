@@ -28,7 +28,7 @@ from haq.study.search_run import Run
 from haq.study.task import SearchConfig
 from quantizers.linear import Linear
 from tests.conftest import images, small_network
-from tests.test_finetuning_in_the_loop import tuning
+from tests.training.test_finetuning_in_the_loop import tuning
 
 EPS = 0.15
 REWARD = "accuracy+robust"

@@ -19,10 +19,10 @@ from haq.solvers.base import Session, Trial, solve
 from haq.study.workers import ray as ray_workers
 from haq.study.workers.processes import working
 from haq.study.workers.ray import Crew
+from tests.commands.test_search_command import QUICK, call, history, place  # noqa: F401
 from tests.conftest import make_problem, small_network
-from tests.test_search_command import QUICK, call, history, place  # noqa: F401
-from tests.test_sweep import files
-from tests.test_workers import Rows, rows, wait_for
+from tests.study.test_sweep import files
+from tests.study.test_workers import Rows, rows, wait_for
 
 pytest.importorskip("ray")
 MEMORY = 100 * 2**20  # bytes of a node's object store
@@ -32,7 +32,7 @@ MEMORY = 100 * 2**20  # bytes of a node's object store
 def nodes() -> Iterator[Any]:
     """A cluster of two machines, as far as Ray knows, with a processor each."""
     # Machines import what this process does, small_job.py too, which each test has in a folder of its own.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": MEMORY}
@@ -188,7 +188,7 @@ sys.exit(cli.run_command(lambda: search.main([*sys.argv[1:], "--ray", made.addre
     arguments = [*QUICK, "--evaluations", "200", "--solver", "random", "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-c", code % MEMORY, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.getcwd()])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.getcwd()])},
         capture_output=True,
         text=True,
         timeout=300,

@@ -15,8 +15,8 @@ import pytest
 from haq import report
 from haq.reporting.reading import RunFolder, read
 from haq.store.units import percent
-from tests.test_report import HOSTILE
-from tests.written_runs import write_robustness, write_run
+from tests.reporting.test_report import HOSTILE
+from tests.reporting.written_runs import write_robustness, write_run
 
 DEEP = tuple(f"features.{i}.conv.{part}" for i in range(18) for part in ("expand", "depthwise", "project"))
 EVALUATIONS = 400

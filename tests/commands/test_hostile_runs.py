@@ -27,8 +27,8 @@ from haq import data, deploy, evaluate, finetune, networks, robustness, runs, se
 from haq.attacks import evaluation_attacks
 from haq.console import cli
 from haq.store.files import MOST_HISTORY
+from tests.commands.test_robustness_command import MODULE, TINY
 from tests.conftest import enter
-from tests.test_robustness_command import MODULE, TINY
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
 ATTACKED = ["--attacks", "fgsm", "--images", "32", "--workers", "1", "--defensive", "0"]
