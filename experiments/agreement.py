@@ -9,7 +9,7 @@ one is for calibration and the rest for the search, so that no two splits share 
 and four random crops (square, 0.6 to 1 of the shorter side, half of them mirrored), 224x224 pixels. Crops of one photograph
 are much alike: the number of photographs is what a result stands on.
 
-Policies are found with reward="agreement": the share of search crops on which the quantized network answers what the float
+Policies are found with objective="agreement": the share of search crops on which the quantized network answers what the float
 network does, and the divergence of the two. No label is looked at until the last column: top-1 on foolbox's 20, centre crops.
 Nothing is fine-tuned: a dozen photographs are too few for that. First and last layer have 8 bits, in uniform rows too.
 
@@ -144,7 +144,9 @@ class Study:
 
     def problem(self, target: str, bits: tuple[int, int]) -> haq.Problem:
         """What policies are worth doesn't depend on the target: all problems share one evaluator."""
-        made = haq.Problem(self.network.module, self.calibrate, self.search, target, budget=1.0, bits=bits, reward="agreement")
+        made = haq.Problem(
+            self.network.module, self.calibrate, self.search, target, budget=1.0, bits=bits, objective="agreement"
+        )
         if self.first is None:
             self.first = made
         made.evaluator = self.first.evaluator

@@ -14,9 +14,9 @@ networks without norms (seed 0); defensive ones are better at it than at 3e-3, t
 
 Attacked in the infinity norm at 8/255 on 300 test images. As in the paper: FGSM, R+FGSM and PGD with straight-through
 gradients, and a black box, PGD's images of another network (plain, in float, of another seed). Beside it, through
-`haq.attacks.assessment` at standard effort: APGD on two losses, Square with 1,000 queries, noise, transfer from the float twin;
-the per-image worst case over all; and the checks for masked gradients. Means of three seeds with smallest and largest; the
-differences are between pairs of the same seed.
+`haq.attacks.assessment` at standard effort: APGD on two losses, Square with 1,000 queries, noise, transfer from the float
+twin; the per-image worst case over all; and the checks for masked gradients. Means of three seeds with smallest and largest;
+the differences are between pairs of the same seed.
 
 Prints and saves tables, what they say about whether the defence works here, and a picture of how far the worst perturbations
 grow from layer to layer.

@@ -33,7 +33,8 @@ from haq import networks
 from haq.problem.evaluator import Evaluator
 from haq.solvers import sensitivity
 from haq.solvers.base import Session
-from haq.study.task import SearchConfig
+from haq.study.config import SearchConfig
+from haq.study.task import SearchTask
 
 FLOAT = "float forward pass, batches of 250"
 BARS = {"a new random policy": ("at most", 1.3, FLOAT), "straightforward": ("at least", 5.0, "a new random policy")}
@@ -57,14 +58,14 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    job = SearchConfig().build()
-    yield Case("mobilenet-mini at 28x28, the default job", job.network.module, job.problem, 15, 10_000)
+    task = SearchTask.build(SearchConfig())
+    yield Case("mobilenet-mini at 28x28, the default job", task.network.module, task.problem, 15, 10_000)
     size = 64
     network = networks.load("torchvision:resnet18", classes=10, pretrained=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images = torch.rand(500, 3, size, size).contiguous(memory_format=torch.channels_last)
-    problem = haq.Problem(network.module, calibrate=images[:64], search=images, target="edge", reward="agreement")
+    problem = haq.Problem(network.module, calibrate=images[:64], search=images, target="edge", objective="agreement")
     yield Case(f"torchvision:resnet18 at {size}x{size}, random weights and images", network.module, problem, 5, 40)
 
 

@@ -111,13 +111,13 @@ def finish(command: str, folder: Path) -> None:
         raise ChildProcessError(f"{command} failed: {(folder / 'log').read_text()[-2000:]}")
 
 
-def prepared(job: Job, place: Path, name: str) -> Path:
+def prepared(task: Job, place: Path, name: str) -> Path:
     """A folder of its own, with all that the job needs."""
     folder = place / name
     folder.mkdir()
     (folder / "small_job.py").write_text(JOB)
-    if job.before:
-        finish(job.before, folder)
+    if task.before:
+        finish(task.before, folder)
     return folder
 
 
@@ -132,24 +132,24 @@ def endings(folder: Path, run: Path) -> dict[str, bytes]:
     }
 
 
-def timed(job: Job, folder: Path) -> tuple[float, float]:
+def timed(task: Job, folder: Path) -> tuple[float, float]:
     """Run a job to its end. Returns its seconds until it had begun, and in all."""
-    began, process, first = time.monotonic(), start(job.command, folder), 0.0
+    began, process, first = time.monotonic(), start(task.command, folder), 0.0
     while process.poll() is None:
-        if not first and (folder / RUN / job.begun).exists():
+        if not first and (folder / RUN / task.begun).exists():
             first = time.monotonic() - began
         time.sleep(0.01)
     if process.returncode not in (0, 1):
-        raise ChildProcessError(f"{job.command} failed: {(folder / 'log').read_text()[-2000:]}")
+        raise ChildProcessError(f"{task.command} failed: {(folder / 'log').read_text()[-2000:]}")
     return first, time.monotonic() - began
 
 
-def interrupted(job: Job, folder: Path, kills: int, times: tuple[float, float], draws: random.Random) -> list[float]:
+def interrupted(task: Job, folder: Path, kills: int, times: tuple[float, float], draws: random.Random) -> list[float]:
     """Run a job to its end, killing it up to so many times. Returns when it was, in seconds from its starts."""
     when: list[float] = []
     first, whole = times
     while True:
-        process = start(job.resume if (folder / RUN / job.begun).exists() else job.command, folder)
+        process = start(task.resume if (folder / RUN / task.begun).exists() else task.command, folder)
         moment = None
         if len(when) < kills:
             moment = draws.uniform(0 if draws.random() < EARLY else first, whole)
@@ -162,9 +162,9 @@ def interrupted(job: Job, folder: Path, kills: int, times: tuple[float, float], 
             when.append(moment)
             continue
         # Gone on with after its end, it says so.
-        over = process.returncode == cli.EXIT_BAD_INPUT and when and job.ended and (folder / RUN / job.ended).exists()
+        over = process.returncode == cli.EXIT_BAD_INPUT and when and task.ended and (folder / RUN / task.ended).exists()
         if process.returncode not in (0, 1) and not over:
-            raise ChildProcessError(f"{job.resume} failed: {(folder / 'log').read_text()[-2000:]}")
+            raise ChildProcessError(f"{task.resume} failed: {(folder / 'log').read_text()[-2000:]}")
         return when
 
 
@@ -182,19 +182,19 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table(title="Killed, gone on with, and compared", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("job", "killed after (s)", "kills", "endings", "the same to the last bit"):
         table.add_column(heading, justify="left" if heading in ("job", "killed after (s)") else "right")
-    share, rest = divmod(options.kills, len(options.jobs))
+    share, rest = divmod(options.kills, len(options.tasks))
     total = same_total = ended = 0
     with tempfile.TemporaryDirectory() as temporary, cli.progress(console) as bar:
-        task = bar.add_task("kills", total=options.kills, note="")
-        for number, name in enumerate(options.jobs):
-            job, place = JOBS[name], Path(temporary) / f"job{number}"
+        bar_task = bar.add_task("kills", total=options.kills, note="")
+        for number, name in enumerate(options.tasks):
+            task, place = JOBS[name], Path(temporary) / f"job{number}"
             place.mkdir()
-            whole = prepared(job, place, "whole")
-            times, expected = timed(job, whole), endings(whole, RUN)
+            whole = prepared(task, place, "whole")
+            times, expected = timed(task, whole), endings(whole, RUN)
             left, moments, endings_, same = share + (number < rest), list[float](), 0, 0
             while left:
-                folder = prepared(job, place, f"cut{endings_}")
-                when = interrupted(job, folder, min(left, options.times), times, draws)
+                folder = prepared(task, place, f"cut{endings_}")
+                when = interrupted(task, folder, min(left, options.times), times, draws)
                 left -= len(when)
                 if not when:  # it ended before it was to be killed
                     shutil.rmtree(folder)
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
                 else:
                     names = [file for file in {**found, **expected} if found.get(file) != expected.get(file)]
                     console.print(f"{name}: {', '.join(names)} differ after kills at {killed_at} s")
-                bar.update(task, advance=len(when), note=name)
+                bar.update(bar_task, advance=len(when), note=name)
                 shutil.rmtree(folder)
             table.add_row(name, ", ".join(f"{moment:.1f}" for moment in moments), str(len(moments)), str(endings_), str(same))
             total, same_total, ended = total + len(moments), same_total + same, ended + endings_

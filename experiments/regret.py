@@ -59,7 +59,7 @@ from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation
 from haq.solvers import random_search, sensitivity
 from haq.solvers.base import SOLVERS, Session, solve
-from haq.study.task import SearchConfig
+from haq.study.config import SearchConfig
 
 NAME = "regret"
 FOLDER = Path("docs/experiments")
@@ -130,7 +130,7 @@ class Known(haq.Problem):
         """
         for field in ("workload", "cost", "bits", "groups", "decisions", "noise", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
-        self.reward = "accuracy"
+        self.objective = "accuracy"
         self.title, self._elsewhere = title, getattr(of, "evaluate", None)
         self._accuracy, self._loss = accuracy, loss
         self._option = [{tuple(pair): i for i, pair in enumerate(d.pairs.tolist())} for d in self.decisions]

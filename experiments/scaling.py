@@ -39,7 +39,8 @@ import quantizers as Q
 from haq.console import cli
 from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
-from haq.study.task import SearchConfig
+from haq.study.config import SearchConfig
+from haq.study.task import SearchTask
 from haq.study.workers.processes import Processes, working
 
 NAME = "scaling"
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=110) if not sys.stdout.isatty() else Console()
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
-    problem = SearchConfig().build().problem
+    problem = SearchTask.build(SearchConfig()).problem
     rates: dict[tuple[str, str], list[float]] = {}
     found: dict[str, set[str]] = {}
     address_of = nodes()

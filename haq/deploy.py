@@ -99,22 +99,22 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if options.to != "tvm" and (options.threads or options.target or options.cold):
         raise ValueError(f"--threads, --target and --cold are for --to tvm, not for {options.to}")
     with cli.follow_loading(console, "loading network and data") as follow:
-        subject = run.load_subject()
-        run.check(subject)
-        network = run.load_checkpoint(subject)
+        loaded = run.load_network()
+        run.check(loaded)
+        network = run.load_checkpoint(loaded)
         tuned = network is not None
         if network is None:
-            network = Q.quantize(subject.network.module, policy, calibrate=subject.calibration())
+            network = Q.quantize(loaded.network.module, policy, calibrate=loaded.calibration())
         network = network.eval()
-        graph = capture(network, _images(subject, 1))
+        graph = capture(network, _images(loaded, 1))
         if options.to == "tvm":
             deployed = to_tvm(
                 network,
-                _images(subject, COMPARED, "train"),
+                _images(loaded, COMPARED, "train"),
                 out,
                 threads=options.threads,
                 target=options.target,
-                notes=subject.signature(),
+                notes=loaded.signature(),
                 progress=follow["progress"],
             )
         else:
@@ -123,31 +123,31 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     console.print(f"written: {out} ({'fine-tuned' if tuned else 'not fine-tuned'})", soft_wrap=True, markup=False)
     with console.status("comparing with the network in PyTorch"):
         if options.to == "tvm":
-            return _check_compiled(console, subject, network, graph, deployed)
-        found = onnx_deployment.verify(out, network, _images(subject, COMPARED))
+            return _check_compiled(console, loaded, network, graph, deployed)
+        found = onnx_deployment.verify(out, network, _images(loaded, COMPARED))
     console.print(str(found), soft_wrap=True, markup=False)
     return 0 if found.same_answers == 1 else 1
 
 
-def _images(subject: LoadedNetwork, count: int, split: str = "test") -> Tensor:
-    images, _ = next(getattr(subject.dataset, split).batches(count))
-    return subject.network.preprocess(images).contiguous()
+def _images(loaded: LoadedNetwork, count: int, split: str = "test") -> Tensor:
+    images, _ = next(getattr(loaded.dataset, split).batches(count))
+    return loaded.network.preprocess(images).contiguous()
 
 
-def _check_compiled(console: Console, subject: LoadedNetwork, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
+def _check_compiled(console: Console, loaded: LoadedNetwork, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
     """Compare on all test images, layer by layer on some of them, and time it. 0 if all answers are the same."""
     same = right = right_before = 0
-    for images, labels in subject.dataset.test.batches(250):
-        x = subject.network.preprocess(images).contiguous()
+    for images, labels in loaded.dataset.test.batches(250):
+        x = loaded.network.preprocess(images).contiguous()
         with torch.inference_mode():
             expected = network(x).argmax(1)
         answers = deployed(x).argmax(1)
         same += int((answers == expected).sum())
         right += int((answers == labels).sum())
         right_before += int((expected == labels).sum())
-    count = len(subject.dataset.test)
-    some = _images(subject, COMPARED)
-    program = lower(graph, network, _images(subject, COMPARED, "train"))
+    count = len(loaded.dataset.test)
+    some = _images(loaded, COMPARED)
+    program = lower(graph, network, _images(loaded, COMPARED, "train"))
     comparison = interpreter.compare(network, program, some)
     reference, _ = interpreter.run(program, some.numpy())
     unequal = int((deployed(some).numpy() != reference).sum())
@@ -158,7 +158,7 @@ def _check_compiled(console: Console, subject: LoadedNetwork, network: nn.Module
         seconds.append(time.perf_counter() - start)
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_row("same answer as in PyTorch", f"{same:,} of {count:,} test images")
-    if subject.dataset.classes:
+    if loaded.dataset.classes:
         table.add_row("accuracy", f"{right / count:.2%} (in PyTorch {right_before / count:.2%})")
     table.add_row("integers that enter layers", f"{comparison.values:,}, of {len(some)} images")
     table.add_row("  other than in PyTorch", f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding")

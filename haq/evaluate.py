@@ -26,19 +26,19 @@ def main(arguments: list[str] | None = None) -> int:
     policy = run.load_policy()
     earlier = run.load_result() if run.finished else {"rival_policies": {}, "evaluations": {}}
     with cli.follow_loading(console, "loading and measuring") as follow:
-        job = run.build(**follow)
-        run.check(job)
-        tuned = run.load_checkpoint(job)
+        task = run.build(**follow)
+        run.check(task)
+        tuned = run.load_checkpoint(task)
         rivals = {
-            name: run.check_policy(Q.BitPolicy(bits), job, run.folder / RESULT)
+            name: run.check_policy(Q.BitPolicy(bits), task, run.folder / RESULT)
             for name, bits in earlier["rival_policies"].items()
         }
-        result = summary.collect(job, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
+        result = summary.collect(task, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
     if "verified" in earlier:  # under attack, by the search; python -m haq.robustness does it again
         result["verified"] = earlier["verified"]
     if not run.finished:
         console.print(f"{run.folder} is not finished: this is the best policy so far")
-    summary.print_result(console, job, policy, result)
+    summary.print_result(console, task, policy, result)
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1

@@ -16,6 +16,7 @@ from haq.console import cli
 from haq.store.lock import writing
 from haq.study import result as summary
 from haq.study.search_run import Run
+from haq.study.task import adversary_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,36 +43,36 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     held.enter_context(writing(run.folder, f"python -m haq.finetune {run.folder} --epochs {options.epochs}"))
     result, policy = run.load_result(), run.load_policy()
     with cli.follow_loading(console, "loading network and data") as follow:
-        job = run.build(**follow)
-    run.check(job)
+        task = run.build(**follow)
+    run.check(task)
     asked = {"epochs": options.epochs, "learning rate": options.learning_rate, "seed": options.seed, "policy": policy}
-    state = run.checkpoint("finetune", job, **asked)
+    state = run.checkpoint("finetune", task, **asked)
     if state.path.exists() and not options.resume:
         raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
-    network = job.problem.evaluator.network
+    network = task.problem.evaluator.network
     Q.set_policy(network, policy)
     try:
         with cli.progress(console) as bar:
             tuned = training.finetune(
-                job.network,
+                task.network,
                 network,
-                job.dataset.train,
+                task.dataset.train,
                 epochs=options.epochs,
                 seed=options.seed,
                 learning_rate=options.learning_rate,
-                adversary=run.settings.adversary,
+                adversary=adversary_of(run.config),
                 state=state,
                 **cli.follow_training(bar),
             )
     except KeyboardInterrupt:
         console.print(f"\nInterrupted; {run.folder} is as it was, but for what the finished epochs gave. Go on with --resume.")
         return cli.EXIT_INTERRUPTED
-    run.save_checkpoint(tuned, job)
+    run.save_checkpoint(tuned, task)
     result.pop("verified", None)  # that was another network
-    result["finetuned"] = summary.entry(job, policy, tuned)
+    result["finetuned"] = summary.entry(task, policy, tuned)
     run.save_result(result)
     run.drop_checkpoint("finetune")
-    summary.print_result(console, job, policy, result)
+    summary.print_result(console, task, policy, result)
     summary.print_next(console, run, (f"evaluate {run.folder}",))
     if options.json:
         print(json.dumps(result, indent=2))

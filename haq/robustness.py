@@ -1,8 +1,8 @@
 """Attack the networks of a run, or a model, and say what can be believed of the outcome:  python -m haq.robustness RUN
 
 Compares float, uniform 8 bits, the policy found, and the same policy trained defensively; of a MODEL (a name as in
-haq.networks, or a checkpoint) float, uniform bits, and the bits of the checkpoint. The number that counts is the worst case over all
-attacks, image by image; checks for masked gradients stand beside it.
+haq.networks, or a checkpoint) float, uniform bits, and the bits of the checkpoint. The number that counts is the worst case
+over all attacks, image by image; checks for masked gradients stand beside it.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Entry, 
 
 WIDTH = 150  # of tables that go to a file or a pipe
 HOME = Path("runs")
-# What accuracies must agree in to be compared; eps is of the attack of one of the rewards.
-TERMS = ("network", "data", "reward", "eps")
+# What accuracies must agree in to be compared; eps is of the attack of one of the objectives.
+TERMS = ("network", "data", "objective", "eps")
 PREFIXES = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 COLORS = {FINISHED: "green", INTERRUPTED: "yellow", RUNNING: "cyan", DAMAGED: "red"}
 
@@ -142,7 +142,7 @@ def commands(entry: Entry) -> dict[str, str]:
     name = "sweep" if entry.kind == "sweep" else "search"
     if entry.config:
         # A run's settings know their command; only here is torch imported.
-        from haq.study.task import SearchConfig
+        from haq.study.config import SearchConfig
 
         asked = entry.config.get("asked")
         if asked is None:
@@ -177,7 +177,7 @@ def print_run(console: Console, content: dict[str, Any]) -> None:
         add("versions", _pairs(content["versions"]))
         add("done", f"{content['done']} of {content['asked']} {'searches' if content['kind'] == 'sweep' else 'evaluations'}")
     if result:
-        budget, key = result["budget"], result["reward"]
+        budget, key = result["budget"], result["objective"]
         holds = "holds" if budget["holds"] else "EXCEEDED"
         used = f"{_amount(budget['used'], budget['unit'])} of {_amount(budget['limit'], budget['unit'])}"
         add("budget", f"{budget['metric']}, {used}, {budget['used_fraction']:.3f} of uniform 8 bits: {holds}")
@@ -213,7 +213,7 @@ def _comparable(folder: Path) -> Entry:
 
 def compared(entries: Sequence[Entry]) -> dict[str, Any]:
     """Differences of what was asked, and what came out, by run, as plain data. Accuracies are left out, and the reason is
-    given, if they aren't of the same network, data and reward."""
+    given, if they aren't of the same network, data and objective."""
     asked = [{**entry.settings, **_named("signature", entry), **_named("version", entry)} for entry in entries]
     names = dict.fromkeys(name for one in asked for name in one)
     differing = [name for name in names if len({repr(one.get(name)) for one in asked}) > 1]
@@ -221,10 +221,10 @@ def compared(entries: Sequence[Entry]) -> dict[str, Any]:
     folders = [str(entry.folder) for entry in entries]
     rows: dict[str, list[Any]] = {"state": [entry.state for entry in entries]}
     if not terms:
-        reward = entries[0].settings.get("reward", "accuracy")
-        rows[f"search {reward}, best within the budget"] = [entry.search for entry in entries]
-        rows[f"test {reward}, found"] = [_of(entry, "found") for entry in entries]
-        rows[f"test {reward}, fine-tuned"] = [_of(entry, "finetuned") for entry in entries]
+        objective = entries[0].settings.get("objective", "accuracy")
+        rows[f"search {objective}, best within the budget"] = [entry.search for entry in entries]
+        rows[f"test {objective}, found"] = [_of(entry, "found") for entry in entries]
+        rows[f"test {objective}, fine-tuned"] = [_of(entry, "finetuned") for entry in entries]
     budgets = [entry.result["budget"] if entry.result else {} for entry in entries]
     if "hw" not in differing and "metric" not in differing:
         rows["cost"] = [_amount(budget["used"], budget["unit"]) if budget else None for budget in budgets]
@@ -245,7 +245,7 @@ def _named(part: str, entry: Entry) -> dict[str, Any]:
 
 def _of(entry: Entry, name: str) -> float | None:
     row = entry.result[name] if entry.result else None
-    return row[f"test_{entry.result['reward']}"] if entry.result and row else None
+    return row[f"test_{entry.result['objective']}"] if entry.result and row else None
 
 
 def print_comparison(console: Console, content: dict[str, Any]) -> None:
@@ -300,8 +300,8 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _share(share: float | None, settings: dict[str, Any]) -> str:
-    reward = settings.get("reward", "accuracy")
-    return _percent(share) if share is None or reward == "accuracy" else f"{_percent(share)} {_plain(reward)}"
+    objective = settings.get("objective", "accuracy")
+    return _percent(share) if share is None or objective == "accuracy" else f"{_percent(share)} {_plain(objective)}"
 
 
 def _amount(value: float, unit: str) -> str:

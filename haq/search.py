@@ -24,8 +24,9 @@ from haq.solvers.base import CHOOSE_AHEAD, SOLVERS, Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.lock import writing
 from haq.study import result as summary
+from haq.study.config import SearchConfig
 from haq.study.search_run import Run, check_unused, default_folder, has_tensorboard
-from haq.study.task import SearchConfig, SearchTask
+from haq.study.task import SearchTask, adversary_of, load_target
 from haq.study.workers.processes import working
 
 RIVALS = ("greedy", "ilp")
@@ -78,7 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help=f"steps by which every policy is fine-tuned before it is judged (default: {default.finetune_steps})",
     )
-    cli.add_reward(parser, default.reward, default.eps)
+    cli.add_objective(parser, default.objective, default.eps)
     add(
         "--sensitivity-kind",
         help=f"what solvers know of single layers: {', '.join(KINDS)}; the last costs no evaluation "
@@ -122,35 +123,35 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if earlier and earlier.finished:
         earlier.drop_checkpoint("finetuning")  # it may have been killed just before it did so itself
         raise ValueError(f"{earlier.folder} is finished; see it with python -m haq.evaluate {earlier.folder}")
-    settings = earlier.settings if earlier else SearchConfig(**options.settings)
+    settings = earlier.config if earlier else SearchConfig(**options.settings)
     folder = earlier.folder if earlier else options.out or default_folder(settings)
     if not earlier:
         check_unused(folder)
     with cli.follow_loading(console, "loading network and data, calibrating") as follow:
-        job = earlier.build(**follow) if earlier else settings.build(settings.load_target(**follow))
+        task = earlier.build(**follow) if earlier else SearchTask.build(settings, load_target(settings, **follow))
     if settings.sensitivity and not earlier:
-        kind = job.read_sensitivities(Path(settings.sensitivity)).kind
-        job = replace(job, settings=replace(settings, sensitivity_kind=kind))
-        settings = job.settings
-    if job.problem.proxy:
+        kind = task.read_sensitivities(Path(settings.sensitivity)).kind
+        task = replace(task, config=replace(settings, sensitivity_kind=kind))
+        settings = task.config
+    if task.problem.proxy:
         import haq.attacks.evaluation_attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
     rivals = tuple(name for name in RIVALS if name != settings.solver)
-    summary.print_plan(console, job, None if options.dry_run else folder, rivals, _workers(options, settings))
+    summary.print_plan(console, task, None if options.dry_run else folder, rivals, _workers(options, settings))
     if not has_tensorboard():
         console.print("TensorBoard events: none (pip install 'haq\\[report]' to have them)")
     if options.dry_run:
         return 0
 
     if earlier:
-        earlier.check(job, same_versions=True)
-        earlier.complete(job)
-        console.print(f"resuming: {earlier.prepare_resume(job.problem)} evaluations are there already")
+        earlier.check(task, same_versions=True)
+        earlier.complete(task)
+        console.print(f"resuming: {earlier.prepare_resume(task.problem)} evaluations are there already")
     else:
         held.enter_context(writing(folder, f"python -m haq.search --resume {folder}"))
-    run = earlier or Run.create(folder, job)
+    run = earlier or Run.create(folder, task)
     try:
-        with working(job.problem.evaluator, options.workers, options.ray):
-            result, policy = _search(console, job, run, rivals)
+        with working(task.problem.evaluator, options.workers, options.ray):
+            result, policy = _search(console, task, run, rivals)
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; what was found is kept, go on with: python -m haq.search --resume {run.folder}") from None
     except KeyboardInterrupt:
@@ -159,11 +160,11 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         return cli.EXIT_INTERRUPTED
     finally:
         run.close()
-    summary.print_result(console, job, policy, result)
+    summary.print_result(console, task, policy, result)
     tuned = settings.finetune_epochs > 0
     if "verified" in result:
         console.print(_verdict(result["verified"]), soft_wrap=True, markup=False)
-    verify = (f"robustness {folder} --attacks full",) if job.problem.proxy else ()
+    verify = (f"robustness {folder} --attacks full",) if task.problem.proxy else ()
     summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify))
     if options.json:
         print(json.dumps(result, indent=2))
@@ -179,15 +180,15 @@ def _workers(options: argparse.Namespace, settings: SearchConfig) -> str:
     return f"{described}; beyond sensitivities {settings.solver} keeps {settings.ahead} of them busy (--ahead)"
 
 
-def _search(console: Console, job: SearchTask, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
-    settings = job.settings
-    sensitivities = run.sensitivities(job)
+def _search(console: Console, task: SearchTask, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
+    settings = task.config
+    sensitivities = run.sensitivities(task)
     with cli.Live(console) as bar:
         found: dict[str, Trial] = {}
         used: dict[str, int] = {}
         saturated: dict[str, float] = {}
         for name in (settings.solver, *rivals):
-            session = _solve(bar, job, run, name, sensitivities)
+            session = _solve(bar, task, run, name, sensitivities)
             assert session.best is not None
             found[name], used[name] = session.best, session.used
             if session.saturated:
@@ -195,47 +196,47 @@ def _search(console: Console, job: SearchTask, run: Run, rivals: tuple[str, ...]
         policy = found[settings.solver].policy
         tuned = None
         if settings.finetune_epochs:
-            network = job.problem.evaluator.network
+            network = task.problem.evaluator.network
             Q.set_policy(network, policy)
-            state = run.checkpoint("finetuning", job, epochs=settings.finetune_epochs, policy=policy)
+            state = run.checkpoint("finetuning", task, epochs=settings.finetune_epochs, policy=policy)
             tuned = training.finetune(
-                job.network,
+                task.network,
                 network,
-                job.dataset.train,
+                task.dataset.train,
                 epochs=settings.finetune_epochs,
                 seed=settings.seed,
-                adversary=settings.adversary,
+                adversary=adversary_of(settings),
                 state=state,
                 **cli.follow_training(bar),
             )
-            run.save_checkpoint(tuned, job)
-        result = summary.collect(job, policy, tuned, {name: found[name].policy for name in rivals}, used, saturated)
-        if job.problem.proxy:
-            network = tuned or job.problem.evaluator.prepared(policy)
-            result["verified"] = _verify(bar, job, network, run.folder / ROBUSTNESS)
-    summary.draw(job.problem, policy, run.folder / "policy.png")
+            run.save_checkpoint(tuned, task)
+        result = summary.collect(task, policy, tuned, {name: found[name].policy for name in rivals}, used, saturated)
+        if task.problem.proxy:
+            network = tuned or task.problem.evaluator.prepared(policy)
+            result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
+    summary.draw(task.problem, policy, run.folder / "policy.png")
     run.save_result(result)
     run.drop_checkpoint("finetuning")
     return result, policy
 
 
-def _verify(bar: Progress, job: SearchTask, network: nn.Module, folder: Path) -> dict[str, Any]:
+def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -> dict[str, Any]:
     """What was found for its accuracy under a cheap attack, under the full suite."""
     from haq.attacks.assessment import assess
     from haq.study.comparison import ComparedNetworks
 
-    assert job.problem.proxy is not None
-    task = bar.add_task("verifying", total=None)
-    gathered = ComparedNetworks(job.network, job.dataset, {"found": network}, {})
+    assert task.problem.proxy is not None
+    bar_task = bar.add_task("verifying", total=None)
+    gathered = ComparedNetworks(task.network, task.dataset, {"found": network}, {})
     found = assess(
         gathered.classifier(network),
         *gathered.images(VERIFIED),
-        eps=parse_eps(job.settings.eps),
+        eps=parse_eps(task.config.eps),
         attacks="full",
         sources=gathered.sources("found"),
-        seed=job.settings.seed,
+        seed=task.config.seed,
         folder=folder,
-        on_progress=lambda done, total, note: bar.update(task, completed=int(done), total=int(total) or 1, note=note),
+        on_progress=lambda done, total, note: bar.update(bar_task, completed=int(done), total=int(total) or 1, note=note),
     )
     return found.summary()
 
@@ -248,18 +249,18 @@ def _verdict(verified: dict[str, Any]) -> str:
     )
 
 
-def _solve(bar: Progress, job: SearchTask, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
+def _solve(bar: Progress, task: SearchTask, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
-    task = bar.add_task(name, total=job.settings.evaluations)
+    bar_task = bar.add_task(name, total=task.config.evaluations)
 
     def on_evaluation(count: int, found: Trial, best: Trial | None) -> None:
-        share = found.cost / job.problem.limit
+        share = found.cost / task.problem.limit
         so_far = summary.percent(best.result.accuracy) if best else "none within it"
         last = summary.percent(found.result.accuracy)
-        bar.update(task, completed=count, accuracy=last, cost=f"{share:.3f}", best=so_far)
+        bar.update(bar_task, completed=count, accuracy=last, cost=f"{share:.3f}", best=so_far)
 
-    session = run.search(job, name, sensitivities, on_evaluation)
-    bar.update(task, completed=session.used, total=session.used)
+    session = run.search(task, name, sensitivities, on_evaluation)
+    bar.update(bar_task, completed=session.used, total=session.used)
     return session
 
 

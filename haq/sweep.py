@@ -21,9 +21,9 @@ from haq.store.files import SWEEP
 from haq.store.lock import writing
 from haq.store.units import describe_amount, percent
 from haq.study import sweep_run
+from haq.study.config import SearchConfig
 from haq.study.search_run import check_unused, has_tensorboard, unused_folder
 from haq.study.sweep_run import SweepConfig, SweepContext
-from haq.study.task import SearchConfig
 
 PICTURE = "sweep.png"
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         help=f"policies that each search may evaluate, and as many for sensitivities, once (default: {default.evaluations})",
     )
-    cli.add_reward(parser, default.reward, default.eps)
+    cli.add_objective(parser, default.objective, default.eps)
     add("--sensitivity-kind", help=f"{', '.join(KINDS)} (default: {default.sensitivity_kind})")
     add("--workers", type=int, help="processes that search, one thread each; results are the same (default: 1)")
     cli.add_ray(parser)
@@ -102,17 +102,17 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if not earlier:
         check_unused(folder)
     with cli.follow_loading(console, "loading network and data, calibrating, pricing") as follow:
-        ground = SweepContext.load(sweep, **follow)
-    print_plan(console, ground, options, None if options.dry_run else folder)
+        context = SweepContext.load(sweep, **follow)
+    print_plan(console, context, options, None if options.dry_run else folder)
     if options.dry_run:
         return 0
     if earlier:
-        sweep_run.check(folder, earlier, ground)
+        sweep_run.check(folder, earlier, context)
     else:
         held.enter_context(writing(folder, sweep_run.go_on(folder)))
-        sweep_run.begin(folder, sweep, ground)
+        sweep_run.begin(folder, sweep, context)
     try:
-        content = run(console, ground, folder, options)
+        content = run(console, context, folder, options)
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; finished searches are kept, go on with: python -m haq.sweep --resume {folder}") from None
     except KeyboardInterrupt:
@@ -130,46 +130,46 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     return 0
 
 
-def run(console: Console, ground: SweepContext, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(console: Console, context: SweepContext, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Sensitivities, then every search, with progress bars. Returns what sweep.json holds."""
-    points, sensitivities = ground.points(), None
+    cells, sensitivities = context.cells(), None
     with cli.progress(console) as bar:
-        if ground.sweep.shares_sensitivities:
-            sensitivities = _measure_sensitivities(bar, ground, folder)
-        sweep_run.judge_uniform(ground)
-        task = bar.add_task("searches", total=len(points), note="")
-        kind = sensitivities.kind if sensitivities else ground.sweep.settings.sensitivity_kind
-        done = lambda point: bar.update(task, advance=1, note=point.folder)  # noqa: E731
-        sweep_run.run_all(folder, ground, points, kind, options.workers, done, options.ray)
-        return sweep_run.finish(folder, ground, points, sensitivities)
+        if context.sweep.shares_sensitivities:
+            sensitivities = _measure_sensitivities(bar, context, folder)
+        sweep_run.judge_uniform(context)
+        bar_task = bar.add_task("searches", total=len(cells), note="")
+        kind = sensitivities.kind if sensitivities else context.sweep.settings.sensitivity_kind
+        done = lambda cell: bar.update(bar_task, advance=1, note=cell.folder)  # noqa: E731
+        sweep_run.run_all(folder, context, cells, kind, options.workers, done, options.ray)
+        return sweep_run.finish(folder, context, cells, sensitivities)
 
 
-def _measure_sensitivities(bar: Any, ground: SweepContext, folder: Path) -> Sensitivities:
-    task = bar.add_task("sensitivities", total=ground.sweep.settings.evaluations, note="")
-    found = sweep_run.measure_sensitivities(folder, ground, lambda count: bar.update(task, completed=count))
-    bar.update(task, completed=found.known, total=found.known)
+def _measure_sensitivities(bar: Any, context: SweepContext, folder: Path) -> Sensitivities:
+    bar_task = bar.add_task("sensitivities", total=context.sweep.settings.evaluations, note="")
+    found = sweep_run.measure_sensitivities(folder, context, lambda count: bar.update(bar_task, completed=count))
+    bar.update(bar_task, completed=found.known, total=found.known)
     return found
 
 
-def print_plan(console: Console, ground: SweepContext, options: argparse.Namespace, folder: Path | None) -> None:
+def print_plan(console: Console, context: SweepContext, options: argparse.Namespace, folder: Path | None) -> None:
     """What a sweep will do."""
-    sweep, job = ground.sweep, ground.first
-    settings, points = sweep.settings, ground.points()
+    sweep, task = context.sweep, context.first
+    settings, cells = sweep.settings, context.cells()
     drawn = f"{sweep.seeds} seeds of those that draw" if sweep.seeds > 1 else "one seed"
     rows = {
-        "network": f"{job.network.name}: {len(job.problem.workload)} quantizable layers, "
-        f"{job.problem.workload.macs / 1e6:.2f} M MACs",
-        "data": job.dataset.describe(),
+        "network": f"{task.network.name}: {len(task.problem.workload)} quantizable layers, "
+        f"{task.problem.workload.macs / 1e6:.2f} M MACs",
+        "data": task.dataset.describe(),
         "metric": f"{settings.metric}, as a fraction of uniform 8 bits",
         **{
             f"on {hw}": f"{one.problem.target.description}; {one.problem.table.provenance}; budgets "
-            + (", ".join(b for b in sweep.budgets if b not in ground.unreachable[hw]) or "none")
-            + (f"; {left_out}" if (left_out := ground.left_out(hw)) else "")
-            for hw, one in ground.jobs.items()
+            + (", ".join(b for b in sweep.budgets if b not in context.unreachable[hw]) or "none")
+            + (f"; {left_out}" if (left_out := context.left_out(hw)) else "")
+            for hw, one in context.tasks.items()
         },
         "solvers": f"{', '.join(sweep.solvers)}; {settings.evaluations} evaluations, {drawn}",
         "sensitivities": f"{settings.sensitivity_kind}, once for all" if sweep.shares_sensitivities else "none",
-        "searches": f"{len(points)}, {cli.describe_workers(options)}",
+        "searches": f"{len(cells)}, {cli.describe_workers(options)}",
         "results in": str(folder) if folder else "nothing is written (--dry-run)",
     }
     table = Table.grid(padding=(0, 2))
@@ -192,7 +192,7 @@ def print_result(console: Console, content: dict[str, Any]) -> None:
 
 
 def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
-    reward, metric = content["reward"], content["metric"]
+    objective, metric = content["objective"], content["metric"]
     title = f"{content['network']} on {content['data']}, {target['name']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
     table.add_column("budget", no_wrap=True)
@@ -200,11 +200,11 @@ def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
     table.add_column(f"\n{metric}\n({target['kind']})", justify="right", no_wrap=True)
     table.add_column("of\nuniform\n8 bits", justify="right")
     for split in ("search", "test"):
-        table.add_column(f"{split}\n{reward}\n(measured)", justify="right", no_wrap=True)
+        table.add_column(f"{split}\n{objective}\n(measured)", justify="right", no_wrap=True)
     table.add_column("Pareto\nfront")
 
     def add(row: dict[str, Any], runs: list[dict[str, Any]], *cells: str) -> None:
-        accuracies = [_spread([run[f"{split}_{reward}"] for run in runs]) for split in ("search", "test")]
+        accuracies = [_spread([run[f"{split}_{objective}"] for run in runs]) for split in ("search", "test")]
         amount = describe_amount(row["cost"], metric)
         table.add_row(*cells, amount, f"{row['fraction']:.3f}", *accuracies, "*" if row["pareto"] else "")
 
@@ -219,26 +219,26 @@ def _target_table(content: dict[str, Any], target: dict[str, Any]) -> Table:
         add(row, [row], "", f"uniform {row['bits']} bits")
     sizes = " and ".join(f"{count:,} {split}" for split, count in content["images"].items())
     seeds = "; means of several seeds, below them smallest and largest" if content["asked"]["seeds"] > 1 else ""
-    measured = f"{reward} ({content['reward_is']})" if reward == "accuracy+robust" else reward
+    measured = f"{objective} ({content['objective_is']})" if objective == "accuracy+robust" else objective
     table.caption = (
-        f"float: {percent(content['float'][f'test_{reward}'])} on the test split; {sizes} images; {measured} "
-        f"{content['accuracy_is']}; cost {target['cost_is']}{seeds}. *: nothing costs less and has a better test {reward}. "
+        f"float: {percent(content['float'][f'test_{objective}'])} on the test split; {sizes} images; {measured} "
+        f"{content['accuracy_is']}; cost {target['cost_is']}{seeds}. *: nothing costs less and has a better test {objective}. "
         "Uniform policies keep the fixed layers' bits"
     )
     return table
 
 
 def _specialisation_table(content: dict[str, Any]) -> Table:
-    special, reward = content["specialisation"], content["reward"]
+    special, objective = content["specialisation"], content["objective"]
     title = f"What a policy found for one target costs on another: {content['metric']} as a fraction of uniform 8 bits there"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
     table.add_column("found for", no_wrap=True)
-    table.add_column(f"test\n{reward}\n(measured)", justify="right")
+    table.add_column(f"test\n{objective}\n(measured)", justify="right")
     for hw in special["policies"]:
         table.add_column(f"\non {hw}\n({content['targets'][hw]['kind']})", justify="right")
     for hw, row in special["policies"].items():
         cells = [f"{share:.3f} {'*' if other == hw else ' '}" for other, share in row["fractions"].items()]
-        table.add_row(f"{hw} by {row['solver']}", percent(row[f"test_{reward}"]), *cells)
+        table.add_row(f"{hw} by {row['solver']}", percent(row[f"test_{objective}"]), *cells)
     table.caption = (
         f"budget {special['budget']}. *: the target's own policy, the best on the search split of those found for it"
     )
@@ -255,7 +255,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    key = f"test_{content['reward']}"
+    key = f"test_{content['objective']}"
     panels = [target for target in content["targets"].values() if target["found"]]
     figure = Figure(figsize=(5.2 * len(panels) + 0.8, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -283,7 +283,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{target['name']} ({target['kind']})", fontsize=10)
         axes.set_xlabel(f"{content['metric']}, fraction of uniform 8 bits", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(f"test {content['reward']}, % (measured)", fontsize=9)
+    figure.axes[0].set_ylabel(f"test {content['objective']}, % (measured)", fontsize=9)
     figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
     partial = path.with_name(f"{path.name}.part")
     figure.savefig(partial, dpi=130, format="png")

@@ -105,7 +105,9 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         torch.manual_seed(options.seed)
         dataset = data.load(options.data)
         if not dataset.classes:
-            raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --reward agreement needs none")
+            raise ValueError(
+                f"{dataset.name} has no labels to train by; python -m haq.search --objective agreement needs none"
+            )
         network = networks.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
         networks.check_fits(network, dataset)
         if options.adversarial:

@@ -429,14 +429,14 @@ def test_addresses(stand_ins: None) -> None:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "small_job.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "small_job", raising=False)
 
 
-def test_a_search_on_measured_latency(counted: list[str], job: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_on_measured_latency(counted: list[str], task: None, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*QUICK, "--hw", "cpu", "--budget", "0.9", "--finetune-epochs", "0", "--evaluations", "5"]
     assert cli.run_command(lambda: search.main([*asked, "--out", "run"])) == 0
     out, err = capsys.readouterr()
@@ -461,7 +461,7 @@ def test_a_search_on_measured_latency(counted: list[str], job: None, capsys: pyt
     assert not counted
 
 
-def test_show_measured(counted: list[str], job: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_measured(counted: list[str], task: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert hardware.main(["show", "cpu"]) == 0
     assert "kernels compiled with TVM" in capsys.readouterr().out
     assert hardware.main(["show", "cpu", "--network", "small_job:network", "--threads", "2"]) == 0

@@ -18,7 +18,21 @@ MAY_IMPORT = {
     "envs": {"quantizers", "hw_models"},
     "haq": {"quantizers", "hw_models", "envs"},
 }
-COMMANDS = ("search", "train", "finetune", "evaluate", "deploy", "hardware", "robustness", "report", "runs", "sweep")
+# Who stands on whom in haq: imports go to lower floors only.
+FLOORS = {
+    "store": 1,
+    "console": 2,
+    "data": 2,
+    "deployment": 2,
+    "reporting": 2,
+    "networks": 3,
+    "attacks": 4,
+    "problem": 5,
+    "solvers": 6,
+    "training": 6,
+    "study": 7,
+    "commands": 8,
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -41,9 +55,66 @@ def test_no_room_imports_upwards(room: str) -> None:
         assert used <= MAY_IMPORT[room] | {room}, path
 
 
+def files(package: str) -> dict[str, Path]:
+    """The modules of a package by their dotted names."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        found[".".join(parts)] = path
+    return found
+
+
+def arrows(package: str) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports, wherever in the file, for type checking too."""
+    modules = files(package)
+    return {name: (imports(path) & set(modules)) - {name} for name, path in modules.items()}
+
+
+@pytest.mark.parametrize("package", [*MAY_IMPORT, "experiments"])
+def test_no_circle_of_files(package: str) -> None:
+    left = arrows(package)
+    # A package's face hands on names of its own files; whoever imports a file has run the face before.
+    faces = {name for name in left if (ROOT / name.replace(".", "/") / "__init__.py").is_file()}
+    left = {name: used - faces for name, used in left.items() if name not in faces}
+    while free := [name for name, used in left.items() if not used & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import each other in a circle: {', '.join(left)}"
+
+
+def room(module: str) -> str:
+    """The room of a module of haq; of a command: commands."""
+    parts = module.split(".")
+    if len(parts) > 2 and parts[-1] == "__main__":
+        return "commands"
+    if len(parts) == 1 or parts[1] in ("__main__", "version"):
+        return parts[-1] if len(parts) > 1 else "front door"
+    return "commands" if (ROOT / "haq" / f"{parts[1]}.py").is_file() else parts[1]
+
+
+def test_rooms_import_downwards_only() -> None:
+    for name, used in arrows("haq").items():
+        if room(name) in ("front door", "__main__"):
+            continue
+        for other in used:
+            if room(other) in (room(name), "version", "front door"):
+                continue
+            assert FLOORS[room(other)] < FLOORS[room(name)], f"{name} imports {other}"
+
+
+def test_the_top_of_haq_is_small() -> None:
+    here = [path for path in (ROOT / "haq").iterdir() if path.name != "__pycache__"]
+    assert len(here) <= 28
+    assert {path.name for path in here if path.is_dir()} == {*FLOORS, "assets"} - {"commands"}
+    assert max(FLOORS.values()) <= 8
+
+
 def test_no_command_imports_another() -> None:
-    for path in (ROOT / "haq").rglob("*.py"):
-        assert not imports(path) & {f"haq.{name}" for name in COMMANDS if name != path.stem}, path
+    for name, used in arrows("haq").items():
+        if room(name) == "commands":
+            assert not {other for other in used if room(other) == "commands"}, name
 
 
 def test_quantizers_import_only_torch() -> None:
@@ -73,7 +144,8 @@ def test_the_readme_names_commands_that_exist() -> None:
     modules = set(re.findall(r"python -m ((?:haq|experiments)\.\w+)", text))
     assert {"haq.search", "haq.finetune", "haq.evaluate"} <= modules
     for module in modules:
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     for mark in ("<!-- main -->", "<!-- test -->"):
         assert text.count(mark) == 1
     # Pins are installed from the one file that CI uses.

@@ -88,12 +88,12 @@ def describe_workers(options: argparse.Namespace) -> str:
     return "in this process" if options.workers is None else f"in {options.workers} processes"
 
 
-def add_reward(parser: argparse.ArgumentParser, reward: str, eps: str) -> None:
+def add_objective(parser: argparse.ArgumentParser, objective: str, eps: str) -> None:
     """What policies are judged by; the defaults are told."""
     parser.add_argument(
-        "--reward",
+        "--objective",
         help="what a policy is judged by: accuracy; on images without labels, agreement with the float network; or "
-        f"accuracy+robust, right both as images are and under a cheap attack (default: {reward})",
+        f"accuracy+robust, right both as images are and under a cheap attack (default: {objective})",
     )
     parser.add_argument(
         "--eps",
@@ -103,9 +103,9 @@ def add_reward(parser: argparse.ArgumentParser, reward: str, eps: str) -> None:
 
 
 def check_eps(options: argparse.Namespace) -> None:
-    """Raise ValueError if --eps is given without the reward that it belongs to."""
-    if options.eps is not None and options.reward != "accuracy+robust":
-        raise ValueError(f"--eps {options.eps} is of an attack: it goes with --reward accuracy+robust")
+    """Raise ValueError if --eps is given without the objective that it belongs to."""
+    if options.eps is not None and options.objective != "accuracy+robust":
+        raise ValueError(f"--eps {options.eps} is of an attack: it goes with --objective accuracy+robust")
 
 
 @contextmanager

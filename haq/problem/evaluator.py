@@ -53,8 +53,8 @@ class Evaluator:
     """Evaluates policies of one quantized network on one set of images, which it keeps in memory, where the network is.
 
     Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
-    begins with the bits of the one before starts from what was computed then (`prefix_cache`), with the same result. Only where
-    images are attacked is the whole network run, several times, forwards and backwards.
+    begins with the bits of the one before starts from what was computed then (`prefix_cache`), with the same result. Only
+    where images are attacked is the whole network run, several times, forwards and backwards.
     """
 
     def __init__(

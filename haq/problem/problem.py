@@ -19,7 +19,7 @@ from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation, Evaluator, device_of
 from haq.store.units import describe_amount
 
-REWARDS = ("accuracy", "agreement", "accuracy+robust")
+OBJECTIVES = ("accuracy", "agreement", "accuracy+robust")
 
 
 class Problem:
@@ -31,8 +31,8 @@ class Problem:
         batches of inputs that set the activation scales: a tensor, or an iterable of tensors or (inputs, labels) (kept in
         memory).
     search
-        held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory). With reward="agreement"
-        inputs are enough: a tensor, or an iterable of tensors.
+        held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory). With
+        objective="agreement" inputs are enough: a tensor, or an iterable of tensors.
     target
         a hardware target, or the name of one; batch=None takes the target's own batch.
     metric
@@ -45,7 +45,7 @@ class Problem:
         layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8 bits.
     tied
         groups of layer names; the layers of a group take the same bits.
-    reward
+    objective
         what a policy is judged by: "accuracy" on the labels of `search` and cross-entropy (nats); or, without labels,
         "agreement": the share of inputs on which its answer is the float network's, and the mean Kullback-Leibler divergence
         (nats) of its outputs from the float network's. The two are then what an evaluation calls accuracy and loss. Or
@@ -56,8 +56,8 @@ class Problem:
     tune
         what is done to the quantized network, at a policy's bits, before the policy is judged: takes it, returns a tuned copy.
     proxy
-        the attack of reward="accuracy+robust": a `haq.attacks.proxy.ProxyAttack`, which knows eps and the range of images in
-        the network's input space (`ProxyAttack.of(network, eps)` for a `haq.networks.Network`).
+        the attack of objective="accuracy+robust": a `haq.attacks.proxy.ProxyAttack`, which knows eps and the range of images
+        in the network's input space (`ProxyAttack.of(network, eps)` for a `haq.networks.Network`).
 
     A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
     `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
@@ -79,13 +79,13 @@ class Problem:
         pinned: Mapping[str, tuple[int, int]] | None = None,
         tied: Iterable[Iterable[str]] = (),
         batch: int | None = None,
-        reward: str = "accuracy",
+        objective: str = "accuracy",
         tune: Callable[[nn.Module], nn.Module] | None = None,
         proxy: ProxyAttack | None = None,
     ) -> None:
-        self.reward = check_reward(reward)
-        self.proxy = _check_proxy(proxy, reward)
-        inputs, labels = _as_tensors(search, reward)
+        self.objective = check_objective(objective)
+        self.proxy = _check_proxy(proxy, objective)
+        inputs, labels = _as_tensors(search, objective)
         device = device_of(network)
         inputs = inputs.to(device)
         self.network = network
@@ -145,14 +145,14 @@ class Problem:
         return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
 
     @property
-    def reward_is(self) -> str:
-        """What the reward measures, in words."""
+    def objective_is(self) -> str:
+        """What the objective measures, in words."""
         words = {"accuracy": "accuracy", "agreement": "agreement with the float network's answers, without labels"}
-        return words.get(self.reward) or f"worst of clean and {self.proxy}"
+        return words.get(self.objective) or f"worst of clean and {self.proxy}"
 
     @property
     def float_accuracy(self) -> float:
-        """Accuracy of the float network on the search images, attacked too if policies are; 1 where the reward is agreement
+        """Accuracy of the float network on the search images, attacked too if policies are; 1 where the objective is agreement
         with it."""
         return self.float_result.accuracy
 
@@ -249,25 +249,25 @@ def _pairs(choices: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.argwhere(choices) + 1
 
 
-def check_reward(reward: str) -> str:
-    """The reward itself. Raises ValueError for one that there isn't."""
-    if reward not in REWARDS:
-        raise ValueError(f"unknown reward {reward!r}; it can be {' or '.join(REWARDS)}")
-    return reward
+def check_objective(objective: str) -> str:
+    """The objective itself. Raises ValueError for one that there isn't."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; it can be {' or '.join(OBJECTIVES)}")
+    return objective
 
 
-def _check_proxy(proxy: ProxyAttack | None, reward: str) -> ProxyAttack | None:
-    if reward == "accuracy+robust" and proxy is None:
+def _check_proxy(proxy: ProxyAttack | None, objective: str) -> ProxyAttack | None:
+    if objective == "accuracy+robust" and proxy is None:
         raise ValueError(
-            'reward="accuracy+robust" needs `proxy`, the attack that policies are judged under: give '
+            'objective="accuracy+robust" needs `proxy`, the attack that policies are judged under: give '
             "haq.attacks.proxy.ProxyAttack.of(network, eps)"
         )
-    if reward != "accuracy+robust" and proxy is not None:
-        raise ValueError(f'`proxy` is of reward="accuracy+robust", not of {reward!r}: give both or neither')
+    if objective != "accuracy+robust" and proxy is not None:
+        raise ValueError(f'`proxy` is of objective="accuracy+robust", not of {objective!r}: give both or neither')
     return proxy
 
 
-def _as_tensors(search: Any, reward: str) -> tuple[Tensor, Tensor | None]:
+def _as_tensors(search: Any, objective: str) -> tuple[Tensor, Tensor | None]:
     """Inputs and labels; no labels where they play no part."""
     batches: list[tuple[Tensor, Any]]
     if isinstance(search, Tensor):
@@ -279,10 +279,10 @@ def _as_tensors(search: Any, reward: str) -> tuple[Tensor, Tensor | None]:
     if not batches:
         raise ValueError("`search` gave no images")
     inputs = torch.cat([batch for batch, _ in batches]) if len(batches) > 1 else batches[0][0]
-    if reward == "agreement":
+    if objective == "agreement":
         labels = None
     elif any(part is None for _, part in batches):
-        raise ValueError('`search` has no labels to tell the accuracy by: give (inputs, labels), or reward="agreement"')
+        raise ValueError('`search` has no labels to tell the accuracy by: give (inputs, labels), or objective="agreement"')
     else:
         labels = torch.cat([part for _, part in batches])
     count = len(inputs) if labels is None else len(labels)

@@ -139,19 +139,19 @@ def _shares(rows: list[Row], metric: str, kind: str) -> dict[str, Any]:
 
 def tried(run: RunFolder) -> Picture:
     """Every policy tried as accuracy against cost, by solver, with the Pareto front, uniform policies, budget and float."""
-    problem, reward = run.problem, called(run.problem.reward)
+    problem, objective = run.problem, called(run.problem.objective)
     metric, kind = problem.metric, kind_of_cost(run)
     solvers = list(dict.fromkeys(one.solver for one in run.history))
     uniform = [
-        (int(one["bits"] or 0), float(one["cost"] or 0), float(one[f"search_{problem.reward}"] or 0))
+        (int(one["bits"] or 0), float(one["cost"] or 0), float(one[f"search_{problem.objective}"] or 0))
         for one in (run.result.uniform if run.result else [])
     ]
     points = [(one.cost, one.accuracy) for one in run.history] + [(cost, accuracy) for _, cost, accuracy in uniform]
     best, least = front(points), lowest([accuracy for _, accuracy in points])
     note = (
         "A filled mark is within the budget, an empty one above it. The line is the Pareto front: nothing tried costs less "
-        f"and is better. {reward.capitalize()} is measured on the search split, by which policies are chosen; what they are "
-        "worth is told by the test split."
+        f"and is better. {objective.capitalize()} is measured on the search split, by which policies are chosen; what they "
+        "are worth is told by the test split."
     )
     if uniform:
         note += " Numbers are the bits of uniform policies (fixed layers keep theirs)."
@@ -168,10 +168,10 @@ def tried(run: RunFolder) -> Picture:
     says += f"float has {percent(problem.float_accuracy)} on the same {problem.images:,} images."
     on_front = set(best)
     return Picture(
-        f"{reward.capitalize()} against {metric}: every policy tried",
+        f"{objective.capitalize()} against {metric}: every policy tried",
         says,
         [_points(run, solvers, uniform, best, least)],
-        ["solver", "evaluation", reward, metric, "budget", "Pareto front", "weight bits", "activation bits"],
+        ["solver", "evaluation", objective, metric, "budget", "Pareto front", "weight bits", "activation bits"],
         [
             [
                 one.solver,
@@ -195,7 +195,7 @@ def _points(
     best: list[tuple[float, float]],
     least: float,
 ) -> dict[str, Any]:
-    problem, reward = run.problem, called(run.problem.reward)
+    problem, objective = run.problem, called(run.problem.objective)
     metric, kind = problem.metric, kind_of_cost(run)
     unit, size = best_unit(problem.uniform8, metric)
 
@@ -219,7 +219,7 @@ def _points(
     colors = [*palette(solvers), "var(--muted)"] if uniform else palette(solvers)
     most = max([problem.float_accuracy, *(accuracy for _, accuracy in best)])
     x = alt.X("x:Q", title=f"{metric}, {unit.replace('u', 'µ')} ({kind})", scale=alt.Scale(zero=False))
-    y = alt.Y("y:Q", title=f"{reward} on the search split, %", scale=scale_of(least, most))
+    y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
     marks = plot(rows).mark_point(size=55, strokeWidth=1.3)
     marks = marks.encode(
         x=x,
@@ -231,7 +231,7 @@ def _points(
         tooltip=[
             "policy:N",
             "evaluation:Q",
-            alt.Tooltip("is:N", title=f"{reward} (measured)"),
+            alt.Tooltip("is:N", title=f"{objective} (measured)"),
             alt.Tooltip("cost:N", title=f"{metric} ({kind})"),
             alt.Tooltip("within:N", title="budget"),
             alt.Tooltip("mean:N", title="bits, on average"),
@@ -255,7 +255,7 @@ def _points(
 
 def convergence(run: RunFolder) -> Picture:
     """The best accuracy within the budget so far, against evaluations, for each solver."""
-    reward = called(run.problem.reward)
+    objective = called(run.problem.objective)
     solvers = list(dict.fromkeys(one.solver for one in run.history))
     rises: list[Row] = []
     ends: list[Row] = []
@@ -276,14 +276,14 @@ def convergence(run: RunFolder) -> Picture:
     most = max([run.problem.float_accuracy, *(row["y"] / 100 for row in rises)])
     longest = max(one.evaluation for one in run.history)
     x = alt.X("evaluation:Q", title="evaluation", scale=alt.Scale(domain=[0, rounded(1.02 * longest)], nice=False))
-    y = alt.Y("y:Q", title=f"best {reward} so far, %", scale=scale_of(least, most))
+    y = alt.Y("y:Q", title=f"best {objective} so far, %", scale=scale_of(least, most))
     color = color_by("solver", solvers, palette(solvers))
     line = plot([*rises, *ends]).mark_line(interpolate="step-after", strokeWidth=1.6).encode(x=x, y=y, color=color)
-    tooltip = ["solver:N", "evaluation:Q", alt.Tooltip("is:N", title=f"best {reward} (measured)")]
+    tooltip = ["solver:N", "evaluation:Q", alt.Tooltip("is:N", title=f"best {objective} (measured)")]
     marks = plot(rises).mark_point(size=50, filled=True, opacity=0.9)
     marks = marks.encode(x=x, y=y, color=color, shape=shape_by("solver", solvers), tooltip=tooltip)
     note = (
-        f"{reward.capitalize()} on the search split (measured) of the best policy within the budget. Evaluations above it, "
+        f"{objective.capitalize()} on the search split (measured) of the best policy within the budget. Evaluations above it, "
         "such as those that measure what single layers bear, raise no line."
     )
     if any(row["y"] / 100 < least for row in rises):
@@ -292,7 +292,7 @@ def convergence(run: RunFolder) -> Picture:
         "Convergence: the best so far",
         "; ".join(says) + ".",
         [finished(alt.layer(*level(run.problem.float_accuracy, "float", y), line, marks), 260)],
-        ["solver", "evaluation", f"best {reward} so far"],
+        ["solver", "evaluation", f"best {objective} so far"],
         [[row["solver"], str(row["evaluation"]), row["is"]] for row in rises],
         note,
     )

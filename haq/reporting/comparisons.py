@@ -33,7 +33,7 @@ from haq.store.units import best_unit, percent
 
 def sweep(content: SweepDone, target: SweepTarget) -> Picture:
     """Test accuracy against the cost on one target of a sweep, by solver, with the Pareto front and uniform policies."""
-    reward, key, metric = called(content.reward), f"test_{content.reward}", content.metric
+    objective, key, metric = called(content.objective), f"test_{content.objective}", content.metric
     least = lowest([row.share(key) for row in target.found], 1.0)
     solvers = list(dict.fromkeys(row.solver for row in target.found))
     rows = [_of_search(content, row) for row in target.found]
@@ -52,21 +52,21 @@ def sweep(content: SweepDone, target: SweepTarget) -> Picture:
     if content.asked.seeds > 1:
         note += " Marks are means over the seeds, bars reach from the smallest to the largest."
     return Picture(
-        f"{target.name}: {reward} against {metric}",
+        f"{target.name}: {objective} against {metric}",
         says,
         [_panel(content, target, rows, solvers, least)],
-        ["policy", "budget", f"{metric} ({target.kind})", "of uniform 8 bits", f"test {reward}", "seeds", "Pareto front"],
+        ["policy", "budget", f"{metric} ({target.kind})", "of uniform 8 bits", f"test {objective}", "seeds", "Pareto front"],
         [
             [f"{row['policy']} {row['label']}".strip(), row["budget"], row["cost"], f"{row['x']:.3f}", row["is"], row["seeds"]]
             + (["yes"] if row["front"] == "yes" else [""])
             for row in rows
         ],
-        f"{note} {reward.capitalize()} is measured, cost is {target.cost_is}.",
+        f"{note} {objective.capitalize()} is measured, cost is {target.cost_is}.",
     )
 
 
 def _of_search(content: SweepDone, row: Searched) -> Row:
-    key = f"test_{content.reward}"
+    key = f"test_{content.objective}"
     low, high = row.spread(key)
     seeds = f"{percent(low)} to {percent(high)}, {len(row.runs)} seeds" if len(row.runs) > 1 else "one"
     return {
@@ -85,7 +85,7 @@ def _of_search(content: SweepDone, row: Searched) -> Row:
 
 
 def _of_uniform(content: SweepDone, row: Uniform, least: float) -> Row:
-    share = row.share(f"test_{content.reward}")
+    share = row.share(f"test_{content.objective}")
     return {
         "policy": UNIFORM,
         "budget": "",
@@ -100,19 +100,19 @@ def _of_uniform(content: SweepDone, row: Uniform, least: float) -> Row:
 
 
 def _panel(content: SweepDone, target: SweepTarget, rows: list[Row], solvers: list[str], least: float) -> dict[str, Any]:
-    reward, names = called(content.reward), [*solvers, UNIFORM]
-    of_float = content.of_float.get(f"test_{content.reward}") or 0.0
+    objective, names = called(content.objective), [*solvers, UNIFORM]
+    of_float = content.of_float.get(f"test_{content.objective}") or 0.0
     x = alt.X("x:Q", title=f"{content.metric}, fraction of uniform 8 bits ({target.kind})", scale=alt.Scale(zero=False))
     scale = scale_of(least, max(of_float, *(row["y"] / 100 for row in rows)))
-    y = alt.Y("y:Q", title=f"test {reward}, % (measured)", scale=scale)
-    low = alt.Y("low:Q", title=f"test {reward}, % (measured)", scale=scale)
+    y = alt.Y("y:Q", title=f"test {objective}, % (measured)", scale=scale)
+    low = alt.Y("low:Q", title=f"test {objective}, % (measured)", scale=scale)
     color = color_by("policy", names, [*palette(solvers), "var(--muted)"])
     searched = plot([row for row in rows if row["policy"] != UNIFORM])
     tooltip = [
         "policy:N",
         alt.Tooltip("label:N", title="bits"),
         "budget:N",
-        alt.Tooltip("is:N", title=f"test {reward} (measured)"),
+        alt.Tooltip("is:N", title=f"test {objective} (measured)"),
         "seeds:N",
         alt.Tooltip("cost:N", title=f"{content.metric} ({target.kind})"),
         alt.Tooltip("front:N", title="Pareto front"),
@@ -188,7 +188,7 @@ def attacked(found: Robustness) -> Picture:
 def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     """Several searches of one network on one target: their fronts, and what each found. Each run comes with its label."""
     problem = runs[0][1].problem
-    reward, metric, kind = called(problem.reward), problem.metric, kind_of_cost(runs[0][1])
+    objective, metric, kind = called(problem.objective), problem.metric, kind_of_cost(runs[0][1])
     unit, size = best_unit(problem.uniform8, metric)
     fronts = {name: front((one.cost, one.accuracy) for one in run.history if one.solver == run.solver) for name, run in runs}
     least = lowest([accuracy for points in fronts.values() for _, accuracy in points])
@@ -203,9 +203,13 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     names = list(fronts)
     most = max([problem.float_accuracy, *(accuracy for points in fronts.values() for _, accuracy in points)])
     x = alt.X("x:Q", title=f"{metric}, {unit.replace('u', 'µ')} ({kind})", scale=alt.Scale(zero=False))
-    y = alt.Y("y:Q", title=f"{reward} on the search split, %", scale=scale_of(least, most))
+    y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
     color, shape = color_by("run", names, palette(names)), shape_by("run", names)
-    tooltip = ["run:N", alt.Tooltip("is:N", title=f"{reward} (measured)"), alt.Tooltip("cost:N", title=f"{metric} ({kind})")]
+    tooltip = [
+        "run:N",
+        alt.Tooltip("is:N", title=f"{objective} (measured)"),
+        alt.Tooltip("cost:N", title=f"{metric} ({kind})"),
+    ]
     marks, rings = plot(steps).mark_point(size=35, filled=True), plot(found).mark_point(size=230, strokeWidth=2)
     layers = alt.layer(
         *level(problem.float_accuracy, "float", y),
@@ -215,15 +219,15 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     )
     note = (
         "Each line is the Pareto front of what a run's own solver tried, the large empty mark its best within its budget. "
-        f"{reward.capitalize()} is measured on the search split."
+        f"{objective.capitalize()} is measured on the search split."
     )
     if any(accuracy < least for points in fronts.values() for _, accuracy in points):
         note += f" What is below {100 * least:.1f} % is drawn at the lower edge."
     return Picture(
-        f"{problem.network} on {problem.target.name}: {reward} against {metric}",
+        f"{problem.network} on {problem.target.name}: {objective} against {metric}",
         f"The best within each budget: {says}. Float has {percent(problem.float_accuracy)}.",
         [finished(layers, 340)],
-        ["run", f"{reward} (measured)", f"{metric} ({kind})"],
+        ["run", f"{objective} (measured)", f"{metric} ({kind})"],
         [[one["run"], one["is"], one["cost"]] for one in steps],
         note,
     )

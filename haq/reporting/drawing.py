@@ -70,9 +70,9 @@ def kind_of_cost(run: RunFolder) -> str:
     return "counted" if run.problem.metric == "storage" else run.problem.target.provenance.split(" ")[0]
 
 
-def called(reward: str) -> str:
+def called(objective: str) -> str:
     """What policies are judged by, in a word or two."""
-    return "worst-case accuracy" if reward == "accuracy+robust" else reward
+    return "worst-case accuracy" if objective == "accuracy+robust" else objective
 
 
 def plot(rows: Sequence[Row]) -> alt.Chart:

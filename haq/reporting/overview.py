@@ -43,7 +43,7 @@ def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
         used = f"{amount(source.best.cost, problem.metric)} of {limit}" if source.best else f"– of {limit}"
         found = f"{percent(source.best.accuracy)} (search)" if source.best else "–"
         return [name, "unfinished", *told, used, f"{percent(problem.float_accuracy)} (search)", found, "–"]
-    key = f"test_{result.reward}"
+    key = f"test_{result.objective}"
     shares = [percent(entry.get(key)) if entry else "–" for entry in (result.of_float, result.found, result.finetuned)]
     return [name, "finished", *told, f"{amount(result.budget.used, problem.metric)} of {limit}", *shares]
 
@@ -51,7 +51,7 @@ def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
 def joint(runs: Sequence[tuple[str, RunFolder]]) -> list[Picture]:
     def problem(run: tuple[str, RunFolder]) -> tuple[str, ...]:
         one = run[1].problem
-        return one.network, one.data, one.target.name, one.metric, one.reward
+        return one.network, one.data, one.target.name, one.metric, one.objective
 
     groups = [list(group) for _, group in itertools.groupby(sorted(runs, key=problem), key=problem)]
     return [comparisons.together(group) for group in groups if len(group) > 1 and any(run.history for _, run in group)]

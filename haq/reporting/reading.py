@@ -143,7 +143,7 @@ def _read_run(folder: Path) -> RunFolder:
 
 
 def _check_sweep(done: SweepDone, path: Path) -> None:
-    keys = [f"{split}_{done.reward}" for split in ("search", "test")]
+    keys = [f"{split}_{done.objective}" for split in ("search", "test")]
     special = done.specialisation.policies.values() if done.specialisation else ()
     try:
         for key in keys:
@@ -160,8 +160,8 @@ def _check_sweep(done: SweepDone, path: Path) -> None:
 
 
 def _check_accuracies(result: Result, path: Path) -> None:
-    """Their names depend on the reward, so that no record can name them."""
-    keys = [f"{split}_{result.reward}" for split in ("search", "test")]
+    """Their names depend on the objective, so that no record can name them."""
+    keys = [f"{split}_{result.objective}" for split in ("search", "test")]
     try:
         for entry in (result.of_float, result.uniform8, result.found, result.finetuned, *result.rivals.values()):
             for key in keys if entry is not None else ():

@@ -52,8 +52,8 @@ class Problem(Record):
     uniform8: Annotated[float, Field(gt=0)]
     smallest: Cost
     bits: Annotated[list[Bits], Field(min_length=2, max_length=2)]
-    reward: str
-    reward_is: str
+    objective: str
+    objective_is: str
     float_accuracy: Share = Field(alias="float")
     layers: Annotated[list[Layer], Field(min_length=1)]
 
@@ -143,7 +143,7 @@ class Result(Record):
     solver: str
     evaluations: dict[str, Count]
     seed: int
-    reward: str
+    objective: str
     accuracy_is: str
     cost_is: str
     budget: Budget
@@ -165,7 +165,7 @@ class SweepRun(Record):
 
 
 class Judged(Record):
-    """A policy of a sweep, with the accuracies of its reward beside its own fields."""
+    """A policy of a sweep, with the accuracies of its objective beside its own fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -240,8 +240,8 @@ class SweepDone(SweepBegun):
 
     network: str
     data: str
-    reward: str
-    reward_is: str
+    objective: str
+    objective_is: str
     metric: Metric
     accuracy_is: str
     images: dict[str, Count]

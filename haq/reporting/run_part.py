@@ -40,12 +40,12 @@ def of_run(run: RunFolder, name: str, anchor: str) -> Part:
 
 
 def _verdict(run: RunFolder, result: Result) -> str:
-    metric, reward, key = run.problem.metric, called(result.reward), f"test_{result.reward}"
+    metric, objective, key = run.problem.metric, called(result.objective), f"test_{result.objective}"
     found, of_float = result.found[key] or 0.0, result.of_float[key] or 0.0
     budget, kind = result.budget, kind_of_cost(run)
     tuned = f"; fine-tuned, {percent(result.finetuned[key])}" if result.finetuned else ""
     return (
-        f"The policy found by {result.solver} has {percent(found)} {reward} on the test split, {_points(found - of_float)} "
+        f"The policy found by {result.solver} has {percent(found)} {objective} on the test split, {_points(found - of_float)} "
         f"float{tuned} (measured). It takes {amount(budget.used, metric)} of {metric} ({kind}), {budget.used_fraction:.3f} of "
         f"uniform 8 bits. The budget of {amount(budget.limit, metric)} {'holds' if budget.holds else 'is EXCEEDED'}."
     )
@@ -67,14 +67,17 @@ def _so_far(run: RunFolder) -> str:
 
 def _facts(run: RunFolder, result: Result) -> list[Fact]:
     metric, kind, budget = run.problem.metric, kind_of_cost(run), result.budget
-    reward, key = called(result.reward), f"test_{result.reward}"
+    objective, key = called(result.objective), f"test_{result.objective}"
     of_float = result.of_float[key] or 0.0
 
     def judged(label: str, entry: Entry) -> Fact:
         share = entry[key] or 0.0
-        return Fact(label, percent(share), f"test {reward}, measured; {_points(share - of_float)} float")
+        return Fact(label, percent(share), f"test {objective}, measured; {_points(share - of_float)} float")
 
-    facts = [Fact("Float", percent(of_float), f"test {reward}, measured"), judged(f"Found by {result.solver}", result.found)]
+    facts = [
+        Fact("Float", percent(of_float), f"test {objective}, measured"),
+        judged(f"Found by {result.solver}", result.found),
+    ]
     if result.finetuned:
         facts.append(judged("Fine-tuned", result.finetuned))
     share = f"{100 * budget.used / budget.limit:.1f} %" if budget.limit else "–"
@@ -90,10 +93,10 @@ def _facts(run: RunFolder, result: Result) -> list[Fact]:
 
 
 def _facts_so_far(run: RunFolder) -> list[Fact]:
-    metric, reward = run.problem.metric, called(run.problem.reward)
-    facts = [Fact("Float", percent(run.problem.float_accuracy), f"search {reward}, measured")]
+    metric, objective = run.problem.metric, called(run.problem.objective)
+    facts = [Fact("Float", percent(run.problem.float_accuracy), f"search {objective}, measured")]
     if run.best is not None:
-        facts.append(Fact("Best so far", percent(run.best.accuracy), f"search {reward}, measured, by {run.solver}"))
+        facts.append(Fact("Best so far", percent(run.best.accuracy), f"search {objective}, measured, by {run.solver}"))
         facts.append(Fact(metric.capitalize(), amount(run.best.cost, metric), f"{kind_of_cost(run)}; within the budget"))
     facts.append(Fact("Budget", amount(run.problem.limit, metric), f"{metric}, at most"))
     return facts
@@ -107,8 +110,10 @@ def _points(difference: float) -> str:
 
 def _results(run: RunFolder, result: Result) -> Table:
     """The table that the search prints."""
-    robust = result.reward == "accuracy+robust"
-    shares = [(f"{split} {called(result.reward)} (measured)", f"{split}_{result.reward}") for split in ("test", "search")]
+    robust = result.objective == "accuracy+robust"
+    shares = [
+        (f"{split} {called(result.objective)} (measured)", f"{split}_{result.objective}") for split in ("test", "search")
+    ]
     if robust:
         shares.insert(0, ("test accuracy (measured)", "test_accuracy"))
     kind = run.problem.target.provenance.split(" ")[0]
@@ -132,9 +137,9 @@ def _results(run: RunFolder, result: Result) -> Table:
         for label, entry, evaluations in entries
         if entry is not None
     ]
-    note = f"{run.problem.data}. {called(result.reward).capitalize()} {result.accuracy_is}; cost {result.cost_is}."
+    note = f"{run.problem.data}. {called(result.objective).capitalize()} {result.accuracy_is}; cost {result.cost_is}."
     if robust:
-        note += f" Worst case: {run.problem.reward_is}, right both times; a cheap attack, no evaluation of robustness."
+        note += f" Worst case: {run.problem.objective_is}, right both times; a cheap attack, no evaluation of robustness."
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
 
 
@@ -149,17 +154,17 @@ def _cost(value: float | None, metric: str) -> str:
 def _provenance(run: RunFolder) -> Section:
     problem, result = run.problem, run.result
     target = problem.target
-    reward = called(problem.reward)
+    objective = called(problem.objective)
     where = result.accuracy_is if result else "measured where the search runs"
     sentences = [
-        f"{reward.capitalize()}: {where}, with PyTorch and fake-quantized networks. The search split "
+        f"{objective.capitalize()}: {where}, with PyTorch and fake-quantized networks. The search split "
         f"({problem.images:,} images) is what policies are chosen by; no search and no training sees the test split.",
         f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. "
         + (MEASURED if target.provenance.startswith("measured") else ESTIMATED),
         "Storage: counted from the bits, with all that comes with the weights.",
     ]
-    if problem.reward != "accuracy":
-        sentences.insert(1, f"Policies are judged by: {problem.reward_is}.")
+    if problem.objective != "accuracy":
+        sentences.insert(1, f"Policies are judged by: {problem.objective_is}.")
     return Section("What is estimated, what is measured", sentences=sentences)
 
 

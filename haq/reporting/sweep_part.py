@@ -19,14 +19,14 @@ def of_sweep(source: SweepFolder, name: str, anchor: str) -> Part:
 
 
 def _done(content: SweepDone, name: str, anchor: str) -> Part:
-    reward, key = called(content.reward), f"test_{content.reward}"
+    objective, key = called(content.objective), f"test_{content.objective}"
     asked = content.asked
     sizes = " and ".join(f"{count:,} {split}" for split, count in content.images.items())
-    facts = [Fact("Float", percent(content.of_float.get(key)), f"test {reward}, measured")]
+    facts = [Fact("Float", percent(content.of_float.get(key)), f"test {objective}, measured")]
     for target in content.targets.values():
         if target.found:
             best = min(target.found, key=lambda row: (-row.share(key), row.fraction))
-            what = f"test {reward}, measured, by {best.solver} at {best.fraction:.3f} of uniform 8 bits ({target.kind})"
+            what = f"test {objective}, measured, by {best.solver} at {best.fraction:.3f} of uniform 8 bits ({target.kind})"
             facts.append(Fact(f"Best on {target.name}", percent(best.share(key)), what))
     sections = []
     for target in content.targets.values():
@@ -36,8 +36,8 @@ def _done(content: SweepDone, name: str, anchor: str) -> Part:
     if content.specialisation is not None:
         sections.append(Section("Specialisation", tables=[_specialised(content, content.specialisation)]))
     kinds = [f"On {target.name}, {content.metric} is {target.cost_is}." for target in content.targets.values()]
-    what = "" if content.reward_is == reward else f" ({content.reward_is})"
-    measured = f"{reward.capitalize()}{what} is {content.accuracy_is}, on {sizes} images."
+    what = "" if content.objective_is == objective else f" ({content.objective_is})"
+    measured = f"{objective.capitalize()}{what} is {content.accuracy_is}, on {sizes} images."
     estimated = [ESTIMATED] if any(target.kind == "estimated" for target in content.targets.values()) else []
     sections.append(Section("What is estimated, what is measured", sentences=[measured, *kinds, *estimated]))
     searches: list[Searched] = [row for target in content.targets.values() for row in target.found]
@@ -58,13 +58,13 @@ def _done(content: SweepDone, name: str, anchor: str) -> Part:
 
 
 def _specialised(content: SweepDone, special: Specialisation) -> Table:
-    reward, names = called(content.reward), list(special.policies)
-    head = ["found for", "by", f"test {reward} (measured)"]
+    objective, names = called(content.objective), list(special.policies)
+    head = ["found for", "by", f"test {objective} (measured)"]
     head += [f"{content.metric} on {name}{_kind(content, name)}" for name in names]
     rows = []
     for name, row in special.policies.items():
         shares = [f"{row.fractions[other]:.3f}{' *' if other == name else ''}" for other in names if other in row.fractions]
-        rows.append([name, row.solver, percent(row.share(f"test_{content.reward}")), *shares])
+        rows.append([name, row.solver, percent(row.share(f"test_{content.objective}")), *shares])
     note = (
         f"{content.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
         "target's own policy, the best on the search split of those found for it."

@@ -75,7 +75,7 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
             base = loss(highest)
         rise[decision, operand, bits - 1] = max(loss(changed(decision, operand, bits)) - base, LEAST)
     # Judged by agreement, the loss is the divergence.
-    kind = "kl" if divergence or problem.reward == "agreement" else "loss"
+    kind = "kl" if divergence or problem.objective == "agreement" else "loss"
     return _sensitivities(problem, kind, rise)
 
 

@@ -102,18 +102,18 @@ def read_result(folder: Path) -> dict[str, Any]:
     content = read_json(path, "the result of a run")
     check_schema(path, content.get("schema"), RESULT_SCHEMA, "the result of a run")
     try:
-        reward = _have(content, "reward", str)
+        objective = _have(content, "objective", str)
         for name in ("network", "data", "target", "solver", "accuracy_is", "cost_is"):
             _have(content, name, str)
         budget = _have(content, "budget", dict)
         for name, kind in _BUDGET.items():
             _have(budget, name, kind)
         for name in ("float", "uniform8", "found", *(["finetuned"] if content.get("finetuned") is not None else [])):
-            _check_row(_have(content, name, dict), reward)
+            _check_row(_have(content, name, dict), objective)
         for row in _have(content, "rivals", dict).values():
             if not isinstance(row, dict):
                 raise ValueError(f"a rival is a {_kind(row)}")
-            _check_row(row, reward)
+            _check_row(row, objective)
         for bits in _have(content, "rival_policies", dict).values():
             if not isinstance(bits, dict) or not all(isinstance(pair, list) for pair in bits.values()):
                 raise ValueError("'rival_policies' must map names to bits by layer")
@@ -185,9 +185,9 @@ class _Plain(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def _check_row(row: dict[str, Any], reward: str) -> None:
+def _check_row(row: dict[str, Any], objective: str) -> None:
     for split in ("search", "test"):
-        _have(row, f"{split}_{reward}", float)
+        _have(row, f"{split}_{objective}", float)
     for name, value in row.items():
         if value is not None:
             _have(row, name, float)

@@ -26,8 +26,8 @@ class Entry:
         evaluations by the run's own solver, and how many were asked for; of a sweep, searches (asked: at most, until it is
         finished: budgets may be out of reach).
     search, test
-        accuracy (or what else the reward is), 0..1: the best within the budget so far, or what was found, on the search split,
-        and of what was found, fine-tuned if it was, on the test split.
+        accuracy (or what else the objective is), 0..1: the best within the budget so far, or what was found, on the search
+        split, and of what was found, fine-tuned if it was, on the test split.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Entry:
 
     def summary(self) -> dict[str, Any]:
         """As plain data: what `--json` prints."""
-        names = ("network", "data", "hw", "metric", "budget", "solver", "seed", "reward")
+        names = ("network", "data", "hw", "metric", "budget", "solver", "seed", "objective")
         told = {name: self.settings.get(name) for name in names}
         accuracies = {"search_accuracy": self.search, "test_accuracy": self.test}
         counts = {"done": self.done, "asked": self.asked, "bytes": sum(size for _, size in sizes(self.folder))}
@@ -116,7 +116,7 @@ def _run(folder: Path) -> dict[str, Any]:
         best = max((float(row[4]) for row in rows if row[7] == "1"), default=None)
         return found | {"state": INTERRUPTED, "search": best}
     result = files.read_result(folder)
-    last, key = result["finetuned"] or result["found"], result["reward"]
+    last, key = result["finetuned"] or result["found"], result["objective"]
     accuracies = {"search": result["found"][f"search_{key}"], "test": last[f"test_{key}"]}
     return found | {"state": FINISHED, "result": result, **accuracies}
 

@@ -19,7 +19,7 @@ from haq.deployment import interpreter, lowering
 from haq.deployment.graph import capture
 from haq.store.files import CONFIG, ROBUSTNESS
 from haq.study.search_run import Run
-from haq.study.task import CALIBRATION
+from haq.study.task import CALIBRATION, adversary_of
 
 BETA = 2e-3  # of the penalty: fixed before anything was attacked (docs/experiments/defensive_quantization.md)
 PINNED = (8, 8)  # first and last layer of uniform policies below 8 bits, as in a search
@@ -117,19 +117,19 @@ def gather(request: ComparisonSpec, on_training: OnTraining | None = None) -> Co
 
 def _of_run(request: ComparisonSpec, run: Run, on_training: OnTraining | None) -> ComparedNetworks:
     if request.data is not None:
-        raise ValueError(f"--data goes with a model; {request.source} is a run on {run.settings.data}")
-    policy, subject = run.load_policy(), run.load_subject()
-    run.check(subject)
-    epochs, seed = run.settings.finetune_epochs, run.settings.seed
-    plain = Q.quantize(subject.network.module, policy, calibrate=subject.calibration())
-    networks: dict[str, nn.Module] = {"float": subject.network.module}
+        raise ValueError(f"--data goes with a model; {request.source} is a run on {run.config.data}")
+    policy, loaded = run.load_policy(), run.load_network()
+    run.check(loaded)
+    epochs, seed = run.config.finetune_epochs, run.config.seed
+    plain = Q.quantize(loaded.network.module, policy, calibrate=loaded.calibration())
+    networks: dict[str, nn.Module] = {"float": loaded.network.module}
     notes = {"float": "as it was loaded"}
-    against = " against R+FGSM" if run.settings.adversary else ""
+    against = " against R+FGSM" if adversary_of(run.config) else ""
     budget = f"fine-tuned{against} for {epochs} epochs, seed {seed}" if epochs else "calibrated, not fine-tuned"
 
     def tuned(name: str, bits: Q.BitPolicy, beta: float = 0.0) -> nn.Module:
         path = ROBUSTNESS / f"{name}-{epochs}-epochs.safetensors"
-        kept = run.load_checkpoint(subject, path)
+        kept = run.load_checkpoint(loaded, path)
         if kept is not None and Q.get_policy(kept) == bits:
             return kept
         network = copy.deepcopy(plain)
@@ -139,28 +139,28 @@ def _of_run(request: ComparisonSpec, run: Run, on_training: OnTraining | None) -
         if on_training is None:
             raise FileNotFoundError(f"{run.folder / path} isn't there")
         made = training.finetune(
-            subject.network,
+            loaded.network,
             network,
-            subject.dataset.train,
+            loaded.dataset.train,
             epochs=epochs,
             seed=seed,
-            adversary=run.settings.adversary,
+            adversary=adversary_of(run.config),
             penalty=(lambda module: Q.lipschitz_penalty(module, beta=beta)) if beta else None,
             **on_training(name),
         )
-        run.save_checkpoint(made, subject, path)
+        run.save_checkpoint(made, loaded, path)
         return made
 
     for bits in request.uniform:
         networks[f"uniform {bits}"] = tuned(f"uniform{bits}", uniform(plain, bits))
         notes[f"uniform {bits}"] = f"{bits} bits{'' if bits == 8 else ', first and last layer 8'}, {budget}"
-    found = run.load_checkpoint(subject)
+    found = run.load_checkpoint(loaded)
     networks["found"] = plain if found is None else found
-    notes["found"] = f"the policy of {run.settings.solver}, {'calibrated, not fine-tuned' if found is None else budget}"
+    notes["found"] = f"the policy of {run.config.solver}, {'calibrated, not fine-tuned' if found is None else budget}"
     if request.beta and epochs:
         networks["defensive"] = tuned(f"defensive{request.beta:g}", policy, request.beta)
         notes["defensive"] = f"the same policy, {budget}, with the Lipschitz penalty, beta {request.beta:g}"
-    return ComparedNetworks(subject.network, subject.dataset, {name: net.eval() for name, net in networks.items()}, notes)
+    return ComparedNetworks(loaded.network, loaded.dataset, {name: net.eval() for name, net in networks.items()}, notes)
 
 
 def _of_model(request: ComparisonSpec) -> ComparedNetworks:

@@ -18,17 +18,17 @@ from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
 from haq.store.units import best_unit, describe_amount, percent
 from haq.study.search_run import Run
-from haq.study.task import SearchTask, threads
+from haq.study.task import SearchTask, adversary_of, threads
 
 
-def entry(job: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
-    """Accuracy on the search and the test split (or agreement with the float network, if that is the reward; beside plain
+def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
+    """Accuracy on the search and the test split (or agreement with the float network, if that is the objective; beside plain
     accuracy, what it is under attack, if that is) and what its policy costs; of the float network without one.
 
     `module` is a fine-tuned network; without it the policy is applied to the float network's weights, and they are fine-tuned
     as far as every policy of the search was.
     """
-    problem = job.problem
+    problem = task.problem
     costs: dict[str, float | None] = {"latency_s": None, "energy_j": None}
     if policy is None:
         # 32 bits for each weight and bias; no simulated target computes in float.
@@ -38,22 +38,22 @@ def entry(job: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None 
         costs |= {k: None if v is None else float(v) for k, v in problem.table.price(w, a)._asdict().items()}
         del costs["cycles"]
     if module is not None:
-        return _judge(job, module) | costs
-    if policy not in job.judged:
-        job.judged[policy] = _judge(job, job.network.module if policy is None else problem.evaluator.prepared(policy))
-    return job.judged[policy] | costs
+        return _judge(task, module) | costs
+    if policy not in task.judged:
+        task.judged[policy] = _judge(task, task.network.module if policy is None else problem.evaluator.prepared(policy))
+    return task.judged[policy] | costs
 
 
-def _judge(job: SearchTask, module: nn.Module) -> dict[str, float]:
-    problem = job.problem
-    splits = {"search": job.dataset.search, "test": job.dataset.test}
-    if problem.reward == "agreement":
-        return {f"{name}_agreement": training.agreement(job.network, split, module) for name, split in splits.items()}
-    judged = {f"{name}_accuracy": training.accuracy(job.network, split, module) for name, split in splits.items()}
+def _judge(task: SearchTask, module: nn.Module) -> dict[str, float]:
+    problem = task.problem
+    splits = {"search": task.dataset.search, "test": task.dataset.test}
+    if problem.objective == "agreement":
+        return {f"{name}_agreement": training.agreement(task.network, split, module) for name, split in splits.items()}
+    judged = {f"{name}_accuracy": training.accuracy(task.network, split, module) for name, split in splits.items()}
     if problem.proxy is not None:
         # On the search images exactly what policies were judged by.
-        judged[f"search_{problem.reward}"] = problem.evaluator.measure(module).accuracy
-        judged[f"test_{problem.reward}"] = worst_case(job.network, job.dataset.test, module, problem.proxy)
+        judged[f"search_{problem.objective}"] = problem.evaluator.measure(module).accuracy
+        judged[f"test_{problem.objective}"] = worst_case(task.network, task.dataset.test, module, problem.proxy)
     return judged
 
 
@@ -64,7 +64,7 @@ def uniform_policies(problem: Problem) -> dict[int, Q.BitPolicy]:
 
 
 def collect(
-    job: SearchTask,
+    task: SearchTask,
     policy: Q.BitPolicy,
     finetuned: nn.Module | None,
     rivals: dict[str, Q.BitPolicy],
@@ -72,21 +72,21 @@ def collect(
     saturated: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Everything the summary shows, measured now, as plain data (what `--json` prints and result.json holds)."""
-    problem = job.problem
-    cost, key = problem.policy_cost(policy), f"search_{problem.reward}"
+    problem = task.problem
+    cost, key = problem.policy_cost(policy), f"search_{problem.objective}"
     return {
         "schema": RESULT_SCHEMA,
-        "network": job.network.name,
-        "data": job.dataset.name,
+        "network": task.network.name,
+        "data": task.dataset.name,
         "target": problem.target.name,
-        "solver": job.settings.solver,
+        "solver": task.config.solver,
         "evaluations": evaluations,
         "saturated_actions": saturated or {},
-        "seed": job.settings.seed,
-        "reward": problem.reward,
-        "reward_is": problem.reward_is,
-        "finetune_steps": job.settings.finetune_steps,
-        "sensitivity_kind": job.settings.sensitivity_kind,
+        "seed": task.config.seed,
+        "objective": problem.objective,
+        "objective_is": problem.objective_is,
+        "finetune_steps": task.config.finetune_steps,
+        "sensitivity_kind": task.config.sensitivity_kind,
         "accuracy_is": f"measured on {threads()}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": {
@@ -98,35 +98,35 @@ def collect(
             "used_fraction": cost / problem.reference,
             "holds": problem.within_budget(cost),
         },
-        "float": entry(job, None),
-        "uniform8": entry(job, problem.uniform(8)),
+        "float": entry(task, None),
+        "uniform8": entry(task, problem.uniform(8)),
         "uniform": [
             {
                 "bits": bits,
                 "cost": problem.policy_cost(same),
-                key: job.judged[same][key] if same in job.judged else problem.evaluate(same).accuracy,
+                key: task.judged[same][key] if same in task.judged else problem.evaluate(same).accuracy,
             }
             for bits, same in uniform_policies(problem).items()
         ],
-        "found": entry(job, policy),
-        "finetuned": None if finetuned is None else entry(job, policy, finetuned),
-        "rivals": {name: entry(job, rival) for name, rival in rivals.items()},
+        "found": entry(task, policy),
+        "finetuned": None if finetuned is None else entry(task, policy, finetuned),
+        "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
         "rival_policies": {name: {layer: list(bits) for layer, bits in rival.items()} for name, rival in rivals.items()},
     }
 
 
-def print_plan(console: Console, job: SearchTask, folder: Path | None, rivals: tuple[str, ...], workers: str) -> None:
+def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: tuple[str, ...], workers: str) -> None:
     """What a search will do; `workers`: who evaluates policies, in words."""
-    problem, settings = job.problem, job.settings
+    problem, settings = task.problem, task.config
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    of_float = f"accuracy ({problem.reward_is})" if problem.proxy else "accuracy"
+    of_float = f"accuracy ({problem.objective_is})" if problem.proxy else "accuracy"
     float_accuracy = f", float {of_float} {percent(problem.float_accuracy)} on the search split"
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     rows = {
-        "network": f"{job.network.name} ({job.network.origin}): {len(problem.workload)} quantizable layers, "
-        f"{problem.workload.macs / 1e6:.2f} M MACs{'' if problem.reward == 'agreement' else float_accuracy}",
-        "data": job.dataset.describe(),
+        "network": f"{task.network.name} ({task.network.origin}): {len(problem.workload)} quantizable layers, "
+        f"{problem.workload.macs / 1e6:.2f} M MACs{'' if problem.objective == 'agreement' else float_accuracy}",
+        "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
         "metric": problem.metric,
@@ -142,12 +142,12 @@ def print_plan(console: Console, job: SearchTask, folder: Path | None, rivals: t
             if settings.sensitivity_kind == "hessian"
             else "measured by each solver that needs them"
         ),
-        "reward": problem.reward_is,
-        "evaluations": f"{settings.evaluations}, each on {len(job.dataset.search):,} search images"
+        "objective": problem.objective_is,
+        "evaluations": f"{settings.evaluations}, each on {len(task.dataset.search):,} search images"
         + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else "")
         + f", {workers}",
-        "fine-tuning": f"{settings.finetune_epochs} epochs on {len(job.dataset.train):,} train images"
-        + (f", against R+FGSM at eps {settings.eps}" if settings.adversary else "")
+        "fine-tuning": f"{settings.finetune_epochs} epochs on {len(task.dataset.train):,} train images"
+        + (f", against R+FGSM at eps {settings.eps}" if adversary_of(settings) else "")
         if settings.finetune_epochs
         else "none",
         "seed": str(settings.seed),
@@ -186,17 +186,17 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
     return table
 
 
-def print_result(console: Console, job: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]) -> None:
+def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]) -> None:
     """The two tables and one sentence each on the budget and on the rivals."""
-    problem, budget, reward = job.problem, result["budget"], job.problem.reward
+    problem, budget, objective = task.problem, result["budget"], task.problem.objective
     console.print(layer_table(problem, policy))
     title = f"{result['network']} on {result['data']}, {result['target']}"
     attacked = problem.proxy is not None
     padding = (0, 0 if attacked else 1, 0, 0)  # one column more, within the same 80 characters
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, caption_justify="left")
     table.add_column("policy", no_wrap=True)
-    columns = [("test", reward), ("search", reward)]
-    headings = [f"{split}\n{reward}\n(measured)" for split, _ in columns]
+    columns = [("test", objective), ("search", objective)]
+    headings = [f"{split}\n{objective}\n(measured)" for split, _ in columns]
     if attacked:
         # Plain accuracy beside what policies were judged by. That these are measured stands below the table.
         columns.insert(0, ("test", "accuracy"))
@@ -223,12 +223,12 @@ def print_result(console: Console, job: SearchTask, policy: Q.BitPolicy, result:
         cells = ["–" if c is None else describe_amount(c, name) for c, name in zip(costs, metrics, strict=True)]
         shares = [percent(row[f"{split}_{kind}"]) for split, kind in columns]
         table.add_row(label, *shares, *cells)
-    sizes = f"{len(job.dataset.test):,} test and {len(job.dataset.search):,} search images"
-    steps = job.settings.finetune_steps
+    sizes = f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search images"
+    steps = task.config.finetune_steps
     tuned = f"; every policy fine-tuned for {steps} steps" if steps else ""
-    worst = f"; worst case: {problem.reward_is}, right both times, a cheap attack and no evaluation" if attacked else ""
+    worst = f"; worst case: {problem.objective_is}, right both times, a cheap attack and no evaluation" if attacked else ""
     table.caption = (
-        f"{sizes}{tuned}{worst}; {'accuracy' if attacked else reward} {result['accuracy_is']}; cost {result['cost_is']}"
+        f"{sizes}{tuned}{worst}; {'accuracy' if attacked else objective} {result['accuracy_is']}; cost {result['cost_is']}"
     )
     console.print(table)
     used = describe_amount(budget["used"], budget["metric"])
@@ -240,13 +240,13 @@ def print_result(console: Console, job: SearchTask, policy: Q.BitPolicy, result:
     for name, share in result.get("saturated_actions", {}).items():
         console.print(f"Actions of {name} at a bound: {100 * share:.1f} %.")
     if result["rivals"]:
-        name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{reward}"])
-        difference = 100 * (result["found"][f"search_{reward}"] - rival[f"search_{reward}"])
+        name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{objective}"])
+        difference = 100 * (result["found"][f"search_{objective}"] - rival[f"search_{objective}"])
         than = f"{abs(difference):.2f} points {'below' if difference > 0 else 'above'}" if difference else "as good as"
-        measured = f" ({problem.reward_is})" if attacked else ""
+        measured = f" ({problem.objective_is})" if attacked else ""
         console.print(
             f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
-            f"{percent(rival[f'search_{reward}'])} on the search split{measured}, {than} {result['solver']}."
+            f"{percent(rival[f'search_{objective}'])} on the search split{measured}, {than} {result['solver']}."
         )
 
 

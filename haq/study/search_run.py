@@ -52,6 +52,7 @@ from haq.study.task import (
     SearchTask,
     check_signature,
     check_versions,
+    load_target,
     machine_signature,
     versions,
 )
@@ -64,7 +65,7 @@ class Run:
     """The folder of a run, opened with `create` or `load`."""
 
     def __init__(self, folder: Path, settings: SearchConfig) -> None:
-        self.folder, self.settings = folder, settings
+        self.folder, self.config = folder, settings
         self._rows: list[list[str]] = []  # of an interrupted search, still to be met again
         self._met: list[list[str]] = []  # of it, met again
         self._known = 0  # rises in its file of sensitivities, as far as we wrote it
@@ -72,26 +73,26 @@ class Run:
         self._writer: Any = None
 
     @classmethod
-    def create(cls, folder: Path, job: SearchTask) -> Run:
+    def create(cls, folder: Path, task: SearchTask) -> Run:
         """Start a new folder, with a copy of the sensitivities that the run is given. Raises ValueError, touching nothing, if
         there is anything in it, or these are refused."""
         check_unused(folder)
-        given = job.settings.sensitivity
-        sensitivities = None if given is None else job.read_sensitivities(Path(given))
+        given = task.config.sensitivity
+        sensitivities = None if given is None else task.read_sensitivities(Path(given))
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": RUN_SCHEMA,
-            "command": job.settings.command(),
-            "settings": asdict(job.settings),
-            "signature": job.signature(),
+            "command": task.config.command(),
+            "settings": asdict(task.config),
+            "signature": task.signature(),
             "versions": versions(),
         }
-        run = cls(folder, job.settings)
+        run = cls(folder, task.config)
         run._write(CONFIG, yaml.safe_dump(content, sort_keys=False))
-        run._write(PROBLEM, json.dumps(job.outline(), indent=2) + "\n")
+        run._write(PROBLEM, json.dumps(task.outline(), indent=2) + "\n")
         run._write(HISTORY, history.HEADER)
         if sensitivities is not None:
-            run.save_sensitivities(sensitivities, job)
+            run.save_sensitivities(sensitivities, task)
         return run
 
     @classmethod
@@ -116,7 +117,7 @@ class Run:
     def build(self, **callbacks: Any) -> SearchTask:
         """The job that this run was asked for, where it began. Raises ValueError, before anything is measured, elsewhere."""
         self._check_files("network", "data", "hw")
-        target = self.settings.load_target(**callbacks)
+        target = load_target(self.config, **callbacks)
         signature = files.read_config(self.folder)["signature"]
         before, now = (_machine(self.folder / CONFIG, s) for s in (signature, machine_signature(target)))
         if before != now:
@@ -125,24 +126,24 @@ class Run:
                 f"{self.folder} began with latencies measured with {name} {before.get(name)}, here it is {now.get(name)}: "
                 "go on where it began, or start a new run"
             )
-        return self.settings.build(target)
+        return SearchTask.build(self.config, target)
 
-    def load_subject(self) -> LoadedNetwork:
+    def load_network(self) -> LoadedNetwork:
         """The network and data that this run was asked for. Raises ValueError or FileNotFoundError if they aren't here."""
         self._check_files("network", "data")
-        return self.settings.load()
+        return LoadedNetwork.load(self.config)
 
     def _check_files(self, *names: str) -> None:
         """Raise FileNotFoundError, saying where it is looked for, if a file that settings name isn't here."""
-        for name, path in self.settings.files().items():
+        for name, path in self.config.files().items():
             if name in names and not path.exists():
                 where = "" if path.is_absolute() else f" in {Path.cwd()}: paths are relative to where the search was started"
                 raise FileNotFoundError(
-                    f"{self.folder} was asked for with --{name} {getattr(self.settings, name)}, and there is no {path}"
+                    f"{self.folder} was asked for with --{name} {getattr(self.config, name)}, and there is no {path}"
                     f"{where}; go on from there, or put it here"
                 )
         for name in ("network", "data"):
-            module = str(getattr(self.settings, name)).rpartition("@")[0] or str(getattr(self.settings, name))
+            module = str(getattr(self.config, name)).rpartition("@")[0] or str(getattr(self.config, name))
             found = PathFinder.find_spec(module.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
             if found and found.origin and Path(found.origin).resolve().is_relative_to(self.folder.resolve()):
                 raise ValueError(
@@ -150,28 +151,28 @@ class Run:
                     "move it out of there if you trust it"
                 )
 
-    def check(self, job: LoadedNetwork, *, same_versions: bool = False) -> None:
+    def check(self, task: LoadedNetwork, *, same_versions: bool = False) -> None:
         """Raise ValueError, with the way out, if network, data or target (of a task) aren't what the run began with, or if the
         policy in the folder is of another network."""
         content = files.read_config(self.folder)
         options = {"target": "hw", "machine": "hw"}
-        signature = job.signature()
-        called = {name: f"{name} ({getattr(self.settings, options.get(name, name))})" for name in signature}
+        signature = task.signature()
+        called = {name: f"{name} ({getattr(self.config, options.get(name, name))})" for name in signature}
         check_signature(self.folder, content["signature"], signature, called)
         if same_versions:
             check_versions(self.folder, content["versions"])
         if (self.folder / POLICY).exists():
-            self.check_policy(self.load_policy(), job, self.folder / POLICY)
+            self.check_policy(self.load_policy(), task, self.folder / POLICY)
 
-    def check_policy(self, policy: Q.BitPolicy, job: LoadedNetwork, source: Path) -> Q.BitPolicy:
+    def check_policy(self, policy: Q.BitPolicy, task: LoadedNetwork, source: Path) -> Q.BitPolicy:
         """The policy itself. Raises ValueError, naming its source, unless it gives bits to the layers of the run's network."""
-        if isinstance(job, SearchTask):
-            layers = set(job.problem.workload.names)
+        if isinstance(task, SearchTask):
+            layers = set(task.problem.workload.names)
         else:
-            layers = set(Q.BitPolicy.uniform(job.network.module, w=8, a=8)) & set(policy)
+            layers = set(Q.BitPolicy.uniform(task.network.module, w=8, a=8)) & set(policy)
         if wrong := sorted(set(policy) ^ layers) or sorted(name for name, bits in policy.items() if None in bits):
             raise ValueError(
-                f"{source} is of another network than {job.network.name}: layer {wrong[0][:60]!r} is in one of the two only, "
+                f"{source} is of another network than {task.network.name}: layer {wrong[0][:60]!r} is in one of the two only, "
                 f"or has no bits; so are {len(wrong)} in all"
             )
         return policy
@@ -188,10 +189,10 @@ class Run:
         self._write(HISTORY, history.HEADER + "".join(_line(row) for row in self._rows))
         return len(self._rows)
 
-    def complete(self, job: SearchTask) -> None:
+    def complete(self, task: SearchTask) -> None:
         """Write what a kill, just as the folder was made, has left out."""
         if not (self.folder / PROBLEM).exists():
-            self._write(PROBLEM, json.dumps(job.outline(), indent=2) + "\n")
+            self._write(PROBLEM, json.dumps(task.outline(), indent=2) + "\n")
 
     def record(
         self, solver: str, evaluation: int, found: Trial, within_budget: bool, problem: Problem, best: Trial | None = None
@@ -235,7 +236,7 @@ class Run:
             first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
             if evaluation > first:
                 rate = (time.monotonic() - began) / (evaluation - first)
-                writer.add_scalar(f"{solver}/seconds_left", rate * (self.settings.evaluations - evaluation), evaluation)
+                writer.add_scalar(f"{solver}/seconds_left", rate * (self.config.evaluations - evaluation), evaluation)
 
     def close(self) -> None:
         if self._writer:
@@ -243,7 +244,7 @@ class Run:
 
     def search(
         self,
-        job: SearchTask,
+        task: SearchTask,
         solver: str,
         sensitivities: Sensitivities | None = None,
         on_evaluation: Callable[[int, Trial, Trial | None], None] = lambda count, found, best: None,
@@ -251,56 +252,56 @@ class Run:
         """Run a solver, with every evaluation written down, and, if the run is this solver's, its best policy kept on disk.
         `on_evaluation` is told the number of evaluations, the last one, and the best policy so far.
         Returns the session, with what was found."""
-        mine = solver == self.settings.solver
+        mine = solver == self.config.solver
 
         def record(count: int, found: Trial, within_budget: bool) -> None:
             if mine and found is session.best and not self._rows:  # what is met again is there, and may still be refused
                 self.save_policy(found.policy)
-            self.record(solver, count, found, within_budget, job.problem, session.best)
+            self.record(solver, count, found, within_budget, task.problem, session.best)
             on_evaluation(count, found, session.best)
 
-        asked = {name: getattr(self.settings, name) for name in ("evaluations", "seed", "env", "ahead")}
+        asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
-            job.problem,
-            self.settings.evaluations,
+            task.problem,
+            self.config.evaluations,
             record,
             sensitivities,
-            self.settings.sensitivity_kind,
-            lambda measured: self.save_sensitivities(measured, job),
-            env=self.settings.env,
-            ahead=self.settings.ahead,
-            checkpoint=self.checkpoint(solver, job, **asked),
+            self.config.sensitivity_kind,
+            lambda measured: self.save_sensitivities(measured, task),
+            env=self.config.env,
+            ahead=self.config.ahead,
+            checkpoint=self.checkpoint(solver, task, **asked),
         )
-        found = solve(solver, session, self.settings.seed)
+        found = solve(solver, session, self.config.seed)
         if mine:
             self.save_policy(found.policy)
         return session
 
-    def checkpoint(self, name: str, job: SearchTask, **asked: Any) -> Checkpoint:
+    def checkpoint(self, name: str, task: SearchTask, **asked: Any) -> Checkpoint:
         """Where something of this run, asked for in that way, keeps what it goes on with."""
-        belongs = job.signature() | versions() | {key: str(value) for key, value in asked.items()}
+        belongs = task.signature() | versions() | {key: str(value) for key, value in asked.items()}
         return Checkpoint(self.folder / CHECKPOINT.parent / f"{name}.state", belongs)
 
     def drop_checkpoint(self, name: str) -> None:
         """What nothing will go on with any more."""
         (self.folder / CHECKPOINT.parent / f"{name}.state").unlink(missing_ok=True)
 
-    def sensitivities(self, job: SearchTask) -> Sensitivities | None:
+    def sensitivities(self, task: SearchTask) -> Sensitivities | None:
         """What the run's solvers need not measure: what it was given (once it is there, the copy in its folder), or what costs
         no evaluation. None if they are to measure themselves."""
-        if self.settings.sensitivity is not None:
+        if self.config.sensitivity is not None:
             copy = self.folder / SENSITIVITY
-            return job.read_sensitivities(copy if copy.exists() else Path(self.settings.sensitivity))
-        if self.settings.sensitivity_kind != "hessian":
+            return task.read_sensitivities(copy if copy.exists() else Path(self.config.sensitivity))
+        if self.config.sensitivity_kind != "hessian":
             return None
-        measured = by_hessian(job.problem)
-        self.save_sensitivities(measured, job)
+        measured = by_hessian(task.problem)
+        self.save_sensitivities(measured, task)
         return measured
 
-    def save_sensitivities(self, measured: Sensitivities, job: SearchTask) -> None:
+    def save_sensitivities(self, measured: Sensitivities, task: SearchTask) -> None:
         """Write sensitivities, unless a solver before knew more of them."""
         if measured.known > self._known:
-            signed(measured, job.subject_signature()).to_json(self.folder / SENSITIVITY)
+            signed(measured, task.network_signature()).to_json(self.folder / SENSITIVITY)
             self._known = measured.known
 
     def save_policy(self, policy: Q.BitPolicy) -> None:
@@ -321,38 +322,38 @@ class Run:
             raise FileNotFoundError(f"{self.folder} is not finished: {self.go_on}")
         return files.read_result(self.folder)
 
-    def save_checkpoint(self, qnetwork: nn.Module, job: LoadedNetwork, name: Path = CHECKPOINT) -> Path:
+    def save_checkpoint(self, qnetwork: nn.Module, task: LoadedNetwork, name: Path = CHECKPOINT) -> Path:
         """Write a quantized network into the folder: weights, scales and bits."""
         tensors: dict[str, Tensor] = {f"network.{key}": value for key, value in qnetwork.state_dict().items()}
         tensors |= {f"quantizer.{key}": value for key, value in Q.quantizer_state(qnetwork).items()}
         notes = {
             "format": CHECKPOINT_FORMAT,
             "policy": json.dumps({name: list(bits) for name, bits in Q.get_policy(qnetwork).items()}),
-            **job.signature(),
+            **task.signature(),
         }
         path = self.folder / name
         networks.write_safetensors({key: value.contiguous() for key, value in tensors.items()}, path, notes)
         return path
 
-    def load_checkpoint(self, job: LoadedNetwork, name: Path = CHECKPOINT) -> nn.Module | None:
+    def load_checkpoint(self, task: LoadedNetwork, name: Path = CHECKPOINT) -> nn.Module | None:
         """The fine-tuned network of this run, or None if it has none. Raises ValueError if it is of another problem."""
         path = self.folder / name
         if not path.exists():
             return None
         # Weights, scales, and what schemes keep: never several times the network.
-        held = sum(tensor.numel() * tensor.element_size() for tensor in job.network.module.state_dict().values())
+        held = sum(tensor.numel() * tensor.element_size() for tensor in task.network.module.state_dict().values())
         files.check_file(path, 4 * held + 2**24)
         tensors, notes = networks.read_state(path)
         remedy = f"delete it and use python -m haq.finetune {self.folder}"
         if (later := notes.get("format", "")) != CHECKPOINT_FORMAT and re.fullmatch(r"haq-quantized-[0-9]+", later):
             files.check_schema(path, later, CHECKPOINT_FORMAT, "a checkpoint of this run")
-        if later != CHECKPOINT_FORMAT or any(notes.get(k) != v for k, v in job.signature().items()):
+        if later != CHECKPOINT_FORMAT or any(notes.get(k) != v for k, v in task.signature().items()):
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
         state = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("quantizer.")}
         weights = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith("network.")}
         try:
-            policy = self.check_policy(Q.BitPolicy(json.loads(notes["policy"])), job, path)
-            qnetwork = Q.quantize(job.network.module, policy, state=state)
+            policy = self.check_policy(Q.BitPolicy(json.loads(notes["policy"])), task, path)
+            qnetwork = Q.quantize(task.network.module, policy, state=state)
             for expected, given in ((Q.quantizer_state(qnetwork), state), (qnetwork.state_dict(), weights)):
                 _check_tensors(expected, given)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:

@@ -36,8 +36,9 @@ from haq.store import files
 from haq.store.files import CONFIG, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
 from haq.study import result as summary
+from haq.study.config import SearchConfig
 from haq.study.search_run import Run, check_unused
-from haq.study.task import SearchConfig, SearchTask, check_signature, check_versions, threads, versions
+from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
 from haq.study.workers.processes import live_with_parent
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
@@ -113,39 +114,39 @@ class SweepContext:
     """What a sweep's searches stand on: a job for each target, which share what they evaluate, and the budgets in reach."""
 
     sweep: SweepConfig
-    jobs: dict[str, SearchTask]
+    tasks: dict[str, SearchTask]
     unreachable: dict[str, list[str]]  # budgets by target
 
     @classmethod
     def load(cls, sweep: SweepConfig, **callbacks: Any) -> SweepContext:
         """Load all that is named. Raises ValueError if no budget is in reach of any target, and what the parts raise."""
-        targets = {hw: sweep.settings_on(hw).load_target(**callbacks) for hw in sweep.hw}
-        jobs: dict[str, SearchTask] = {}
+        targets = {hw: load_target(sweep.settings_on(hw), **callbacks) for hw in sweep.hw}
+        tasks: dict[str, SearchTask] = {}
         for hw, target in targets.items():
             settings = sweep.settings_on(hw)
-            jobs[hw] = next(iter(jobs.values())).on(settings, target) if jobs else settings.build(target)
-        unreachable: dict[str, list[str]] = {hw: [] for hw in jobs}
-        for hw, job in jobs.items():
+            tasks[hw] = next(iter(tasks.values())).on(settings, target) if tasks else SearchTask.build(settings, target)
+        unreachable: dict[str, list[str]] = {hw: [] for hw in tasks}
+        for hw, task in tasks.items():
             for budget in sweep.budgets:
                 try:
-                    job.problem.on(job.problem.target, budget)
+                    task.problem.on(task.problem.target, budget)
                 except OutOfReach:
                     unreachable[hw].append(budget)
         if not any(len(missed) < len(sweep.budgets) for missed in unreachable.values()):
-            ranges = "; ".join(job.problem.reach for job in jobs.values())
+            ranges = "; ".join(task.problem.reach for task in tasks.values())
             raise ValueError(f"none of the budgets {', '.join(sweep.budgets)} is in reach of any target: {ranges}")
-        return cls(sweep, jobs, unreachable)
+        return cls(sweep, tasks, unreachable)
 
     def left_out(self, hw: str) -> str:
         """The budgets that are out of reach on a target, and what is in reach, in words; nothing if all are."""
         missed = ", ".join(self.unreachable[hw])
-        return missed and f"out of reach: {missed} ({self.jobs[hw].problem.reach})"
+        return missed and f"out of reach: {missed} ({self.tasks[hw].problem.reach})"
 
     @property
     def first(self) -> SearchTask:
-        return self.jobs[self.sweep.hw[0]]
+        return self.tasks[self.sweep.hw[0]]
 
-    def points(self) -> list[SweepCell]:
+    def cells(self) -> list[SweepCell]:
         """Every search, in the order of targets, budgets, solvers and seeds. Solvers that draw nothing have one seed."""
         return [
             SweepCell(hw, budget, solver, seed)
@@ -156,23 +157,23 @@ class SweepContext:
             for seed in range(1 if solver in DRAW_NOTHING else self.sweep.seeds)
         ]
 
-    def job(self, point: SweepCell, folder: Path, kind: str) -> SearchTask:
+    def task(self, cell: SweepCell, folder: Path, kind: str) -> SearchTask:
         """What one search is given; solvers that work with sensitivities get the sweep's, which are of that kind."""
-        job = self.jobs[point.hw]
-        settings = replace(job.settings, budget=point.budget, solver=point.solver, seed=point.seed, sensitivity_kind=kind)
-        if point.solver in USE_SENSITIVITIES:
+        task = self.tasks[cell.hw]
+        settings = replace(task.config, budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
+        if cell.solver in USE_SENSITIVITIES:
             settings = replace(settings, sensitivity=str(folder / "sensitivity" / SENSITIVITY))
-        return job.on(settings, job.problem.target)
+        return task.on(settings, task.problem.target)
 
     def signature(self) -> dict[str, str]:
         """What must be the same for a sweep to be continued."""
         return {
-            **self.first.subject_signature(),
+            **self.first.network_signature(),
             **{
                 f"{name} of {hw}": value
-                for hw, job in self.jobs.items()
-                for name, value in job.signature().items()
-                if name not in self.first.subject_signature()
+                for hw, task in self.tasks.items()
+                for name, value in task.signature().items()
+                if name not in self.first.network_signature()
             },
         }
 
@@ -197,7 +198,7 @@ def budgets(text: str) -> tuple[str, ...]:
     return tuple(str(first + step * i) for i in range(int((last - first) / step) + 1))
 
 
-def begin(folder: Path, sweep: SweepConfig, ground: SweepContext) -> None:
+def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
     """Start a sweep's folder. Raises ValueError, touching nothing, if there is anything in it."""
     check_unused(folder)
     _write(
@@ -207,7 +208,7 @@ def begin(folder: Path, sweep: SweepConfig, ground: SweepContext) -> None:
             "finished": False,
             "command": sweep.command(),
             "asked": asdict(sweep),
-            "signature": ground.signature(),
+            "signature": context.signature(),
             "versions": versions(),
         },
     )
@@ -245,9 +246,9 @@ def asked(content: dict[str, Any]) -> SweepConfig:
     return SweepConfig(SearchConfig.read(content["asked"]["settings"]), seeds=content["asked"]["seeds"], **lists)
 
 
-def check(folder: Path, content: dict[str, Any], ground: SweepContext) -> None:
+def check(folder: Path, content: dict[str, Any], context: SweepContext) -> None:
     """Raise ValueError, with the way out, if a sweep can't be continued here."""
-    signature, settings = ground.signature(), ground.sweep.settings
+    signature, settings = context.signature(), context.sweep.settings
     called = {name: name for name in signature} | {
         "network": f"network ({settings.network})",
         "data": f"data ({settings.data})",
@@ -256,47 +257,47 @@ def check(folder: Path, content: dict[str, Any], ground: SweepContext) -> None:
     check_versions(folder, content["versions"])
 
 
-def measure_sensitivities(folder: Path, ground: SweepContext, on_evaluation: Callable[[int], None]) -> Sensitivities:
+def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Callable[[int], None]) -> Sensitivities:
     """What is known of single operands, in the sweep's folder; measured, unless they are there."""
-    job = ground.first
-    with _opened(folder / "sensitivity", job) as run:
+    task = context.first
+    with _opened(folder / "sensitivity", task) as run:
         if (run.folder / SENSITIVITY).is_file():
-            return job.read_sensitivities(run.folder)
+            return task.read_sensitivities(run.folder)
 
         def record(count: int, found: Trial, within_budget: bool) -> None:
-            run.record("sensitivity", count, found, within_budget, job.problem)
+            run.record("sensitivity", count, found, within_budget, task.problem)
             on_evaluation(count)
 
-        settings = ground.sweep.settings
-        session = Session(job.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
-        others = [other.problem for other in ground.jobs.values()]
+        settings = context.sweep.settings
+        session = Session(task.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
+        others = [other.problem for other in context.tasks.values()]
         hessian = settings.sensitivity_kind == "hessian"
-        measured = by_hessian(job.problem) if hessian else by_evaluation(job.problem, session, 0, others)
-        run.save_sensitivities(measured, job)
+        measured = by_hessian(task.problem) if hessian else by_evaluation(task.problem, session, 0, others)
+        run.save_sensitivities(measured, task)
         return measured
 
 
-def judge_uniform(ground: SweepContext) -> None:
+def judge_uniform(context: SweepContext) -> None:
     """Measure, once for all runs, what isn't searched for: the float network and uniform policies."""
-    problem = ground.first.problem
+    problem = context.first.problem
     for policy in (None, problem.uniform(8), *summary.uniform_policies(problem).values()):
-        summary.entry(ground.first, policy)
+        summary.entry(context.first, policy)
 
 
-def search(folder: Path, job: SearchTask, on_evaluation: Callable[[], None] = lambda: None) -> None:
+def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = lambda: None) -> None:
     """One search of a sweep, on one thread, begun or gone on with. Nothing is done if it is finished."""
-    name = job.settings.solver
-    with _opened(folder, job) as run, one_thread():
+    name = task.config.solver
+    with _opened(folder, task) as run, one_thread():
         if not run.finished:
-            session = run.search(job, name, run.sensitivities(job), lambda count, found, best: on_evaluation())
+            session = run.search(task, name, run.sensitivities(task), lambda count, found, best: on_evaluation())
             assert session.best is not None
-            run.save_result(summary.collect(job, session.best.policy, None, {}, {name: session.used}))
+            run.save_result(summary.collect(task, session.best.policy, None, {}, {name: session.used}))
 
 
 def run_all(
     folder: Path,
-    ground: SweepContext,
-    points: Sequence[SweepCell],
+    context: SweepContext,
+    cells: Sequence[SweepCell],
     kind: str,
     workers: int | None,
     on_search: Callable[[SweepCell], None],
@@ -311,25 +312,25 @@ def run_all(
     if ray is not None:
         from haq.study.workers import ray as ray_workers
 
-        there = ground, kind, ground.first.problem.evaluator.cache, ground.first.judged
+        there = context, kind, context.first.problem.evaluator.cache, context.first.judged
         with ExitStack() as held:
-            begun = [held.enter_context(_opened(folder / point.folder, ground.job(point, folder, kind))) for point in points]
-            left = {point: run.folder for point, run in zip(points, begun, strict=True) if not run.finished}
+            begun = [held.enter_context(_opened(folder / cell.folder, context.task(cell, folder, kind))) for cell in cells]
+            left = {cell: run.folder for cell, run in zip(cells, begun, strict=True) if not run.finished}
             with ray_workers.connected(ray):
                 ray_workers.run_folders(there, _search_there, left, workers, on_search)
         return
     if workers in (None, 1):
-        for point in points:
-            search(folder / point.folder, ground.job(point, folder, kind))
-            on_search(point)
+        for cell in cells:
+            search(folder / cell.folder, context.task(cell, folder, kind))
+            on_search(cell)
         return
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    known = ground.first.problem.evaluator.cache, ground.first.judged
-    given = folder, ground.sweep, kind, torch.get_num_threads(), known, stop
-    pool = ProcessPoolExecutor(min(workers or 1, len(points)), context, _start_worker, given)
+    spawn = multiprocessing.get_context("spawn")
+    stop = spawn.Event()
+    known = context.first.problem.evaluator.cache, context.first.judged
+    given = folder, context.sweep, kind, torch.get_num_threads(), known, stop
+    pool = ProcessPoolExecutor(min(workers or 1, len(cells)), spawn, _start_worker, given)
     try:
-        waiting = {pool.submit(_search_in_worker, point): point for point in points}
+        waiting = {pool.submit(_search_in_worker, cell): cell for cell in cells}
         for done in as_completed(waiting):
             done.result()
             on_search(waiting[done])
@@ -345,7 +346,7 @@ class _Worker(NamedTuple):
 
     folder: Path
     kind: str
-    ground: SweepContext
+    context: SweepContext
     stop: Any
 
 
@@ -363,13 +364,13 @@ def _start_worker(
     global _worker
     live_with_parent()
     torch.set_num_threads(threads)
-    ground = SweepContext.load(sweep)
-    ground.first.problem.evaluator.cache.update(known[0])
-    ground.first.judged.update(known[1])
-    _worker = _Worker(folder, kind, ground, stop)
+    context = SweepContext.load(sweep)
+    context.first.problem.evaluator.cache.update(known[0])
+    context.first.judged.update(known[1])
+    _worker = _Worker(folder, kind, context, stop)
 
 
-def _search_in_worker(point: SweepCell) -> None:
+def _search_in_worker(cell: SweepCell) -> None:
     assert _worker is not None
     stop = _worker.stop
 
@@ -377,40 +378,40 @@ def _search_in_worker(point: SweepCell) -> None:
         if stop.is_set():
             raise InterruptedError("stopped")
 
-    search(_worker.folder / point.folder, _worker.ground.job(point, _worker.folder, _worker.kind), on_evaluation)
+    search(_worker.folder / cell.folder, _worker.context.task(cell, _worker.folder, _worker.kind), on_evaluation)
 
 
-def _search_there(given: Any, point: SweepCell, folder: Path, on_evaluation: Callable[[], None]) -> None:
+def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Callable[[], None]) -> None:
     """A search on another machine, in a folder that was begun here."""
-    ground, kind, cache, judged = given
-    ground.first.problem.evaluator.cache.update(cache)
-    ground.first.judged.update(judged)
-    search(folder, ground.job(point, folder.parent, kind), on_evaluation)
+    context, kind, cache, judged = given
+    context.first.problem.evaluator.cache.update(cache)
+    context.first.judged.update(judged)
+    search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
 def finish(
-    folder: Path, ground: SweepContext, points: Sequence[SweepCell], sensitivities: Sensitivities | None
+    folder: Path, context: SweepContext, cells: Sequence[SweepCell], sensitivities: Sensitivities | None
 ) -> dict[str, Any]:
     """Put together what a sweep found, from its runs, and write it. Returns what sweep.json holds."""
-    job, sweep = ground.first, ground.sweep
-    problem, reward = job.problem, job.problem.reward
-    results = {point: Run.load(folder / point.folder).load_result() for point in points}
-    policies = {point: Run.load(folder / point.folder).load_policy() for point in points}
+    task, sweep = context.first, context.sweep
+    problem, objective = task.problem, task.problem.objective
+    results = {cell: Run.load(folder / cell.folder).load_result() for cell in cells}
+    policies = {cell: Run.load(folder / cell.folder).load_policy() for cell in cells}
     content = read(folder) | {
         "finished": True,
-        "network": job.network.name,
-        "data": job.dataset.name,
-        "reward": reward,
-        "reward_is": problem.reward_is,
+        "network": task.network.name,
+        "data": task.dataset.name,
+        "objective": objective,
+        "objective_is": problem.objective_is,
         "metric": problem.metric,
         "unit": problem.unit,
         "accuracy_is": f"measured on {threads()}",
-        "images": {"test": len(job.dataset.test), "search": len(job.dataset.search)},
-        "float": summary.entry(job, None),
+        "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
+        "float": summary.entry(task, None),
         "sensitivities": sensitivities
         and {"kind": sensitivities.kind, "known": sensitivities.known, "file": f"sensitivity/{SENSITIVITY}"},
-        "targets": {hw: _of_target(ground, hw, results, policies) for hw in ground.jobs},
-        "specialisation": _specialisation(ground, results, policies),
+        "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
+        "specialisation": _specialisation(context, results, policies),
     }
     assert asked(content) == sweep
     _write(folder, content)
@@ -418,30 +419,30 @@ def finish(
 
 
 def _of_target(
-    ground: SweepContext, hw: str, results: dict[SweepCell, dict[str, Any]], policies: dict[SweepCell, Q.BitPolicy]
+    context: SweepContext, hw: str, results: dict[SweepCell, dict[str, Any]], policies: dict[SweepCell, Q.BitPolicy]
 ) -> dict[str, Any]:
-    job = ground.jobs[hw]
-    problem, reward = job.problem, job.problem.reward
-    keys = (f"search_{reward}", f"test_{reward}")
+    task = context.tasks[hw]
+    problem, objective = task.problem, task.problem.objective
+    keys = (f"search_{objective}", f"test_{objective}")
     uniform = []
     for bits, policy in summary.uniform_policies(problem).items():
-        judged, cost = summary.entry(job, policy), problem.policy_cost(policy)
+        judged, cost = summary.entry(task, policy), problem.policy_cost(policy)
         row = {"cost": cost, "fraction": cost / problem.reference, **{key: judged[key] for key in keys}}
         uniform.append({"bits": bits, **row})
     found = []
-    for budget, solver in dict.fromkeys((point.budget, point.solver) for point in results if point.hw == hw):
+    for budget, solver in dict.fromkeys((cell.budget, cell.solver) for cell in results if cell.hw == hw):
         runs = [
             {
-                "seed": point.seed,
-                "folder": point.folder,
+                "seed": cell.seed,
+                "folder": cell.folder,
                 "evaluations": result["evaluations"][solver],
                 "cost": result["budget"]["used"],
                 "fraction": result["budget"]["used_fraction"],
                 **{key: result["found"][key] for key in keys},
-                "policy": {name: list(bits) for name, bits in policies[point].items()},
+                "policy": {name: list(bits) for name, bits in policies[cell].items()},
             }
-            for point, result in results.items()
-            if point[:3] == (hw, budget, solver)
+            for cell, result in results.items()
+            if cell[:3] == (hw, budget, solver)
         ]
         means = {key: sum(run[key] for run in runs) / len(runs) for key in ("cost", "fraction", *keys)}
         limit = problem.on(problem.target, budget).limit
@@ -455,58 +456,56 @@ def _of_target(
         "kind": "counted" if problem.metric == "storage" else summary.cost_kind(problem),
         "uniform8": problem.reference,
         "least_fraction": problem.smallest / problem.reference,
-        "unreachable": ground.unreachable[hw],
-        "left_out": ground.left_out(hw),
+        "unreachable": context.unreachable[hw],
+        "left_out": context.left_out(hw),
         "uniform": uniform,
         "found": found,
     }
 
 
 def _specialisation(
-    ground: SweepContext, results: dict[SweepCell, dict[str, Any]], policies: dict[SweepCell, Q.BitPolicy]
+    context: SweepContext, results: dict[SweepCell, dict[str, Any]], policies: dict[SweepCell, Q.BitPolicy]
 ) -> dict[str, Any] | None:
     """HAQ's table of policies found for one target and run on another, at the middle one of the budgets in reach of the most
     targets; a target's policy is the one that is best on the search split. None if no budget is in reach of two."""
-    within = {b: [hw for hw in ground.jobs if b not in ground.unreachable[hw]] for b in ground.sweep.budgets}
+    within = {b: [hw for hw in context.tasks if b not in context.unreachable[hw]] for b in context.sweep.budgets}
     most = max(map(len, within.values()))
     if most < 2:
         return None
     common = [b for b, targets in within.items() if len(targets) == most]
-    budget, reward = common[(len(common) - 1) // 2], ground.first.problem.reward
+    budget, objective = common[(len(common) - 1) // 2], context.first.problem.objective
     rows = {}
     for hw in within[budget]:
-        candidates = [point for point in results if (point.hw, point.budget) == (hw, budget)]
-        best = max(candidates, key=lambda point: results[point]["found"][f"search_{reward}"])
+        candidates = [cell for cell in results if (cell.hw, cell.budget) == (hw, budget)]
+        best = max(candidates, key=lambda cell: results[cell]["found"][f"search_{objective}"])
         rows[hw] = {
             "folder": best.folder,
             "solver": best.solver,
-            **{key: results[best]["found"][key] for key in (f"search_{reward}", f"test_{reward}")},
+            **{key: results[best]["found"][key] for key in (f"search_{objective}", f"test_{objective}")},
             "fractions": {
-                other: ground.jobs[other].problem.policy_cost(policies[best]) / ground.jobs[other].problem.reference
+                other: context.tasks[other].problem.policy_cost(policies[best]) / context.tasks[other].problem.reference
                 for other in within[budget]
             },
         }
     return {"budget": budget, "policies": rows}
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
+def pareto(cells: Sequence[tuple[float, float]]) -> list[bool]:
     """Which of some (cost, accuracy) no other is as good as in both and better in one."""
-    return [
-        not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in points) for cost, accuracy in points
-    ]
+    return [not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in cells) for cost, accuracy in cells]
 
 
 @contextmanager
-def _opened(folder: Path, job: SearchTask) -> Iterator[Run]:
+def _opened(folder: Path, task: SearchTask) -> Iterator[Run]:
     """The run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
     with writing(folder, go_on(folder.parent), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():
             run = Run.load(folder)
-            run.check(job, same_versions=True)
-            run.complete(job)
-            run.prepare_resume(job.problem)
+            run.check(task, same_versions=True)
+            run.complete(task)
+            run.prepare_resume(task.problem)
         else:
-            run = Run.create(folder, job)
+            run = Run.create(folder, task)
         try:
             yield run
         finally:

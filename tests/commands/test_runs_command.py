@@ -175,7 +175,7 @@ def test_compare_puts_differences_first_and_then_what_came_out(capsys: pytest.Ca
     [
         ("signature", "data", "signature of data"),
         ("signature", "network", "signature of network"),
-        ("settings", "reward", "reward"),
+        ("settings", "objective", "objective"),
     ],
 )
 def test_accuracies_of_other_terms_are_not_put_side_by_side(

@@ -17,8 +17,8 @@ import quantizers as Q
 from haq import evaluate, finetune, search
 from haq.console import cli
 from haq.store.history import COLUMNS
+from haq.study.config import SearchConfig
 from haq.study.search_run import Run
-from haq.study.task import SearchConfig
 from tests.conftest import enter
 
 MODULE = """

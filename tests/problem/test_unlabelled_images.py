@@ -16,7 +16,7 @@ import haq
 import quantizers as Q
 from haq import data, evaluate, finetune, search, train
 from haq.console import cli
-from haq.study.task import SearchConfig
+from haq.study.config import SearchConfig
 from tests.conftest import images
 
 MODULE = """
@@ -35,7 +35,7 @@ def network():
 
 
 def unlabelled(network: nn.Module, search: object, **options: object) -> haq.Problem:
-    return haq.Problem(network, images(32, 1), search, "edge", budget=0.6, reward="agreement", **options)
+    return haq.Problem(network, images(32, 1), search, "edge", budget=0.6, objective="agreement", **options)
 
 
 @torch.inference_mode()
@@ -81,15 +81,15 @@ def test_an_agreement_to_beat_ends_early_too(network: nn.Module) -> None:
 
 @pytest.mark.parametrize("search", [images(8), [images(8)]])
 def test_accuracy_needs_labels(network: nn.Module, search: object) -> None:
-    with pytest.raises(ValueError, match='no labels to tell the accuracy by: give .* or reward="agreement"'):
+    with pytest.raises(ValueError, match='no labels to tell the accuracy by: give .* or objective="agreement"'):
         haq.Problem(network, images(8), search, "edge", budget=0.6)
 
 
-def test_unknown_rewards_are_named(network: nn.Module) -> None:
-    with pytest.raises(ValueError, match="unknown reward 'kl'; it can be accuracy or agreement"):
-        haq.Problem(network, images(8), images(8), "edge", budget=0.6, reward="kl")
-    with pytest.raises(ValueError, match="unknown reward 'kl'"):
-        SearchConfig(reward="kl")
+def test_unknown_objectives_are_named(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match="unknown objective 'kl'; it can be accuracy or agreement"):
+        haq.Problem(network, images(8), images(8), "edge", budget=0.6, objective="kl")
+    with pytest.raises(ValueError, match="unknown objective 'kl'"):
+        SearchConfig(objective="kl")
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ JOB = ["--network", "tiny_job:network", "--budget", "0.8", "--solver", "greedy",
 
 
 def test_a_search_on_photographs(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [*JOB, "--data", f"images:{photographs}", "--reward", "agreement", "--finetune-epochs", "2", "--out", "run"]
+    asked = [*JOB, "--data", f"images:{photographs}", "--objective", "agreement", "--finetune-epochs", "2", "--out", "run"]
     assert cli.run_command(lambda: search.main(asked)) == 0
     out, err = capsys.readouterr()
     assert not err
@@ -143,7 +143,7 @@ def test_a_search_on_photographs(photographs: Path, capsys: pytest.CaptureFixtur
     assert "accuracy" not in out.replace("float accuracy", "accuracy")
     assert "agreement" in out
     result = json.loads(Path("run", "result.json").read_text())
-    assert result["reward"] == "agreement"
+    assert result["objective"] == "agreement"
     assert result["float"]["search_agreement"] == result["float"]["test_agreement"] == 1.0
     assert 0 <= result["found"]["test_agreement"] <= 1
     assert result["finetuned"] is not None
@@ -155,7 +155,7 @@ def test_a_search_on_photographs(photographs: Path, capsys: pytest.CaptureFixtur
 
 def test_accuracy_of_photographs_is_refused(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_command(lambda: search.main([*JOB, "--data", f"images:{photographs}"])) == cli.EXIT_BAD_INPUT
-    assert "has no labels to tell the accuracy by: search with --reward agreement" in capsys.readouterr().err
+    assert "has no labels to tell the accuracy by: search with --objective agreement" in capsys.readouterr().err
     options = ["--network", "tiny_job:network", "--data", f"images:{photographs}", "--out", "t.safetensors"]
     assert cli.run_command(lambda: train.main(options)) == cli.EXIT_BAD_INPUT
     assert "has no labels to train by" in capsys.readouterr().err

@@ -22,10 +22,10 @@ from haq.reporting import reading, vega
 from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
 from haq.study import sweep_run
-from haq.study.task import SearchConfig
+from haq.study.config import SearchConfig
 from quantizers.policy import SCHEMA as POLICY_SCHEMA
 from tests.commands.test_robustness_command import MODULE
-from tests.reporting.written_runs import REWARDS, change, write, write_robustness, write_run
+from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
 HOSTILE = '</script><script>window.hacked=1</script>"><img src=x onerror=window.hacked=1>{{7*7}}'
@@ -226,7 +226,7 @@ def test_torch_is_not_imported(made: Path) -> None:
     [
         {},
         {"hw": "cloud", "budget": "0.8ms", "seed": 7, "finetune_epochs": 0},
-        {"network": "my job:net", "reward": "accuracy+robust", "eps": "4/255"},
+        {"network": "my job:net", "objective": "accuracy+robust", "eps": "4/255"},
         {"hw": "cpu", "threads": 2, "target": '{"kind": "llvm"}', "cold": True},
         {"sensitivity": "runs/it's here", "sensitivity_kind": "kl"},
     ],
@@ -308,23 +308,23 @@ def test_every_metric_has_its_unit_and_says_where_it_is_from(metric: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("reward", "called", "shares"),
+    ("objective", "called", "shares"),
     [
         ("accuracy", "accuracy", ["91.33 %"]),
         ("agreement", "agreement", ["91.33 %"]),
         ("accuracy+robust", "worst-case accuracy", ["96.33 %", "91.33 %"]),  # plain accuracy beside it
     ],
 )
-def test_every_reward_is_called_by_its_name(reward: str, called: str, shares: list[str]) -> None:
-    run = write_run(Path("run"), reward=reward)
+def test_every_objective_is_called_by_its_name(objective: str, called: str, shares: list[str]) -> None:
+    run = write_run(Path("run"), objective=objective)
     assert call(run) == 0
     page = Page(run / "report.html")
     rows = {row[0]: row[1:] for row in page.tables["small on digits, edge"]}
     assert f"test {called} (measured)" in rows["policy"]
     assert rows["found by ddpg"][: len(shares)] == shares
     assert f"has 91.33 % {called} on the test split" in page.text
-    assert REWARDS[reward] in page.text
-    if reward == "agreement":
+    assert OBJECTIVES[objective] in page.text
+    if objective == "agreement":
         assert "accuracy" not in page.text.lower()
 
 
@@ -585,7 +585,7 @@ def test_a_damaged_file_is_named_with_its_fault(
         ),
         ({"targets": []}, "sweep/sweep.json: 'targets' is []"),
         ({"metric": "money"}, "sweep/sweep.json: 'metric' is 'money'"),
-        ({"reward": "agreement"}, "sweep/sweep.json: 'search_agreement' is None; it must be a share from 0 to 1"),
+        ({"objective": "agreement"}, "sweep/sweep.json: 'search_agreement' is None; it must be a share from 0 to 1"),
     ],
 )
 def test_a_damaged_sweep_too(changes: dict[str, Any], sentence: str, made: Path, capsys: pytest.CaptureFixture[str]) -> None:

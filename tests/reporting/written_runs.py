@@ -13,7 +13,7 @@ from haq.store.history import COLUMNS
 
 FLOAT = 0.931
 LIMIT = 0.5  # of uniform 8 bits
-REWARDS = {
+OBJECTIVES = {
     "accuracy": "accuracy",
     "agreement": "agreement with the float network's answers, without labels",
     "accuracy+robust": "worst of clean and PGD-3 at 8/255",
@@ -30,7 +30,7 @@ def write_run(
     target: str = "edge",
     finished: bool = True,
     metric: str = "latency",
-    reward: str = "accuracy",
+    objective: str = "accuracy",
 ) -> Path:
     """A run that tried random policies; the first solver's best is what was found."""
     folder.mkdir(parents=True)
@@ -51,8 +51,8 @@ def write_run(
         "uniform8": uniform8,
         "smallest": 0.1 * uniform8,
         "bits": [2, 8],
-        "reward": reward,
-        "reward_is": REWARDS[reward],
+        "objective": objective,
+        "objective_is": OBJECTIVES[objective],
         "float": FLOAT,
         "layers": [
             {"name": name, "kind": "conv", "macs": 1000, "parameters": 10, "fixed": i == 0, "cost": costs[i]}
@@ -103,13 +103,13 @@ def _result(problem: dict[str, Any], solvers: tuple[str, ...], evaluations: int,
     def entry(search: float, test: float, cost: float | None) -> dict[str, float | None]:
         costs = {"latency_s": None, "energy_j": None, "storage_bytes": 4096.0}
         key = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}[problem["metric"]]
-        judged = {f"search_{reward}": search, f"test_{reward}": test}
-        plain = {} if reward == "agreement" else {"search_accuracy": search, "test_accuracy": test}
-        if reward == "accuracy+robust":
+        judged = {f"search_{objective}": search, f"test_{objective}": test}
+        plain = {} if objective == "agreement" else {"search_accuracy": search, "test_accuracy": test}
+        if objective == "accuracy+robust":
             plain = {name: share + 0.05 for name, share in plain.items()}
         return {**plain, **judged, **costs, key: cost}
 
-    uniform8, reward = problem["uniform8"], problem["reward"]
+    uniform8, objective = problem["uniform8"], problem["objective"]
     return {
         "schema": "haq-result-1",
         "network": problem["network"],
@@ -118,8 +118,8 @@ def _result(problem: dict[str, Any], solvers: tuple[str, ...], evaluations: int,
         "solver": solvers[0],
         "evaluations": dict.fromkeys(solvers, evaluations),
         "seed": 0,
-        "reward": reward,
-        "reward_is": REWARDS[reward],
+        "objective": objective,
+        "objective_is": OBJECTIVES[objective],
         "accuracy_is": "measured on a desk",
         "cost_is": "estimated, a chip that isn't, batch 1",
         "budget": {
@@ -133,7 +133,7 @@ def _result(problem: dict[str, Any], solvers: tuple[str, ...], evaluations: int,
         },
         "float": entry(FLOAT, 0.9251, None),
         "uniform8": entry(0.93, 0.9242, uniform8),
-        "uniform": [{"bits": b, "cost": uniform8 * b * b / 64, f"search_{reward}": 0.7 + 0.028 * b} for b in range(2, 9)],
+        "uniform": [{"bits": b, "cost": uniform8 * b * b / 64, f"search_{objective}": 0.7 + 0.028 * b} for b in range(2, 9)],
         "found": entry(best[0], 0.9133, best[1]),
         "finetuned": entry(best[0], 0.9224, best[1]),
         "rivals": {name: entry(0.9, 0.8915, best[1]) for name in solvers[1:]},

@@ -67,9 +67,9 @@ def test_a_sweep_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
                 assert len(rows) == run["evaluations"] == (40 if row["solver"] == "random" else 1)
         assert [row["bits"] for row in target["uniform"]] == [2, 3, 4, 5, 6, 7, 8]
         assert target["uniform"][-1]["fraction"] == 1
-        points = [(row["cost"], row["test_accuracy"], row["pareto"]) for row in [*target["found"], *target["uniform"]]]
-        for cost, accuracy, on_front in points:
-            beaten = any(c <= cost and a >= accuracy and (c < cost or a > accuracy) for c, a, _ in points)
+        cells = [(row["cost"], row["test_accuracy"], row["pareto"]) for row in [*target["found"], *target["uniform"]]]
+        for cost, accuracy, on_front in cells:
+            beaten = any(c <= cost and a >= accuracy and (c < cost or a > accuracy) for c, a, _ in cells)
             assert on_front is not beaten
     measured = history(Path("all/sensitivity"))
     assert 30 < len(measured) <= 40

@@ -80,7 +80,7 @@ def test_a_single_batch_has_the_threads_of_this_process_since_sums_depend_on_the
         torch.set_num_threads(3)
         assert evaluator.worker_threads == 3
         many = images(300)
-        larger = haq.Problem(small_network(), calibrate=images(32), search=many, target="edge", reward="agreement")
+        larger = haq.Problem(small_network(), calibrate=images(32), search=many, target="edge", objective="agreement")
         assert larger.evaluator.worker_threads == 1
     finally:
         torch.set_num_threads(before)

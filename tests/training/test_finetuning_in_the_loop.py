@@ -17,7 +17,7 @@ from haq.console import cli
 from haq.networks import Network
 from haq.solvers import sensitivity
 from haq.solvers.base import Session
-from haq.study.task import SearchConfig
+from haq.study.config import SearchConfig
 from tests.commands.test_search_command import SMALL, place  # noqa: F401
 from tests.conftest import images, make_problem, small_network
 
@@ -52,10 +52,10 @@ def test_steps_and_seed_make_a_difference(network: nn.Module) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
 def test_as_many_steps_as_were_asked_for(network: nn.Module, steps: int) -> None:
     done: list[tuple[int, int]] = []
-    job = tuning(network)
+    task = tuning(network)
     qnetwork = Q.quantize(network, make_problem(network).uniform(4), calibrate=images(32, 1))
     training.finetune(
-        job.network, qnetwork, job.split, epochs=0, seed=0, steps=steps, on_step=lambda step, of: done.append((step, of))
+        task.network, qnetwork, task.split, epochs=0, seed=0, steps=steps, on_step=lambda step, of: done.append((step, of))
     )
     assert done == [(step, steps) for step in range(1, steps + 1)]  # 80 images are three steps of an epoch
 

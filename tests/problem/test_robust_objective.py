@@ -1,4 +1,4 @@
-"""With --reward accuracy+robust a policy is judged by images that are right both as they are and under a cheap attack."""
+"""With --objective accuracy+robust a policy is judged by images that are right both as they are and under a cheap attack."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from haq.attacks.threat_model import PerturbationBall
 from haq.console import cli
 from haq.networks import Network
 from haq.problem.evaluator import BATCH, Evaluator
+from haq.study.config import SearchConfig
 from haq.study.search_run import Run
-from haq.study.task import SearchConfig
+from haq.study.task import SearchTask
 from quantizers.linear import Linear
 from tests.conftest import images, small_network
 from tests.training.test_finetuning_in_the_loop import tuning
 
 EPS = 0.15
-REWARD = "accuracy+robust"
+OBJECTIVE = "accuracy+robust"
 MEAN, STD = (0.4,), (0.5,)
 CALIBRATION = (images(32, 1) - MEAN[0]) / STD[0]
 
@@ -52,7 +53,7 @@ def labelled(network: nn.Module, count: int = 300) -> tuple[Tensor, Tensor]:
 def robust(network: nn.Module, count: int = 300, **options: Any) -> haq.Problem:
     proxy = options.pop("proxy", None) or ProxyAttack.of(described(network), EPS)
     return haq.Problem(
-        network, CALIBRATION, labelled(network, count), "edge", budget=0.6, reward=REWARD, proxy=proxy, **options
+        network, CALIBRATION, labelled(network, count), "edge", budget=0.6, objective=OBJECTIVE, proxy=proxy, **options
     )
 
 
@@ -205,24 +206,26 @@ def test_attacks_stay_within_eps_and_the_range_of_images(network: nn.Module) -> 
 def test_what_belongs_together_is_asked_for(network: nn.Module) -> None:
     given = network, images(8), labelled(network, 8), "edge"
     proxy = ProxyAttack.of(described(network), EPS)
-    with pytest.raises(ValueError, match=r'reward="accuracy\+robust" needs `proxy`, .* haq.attacks.proxy.ProxyAttack.of'):
-        haq.Problem(*given, reward=REWARD)
-    with pytest.raises(ValueError, match=r"`proxy` is of reward=.accuracy\+robust., not of 'accuracy'"):
+    with pytest.raises(ValueError, match=r'objective="accuracy\+robust" needs `proxy`, .* haq.attacks.proxy.ProxyAttack.of'):
+        haq.Problem(*given, objective=OBJECTIVE)
+    with pytest.raises(ValueError, match=r"`proxy` is of objective=.accuracy\+robust., not of 'accuracy'"):
         haq.Problem(*given, proxy=proxy)
     with pytest.raises(ValueError, match="no labels to tell the accuracy by"):
-        haq.Problem(network, images(8), images(8), "edge", reward=REWARD, proxy=proxy)
+        haq.Problem(network, images(8), images(8), "edge", objective=OBJECTIVE, proxy=proxy)
     with pytest.raises(ValueError, match="an attack makes answers wrong, so it needs labels"):
         Evaluator(network, images(8), teacher=network, proxy=proxy)
 
 
-def test_eps_is_of_this_reward_only() -> None:
-    assert SearchConfig(reward=REWARD).eps == "8/255"
-    assert SearchConfig(reward=REWARD, eps="0.1").eps == "0.1"
-    with pytest.raises(ValueError, match=r"--eps 4/255 is of an attack: it goes with --reward accuracy\+robust, not accuracy"):
+def test_eps_is_of_this_objective_only() -> None:
+    assert SearchConfig(objective=OBJECTIVE).eps == "8/255"
+    assert SearchConfig(objective=OBJECTIVE, eps="0.1").eps == "0.1"
+    with pytest.raises(
+        ValueError, match=r"--eps 4/255 is of an attack: it goes with --objective accuracy\+robust, not accuracy"
+    ):
         SearchConfig(eps="4/255")
     for eps, message in (("8", "8/255, not 8; .* not 8$"), ("much", "eps 'much' is not understood")):
         with pytest.raises(ValueError, match=message):
-            SearchConfig(reward=REWARD, eps=eps)
+            SearchConfig(objective=OBJECTIVE, eps=eps)
 
 
 MODULE = """
@@ -247,7 +250,7 @@ def network():
     from tests.conftest import small_network
     return Network("small", small_network(), (1, 8, 8))
 """
-SMALL = ["--network", "robust_job:network", "--data", "robust_job:small", "--budget", "0.6", "--reward", REWARD]
+SMALL = ["--network", "robust_job:network", "--data", "robust_job:small", "--budget", "0.6", "--objective", OBJECTIVE]
 QUICK = [*SMALL, "--solver", "greedy", "--evaluations", "12", "--finetune-epochs", "0"]
 
 
@@ -268,12 +271,12 @@ def call(main: Any, *arguments: str) -> int:
 
 @pytest.mark.usefixtures("place")
 def test_a_search_of_the_default_network(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--data", "robust_job:some", "--reward", REWARD, "--solver", "random", "--evaluations", "8"]
+    asked = ["--data", "robust_job:some", "--objective", OBJECTIVE, "--solver", "random", "--evaluations", "8"]
     assert call(search.main, *asked, "--finetune-epochs", "1", "--eps", "4/255", "--out", "run") == 0
     out, err = capsys.readouterr()
     assert not err
     words = " ".join(out.split())
-    assert "reward worst of clean and PGD-3 at eps 4/255" in words
+    assert "objective worst of clean and PGD-3 at eps 4/255" in words
     assert "float accuracy (worst of clean and PGD-3 at eps 4/255)" in words
     assert "worst case: worst of clean and PGD-3 at eps 4/255, right both times, a cheap attack and no evaluation" in words
     assert "on the search split (worst of clean and PGD-3 at eps 4/255)" in words
@@ -289,14 +292,14 @@ def test_a_search_of_the_default_network(capsys: pytest.CaptureFixture[str]) -> 
     assert {"pgd", "apgd-ce", "square", "transfer-twin", "pgd-twin", "pgd-bpda-soft"} <= set(verified["attacks"])
     assert yaml.safe_load(Path("run/config.yaml").read_text())["settings"]["eps"] == "4/255"
     result = json.loads(Path("run/result.json").read_text())
-    assert result["reward"] == REWARD
-    assert result["reward_is"] == "worst of clean and PGD-3 at eps 4/255"
+    assert result["objective"] == OBJECTIVE
+    assert result["objective_is"] == "worst of clean and PGD-3 at eps 4/255"
     for row in (result["float"], result["uniform8"], result["found"], result["finetuned"], *result["rivals"].values()):
         for split in ("search", "test"):
-            assert 0 <= row[f"{split}_{REWARD}"] < row[f"{split}_accuracy"] <= 1
+            assert 0 <= row[f"{split}_{OBJECTIVE}"] < row[f"{split}_accuracy"] <= 1
     with Path("run/history.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["solver"] == "random" and row["within_budget"] == "1"]
-    assert result["found"][f"search_{REWARD}"] == max(float(row["accuracy"]) for row in rows)
+    assert result["found"][f"search_{OBJECTIVE}"] == max(float(row["accuracy"]) for row in rows)
     assert call(evaluate.main, "run", "--json") == 0
     assert json.loads(capsys.readouterr().out) == result
 
@@ -319,13 +322,13 @@ def test_an_interrupted_search_goes_on_exactly(capsys: pytest.CaptureFixture[str
     for file in ("policy.json", "history.csv", "result.json"):
         assert Path("whole", file).read_bytes() == Path("cut", file).read_bytes()
     # The attack makes a difference, and so does its eps.
-    for name, change in (("plain", ["--reward", "accuracy"]), ("less", ["--eps", "2/255"])):
+    for name, change in (("plain", ["--objective", "accuracy"]), ("less", ["--eps", "2/255"])):
         assert call(search.main, *QUICK, *change, "--out", name) == 0
         assert Path("whole/history.csv").read_bytes() != Path(name, "history.csv").read_bytes()
     capsys.readouterr()
     assert call(finetune.main, "whole", "--epochs", "1") == 0
     assert "worst of clean and PGD-3 at eps 8/255" in " ".join(capsys.readouterr().out.split())
-    assert call(search.main, *QUICK, "--reward", "accuracy", "--out", "again") == 0
+    assert call(search.main, *QUICK, "--objective", "accuracy", "--out", "again") == 0
     assert "robustness" not in capsys.readouterr().out
 
 
@@ -337,11 +340,11 @@ def test_a_sweep_for_robustness(capsys: pytest.CaptureFixture[str]) -> None:
     out = " ".join(capsys.readouterr().out.split())
     assert "accuracy+robust (worst of clean and PGD-3 at eps 4/255)" in out
     content = json.loads(Path("sweep/sweep.json").read_text())
-    assert content["reward_is"] == "worst of clean and PGD-3 at eps 4/255"
+    assert content["objective_is"] == "worst of clean and PGD-3 at eps 4/255"
     assert content["asked"]["settings"]["eps"] == "4/255"
     row = content["targets"]["edge"]["found"][0]
     found = json.loads(Path("sweep", row["runs"][0]["folder"], "result.json").read_text())["found"]
-    assert row[f"test_{REWARD}"] == found[f"test_{REWARD}"]
+    assert row[f"test_{OBJECTIVE}"] == found[f"test_{OBJECTIVE}"]
 
 
 @pytest.mark.usefixtures("place")
@@ -349,8 +352,11 @@ def test_what_the_commands_refuse(capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (["--data", "robust_job:floats"], "the images of robust_job:floats are float32, taken as they are"),
         (["--eps", "8"], "eps is on the scale of images in [0, 1]: 8/255, not 8"),
-        (["--reward", "accuracy", "--eps", "8/255"], "--eps 8/255 is of an attack: it goes with --reward accuracy+robust"),
-        (["--reward", "robust"], "unknown reward 'robust'; it can be accuracy or agreement or accuracy+robust"),
+        (
+            ["--objective", "accuracy", "--eps", "8/255"],
+            "--eps 8/255 is of an attack: it goes with --objective accuracy+robust",
+        ),
+        (["--objective", "robust"], "unknown objective 'robust'; it can be accuracy or agreement or accuracy+robust"),
     ):
         for main in (search.main, sweep.main):
             arguments = [*SMALL, *options, "--out", "run"]
@@ -367,5 +373,5 @@ def test_photographs_without_labels_are_refused(monkeypatch: pytest.MonkeyPatch)
     unlabelled = data.Dataset("photos", (), *(data.Split(part, torch.full((3,), data.UNLABELLED)) for part in pictures))
     monkeypatch.setattr("haq.networks.load", lambda name: network)
     monkeypatch.setattr("haq.data.load", lambda name, image_size: unlabelled)
-    with pytest.raises(ValueError, match="photos has no labels to tell the accuracy by: search with --reward agreement"):
-        SearchConfig(reward=REWARD).build()
+    with pytest.raises(ValueError, match="photos has no labels to tell the accuracy by: search with --objective agreement"):
+        SearchTask.build(SearchConfig(objective=OBJECTIVE))
