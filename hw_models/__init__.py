@@ -3,14 +3,24 @@
 workload = hw_models.trace(network, example)
 table = hw_models.load_target("edge").cost_table(workload)
 table.latency_s[layer, weight_bits - 1, activation_bits - 1]
+
+What is listed here is imported when it is first used, so `import hw_models` costs nothing and imports no torch.
 """
 
-from hw_models.cost import METRICS, UNITS, Costs, CostTable, undominated
-from hw_models.storage import float_bytes, peak_activation_bytes, storage_bytes, storage_parts
-from hw_models.target import MEASURED, Target, load_target, target_names
-from hw_models.workload import Call, Layer, Workload, trace
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hw_models.cost import METRICS, UNITS, Costs, CostTable, undominated
+    from hw_models.registry import Registry
+    from hw_models.storage import BITS, float_bytes, peak_activation_bytes, storage_bytes, storage_parts
+    from hw_models.target import MEASURED, Target, load_target, target_names
+    from hw_models.tracing import trace
+    from hw_models.workload import Call, Layer, Workload
 
 __all__ = [
+    "BITS",
     "MEASURED",
     "METRICS",
     "UNITS",
@@ -18,6 +28,7 @@ __all__ = [
     "CostTable",
     "Costs",
     "Layer",
+    "Registry",
     "Target",
     "Workload",
     "float_bytes",
@@ -29,3 +40,28 @@ __all__ = [
     "trace",
     "undominated",
 ]
+
+_MODULES = {
+    "cost": ("METRICS", "UNITS", "Costs", "CostTable", "undominated"),
+    "registry": ("Registry",),
+    "storage": ("BITS", "float_bytes", "peak_activation_bytes", "storage_bytes", "storage_parts"),
+    "target": ("MEASURED", "Target", "load_target", "target_names"),
+    "tracing": ("trace",),
+    "workload": ("Call", "Layer", "Workload"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"hw_models.{_HOMES[name]}"), name)
+        globals()[name] = value  # the next time it is simply there
+        return value
+    # hw_models.bitfusion.Shape and the like work without an import of the module.
+    if not name.startswith("_") and importlib.util.find_spec(f"hw_models.{name}"):
+        return importlib.import_module(f"hw_models.{name}")
+    raise AttributeError(f"module 'hw_models' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from hw_models.bismo_overlay import BOUNDS, BismoOverlayTarget, Gemm
-from hw_models.workload import trace
+from hw_models.tracing import trace
 from tests.conftest import small_network
 
 # Cycle-accurate emulation of the version-1 RTL with Dk = 64 and buffers of 1024 words:
