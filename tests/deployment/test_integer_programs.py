@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_network
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -36,6 +35,7 @@ from haq.deployment.lowering import (
     lower,
 )
 from hw_models.tvm_cpu.conv import reference, zero_point
+from tests.conftest import images, small_network
 
 Bits = tuple[int | None, int | None]
 
