@@ -89,7 +89,7 @@ class Row(NamedTuple):
 
 
 def labelled() -> tuple[list[Path], Tensor]:
-    """foolbox's photographs of ImageNet, and their classes."""
+    """Foolbox's photographs of ImageNet, and their classes."""
     paths = sorted(_inside(LABELLED[0], LABELLED[1]))
     if not paths:
         raise FileNotFoundError("the photographs to test on are foolbox's: pip install foolbox")

@@ -146,8 +146,11 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def linear_network(width: int, seed: int, scheme: Q.Scheme | None, uniform: bool = False) -> Network:
-    """Four hidden layers, all but the first of one bit; without a scheme a float one with ReLUs. `uniform` draws the float
-    weights behind one-bit ones from -1..1 instead of torch's narrow start."""
+    """Make a network of four hidden layers, all but the first of one bit.
+
+    Without a scheme it is a float one with ReLUs. `uniform` draws the float weights behind one-bit ones from -1..1 instead of
+    torch's narrow start.
+    """
     torch.manual_seed(seed)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (784, width, width, width):
@@ -214,8 +217,10 @@ def train(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     fixed_norms: bool = False,
 ) -> Run:
-    """Train a network in stages, each of so many epochs with optimizers of its own. Where the loss overflows training ends,
-    and the accuracies are those of guessing, 10 %."""
+    """Train a network in stages, each of so many epochs with optimizers of its own.
+
+    Where the loss overflows training ends, and the accuracies are those of guessing, 10 %.
+    """
     trace: list[float] = []
 
     def on_epoch(epoch: int, loss: float) -> None:
@@ -568,7 +573,9 @@ def filters(budget: Budget) -> Made:
                     learn_mask(budget, network, name, strength, 10 * seed + number)
                 else:
                     switches = parameters[0]
-                    count = kept[strength, seed][name] if kind == "random" else len(switches)
+                    count = len(switches)
+                    if kind == "random":
+                        count = kept[strength, seed][name]
                     with torch.no_grad():
                         switches.fill_(-1.0)[torch.randperm(len(switches), generator=generator)[:count]] = 1.0
             assert done is not None
@@ -594,7 +601,9 @@ def filters(budget: Budget) -> Made:
                 shares.append(100 * float(Q.kept_share(r.network.module, masked)))
             left.append(100 * one_bit_weights(removed) / one_bit_weights(bases[0].network.module))
         accuracies[name, strength] = [r.test for r in runs]
-        penalty = f"{strength:g}" if name != "all" else "–"
+        penalty = "–"
+        if name != "all":
+            penalty = f"{strength:g}"
         table.rows.append([name, penalty, f"{rate:g}", shares, left, accuracies[name, strength], f"{max(moved):.0e}"])
 
     rates = ADAM_RATES[:2]  # of networks that are trained already
@@ -607,21 +616,7 @@ def filters(budget: Budget) -> Made:
         add("learned", strength, rate, runs)
         add("random", strength, *best(rates, pruned("random", strength), SEEDS[:1]))
 
-    # Masks learned while norms follow their batches: nothing in the loss tells one kept filter from another.
-    masks = ("norms while a mask is learned", "penalty", "kept, %")
-    norms = Result("d", "d. Share of filters kept by masks alone, both layers, weights as they were", masks)
-    for fixed in (True, False):
-        for strength in (3.0,):
-            shares = []
-            for seed in SEEDS:
-                network, generator = copy.deepcopy(bases[seed].network), torch.Generator().manual_seed(seed)
-                for name, phase, _ in Q.layerwise_pruning(network.module, masked, generator):
-                    if phase == "mask":
-                        learn_mask(budget, network, name, strength, seed, fixed=fixed)
-                with torch.no_grad():
-                    shares.append(100 * float(Q.kept_share(network.module, masked)))
-            norms.rows.append(["fixed" if fixed else "follow their batches", f"{strength:g}", shares])
-
+    norms = masks_alone(budget, bases, masked)
     strength = STRENGTHS[0]
     over = mean(accuracies["learned", strength]) - mean(accuracies["random", strength])
     under = mean(accuracies["learned", strength]) - mean(accuracies["all", 0.0])
@@ -640,13 +635,38 @@ def filters(budget: Budget) -> Made:
     ]
 
 
+def masks_alone(budget: Budget, bases: list[Run], masked: list[str]) -> Result:
+    """Learn masks while norms are fixed, and while they follow their batches.
+
+    In the second case nothing in the loss tells one kept filter from another.
+    """
+    columns = ("norms while a mask is learned", "penalty", "kept, %")
+    made = Result("d", "d. Share of filters kept by masks alone, both layers, weights as they were", columns)
+    strength = 3.0
+    for words, fixed in (("fixed", True), ("follow their batches", False)):
+        shares = []
+        for seed in SEEDS:
+            network = copy.deepcopy(bases[seed].network)
+            generator = torch.Generator().manual_seed(seed)
+            for name, phase, _ in Q.layerwise_pruning(network.module, masked, generator):
+                if phase == "mask":
+                    learn_mask(budget, network, name, strength, seed, fixed=fixed)
+            with torch.no_grad():
+                shares.append(100 * float(Q.kept_share(network.module, masked)))
+        made.rows.append([words, f"{strength:g}", shares])
+    return made
+
+
 def mask(run: Run, name: str) -> Tensor:
     return Q.masked_layers(run.network.module)[name].get_parameter("filter_mask")
 
 
 def learn_mask(budget: Budget, network: Network, name: str, strength: float, seed: int, *, fixed: bool = True) -> None:
-    """Train one mask. Norms keep their statistics: behind a norm that follows its batches, the size of a kept filter, and so
-    its mask, has no gradient, and that of a filter that is off is multiplied by 1 / sqrt(eps)."""
+    """Train one mask.
+
+    Norms keep their statistics: behind a norm that follows its batches, the size of a kept filter, and so its mask, has no
+    gradient, and that of a filter that is off is multiplied by 1 / sqrt(eps).
+    """
     stage = [(budget.epochs["mask"], adam(1e-4))]
     train(budget, network, stage, seed, penalty=lambda m: strength * Q.kept_share(m, [name]), fixed_norms=fixed)
 

@@ -1,5 +1,6 @@
-"""Defensive quantization (Lin, Gan, Han, ICLR 2019) against plain quantization, on small data: the paper's table, and next
-to it what attacks and checks of today say.
+"""Defensive quantization (Lin, Gan, Han, ICLR 2019) against plain quantization, on small data.
+
+The paper's table, and next to it what attacks and checks of today say.
 
     python -m experiments.defensive_quantization        (needs the extra `robustness`; an hour of one core)
 

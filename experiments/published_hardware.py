@@ -44,9 +44,11 @@ PEAK_TOPS = {"bismo-overlay": "6.5", "bismo-overlay-ultra96": "15.4"}
 
 
 class Benchmark(NamedTuple):
-    """A network of BitFusion's paper, batch 16: layers as (count, kernel, output size, stride, inputs, outputs, weight bits,
-    activation bits), the first of them on the image; Eyeriss's cycles and energy in multiplications of 16 bits; the
-    published ratios."""
+    """A network of BitFusion's paper, batch 16, with the published ratios.
+
+    Layers are (count, kernel, output size, stride, inputs, outputs, weight bits, activation bits), the first of them on the
+    image. Eyeriss's cycles and energy are in multiplications of 16 bits.
+    """
 
     layers: tuple[tuple[int, ...], ...]
     eyeriss_cycles: int

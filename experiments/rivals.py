@@ -42,7 +42,9 @@ class Rival:
 @dataclass(frozen=True)
 class Int8Layer:
     """A layer for libraries: bytes (zero point 0) in and out, channels last, weights of 8 bits with a scale per channel.
-    Outputs are round(scale[c] * (sum + bias[c])) + 128, clipped to bytes."""
+
+    Outputs are round(scale[c] * (sum + bias[c])) + 128, clipped to bytes.
+    """
 
     conv: Conv
     weights: NDArray[np.int8]  # (C_out, C_in / groups, kh, kw)
@@ -88,8 +90,10 @@ class Int8Layer:
 def onnx_layer(
     layer: Int8Layer, nodes: Callable[[Any, str], list[Any]], shared: dict[str, Any], own: dict[str, Any], copies: int
 ) -> Any:
-    """A model of the same layer several times, side by side with different weights: of input x, outputs y0, y1.. `nodes`
-    makes those of one copy, whose names end in its number."""
+    """Make a model of the same layer several times, side by side with different weights: of input x, outputs y0, y1...
+
+    `nodes` makes those of one copy, whose names end in its number.
+    """
     onnx = importlib.import_module("onnx")
     make, of = onnx.helper, onnx.TensorProto
     given, made = layer.sizes
@@ -221,7 +225,7 @@ def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
 
 
 def torch_layer(layer: Int8Layer, engine: str) -> Rival:
-    """torch's quantized operators with packed weights."""
+    """Torch's quantized operators with packed weights."""
     conv = layer.conv
     torch.backends.quantized.engine = engine
     zeros = torch.zeros(conv.out_channels, dtype=torch.int64)

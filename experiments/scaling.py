@@ -86,8 +86,10 @@ def run(problem: haq.Problem, solver: str, evaluations: int) -> Timed:
 
 
 def own_seconds(problem: haq.Problem, solver: str, evaluations: int) -> float:
-    """What a solver itself takes for an evaluation, of the last fifth (an agent has its sensitivities then): what is left of
-    the time if all is known already."""
+    """Measure what a solver itself takes for an evaluation: what is left of the time if all is known already.
+
+    It is that of the last fifth: an agent has its sensitivities then.
+    """
     ahead = AHEAD
     solve(solver, Session(problem, evaluations, ahead=ahead), seed=0)
     moments: list[float] = []
