@@ -124,14 +124,9 @@ class Known(haq.Problem):
     """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
 
     def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """Keep what is known of every policy.
-
-        Args:
-            of: What a problem holds: workload, cost, bits, groups, decisions, noise, metric, float_result.
-            title: What it is called.
-            fraction: The budget, from the cheapest policy (0) to the dearest (1).
-            accuracy: One axis per decision, one entry per option.
-            loss: Likewise.
+        """of: what a problem holds: workload, cost, bits, groups, decisions, noise, metric, float_result.
+        fraction: the budget, from the cheapest policy (0) to the dearest (1).
+        accuracy, loss: one axis per decision, one entry per option.
         """
         for field in ("workload", "cost", "bits", "groups", "decisions", "noise", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
@@ -202,10 +197,8 @@ def restricted(problem: haq.Problem, decision: Decision, pairs: Sequence[tuple[i
 
 @torch.inference_mode()
 def enumerate_all(problem: haq.Problem, images: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Measure accuracy and loss of every policy of a sequential network, one axis per decision.
-
-    Each layer's output is computed once for all that follows from it.
-    """
+    """Accuracy and loss of every policy of a sequential network, one axis per decision: each layer's output is computed once
+    for all that follows from it."""
     order = {problem.workload.names[decision.layers[0]]: i for i, decision in enumerate(problem.decisions)}
     shape = [len(decision.pairs) for decision in problem.decisions]
     accuracy, loss = np.zeros(shape), np.zeros(shape)
