@@ -40,6 +40,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantizers as Q
+from experiments.shared import add_columns, verdict
 from haq import data, training
 from haq.networks import Network
 
@@ -108,7 +109,12 @@ class Result:
     digits: dict[str, int] = field(default_factory=dict)
 
     def text(self, row: list[Cell]) -> list[str]:
-        return [c if isinstance(c, str) else spread(c, self.digits.get(k, 1)) for k, c in zip(self.columns, row, strict=True)]
+        made = []
+        for column, cell in zip(self.columns, row, strict=True):
+            if not isinstance(cell, str):
+                cell = spread(cell, self.digits.get(column, 1))
+            made.append(cell)
+        return made
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,10 @@ class Direction:
     otherwise: str = ""
 
     def text(self) -> str:
-        reason = "" if self.holds or not self.otherwise else f" {self.otherwise}"
-        return f"{self.name}: {self.claim}: {'holds' if self.holds else 'does not hold'} here. {self.figures}{reason}"
+        said = f"{self.name}: {self.claim}: {verdict(self.holds, 'does not hold')} here. {self.figures}"
+        if self.otherwise and not self.holds:
+            said += f" {self.otherwise}"
+        return said
 
 
 Made = tuple[list[Result], list[Direction]]
@@ -136,7 +144,9 @@ def mean(values: Iterable[float]) -> float:
 
 def marked(rate: float, rates: Sequence[float]) -> str:
     """A rate chosen among some, in rising order, with a star where a better one may lie beyond them."""
-    return f"{rate:g}{'*' if rate in (rates[0], rates[-1]) else ''}"
+    if rate in (rates[0], rates[-1]):
+        return f"{rate:g}*"
+    return f"{rate:g}"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -155,7 +165,8 @@ def linear_network(width: int, seed: int, scheme: Q.Scheme | None, uniform: bool
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (784, width, width, width):
         layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width)]
-        layers += [nn.ReLU()] if scheme is None else []
+        if scheme is None:
+            layers.append(nn.ReLU())
     module: nn.Module = nn.Sequential(*layers, nn.Linear(width, 10))
     if scheme is not None:
         module = _binarized(module, scheme)
@@ -181,9 +192,9 @@ def convolutional_network(seed: int) -> Network:
 
 def _binarized(module: nn.Module, scheme: Q.Scheme) -> nn.Module:
     names = list(Q.BitPolicy.uniform(module, 1, 1))
-    ends = (names[0], names[-1])
-    policy = Q.BitPolicy({name: (None, None) if name in ends else (1, 1) for name in names})
-    return Q.quantize(module, policy, scheme=scheme)
+    bits: dict[str, tuple[int | None, int | None]] = dict.fromkeys(names, (1, 1))
+    bits[names[0]] = bits[names[-1]] = (None, None)
+    return Q.quantize(module, Q.BitPolicy(bits), scheme=scheme)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -245,7 +256,10 @@ def train(
         except FloatingPointError:
             return Run(10.0, 10.0, [*trace, 10.0], network)
     found = 100 * training.accuracy(network, budget.search)
-    return Run(found, trace[-1], trace, network, 100 * clipping.mean_share if clipping else None)
+    clipped = None
+    if clipping:
+        clipped = 100 * clipping.mean_share
+    return Run(found, trace[-1], trace, network, clipped)
 
 
 def best(rates: Sequence[float], run: Callable[[float, int], Run], tuned: Sequence[int] = SEEDS) -> tuple[float, list[Run]]:
@@ -273,13 +287,16 @@ def optimisers(budget: Budget) -> Made:
     def with_clipping(estimator: str, clip: bool, uniform: bool = False) -> Callable[[float, int], Run]:
         def run(rate: float, seed: int) -> Run:
             network = linear_network(width, seed, Q.Binary(weight_estimator=estimator), uniform)
-            clipping = Q.clip_weights(network.module) if clip else None
+            clipping = None
+            if clip:
+                clipping = Q.clip_weights(network.module)
             return train(budget, network, [(epochs, adam(rate))], seed, clipping=clipping)
 
         return run
 
     def two_stages(rate: float, seed: int) -> Run:
-        network, shares = linear_network(width, seed, Q.Binary()), []
+        network = linear_network(width, seed, Q.Binary())
+        shares = []
 
         def entering(stage: Q.Stage) -> Optimizers:
             def made(module: nn.Module) -> list[torch.optim.Optimizer]:
@@ -292,7 +309,9 @@ def optimisers(budget: Budget) -> Made:
 
         stages = Q.two_stages(epochs, rate)
         run = train(budget, network, [(stage.epochs, entering(stage)) for stage in stages], seed)
-        return run._replace(clipped=100 * shares[0].mean_share) if shares else run
+        if shares:
+            run = run._replace(clipped=100 * shares[0].mean_share)
+        return run
 
     # The second row of the clipping table is ADAM's of the first one: every run is made once.
     slope = {(rate, seed): with_clipping("clipped", False)(rate, seed) for rate in COMPARED_RATES["ADAM"] for seed in SEEDS}
@@ -323,7 +342,10 @@ def optimisers(budget: Budget) -> Made:
         of = {}
         for name, estimator, clip in CLIPPED:
             run = with_clipping(estimator, clip)
-            runs = [slope[rate, seed] if name == "slope" else run(rate, seed) for seed in SEEDS]
+            if name == "slope":
+                runs = [slope[rate, seed] for seed in SEEDS]
+            else:
+                runs = [run(rate, seed) for seed in SEEDS]
             add(name, "narrow", rate, runs)
             of[name] = mean(r.test for r in runs)
             if clip:
@@ -379,7 +401,9 @@ def estimators(budget: Budget) -> Made:
     def run(scheme: Q.Binary, optimizer: Callable[[float], Optimizers], uniform: bool = False) -> Callable[[float, int], Run]:
         def made(rate: float, seed: int) -> Run:
             network = linear_network(budget.wide, seed, scheme, uniform)
-            clipping = Q.clip_weights(network.module) if uniform else None
+            clipping = None
+            if uniform:
+                clipping = Q.clip_weights(network.module)
             return train(budget, network, [(epochs, optimizer(rate))], seed, clipping=clipping)
 
         return made
@@ -444,8 +468,11 @@ def ensembles(budget: Budget) -> Made:
 
     def add(name: str, k: int, rate: float, made: Sequence[nn.Module], alone: Cell, factor: str) -> list[list[float]]:
         pairs = [judged(module, budget.test, seed) for seed, module in zip(SEEDS, made, strict=True)]
-        accuracies, changes = [x for x, _ in pairs], [y for _, y in pairs]
-        member = made[0].members[0] if isinstance(made[0], Q.Ensemble) else made[0]
+        accuracies = [accuracy for accuracy, _ in pairs]
+        changes = [change for _, change in pairs]
+        member = made[0]
+        if isinstance(member, Q.Ensemble):
+            member = member.members[0]
         kilobytes, megabops = (k * x for x in cost(member))
         costs = f"{kilobytes / 1e3:.1f}", f"{megabops / 1e6:.1f}"
         table.rows.append([name, str(k), marked(rate, ADAM_RATES), accuracies, alone, changes, *costs, factor])
@@ -479,7 +506,9 @@ def ensembles(budget: Budget) -> Made:
     rate, runs = best(ADAM_RATES, run(width, None), SEEDS[:1])
     floats = add("one in float", 1, rate, [r.network.module for r in runs], "–", "–")
 
-    chosen = 6 if 6 in budget.members else most
+    chosen = most
+    if 6 in budget.members:
+        chosen = 6
     together = mean(seen["bagging", chosen][0])
     gain, apart = together - alone["bagging", chosen][0], together - mean(single[0])
     room = mean(floats[0]) - alone["bagging", chosen][0]
@@ -714,7 +743,8 @@ def main() -> None:
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {min(unknown)!r}; known: {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    dataset, start = data.load("fashion-mnist-12k"), time.perf_counter()
+    dataset = data.load("fashion-mnist-12k")
+    start = time.perf_counter()
     budget = Budget(dataset.train, dataset.search, dataset.test)
     if options.quick:
         quick(budget)
@@ -730,13 +760,13 @@ def main() -> None:
         made.append(((results, directions), time.perf_counter() - begun))
         show(results, directions, made[-1][1])
         if options.save:
-            arguments = " ".join([*sorted(set(options.parts)), *(["--quick"] if options.quick else [])])
-            save(
-                options.save,
-                made,
-                dataset.describe(),
-                f"{arguments} --save {options.save.name if options.save.is_absolute() else options.save}".strip(),
-            )
+            words = sorted(set(options.parts))
+            if options.quick:
+                words.append("--quick")
+            shown_folder = options.save
+            if shown_folder.is_absolute():
+                shown_folder = shown_folder.name
+            save(options.save, made, dataset.describe(), " ".join([*words, f"--save {shown_folder}"]))
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
@@ -744,8 +774,7 @@ def show(results: list[Result], directions: list[Direction], seconds: float) -> 
     console = Console(width=127)
     for result in results:
         table = Table(title=result.title, box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(result.columns):
-            table.add_column(column, justify="right" if number else "left")
+        add_columns(table, result.columns, left=result.columns[:1])
         for row in result.rows:
             table.add_row(*result.text(row))
         console.print(table)
