@@ -132,8 +132,10 @@ def onnxruntime_layer(layer: Int8Layer, copies: int = 1) -> Rival:
             return [node("QGemm", [*names, "bias", "y_scale", "y_zero"], **end)]
         return [node("QLinearConv", [*names, "y_scale", "y_zero", "bias"], **end, **layer.attributes, channels_last=1)]
 
-    own = {"w": layer.weights[:, :, 0, 0].T if layer.linear else layer.weights}
-    model = onnx_layer(layer, nodes, shared, own, copies)
+    weights = layer.weights
+    if layer.linear:
+        weights = weights[:, :, 0, 0].T
+    model = onnx_layer(layer, nodes, shared, {"w": weights}, copies)
     return onnxruntime_rival("ONNX Runtime", model.SerializeToString(), layer.image.reshape(layer.sizes[0]))
 
 
@@ -190,7 +192,10 @@ def openvino_layer(layer: Int8Layer, copies: int = 1) -> Rival:
             made.append(node("Transpose", [f"{total}_first"], [total], perm=(0, 2, 3, 1)))
         return [*made, node("QuantizeLinear", [total, "half", "y_zero"], [f"y{copy}"])]
 
-    model = onnx_layer(layer, nodes, shared, {"w": layer.weights[:, :, 0, 0] if layer.linear else layer.weights}, copies)
+    weights = layer.weights
+    if layer.linear:
+        weights = weights[:, :, 0, 0]
+    model = onnx_layer(layer, nodes, shared, {"w": weights}, copies)
     return openvino_rival("OpenVINO", model, layer.image.reshape(layer.sizes[0]))
 
 
@@ -256,7 +261,9 @@ def torch_layer(layer: Int8Layer, engine: str) -> Rival:
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
         made = call().int_repr()
-        return np.ascontiguousarray((made if layer.linear else made.permute(0, 2, 3, 1)).numpy())
+        if not layer.linear:
+            made = made.permute(0, 2, 3, 1)
+        return np.ascontiguousarray(made.numpy())
 
     return Rival(f"torch {engine}", run, call)
 
@@ -303,7 +310,9 @@ def torch_compiled(network: nn.Module, images: Tensor) -> Rival:
 
 
 def _torch_rival(name: str, network: Callable[[Tensor], Tensor], images: Tensor) -> Rival:
-    channels_last = images.clone(memory_format=torch.channels_last) if images.dim() == 4 else images.clone()
+    channels_last = images.clone()
+    if images.dim() == 4:
+        channels_last = images.clone(memory_format=torch.channels_last)
 
     def call() -> Tensor:
         with torch.inference_mode():

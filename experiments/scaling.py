@@ -36,6 +36,7 @@ from rich.table import Table
 
 import haq
 import quantizers as Q
+from experiments.shared import folder_for, verdict
 from haq.console import cli
 from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
@@ -145,9 +146,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only see that it runs: saves nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the page (default: {FOLDER})")
     options = parser.parse_args(arguments)
-    evaluations = {"random": 8, "ddpg": 40} if options.quick else {"random": 60, "ddpg": SearchConfig().evaluations}
-    repeats = 1 if options.quick else options.repeats
-    console = Console(width=110) if not sys.stdout.isatty() else Console()
+    evaluations = {"random": 60, "ddpg": SearchConfig().evaluations}
+    repeats, tasks = options.repeats, 3000
+    if options.quick:
+        evaluations = {"random": 8, "ddpg": 40}
+        repeats, tasks = 1, 200
+    console = Console()
+    if not sys.stdout.isatty():
+        console = Console(width=110)
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     problem = SearchTask.build(SearchConfig()).problem
@@ -183,7 +189,6 @@ def main(arguments: list[str] | None = None) -> int:
         "with each policy": len(pickle.dumps(policy)),
         "with each answer": len(pickle.dumps(problem.evaluate(policy))),
     }
-    tasks = 200 if options.quick else 3000
     pool = Processes(Nothing(), 1)  # type: ignore[arg-type]
     given_out = {"processes": tasks_per_second(pool, problem, tasks)}
     pool.close()
@@ -202,19 +207,19 @@ def main(arguments: list[str] | None = None) -> int:
     medians = {key: statistics.median(values) for key, values in rates.items()}
     for way in ways:
         one = {"2 processes": "1 process", "2 workers of Ray": "1 worker of Ray"}.get(way)
-        times = [medians[solver, way] / medians[solver, one] for solver in evaluations] if one else []
-        verdict = ""
-        if times:
-            verdict = " ".join(
-                f"{solver}: {'holds' if share >= BAR[way] else 'FALLS SHORT'}"
-                for solver, share in zip(evaluations, times, strict=True)
-            )
+        times = []
+        if one:
+            times = [medians[solver, way] / medians[solver, one] for solver in evaluations]
+        said = [f"{solver}: {verdict(share >= BAR[way])}" for solver, share in zip(evaluations, times, strict=bool(one))]
         spread = [f"{medians[s, way]:.2f} ({min(rates[s, way]):.2f}-{max(rates[s, way]):.2f})" for s in evaluations]
-        shown.append([way, *spread, ", ".join(f"{share:.2f}" for share in times), verdict])
+        shown.append([way, *spread, ", ".join(f"{share:.2f}" for share in times), " ".join(said)])
     same = all(len(hashes) == 1 for hashes in found.values())
+    answer = "NO"
+    if same:
+        answer = "yes"
     seconds = 1 / medians["random", "1 process"]
     facts = [
-        f"the same evaluations in the same order, whoever did them: {'yes' if same else 'NO'}",
+        f"the same evaluations in the same order, whoever did them: {answer}",
         f"one evaluation: {seconds:.3f} s on one thread",
         *(f"moved {what}: {count:,} bytes" for what, count in moved.items()),
         *(f"policies given out and taken back by {who}: {rate:,.0f} a second" for who, rate in given_out.items()),
@@ -225,7 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
         cells = []
         for s in (seconds, SLOW):
             for solver in evaluations:
-                ahead = AHEAD if solver == "ddpg" else None
+                ahead = None
+                if solver == "ddpg":
+                    ahead = AHEAD
                 rate, bound = modelled(count, s, given_out["Ray"], own[solver], ahead)
                 cells.append(f"{rate * s:,.1f} ({bound})")
         model.append([str(count), *cells])
@@ -242,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in model[1:]:
         larger.add_row(*row)
     console.print(larger)
-    out = options.out or (None if options.quick else FOLDER)
+    out = folder_for(options.out, options.quick, FOLDER)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         page = [
@@ -269,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         ]
         (out / f"{NAME}.md").write_text("\n".join(page) + "\n", encoding="utf-8")
         console.print(f"written: {out / NAME}.md")
-    return 0 if same else 1
+    return int(not same)
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
