@@ -89,14 +89,23 @@ class SearchConfig:
             raise ValueError(f"--bits is {self.bits!r}; it must be SMALLEST:LARGEST within 1:8, such as 2:8")
         return int(match[1]), int(match[2])
 
-    def command(self) -> str:
-        """The command that asks for this; options that are as they come are left out."""
-        words = ["python -m haq.search"]
+    def options(self) -> list[str]:
+        """Return the options that ask for this, word by word; those that are as they come are left out."""
+        words = []
         for one in fields(self):
             value = getattr(self, one.name)
             # Sensitivities that are given bring their kind along.
             brought = one.name == "sensitivity_kind" and self.sensitivity is not None
             if value != one.default and not brought:
-                option = f"--{one.name.replace('_', '-')}"
-                words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
-        return " ".join(words)
+                words.append(f"--{one.name.replace('_', '-')}")
+                if value is not True:
+                    words.append(str(value))
+        return words
+
+    def words(self) -> list[str]:
+        """Return the command that asks for this, word by word."""
+        return ["python", "-m", "haq.search", *self.options()]
+
+    def command(self) -> str:
+        """Return the command that asks for this, as it can be typed."""
+        return shlex.join(self.words())
