@@ -76,10 +76,10 @@ class Problem:
         network's input space (`Proxy.of(network, eps)` for a `haq.models.Network`).
 
     A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
-    `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
-    (decisions, 2, 8) the relative squared error that each width of weights and of activations leaves (from calibration), and
-    `evaluate`. Raises OutOfReach, a ValueError, for a budget out of reach, naming the reachable range, and ValueError for
-    whatever its parts refuse.
+    `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit,
+    `quantization_error` (decisions, 2, 8) the relative squared error that each width of weights and of activations leaves
+    (from calibration), and `evaluate`. Raises OutOfReach, a ValueError, for a budget out of reach, naming the reachable range,
+    and ValueError for whatever its parts refuse.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Problem:
         errors = np.array(
             [[layers[name].weight_error.tolist(), layers[name].activation_error.tolist()] for name in self.workload.names]
         )
-        self.noise = np.array([errors[list(group)].mean(0) for group in self.groups])
+        self.quantization_error = np.array([errors[list(group)].mean(0) for group in self.groups])
         was_training = network.training
         self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, proxy=proxy)
         self.float_result = self.evaluator.measure_teacher()

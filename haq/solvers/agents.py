@@ -21,7 +21,6 @@ With `--env haq` only the first of these holds: the agent is HAQ's, on `haq/HAQ-
 
 from __future__ import annotations
 
-import copy
 import json
 import operator
 import random
@@ -188,6 +187,11 @@ def sac(problem: Problem, session: Session, seed: int) -> None:
     (search if session.env == "plan" else search_as_haq)(SAC, problem, session, seed)
 
 
+def imagined(policy: Q.BitPolicy) -> Evaluation:
+    """What an episode is given that is only played to see where it leads."""
+    return Evaluation(0.0, 0.0, 0)
+
+
 @contextmanager
 def kept_random_state() -> Iterator[None]:
     """Put the global generators back: Stable-Baselines3 seeds and uses them."""
@@ -204,13 +208,10 @@ def kept_random_state() -> Iterator[None]:
 def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
     """Sensitivities, the rivals' policies as demonstrations, then an episode for each evaluation that is left."""
     rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 10, 1))
-    counted, imagined = copy.copy(problem), copy.copy(problem)
-    counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
-    env = envs.MixedPrecisionEnv(counted, rise)
+    env = envs.MixedPrecisionEnv(problem, rise, judge=session.evaluate)
     agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
     learner = Learner(agent, np.random.default_rng(seed), session)
-    players = [copy.copy(envs.MixedPrecisionEnv(imagined, rise)) for _ in range(CANDIDATES)]
+    players = [envs.MixedPrecisionEnv(problem, rise, judge=imagined) for _ in range(CANDIDATES)]
     proposals = list(dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise))))[: session.left]
     shown = len(proposals)
     if not learner.restore():
@@ -238,10 +239,7 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
 @kept_random_state()
 def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
     """HAQ's search: episodes at random to begin with, then around what the actor does, every one of them evaluated."""
-    counted, imagined = copy.copy(problem), copy.copy(problem)
-    counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
-    env, player = envs.HaqEnv(counted), envs.HaqEnv(imagined)
+    env, player = envs.HaqEnv(problem, judge=session.evaluate), envs.HaqEnv(problem, judge=imagined)
     steps = 2 * len(env.free)
     agent = make_agent(kind, env, steps, seed, session.evaluations + WARM_UP)
     for group in agent.actor.optimizer.param_groups:  # type: ignore[union-attr]

@@ -66,7 +66,7 @@ class Sensitivities:
         in calibration. More bits are never taken to be worse.
         """
         rise, highest = self.rises.copy(), _highest(problem)
-        _fill(rise, problem.noise)
+        _fill(rise, problem.quantization_error)
         for decision in range(len(highest)):
             for operand in (0, 1):
                 rise[decision, operand, highest[decision, operand] - 1 :] = 0.0

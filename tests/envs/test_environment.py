@@ -101,7 +101,8 @@ def test_haqs_environment_meets_the_budget_too(actions: list[float], smallest: b
 
 def test_asking_for_nothing_in_particular_follows_the_plan() -> None:
     """Action 0 is what the integer programme finds; -1 stays at the cheapest policy."""
-    noise = PROBLEM.noise[:, 0, :, None] + PROBLEM.noise[:, 1, None, :]
+    errors = PROBLEM.quantization_error
+    noise = errors[:, 0, :, None] + errors[:, 1, None, :]
     _, planned = play(make(PROBLEM), lambda step: (0, 0))
     _, least = play(make(PROBLEM), lambda step: (-1, -1))
     assert least["cost"] == pytest.approx(PROBLEM.smallest)
@@ -201,8 +202,8 @@ def test_it_needs_no_more_of_a_problem_than_it_says() -> None:
     """Any object with the fields of SearchProblem will do."""
 
     class Bare:
-        workload, cost, decisions, limit, noise = (
-            getattr(PROBLEM, name) for name in ("workload", "cost", "decisions", "limit", "noise")
+        workload, cost, decisions, limit, quantization_error = (
+            getattr(PROBLEM, name) for name in ("workload", "cost", "decisions", "limit", "quantization_error")
         )
         float_accuracy = 1.0
 
