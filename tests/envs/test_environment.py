@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -214,3 +215,33 @@ def test_it_needs_no_more_of_a_problem_than_it_says() -> None:
             return PROBLEM.evaluate(policy)
 
     assert play(envs.MixedPrecisionEnv(Bare()), lambda step: (0, 0)) == play(make(PROBLEM), lambda step: (0, 0))
+
+
+@both
+def test_whoever_is_given_as_the_judge_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the problem isn't."""
+    asked: list[Q.BitPolicy] = []
+
+    def judge(policy: Q.BitPolicy) -> SimpleNamespace:
+        asked.append(policy)
+        return SimpleNamespace(accuracy=0.25, loss=3.0)
+
+    def refuse(policy: Q.BitPolicy) -> None:
+        raise AssertionError("the problem was asked")
+
+    monkeypatch.setattr(PROBLEM, "evaluate", refuse)
+    env = gymnasium.make(name, problem=PROBLEM, judge=judge)
+    reward, info = play(env, lambda step: np.zeros(env.action_space.shape or ()))
+    assert asked == [info["policy"]]
+    assert (info["accuracy"], info["loss"]) == (0.25, 3.0)
+    assert reward == pytest.approx(10 * (0.25 - PROBLEM.float_accuracy))
+
+
+def test_the_predicted_increase_of_the_loss_makes_the_plan() -> None:
+    """Where only one layer is said to matter, it keeps its bits."""
+    increase = np.zeros((len(PROBLEM.decisions), 8, 8))
+    middle = PROBLEM.decisions[2]
+    increase[2] = 16 - np.add.outer(np.arange(1, 9), np.arange(1, 9))
+    env = gymnasium.make("haq/MixedPrecision-v0", problem=PROBLEM, loss_increase=increase)
+    _, info = play(env, lambda step: (0, 0))
+    assert info["policy"][PROBLEM.workload.names[middle.layers[0]]] == (8, 8)

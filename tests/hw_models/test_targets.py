@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from torch import nn
 
 import hw_models
+from tests.hw_models.conftest import install
 
 FOLDER = Path(hw_models.__file__).parent / "targets"
 
@@ -74,3 +76,96 @@ def test_unknown_targets_name_the_close_ones() -> None:
         hw_models.load_target("nowhere.yaml")
     with pytest.raises(FileNotFoundError, match="no table nowhere.csv"):
         hw_models.load_target("lut:nowhere.csv")
+
+
+MINE = """
+import dataclasses
+import hw_models
+from hw_models.bismo import BismoTarget
+
+class Mine:
+    name, description, provenance = "mine", "half of edge", "estimated"
+    def cost_table(self, workload, *, batch=None):
+        table = hw_models.load_target("edge").cost_table(workload, batch=batch)
+        return dataclasses.replace(table, latency_s=table.latency_s / 2)
+
+class Chip(BismoTarget):
+    model: str
+
+instance = Mine()
+def make(): return Mine()
+def needs(argument): return Mine()
+def breaks(): raise FileNotFoundError("no such\\nboard")
+class Empty: pass
+class Half:
+    name = description = "half"
+number = 3
+def none(): return None
+"""
+
+
+@pytest.mark.parametrize("name", ["targets_of_mine:Mine", "targets_of_mine:instance", "targets_of_mine:make"])
+def test_a_target_of_your_own_module(name: str, here: Path, network: nn.Module) -> None:
+    """A class, a target itself, or a function that makes one."""
+    (here / "targets_of_mine.py").write_text(MINE)
+    workload = hw_models.trace(network, torch.zeros(1, 1, 8, 8))
+    mine, edge = (hw_models.load_target(which).cost_table(workload) for which in (name, "edge"))
+    assert mine.latency_s == pytest.approx(edge.latency_s / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("needs", "can't be made without arguments: TypeError: needs.. missing 1 required positional argument"),
+        ("breaks", "can't be made without arguments: FileNotFoundError: no such board"),
+        ("Empty", "can't be used: it lacks name, description, provenance and cost_table"),
+        ("Half", "can't be used: it lacks provenance and cost_table"),
+        ("number", "can't be used: it lacks name"),
+        ("none", "can't be used: it lacks name"),
+        ("mine", "has no 'mine'; close: Mine"),
+    ],
+)
+def test_what_is_wrong_with_a_target_of_your_own_is_said_in_one_sentence(name: str, message: str, here: Path) -> None:
+    (here / "targets_of_mine.py").write_text(MINE)
+    with pytest.raises(ValueError, match=f"^hardware target 'targets_of_mine:{name}'.*{message}") as caught:
+        hw_models.load_target(f"targets_of_mine:{name}")
+    assert str(caught.value).isprintable()
+
+
+def test_targets_and_models_of_an_installed_package(installed: Path, tmp_path: Path, network: nn.Module) -> None:
+    install(installed, "targets_of_others", "haq.targets", {"half": "targets_of_others:Mine"}, MINE)
+    install(installed, "models_of_others", "haq.hardware_models", {"chip": "targets_of_others:Chip"})
+    workload = hw_models.trace(network, torch.zeros(1, 1, 8, 8))
+    half, edge = (hw_models.load_target(which).cost_table(workload) for which in ("half", "edge"))
+    assert half.latency_s == pytest.approx(edge.latency_s / 2)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((FOLDER / "edge.yaml").read_text(encoding="utf-8").replace("model: bismo", "model: chip"))
+    assert (hw_models.load_target(str(mine)).cost_table(workload).latency_s == edge.latency_s).all()
+    with pytest.raises(ValueError, match=r"did you mean half\?.*Known: .*edge, half, .*or module:Name"):
+        hw_models.load_target("halv")
+    assert ("half", "targets_of_others 1.5", "Wheels of all kinds") in hw_models.target_rows()
+
+
+def test_a_model_that_is_none_is_said_to_lack_what_it_lacks(installed: Path, tmp_path: Path) -> None:
+    install(installed, "wrong_models", "haq.hardware_models", {"chip": "wrong_models:Chip"}, "class Chip: pass")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: chip")
+    with pytest.raises(ValueError, match="hardware model 'chip' can't be used: it lacks model_validate"):
+        hw_models.load_target(str(mine))
+
+
+def test_what_a_file_says_is_never_imported(here: Path) -> None:
+    (here / "chips_of_mine.py").write_text("raise SystemExit")
+    (here / "mine.yaml").write_text("model: chips_of_mine:Chip")
+    with pytest.raises(ValueError, match="'model' is 'chips_of_mine:Chip'; accepted: bismo"):
+        hw_models.load_target("mine.yaml")
+    with pytest.raises(ValueError, match="only imported if you name it yourself"):
+        hw_models.load_target("chips_of_mine:Chip", modules=False)
+    assert "chips_of_mine" not in sys.modules
+
+
+def test_every_way_to_name_a_target_is_listed() -> None:
+    rows = {row.name: row for row in hw_models.target_rows()}
+    assert list(rows) == [*hw_models.target_names(), "cpu", "rpc:HOST:PORT", "FILE.yaml", "lut:TABLE.csv"]
+    assert rows["edge"].line == hw_models.load_target("edge").description
+    assert all(row.line for row in rows.values())
