@@ -103,7 +103,7 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
         return self._observe(), reward, True, False, info
 
 
-def unit_box(size: int) -> spaces.Box:
+def unit_box(size: int) -> spaces.Space[Observation]:
     """Return the space of float32 vectors of a size with entries in -1..1."""
     return spaces.Box(-1.0, 1.0, (size,), np.float32)
 
