@@ -11,9 +11,10 @@ from typing import Any, get_type_hints
 
 from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
-from haq.problem.problem import check_objective
+from haq.problem import OBJECTIVES
 from haq.problem.sensitivity import check_kind
-from haq.solvers.base import check_env, check_name
+from haq.solvers import SOLVERS
+from haq.solvers.base import check_env
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class SearchConfig:
     cold: bool | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.solver)
+        for registry, name in ((SOLVERS, self.solver), (OBJECTIVES, self.objective)):
+            if name not in registry and ":" not in name:
+                registry.get(name)  # names those that are close
         check_env(self.env)
-        check_objective(self.objective)
         check_kind(self.sensitivity_kind)
         for name, least in (("evaluations", 1), ("ahead", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
