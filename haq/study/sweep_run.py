@@ -548,7 +548,8 @@ def finish(
         "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
-    record = FinishedSweepRecord.from_dict(content)
+    record = SweepRecord.from_dict(content)
+    assert isinstance(record, FinishedSweepRecord)
     record.write(folder / SWEEP)
     return record
 
