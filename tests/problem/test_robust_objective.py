@@ -27,7 +27,7 @@ from haq.problem.evaluator import BATCH, Evaluator
 from haq.study.config import SearchConfig
 from haq.study.search_run import Run
 from haq.study.task import SearchTask
-from quantizers.linear import Linear
+from quantizers.schemes.linear import Linear
 from tests.conftest import images, small_network
 from tests.training.test_finetuning_in_the_loop import tuning
 
