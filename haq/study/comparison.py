@@ -171,7 +171,7 @@ def _of_model(request: ComparisonSpec) -> ComparedNetworks:
     notes = {"float": "as it was loaded"}
     path = Path(request.source)
     if path.is_file() and networks.holds_quantized(path):
-        held = networks.load_quantized(path).module
+        held = networks.load_quantized(path)
         compared["quantized"], notes["quantized"] = held, "at the bits of the checkpoint, trained as its header says"
     inputs = network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)])
     names = list(Q.BitPolicy.uniform(network.module, w=None, a=None))

@@ -13,6 +13,7 @@ from torch import nn
 
 import hw_models
 from haq import data, networks, training
+from haq.networks import zoo
 
 
 def test_the_default_network() -> None:
@@ -148,7 +149,7 @@ def test_weights_that_cannot_be_had_say_the_way_out(monkeypatch: pytest.MonkeyPa
         raise ConnectionError("no route to hub\nmore")
 
     with pytest.raises(FileNotFoundError, match=r"\(no route to hub\); give them as timm:x@CHECKPOINT"):
-        networks._create("timm:x", True, fail)
+        zoo.create("timm:x", True, fail)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"pip install 'haq\[zoo\]'"):
         networks.load("timm:mobilenetv2_100")

@@ -395,7 +395,7 @@ def test_the_command_with_an_attack_a_penalty_and_a_scheme(kind: str, capsys: py
         f"--lipschitz 0.001 --adversarial {kind} --eps 8/255 --attack-steps {1 if kind == 'rfgsm' else 2}" in notes["command"]
     )
     assert notes["test_accuracy_attacked"].endswith("(worst of clean and PGD-10 at eps 8/255)")
-    layers = Q.quant_layers(networks.load_quantized(Path("q.safetensors")).module)
+    layers = Q.quant_layers(networks.load_quantized(Path("q.safetensors")))
     assert [layer.scheme.name for layer in layers.values()] == ["linear", "lsq", "lsq", "lsq", "linear"]
     # Each of the two does something.
     for name, one in (("penalty.safetensors", penalty), ("against.safetensors", against)):

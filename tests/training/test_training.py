@@ -196,12 +196,12 @@ def test_an_interrupted_training_goes_on_exactly(
 def test_a_quantized_training_ends_in_a_quantized_checkpoint(place: Path) -> None:
     assert train.main([*JOB, "--scheme", "linear", "--bits", "3/2", "--pretrained", "--out", "q.safetensors"]) == 0
     quantized = networks.load_quantized(Path("q.safetensors"))
-    policy = Q.get_policy(quantized.module)
+    policy = Q.get_policy(quantized)
     assert list(policy.values()) == [(8, 8), (3, 2), (3, 2), (3, 2), (8, 8)]
     float_one = networks.load("q.safetensors")
     assert not Q.quant_layers(float_one.module)
-    again = Q.quantize(float_one.module, policy, state=Q.quantizer_state(quantized.module))
-    assert torch.equal(again(images(8)), quantized.module(images(8)))
+    again = Q.quantize(float_one.module, policy, state=Q.quantizer_state(quantized))
+    assert torch.equal(again(images(8)), quantized(images(8)))
     networks.save_checkpoint(float_one, Path("f.safetensors"))
     with pytest.raises(ValueError, match="holds a float network"):
         networks.load_quantized(Path("f.safetensors"))
