@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem import KINDS
 from haq.problem.problem import Problem
 from haq.store.files import check_schema, read_json, write
 
 SCHEMA = "haq-sensitivity-2"
-KINDS = ("loss", "kl", "hessian")
 
 
 def check_kind(kind: str) -> str:
