@@ -124,11 +124,11 @@ class Known(haq.Problem):
     """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
 
     def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """of: what a problem holds: workload, cost, bits, groups, decisions, noise, metric, float_result.
+        """of: what a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
         fraction: the budget, from the cheapest policy (0) to the dearest (1).
         accuracy, loss: one axis per decision, one entry per option.
         """
-        for field in ("workload", "cost", "bits", "groups", "decisions", "noise", "metric", "float_result"):
+        for field in ("workload", "cost", "bits", "groups", "decisions", "quantization_error", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
         self.objective = "accuracy"
         self.title, self._elsewhere = title, getattr(of, "evaluate", None)
@@ -255,7 +255,7 @@ def published(given: dict[str, Any]) -> list[Known]:
         pairs = np.array([(4, 8), (8, 8)])  # its sensitivities are those of weights; activations follow
         of.decisions = [Decision(group, pairs, cost[list(group)].sum(0)) for group in groups]
         noise = np.stack([[np.interp(np.arange(1, 9), (4, 8), harm[list(g)].sum(0)), np.zeros(8)] for g in groups])
-        of.noise = noise / harm.sum()
+        of.quantization_error = noise / harm.sum()
         made.append(Known(of, f"hawqv3 {case}, budget 0.5", 0.5, 1 - total / harm[:, 0].sum(), total))
     return made
 

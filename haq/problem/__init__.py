@@ -21,7 +21,10 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     "haq.objectives",
     {
         "accuracy": ("haq.problem.objective:Accuracy", "the share of images that are classified correctly"),
-        "agreement": ("haq.problem.objective:Agreement", "the share of the float network's answers that are kept, without labels"),
+        "agreement": (
+            "haq.problem.objective:Agreement",
+            "the share of the float network's answers that are kept, without labels",
+        ),
         "accuracy+robust": (
             "haq.problem.objective:RobustAccuracy",
             "the share of images that are classified correctly both as they are and attacked",

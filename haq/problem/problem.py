@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import html
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -27,6 +26,7 @@ from haq.problem.schemes import (
     schemes_by_layer,
 )
 from haq.store.units import describe_amount, percent
+from hw_models.notebook import html_table
 
 TOP = Q.MAX_BITS - 1  # index of the largest width in a table
 
@@ -123,9 +123,7 @@ class Problem:
         self.layer_errors = np.array([[of_weights.tolist(), of_inputs.tolist()] for of_weights, of_inputs in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
         was_training = network.training
-        self.evaluator = Evaluator(
-            qnetwork, inputs, labels, teacher=network.eval(), tune=tune, objective=self.objective
-        )
+        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, objective=self.objective)
         self.float_result = self.evaluator.measure_teacher()
         network.train(was_training)
 
@@ -142,17 +140,16 @@ class Problem:
         """Make a table of it for a notebook."""
         schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
         low, high = self.bits
-        return html_table(
-            {
-                "network": f"{type(self.network).__name__}, {len(self.workload)} layers, {self.workload.macs / 1e6:.2f} M MACs",
-                "target": f"{self.target.name}: {self.target.description}; {self.table.provenance}",
-                "budget": self._budget_words(),
-                "bits": f"{low} to {high}",
-                "scheme": schemes,
-                "objective": f"{self.objective.words}, on {self.evaluator.count:,} images",
-                "float network": percent(self.float_accuracy),
-            }
-        )
+        rows = {
+            "network": f"{type(self.network).__name__}, {len(self.workload)} layers, {self.workload.macs / 1e6:.2f} M MACs",
+            "target": f"{self.target.name}: {self.target.description}; {self.table.provenance}",
+            "budget": self._budget_words(),
+            "bits": f"{low} to {high}",
+            "scheme": schemes,
+            "objective": f"{self.objective.words}, on {self.evaluator.count:,} images",
+            "float network": percent(self.float_accuracy),
+        }
+        return html_table("Problem", ("", ""), rows.items())
 
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
         """Put the same problem on another target, within another budget.
@@ -335,12 +332,6 @@ class Problem:
         if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
             raise OutOfReach(f"budget {budget} is out of reach: {self.reach}")
         return limit
-
-
-def html_table(rows: Mapping[str, str]) -> str:
-    """Make a table of two columns for a notebook."""
-    lines = [f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in rows.items()]
-    return f"<table>{''.join(lines)}</table>"
 
 
 def _checked_range(bits: tuple[int, int]) -> tuple[int, int]:

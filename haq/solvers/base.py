@@ -195,7 +195,9 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
         try:
             found = found()
         except TypeError as error:
-            raise ValueError(f"solver {solver!r} can't be made ({error}): give an instance, or a class without arguments") from error
+            raise ValueError(
+                f"solver {solver!r} can't be made ({error}): give an instance, or a class without arguments"
+            ) from error
     if missing := lacking(found):
         raise ValueError(f"solver {solver!r} can't be used: it lacks {missing}")
     return found  # type: ignore[return-value]
