@@ -680,7 +680,7 @@ class SensitivityRecord(FileRecord):
     signature: Texts
     bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
     base: PolicyRecord
-    rises: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
+    loss_increases: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
 
 
 def check_plain(settings: Mapping[str, Any]) -> None:

@@ -13,11 +13,10 @@ from torch import nn
 
 import quantizers as Q
 from haq import training
-from haq.attacks.proxy import worst_case
 from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
 from haq.store.units import best_unit, describe_amount, percent
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask, adversary_of, threads
 
 
@@ -47,13 +46,14 @@ def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None
 def _judge(task: SearchTask, module: nn.Module) -> dict[str, float]:
     problem = task.problem
     splits = {"search": task.dataset.search, "test": task.dataset.test}
-    if problem.objective == "agreement":
+    objective = problem.objective
+    if objective.compares_with_float:
         return {f"{name}_agreement": training.agreement(task.network, split, module) for name, split in splits.items()}
     judged = {f"{name}_accuracy": training.accuracy(task.network, split, module) for name, split in splits.items()}
-    if problem.proxy is not None:
+    if objective.name != "accuracy":
         # On the search images exactly what policies were judged by.
-        judged[f"search_{problem.objective}"] = problem.evaluator.measure(module).accuracy
-        judged[f"test_{problem.objective}"] = worst_case(task.network, task.dataset.test, module, problem.proxy)
+        judged[f"search_{objective.name}"] = problem.evaluator.measure(module).accuracy
+        judged[f"test_{objective.name}"] = objective.share(task.network, task.dataset.test, module)
     return judged
 
 
@@ -73,7 +73,7 @@ def collect(
 ) -> dict[str, Any]:
     """Everything the summary shows, measured now, as plain data (what `--json` prints and result.json holds)."""
     problem = task.problem
-    cost, key = problem.policy_cost(policy), f"search_{problem.objective}"
+    cost, key = problem.policy_cost(policy), f"search_{problem.objective.name}"
     return {
         "schema": RESULT_SCHEMA,
         "network": task.network.name,
@@ -83,8 +83,8 @@ def collect(
         "evaluations": evaluations,
         "saturated_actions": saturated or {},
         "seed": task.config.seed,
-        "objective": problem.objective,
-        "objective_is": problem.objective_is,
+        "objective": problem.objective.name,
+        "objective_is": problem.objective.words,
         "finetune_steps": task.config.finetune_steps,
         "sensitivity_kind": task.config.sensitivity_kind,
         "accuracy_is": f"measured on {threads()}",
@@ -111,7 +111,7 @@ def collect(
         "found": entry(task, policy),
         "finetuned": None if finetuned is None else entry(task, policy, finetuned),
         "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
-        "rival_policies": {name: {layer: list(bits) for layer, bits in rival.items()} for name, rival in rivals.items()},
+        "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
     }
 
 
@@ -120,12 +120,12 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
     problem, settings = task.problem, task.config
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    of_float = f"accuracy ({problem.objective_is})" if problem.proxy else "accuracy"
+    of_float = f"accuracy ({problem.objective.words})" if problem.objective.attacked else "accuracy"
     float_accuracy = f", float {of_float} {percent(problem.float_accuracy)} on the search split"
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     rows = {
         "network": f"{task.network.name} ({task.network.origin}): {len(problem.workload)} quantizable layers, "
-        f"{problem.workload.macs / 1e6:.2f} M MACs{'' if problem.objective == 'agreement' else float_accuracy}",
+        f"{problem.workload.macs / 1e6:.2f} M MACs{'' if problem.objective.compares_with_float else float_accuracy}",
         "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
@@ -142,7 +142,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
             if settings.sensitivity_kind == "hessian"
             else "measured by each solver that needs them"
         ),
-        "objective": problem.objective_is,
+        "objective": problem.objective.words,
         "evaluations": f"{settings.evaluations}, each on {len(task.dataset.search):,} search images"
         + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else "")
         + f", {workers}",
@@ -188,10 +188,10 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
 
 def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]) -> None:
     """The two tables and one sentence each on the budget and on the rivals."""
-    problem, budget, objective = task.problem, result["budget"], task.problem.objective
+    problem, budget, objective = task.problem, result["budget"], task.problem.objective.name
     console.print(layer_table(problem, policy))
     title = f"{result['network']} on {result['data']}, {result['target']}"
-    attacked = problem.proxy is not None
+    attacked = problem.objective.attacked
     padding = (0, 0 if attacked else 1, 0, 0)  # one column more, within the same 80 characters
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, caption_justify="left")
     table.add_column("policy", no_wrap=True)
@@ -226,7 +226,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     sizes = f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search images"
     steps = task.config.finetune_steps
     tuned = f"; every policy fine-tuned for {steps} steps" if steps else ""
-    worst = f"; worst case: {problem.objective_is}, right both times, a cheap attack and no evaluation" if attacked else ""
+    worst = f"; worst case: {problem.objective.words}, right both times, a cheap attack and no evaluation" if attacked else ""
     table.caption = (
         f"{sizes}{tuned}{worst}; {'accuracy' if attacked else objective} {result['accuracy_is']}; cost {result['cost_is']}"
     )
@@ -243,7 +243,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{objective}"])
         difference = 100 * (result["found"][f"search_{objective}"] - rival[f"search_{objective}"])
         than = f"{abs(difference):.2f} points {'below' if difference > 0 else 'above'}" if difference else "as good as"
-        measured = f" ({problem.objective_is})" if attacked else ""
+        measured = f" ({problem.objective.words})" if attacked else ""
         console.print(
             f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
             f"{percent(rival[f'search_{objective}'])} on the search split{measured}, {than} {result['solver']}."
@@ -298,7 +298,7 @@ def draw(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
     partial.replace(path)
 
 
-def print_next(console: Console, run: Run, commands: tuple[str, ...]) -> None:
+def print_next(console: Console, run: SearchRun, commands: tuple[str, ...]) -> None:
     """What was written, and what to type next."""
     console.print(f"Written: {run.folder} (policy.json, policy.png, history.csv, result.json)")
     for command in commands:

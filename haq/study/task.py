@@ -15,8 +15,8 @@ from torch import Tensor
 import hw_models
 import quantizers as Q
 from haq import data, networks, training
-from haq.attacks.proxy import ProxyAttack
-from haq.attacks.threat_model import check_images, parse_eps
+from haq.attacks.threat_model import parse_eps
+from haq.problem import OBJECTIVES
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
@@ -66,13 +66,7 @@ class SearchTask(LoadedNetwork):
         """Load network and data and put the problem together; raises what its parts raise."""
         loaded = LoadedNetwork.load(config)
         network, dataset = loaded.network, loaded.dataset
-        if not dataset.classes and config.objective != "agreement":
-            raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --objective agreement")
-        proxy = None
-        if config.objective == "accuracy+robust":
-            for split in (dataset.search, dataset.test):
-                check_images(split, dataset.name)
-            proxy = ProxyAttack.of(network, parse_eps(config.eps))
+        objective = OBJECTIVES.get(config.objective).build(network, dataset, parse_eps(config.eps))
         tuning = None
         if config.finetune_steps:
             tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed)
@@ -85,9 +79,8 @@ class SearchTask(LoadedNetwork):
             metric=config.metric,
             budget=config.budget,
             bits=config.bit_range(),
-            objective=config.objective,
+            objective=objective,
             tune=tuning,
-            proxy=proxy,
         )
         return SearchTask(config, network, dataset, problem)
 
@@ -121,8 +114,8 @@ class SearchTask(LoadedNetwork):
             "uniform8": problem.reference,
             "smallest": problem.smallest,
             "bits": list(problem.bits),
-            "objective": problem.objective,
-            "objective_is": problem.objective_is,
+            "objective": problem.objective.name,
+            "objective_is": problem.objective.words,
             "float": problem.float_accuracy,
             "layers": [
                 {

@@ -25,7 +25,7 @@ from haq.console import cli
 from haq.networks import Network
 from haq.problem.evaluator import BATCH, Evaluator
 from haq.study.config import SearchConfig
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
 from quantizers.schemes.linear import Linear
 from tests.conftest import images, small_network
@@ -307,16 +307,16 @@ def test_a_search_of_the_default_network(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.usefixtures("place")
 def test_an_interrupted_search_goes_on_exactly(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(search.main, *QUICK, "--out", "whole") == 0
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *arguments: Any) -> None:
+    def interrupted(self: SearchRun, *arguments: Any) -> None:
         record(self, *arguments)
         count.append(1)
         if len(count) == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", interrupted)
+        patch.setattr(SearchRun, "record", interrupted)
         assert call(search.main, *QUICK, "--out", "cut") == cli.EXIT_INTERRUPTED
     assert call(search.main, "--resume", "cut") == 0
     for file in ("policy.json", "history.csv", "result.json"):
