@@ -123,9 +123,7 @@ class Problem:
         self.layer_errors = np.array([[of_weights.tolist(), of_inputs.tolist()] for of_weights, of_inputs in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
         was_training = network.training
-        self.evaluator = Evaluator(
-            qnetwork, inputs, labels, teacher=network.eval(), tune=tune, objective=self.objective
-        )
+        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, objective=self.objective)
         self.float_result = self.evaluator.measure_teacher()
         network.train(was_training)
 

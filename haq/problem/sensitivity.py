@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem import KINDS
 from haq.problem.problem import Problem
 from haq.store.records import PolicyRecord, SensitivityRecord
 from hw_models import BITS
-
-KINDS = ("loss", "kl", "hessian")
 
 
 def check_kind(kind: str) -> str:

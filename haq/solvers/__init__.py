@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from haq.solvers.base import Solver as Solver
     from haq.solvers.base import Trial as Trial
 
+# The environments that agents can learn in.
+ENVS = ("plan", "haq")
 lacking = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
 # A solver's libraries are needed only if it is asked for.
 SOLVERS: Registry[type[Solver]] = Registry(
@@ -24,7 +26,10 @@ SOLVERS: Registry[type[Solver]] = Registry(
         "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
         "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
         "ilp": ("haq.solvers.ilp:IntegerProgramme", "measured sensitivities, and the policy that is optimal if they add up"),
-        "greedy": ("haq.solvers.greedy:Greedy", "measured sensitivities, and step by step what costs the least for what it saves"),
+        "greedy": (
+            "haq.solvers.greedy:Greedy",
+            "measured sensitivities, and step by step what costs the least for what it saves",
+        ),
         "evolution": ("haq.solvers.evolution:Evolution", "policies are crossed and mutated, and the best survive"),
         "random": ("haq.solvers.random_search:RandomSearch", "random policies that fill the budget"),
         "exhaustive": ("haq.solvers.exhaustive:Exhaustive", "every policy within the budget, where there are few"),
@@ -37,4 +42,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["agents", "base", "evolution", "exhaustive", "greedy", "hessian", "ilp", "random_search", "sensitivity"],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
-__all__ += ["SOLVERS"]
+__all__ += ["ENVS", "SOLVERS"]

@@ -23,11 +23,9 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers import SOLVERS, lacking
+from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
 from haq.store.units import describe_amount, percent
-
-ENVS = ("plan", "haq")
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,9 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
         try:
             found = found()
         except TypeError as error:
-            raise ValueError(f"solver {solver!r} can't be made ({error}): give an instance, or a class without arguments") from error
+            raise ValueError(
+                f"solver {solver!r} can't be made ({error}): give an instance, or a class without arguments"
+            ) from error
     if missing := lacking(found):
         raise ValueError(f"solver {solver!r} can't be used: it lacks {missing}")
     return found  # type: ignore[return-value]

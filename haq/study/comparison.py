@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import data, networks, training
-from haq.attacks.evaluation_attacks import Classifier
+from haq.attacks.classifier import Classifier
 from haq.deployment import interpreter, lowering
 from haq.deployment.graph import capture
 from haq.store.files import CONFIG, ROBUSTNESS

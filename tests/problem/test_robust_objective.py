@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import haq
 import quantizers as Q
 from haq import data, evaluate, finetune, search, sweep
-from haq.attacks import evaluation_attacks
+from haq.attacks import base
 from haq.attacks.proxy import ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
 from haq.console import cli
@@ -261,7 +261,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "robust_job", raising=False)
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", evaluation_attacks.AttackBudget(3, 1, 4, 1, 5, 2))
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "full", base.AttackBudget(3, 1, 4, 1, 5, 2))
     monkeypatch.setattr(search, "VERIFIED", 24)
 
 
