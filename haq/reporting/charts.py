@@ -142,8 +142,7 @@ def tried(run: RunFolder) -> Picture:
     metric, kind = problem.metric, problem.cost_kind
     solvers = list(dict.fromkeys(one.solver for one in run.history))
     uniform = [
-        (one.bits, one.cost, one.share("search", problem.objective))
-        for one in (run.result.uniform if run.result else [])
+        (one.bits, one.cost, one.share("search", problem.objective)) for one in (run.result.uniform if run.result else [])
     ]
     points = [(one.cost, one.accuracy) for one in run.history] + [(cost, accuracy) for _, cost, accuracy in uniform]
     best, least = front(points), lowest([accuracy for _, accuracy in points])

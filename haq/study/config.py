@@ -298,7 +298,7 @@ class SweepCell(NamedTuple):
         hw = Path(self.hw).stem
         if self.hw.startswith("rpc:"):
             hw = self.hw
-        return f"{hw.replace(':', '-')}-{self.budget}-{self.solver}-seed{self.seed}"
+        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
 
 
 class SweepConfig(_Config):
@@ -370,6 +370,15 @@ class SweepConfig(_Config):
         own = {name: value for name, value in given.items() if name in cls.model_fields}
         shared = {name: value for name, value in given.items() if name not in own}
         return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> SweepConfig:
+        """Make a configuration of what stands in the file of a sweep (`haq.store.records.AskedRecord`).
+
+        Raises ValueError for what isn't accepted.
+        """
+        lists = {name: tuple(content[name]) for name in ("hw", "budgets", "solvers")}
+        return cls(settings=SearchConfig.read(content["settings"]), seeds=content["seeds"], **lists)
 
     def words(self) -> list[str]:
         """Write the command that asks for this, word by word; options of the runs that are as they come are left out."""

@@ -14,10 +14,12 @@ from torch import nn
 import quantizers as Q
 from haq import training
 from haq.problem.problem import Problem
-from haq.store.files import RESULT_SCHEMA
+from haq.reporting.pictures import draw_policy
+from haq.store.files import RESULT_SCHEMA, write
+from haq.store.records import PolicyRecord, PricedProblem
 from haq.store.units import best_unit, describe_amount, percent
 from haq.study.search_run import SearchRun
-from haq.study.task import SearchTask, adversary_of, threads
+from haq.study.task import SearchTask, adversary_of, priced, threads
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -256,46 +258,8 @@ def cost_kind(problem: Problem) -> str:
 
 
 def draw(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
-    """Bits per layer, weights up and activations down, over each layer's share of the cost; written beside and renamed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    w, a = problem.bit_arrays(policy)
-    x = np.arange(len(w))
-    before = problem.cost[:, 7, 7] / problem.reference
-    after = problem.cost[x, w - 1, a - 1] / problem.reference
-    figure = Figure(figsize=(max(7.0, 0.42 * len(x) + 2), 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    bits.bar(x, w, 0.8, color="#3b6fb6", label="weight bits")
-    bits.bar(x, -a, 0.8, color="#d9822b", label="activation bits")
-    size = 9 if len(x) <= 40 else 6
-    for i in x:
-        bits.text(i, w[i] + 0.2, str(w[i]), ha="center", va="bottom", fontsize=size)
-        bits.text(i, -a[i] - 0.2, str(a[i]), ha="center", va="top", fontsize=size)
-    bits.axhline(0, color="black", linewidth=0.8)
-    bits.set_ylim(-10, 10)
-    bits.set_yticks([-8, -4, 0, 4, 8], ["8", "4", "0", "4", "8"])
-    bits.set_ylabel("activations      bits      weights")
-    bits.legend(loc="upper center", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 1.1))
-    used = problem.policy_cost(policy)
-    bits.set_title(
-        f"{problem.target.name}: {describe_amount(used, problem.metric)} of {describe_amount(problem.limit, problem.metric)} "
-        f"{problem.metric}, {used / problem.reference:.3g} of uniform 8 bits ({cost_kind(problem)})",
-        fontsize=10,
-        pad=22,
-    )
-    share.bar(x, 100 * before, 0.8, color="#cccccc", label="at 8/8 bits")
-    share.bar(x, 100 * after, 0.8, color="#4c9a5b", label="at these bits")
-    share.set_ylabel(f"{problem.metric}, % of the\n8-bit network ({cost_kind(problem)})", fontsize=9)
-    share.legend(fontsize=8, frameon=False)
-    share.set_xticks(x, problem.workload.names, rotation=90, fontsize=8 if len(x) <= 40 else 5)
-    for axes in (bits, share):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(-0.7, len(x) - 0.3)
-    partial = path.with_name(f"{path.name}.part")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    """Draw bits per layer over each layer's share of the cost (`haq.reporting.pictures.draw_policy`)."""
+    write(path, draw_policy(PricedProblem.from_dict(priced(problem)), PolicyRecord.of(policy)))
 
 
 def print_next(console: Console, run: SearchRun, commands: tuple[str, ...]) -> None:

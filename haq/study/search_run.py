@@ -27,7 +27,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ class SearchRun:
         content = {
             "schema": RUN_SCHEMA,
             "command": task.config.command(),
-            "settings": settings_of(task.config),
+            "settings": task.config.to_dict(),
             "signature": task.signature(),
             "versions": versions(),
         }
@@ -463,11 +462,6 @@ class SearchRun:
 def has_tensorboard() -> bool:
     """Tell whether events can be written for TensorBoard."""
     return importlib.util.find_spec("tensorboard") is not None
-
-
-def settings_of(config: SearchConfig) -> dict[str, Any]:
-    """Return the fields of a configuration as plain data, as files hold them."""
-    return asdict(config)
 
 
 def check_unused(folder: Path) -> None:

@@ -94,40 +94,17 @@ class SearchTask(LoadedNetwork):
 
     def outline(self) -> dict[str, Any]:
         """What is searched, as plain data: enough to price every policy without loading anything."""
-        problem, table = self.problem, self.problem.table
-        target = problem.target
+        problem = self.problem
         return {
             "schema": PROBLEM_SCHEMA,
+            **priced(problem),
             "network": self.network.name,
             "origin": self.network.origin,
             "data": self.dataset.describe(),
             "images": len(self.dataset.search),
-            "target": {
-                "name": target.name,
-                "description": target.description,
-                "batch": table.batch,
-                "provenance": table.provenance,
-            },
-            "metric": problem.metric,
-            "unit": problem.unit,
-            "limit": problem.limit,
-            "uniform8": problem.reference,
-            "smallest": problem.smallest,
-            "bits": list(problem.bits),
             "objective": problem.objective.name,
             "objective_is": problem.objective.words,
             "float": problem.float_accuracy,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "macs": layer.macs,
-                    "parameters": layer.parameters,
-                    "fixed": layer.name in problem.pinned,
-                    "cost": cost.tolist(),  # [weight bits - 1][activation bits - 1], in the unit
-                }
-                for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
-            ],
         }
 
     def read_sensitivities(self, source: Path) -> Sensitivities:
@@ -147,6 +124,38 @@ class SearchTask(LoadedNetwork):
         table = self.problem.table
         costs = hashlib.sha256(self.problem.cost.tobytes() + table.storage_bytes.tobytes()).hexdigest()[:16]
         return {**super().signature(), "target": costs, **machine_signature(self.problem.target)}
+
+
+def priced(problem: Problem) -> dict[str, Any]:
+    """Return what every policy of a problem costs, as plain data (`haq.store.records.PricedProblem`)."""
+    target, table = problem.target, problem.table
+    layers = []
+    for layer, cost in zip(problem.workload.layers, problem.cost, strict=True):
+        layers.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "macs": layer.macs,
+                "parameters": layer.parameters,
+                "fixed": layer.name in problem.pinned,
+                "cost": cost.tolist(),  # [weight bits - 1][activation bits - 1], in the unit
+            }
+        )
+    return {
+        "target": {
+            "name": target.name,
+            "description": target.description,
+            "batch": table.batch,
+            "provenance": table.provenance,
+        },
+        "metric": problem.metric,
+        "unit": problem.unit,
+        "limit": problem.limit,
+        "uniform8": problem.reference,
+        "smallest": problem.smallest,
+        "bits": list(problem.bits),
+        "layers": layers,
+    }
 
 
 def load_target(config: SearchConfig, **callbacks: Any) -> hw_models.Target:
