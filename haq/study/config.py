@@ -11,9 +11,10 @@ from typing import Any, get_type_hints
 
 from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
-from haq.problem.problem import check_objective
+from haq.problem import OBJECTIVES
 from haq.problem.sensitivity import check_kind
-from haq.solvers.base import check_env, check_name
+from haq.solvers import SOLVERS
+from haq.solvers.base import check_env
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SearchConfig:
     finetune_epochs: int = 12
     finetune_steps: int = 0
     objective: str = "accuracy"
+    scheme: str = "linear"
     eps: str = DEFAULT_EPS  # of the attack of objective accuracy+robust
     sensitivity_kind: str = "loss"
     sensitivity: str | None = None
@@ -42,9 +44,10 @@ class SearchConfig:
     cold: bool | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.solver)
+        if self.solver not in SOLVERS:
+            SOLVERS.get(self.solver)
         check_env(self.env)
-        check_objective(self.objective)
+        attacked = OBJECTIVES.get(self.objective).attacked
         check_kind(self.sensitivity_kind)
         for name, least in (("evaluations", 1), ("ahead", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
             value = getattr(self, name)
@@ -52,7 +55,7 @@ class SearchConfig:
                 raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
         self.bit_range()
         parse_eps(self.eps)
-        if self.objective != "accuracy+robust" and self.eps != DEFAULT_EPS:
+        if not attacked and self.eps != DEFAULT_EPS:
             raise ValueError(
                 f"--eps {self.eps} is of an attack: it goes with --objective accuracy+robust, not {self.objective}"
             )

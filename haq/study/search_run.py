@@ -241,23 +241,20 @@ class SearchRun:
         if not (self.folder / PROBLEM).exists():
             self._write_problem(task)
 
-    def record(
-        self, solver: str, evaluation: int, found: Trial, within_budget: bool, problem: Problem, best: Trial | None = None
-    ) -> None:
+    def record(self, solver: str, evaluation: int, found: Trial, problem: Problem, best: Trial | None = None) -> None:
         """Append one evaluation to the history, and show it to TensorBoard.
 
         Args:
             solver: Who asked for it.
             evaluation: Its number, from 1.
             found: The policy with what it gives and costs.
-            within_budget: It meets the budget.
             problem: What is searched.
             best: The best so far.
 
         Raises:
             ValueError: If an interrupted search goes on otherwise than its history says.
         """
-        row = _history_row(solver, evaluation, found, within_budget, problem)
+        row = _history_row(solver, evaluation, found, problem)
         if self._expected:
             if self._expected[0].line() == row.line():
                 self._met.append(self._expected.pop(0))
@@ -291,11 +288,11 @@ class SearchRun:
         """
         mine = solver == self.config.solver
 
-        def record(count: int, found: Trial, within_budget: bool) -> None:
+        def record(found: Trial) -> None:
             if mine and found is session.best and not self._expected:  # what is met again may still be refused
                 self.save_policy(found.policy)
-            self.record(solver, count, found, within_budget, task.problem, session.best)
-            on_evaluation(count, found, session.best)
+            self.record(solver, session.used, found, task.problem, session.best)
+            on_evaluation(session.used, found, session.best)
 
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
@@ -466,7 +463,7 @@ class SearchRun:
         writer.add_scalar(f"{solver}/{problem.metric}_{problem.unit}", row.cost, evaluation)
         writer.add_scalar(f"{solver}/share_of_budget", row.cost / problem.limit, evaluation)
         if best is not None:
-            writer.add_scalar(f"{solver}/best_accuracy", best.result.accuracy, evaluation)
+            writer.add_scalar(f"{solver}/best_accuracy", best.accuracy, evaluation)
         first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
         if evaluation > first:
             rate = (time.monotonic() - began) / (evaluation - first)
@@ -525,18 +522,18 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(path.name not in files.LEFTOVERS for path in folder.iterdir())
 
 
-def _history_row(solver: str, evaluation: int, found: Trial, within_budget: bool, problem: Problem) -> HistoryRow:
+def _history_row(solver: str, evaluation: int, found: Trial, problem: Problem) -> HistoryRow:
     weight_bits, activation_bits = problem.bit_arrays(found.policy)
     return HistoryRow(
         solver,
         evaluation,
         tuple(map(int, weight_bits)),
         tuple(map(int, activation_bits)),
-        found.result.accuracy,
-        found.result.loss,
+        found.accuracy,
+        found.loss,
         found.cost,
-        within_budget,
-        found.result.divergence,
+        found.feasible,
+        found.evaluation.divergence,
     )
 
 
@@ -575,4 +572,3 @@ def _check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> Non
         # What a scheme notes of widths that it doesn't use may be anything.
         if name.endswith(("weight", "bias", "running_mean", "running_var", "_scale")) and not tensor.isfinite().all():
             raise ValueError(f"{name} has values that are not finite")
-

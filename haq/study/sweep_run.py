@@ -29,7 +29,8 @@ import quantizers as Q
 from haq.problem.budget import OutOfReach
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers.base import DRAW_NOTHING, USE_SENSITIVITIES, Session, Trial, check_name
+from haq.solvers import SOLVERS
+from haq.solvers.base import Session, Trial
 from haq.solvers.sensitivity import by_evaluation, by_hessian
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
@@ -84,7 +85,7 @@ class SweepConfig:
             if not values or not all(values) or len(set(values)) < len(values):
                 raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
         for solver in self.solvers:
-            check_name(solver)
+            SOLVERS.get(solver)
         names = [SweepCell(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
         for name in names:
             if Path(name).name != name:
@@ -117,7 +118,7 @@ class SweepConfig:
     @property
     def shares_sensitivities(self) -> bool:
         """Tell whether any solver works with sensitivities."""
-        return bool(set(self.solvers) & set(USE_SENSITIVITIES))
+        return any(SOLVERS.get(solver).uses_sensitivities for solver in self.solvers)
 
     def words(self) -> list[str]:
         """Return the command that asks for this, word by word; options of the runs that are as they come are left out."""
@@ -205,7 +206,7 @@ class SweepContext:
                     continue
                 for solver in self.sweep.solvers:
                     seeds = 1
-                    if solver not in DRAW_NOTHING:
+                    if SOLVERS.get(solver).draws:
                         seeds = self.sweep.seeds
                     cells += [SweepCell(hw, budget, solver, seed) for seed in range(seeds)]
         return cells
@@ -223,7 +224,7 @@ class SweepContext:
         """
         task = self.tasks[cell.hw]
         settings = replace(task.config, budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
-        if cell.solver in USE_SENSITIVITIES:
+        if SOLVERS.get(cell.solver).uses_sensitivities:
             settings = replace(settings, sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
         return task.on(settings, task.problem.target)
 
@@ -336,9 +337,9 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
         if (run.folder / SENSITIVITY).is_file():
             return task.read_sensitivities(run.folder)
 
-        def record(count: int, found: Trial, within_budget: bool) -> None:
-            run.record("sensitivity", count, found, within_budget, task.problem)
-            on_evaluation(count)
+        def record(found: Trial) -> None:
+            run.record("sensitivity", session.used, found, task.problem)
+            on_evaluation(session.used)
 
         settings = context.sweep.settings
         if settings.sensitivity_kind == "hessian":
@@ -420,7 +421,7 @@ def _run_on_cluster(
 ) -> None:
     from haq.study.workers import ray as ray_workers
 
-    there = context, kind, context.first.problem.evaluator.cache, context.first.judged
+    there = context, kind, context.first.problem.evaluator.cache, context.first.measured
     with ExitStack() as held:
         left = {}
         for cell in cells:
@@ -441,7 +442,7 @@ def _run_in_processes(
 ) -> None:
     spawn = multiprocessing.get_context("spawn")
     stop = spawn.Event()
-    known = context.first.problem.evaluator.cache, context.first.judged
+    known = context.first.problem.evaluator.cache, context.first.measured
     given = folder, context.sweep, kind, torch.get_num_threads(), known, stop
     pool = ProcessPoolExecutor(min(workers, len(cells)), spawn, _start_worker, given)
     try:
@@ -481,7 +482,7 @@ def _start_worker(
     torch.set_num_threads(threads)
     context = SweepContext.load(sweep)
     context.first.problem.evaluator.cache.update(known[0])
-    context.first.judged.update(known[1])
+    context.first.measured.update(known[1])
     _worker = _Worker(folder, kind, context, stop)
 
 
@@ -500,7 +501,7 @@ def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Call
     """A search on another machine, in a folder that was begun here."""
     context, kind, cache, judged = given
     context.first.problem.evaluator.cache.update(cache)
-    context.first.judged.update(judged)
+    context.first.measured.update(judged)
     search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
@@ -535,8 +536,8 @@ def finish(
         "finished": True,
         "network": task.network.name,
         "data": task.dataset.name,
-        "objective": task.problem.objective,
-        "objective_is": task.problem.objective_is,
+        "objective": task.problem.objective.name,
+        "objective_is": task.problem.objective.words,
         "metric": task.problem.metric,
         "unit": task.problem.unit,
         "accuracy_is": f"measured on {threads()}",
@@ -555,7 +556,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
     """Return what was found on one target, and its uniform policies."""
     task = context.tasks[hw]
     problem = task.problem
-    search_key, test_key = _keys(problem.objective)
+    search_key, test_key = _keys(problem.objective.name)
     uniform = []
     for bits, policy in summary.uniform_policies(problem).items():
         judged, cost = summary.entry(task, policy), problem.policy_cost(policy)
@@ -621,7 +622,7 @@ def _specialisation(context: SweepContext, results: Results, policies: Policies)
     if most < 2:
         return None
     common = [b for b, targets in within.items() if len(targets) == most]
-    budget, objective = common[(len(common) - 1) // 2], context.first.problem.objective
+    budget, objective = common[(len(common) - 1) // 2], context.first.problem.objective.name
     rows = {}
     for hw in within[budget]:
         candidates = [cell for cell in results if (cell.hw, cell.budget) == (hw, budget)]
@@ -672,4 +673,3 @@ def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
 
 def _measured(hw: str) -> bool:
     return hw == LOCAL or hw.startswith(REMOTE)
-
