@@ -58,8 +58,7 @@ from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation
 from haq.problem.objective import find_objective
-from haq.solvers import random_search, sensitivity
-from haq.solvers import SOLVERS
+from haq.solvers import SOLVERS, random_search, sensitivity
 from haq.solvers.base import Session, Trial, solve
 from haq.study.config import SearchConfig
 

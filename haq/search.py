@@ -24,12 +24,13 @@ from haq.solvers import SOLVERS
 from haq.solvers.base import Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.lock import writing
+from haq.store.records import ResultRecord
 from haq.store.units import percent
 from haq.study import result as summary
 from haq.study import tables
 from haq.study.config import SearchConfig
 from haq.study.picture import save_picture
-from haq.study.search_run import Run, check_unused, default_folder, has_tensorboard
+from haq.study.search_run import SearchRun, check_unused, default_folder, has_tensorboard
 from haq.study.task import SearchTask, adversary_of, load_target
 from haq.study.workers.processes import working
 
@@ -55,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
     add("--network", help=f"a name as in haq.networks (default: {default.network})")
     add("--data", help=f"a name as in haq.data (default: {default.data})")
-    add("--solver", help=f"{', '.join(SOLVERS)} (default: {default.solver})")
+    add("--solver", help=f"{', '.join(SOLVERS.names())} (default: {default.solver})")
     add(
         "--evaluations",
         type=int,
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
 def go(options: argparse.Namespace, held: ExitStack) -> int:
     """What is asked for; `held` holds the run's folder, once there is one, until the end."""
     console = Console(stderr=options.json)
-    earlier = Run.load(options.resume) if options.resume else None
+    earlier = SearchRun.load(options.resume) if options.resume else None
     if earlier:
         held.enter_context(writing(earlier.folder, earlier.go_on))
     if earlier and earlier.finished:
@@ -152,7 +153,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         console.print(f"resuming: {earlier.prepare_resume(task.problem)} evaluations are there already")
     else:
         held.enter_context(writing(folder, f"python -m haq.search --resume {folder}"))
-    run = earlier or Run.create(folder, task)
+    run = earlier or SearchRun.create(folder, task)
     try:
         with working(task.problem.evaluator, options.workers, options.ray):
             result, policy = _search(console, task, run, rivals)
@@ -186,7 +187,7 @@ def _workers(options: argparse.Namespace, settings: SearchConfig) -> str:
     return f"{described}; beyond sensitivities {settings.solver} keeps {settings.ahead} of them busy (--ahead)"
 
 
-def _search(console: Console, task: SearchTask, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
+def _search(console: Console, task: SearchTask, run: SearchRun, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
     settings = task.config
     sensitivities = run.sensitivities(task)
     with cli.Live(console) as bar:
@@ -221,7 +222,7 @@ def _search(console: Console, task: SearchTask, run: Run, rivals: tuple[str, ...
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
     save_picture(task.problem, policy, run.folder / "policy.png")
-    run.save_result(result)
+    run.save_result(ResultRecord.from_dict(result))
     run.drop_checkpoint("finetuning")
     return result, policy
 
@@ -254,7 +255,7 @@ def _verdict(verified: dict[str, Any]) -> str:
     )
 
 
-def _solve(bar: Progress, task: SearchTask, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
+def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
     bar_task = bar.add_task(name, total=task.config.evaluations)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities
-from haq.solvers.base import SOLVERS
+from haq.solvers import SOLVERS
 from haq.store.files import SWEEP
 from haq.store.lock import writing
 from haq.store.units import describe_amount, percent
@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="fractions of uniform 8 bits, or budgets parted by commas (default: 0.3:0.9:0.1)",
     )
     add("--seeds", type=int, help="searches of each solver that draws: seeds 0, 1, 2 ... (default: 1)")
-    add("--solvers", metavar="NAME,NAME", help=f"of {', '.join(SOLVERS)} (default: ilp,ddpg)")
+    add("--solvers", metavar="NAME,NAME", help=f"of {', '.join(SOLVERS.names())} (default: ilp,ddpg)")
     cli.add_measuring(parser)
     add("--bits", metavar="SMALLEST:LARGEST", help=f"widths that a solver may choose (default: {default.bits})")
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
@@ -95,9 +95,9 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         sweep_run.read(options.resume)  # nothing is locked that isn't a sweep's
         held.enter_context(writing(options.resume, sweep_run.go_on(options.resume)))
     earlier = sweep_run.read(options.resume) if options.resume else None
-    if earlier and earlier["finished"]:
+    if earlier and earlier.finished:
         raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / SWEEP}")
-    sweep = sweep_run.asked(earlier) if earlier else asked(options)
+    sweep = SweepConfig.of(earlier) if earlier else asked(options)
     folder = options.resume or options.out or unused_folder(f"sweep-{sweep.settings.metric}")
     if not earlier:
         check_unused(folder)
@@ -141,7 +141,7 @@ def run(console: Console, context: SweepContext, folder: Path, options: argparse
         kind = sensitivities.kind if sensitivities else context.sweep.settings.sensitivity_kind
         done = lambda cell: bar.update(bar_task, advance=1, note=cell.folder)  # noqa: E731
         sweep_run.run_all(folder, context, cells, kind, options.workers, done, options.ray)
-        return sweep_run.finish(folder, context, cells, sensitivities)
+        return sweep_run.finish(folder, context, cells, sensitivities).to_dict()
 
 
 def _measure_sensitivities(bar: Any, context: SweepContext, folder: Path) -> Sensitivities:

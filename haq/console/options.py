@@ -68,6 +68,7 @@ def setting(
     spellings: Sequence[str] = (),
     names: Names | None = None,
     default_words: str | None = None,
+    least: int | None = None,
 ) -> Any:
     """Declare a field of a pydantic model that is an option of commands too.
 
@@ -79,12 +80,13 @@ def setting(
         spellings: Other names of the option: ("--reward",).
         names: Gives the values that a shell can complete; called only when one does.
         default_words: What the help says of the default, where that isn't the default itself.
+        least: The smallest number that is accepted.
 
     Returns:
         The field, for the right-hand side of its annotation.
     """
     about: dict[str, Any] = {"group": group, "metavar": metavar, "spellings": list(spellings), "default_words": default_words}
-    field: FieldInfo = Field(default, description=description, json_schema_extra=about)
+    field: FieldInfo = Field(default, description=description, json_schema_extra=about, ge=least)
     if names is not None:
         field.metadata.append(Completion(names))
     return field

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
 
+# What a solver can know of single layers.
+KINDS = ("loss", "kl", "hessian")
 lacking = requires("words", "needs_labels", "correct", "loss", "build")
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
@@ -36,4 +38,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["budget", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity"],
     submod_attrs={"evaluator": ["Evaluation"], "objective": ["Objective"], "problem": ["Problem"]},
 )
-__all__ += ["OBJECTIVES"]
+__all__ += ["KINDS", "OBJECTIVES"]

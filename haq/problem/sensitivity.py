@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem import KINDS
 from haq.problem.problem import Problem
-from haq.store.files import check_schema, read_json, write
-
-SCHEMA = "haq-sensitivity-2"
-KINDS = ("loss", "kl", "hessian")
+from haq.store.records import PolicyRecord, SensitivityRecord
+from hw_models import BITS
 
 
 def check_kind(kind: str) -> str:
@@ -99,46 +97,38 @@ class Sensitivities:
 
     def to_json(self, path: Path) -> None:
         """Write a file, beside and renamed."""
+        rows = [
+            {"layers": names, "weights": _without_nan(of_weights), "activations": _without_nan(of_activations)}
+            for names, (of_weights, of_activations) in zip(self.layers, self.loss_increases, strict=True)
+        ]
         content = {
-            "schema": SCHEMA,
+            "schema": SensitivityRecord.SCHEMA,
             "kind": self.kind,
             "unit": "nats",
             "signature": self.signature,
             "bits": list(self.bits),
-            "base": self.base.to_dict(),
-            "loss_increases": [
-                {"layers": names, "weights": _without_nan(of_weights), "activations": _without_nan(of_activations)}
-                for names, (of_weights, of_activations) in zip(self.layers, self.loss_increases, strict=True)
-            ],
+            "base": PolicyRecord.of(self.base).to_dict(),
+            "loss_increases": rows,
         }
-        write(path, json.dumps(content, indent=2) + "\n")
+        SensitivityRecord.from_dict(content).write(path)
 
     @classmethod
     def from_json(cls, path: Path) -> Sensitivities:
         """Read a file. Raises FileNotFoundError, or ValueError with the reason if it isn't one of sensitivities."""
-        content = read_json(path, "a file of sensitivities")
-        check_schema(path, content.get("schema"), SCHEMA, "a file of sensitivities")
+        record = SensitivityRecord.read(path)
         try:
-            rows = content["loss_increases"]
-            values = [value for row in rows for key in ("weights", "activations") for value in row[key]]
-            if wrong := [value for value in values if value is not None and not _is_increase(value)]:
-                raise ValueError(f"an increase is {str(wrong[0])[:40]}, not a number of nats from 0 or null")
-            increases = np.array([[row["weights"], row["activations"]] for row in rows], float)  # None becomes NaN
-            if increases.shape != (len(rows), 2, 8):
-                raise ValueError(f"the increases have shape {increases.shape}, not (decisions, 2, 8)")
-            low, high = content["bits"]
-            if not all(isinstance(value, str) for value in content["signature"].values()):
-                raise ValueError("its signature must map names to text")
-            return cls(
-                check_kind(content["kind"]),
-                increases,
-                tuple(tuple(row["layers"]) for row in rows),
-                (int(low), int(high)),
-                Q.BitPolicy.from_dict(content["base"], "its base"),
-                content["signature"],
-            )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            kind = check_kind(record.kind)
+        except ValueError as error:
             raise ValueError(f"{path} is not a file of sensitivities: {error}") from error
+        increases = np.array([[row.weights, row.activations] for row in record.loss_increases], float)  # None becomes NaN
+        return cls(
+            kind,
+            increases.reshape(-1, 2, BITS),
+            tuple(tuple(row.layers) for row in record.loss_increases),
+            (record.bits[0], record.bits[1]),
+            Q.BitPolicy(record.base.widths()),
+            record.signature,
+        )
 
 
 def signed(sensitivities: Sensitivities, signature: dict[str, str]) -> Sensitivities:
@@ -155,10 +145,6 @@ def decided_layers(problem: Problem) -> tuple[tuple[str, ...], ...]:
 def largest_widths(problem: Problem) -> NDArray[np.int64]:
     """Tell the largest widths that can be chosen, shape (decisions, 2). They are always worth it: no pair has more bits."""
     return np.array([decision.pairs.max(0) for decision in problem.decisions])
-
-
-def _is_increase(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e30
 
 
 def _without_nan(values: NDArray[np.float64]) -> list[float | None]:

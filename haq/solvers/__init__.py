@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from haq.solvers.base import Solver as Solver
     from haq.solvers.base import Trial as Trial
 
+# The environments that agents can learn in.
+ENVS = ("plan", "haq")
 lacking = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
 # A solver's libraries are needed only if it is asked for.
 SOLVERS: Registry[type[Solver]] = Registry(
@@ -40,4 +42,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["agents", "base", "evolution", "exhaustive", "greedy", "hessian", "ilp", "random_search", "sensitivity"],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
-__all__ += ["SOLVERS"]
+__all__ += ["ENVS", "SOLVERS"]

@@ -23,11 +23,9 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers import SOLVERS, lacking
+from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
 from haq.store.units import describe_amount, percent
-
-ENVS = ("plan", "haq")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from haq.store import files
 from hw_models.storage import BITS
 
 _BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
-_SOLVER = re.compile(r"[a-z0-9_]{1,40}")
+_SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
 _LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, 1e30), "divergence": (-1e-3, 1e30)}
@@ -160,10 +161,8 @@ def _number(column: str, text: str) -> float:
     low, high = _LIMITS[column]
     value = math.nan
     if len(text) <= 40:
-        try:
+        with suppress(ValueError):
             value = float(text)
-        except ValueError:
-            pass
     if low <= value <= high:
         return value
     accepted = "a number from 0"

@@ -23,7 +23,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import time
@@ -33,7 +32,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 import quantizers as Q
 from haq import networks
@@ -60,7 +59,6 @@ from haq.study.task import (
 )
 
 logger = logging.getLogger("haq")
-CHECKPOINT_FORMAT = "haq-quantized-2"
 
 
 class SearchRun:
@@ -241,20 +239,20 @@ class SearchRun:
         if not (self.folder / PROBLEM).exists():
             self._write_problem(task)
 
-    def record(self, solver: str, evaluation: int, found: Trial, problem: Problem, best: Trial | None = None) -> None:
+    def record(self, solver: str, evaluation: int, trial: Trial, problem: Problem, best: Trial | None = None) -> None:
         """Append one evaluation to the history, and show it to TensorBoard.
 
         Args:
             solver: Who asked for it.
             evaluation: Its number, from 1.
-            found: The policy with what it gives and costs.
+            trial: The policy with what it gives and costs.
             problem: What is searched.
             best: The best so far.
 
         Raises:
             ValueError: If an interrupted search goes on otherwise than its history says.
         """
-        row = _history_row(solver, evaluation, found, problem)
+        row = _history_row(solver, evaluation, trial, problem)
         if self._expected:
             if self._expected[0].line() == row.line():
                 self._met.append(self._expected.pop(0))
@@ -273,7 +271,7 @@ class SearchRun:
         task: SearchTask,
         solver: str,
         sensitivities: Sensitivities | None = None,
-        on_evaluation: Callable[[int, Trial, Trial | None], None] = lambda count, found, best: None,
+        on_evaluation: Callable[[int, Trial, Trial | None], None] = lambda count, trial, best: None,
     ) -> Session:
         """Run a solver, with every evaluation written down, and, if the run is this solver's, its best policy kept on disk.
 
@@ -288,11 +286,11 @@ class SearchRun:
         """
         mine = solver == self.config.solver
 
-        def record(found: Trial) -> None:
-            if mine and found is session.best and not self._expected:  # what is met again may still be refused
-                self.save_policy(found.policy)
-            self.record(solver, session.used, found, task.problem, session.best)
-            on_evaluation(session.used, found, session.best)
+        def record(trial: Trial) -> None:
+            if mine and trial is session.best and not self._expected:  # what is met again may still be refused
+                self.save_policy(trial.policy)
+            self.record(solver, session.used, trial, task.problem, session.best)
+            on_evaluation(session.used, trial, session.best)
 
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
@@ -379,15 +377,8 @@ class SearchRun:
         Returns:
             The file's path.
         """
-        tensors: dict[str, Tensor] = {f"network.{key}": value for key, value in qnetwork.state_dict().items()}
-        tensors |= {f"quantizer.{key}": value for key, value in Q.quantizer_state(qnetwork).items()}
-        notes = {
-            "format": CHECKPOINT_FORMAT,
-            "policy": json.dumps(PolicyRecord.of(Q.get_policy(qnetwork)).to_dict()),
-            **task.signature(),
-        }
         path = self.folder / name
-        networks.write_safetensors({key: value.contiguous() for key, value in tensors.items()}, path, notes)
+        networks.save_quantized(path, qnetwork, task.network, _notes(task))
         return path
 
     def load_checkpoint(self, task: LoadedNetwork, name: Path = CHECKPOINT) -> nn.Module | None:
@@ -409,27 +400,19 @@ class SearchRun:
         # Weights, scales, and what schemes keep: never several times the network.
         held = sum(tensor.numel() * tensor.element_size() for tensor in task.network.module.state_dict().values())
         files.check_file(path, 4 * held + 2**24)
-        tensors, notes = networks.read_state(path)
+        header = networks.read_header(path)
         remedy = f"delete it and use python -m haq.finetune {self.folder}"
-        written = notes.get("format", "")
-        if re.fullmatch(r"haq-quantized-[0-9]+", written):
-            files.check_schema(path, written, CHECKPOINT_FORMAT, "a checkpoint of this run", "fine-tune again")
-        if written != CHECKPOINT_FORMAT or any(notes.get(key) != value for key, value in task.signature().items()):
+        if header.notes.get("format") != networks.QUANTIZED_FORMAT:
+            networks.load_quantized(path, task.network.module)  # says of which version it is
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
-        state = _under("quantizer.", tensors)
-        weights = _under("network.", tensors)
+        if any(header.notes.get(key) != value for key, value in _notes(task).items()):
+            raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
         try:
-            record = PolicyRecord.from_dict(json.loads(notes["policy"]), path)
-            policy = self.check_policy(Q.BitPolicy(record.widths()), task, path)
-            qnetwork = Q.quantize(task.network.module, policy, state=state)
-            _check_tensors(Q.quantizer_state(qnetwork), state)
-            _check_tensors(qnetwork.state_dict(), weights)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} doesn't hold the network of this run ({' '.join(str(error).split())}): {remedy}"
-            ) from error
-        qnetwork.load_state_dict(weights)
-        return qnetwork.eval()
+            qnetwork = networks.load_quantized(path, task.network.module)
+            self.check_policy(Q.get_policy(qnetwork), task, path)
+        except ValueError as error:
+            raise ValueError(f"{path} doesn't hold the network of this run ({error}): {remedy}") from error
+        return qnetwork
 
     def _state(self, name: str) -> Path:
         return self.folder / CHECKPOINT.parent / f"{name}.state"
@@ -503,8 +486,7 @@ def default_folder(config: SearchConfig) -> Path:
     hw = config.hw
     if not hw.startswith("rpc:"):
         hw = Path(hw).stem
-    hw = hw.replace(":", "-")
-    return unused_folder(f"{hw}-{config.metric}-{config.budget}-{config.solver}-seed{config.seed}")
+    return unused_folder(f"{hw}-{config.metric}-{config.budget}-{config.solver}-seed{config.seed}".replace(":", "-"))
 
 
 def unused_folder(name: str) -> Path:
@@ -522,18 +504,18 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(path.name not in files.LEFTOVERS for path in folder.iterdir())
 
 
-def _history_row(solver: str, evaluation: int, found: Trial, problem: Problem) -> HistoryRow:
-    weight_bits, activation_bits = problem.bit_arrays(found.policy)
+def _history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) -> HistoryRow:
+    weight_bits, activation_bits = problem.bit_arrays(trial.policy)
     return HistoryRow(
         solver,
         evaluation,
         tuple(map(int, weight_bits)),
         tuple(map(int, activation_bits)),
-        found.accuracy,
-        found.loss,
-        found.cost,
-        found.feasible,
-        found.evaluation.divergence,
+        trial.accuracy,
+        trial.loss,
+        trial.cost,
+        trial.feasible,
+        trial.evaluation.divergence,
     )
 
 
@@ -543,9 +525,9 @@ def _short(row: HistoryRow) -> str:
     return f"{[*widths, repr(row.accuracy), repr(row.loss)]}"
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the tensors whose names begin with a prefix, without it."""
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+def _notes(task: LoadedNetwork) -> dict[str, str]:
+    """Return what a checkpoint's header says of the run that it belongs to."""
+    return {f"run.{name}": value for name, value in task.signature().items()}
 
 
 def _machine(path: Path, signature: dict[str, str]) -> dict[str, Any]:
@@ -557,18 +539,3 @@ def _machine(path: Path, signature: dict[str, str]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not the configuration of a run: its signature's machine is not JSON")
     return found
-
-
-def _check_tensors(expected: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    """Raise ValueError unless tensors have the names, shapes and types that are expected, and finite values."""
-    if wrong := sorted(set(expected) ^ set(given)):
-        raise ValueError(f"{wrong[0]} is missing, or is one too many; {len(wrong)} are")
-    for name, tensor in given.items():
-        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {expected[name].dtype} of "
-                f"{tuple(expected[name].shape)}"
-            )
-        # What a scheme notes of widths that it doesn't use may be anything.
-        if name.endswith(("weight", "bias", "running_mean", "running_var", "_scale")) and not tensor.isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")

@@ -63,7 +63,7 @@ class SweepCell(NamedTuple):
         hw = self.hw
         if not hw.startswith(REMOTE):
             hw = Path(hw).stem
-        return f"{hw.replace(':', '-')}-{self.budget}-{self.solver}-seed{self.seed}"
+        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class SweepConfig:
             if not values or not all(values) or len(set(values)) < len(values):
                 raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
         for solver in self.solvers:
-            SOLVERS.get(solver)
+            if solver not in SOLVERS and ":" not in solver:
+                SOLVERS.get(solver)  # names those that are close
         names = [SweepCell(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
         for name in names:
             if Path(name).name != name:
@@ -337,8 +338,8 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
         if (run.folder / SENSITIVITY).is_file():
             return task.read_sensitivities(run.folder)
 
-        def record(found: Trial) -> None:
-            run.record("sensitivity", session.used, found, task.problem)
+        def record(trial: Trial) -> None:
+            run.record("sensitivity", session.used, trial, task.problem)
             on_evaluation(session.used)
 
         settings = context.sweep.settings
@@ -370,7 +371,7 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
     name = task.config.solver
     with _opened(folder, task) as run, one_thread():
         if not run.finished:
-            session = run.search(task, name, run.sensitivities(task), lambda count, found, best: on_evaluation())
+            session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             assert session.best is not None
             content = summary.collect(task, session.best.policy, None, {}, {name: session.used})
             run.save_result(ResultRecord.from_dict(content))
@@ -421,7 +422,7 @@ def _run_on_cluster(
 ) -> None:
     from haq.study.workers import ray as ray_workers
 
-    there = context, kind, context.first.problem.evaluator.cache, context.first.measured
+    there = context, kind, context.first.problem.evaluator.cache, context.first.judged
     with ExitStack() as held:
         left = {}
         for cell in cells:
@@ -442,7 +443,7 @@ def _run_in_processes(
 ) -> None:
     spawn = multiprocessing.get_context("spawn")
     stop = spawn.Event()
-    known = context.first.problem.evaluator.cache, context.first.measured
+    known = context.first.problem.evaluator.cache, context.first.judged
     given = folder, context.sweep, kind, torch.get_num_threads(), known, stop
     pool = ProcessPoolExecutor(min(workers, len(cells)), spawn, _start_worker, given)
     try:
@@ -482,7 +483,7 @@ def _start_worker(
     torch.set_num_threads(threads)
     context = SweepContext.load(sweep)
     context.first.problem.evaluator.cache.update(known[0])
-    context.first.measured.update(known[1])
+    context.first.judged.update(known[1])
     _worker = _Worker(folder, kind, context, stop)
 
 
@@ -501,7 +502,7 @@ def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Call
     """A search on another machine, in a folder that was begun here."""
     context, kind, cache, judged = given
     context.first.problem.evaluator.cache.update(cache)
-    context.first.measured.update(judged)
+    context.first.judged.update(judged)
     search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
@@ -547,7 +548,8 @@ def finish(
         "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
-    record = FinishedSweepRecord.from_dict(content)
+    record = SweepRecord.from_dict(content)
+    assert isinstance(record, FinishedSweepRecord)
     record.write(folder / SWEEP)
     return record
 

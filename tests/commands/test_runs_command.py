@@ -15,7 +15,7 @@ import yaml
 
 from haq import runs, search, sweep
 from haq.console import cli
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
 
@@ -32,16 +32,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         enter(place, patch, MODULE)
         assert search.main([*QUICK, "--budget", "0.6", "--finetune-epochs", "1", "--out", "runs/a"]) == 0
         assert search.main([*QUICK, "--budget", "0.7", "--finetune-epochs", "0", "--out", "runs/b"]) == 0
-        record, count = Run.record, []
+        record, count = SearchRun.record, []
 
-        def interrupted(self: Run, *arguments: Any) -> None:
+        def interrupted(self: SearchRun, *arguments: Any) -> None:
             record(self, *arguments)
             count.append(1)
             if len(count) == 4:
                 raise KeyboardInterrupt
 
         with patch.context() as inner:
-            inner.setattr(Run, "record", interrupted)
+            inner.setattr(SearchRun, "record", interrupted)
             assert search.main([*QUICK, "--budget", "0.8", "--out", "runs/cut"]) == cli.EXIT_INTERRUPTED
         shutil.copytree("runs/b", "runs/torn")
         Path("runs/torn/history.csv").write_bytes(b"\xff")

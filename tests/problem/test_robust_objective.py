@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import haq
 import quantizers as Q
 from haq import data, evaluate, finetune, search, sweep
-from haq.attacks import evaluation_attacks
+from haq.attacks import base
 from haq.attacks.proxy import ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
 from haq.console import cli
@@ -26,7 +26,7 @@ from haq.networks import Network
 from haq.problem.evaluator import BATCH, Evaluator
 from haq.problem.objective import RobustAccuracy
 from haq.study.config import SearchConfig
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
 from quantizers.schemes.linear import Linear
 from tests.conftest import images, small_network
@@ -260,7 +260,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "robust_job", raising=False)
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", evaluation_attacks.AttackBudget(3, 1, 4, 1, 5, 2))
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "full", base.AttackBudget(3, 1, 4, 1, 5, 2))
     monkeypatch.setattr(search, "VERIFIED", 24)
 
 
@@ -306,16 +306,16 @@ def test_a_search_of_the_default_network(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.usefixtures("place")
 def test_an_interrupted_search_goes_on_exactly(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(search.main, *QUICK, "--out", "whole") == 0
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *arguments: Any) -> None:
+    def interrupted(self: SearchRun, *arguments: Any) -> None:
         record(self, *arguments)
         count.append(1)
         if len(count) == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", interrupted)
+        patch.setattr(SearchRun, "record", interrupted)
         assert call(search.main, *QUICK, "--out", "cut") == cli.EXIT_INTERRUPTED
     assert call(search.main, "--resume", "cut") == 0
     for file in ("policy.json", "history.csv", "result.json"):

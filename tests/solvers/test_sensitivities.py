@@ -20,7 +20,7 @@ from haq.problem.sensitivity import KINDS, Sensitivities, signed
 from haq.solvers import SOLVERS, greedy, ilp, sensitivity
 from haq.solvers.base import Session, solve
 from haq.solvers.hessian import curvature
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, SMALL, call, history
 from tests.conftest import images, make_problem, small_network
 
@@ -230,9 +230,9 @@ def test_interrupted_searches_go_on_with_them(kind: str, place: Path, monkeypatc
     arguments = [*QUICK, "--evaluations", "16", "--sensitivity-kind", kind]
     assert call(search.main, *arguments, "--out", "whole") == 0
     assert call(search.main, *QUICK, "--sensitivity", "whole", "--solver", "random", "--out", "given") == 0
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *rest: Any) -> None:
+    def interrupted(self: SearchRun, *rest: Any) -> None:
         record(self, *rest)
         count.append(1)
         if len(count) == 5:
@@ -241,7 +241,7 @@ def test_interrupted_searches_go_on_with_them(kind: str, place: Path, monkeypatc
     for name, asked in (("cut", arguments), ("cut2", [*QUICK, "--sensitivity", "whole", "--solver", "random"])):
         count.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "record", interrupted)
+            patch.setattr(SearchRun, "record", interrupted)
             assert call(search.main, *asked, "--out", name) == cli.EXIT_INTERRUPTED
     Path("whole/sensitivity.json").rename("moved.json")  # a run has a copy of its own
     assert call(search.main, "--resume", "cut") == call(search.main, "--resume", "cut2") == 0
