@@ -17,8 +17,8 @@ from rich.table import Table
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities
 from haq.solvers import SOLVERS
-from haq.reporting.pictures import draw_sweep
-from haq.store.files import SWEEP, write
+from haq.reporting import pictures
+from haq.store.files import SWEEP
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord
 from haq.store.units import describe_amount, percent
@@ -121,7 +121,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         console.print(f"\nInterrupted. Finished searches are kept in {folder}; go on with")
         console.print(f"  python -m haq.sweep --resume {folder}", soft_wrap=True)
         return cli.EXIT_INTERRUPTED
-    write(folder / PICTURE, draw_sweep(record))
+    pictures.save(pictures.draw_sweep(record), folder / PICTURE)
     content = record.to_dict()
     print_result(console, content)
     console.print(f"Written: {folder} ({SWEEP}, {PICTURE}, and a folder for each search)", soft_wrap=True)

@@ -1,10 +1,12 @@
-"""The pictures that commands write, drawn with matplotlib from the records of a run; each function returns a PNG file."""
+"""The pictures that commands write, drawn with matplotlib from the records of a run; figures that belong to no window."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haq.store import files
 from haq.store.records import FinishedSweepRecord, PolicyRecord, PricedProblem, RobustnessRecord, SweepTarget
 from haq.store.units import describe_amount
 from hw_models.storage import BITS
@@ -19,7 +21,7 @@ BEFORE, AFTER = "#cccccc", COLORS[2]
 MANY = 40  # layers from which on their names are written small
 
 
-def draw_policy(problem: PricedProblem, policy: PolicyRecord) -> bytes:
+def draw_policy(problem: PricedProblem, policy: PolicyRecord) -> Figure:
     """Draw bits per layer, weights up and activations down, over each layer's share of the cost.
 
     Args:
@@ -27,7 +29,7 @@ def draw_policy(problem: PricedProblem, policy: PolicyRecord) -> bytes:
         policy: Widths for all its layers, none of them in float.
 
     Returns:
-        A PNG file.
+        A figure; a notebook shows it, `save` writes it.
 
     Raises:
         ValueError: If the policy is of other layers.
@@ -36,13 +38,14 @@ def draw_policy(problem: PricedProblem, policy: PolicyRecord) -> bytes:
     bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     widths = _widths(problem, policy)
     x = range(len(widths))
-    few = len(widths) <= MANY
+    number_size, name_size = 9, 8
+    if len(widths) > MANY:
+        number_size, name_size = 6, 5
     bits.bar(x, [w for w, _ in widths], 0.8, color=WEIGHTS, label="weight bits")
     bits.bar(x, [-a for _, a in widths], 0.8, color=ACTIVATIONS, label="activation bits")
-    size = 9 if few else 6
     for i, (w, a) in enumerate(widths):
-        bits.text(i, w + 0.2, str(w), ha="center", va="bottom", fontsize=size)
-        bits.text(i, -a - 0.2, str(a), ha="center", va="top", fontsize=size)
+        bits.text(i, w + 0.2, str(w), ha="center", va="bottom", fontsize=number_size)
+        bits.text(i, -a - 0.2, str(a), ha="center", va="top", fontsize=number_size)
     bits.axhline(0, color="black", linewidth=0.8)
     bits.set_ylim(-BITS - 2, BITS + 2)
     bits.set_yticks([-8, -4, 0, 4, 8], ["8", "4", "0", "4", "8"])
@@ -61,17 +64,17 @@ def draw_policy(problem: PricedProblem, policy: PolicyRecord) -> bytes:
     share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.8, color=AFTER, label="at these bits")
     share.set_ylabel(f"{metric}, % of the\n8-bit network ({kind})", fontsize=9)
     share.legend(fontsize=8, frameon=False)
-    share.set_xticks(x, [layer.name for layer in problem.layers], rotation=90, fontsize=8 if few else 5)
+    share.set_xticks(x, [layer.name for layer in problem.layers], rotation=90, fontsize=name_size)
     for axes in (bits, share):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(-0.7, len(widths) - 0.3)
-    return _png(figure)
+    return figure
 
 
-def draw_sweep(sweep: FinishedSweepRecord) -> bytes:
+def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
     """Draw test accuracy over cost, as a fraction of uniform 8 bits, a panel for each target.
 
-    Returns a PNG file.
+    Returns a figure; a notebook shows it, `save` writes it.
     """
     targets = [target for target in sweep.targets.values() if target.found]
     figure = _figure(5.2 * len(targets) + 0.8, 4.6)
@@ -93,10 +96,10 @@ def draw_sweep(sweep: FinishedSweepRecord) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"test {sweep.objective_title}, % (measured)", fontsize=9)
     panels[0].legend(fontsize=8, frameon=False, loc="lower right")
-    return _png(figure)
+    return figure
 
 
-def draw_robustness(found: RobustnessRecord, curve_steps: int) -> bytes:
+def draw_robustness(found: RobustnessRecord, curve_steps: int) -> Figure:
     """Draw accuracy against eps under PGD, a line for each network, and its worst case over all attacks as a mark.
 
     Args:
@@ -104,7 +107,7 @@ def draw_robustness(found: RobustnessRecord, curve_steps: int) -> bytes:
         curve_steps: The steps of PGD that the lines are of.
 
     Returns:
-        A PNG file.
+        A figure; a notebook shows it, `save` writes it.
     """
     figure = _figure(7.5, 4.5)
     axes = figure.subplots()
@@ -133,7 +136,14 @@ def draw_robustness(found: RobustnessRecord, curve_steps: int) -> bytes:
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, beside its place and renamed."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, format="png")
+    files.write(path, content.getvalue())
 
 
 def _widths(problem: PricedProblem, policy: PolicyRecord) -> list[tuple[int, int]]:
@@ -195,9 +205,3 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, dpi=DPI, format="png")
-    return content.getvalue()

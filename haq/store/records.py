@@ -63,7 +63,7 @@ def objective_title(objective: str) -> str:
     return objective
 
 
-_Any = TypeVar("_Any", bound="Record")
+_Record = TypeVar("_Record", bound="Record")
 _File = TypeVar("_File", bound="FileRecord")
 
 
@@ -75,7 +75,7 @@ class Record(BaseModel):
     WHAT: ClassVar[str] = "a record"  # what it is, in messages
 
     @classmethod
-    def from_dict(cls: type[_Any], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _Any:
+    def from_dict(cls: type[_Record], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _Record:
         """Check plain data, as it stands in a file.
 
         Args:
@@ -105,10 +105,9 @@ class Record(BaseModel):
         """Raise ValueError for data of another version; a record within a file has none of its own."""
 
     @classmethod
-    def _checked(cls: type[_Any], content: Mapping[str, Any]) -> _Any:
+    def _checked(cls: type[_Record], content: Mapping[str, Any]) -> _Record:
         # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
         return cls.model_validate_json(json.dumps(content))
-
 
 
 class FileRecord(Record):
@@ -284,6 +283,7 @@ class ProblemRecord(PricedProblem, FileRecord):
     origin: str
     data: str
     images: Count
+    scheme: str = "linear"
     objective: str
     objective_is: str  # what it measures, in words
     float_share: Share = Field(alias="float")
@@ -475,6 +475,7 @@ class ResultRecord(FileRecord):
     evaluations: Counts  # by solver
     saturated_actions: Annotated[dict[str, float], Field(max_length=MOST)] = {}  # the share at a bound, by agent
     seed: int
+    scheme: str = "linear"
     objective: str
     objective_is: str
     finetune_steps: Count = 0
