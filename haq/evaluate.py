@@ -13,6 +13,7 @@ import quantizers as Q
 from haq.console import cli
 from haq.store.files import RESULT
 from haq.study import result as summary
+from haq.study import tables
 from haq.study.search_run import SearchRun
 
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         result["verified"] = earlier["verified"]
     if not run.finished:
         console.print(f"{run.folder} is not finished: this is the best policy so far")
-    summary.print_result(console, task, policy, result)
+    tables.print_result(console, task, policy, result)
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1

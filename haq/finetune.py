@@ -16,6 +16,7 @@ from haq.console import cli
 from haq.store.lock import writing
 from haq.store.records import ResultRecord
 from haq.study import result as summary
+from haq.study import tables
 from haq.study.search_run import SearchRun
 from haq.study.task import adversary_of
 
@@ -73,8 +74,8 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     result["finetuned"] = summary.entry(task, policy, tuned)
     run.save_result(ResultRecord.from_dict(result))
     run.drop_checkpoint("finetune")
-    summary.print_result(console, task, policy, result)
-    summary.print_next(console, run, (f"evaluate {run.folder}",))
+    tables.print_result(console, task, policy, result)
+    tables.print_next(console, run.folder, (f"evaluate {run.folder}",))
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     check_once(options.runs)
     out = options.out or default_file(options.runs)
     check_free(out)
-    sources = [reading.read(run) for run in options.runs]
+    sources = [reading.read_folder(run) for run in options.runs]
     try:
         from haq.reporting import page
     except ImportError as error:
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = page.render(sources)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write(out, text)
-    unfinished = [str(run) for run, source in zip(options.runs, sources, strict=True) if not reading.is_finished(source)]
+    unfinished = [str(run) for run, source in zip(options.runs, sources, strict=True) if not source.finished]
     if unfinished:
         print(f"Not finished, shown as far as it is there: {', '.join(unfinished)}")
     print(f"Written: {out} ({len(text.encode()) / 1e6:.2f} MB; open it in any browser)")

@@ -25,8 +25,11 @@ from haq.solvers.base import Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.lock import writing
 from haq.store.records import ResultRecord
+from haq.store.units import percent
 from haq.study import result as summary
+from haq.study import tables
 from haq.study.config import SearchConfig
+from haq.study.picture import save_picture
 from haq.study.search_run import SearchRun, check_unused, default_folder, has_tensorboard
 from haq.study.task import SearchTask, adversary_of, load_target
 from haq.study.workers.processes import working
@@ -138,7 +141,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     if task.problem.objective.attacked:
         import haq.attacks.evaluation_attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
     rivals = tuple(name for name in RIVALS if name != settings.solver)
-    summary.print_plan(console, task, None if options.dry_run else folder, rivals, _workers(options, settings))
+    tables.print_plan(console, task, None if options.dry_run else folder, rivals, _workers(options, settings))
     if not has_tensorboard():
         console.print("TensorBoard events: none (pip install 'haq\\[report]' to have them)")
     if options.dry_run:
@@ -162,12 +165,14 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         return cli.EXIT_INTERRUPTED
     finally:
         run.close()
-    summary.print_result(console, task, policy, result)
+    tables.print_result(console, task, policy, result)
     tuned = settings.finetune_epochs > 0
     if "verified" in result:
         console.print(_verdict(result["verified"]), soft_wrap=True, markup=False)
     verify = (f"robustness {folder} --attacks full",) if task.problem.objective.attacked else ()
-    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify))
+    tables.print_next(
+        console, run.folder, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify)
+    )
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1
@@ -216,7 +221,7 @@ def _search(console: Console, task: SearchTask, run: SearchRun, rivals: tuple[st
         if task.problem.objective.attacked:
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
-    summary.draw(task.problem, policy, run.folder / "policy.png")
+    save_picture(task.problem, policy, run.folder / "policy.png")
     run.save_result(ResultRecord.from_dict(result))
     run.drop_checkpoint("finetuning")
     return result, policy
@@ -227,7 +232,6 @@ def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -
     from haq.attacks.assessment import assess
     from haq.study.comparison import ComparedNetworks
 
-    assert task.problem.objective.attacked is not None
     bar_task = bar.add_task("verifying", total=None)
     gathered = ComparedNetworks(task.network, task.dataset, {"found": network}, {})
     found = assess(
@@ -246,7 +250,7 @@ def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -
 def _verdict(verified: dict[str, Any]) -> str:
     failed = "; ".join(f"{check['name']}: {check['figures']}" for check in verified["checks"] if not check["passed"])
     return (
-        f"Verified by the full suite on {verified['images']} test images: {summary.percent(verified['worst'])} right in the "
+        f"Verified by the full suite on {verified['images']} test images: {percent(verified['worst'])} right in the "
         f"worst case, {verified['verdict']}{f' ({failed})' if failed else ''}."
     )
 
@@ -257,8 +261,8 @@ def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivi
 
     def on_evaluation(count: int, found: Trial, best: Trial | None) -> None:
         share = found.cost / task.problem.limit
-        so_far = summary.percent(best.accuracy) if best else "none within it"
-        last = summary.percent(found.accuracy)
+        so_far = percent(best.accuracy) if best else "none within it"
+        last = percent(found.accuracy)
         bar.update(bar_task, completed=count, accuracy=last, cost=f"{share:.3f}", best=so_far)
 
     session = run.search(task, name, sensitivities, on_evaluation)

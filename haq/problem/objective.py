@@ -42,7 +42,9 @@ class Objective:
         needs_labels: Whether images must have labels.
         compares_with_float: Whether labels are the float network's answers and the loss is the divergence from its outputs; the
             float network itself then has 1 and 0.
-        attacked: Whether images are attacked too.
+        attacked: Whether images are attacked too, by `proxy`.
+        also: Objectives that are measured beside this one when a result is reported.
+        note: What must be said below a table of results.
     """
 
     name: ClassVar[str] = ""
@@ -51,8 +53,9 @@ class Objective:
     needs_labels: ClassVar[bool] = True
     compares_with_float: ClassVar[bool] = False
     attacked: ClassVar[bool] = False
-    # The attack, where images are attacked.
     proxy: ProxyAttack | None = None
+    also: tuple[Objective, ...] = ()
+    note: str = ""
 
     def __init_subclass__(cls) -> None:
         """Call a class that gives itself no name after itself, and everything that has no other words by its name."""
@@ -226,6 +229,8 @@ class RobustAccuracy(Objective):
             )
         self.proxy = proxy
         self.words = f"worst of clean and {proxy}"
+        self.also = (Accuracy(),)
+        self.note = f"worst case: {self.words}, right both times, a cheap attack and no evaluation"
 
     @classmethod
     def build(cls, network: Network, dataset: Dataset, eps: float) -> RobustAccuracy:
@@ -259,3 +264,11 @@ def find_objective(objective: str | type[Objective] | Objective) -> Objective:
     if missing := lacking(found):
         raise ValueError(f"objective {objective!r} can't be used: it lacks {missing}")
     return found  # type: ignore[return-value]
+
+
+def build_objective(name: str, network: Network, dataset: Dataset, eps: float) -> Objective:
+    """Make the objective of a name for a network and data set that are given by name; see `Objective.build`."""
+    found: type[Objective] | Objective = OBJECTIVES.get(name)
+    if isinstance(found, type):
+        return found.build(network, dataset, eps)
+    return found

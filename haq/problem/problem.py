@@ -257,6 +257,11 @@ class Problem:
         w, a = self.bit_arrays(policy)
         return float(self.cost[np.arange(len(w)), w - 1, a - 1].sum())
 
+    def means_something(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
+        """Say whether every layer's bits have a meaning in its scheme."""
+        w, a = self.bit_arrays(policy)
+        return bool(self._meaningful[np.arange(len(w)), w - 1, a - 1].all())
+
     def within_budget(self, cost: float) -> bool:
         """Say whether a cost is within the budget, but for rounding."""
         return cost <= self.limit * (1 + ROUNDING)

@@ -33,14 +33,18 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Sch
     """
     if not isinstance(scheme, Mapping):
         return dict.fromkeys(names, Q.Scheme.named(scheme))
-    found: dict[str, str | Q.Scheme] = dict.fromkeys(names, "linear")
+    found: dict[str, Q.Scheme] = dict.fromkeys(names, Q.Scheme.named("linear"))
+    shared: dict[str, Q.Scheme] = {}
     for name, chosen in scheme.items():
         if name not in found:
             close = difflib.get_close_matches(name, names, n=3) or list(names)
             raise ValueError(f"`scheme` names {name!r}, which is no layer of the workload; close: {', '.join(close)}")
+        if isinstance(chosen, str):
+            if chosen not in shared:
+                shared[chosen] = Q.Scheme.named(chosen)
+            chosen = shared[chosen]
         found[name] = chosen
-    shared = {chosen: Q.Scheme.named(chosen) for chosen in found.values() if isinstance(chosen, str)}
-    return {name: shared.get(chosen, chosen) for name, chosen in found.items()}  # type: ignore[call-overload, misc]
+    return found
 
 
 def check_widths(schemes: Mapping[str, Q.Scheme], bits: tuple[int, int], pinned: Mapping[str, tuple[int, int]]) -> None:

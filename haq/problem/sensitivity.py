@@ -68,12 +68,23 @@ class Sensitivities:
         return increase[:, 0, :, None] + increase[:, 1, None, :]
 
     def check(self, problem: Problem, signature: dict[str, str], source: Path) -> None:
-        """Raise ValueError, naming `source`, if these aren't sensitivities of the problem's network, data and bits."""
+        """Check that these are sensitivities of a problem's network, data and bits.
+
+        Args:
+            problem: The problem.
+            signature: Of its network, data and schemes.
+            source: The file that these are from, for messages.
+
+        Raises:
+            ValueError: Naming the first difference and what to do.
+        """
         remedy = "measure them anew, without --sensitivity"
-        for name, value in signature.items():
-            if (before := self.signature.get(name)) != value:
+        for name in sorted(set(signature) | set(self.signature)):
+            before = self.signature.get(name)
+            now = signature.get(name)
+            if before != now:
                 raise ValueError(
-                    f"{source} has sensitivities of another {name}: its signature is {before}, here it is {value}; {remedy}"
+                    f"{source} has sensitivities of another {name}: its signature is {before}, here it is {now}; {remedy}"
                 )
         if self.layers != decided_layers(problem):
             raise ValueError(f"{source} has sensitivities of other layers, or of layers tied otherwise; {remedy}")

@@ -86,7 +86,7 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
         decision, operand, bits = item
         loss_increases[decision, operand, bits - 1] = max(loss(changed(item)) - base, LEAST)
     kind = "loss"
-    if divergence or problem.objective.loss_is_divergence:
+    if divergence or problem.objective.compares_with_float:
         kind = "kl"
     return _sensitivities(problem, kind, loss_increases)
 

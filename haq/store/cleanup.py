@@ -92,9 +92,7 @@ class Removal:
         return sum(path.lstat().st_size for path in self.paths)
 
 
-def plan_removals(
-    folder: Path, *, unfinished: bool, checkpoints: bool, older_than_days: float | None = None
-) -> list[Removal]:
+def plan_removals(folder: Path, *, unfinished: bool, checkpoints: bool, older_than_days: float | None = None) -> list[Removal]:
     """Choose what of the runs in a folder is to go; nothing is deleted.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,10 +161,8 @@ def _number(column: str, text: str) -> float:
     low, high = _LIMITS[column]
     value = math.nan
     if len(text) <= 40:
-        try:
+        with suppress(ValueError):
             value = float(text)
-        except ValueError:
-            pass
     if low <= value <= high:
         return value
     accepted = "a number from 0"

@@ -90,10 +90,8 @@ def find_runs(folder: Path) -> list[RunSummary]:
         raise FileNotFoundError(f"there is no folder {folder}")
     if is_run(folder):
         return [summarize(folder)]
-    inside = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and (is_run(path) or is_sweep(path) or is_just_created(path)):
-            inside.append(path)
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    inside = [path for path in folders if is_run(path) or is_sweep(path) or is_just_created(path)]
     if is_sweep(folder):
         # What it measured for all its searches is no search.
         inside = [folder, *(path for path in inside if path.name != SENSITIVITIES)]

@@ -162,7 +162,10 @@ class Measurement(RootModel[Annotated[dict[str, float | None], Field(max_length=
 
 
 class ConfigRecord(FileRecord):
-    """config.yaml: what a run was asked for, and what it belongs to. `settings` are those of `haq.study.config.SearchConfig`."""
+    """config.yaml: what a run was asked for, and what it belongs to.
+
+    Its `settings` are the fields of `haq.study.config.SearchConfig`.
+    """
 
     SCHEMA = files.RUN_SCHEMA
     WHAT = "the configuration of a run"
@@ -298,7 +301,8 @@ class LayerWidths(Record):
                 continue
             if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= BITS:
                 raise ValueError(
-                    f"layer {self.name[:80]!r}: bits must be an integer from 1 to {BITS}, or null for float, not {quoted(width)}"
+                    f"layer {self.name[:80]!r}: bits must be an integer from 1 to {BITS}, or null for float, "
+                    f"not {quoted(width)}"
                 )
         return self
 

@@ -548,7 +548,8 @@ def finish(
         "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
-    record = FinishedSweepRecord.from_dict(content)
+    record = SweepRecord.from_dict(content)
+    assert isinstance(record, FinishedSweepRecord)
     record.write(folder / SWEEP)
     return record
 
@@ -674,4 +675,3 @@ def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
 
 def _measured(hw: str) -> bool:
     return hw == LOCAL or hw.startswith(REMOTE)
-
