@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.console import Group as RenderGroup
+from rich.padding import Padding
 from rich.text import Text
 
 from haq.console.commands import Group, main_of
@@ -142,7 +144,7 @@ def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[P
     table.add_column("state", no_wrap=True)
     for run in runs:
         state = Text(run.state, COLORS[run.state])
-        table.add_row(plain(_name_and_question(run)), _progress(run), percent(run.search), percent(run.test), state)
+        table.add_row(_name_and_question(run), _progress(run), percent(run.search), percent(run.test), state)
     console.print(table)
     for run in runs:
         if run.reason:
@@ -233,23 +235,24 @@ def print_comparison(console: Console, content: Mapping[str, Any]) -> None:
         say(console, f"Their accuracies can't be compared: {content['reason']}.")
 
 
-def _name_and_question(run: RunSummary) -> str:
+def _name_and_question(run: RunSummary) -> RenderableType:
     """Write the first cell of a run's row: its folder, and below it what was asked."""
     settings = run.settings
     if not settings:
-        return str(run.folder)
+        return plain(run.folder)
     words = [settings.get("network"), settings.get("hw"), f"{settings.get('metric')} {settings.get('budget')}"]
     words.append(settings.get("solver"))
     if run.objective != "accuracy":
         words.append(run.objective)
-    return f"{run.folder}\n  {', '.join(map(str, words))}"
+    question = ", ".join(map(str, words))
+    if run.kind == "sweep":
+        question = f"sweep: {question}"
+    return RenderGroup(plain(run.folder), Padding(plain(question), (0, 0, 0, 2)))
 
 
 def _progress(run: RunSummary) -> str:
     if run.asked is None:
         return NOTHING
-    if run.kind == "sweep":
-        return f"{run.done}/{run.asked}\nsearches"
     return f"{run.done}/{run.asked}"
 
 
@@ -412,6 +415,8 @@ def _cell(name: str, value: Any) -> str:
 def _pairs(content: Mapping[str, Any]) -> str:
     texts = []
     for name, value in content.items():
+        if value is None:
+            continue
         if isinstance(value, (dict, list)):
             value = json.dumps(value)
         texts.append(f"{name} {value}")

@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     options = parser.parse_args(arguments)
-    given = {field.name: getattr(options, field.name) for field in fields(SearchConfig)}
+    given = {name: getattr(options, name, None) for name in SearchConfig.model_fields}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
         raise ValueError(
@@ -136,7 +136,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         task = earlier.build(**follow) if earlier else SearchTask.build(settings, load_target(settings, **follow))
     if settings.sensitivity and not earlier:
         kind = task.read_sensitivities(Path(settings.sensitivity)).kind
-        task = replace(task, config=replace(settings, sensitivity_kind=kind))
+        task = replace(task, config=settings.replace(sensitivity_kind=kind))
         settings = task.config
     if task.problem.objective.attacked:
         import haq.attacks.evaluation_attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it

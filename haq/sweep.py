@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.check_workers(options)
     cli.check_eps(options)
     varied = ("hw", "budgets", "seeds", "solvers")
-    given = {field.name: getattr(options, field.name, None) for field in fields(SearchConfig) if field.name not in varied}
+    given = {name: getattr(options, name, None) for name in SearchConfig.model_fields if name not in varied}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run or any(getattr(options, x) for x in varied)):
         raise ValueError(
@@ -76,10 +75,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def asked(options: argparse.Namespace) -> SweepConfig:
     """The sweep that options of the command ask for."""
     return SweepConfig(
-        SearchConfig(**options.settings, finetune_epochs=0),
-        hw=tuple((options.hw or "edge,cloud").split(",")),
-        budgets=sweep_run.budgets(options.budgets or "0.3:0.9:0.1"),
-        solvers=tuple((options.solvers or "ilp,ddpg").split(",")),
+        settings=SearchConfig(**options.settings, finetune_epochs=0),
+        hw=options.hw or "edge,cloud",
+        budgets=options.budgets or "0.3:0.9:0.1",
+        solvers=options.solvers or "ilp,ddpg",
         seeds=1 if options.seeds is None else options.seeds,
     )
 
