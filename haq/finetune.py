@@ -14,8 +14,10 @@ import quantizers as Q
 from haq import training
 from haq.console import cli
 from haq.store.lock import writing
+from haq.store.records import ResultRecord
 from haq.study import result as summary
-from haq.study.search_run import Run
+from haq.study import tables
+from haq.study.search_run import SearchRun
 from haq.study.task import adversary_of
 
 
@@ -39,9 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 def go(options: argparse.Namespace, held: ExitStack) -> int:
     """What is asked for; `held` holds the run's folder until the end."""
     console = Console(stderr=options.json)
-    run = Run.load(options.run)
+    run = SearchRun.load(options.run)
     held.enter_context(writing(run.folder, f"python -m haq.finetune {run.folder} --epochs {options.epochs}"))
-    result, policy = run.load_result(), run.load_policy()
+    result, policy = run.load_result().to_dict(), run.load_policy()
     with cli.follow_loading(console, "loading network and data") as follow:
         task = run.build(**follow)
     run.check(task)
@@ -70,10 +72,10 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     run.save_checkpoint(tuned, task)
     result.pop("verified", None)  # that was another network
     result["finetuned"] = summary.entry(task, policy, tuned)
-    run.save_result(result)
+    run.save_result(ResultRecord.from_dict(result))
     run.drop_checkpoint("finetune")
-    summary.print_result(console, task, policy, result)
-    summary.print_next(console, run, (f"evaluate {run.folder}",))
+    tables.print_result(console, task, policy, result)
+    tables.print_next(console, run.folder, (f"evaluate {run.folder}",))
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1

@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ from haq import training
 from haq.attacks.threat_model import parse_eps
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities
-from haq.solvers.base import CHOOSE_AHEAD, SOLVERS, Session, Trial
+from haq.solvers import SOLVERS
+from haq.solvers.base import Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.lock import writing
+from haq.store.records import ResultRecord
+from haq.store.units import percent
 from haq.study import result as summary
+from haq.study import tables
 from haq.study.config import SearchConfig
-from haq.study.search_run import Run, check_unused, default_folder, has_tensorboard
+from haq.study.picture import save_picture
+from haq.study.search_run import SearchRun, check_unused, default_folder, has_tensorboard
 from haq.study.task import SearchTask, adversary_of, load_target
 from haq.study.workers.processes import working
 
@@ -51,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
     add("--network", help=f"a name as in haq.networks (default: {default.network})")
     add("--data", help=f"a name as in haq.data (default: {default.data})")
-    add("--solver", help=f"{', '.join(SOLVERS)} (default: {default.solver})")
+    add("--solver", help=f"{', '.join(SOLVERS.names())} (default: {default.solver})")
     add(
         "--evaluations",
         type=int,
@@ -95,7 +100,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     options = parser.parse_args(arguments)
-    given = {field.name: getattr(options, field.name) for field in fields(SearchConfig)}
+    given = {name: getattr(options, name, None) for name in SearchConfig.model_fields}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run):
         raise ValueError(
@@ -117,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
 def go(options: argparse.Namespace, held: ExitStack) -> int:
     """What is asked for; `held` holds the run's folder, once there is one, until the end."""
     console = Console(stderr=options.json)
-    earlier = Run.load(options.resume) if options.resume else None
+    earlier = SearchRun.load(options.resume) if options.resume else None
     if earlier:
         held.enter_context(writing(earlier.folder, earlier.go_on))
     if earlier and earlier.finished:
@@ -131,12 +136,12 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         task = earlier.build(**follow) if earlier else SearchTask.build(settings, load_target(settings, **follow))
     if settings.sensitivity and not earlier:
         kind = task.read_sensitivities(Path(settings.sensitivity)).kind
-        task = replace(task, config=replace(settings, sensitivity_kind=kind))
+        task = replace(task, config=settings.replace(sensitivity_kind=kind))
         settings = task.config
-    if task.problem.proxy:
+    if task.problem.objective.attacked:
         import haq.attacks.evaluation_attacks  # noqa: F401 - what verifies the outcome is missed before the search rather than after it
     rivals = tuple(name for name in RIVALS if name != settings.solver)
-    summary.print_plan(console, task, None if options.dry_run else folder, rivals, _workers(options, settings))
+    tables.print_plan(console, task, None if options.dry_run else folder, rivals, _workers(options, settings))
     if not has_tensorboard():
         console.print("TensorBoard events: none (pip install 'haq\\[report]' to have them)")
     if options.dry_run:
@@ -148,7 +153,7 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         console.print(f"resuming: {earlier.prepare_resume(task.problem)} evaluations are there already")
     else:
         held.enter_context(writing(folder, f"python -m haq.search --resume {folder}"))
-    run = earlier or Run.create(folder, task)
+    run = earlier or SearchRun.create(folder, task)
     try:
         with working(task.problem.evaluator, options.workers, options.ray):
             result, policy = _search(console, task, run, rivals)
@@ -160,12 +165,14 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         return cli.EXIT_INTERRUPTED
     finally:
         run.close()
-    summary.print_result(console, task, policy, result)
+    tables.print_result(console, task, policy, result)
     tuned = settings.finetune_epochs > 0
     if "verified" in result:
         console.print(_verdict(result["verified"]), soft_wrap=True, markup=False)
-    verify = (f"robustness {folder} --attacks full",) if task.problem.proxy else ()
-    summary.print_next(console, run, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify))
+    verify = (f"robustness {folder} --attacks full",) if task.problem.objective.attacked else ()
+    tables.print_next(
+        console, run.folder, (f"evaluate {folder}" if tuned else f"finetune {folder}", f"report {folder}", *verify)
+    )
     if options.json:
         print(json.dumps(result, indent=2))
     return 0 if result["budget"]["holds"] else 1
@@ -175,12 +182,12 @@ def _workers(options: argparse.Namespace, settings: SearchConfig) -> str:
     """Who evaluates policies, and what keeps the solver from using all of them."""
     described = cli.describe_workers(options)
     more = options.ray is not None if options.workers is None else options.workers > settings.ahead
-    if not more or settings.solver not in CHOOSE_AHEAD:
+    if not more or not SOLVERS.get(settings.solver).chooses_ahead:
         return described
     return f"{described}; beyond sensitivities {settings.solver} keeps {settings.ahead} of them busy (--ahead)"
 
 
-def _search(console: Console, task: SearchTask, run: Run, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
+def _search(console: Console, task: SearchTask, run: SearchRun, rivals: tuple[str, ...]) -> tuple[dict[str, Any], Q.BitPolicy]:
     settings = task.config
     sensitivities = run.sensitivities(task)
     with cli.Live(console) as bar:
@@ -211,11 +218,11 @@ def _search(console: Console, task: SearchTask, run: Run, rivals: tuple[str, ...
             )
             run.save_checkpoint(tuned, task)
         result = summary.collect(task, policy, tuned, {name: found[name].policy for name in rivals}, used, saturated)
-        if task.problem.proxy:
+        if task.problem.objective.attacked:
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
-    summary.draw(task.problem, policy, run.folder / "policy.png")
-    run.save_result(result)
+    save_picture(task.problem, policy, run.folder / "policy.png")
+    run.save_result(ResultRecord.from_dict(result))
     run.drop_checkpoint("finetuning")
     return result, policy
 
@@ -225,7 +232,6 @@ def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -
     from haq.attacks.assessment import assess
     from haq.study.comparison import ComparedNetworks
 
-    assert task.problem.proxy is not None
     bar_task = bar.add_task("verifying", total=None)
     gathered = ComparedNetworks(task.network, task.dataset, {"found": network}, {})
     found = assess(
@@ -244,19 +250,19 @@ def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -
 def _verdict(verified: dict[str, Any]) -> str:
     failed = "; ".join(f"{check['name']}: {check['figures']}" for check in verified["checks"] if not check["passed"])
     return (
-        f"Verified by the full suite on {verified['images']} test images: {summary.percent(verified['worst'])} right in the "
+        f"Verified by the full suite on {verified['images']} test images: {percent(verified['worst'])} right in the "
         f"worst case, {verified['verdict']}{f' ({failed})' if failed else ''}."
     )
 
 
-def _solve(bar: Progress, task: SearchTask, run: Run, name: str, sensitivities: Sensitivities | None) -> Session:
+def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
     bar_task = bar.add_task(name, total=task.config.evaluations)
 
     def on_evaluation(count: int, found: Trial, best: Trial | None) -> None:
         share = found.cost / task.problem.limit
-        so_far = summary.percent(best.result.accuracy) if best else "none within it"
-        last = summary.percent(found.result.accuracy)
+        so_far = percent(best.accuracy) if best else "none within it"
+        last = percent(found.accuracy)
         bar.update(bar_task, completed=count, accuracy=last, cost=f"{share:.3f}", best=so_far)
 
     session = run.search(task, name, sensitivities, on_evaluation)
