@@ -63,24 +63,57 @@ def objective_title(objective: str) -> str:
     return objective
 
 
+_Record = TypeVar("_Record", bound="Record")
+_File = TypeVar("_File", bound="FileRecord")
+
+
 class Record(BaseModel):
     """Data from a file, checked. What isn't named is left alone: a later release may write more with the same schema."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore", populate_by_name=True)
 
+    WHAT: ClassVar[str] = "a record"  # what it is, in messages
+
+    @classmethod
+    def from_dict(cls: type[_Record], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _Record:
+        """Check plain data, as it stands in a file.
+
+        Args:
+            content: The data; those of a whole file with their schema.
+            source: Where they are from, for messages.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: With the first fault, or for data of an earlier or later version.
+        """
+        cls._check_schema(content, Path(source))
+        try:
+            return cls._checked(content)
+        except ValidationError as error:
+            raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
+        except RecursionError:
+            raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as it stands in the file; what was not given is left out."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
+    @classmethod
+    def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
+        """Raise ValueError for data of another version; a record within a file has none of its own."""
 
-_File = TypeVar("_File", bound="FileRecord")
+    @classmethod
+    def _checked(cls: type[_Record], content: Mapping[str, Any]) -> _Record:
+        # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
+        return cls.model_validate_json(json.dumps(content))
 
 
 class FileRecord(Record):
     """A record that is a file of its own, which says its schema first."""
 
     SCHEMA: ClassVar[str]
-    WHAT: ClassVar[str]  # what the file is, in messages
     REMEDY: ClassVar[str]  # what to do about a file of an earlier version
 
     @classmethod
@@ -99,28 +132,6 @@ class FileRecord(Record):
         """
         return cls.from_dict(files.read_json(path, cls.WHAT), path)
 
-    @classmethod
-    def from_dict(cls: type[_File], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _File:
-        """Check plain data, as it stands in a file.
-
-        Args:
-            content: The data, its schema included.
-            source: Where they are from, for messages.
-
-        Returns:
-            The record.
-
-        Raises:
-            ValueError: With the first fault, or for data of an earlier or later version.
-        """
-        cls._check_schema(content, Path(source))
-        try:
-            return cls._checked(content)
-        except ValidationError as error:
-            raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
-        except RecursionError:
-            raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
-
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as it stands in the file: its schema first."""
         return {"schema": self.SCHEMA, **super().to_dict()}
@@ -136,11 +147,6 @@ class FileRecord(Record):
     @classmethod
     def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
         files.check_schema(source, content.get("schema"), cls.SCHEMA, cls.WHAT, cls.REMEDY)
-
-    @classmethod
-    def _checked(cls: type[_File], content: Mapping[str, Any]) -> _File:
-        # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
-        return cls.model_validate_json(json.dumps(content))
 
 
 class Measurement(RootModel[Annotated[dict[str, float | None], Field(max_length=MOST)]]):
@@ -277,6 +283,7 @@ class ProblemRecord(PricedProblem, FileRecord):
     origin: str
     data: str
     images: Count
+    scheme: str = "linear"
     objective: str
     objective_is: str  # what it measures, in words
     float_share: Share = Field(alias="float")
@@ -468,6 +475,7 @@ class ResultRecord(FileRecord):
     evaluations: Counts  # by solver
     saturated_actions: Annotated[dict[str, float], Field(max_length=MOST)] = {}  # the share at a bound, by agent
     seed: int
+    scheme: str = "linear"
     objective: str
     objective_is: str
     finetune_steps: Count = 0

@@ -360,7 +360,7 @@ class SweepCell(NamedTuple):
         hw = Path(self.hw).stem
         if self.hw.startswith("rpc:"):
             hw = self.hw
-        return f"{hw.replace(':', '-')}-{self.budget}-{self.solver}-seed{self.seed}"
+        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
 
 
 class SweepConfig(_Config):

@@ -91,7 +91,7 @@ class SearchRun:
         content = {
             "schema": RUN_SCHEMA,
             "command": task.config.command(),
-            "settings": settings_of(task.config),
+            "settings": task.config.to_dict(),
             "signature": task.signature(),
             "versions": versions(),
         }
@@ -452,11 +452,6 @@ class SearchRun:
 def has_tensorboard() -> bool:
     """Tell whether events can be written for TensorBoard."""
     return importlib.util.find_spec("tensorboard") is not None
-
-
-def settings_of(config: SearchConfig) -> dict[str, Any]:
-    """Return the fields of a configuration as plain data, as files hold them."""
-    return config.to_dict()
 
 
 def check_unused(folder: Path) -> None:

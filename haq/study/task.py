@@ -121,32 +121,17 @@ class SearchTask(LoadedNetwork):
 
     def outline(self) -> dict[str, Any]:
         """Describe what is searched as plain data: enough to price every policy without loading anything."""
-        problem = self.problem
-        table = problem.table
-        target = problem.target
         return {
             "schema": PROBLEM_SCHEMA,
             "network": self.network.name,
             "origin": self.network.origin,
             "data": self.dataset.describe(),
             "images": len(self.dataset.search),
-            "target": {
-                "name": target.name,
-                "description": target.description,
-                "batch": table.batch,
-                "provenance": table.provenance,
-            },
-            "metric": problem.metric,
-            "unit": problem.unit,
-            "limit": problem.limit,
-            "uniform8": problem.reference,
-            "smallest": problem.smallest,
-            "bits": list(problem.bits),
             "scheme": self.config.scheme,
-            "objective": problem.objective.name,
-            "objective_is": problem.objective.words,
-            "float": problem.float_accuracy,
-            "layers": outline_layers(problem),
+            "objective": self.problem.objective.name,
+            "objective_is": self.problem.objective.words,
+            "float": self.problem.float_accuracy,
+            **outline_costs(self.problem),
         }
 
     def read_sensitivities(self, source: Path) -> Sensitivities:
@@ -184,6 +169,25 @@ class SearchTask(LoadedNetwork):
         if not others:
             return {}
         return {"scheme": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def outline_costs(problem: Problem) -> dict[str, Any]:
+    """Describe what every policy costs, as plain data (`haq.store.records.PricedProblem`)."""
+    return {
+        "target": {
+            "name": problem.target.name,
+            "description": problem.target.description,
+            "batch": problem.table.batch,
+            "provenance": problem.table.provenance,
+        },
+        "metric": problem.metric,
+        "unit": problem.unit,
+        "limit": problem.limit,
+        "uniform8": problem.reference,
+        "smallest": problem.smallest,
+        "bits": list(problem.bits),
+        "layers": outline_layers(problem),
+    }
 
 
 def outline_layers(problem: Problem) -> list[dict[str, Any]]:
