@@ -99,11 +99,13 @@ def train(module: nn.Module, split: data.Split, beta: float, seed: int) -> nn.Mo
     training.fit(
         networks.Network("small", module, (1, 28, 28)),
         split,
-        epochs=EPOCHS,
-        learning_rate=RATE,
-        optimizer="adam",
-        seed=seed,
-        penalty=penalty,
+        training.TrainConfig(
+            epochs=EPOCHS,
+            learning_rate=RATE,
+            optimizer="adam",
+            seed=seed,
+            penalty=penalty,
+        ),
     )
     return module.eval()
 

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from quantizers.calibrate import RULES
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -53,7 +54,6 @@ import quantizers as Q
 from experiments import shared
 from haq import data, networks, training
 from haq.console import cli
-from quantizers.calibrate import RULES
 
 NAME = "quantizer_accuracy"
 LAYERS = ((16, 2), (48, 2), (64, 2), (64, 1))  # channels and stride of the convolutions
@@ -197,7 +197,7 @@ class Maker:
     def float_network(self, seed: int) -> networks.Network:
         made = network(seed)
         epochs = self.passes(self.budget.float_images)
-        training.fit(made, self.dataset.train, epochs=epochs, learning_rate=FLOAT_RATE, seed=seed, batch_size=128)
+        training.fit(made, self.dataset.train, training.TrainConfig(epochs, FLOAT_RATE, seed, batch_size=128))
         return made
 
     def accuracy(self, run: Run) -> float:
@@ -238,14 +238,16 @@ class Maker:
         training.fit(
             self.floats[run.seed],
             self.dataset.train,
+            training.TrainConfig(
+                epochs=self.epochs(run),
+                learning_rate=rate,
+                seed=100 + run.seed,
+                batch_size=64,
+                optimizer=optimizer,
+                penalty=penalty,
+                weight_decay=weight_decay,
+            ),
             module=module,
-            epochs=self.epochs(run),
-            learning_rate=rate,
-            seed=100 + run.seed,
-            batch_size=64,
-            optimizer=optimizer,
-            penalty=penalty,
-            weight_decay=weight_decay,
         )
 
     def quantized(self, run: Run, scheme: Q.Scheme) -> nn.Module:

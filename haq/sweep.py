@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from rich.table import Table
 
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities
-from haq.solvers.base import SOLVERS
+from haq.solvers import SOLVERS
+from haq.reporting import pictures
 from haq.store.files import SWEEP
 from haq.store.lock import writing
+from haq.store.records import FinishedSweepRecord
 from haq.store.units import describe_amount, percent
 from haq.study import sweep_run
 from haq.study.config import SearchConfig
@@ -39,7 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="fractions of uniform 8 bits, or budgets parted by commas (default: 0.3:0.9:0.1)",
     )
     add("--seeds", type=int, help="searches of each solver that draws: seeds 0, 1, 2 ... (default: 1)")
-    add("--solvers", metavar="NAME,NAME", help=f"of {', '.join(SOLVERS)} (default: ilp,ddpg)")
+    add("--solvers", metavar="NAME,NAME", help=f"of {', '.join(SOLVERS.names())} (default: ilp,ddpg)")
     cli.add_measuring(parser)
     add("--bits", metavar="SMALLEST:LARGEST", help=f"widths that a solver may choose (default: {default.bits})")
     add("--metric", help=f"latency, energy or storage (default: {default.metric})")
@@ -62,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.check_workers(options)
     cli.check_eps(options)
     varied = ("hw", "budgets", "seeds", "solvers")
-    given = {field.name: getattr(options, field.name, None) for field in fields(SearchConfig) if field.name not in varied}
+    given = {name: getattr(options, name, None) for name in SearchConfig.model_fields if name not in varied}
     options.settings = {name: value for name, value in given.items() if value is not None}
     if options.resume and (options.settings or options.out or options.dry_run or any(getattr(options, x) for x in varied)):
         raise ValueError(
@@ -74,10 +75,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def asked(options: argparse.Namespace) -> SweepConfig:
     """The sweep that options of the command ask for."""
     return SweepConfig(
-        SearchConfig(**options.settings, finetune_epochs=0),
-        hw=tuple((options.hw or "edge,cloud").split(",")),
-        budgets=sweep_run.budgets(options.budgets or "0.3:0.9:0.1"),
-        solvers=tuple((options.solvers or "ilp,ddpg").split(",")),
+        settings=SearchConfig(**options.settings, finetune_epochs=0),
+        hw=options.hw or "edge,cloud",
+        budgets=options.budgets or "0.3:0.9:0.1",
+        solvers=options.solvers or "ilp,ddpg",
         seeds=1 if options.seeds is None else options.seeds,
     )
 
@@ -95,9 +96,9 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         sweep_run.read(options.resume)  # nothing is locked that isn't a sweep's
         held.enter_context(writing(options.resume, sweep_run.go_on(options.resume)))
     earlier = sweep_run.read(options.resume) if options.resume else None
-    if earlier and earlier["finished"]:
+    if earlier and earlier.finished:
         raise ValueError(f"{options.resume} is finished; what it found is in {options.resume / SWEEP}")
-    sweep = sweep_run.asked(earlier) if earlier else asked(options)
+    sweep = sweep_run.asked_of(earlier) if earlier else asked(options)
     folder = options.resume or options.out or unused_folder(f"sweep-{sweep.settings.metric}")
     if not earlier:
         check_unused(folder)
@@ -112,14 +113,15 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
         held.enter_context(writing(folder, sweep_run.go_on(folder)))
         sweep_run.begin(folder, sweep, context)
     try:
-        content = run(console, context, folder, options)
+        record = run(console, context, folder, options)
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; finished searches are kept, go on with: python -m haq.sweep --resume {folder}") from None
     except KeyboardInterrupt:
         console.print(f"\nInterrupted. Finished searches are kept in {folder}; go on with")
         console.print(f"  python -m haq.sweep --resume {folder}", soft_wrap=True)
         return cli.EXIT_INTERRUPTED
-    draw(content, folder / PICTURE)
+    pictures.save(pictures.draw_sweep(record), folder / PICTURE)
+    content = record.to_dict()
     print_result(console, content)
     console.print(f"Written: {folder} ({SWEEP}, {PICTURE}, and a folder for each search)", soft_wrap=True)
     example = next(found["runs"][0]["folder"] for target in content["targets"].values() for found in target["found"])
@@ -130,11 +132,11 @@ def go(options: argparse.Namespace, held: ExitStack) -> int:
     return 0
 
 
-def run(console: Console, context: SweepContext, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run(console: Console, context: SweepContext, folder: Path, options: argparse.Namespace) -> FinishedSweepRecord:
     """Sensitivities, then every search, with progress bars. Returns what sweep.json holds."""
     cells, sensitivities = context.cells(), None
     with cli.progress(console) as bar:
-        if context.sweep.shares_sensitivities:
+        if sweep_run.shares_sensitivities(context.sweep):
             sensitivities = _measure_sensitivities(bar, context, folder)
         sweep_run.judge_uniform(context)
         bar_task = bar.add_task("searches", total=len(cells), note="")
@@ -168,7 +170,7 @@ def print_plan(console: Console, context: SweepContext, options: argparse.Namesp
             for hw, one in context.tasks.items()
         },
         "solvers": f"{', '.join(sweep.solvers)}; {settings.evaluations} evaluations, {drawn}",
-        "sensitivities": f"{settings.sensitivity_kind}, once for all" if sweep.shares_sensitivities else "none",
+        "sensitivities": f"{settings.sensitivity_kind}, once for all" if sweep_run.shares_sensitivities(sweep) else "none",
         "searches": f"{len(cells)}, {cli.describe_workers(options)}",
         "results in": str(folder) if folder else "nothing is written (--dry-run)",
     }
@@ -249,48 +251,6 @@ def _spread(values: list[float]) -> str:
     mean = percent(sum(values) / len(values))
     return mean if len(values) == 1 else f"{mean}\n{100 * min(values):.2f}–{100 * max(values):.2f}"
 
-
-def draw(content: dict[str, Any], path: Path) -> None:
-    """Test accuracy over cost, as a fraction of uniform 8 bits, a panel for each target; written beside and renamed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    key = f"test_{content['objective']}"
-    panels = [target for target in content["targets"].values() if target["found"]]
-    figure = Figure(figsize=(5.2 * len(panels) + 0.8, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    lowest = min(run[key] for target in panels for row in target["found"] for run in row["runs"])
-    for axes, target in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
-        axes.axhline(100 * content["float"][key], color="black", linewidth=0.8, linestyle=":", label="float")
-        for solver, color in zip(content["asked"]["solvers"], _COLORS, strict=False):
-            rows = sorted((r for r in target["found"] if r["solver"] == solver), key=lambda r: r["fraction"])
-            runs = [[100 * run[key] for run in row["runs"]] for row in rows]
-            means = [100 * row[key] for row in rows]
-            ends = [
-                [m - min(r) for m, r in zip(means, runs, strict=True)],
-                [max(r) - m for m, r in zip(means, runs, strict=True)],
-            ]
-            x = [row["fraction"] for row in rows]
-            axes.errorbar(x, means, ends, color=color, marker="o", markersize=4, linewidth=1.3, capsize=2, label=solver)
-        shown = [row for row in target["uniform"] if row[key] >= lowest - 0.02]
-        crosses = "uniform bits" if len(shown) == len(target["uniform"]) else "uniform bits (some lie further down)"
-        axes.plot([r["fraction"] for r in shown], [100 * r[key] for r in shown], "x", color="#777777", label=crosses)
-        for row in shown:
-            axes.annotate(str(row["bits"]), (row["fraction"], 100 * row[key]), (4, -9), textcoords="offset points", fontsize=7)
-        front = [row for row in [*target["found"], *shown] if row["pareto"]]
-        x, y = [row["fraction"] for row in front], [100 * row[key] for row in front]
-        axes.plot(x, y, "o", markersize=9, fillstyle="none", color="#333333", linestyle="none", label="Pareto front")
-        axes.set_title(f"{target['name']} ({target['kind']})", fontsize=10)
-        axes.set_xlabel(f"{content['metric']}, fraction of uniform 8 bits", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel(f"test {content['objective']}, % (measured)", fontsize=9)
-    figure.axes[0].legend(fontsize=8, frameon=False, loc="lower right")
-    partial = path.with_name(f"{path.name}.part")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
-
-
-_COLORS = ("#3b6fb6", "#d9822b", "#4c9a5b", "#a3489b", "#b64040", "#7a6a2f", "#2f7a78", "#5a5ad0")
 
 if __name__ == "__main__":
     sys.exit(cli.run_command(main))

@@ -6,14 +6,12 @@ Q.set_policy(qnet, policy)
 """
 
 from quantizers.backward import BACKWARD
-from quantizers.binary import (
-    Binary,
+from quantizers.binary_training import (
     Bop,
     RPReLU,
     RSign,
     Stage,
     WeightClipping,
-    binarize,
     clip_weights,
     split_parameters,
     two_stages,
@@ -30,33 +28,40 @@ from quantizers.defensive import (
 )
 from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.folding import fold_batch_norm
-from quantizers.functional import dequantize, fake_quantize, integer_range
-from quantizers.functional import quantize as quantize_tensor
-from quantizers.kmeans import KMeans
-from quantizers.layers import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
+from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
+from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from quantizers.network import (
     activation_scales,
     backward_mode,
     float_copy,
     get_policy,
+    learned_parameters,
     load_quantizer_state,
     quant_layers,
     quantize,
     quantizer_state,
+    scheme_records,
     set_policy,
 )
-from quantizers.learned import LSQ, PACT, DoReFa, LSQPlus, learned_parameters, pact_penalty
-from quantizers.linear import Linear
-from quantizers.policy import BitPolicy
+from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
-from quantizers.scheme import Scheme
+from quantizers.scheme import (
+    IntegerActivations,
+    IntegerWeights,
+    Scheme,
+    SchemeLayer,
+    SchemeRow,
+    scheme_names,
+    scheme_rows,
+    schemes_from_records,
+)
+from quantizers.schemes import LSQ, PACT, Binary, DoReFa, KMeans, Linear, LSQPlus, binarize, pact_penalty
 
 __all__ = [
     "BACKWARD",
+    "END_BITS",
     "LSQ",
+    "MAX_BITS",
     "PACT",
     "Binary",
     "BitPolicy",
@@ -64,6 +69,8 @@ __all__ = [
     "ConvexAdd",
     "DoReFa",
     "Ensemble",
+    "IntegerActivations",
+    "IntegerWeights",
     "KMeans",
     "LSQPlus",
     "Linear",
@@ -75,6 +82,8 @@ __all__ = [
     "RPReLU",
     "RSign",
     "Scheme",
+    "SchemeLayer",
+    "SchemeRow",
     "Stage",
     "WeightClipping",
     "Wiring",
@@ -86,6 +95,7 @@ __all__ = [
     "clip_weights",
     "dequantize",
     "draw_amplification",
+    "ends",
     "error_amplification",
     "fake_quantize",
     "float_copy",
@@ -97,8 +107,8 @@ __all__ = [
     "learned_parameters",
     "lipschitz_bound",
     "lipschitz_penalty",
-    "masked_layers",
     "load_quantizer_state",
+    "masked_layers",
     "operator_norm",
     "pact_penalty",
     "quant_layers",
@@ -106,6 +116,10 @@ __all__ = [
     "quantize_tensor",
     "quantizer_state",
     "remove_filters",
+    "scheme_names",
+    "scheme_records",
+    "scheme_rows",
+    "schemes_from_records",
     "set_policy",
     "spectral_norms",
     "split_parameters",

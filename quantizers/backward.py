@@ -13,38 +13,57 @@ changes, to the last bit; what passes backward is one of `BACKWARD`:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from quantizers.layers import QuantLayer
+from quantizers.scheme import Scheme, SchemeLayer
 
 BACKWARD = ("ste", "bpda-identity", "bpda-soft", "hard")
 HALF_WINDOWS = (0.25, 0.5, 1.0, 2.0)  # steps; the slopes over the four are averaged
 
 
-def quantized_input(layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
-    """A layer's input at its bits, with the gradient of the layer's mode."""
+def quantized_input(scheme: Scheme, layer: SchemeLayer, x: Tensor, bits: int, mode: str) -> Tensor:
+    """Quantize a layer's input with the gradient of a mode.
+
+    Args:
+        scheme: The layer's scheme.
+        layer: The layer.
+        x: Its input.
+        bits: The width, 1..8.
+        mode: One of `BACKWARD` but the first, which is the scheme's own gradient.
+
+    Returns:
+        What the scheme makes of the input.
+    """
+    slope = None
     with torch.no_grad():
-        value = layer.scheme.activation(layer, x, bits)
-        if layer.backward_mode == "hard":
-            slope: Tensor | None = torch.zeros_like(x)
-        elif layer.backward_mode == "bpda-identity":
-            slope = None
-        else:
-            # Copies, since without gradients a scheme's result may lie in memory that its next call writes over.
-            value, slope = value.clone(), torch.zeros_like(x)
-            step = layer.scheme.activation_step(layer, bits)
-            for half in (step * share for share in HALF_WINDOWS):
-                above = layer.scheme.activation(layer, x + half, bits).clone()
-                slope += (above - layer.scheme.activation(layer, x - half, bits)) / (2 * half * len(HALF_WINDOWS))
+        value = scheme.activation(layer, x, bits)
+        if mode == "hard":
+            slope = torch.zeros_like(x)
+        elif mode == "bpda-soft":
+            # A copy, since without gradients a scheme's result may lie in memory that its next call writes over.
+            value = value.clone()
+            slope = _smoothed_slope(scheme, layer, x, bits)
     made: Tensor = _Replace.apply(x, value, slope)
     return made
 
 
+def _smoothed_slope(scheme: Scheme, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
+    slope = torch.zeros_like(x)
+    step = scheme.activation_step(layer, bits)
+    for share in HALF_WINDOWS:
+        half = step * share
+        above = scheme.activation(layer, x + half, bits).clone()
+        below = scheme.activation(layer, x - half, bits)
+        slope += (above - below) / (2 * half * len(HALF_WINDOWS))
+    return slope
+
+
 class _Replace(torch.autograd.Function):
+    """A value in place of x; the gradient is multiplied by the slope (None: 1)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor | None) -> Tensor:
         ctx.save_for_backward(slope)
@@ -53,4 +72,7 @@ class _Replace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return gradients[0] if slope is None else gradients[0] * slope, None, None
+        (gradient,) = gradients
+        if slope is not None:
+            gradient = gradient * slope
+        return gradient, None, None

@@ -18,21 +18,33 @@ TrainMember = Callable[[Tensor, int], nn.Module]
 class Ensemble(nn.Module):
     """Networks that vote: sum_k alpha_k v_k(x) / sum_k alpha_k, for every class.
 
-    vote
-        `soft`: v_k is the softmax of the member's logits. `hard`: 1 at its largest logit and 0 elsewhere, without gradient.
-    alphas
-        the members' weights, positive; all 1 by default. Kept in the `state_dict`, up to a common factor.
-
     The result are probabilities, not logits; dimension 1 is that of the classes. The whole costs `cost_factor` times what a
     member costs, in operations and in bytes.
+
+    Attributes:
+        vote: `soft`: v_k is the softmax of the member's logits. `hard`: 1 at its largest logit and 0 elsewhere, without
+            gradient.
+        alphas: The members' weights, positive. Kept in the `state_dict`, up to a common factor.
     """
 
     alphas: Tensor
 
     def __init__(self, members: Iterable[nn.Module], alphas: Iterable[float] | None = None, vote: str = "soft") -> None:
+        """Take the members, at least one.
+
+        Args:
+            members: The networks.
+            alphas: Their weights, positive and finite; all 1 by default.
+            vote: `soft` or `hard`.
+
+        Raises:
+            ValueError: For no members, for weights that don't fit them, and for an unknown vote.
+        """
         super().__init__()
         self.members = nn.ModuleList(members)
-        weights = [1.0] * len(self.members) if alphas is None else [float(alpha) for alpha in alphas]
+        if alphas is None:
+            alphas = [1.0] * len(self.members)
+        weights = [float(alpha) for alpha in alphas]
         if not self.members:
             raise ValueError("an ensemble needs at least one member")
         if len(weights) != len(self.members):
@@ -51,6 +63,7 @@ class Ensemble(nn.Module):
         return len(self.members)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute the probabilities of the classes for a batch."""
         shares = self.alphas / self.alphas.sum()
         return torch.stack([share * self._vote(member(x)) for share, member in zip(shares, self.members, strict=True)]).sum(0)
 
@@ -61,25 +74,40 @@ class Ensemble(nn.Module):
 
 
 def bagging_indices(count: int, seed: int) -> Tensor:
-    """As many sample numbers as there are samples, drawn uniformly with replacement (Breiman 1996)."""
+    """Draw as many sample numbers as there are samples, uniformly with replacement (Breiman 1996)."""
     return torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def bagging(train_member: TrainMember, count: int, members: int, *, seed: int = 0, vote: str = "soft") -> Ensemble:
-    """An ensemble each member of which is trained on samples of its own: train_member(indices of `count` samples, seed)."""
+    """Make an ensemble each member of which is trained on samples of its own.
+
+    Args:
+        train_member: Trains a member, given the numbers of `count` samples and a seed.
+        count: How many samples there are.
+        members: How many members to train.
+        seed: The first member's; the others count on.
+        vote: As in `Ensemble`.
+
+    Returns:
+        The ensemble.
+    """
     seeds = range(seed, seed + members)
     return Ensemble([train_member(bagging_indices(count, s), s) for s in seeds], vote=vote)
 
 
 def samme(error: float, classes: int) -> float:
-    """ln((1 - err) / err) + ln(K - 1): positive where a member is better than guessing, err < 1 - 1/K (Zhu et al.,
-    "Multi-class AdaBoost", Statistics and Its Interface 2, 2009, algorithm 2)."""
+    """Compute ln((1 - err) / err) + ln(K - 1): positive where a member is better than guessing, err < 1 - 1/K.
+
+    Zhu et al., "Multi-class AdaBoost", Statistics and Its Interface 2, 2009, algorithm 2.
+    """
     return math.log((1 - error) / error) + math.log(classes - 1)
 
 
 def adaboost(error: float, classes: int = 2) -> float:
-    """ln((1 - err) / err) / 2, whatever the number of classes: negative from err = 1/2 on (Freund and Schapire 1997; BENN's
-    variant A uses it for ten classes)."""
+    """Compute ln((1 - err) / err) / 2, whatever the number of classes: negative from err = 1/2 on.
+
+    Freund and Schapire 1997; BENN's variant A uses it for ten classes.
+    """
     return math.log((1 - error) / error) / 2
 
 
@@ -87,15 +115,28 @@ RULES: dict[str, Callable[[float, int], float]] = {"samme": samme, "adaboost": a
 
 
 def member_weight(error: float, classes: int, rule: str = "samme") -> float:
-    """A member's alpha for its weighted training error. Raises ValueError where it isn't positive: the member would count
-    for nothing, or against what it says."""
+    """Compute a member's alpha.
+
+    Args:
+        error: Its weighted training error, between 0 and 1.
+        classes: The number of classes, 2 or more.
+        rule: A name in `RULES`.
+
+    Returns:
+        The weight of its vote.
+
+    Raises:
+        ValueError: Where it isn't positive: the member would count for nothing, or against what it says.
+    """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
     if classes < 2 or not 0 < error < 1:
         raise ValueError(f"there is no weight for error {error} over {classes} classes: 0 < error < 1, and 2 classes or more")
     alpha = RULES[rule](error, classes)
     if alpha <= 0:
-        bound = 1 - 1 / classes if rule == "samme" else 0.5
+        bound = 0.5
+        if rule == "samme":
+            bound = 1 - 1 / classes
         raise ValueError(f"rule {rule!r} gives an error of {error:.3g} the weight {alpha:.3g}: it must be below {bound:.3g}")
     return alpha
 

@@ -15,14 +15,24 @@ from quantizers.policy import QUANTIZABLE
 
 @torch.no_grad()
 def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
-    """A copy of a network, in evaluation mode, without the batch norms that directly follow a Conv1d, Conv2d or Linear:
+    """Make a copy of a network, in evaluation mode, without the batch norms that directly follow a convolution or Linear.
 
         w' = w gamma / sqrt(var + eps)          b' = (b - mean) gamma / sqrt(var + eps) + beta
 
     What follows what is seen in one forward pass on `example`; a layer or norm that is called twice is left alone. A folded
     norm becomes an Identity; one of somebody else's class (with an activation inside, say) stays, and does nothing but its
-    other work. Raises ValueError if the copy doesn't compute the same on `example`, which happens if a layer's output is used
-    elsewhere than in its norm.
+    other work.
+
+    Args:
+        network: The network; it is left alone.
+        *example: Its inputs.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: If the copy doesn't compute the same on `example`, which happens if a layer's output is used elsewhere
+            than in its norm.
     """
     made = copy.deepcopy(network).eval()
     before = made(*example)
@@ -69,7 +79,9 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
 
 
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
-    fuse: Any = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
+    fuse: Any = fuse_conv_bn_weights
+    if isinstance(layer, nn.Linear):
+        fuse = fuse_linear_bn_weights
     mean, var = norm.running_mean, norm.running_var
     layer.weight, layer.bias = fuse(layer.weight, layer.bias, mean, var, norm.eps, norm.weight, norm.bias)
     assert isinstance(mean, Tensor)
@@ -83,5 +95,10 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else [output]
+    if isinstance(output, dict):
+        parts = list(output.values())
+    elif isinstance(output, list | tuple):
+        parts = list(output)
+    else:
+        parts = [output]
     return [part for part in parts if isinstance(part, Tensor)]

@@ -5,6 +5,8 @@
 Rounding is half to even (`torch.round`). Without a zero point real 0 is exact, and with one too, if it is an integer. One
 signed bit, where there is room for a sign only, is q = sign(x) in {-1, +1} with sign(0) = +1. float16 and bfloat16 are
 computed in float32 and come back as they were.
+
+The lower half of the file is what schemes are built of: exact gradients at bounds, and arithmetic that stays in the cache.
 """
 
 from __future__ import annotations
@@ -18,15 +20,26 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
+WIDTHS = range(1, MAX_BITS + 1)
 # Elements that are divided, rounded, clamped and multiplied while they are in the processor's cache.
 BLOCK = 1 << 18
+# Learned steps and clips are used as max(|s|, FLOOR): whatever an optimizer makes of them, they are positive.
+FLOOR = 1e-8
 
 
 def integer_range(bits: int, signed: bool, narrow: bool = True) -> tuple[int, int]:
-    """Smallest and largest integer of a width: 0..2^b - 1 unsigned; -(2^(b-1) - 1)..2^(b-1) - 1 signed, symmetric; with
-    `narrow=False` one more below, -2^(b-1).
+    """Return the smallest and the largest integer of a width.
 
-    One signed bit stands for -1 and +1. Raises ValueError for bits outside 1..8, and for one signed bit that isn't narrow.
+    Args:
+        bits: The width, 1..8.
+        signed: False: 0..2^b - 1. True: symmetric, -(2^(b-1) - 1)..2^(b-1) - 1; one signed bit stands for -1 and +1.
+        narrow: False adds one signed integer below, -2^(b-1).
+
+    Returns:
+        The two integers.
+
+    Raises:
+        ValueError: For bits outside 1..8, and for one signed bit that isn't narrow.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
         raise ValueError(f"bits must be an integer from 1 to {MAX_BITS}, not {bits!r}")
@@ -35,23 +48,53 @@ def integer_range(bits: int, signed: bool, narrow: bool = True) -> tuple[int, in
     if bits == 1 and not narrow:
         raise ValueError("one signed bit has no range from -1 to 0: use the narrow one, -1 and +1")
     largest = max(1, 2 ** (bits - 1) - 1)
-    return -largest if narrow else -largest - 1, largest
+    if narrow:
+        return -largest, largest
+    return -largest - 1, largest
 
 
-def quantize(
+def quantize_tensor(
     x: Tensor, scale: Tensor, bits: int, signed: bool, *, zero_point: Tensor | None = None, narrow: bool = True
 ) -> Tensor:
-    """Integers, kept in x's floating type. `scale` (> 0) and the integer-valued `zero_point` must broadcast against x."""
+    """Round a tensor to integers.
+
+    Args:
+        x: Real values.
+        scale: The real value of 1, positive; must broadcast against x.
+        bits: The width, 1..8.
+        signed: Whether the integers are.
+        zero_point: The integer that stands for real 0; must broadcast against x. None: 0.
+        narrow: As in `integer_range`.
+
+    Returns:
+        Integers, kept in x's floating type.
+
+    Raises:
+        ValueError: For a width without such integers.
+    """
     if bits == 1 and signed:
-        return _sign(x)
-    q = _rounded(x, scale, *_bounds(bits, signed, narrow, zero_point), rescale=False)
-    return q if zero_point is None else q.add_(zero_point.to(q.dtype))
+        return sign(x)
+    q = rounded(x, scale, *_bounds(bits, signed, narrow, zero_point), rescale=False)
+    if zero_point is None:
+        return q
+    return q.add_(zero_point.to(q.dtype))
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Real values of integers, in q's type."""
-    centred = q if zero_point is None else q - zero_point.to(q.dtype)
-    return (centred.to(_computed_in(q)) * scale).to(q.dtype)
+    """Turn integers into real values.
+
+    Args:
+        q: Integers, in a floating type.
+        scale: The real value of 1; must broadcast against q.
+        zero_point: The integer that stands for real 0. None: 0.
+
+    Returns:
+        scale * (q - zero_point), in q's type.
+    """
+    centred = q
+    if zero_point is not None:
+        centred = q - zero_point.to(q.dtype)
+    return (centred.to(computed_in(q)) * scale).to(q.dtype)
 
 
 def fake_quantize(
@@ -64,64 +107,100 @@ def fake_quantize(
     narrow: bool = True,
     reuse: bool = False,
 ) -> Tensor:
-    """`dequantize(quantize(x))`, bit for bit, with the straight-through gradient of Bengio et al. 2013 (arXiv 1308.3432).
+    """Compute `dequantize(quantize_tensor(x))`, bit for bit, with a gradient that training can use.
 
-    The gradient passes where low <= x / scale + zero point <= high, both included, and is zero where x was clipped; at one
-    signed bit it passes everywhere. A scale that requires a gradient gets that of LSQ (Esser et al., ICLR 2020, equation 3):
-    round(x / scale) - x / scale where x passes, the bound where it was clipped; sign(x) at one signed bit.
+    It is the straight-through gradient of Bengio et al. 2013 (arXiv 1308.3432): it passes where low <= x / scale + zero
+    point <= high, both included, and is zero where x was clipped; at one signed bit it passes everywhere. A scale that
+    requires a gradient gets that of LSQ (Esser et al., ICLR 2020, equation 3): round(x / scale) - x / scale where x passes,
+    the bound where it was clipped; sign(x) at one signed bit.
 
-    With `reuse`, and with gradients disabled, the result may lie in memory that the thread's next call with it writes over.
+    Args:
+        x: Real values.
+        scale: The real value of 1, positive; must broadcast against x.
+        bits: The width, 1..8.
+        signed: Whether the integers are.
+        zero_point: The integer that stands for real 0; must broadcast against x. None: 0.
+        narrow: As in `integer_range`.
+        reuse: With gradients disabled, the result may lie in memory that the thread's next call with it writes over.
+
+    Returns:
+        Real values on the grid, of x's shape and type.
+
+    Raises:
+        ValueError: For a width without such integers.
     """
     low, high = _bounds(bits, signed, narrow, zero_point)
     if differentiated(x, scale):
         result: Tensor = _FakeQuantize.apply(x, scale, low, high, bits == 1 and signed)
         return result
     if bits == 1 and signed:
-        return dequantize(_sign(x), scale)
-    return _rounded(x, scale, low, high, rescale=True, reuse=reuse)
+        return dequantize(sign(x), scale)
+    return rounded(x, scale, low, high, rescale=True, reuse=reuse)
 
 
 def _bounds(bits: int, signed: bool, narrow: bool, zero_point: Tensor | None) -> tuple[Any, Any]:
-    """Bounds of q - zero point: numbers, or tensors if there is a zero point."""
+    """Return the bounds of q - zero point: numbers, or tensors if there is a zero point."""
     low, high = integer_range(bits, signed, narrow)
-    return (low, high) if zero_point is None else (low - zero_point, high - zero_point)
+    if zero_point is None:
+        return low, high
+    return low - zero_point, high - zero_point
 
 
-def _sign(x: Tensor) -> Tensor:
+def sign(x: Tensor) -> Tensor:
+    """Return -1 or +1 for every value, +1 at zero, in x's type."""
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+def computed_in(x: Tensor) -> torch.dtype:
+    """Return the type in which a tensor's values are computed: float32 for the half precisions, else its own."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return x.dtype
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Whether autograd records what is computed from them."""
+    """Say whether autograd records what is computed from these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def blockwise(*tensors: Tensor) -> bool:
-    """Whether `blocks` divides tensors like these: autograd and the compiler can't follow results written piece by piece."""
+    """Say whether `blocks` divides tensors like these: autograd and the compiler can't follow results written in pieces."""
     return tensors[0].numel() > BLOCK and not torch.compiler.is_compiling() and not differentiated(*tensors)
 
 
 def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors of one shape in pieces along the first dimension, so that what one operation leaves in the processor's cache is
-    there for the next."""
+    """Divide tensors of one shape into pieces along the first dimension.
+
+    What one operation leaves in the processor's cache is there for the next.
+    """
     if not blockwise(*tensors):
         return [tensors]
     rows = max(1, BLOCK // tensors[0][0].numel())
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def _rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, reuse: bool = False) -> Tensor:
-    """clamp(round(x / scale), low, high), times the scale if `rescale`."""
-    dtype = _computed_in(x)
+def rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, reuse: bool = False) -> Tensor:
+    """Compute clamp(round(x / scale), low, high), without a gradient of its own.
+
+    Args:
+        x: Real values.
+        scale: The real value of 1; must broadcast against x.
+        low: The smallest integer, a number or a tensor.
+        high: The largest, likewise.
+        rescale: Whether the integers are multiplied by the scale again.
+        reuse: As in `fake_quantize`.
+
+    Returns:
+        Integers or real values, of x's shape and type.
+    """
+    dtype = computed_in(x)
     per_tensor = scale.dim() == 0 and isinstance(low, int)
     if not blockwise(x, scale) or not per_tensor or x.dtype != dtype:
         q = (x.to(dtype) / scale).round_().clamp_(low, high)
-        return (q.mul_(scale) if rescale else q).to(x.dtype)
-    made = _workspace(x) if reuse else torch.empty_like(x)
+        if rescale:
+            q = q.mul_(scale)
+        return q.to(x.dtype)
+    made = result_like(x, reuse)
     for source, target in blocks(x, made):
         torch.div(source, scale, out=target).round_().clamp_(low, high)
         if rescale:
@@ -132,14 +211,16 @@ def _rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, re
 _local = threading.local()
 
 
-def _workspace(x: Tensor) -> Tensor:
-    """A tensor like x in memory that this thread keeps: getting tens of megabytes anew for every layer takes as long as a
-    quarter of the arithmetic."""
-    kept: Tensor | None = getattr(_local, "kept", None)
+def result_like(x: Tensor, reuse: bool) -> Tensor:
+    """Return an empty tensor like x; if `reuse`, and if it can be done, in memory that this thread keeps.
+
+    Getting tens of megabytes anew for every layer takes as long as a quarter of the arithmetic.
+    """
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     # With gradients enabled, a layer whose input needs none keeps it all the same, for the gradient of its weight.
-    if x.device.type != "cpu" or not dense or torch.is_grad_enabled():
+    if not reuse or x.device.type != "cpu" or not dense or torch.is_grad_enabled():
         return torch.empty_like(x)
+    kept: Tensor | None = getattr(_local, "kept", None)
     if (
         kept is None
         or kept.numel() < x.numel()
@@ -153,38 +234,59 @@ def _workspace(x: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Any, high: Any, bipolar: bool) -> Tensor:
-        dtype = _computed_in(x)
+        dtype = computed_in(x)
+        learns_scale = ctx.needs_input_grad[1]
+        ctx.scale_shape = scale.shape
+        slope = None
         if bipolar:
-            q = _sign(x)
-            ctx.save_for_backward(None, q.to(dtype) if ctx.needs_input_grad[1] else None)
-            ctx.scale_shape = scale.shape
+            q = sign(x)
+            if learns_scale:
+                slope = q.to(dtype)
+            ctx.save_for_backward(None, slope)
             return dequantize(q, scale)
         ratio = x.to(dtype) / scale
         q = torch.round(ratio).clamp_(low, high)
-        slope = None
-        if ctx.needs_input_grad[1]:
+        if learns_scale:
             slope = torch.where((ratio >= low) & (ratio <= high), q - ratio, q)
         ctx.save_for_backward(ratio, slope)
-        ctx.bounds, ctx.scale_shape = (low, high), scale.shape
+        ctx.bounds = low, high
         return q.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (gradient,) = gradients
         ratio, slope = ctx.saved_tensors
-        to_scale = None if slope is None else (gradient * slope).sum_to_size(ctx.scale_shape)
-        to_x = gradient
-        if ratio is not None and ctx.needs_input_grad[0]:
-            to_x = inside(gradient, ratio, *ctx.bounds)
-        return to_x if ctx.needs_input_grad[0] else None, to_scale, None, None, None
+        to_x = to_scale = None
+        if slope is not None:
+            to_scale = (gradient * slope).sum_to_size(ctx.scale_shape)
+        if ctx.needs_input_grad[0]:
+            to_x = gradient
+            if ratio is not None:
+                to_x = inside(gradient, ratio, *ctx.bounds)
+        return to_x, to_scale, None, None, None
 
 
 def inside(gradient: Tensor, x: Tensor, low: Any, high: Any, *, strict: bool = False) -> Tensor:
-    """The gradient where low <= x <= high (`strict`: low < x < high), and zero elsewhere: an explicit mask, since the gradient
-    of clamp at its bound differs between versions of torch."""
+    """Let a gradient pass where x is between two bounds, and make it zero elsewhere.
+
+    It is an explicit mask, since the gradient of clamp at its bound differs between versions of torch.
+
+    Args:
+        gradient: The gradient, of x's shape.
+        x: The values that are looked at.
+        low: The lower bound, a number or a tensor.
+        high: The upper bound, likewise.
+        strict: Whether values exactly on a bound are outside.
+
+    Returns:
+        The gradient where low <= x <= high (`strict`: low < x < high), else zero.
+    """
     plain = not isinstance(low, Tensor) and not isinstance(high, Tensor) and x.dtype == gradient.dtype == torch.float32
     if not plain or torch.compiler.is_compiling():
-        mask = (x > low) & (x < high) if strict else (x >= low) & (x <= high)
+        if strict:
+            mask = (x > low) & (x < high)
+        else:
+            mask = (x >= low) & (x <= high)
         return torch.where(mask, gradient, 0)
     # One pass over memory instead of four. The operator's own bounds are the next floats outside (or inside), so that what
     # becomes of low and high themselves doesn't hang on whether its bounds are in or out.
@@ -194,7 +296,87 @@ def inside(gradient: Tensor, x: Tensor, low: Any, high: Any, *, strict: bool = F
 
 @functools.cache
 def _neighbours(low: float, high: float, outside: bool) -> tuple[float, float]:
-    """The float32 next to low and to high, outside or inside of them."""
-    ends = (-torch.inf, torch.inf) if outside else (torch.inf, -torch.inf)
-    low, high = (torch.nextafter(torch.tensor(x), torch.tensor(end)).item() for x, end in zip((low, high), ends, strict=True))
-    return low, high
+    """Return the float32 next to low and to high, outside or inside of them."""
+    towards_low, towards_high = -torch.inf, torch.inf
+    if not outside:
+        towards_low, towards_high = torch.inf, -torch.inf
+    return _next_float(low, towards_low), _next_float(high, towards_high)
+
+
+def _next_float(value: float, towards: float) -> float:
+    return torch.nextafter(torch.tensor(value), torch.tensor(towards)).item()
+
+
+def positive(x: Tensor) -> Tensor:
+    """Compute max(|x|, FLOOR) with the gradient of |x|, 1 at zero: below the floor too, so that what fell there can leave."""
+    made: Tensor = _Positive.apply(x)
+    return made
+
+
+class _Positive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.abs().clamp_(min=max(FLOOR, torch.finfo(x.dtype).tiny))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where(x >= 0, gradients[0], -gradients[0])
+
+
+def scaled_gradient(scale: Tensor, factor: float) -> Tensor:
+    """Return the scale itself, with its gradient multiplied by a factor.
+
+    In LSQ the factor is 1 / sqrt(values x largest integer) (Esser et al., section 2.2).
+    """
+    if not differentiated(scale):
+        return scale
+    scaled: Tensor = _ScaledGradient.apply(scale, factor)
+    return scaled
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+def relative_error(x: Tensor, quantized: Tensor) -> Tensor:
+    """Compute sum (x - x^)^2 / sum x^2 in float64; 0 where x is all zero."""
+    x = x.double()
+    return (x - quantized).square().sum() / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def relative_error_up_to_a_factor(x: Tensor, quantized: Tensor) -> Tensor:
+    """Compute the smallest relative error over all multiples of x^, which a batch norm makes up for.
+
+    It is 1 - cos^2 of the angle between the two; 0 where one of them is all zero.
+    """
+    x, y = x.double(), quantized.double()
+    product = x.square().sum() * y.square().sum()
+    if product > 0:
+        return 1 - (x * y).sum().square() / product
+    return x.new_zeros(())
+
+
+def refuse_infinite(weight: Tensor) -> None:
+    """Raise ValueError, saying its shape, for a weight that holds infinities or NaN."""
+    if not weight.isfinite().all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds values that are not finite")
+
+
+def row(table: Tensor, bits: int) -> Tensor:
+    """Return the entry of a width in a tensor whose rows are widths 1..8."""
+    assert len(table) == MAX_BITS
+    return table[bits - 1]
+
+
+def along_channels(values: Tensor, weight: Tensor) -> Tensor:
+    """Shape one value per output channel to broadcast against a weight (C_out, ...)."""
+    return values.view(-1, *[1] * (weight.dim() - 1))

@@ -3,39 +3,106 @@
 from __future__ import annotations
 
 import difflib
+import html
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from quantizers.files import written_beside
 from quantizers.functional import MAX_BITS
 
 SCHEMA, VERSION = "haq-bit-policy", 1
 Bits = tuple["int | None", "int | None"]
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+# Of the first and the last layer, where nothing else is said: they suffer most from few bits, and cost little.
+END_BITS: Bits = (MAX_BITS, MAX_BITS)
+SHORT = 4  # policies of at most so many layers are shown in full
+
+
+def ends(names: Sequence[str]) -> dict[str, Bits]:
+    """Return the first and the last layer of a network, by name, at END_BITS."""
+    if not names:
+        return {}
+    return {names[0]: END_BITS, names[-1]: END_BITS}
 
 
 class BitPolicy(Mapping[str, Bits]):
     """An immutable, ordered mapping: layer name -> (weight bits, activation bits).
 
-    The activation is the layer's *input*. Bits are 1..8, or None to leave that operand in float. Raises ValueError naming
-    the layer and the value for anything else.
+    The activation is the layer's *input*. Bits are 1..8, or None to leave that operand in float.
     """
 
     def __init__(self, bits: Mapping[str, Iterable[int | None]]) -> None:
+        """Take the bits of every layer, in order.
+
+        Raises:
+            ValueError: Naming the layer and the value, for anything but two of 1..8 or None.
+        """
         self._bits: dict[str, Bits] = {name: _checked(name, pair) for name, pair in bits.items()}
 
     @classmethod
     def uniform(cls, network: nn.Module, w: int | None, a: int | None) -> BitPolicy:
-        """The same bits for every convolution and linear layer of a network, in the order of its modules."""
+        """Give every convolution and linear layer of a network the same bits.
+
+        Args:
+            network: The network; its modules' order is the policy's.
+            w: The bits of weights.
+            a: The bits of activations.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: If the network has no such layer, or for bits out of range.
+        """
         names = [name for name, module in network.named_modules() if isinstance(module, QUANTIZABLE)]
         if not names:
             raise ValueError(f"{type(network).__name__} has no Conv1d, Conv2d or Linear layer to quantize")
         return cls(dict.fromkeys(names, (w, a)))
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "the policy") -> BitPolicy:
+        """Make a policy of what `to_dict` returned.
+
+        Args:
+            data: The plain data, from anywhere.
+            source: What the messages call it, such as a file's name.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: With the reason, if the data are anything but a policy.
+        """
+        if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
+            raise ValueError(f"{source} is not a bit policy: its 'schema' must be {SCHEMA!r}")
+        _check_version(data.get("version"), source)
+        bits: dict[str, tuple[Any, Any]] = {}
+        try:
+            for layer in data["layers"]:
+                if not isinstance(layer["name"], str):
+                    raise TypeError("a name isn't text")
+                if layer["name"] in bits:
+                    raise ValueError(f"{source} names layer {layer['name'][:80]!r} twice")
+                bits[layer["name"]] = layer["weight_bits"], layer["activation_bits"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{source}: 'layers' must be a list of objects with name, weight_bits and activation_bits ({error!r})"
+            ) from error
+        try:
+            return cls(bits)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as plain data, in the one encoding that every file uses."""
+        layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in self.items()]
+        return {"schema": SCHEMA, "version": VERSION, "layers": layers}
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> BitPolicy:
@@ -46,52 +113,34 @@ class BitPolicy(Mapping[str, Bits]):
             raise ValueError(f"{path} is not JSON: {error}") from error
         except RecursionError:
             raise ValueError(f"{path} is nested too deeply to be a bit policy") from None
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not a bit policy: its 'schema' must be {SCHEMA!r}")
-        if content.get("version") != VERSION:
-            version = content.get("version")
-            newer = isinstance(version, int) and version > VERSION
-            way_out = ": it was made by a newer one, upgrade to read it" if newer else ""
-            raise ValueError(f"{path} has version {str(version)[:40]}; this release reads version {VERSION}{way_out}")
-        bits: dict[str, tuple[Any, Any]] = {}
-        try:
-            for layer in content["layers"]:
-                if not isinstance(layer["name"], str):
-                    raise TypeError("a name isn't text")
-                if layer["name"] in bits:
-                    raise ValueError(f"{path} names layer {layer['name'][:80]!r} twice")
-                bits[layer["name"]] = layer["weight_bits"], layer["activation_bits"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: 'layers' must be a list of objects with name, weight_bits and activation_bits ({error!r})"
-            ) from error
-        try:
-            return cls(bits)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-    def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
-        """The same policy with the layers of each group at the widest bits of the group: for layers whose outputs are added,
-        which hardware wants on one grid. Float (None) is wider than 8 bits. Raises ValueError for a layer it doesn't have."""
-        bits = dict(self._bits)
-        for group in (list(group) for group in groups):
-            if unknown := [name for name in group if name not in bits]:
-                raise ValueError(f"the policy has no layer {unknown[0]!r} to tie")
-            pairs = [bits[name] for name in group]
-            widest = tuple(None if None in widths else max(w for w in widths if w) for widths in zip(*pairs, strict=True))
-            bits.update((name, (widest[0], widest[1])) for name in group)
-        return BitPolicy(bits)
+        return cls.from_dict(content, str(path))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy, beside the target first, then renamed over it."""
-        layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in self.items()]
-        rows = ",\n".join(f"    {json.dumps(layer)}" for layer in layers)
-        text = f'{{\n  "schema": "{SCHEMA}",\n  "version": {VERSION},\n  "layers": [\n{rows}\n  ]\n}}\n'
-        partial = Path(f"{os.fspath(path)}.part")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        """Write the policy, a line per layer; beside the target first, then renamed over it."""
+        data = self.to_dict()
+        layers = ",\n".join(f"    {json.dumps(layer)}" for layer in data["layers"])
+        text = f'{{\n  "schema": "{SCHEMA}",\n  "version": {VERSION},\n  "layers": [\n{layers}\n  ]\n}}\n'
+        with written_beside(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
+        """Give the layers of each group the widest bits of the group; float (None) is wider than 8 bits.
+
+        For layers whose outputs are added, which hardware wants on one grid. Raises ValueError for a layer that the policy
+        doesn't have.
+        """
+        bits = dict(self._bits)
+        for group in groups:
+            names = list(group)
+            if unknown := [name for name in names if name not in bits]:
+                raise ValueError(f"the policy has no layer {unknown[0]!r} to tie")
+            if names:
+                weights, activations = zip(*(bits[name] for name in names), strict=True)
+                bits.update(dict.fromkeys(names, (_widest(weights), _widest(activations))))
+        return BitPolicy(bits)
 
     def __getitem__(self, name: str) -> Bits:
+        """Return a layer's bits. Raises KeyError with the close names for an unknown layer."""
         try:
             return self._bits[name]
         except KeyError:
@@ -99,44 +148,117 @@ class BitPolicy(Mapping[str, Bits]):
             raise KeyError(f"no layer {name!r} in this policy; close: {', '.join(close) or 'none'}") from None
 
     def __iter__(self) -> Iterator[str]:
+        """Iterate over the layers' names, in order."""
         return iter(self._bits)
 
     def __len__(self) -> int:
+        """Count the layers."""
         return len(self._bits)
 
     def __contains__(self, name: object) -> bool:
+        """Say whether there is a layer of that name."""
         return name in self._bits
 
     def __hash__(self) -> int:
+        """Hash the layers and their bits, in order."""
         return hash(tuple(self._bits.items()))
 
     def __eq__(self, other: object) -> bool:
+        """Compare with any mapping; the order doesn't matter."""
         return isinstance(other, Mapping) and self._bits == dict(other)
 
     def __repr__(self) -> str:
-        return f"BitPolicy({self._bits})"
+        """Show a short policy in full, and of a long one the widths and their means."""
+        if len(self) <= SHORT:
+            return f"BitPolicy({self._bits})"
+        weights = [w for w, _ in self.values()]
+        activations = [a for _, a in self.values()]
+        return (
+            f"BitPolicy({len(self)} layers, {_span(weights)} / {_span(activations)} bits, "
+            f"mean {_mean(weights)} / {_mean(activations)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Show the policy as a table, in a notebook."""
+        lines = [
+            f"<tr><td>{html.escape(name)}</td><td>{_width(w)}</td><td>{_width(a)}</td></tr>" for name, (w, a) in self.items()
+        ]
+        head = "<tr><th>layer</th><th>weight bits</th><th>input bits</th></tr>"
+        return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _check_version(version: Any, source: str) -> None:
+    if version == VERSION:
+        return
+    remedy = ""
+    if isinstance(version, int) and version > VERSION:
+        remedy = ": it was made by a newer one, upgrade to read it"
+    raise ValueError(f"{source} has version {str(version)[:40]}; this release reads version {VERSION}{remedy}")
+
+
+def _widest(widths: Iterable[int | None]) -> int | None:
+    widest = 1
+    for width in widths:
+        if width is None:
+            return None
+        widest = max(widest, width)
+    return widest
+
+
+def _width(bits: int | None) -> str:
+    if bits is None:
+        return "float"
+    return str(bits)
+
+
+def _span(widths: list[int | None]) -> str:
+    """Say which widths there are: 2-8, 4, float, or 2-8+float."""
+    integers = sorted({bits for bits in widths if bits is not None})
+    parts = []
+    if len(integers) > 1:
+        parts.append(f"{integers[0]}-{integers[-1]}")
+    elif integers:
+        parts.append(str(integers[0]))
+    if None in widths:
+        parts.append("float")
+    return "+".join(parts)
+
+
+def _mean(widths: list[int | None]) -> str:
+    """Return the mean over the layers that aren't float, to one digit."""
+    integers = [bits for bits in widths if bits is not None]
+    if not integers:
+        return "float"
+    return f"{sum(integers) / len(integers):.1f}"
 
 
 def _checked(name: str, pair: Iterable[int | None]) -> Bits:
     values = tuple(pair)
     if len(values) != 2:
         raise ValueError(f"layer {name!r} needs (weight bits, activation bits), not {values!r}")
-    widths: list[int | None] = []
-    for value in values:
-        width = None if value is None or isinstance(value, bool) else _index(value)
-        if value is not None and (width is None or not 1 <= width <= MAX_BITS):
-            raise ValueError(f"layer {name!r}: bits must be an integer from 1 to {MAX_BITS}, or None, not {_shown(value)}")
-        widths.append(width)
-    return widths[0], widths[1]
+    return _checked_width(name, values[0]), _checked_width(name, values[1])
+
+
+def _checked_width(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    width = _integer(value)
+    if width is None or not 1 <= width <= MAX_BITS:
+        raise ValueError(f"layer {name!r}: bits must be an integer from 1 to {MAX_BITS}, or None, not {_shown(value)}")
+    return width
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; of a long one, its type."""
-    return repr(value) if isinstance(value, (int, float, str, type(None))) and len(str(value)) <= 40 else type(value).__name__
+    """Show a value in a message; of a long one, its type."""
+    if isinstance(value, int | float | str) and len(str(value)) <= 40:
+        return repr(value)
+    return type(value).__name__
 
 
-def _index(value: Any) -> int | None:
-    """An int from any integer type (NumPy's too), None from anything else."""
+def _integer(value: Any) -> int | None:
+    """Return an int for any integer type (NumPy's too), None for anything else, True and False included."""
+    if isinstance(value, bool):
+        return None
     try:
         return operator.index(value)
     except TypeError:

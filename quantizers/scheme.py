@@ -1,86 +1,411 @@
-"""A scheme says how weights and activations become few-bit values; one object serves all layers of a network."""
+"""A scheme says how weights and activations become few-bit values; one object serves all layers of a network.
+
+A scheme of one's own is a subclass with four methods, known to `quantize` by the name it gives itself:
+
+    class Ternary(Q.Scheme, name="ternary"):
+        summary = "weights are -1, 0 or +1 times a scale"
+
+        def start(self, layer): ...              # the tensors that a layer holds for it
+        def calibrate(self, layer, observer): ...
+        def weight(self, layer, bits): ...
+        def activation(self, layer, x, bits): ...
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from quantizers.functional import MAX_BITS, integer_range
+from quantizers.cache import TensorCache
+from quantizers.functional import WIDTHS, integer_range, relative_error, sign
+from quantizers.observers import Observer
+from quantizers.plugins import description, import_attribute, installed, names_a_module, origin
 
-if TYPE_CHECKING:
-    from quantizers.calibrate import Observer
-    from quantizers.layers import QuantLayer
+GROUP = "quantizers.schemes"  # of entry points
+REQUIRED = ("start", "calibrate", "weight", "activation")
+
+
+class SchemeLayer(Protocol):
+    """What a scheme sees of a quantized layer; the tensors that `Scheme.start` made are its attributes, too."""
+
+    weight: Tensor
+    weight_bits: int | None
+    activation_bits: int | None
+    signed: bool  # whether the input was negative during calibration
+    training: bool
+    cache: TensorCache
+    weight_scale: Tensor
+    activation_scale: Tensor
+    activation_signed: Tensor
+    weight_error: Tensor
+    activation_error: Tensor
+
+    def quantized_weight(self) -> Tensor:
+        """Return the weight as the layer uses it."""
+
+
+class IntegerWeights(NamedTuple):
+    """A layer's weights as integers: codes times scale is what the layer computes with."""
+
+    codes: Tensor  # int8, of the weight's shape
+    scale: Tensor  # float64, (C_out,)
+    bits: int  # that the codes take in two's complement; 1 bit stands for -1 and +1
+
+
+class IntegerActivations(NamedTuple):
+    """What enters a layer: integers times a scale."""
+
+    scale: float
+    bits: int
+    signed: bool
+    narrow: bool  # whether -(2^(b-1) - 1) is the smallest signed integer, not -2^(b-1)
+
+
+class SchemeRow(NamedTuple):
+    """A name that `Scheme.named` takes, where it comes from, and one line about it."""
+
+    name: str
+    origin: str  # "built in", or the installed package with its version
+    line: str
 
 
 class Scheme:
     """The base of all schemes. A scheme has options of its own; what belongs to a layer are tensors that the layer holds.
 
-    Subclasses name themselves (`class Linear(Scheme, name="linear")`), and are then known by that name to `quantize`.
+    Subclasses name themselves (`class Linear(Scheme, name="linear")`), and are then known by that name to `quantize`. What a
+    scheme can do is said by its attributes; whoever uses schemes asks these, and never which class a scheme is of.
     """
 
     name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""  # one line, for lists
     known: ClassVar[dict[str, type[Scheme]]] = {}
     # Tensors of the layer that are trained: parameters that aren't in its state_dict, which stays the float network's.
     learned: ClassVar[tuple[str, ...]] = ()
+    # The share of the weights' learning rate at which these are to be trained.
+    learned_rate: ClassVar[float] = 1.0
     # Tensors of the layer, beside its weight, that the quantized weight depends on.
     of_weight: ClassVar[tuple[str, ...]] = ()
-    # Whether `calibrate` looks at the layer's input.
+    # Whether activations need `calibrate` to have seen the layer's input, at some widths at least (`needs_data_at`).
     needs_data: ClassVar[bool] = True
+    # Whether weights, and activations, are integers times a scale: what can be deployed.
+    has_integer_weights: ClassVar[bool] = False
+    has_integer_activations: ClassVar[bool] = False
+    # Whether signed integers of activations leave out the smallest, -2^(b-1).
+    narrow: ClassVar[bool] = True
+    # Whether training moves the distance between levels (a step, or the clip that it follows from).
+    trains_step: ClassVar[bool] = False
+    # The smallest width of weights that means something.
+    least_bits: ClassVar[int] = 1
 
     def __init_subclass__(cls, name: str = "") -> None:
+        """Make a subclass known by its name."""
         if name:
             cls.name = name
             Scheme.known[name] = cls
 
     @staticmethod
-    def named(scheme: str | Scheme) -> Scheme:
-        """A scheme, or the one of that name with its default options. Raises ValueError listing the close ones."""
+    def named(scheme: str | Scheme, *, modules: bool = True) -> Scheme:
+        """Find a scheme by name: a known class, then an installed package's, then `module:Name`.
+
+        Args:
+            scheme: The name; or a scheme, which is returned as it is.
+            modules: Whether `module:Name` may be imported. False for a name that no person gave, such as one from a file.
+
+        Returns:
+            The scheme with its default options.
+
+        Raises:
+            ValueError: For an unknown name, listing the close ones; for a class that isn't a scheme or lacks a method.
+            ImportError: For a scheme of somebody else's that can't be imported, with the reason.
+        """
         if isinstance(scheme, Scheme):
             return scheme
-        if scheme not in Scheme.known:
-            close = difflib.get_close_matches(str(scheme), Scheme.known, n=2, cutoff=0.3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ";"
-            raise ValueError(f"unknown scheme {scheme!r}{hint} known: {', '.join(Scheme.known)}")
-        return Scheme.known[scheme]()
+        found = _scheme_class(str(scheme), modules)
+        try:
+            return found()
+        except TypeError as error:
+            raise ValueError(f"scheme {scheme!r} can't be made without options: {error}") from error
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that make this scheme again, as plain data: a dataclass's fields."""
+        if dataclasses.is_dataclass(self):
+            return dataclasses.asdict(self)
+        return {}
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
-        """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it. `signed` says whether the
-        layer's input was ever negative."""
+        """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it.
+
+        Args:
+            weight_bits: 1..8, or None for float.
+            activation_bits: Likewise.
+            signed: Whether the layer's input was ever negative.
+        """
         for bits in (weight_bits, activation_bits):
             if bits is not None:
                 integer_range(bits, False)
 
-    def start(self, layer: QuantLayer) -> dict[str, Tensor]:
-        """The tensors that a layer holds for this scheme, before calibration. Row b - 1 of a tensor of MAX_BITS rows is for
-        width b, so that a layer can change its width at any time."""
+    def needs_data_at(self, weight_bits: int | None, activation_bits: int | None) -> bool:
+        """Say whether these widths need calibration data: in most schemes, wherever activations are quantized."""
+        return self.needs_data and activation_bits is not None
+
+    def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
+        """Return the tensors that a layer holds for this scheme, before calibration.
+
+        Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width at any time.
+        """
         raise NotImplementedError
 
-    def calibrate(self, layer: QuantLayer, observer: Observer | None) -> None:
-        """Set the layer's tensors from its weight and from what its input was like (None: it was never called)."""
+    def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
+        """Set the layer's tensors from its weight and from what its input was like (None: nothing is known of it)."""
         raise NotImplementedError
 
-    def weight(self, layer: QuantLayer, bits: int) -> Tensor:
-        """The layer's weight as real values on the grid of so many bits, with the gradient that training uses."""
+    def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
+        """Return the layer's weight as real values on the grid of so many bits, with the gradient that training uses."""
         raise NotImplementedError
 
-    def activation(self, layer: QuantLayer, x: Tensor, bits: int) -> Tensor:
-        """The layer's input, likewise."""
+    def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
+        """Return the layer's input x as real values on the grid of so many bits, likewise."""
         raise NotImplementedError
 
-    def activation_step(self, layer: QuantLayer, bits: int) -> Tensor:
-        """What the integers of a layer's input are multiplied by, a positive number: the distance of its levels, but for the
-        two of one signed bit, -1 and +1 times it."""
+    def activation_step(self, layer: SchemeLayer, bits: int) -> Tensor:
+        """Return what the integers of a layer's input are multiplied by, a positive number.
+
+        It is the distance of the input's levels, but for the two of one signed bit, -1 and +1 times it.
+        """
         raise NotImplementedError
 
+    def weight_step(self, layer: SchemeLayer, bits: int) -> Tensor:
+        """Return what the integers of a layer's weights are multiplied by: one positive number, or one per channel."""
+        raise NotImplementedError
 
-def row(table: Tensor, bits: int) -> Tensor:
-    """The entry of a width in a tensor whose rows are widths 1..8."""
-    assert len(table) == MAX_BITS
-    return table[bits - 1]
+    def has_signed_inputs(self, layer: SchemeLayer, bits: int) -> bool:
+        """Say whether the integers of a layer's input are signed: where calibration saw a negative one."""
+        return layer.signed
+
+    def integer_weight_bits(self, bits: int) -> int:
+        """Return how many bits the integers of weights of a width take in two's complement.
+
+        Raises:
+            ValueError: Saying why, if there are no such integers, or none of 8 bits.
+        """
+        if not self.has_integer_weights:
+            raise ValueError(f"weights of scheme {self.name!r} are no multiples of a step")
+        return bits
+
+    def integer_weights(self, layer: SchemeLayer) -> IntegerWeights:
+        """Return a layer's weights, at its present width, as integers.
+
+        Codes times scale is `layer.quantized_weight()` in float32, bit for bit (up to 2^-22 where integers take one bit
+        more than the weights have).
+
+        Raises:
+            ValueError: With the reason, without the layer's name, where there are no such integers.
+        """
+        bits = layer.weight_bits
+        assert bits is not None
+        stored = self.integer_weight_bits(bits)
+        with torch.no_grad():
+            real = layer.quantized_weight().float()
+            rows = real.flatten(1)
+            scale = self.weight_step(layer, bits).float().reshape(-1, 1).expand(len(rows), 1)
+            if bits == 1:
+                codes = sign(rows)
+            else:
+                codes = (rows / scale).round()
+            exact = torch.equal(codes * scale, rows)
+            if stored != bits:
+                # A formula with odd integers adds in float32, where a product doesn't.
+                exact = torch.allclose(codes * scale, rows, rtol=0, atol=2**-22)
+        low, high = _twos_complement(stored)
+        if not exact or float(codes.min()) < low or float(codes.max()) > high:
+            raise ValueError(f"its weights are not integers of {stored} bits times a scale")
+        return IntegerWeights(codes.reshape(real.shape).to(torch.int8), scale[:, 0].double(), stored)
+
+    def integer_activations(self, layer: SchemeLayer) -> IntegerActivations:
+        """Return how a layer's input, at its present width, is integers times a scale.
+
+        Raises:
+            ValueError: With the reason, without the layer's name, where it isn't.
+        """
+        bits = layer.activation_bits
+        assert bits is not None
+        if not self.has_integer_activations:
+            raise ValueError(f"activations of scheme {self.name!r} are no multiples of a step")
+        with torch.no_grad():
+            scale = float(self.activation_step(layer, bits).float())
+        signed = self.has_signed_inputs(layer, bits)
+        return IntegerActivations(scale, bits, signed, self.narrow or not signed)
+
+    def quantization_errors(self, layer: SchemeLayer) -> tuple[Tensor, Tensor]:
+        """Return the relative squared errors of a layer's weights and of its input at widths 1..8, two tensors (8,).
+
+        They are of calibration. An input that nothing is known of has 1 everywhere.
+        """
+        return layer.weight_error, layer.activation_error
+
+    def measure_errors(self, layer: SchemeLayer, observer: Observer | None) -> None:
+        """Set `weight_error` and `activation_error`, for a scheme whose `start` makes no such tensors."""
+        for bits in WIDTHS:
+            if self._takes(bits, None, layer.signed):
+                layer.weight_error[bits - 1] = relative_error(layer.weight, self.weight(layer, bits))
+        if observer is not None:
+            self.measure_activation_errors(layer, observer)
+
+    def measure_activation_errors(self, layer: SchemeLayer, observer: Observer) -> None:
+        """Set `activation_error`, at the widths that the scheme has for this input, from calibration data."""
+        sample = observer.sample()
+        for bits in WIDTHS:
+            if self._takes(None, bits, observer.signed):
+                layer.activation_error[bits - 1] = relative_error(sample, self.activation(layer, sample, bits))
+
+    def _takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool) -> bool:
+        try:
+            self.check(weight_bits, activation_bits, signed)
+        except ValueError:
+            return False
+        return True
+
+    def storage_overhead_bytes(self, bits: int, weights: int | None = None) -> int:
+        """Return the bytes that a layer's weights of a width take beside their integers and scales.
+
+        Args:
+            bits: The width, 1..8.
+            weights: How many weights the layer has, where that is known: a codebook has no more entries.
+
+        Returns:
+            Bytes per layer; nothing, for most schemes.
+        """
+        return 0
 
 
-def along_channels(values: Tensor, weight: Tensor) -> Tensor:
-    """One value per output channel, shaped to broadcast against a weight (C_out, ...)."""
-    return values.view(-1, *[1] * (weight.dim() - 1))
+def tensor_of(layer: SchemeLayer, name: str) -> Tensor:
+    """Return a tensor of a layer by name, one of those that `Scheme.start` made."""
+    tensor: Tensor = getattr(layer, name)
+    return tensor
+
+
+def _twos_complement(bits: int) -> tuple[int, int]:
+    """Return the smallest and the largest integer of so many bits; one bit stands for -1 and +1."""
+    if bits == 1:
+        return -1, 1
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def scheme_names() -> list[str]:
+    """List the names of all schemes that are known or installed; no plug-in is imported."""
+    return [row.name for row in scheme_rows()]
+
+
+def scheme_rows() -> list[SchemeRow]:
+    """List all schemes that are known or installed, with where they come from and a line each; no plug-in is imported."""
+    points = installed(GROUP)
+    rows = []
+    for name, scheme in Scheme.known.items():
+        if name in points and not _is_ours(scheme):
+            continue
+        place = "built in"
+        if not _is_ours(scheme):
+            place = scheme.__module__
+        rows.append(SchemeRow(name, place, scheme.summary))
+    taken = {row.name for row in rows}
+    for name, point in points.items():
+        if name not in taken:
+            rows.append(SchemeRow(name, origin(point), description(point)))
+    return rows
+
+
+def schemes_from_records(records: Mapping[str, Any]) -> dict[str, Scheme]:
+    """Make the schemes that `scheme_records` described, by layer.
+
+    Names that come from a file are never imported as modules: a scheme given as `module:Name` must have been named before
+    by whoever runs the program.
+
+    Args:
+        records: By layer, {"name": the scheme's, "options": {...}}.
+
+    Returns:
+        A scheme by layer; layers of equal records share one.
+
+    Raises:
+        ValueError: Naming the layer, for anything that is no such record, or options that the scheme doesn't have.
+        ImportError: For a scheme of an installed package that can't be imported.
+    """
+    if not isinstance(records, Mapping):
+        raise ValueError(f"records of schemes must be given by layer, not as {type(records).__name__}")
+    made: dict[str, Scheme] = {}
+    shared: dict[str, Scheme] = {}
+    for layer, record in records.items():
+        key = repr(record)
+        if key not in shared:
+            try:
+                shared[key] = _from_record(record)
+            except ValueError as reason:
+                raise ValueError(f"layer {layer!r}: {reason}") from reason
+        made[layer] = shared[key]
+    return made
+
+
+def _from_record(record: Any) -> Scheme:
+    if not isinstance(record, Mapping) or set(record) != {"name", "options"}:
+        raise ValueError("the record of a scheme must have a name and options, and nothing else")
+    name, options = record["name"], record["options"]
+    if not isinstance(name, str) or not isinstance(options, Mapping):
+        raise ValueError("the record of a scheme must have a text as name, and options by name")
+    found = _scheme_class(name, modules=False)
+    try:
+        return found(**options)
+    except TypeError as error:
+        raise ValueError(f"scheme {name!r} doesn't take the options {dict(options)}: {error}") from error
+
+
+def _is_ours(scheme: type[Scheme]) -> bool:
+    return scheme.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _scheme_class(name: str, modules: bool) -> type[Scheme]:
+    if name in Scheme.known:
+        return _checked(Scheme.known[name], name)
+    points = installed(GROUP)
+    if name in points:
+        what = f"scheme {name!r} of {origin(points[name])}"
+        return _registered(import_attribute(f"{points[name].module}:{points[name].attr}", what), name)
+    if modules and names_a_module(name):
+        return _registered(import_attribute(name, f"scheme {name!r}"), name)
+    raise ValueError(_unknown(name, [*Scheme.known, *points], modules))
+
+
+def _registered(found: Any, name: str) -> type[Scheme]:
+    """Make a class known under the name by which it was asked for: a file that records the name can be read again."""
+    made = _checked(found, name)
+    Scheme.known[name] = made
+    if not _is_ours(made):
+        made.name = name
+    return made
+
+
+def _checked(found: Any, name: str) -> type[Scheme]:
+    if not isinstance(found, type) or not issubclass(found, Scheme):
+        raise ValueError(f"scheme {name!r} can't be used: it is no subclass of quantizers.Scheme")
+    lacking = [method for method in REQUIRED if getattr(found, method) is getattr(Scheme, method)]
+    if lacking:
+        raise ValueError(f"scheme {name!r} can't be used: it lacks {' and '.join(lacking)}")
+    return found
+
+
+def _unknown(name: str, names: list[str], modules: bool) -> str:
+    """Say which names are close to one that nothing has, and what can be given at all."""
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.3)
+    hint = ";"
+    if close:
+        hint = f"; did you mean {' or '.join(close)}?"
+    sentence = f"unknown scheme {name!r}{hint} known: {', '.join(names)}"
+    if modules:
+        return f"{sentence}, or module:Name"
+    if names_a_module(name):
+        return f"{sentence}; a module is only imported if you name it yourself, never because a file does"
+    return sentence

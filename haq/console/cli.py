@@ -1,54 +1,16 @@
-"""What every `python -m haq.X` shares: errors in one sentence, and a console that stays out of the way of `--json`."""
+"""The options of commands that still use argparse."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-
-
-def run_command(main: Callable[[], int]) -> int:
-    """Run a command; bad input ends it with one sentence on stderr and status 2 (a traceback too if $HAQ_DEBUG is set)."""
-    try:
-        return main()
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if os.environ.get("HAQ_DEBUG"):
-            raise
-        # A name from somebody's folder may hold what breaks a line or steers a terminal.
-        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(error))
-        print(f"error: {text}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-def follow_training(bar: Progress) -> dict[str, Any]:
-    """What `training.finetune` takes to report to a progress bar: epoch, loss, and steps done."""
-    task = bar.add_task("fine-tuning", total=None, note="")
-    return {
-        "on_epoch": lambda epoch, loss: bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}"),
-        "on_step": lambda step, steps: bar.update(task, completed=step, total=steps),
-    }
+from haq.console.errors import EXIT_BAD_INPUT as EXIT_BAD_INPUT
+from haq.console.errors import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from haq.console.errors import run_command as run_command
+from haq.console.progress import Live as Live
+from haq.console.progress import follow_loading as follow_loading
+from haq.console.progress import follow_training as follow_training
+from haq.console.progress import progress as progress
 
 
 def add_measuring(parser: argparse.ArgumentParser) -> None:
@@ -106,75 +68,3 @@ def check_eps(options: argparse.Namespace) -> None:
     """Raise ValueError if --eps is given without the objective that it belongs to."""
     if options.eps is not None and options.objective != "accuracy+robust":
         raise ValueError(f"--eps {options.eps} is of an attack: it goes with --objective accuracy+robust")
-
-
-@contextmanager
-def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
-    """Say that something is loading, and show a bar with time left while kernels are compiled and measured.
-
-    Gives the callbacks `progress` and `notice` of `hw_models.load_target`.
-    """
-    status = console.status(what)
-    bar = progress(console)
-    task = bar.add_task("kernels", total=None, note="")
-
-    def on_progress(done: int, total: int, note: str) -> None:
-        # There is one live display at a time.
-        if done < total:
-            status.stop()
-            bar.start()
-        bar.update(task, completed=done, total=total, note=note)
-        if done == total:
-            bar.stop()
-            status.start()
-
-    status.start()
-    try:
-        yield {"progress": on_progress, "notice": lambda sentence: console.print(sentence, soft_wrap=True, markup=False)}
-    finally:
-        bar.stop()
-        status.stop()
-
-
-def progress(console: Console) -> Progress:
-    """A progress bar with time gone and time left; nothing where the output isn't a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("gone,"),
-        TimeRemainingColumn(),
-        TextColumn("left  {task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-
-class Live(Progress):
-    """A table that follows a search: a line for each solver, and for what comes after them, whose `note` takes the place of an
-    accuracy. Nothing where the output isn't a terminal."""
-
-    COLUMNS = {
-        "": TextColumn("{task.description}"),
-        "evaluation": MofNCompleteColumn(),
-        "accuracy": TextColumn("{task.fields[accuracy]}", justify="right"),
-        "of budget": TextColumn("{task.fields[cost]}", justify="right"),
-        "best so far": TextColumn("{task.fields[best]}{task.fields[note]}", justify="right"),
-        "gone": TimeElapsedColumn(),
-        "left": TimeRemainingColumn(),
-    }
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
-
-    def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
-        return super().add_task(description, *arguments, **{"accuracy": "", "cost": "", "best": "", "note": ""} | fields)
-
-    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
-        table = super().make_tasks_table(tasks)
-        table.show_header = True
-        for heading, column in zip(self.COLUMNS, table.columns, strict=True):
-            column.header = heading
-            column.no_wrap = True
-        return table

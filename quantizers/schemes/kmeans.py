@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quantizers import calibrate as calibration
-from quantizers.functional import MAX_BITS
-from quantizers.linear import Linear
-from quantizers.scheme import row
-
-if TYPE_CHECKING:
-    from quantizers.calibrate import Observer
-    from quantizers.layers import QuantLayer
+from quantizers.functional import MAX_BITS, WIDTHS, refuse_infinite, row
+from quantizers.observers import Observer
+from quantizers.scheme import SchemeLayer, tensor_of
+from quantizers.schemes.linear import Linear
 
 ENTRIES = 1 << MAX_BITS
+ENTRY_BYTES = 4  # of a value in the codebook, as it is stored
+LLOYD_ROUNDS = 300
 
 
 @dataclass(frozen=True)
 class KMeans(Linear, name="kmeans"):
-    """Han et al., "Deep Compression" (ICLR 2016), section 3: the weights of a layer are clustered, and each is replaced by the
-    centroid of its cluster. There are 2^b centroids C, found by k-means:
+    """Han et al., "Deep Compression" (ICLR 2016), section 3: a layer's weights are clustered and replaced by centroids.
+
+    There are 2^b centroids C, found by k-means:
 
         minimise the sum over k of the sum over w in c_k of (w - C_k)^2                             (equation 2)
         dL/dC_k = the sum over i, j of dL/dW_ij where weight i, j is of cluster k                   (equation 3)
@@ -36,20 +35,25 @@ class KMeans(Linear, name="kmeans"):
     is found from its value when it is needed: indices aren't part of the state, are the same after saving and loading, don't
     depend on what training makes of the centroids, and are never those of another weight.
 
-    keep_zeros
-        weights that are exactly 0, pruned ones, stay 0 and take one of the 2^b values, if the layer has any.
-    calibration, power_of_two
-        of activations, which are `Linear`'s.
-
     A layer's tensors: codebook (8, 256), learned; codebook_border (8, 255) and zeros_kept (); weight_error (8,), before
     training; and `Linear`'s of activations.
+
+    Attributes:
+        calibration: Of activations, as in `Linear`.
+        power_of_two: Likewise.
+        keep_zeros: Whether weights that are exactly 0, pruned ones, stay 0 and take one of the 2^b values, if the layer has
+            any.
     """
 
     keep_zeros: bool = True
+    summary: ClassVar[str] = "every weight is one of 2^b values that training moves; saves storage only (Han et al. 2016)"
     learned: ClassVar[tuple[str, ...]] = ("codebook",)
+    learned_rate: ClassVar[float] = 0.1  # a centroid's gradient is the sum over its weights
     of_weight: ClassVar[tuple[str, ...]] = ("codebook", "codebook_border", "zeros_kept")
+    has_integer_weights: ClassVar[bool] = False
 
-    def start(self, layer: QuantLayer) -> dict[str, Tensor]:
+    def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
+        """Return an empty codebook, and `Linear`'s tensors of activations."""
         tensors = super().start(layer)
         del tensors["weight_scale"]
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
@@ -60,56 +64,62 @@ class KMeans(Linear, name="kmeans"):
             **tensors,
         }
 
-    def calibrate(self, layer: QuantLayer, observer: Observer | None) -> None:
+    def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
+        """Cluster the weights for every width, and find the scales of the input if it was seen."""
         weight = layer.weight.detach()
-        if not weight.isfinite().all():
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} holds values that are not finite")
-        values, kept = weight.double().flatten(), _tensor(layer, "zeros_kept")
+        refuse_infinite(weight)
+        values, kept = weight.double().flatten(), tensor_of(layer, "zeros_kept")
         kept.fill_(self.keep_zeros and bool((values == 0).any()))
-        values = values[values != 0] if kept else values
+        if kept:
+            values = values[values != 0]
         energy = values.square().sum().clamp_min(torch.finfo(values.dtype).tiny)
-        codebooks = cluster(values, [2**bits - int(kept) for bits in range(1, MAX_BITS + 1)])
-        for index, (centroids, borders) in enumerate(codebooks):
-            _tensor(layer, "codebook")[index, : len(centroids)] = centroids
-            _tensor(layer, "codebook_border")[index, : len(borders)] = borders
-            left = weight - self.weight(layer, index + 1)
-            layer.weight_error[index] = left.double().square().sum() / energy
+        codebooks = cluster(values, [2**bits - int(kept) for bits in WIDTHS])
+        for bits, (centroids, borders) in zip(WIDTHS, codebooks, strict=True):
+            row(tensor_of(layer, "codebook"), bits)[: len(centroids)] = centroids
+            row(tensor_of(layer, "codebook_border"), bits)[: len(borders)] = borders
+            left = weight - self.weight(layer, bits)
+            layer.weight_error[bits - 1] = left.double().square().sum() / energy
         if observer is not None:
-            scale, error = calibration.activation_scales(
-                observer.sample(), observer.largest, observer.signed, self.calibration, self.power_of_two
-            )
-            layer.activation_scale.copy_(scale)
-            layer.activation_error.copy_(error)
-            layer.activation_signed.fill_(observer.signed)
+            self._calibrate_activations(layer, observer)
 
-    def weight(self, layer: QuantLayer, bits: int) -> Tensor:
+    def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
+        """Return the centroid of every weight's cluster."""
         weight = layer.weight.detach()
-        codebook = row(_tensor(layer, "codebook"), bits)
+        codebook = row(tensor_of(layer, "codebook"), bits)
         # The gradient of picking is the sum over those that were picked: equation 3.
         shared = codebook.index_select(0, assignment(layer, bits).flatten().int()).view(weight.shape)
-        shared = torch.where(_tensor(layer, "zeros_kept") & (weight == 0), 0, shared)
+        shared = torch.where(tensor_of(layer, "zeros_kept") & (weight == 0), 0, shared)
         return shared.to(weight.dtype)
 
+    def weight_step(self, layer: SchemeLayer, bits: int) -> Tensor:
+        """Raise ValueError: centroids are no multiples of a step."""
+        raise ValueError(f"weights of scheme {self.name!r} are no multiples of a step")
 
-def assignment(layer: QuantLayer, bits: int) -> Tensor:
-    """The index into the codebook of every weight of a layer: uint8, of the weight's shape. Kept zeros have an index too,
-    which means nothing. It is found again only if the float weight or the borders have changed."""
-    weight, borders = layer.weight.detach(), _tensor(layer, "codebook_border")
-    counted = not (torch.compiler.is_compiling() or weight.is_inference() or borders.is_inference())
-    state = (weight._version, weight.data_ptr(), borders._version, borders.data_ptr()) if counted else ()
-    # The bank's other entries are weights under their bits: indices go under the negative.
-    kept = layer._bank.get(-bits)
-    if kept is not None and counted and kept[0] == state:
-        return kept[1]
-    values = weight.reshape(-1).to(borders.dtype)
-    made = torch.bucketize(values, row(borders, bits)[: 2**bits - 1], out_int32=True).to(torch.uint8).view(weight.shape)
-    if counted:
-        layer._bank[-bits] = state, made
-    return made
+    def storage_overhead_bytes(self, bits: int, weights: int | None = None) -> int:
+        """Return the bytes of a layer's codebook: 2^bits float32 values, or as many as the layer has weights."""
+        entries = 2**bits
+        if weights is not None:
+            entries = min(entries, weights)
+        return ENTRY_BYTES * entries
+
+
+def assignment(layer: SchemeLayer, bits: int) -> Tensor:
+    """Find the index into the codebook of every weight of a layer: uint8, of the weight's shape.
+
+    Kept zeros have an index too, which means nothing. It is found again only if the float weight or the borders have changed.
+    """
+    weight, borders = layer.weight.detach(), tensor_of(layer, "codebook_border")
+
+    def find() -> Tensor:
+        values = weight.reshape(-1).to(borders.dtype)
+        inner = row(borders, bits)[: 2**bits - 1]
+        return torch.bucketize(values, inner, out_int32=True).to(torch.uint8).view(weight.shape)
+
+    return layer.cache.get(("index", bits), (weight, borders), find)
 
 
 def cluster(values: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """For each size, ascending: the centroids of at most so many clusters, in order, and the borders between them.
+    """Cluster numbers by k-means, into at most so many clusters for each of some sizes.
 
     A value belongs to cluster i if it is above border i - 1 and not above border i. Both are float64, but borders separate
     the values in float32 too. The order of the values doesn't matter. The squared error of a size is never above that of
@@ -119,6 +129,13 @@ def cluster(values: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     iteration takes time for clusters, not values. Of two starts the better result counts: centroids spread evenly over
     minimum..maximum, which is what Han et al. found best; and the clusters of the size before, with the worst of them split
     (Linde, Buzo and Gray 1980). Clusters that become empty are replaced by splitting the worst.
+
+    Args:
+        values: Numbers, in any order.
+        sizes: The largest numbers of clusters, ascending.
+
+    Returns:
+        For each size the centroids in order, and the borders between them.
     """
     values = values.detach().double().sort().values
     if not len(values):
@@ -135,8 +152,11 @@ def cluster(values: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 
 class _Sorted:
-    """Sorted values, and what can be said at once of slices of them. A clustering is the tensor of its cuts: the position at
-    which each cluster starts, and the number of values at the end; equal values are never apart."""
+    """Sorted values, and what can be said at once of slices of them.
+
+    A clustering is the tensor of its cuts: the position at which each cluster starts, and the number of values at the end;
+    equal values are never apart.
+    """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -147,20 +167,21 @@ class _Sorted:
         self.squares = torch.cat([centred.new_zeros(1), centred.square().cumsum(0)])
 
     def centroids(self, cuts: Tensor) -> Tensor:
+        """Return the mean of each cluster."""
         return self.sums[cuts].diff() / cuts.diff() + self.mean
 
     def errors(self, cuts: Tensor) -> Tensor:
-        """The squared error of each cluster."""
+        """Return the squared error of each cluster."""
         error = self.squares[cuts].diff() - self.sums[cuts].diff().square() / cuts.diff()
         return torch.where(self.values[cuts[:-1]] < self.values[cuts[1:] - 1], error.clamp_min(0), 0)
 
     def nearest(self, centroids: Tensor) -> Tensor:
-        """The clustering by the nearest of some centroids, in order; those that are nobody's nearest are left out."""
+        """Return the clustering by the nearest of some centroids, in order, without those that are nobody's nearest."""
         cuts = torch.searchsorted(self.values, (centroids[1:] + centroids[:-1]) / 2)
         return torch.cat([cuts.new_zeros(1), cuts, cuts.new_tensor([len(self.values)])]).unique()
 
     def filled(self, cuts: Tensor, size: int) -> Tensor:
-        """The clustering with its worst clusters split at their means until there are `size`, or one per value."""
+        """Split the worst clusters at their means until there are `size`, or one per value."""
         while (room := size - (len(cuts) - 1)) > 0:
             several = (self.values[cuts[:-1]] < self.values[cuts[1:] - 1]).nonzero().flatten()
             if not len(several):
@@ -174,8 +195,9 @@ class _Sorted:
         return cuts
 
     def lloyd(self, cuts: Tensor, size: int) -> Tensor:
+        """Let centroids and clusters take turns until nothing moves."""
         cuts = self.filled(cuts, size)
-        for _ in range(300):
+        for _ in range(LLOYD_ROUNDS):
             moved = self.filled(self.nearest(self.centroids(cuts)), size)
             if torch.equal(moved, cuts):
                 break
@@ -183,17 +205,12 @@ class _Sorted:
         return cuts
 
     def means(self, cuts: Tensor) -> Tensor:
-        """The centroids summed value by value: exact if all values of a cluster are the same."""
+        """Return the centroids, summed value by value: exact if all values of a cluster are the same."""
         index = torch.repeat_interleave(cuts.diff())
         return torch.bincount(index, weights=self.values) / cuts.diff()
 
     def borders(self, cuts: Tensor) -> Tensor:
-        """Half way between neighbouring clusters, unless rounding makes that the upper one's smallest value."""
+        """Return what is half way between neighbouring clusters, unless rounding makes that the upper one's smallest."""
         lower, upper = self.values[cuts[1:-1] - 1], self.values[cuts[1:-1]]
         middle = ((lower + upper) / 2).float().double()
         return torch.where((lower <= middle) & (middle < upper), middle, lower)
-
-
-def _tensor(layer: QuantLayer, name: str) -> Tensor:
-    tensor: Tensor = getattr(layer, name)
-    return tensor

@@ -1,0 +1,117 @@
+"""What commands show while they work: bars with time gone and left, and a table that follows a search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from haq.console.tables import say
+
+
+def progress(console: Console) -> Progress:
+    """Make a progress bar with time gone and time left; it shows nothing where the output isn't a terminal."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("gone,"),
+        TimeRemainingColumn(),
+        TextColumn("left  {task.fields[note]}", markup=False),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def follow_training(bar: Progress) -> dict[str, Any]:
+    """Make the callbacks by which `training.finetune` reports epoch, loss and steps to a progress bar."""
+    task = bar.add_task("fine-tuning", total=None, note="")
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}")
+
+    def on_step(step: int, steps: int) -> None:
+        bar.update(task, completed=step, total=steps)
+
+    return {"on_epoch": on_epoch, "on_step": on_step}
+
+
+@contextmanager
+def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
+    """Say that something is loading, and show a bar with time left while kernels are compiled and measured.
+
+    Args:
+        console: Where it is shown.
+        what: What is being done: "loading network and data".
+
+    Yields:
+        The callbacks `progress` and `notice` of `hw_models.load_target`.
+    """
+    status = console.status(what)
+    bar = progress(console)
+    task = bar.add_task("kernels", total=None, note="")
+
+    def on_progress(done: int, total: int, note: str) -> None:
+        # There is one live display at a time.
+        if done < total:
+            status.stop()
+            bar.start()
+        bar.update(task, completed=done, total=total, note=note)
+        if done == total:
+            bar.stop()
+            status.start()
+
+    status.start()
+    try:
+        yield {"progress": on_progress, "notice": lambda sentence: say(console, sentence)}
+    finally:
+        bar.stop()
+        status.stop()
+
+
+class Live(Progress):
+    """A table that follows a search, with a line for each solver and for what comes after them.
+
+    Such later work has a `note`, which takes the place of an accuracy. Nothing is shown where the output isn't a terminal.
+    """
+
+    COLUMNS = {
+        "": TextColumn("{task.description}", markup=False),
+        "evaluation": MofNCompleteColumn(),
+        "accuracy": TextColumn("{task.fields[accuracy]}", justify="right", markup=False),
+        "of budget": TextColumn("{task.fields[cost]}", justify="right", markup=False),
+        "best so far": TextColumn("{task.fields[best]}{task.fields[note]}", justify="right", markup=False),
+        "gone": TimeElapsedColumn(),
+        "left": TimeRemainingColumn(),
+    }
+
+    def __init__(self, console: Console) -> None:
+        """Show the table on a console."""
+        super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
+
+    def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
+        """Add a line; its fields are empty until they are updated."""
+        return super().add_task(description, *arguments, **{"accuracy": "", "cost": "", "best": "", "note": ""} | fields)
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        """Put a heading above every column."""
+        table = super().make_tasks_table(tasks)
+        table.show_header = True
+        for heading, column in zip(self.COLUMNS, table.columns, strict=True):
+            column.header = heading
+            column.no_wrap = True
+        return table

@@ -1,0 +1,160 @@
+"""What commands share on text and tables: nothing of a file steers a terminal, and every table fits its width.
+
+Text that comes from a file, a folder's name or a user's module goes through `plain`: Rich then takes no markup and no emoji
+codes from it, and control characters are shown by their escapes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hw_models.registry import printable
+
+GAP = 2  # characters between columns
+EDGES = 2  # characters left and right of a table
+
+
+def plain(value: Any) -> Text:
+    """Make text of a value that shows it as it is: no markup, no emoji codes, control characters escaped line by line."""
+    return Text("\n".join(printable(line) for line in str(value).split("\n")))
+
+
+def say(console: Console, sentence: str, *, wrap: bool = True) -> None:
+    """Print a sentence that may name files.
+
+    Args:
+        console: Where to.
+        sentence: What to print, as it is.
+        wrap: Whether it is broken at the console's width. False for what is copied, such as a command or a path.
+    """
+    console.print(plain(sentence), soft_wrap=not wrap, highlight=False)
+
+
+def command_line(*words: Any) -> str:
+    """Write a command such that a shell reads the words back as they are."""
+    return shlex.join(str(word) for word in words)
+
+
+def say_next(console: Console, *words: Any) -> None:
+    """Print the command that comes next, quoted and on one line, so that it can be copied."""
+    console.print(Text.assemble("Next: ", (printable(command_line(*words)), "bold")), soft_wrap=True, highlight=False)
+
+
+def new_table(title: str = "", caption: str = "") -> Table:
+    """Make a table in the style of all commands, with neither columns nor rows.
+
+    Args:
+        title: One line above it.
+        caption: Sentences below it.
+
+    Returns:
+        The table. Cells that may come from files are added as `plain(...)`.
+    """
+    return Table(
+        title=plain(title) if title else None,
+        caption=plain(caption) if caption else None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption_justify="left",
+    )
+
+
+def key_table(rows: Iterable[tuple[str, Any]]) -> Table:
+    """Make a table of two columns without headings: what something is called, and what it is."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in rows:
+        table.add_row(Text(key, "bold"), plain(value))
+    return table
+
+
+@dataclass
+class Column:
+    """A column that `print_columns` may put into a later part of its table, or fold."""
+
+    heading: str
+    cells: Sequence[Any]
+    justify: Literal["left", "right"] = "left"
+
+    @property
+    def width(self) -> int:
+        """The width of the widest line in it."""
+        texts = [self.heading, *(str(cell) for cell in self.cells)]
+        return max(cell_len(printable(line)) for text in texts for line in text.split("\n"))
+
+
+def parts(columns: Sequence[Column], width: int, keys: int = 1) -> list[list[Column]]:
+    """Break columns into as few tables as fit a width; nothing is left out.
+
+    Args:
+        columns: The columns, in order.
+        width: Characters of a line.
+        keys: How many of the first columns every table begins with.
+
+    Returns:
+        The columns of each table. A table with a single column beside its keys may still be too wide: it is folded.
+    """
+    head, rest = list(columns[:keys]), list(columns[keys:])
+    # What names the rows leaves room for at least one thing that is said about them.
+    used_by_keys = min(sum(column.width + GAP for column in head), width // 2) + EDGES
+    found: list[list[Column]] = []
+    free = 0
+    for column in rest:
+        needed = column.width + GAP
+        if not found or needed > free:
+            found.append(list(head))
+            free = width - used_by_keys
+        found[-1].append(column)
+        free -= needed
+    return found or [head]
+
+
+def print_columns(
+    console: Console,
+    title: str,
+    columns: Sequence[Column],
+    *,
+    keys: int = 1,
+    totals: int = 0,
+    caption: str = "",
+) -> None:
+    """Print a table; where it is wider than the console, as several tables below each other.
+
+    Args:
+        console: Where to; its width counts.
+        title: One line above the first of them.
+        columns: The columns, all with as many cells.
+        keys: How many of the first columns name the rows: every one of the tables begins with them.
+        totals: How many of the last rows stand below a line.
+        caption: Sentences below the last of them.
+    """
+    tables = parts(columns, console.width, keys)
+    for number, part in enumerate(tables):
+        table = new_table()
+        table.title_justify = "left"
+        if number == 0 and title:
+            table.title = plain(title)
+        if number == len(tables) - 1 and caption:
+            table.caption = plain(caption)
+        whole = sum(column.width + GAP for column in part) + EDGES <= console.width
+        for index, column in enumerate(part):
+            # Only names are folded: half of a number would be another number.
+            folded = not whole and (index < keys or column.justify == "left")
+            table.add_column(plain(column.heading), justify=column.justify, no_wrap=not folded, overflow="fold")
+        rows = len(part[0].cells)
+        for row in range(rows):
+            if totals and row == rows - totals:
+                table.add_section()
+            table.add_row(*(plain(column.cells[row]) for column in part))
+        console.print(table)

@@ -1,0 +1,125 @@
+"""From a name to a network, without a checkpoint: the registry's, a library's, or a function of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from haq.data.loading import call_with
+from haq.networks import NETWORKS, pytorchcv, timm, torchvision
+from haq.networks.network import Network
+from haq.networks.zoo import LIBRARIES
+
+_MODULES = {"timm": timm, "torchvision": torchvision, "pytorchcv": pytorchcv}
+# Functions that the user has named in this process: a checkpoint may name them again.
+_named: set[str] = set()
+
+
+def names_of(library: str, containing: str = "") -> list[str]:
+    """List the networks of a library, as they can be given; none if it isn't installed.
+
+    Args:
+        library: One of `zoo.LIBRARIES`.
+        containing: Only names that contain this, in upper or lower case.
+
+    Returns:
+        Names such as "timm:mobilenetv2_050", in the library's order.
+
+    Raises:
+        ValueError: For a library that there isn't.
+    """
+    if library not in _MODULES:
+        raise ValueError(f"there is no library {library!r}; known: {', '.join(LIBRARIES)}")
+    try:
+        known = _MODULES[library].names()
+    except ImportError:
+        return []
+    return [f"{library}:{name}" for name in known if containing.lower() in name.lower()]
+
+
+def build(name: str, classes: int | None = None, pretrained: bool = True) -> Network:
+    """Build a network of a name that the user gave.
+
+    Args:
+        name: A name of the registry, LIBRARY:NAME, NAME of a library, or module:function.
+        classes: The number of outputs; None for the network's own.
+        pretrained: Whether it has its weights. A function of one's own is told if it takes an argument of that name.
+
+    Returns:
+        The network, as it was made.
+
+    Raises:
+        ValueError: For a name that there isn't, with the close ones, and for a function that returns something else.
+        FileNotFoundError: For weights that can't be had.
+        ImportError: For a library that isn't installed, with what to install.
+    """
+    library, _, model = name.partition(":")
+    if library in LIBRARIES and model:
+        return _MODULES[library].build(model, classes, pretrained)
+    if name in NETWORKS:
+        return _call(name, NETWORKS.get(name, modules=False), classes, pretrained)
+    if ":" in name:
+        function = NETWORKS.get(name)
+        _named.add(name)
+        return _call(name, function, classes, pretrained)
+    for library in LIBRARIES:
+        if f"{library}:{name}" in names_of(library):
+            return _MODULES[library].build(name, classes, pretrained)
+    raise _unknown(name)
+
+
+def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
+    """Build the network that a file names, with random weights; nothing is imported that only the file names.
+
+    Args:
+        path: The file, for messages.
+        name: The name in it.
+        classes: The number of outputs; None for the network's own.
+
+    Returns:
+        The network, as it was made.
+
+    Raises:
+        ValueError: For a name that there isn't, and for a function of somebody's own that the user hasn't named himself.
+        ImportError: For a library that isn't installed, with what to install.
+    """
+    library = name.partition(":")[0]
+    own = ":" in name and library not in LIBRARIES and name not in NETWORKS
+    if own and name not in _named:
+        raise ValueError(
+            f"{path} is of network {name[:80]!r}, a function of somebody's own, and a function is never called because a "
+            f"file says so: name it yourself, as {name[:80]}@{path}"
+        )
+    return build(name, classes, pretrained=False)
+
+
+def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Network:
+    """Call what makes a network, with those of the two arguments that it takes, and say what is wrong with the result."""
+    options: dict[str, Any] = {"pretrained": pretrained}
+    if classes:
+        options["classes"] = classes
+    made = call_with(function, **options)
+    if isinstance(made, Network):
+        return replace(made, name=name)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name} returned {type(made).__name__}; it must return an nn.Module or a haq.networks.Network")
+    shape = getattr(made, "input_shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 3:
+        raise ValueError(f"{name}: set module.input_shape = (channels, height, width), or return a haq.networks.Network")
+    return Network(name, made, shape, origin="your function")
+
+
+def _unknown(name: str) -> ValueError:
+    """Say which names are close to one that nobody has, and which library isn't installed."""
+    try:
+        NETWORKS.get(name)
+    except ValueError as error:
+        absent = [library for library in LIBRARIES if not names_of(library)]
+        hint = ""
+        if absent:
+            hint = f"; not installed: {', '.join(absent)} (pip install 'haq[zoo]')"
+        return ValueError(f"{error}{hint}")
+    raise AssertionError(name)

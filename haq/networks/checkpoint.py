@@ -1,0 +1,393 @@
+"""Networks in files: safetensors whose header says which network it is and, of a quantized one, its bits and schemes.
+
+haq-checkpoint-1    a float network
+haq-network-2       a quantized network: the tensors of the float network under their own keys, those of its quantizers under
+                    "quantizer/"; policy and schemes as JSON in the header
+
+Nothing that a file holds is imported or executed, and its tensors are read once their sizes are known to be those of its
+network. The same content gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq.networks.building import build_as_file_says
+from haq.networks.network import Network, output_count
+from haq.store.files import check_file, check_schema, write
+
+CHECKPOINT_FORMAT = "haq-checkpoint-1"
+QUANTIZED_FORMAT = "haq-network-2"
+QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
+MOST_PIXELS = 2**24  # of an image that a checkpoint says its network takes
+MOST_NOTE = 2**24  # characters of what a header says
+RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes")
+# What goes wrong while a network is made from what a file says.
+_WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself: free notes, and the shape of every tensor."""
+
+    path: Path
+    notes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def save_checkpoint(network: Network, path: Path, notes: Mapping[str, str] | None = None) -> None:
+    """Write the weights of a network and what is needed to build it again; a quantized one as `save_quantized` does.
+
+    Args:
+        network: The network.
+        path: The file, ending in .safetensors.
+        notes: What else the header says.
+    """
+    if Q.quant_layers(network.module):
+        save_quantized(path, network.module, network, notes)
+        return
+    header = {"format": CHECKPOINT_FORMAT, **_description(network), **_free(notes)}
+    write_safetensors(_contiguous(network.module.state_dict()), path, header)
+
+
+def save_quantized(
+    path: Path, qnetwork: nn.Module, network: Network | None = None, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a quantized network: weights, quantizers, bits and schemes.
+
+    Args:
+        path: The file, ending in .safetensors.
+        qnetwork: What `quantizers.quantize` made, at its present bits.
+        network: The network that it is of, by whose name it can be built again. Without it, or where its name is a function
+            of one's own, `load_quantized` wants the float network.
+        notes: What else the header says, under names that aren't among `RESERVED` (of a run's signature: "run.network").
+    """
+    header = {"format": QUANTIZED_FORMAT}
+    if network is not None:
+        header |= _description(network)
+    header["policy"] = json.dumps(Q.get_policy(qnetwork).to_dict())
+    header["schemes"] = json.dumps(Q.scheme_records(qnetwork))
+    header |= _free(notes)
+    tensors = _contiguous(qnetwork.state_dict())
+    for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
+        tensors[f"{QUANTIZER}{key}"] = tensor
+    write_safetensors(tensors, path, header)
+
+
+def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
+    """Load the quantized network of a file, at its bits, in evaluation mode.
+
+    Args:
+        path: The file.
+        module: The float network that it is of, which stays as it is. None: the one of the name in the file.
+
+    Returns:
+        The quantized network.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For a file that holds no quantized network, or one of another network, of an older format or of a newer
+            version; and for a network of somebody's own that isn't given.
+    """
+    header = read_header(path)
+    _check_quantized(header)
+    policy, schemes = _policy_and_schemes(header)
+    if module is None:
+        module = _named_module(header)
+    expected = module.state_dict()
+    _check_shapes(path, float_tensors(header.shapes), _shapes(expected))
+    # Weights, scales, and what schemes keep: never several times the network.
+    held = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    check_file(path, 4 * held + 2**24)
+    tensors, _ = read_state(path)
+    state = {key.removeprefix(QUANTIZER): tensor for key, tensor in tensors.items() if key.startswith(QUANTIZER)}
+    weights = float_tensors(tensors)
+    try:
+        qnetwork = Q.quantize(module, policy, scheme=schemes, state=state)
+        _check_tensors(Q.quantizer_state(qnetwork), state)
+        _check_tensors(qnetwork.state_dict(), weights)
+    except _WRONG as error:
+        raise ValueError(f"{path} holds tensors, bits or schemes that aren't of its network: {_short(error)}") from error
+    qnetwork.load_state_dict(weights)
+    return qnetwork.eval()
+
+
+def holds_quantized(path: Path) -> bool:
+    """Say whether a file holds a quantized network, of whatever version. Its tensors are not read."""
+    if path.suffix != ".safetensors":
+        return False
+    notes = read_header(path).notes
+    return "schemes" in notes or notes.get("format", "").startswith(("haq-network-", "haq-quantized-"))
+
+
+def load_checkpoint(path: Path) -> Network:
+    """Build the float network of a checkpoint again; of a quantized one, the network before it was quantized.
+
+    Raises ValueError with the reason if the file is truncated, holds code, or doesn't say which network it is of.
+    """
+    header = _header_of_any(path)
+    if not re.fullmatch(r"haq-(checkpoint|network|quantized)-[0-9]+", header.notes.get("format", "")):
+        raise ValueError(
+            f"{path} doesn't say which network it is of (no {CHECKPOINT_FORMAT!r} in its header); "
+            f"name the network: NAME@{path}"
+        )
+    if holds_quantized(path):
+        _check_quantized(header)
+    else:
+        check_schema(path, header.notes["format"], CHECKPOINT_FORMAT, "a checkpoint of ours")
+    return restore(_named_network(header), path)
+
+
+def restore(network: Network, path: Path) -> Network:
+    """Fill a network with the weights of a checkpoint of ours, and take what it says of images.
+
+    Args:
+        network: The network, with any weights, which are replaced.
+        path: The checkpoint.
+
+    Returns:
+        The network, with the image size, mean and deviation of the checkpoint.
+
+    Raises:
+        ValueError: For a checkpoint of another network.
+    """
+    header = read_header(path)
+    _, shape, mean, std = _images(header)
+    _check_shapes(path, float_tensors(header.shapes), _shapes(network.module.state_dict()))
+    load_state(network.module, read_state(path)[0], path)
+    return replace(network, input_shape=shape, mean=mean, std=std, origin=str(path))
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load the tensors of a file into a float network. Raises ValueError if they are of another one, or not finite."""
+    state = float_tensors(tensors)
+    _check_shapes(path, _shapes(state), _shapes(module.state_dict()))
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{path} holds values that are not finite in {', '.join(bad[:3])}")
+    module.load_state_dict(state)
+
+
+def float_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what belongs to quantizers."""
+    return {key: value for key, value in tensors.items() if not key.startswith(QUANTIZER)}
+
+
+def read_header(path: Path) -> Header:
+    """Read what a safetensors file says of itself, without its tensors.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is truncated or of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            notes = file.metadata() or {}
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return Header(path, notes, shapes)
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a checkpoint's tensors and header, from safetensors or a torch file, without running anything in it.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is truncated, of another kind, or holds code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below in our own words
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors (code, perhaps) and was not opened; save its state_dict()"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors but {type(state).__name__}")
+    return dict(state), {}
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors with notes, beside and renamed; the same bytes for the same content.
+
+    Args:
+        tensors: Contiguous tensors by name.
+        path: The file; its folder is made.
+        metadata: Notes in the header.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = safetensors.torch.save(tensors, metadata)
+    # The library leaves the notes in an order of its own, another one in every process.
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    ordered += b" " * (-len(ordered) % 8)  # tensors are aligned
+    write(path, len(ordered).to_bytes(8, "little") + ordered + content[8 + size :])
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+
+
+def _description(network: Network) -> dict[str, str]:
+    """Put what is needed to build a network again into text; of NAME@PATH, the name."""
+    description = {
+        "network": network.name.rpartition("@")[0] or network.name,
+        "input_shape": json.dumps(network.input_shape),
+        "mean": json.dumps(network.mean),
+        "std": json.dumps(network.std),
+    }
+    # A network that returns something else than class scores is built with as many outputs as it has.
+    with suppress(ValueError):
+        description["classes"] = str(output_count(network))
+    return description
+
+
+def _free(notes: Mapping[str, str] | None) -> dict[str, str]:
+    """Check the notes of whoever saves. Raises ValueError for names that the format has for itself."""
+    free = dict(notes or {})
+    if taken := sorted(set(free) & set(RESERVED)):
+        raise ValueError(f"a note can't be named {taken[0]!r}: the header of a checkpoint has that itself")
+    return free
+
+
+def _check_quantized(header: Header) -> None:
+    """Raise ValueError, with what to do, unless a file is a quantized network of this version's format."""
+    path, found = header.path, header.notes.get("format", "")
+    if found == CHECKPOINT_FORMAT and "schemes" not in header.notes:
+        raise ValueError(f"{path} holds a float network, not a quantized one")
+    if found in (CHECKPOINT_FORMAT, "haq-quantized-1", "haq-network-1"):
+        raise ValueError(
+            f"{path} was made by an older version of haq ({found}, this one reads {QUANTIZED_FORMAT}): make it again, by "
+            "python -m haq.finetune RUN for a run's, or python -m haq.train"
+        )
+    check_schema(path, found, QUANTIZED_FORMAT, "a quantized network")
+
+
+def _policy_and_schemes(header: Header) -> tuple[Q.BitPolicy, dict[str, Q.Scheme]]:
+    """Read the bits and schemes of a header. Raises ValueError for what are none."""
+    try:
+        for name in ("policy", "schemes"):
+            if len(header.notes[name]) > MOST_NOTE:
+                raise ValueError(f"its {name} has {len(header.notes[name]):,} characters")
+        policy = Q.BitPolicy.from_dict(json.loads(header.notes["policy"]))
+        schemes = Q.schemes_from_records(json.loads(header.notes["schemes"]))
+    except _WRONG as error:
+        raise ValueError(f"{header.path} has a header without bits and schemes: {_short(error)}") from error
+    return policy, schemes
+
+
+def _named_module(header: Header) -> nn.Module:
+    """Build the float network that a header names; without a name, say what to give."""
+    if "network" not in header.notes:
+        raise ValueError(
+            f"{header.path} doesn't say which network it is of: give the float network, load_quantized(path, module=network)"
+        )
+    try:
+        return _named_network(header).ordered().module
+    except ValueError as error:
+        raise ValueError(f"{error}; or give the float network, load_quantized(path, module=network)") from error
+
+
+def _named_network(header: Header) -> Network:
+    """Build the network that a header names, with random weights, in the size that it says."""
+    classes, shape, mean, std = _images(header)
+    network = build_as_file_says(header.path, header.notes.get("network", ""), classes)
+    return replace(network, input_shape=shape, mean=mean, std=std)
+
+
+def _images(header: Header) -> tuple[int | None, tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
+    """Read classes, image size (C, H, W), mean and deviation. Raises ValueError unless they can be of the file's tensors."""
+    try:
+        classes = None
+        if "classes" in header.notes:
+            classes = int(header.notes["classes"])
+        shape = json.loads(header.notes["input_shape"])
+        mean, std = (tuple(float(value) for value in json.loads(header.notes[key])) for key in ("mean", "std"))
+        fits = len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape) and math.prod(shape) <= MOST_PIXELS
+        # No network tells more classes apart than one of its tensors has rows.
+        fits = fits and (classes is None or any(classes in rows for rows in header.shapes.values()))
+        if not fits or not all(map(math.isfinite, (*mean, *std))) or 0 in std:
+            raise ValueError(f"{classes} classes, images of {shape}, mean {mean} and deviation {std}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{header.path} has a header that describes no network of its tensors: {_short(error)}") from error
+    return classes, (shape[0], shape[1], shape[2]), mean, std
+
+
+def _header_of_any(path: Path) -> Header:
+    """Read the header of a checkpoint; a torch file has none, and is only checked to hold tensors."""
+    if path.suffix == ".safetensors":
+        return read_header(path)
+    tensors, notes = read_state(path)
+    return Header(path, notes, _shapes(tensors))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _check_shapes(path: Path, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless a file has the tensors of a network, in their shapes."""
+    missing = [key for key in expected if key not in given]
+    foreign = [key for key in given if key not in expected]
+    shapes = [key for key in given if key in expected and given[key] != expected[key]]
+    if missing or foreign or shapes:
+        raise ValueError(
+            f"{path} is a checkpoint of another network: {len(missing)} tensors missing{_first(missing)}, "
+            f"{len(foreign)} unknown{_first(foreign)}, {len(shapes)} of another shape{_first(shapes)}"
+        )
+
+
+def _check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless tensors have the names, shapes and types that are expected, and finite values."""
+    if wrong := sorted(set(expected) ^ set(given)):
+        raise ValueError(f"{wrong[0]} is missing, or is one too many; {len(wrong)} are")
+    for name, tensor in given.items():
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {expected[name].dtype} of "
+                f"{tuple(expected[name].shape)}"
+            )
+        # What a scheme notes of widths that it doesn't use may be anything.
+        if name.endswith(("weight", "bias", "running_mean", "running_var", "_scale")) and not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+
+
+def _first(names: list[str]) -> str:
+    if not names:
+        return ""
+    return f" (such as {names[0]})"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _unreadable(path: Path, error: BaseException) -> ValueError:
+    return ValueError(f"{path} can't be read as a checkpoint: it is truncated or of another kind ({error})")

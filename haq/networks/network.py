@@ -1,0 +1,92 @@
+"""`Network`: a module together with the images that it wants to see."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what it wants to see: images of `input_shape` (C, H, W), scaled to [0, 1], minus mean, over std."""
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    origin: str = ""
+    memory_format: torch.memory_format = torch.channels_last
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Turn images into what the network takes. Float images are taken as they are.
+
+        Args:
+            images: Images (N, C, H, W), uint8 or float. Grey images are repeated over three channels.
+
+        Returns:
+            Inputs (N, C, H, W), float32.
+
+        Raises:
+            ValueError: For images of a shape that the network wasn't made for.
+        """
+        if images.dtype != torch.uint8:
+            self._check_shape(images)
+            return images.float()
+        channels = self.input_shape[0]
+        if images.shape[1] == 1 and channels > 1:
+            images = images.expand(-1, channels, -1, -1)
+        self._check_shape(images)
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return ((images.float() / 255 - mean) / std).contiguous(memory_format=self.memory_format)
+
+    def _check_shape(self, images: Tensor) -> None:
+        if tuple(images.shape[1:]) != self.input_shape:
+            raise ValueError(
+                f"{self.name} takes images of shape {self.input_shape}, the data set has {tuple(images.shape[1:])}"
+            )
+
+    def signature(self) -> str:
+        """Hash every parameter and buffer: what a resumed run compares."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.module.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def ordered(self) -> Network:
+        """Put the network in evaluation mode, its weights in the order that convolutions are fastest in, if that works."""
+        network = self
+        for memory_format in (torch.channels_last, torch.contiguous_format):
+            network = replace(self, memory_format=memory_format)
+            network.module.eval()
+            network.module.to(memory_format=memory_format)  # type: ignore[call-overload]
+            try:
+                with torch.inference_mode():
+                    network.module(torch.zeros(1, *self.input_shape).contiguous(memory_format=memory_format))
+                break
+            except RuntimeError:
+                # Some networks flatten with `view`, which needs the ordinary order. Any other fault shows when it is used.
+                continue
+        return network
+
+
+def output_count(network: Network) -> int:
+    """Count the classes that a network tells apart, by one forward pass of zeros.
+
+    Raises ValueError for a network that doesn't return class scores of shape (batch, classes).
+    """
+    training = network.module.training
+    with torch.inference_mode():
+        output = network.module.eval()(torch.zeros(1, *network.input_shape))
+    network.module.train(training)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise ValueError(f"{network.name} returns {type(output).__name__}, not class scores of shape (batch, classes)")
+    return output.shape[1]

@@ -1,0 +1,277 @@
+"""What calibration sees of a layer's input, and scales from data, for every width at once.
+
+Scales are found by the smallest squared error, the largest value, a percentile, or divergence (`RULES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
+
+GRID = 80  # candidate clipping points, from the largest magnitude downwards
+SAMPLES = 1 << 16  # activations kept per layer
+BINS = 2048
+PERCENTILE = 0.9999
+RULES = ("mse", "max", "percentile", "kl")
+
+Batches = Iterable[Any] | Tensor
+
+
+def fit_weight_scales(weight: Tensor, rule: str = "mse", power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Find per-channel symmetric scales of a weight for widths 1..8, and the error each leaves.
+
+    Rule `mse` minimises the error over clipping points max|w| * k / 80; `max` and `kl` take max|w|, `percentile` the 99.99th
+    of |w|. At one bit the scale is mean |w|, which is optimal (Rastegari et al. 2016, equation 6).
+
+    Args:
+        weight: A weight (C_out, ...).
+        rule: One of `RULES`.
+        power_of_two: Whether scales are rounded to powers of two.
+
+    Returns:
+        Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of the whole tensor (8,).
+
+    Raises:
+        ValueError: For a weight that isn't finite.
+    """
+    refuse_infinite(weight)
+    channels = _Channels(weight.detach().flatten(1).double(), rule)
+    scales, errors = [], []
+    for bits in WIDTHS:
+        scale = channels.scale(bits, rule)
+        if power_of_two:
+            scale = channels.best_of((2 ** scale.log2().floor(), 2 ** scale.log2().ceil()), bits)
+        scales.append(scale)
+        errors.append(channels.errors(scale, bits)[channels.live].sum() / channels.energy)
+    return torch.stack(scales).float(), torch.stack(errors).float()
+
+
+class _Channels:
+    """The rows (channels) of a weight, and where they may be clipped."""
+
+    def __init__(self, rows: Tensor, rule: str) -> None:
+        self.rows = rows
+        self.largest = rows.new_zeros(len(rows))
+        if rows.shape[1]:
+            self.largest = rows.abs().amax(1)
+        self.live = self.largest > 0
+        self.clip = self.largest
+        if rule == "percentile":
+            self.clip = rows.abs().quantile(PERCENTILE, dim=1)
+        self.energy = rows.square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
+
+    def scale(self, bits: int, rule: str) -> Tensor:
+        """Return a scale per channel, by a rule."""
+        high = integer_range(bits, True)[1]
+        if bits == 1:
+            return torch.where(self.live, self.rows.abs().mean(1), 1.0)
+        if rule == "mse":
+            # Below half the step of the next width down, clipping has long cost more than it saves.
+            return self.best_of((self.largest * (step / GRID / high) for step in range(GRID, GRID // 8, -1)), bits)
+        return torch.where(self.live & (self.clip > 0), self.clip / high, 1.0)
+
+    def best_of(self, candidates: Iterable[Tensor], bits: int) -> Tensor:
+        """Return for each channel the candidate with the smallest error."""
+        best, error = torch.ones_like(self.largest), torch.full_like(self.largest, torch.inf)
+        for candidate in candidates:
+            scale = torch.where(self.live & (candidate > 0), candidate, 1.0)
+            left = self.errors(scale, bits)
+            better = left < error
+            best, error = torch.where(better, scale, best), torch.where(better, left, error)
+        return best
+
+    def errors(self, scale: Tensor, bits: int) -> Tensor:
+        """Return the squared error of each channel."""
+        quantized = quantize_tensor(self.rows, scale[:, None], bits, True) * scale[:, None]
+        return (self.rows - quantized).square().sum(1)
+
+
+def fit_activation_scales(
+    sample: Tensor, largest: float, signed: bool, rule: str = "mse", power_of_two: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Find per-tensor scales of an activation for widths 1..8, and the relative error each leaves.
+
+    The error is taken over a histogram of the magnitudes; exact zeros, which every width represents, are left out of it (but
+    for one signed bit). Rule `mse` minimises it, `max` clips at `largest`, `percentile` at the 99.99th percentile of the
+    sample, `kl` where the divergence of the histogram before and after is smallest (`kl_threshold`).
+
+    Args:
+        sample: A sample of the values.
+        largest: The largest magnitude of all of them.
+        signed: Whether any of them is negative.
+        rule: One of `RULES`.
+        power_of_two: Whether scales are rounded to powers of two.
+
+    Returns:
+        Scales (8,) and relative errors (8,).
+    """
+    if largest <= 0:
+        return torch.ones(MAX_BITS), torch.zeros(MAX_BITS)
+    magnitudes = _Magnitudes(sample.detach().abs().double(), largest, signed)
+    scales, errors = [], []
+    for bits in WIDTHS:
+        if bits == 1 and signed:
+            grid, error = magnitudes.of_signs(power_of_two)
+        else:
+            grid = magnitudes.candidates(bits, rule)
+            if power_of_two:
+                grid = torch.cat([2 ** grid.log2().floor(), 2 ** grid.log2().ceil()])
+            error = magnitudes.errors(grid, bits)
+        least, index = error.min(0)
+        scales.append(grid[index])
+        errors.append(least / magnitudes.energy.clamp_min(torch.finfo(torch.double).tiny))
+    return torch.stack(scales).float(), torch.stack(errors).float()
+
+
+class _Magnitudes:
+    """A histogram of an activation's magnitudes, and where they may be clipped."""
+
+    def __init__(self, magnitudes: Tensor, largest: float, signed: bool) -> None:
+        self.all = magnitudes
+        self.largest = largest
+        self.signed = signed
+        live = magnitudes[magnitudes > 0]
+        self.zeros = len(magnitudes) - len(live)
+        self.counts = torch.histc(live, BINS, 0, largest)
+        self.centres = (torch.arange(BINS, dtype=torch.double) + 0.5) * (largest / BINS)
+        self.energy = (self.counts * self.centres.square()).sum()
+        clips = largest * torch.arange(GRID, 0, -1, dtype=torch.double) / GRID
+        # Low widths of heavy-tailed data clip further down than the linear grid reaches.
+        self.clips = torch.cat([clips, clips[-1] * 0.8 ** torch.arange(1, 12, dtype=torch.double)])
+
+    def candidates(self, bits: int, rule: str) -> Tensor:
+        """Return the scales among which a rule chooses that of the smallest error."""
+        high = integer_range(bits, self.signed)[1]
+        if rule == "mse":
+            return self.clips / high
+        if rule == "kl":
+            return kl_threshold(self.counts, self.largest, high + 1).view(1) / high
+        top = torch.tensor(self.largest).double()
+        if rule == "percentile":
+            quantile = torch.quantile(self.all, PERCENTILE)
+            if quantile > 0:
+                top = quantile
+        return top.view(1) / high
+
+    def errors(self, grid: Tensor, bits: int) -> Tensor:
+        """Return the squared error of each scale. Signed or not, a magnitude's error is that of its positive side."""
+        high = integer_range(bits, self.signed)[1]
+        rounded = (self.centres / grid[:, None]).round().clamp(max=high) * grid[:, None]
+        return (self.counts * (self.centres - rounded).square()).sum(1)
+
+    def of_signs(self, power_of_two: bool) -> tuple[Tensor, Tensor]:
+        """Return the scales to choose from for one signed bit, and the squared error of each."""
+        mean = self.all.mean()
+        grid = mean.view(1)
+        if power_of_two:
+            grid = torch.stack([2 ** mean.log2().floor(), 2 ** mean.log2().ceil()])
+        at_zero = self.zeros * grid.square()
+        return grid, (self.counts * (self.centres - grid[:, None]).square()).sum(1) + at_zero
+
+
+def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
+    """Find where to clip a histogram of magnitudes so that its distribution changes least.
+
+    For every 16th number i of bins kept, from 128: P is the histogram up to i with all that lies beyond added to its last
+    bin; Q is P's own part (without what lies beyond) merged into `levels` groups of bins, each group's count spread evenly
+    over its bins that aren't empty. The clipping point is that of the smallest Kullback-Leibler divergence of P from Q
+    (Migacz, "8-bit Inference with TensorRT", GTC 2017).
+
+    Many equal values (an image's constant background, seen through a convolution) make a spike that no merging of bins
+    leaves alone: the rule then clips far too much.
+
+    Args:
+        counts: The histogram, BINS numbers.
+        largest: The largest magnitude, where the last bin ends.
+        levels: How many levels magnitudes will have.
+
+    Returns:
+        The clipping point, one number.
+    """
+    width, total = largest / BINS, counts.sum()
+    best, least = counts.new_tensor(largest), counts.new_tensor(torch.inf)
+    for kept in range(max(128, -(-levels // 16) * 16), BINS + 1, 16):
+        own = counts[:kept]
+        p = own.clone()
+        p[-1] += total - own.sum()
+        group = torch.arange(kept, device=counts.device) * levels // kept
+        filled = (own > 0).double()
+        sums = counts.new_zeros(levels).index_add_(0, group, own)
+        bins = counts.new_zeros(levels).index_add_(0, group, filled)
+        q = filled * (sums / bins.clamp_min(1))[group]
+        p, q = p / total, q / q.sum().clamp_min(1e-12)
+        seen = p > 0
+        # A bin that P fills and Q doesn't (the last one, with what lies beyond) counts as nearly impossible.
+        divergence = (p[seen] * (p[seen] / q[seen].clamp_min(1e-12)).log()).sum()
+        if divergence < least:
+            best, least = counts.new_tensor((kept + 0.5) * width), divergence
+    return best.clamp(max=largest)
+
+
+class Observer:
+    """What a layer's input looked like: a sample of its values, its largest magnitude and whether it was ever negative."""
+
+    def __init__(self) -> None:
+        """Have seen nothing yet."""
+        self.values: list[Tensor] = []
+        self.largest, self.signed = 0.0, False
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Look at a layer's input: a forward pre-hook. Raises ValueError for one that isn't finite."""
+        values = inputs[0].detach()
+        if values.numel() == 0:
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            raise ValueError("an activation that isn't finite appeared during calibration")
+        self.largest, self.signed = max(self.largest, -low, high), self.signed or low < 0
+        # A contiguous view in memory order, then every n-th value: an odd stride meets all channels alike.
+        flat = values.reshape(-1)
+        self.values.append(flat[:: max(1, flat.numel() // SAMPLES) | 1][:SAMPLES].float())
+
+    def sample(self) -> Tensor:
+        """Return a sample of all values that were seen, float32."""
+        values = torch.cat(self.values)
+        return values[:: max(1, values.numel() // SAMPLES) | 1]
+
+
+def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Observer]:
+    """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
+
+    Args:
+        network: The network.
+        layers: Modules of it, by name.
+        batches: One tensor (one batch), or an iterable of tensors or of (inputs, labels).
+
+    Returns:
+        An observer by layer; one that is never called has seen nothing.
+
+    Raises:
+        ValueError: If there are no images, or for an activation that isn't finite.
+    """
+    observers = {name: Observer() for name in layers}
+    handles = [module.register_forward_pre_hook(observers[name]) for name, module in layers.items()]
+    training, seen = network.training, 0
+    if isinstance(batches, Tensor):
+        batches = [batches]
+    try:
+        network.eval()
+        with torch.no_grad():
+            for batch in batches:
+                inputs = batch
+                if isinstance(batch, list | tuple):
+                    inputs = batch[0]
+                network(inputs)
+                seen += len(inputs)
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise ValueError("calibration needs at least one image; `calibrate` gave none")
+    return observers

@@ -1,0 +1,65 @@
+"""Tables fit their console, and nothing of a file steers a terminal."""
+
+from __future__ import annotations
+
+import io
+import shlex
+
+import pytest
+from rich.console import Console
+
+from haq.console.tables import Column, command_line, key_table, new_table, parts, plain, print_columns, say, say_next
+
+HOSTILE = "[bold]a[/] :dog: \x1b[31mred\x07 \u202eback [/x] \\[i]"
+
+
+def console(width: int) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=False)
+
+
+def text(shown: Console) -> str:
+    assert isinstance(shown.file, io.StringIO)
+    return shown.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_wide_table_is_broken_and_nothing_is_left_out(width: int) -> None:
+    names = [f"blocks.{i}.a_layer_with_a_long_name" for i in range(5)]
+    costs = [[f"{index}.{row:03}" for row in range(6)] for index in range(9)]
+    columns = [Column("layer", [*names, "total"])]
+    columns += [Column(f"ms at\nw{index}", cost, "right") for index, cost in enumerate(costs)]
+    shown = console(width)
+    print_columns(shown, "a network", columns, totals=1, caption="below")
+    lines = text(shown).splitlines()
+    assert max(map(len, lines)) <= width
+    cells = set(text(shown).split())
+    assert cells >= {f"{index}.{row:03}" for index in range(9) for row in range(6)}
+    assert cells >= {f"w{index}" for index in range(9)}
+    assert text(shown).count("a network") == text(shown).count("below") == 1
+    tables = text(shown).count("total")
+    assert tables == len(parts(columns, width))
+    assert (tables == 1) == (width == 120)
+
+
+def test_names_are_shown_as_they_are() -> None:
+    for width in (200, 60):
+        shown = console(width)
+        table = new_table(HOSTILE, HOSTILE)
+        table.add_column("a")
+        table.add_row(plain(HOSTILE))
+        shown.print(table)
+        shown.print(key_table([("key", HOSTILE)]))
+        say(shown, HOSTILE)
+        print_columns(shown, HOSTILE, [Column("a", [HOSTILE]), Column("b", ["c"])], caption=HOSTILE)
+        seen = text(shown)
+        assert not {"\x1b", "\x07", "\u202e"} & set(seen)
+        if width == 200:
+            assert seen.count(r"[bold]a[/] :dog: \x1b[31mred\x07 \u202eback [/x] \[i]") == 8
+
+
+def test_commands_are_quoted_and_never_broken() -> None:
+    words = ["python", "-m", "haq.evaluate", "a run; rm -rf ~", "it's"]
+    assert shlex.split(command_line(*words)) == words
+    shown = console(20)
+    say_next(shown, *words)
+    assert text(shown) == f"Next: {command_line(*words)}\n"
