@@ -2,8 +2,9 @@
 
 import gymnasium
 
+from envs.base import SearchProblem
 from envs.haq_paper import HaqEnv
-from envs.mixed_precision import MixedPrecisionEnv, SearchProblem
+from envs.mixed_precision import MixedPrecisionEnv
 from envs.plan import Plan
 
 __all__ = ["HaqEnv", "MixedPrecisionEnv", "Plan", "SearchProblem"]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from envs.mixed_precision import SATURATED, Array, SearchProblem
+from envs.base import SATURATED, Array, Judge, Observation, PolicyEnv, SearchProblem, Step, scale_columns, unit_box
 
 WEIGHTS, ACTIVATIONS = 0, 1
 
 
-class HaqEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+class HaqEnv(PolicyEnv):
     """Choose the bits of every layer freely; what exceeds the budget in the end is taken back (Wang et al., CVPR 2019).
 
     ## Description
@@ -41,31 +37,28 @@ class HaqEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     of the episode's actions that lay at a bound. Never truncates.
 
     ## Arguments
-    `gymnasium.make("haq/HAQ-v0", problem=problem)`
+    `gymnasium.make("haq/HAQ-v0", problem=problem, judge=judge)`. `judge(policy)` evaluates the policy of a finished episode;
+    without it `problem.evaluate` does.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    def __init__(self, problem: SearchProblem, judge: Judge | None = None) -> None:
+        """Make the environment of a problem.
 
-    def __init__(self, problem: SearchProblem) -> None:
-        self.problem = problem
-        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
-        self.observation_space = spaces.Box(-1.0, 1.0, (10,), np.float32)
-        self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
-        if not self.free:
-            raise ValueError("every layer has a single allowed pair of bits: there is nothing to decide")
-        chosen = np.concatenate([problem.decisions[index].pairs for index in self.free])
-        self._low, self._high = int(chosen.min()), int(chosen.max())
+        Args:
+            problem: What is to be searched.
+            judge: Evaluates the policy of a finished episode; None is `problem.evaluate`.
+
+        Raises:
+            ValueError: If there is nothing to decide.
+        """
+        super().__init__(problem, judge)
+        self.action_space = unit_box(1)
+        self.observation_space = unit_box(10)
         self._features = self._describe_layers()
         self._start()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        super().reset(seed=seed)
-        self._start()
-        return self._observe(), {}
-
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> Step:
+        """Give the next operand its bits."""
         if len(self._actions) >= 2 * len(self.free):
             raise RuntimeError("the episode is over: call reset()")
         layer, operand = divmod(len(self._actions), 2)
@@ -75,47 +68,46 @@ class HaqEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._actions.append(asked)
         if len(self._actions) < 2 * len(self.free):
             return self._observe(), 0.0, False, False, {}
-        options = self._within_budget()
-        decided = list(zip(self.problem.decisions, options, strict=True))
-        policy = self.problem.decide([decision.pairs[option] for decision, option in decided])
-        result = self.problem.evaluate(policy)
-        info = {
-            "policy": policy,
-            "accuracy": result.accuracy,
-            "loss": result.loss,
-            "cost": sum(float(decision.prices[option]) for decision, option in decided),
-            "saturated": float((np.abs(self._actions) > SATURATED).mean()),
-        }
-        return self._observe(), 10 * (result.accuracy - self.problem.float_accuracy), True, False, info
+        decided = list(zip(self.problem.decisions, self._within_budget(), strict=True))
+        pairs = [decision.pairs[option] for decision, option in decided]
+        cost = sum(float(decision.prices[option]) for decision, option in decided)
+        saturated = float((np.abs(self._actions) > SATURATED).mean())
+        return self._finish(pairs, cost, saturated)
 
     def _start(self) -> None:
         self._actions: list[float] = []
         self._bits = np.array([decision.pairs[-1] for decision in self.problem.decisions])
 
     def _within_budget(self) -> list[int]:
-        """An option per decision: the nearest to what was asked for, then lowered from the last to the first, again and again,
-        an operand at a time."""
+        """Choose an option per decision, the nearest to what was asked for, and take bits away until the budget holds.
+
+        They are taken from the last decision to the first, again and again, an operand at a time.
+        """
         decisions = self.problem.decisions
-        chosen = [int(np.square(d.pairs - bits).sum(1).argmin()) for d, bits in zip(decisions, self._bits, strict=True)]
+        chosen = []
+        for decision, bits in zip(decisions, self._bits, strict=True):
+            chosen.append(int(np.square(decision.pairs - bits).sum(1).argmin()))
 
-        def total() -> float:
-            return sum(float(d.prices[option]) for d, option in zip(decisions, chosen, strict=True))
+        def exceeded() -> bool:
+            total = sum(float(d.prices[option]) for d, option in zip(decisions, chosen, strict=True))
+            return total > self.problem.limit * (1 + 1e-9)
 
-        while total() > self.problem.limit * (1 + 1e-9):
+        while exceeded():
             before = list(chosen)
             for index in reversed(range(len(decisions))):
+                pairs = decisions[index].pairs
+                prices = decisions[index].prices
                 for operand in (ACTIVATIONS, WEIGHTS):
-                    pairs, prices = decisions[index].pairs, decisions[index].prices
                     pair = pairs[chosen[index]]
                     lower = (pairs[:, operand] < pair[operand]) & (prices < prices[chosen[index]])
-                    if lower.any() and total() > self.problem.limit * (1 + 1e-9):
+                    if lower.any() and exceeded():
                         chosen[index] = int(np.where(lower, np.square(pairs - pair).sum(1), np.inf).argmin())
             if chosen == before:  # fewer bits save nothing more, though another pair may
                 chosen = [int(decision.prices.argmin()) for decision in decisions]
         return chosen
 
     def _describe_layers(self) -> Array:
-        layers = [self.problem.workload.layers[self.problem.decisions[index].layers[0]] for index in self.free]
+        layers = [self.problem.workload.layers[decision.layers[0]] for decision in self.decisions]
         columns = np.array(
             [
                 np.arange(len(layers)),
@@ -129,11 +121,11 @@ class HaqEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
             ],
             dtype=float,
         ).T
-        span = np.ptp(columns, axis=0)
-        scaled: Array = 2 * (columns - columns.min(0)) / np.where(span > 0, span, 1) - 1
-        return scaled
+        return scale_columns(columns)
 
-    def _observe(self) -> NDArray[np.float32]:
+    def _observe(self) -> Observation:
         layer, operand = divmod(min(len(self._actions), 2 * len(self.free) - 1), 2)
-        last = self._actions[-1] if self._actions else 1.0
+        last = 1.0
+        if self._actions:
+            last = self._actions[-1]
         return np.array([*self._features[layer], 2 * operand - 1, last], np.float32)

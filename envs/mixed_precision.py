@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-import hw_models
+from envs.base import SATURATED, Array, Judge, Observation, PolicyEnv, SearchProblem, Step, scale_columns, unit_box
 from envs.plan import Plan
-from quantizers import BitPolicy
 
-Array = NDArray[np.float64]
-SATURATED = 0.99  # an action beyond it lies at a bound
 TINY = 1e-12
 
 
-class SearchProblem(Protocol):
-    """What the environment needs of a problem; `haq.Problem` has it."""
-
-    workload: hw_models.Workload
-    cost: Array  # (layers, 8, 8), indexed [layer, w_bits - 1, a_bits - 1]
-    limit: float
-    noise: Array  # (decisions, 2, 8)
-
-    @property
-    def decisions(self) -> Sequence[Any]: ...  # with layers, pairs (options, 2), prices (options,), of(table (8, 8))
-
-    @property
-    def float_accuracy(self) -> float: ...
-
-    def decide(self, pairs: Any) -> BitPolicy: ...
-
-    def evaluate(self, policy: BitPolicy) -> Any: ...
-
-
-class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+class MixedPrecisionEnv(PolicyEnv):
     """Choose weight and activation bits for every layer, within a hardware budget.
 
     ## Description
@@ -46,7 +19,7 @@ class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
     are decided already). The budget shapes the action: what a step may spend is what is left after the cheapest choice for
     every later layer, so every finished episode meets the budget and none can hit a wall at its end.
 
-    At every step there is a plan for what is left: the pairs with the least predicted rise of the loss that fit the budget
+    At every step there is a plan for what is left: the pairs with the least predicted loss that fit the budget
     (`envs.Plan`). Actions are relative to it, and it is made anew after each step, so a deviation is made good, as far as it
     can be, by the layers that follow.
 
@@ -81,12 +54,11 @@ class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
     of the episode's actions that lay at a bound. Never truncates.
 
     ## Arguments
-    `gymnasium.make("haq/MixedPrecision-v0", problem=problem, rise=rise)`. `rise`, of shape (decisions, 8, 8), is the rise of
-    the loss that every pair of bits is predicted to cause; without it the relative squared errors of calibration stand for
-    it (`problem.noise`).
+    `gymnasium.make("haq/MixedPrecision-v0", problem=problem, loss_increase=loss_increase, judge=judge)`. `loss_increase`, of
+    shape (decisions, 8, 8), is how much every pair of bits is predicted to add to the loss; without it the relative squared
+    errors of calibration stand for it (`problem.quantization_error`). `judge(policy)` evaluates the policy of a finished
+    episode; without it `problem.evaluate` does.
     """
-
-    metadata: dict[str, Any] = {"render_modes": []}
 
     FEATURES = (
         "position",
@@ -100,7 +72,7 @@ class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         "weights",
         "macs",
         "cost_share",
-        *(f"rise_at_{b}_{operand}_bits" for operand in ("weight", "activation") for b in range(1, 9)),
+        *(f"loss_increase_at_{b}_{operand}_bits" for operand in ("weight", "activation") for b in range(1, 9)),
         *(f"cost_at_{b}_{operand}_bits" for operand in ("weight", "activation") for b in range(1, 9)),
         "budget_left",
         "slack_left",
@@ -108,37 +80,38 @@ class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         "planned_activation_bits",
         "previous_weight_bits",
         "previous_activation_bits",
-        "rise_so_far",
-        "rise_in_the_end",
+        "loss_increase_so_far",
+        "loss_increase_in_the_end",
     )
 
-    def __init__(self, problem: SearchProblem, rise: Array | None = None) -> None:
-        self.problem = problem
-        self.action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
-        if not self.free:
-            raise ValueError("every layer has a single allowed pair of bits: there is nothing to decide")
-        self.observation_space = spaces.Box(-1.0, 1.0, (len(self.FEATURES) + 2 * len(self.free),), np.float32)
-        self.decisions = [problem.decisions[index] for index in self.free]
-        chosen = np.concatenate([decision.pairs for decision in self.decisions])
-        self._low, self._high = int(chosen.min()), int(chosen.max())
+    def __init__(self, problem: SearchProblem, loss_increase: Array | None = None, judge: Judge | None = None) -> None:
+        """Make the environment of a problem.
+
+        Args:
+            problem: What is to be searched.
+            loss_increase: What every pair of bits is predicted to add to the loss, shape (decisions, 8, 8); None takes
+                `problem.quantization_error`, of weights and of activations, in sum.
+            judge: Evaluates the policy of a finished episode; None is `problem.evaluate`.
+
+        Raises:
+            ValueError: If there is nothing to decide.
+        """
+        super().__init__(problem, judge)
+        if loss_increase is None:
+            errors = problem.quantization_error
+            loss_increase = errors[:, 0, :, None] + errors[:, 1, None, :]
+        self.action_space = unit_box(2)
+        self.observation_space = unit_box(len(self.FEATURES) + 2 * len(self.free))
         fixed = sum(float(decision.prices[0]) for decision in problem.decisions if len(decision.pairs) == 1)
         self._total = problem.limit - fixed
-        tables = problem.noise[:, 0, :, None] + problem.noise[:, 1, None, :] if rise is None else rise
-        self._rise = tables[self.free]
-        self._losses = [decision.of(table) for decision, table in zip(self.decisions, self._rise, strict=True)]
+        self._loss_increase = loss_increase[self.free]
+        self._losses = [decision.of(table) for decision, table in zip(self.decisions, self._loss_increase, strict=True)]
         self._plan = Plan(self._losses, [decision.prices for decision in self.decisions], self._total)
         self._features = self._describe_layers()
         self._start()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        super().reset(seed=seed)
-        self._start()
-        return self._observe(), {}
-
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> Step:
+        """Decide the bits of the next layer, or of layers that are tied."""
         if self._step >= len(self.decisions):
             raise RuntimeError("the episode is over: call reset()")
         asked = np.clip(np.asarray(action, float), -1, 1)
@@ -146,42 +119,36 @@ class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
         decision = self.decisions[self._step]
         self._pairs[self.free[self._step]] = decision.pairs[option]
         self._left -= float(decision.prices[option])
-        self._rise_so_far += float(self._losses[self._step][option])
+        self._lost += float(self._losses[self._step][option])
         self._saturated += int((np.abs(asked) > SATURATED).sum())
         self._step += 1
         if self._step < len(self.decisions):
             return self._observe(), 0.0, False, False, {}
-        policy = self.problem.decide(self._pairs)
-        result = self.problem.evaluate(policy)
-        info = {
-            "policy": policy,
-            "accuracy": result.accuracy,
-            "loss": result.loss,
-            "cost": float(self.problem.limit - self._left),
-            "saturated": self._saturated / (2 * len(self.decisions)),
-        }
-        return self._observe(), 10 * (result.accuracy - self.problem.float_accuracy), True, False, info
+        cost = float(self.problem.limit - self._left)
+        return self._finish(self._pairs, cost, self._saturated / (2 * len(self.decisions)))
 
     def planned(self) -> tuple[int, int]:
-        """The pair of bits that the plan gives to what this step decides."""
+        """Return the pair of bits that the plan gives to what this step decides."""
         w, a = self.decisions[self._step].pairs[self._plan.option(self._step, self._left)]
         return int(w), int(a)
 
     def action_for(self, w: int, a: int) -> NDArray[np.float32]:
-        """The action that asks for just these widths at the present step."""
-        planned, asked = np.array(self.planned(), float), np.array([w, a], float)
+        """Return the action that asks for just these widths at the present step."""
+        planned = np.array(self.planned(), float)
+        asked = np.array([w, a], float)
         reach = np.where(asked > planned, self._high - planned, planned - self._low)
         return np.clip((asked - planned) / np.where(reach > 0, reach, 1), -1, 1).astype(np.float32)
 
     def next_layer(self) -> str:
-        """The name of the (first) layer that the next step decides."""
+        """Return the name of the (first) layer that the next step decides."""
         return self.problem.workload.names[self.decisions[self._step].layers[0]]
 
     def _start(self) -> None:
         self._step = 0
         self._left = self._total
         self._pairs = np.array([decision.pairs[-1] for decision in self.problem.decisions])
-        self._rise_so_far, self._saturated = 0.0, 0
+        self._lost = 0.0  # what the decided layers are predicted to add to the loss
+        self._saturated = 0
 
     def _choose(self, action: Array) -> int:
         """The option nearest to what is asked for, of those that can be afforded."""
@@ -213,32 +180,39 @@ class MixedPrecisionEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]])
             ],
             dtype=float,
         ).T
-        span = np.ptp(columns, axis=0)
-        columns = 2 * (columns - columns.min(0)) / np.where(span > 0, span, 1) - 1
-        rises = np.concatenate([self._rise[:, :, -1], self._rise[:, -1, :]], axis=1)
-        # Rises differ by orders of magnitude: what counts is how large one is beside the largest.
-        rises = np.log10(np.maximum(rises / max(rises.max(), TINY), 1e-4)) / 2 + 1
+        increases = np.concatenate([self._loss_increase[:, :, -1], self._loss_increase[:, -1, :]], axis=1)
+        # They differ by orders of magnitude: what counts is how large one is beside the largest.
+        increases = np.log10(np.maximum(increases / max(increases.max(), TINY), 1e-4)) / 2 + 1
         costs = np.concatenate([cost[:, :, self._high - 1], cost[:, self._high - 1, :]], axis=1) / highest[:, None]
-        return np.concatenate([columns, rises, 2 * costs - 1], axis=1)
+        return np.concatenate([scale_columns(columns), increases, 2 * costs - 1], axis=1)
 
-    def _observe(self) -> NDArray[np.float32]:
+    def _observe(self) -> Observation:
         last = min(self._step, len(self.decisions) - 1)
-        over = self._step == len(self.decisions)
-        previous = self._pairs[self.free[last - 1]] if self._step > 0 else np.full(2, self._high)
-        planned = previous if over else np.array(self.planned())
-        slack = self._total - self._plan.cheapest_from[0]
-        left = self._left - self._plan.cheapest_from[self._step]
+        previous = np.full(2, self._high)
+        if self._step > 0:
+            previous = self._pairs[self.free[last - 1]]
+        planned = previous
+        if self._step < len(self.decisions):
+            planned = np.array(self.planned())
+        expected = self._lost + self._plan.least(self._step, self._left)
         least = max(self._plan.least(0, self._total), TINY)
-        expected = self._rise_so_far + self._plan.least(self._step, self._left)
+        reach = max(self._high - self._low, 1)
         dynamic = [
             self._left / max(self._total, TINY),
-            left / slack if slack > 0 else 0.0,
-            *((planned - self._low) / max(self._high - self._low, 1)),
-            *((previous - self._low) / max(self._high - self._low, 1)),
-            self._rise_so_far / max(expected, TINY),
+            self._slack_left(),
+            *((planned - self._low) / reach),
+            *((previous - self._low) / reach),
+            self._lost / max(expected, TINY),
             np.log2(max(expected / least, 1.0)) / 4,
         ]
-        decided = 2 * (self._pairs[self.free] - self._low) / max(self._high - self._low, 1) - 1
+        decided = 2 * (self._pairs[self.free] - self._low) / reach - 1
         decided[self._step :] = 0
         parts = (self._features[last], 2 * np.array(dynamic) - 1, decided.ravel())
         return np.clip(np.concatenate(parts), -1, 1).astype(np.float32)
+
+    def _slack_left(self) -> float:
+        """The share that is left of what the budget leaves beyond the cheapest policy."""
+        slack = self._total - self._plan.cheapest_from[0]
+        if slack <= 0:
+            return 0.0
+        return float((self._left - self._plan.cheapest_from[self._step]) / slack)

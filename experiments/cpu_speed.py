@@ -215,7 +215,7 @@ def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Itera
         if given.trained:
             found = base.solve("ilp", base.Session(problem, 20 if quick else EVALUATIONS), 0).policy
         else:
-            noise = problem.noise
+            noise = problem.quantization_error
             found = ilp.propose(problem, noise[:, 0, :, None] + noise[:, 1, None, :])
         note = f"budget {problem.policy_cost(found) / problem.reference:.3f}"
         note += f": least possible is {least:.3f}" if least > BUDGET else ""

@@ -120,7 +120,7 @@ def measure(case: Case) -> tuple[dict[str, float], dict[str, str]]:
     seen = [result.images for result in stopped.cache.values()]
     held = {
         storage.data_ptr(): storage.nbytes()
-        for kept in (changed._prefix.kept if changed._prefix else [])
+        for kept in (changed.prefix.kept if changed.prefix else [])
         for state, _ in kept.states.values()
         for storage in (value.untyped_storage() for value in state if isinstance(value, Tensor))
     }

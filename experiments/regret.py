@@ -57,8 +57,9 @@ from haq.console import cli
 from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation
-from haq.solvers import random_search, sensitivity
-from haq.solvers.base import SOLVERS, Session, solve
+from haq.problem.objective import find_objective
+from haq.solvers import SOLVERS, random_search, sensitivity
+from haq.solvers.base import Session, Trial, solve
 from haq.study.config import SearchConfig
 
 NAME = "regret"
@@ -124,13 +125,13 @@ class Known(haq.Problem):
     """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
 
     def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """of: what a problem holds: workload, cost, bits, groups, decisions, noise, metric, float_result.
+        """of: what a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
         fraction: the budget, from the cheapest policy (0) to the dearest (1).
         accuracy, loss: one axis per decision, one entry per option.
         """
-        for field in ("workload", "cost", "bits", "groups", "decisions", "noise", "metric", "float_result"):
+        for field in ("workload", "cost", "bits", "groups", "decisions", "quantization_error", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
-        self.objective = "accuracy"
+        self.objective = find_objective("accuracy")
         self.title, self._elsewhere = title, getattr(of, "evaluate", None)
         self._accuracy, self._loss = accuracy, loss
         self._option = [{tuple(pair): i for i, pair in enumerate(d.pairs.tolist())} for d in self.decisions]
@@ -255,7 +256,7 @@ def published(given: dict[str, Any]) -> list[Known]:
         pairs = np.array([(4, 8), (8, 8)])  # its sensitivities are those of weights; activations follow
         of.decisions = [Decision(group, pairs, cost[list(group)].sum(0)) for group in groups]
         noise = np.stack([[np.interp(np.arange(1, 9), (4, 8), harm[list(g)].sum(0)), np.zeros(8)] for g in groups])
-        of.noise = noise / harm.sum()
+        of.quantization_error = noise / harm.sum()
         made.append(Known(of, f"hawqv3 {case}, budget 0.5", 0.5, 1 - total / harm[:, 0].sum(), total))
     return made
 
@@ -286,14 +287,18 @@ def one_search(asked: tuple[str, bool, int, str, int, int, int]) -> Outcome:
     problem = known(name, quick)[number]
     curve: list[float] = []
 
-    def on_evaluation(count: int, found: Any, within: bool) -> None:
-        best = curve[-1] if curve else 100 * problem.best
-        curve.append(min(best, 100 * (problem.best - found.result.accuracy)) if within else best)
+    def on_trial(found: Trial) -> None:
+        best = 100 * problem.best
+        if curve:
+            best = curve[-1]
+        if found.feasible:
+            best = min(best, 100 * (problem.best - found.accuracy))
+        curve.append(best)
 
     start = time.perf_counter()
-    found = solve(solver, Session(problem, evaluations, on_evaluation, ahead=ahead), seed)
+    found = solve(solver, Session(problem, evaluations, on_trial, ahead=ahead), seed)
     seconds = time.perf_counter() - start
-    return Outcome(problem.title, solver, evaluations, seed, 100 * (problem.best - found.result.accuracy), curve, seconds)
+    return Outcome(problem.title, solver, evaluations, seed, 100 * (problem.best - found.accuracy), curve, seconds)
 
 
 def additivity(problem: Known) -> float:

@@ -76,10 +76,10 @@ def run(problem: haq.Problem, solver: str, evaluations: int) -> Timed:
         problem.evaluator.cache.clear()
     digest = hashlib.sha256()
 
-    def on_evaluation(count: int, found: Trial, within: bool) -> None:
-        digest.update(repr((count, found.result, sorted(found.policy.items()))).encode())
+    def on_trial(found: Trial) -> None:
+        digest.update(repr((session.used, found.evaluation, sorted(found.policy.items()))).encode())
 
-    session = Session(problem, evaluations, on_evaluation, ahead=AHEAD)
+    session = Session(problem, evaluations, on_trial, ahead=AHEAD)
     began = time.perf_counter()
     solve(solver, session, seed=0)
     return Timed(session.used / (time.perf_counter() - began), digest.hexdigest()[:12])

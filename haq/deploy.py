@@ -33,7 +33,7 @@ from haq.deployment.graph import Graph, capture
 from haq.deployment.lowering import lower
 from haq.deployment.tvm import Deployed, compile_program
 from haq.store.lock import writing
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from haq.study.task import LoadedNetwork
 from hw_models import load_target
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 def go(options: argparse.Namespace, held: ExitStack) -> int:
     """What is asked for; `held` holds the run's folder until the end, if that is where it is written."""
     console = Console()
-    run = Run.load(options.run)
+    run = SearchRun.load(options.run)
     policy = run.load_policy()
     out = options.out or run.folder / ("deployed" if options.to == "tvm" else f"{options.to}.onnx")
     if out.resolve().is_relative_to(run.folder.resolve()):

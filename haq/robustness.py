@@ -30,9 +30,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq.attacks import assessment, threat_model
+from haq.attacks import assessment, masking, threat_model
 from haq.attacks.assessment import Assessment
-from haq.attacks.evaluation_attacks import ATTACK_BUDGETS, BACKWARD, check_names
+from haq.attacks.base import ATTACK_BUDGETS, BACKWARD
+from haq.attacks.suite import check_names
 from haq.attacks.threat_model import NORMS, ThreatModel
 from haq.console import cli
 from haq.problem.evaluator import one_thread
@@ -380,7 +381,7 @@ def draw(content: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel=f"eps, {scale} ({norm})", ylabel="accuracy, %", ylim=(0, 100), xlim=(0, None))
     few = next(iter(content["networks"].values()))["curve_images"]
     axes.set_title(
-        f"Lines: PGD, {assessment.CURVE_STEPS} steps, {few} images. Stars: worst case over all attacks\n"
+        f"Lines: PGD, {masking.CURVE_STEPS} steps, {few} images. Stars: worst case over all attacks\n"
         "(triangles: an upper bound, gradients are masked)",
         fontsize=9,
     )

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from hw_models.cost import METRICS, UNITS, Costs, CostTable, undominated
     from hw_models.registry import Registry
     from hw_models.storage import BITS, float_bytes, peak_activation_bytes, storage_bytes, storage_parts
-    from hw_models.target import MEASURED, Target, load_target, target_names
+    from hw_models.target import HARDWARE_MODELS, MEASURED, TARGETS, Target, load_target, target_names, target_rows
     from hw_models.tracing import trace
     from hw_models.workload import Call, Layer, Workload
 
 __all__ = [
     "BITS",
+    "HARDWARE_MODELS",
     "MEASURED",
     "METRICS",
+    "TARGETS",
     "UNITS",
     "Call",
     "CostTable",
@@ -37,6 +39,7 @@ __all__ = [
     "storage_bytes",
     "storage_parts",
     "target_names",
+    "target_rows",
     "trace",
     "undominated",
 ]
@@ -45,7 +48,7 @@ _MODULES = {
     "cost": ("METRICS", "UNITS", "Costs", "CostTable", "undominated"),
     "registry": ("Registry",),
     "storage": ("BITS", "float_bytes", "peak_activation_bytes", "storage_bytes", "storage_parts"),
-    "target": ("MEASURED", "Target", "load_target", "target_names"),
+    "target": ("HARDWARE_MODELS", "MEASURED", "TARGETS", "Target", "load_target", "target_names", "target_rows"),
     "tracing": ("trace",),
     "workload": ("Call", "Layer", "Workload"),
 }

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hw_models.notebook import html_table
 from hw_models.storage import BITS
 from hw_models.workload import Workload
 
@@ -28,7 +29,7 @@ class Costs(NamedTuple):
     cycles: Integers | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CostTable:
     """Costs of every layer at every pair of widths on one target, for one batch.
 
@@ -50,6 +51,7 @@ class CostTable:
     counters: Mapping[str, Integers] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Check that every cost is a positive number and has the shape of the workload."""
         shape = (len(self.workload), BITS, BITS)
         for name in ("latency_s", "energy_j", "storage_bytes", "cycles"):
             array = getattr(self, name)
@@ -61,6 +63,32 @@ class CostTable:
                 layer = int(np.argwhere(~(np.isfinite(array) & (array > 0)))[0][0])
                 raise ValueError(f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r}")
 
+    def __repr__(self) -> str:
+        """Say on one line what was priced where, and what it costs at 8 bits."""
+        costs = [f"{metric} {_digits(self._at_most_bits(metric), metric)} {UNITS[metric]}" for metric in self.metrics]
+        return f"CostTable({self._about}; at w{BITS}/a{BITS} {', '.join(costs)})"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for metric in self.metrics:
+            array = self.metric(metric)
+            least, most = array.min((1, 2)).sum(), array.max((1, 2)).sum()
+            amounts = (self._at_most_bits(metric), float(least), float(most))
+            rows.append((metric, UNITS[metric], *(_digits(amount, metric) for amount in amounts)))
+        headings = ("metric", "unit", f"at w{BITS}/a{BITS}", "least of any policy", "most of any policy")
+        return html_table(self._about, headings, rows)
+
+    @property
+    def _about(self) -> str:
+        images = "1 image"
+        if self.batch > 1:
+            images = f"{self.batch} images"
+        return f"{len(self.workload)} layers on {self.target}, {self.provenance}, one batch of {images}"
+
+    def _at_most_bits(self, metric: str) -> float:
+        """The cost of all layers at the largest widths."""
+        return float(self.metric(metric)[:, -1, -1].sum())
+
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics this target has."""
@@ -68,7 +96,10 @@ class CostTable:
         return tuple(name for name, array in present.items() if array is not None)
 
     def metric(self, name: str) -> Floats:
-        """The array of `latency` (s), `energy` (J) or `storage` (B). Raises ValueError listing what there is."""
+        """Return the array of `latency` (s), `energy` (J) or `storage` (B).
+
+        Raises ValueError listing what there is.
+        """
         if name not in self.metrics:
             raise ValueError(f"target {self.target} has no metric {name!r}; it has {', '.join(self.metrics)}")
         array = {"latency": self.latency_s, "energy": self.energy_j, "storage": self.storage_bytes}[name]
@@ -76,24 +107,27 @@ class CostTable:
         return array
 
     def price(self, w_bits: object, a_bits: object) -> Costs:
-        """Costs of policies. `w_bits` and `a_bits` are integer arrays (..., layers); each cost has shape (...).
+        """Sum the costs of policies over their layers.
 
-        Raises ValueError for bits outside 1..8, for another number of layers, and for bits that aren't integers.
+        Args:
+            w_bits: Weight widths, integers of shape (..., layers).
+            a_bits: Activation widths, the same shape.
+
+        Returns:
+            Costs of shape (...): seconds, joules, bytes and cycles; None where the target has no such metric.
+
+        Raises:
+            ValueError: For bits outside 1..8, for another number of layers, and for bits that aren't integers.
         """
-        w, a = np.asarray(w_bits), np.asarray(a_bits)
-        for name, array in (("w_bits", w), ("a_bits", a)):
-            if not np.issubdtype(array.dtype, np.integer):
-                raise ValueError(f"{name} must be integers, not {array.dtype}")
-            if array.ndim == 0 or array.shape[-1] != len(self.workload):
-                raise ValueError(f"{name} has shape {array.shape}; its last dimension must be {len(self.workload)} layers")
-            if array.size and not (array.min() >= 1 and array.max() <= BITS):
-                raise ValueError(f"{name} must be from 1 to {BITS}, found {array.min()} to {array.max()}")
+        w, a = self._checked("w_bits", w_bits), self._checked("a_bits", a_bits)
         # One index into each flattened table: four times as fast as three.
         cell = BITS * w.astype(np.intp) + a - (BITS + 1)
         cell += BITS * BITS * np.arange(len(self.workload))
 
         def total(table: NDArray[np.generic] | None) -> NDArray[np.generic] | None:
-            return None if table is None else table.reshape(-1).take(cell).sum(-1)
+            if table is None:
+                return None
+            return table.reshape(-1).take(cell).sum(-1)
 
         return Costs(
             total(self.latency_s),  # type: ignore[arg-type]
@@ -102,18 +136,36 @@ class CostTable:
             total(self.cycles),  # type: ignore[arg-type]
         )
 
+    def _checked(self, name: str, bits: object) -> NDArray[np.integer]:
+        array = np.asarray(bits)
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name} must be integers, not {array.dtype}")
+        if array.ndim == 0 or array.shape[-1] != len(self.workload):
+            raise ValueError(f"{name} has shape {array.shape}; its last dimension must be {len(self.workload)} layers")
+        if array.size and not (array.min() >= 1 and array.max() <= BITS):
+            raise ValueError(f"{name} must be from 1 to {BITS}, found {array.min()} to {array.max()}")
+        return array
+
+
+def _digits(amount: float, metric: str) -> str:
+    """Write an amount with four digits; bytes are whole."""
+    if UNITS[metric] == "B":
+        return f"{amount:,.0f}"
+    return f"{amount:.4g}"
+
 
 def check_batch(batch: object) -> int:
-    """A batch as it was given. Raises ValueError unless it is a positive integer."""
+    """Return a batch as it was given. Raises ValueError unless it is a positive integer."""
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a positive integer, not {batch!r}")
     return batch
 
 
 def undominated(cost: Floats, allowed: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The allowed pairs worth choosing: those for which no other allowed pair has at least the bits at no more cost.
+    """Mark the allowed pairs worth choosing: no other allowed pair has at least their bits at no more cost.
 
-    `cost` and `allowed` have shape (layers, 8, 8). It assumes that more bits never hurt accuracy, and nothing about cost.
+    `cost` and `allowed` have shape (layers, 8, 8), and so has what is returned. It assumes that more bits never hurt
+    accuracy, and nothing about cost.
     """
     worth = allowed.copy()
     priced = np.where(allowed, cost, np.inf)

@@ -47,7 +47,7 @@ class Registry(Generic[Thing]):
         self,
         kind: str,
         group: str,
-        builtin: Mapping[str, tuple[str | Thing, str]],
+        builtin: Mapping[str, tuple[str | Thing, str | Callable[[], str]]],
         *,
         check: Callable[[Any], str] | None = None,
         forms: Mapping[str, str] | None = None,
@@ -57,7 +57,8 @@ class Registry(Generic[Thing]):
         Args:
             kind: What the things are called in messages, in the singular: "solver".
             group: The group of entry points in which installed packages offer more: "haq.solvers".
-            builtin: Our own by name: "package.module:attribute", or the thing itself, and one line about it.
+            builtin: Our own by name: "package.module:attribute", or the thing itself, and one line about it, or what
+                returns that line when it is wanted.
             check: Says what a thing lacks, in words that continue "it lacks"; empty text for nothing. See `requires`.
             forms: Other forms of a name, which the caller handles before it asks here, with a line about each:
                 {"timm:NAME": "a network of timm"}. What stands before a colon is then never taken for a module.
@@ -86,7 +87,11 @@ class Registry(Generic[Thing]):
 
     def rows(self) -> list[Row]:
         """List what can be given: our own, the other forms of a name, and what is installed; nothing is imported."""
-        own = [Row(name, BUILT_IN, line) for name, (_, line) in self._builtin.items()]
+        own = []
+        for name, (_, line) in self._builtin.items():
+            if callable(line):
+                line = line()
+            own.append(Row(name, BUILT_IN, line))
         forms = [Row(form, BUILT_IN, line) for form, line in self._forms.items()]
         installed = []
         for point in self._installed():
@@ -111,7 +116,7 @@ class Registry(Generic[Thing]):
             ImportError: For a thing of somebody else's that can't be imported, with the reason.
         """
         thing = self._find(name, modules)
-        if lacking := self._check(thing) if self._check else "":
+        if self._check and (lacking := self._check(thing)):
             raise ValueError(f"{self.kind} {name!r} can't be used: it lacks {lacking}")
         return thing
 
@@ -236,7 +241,7 @@ def _import(module_name: str, attribute: str, what: str) -> Any:
         if isinstance(error, ModuleNotFoundError):
             missing = error.name
         raise ImportError(printable(f"{what} can't be imported: {reason}"), name=missing) from error
-    for part in attribute.split(".") if attribute else ():
+    for part in filter(None, attribute.split(".")):
         found = getattr(thing, part, None)
         if found is None:
             close = difflib.get_close_matches(part, dir(thing), n=3)
@@ -259,5 +264,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def _summary(point: EntryPoint) -> str:
-    summary = point.dist.metadata["Summary"] if point.dist else None
-    return printable(" ".join((summary or point.value).split()))
+    summary = ""
+    if point.dist is not None:
+        summary = point.dist.metadata["Summary"] or ""
+    return printable(" ".join(summary.split()) or point.value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,22 +12,26 @@ from typing import Any, Protocol
 import yaml
 from pydantic import ValidationError
 
-from hw_models.bismo import BismoTarget
-from hw_models.bismo_overlay import BismoOverlayTarget
-from hw_models.bitfusion import BitFusionTarget
 from hw_models.cost import CostTable
 from hw_models.lut import load_lookup_table
+from hw_models.machine import Machine
+from hw_models.registry import Registry, Row, printable, requires
 from hw_models.tvm_cpu.cache import Notice, warn
 from hw_models.tvm_cpu.measure import Progress
 from hw_models.tvm_cpu.target import LOCAL, MEASURED, REMOTE, load_cpu
 from hw_models.workload import Workload
 
-MODELS: dict[str, type[BismoTarget] | type[BismoOverlayTarget] | type[BitFusionTarget]] = {
-    "bismo": BismoTarget,
-    "bismo-overlay": BismoOverlayTarget,
-    "bitfusion": BitFusionTarget,
-}
-
+# A class to each `model:` that a hardware file may name; its fields are the file's keys.
+HARDWARE_MODELS: Registry[type[Machine]] = Registry(
+    "hardware model",
+    "haq.hardware_models",
+    {
+        "bismo": ("hw_models.bismo:BismoTarget", "the bit-serial matrix multiplier as HAQ used it"),
+        "bismo-overlay": ("hw_models.bismo_overlay:BismoOverlayTarget", "BISMO's overlay with its three stages"),
+        "bitfusion": ("hw_models.bitfusion:BitFusionTarget", "the array whose multipliers fuse to any width"),
+    },
+    check=requires("model_validate", "model_fields", "provenance", "cost_table"),
+)
 
 MOST = 256 * 1024  # bytes of a file that describes hardware
 
@@ -35,21 +40,37 @@ class Target(Protocol):
     """Something that prices layers at given bits."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called."""
+        ...
 
     @property
-    def description(self) -> str: ...
+    def description(self) -> str:
+        """What it is, in a line."""
+        ...
 
     @property
-    def provenance(self) -> str: ...
+    def provenance(self) -> str:
+        """Whether its costs are "estimated" or "measured", and how."""
+        ...
 
-    def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable: ...
+    def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
+        """Price every layer at every pair of widths; a batch of None is the target's own."""
+        ...
 
 
 def target_names() -> tuple[str, ...]:
-    """The targets that ship with the package."""
+    """List the targets that ship with the package."""
     folder = resources.files("hw_models").joinpath("targets")
     return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
+
+
+def target_rows() -> list[Row]:
+    """List every target that can be named, each with where it comes from and a line about it.
+
+    Installed ones are told by their package alone: they aren't imported.
+    """
+    return TARGETS.rows()
 
 
 def load_target(
@@ -60,15 +81,30 @@ def load_target(
     cold: bool = False,
     progress: Progress | None = None,
     notice: Notice | None = None,
+    modules: bool = True,
 ) -> Target:
-    """Load a target by name, from a YAML file by path, or from a table of measurements by `lut:PATH`.
+    """Load a target by name, from a file, or from an installed package.
 
-    `cpu` measures kernels on this machine, `rpc:HOST:PORT` on a board. These alone take the options: `threads` (1), `target`
-    (JSON of a TVM target or a processor's name; this machine's own), `cold` (times with cold caches), and the callbacks
-    `progress(done, total, note)` and `notice(sentence)`.
+    Args:
+        name: One of `target_names`, a path to a YAML file, `lut:PATH` for a table of measurements, `cpu` for kernels
+            measured on this machine or `rpc:HOST:PORT` on a board, a name that an installed package offers, or
+            `module:Name` in the current folder: a target, or a class or function that makes one without arguments.
+        threads: Of measured kernels; None is one.
+        target: What kernels are compiled for, as JSON of a TVM target or a processor's name; None is this machine's own.
+        cold: Whether kernels are measured with their data out of the caches.
+        progress: Told progress(done, total, note) while kernels are measured.
+        notice: Told a sentence when measured times can't be trusted; None warns.
+        modules: Whether `module:Name` may be imported; False for a name that no person gave.
 
-    Raises ValueError for an unknown name, for options that a target doesn't take, and for a wrong file with the key, the value
-    and what is accepted; ImportError saying what to install; ConnectionError when no board answers.
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: For an unknown name, for options that a target doesn't take, for a wrong file with the key, the value
+            and what is accepted, and for a target that lacks something.
+        FileNotFoundError: For a file that isn't there.
+        ImportError: Saying what to install, or why somebody's module can't be imported.
+        ConnectionError: When no board answers.
     """
     if name == LOCAL or name.startswith(REMOTE):
         return replace(load_cpu(name, threads, target), cold=cold, progress=progress, notice=notice or warn)
@@ -77,23 +113,62 @@ def load_target(
         raise ValueError(f"{given[0]} is for kernels that are measured ({', '.join(MEASURED)}), not for {name}")
     if name.startswith("lut:"):
         return load_lookup_table(Path(name.removeprefix("lut:")))
-    if name in target_names():
-        return _parse(resources.files("hw_models").joinpath(f"targets/{name}.yaml").read_text(encoding="utf-8"), name)
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no hardware file {path}")
-        if path.stat().st_size > MOST:
-            raise ValueError(
-                f"{path} has {path.stat().st_size:,} bytes and was not read; a hardware file has at most {MOST:,}"
-            )
-        return _parse(path.read_text(encoding="utf-8"), name)
-    known = (*target_names(), *MEASURED)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-    raise ValueError(
-        f"unknown hardware target {name!r}; did you mean {' or '.join(close) or 'one of these'}? "
-        f"Known: {', '.join(known)}, a path to a .yaml file, or lut:TABLE.csv"
-    )
+    if name.endswith((".yaml", ".yml")) and name not in TARGETS:
+        return _parse(_read(Path(name)), name)
+    return _made(name, TARGETS.get(name, modules))
+
+
+def _made(name: str, thing: Any) -> Target:
+    """Make a target of what was found by its name: itself, or a class or function that returns it."""
+    lacking = _lacking(thing)
+    # A class may have all that a target has, and isn't one.
+    if callable(thing) and (lacking or isinstance(thing, type)):
+        try:
+            thing = thing()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(printable(f"hardware target {name!r} can't be made without arguments: {reason}")) from error
+        lacking = _lacking(thing)
+    if lacking:
+        raise ValueError(f"hardware target {name!r} can't be used: it lacks {lacking}")
+    made: Target = thing
+    return made
+
+
+_lacking = requires("name", "description", "provenance", "cost_table")
+
+
+def _shipped(name: str) -> str:
+    return resources.files("hw_models").joinpath(f"targets/{name}.yaml").read_text(encoding="utf-8")
+
+
+def _load_shipped(name: str) -> Target:
+    return _parse(_shipped(name), name)
+
+
+def _describe_shipped(name: str) -> str:
+    return str(yaml.safe_load(_shipped(name))["description"])
+
+
+# Targets themselves, and classes or functions that make one without arguments.
+TARGETS: Registry[Target | Callable[[], Target]] = Registry(
+    "hardware target",
+    "haq.targets",
+    {name: (partial(_load_shipped, name), partial(_describe_shipped, name)) for name in target_names()},
+    forms={
+        **MEASURED,
+        "FILE.yaml": "hardware of your own, described as in those that ship",
+        "lut:TABLE.csv": "a table of measurements",
+    },
+)
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no hardware file {path}")
+    if path.stat().st_size > MOST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes and was not read; a hardware file has at most {MOST:,}")
+    return path.read_text(encoding="utf-8")
 
 
 def _parse(text: str, where: str) -> Target:
@@ -103,17 +178,25 @@ def _parse(text: str, where: str) -> Target:
         raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply to be hardware") from None
-    kind = content.get("model") if isinstance(content, dict) else None
-    if kind not in MODELS:
-        raise ValueError(f"{where}: key 'model' is {kind!r}; accepted: {', '.join(MODELS)}")
+    kind = None
+    if isinstance(content, dict):
+        kind = content.get("model")
+    if not isinstance(kind, str) or kind not in HARDWARE_MODELS:
+        accepted = printable(", ".join(HARDWARE_MODELS))
+        raise ValueError(f"{where}: key 'model' is {kind!r}; accepted: {accepted}")
+    model = HARDWARE_MODELS.get(kind, modules=False)
     try:
-        return MODELS[kind].model_validate(content)
+        return _made(where, model.model_validate(content))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(MODELS[kind].model_fields)
-            raise ValueError(f"{where}: unknown key {key!r}; accepted: {known}") from error
-        if first["type"] == "missing":
-            raise ValueError(f"{where}: key {key!r} is missing") from error
-        raise ValueError(f"{where}: key {key!r} is {first['input']!r}: {first['msg']}") from error
+        raise ValueError(f"{where}: {_wrong_key(error, model)}") from error
+
+
+def _wrong_key(error: ValidationError, model: type[Machine]) -> str:
+    """Say which key of a hardware file is wrong, and what is accepted."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; accepted: {', '.join(model.model_fields)}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    return f"key {key!r} is {first['input']!r}: {first['msg']}"

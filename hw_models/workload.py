@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hw_models.notebook import html_table
+
 Size = tuple[int, int]
 
 
 def end_padding(kernel: Size, stride: Size, padding: Size, dilation: Size, input_size: Size, output_size: Size) -> Size:
-    """Padding at the bottom and right that an output's size needs, of a window with `padding` at the top and left; negative
-    where the last rows or columns aren't looked at."""
+    """Return the padding at the bottom and right that a window with `padding` at the top and left needs.
+
+    Args:
+        kernel: Height and width, as all that follow.
+        stride: Of the window.
+        padding: At the top and left.
+        dilation: Of the kernel.
+        input_size: Of the image.
+        output_size: Of the result.
+
+    Returns:
+        Rows and columns; negative where the last ones of the image aren't looked at.
+    """
     sizes = zip(output_size, stride, dilation, kernel, padding, input_size, strict=True)
     bottom, right = ((out - 1) * s + d * (k - 1) + 1 - pad - size for out, s, d, k, pad, size in sizes)
     return bottom, right
@@ -24,13 +37,17 @@ class Call:
 
     @property
     def positions(self) -> int:
+        """Positions of the output."""
         return self.output_size[0] * self.output_size[1]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One quantizable operation. Sizes are per image, (height, width); a Conv1d has height 1; `padding` is that of the top
-    and left. A layer that is called twice has two `calls`."""
+    """One quantizable operation.
+
+    Sizes are per image, (height, width); a Conv1d has height 1; `padding` is that of the top and left. A layer that is
+    called twice has two `calls`.
+    """
 
     name: str
     kind: str  # "conv", "pointwise", "depthwise", "grouped" or "linear"
@@ -52,7 +69,7 @@ class Layer:
     @property
     def parameters(self) -> int:
         """Weights and biases."""
-        return self.weights + (self.out_channels if self.bias else 0)
+        return self.weights + self.out_channels * self.bias
 
     @property
     def macs(self) -> int:
@@ -61,17 +78,30 @@ class Layer:
 
     @property
     def input_size(self) -> Size:
+        """Height and width of the input of the first call."""
         return self.calls[0].input_size
 
     @property
     def output_size(self) -> Size:
+        """Height and width of the output of the first call."""
         return self.calls[0].output_size
+
+    @property
+    def shape(self) -> str:
+        """Channels, kernel and output size in words: "16→32, 3x3 to 14x14"."""
+        channels = f"{self.in_channels}→{self.out_channels}"
+        if self.kind == "linear":
+            return channels
+        return f"{channels}, {_times(self.kernel)} to {_times(self.output_size)}"
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """An activation in memory: `elements` per image, alive from operation `first` to operation `last` of the forward pass;
-    `readers` are the indices of the layers that take it as input."""
+    """An activation in memory.
+
+    It has `elements` per image, and is alive from operation `first` to operation `last` of the forward pass; `readers` are
+    the indices of the layers that take it as input.
+    """
 
     elements: int
     first: int
@@ -79,7 +109,7 @@ class Buffer:
     readers: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Workload:
     """The layers of a network at one input shape, in the order of their first call.
 
@@ -94,10 +124,12 @@ class Workload:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the layers."""
         return tuple(layer.name for layer in self.layers)
 
     @property
     def macs(self) -> int:
+        """Multiply-accumulates per image."""
         return sum(layer.macs for layer in self.layers)
 
     @property
@@ -106,4 +138,19 @@ class Workload:
         return sum(layer.parameters for layer in self.layers) + self.other_parameters
 
     def __len__(self) -> int:
+        """Count the layers."""
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        """Say on one line how large it is."""
+        return f"Workload({len(self)} layers, {self.macs:,} MACs per image, {self.parameters:,} parameters)"
+
+    def _repr_html_(self) -> str:
+        rows = [(layer.name, layer.kind, layer.shape, f"{layer.macs:,}", f"{layer.parameters:,}") for layer in self.layers]
+        total = ("total", "", "", f"{self.macs:,}", f"{self.parameters:,}")
+        headings = ("layer", "kind", "shape", "MACs per image", "parameters")
+        return html_table(repr(self), headings, [*rows, total])
+
+
+def _times(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"

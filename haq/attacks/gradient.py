@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from haq.attacks.threat_model import PerturbationBall
 
 Loss = Callable[[Tensor], Tensor]  # of a network's outputs: a number
+Gradient = Callable[[Tensor], Tensor]  # of inputs: of the same shape
 
 
-def input_gradient(module: nn.Module, loss: Loss) -> Callable[[Tensor], Tensor]:
-    """The gradient of a loss of the outputs in the inputs; no parameter's gradient is touched."""
+def input_gradient(module: nn.Module, loss: Loss) -> Gradient:
+    """Make a function of the inputs: the gradient of a loss of the outputs. No parameter's gradient is touched."""
 
     def gradient(x: Tensor) -> Tensor:
         # Whoever calls may have switched gradients off, and in a thread of its own they have their own switch.
@@ -30,20 +31,43 @@ def input_gradient(module: nn.Module, loss: Loss) -> Callable[[Tensor], Tensor]:
     return gradient
 
 
-def pgd(
-    gradient: Callable[[Tensor], Tensor], inputs: Tensor, ball: PerturbationBall, steps: int, generator: torch.Generator
-) -> Tensor:
-    """x <- project(x + 2.5 eps / steps sign(gradient(x))), from a uniformly random point of the ball (Madry et al., ICLR 2018,
-    equation 3)."""
-    x = ball.project(inputs + ball.radius * (2 * _random(torch.rand, inputs, generator) - 1), inputs)
+def pgd(gradient: Gradient, inputs: Tensor, ball: PerturbationBall, steps: int, generator: torch.Generator) -> Tensor:
+    """Climb from a uniformly random point of the ball (Madry et al., ICLR 2018, equation 3).
+
+    x <- project(x + 2.5 eps / steps sign(gradient(x)))
+
+    Args:
+        gradient: Of the loss that is raised, in the inputs.
+        inputs: (N, C, H, W), in the network's input space.
+        ball: Where perturbed inputs may lie.
+        steps: How many.
+        generator: Of the random start.
+
+    Returns:
+        Perturbed inputs.
+    """
+    start = 2 * _random(torch.rand, inputs, generator) - 1
+    x = ball.project(inputs + ball.radius * start, inputs)
     for _ in range(steps):
         x = ball.project(x + 2.5 / steps * ball.radius * gradient(x).sign(), inputs)
     return x
 
 
-def rfgsm(gradient: Callable[[Tensor], Tensor], inputs: Tensor, ball: PerturbationBall, generator: torch.Generator) -> Tensor:
-    """x' = x + alpha sign(N(0, 1)), then x' + (eps - alpha) sign(gradient(x')), alpha = eps / 2 (Tramer et al., ICLR 2018,
-    section 4.1); both are kept within the range of images."""
+def rfgsm(gradient: Gradient, inputs: Tensor, ball: PerturbationBall, generator: torch.Generator) -> Tensor:
+    """Go half of the way at random, and the other half along the gradient (Tramer et al., ICLR 2018, section 4.1).
+
+    x' = x + alpha sign(N(0, 1)), then x' + (eps - alpha) sign(gradient(x')), alpha = eps / 2; both are kept within the range
+    of images.
+
+    Args:
+        gradient: Of the loss that is raised, in the inputs.
+        inputs: (N, C, H, W), in the network's input space.
+        ball: Where perturbed inputs may lie.
+        generator: Of the random half.
+
+    Returns:
+        Perturbed inputs.
+    """
     half = ball.radius / 2
     x = ball.project(inputs + half * _random(torch.randn, inputs, generator).sign(), inputs)
     return ball.project(x + half * gradient(x).sign(), inputs)
@@ -55,8 +79,11 @@ def _random(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generato
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within it, every part of a module is in evaluation mode: what is attacked is the network as it will be used, and neither
-    statistics of norms nor random numbers (dropout, stochastic rounding) are touched."""
+    """Put every part of a module in evaluation mode, within it.
+
+    What is attacked is the network as it will be used, and neither statistics of norms nor random numbers (dropout,
+    stochastic rounding) are touched.
+    """
     modes = [(part, part.training) for part in module.modules()]
     try:
         for part, _ in modes:

@@ -1,5 +1,7 @@
-"""A cheap attack that stands for an attacker while policies are searched. It is no evaluation of robustness: that takes many
-attacks, and `haq.robustness` is for it."""
+"""A cheap attack that stands for an attacker while policies are searched.
+
+It is no evaluation of robustness: that takes many attacks, and `haq.robustness` is for it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ PROXY_STEPS = 3
 
 @dataclass(frozen=True, eq=False)
 class ProxyAttack:
-    """A few steps of PGD on the cross-entropy, always the same: what stands for an attacker while policies are searched.
+    """A few steps of PGD on the cross-entropy, always the same.
 
-    ball: see `PerturbationBall.of`. steps: of the attack. seed: of its random starts, which depend on nothing but a batch's
-    number.
+    Attributes:
+        ball: Where perturbed inputs may lie, see `PerturbationBall.of`.
+        steps: Of the attack.
+        seed: Of its random starts, which depend on nothing but a batch's number.
     """
 
     ball: PerturbationBall
@@ -30,19 +34,43 @@ class ProxyAttack:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        """Check the steps."""
         check_steps(self.steps)
 
     @classmethod
     def of(cls, network: Network, eps: float, steps: int = PROXY_STEPS, seed: int = 0) -> ProxyAttack:
-        """For inputs that `network.preprocess` made of uint8 images."""
+        """Make the attack for inputs that `network.preprocess` made of uint8 images.
+
+        Args:
+            network: The network, with its mean and standard deviation.
+            eps: The largest change of a pixel, on the scale of images in [0, 1].
+            steps: Of the attack.
+            seed: Of its random starts.
+
+        Returns:
+            The attack.
+
+        Raises:
+            ValueError: For an eps on another scale, and for no number of steps.
+        """
         return cls(PerturbationBall.of(network, eps), steps, seed)
 
     def __str__(self) -> str:
+        """Name the attack: "PGD-3 at eps 8/255"."""
         return f"PGD-{self.steps} at eps {describe_eps(self.ball.eps)}"
 
     def __call__(self, module: nn.Module, inputs: Tensor, labels: Tensor, number: int) -> Tensor:
-        """Adversarial inputs for the batch of that number: inputs (N, C, H, W), labels (N,). The module is in evaluation mode.
-        It is differentiated straight through its quantizers."""
+        """Return adversarial inputs for a batch; the gradient passes straight through the quantizers.
+
+        Args:
+            module: The network, in evaluation mode.
+            inputs: (N, C, H, W), in the network's input space.
+            labels: int64 (N,).
+            number: The batch's.
+
+        Returns:
+            Inputs of the same shape.
+        """
         generator = torch.Generator().manual_seed(self.seed + number)
         labels = labels.to(inputs.device)
         # Summed, not averaged: one image's gradient is not made smaller by the others, down to where its sign is lost.
@@ -51,8 +79,21 @@ class ProxyAttack:
 
 
 def worst_case(network: Network, split: Split, module: nn.Module, proxy: ProxyAttack, batch_size: int = 250) -> float:
-    """The share of `split` that `module` classifies correctly both as it is and attacked, 0..1. Raises ValueError for images
-    of unknown range."""
+    """Measure the share of a split that is classified correctly both as it is and attacked.
+
+    Args:
+        network: What preprocesses the images.
+        split: The images, uint8, and their labels.
+        module: The network that is measured; it is put in evaluation mode.
+        proxy: The attack.
+        batch_size: Images at a time, on which the attack's random starts depend.
+
+    Returns:
+        The share, 0..1.
+
+    Raises:
+        ValueError: For images of unknown range.
+    """
     check_images(split)
     module.eval()
     right = 0

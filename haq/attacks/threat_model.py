@@ -1,16 +1,21 @@
-"""What an attacker may do: how far a perturbation may go, on the scale of images in [0, 1] and in a network's input space."""
+"""What an attacker may do: how far a perturbation may go, on the scale of images in [0, 1] and in a network's input space.
+
+Importing this imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-from haq.data import Split
-from haq.networks import Network
+    from haq.data import Split
+    from haq.networks import Network
 
 DEFAULT_EPS = "8/255"
 NORMS = {"linf": "Linf", "l2": "L2"}
@@ -18,20 +23,44 @@ TOLERANCE = 1e-6
 
 
 def parse_eps(text: str, most: float = 1.0) -> float:
-    """The size of a perturbation, on the scale of images in [0, 1], from a fraction, "8/255", or a decimal, "0.03". Raises
-    ValueError for anything else, and for what isn't above 0 and at most `most`: 1 for a pixel, more for an L2 norm."""
+    """Read the size of a perturbation, on the scale of images in [0, 1].
+
+    Args:
+        text: A fraction, "8/255", or a decimal, "0.03".
+        most: The largest that is allowed: 1 for a pixel, more for an l2 norm.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: For anything else, and for what isn't above 0 and at most `most`.
+    """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", str(text))
     try:
         if match is None:
             raise ValueError
-        eps = float(match[1]) / (float(match[2]) if match[2] else 1.0)
+        eps = float(match[1])
+        if match[2]:
+            eps /= float(match[2])
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"eps {text!r} is not understood: give a fraction such as 8/255, or a decimal such as 0.03") from None
     return check_eps(eps, text, most)
 
 
 def check_eps(eps: float, text: object = None, most: float = 1.0) -> float:
-    """eps itself. Raises ValueError, naming `text` (what was given), unless it is above 0 and at most `most`."""
+    """Return eps as it is, if it can be the size of a perturbation.
+
+    Args:
+        eps: The number.
+        text: What was given for it, for the message.
+        most: The largest that is allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: Unless it is above 0 and at most `most`.
+    """
     given = eps if text is None else text
     if most > 1 and not 0 < eps < math.inf:
         raise ValueError(f"eps must be above 0 and finite, not {given}")
@@ -43,47 +72,64 @@ def check_eps(eps: float, text: object = None, most: float = 1.0) -> float:
 
 
 def describe_eps(eps: float) -> str:
-    """The way it is mostly written: "8/255", or a decimal where it isn't a multiple of 1/255."""
-    levels = 255 * eps
-    whole = abs(levels - round(levels)) < 1e-6 and round(levels) > 0
-    return f"{round(levels)}/255" if whole else f"{eps:.4g}"
+    """Write eps as it is mostly written: "8/255", or a decimal where it isn't a multiple of 1/255."""
+    levels = round(255 * eps)
+    if levels > 0 and abs(255 * eps - levels) < 1e-6:
+        return f"{levels}/255"
+    return f"{eps:.4g}"
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What an attacker may do: change an image x in [0, 1] to any x' in [0, 1] with ||x' - x|| <= eps, in the norm `linf` or
-    `l2`. Raises ValueError for another norm, and for an eps that isn't on the scale of such images."""
+    """What an attacker may do: change an image x in [0, 1] to any x' in [0, 1] with ||x' - x|| <= eps.
+
+    Attributes:
+        eps: The size of the ball, above 0; in linf at most 1.
+        norm: `linf` or `l2`.
+
+    Raises:
+        ValueError: For another norm, and for an eps that isn't on the scale of such images.
+    """
 
     eps: float = 8 / 255
     norm: str = "linf"
 
     def __post_init__(self) -> None:
+        """Check both."""
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
         if not 0 < self.eps < math.inf or (self.norm == "linf" and self.eps > 1):
             raise ValueError(f"eps is {self.eps!r}; images are in [0, 1], so it is above 0 and at most 1: 8/255, not 8")
 
     def sizes(self, change: Tensor) -> Tensor:
-        """The norm of each image's change, (N,)."""
+        """Return the norm of each image's change, (N,)."""
         flat = change.flatten(1)
-        return flat.abs().amax(1) if self.norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
+        if self.norm == "linf":
+            return flat.abs().amax(1)
+        return flat.norm(dim=1)
 
     def within(self, images: Tensor, found: Tensor) -> bool:
-        """Whether images that were found are allowed, up to `TOLERANCE`."""
-        size, least, most = self.sizes(found.double() - images.double()).max(), found.min(), found.max()
-        return bool(size <= self.eps + TOLERANCE and least >= -TOLERANCE and most <= 1 + TOLERANCE)
+        """Tell whether images that were found are allowed, up to `TOLERANCE`."""
+        size = self.sizes(found.double() - images.double()).max()
+        allowed = size <= self.eps + TOLERANCE and found.min() >= -TOLERANCE and found.max() <= 1 + TOLERANCE
+        return bool(allowed)
 
     def __str__(self) -> str:
-        unit = f"{255 * self.eps:.4g}/255" if self.norm == "linf" else f"{self.eps:.4g}"
-        return f"{self.norm}, eps {unit}"
+        """Name norm and eps: "linf, eps 8/255"."""
+        if self.norm == "linf":
+            return f"linf, eps {255 * self.eps:.4g}/255"
+        return f"{self.norm}, eps {self.eps:.4g}"
 
 
 @dataclass(frozen=True, eq=False)
 class PerturbationBall:
     """Where a perturbed input may lie: within `radius` of the input, entry by entry, and from `low` to `high`.
 
-    eps: on the scale of images in [0, 1], what the radius was made from.
-    radius, low, high: in the network's input space, of shape (C, 1, 1) or one that broadcasts against it.
+    Attributes:
+        eps: On the scale of images in [0, 1], what the radius was made from.
+        radius: In the network's input space, of shape (C, 1, 1) or one that broadcasts against it.
+        low: What black is there, likewise.
+        high: What white is there, likewise.
     """
 
     eps: float
@@ -93,26 +139,32 @@ class PerturbationBall:
 
     @classmethod
     def of(cls, network: Network, eps: float) -> PerturbationBall:
-        """In the input space of a network that takes (image - mean) / std."""
+        """Make the ball in the input space of a network that takes (image - mean) / std."""
+        import torch
+
         check_eps(eps)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (network.mean, network.std))
+        mean = torch.tensor(network.mean).view(-1, 1, 1)
+        std = torch.tensor(network.std).view(-1, 1, 1)
         # Computed as `Network.preprocess` does it, so that black and white are exactly the bounds.
         return cls(eps, eps / std, (0 - mean) / std, (1 - mean) / std)
 
     def to(self, device: torch.device) -> PerturbationBall:
+        """Move it to a device."""
         return PerturbationBall(self.eps, self.radius.to(device), self.low.to(device), self.high.to(device))
 
     def around(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest value of every entry, (N, C, H, W) each."""
-        return torch.maximum(inputs - self.radius, self.low), torch.minimum(inputs + self.radius, self.high)
+        """Return the smallest and the largest value of every entry, (N, C, H, W) each."""
+        return (inputs - self.radius).maximum(self.low), (inputs + self.radius).minimum(self.high)
 
     def project(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """The nearest allowed point to x, for each of the inputs."""
-        return torch.clamp(x, *self.around(inputs))
+        """Return the nearest allowed point to x, for each of the inputs."""
+        return x.clamp(*self.around(inputs))
 
 
 def check_images(split: Split, name: str = "the data set") -> None:
     """Raise ValueError unless the images' range is known, in which an attack must stay."""
+    import torch
+
     dtype = split.images[torch.arange(1)].dtype
     if dtype != torch.uint8:
         raise ValueError(

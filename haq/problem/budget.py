@@ -10,17 +10,34 @@ ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their or
 
 
 class OutOfReach(ValueError):
-    """No policy costs so little, or none so much, on a target."""
+    """A budget is below the cheapest policy of a target, or above uniform 8 bits."""
 
 
 def parse_budget(budget: float | str, metric: str, reference: float) -> float:
-    """A budget in the metric's unit. "0.5" and 0.5 are fractions of `reference`; "12ms" is absolute."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(budget))
+    """Turn a budget into an amount in the metric's unit.
+
+    Args:
+        budget: 0.5 and "0.5" are fractions of `reference`; "12ms" is absolute.
+        metric: "latency", "energy" or "storage".
+        reference: In the metric's unit.
+
+    Returns:
+        Seconds, joules or bytes.
+
+    Raises:
+        ValueError: For anything else, naming the units.
+    """
     units = UNITS.get(metric, {})
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(budget))
     try:
-        if not match or (match[2] and match[2] not in units):
+        if not match:
             raise ValueError
-        return float(match[1]) * (units[match[2]] if match[2] else reference)
+        number = float(match[1])
+        if not match[2]:
+            return number * reference
+        if match[2] in units:
+            return number * units[match[2]]
+        raise ValueError
     except ValueError:
         raise ValueError(
             f"budget {budget!r} is not understood: give a fraction of uniform 8 bits such as 0.5, or an amount in "

@@ -16,5 +16,5 @@ class Decision(NamedTuple):
     prices: NDArray[np.float64]  # (options,) in the metric's unit
 
     def of(self, table: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The options' entries of a table (8, 8), shape (options,)."""
+        """Take the options' entries of a table (8, 8); returns shape (options,)."""
         return table[self.pairs[:, 0] - 1, self.pairs[:, 1] - 1]

@@ -1,8 +1,11 @@
-"""Accuracy of a policy on held-out images, fast: at most one forward pass for a policy never seen before, none for one that
-was."""
+"""Accuracy of a policy on held-out images, fast.
+
+It takes at most one forward pass for a policy never seen before, none for one that was.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.problem.objective import Accuracy, Agreement, Objective
 from haq.problem.prefix_cache import Prefix
 
 BATCH = 125  # images; small enough for a layer's activations to stay in the processor's cache
@@ -37,11 +41,15 @@ class Pool(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """Share of images classified correctly (0..1), mean loss (nats), the number of images that both stand on, and, where
-    there is a teacher, the mean Kullback-Leibler divergence (nats) of its outputs from the network's.
+    """What a policy was measured to give.
 
-    Where images are attacked too, one is classified correctly if it is both as it is and attacked, and its loss is the larger
-    one of the two; the divergence is that of the images as they are."""
+    Attributes:
+        accuracy: Share of images that the objective counts as correct, 0 to 1.
+        loss: The objective's mean loss (nats).
+        images: The number of images that both stand on.
+        divergence: Where there is a teacher, the mean Kullback-Leibler divergence (nats) of its outputs from the network's, on
+            the images as they are.
+    """
 
     accuracy: float
     loss: float
@@ -65,30 +73,42 @@ class Evaluator:
         *,
         teacher: nn.Module | None = None,
         tune: Callable[[nn.Module], nn.Module] | None = None,
-        proxy: Callable[[nn.Module, Tensor, Tensor, int], Tensor] | None = None,
+        objective: Objective | None = None,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        """network: from `quantizers.quantize`.
-        inputs: (N, ...), preprocessed.
-        labels: int64 (N,); the loss is the cross-entropy.
-        teacher: a network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network). Without labels
-            its answers are taken for them: accuracy is the share of equal answers, and the loss is the divergence.
-        tune: makes of the network, at a policy's bits, the one that is judged (a copy).
-        proxy: an attack, such as `haq.attacks.proxy.ProxyAttack`: takes the network that is judged, the inputs and labels of a
-            batch and its number, and returns inputs to judge it by as well. Its result must depend on nothing else. What is
-            attacked differs from policy to policy, so nothing is kept from one to the next.
-        kept_bytes: limit of the activations kept between evaluations, all batches together.
+        """Take a network and the images that its policies are judged on.
+
+        Args:
+            network: From `quantizers.quantize`.
+            inputs: Shape (images, ...), preprocessed.
+            labels: Integers of shape (images,). Without them the teacher's answers are taken.
+            teacher: A network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network).
+            tune: Makes of the network, at a policy's bits, the one that is judged (a copy).
+            objective: What is correct, and how large the loss is; if nothing is given, accuracy with labels, agreement without.
+            kept_bytes: Limit of the activations kept between evaluations, all batches together.
+
+        Raises:
+            ValueError: If there are no images, or not as many labels, or neither labels nor a teacher.
         """
-        count = len(inputs) if labels is None else len(labels)
+        count = len(inputs)
+        if labels is not None:
+            count = len(labels)
         if len(inputs) != count or not count:
             raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
         if labels is None and teacher is None:
             raise ValueError("give labels or a teacher, or both")
-        if labels is None and proxy is not None:
+        if objective is None:
+            objective = Agreement()
+            if labels is not None:
+                objective = Accuracy()
+        if labels is None and objective.attacked:
             raise ValueError("an attack makes answers wrong, so it needs labels")
-        self.network, self.tune, self.proxy, self.kept_bytes = network.eval(), tune, proxy, kept_bytes
+        self.network = network.eval()
+        self.tune = tune
+        self.objective = objective
+        self.kept_bytes = kept_bytes
         self.teacher = teacher
-        if proxy is not None:
+        if objective.attacked:
             # Gradients go to the inputs alone, so that quantized weights are made once per width as they are without.
             network.requires_grad_(False)
         self.count = count
@@ -101,39 +121,52 @@ class Evaluator:
         if teacher is not None:
             outputs = torch.cat([_scores(part) for (part,) in self._each(_whole(teacher, self._inputs))])
             self.expected = outputs[self.order.argsort()]
-        self.labelled = labels is not None
         if labels is None:
             assert self.expected is not None
             labels = self.expected.argmax(1)
         self.labels = labels.cpu()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self.pool: Pool | None = None
-        self._prefix: Prefix | None = None
-        self._cut = False  # whether it was tried
 
     def __getstate__(self) -> dict[str, Any]:
-        """All that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        return self.__dict__ | {"cache": {}, "pool": None, "teacher": None, "_prefix": None, "_cut": False}
+        """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
+        state = self.__dict__ | {"cache": {}, "pool": None, "teacher": None}
+        state.pop("prefix", None)
+        return state
+
+    @functools.cached_property
+    def prefix(self) -> Prefix | None:
+        """Cut the network, so that a policy can start where it parts from the one before; None if that can't be done."""
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                return Prefix(self.network, self._inputs, self.kept_bytes)
+        except ValueError:
+            return None  # then it is run as a whole, with the same result
 
     @property
     def one_batch(self) -> bool:
-        """Whether a single batch is evaluated by all threads, so that sums of floats depend on their number."""
+        """Say whether a single batch is evaluated by all threads, so that sums of floats depend on their number."""
         # Unless it is attacked: the sign of a gradient near 0 must not hang on it.
-        return len(self._inputs) == 1 and self.proxy is None
+        return len(self._inputs) == 1 and not self.objective.attacked
 
     @property
     def worker_threads(self) -> int:
-        """The threads of a worker that evaluates elsewhere: one, unless sums of floats depend on their number. Then they are
-        as many as here, so that results are those of this process."""
-        return torch.get_num_threads() if self.one_batch or self.tune is not None else 1
+        """Tell how many threads a worker that evaluates elsewhere takes.
+
+        One, unless sums of floats depend on their number. Then they are as many as here, so that results are those of this
+        process.
+        """
+        if self.one_batch or self.tune is not None:
+            return torch.get_num_threads()
+        return 1
 
     @property
     def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Inputs and labels, in the order in which they are looked at."""
+        """List inputs and labels, in the order in which they are looked at."""
         return list(zip(self._inputs, self.labels[self.order].split(BATCH), strict=True))
 
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
-        """Accuracy and loss of a policy. Raises ValueError if the outputs aren't finite.
+        """Tell accuracy and loss of a policy. Raises ValueError if the outputs aren't finite.
 
         Given an accuracy to beat, evaluation ends after a part of the images, taken in random order without replacement, if
         that part tells that the accuracy on all of them is below `beat`. A policy that isn't below it is stopped with a
@@ -146,8 +179,10 @@ class Evaluator:
             self.cache[policy] = known = self.pool.evaluate(policy)
         if known is None or (known.images < self.count and not self._is_below(known, beat)):
             network = self.prepared(policy)
-            resumes = network is self.network and self.proxy is None
-            self.cache[policy] = known = self._measure(self._resuming() if resumes else self._forward(network), beat)
+            forward = self._forward(network)
+            if network is self.network and not self.objective.attacked:
+                forward = self._resuming()
+            self.cache[policy] = known = self._measure(forward, beat)
         return known
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
@@ -156,56 +191,52 @@ class Evaluator:
             self.pool.expect(policy for policy in policies if policy not in self.cache)
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:
-        """The network that a policy is judged by: at its bits, and tuned if there is a `tune`."""
+        """Give the network that a policy is judged by: at its bits, and tuned if there is a `tune`."""
         Q.set_policy(self.network, policy)
         if self.tune is None:
             return self.network
         tuned = self.tune(self.network).eval()
-        return tuned if self.proxy is None else tuned.requires_grad_(False)
+        if self.objective.attacked:
+            tuned.requires_grad_(False)
+        return tuned
 
     def measure(self, network: nn.Module) -> Evaluation:
-        """Accuracy and loss of any network, in evaluation mode, on the same images."""
+        """Tell accuracy and loss of any network, in evaluation mode, on the same images."""
         return self._measure(self._forward(network), None)
 
     def measure_teacher(self) -> Evaluation:
-        """Accuracy and loss of the teacher, which were computed when it was asked (but for attacked images, which it is asked
-        now). Raises ValueError if there is none."""
+        """Tell accuracy and loss of the teacher. Raises ValueError if there is none.
+
+        They were computed when it was asked, but for attacked images, which it is asked now.
+        """
         if self.expected is None or self.teacher is None:
             raise ValueError("the evaluator has no teacher")
-        if self.proxy is not None:
+        if self.objective.attacked:
             return self.measure(self.teacher)
         outputs = self.expected[self.order].split(BATCH)
         return self._measure(lambda batch: (outputs[batch],), None)
 
     def _forward(self, network: nn.Module) -> Forward:
-        """Outputs of a network, computed from the input on, and those for attacked images if there is an attack."""
-        if self.proxy is None:
+        """Compute outputs of a network from the input on, and those for attacked images if there is an attack."""
+        if not self.objective.attacked:
             return _whole(network, self._inputs)
-        proxy = self.proxy
         with torch.inference_mode(False):  # inference tensors can't be kept for a gradient
             batches = self.batches
 
         def forward(batch: int) -> tuple[Tensor, ...]:
             inputs, labels = batches[batch]
             with torch.inference_mode(False):
-                attacked = proxy(network, inputs, labels, batch)
+                attacked = self.objective.more_inputs(network, inputs, labels, batch)
             with torch.inference_mode():
-                return network(inputs), network(attacked)
+                return network(inputs), *map(network, attacked)
 
         return forward
 
     def _resuming(self) -> Forward:
-        """Outputs of the quantized network by batch, computed from where its bits part from those before."""
-        if not self._cut:
-            self._cut = True
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._prefix = Prefix(self.network, self._inputs, self.kept_bytes)
-            except ValueError:
-                pass  # then it is run as a whole, with the same result
-        if self._prefix is None:
+        """Compute outputs of the quantized network by batch, from where its bits part from those before."""
+        prefix = self.prefix
+        if prefix is None:
             return _whole(self.network, self._inputs)
-        prefix = self._prefix
 
         def forward(batch: int) -> tuple[Tensor, ...]:
             # Not inference mode: what is kept must tell whether it was changed.
@@ -220,10 +251,7 @@ class Evaluator:
         with closing(self._each(forward)) as each:
             for outputs in each:
                 labels = self.labels[self.order[seen : seen + len(outputs[0])]]
-                if labels.max() >= _scores(outputs[0]).shape[1] or labels.min() < 0:
-                    span = f"{int(labels.min())} to {int(labels.max())}"
-                    raise ValueError(f"labels from {span} don't fit outputs of shape {tuple(outputs[0].shape)}")
-                right += int(torch.stack([part.argmax(1) == labels for part in outputs]).all(0).sum())
+                right += int(self.objective.correct([_scores(part) for part in outputs], labels).sum())
                 seen += len(labels)
                 parts.append(outputs)
                 if seen < self.count and self._is_below(Evaluation(right / seen, 0.0, seen), beat):
@@ -231,16 +259,17 @@ class Evaluator:
         # Summed in the order in which the images were given.
         looked_at = self.order[:seen]
         back, index = looked_at.argsort(), looked_at.sort().values
-        clean, *attacked = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-        divergence = None if self.expected is None else self._divergence(clean, self.expected[index]) / seen
-        loss = self._cross_entropy([clean, *attacked], self.labels[index]) / seen if self.labelled else divergence
-        assert loss is not None
+        outputs = tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
+        divergence = None
+        if self.expected is not None:
+            divergence = self._divergence(outputs[0], self.expected[index]) / seen
+        loss = self.objective.loss(outputs, self.labels[index], divergence)
         if not math.isfinite(loss):
             raise ValueError("the network's outputs are not finite on the search images")
         return Evaluation(right / seen, loss, seen, divergence)
 
     def _each(self, forward: Forward) -> Generator[tuple[Tensor, ...]]:
-        """The outputs of every batch, in their order, in main memory.
+        """Yield the outputs of every batch, in their order, in main memory.
 
         Every thread takes whole batches: small networks spend much of their time waiting where all threads share one
         operation. What a result is doesn't depend on who was first.
@@ -257,7 +286,7 @@ class Evaluator:
             torch.set_num_threads(threads)  # threads made from now on would have taken over the pool's setting
 
     def _is_below(self, part: Evaluation, beat: float | None) -> bool:
-        """Whether the part of the images that was looked at tells that the accuracy on all of them is below `beat`."""
+        """Say whether the part of the images that was looked at tells that the accuracy on all of them is below `beat`."""
         if beat is None:
             return False
         from scipy.stats import hypergeom  # it takes half a second to import
@@ -268,20 +297,8 @@ class Evaluator:
         return bool(hypergeom.cdf(right, self.count, needed, part.images) <= RISK / looks)
 
     @staticmethod
-    def _cross_entropy(outputs: list[Tensor], labels: Tensor) -> float:
-        """The sum over images, of the largest of several outputs' each."""
-        total = 0.0
-        for *parts, answers in zip(*(part.double().split(BATCH) for part in outputs), labels.split(BATCH), strict=True):
-            if len(parts) == 1:
-                total += float(F.cross_entropy(parts[0], answers, reduction="sum"))
-            else:
-                losses = [F.cross_entropy(part, answers, reduction="none") for part in parts]
-                total += float(torch.stack(losses).amax(0).sum())
-        return total
-
-    @staticmethod
     def _divergence(outputs: Tensor, expected: Tensor) -> float:
-        """The sum over images of KL(expected || outputs)."""
+        """Sum KL(expected || outputs) over the images."""
         total = 0.0
         for part, of_teacher in zip(outputs.double().split(BATCH), expected.double().split(BATCH), strict=True):
             target = F.log_softmax(of_teacher, 1)
@@ -291,8 +308,11 @@ class Evaluator:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations don't
-    wait for others' threads."""
+    """Compute with one thread within.
+
+    Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations don't wait
+    for others' threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -302,19 +322,21 @@ def one_thread() -> Iterator[None]:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where a network's parameters are; the CPU if it has none."""
+    """Tell where a network's parameters are; the CPU if it has none."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
 def _scores(outputs: Tensor) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        what = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        what = type(outputs).__name__
+        if isinstance(outputs, Tensor):
+            what = f"shape {tuple(outputs.shape)}"
         raise ValueError(f"the network's outputs are class scores of shape (images, classes), not {what}")
     return outputs
 
 
 def _whole(network: nn.Module, inputs: list[Tensor]) -> Forward:
-    """Outputs of a network by batch, computed from the input on."""
+    """Compute outputs of a network by batch, from the input on."""
 
     def forward(batch: int) -> tuple[Tensor, ...]:
         with torch.inference_mode():
@@ -324,6 +346,6 @@ def _whole(network: nn.Module, inputs: list[Tensor]) -> Forward:
 
 
 def _rows(inputs: Tensor, index: Tensor) -> Tensor:
-    """Some of the images, in the memory order that they have."""
+    """Take some of the images, in the memory order that they have."""
     rows = torch.empty_like(inputs[: len(index)])
     return torch.index_select(inputs, 0, index.to(inputs.device), out=rows)

@@ -3,74 +3,62 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 import hw_models
 import quantizers as Q
-from haq.attacks.proxy import ProxyAttack
+from haq.problem.batches import Batches, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation, Evaluator, device_of
-from haq.store.units import describe_amount
+from haq.problem.objective import Objective, find_objective
+from haq.problem.schemes import (
+    AnyScheme,
+    check_metric,
+    check_widths,
+    meaningful_pairs,
+    overhead_bytes,
+    schemes_by_layer,
+)
+from haq.store.units import describe_amount, percent
+from hw_models.notebook import html_table
 
-OBJECTIVES = ("accuracy", "agreement", "accuracy+robust")
+TOP = Q.MAX_BITS - 1  # index of the largest width in a table
 
 
 class Problem:
-    """Find the policy with the best accuracy on `search` whose cost on `target` is within `budget`.
+    """Find the policy that is best on held-out images and whose cost on a hardware target is within a budget.
 
-    network
-        an nn.Module that classifies; it is copied, never changed. Everything is computed on the device it is on.
-    calibrate
-        batches of inputs that set the activation scales: a tensor, or an iterable of tensors or (inputs, labels) (kept in
-        memory).
-    search
-        held-out inputs and labels: a pair of tensors, or an iterable of such pairs (kept in memory). With
-        objective="agreement" inputs are enough: a tensor, or an iterable of tensors.
-    target
-        a hardware target, or the name of one; batch=None takes the target's own batch.
-    metric
-        "latency", "energy" or "storage".
-    budget
-        a number is a fraction of the uniform 8-bit network's cost; a string has a unit ("12ms", "40kB").
-    bits
-        smallest and largest width that a solver may choose.
-    pinned
-        layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8 bits.
-    tied
-        groups of layer names; the layers of a group take the same bits.
-    objective
-        what a policy is judged by: "accuracy" on the labels of `search` and cross-entropy (nats); or, without labels,
-        "agreement": the share of inputs on which its answer is the float network's, and the mean Kullback-Leibler divergence
-        (nats) of its outputs from the float network's. The two are then what an evaluation calls accuracy and loss. Or
-        "accuracy+robust": the share of images that are classified correctly both as they are and attacked by `proxy`, and the
-        mean of the larger one of their two cross-entropies (nats). The attack is a cheap one, made anew for every policy's
-        network with gradients straight through its quantizers. What it doesn't break may still be broken, above all at few
-        bits: verify what was found with a full suite of attacks, python -m haq.robustness RUN --attacks full.
-    tune
-        what is done to the quantized network, at a policy's bits, before the policy is judged: takes it, returns a tuned copy.
-    proxy
-        the attack of objective="accuracy+robust": a `haq.attacks.proxy.ProxyAttack`, which knows eps and the range of images
-        in the network's input space (`ProxyAttack.of(network, eps)` for a `haq.networks.Network`).
-
-    A solver sees `workload`, `cost` (layers, 8, 8) in the metric's unit, `decisions` with the pairs worth choosing (within
-    `bits`, without those that cost as much as a pair with more bits), `limit` the budget in the metric's unit, `noise`
-    (decisions, 2, 8) the relative squared error that each width of weights and of activations leaves (from calibration), and
-    `evaluate`. Raises OutOfReach, a ValueError, for a budget out of reach, naming the reachable range, and ValueError for
-    whatever its parts refuse.
+    Attributes:
+        network: The float network that was given.
+        workload: Its layers.
+        schemes: The quantization scheme of every layer, by name.
+        target: The hardware target.
+        table: Its cost table for the workload.
+        cost: Costs in the metric's unit, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1].
+        decisions: The layers that decide together, with the pairs of bits worth choosing: within `bits`, with a meaning in the
+            scheme, and without those that cost as much as a pair with more bits.
+        limit: The budget in the metric's unit.
+        reference: The cost of uniform 8 bits, of which a budget can be a fraction.
+        smallest: The least that a policy can cost.
+        layer_errors: The relative squared error that each width of weights (0) and of activations (1) leaves, from
+            calibration, shape (layers, 2, 8).
+        quantization_error: The same of every decision, the mean over its layers, shape (decisions, 2, 8).
+        objective: What policies are judged by.
+        evaluator: Evaluates policies.
+        float_result: The evaluation of the float network.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        calibrate: Iterable[Any] | Tensor,
-        search: Tensor | tuple[Tensor, Tensor] | Iterable[Any],
+        calibrate: Batches,
+        search: Batches,
         target: str | hw_models.Target,
         metric: str = "latency",
         budget: float | str = 0.5,
@@ -79,38 +67,102 @@ class Problem:
         pinned: Mapping[str, tuple[int, int]] | None = None,
         tied: Iterable[Iterable[str]] = (),
         batch: int | None = None,
-        objective: str = "accuracy",
+        objective: str | type[Objective] | Objective = "accuracy",
+        scheme: AnyScheme = "linear",
         tune: Callable[[nn.Module], nn.Module] | None = None,
-        proxy: ProxyAttack | None = None,
     ) -> None:
-        self.objective = check_objective(objective)
-        self.proxy = _check_proxy(proxy, objective)
-        inputs, labels = _as_tensors(search, objective)
+        """Trace and price a network, calibrate its quantizers, and evaluate it in float.
+
+        Args:
+            network: Classifies; it is copied, never changed. Everything is computed on the device it is on.
+            calibrate: Inputs that set the activation scales: a tensor, a Dataset, a DataLoader, or another iterable of batches;
+                labels beside them play no part. All there is is kept in memory.
+            search: Held-out inputs and labels: a pair of tensors, a Dataset of pairs (input, label), a DataLoader, or another
+                iterable of such batches. Inputs alone are enough for an objective that needs no labels. Kept in memory.
+            target: A hardware target, or the name of one (`hw_models.load_target`).
+            metric: "latency", "energy" or "storage".
+            budget: A number is a fraction of the uniform 8-bit network's cost; a string has a unit ("12ms", "40kB").
+            bits: Smallest and largest width that a solver may choose.
+            pinned: Layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8
+                bits.
+            tied: Groups of layer names; the layers of a group take the same bits.
+            batch: Images at a time on the target; None takes the target's own batch.
+            objective: What policies are judged by: a name of `haq.problem.OBJECTIVES`, `module:Name`, or an objective, such as
+                `haq.problem.objective.RobustAccuracy(attack)`.
+            scheme: How values become few-bit ones: a name or a scheme for all layers, or one by layer name; layers that such a
+                mapping leaves out have the linear scheme.
+            tune: What is done to the quantized network, at a policy's bits, before it is judged: takes it, returns a tuned copy.
+
+        Raises:
+            OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
+            ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
+        """
+        self.objective = find_objective(objective)
+        inputs, labels = read_tensors(search, "search", self.objective.needs_labels)
         device = device_of(network)
         inputs = inputs.to(device)
         self.network = network
         self.workload = hw_models.trace(network, inputs[:1])
-        self.metric, self.unit = metric, hw_models.UNITS.get(metric, "")
-        self.bits, self.batch = bits, batch
+        self.metric = metric
+        self.unit = hw_models.UNITS.get(metric, "")
+        self.bits = _checked_range(bits)
+        self.batch = batch
         self.pinned = self._pinned(pinned)
         self.groups = self._groups(tied)
+        self.schemes = schemes_by_layer(scheme, self.workload.names)
+        check_widths(self.schemes, self.bits, self.pinned)
+        check_metric(self.schemes, metric)
+        self._meaningful = meaningful_pairs(self.schemes, {})
         self._price(target)
         self.limit = self._limit(budget)
-        self.calibration = [batch.to(device) for batch in _inputs(calibrate)]  # batches of inputs (N, ...)
-        qnetwork = Q.quantize(network, self.uniform(8), calibrate=self.calibration)
-        layers = Q.quant_layers(qnetwork)
-        errors = np.array(
-            [[layers[name].weight_error.tolist(), layers[name].activation_error.tolist()] for name in self.workload.names]
-        )
-        self.noise = np.array([errors[list(group)].mean(0) for group in self.groups])
+        self.calibration = [part.to(device) for part in read_inputs(calibrate, "calibrate")]  # batches of inputs
+        qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
+        layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
+        self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
+        errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
+        self.layer_errors = np.array([[of_weights.tolist(), of_inputs.tolist()] for of_weights, of_inputs in errors])
+        self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
         was_training = network.training
-        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, proxy=proxy)
+        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, objective=self.objective)
         self.float_result = self.evaluator.measure_teacher()
         network.train(was_training)
 
+    def __repr__(self) -> str:
+        """Say on one line what is searched."""
+        schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
+        low, high = self.bits
+        return (
+            f"Problem({len(self.workload)} layers on {self.target.name}, {self._budget_words()}, bits {low}:{high}, "
+            f"scheme {schemes}, objective {self.objective.name}, float {percent(self.float_accuracy)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Make a table of it for a notebook."""
+        schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
+        low, high = self.bits
+        rows = {
+            "network": f"{type(self.network).__name__}, {len(self.workload)} layers, {self.workload.macs / 1e6:.2f} M MACs",
+            "target": f"{self.target.name}: {self.target.description}; {self.table.provenance}",
+            "budget": self._budget_words(),
+            "bits": f"{low} to {high}",
+            "scheme": schemes,
+            "objective": f"{self.objective.words}, on {self.evaluator.count:,} images",
+            "float network": percent(self.float_accuracy),
+        }
+        return html_table("Problem", ("", ""), rows.items())
+
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
-        """The same problem on another target, within another budget. What a policy's accuracy depends on, the network, the
-        images, the scales and everything evaluated, is shared by the two. Raises what `Problem` raises."""
+        """Put the same problem on another target, within another budget.
+
+        What a policy's accuracy depends on, the network, the images, the scales and everything evaluated, is shared by the two.
+
+        Args:
+            target: A hardware target, or the name of one.
+            budget: See `Problem`.
+
+        Raises:
+            ValueError: As `Problem` does.
+        """
         made = copy.copy(self)
         if target is not self.target:
             made._price(target)
@@ -119,70 +171,99 @@ class Problem:
 
     def _price(self, target: str | hw_models.Target) -> None:
         """Set all that depends on the target."""
-        self.target = hw_models.load_target(target) if isinstance(target, str) else target
-        self.table = self.target.cost_table(self.workload, batch=self.batch)
-        self.cost = self.table.metric(self.metric)
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
+        self.target = target
+        table = target.cost_table(self.workload, batch=self.batch)
+        overhead = overhead_bytes(self.schemes, self.workload)
+        if overhead.any():
+            table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
+        self.table = table
+        self.cost = table.metric(self.metric)
+        self.reference = float(self.cost[:, TOP, TOP].sum())
+        self._choose()
+
+    def _choose(self) -> None:
+        """Set what can be chosen, and the least that it can cost."""
         self.decisions = self._decisions(self._allowed(*self.bits))
-        self.reference = float(self.cost[:, 7, 7].sum())
         self.smallest = self._smallest(self.decisions)
+
+    def _restrict(self, signed: Mapping[str, bool], budget: float | str) -> None:
+        """Leave out pairs of bits that mean nothing to a scheme now that calibration has seen each layer's input."""
+        meaningful = meaningful_pairs(self.schemes, signed)
+        if not np.array_equal(meaningful, self._meaningful):
+            self._meaningful = meaningful
+            self._choose()
+            self.limit = self._limit(budget)
 
     @property
     def budget(self) -> float:
-        """The budget as a fraction of the uniform 8-bit network."""
+        """Return the budget as a fraction of the uniform 8-bit network's cost."""
         return self.limit / self.reference
+
+    def _budget_words(self) -> str:
+        return f"{self.metric} within {describe_amount(self.limit, self.metric)} ({self.budget:.3g} of uniform 8 bits)"
 
     @property
     def reach(self) -> str:
-        """The budgets that can be met, in words."""
+        """Say in words which budgets can be met."""
         low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
+        from_one_bit = self._smallest(self._decisions(self._allowed(1, self.bits[1])))
         # Rounded up, so that the number we name is one we accept.
-        fraction, at_one_bit = (
-            np.ceil(1000 * smallest / self.reference) / 1000
-            for smallest in (self.smallest, self._smallest(self._decisions(self._allowed(1, self.bits[1]))))
-        )
-        further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}" if at_one_bit < fraction else ""
+        fraction = np.ceil(1000 * self.smallest / self.reference) / 1000
+        at_one_bit = np.ceil(1000 * from_one_bit / self.reference) / 1000
+        further = ""
+        if at_one_bit < fraction:
+            further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}"
         least = f"{low} ({fraction:.3f} of uniform 8 bits)"
         return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
 
     @property
-    def objective_is(self) -> str:
-        """What the objective measures, in words."""
-        words = {"accuracy": "accuracy", "agreement": "agreement with the float network's answers, without labels"}
-        return words.get(self.objective) or f"worst of clean and {self.proxy}"
-
-    @property
     def float_accuracy(self) -> float:
-        """Accuracy of the float network on the search images, attacked too if policies are; 1 where the objective is agreement
-        with it."""
+        """Return what the objective calls accuracy of the float network, on the search images."""
         return self.float_result.accuracy
 
     def uniform(self, bits: int, *, keep_pinned: bool = False) -> Q.BitPolicy:
-        """The same width everywhere, the pinned layers included unless they keep theirs."""
-        return Q.BitPolicy(dict.fromkeys(self.workload.names, (bits, bits)) | (self.pinned if keep_pinned else {}))
+        """Make the policy with the same width everywhere.
+
+        Args:
+            bits: The width.
+            keep_pinned: Whether pinned layers keep their own.
+        """
+        pairs = dict.fromkeys(self.workload.names, (bits, bits))
+        if keep_pinned:
+            pairs |= self.pinned
+        return Q.BitPolicy(pairs)
 
     def policy(self, w_bits: Iterable[int], a_bits: Iterable[int]) -> Q.BitPolicy:
-        """A policy from two sequences of bits in the order of the workload."""
+        """Make a policy of two sequences of bits in the order of the workload."""
         pairs = zip(self.workload.names, w_bits, a_bits, strict=True)
         return Q.BitPolicy({name: (int(w), int(a)) for name, w, a in pairs})
 
     def decide(self, pairs: Iterable[Iterable[int]]) -> Q.BitPolicy:
-        """A policy from one pair of bits for each of the decisions."""
+        """Make a policy of one pair of bits for each of the decisions."""
         bits = np.empty((len(self.workload), 2), int)
         for group, pair in zip(self.groups, pairs, strict=True):
             bits[list(group)] = tuple(pair)
         return self.policy(*bits.T)
 
     def bit_arrays(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Weight bits and activation bits of a policy, in the order of the workload."""
+        """Return weight bits and activation bits of a policy, in the order of the workload."""
         pairs = np.array([policy[name] for name in self.workload.names])
         return pairs[:, 0], pairs[:, 1]
 
     def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
-        """Cost of a policy in the metric's unit."""
+        """Return the cost of a policy in the metric's unit."""
         w, a = self.bit_arrays(policy)
         return float(self.cost[np.arange(len(w)), w - 1, a - 1].sum())
 
+    def means_something(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
+        """Say whether every layer's bits have a meaning in its scheme."""
+        w, a = self.bit_arrays(policy)
+        return bool(self._meaningful[np.arange(len(w)), w - 1, a - 1].all())
+
     def within_budget(self, cost: float) -> bool:
+        """Say whether a cost is within the budget, but for rounding."""
         return cost <= self.limit * (1 + ROUNDING)
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
@@ -190,28 +271,42 @@ class Problem:
         self.evaluator.expect(policies)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Accuracy and loss of a policy on the search images."""
+        """Tell accuracy and loss of a policy on the search images."""
         return self.evaluator.evaluate(policy)
+
+    def quantized(self, policy: Q.BitPolicy) -> nn.Module:
+        """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""
+        made = copy.deepcopy(self.evaluator.network)
+        floats = dict(self.network.named_parameters())
+        for name, parameter in made.named_parameters():
+            # Those that are no float network's are what a scheme learns.
+            parameter.requires_grad_(name not in floats or floats[name].requires_grad)
+        Q.set_policy(made, policy)
+        return made.eval()
 
     def _pinned(self, pinned: Mapping[str, tuple[int, int]] | None) -> dict[str, tuple[int, int]]:
         names = self.workload.names
-        chosen = dict.fromkeys((names[0], names[-1]), (8, 8)) if pinned is None else dict(pinned)
+        if pinned is None:
+            return dict(Q.ends(names))  # type: ignore[arg-type]
+        chosen = dict(pinned)
         if unknown := sorted(set(chosen) - set(names)):
             raise ValueError(f"pinned layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
         Q.BitPolicy(chosen)
         return chosen
 
     def _groups(self, tied: Iterable[Iterable[str]]) -> list[tuple[int, ...]]:
-        """Layers that decide together, by their place in the workload; each is in one group."""
-        names, made = self.workload.names, []
-        for group in (list(group) for group in tied):
+        """List the layers that decide together, by their place in the workload; each is in one group."""
+        names = self.workload.names
+        made = []
+        for group in map(list, tied):
             if unknown := [name for name in group if name not in names]:
                 raise ValueError(f"tied layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
             made.append(tuple(sorted(names.index(name) for name in group)))
         seen = [layer for group in made for layer in group]
         if twice := [names[layer] for layer in seen if seen.count(layer) > 1]:
             raise ValueError(f"layer {twice[0]!r} is tied twice: join the groups")
-        return sorted([*(group for group in made if group), *((i,) for i in range(len(names)) if i not in seen)])
+        alone = [(index,) for index in range(len(names)) if index not in seen]
+        return sorted([*filter(None, made), *alone])
 
     def _decisions(self, allowed: NDArray[np.bool_]) -> list[Decision]:
         cost = np.array([self.cost[list(group)].sum(0) for group in self.groups])
@@ -227,10 +322,10 @@ class Problem:
         return float(sum(decision.prices.min() for decision in decisions))
 
     def _allowed(self, low: int, high: int) -> NDArray[np.bool_]:
-        if not 1 <= low <= high <= 8:
-            raise ValueError(f"bits must be (smallest, largest) within 1..8, not {(low, high)!r}")
+        """Tell which pairs may be chosen if widths may be from `low` to `high`, shape (layers, 8, 8)."""
         allowed = np.zeros(self.cost.shape, bool)
         allowed[:, low - 1 : high, low - 1 : high] = True
+        allowed &= self._meaningful
         for name, (w, a) in self.pinned.items():
             row = allowed[self.workload.names.index(name)]
             row[:] = False
@@ -244,55 +339,13 @@ class Problem:
         return limit
 
 
+def _checked_range(bits: tuple[int, int]) -> tuple[int, int]:
+    low, high = bits
+    if not 1 <= low <= high <= Q.MAX_BITS:
+        raise ValueError(f"bits must be (smallest, largest) within 1..{Q.MAX_BITS}, not {(low, high)!r}")
+    return low, high
+
+
 def _pairs(choices: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The bits of the entries of a table (8, 8) that are true, in the order in which `extract` takes them."""
+    """List the bits of the entries of a table (8, 8) that are true, in the order in which `extract` takes them."""
     return np.argwhere(choices) + 1
-
-
-def check_objective(objective: str) -> str:
-    """The objective itself. Raises ValueError for one that there isn't."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; it can be {' or '.join(OBJECTIVES)}")
-    return objective
-
-
-def _check_proxy(proxy: ProxyAttack | None, objective: str) -> ProxyAttack | None:
-    if objective == "accuracy+robust" and proxy is None:
-        raise ValueError(
-            'objective="accuracy+robust" needs `proxy`, the attack that policies are judged under: give '
-            "haq.attacks.proxy.ProxyAttack.of(network, eps)"
-        )
-    if objective != "accuracy+robust" and proxy is not None:
-        raise ValueError(f'`proxy` is of objective="accuracy+robust", not of {objective!r}: give both or neither')
-    return proxy
-
-
-def _as_tensors(search: Any, objective: str) -> tuple[Tensor, Tensor | None]:
-    """Inputs and labels; no labels where they play no part."""
-    batches: list[tuple[Tensor, Any]]
-    if isinstance(search, Tensor):
-        batches = [(search, None)]
-    elif isinstance(search, tuple) and len(search) == 2 and isinstance(search[0], Tensor):
-        batches = [search]
-    else:
-        batches = [(batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1]) for batch in search]
-    if not batches:
-        raise ValueError("`search` gave no images")
-    inputs = torch.cat([batch for batch, _ in batches]) if len(batches) > 1 else batches[0][0]
-    if objective == "agreement":
-        labels = None
-    elif any(part is None for _, part in batches):
-        raise ValueError('`search` has no labels to tell the accuracy by: give (inputs, labels), or objective="agreement"')
-    else:
-        labels = torch.cat([part for _, part in batches])
-    count = len(inputs) if labels is None else len(labels)
-    if len(inputs) != count or not count:
-        raise ValueError(f"`search` needs as many images as labels, at least one; got {len(inputs)} and {count}")
-    return inputs, labels
-
-
-def _inputs(batches: Iterable[Any] | Tensor) -> list[Tensor]:
-    """The inputs of batches, without their labels."""
-    if isinstance(batches, Tensor):
-        return [batches]
-    return [batch if isinstance(batch, Tensor) else batch[0] for batch in batches]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from haq.reporting import comparisons
-from haq.reporting.records import Attacked, Robustness
 from haq.reporting.sections import Section, Table
+from haq.store.records import AttackedRecord, RobustnessRecord
 from haq.store.units import percent
 
 
-def attacked(found: Robustness) -> Section:
+def attacked(found: RobustnessRecord) -> Section:
     """What the robustness command prints, in its words."""
     networks = found.networks
     names = list(networks)
@@ -46,23 +46,25 @@ def attacked(found: Robustness) -> Section:
                 ["what should hold", *names],
                 [[check, *(words[one.get(check)] for one in held)] for check in checks],
             ),
-            Table("Networks", ["network", "what it is"], [[name, one.what] for name, one in networks.items()], words=True),
+            Table("Networks", ["network", "what it is"], [[name, one.note] for name, one in networks.items()], words=True),
         ],
     )
 
 
-def _deployed(one: Attacked) -> str:
+def _deployed(one: AttackedRecord) -> str:
     assert one.deployed is not None
     if one.deployed.reason:
         return one.deployed.reason
-    right = _tenth(one.deployed.right / one.deployed.images) if one.deployed.images else "–"
+    share = None
+    if one.deployed.images:
+        share = one.deployed.right / one.deployed.images
     return (
-        f"{right} right on its worst images, another answer than in PyTorch on {one.deployed.different} of "
+        f"{_tenth(share)} right on its worst images, another answer than in PyTorch on {one.deployed.different} of "
         f"{one.deployed.images:,}."
     )
 
 
-def verified(one: Attacked) -> Section:
+def verified(one: AttackedRecord) -> Section:
     failed = "; ".join(f"{check.name}: {check.figures}" for check in one.checks if not check.passed)
     return Section(
         "Verified under attack by the search",
@@ -75,4 +77,4 @@ def verified(one: Attacked) -> Section:
 
 
 def _tenth(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"
+    return percent(share, 1)

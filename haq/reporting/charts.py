@@ -12,11 +12,9 @@ from haq.reporting.drawing import (
     Picture,
     Row,
     amount,
-    called,
     color_by,
     finished,
     front,
-    kind_of_cost,
     legend,
     level,
     limit,
@@ -27,7 +25,8 @@ from haq.reporting.drawing import (
     scale_of,
     shape_by,
 )
-from haq.reporting.reading import RunFolder, Tried
+from haq.reporting.reading import RunFolder
+from haq.store.history import HistoryRow
 from haq.store.units import best_unit, percent
 
 LABELLED = 40  # layers, at most, whose bars have their bits written at them in full size
@@ -39,7 +38,7 @@ def bits(run: RunFolder) -> Picture:
     """Weight bits up and activation bits down, over each layer's share of the cost before and after, as in HAQ's paper."""
     problem, policy = run.problem, run.policy
     assert policy is not None
-    metric, kind = problem.metric, kind_of_cost(run)
+    metric, kind = problem.metric, problem.cost_kind
     costs = [
         (layer, w, a, layer.cost[7][7], layer.cost[w - 1][a - 1]) for layer, (w, a) in zip(problem.layers, policy, strict=True)
     ]
@@ -139,12 +138,11 @@ def _shares(rows: list[Row], metric: str, kind: str) -> dict[str, Any]:
 
 def tried(run: RunFolder) -> Picture:
     """Every policy tried as accuracy against cost, by solver, with the Pareto front, uniform policies, budget and float."""
-    problem, objective = run.problem, called(run.problem.objective)
-    metric, kind = problem.metric, kind_of_cost(run)
+    problem, objective = run.problem, run.problem.objective_title
+    metric, kind = problem.metric, problem.cost_kind
     solvers = list(dict.fromkeys(one.solver for one in run.history))
     uniform = [
-        (int(one["bits"] or 0), float(one["cost"] or 0), float(one[f"search_{problem.objective}"] or 0))
-        for one in (run.result.uniform if run.result else [])
+        (one.bits, one.cost, one.share("search", problem.objective)) for one in (run.result.uniform if run.result else [])
     ]
     points = [(one.cost, one.accuracy) for one in run.history] + [(cost, accuracy) for _, cost, accuracy in uniform]
     best, least = front(points), lowest([accuracy for _, accuracy in points])
@@ -165,7 +163,7 @@ def tried(run: RunFolder) -> Picture:
     if run.best is not None:
         found = f"{percent(run.best.accuracy)} at {amount(run.best.cost, metric)}"
         says += f"The best of {run.best.solver} within the budget, ringed, has {found}; "
-    says += f"float has {percent(problem.float_accuracy)} on the same {problem.images:,} images."
+    says += f"float has {percent(problem.float_share)} on the same {problem.images:,} images."
     on_front = set(best)
     return Picture(
         f"{objective.capitalize()} against {metric}: every policy tried",
@@ -195,8 +193,8 @@ def _points(
     best: list[tuple[float, float]],
     least: float,
 ) -> dict[str, Any]:
-    problem, objective = run.problem, called(run.problem.objective)
-    metric, kind = problem.metric, kind_of_cost(run)
+    problem, objective = run.problem, run.problem.objective_title
+    metric, kind = problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
 
     def at(cost: float, accuracy: float) -> Row:
@@ -217,7 +215,7 @@ def _points(
     ]
     names = [*solvers, UNIFORM] if uniform else solvers
     colors = [*palette(solvers), "var(--muted)"] if uniform else palette(solvers)
-    most = max([problem.float_accuracy, *(accuracy for _, accuracy in best)])
+    most = max([problem.float_share, *(accuracy for _, accuracy in best)])
     x = alt.X("x:Q", title=f"{metric}, {unit.replace('u', 'µ')} ({kind})", scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
     marks = plot(rows).mark_point(size=55, strokeWidth=1.3)
@@ -239,7 +237,7 @@ def _points(
     )
     steps = plot([at(*point) for point in best]).mark_line(interpolate="step-after", color="var(--ink)", strokeWidth=1.2)
     layers = [
-        *level(problem.float_accuracy, "float", y),
+        *level(problem.float_share, "float", y),
         *limit(problem.limit / size, "budget", x),
         steps.encode(x=x, y=y),
         marks,
@@ -255,7 +253,7 @@ def _points(
 
 def convergence(run: RunFolder) -> Picture:
     """The best accuracy within the budget so far, against evaluations, for each solver."""
-    objective = called(run.problem.objective)
+    objective = run.problem.objective_title
     solvers = list(dict.fromkeys(one.solver for one in run.history))
     rises: list[Row] = []
     ends: list[Row] = []
@@ -273,7 +271,7 @@ def convergence(run: RunFolder) -> Picture:
             ends.append({**rises[-1], "evaluation": mine[-1].evaluation})
             says.append(f"{solver}: {percent(best)}, first at evaluation {rises[-1]['evaluation']} of {mine[-1].evaluation}")
     least = lowest([row["y"] / 100 for row in rises], 0.75)
-    most = max([run.problem.float_accuracy, *(row["y"] / 100 for row in rises)])
+    most = max([run.problem.float_share, *(row["y"] / 100 for row in rises)])
     longest = max(one.evaluation for one in run.history)
     x = alt.X("evaluation:Q", title="evaluation", scale=alt.Scale(domain=[0, rounded(1.02 * longest)], nice=False))
     y = alt.Y("y:Q", title=f"best {objective} so far, %", scale=scale_of(least, most))
@@ -291,12 +289,12 @@ def convergence(run: RunFolder) -> Picture:
     return Picture(
         "Convergence: the best so far",
         "; ".join(says) + ".",
-        [finished(alt.layer(*level(run.problem.float_accuracy, "float", y), line, marks), 260)],
+        [finished(alt.layer(*level(run.problem.float_share, "float", y), line, marks), 260)],
         ["solver", "evaluation", f"best {objective} so far"],
         [[row["solver"], str(row["evaluation"]), row["is"]] for row in rises],
         note,
     )
 
 
-def _means(one: Tried) -> str:
+def _means(one: HistoryRow) -> str:
     return "/".join(f"{statistics.fmean(widths):.1f}" for widths in (one.weight_bits, one.activation_bits))

@@ -13,11 +13,9 @@ from haq.reporting.drawing import (
     Picture,
     Row,
     amount,
-    called,
     color_by,
     finished,
     front,
-    kind_of_cost,
     level,
     lowest,
     palette,
@@ -27,27 +25,28 @@ from haq.reporting.drawing import (
     shape_by,
 )
 from haq.reporting.reading import RunFolder
-from haq.reporting.records import Robustness, Searched, SweepDone, SweepTarget, Uniform
+from haq.store.records import FinishedSweepRecord, RobustnessRecord, SweepFound, SweepTarget, SweepUniform
 from haq.store.units import best_unit, percent
 
 
-def sweep(content: SweepDone, target: SweepTarget) -> Picture:
+def sweep(content: FinishedSweepRecord, target: SweepTarget) -> Picture:
     """Test accuracy against the cost on one target of a sweep, by solver, with the Pareto front and uniform policies."""
-    objective, key, metric = called(content.objective), f"test_{content.objective}", content.metric
-    least = lowest([row.share(key) for row in target.found], 1.0)
+    objective, metric = content.objective_title, content.metric
+    judge = content.objective
+    least = lowest([row.share("test", judge) for row in target.found], 1.0)
     solvers = list(dict.fromkeys(row.solver for row in target.found))
     rows = [_of_search(content, row) for row in target.found]
     rows += [_of_uniform(content, uniform, least) for uniform in target.uniform]
-    best = max(target.found, key=lambda row: row.share(key))
-    of_float = content.of_float.get(key) or 0.0
+    best = max(target.found, key=lambda row: row.share("test", judge))
+    of_float = content.of_float.share("test", judge)
     says = (
         f"{', '.join(solvers)} at budgets {', '.join(dict.fromkeys(row.budget for row in target.found))}; "
         f"{sum(row['front'] == 'yes' for row in rows)} policies are on the Pareto front. The most accurate, by {best.solver} "
-        f"at budget {best.budget}, has {percent(best.share(key))} on the test split at {best.fraction:.3f} of uniform 8 bits; "
-        f"float has {percent(of_float)}."
+        f"at budget {best.budget}, has {percent(best.share('test', judge))} on the test split at {best.fraction:.3f} of "
+        f"uniform 8 bits; float has {percent(of_float)}."
     )
     note = "Ringed: on the Pareto front, nothing costs less and is better. Numbers are the bits of uniform policies."
-    if lower := sum(uniform.share(key) < least for uniform in target.uniform):
+    if lower := sum(uniform.share("test", judge) < least for uniform in target.uniform):
         note += f" {lower} of them, below {100 * least:.1f} %, are drawn at the lower edge."
     if content.asked.seeds > 1:
         note += " Marks are means over the seeds, bars reach from the smallest to the largest."
@@ -65,27 +64,29 @@ def sweep(content: SweepDone, target: SweepTarget) -> Picture:
     )
 
 
-def _of_search(content: SweepDone, row: Searched) -> Row:
-    key = f"test_{content.objective}"
-    low, high = row.spread(key)
-    seeds = f"{percent(low)} to {percent(high)}, {len(row.runs)} seeds" if len(row.runs) > 1 else "one"
+def _of_search(content: FinishedSweepRecord, row: SweepFound) -> Row:
+    share = row.share("test", content.objective)
+    low, high = row.spread("test", content.objective)
+    seeds = "one"
+    if len(row.runs) > 1:
+        seeds = f"{percent(low)} to {percent(high)}, {len(row.runs)} seeds"
     return {
         "policy": row.solver,
         "budget": row.budget,
         "label": "",
         "seeds": seeds,
-        "is": percent(row.share(key)),
+        "is": percent(share),
         "cost": amount(row.cost, content.metric),
         "front": "yes" if row.pareto else "no",
         "x": rounded(row.fraction),
-        "y": rounded(100 * row.share(key)),
+        "y": rounded(100 * share),
         "low": rounded(100 * low),
         "high": rounded(100 * high),
     }
 
 
-def _of_uniform(content: SweepDone, row: Uniform, least: float) -> Row:
-    share = row.share(f"test_{content.objective}")
+def _of_uniform(content: FinishedSweepRecord, row: SweepUniform, least: float) -> Row:
+    share = row.share("test", content.objective)
     return {
         "policy": UNIFORM,
         "budget": "",
@@ -99,9 +100,11 @@ def _of_uniform(content: SweepDone, row: Uniform, least: float) -> Row:
     }
 
 
-def _panel(content: SweepDone, target: SweepTarget, rows: list[Row], solvers: list[str], least: float) -> dict[str, Any]:
-    objective, names = called(content.objective), [*solvers, UNIFORM]
-    of_float = content.of_float.get(f"test_{content.objective}") or 0.0
+def _panel(
+    content: FinishedSweepRecord, target: SweepTarget, rows: list[Row], solvers: list[str], least: float
+) -> dict[str, Any]:
+    objective, names = content.objective_title, [*solvers, UNIFORM]
+    of_float = content.of_float.share("test", content.objective)
     x = alt.X("x:Q", title=f"{content.metric}, fraction of uniform 8 bits ({target.kind})", scale=alt.Scale(zero=False))
     scale = scale_of(least, max(of_float, *(row["y"] / 100 for row in rows)))
     y = alt.Y("y:Q", title=f"test {objective}, % (measured)", scale=scale)
@@ -132,7 +135,7 @@ def _panel(content: SweepDone, target: SweepTarget, rows: list[Row], solvers: li
     )
 
 
-def attacked(found: Robustness) -> Picture:
+def attacked(found: RobustnessRecord) -> Picture:
     """Accuracy against eps under PGD, a line for each network, and its worst case over all attacks."""
     first = next(iter(found.networks.values()))
     of_pixels = first.threat.norm == "linf"
@@ -188,7 +191,7 @@ def attacked(found: Robustness) -> Picture:
 def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     """Several searches of one network on one target: their fronts, and what each found. Each run comes with its label."""
     problem = runs[0][1].problem
-    objective, metric, kind = called(problem.objective), problem.metric, kind_of_cost(runs[0][1])
+    objective, metric, kind = problem.objective_title, problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
     fronts = {name: front((one.cost, one.accuracy) for one in run.history if one.solver == run.solver) for name, run in runs}
     least = lowest([accuracy for points in fronts.values() for _, accuracy in points])
@@ -201,7 +204,7 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     found = [row(name, run.best.cost, run.best.accuracy) for name, run in runs if run.best is not None]
     says = "; ".join(f"{one['run']}: {one['is']} at {one['cost']}" for one in found) or "nothing yet"
     names = list(fronts)
-    most = max([problem.float_accuracy, *(accuracy for points in fronts.values() for _, accuracy in points)])
+    most = max([problem.float_share, *(accuracy for points in fronts.values() for _, accuracy in points)])
     x = alt.X("x:Q", title=f"{metric}, {unit.replace('u', 'µ')} ({kind})", scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
     color, shape = color_by("run", names, palette(names)), shape_by("run", names)
@@ -212,7 +215,7 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     ]
     marks, rings = plot(steps).mark_point(size=35, filled=True), plot(found).mark_point(size=230, strokeWidth=2)
     layers = alt.layer(
-        *level(problem.float_accuracy, "float", y),
+        *level(problem.float_share, "float", y),
         plot(steps).mark_line(interpolate="step-after", strokeWidth=1.4).encode(x=x, y=y, color=color),
         marks.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
         rings.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
@@ -225,7 +228,7 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         note += f" What is below {100 * least:.1f} % is drawn at the lower edge."
     return Picture(
         f"{problem.network} on {problem.target.name}: {objective} against {metric}",
-        f"The best within each budget: {says}. Float has {percent(problem.float_accuracy)}.",
+        f"The best within each budget: {says}. Float has {percent(problem.float_share)}.",
         [finished(layers, 340)],
         ["run", f"{objective} (measured)", f"{metric} ({kind})"],
         [[one["run"], one["is"], one["cost"]] for one in steps],

@@ -12,7 +12,6 @@ from typing import Any
 
 import altair as alt
 
-from haq.reporting.reading import RunFolder
 from haq.store.units import describe_amount, percent
 
 Row = dict[str, Any]
@@ -63,16 +62,6 @@ class Picture:
 def amount(value: float, metric: str) -> str:
     """An amount as commands print it, but with a proper micro."""
     return describe_amount(value, metric).replace(" u", " µ")
-
-
-def kind_of_cost(run: RunFolder) -> str:
-    """Whether costs are estimated, measured, or counted, as bytes are on every target."""
-    return "counted" if run.problem.metric == "storage" else run.problem.target.provenance.split(" ")[0]
-
-
-def called(objective: str) -> str:
-    """What policies are judged by, in a word or two."""
-    return "worst-case accuracy" if objective == "accuracy+robust" else objective
 
 
 def plot(rows: Sequence[Row]) -> alt.Chart:

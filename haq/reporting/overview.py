@@ -9,7 +9,7 @@ from haq.reporting import comparisons
 from haq.reporting.drawing import Picture, amount
 from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
-from haq.store.units import percent
+from haq.store.units import NOTHING, percent
 
 
 def overview(sources: Sequence[RunFolder | SweepFolder], told: Sequence[Part]) -> Section:
@@ -31,9 +31,9 @@ def listed(caption: str, rows: list[list[str]], links: Mapping[str, str]) -> Tab
 
 def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
     if isinstance(source, SweepFolder):
-        content = source.content
-        state = "finished sweep" if content.finished else "unfinished sweep"
-        asked, settings = content.asked, content.asked.settings
+        record = source.record
+        state = "finished sweep" if record.finished else "unfinished sweep"
+        asked, settings = record.asked, record.asked.settings
         told = [str(settings.get("network", "")), ", ".join(asked.hw), str(settings.get("metric", ""))]
         return [name, state, *told, ", ".join(asked.solvers), f"{len(asked.budgets)} budgets", "–", "–", "–"]
     problem, result = source.problem, source.result
@@ -42,9 +42,12 @@ def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
     if result is None:
         used = f"{amount(source.best.cost, problem.metric)} of {limit}" if source.best else f"– of {limit}"
         found = f"{percent(source.best.accuracy)} (search)" if source.best else "–"
-        return [name, "unfinished", *told, used, f"{percent(problem.float_accuracy)} (search)", found, "–"]
-    key = f"test_{result.objective}"
-    shares = [percent(entry.get(key)) if entry else "–" for entry in (result.of_float, result.found, result.finetuned)]
+        return [name, "unfinished", *told, used, f"{percent(problem.float_share)} (search)", found, "–"]
+    shares = [percent(row.share("test", result.objective)) for row in (result.of_float, result.found)]
+    if result.finetuned is None:
+        shares.append(NOTHING)
+    else:
+        shares.append(percent(result.finetuned.share("test", result.objective)))
     return [name, "finished", *told, f"{amount(result.budget.used, problem.metric)} of {limit}", *shares]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from haq.reporting import attacks, charts
-from haq.reporting.drawing import amount, called, kind_of_cost
+from haq.reporting.drawing import amount
 from haq.reporting.reading import RunFolder
-from haq.reporting.records import Entry, Result
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
-from haq.store.units import percent
+from haq.store.records import COST_KEYS, Measurement, ResultRecord, objective_title
+from haq.store.units import NOTHING, percent
 
-COSTS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
+ACCURACY = "accuracy"
 MEASURED = "Measured means timed layer by layer; the whole network may take more or less than their sum."
 
 
@@ -39,11 +39,13 @@ def of_run(run: RunFolder, name: str, anchor: str) -> Part:
     )
 
 
-def _verdict(run: RunFolder, result: Result) -> str:
-    metric, objective, key = run.problem.metric, called(result.objective), f"test_{result.objective}"
-    found, of_float = result.found[key] or 0.0, result.of_float[key] or 0.0
-    budget, kind = result.budget, kind_of_cost(run)
-    tuned = f"; fine-tuned, {percent(result.finetuned[key])}" if result.finetuned else ""
+def _verdict(run: RunFolder, result: ResultRecord) -> str:
+    metric, objective = run.problem.metric, result.objective_title
+    found, of_float = (row.share("test", result.objective) for row in (result.found, result.of_float))
+    budget, kind = result.budget, run.problem.cost_kind
+    tuned = ""
+    if result.finetuned:
+        tuned = f"; fine-tuned, {percent(result.finetuned.share('test', result.objective))}"
     return (
         f"The policy found by {result.solver} has {percent(found)} {objective} on the test split, {_points(found - of_float)} "
         f"float{tuned} (measured). It takes {amount(budget.used, metric)} of {metric} ({kind}), {budget.used_fraction:.3f} of "
@@ -53,25 +55,25 @@ def _verdict(run: RunFolder, result: Result) -> str:
 
 def _so_far(run: RunFolder) -> str:
     done = sum(one.solver == run.solver for one in run.history)
-    asked = run.config.settings.get("evaluations", "?")
+    asked = run.config.evaluations
     words = f"This run is not finished: {done} of at most {asked} evaluations by {run.solver} are there."
     if run.best is None:
         return f"{words} None of them is within the budget yet."
     metric = run.problem.metric
     return (
         f"{words} The best within the budget so far has {percent(run.best.accuracy)} on the search split (measured), float "
-        f"has {percent(run.problem.float_accuracy)}; it takes {amount(run.best.cost, metric)} of at most "
-        f"{amount(run.problem.limit, metric)} {metric} ({kind_of_cost(run)})."
+        f"has {percent(run.problem.float_share)}; it takes {amount(run.best.cost, metric)} of at most "
+        f"{amount(run.problem.limit, metric)} {metric} ({run.problem.cost_kind})."
     )
 
 
-def _facts(run: RunFolder, result: Result) -> list[Fact]:
-    metric, kind, budget = run.problem.metric, kind_of_cost(run), result.budget
-    objective, key = called(result.objective), f"test_{result.objective}"
-    of_float = result.of_float[key] or 0.0
+def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
+    metric, kind, budget = run.problem.metric, run.problem.cost_kind, result.budget
+    objective = result.objective_title
+    of_float = result.of_float.share("test", result.objective)
 
-    def judged(label: str, entry: Entry) -> Fact:
-        share = entry[key] or 0.0
+    def judged(label: str, measured: Measurement) -> Fact:
+        share = measured.share("test", result.objective)
         return Fact(label, percent(share), f"test {objective}, measured; {_points(share - of_float)} float")
 
     facts = [
@@ -93,11 +95,11 @@ def _facts(run: RunFolder, result: Result) -> list[Fact]:
 
 
 def _facts_so_far(run: RunFolder) -> list[Fact]:
-    metric, objective = run.problem.metric, called(run.problem.objective)
-    facts = [Fact("Float", percent(run.problem.float_accuracy), f"search {objective}, measured")]
+    metric, objective = run.problem.metric, run.problem.objective_title
+    facts = [Fact("Float", percent(run.problem.float_share), f"search {objective}, measured")]
     if run.best is not None:
         facts.append(Fact("Best so far", percent(run.best.accuracy), f"search {objective}, measured, by {run.solver}"))
-        facts.append(Fact(metric.capitalize(), amount(run.best.cost, metric), f"{kind_of_cost(run)}; within the budget"))
+        facts.append(Fact(metric.capitalize(), amount(run.best.cost, metric), f"{run.problem.cost_kind}; within the budget"))
     facts.append(Fact("Budget", amount(run.problem.limit, metric), f"{metric}, at most"))
     return facts
 
@@ -108,53 +110,54 @@ def _points(difference: float) -> str:
     return "as good as" if words == "0.00 points" else f"{words} {'below' if difference < 0 else 'above'}"
 
 
-def _results(run: RunFolder, result: Result) -> Table:
+def _results(run: RunFolder, result: ResultRecord) -> Table:
     """The table that the search prints."""
-    robust = result.objective == "accuracy+robust"
-    shares = [
-        (f"{split} {called(result.objective)} (measured)", f"{split}_{result.objective}") for split in ("test", "search")
-    ]
-    if robust:
-        shares.insert(0, ("test accuracy (measured)", "test_accuracy"))
+    # Plain accuracy beside what policies were judged by, where it was measured too.
+    both = result.objective != ACCURACY and result.found.has("test", ACCURACY)
+    columns = [("test", result.objective), ("search", result.objective)]
+    if both:
+        columns.insert(0, ("test", ACCURACY))
     kind = run.problem.target.provenance.split(" ")[0]
-    metrics = [name for name, key in COSTS.items() if result.uniform8.get(key) is not None]
-    head = ["policy", *(name for name, _ in shares)]
+    metrics = [name for name in COST_KEYS if result.uniform8.cost(name) is not None]
+    head = ["policy", *(f"{split} {objective_title(objective)} (measured)" for split, objective in columns)]
     head += [f"{name} ({'counted' if name == 'storage' else kind})" for name in metrics] + ["evaluations"]
-    entries: list[tuple[str, Entry | None, str]] = [
+    entries: list[tuple[str, Measurement | None, str]] = [
         ("float", result.of_float, ""),
         ("uniform 8 bits", result.uniform8, ""),
         (f"found by {result.solver}", result.found, _count(result, result.solver)),
         ("fine-tuned", result.finetuned, ""),
-        *((f"found by {name}", entry, _count(result, name)) for name, entry in result.rivals.items()),
+        *((f"found by {name}", row, _count(result, name)) for name, row in result.rivals.items()),
     ]
     rows = [
         [
             label,
-            *(percent(entry.get(key)) for _, key in shares),
-            *(_cost(entry.get(COSTS[name]), name) for name in metrics),
+            *(percent(row.share(split, objective)) for split, objective in columns),
+            *(_cost(row.cost(name), name) for name in metrics),
             evaluations,
         ]
-        for label, entry, evaluations in entries
-        if entry is not None
+        for label, row, evaluations in entries
+        if row is not None
     ]
-    note = f"{run.problem.data}. {called(result.objective).capitalize()} {result.accuracy_is}; cost {result.cost_is}."
-    if robust:
+    note = f"{run.problem.data}. {result.objective_title.capitalize()} {result.accuracy_is}; cost {result.cost_is}."
+    if both:
         note += f" Worst case: {run.problem.objective_is}, right both times; a cheap attack, no evaluation of robustness."
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
 
 
-def _count(result: Result, solver: str) -> str:
+def _count(result: ResultRecord, solver: str) -> str:
     return str(result.evaluations.get(solver, ""))
 
 
 def _cost(value: float | None, metric: str) -> str:
-    return "–" if value is None else amount(value, metric)
+    if value is None:
+        return NOTHING
+    return amount(value, metric)
 
 
 def _provenance(run: RunFolder) -> Section:
     problem, result = run.problem, run.result
     target = problem.target
-    objective = called(problem.objective)
+    objective = problem.objective_title
     where = result.accuracy_is if result else "measured where the search runs"
     sentences = [
         f"{objective.capitalize()}: {where}, with PyTorch and fake-quantized networks. The search split "

@@ -6,28 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from haq.reporting import comparisons
-from haq.reporting.drawing import called
 from haq.reporting.overview import joint, line, listed
 from haq.reporting.reading import SweepFolder
-from haq.reporting.records import Searched, Specialisation, SweepBegun, SweepDone
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
+from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord
 from haq.store.units import percent
 
 
 def of_sweep(source: SweepFolder, name: str, anchor: str) -> Part:
-    return _done(source.content, name, anchor) if isinstance(source.content, SweepDone) else _begun(source, name, anchor)
+    if isinstance(source.record, FinishedSweepRecord):
+        return _done(source.record, name, anchor)
+    return _begun(source, name, anchor)
 
 
-def _done(content: SweepDone, name: str, anchor: str) -> Part:
-    objective, key = called(content.objective), f"test_{content.objective}"
+def _done(content: FinishedSweepRecord, name: str, anchor: str) -> Part:
+    objective, judge = content.objective_title, content.objective
     asked = content.asked
     sizes = " and ".join(f"{count:,} {split}" for split, count in content.images.items())
-    facts = [Fact("Float", percent(content.of_float.get(key)), f"test {objective}, measured")]
+    facts = [Fact("Float", percent(content.of_float.share("test", judge)), f"test {objective}, measured")]
     for target in content.targets.values():
         if target.found:
-            best = min(target.found, key=lambda row: (-row.share(key), row.fraction))
+            best = min(target.found, key=lambda row: (-row.share("test", judge), row.fraction))
             what = f"test {objective}, measured, by {best.solver} at {best.fraction:.3f} of uniform 8 bits ({target.kind})"
-            facts.append(Fact(f"Best on {target.name}", percent(best.share(key)), what))
+            facts.append(Fact(f"Best on {target.name}", percent(best.share("test", judge)), what))
     sections = []
     for target in content.targets.values():
         missed = [f"Budgets {target.left_out}."] if target.left_out else []
@@ -40,7 +41,6 @@ def _done(content: SweepDone, name: str, anchor: str) -> Part:
     measured = f"{objective.capitalize()}{what} is {content.accuracy_is}, on {sizes} images."
     estimated = [ESTIMATED] if any(target.kind == "estimated" for target in content.targets.values()) else []
     sections.append(Section("What is estimated, what is measured", sentences=[measured, *kinds, *estimated]))
-    searches: list[Searched] = [row for target in content.targets.values() for row in target.found]
     sections.append(configuration(_asked_of(content), _shared(asked.settings), content.versions, content.command))
     return Part(
         anchor,
@@ -48,7 +48,7 @@ def _done(content: SweepDone, name: str, anchor: str) -> Part:
         name,
         True,
         [
-            f"{sum(len(row.runs) for row in searches)} searches of {content.network} on {content.data}, for "
+            f"{sum(len(row.runs) for row in content.found)} searches of {content.network} on {content.data}, for "
             f"{content.metric}, by {', '.join(asked.solvers)}. Accuracies are of policies as they were found, without "
             "fine-tuning."
         ],
@@ -57,14 +57,14 @@ def _done(content: SweepDone, name: str, anchor: str) -> Part:
     )
 
 
-def _specialised(content: SweepDone, special: Specialisation) -> Table:
-    objective, names = called(content.objective), list(special.policies)
+def _specialised(content: FinishedSweepRecord, special: SpecialisationRecord) -> Table:
+    objective, names = content.objective_title, list(special.policies)
     head = ["found for", "by", f"test {objective} (measured)"]
     head += [f"{content.metric} on {name}{_kind(content, name)}" for name in names]
     rows = []
     for name, row in special.policies.items():
         shares = [f"{row.fractions[other]:.3f}{' *' if other == name else ''}" for other in names if other in row.fractions]
-        rows.append([name, row.solver, percent(row.share(f"test_{content.objective}")), *shares])
+        rows.append([name, row.solver, percent(row.share("test", content.objective)), *shares])
     note = (
         f"{content.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
         "target's own policy, the best on the search split of those found for it."
@@ -72,11 +72,11 @@ def _specialised(content: SweepDone, special: Specialisation) -> Table:
     return Table("What a policy found for one target costs on another", head, rows, note)
 
 
-def _kind(content: SweepDone, name: str) -> str:
+def _kind(content: FinishedSweepRecord, name: str) -> str:
     return f" ({content.targets[name].kind})" if name in content.targets else ""
 
 
-def _asked_of(content: SweepBegun) -> list[list[str]]:
+def _asked_of(content: SweepRecord) -> list[list[str]]:
     asked = content.asked
     return [
         ["targets", ", ".join(asked.hw)],
@@ -92,7 +92,7 @@ def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _begun(source: SweepFolder, name: str, anchor: str) -> Part:
-    content, runs = source.content, source.runs
+    content, runs = source.record, source.runs
     done = sum(run.finished for run in runs)
     rows = [line(run, run.folder.name) for run in runs]
     named = [(run.folder.name, run) for run in runs]

@@ -1,1 +1,45 @@
 """Solvers: all of them get the same problem and the same number of evaluations, and report in the same way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+from hw_models.registry import Registry, requires
+
+if TYPE_CHECKING:
+    from haq.solvers import ilp as ilp
+    from haq.solvers.base import Session as Session
+    from haq.solvers.base import Solver as Solver
+    from haq.solvers.base import Trial as Trial
+
+# The environments that agents can learn in.
+ENVS = ("plan", "haq")
+lacking = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
+# A solver's libraries are needed only if it is asked for.
+SOLVERS: Registry[type[Solver]] = Registry(
+    "solver",
+    "haq.solvers",
+    {
+        "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning as in HAQ: an actor, and a critic that it learns from"),
+        "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
+        "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
+        "ilp": ("haq.solvers.ilp:IntegerProgramme", "measured sensitivities, and the policy that is optimal if they add up"),
+        "greedy": (
+            "haq.solvers.greedy:Greedy",
+            "measured sensitivities, and step by step what costs the least for what it saves",
+        ),
+        "evolution": ("haq.solvers.evolution:Evolution", "policies are crossed and mutated, and the best survive"),
+        "random": ("haq.solvers.random_search:RandomSearch", "random policies that fill the budget"),
+        "exhaustive": ("haq.solvers.exhaustive:Exhaustive", "every policy within the budget, where there are few"),
+    },
+    check=lacking,
+)
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["agents", "base", "evolution", "exhaustive", "greedy", "hessian", "ilp", "random_search", "sensitivity"],
+    submod_attrs={"base": ["Session", "Solver", "Trial"]},
+)
+__all__ += ["ENVS", "SOLVERS"]

@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+import stable_baselines3
 import torch
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
-from stable_baselines3 import DDPG, SAC, TD3
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch import Tensor
@@ -46,20 +46,56 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.problem import Problem
 from haq.solvers import greedy, ilp, sensitivity
-from haq.solvers.base import Session
+from haq.solvers.base import Session, Solver
 
 Floats = NDArray[np.float32]
 
 HIDDEN = [400, 300]
 RATE = 1e-3
-BATCH, TAU = 64, 0.01
+BATCH = 64
+TAU = 0.01
 UPDATES = 16  # gradient steps per episode
-SIGMA, DECAY = 0.5, 0.98
+SIGMA = 0.5  # of the noise around the actor's actions
+DECAY = 0.98  # of that, per episode
 CANDIDATES = 32  # episodes played for each that is evaluated
 ELITE = 4  # best episodes around which half of them are played
 CHANGED = (0.1, 0.2, 0.4)  # shares of their decisions that are made anew
-PAPER_RATE, PAPER_DECAY, WARM_UP = 1e-4, 0.99, 20  # of HAQ: actor's rate, decay of the noise, episodes at random
+# Of HAQ.
+PAPER_RATE = 1e-4  # of the actor
+PAPER_DECAY = 0.99  # of the noise, per episode
+WARM_UP = 20  # episodes at random
 MOST_STALE_ROUNDS = 3  # rounds without a policy that is new, after which there seem to be none
+NOT_EVALUATED = Evaluation(0.0, 0.0, 0)
+
+
+class OwnRates:
+    """An agent whose optimizers keep the learning rates that they were given.
+
+    Stable-Baselines3 would set one rate, the critic's, for all of them before every training.
+    """
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        pass
+
+
+class PaperDDPG(OwnRates, stable_baselines3.DDPG):
+    """DDPG with learning rates of its own for actor and critic."""
+
+
+class PaperTD3(OwnRates, stable_baselines3.TD3):
+    """TD3 with learning rates of its own for actor and critic."""
+
+
+class PaperSAC(OwnRates, stable_baselines3.SAC):
+    """SAC with learning rates of its own for actor and critic."""
+
+
+AGENTS: dict[str, type[OffPolicyAlgorithm]] = {
+    "ddpg": stable_baselines3.DDPG,
+    "td3": stable_baselines3.TD3,
+    "sac": stable_baselines3.SAC,
+}
+PAPER_AGENTS: dict[str, type[OffPolicyAlgorithm]] = {"ddpg": PaperDDPG, "td3": PaperTD3, "sac": PaperSAC}
 
 
 class Episode(NamedTuple):
@@ -177,22 +213,47 @@ class Learner:
         return [operator.attrgetter(name)(self.agent).data for name in self.agent._get_torch_save_params()[1]]
 
 
-def ddpg(problem: Problem, session: Session, seed: int) -> None:
-    (search if session.env == "plan" else search_as_haq)(DDPG, problem, session, seed)
+class Agent(Solver):
+    """An agent of Stable-Baselines3 (`AGENTS[name]`) in the session's environment."""
+
+    uses_sensitivities = True
+    chooses_ahead = True
+
+    def solve(self, problem: Problem, session: Session, seed: int) -> None:
+        """Search in one of the two environments, and leave global generators as they were."""
+        with kept_random_state():
+            if session.env == "haq":
+                search_as_haq(PAPER_AGENTS[self.name], problem, session, seed)
+            else:
+                search(AGENTS[self.name], problem, session, seed)
 
 
-def td3(problem: Problem, session: Session, seed: int) -> None:
-    (search if session.env == "plan" else search_as_haq)(TD3, problem, session, seed)
+class DDPG(Agent):
+    """Deep deterministic policy gradients (Lillicrap et al., ICLR 2016), what HAQ searches with."""
+
+    name = "ddpg"
+    summary = "reinforcement learning as in HAQ: an actor, and a critic that it learns from"
 
 
-def sac(problem: Problem, session: Session, seed: int) -> None:
-    (search if session.env == "plan" else search_as_haq)(SAC, problem, session, seed)
+class TD3(Agent):
+    """Twin delayed DDPG (Fujimoto et al., ICML 2018)."""
+
+    name = "td3"
+    summary = "the same with two critics and a delayed actor"
+
+
+class SAC(Agent):
+    """Soft actor-critic (Haarnoja et al., ICML 2018)."""
+
+    name = "sac"
+    summary = "the same with an actor that is rewarded for staying random"
 
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Put the global generators back: Stable-Baselines3 seeds and uses them."""
-    python, array = random.getstate(), np.random.get_state()
+    """Put the global generators back in the end: Stable-Baselines3 seeds and uses them."""
+    python = random.getstate()
+    array = np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -201,54 +262,73 @@ def kept_random_state() -> Iterator[None]:
         np.random.set_state(array)
 
 
-@kept_random_state()
+def not_evaluated(policy: Q.BitPolicy) -> Evaluation:
+    """Judge the policy of an imagined episode, whose reward nobody looks at."""
+    return NOT_EVALUATED
+
+
 def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
-    """Sensitivities, the rivals' policies as demonstrations, then an episode for each evaluation that is left."""
-    rise = sensitivity.measure(problem, session, keep=max(session.evaluations // 10, 1))
-    counted, imagined = copy.copy(problem), copy.copy(problem)
-    counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
-    env = envs.MixedPrecisionEnv(counted, rise)
+    """Measure sensitivities, show the rivals' policies, then play an episode for each evaluation that is left.
+
+    Args:
+        kind: The agent's class.
+        problem: What is searched.
+        session: Evaluates policies.
+        seed: What everything random comes from.
+    """
+    loss_increase = sensitivity.measure(problem, session, keep=max(session.evaluations // 10, 1))
+    env = envs.MixedPrecisionEnv(problem, loss_increase, judge=session.evaluate)
     agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
     learner = Learner(agent, np.random.default_rng(seed), session)
-    players = [copy.copy(envs.MixedPrecisionEnv(imagined, rise)) for _ in range(CANDIDATES)]
-    proposals = list(dict.fromkeys((ilp.propose(problem, rise), greedy.propose(problem, rise))))[: session.left]
-    shown = len(proposals)
+    player = envs.MixedPrecisionEnv(problem, loss_increase, judge=not_evaluated)
+    players = [copy.copy(player) for _ in range(CANDIDATES)]
+    proposals = [ilp.propose(problem, loss_increase), greedy.propose(problem, loss_increase)]
+    proposals = list(dict.fromkeys(proposals))[: session.left]
     if not learner.restore():
         for proposal in proposals:
-            learner.choose(play(players[0], follow(players[0], proposal)))
+            learner.choose(play(player, follow(player, proposal)))
     while True:
         while learner.may_choose and learner.stale_rounds < MOST_STALE_ROUNDS:
             with one_thread():
-                candidates = imagine(agent, players, learner.episodes, learner.sigma, learner.draws)
-                chosen_before = {episode.policy for episode in learner.waiting}
-                new = [c for c in candidates if not session.seen(c.policy) and c.policy not in chosen_before]
-                learner.stale_rounds = 0 if new else learner.stale_rounds + 1
-                if new:
-                    best = new[int(np.argmax(expected(agent, new)))].policy
-                    learner.choose(play(players[0], follow(players[0], best)))
-                    learner.sigma *= DECAY
+                choose_best(learner, players)
         if not learner.waiting:
             return
-        episode, learner.stale_rounds = learner.learn(env), 0
-        if len(learner.episodes) > shown:
+        episode = learner.learn(env)
+        learner.stale_rounds = 0
+        if len(learner.episodes) > len(proposals):
             session.saturated.append(episode.saturated)
         learner.save()
 
 
-@kept_random_state()
+def choose_best(learner: Learner, players: list[envs.MixedPrecisionEnv]) -> None:
+    """Imagine episodes, and choose the new one for which the critic expects most, if there is one."""
+    waiting = {episode.policy for episode in learner.waiting}
+    candidates = imagine(learner.agent, players, learner.episodes, learner.sigma, learner.draws)
+    new = [one for one in candidates if not learner.session.seen(one.policy) and one.policy not in waiting]
+    if not new:
+        learner.stale_rounds += 1
+        return
+    learner.stale_rounds = 0
+    best = new[int(np.argmax(expected(learner.agent, new)))].policy
+    learner.choose(play(players[0], follow(players[0], best)))
+    learner.sigma *= DECAY
+
+
 def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
-    """HAQ's search: episodes at random to begin with, then around what the actor does, every one of them evaluated."""
-    counted, imagined = copy.copy(problem), copy.copy(problem)
-    counted.evaluate = session.evaluate  # type: ignore[method-assign]
-    imagined.evaluate = lambda policy: Evaluation(0.0, 0.0, 0)  # type: ignore[method-assign]
-    env, player = envs.HaqEnv(counted), envs.HaqEnv(imagined)
+    """Search as HAQ does: random episodes to begin with, then around what the actor does, every one of them evaluated.
+
+    Args:
+        kind: The agent's class, one whose optimizers keep their rates (`OwnRates`).
+        problem: What is searched.
+        session: Evaluates policies.
+        seed: What everything random comes from.
+    """
+    env = envs.HaqEnv(problem, judge=session.evaluate)
+    player = envs.HaqEnv(problem, judge=not_evaluated)
     steps = 2 * len(env.free)
     agent = make_agent(kind, env, steps, seed, session.evaluations + WARM_UP)
     for group in agent.actor.optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = PAPER_RATE
-    # Stable-Baselines3 would set the critic's rate for both.
-    agent._update_learning_rate = lambda optimizers: None  # type: ignore[method-assign]
     learner = Learner(agent, np.random.default_rng(seed), session)
 
     def explore(step: int, observation: Floats) -> Floats:
@@ -263,12 +343,15 @@ def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Ses
             with one_thread():
                 learner.choose(play(player, explore))
             learner.chosen += 1
-            learner.sigma *= PAPER_DECAY if learner.chosen > WARM_UP else 1
+            if learner.chosen > WARM_UP:
+                learner.sigma *= PAPER_DECAY
         if not learner.waiting:
             return
         used = session.used
         session.saturated.append(learner.learn(env).saturated)
-        learner.stale_rounds = 0 if session.used > used else learner.stale_rounds + 1
+        learner.stale_rounds += 1
+        if session.used > used:
+            learner.stale_rounds = 0
         learner.save()
 
 

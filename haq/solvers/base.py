@@ -1,128 +1,229 @@
-"""Solvers: all of them get the same problem and the same number of evaluations, and report in the same way.
+"""What all solvers share: the class they are made of, their allowance of evaluations, and the record of a policy tried.
 
-A solver is a function `solve(problem, session, seed)`. It evaluates policies through the session, which counts them and
-keeps the best that meets the budget; what the solver found is `session.best`.
+A solver of your own is one class:
+
+    class Halves(haq.Solver):
+        summary = "uniform policies, from the widest to the first that fits"
+
+        def solve(self, problem, session, seed):
+            for bits in (8, 7, 6, 5, 4, 3, 2):
+                session.evaluate(problem.uniform(bits, keep_pinned=True))
+
+    haq.solve(problem, Halves)
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import quantizers as Q
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
+from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
-
-# Name -> function of this package; its module is imported when it is asked for, so that only its own libraries are needed.
-SOLVERS = {
-    "ddpg": "agents.ddpg",
-    "td3": "agents.td3",
-    "sac": "agents.sac",
-    "ilp": "ilp.solve",
-    "greedy": "greedy.solve",
-    "evolution": "evolution.solve",
-    "random": "random_search.solve",
-    "exhaustive": "exhaustive.solve",
-}
-ENVS = ("plan", "haq")
-USE_SENSITIVITIES = ("ddpg", "td3", "sac", "ilp", "greedy")
-CHOOSE_AHEAD = ("ddpg", "td3", "sac", "evolution")
-DRAW_NOTHING = ("ilp", "greedy", "exhaustive")
+from haq.store.units import describe_amount, percent
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A policy with what it was measured to give and what it costs (in the problem's metric)."""
+    """A policy with what it was measured to give and what it costs.
+
+    Attributes:
+        policy: The bits of every layer.
+        evaluation: What it was measured to give on the search images.
+        cost: What it costs, in the unit of the problem's metric.
+        feasible: Whether that is within the budget.
+    """
 
     policy: Q.BitPolicy
-    result: Evaluation
+    evaluation: Evaluation
     cost: float
+    feasible: bool
+
+    @property
+    def accuracy(self) -> float:
+        """Return what the objective calls accuracy, 0 to 1."""
+        return self.evaluation.accuracy
+
+    @property
+    def loss(self) -> float:
+        """Return the loss (nats)."""
+        return self.evaluation.loss
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Sorts better policies first: accuracy, then loss, then cost."""
-        return -self.result.accuracy, self.result.loss, self.cost
+        """Sort better policies first: accuracy, then loss, then cost."""
+        return -self.accuracy, self.loss, self.cost
+
+    def __repr__(self) -> str:
+        """Say on one line how good it is, and whether it may be chosen."""
+        words = "within the budget"
+        if not self.feasible:
+            words = "over the budget"
+        return f"Trial(accuracy {percent(self.accuracy)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
 
 
-@dataclass
+@dataclass(repr=False)
 class Session:
     """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
 
-    `env` is the environment of agents, "plan" or "haq"; they note the share of actions at a bound, by episode, in `saturated`.
-    `ahead` is the number of policies that a solver may choose before it learns what the first of them is worth; it says by
-    `expect` what it will ask for, so that others can evaluate it meanwhile. An agent keeps its state in `checkpoint`.
-    `sensitivities` are what a solver that works with them need not measure; otherwise it measures those of `sensitivity_kind`,
-    and tells `on_sensitivities`.
+    Attributes:
+        problem: What is to be solved.
+        evaluations: How many policies may be evaluated.
+        on_trial: Is told every trial, once it is among `trials`.
+        sensitivities: What a solver that works with them need not measure; None lets it measure those of
+            `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
+        env: The environment of agents: "plan" or "haq".
+        ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
+            what it will ask for, so that others can evaluate it meanwhile.
+        checkpoint: Where an agent keeps its state.
+        trials: Every trial, in order.
+        best: The best trial within the budget so far.
+        saturated: The share of an agent's actions at a bound, by episode.
     """
 
     problem: Problem
     evaluations: int
-    on_evaluation: Callable[[int, Trial, bool], None] = lambda count, found, feasible: None
+    on_trial: Callable[[Trial], None] = lambda trial: None
     sensitivities: Sensitivities | None = None
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
+    trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
     _seen: set[Q.BitPolicy] = field(default_factory=set)
 
+    def __repr__(self) -> str:
+        """Say on one line how far it is and what was found."""
+        found = "nothing within the budget yet"
+        if self.best is not None:
+            cost = describe_amount(self.best.cost, self.problem.metric)
+            found = f"best {percent(self.best.accuracy)} at {cost}"
+        return f"Session({self.used} of {self.evaluations} evaluations used, {found})"
+
     @property
     def used(self) -> int:
+        """Count the policies evaluated."""
         return len(self._seen)
 
     @property
     def left(self) -> int:
+        """Count the evaluations that are left."""
         return self.evaluations - len(self._seen)
 
     def seen(self, policy: Q.BitPolicy) -> bool:
-        """Whether a policy was asked for before."""
+        """Say whether a policy was asked for before."""
         return policy in self._seen
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Say that these policies will be asked for, probably in this order. It changes no result: they count, and come, in
-        the order in which they are asked for."""
+        """Say that these policies will be asked for, probably in this order.
+
+        It changes no result: they count, and come, in the order in which they are asked for.
+        """
         self.problem.expect(policies)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Accuracy and loss of a policy. Raises RuntimeError beyond the allowance."""
+        """Evaluate a policy; one that is new is counted and becomes a trial. Raises RuntimeError beyond the allowance."""
         if policy in self._seen:
             return self.problem.evaluate(policy)
         if not self.left:
             raise RuntimeError(f"all {self.evaluations} evaluations are used")
-        found = Trial(policy, self.problem.evaluate(policy), self.problem.policy_cost(policy))
+        evaluation = self.problem.evaluate(policy)
+        cost = self.problem.policy_cost(policy)
+        trial = Trial(policy, evaluation, cost, self.problem.within_budget(cost))
         self._seen.add(policy)
-        feasible = self.problem.within_budget(found.cost)
-        if feasible and (self.best is None or found.rank < self.best.rank):
-            self.best = found
-        self.on_evaluation(self.used, found, feasible)
-        return found.result
+        self.trials.append(trial)
+        if trial.feasible and (self.best is None or trial.rank < self.best.rank):
+            self.best = trial
+        self.on_trial(trial)
+        return evaluation
 
 
-def solve(name: str, session: Session, seed: int) -> Trial:
-    """Run a solver by name and return the best policy that it evaluated within the budget."""
-    module, _, function = SOLVERS[check_name(name)].partition(".")
-    getattr(importlib.import_module(f"haq.solvers.{module}"), function)(session.problem, session, seed)
+class Solver(ABC):
+    """Looks for the best policy of a problem within a number of evaluations.
+
+    Attributes:
+        name: What it is called in messages.
+        summary: One line about it.
+        uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
+        draws: Whether anything is random, so that another seed is another search.
+        chooses_ahead: Whether what it does depends on `Session.ahead`.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    uses_sensitivities: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
+    chooses_ahead: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Call a class that gives itself no name after itself."""
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
+
+    @abstractmethod
+    def solve(self, problem: Problem, session: Session, seed: int) -> None:
+        """Evaluate policies through the session, which counts them and keeps the best.
+
+        Args:
+            problem: What is to be solved: `decisions` (layers that decide together, with the pairs of bits worth choosing and
+                their prices), `limit`, `policy`, `uniform`, `decide`, `within_budget`.
+            session: Evaluates policies, as many as are `left`.
+            seed: What everything random comes from. Global generators are left as they are.
+        """
+
+
+def find_solver(solver: str | type[Solver] | Solver) -> Solver:
+    """Return a solver that is given as a name, as `module:Name`, as a class or as itself.
+
+    Raises:
+        ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks.
+        ImportError: For a solver of somebody else's that can't be imported.
+    """
+    found: object = solver
+    if isinstance(solver, str):
+        found = SOLVERS.get(solver)
+    if isinstance(found, type):
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(
+                f"solver {solver!r} can't be made ({error}): give an instance, or a class without arguments"
+            ) from error
+    if missing := lacking(found):
+        raise ValueError(f"solver {solver!r} can't be used: it lacks {missing}")
+    return found  # type: ignore[return-value]
+
+
+def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> Trial:
+    """Run a solver and return the best trial within the budget.
+
+    Args:
+        solver: A name, `module:Name`, a class or an instance.
+        session: Its allowance.
+        seed: What everything random comes from.
+
+    Raises:
+        ValueError: For something that is no solver, and whatever the solver refuses.
+        RuntimeError: If it evaluated no policy within the budget.
+    """
+    found = find_solver(solver)
+    found.solve(session.problem, session, seed)
     if session.best is None:
-        raise RuntimeError(f"{name} evaluated no policy within the budget")
+        raise RuntimeError(f"{found.name or type(found).__name__} evaluated no policy within the budget")
     return session.best
 
 
 def check_env(name: str) -> str:
-    """The name itself, or ValueError with those that are known."""
+    """Return the name of an environment itself. Raises ValueError, naming those that are known, for another."""
     if name not in ENVS:
         raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVS)}")
-    return name
-
-
-def check_name(name: str) -> str:
-    """The name itself, or ValueError with the names that are close to it."""
-    if name not in SOLVERS:
-        close = difflib.get_close_matches(name, SOLVERS, n=2, cutoff=0.3) or list(SOLVERS)
-        raise ValueError(f"unknown solver {name!r}; did you mean {' or '.join(close)}? Known: {', '.join(SOLVERS)}")
     return name

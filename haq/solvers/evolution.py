@@ -6,42 +6,66 @@ import numpy as np
 
 import quantizers as Q
 from haq.problem.problem import Problem
-from haq.solvers.base import Session, Trial
+from haq.solvers.base import Session, Solver
 from haq.solvers.random_search import MOST_STALE_ROUNDS, draw, policy, unseen
 
 POPULATION = 20
 TOURNAMENT = 4  # parents are the better of so many
 
+# A policy's rank, and the option that each of its decisions takes.
+Member = tuple[tuple[float, float, float], list[int]]
 
-def solve(problem: Problem, session: Session, seed: int) -> None:
-    """A steady state: a population of random policies that fill the budget; then, one by one, a child of two tournament
-    winners, crossed uniformly, one decision in expectation drawn anew, repaired to the budget; it takes the place of the
-    worst if it is better. What SPOS (Guo et al., ECCV 2020) and others search architectures with, one child at a time."""
-    random = np.random.default_rng(seed)
-    first = min(POPULATION, session.evaluations)
-    population: list[tuple[tuple[float, float, float], list[int]]] = []
-    waiting: dict[Q.BitPolicy, list[int]] = {}  # chosen, in this order, and not in the population yet
-    stale_rounds = 0
-    while True:
-        while stale_rounds < MOST_STALE_ROUNDS and len(waiting) < session.left:
-            if len(population) + len(waiting) < first:
-                child = draw(problem, random)
-            elif len(waiting) < session.ahead:
-                parents = [min(population[i] for i in random.integers(len(population), size=TOURNAMENT))[1] for _ in range(2)]
-                child = [int(random.choice(genes)) for genes in zip(*parents, strict=True)]
-                for i in np.flatnonzero(random.random(len(child)) < 1 / len(child)):
-                    child[i] = int(random.integers(len(problem.decisions[i].pairs)))
-            else:
-                break
-            found = unseen(problem, session, waiting, child, random)
-            stale_rounds = stale_rounds + 1 if found is None else 0
-            if found is not None:
-                born = policy(problem, found)
-                waiting[born] = found
-                session.expect([born])
-        if not waiting:
-            return
-        born = next(iter(waiting))
-        found = waiting.pop(born)
-        population.append((Trial(born, session.evaluate(born), problem.policy_cost(born)).rank, found))
-        population = sorted(population)[:POPULATION]
+
+class Evolution(Solver):
+    """A steady state: a population of random policies that fill the budget, then one child after another.
+
+    A child is of two tournament winners, crossed uniformly, one decision in expectation drawn anew, repaired to the budget; it
+    takes the place of the worst if it is better. What SPOS (Guo et al., ECCV 2020) and others search architectures with, one
+    child at a time.
+    """
+
+    name = "evolution"
+    summary = "policies are crossed and mutated, and the best survive"
+    chooses_ahead = True
+
+    def solve(self, problem: Problem, session: Session, seed: int) -> None:
+        """Fill a population, then breed until the evaluations are used or nothing new is found."""
+        random = np.random.default_rng(seed)
+        first = min(POPULATION, session.evaluations)
+        population: list[Member] = []
+        waiting: dict[Q.BitPolicy, list[int]] = {}  # chosen, in this order, and not in the population yet
+        stale_rounds = 0
+        while True:
+            while stale_rounds < MOST_STALE_ROUNDS and len(waiting) < session.left:
+                if len(population) + len(waiting) < first:
+                    child = draw(problem, random)
+                elif len(waiting) < session.ahead:
+                    child = breed(problem, population, random)
+                else:
+                    break
+                repaired = unseen(problem, session, waiting, child, random)
+                stale_rounds += 1
+                if repaired is not None:
+                    stale_rounds = 0
+                    chosen = policy(problem, repaired)
+                    waiting[chosen] = repaired
+                    session.expect([chosen])
+            if not waiting:
+                return
+            chosen = next(iter(waiting))
+            options = waiting.pop(chosen)
+            session.evaluate(chosen)
+            population.append((session.trials[-1].rank, options))
+            population = sorted(population)[:POPULATION]
+
+
+def breed(problem: Problem, population: list[Member], random: np.random.Generator) -> list[int]:
+    """Cross the winners of two tournaments, and draw one decision in expectation anew; returns an option per decision."""
+    parents = []
+    for _ in range(2):
+        rivals = random.integers(len(population), size=TOURNAMENT)
+        parents.append(min(population[i] for i in rivals)[1])
+    child = [int(random.choice(genes)) for genes in zip(*parents, strict=True)]
+    for i in np.flatnonzero(random.random(len(child)) < 1 / len(child)):
+        child[i] = int(random.integers(len(problem.decisions[i].pairs)))
+    return child

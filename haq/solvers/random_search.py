@@ -8,54 +8,77 @@ import numpy as np
 
 import quantizers as Q
 from haq.problem.problem import Problem
-from haq.solvers.base import Session
+from haq.solvers.base import Session, Solver
 
 AHEAD = 256  # policies that are drawn before the first of them is evaluated
 MOST_STALE_ROUNDS = 100  # draws in a row that are no new policy, after which there seem to be none
 
 
-def solve(problem: Problem, session: Session, seed: int) -> None:
-    """Draw every decision's pair uniformly among those worth choosing, and repair it: a naive draw would leave much of the
-    budget unused."""
-    random = np.random.default_rng(seed)
-    stale_rounds = 0
-    while session.left and stale_rounds < MOST_STALE_ROUNDS:
-        drawn: list[Q.BitPolicy] = []
-        while len(drawn) < min(AHEAD, session.left) and stale_rounds < MOST_STALE_ROUNDS:
-            found = unseen(problem, session, drawn, draw(problem, random), random)
-            stale_rounds = stale_rounds + 1 if found is None else 0
-            if found is not None:
-                drawn.append(policy(problem, found))
-        session.expect(drawn)
-        for one in drawn:
-            session.evaluate(one)
+class RandomSearch(Solver):
+    """Draws every decision's pair uniformly among those worth choosing, and repairs it.
+
+    A naive draw would leave much of the budget unused.
+    """
+
+    name = "random"
+    summary = "random policies that fill the budget"
+
+    def solve(self, problem: Problem, session: Session, seed: int) -> None:
+        """Draw and evaluate until the evaluations are used or nothing new is drawn."""
+        random = np.random.default_rng(seed)
+        stale_rounds = 0
+        while session.left and stale_rounds < MOST_STALE_ROUNDS:
+            drawn: list[Q.BitPolicy] = []
+            while len(drawn) < min(AHEAD, session.left) and stale_rounds < MOST_STALE_ROUNDS:
+                repaired = unseen(problem, session, drawn, draw(problem, random), random)
+                stale_rounds += 1
+                if repaired is not None:
+                    stale_rounds = 0
+                    drawn.append(policy(problem, repaired))
+            session.expect(drawn)
+            for one in drawn:
+                session.evaluate(one)
 
 
 def unseen(
     problem: Problem, session: Session, waiting: Collection[Q.BitPolicy], chosen: list[int], random: np.random.Generator
 ) -> list[int] | None:
-    """Options repaired to a policy that is new, neither evaluated nor waiting for it: one that fills the budget, or else one
-    within it. None if neither is."""
+    """Repair options to a policy that is new: one that fills the budget, or else one within it.
+
+    Args:
+        problem: What is searched.
+        session: Knows what was evaluated.
+        waiting: What was chosen already and isn't evaluated yet.
+        chosen: An option per decision, whatever it costs.
+        random: What is drawn from.
+
+    Returns:
+        An option per decision, or None if neither policy is new.
+    """
     within = lowered(problem, chosen, random)
     full = filled(problem, within, random)
-    made = ((picks, policy(problem, picks)) for picks in (full, within))
-    return next((picks for picks, one in made if not session.seen(one) and one not in waiting), None)
+    for picks in (full, within):
+        made = policy(problem, picks)
+        if not session.seen(made) and made not in waiting:
+            return picks
+    return None
 
 
 def draw(problem: Problem, random: np.random.Generator) -> list[int]:
-    """An option of every decision, uniformly, whatever it costs."""
+    """Draw an option of every decision, uniformly, whatever it costs."""
     return [int(random.integers(len(decision.pairs))) for decision in problem.decisions]
 
 
 def policy(problem: Problem, chosen: list[int]) -> Q.BitPolicy:
-    """The policy of an option per decision."""
+    """Make the policy of an option per decision."""
     return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
 
 
 def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
-    """Options that meet the budget: random decisions are lowered until it holds."""
-    prices, chosen = [decision.prices for decision in problem.decisions], list(chosen)
-    while not problem.within_budget(_total(problem, chosen)):
+    """Lower random decisions until the budget holds; returns an option per decision."""
+    prices = [decision.prices for decision in problem.decisions]
+    chosen = list(chosen)
+    while not problem.within_budget(total_price(problem, chosen)):
         layer = int(random.integers(len(prices)))
         cheaper = np.flatnonzero(prices[layer] < prices[layer][chosen[layer]])
         if len(cheaper):
@@ -64,21 +87,29 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
 
 
 def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
-    """Options that fill the budget: in random order, decisions get more bits as far as what is left allows. First any that
-    fit, so that every policy that fills the budget can be met; then the dearest."""
+    """Fill the budget: in random order, decisions get more bits as far as what is left allows.
+
+    First any that fit, so that every policy that fills the budget can be met; then the dearest.
+    """
     chosen = list(chosen)
-    total = _total(problem, chosen)
+    total = total_price(problem, chosen)
     for dearest in (False, True):
         for layer in random.permutation(len(chosen)).tolist():
             _, pairs, prices = problem.decisions[layer]
-            now, pair = prices[chosen[layer]], pairs[chosen[layer]]
+            now = prices[chosen[layer]]
+            pair = pairs[chosen[layer]]
             more = (pairs >= pair).all(1) & (pairs > pair).any(1)
             fits = np.flatnonzero(more & (total - now + prices <= problem.limit))
-            if len(fits):
-                chosen[layer] = int(fits[prices[fits].argmax()] if dearest else random.choice(fits))
-                total += float(prices[chosen[layer]] - now)
+            if not len(fits):
+                continue
+            if dearest:
+                chosen[layer] = int(fits[prices[fits].argmax()])
+            else:
+                chosen[layer] = int(random.choice(fits))
+            total += float(prices[chosen[layer]] - now)
     return chosen
 
 
-def _total(problem: Problem, chosen: list[int]) -> float:
+def total_price(problem: Problem, chosen: list[int]) -> float:
+    """Sum the prices of an option per decision, in the metric's unit."""
     return sum(float(decision.prices[pick]) for decision, pick in zip(problem.decisions, chosen, strict=True))

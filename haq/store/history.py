@@ -7,67 +7,165 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from haq.store import files
+from hw_models.storage import BITS
 
-COLUMNS = (
-    "solver",
-    "evaluation",
-    "weight_bits",
-    "activation_bits",
-    "accuracy",
-    "loss",
-    "cost",
-    "within_budget",
-    "divergence",
-)
+_BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
+_SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
+_EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
+# A loss or a divergence of nothing may come out a rounding below 0.
+_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, 1e30), "divergence": (-1e-3, 1e30)}
+
+
+class HistoryRow(NamedTuple):
+    """One evaluation: accuracy is a share, loss and divergence are in nats, cost is in the metric's unit."""
+
+    solver: str
+    evaluation: int  # of this solver, from 1
+    weight_bits: tuple[int, ...]  # of each layer
+    activation_bits: tuple[int, ...]
+    accuracy: float
+    loss: float
+    cost: float
+    within_budget: bool
+    divergence: float | None
+
+    @classmethod
+    def parse(cls, line: str, layers: int | None = None) -> HistoryRow:
+        """Read a line, without its end.
+
+        Args:
+            line: The line, a cell per column.
+            layers: How many layers the network has; None if that isn't known.
+
+        Returns:
+            The row, which `line` writes again as it was.
+
+        Raises:
+            ValueError: Saying which column is wrong, and what it must be.
+        """
+        cells = line.split(",")
+        if len(cells) != len(COLUMNS):
+            raise ValueError(f"{len(cells)} columns, not {len(COLUMNS)}")
+        text = dict(zip(COLUMNS, cells, strict=True))
+        if not _SOLVER.fullmatch(text["solver"]):
+            raise ValueError(f"the solver is {text['solver'][:40]!r}")
+        if not _EVALUATION.fullmatch(text["evaluation"]):
+            raise ValueError(f"the evaluation is {text['evaluation'][:40]!r}, not a number from 1")
+        weight_bits = _widths("weight", text["weight_bits"], layers)
+        activation_bits = _widths("activation", text["activation_bits"], layers)
+        accuracy = _number("accuracy", text["accuracy"])
+        loss = _number("loss", text["loss"])
+        cost = _number("cost", text["cost"])
+        divergence = None
+        if text["divergence"]:
+            divergence = _number("divergence", text["divergence"])
+        if text["within_budget"] not in ("0", "1"):
+            raise ValueError(f"within_budget is {text['within_budget'][:40]!r}, not 0 or 1")
+        return cls(
+            text["solver"],
+            int(text["evaluation"]),
+            weight_bits,
+            activation_bits,
+            accuracy,
+            loss,
+            cost,
+            text["within_budget"] == "1",
+            divergence,
+        )
+
+    def line(self) -> str:
+        """Write the row as a line of the file, with its end; floats to their last bit."""
+        divergence = ""
+        if self.divergence is not None:
+            divergence = repr(self.divergence)
+        cells = [
+            self.solver,
+            str(self.evaluation),
+            "-".join(map(str, self.weight_bits)),
+            "-".join(map(str, self.activation_bits)),
+            repr(self.accuracy),
+            repr(self.loss),
+            repr(self.cost),
+            str(int(self.within_budget)),
+            divergence,
+        ]
+        return ",".join(cells) + "\n"
+
+    @property
+    def rank(self) -> tuple[float, float, float]:
+        """Order rows, better ones first: by accuracy, then loss, then cost."""
+        return -self.accuracy, self.loss, self.cost
+
+
+COLUMNS = HistoryRow._fields
 HEADER = ",".join(COLUMNS) + "\n"
-_BITS = re.compile(r"[1-8](-[1-8])*")
 
 
-def read(path: Path, layers: int | None = None) -> list[list[str]]:
-    """The rows of a history, each a text per column. `layers`: how many the network has.
+def read(path: Path, layers: int | None = None) -> list[HistoryRow]:
+    """Read a history.
 
-    Raises ValueError naming the line and the column that is wrong, or the limit if the file is larger than any history.
+    Args:
+        path: The file.
+        layers: How many layers the network has; None if that isn't known.
+
+    Returns:
+        Its rows, in order.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: Naming the line and the column that is wrong, or the limit if the file is larger than any history.
     """
     text = files.read_text(path, files.MOST_HISTORY)
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if not text.startswith(HEADER):
-        found = lines[0] if lines else text
+        found = text
+        if lines:
+            found = lines[0]
         raise ValueError(f"{path} has the columns {found[:200]!r}, not {HEADER.strip()}: start a new run")
     rows = []
     for number, line in enumerate(lines[1:], 2):
-        row = line.split(",")
-        if wrong := _wrong(row, layers):
-            raise ValueError(f"{path}, line {number}: {wrong}; put the file back as it was, or start a new run")
-        rows.append(row)
+        try:
+            rows.append(HistoryRow.parse(line, layers))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; put the file back as it was, or start a new run") from None
     return rows
 
 
-def _wrong(row: list[str], layers: int | None) -> str:
-    """What is wrong with a row; nothing if it is one."""
-    if len(row) != len(COLUMNS):
-        return f"{len(row)} columns, not {len(COLUMNS)}"
-    if not re.fullmatch(r"[a-z0-9_]{1,40}", row[0]):
-        return f"the solver is {row[0][:40]!r}"
-    if not re.fullmatch(r"[1-9][0-9]{0,8}", row[1]):
-        return f"the evaluation is {row[1][:40]!r}, not a number from 1"
-    for name, bits in (("weight", row[2]), ("activation", row[3])):
-        if not _BITS.fullmatch(bits):
-            return f"the {name} bits are {bits[:40]!r}, not widths from 1 to 8 such as 8-4-8"
-        if layers is not None and bits.count("-") + 1 != layers:
-            return f"{name} bits of {bits.count('-') + 1} layers, the network has {layers}"
-    # A divergence of nothing may come out a rounding below 0.
-    limits = (("accuracy", row[4], 0.0, 1.0), ("loss", row[5], -1e-3, 1e30), ("cost", row[6], 0.0, 1e30))
-    for name, value, low, high in (*limits, *([("divergence", row[8], -1e-3, 1e30)] if row[8] else [])):
-        if not low <= _number(value) <= high:
-            return f"the {name} is {value[:40]!r}, not a number from 0{' to 1' if high == 1 else ''}"
-    return "" if row[7] in ("0", "1") else f"within_budget is {row[7][:40]!r}, not 0 or 1"
+def write(path: Path, rows: Iterable[HistoryRow] = ()) -> None:
+    """Write a whole history."""
+    files.write(path, HEADER + "".join(row.line() for row in rows))
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text) if len(text) <= 40 else math.nan
-    except ValueError:
-        return math.nan
+def append(path: Path, row: HistoryRow) -> None:
+    """Add a row at the end of a history."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(row.line())
+
+
+def _widths(operand: str, text: str, layers: int | None) -> tuple[int, ...]:
+    if not _BITS.fullmatch(text):
+        raise ValueError(f"the {operand} bits are {text[:40]!r}, not widths from 1 to {BITS} such as 8-4-8")
+    widths = tuple(map(int, text.split("-")))
+    if layers is not None and len(widths) != layers:
+        raise ValueError(f"{operand} bits of {len(widths)} layers, the network has {layers}")
+    return widths
+
+
+def _number(column: str, text: str) -> float:
+    low, high = _LIMITS[column]
+    value = math.nan
+    if len(text) <= 40:
+        with suppress(ValueError):
+            value = float(text)
+    if low <= value <= high:
+        return value
+    accepted = "a number from 0"
+    if high == 1:
+        accepted += " to 1"
+    raise ValueError(f"the {column} is {text[:40]!r}, not {accepted}")

@@ -3,152 +3,195 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from haq.store import files, history
-from haq.store.files import CONFIG, HISTORY, LEFTOVERS, LOCK, RESULT, SWEEP
+from haq.store import history
+from haq.store.files import CONFIG, HISTORY, LEFTOVERS, LOCK, RESULT, SENSITIVITIES, SWEEP
 from haq.store.lock import is_held
+from haq.store.records import ConfigRecord, FinishedSweepRecord, ResultRecord, SweepRecord
 
-SENSITIVITIES = "sensitivity"  # the folder in a sweep's
 FINISHED, INTERRUPTED, RUNNING, DAMAGED = "finished", "interrupted", "running", "damaged"
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunSummary:
     """A run, or a sweep, as its folder tells.
 
-    state
-        finished, interrupted, running (a process holds its lock) or damaged; `reason` says why the last.
-    done, asked
-        evaluations by the run's own solver, and how many were asked for; of a sweep, searches (asked: at most, until it is
-        finished: budgets may be out of reach).
-    search, test
-        accuracy (or what else the objective is), 0..1: the best within the budget so far, or what was found, on the search
-        split, and of what was found, fine-tuned if it was, on the test split.
+    Attributes:
+        folder: Where it is.
+        kind: "search" or "sweep".
+        state: finished, interrupted, running (a process holds its lock) or damaged; `reason` says why the last.
+        settings: What was asked for, by the names of a search's options; of a sweep, lists parted by commas.
+        config: The file of a run that says what it was asked for.
+        sweep: The file of a sweep.
+        result: What a finished search found.
+        done: Evaluations by the run's own solver; of a sweep, finished searches.
+        asked: How many were asked for; of a sweep, at most, until it is finished: budgets may be out of reach.
+        search: Share of the objective on the search split: the best within the budget so far, or what was found.
+        test: Share on the test split of what was found, fine-tuned if it was.
     """
 
     folder: Path
     kind: str
     state: str
     reason: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: ConfigRecord | None = None
+    sweep: SweepRecord | None = None
+    result: ResultRecord | None = None
     done: int | None = None
     asked: int | None = None
     search: float | None = None
     test: float | None = None
 
-    def summary(self) -> dict[str, Any]:
-        """As plain data: what `--json` prints."""
+    @property
+    def signature(self) -> dict[str, str]:
+        """Return what network, data and target were, by name."""
+        record = self.config or self.sweep
+        return record.signature if record else {}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Return the versions that it began with, by package."""
+        record = self.config or self.sweep
+        return record.versions if record else {}
+
+    @property
+    def objective(self) -> str:
+        """Name what policies are judged by."""
+        return str(self.settings.get("objective", "accuracy"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: what `list --json` prints."""
         names = ("network", "data", "hw", "metric", "budget", "solver", "seed", "objective")
-        told = {name: self.settings.get(name) for name in names}
-        accuracies = {"search_accuracy": self.search, "test_accuracy": self.test}
-        counts = {"done": self.done, "asked": self.asked, "bytes": sum(size for _, size in sizes(self.folder))}
-        return {"folder": str(self.folder), "kind": self.kind, "state": self.state, "reason": self.reason, **told} | (
-            counts | accuracies
-        )
+        return {
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "state": self.state,
+            "reason": self.reason,
+            **{name: self.settings.get(name) for name in names},
+            "done": self.done,
+            "asked": self.asked,
+            "bytes": sum(size for _, size in file_sizes(self.folder)),
+            "search_accuracy": self.search,
+            "test_accuracy": self.test,
+        }
 
 
-def find(folder: Path) -> list[Entry]:
-    """What a folder is, a run or a sweep with its runs, or else those in it, by name. Raises FileNotFoundError if there is no
-    such folder."""
+def find_runs(folder: Path) -> list[RunSummary]:
+    """Summarize what a folder is, a run or a sweep with its runs, or else those in it, by name.
+
+    Raises FileNotFoundError if there is no such folder.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
     if is_run(folder):
-        return [look(folder)]
-    inside = [
-        path for path in sorted(folder.iterdir()) if path.is_dir() and (is_run(path) or is_sweep(path) or just_created(path))
-    ]
+        return [summarize(folder)]
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    inside = [path for path in folders if is_run(path) or is_sweep(path) or is_just_created(path)]
     if is_sweep(folder):
         # What it measured for all its searches is no search.
         inside = [folder, *(path for path in inside if path.name != SENSITIVITIES)]
-    return [look(path) for path in inside]
+    return [summarize(path) for path in inside]
 
 
 def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run's."""
     return os.path.lexists(folder / CONFIG)
 
 
 def is_sweep(folder: Path) -> bool:
+    """Tell whether a folder is a sweep's."""
     return os.path.lexists(folder / SWEEP)
 
 
-def just_created(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a process leaves that is killed while it makes it."""
+def is_just_created(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what a process leaves that is killed while it makes it."""
     names = {path.name for path in folder.iterdir()}
     return bool(names) and names <= LEFTOVERS
 
 
-def look(folder: Path, *, held: bool = False) -> Entry:
-    """What there is to know about one run or sweep; `held`: this process has its lock. Raises FileNotFoundError if the folder
-    is neither."""
+def summarize(folder: Path, *, held: bool = False) -> RunSummary:
+    """Say all there is to know of one run or sweep.
+
+    Args:
+        folder: Its folder.
+        held: This process has its lock.
+
+    Returns:
+        The summary; of what can't be read, as damaged and with the reason.
+
+    Raises:
+        FileNotFoundError: If the folder is neither's.
+    """
+    running = not held and is_held(folder)
     if is_sweep(folder):
-        read, kind = _sweep, "sweep"
+        read, kind = _read_sweep, "sweep"
     elif is_run(folder):
-        read, kind = _run, "search"
-    elif folder.is_dir() and just_created(folder):
-        return Entry(folder, "search", RUNNING if not held and is_held(folder) else INTERRUPTED, "it had hardly begun")
+        read, kind = _read_run, "search"
+    elif folder.is_dir() and is_just_created(folder):
+        state = RUNNING if running else INTERRUPTED
+        return RunSummary(folder, "search", state, "it had hardly begun")
     else:
         raise FileNotFoundError(f"{folder} is neither the folder of a run nor of a sweep: it has no {CONFIG} and no {SWEEP}")
     try:
         found = read(folder)
     except (ValueError, OSError) as error:
         found = {"state": DAMAGED, "reason": " ".join(str(error).split())}
-    if not held and is_held(folder):
+    if running:
         found["state"] = RUNNING
-    return Entry(folder, kind, **found)
+    return RunSummary(folder, kind, **found)
 
 
-def _run(folder: Path) -> dict[str, Any]:
-    config = files.read_config(folder)
-    settings, solver = config["settings"], config["settings"]["solver"]
-    asked = settings.get("evaluations")
-    if isinstance(asked, bool) or not isinstance(asked, int):
-        raise ValueError(f"{folder / CONFIG} is not the configuration of a run: setting 'evaluations' must be an integer")
-    path = folder / HISTORY
-    rows = [row for row in (history.read(path) if path.exists() else []) if row[0] == solver]
-    found: dict[str, Any] = {"settings": settings, "config": config, "done": len(rows), "asked": asked}
-    if not os.path.lexists(folder / RESULT):
-        best = max((float(row[4]) for row in rows if row[7] == "1"), default=None)
-        return found | {"state": INTERRUPTED, "search": best}
-    result = files.read_result(folder)
-    last, key = result["finetuned"] or result["found"], result["objective"]
-    accuracies = {"search": result["found"][f"search_{key}"], "test": last[f"test_{key}"]}
-    return found | {"state": FINISHED, "result": result, **accuracies}
-
-
-def _sweep(folder: Path) -> dict[str, Any]:
-    path = folder / SWEEP
-    content = files.read_json(path, "the file of a sweep")
-    files.check_schema(path, content.get("schema"), files.SWEEP_SCHEMA, "the file of a sweep")
-    asked: Any = content.get("asked")
-    try:
-        lists = [asked[name] for name in ("hw", "budgets", "solvers")]
-        if not all(isinstance(value, str) for values in lists for value in values) or not isinstance(asked["seeds"], int):
-            raise TypeError("'asked' has values of the wrong type")
-        # What draws nothing has one seed; no more is said of it here, where the solvers aren't loaded.
-        most = len(lists[0]) * len(lists[1]) * len(lists[2]) * asked["seeds"]
-        if content["finished"]:
-            most = sum(len(row["runs"]) for target in content["targets"].values() for row in target["found"])
-        settings = {**asked["settings"]} | {
-            name: ",".join(values) for name, values in zip(("hw", "budget", "solver"), lists, strict=True)
-        }
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not the file of a sweep: {error}") from error
-    done = sum(1 for inside in folder.iterdir() if inside.is_dir() and (inside / RESULT).is_file())
-    state = FINISHED if content["finished"] else INTERRUPTED
-    config = {name: content.get(name, {}) for name in ("signature", "versions")} | {"asked": asked}
-    return {"settings": settings, "config": config, "state": state, "done": done, "asked": most}
-
-
-def sizes(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Every file in a folder, but for locks, relative to it, with its bytes; links are not followed."""
+def file_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
+    """List every file in a folder, but for locks, relative to it, with its bytes; links are not followed."""
     for inside, _, names in os.walk(folder):
         for name in sorted(names):
             if name != LOCK:
                 path = Path(inside, name)
                 yield path.relative_to(folder), path.lstat().st_size
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    config = ConfigRecord.read(folder / CONFIG)
+    rows = []
+    if (folder / HISTORY).exists():
+        rows = [row for row in history.read(folder / HISTORY) if row.solver == config.solver]
+    found: dict[str, Any] = {
+        "settings": config.settings,
+        "config": config,
+        "done": len(rows),
+        "asked": config.evaluations,
+    }
+    if not os.path.lexists(folder / RESULT):
+        best = max((row.accuracy for row in rows if row.within_budget), default=None)
+        return found | {"state": INTERRUPTED, "search": best}
+    result = ResultRecord.read(folder / RESULT)
+    return found | {
+        "state": FINISHED,
+        "result": result,
+        "search": result.found.share("search", result.objective),
+        "test": result.last.share("test", result.objective),
+    }
+
+
+def _read_sweep(folder: Path) -> dict[str, Any]:
+    sweep = SweepRecord.read(folder / SWEEP)
+    asked = sweep.asked
+    state = INTERRUPTED
+    # What draws nothing has one seed; no more is said of it here, where the solvers aren't loaded.
+    most = len(asked.hw) * len(asked.budgets) * len(asked.solvers) * asked.seeds
+    if isinstance(sweep, FinishedSweepRecord):
+        state = FINISHED
+        most = sum(len(found.runs) for found in sweep.found)
+    lists = {"hw": asked.hw, "budget": asked.budgets, "solver": asked.solvers}
+    return {
+        "settings": {**asked.settings, **{name: ",".join(values) for name, values in lists.items()}},
+        "sweep": sweep,
+        "state": state,
+        "done": sum((inside / RESULT).is_file() for inside in folder.iterdir() if inside.is_dir()),
+        "asked": most,
+    }

@@ -13,17 +13,31 @@ import filelock
 
 from haq.store import files
 
-PATIENCE = 1.0  # seconds; whoever only looks whether a lock is held, holds it for an instant
+PATIENCE_S = 1.0  # whoever only looks whether a lock is held, holds it for an instant
+
+
+class Unwritable(OSError):
+    """A file system that takes nothing more, and what to do about it, in one sentence."""
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @contextmanager
-def writing(folder: Path, go_on: str, *, wait_s: float = PATIENCE) -> Iterator[None]:
+def writing(folder: Path, go_on: str, *, wait_s: float = PATIENCE_S) -> Iterator[None]:
     """Hold the lock of a folder, made if need be, while it is written.
 
-    `go_on`: the command that goes on, should the disk be full. Raises BlockingIOError if another process holds it for
-    `wait_s`, ValueError if something in it is a link out of it, and OSError if it can't be written.
+    Args:
+        folder: The folder of a run or a sweep.
+        go_on: The command that goes on, should the disk be full.
+        wait_s: Seconds for which another process that holds the lock is waited for.
+
+    Raises:
+        BlockingIOError: If another process holds it for longer.
+        ValueError: If something in the folder is a link out of it.
+        OSError: If it can't be written.
     """
-    with _told(folder, go_on):
+    with _explained(folder, go_on):
         folder.mkdir(parents=True, exist_ok=True)
     files.check_links(folder)
     with holding(folder / files.LOCK, folder, go_on, wait_s=wait_s):
@@ -31,12 +45,24 @@ def writing(folder: Path, go_on: str, *, wait_s: float = PATIENCE) -> Iterator[N
 
 
 @contextmanager
-def holding(lock: Path, what: Path, go_on: str, *, wait_s: float = PATIENCE) -> Iterator[None]:
-    """The same with a lock file of any name, for what isn't a folder."""
+def holding(lock: Path, what: Path, go_on: str, *, wait_s: float = PATIENCE_S) -> Iterator[None]:
+    """Hold a lock file of any name; as `writing`, for what isn't a folder.
+
+    Args:
+        lock: The lock file, made if need be.
+        what: What is written meanwhile, for messages.
+        go_on: The command that goes on, should the disk be full.
+        wait_s: Seconds for which another process that holds the lock is waited for.
+
+    Raises:
+        BlockingIOError: If another process holds it for longer.
+        ValueError: If the lock is a link or no file.
+        OSError: If `what` can't be written.
+    """
     if os.path.lexists(lock) and (lock.is_symlink() or not lock.is_file()):
         raise ValueError(f"{lock} is no ordinary file, so {what} can't be locked: delete it")
     held = filelock.FileLock(lock)
-    with _told(what, go_on):
+    with _explained(what, go_on):
         try:
             held.acquire(timeout=wait_s)
         except filelock.Timeout:
@@ -50,7 +76,7 @@ def holding(lock: Path, what: Path, go_on: str, *, wait_s: float = PATIENCE) -> 
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process is writing a folder."""
+    """Tell whether a process is writing a folder."""
     try:
         file = os.open(folder / files.LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -67,35 +93,36 @@ def is_held(folder: Path) -> bool:
 
 
 @contextmanager
-def _told(what: Path, go_on: str) -> Iterator[None]:
-    """Errors of a file system that takes nothing more, with the way out."""
+def _explained(what: Path, go_on: str) -> Iterator[None]:
+    """Turn errors of a file system that takes nothing more into a sentence that says what to do."""
     try:
         yield
     except Unwritable:
         raise
     except OSError as error:
-        named = None if error.filename is None else Path(os.fsdecode(error.filename))
-        at = f" ({named})" if named else ""
-        if files.full(error):
-            begun = not what.is_dir() or any((what / name).is_file() for name in (files.CONFIG, files.SWEEP))
-            remedy = f"go on with {go_on}" if begun else "give the same command again"
-            sentence = (
-                f"the disk is full, {what} can't be written{at}: what was finished is kept; free some space, then {remedy}"
-            )
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and _within(named, what):
-            why = "its file system is read-only" if error.errno == errno.EROFS else "you lack the permission"
-            sentence = f"{what} can't be written{at}, {why}: copy it to where you may write, or name another place with --out"
-        else:
+        sentence = _sentence(error, what, go_on)
+        if sentence is None:
             raise
         raise Unwritable(error.errno, sentence) from error
 
 
-def _within(named: Path | None, what: Path) -> bool:
-    return named is None or named.resolve().is_relative_to(what.resolve().parent)
-
-
-class Unwritable(OSError):
-    """A file system that takes nothing more, and the way out, in one sentence."""
-
-    def __str__(self) -> str:
-        return str(self.args[1])
+def _sentence(error: OSError, what: Path, go_on: str) -> str | None:
+    """Say what to do about an error in writing; None if it is of another kind."""
+    named, at = None, ""
+    if error.filename is not None:
+        named = Path(os.fsdecode(error.filename))
+        at = f" ({named})"
+    if files.is_full(error):
+        begun = not what.is_dir() or any((what / name).is_file() for name in (files.CONFIG, files.SWEEP))
+        remedy = "give the same command again"
+        if begun:
+            remedy = f"go on with {go_on}"
+        return f"the disk is full, {what} can't be written{at}: what was finished is kept; free some space, then {remedy}"
+    if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return None
+    if named is not None and not named.resolve().is_relative_to(what.resolve().parent):
+        return None
+    why = "you lack the permission"
+    if error.errno == errno.EROFS:
+        why = "its file system is read-only"
+    return f"{what} can't be written{at}, {why}: copy it to where you may write, or name another place with --out"

@@ -14,32 +14,58 @@ from numpy.typing import NDArray
 
 from haq.store.files import check_file
 
+KINDS = "biufU"  # of NumPy's types: truth values, integers, floats, text
+
 
 def read(path: Path, names: set[str], most: int) -> dict[str, NDArray[Any]]:
-    """The arrays of a file that `numpy.savez` wrote, which must have these names.
+    """Read the arrays of a file that `numpy.savez` wrote.
 
-    Raises ValueError if the file has more than `most` bytes, is damaged, or holds anything else.
+    Args:
+        path: The file.
+        names: The names that the arrays must have.
+        most: Bytes up to which the file is read.
+
+    Returns:
+        The arrays by name, not writable.
+
+    Raises:
+        ValueError: If the file has more bytes, is damaged, or holds anything else.
     """
     check_file(path, most)
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-            found = [entry.filename.removesuffix(".npy") for entry in entries]
-            if wrong := sorted(set(found) ^ names) or (len(found) > len(names) and found):
-                raise ValueError(f"the array {wrong[0][:40]!r} is missing, or there once too often")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise ValueError("it is compressed, which nothing of ours is")
-            return {entry.filename.removesuffix(".npy"): _array(file.read(entry)) for entry in entries}
+            _check_entries(entries, names)
+            return {_name(entry): _array(file.read(entry)) for entry in entries}
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:  # the last: encrypted
         raise ValueError(f"it is damaged: {error}") from error
 
 
+def _check_entries(entries: list[zipfile.ZipInfo], names: set[str]) -> None:
+    found = [_name(entry) for entry in entries]
+    wrong = sorted(set(found) ^ names)
+    if not wrong and len(found) > len(names):
+        wrong = sorted(name for name in found if found.count(name) > 1)
+    if wrong:
+        raise ValueError(f"the array {wrong[0][:40]!r} is missing, or there once too often")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which nothing of ours is")
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    return entry.filename.removesuffix(".npy")
+
+
 def _array(content: bytes) -> NDArray[Any]:
     stream = io.BytesIO(content)
-    header = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = header(stream)
-    if dtype.hasobject or dtype.kind not in "biufU" or fortran:
-        raise ValueError(f"an array of {dtype} isn't read" + (", it may hold code" if dtype.hasobject else ""))
+    if npy.read_magic(stream) == (1, 0):
+        shape, fortran, dtype = npy.read_array_header_1_0(stream)
+    else:
+        shape, fortran, dtype = npy.read_array_header_2_0(stream)
+    if dtype.hasobject:
+        raise ValueError(f"an array of {dtype} isn't read, it may hold code")
+    if dtype.kind not in KINDS or fortran:
+        raise ValueError(f"an array of {dtype} isn't read")
     if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
         raise ValueError("an array isn't of the size that it says")
     values: NDArray[Any] = np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)

@@ -1,4 +1,4 @@
-"""Amounts of latency, energy and storage, and shares, as a user reads and writes them."""
+"""Latency, energy, storage, bytes and shares, as a user reads and writes them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,39 @@ UNITS = {
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
     "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
 }
+BYTE_UNITS = ("kB", "MB", "GB", "TB")
+NOTHING = "–"  # what stands where there is no number
 
 
 def best_unit(amount: float, metric: str) -> tuple[str, float]:
-    """The unit in which an amount reads best, and its size: ("ms", 0.001)."""
+    """Choose the unit in which an amount reads best; returns its name and size: ("ms", 0.001)."""
     units = [(name, size) for name, size in UNITS[metric].items() if not name.endswith("iB")]
-    fitting = [unit for unit in units if abs(amount) >= unit[1]] or [min(units, key=lambda unit: unit[1])]
+    fitting = [unit for unit in units if abs(amount) >= unit[1]]
+    if not fitting:
+        return min(units, key=lambda unit: unit[1])
     return max(fitting, key=lambda unit: unit[1])
 
 
 def describe_amount(amount: float, metric: str) -> str:
-    """An amount with the unit that reads best: 1.234 ms, 45.6 kB."""
+    """Write an amount (seconds, joules or bytes) with the unit that reads best: 1.234 ms, 45.6 kB."""
     name, size = best_unit(amount, metric)
     return f"{amount / size:.4g} {name}"
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"
+def describe_bytes(count: int) -> str:
+    """Write the size of a file: 512 bytes, 3.2 MB."""
+    if count < 1000:
+        return f"{count} bytes"
+    scaled = count / 1000
+    for unit in BYTE_UNITS[:-1]:
+        if scaled < 999.5:
+            return f"{scaled:.3g} {unit}"
+        scaled /= 1000
+    return f"{scaled:.3g} {BYTE_UNITS[-1]}"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """Write a share from 0 to 1 in percent: 92.50 %; a dash where there is none."""
+    if share is None:
+        return NOTHING
+    return f"{100 * share:.{digits}f} %"

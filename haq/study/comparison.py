@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import data, networks, training
-from haq.attacks.evaluation_attacks import Classifier
+from haq.attacks.classifier import Classifier
 from haq.deployment import interpreter, lowering
 from haq.deployment.graph import capture
 from haq.store.files import CONFIG, ROBUSTNESS
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from haq.study.task import CALIBRATION, adversary_of
 
 BETA = 2e-3  # of the penalty: fixed before anything was attacked (docs/experiments/defensive_quantization.md)
@@ -42,10 +42,10 @@ class ComparisonSpec:
     beta: float = BETA
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> SearchRun | None:
         """The run, if it is one."""
         folder = Path(self.source)
-        return Run.load(folder) if folder.is_dir() or (folder / CONFIG).is_file() else None
+        return SearchRun.load(folder) if folder.is_dir() or (folder / CONFIG).is_file() else None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def gather(request: ComparisonSpec, on_training: OnTraining | None = None) -> Co
     return _of_model(request) if run is None else _of_run(request, run, on_training)
 
 
-def _of_run(request: ComparisonSpec, run: Run, on_training: OnTraining | None) -> ComparedNetworks:
+def _of_run(request: ComparisonSpec, run: SearchRun, on_training: OnTraining | None) -> ComparedNetworks:
     if request.data is not None:
         raise ValueError(f"--data goes with a model; {request.source} is a run on {run.config.data}")
     policy, loaded = run.load_policy(), run.load_network()

@@ -1,78 +1,281 @@
-"""What a search is asked to do: the options of the command and what stands in config.yaml."""
+"""What a search or a sweep is asked to do: the options of the commands, and what stands in config.yaml and sweep.json.
+
+A field is an option: its name, default, help and check stand here and nowhere else. Importing this needs no torch.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Iterable, Mapping
+from decimal import Decimal, InvalidOperation
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
-from haq.problem.problem import check_objective
-from haq.problem.sensitivity import check_kind
-from haq.solvers.base import check_env, check_name
+from haq.console.options import option_name, setting
+from haq.problem import KINDS, OBJECTIVES
+from haq.solvers import ENVS, SOLVERS
+from haq.store.units import UNITS
+from hw_models.registry import Registry
+
+SEARCHED = "What is searched"
+HARDWARE = "Hardware and budget"
+SOLVING = "How it is searched"
+TUNING = "Fine-tuning"
+WORK = "Who works"
+FOLDERS = "The run"
+
+MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
+MOST_BUDGETS = 1000
+NAMES_CODE = ("network", "data", "hw", "solver", "objective", "scheme")  # fields that may be module:Name
+LINEAR = "linear"  # the scheme of what isn't given another
 
 
-@dataclass(frozen=True)
-class SearchConfig:
-    """What a search is asked to do: the options of `python -m haq.search`."""
+_Same = TypeVar("_Same", bound="_Config")
 
-    network: str = networks.DEFAULT
-    data: str = data.DEFAULT
-    hw: str = "edge"
-    metric: str = "latency"
-    budget: str = "0.5"
-    bits: str = "2:8"
-    solver: str = "ddpg"
-    evaluations: int = 200
-    env: str = "plan"
-    ahead: int = 1
-    seed: int = 0
-    finetune_epochs: int = 12
-    finetune_steps: int = 0
-    objective: str = "accuracy"
-    eps: str = DEFAULT_EPS  # of the attack of objective accuracy+robust
-    sensitivity_kind: str = "loss"
-    sensitivity: str | None = None
-    threads: int | None = None
-    target: str | None = None
-    cold: bool | None = None
 
-    def __post_init__(self) -> None:
-        check_name(self.solver)
-        check_env(self.env)
-        check_objective(self.objective)
-        check_kind(self.sensitivity_kind)
-        for name, least in (("evaluations", 1), ("ahead", 1), ("seed", 0), ("finetune_epochs", 0), ("finetune_steps", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value!r}; it must be an integer of at least {least}")
+class _Config(BaseModel):
+    """A frozen record of options, whose errors are one sentence."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        """Check the values. Raises ValueError, in one sentence, for the first that won't do."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(type(self), error)) from None
+
+    def replace(self: _Same, **changes: Any) -> _Same:
+        """Return a copy with other values, checked; this one stays as it is."""
+        return type(self)(**{**dict(self), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, by field."""
+        return self.model_dump(mode="json")
+
+
+class SearchConfig(_Config):
+    """What a search is asked to do: the options of `haq search`."""
+
+    network: str = setting(
+        networks.DEFAULT,
+        "a name as `haq list networks` shows them, or module:Name",
+        group=SEARCHED,
+        metavar="NAME",
+        names=lambda: networks.NETWORKS.names(),
+    )
+    data: str = setting(
+        data.DEFAULT,
+        "a name as `haq list data` shows them, or module:Name",
+        group=SEARCHED,
+        metavar="NAME",
+        names=lambda: data.DATASETS.names(),
+    )
+    hw: str = setting(
+        "edge",
+        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
+        "rpc:HOST:PORT (measured there) or module:Name",
+        group=HARDWARE,
+        metavar="NAME",
+        names=lambda: _target_names(),
+    )
+    metric: str = setting(
+        "latency", "what is limited: latency, energy or storage", group=HARDWARE, metavar="NAME", names=lambda: UNITS
+    )
+    budget: str = setting(
+        "0.5", "a fraction of uniform 8 bits, or an amount such as 0.8ms, 40kB", group=HARDWARE, metavar="LIMIT"
+    )
+    bits: str = setting("2:8", "widths that a solver may choose", group=HARDWARE, metavar="SMALLEST:LARGEST")
+    scheme: str = setting(
+        LINEAR,
+        "how values become few-bit ones: a name as `haq list schemes` shows them, or module:Name; NAME,LAYER=NAME gives "
+        "single layers others. First and last layer stay linear unless they are named",
+        group=SEARCHED,
+        metavar="NAME",
+        names=lambda: _scheme_names(),
+    )
+    solver: str = setting(
+        "ddpg",
+        "a name as `haq list solvers` shows them, or module:Name",
+        group=SOLVING,
+        metavar="NAME",
+        names=lambda: SOLVERS.names(),
+    )
+    evaluations: int = setting(200, "policies that a solver may evaluate", group=SOLVING, least=1)
+    env: str = setting(
+        "plan",
+        "of agents: plan (relative to a plan for what is left) or haq (HAQ's own)",
+        group=SOLVING,
+        metavar="NAME",
+        names=lambda: ENVS,
+    )
+    ahead: int = setting(
+        1,
+        "policies that agents and evolution choose before they learn what the first of them is worth, so that workers have "
+        "something to do; results depend on it",
+        group=SOLVING,
+        least=1,
+    )
+    seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
+    finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
+    finetune_steps: int = setting(0, "steps by which every policy is fine-tuned before it is judged", group=TUNING, least=0)
+    objective: str = setting(
+        "accuracy",
+        "what a policy is judged by, as `haq list objectives` shows them: accuracy; on images without labels, agreement with "
+        "the float network; accuracy+robust, right both as images are and under a cheap attack; or module:Name",
+        group=SEARCHED,
+        metavar="NAME",
+        spellings=("--reward",),
+        names=lambda: OBJECTIVES.names(),
+    )
+    eps: str = setting(
+        DEFAULT_EPS,
+        "of that attack: largest change of a pixel, on the scale of images in [0, 1], such as 8/255 or 0.03",
+        group=SEARCHED,
+        metavar="SIZE",
+    )
+    sensitivity_kind: str = setting(
+        "loss",
+        f"what solvers know of single layers: {', '.join(KINDS)}; the last costs no evaluation",
+        group=SOLVING,
+        metavar="NAME",
+        names=lambda: KINDS,
+    )
+    sensitivity: str | None = setting(
+        None,
+        "take it from an earlier run of this network and data, for whatever target and budget, instead of measuring it",
+        group=SOLVING,
+        metavar="RUN|FILE",
+    )
+    threads: int | None = setting(
+        None, "of measured kernels, for the targets cpu and rpc:HOST:PORT", group=HARDWARE, metavar="N", default_words="1"
+    )
+    target: str | None = setting(
+        None,
+        "TVM's target for measured kernels",
+        group=HARDWARE,
+        metavar="JSON|PROCESSOR",
+        default_words="this machine's processor",
+    )
+    cold: bool | None = setting(
+        None, "measure kernels with their data out of the caches", group=HARDWARE, default_words="in them"
+    )
+
+    @field_validator("solver")
+    @classmethod
+    def _check_solver(cls, name: str) -> str:
+        return check_name(SOLVERS, name)
+
+    @field_validator("objective")
+    @classmethod
+    def _check_objective(cls, name: str) -> str:
+        return check_name(OBJECTIVES, name)
+
+    @field_validator("env")
+    @classmethod
+    def _check_env(cls, name: str) -> str:
+        if name not in ENVS:
+            raise ValueError(f"unknown environment {name!r}; known: {', '.join(ENVS)}")
+        return name
+
+    @field_validator("sensitivity_kind")
+    @classmethod
+    def _check_kind(cls, name: str) -> str:
+        if name not in KINDS:
+            raise ValueError(f"unknown kind of sensitivities {name!r}; it can be {', '.join(KINDS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SearchConfig:
         self.bit_range()
+        self.scheme_names()
         parse_eps(self.eps)
-        if self.objective != "accuracy+robust" and self.eps != DEFAULT_EPS:
-            raise ValueError(
-                f"--eps {self.eps} is of an attack: it goes with --objective accuracy+robust, not {self.objective}"
-            )
+        if self.eps != DEFAULT_EPS:
+            _check_attacked(self.objective, self.eps)
+        return self
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any], file: Path | None = None) -> SearchConfig:
+        """Make a configuration of the options that were given.
+
+        Args:
+            given: Values by field.
+            file: The config.yaml of a run, for what wasn't given.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: For what isn't accepted, and for options that don't go together.
+            FileNotFoundError: If there is no such file.
+        """
+        if file is not None:
+            config = cls.from_file(file).replace(**given)
+            # Code is the user's own where it is named on the command line.
+            config.replace(**_defaults_of(given)).check_code(file)
+            return config
+        if "eps" in given:
+            _check_attacked(given.get("objective", cls.default("objective")), given["eps"])
+        if given.get("sensitivity") and "sensitivity_kind" in given:
+            raise ValueError("--sensitivity brings its kind along: leave --sensitivity-kind out")
+        return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: Path) -> SearchConfig:
+        """Make a configuration of the config.yaml of a run.
+
+        Raises:
+            ValueError: For anything else.
+            FileNotFoundError: If there is no such file.
+        """
+        # A help doesn't need the records of all files.
+        from haq.store.records import ConfigRecord
+
+        if not path.is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file; give the config.yaml of a run")
+        try:
+            return cls.read(ConfigRecord.read(path).settings)
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> SearchConfig:
-        """Settings from a file. Raises ValueError for a name that there isn't, and for a value of the wrong type."""
-        kinds = get_type_hints(cls)
+        """Make a configuration of what stands in a file.
+
+        Args:
+            content: Values by the names of the fields; those that are absent have their defaults.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: For a name that there isn't, for a value of the wrong type, and for what isn't accepted.
+        """
         for name, value in content.items():
-            if name not in kinds:
-                raise ValueError(
-                    f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {', '.join(kinds)}"
-                )
-            if not isinstance(value, kinds[name]) or (isinstance(value, bool) and name != "cold"):
-                wanted = {str: "text", int: "an integer"}.get(kinds[name], str(kinds[name]))
+            if name not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {known}")
+            kind: Any = cls.model_fields[name].annotation
+            if not isinstance(value, kind) or (isinstance(value, bool) and name != "cold"):
+                wanted = {str: "text", int: "an integer"}.get(kind, str(kind))
                 raise ValueError(f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {wanted}")
         return cls(**content)
 
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """Return the default of a field."""
+        return cls.model_fields[name].default
+
     def files(self) -> dict[str, Path]:
-        """The files and folders of the user's own that are named, by setting."""
+        """List the files and folders of the user's own that are named, by field."""
         found = {}
         network = Path(self.network.rpartition("@")[2])
         if "@" in self.network or network.suffix in networks.CHECKPOINT_ENDINGS:
@@ -83,20 +286,393 @@ class SearchConfig:
             found["hw"] = Path(self.hw.removeprefix("lut:"))
         return found
 
+    def modules(self) -> dict[str, str]:
+        """List the modules of the user's own that are named as module:Name, by field."""
+        names = {
+            "network": [self.network.rpartition("@")[0] or self.network],
+            "data": [self.data],
+            "hw": [self.hw],
+            "solver": [self.solver],
+            "objective": [self.objective],
+            "scheme": [self.scheme_names()[0], *self.scheme_names()[1].values()],
+        }
+        return {field: name.partition(":")[0] for field, given in names.items() for name in given if ":" in name}
+
+    def check_code(self, source: Path) -> None:
+        """Raise ValueError if a file names code that lies in its own folder: whoever sent the file may have sent the code.
+
+        Args:
+            source: The file, the config.yaml of a run.
+        """
+        for field, module in self.modules().items():
+            found = PathFinder.find_spec(module.partition(".")[0], [os.getcwd(), *sys.path])
+            if found and found.origin and Path(found.origin).resolve().is_relative_to(source.parent.resolve()):
+                raise ValueError(
+                    f"{source} names {field} {getattr(self, field)}, which is code in the run's own folder, and was not run: "
+                    "move it out of there if you trust it"
+                )
+
     def bit_range(self) -> tuple[int, int]:
-        """Smallest and largest width. Raises ValueError if that isn't what `bits` says."""
-        if not (match := re.fullmatch(r"([1-8]):([1-8])", str(self.bits))) or match[1] > match[2]:
+        """Return the smallest and the largest width. Raises ValueError if that isn't what `bits` says."""
+        match = re.fullmatch(r"([1-8]):([1-8])", str(self.bits))
+        if match is None or match[1] > match[2]:
             raise ValueError(f"--bits is {self.bits!r}; it must be SMALLEST:LARGEST within 1:8, such as 2:8")
         return int(match[1]), int(match[2])
 
-    def command(self) -> str:
-        """The command that asks for this; options that are as they come are left out."""
-        words = ["python -m haq.search"]
-        for one in fields(self):
-            value = getattr(self, one.name)
+    def scheme_names(self) -> tuple[str, dict[str, str]]:
+        """Read `scheme`, NAME or NAME,LAYER=NAME,...: see `read_scheme`."""
+        return read_scheme(self.scheme)
+
+    def options(self, leave_out: Iterable[str] = ()) -> list[str]:
+        """Write the options that ask for this, word by word; those that are as they come are left out."""
+        words = []
+        for name in type(self).model_fields:
+            value = getattr(self, name)
             # Sensitivities that are given bring their kind along.
-            brought = one.name == "sensitivity_kind" and self.sensitivity is not None
-            if value != one.default and not brought:
-                option = f"--{one.name.replace('_', '-')}"
-                words.append(option if value is True else f"{option} {shlex.quote(str(value))}")
-        return " ".join(words)
+            is_brought = name == "sensitivity_kind" and self.sensitivity is not None
+            if value == self.default(name) or is_brought or name in leave_out:
+                continue
+            words.append(option_name(name))
+            if value is not True:
+                words.append(str(value))
+        return words
+
+    def words(self) -> list[str]:
+        """Write the command that asks for this, word by word."""
+        return ["python", "-m", "haq.search", *self.options()]
+
+    def command(self) -> str:
+        """Write the command that asks for this, quoted for a shell."""
+        return shlex.join(self.words())
+
+
+class SweepCell(NamedTuple):
+    """One search of a sweep."""
+
+    hw: str
+    budget: str
+    solver: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Name the folder of its run."""
+        hw = Path(self.hw).stem
+        if self.hw.startswith("rpc:"):
+            hw = self.hw
+        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
+
+
+class SweepConfig(_Config):
+    """What a sweep is asked to do: the options of `haq sweep`, and `settings` of every run, but for those that vary."""
+
+    hw: tuple[str, ...] = setting(
+        ("edge", "cloud"),
+        "hardware targets, as `haq search` takes them, parted by commas",
+        group=HARDWARE,
+        metavar="NAME,NAME",
+        default_words="edge,cloud",
+        names=lambda: _target_names(),
+    )
+    budgets: tuple[str, ...] = setting(
+        ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"),
+        "fractions of uniform 8 bits, or budgets parted by commas",
+        group=HARDWARE,
+        metavar="FIRST:LAST:STEP",
+        default_words="0.3:0.9:0.1",
+    )
+    solvers: tuple[str, ...] = setting(
+        ("ilp", "ddpg"),
+        "names as `haq list solvers` shows them, parted by commas",
+        group=SOLVING,
+        metavar="NAME,NAME",
+        default_words="ilp,ddpg",
+        names=lambda: SOLVERS.names(),
+    )
+    seeds: int = setting(1, "searches of each solver that draws: seeds 0, 1, 2 ...", group=SOLVING, metavar="N")
+    settings: SearchConfig = Field(default_factory=lambda: SearchConfig(finetune_epochs=0))
+
+    # The fields of a search that a sweep has no options for: those that vary, and fine-tuning.
+    VARIED: ClassVar[tuple[str, ...]] = ("hw", "budget", "solver", "seed", "finetune_epochs")
+    # Those that all its searches share.
+    SHARED: ClassVar[tuple[str, ...]] = (
+        "network",
+        "data",
+        "scheme",
+        "objective",
+        "eps",
+        "metric",
+        "bits",
+        *MEASURED,
+        "evaluations",
+        "sensitivity_kind",
+    )
+
+    @field_validator("hw", "solvers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(value.split(","))
+        return value
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _spread(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return read_budgets(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SweepConfig:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds is {self.seeds!r}; it must be an integer of at least 1: so many are 0, 1, 2 ...")
+        for option, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
+            if not values or not all(values) or len(set(values)) < len(values):
+                raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
+        for solver in self.solvers:
+            check_name(SOLVERS, solver)
+        names = [SweepCell(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"--hw or --budgets have a '/' in {name[:80]!r}: runs are named after them")
+        if len(set(names)) < len(names):
+            raise ValueError(f"--hw is {','.join(self.hw)!r}; its files must have different names: runs are named after them")
+        return self
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any], file: Path | None = None) -> SweepConfig:
+        """Make a configuration of the options that were given.
+
+        Args:
+            given: Values by field of a sweep or of its searches.
+            file: The sweep.json of a sweep, for what wasn't given.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: For what isn't accepted, and for options that don't go together.
+            FileNotFoundError: If there is no such file.
+        """
+        own = {name: value for name, value in given.items() if name in cls.model_fields}
+        shared = {name: value for name, value in given.items() if name not in own}
+        if file is None:
+            return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
+        earlier = cls.from_file(file)
+        settings = earlier.settings.replace(**shared)
+        settings.replace(**_defaults_of(shared)).check_code(file)
+        return earlier.replace(**own, settings=settings)
+
+    @classmethod
+    def from_file(cls, path: Path) -> SweepConfig:
+        """Make a configuration of the sweep.json of a sweep.
+
+        Raises:
+            ValueError: For anything else.
+            FileNotFoundError: If there is no such file.
+        """
+        # A help doesn't need the records of all files.
+        from haq.store.records import SweepRecord
+
+        if not path.is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file; give the sweep.json of a sweep")
+        try:
+            return cls.read(SweepRecord.read(path).asked.to_dict())
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> SweepConfig:
+        """Make a configuration of what stands in the file of a sweep (`haq.store.records.AskedRecord`).
+
+        Raises ValueError for what isn't accepted.
+        """
+        lists = {name: tuple(content[name]) for name in ("hw", "budgets", "solvers")}
+        return cls(settings=SearchConfig.read(content["settings"]), seeds=content["seeds"], **lists)
+
+    def words(self) -> list[str]:
+        """Write the command that asks for this, word by word; options of the runs that are as they come are left out."""
+        words = ["python", "-m", "haq.sweep"]
+        for name, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
+            words += [option_name(name), ",".join(values)]
+        if self.seeds != 1:
+            words += ["--seeds", str(self.seeds)]
+        return words + self.settings.options(leave_out=self.VARIED)
+
+    def command(self) -> str:
+        """Write the command that asks for this, quoted for a shell."""
+        return shlex.join(self.words())
+
+
+class AnotherScheme(_Config):
+    """A scheme in place of a run's own, for commands that use what a run found."""
+
+    scheme: str | None = setting(
+        None,
+        "quantize the run's policy with another scheme: NAME or NAME,LAYER=NAME, as of haq search",
+        group=SEARCHED,
+        metavar="NAME",
+        default_words="the run's own",
+        names=lambda: _scheme_names(),
+    )
+
+    @field_validator("scheme")
+    @classmethod
+    def _check_scheme(cls, text: str | None) -> str | None:
+        if text is not None:
+            read_scheme(text)
+        return text
+
+
+class FinetuneConfig(AnotherScheme):
+    """How what a run found is fine-tuned: the options of `haq finetune`."""
+
+    epochs: int = setting(20, "passes over the train images", group=TUNING)
+    learning_rate: float = setting(0.005, "at its highest", group=TUNING, metavar="RATE")
+    seed: int = setting(0, "of the order of images", group=TUNING)
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> FinetuneConfig:
+        if self.epochs < 1:
+            raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
+        if not 0 < self.learning_rate < 10:
+            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be above 0 and below 10")
+        return self
+
+
+class WorkersConfig(_Config):
+    """Who works: results don't depend on it, so that no file of a run says it."""
+
+    workers: int | None = setting(
+        None,
+        "processes that evaluate policies; results don't depend on their number",
+        group=WORK,
+        metavar="N",
+        default_words="this one alone",
+    )
+    ray: str | None = setting(
+        None,
+        "work on a Ray cluster, on every processor or on as many as there are --workers: auto on one of its machines, "
+        "HOST:PORT, or local",
+        group=WORK,
+        metavar="ADDRESS",
+    )
+
+    @field_validator("workers")
+    @classmethod
+    def _check_workers(cls, workers: int | None) -> int | None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"--workers is {workers}; it must be at least 1")
+        return workers
+
+    def describe(self) -> str:
+        """Say who works, in words."""
+        if self.ray is not None:
+            return f"by {self.workers or 'all'} processors of the Ray cluster {self.ray}"
+        if self.workers is None:
+            return "in this process"
+        return f"in {self.workers} processes"
+
+    def exceed(self, ahead: int) -> bool:
+        """Say whether there are, or may be, more workers than policies that a solver chooses ahead."""
+        if self.workers is None:
+            return self.ray is not None
+        return self.workers > ahead
+
+
+def check_name(registry: Registry[Any], name: str) -> str:
+    """Return a name itself. Raises ValueError for one that isn't in a registry, with the close ones; imports nothing."""
+    if name not in registry and ":" not in name:
+        registry.get(name)
+    return name
+
+
+def read_scheme(text: str) -> tuple[str, dict[str, str]]:
+    """Read the scheme of all layers and those of single ones.
+
+    Args:
+        text: NAME or NAME,LAYER=NAME,LAYER=NAME, such as "lsq,stem=linear"; LAYER=NAME alone leaves all others linear.
+
+    Returns:
+        The name for all layers, and names by layer. Whether there are such schemes and layers is for `Problem` to say.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    of_all = LINEAR
+    layers: dict[str, str] = {}
+    for place, part in enumerate(text.split(",")):
+        layer, equals, name = (word.strip() for word in part.partition("="))
+        if place == 0 and layer and not equals:
+            of_all = layer
+            continue
+        if not layer or not name or layer in layers:
+            raise ValueError(f"--scheme is {text!r}; it must be NAME or NAME,LAYER=NAME, with each layer once, not {part!r}")
+        layers[layer] = name
+    return of_all, layers
+
+
+def read_budgets(text: str) -> tuple[str, ...]:
+    """Read FIRST:LAST:STEP, fractions of uniform 8 bits, or budgets parted by commas; ValueError for anything else.
+
+    >>> read_budgets("0.3:0.5:0.1")
+    ('0.3', '0.4', '0.5')
+    """
+    if ":" not in text:
+        return tuple(text.split(","))
+    try:
+        first, last, step = (Decimal(part) for part in text.split(":"))
+        if not (0 < first <= last <= 1 and step > 0 and (last - first) / step < MOST_BUDGETS):
+            raise ValueError
+    except (ValueError, InvalidOperation):
+        raise ValueError(
+            f"--budgets is {text!r}; it must be FIRST:LAST:STEP, fractions of uniform 8 bits such as 0.3:0.9:0.1, at most "
+            f"{MOST_BUDGETS} of them, or budgets parted by commas such as 0.5,0.7"
+        ) from None
+    return tuple(str(first + step * index) for index in range(int((last - first) / step) + 1))
+
+
+def _defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the fields that may name code, among those that were given."""
+    return {field: SearchConfig.default(field) for field in NAMES_CODE if field in given}
+
+
+def _check_attacked(objective: str, eps: str) -> None:
+    """Raise ValueError if the size of an attack is given and nothing is attacked."""
+    # What is given as module:Name is asked when it is imported, which a file can't make us do.
+    if objective in OBJECTIVES and not OBJECTIVES.get(objective, modules=False).attacked:
+        raise ValueError(f"--eps {eps} is of an attack: it goes with --objective accuracy+robust, not {objective}")
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    """The first thing that is wrong with the values of a model."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {name[:40]!r}; known: {', '.join(model.model_fields)}"
+    wanted = "names" if len(first["loc"]) > 1 else _wanted(model, name)
+    return f"{option_name(name)} is {first['input']!r}; it must be {wanted}"
+
+
+def _wanted(model: type[BaseModel], name: str) -> str:
+    """What a field accepts, in words."""
+    field = model.model_fields[name]
+    if field.annotation is not int:
+        return {str: "text", bool | None: "true or false", int | None: "an integer"}.get(field.annotation, "text")  # type: ignore[arg-type, call-overload]
+    least = next((one.ge for one in field.metadata if hasattr(one, "ge")), None)
+    return "an integer" if least is None else f"an integer of at least {least}"
+
+
+def _target_names() -> Iterable[str]:
+    # Hardware models compute with NumPy, which nobody needs who doesn't ask for a target.
+    import hw_models
+
+    return (*hw_models.target_names(), *hw_models.MEASURED)
+
+
+def _scheme_names() -> Iterable[str]:
+    import quantizers as Q
+
+    return Q.scheme_names()

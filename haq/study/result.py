@@ -1,66 +1,76 @@
-"""What a user is shown of a run: one table of layers, one of results, and a picture."""
+"""What a run found, measured and as plain data: what result.json holds and `--json` prints."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import quantizers as Q
-from haq import training
-from haq.attacks.proxy import worst_case
 from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
-from haq.store.units import best_unit, describe_amount, percent
-from haq.study.search_run import Run
-from haq.study.task import SearchTask, adversary_of, threads
+from haq.store.records import share_key
+from haq.study.task import SearchTask, threads
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
-    """Accuracy on the search and the test split (or agreement with the float network, if that is the objective; beside plain
-    accuracy, what it is under attack, if that is) and what its policy costs; of the float network without one.
+    """Measure a policy on the search and the test split, and price it.
 
-    `module` is a fine-tuned network; without it the policy is applied to the float network's weights, and they are fine-tuned
-    as far as every policy of the search was.
+    Args:
+        task: The search.
+        policy: The policy; None for the float network.
+        module: A fine-tuned network at that policy; without it the policy is applied to the float network's weights, and they
+            are fine-tuned as far as every policy of the search was.
+
+    Returns:
+        Shares of the objective (and of what is measured beside it) by split, and costs: seconds, joules, bytes; None where the
+        target has no such metric.
     """
-    problem = task.problem
-    costs: dict[str, float | None] = {"latency_s": None, "energy_j": None}
+    if module is not None:
+        return measure(task, module) | costs(task.problem, policy)
+    if policy not in task.measured:
+        module = task.network.module
+        if policy is not None:
+            module = task.problem.evaluator.prepared(policy)
+        task.measured[policy] = measure(task, module)
+    return task.measured[policy] | costs(task.problem, policy)
+
+
+def measure(task: SearchTask, module: nn.Module) -> dict[str, float]:
+    """Measure a network on the search split, exactly as policies were judged, and on the test split."""
+    objective = task.problem.objective
+    shares: dict[str, float] = {}
+    for other in objective.also:
+        for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
+            shares[share_key(name, other.name)] = other.share(task.network, split, module)
+    shares[share_key("search", objective.name)] = task.problem.evaluator.measure(module.eval()).accuracy
+    shares[share_key("test", objective.name)] = objective.share(task.network, task.dataset.test, module)
+    return shares
+
+
+def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | None]:
+    """Price a policy in every metric (seconds, joules, bytes); None where the target has no such metric."""
     if policy is None:
         # 32 bits for each weight and bias; no simulated target computes in float.
-        costs["storage_bytes"] = float(sum(4 * layer.parameters for layer in problem.workload.layers))
-    else:
-        w, a = problem.bit_arrays(policy)
-        costs |= {k: None if v is None else float(v) for k, v in problem.table.price(w, a)._asdict().items()}
-        del costs["cycles"]
-    if module is not None:
-        return _judge(task, module) | costs
-    if policy not in task.judged:
-        task.judged[policy] = _judge(task, task.network.module if policy is None else problem.evaluator.prepared(policy))
-    return task.judged[policy] | costs
-
-
-def _judge(task: SearchTask, module: nn.Module) -> dict[str, float]:
-    problem = task.problem
-    splits = {"search": task.dataset.search, "test": task.dataset.test}
-    if problem.objective == "agreement":
-        return {f"{name}_agreement": training.agreement(task.network, split, module) for name, split in splits.items()}
-    judged = {f"{name}_accuracy": training.accuracy(task.network, split, module) for name, split in splits.items()}
-    if problem.proxy is not None:
-        # On the search images exactly what policies were judged by.
-        judged[f"search_{problem.objective}"] = problem.evaluator.measure(module).accuracy
-        judged[f"test_{problem.objective}"] = worst_case(task.network, task.dataset.test, module, problem.proxy)
-    return judged
+        in_float = float(sum(4 * layer.parameters for layer in problem.workload.layers))
+        return {"latency_s": None, "energy_j": None, "storage_bytes": in_float}
+    prices = problem.table.price(*problem.bit_arrays(policy))._asdict()
+    del prices["cycles"]
+    found: dict[str, float | None] = dict.fromkeys(prices)
+    found |= {name: float(price) for name, price in prices.items() if price is not None}
+    return found
 
 
 def uniform_policies(problem: Problem) -> dict[int, Q.BitPolicy]:
-    """What found policies are held against: every width that may be chosen, the fixed layers at their own."""
+    """Make what found policies are held against: every width that may be chosen, the fixed layers at their own."""
     low, high = problem.bits
-    return {bits: problem.uniform(bits, keep_pinned=True) for bits in range(low, high + 1)}
+    policies = {bits: problem.uniform(bits, keep_pinned=True) for bits in range(low, high + 1)}
+    return {bits: policy for bits, policy in policies.items() if problem.means_something(policy)}
+
+
+def cost_kind(problem: Problem) -> str:
+    """Say "estimated" or "measured", without where."""
+    return problem.table.provenance.split()[0]
 
 
 def collect(
@@ -71,9 +81,23 @@ def collect(
     evaluations: dict[str, int],
     saturated: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Everything the summary shows, measured now, as plain data (what `--json` prints and result.json holds)."""
+    """Measure now everything that a summary shows.
+
+    Args:
+        task: The search.
+        policy: What was found.
+        finetuned: The same after fine-tuning, if it was fine-tuned.
+        rivals: What other solvers found, by name.
+        evaluations: How many evaluations were used, by solver.
+        saturated: The share of actions at a bound, by agent.
+
+    Returns:
+        Plain data: what result.json holds (`haq.store.records.ResultRecord`).
+    """
     problem = task.problem
-    cost, key = problem.policy_cost(policy), f"search_{problem.objective}"
+    tuned = None
+    if finetuned is not None:
+        tuned = entry(task, policy, finetuned)
     return {
         "schema": RESULT_SCHEMA,
         "network": task.network.name,
@@ -83,223 +107,43 @@ def collect(
         "evaluations": evaluations,
         "saturated_actions": saturated or {},
         "seed": task.config.seed,
-        "objective": problem.objective,
-        "objective_is": problem.objective_is,
+        "scheme": task.config.scheme,
+        "objective": problem.objective.name,
+        "objective_is": problem.objective.words,
         "finetune_steps": task.config.finetune_steps,
         "sensitivity_kind": task.config.sensitivity_kind,
         "accuracy_is": f"measured on {threads()}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
-        "budget": {
-            "metric": problem.metric,
-            "unit": problem.unit,
-            "limit": problem.limit,
-            "used": cost,
-            "fraction": problem.budget,
-            "used_fraction": cost / problem.reference,
-            "holds": problem.within_budget(cost),
-        },
+        "budget": budget_used(problem, policy),
         "float": entry(task, None),
         "uniform8": entry(task, problem.uniform(8)),
-        "uniform": [
-            {
-                "bits": bits,
-                "cost": problem.policy_cost(same),
-                key: task.judged[same][key] if same in task.judged else problem.evaluate(same).accuracy,
-            }
-            for bits, same in uniform_policies(problem).items()
-        ],
+        "uniform": [_uniform(task, bits, same) for bits, same in uniform_policies(problem).items()],
         "found": entry(task, policy),
-        "finetuned": None if finetuned is None else entry(task, policy, finetuned),
+        "finetuned": tuned,
         "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
-        "rival_policies": {name: {layer: list(bits) for layer, bits in rival.items()} for name, rival in rivals.items()},
+        "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
     }
 
 
-def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: tuple[str, ...], workers: str) -> None:
-    """What a search will do; `workers`: who evaluates policies, in words."""
-    problem, settings = task.problem, task.config
-    pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
-    low, high = problem.bits
-    of_float = f"accuracy ({problem.objective_is})" if problem.proxy else "accuracy"
-    float_accuracy = f", float {of_float} {percent(problem.float_accuracy)} on the search split"
-    free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
-    rows = {
-        "network": f"{task.network.name} ({task.network.origin}): {len(problem.workload)} quantizable layers, "
-        f"{problem.workload.macs / 1e6:.2f} M MACs{'' if problem.objective == 'agreement' else float_accuracy}",
-        "data": task.dataset.describe(),
-        "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
-        f"{problem.table.provenance}",
+def budget_used(problem: Problem, policy: Q.BitPolicy) -> dict[str, Any]:
+    """Tell as plain data how much of the budget a policy uses."""
+    cost = problem.policy_cost(policy)
+    return {
         "metric": problem.metric,
-        "budget": f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of uniform 8 bits "
-        f"({describe_amount(problem.reference, problem.metric)})",
-        "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
-        "solver": f"{settings.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
-        "sensitivities": f"{settings.sensitivity_kind}, "
-        + (
-            f"from {settings.sensitivity}"
-            if settings.sensitivity
-            else "computed, without evaluations"
-            if settings.sensitivity_kind == "hessian"
-            else "measured by each solver that needs them"
-        ),
-        "objective": problem.objective_is,
-        "evaluations": f"{settings.evaluations}, each on {len(task.dataset.search):,} search images"
-        + (f" after {settings.finetune_steps} steps of fine-tuning" if settings.finetune_steps else "")
-        + f", {workers}",
-        "fine-tuning": f"{settings.finetune_epochs} epochs on {len(task.dataset.train):,} train images"
-        + (f", against R+FGSM at eps {settings.eps}" if adversary_of(settings) else "")
-        if settings.finetune_epochs
-        else "none",
-        "seed": str(settings.seed),
-        "results in": str(folder) if folder else "nothing is written (--dry-run)",
+        "unit": problem.unit,
+        "limit": problem.limit,
+        "used": cost,
+        "fraction": problem.budget,
+        "used_fraction": cost / problem.reference,
+        "holds": problem.within_budget(cost),
     }
-    table = Table.grid(padding=(0, 2))
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/]", value)
-    console.print(table)
 
 
-def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
-    """Bits, cost before and after, and what bounds it, per layer."""
-    w, a = problem.bit_arrays(policy)
-    layers = np.arange(len(w))
-    before, after = problem.cost[:, 7, 7], problem.cost[layers, w - 1, a - 1]
-    bound = problem.table.bound if problem.metric == "latency" else None
-    unit, size = best_unit(float(before.max()), problem.metric)
-    title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    table.add_column("layer", no_wrap=True)
-    for heading in ("weight\nbits", "activ.\nbits", "before,\n8/8", "after", "share\nbefore"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if bound is not None:
-        table.add_column("bound by", no_wrap=True)
-    for i, layer in enumerate(problem.workload.layers):
-        pinned = "*" if layer.name in problem.pinned else ""
-        cells = [f"{w[i]}{pinned}", f"{a[i]}{pinned}", f"{before[i] / size:.4g}", f"{after[i] / size:.4g}"]
-        share = f"{100 * before[i] / before.sum():.1f} %"
-        limits = [] if bound is None else [problem.table.bounds[bound[i, w[i] - 1, a[i] - 1]]]
-        table.add_row(layer.name, *cells, share, *limits)
-    table.add_section()
-    totals = [f"{x.sum() / size:.4g}" for x in (before, after)]
-    table.add_row("total, mean", f"{w.mean():.1f}", f"{a.mean():.1f}", *totals, "")
-    table.caption = "* fixed" if problem.pinned else None
-    return table
-
-
-def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]) -> None:
-    """The two tables and one sentence each on the budget and on the rivals."""
-    problem, budget, objective = task.problem, result["budget"], task.problem.objective
-    console.print(layer_table(problem, policy))
-    title = f"{result['network']} on {result['data']}, {result['target']}"
-    attacked = problem.proxy is not None
-    padding = (0, 0 if attacked else 1, 0, 0)  # one column more, within the same 80 characters
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, caption_justify="left")
-    table.add_column("policy", no_wrap=True)
-    columns = [("test", objective), ("search", objective)]
-    headings = [f"{split}\n{objective}\n(measured)" for split, _ in columns]
-    if attacked:
-        # Plain accuracy beside what policies were judged by. That these are measured stands below the table.
-        columns.insert(0, ("test", "accuracy"))
-        headings = ["\ntest\naccuracy", "test\nworst\ncase", "search\nworst\ncase"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
-    for name in metrics:
-        # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
-        kind = "counted" if name == "storage" else cost_kind(problem)
-        table.add_column(f"\n{name}\n({kind})", justify="right")
-    rows: list[tuple[str, dict[str, float | None] | None]] = [
-        ("float", result["float"]),
-        ("uniform 8 bits", result["uniform8"]),
-        (f"found by {result['solver']}", result["found"]),
-        ("  fine-tuned", result["finetuned"]),
-        *((f"found by {name}", row) for name, row in result["rivals"].items()),
-    ]
-    for label, row in rows:
-        if row is None:
-            continue
-        keys = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
-        costs = [row[keys[name]] for name in metrics]
-        cells = ["–" if c is None else describe_amount(c, name) for c, name in zip(costs, metrics, strict=True)]
-        shares = [percent(row[f"{split}_{kind}"]) for split, kind in columns]
-        table.add_row(label, *shares, *cells)
-    sizes = f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search images"
-    steps = task.config.finetune_steps
-    tuned = f"; every policy fine-tuned for {steps} steps" if steps else ""
-    worst = f"; worst case: {problem.objective_is}, right both times, a cheap attack and no evaluation" if attacked else ""
-    table.caption = (
-        f"{sizes}{tuned}{worst}; {'accuracy' if attacked else objective} {result['accuracy_is']}; cost {result['cost_is']}"
-    )
-    console.print(table)
-    used = describe_amount(budget["used"], budget["metric"])
-    limit = describe_amount(budget["limit"], budget["metric"])
-    console.print(
-        f"Budget: {used} of {limit} {budget['metric']} used ({100 * budget['used'] / budget['limit']:.1f} %, "
-        f"{budget['used_fraction']:.3f} of uniform 8 bits): {'holds' if budget['holds'] else 'EXCEEDED'}."
-    )
-    for name, share in result.get("saturated_actions", {}).items():
-        console.print(f"Actions of {name} at a bound: {100 * share:.1f} %.")
-    if result["rivals"]:
-        name, rival = max(result["rivals"].items(), key=lambda item: item[1][f"search_{objective}"])
-        difference = 100 * (result["found"][f"search_{objective}"] - rival[f"search_{objective}"])
-        than = f"{abs(difference):.2f} points {'below' if difference > 0 else 'above'}" if difference else "as good as"
-        measured = f" ({problem.objective_is})" if attacked else ""
-        console.print(
-            f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
-            f"{percent(rival[f'search_{objective}'])} on the search split{measured}, {than} {result['solver']}."
-        )
-
-
-def cost_kind(problem: Problem) -> str:
-    """ "estimated" or "measured", without where."""
-    return problem.table.provenance.split()[0]
-
-
-def draw(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
-    """Bits per layer, weights up and activations down, over each layer's share of the cost; written beside and renamed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    w, a = problem.bit_arrays(policy)
-    x = np.arange(len(w))
-    before = problem.cost[:, 7, 7] / problem.reference
-    after = problem.cost[x, w - 1, a - 1] / problem.reference
-    figure = Figure(figsize=(max(7.0, 0.42 * len(x) + 2), 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    bits.bar(x, w, 0.8, color="#3b6fb6", label="weight bits")
-    bits.bar(x, -a, 0.8, color="#d9822b", label="activation bits")
-    size = 9 if len(x) <= 40 else 6
-    for i in x:
-        bits.text(i, w[i] + 0.2, str(w[i]), ha="center", va="bottom", fontsize=size)
-        bits.text(i, -a[i] - 0.2, str(a[i]), ha="center", va="top", fontsize=size)
-    bits.axhline(0, color="black", linewidth=0.8)
-    bits.set_ylim(-10, 10)
-    bits.set_yticks([-8, -4, 0, 4, 8], ["8", "4", "0", "4", "8"])
-    bits.set_ylabel("activations      bits      weights")
-    bits.legend(loc="upper center", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 1.1))
-    used = problem.policy_cost(policy)
-    bits.set_title(
-        f"{problem.target.name}: {describe_amount(used, problem.metric)} of {describe_amount(problem.limit, problem.metric)} "
-        f"{problem.metric}, {used / problem.reference:.3g} of uniform 8 bits ({cost_kind(problem)})",
-        fontsize=10,
-        pad=22,
-    )
-    share.bar(x, 100 * before, 0.8, color="#cccccc", label="at 8/8 bits")
-    share.bar(x, 100 * after, 0.8, color="#4c9a5b", label="at these bits")
-    share.set_ylabel(f"{problem.metric}, % of the\n8-bit network ({cost_kind(problem)})", fontsize=9)
-    share.legend(fontsize=8, frameon=False)
-    share.set_xticks(x, problem.workload.names, rotation=90, fontsize=8 if len(x) <= 40 else 5)
-    for axes in (bits, share):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(-0.7, len(x) - 0.3)
-    partial = path.with_name(f"{path.name}.part")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
-
-
-def print_next(console: Console, run: Run, commands: tuple[str, ...]) -> None:
-    """What was written, and what to type next."""
-    console.print(f"Written: {run.folder} (policy.json, policy.png, history.csv, result.json)")
-    for command in commands:
-        console.print(f"Next: [bold]python -m haq.{command}[/]", soft_wrap=True)
+def _uniform(task: SearchTask, bits: int, policy: Q.BitPolicy) -> dict[str, Any]:
+    """Tell what a uniform policy costs and gives on the search split."""
+    key = share_key("search", task.problem.objective.name)
+    if policy in task.measured:
+        share = task.measured[policy][key]
+    else:
+        share = task.problem.evaluate(policy).accuracy
+    return {"bits": bits, "cost": task.problem.policy_cost(policy), key: share}

@@ -12,15 +12,13 @@ nor the number of processes does anything to it.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from decimal import Decimal, InvalidOperation
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,88 +28,28 @@ import quantizers as Q
 from haq.problem.budget import OutOfReach
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers.base import DRAW_NOTHING, USE_SENSITIVITIES, Session, Trial, check_name
+from haq.solvers import SOLVERS
+from haq.solvers.base import Session, Trial
 from haq.solvers.sensitivity import by_evaluation, by_hessian
-from haq.store import files
-from haq.store.files import CONFIG, SENSITIVITY, SWEEP, SWEEP_SCHEMA
+from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
+from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
 from haq.study import result as summary
-from haq.study.config import SearchConfig
-from haq.study.search_run import Run, check_unused
+from haq.study.config import MEASURED, SearchConfig, SweepCell, SweepConfig
+from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
 from haq.study.workers.processes import live_with_parent
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
-MOST_BUDGETS = 1000
 ORPHAN_S = 60.0  # a worker whose sweep was killed ends after the evaluation it is at; its search is waited for
 
-
-class SweepCell(NamedTuple):
-    """One search of a sweep."""
-
-    hw: str
-    budget: str
-    solver: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """The name of its run's folder."""
-        hw = self.hw.replace(":", "-") if self.hw.startswith(REMOTE) else Path(self.hw).stem.replace(":", "-")
-        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What a sweep is asked to do: `settings` of every run, but for the target, budget, solver and seed, which vary."""
-
-    settings: SearchConfig
-    hw: tuple[str, ...]
-    budgets: tuple[str, ...]
-    solvers: tuple[str, ...]
-    seeds: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
-            raise ValueError(f"--seeds is {self.seeds!r}; it must be an integer of at least 1: so many are 0, 1, 2 ...")
-        for option, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
-            if not all(isinstance(value, str) for value in values):
-                raise ValueError(f"--{option} must be names, not {type(values[0]).__name__}")
-            if not values or not all(values) or len(set(values)) < len(values):
-                raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
-        for solver in self.solvers:
-            check_name(solver)
-        names = [SweepCell(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"--hw or --budgets have a '/' in {outside[0][:80]!r}: runs are named after them")
-        if len(set(names)) < len(names):
-            raise ValueError(f"--hw is {','.join(self.hw)!r}; its files must have different names: runs are named after them")
-
-    @property
-    def shares_sensitivities(self) -> bool:
-        return bool(set(self.solvers) & set(USE_SENSITIVITIES))
-
-    def command(self) -> str:
-        """The command that asks for this; options of the runs that are as they come are left out."""
-        lists = {"hw": ",".join(self.hw), "budgets": ",".join(self.budgets), "solvers": ",".join(self.solvers)}
-        words = [f"--{name} {shlex.quote(value)}" for name, value in lists.items()]
-        if self.seeds != 1:
-            words.append(f"--seeds {self.seeds}")
-        # A sweep never fine-tunes, so it has no option for that.
-        shared = replace(self.settings, finetune_epochs=SearchConfig.finetune_epochs).command().partition("haq.search")[2]
-        return f"python -m haq.sweep {' '.join(words)}{shared}"
-
-    def settings_on(self, hw: str) -> SearchConfig:
-        """The settings that all runs on a target share; options of measured targets only where they are measured."""
-        settings = replace(self.settings, hw=hw, budget="1.0")
-        if any(_measured(name) for name in self.hw) and not _measured(hw):
-            settings = replace(settings, threads=None, target=None, cold=None)
-        return settings
+Results = dict["SweepCell", ResultRecord]
+Policies = dict["SweepCell", Q.BitPolicy]
 
 
 @dataclass
 class SweepContext:
-    """What a sweep's searches stand on: a job for each target, which share what they evaluate, and the budgets in reach."""
+    """What a sweep's searches stand on: a task for each target, which share what they evaluate, and the budgets in reach."""
 
     sweep: SweepConfig
     tasks: dict[str, SearchTask]
@@ -119,12 +57,27 @@ class SweepContext:
 
     @classmethod
     def load(cls, sweep: SweepConfig, **callbacks: Any) -> SweepContext:
-        """Load all that is named. Raises ValueError if no budget is in reach of any target, and what the parts raise."""
-        targets = {hw: load_target(sweep.settings_on(hw), **callbacks) for hw in sweep.hw}
+        """Load all that is named.
+
+        Args:
+            sweep: What is asked for.
+            callbacks: Those of `hw_models.load_target`.
+
+        Returns:
+            The context.
+
+        Raises:
+            ValueError: If no budget is in reach of any target, and what the parts raise.
+        """
+        targets = {hw: load_target(settings_on(sweep, hw), **callbacks) for hw in sweep.hw}
         tasks: dict[str, SearchTask] = {}
+        first: SearchTask | None = None
         for hw, target in targets.items():
-            settings = sweep.settings_on(hw)
-            tasks[hw] = next(iter(tasks.values())).on(settings, target) if tasks else SearchTask.build(settings, target)
+            settings = settings_on(sweep, hw)
+            if first is None:
+                tasks[hw] = first = SearchTask.build(settings, target)
+            else:
+                tasks[hw] = first.on(settings, target)
         unreachable: dict[str, list[str]] = {hw: [] for hw in tasks}
         for hw, task in tasks.items():
             for budget in sweep.budgets:
@@ -138,141 +91,165 @@ class SweepContext:
         return cls(sweep, tasks, unreachable)
 
     def left_out(self, hw: str) -> str:
-        """The budgets that are out of reach on a target, and what is in reach, in words; nothing if all are."""
-        missed = ", ".join(self.unreachable[hw])
-        return missed and f"out of reach: {missed} ({self.tasks[hw].problem.reach})"
+        """Say which budgets are out of reach on a target, and what is in reach; nothing if all are."""
+        if not self.unreachable[hw]:
+            return ""
+        return f"out of reach: {', '.join(self.unreachable[hw])} ({self.tasks[hw].problem.reach})"
 
     @property
     def first(self) -> SearchTask:
+        """Return the task on the first target."""
         return self.tasks[self.sweep.hw[0]]
 
     def cells(self) -> list[SweepCell]:
-        """Every search, in the order of targets, budgets, solvers and seeds. Solvers that draw nothing have one seed."""
-        return [
-            SweepCell(hw, budget, solver, seed)
-            for hw in self.sweep.hw
-            for budget in self.sweep.budgets
-            if budget not in self.unreachable[hw]
-            for solver in self.sweep.solvers
-            for seed in range(1 if solver in DRAW_NOTHING else self.sweep.seeds)
-        ]
+        """List every search, by targets, budgets, solvers and seeds. Solvers that draw nothing have one seed."""
+        cells = []
+        for hw in self.sweep.hw:
+            for budget in self.sweep.budgets:
+                if budget in self.unreachable[hw]:
+                    continue
+                for solver in self.sweep.solvers:
+                    seeds = 1
+                    if SOLVERS.get(solver).draws:
+                        seeds = self.sweep.seeds
+                    cells += [SweepCell(hw, budget, solver, seed) for seed in range(seeds)]
+        return cells
 
     def task(self, cell: SweepCell, folder: Path, kind: str) -> SearchTask:
-        """What one search is given; solvers that work with sensitivities get the sweep's, which are of that kind."""
+        """Return what one search is given.
+
+        Args:
+            cell: The search.
+            folder: The sweep's.
+            kind: Of the sweep's sensitivities, which solvers that work with them get.
+
+        Returns:
+            Its task.
+        """
         task = self.tasks[cell.hw]
-        settings = replace(task.config, budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
-        if cell.solver in USE_SENSITIVITIES:
-            settings = replace(settings, sensitivity=str(folder / "sensitivity" / SENSITIVITY))
+        settings = task.config.replace(budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
+        if SOLVERS.get(cell.solver).uses_sensitivities:
+            settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
         return task.on(settings, task.problem.target)
 
     def signature(self) -> dict[str, str]:
-        """What must be the same for a sweep to be continued."""
-        return {
-            **self.first.network_signature(),
-            **{
-                f"{name} of {hw}": value
-                for hw, task in self.tasks.items()
-                for name, value in task.signature().items()
-                if name not in self.first.network_signature()
-            },
-        }
+        """Return what must be the same for a sweep to be continued."""
+        shared = self.first.network_signature()
+        signature = dict(shared)
+        for hw, task in self.tasks.items():
+            for name, value in task.signature().items():
+                if name not in shared:
+                    signature[f"{name} of {hw}"] = value
+        return signature
 
 
-def budgets(text: str) -> tuple[str, ...]:
-    """FIRST:LAST:STEP, fractions of uniform 8 bits, or budgets parted by commas. Raises ValueError for anything else.
+def asked_of(record: SweepRecord) -> SweepConfig:
+    """Return what the file of a sweep says was asked for; ValueError if that can't have been."""
+    return SweepConfig.read(record.asked.to_dict())
 
-    >>> budgets("0.3:0.5:0.1")
-    ('0.3', '0.4', '0.5')
-    """
-    if ":" not in text:
-        return tuple(text.split(","))
-    try:
-        first, last, step = (Decimal(part) for part in text.split(":"))
-        if not (0 < first <= last <= 1 and step > 0 and (last - first) / step < MOST_BUDGETS):
-            raise ValueError
-    except (ValueError, InvalidOperation):
-        raise ValueError(
-            f"--budgets is {text!r}; it must be FIRST:LAST:STEP, fractions of uniform 8 bits such as 0.3:0.9:0.1, at most "
-            f"{MOST_BUDGETS} of them, or budgets parted by commas such as 0.5,0.7"
-        ) from None
-    return tuple(str(first + step * i) for i in range(int((last - first) / step) + 1))
+
+def settings_on(sweep: SweepConfig, hw: str) -> SearchConfig:
+    """Return the settings that all runs on a target share; options of measured targets only where they are measured."""
+    settings = sweep.settings.replace(hw=hw, budget="1.0")
+    if any(_measured(name) for name in sweep.hw) and not _measured(hw):
+        settings = settings.replace(**dict.fromkeys(MEASURED))
+    return settings
+
+
+def shares_sensitivities(sweep: SweepConfig) -> bool:
+    """Tell whether any solver works with sensitivities."""
+    return any(SOLVERS.get(solver).uses_sensitivities for solver in sweep.solvers)
 
 
 def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
-    """Start a sweep's folder. Raises ValueError, touching nothing, if there is anything in it."""
+    """Start a sweep's folder.
+
+    Args:
+        folder: Where.
+        sweep: What is asked for.
+        context: What its searches stand on.
+
+    Raises:
+        ValueError: Touching nothing, if there is anything in the folder.
+    """
     check_unused(folder)
-    _write(
-        folder,
-        {
-            "schema": SWEEP_SCHEMA,
-            "finished": False,
-            "command": sweep.command(),
-            "asked": asdict(sweep),
-            "signature": context.signature(),
-            "versions": versions(),
-        },
-    )
+    content = {
+        "schema": SWEEP_SCHEMA,
+        "finished": False,
+        "command": sweep.command(),
+        "asked": sweep.to_dict(),
+        "signature": context.signature(),
+        "versions": versions(),
+    }
+    SweepRecord.from_dict(content).write(folder / SWEEP)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What sweep.json holds. Raises FileNotFoundError, or ValueError with the reason, if the folder isn't a sweep's."""
+def read(folder: Path) -> SweepRecord:
+    """Read what sweep.json holds.
+
+    Raises FileNotFoundError, or ValueError with the reason, if the folder isn't a sweep's, or nobody can have asked for it.
+    """
     path = folder / SWEEP
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {SWEEP}")
-    content = files.read_json(path, "the file of a sweep")
-    files.check_schema(path, content.get("schema"), SWEEP_SCHEMA, "the file of a sweep")
+    record = SweepRecord.read(path)
     try:
-        asked(content)
-        for part in ("signature", "versions"):
-            if not all(isinstance(value, str) for value in content[part].values()):
-                raise ValueError(f"{part!r} must map names to text")
-        if not isinstance(content["finished"], bool):
-            raise ValueError("'finished' must be true or false")
-    except KeyError as error:
-        raise ValueError(f"{path} is not the file of a sweep: it has no {error}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+        asked_of(record)
+    except ValueError as error:
         raise ValueError(f"{path} is not the file of a sweep: {error}") from error
-    return content
+    return record
 
 
 def go_on(folder: Path) -> str:
-    """The command that goes on with a sweep."""
-    return f"python -m haq.sweep --resume {folder}"
+    """Return the command that goes on with a sweep."""
+    return shlex.join(["python", "-m", "haq.sweep", "--resume", str(folder)])
 
 
-def asked(content: dict[str, Any]) -> SweepConfig:
-    """The sweep that sweep.json says was asked for."""
-    lists = {name: tuple(content["asked"][name]) for name in ("hw", "budgets", "solvers")}
-    return SweepConfig(SearchConfig.read(content["asked"]["settings"]), seeds=content["asked"]["seeds"], **lists)
+def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
+    """Check that a sweep can be continued here.
 
+    Args:
+        folder: The sweep's.
+        record: What its file holds.
+        context: What its searches stand on here.
 
-def check(folder: Path, content: dict[str, Any], context: SweepContext) -> None:
-    """Raise ValueError, with the way out, if a sweep can't be continued here."""
+    Raises:
+        ValueError: With what to do, if it can't.
+    """
     signature, settings = context.signature(), context.sweep.settings
-    called = {name: name for name in signature} | {
-        "network": f"network ({settings.network})",
-        "data": f"data ({settings.data})",
-    }
-    check_signature(folder, content["signature"], signature, called)
-    check_versions(folder, content["versions"])
+    called = {name: name for name in signature}
+    called |= {"network": f"network ({settings.network})", "data": f"data ({settings.data})"}
+    check_signature(folder, record.signature, signature, called)
+    check_versions(folder, record.versions)
 
 
 def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Callable[[int], None]) -> Sensitivities:
-    """What is known of single operands, in the sweep's folder; measured, unless they are there."""
+    """Measure what is known of single operands, or read it in the sweep's folder if it is there.
+
+    Args:
+        folder: The sweep's.
+        context: What its searches stand on.
+        on_evaluation: Told the number of evaluations so far.
+
+    Returns:
+        The sensitivities.
+    """
     task = context.first
-    with _opened(folder / "sensitivity", task) as run:
+    with _opened(folder / SENSITIVITIES, task) as run:
         if (run.folder / SENSITIVITY).is_file():
             return task.read_sensitivities(run.folder)
 
-        def record(count: int, found: Trial, within_budget: bool) -> None:
-            run.record("sensitivity", count, found, within_budget, task.problem)
-            on_evaluation(count)
+        def record(trial: Trial) -> None:
+            run.record("sensitivity", session.used, trial, task.problem)
+            on_evaluation(session.used)
 
         settings = context.sweep.settings
-        session = Session(task.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
-        others = [other.problem for other in context.tasks.values()]
-        hessian = settings.sensitivity_kind == "hessian"
-        measured = by_hessian(task.problem) if hessian else by_evaluation(task.problem, session, 0, others)
+        if settings.sensitivity_kind == "hessian":
+            measured = by_hessian(task.problem)
+        else:
+            session = Session(task.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
+            others = [other.problem for other in context.tasks.values()]
+            measured = by_evaluation(task.problem, session, 0, others)
         run.save_sensitivities(measured, task)
         return measured
 
@@ -285,13 +262,20 @@ def judge_uniform(context: SweepContext) -> None:
 
 
 def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = lambda: None) -> None:
-    """One search of a sweep, on one thread, begun or gone on with. Nothing is done if it is finished."""
+    """Run one search of a sweep on one thread, or go on with it; nothing is done if it is finished.
+
+    Args:
+        folder: The search's.
+        task: What is searched.
+        on_evaluation: Called after every evaluation.
+    """
     name = task.config.solver
     with _opened(folder, task) as run, one_thread():
         if not run.finished:
-            session = run.search(task, name, run.sensitivities(task), lambda count, found, best: on_evaluation())
+            session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             assert session.best is not None
-            run.save_result(summary.collect(task, session.best.policy, None, {}, {name: session.used}))
+            content = summary.collect(task, session.best.policy, None, {}, {name: session.used})
+            run.save_result(ResultRecord.from_dict(content))
 
 
 def run_all(
@@ -303,32 +287,66 @@ def run_all(
     on_search: Callable[[SweepCell], None],
     ray: str | None = None,
 ) -> None:
-    """Run searches in so many processes, or in this one if it is one or no number; or, given its address, on a Ray cluster, by
-    at most so many workers. `on_search` is told each that is finished.
+    """Run searches here, in processes, or on a Ray cluster.
 
-    Raises what the first failing search raises, and ChildProcessError if a process was killed; the others stop after the
-    evaluation they are at, and can be continued.
+    Args:
+        folder: The sweep's.
+        context: What its searches stand on.
+        cells: The searches.
+        kind: Of the sensitivities that they share.
+        workers: How many processes, or at most how many workers of the cluster; None or 1 for this process alone.
+        on_search: Told each search that is finished.
+        ray: The address of a Ray cluster.
+
+    Raises:
+        ChildProcessError: If a process was killed. What the first failing search raises is raised too; the others stop after
+            the evaluation they are at, and can be continued.
     """
     if ray is not None:
-        from haq.study.workers import ray as ray_workers
-
-        there = context, kind, context.first.problem.evaluator.cache, context.first.judged
-        with ExitStack() as held:
-            begun = [held.enter_context(_opened(folder / cell.folder, context.task(cell, folder, kind))) for cell in cells]
-            left = {cell: run.folder for cell, run in zip(cells, begun, strict=True) if not run.finished}
-            with ray_workers.connected(ray):
-                ray_workers.run_folders(there, _search_there, left, workers, on_search)
-        return
-    if workers in (None, 1):
+        _run_on_cluster(folder, context, cells, kind, workers, on_search, ray)
+    elif workers is None or workers == 1:
         for cell in cells:
             search(folder / cell.folder, context.task(cell, folder, kind))
             on_search(cell)
-        return
+    else:
+        _run_in_processes(folder, context, cells, kind, workers, on_search)
+
+
+def _run_on_cluster(
+    folder: Path,
+    context: SweepContext,
+    cells: Sequence[SweepCell],
+    kind: str,
+    workers: int | None,
+    on_search: Callable[[SweepCell], None],
+    address: str,
+) -> None:
+    from haq.study.workers import ray as ray_workers
+
+    there = context, kind, context.first.problem.evaluator.cache, context.first.measured
+    with ExitStack() as held:
+        left = {}
+        for cell in cells:
+            run = held.enter_context(_opened(folder / cell.folder, context.task(cell, folder, kind)))
+            if not run.finished:
+                left[cell] = run.folder
+        with ray_workers.connected(address):
+            ray_workers.run_folders(there, _search_there, left, workers, on_search)
+
+
+def _run_in_processes(
+    folder: Path,
+    context: SweepContext,
+    cells: Sequence[SweepCell],
+    kind: str,
+    workers: int,
+    on_search: Callable[[SweepCell], None],
+) -> None:
     spawn = multiprocessing.get_context("spawn")
     stop = spawn.Event()
-    known = context.first.problem.evaluator.cache, context.first.judged
+    known = context.first.problem.evaluator.cache, context.first.measured
     given = folder, context.sweep, kind, torch.get_num_threads(), known, stop
-    pool = ProcessPoolExecutor(min(workers or 1, len(cells)), spawn, _start_worker, given)
+    pool = ProcessPoolExecutor(min(workers, len(cells)), spawn, _start_worker, given)
     try:
         waiting = {pool.submit(_search_in_worker, cell): cell for cell in cells}
         for done in as_completed(waiting):
@@ -366,7 +384,7 @@ def _start_worker(
     torch.set_num_threads(threads)
     context = SweepContext.load(sweep)
     context.first.problem.evaluator.cache.update(known[0])
-    context.first.judged.update(known[1])
+    context.first.measured.update(known[1])
     _worker = _Worker(folder, kind, context, stop)
 
 
@@ -385,75 +403,95 @@ def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Call
     """A search on another machine, in a folder that was begun here."""
     context, kind, cache, judged = given
     context.first.problem.evaluator.cache.update(cache)
-    context.first.judged.update(judged)
+    context.first.measured.update(judged)
     search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
 def finish(
     folder: Path, context: SweepContext, cells: Sequence[SweepCell], sensitivities: Sensitivities | None
-) -> dict[str, Any]:
-    """Put together what a sweep found, from its runs, and write it. Returns what sweep.json holds."""
-    task, sweep = context.first, context.sweep
-    problem, objective = task.problem, task.problem.objective
-    results = {cell: Run.load(folder / cell.folder).load_result() for cell in cells}
-    policies = {cell: Run.load(folder / cell.folder).load_policy() for cell in cells}
-    content = read(folder) | {
+) -> FinishedSweepRecord:
+    """Put together what a sweep found, from its runs, and write it.
+
+    Args:
+        folder: The sweep's.
+        context: What its searches stand on.
+        cells: The searches, all of them finished.
+        sensitivities: What they shared.
+
+    Returns:
+        What sweep.json holds.
+    """
+    task = context.first
+    results = {cell: SearchRun.load(folder / cell.folder).load_result() for cell in cells}
+    policies = {cell: SearchRun.load(folder / cell.folder).load_policy() for cell in cells}
+    shared = None
+    if sensitivities is not None:
+        shared = {
+            "kind": sensitivities.kind,
+            "known": sensitivities.known,
+            "file": f"{SENSITIVITIES}/{SENSITIVITY}",
+        }
+    begun = read(folder)
+    assert asked_of(begun) == context.sweep
+    content = {
+        **begun.to_dict(),
         "finished": True,
         "network": task.network.name,
         "data": task.dataset.name,
-        "objective": objective,
-        "objective_is": problem.objective_is,
-        "metric": problem.metric,
-        "unit": problem.unit,
+        "objective": task.problem.objective.name,
+        "objective_is": task.problem.objective.words,
+        "metric": task.problem.metric,
+        "unit": task.problem.unit,
         "accuracy_is": f"measured on {threads()}",
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
-        "sensitivities": sensitivities
-        and {"kind": sensitivities.kind, "known": sensitivities.known, "file": f"sensitivity/{SENSITIVITY}"},
+        "sensitivities": shared,
         "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
-    assert asked(content) == sweep
-    _write(folder, content)
-    return content
+    record = SweepRecord.from_dict(content)
+    assert isinstance(record, FinishedSweepRecord)
+    record.write(folder / SWEEP)
+    return record
 
 
-def _of_target(
-    context: SweepContext, hw: str, results: dict[SweepCell, dict[str, Any]], policies: dict[SweepCell, Q.BitPolicy]
-) -> dict[str, Any]:
+def _of_target(context: SweepContext, hw: str, results: Results, policies: Policies) -> dict[str, Any]:
+    """Return what was found on one target, and its uniform policies."""
     task = context.tasks[hw]
-    problem, objective = task.problem, task.problem.objective
-    keys = (f"search_{objective}", f"test_{objective}")
+    problem = task.problem
+    search_key, test_key = _keys(problem.objective.name)
     uniform = []
     for bits, policy in summary.uniform_policies(problem).items():
         judged, cost = summary.entry(task, policy), problem.policy_cost(policy)
-        row = {"cost": cost, "fraction": cost / problem.reference, **{key: judged[key] for key in keys}}
-        uniform.append({"bits": bits, **row})
+        uniform.append(
+            {
+                "bits": bits,
+                "cost": cost,
+                "fraction": cost / problem.reference,
+                search_key: judged[search_key],
+                test_key: judged[test_key],
+            }
+        )
     found = []
     for budget, solver in dict.fromkeys((cell.budget, cell.solver) for cell in results if cell.hw == hw):
         runs = [
-            {
-                "seed": cell.seed,
-                "folder": cell.folder,
-                "evaluations": result["evaluations"][solver],
-                "cost": result["budget"]["used"],
-                "fraction": result["budget"]["used_fraction"],
-                **{key: result["found"][key] for key in keys},
-                "policy": {name: list(bits) for name, bits in policies[cell].items()},
-            }
+            _of_seed(cell, result, policies[cell])
             for cell, result in results.items()
-            if cell[:3] == (hw, budget, solver)
+            if (cell.hw, cell.budget, cell.solver) == (hw, budget, solver)
         ]
-        means = {key: sum(run[key] for run in runs) / len(runs) for key in ("cost", "fraction", *keys)}
+        means = {key: sum(run[key] for run in runs) / len(runs) for key in ("cost", "fraction", search_key, test_key)}
         limit = problem.on(problem.target, budget).limit
         found.append({"budget": budget, "solver": solver, "limit": limit, **means, "runs": runs})
     rows: list[dict[str, Any]] = [*uniform, *found]
-    for row, is_best in zip(rows, pareto([(row["cost"], row[keys[1]]) for row in rows]), strict=True):
+    for row, is_best in zip(rows, pareto([(row["cost"], row[test_key]) for row in rows]), strict=True):
         row["pareto"] = is_best
+    kind = summary.cost_kind(problem)
+    if problem.metric == "storage":
+        kind = "counted"
     return {
         "name": problem.target.name,
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
-        "kind": "counted" if problem.metric == "storage" else summary.cost_kind(problem),
+        "kind": kind,
         "uniform8": problem.reference,
         "least_fraction": problem.smallest / problem.reference,
         "unreachable": context.unreachable[hw],
@@ -463,49 +501,73 @@ def _of_target(
     }
 
 
-def _specialisation(
-    context: SweepContext, results: dict[SweepCell, dict[str, Any]], policies: dict[SweepCell, Q.BitPolicy]
-) -> dict[str, Any] | None:
-    """HAQ's table of policies found for one target and run on another, at the middle one of the budgets in reach of the most
-    targets; a target's policy is the one that is best on the search split. None if no budget is in reach of two."""
+def _of_seed(cell: SweepCell, result: ResultRecord, policy: Q.BitPolicy) -> dict[str, Any]:
+    """Return what one search found."""
+    return {
+        "seed": cell.seed,
+        "folder": cell.folder,
+        "evaluations": result.evaluations[cell.solver],
+        "cost": result.budget.used,
+        "fraction": result.budget.used_fraction,
+        **_shares(result),
+        "policy": PolicyRecord.of(policy).to_dict(),
+    }
+
+
+def _specialisation(context: SweepContext, results: Results, policies: Policies) -> dict[str, Any] | None:
+    """Return HAQ's table of policies found for one target and run on another.
+
+    It is at the middle one of the budgets in reach of the most targets; a target's policy is the one that is best on the
+    search split. None if no budget is in reach of two.
+    """
     within = {b: [hw for hw in context.tasks if b not in context.unreachable[hw]] for b in context.sweep.budgets}
     most = max(map(len, within.values()))
     if most < 2:
         return None
     common = [b for b, targets in within.items() if len(targets) == most]
-    budget, objective = common[(len(common) - 1) // 2], context.first.problem.objective
+    budget, objective = common[(len(common) - 1) // 2], context.first.problem.objective.name
     rows = {}
     for hw in within[budget]:
         candidates = [cell for cell in results if (cell.hw, cell.budget) == (hw, budget)]
-        best = max(candidates, key=lambda cell: results[cell]["found"][f"search_{objective}"])
+        best = max(candidates, key=lambda cell: results[cell].found.share("search", objective))
+        fractions = {}
+        for other in within[budget]:
+            problem = context.tasks[other].problem
+            fractions[other] = problem.policy_cost(policies[best]) / problem.reference
         rows[hw] = {
             "folder": best.folder,
             "solver": best.solver,
-            **{key: results[best]["found"][key] for key in (f"search_{objective}", f"test_{objective}")},
-            "fractions": {
-                other: context.tasks[other].problem.policy_cost(policies[best]) / context.tasks[other].problem.reference
-                for other in within[budget]
-            },
+            **_shares(results[best]),
+            "fractions": fractions,
         }
     return {"budget": budget, "policies": rows}
 
 
+def _keys(objective: str) -> tuple[str, str]:
+    return share_key("search", objective), share_key("test", objective)
+
+
+def _shares(result: ResultRecord) -> dict[str, float]:
+    """Return the shares of what a search found, under the names that files give them."""
+    return {share_key(split, result.objective): result.found.share(split, result.objective) for split in ("search", "test")}
+
+
 def pareto(cells: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which of some (cost, accuracy) no other is as good as in both and better in one."""
+    """Tell which of some (cost, accuracy) no other is as good as in both and better in one."""
     return [not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in cells) for cost, accuracy in cells]
 
 
 @contextmanager
-def _opened(folder: Path, task: SearchTask) -> Iterator[Run]:
-    """The run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
+def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
+    """Open the run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
     with writing(folder, go_on(folder.parent), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():
-            run = Run.load(folder)
+            run = SearchRun.load(folder)
             run.check(task, same_versions=True)
             run.complete(task)
             run.prepare_resume(task.problem)
         else:
-            run = Run.create(folder, task)
+            run = SearchRun.create(folder, task)
         try:
             yield run
         finally:
@@ -514,7 +576,3 @@ def _opened(folder: Path, task: SearchTask) -> Iterator[Run]:
 
 def _measured(hw: str) -> bool:
     return hw == LOCAL or hw.startswith(REMOTE)
-
-
-def _write(folder: Path, content: dict[str, Any]) -> None:
-    files.write(folder / SWEEP, json.dumps(content, indent=2) + "\n")

@@ -1,10 +1,11 @@
-"""What a search is asked to do, and what it takes to do it: network, data and problem, loaded, priced and signed."""
+"""What a search takes: network, data and problem, loaded, priced and signed."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 import hw_models
 import quantizers as Q
 from haq import data, networks, training
-from haq.attacks.proxy import ProxyAttack
-from haq.attacks.threat_model import check_images, parse_eps
+from haq.attacks.threat_model import parse_eps
+from haq.problem import OBJECTIVES
+from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
+from haq.problem.schemes import AnyScheme, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.study.config import SearchConfig
@@ -26,11 +29,18 @@ from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
 CALIBRATION = 512  # images of the train split
+LINEAR = "linear"
 
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """The network and data that settings name, loaded: what is quantized, wherever it is to run."""
+    """The network and data that settings name, loaded: what is quantized, wherever it is to run.
+
+    Attributes:
+        config: The settings.
+        network: The network, with what it wants to see.
+        dataset: Its data, in three splits.
+    """
 
     config: SearchConfig
     network: networks.Network
@@ -45,38 +55,48 @@ class LoadedNetwork:
         return LoadedNetwork(config, network, dataset)
 
     def signature(self) -> dict[str, str]:
-        """What must be the same for a run's policy and checkpoint to belong to it."""
+        """Tell what must be the same for a run's policy and checkpoint to belong to it."""
         return {"network": self.network.signature(), "data": self.dataset.signature()}
 
     def calibration(self) -> Tensor:
-        """Preprocessed images of the train split (N, C, H, W), of all classes, that set the activation scales."""
+        """Preprocess images of the train split (N, C, H, W), of all classes, that set the activation scales."""
         return self.network.preprocess(self.dataset.train.images[self.dataset.fair(CALIBRATION)])
 
 
 @dataclass(frozen=True)
 class SearchTask(LoadedNetwork):
-    """A search with everything that it names, loaded and priced."""
+    """A search with everything that it names, loaded and priced.
+
+    Attributes:
+        problem: What is searched.
+        measured: Shares on the search and the test split by policy (None: the float network), as far as they were measured.
+    """
 
     problem: Problem
-    # Accuracies on the search and the test split by policy (None: the float network), as far as they were measured.
-    judged: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
+    measured: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def build(cls, config: SearchConfig, target: hw_models.Target | None = None) -> SearchTask:
-        """Load network and data and put the problem together; raises what its parts raise."""
+        """Load network and data and put the problem together.
+
+        Args:
+            config: What is asked for.
+            target: The hardware, if it is loaded already.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: As the parts do.
+        """
         loaded = LoadedNetwork.load(config)
-        network, dataset = loaded.network, loaded.dataset
-        if not dataset.classes and config.objective != "agreement":
-            raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --objective agreement")
-        proxy = None
-        if config.objective == "accuracy+robust":
-            for split in (dataset.search, dataset.test):
-                check_images(split, dataset.name)
-            proxy = ProxyAttack.of(network, parse_eps(config.eps))
+        network = loaded.network
+        dataset = loaded.dataset
+        objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         tuning = None
         if config.finetune_steps:
             tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed)
         search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
+        scheme: AnyScheme = LINEAR
+        if config.scheme != LINEAR:
+            scheme = schemes_of(config, hw_models.trace(network.module, search[0][0][:1]).names)
         problem = Problem(
             network.module,
             calibrate=loaded.calibration(),
@@ -85,64 +105,48 @@ class SearchTask(LoadedNetwork):
             metric=config.metric,
             budget=config.budget,
             bits=config.bit_range(),
-            objective=config.objective,
+            objective=objective,
+            scheme=scheme,
             tune=tuning,
-            proxy=proxy,
         )
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
-        """The same network and data on another target or within another budget; all that was evaluated is shared."""
+        """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
 
     def network_signature(self) -> dict[str, str]:
-        """What doesn't depend on the hardware: sensitivities belong to it."""
-        return super().signature()
+        """Tell what doesn't depend on the hardware: sensitivities belong to it."""
+        return super().signature() | self._schemes_signature()
 
     def outline(self) -> dict[str, Any]:
-        """What is searched, as plain data: enough to price every policy without loading anything."""
-        problem, table = self.problem, self.problem.table
-        target = problem.target
+        """Describe what is searched as plain data: enough to price every policy without loading anything."""
         return {
             "schema": PROBLEM_SCHEMA,
             "network": self.network.name,
             "origin": self.network.origin,
             "data": self.dataset.describe(),
             "images": len(self.dataset.search),
-            "target": {
-                "name": target.name,
-                "description": target.description,
-                "batch": table.batch,
-                "provenance": table.provenance,
-            },
-            "metric": problem.metric,
-            "unit": problem.unit,
-            "limit": problem.limit,
-            "uniform8": problem.reference,
-            "smallest": problem.smallest,
-            "bits": list(problem.bits),
-            "objective": problem.objective,
-            "objective_is": problem.objective_is,
-            "float": problem.float_accuracy,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "kind": layer.kind,
-                    "macs": layer.macs,
-                    "parameters": layer.parameters,
-                    "fixed": layer.name in problem.pinned,
-                    "cost": cost.tolist(),  # [weight bits - 1][activation bits - 1], in the unit
-                }
-                for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
-            ],
+            "scheme": self.config.scheme,
+            "objective": self.problem.objective.name,
+            "objective_is": self.problem.objective.words,
+            "float": self.problem.float_accuracy,
+            **outline_costs(self.problem),
         }
 
     def read_sensitivities(self, source: Path) -> Sensitivities:
-        """Sensitivities from a file or from the folder of a run. Raises ValueError with one reason if they are of another
-        network, other data or other bits, FileNotFoundError if there are none."""
-        path = source / SENSITIVITY if source.is_dir() else source
+        """Read sensitivities from a file or from the folder of a run.
+
+        Raises:
+            ValueError: With one reason, if they are of another network, other data or other bits.
+            FileNotFoundError: If there are none.
+        """
+        path = source
+        lacks = f"there is no {source}"
+        if source.is_dir():
+            path = source / SENSITIVITY
+            lacks = f"{source} has no {SENSITIVITY}: its search measured none"
         if not path.exists():
-            lacks = f"{source} has no {SENSITIVITY}: its search measured none" if source.is_dir() else f"there is no {source}"
             raise FileNotFoundError(f"{lacks}; give the folder of a run that did, or its {SENSITIVITY}")
         check_file(path, MOST_JSON)
         sensitivities = Sensitivities.from_json(path)
@@ -150,10 +154,80 @@ class SearchTask(LoadedNetwork):
         return sensitivities
 
     def signature(self) -> dict[str, str]:
-        """What must be the same for a run to be continued."""
+        """Tell what must be the same for a run to be continued."""
         table = self.problem.table
         costs = hashlib.sha256(self.problem.cost.tobytes() + table.storage_bytes.tobytes()).hexdigest()[:16]
-        return {**super().signature(), "target": costs, **machine_signature(self.problem.target)}
+        return {**self.network_signature(), "target": costs, **machine_signature(self.problem.target)}
+
+    def _schemes_signature(self) -> dict[str, str]:
+        """Tell how layers are quantized, where it isn't the linear scheme everywhere."""
+        others = {
+            name: {"name": scheme.name, "options": scheme.options()}
+            for name, scheme in self.problem.schemes.items()
+            if scheme != Q.Linear()
+        }
+        if not others:
+            return {}
+        return {"scheme": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def outline_costs(problem: Problem) -> dict[str, Any]:
+    """Describe what every policy costs, as plain data (`haq.store.records.PricedProblem`)."""
+    return {
+        "target": {
+            "name": problem.target.name,
+            "description": problem.target.description,
+            "batch": problem.table.batch,
+            "provenance": problem.table.provenance,
+        },
+        "metric": problem.metric,
+        "unit": problem.unit,
+        "limit": problem.limit,
+        "uniform8": problem.reference,
+        "smallest": problem.smallest,
+        "bits": list(problem.bits),
+        "layers": outline_layers(problem),
+    }
+
+
+def outline_layers(problem: Problem) -> list[dict[str, Any]]:
+    """Describe the layers of a problem as plain data; costs are indexed [weight bits - 1][activation bits - 1]."""
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "macs": layer.macs,
+            "parameters": layer.parameters,
+            "fixed": layer.name in problem.pinned,
+            "cost": cost.tolist(),
+        }
+        for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
+    ]
+
+
+def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.Scheme]:
+    """Find the scheme of every layer: `NAME`, `NAME,layer=NAME,layer=NAME`, or `layer=NAME` alone.
+
+    The first and the last layer, which are fixed at 8 bits, keep the linear scheme unless they are named.
+
+    Args:
+        config: What is asked for; its `scheme`.
+        layer_names: The layers, in the order in which they are called.
+
+    Raises:
+        ValueError: For an unknown scheme or layer, naming the close ones.
+        ImportError: For a scheme of somebody else's that can't be imported.
+    """
+    of_all, named = config.scheme_names()
+    ends = dict.fromkeys(Q.ends(layer_names), LINEAR)
+    return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names)
+
+
+def with_scheme(task: SearchTask, scheme: str | None) -> SearchTask:
+    """Quantize the network of a task with another scheme (None: its own); raises what `SearchTask.build` raises."""
+    if scheme is None or scheme == task.config.scheme:
+        return task
+    return SearchTask.build(task.config.replace(scheme=scheme), task.problem.target)
 
 
 def load_target(config: SearchConfig, **callbacks: Any) -> hw_models.Target:
@@ -162,27 +236,40 @@ def load_target(config: SearchConfig, **callbacks: Any) -> hw_models.Target:
 
 
 def adversary_of(config: SearchConfig) -> Adversary | None:
-    """Tell what fine-tuning trains against: where policies are judged under attack, R+FGSM of the same eps. Without it, what
-    they were chosen for would be trained away."""
-    if config.objective != "accuracy+robust":
+    """Tell what fine-tuning trains against: where policies are judged under attack, R+FGSM of the same eps.
+
+    Without it, what they were chosen for would be trained away.
+    """
+    if not OBJECTIVES.get(config.objective).attacked:
         return None
     return Adversary("rfgsm", parse_eps(config.eps))
 
 
 def machine_signature(target: hw_models.Target) -> dict[str, str]:
-    """Where latencies were measured; nothing for a target that is computed."""
-    return {"machine": json.dumps(target.key)} if isinstance(target, CpuTarget) else {}
+    """Tell where latencies were measured; nothing for a target that is computed."""
+    if isinstance(target, CpuTarget):
+        return {"machine": json.dumps(target.key)}
+    return {}
 
 
 def versions() -> dict[str, str]:
-    """The versions on which the result of a search depends to the last bit."""
+    """Tell the versions on which the result of a search depends to the last bit."""
     packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
     return {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
 
 
 def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], called: dict[str, str]) -> None:
-    """Raise ValueError, with the way out, if something isn't what the run or sweep of a folder began with. `called`: names of
-    the signature's parts, for the user."""
+    """Check that everything is what the run or sweep of a folder began with.
+
+    Args:
+        folder: The folder.
+        before: The signature that it holds.
+        now: The signature of what is here.
+        called: Names of the signature's parts, for the user.
+
+    Raises:
+        ValueError: Naming the first thing that isn't, and what to do.
+    """
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(f"the {called[name]} is no longer what {folder} began with: put it back, or start a new run")
@@ -191,13 +278,14 @@ def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], c
 def check_versions(folder: Path, before: dict[str, str]) -> None:
     """Raise ValueError if the versions, on which results depend to the last bit, aren't those a folder began with."""
     now = versions()
-    if name := next((name for name in now if before.get(name) != now[name]), None):
-        raise ValueError(
-            f"{folder} began with {name} {before.get(name)}, this is {name} {now[name]}, so it would not go on "
-            "as it began: install that version, or start a new run"
-        )
+    for name, version in now.items():
+        if before.get(name) != version:
+            raise ValueError(
+                f"{folder} began with {name} {before.get(name)}, this is {name} {version}, so it would not go on "
+                "as it began: install that version, or start a new run"
+            )
 
 
 def threads() -> str:
-    """Where accuracy is measured, in words."""
+    """Say where accuracy is measured."""
     return f"this machine's CPU, {torch.get_num_threads()} threads"

@@ -17,8 +17,11 @@ from art.attacks import evasion
 from art.estimators.classification import PyTorchClassifier
 
 from haq import data
-from haq.attacks import evaluation_attacks
-from haq.attacks.evaluation_attacks import AttackBudget, Classifier, pgd, suite
+from haq.attacks import base
+from haq.attacks.base import AttackBudget
+from haq.attacks.classifier import Classifier
+from haq.attacks.evaluation_attacks import pgd
+from haq.attacks.suite import suite
 from haq.attacks.threat_model import ThreatModel
 
 IMAGES, STEPS, QUERIES = 400, 10, 80
@@ -64,12 +67,12 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture(autouse=True)
 def same_effort(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "standard", AttackBudget(STEPS, 1, STEPS, 3, QUERIES, 1))
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "standard", AttackBudget(STEPS, 1, STEPS, 3, QUERIES, 1))
 
 
 def ours(pair: Pair, name: str, threat: ThreatModel) -> Tensor:
     (one,) = suite(name, pair.victim, threat, 10)
-    return one.run(pair.x, pair.y, threat, 0)
+    return one.run(pair.x, pair.y, 0)
 
 
 def theirs(pair: Pair, kind: str, threat: ThreatModel, **options: Any) -> Tensor:

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.attacks import evaluation_attacks
-from haq.attacks.evaluation_attacks import AttackBudget, Classifier, cross_entropy, dlr_loss, noise, pgd, suite, temperatures
+from haq.attacks import base
+from haq.attacks.base import AttackBudget, AttackSetup, EvaluationAttack
+from haq.attacks.classifier import Classifier, TwinnedClassifier
+from haq.attacks.evaluation_attacks import noise, pgd
+from haq.attacks.losses import cross_entropy, dlr_loss, temperatures
+from haq.attacks.suite import suite
 from haq.attacks.threat_model import ThreatModel
 from tests.conftest import brightest, fitted_network, images, small_network
 
@@ -58,7 +62,7 @@ def attack(
 ) -> Tensor:
     classes = victim(x[:1]).shape[1]
     (one,) = suite(name, victim, threat, classes, sources=sources, backward=backward)
-    return one.run(x, labels, threat, seed)
+    return one.run(x, labels, seed)
 
 
 def quantized(network: nn.Module, bits: int = 2) -> nn.Module:
@@ -131,7 +135,7 @@ def test_every_attack_stays_within_the_ball(seed: int, eps: float, norm: str, bi
     threat = ThreatModel(eps if norm == "linf" else 8 * eps, norm)
     victim = Classifier(network, requantize=requantize)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", TINY)
+        patch.setitem(base.ATTACK_BUDGETS, "full", TINY)
         plan = suite("full", victim, threat, 4, sources={"other": Classifier(small_network(seed + 1))})
     assert len(plan) == (11 if bits is None else 14)
     for one in plan:
@@ -145,22 +149,44 @@ def test_every_attack_stays_within_the_ball(seed: int, eps: float, norm: str, bi
         assert threat.within(x, found)
 
 
+class Shift(EvaluationAttack):
+    """Every pixel moves by so much."""
+
+    by = 0.0
+
+    def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+        return images + self.by
+
+
+def shifted(by: float, threat: ThreatModel, x: Tensor, labels: Tensor) -> Tensor:
+    stub = Shift("stub", AttackSetup(Classifier(linear_network()), threat, TINY, 2))
+    stub.by = by
+    return stub.run(x, labels, 0)
+
+
 def test_what_leaves_the_ball_is_not_taken() -> None:
     """An attack that returns images outside of the ball or of [0, 1], or no numbers, is a mistake that is told."""
     x, labels = torch.full((2, 1, 8, 8), 0.95), torch.zeros(2, dtype=torch.int64)
-    for shift in (0.1 + 2e-6, math.nan):
+    for shift in (-0.1 - 2e-6, math.nan):
         with pytest.raises(RuntimeError, match="stub left the ball: linf, eps 25.5/255"):
-            evaluation_attacks.EvaluationAttack("stub", "white box", lambda x, y, s=shift: x - s, 1).run(
-                x, labels, ThreatModel(0.1), 0
-            )
+            shifted(shift, ThreatModel(0.1), x, labels)
     with pytest.raises(RuntimeError, match="stub left the ball: l2, eps 8"):
-        evaluation_attacks.EvaluationAttack("stub", "white box", lambda x, y: x + 0.06, 1).run(
-            x, labels, ThreatModel(8, "l2"), 0
-        )
-    fine = evaluation_attacks.EvaluationAttack("stub", "white box", lambda x, y: x - 0.1, 1).run(
-        x, labels, ThreatModel(0.1), 0
-    )
+        shifted(0.06, ThreatModel(8, "l2"), x, labels)
+    fine = shifted(-0.1, ThreatModel(0.1), x, labels)
     assert torch.equal(fine, x - 0.1)
+
+
+def test_images_of_another_shape_are_not_taken() -> None:
+    """They would be compared by broadcasting, and be called allowed."""
+
+    class Whole(EvaluationAttack):
+        def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
+            return images[:1]
+
+    x, labels = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.int64)
+    whole = Whole("whole", AttackSetup(Classifier(linear_network()), ThreatModel(0.1), TINY, 2))
+    with pytest.raises(RuntimeError, match=r"whole returned images of another shape: \(1, 1, 8, 8\) for images of \(2, "):
+        whole.run(x, labels, 0)
 
 
 class Chain(nn.Sequential):
@@ -176,7 +202,7 @@ class Chain(nn.Sequential):
 
 def test_no_attack_breaks_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     """An image whose margin is above sqrt(2) Lip eps can't be fooled in L2 by anything; of those clearly below all are."""
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", AttackBudget(10, 2, 20, 3, 100, 10))
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "full", AttackBudget(10, 2, 20, 3, 100, 10))
     network, x = Chain(), 0.3 + 0.4 * images(100)
     labels = answers(network, x)
     bound = Q.lipschitz_bound(network, x[:1])
@@ -186,7 +212,7 @@ def test_no_attack_breaks_a_certificate(monkeypatch: pytest.MonkeyPatch) -> None
     need, threat = math.sqrt(2) * bound * eps, ThreatModel(eps, "l2")
     fooled = {}
     for one in suite("full", Classifier(network), threat, 4, sources={"other": Classifier(fitted_network())}):
-        fooled[one.name] = answers(network, one.run(x, labels, threat, 0)) != labels
+        fooled[one.name] = answers(network, one.run(x, labels, 0)) != labels
     union = torch.stack(list(fooled.values())).any(0)
     assert not union[margin > 1.002 * need].any()
     assert union[margin < 0.9 * need].all()
@@ -305,19 +331,19 @@ def test_temperatures_make_saturated_networks_attackable_again() -> None:
 
 def test_the_same_seed_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was drawn before, and another seed others. The global generators go on as if nothing had been."""
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", TINY)
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "full", TINY)
     network, x, threat = quantized(fitted_network(), 4), images(6), ThreatModel(0.4)
     labels = answers(network, x)
     plan = suite("full", Classifier(network), threat, 4, sources={"other": Classifier(fitted_network(1))})
     state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    first = [one.run(x, labels, threat, 3) for one in plan]
+    first = [one.run(x, labels, 3) for one in plan]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_state, strict=True))
     assert random.getstate() == python_state
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
-        second = [one.run(x, labels, threat, 3) for one in plan]
-    others = [one.run(x, labels, threat, 4) for one in plan]
+        second = [one.run(x, labels, 3) for one in plan]
+    others = [one.run(x, labels, 4) for one in plan]
     for one, a, b, c in zip(plan, first, second, others, strict=True):
         assert torch.equal(a, b), one.name
         if one.name != "fgsm":
@@ -326,7 +352,7 @@ def test_the_same_seed_gives_the_same_images(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_users_network_and_images_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters, gradients, their flags, the training mode and the backward mode are as they were; so are the images."""
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "full", TINY)
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "full", TINY)
     network = quantized(small_network()).train()
     network.stem.weight.requires_grad_(False)
     x, labels, threat = images(4), torch.arange(4), ThreatModel(0.1)
@@ -335,7 +361,7 @@ def test_the_users_network_and_images_are_left_alone(monkeypatch: pytest.MonkeyP
     gradients = {name: p.grad if p.grad is None else p.grad.clone() for name, p in network.named_parameters()}
     victim = Classifier(network)
     for one in suite("full", victim, threat, 4, backward="bpda-soft"):
-        one.run(x, labels, threat, 0)
+        one.run(x, labels, 0)
     assert torch.equal(x, images(4))
     assert torch.equal(labels, torch.arange(4))
     assert all(module.training for module in network.modules())
@@ -392,7 +418,7 @@ def test_the_twin_keeps_the_logits_of_the_quantized_network() -> None:
     with torch.no_grad():
         qnetwork.classifier.weight += 0.1
     victim = Classifier(qnetwork, (0.4,), (0.2,))
-    twinned, x = evaluation_attacks._Twinned(victim, victim.twin()), images(5).requires_grad_()
+    twinned, x = TwinnedClassifier(victim, victim.twin()), images(5).requires_grad_()
     with torch.no_grad():
         assert torch.equal(twinned(x), victim(x))
     assert not torch.allclose(twinned(x), victim.twin()(x), atol=1e-3)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.attacks import assessment, evaluation_attacks
+from haq.attacks import base, masking
 from haq.attacks.assessment import Assessment, assess
-from haq.attacks.evaluation_attacks import AttackBudget, Classifier, EvaluationAttack
+from haq.attacks.base import AttackBudget, EvaluationAttack
+from haq.attacks.classifier import Classifier
 from tests.conftest import brightest, fitted, fitted_network, images, small_network
 
 SHORT = AttackBudget(steps=10, restarts=1, apgd=10, targets=2, queries=60, draws=5)
@@ -27,10 +28,10 @@ Y = brightest(X)
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Efforts of a few steps, and a curve of four points and ten steps, so that an assessment takes a fraction of a second."""
-    for name in evaluation_attacks.ATTACK_BUDGETS:
-        monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, name, SHORT)
-    monkeypatch.setattr(assessment, "CURVE", (0.5, 1, 4))
-    monkeypatch.setattr(assessment, "CURVE_STEPS", 10)
+    for name in base.ATTACK_BUDGETS:
+        monkeypatch.setitem(base.ATTACK_BUDGETS, name, SHORT)
+    monkeypatch.setattr(masking, "CURVE", (0.5, 1, 4))
+    monkeypatch.setattr(masking, "CURVE_STEPS", 10)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def few_bits() -> nn.Module:
     return fitted(Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=3), calibrate=images(64)), 40)
 
 
-def check(found: Assessment, name: str) -> assessment.Check:
+def check(found: Assessment, name: str) -> masking.Check:
     (one,) = [one for one in found.checks if name in one.name]
     return one
 
@@ -346,7 +347,7 @@ def test_it_goes_on_where_it_was_interrupted(
     assert told[-1][0] == told[-1][1]
     ran.clear()
     # All of it is kept, the curve and the checks as well.
-    monkeypatch.setattr(assessment, "pgd", None)
+    monkeypatch.setattr(masking, "pgd", None)
     assert assess(few_bits, X, Y, folder=tmp_path, **options).summary() == whole.summary()  # type: ignore[arg-type]
     assert ran == []
     assert len(list(tmp_path.iterdir())) == 1
@@ -370,9 +371,8 @@ def test_another_question_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pyt
     leaky.relu2 = nn.LeakyReLU(0.1)
     moved.classifier.bias.data[0] += 1e-3
     x, y = X[:8], Y[:8]
-    monkeypatch.setattr(assessment, "CURVE_STEPS", 1)
-    monkeypatch.setattr(evaluation_attacks, "EFFORTS", {"standard": SHORT._replace(steps=1)})
-    monkeypatch.setattr(assessment, "EFFORTS", evaluation_attacks.ATTACK_BUDGETS)
+    monkeypatch.setattr(masking, "CURVE_STEPS", 1)
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "standard", SHORT._replace(steps=1))
     calls: list[tuple[nn.Module, Tensor, Tensor, dict[str, Any]]] = [
         (network, x, y, {}),
         (network, x.flip(3), y, {}),

@@ -9,7 +9,7 @@ import pytest
 import hw_models
 from haq import hardware
 from haq.console import cli
-from tests.test_lookup_table import LAYERS, rows, write
+from tests.hw_models.test_lookup_table import LAYERS, rows, write
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from haq import data, deploy, evaluate, finetune, networks, robustness, runs, search, sweep, train
-from haq.attacks import evaluation_attacks
+from haq.attacks import base
 from haq.console import cli
 from haq.store.files import MOST_HISTORY
 from tests.commands.test_robustness_command import MODULE, TINY
@@ -81,7 +81,7 @@ def _killed(*arguments: object) -> None:
 
 def _enter(place: Path, patch: pytest.MonkeyPatch) -> None:
     enter(place, patch, MODULE)
-    patch.setitem(evaluation_attacks.ATTACK_BUDGETS, "quick", TINY)
+    patch.setitem(base.ATTACK_BUDGETS, "quick", TINY)
 
 
 @pytest.fixture

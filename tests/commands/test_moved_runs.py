@@ -11,7 +11,7 @@ import pytest
 
 from haq import deploy, evaluate, finetune, networks, search, sweep
 from haq.console import cli
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
 
@@ -30,16 +30,16 @@ def call(main: Any, *arguments: str) -> int:
 
 def cut(monkeypatch: pytest.MonkeyPatch, after: int, main: Any, *arguments: str) -> None:
     """A command that is interrupted after some evaluations."""
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *rest: Any) -> None:
+    def interrupted(self: SearchRun, *rest: Any) -> None:
         record(self, *rest)
         count.append(1)
         if len(count) == after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", interrupted)
+        patch.setattr(SearchRun, "record", interrupted)
         assert call(main, *arguments) == cli.EXIT_INTERRUPTED
 
 

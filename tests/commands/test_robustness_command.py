@@ -13,7 +13,7 @@ from torch import Tensor
 
 import quantizers as Q
 from haq import networks, robustness, search
-from haq.attacks import evaluation_attacks
+from haq.attacks import base
 from haq.console import cli
 from haq.study.comparison import ComparisonSpec, gather
 from tests.conftest import enter, images
@@ -41,14 +41,14 @@ def network():
     return Network("small", small_network(), (1, 8, 8), (0.4,), (0.5,))
 """
 JOB = ["--network", "small_job:network", "--data", "small_job:splits", "--budget", "0.6", "--solver", "random"]
-TINY = evaluation_attacks.AttackBudget(3, 1, 4, 0, 5, 2)
+TINY = base.AttackBudget(3, 1, 4, 0, 5, 2)
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty current folder with a small job in it; efforts that take no time."""
     enter(tmp_path, monkeypatch, MODULE)
-    monkeypatch.setitem(evaluation_attacks.ATTACK_BUDGETS, "quick", TINY)
+    monkeypatch.setitem(base.ATTACK_BUDGETS, "quick", TINY)
 
 
 def call(*arguments: str) -> int:
@@ -125,15 +125,15 @@ def test_interrupted_it_goes_on_without_losing_finished_attacks(
 ) -> None:
     asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "quick", "--workers", "1")
     assert call(*asked, "--out", "whole") == 0
-    run, ran = evaluation_attacks.Attack.run, []
+    run, ran = base.EvaluationAttack.run, []
 
-    def counted(self: evaluation_attacks.EvaluationAttack, *rest: Any) -> Tensor:
+    def counted(self: base.EvaluationAttack, *rest: Any) -> Tensor:
         if len(ran) == 5:
             raise KeyboardInterrupt
         ran.append(self.name)
         return run(self, *rest)
 
-    monkeypatch.setattr(evaluation_attacks.EvaluationAttack, "run", counted)
+    monkeypatch.setattr(base.EvaluationAttack, "run", counted)
     assert call(*asked, "--out", "parts") == 130
     assert "goes on from there" in " ".join(capsys.readouterr().out.split())
     before = ran.copy()

@@ -18,7 +18,7 @@ from haq import evaluate, finetune, search
 from haq.console import cli
 from haq.store.history import COLUMNS
 from haq.study.config import SearchConfig
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.conftest import enter
 
 MODULE = """
@@ -160,16 +160,16 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
     after: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert call(search.main, *QUICK, "--out", "whole") == 0
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *arguments: Any) -> None:
+    def interrupted(self: SearchRun, *arguments: Any) -> None:
         record(self, *arguments)
         count.append(1)
         if len(count) == after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", interrupted)
+        patch.setattr(SearchRun, "record", interrupted)
         assert call(search.main, *QUICK, "--out", "cut") == cli.EXIT_INTERRUPTED
     assert "python -m haq.search --resume cut" in capsys.readouterr().out
     if any(row["within_budget"] == "1" for row in history(Path("cut"))):
@@ -189,11 +189,11 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_run_is_not_resumed_on_other_ground(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Run, *arguments: Any) -> None:
+    def stop(self: SearchRun, *arguments: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", stop)
+        patch.setattr(SearchRun, "record", stop)
         call(search.main, *QUICK, "--out", "run")
     config = Path("run/config.yaml")
     whole = yaml.safe_load(config.read_text())

@@ -38,9 +38,9 @@ def test_the_best_is_what_exhaustive_search_finds(known: regret.Known) -> None:
     assert known.policies == 27
     assert 1 < known.within < 27
     tried: list[float] = []
-    found = solve("exhaustive", Session(known, 27, lambda count, one, within: tried.append(one.result.accuracy)), 0)
+    found = solve("exhaustive", Session(known, 27, lambda one: tried.append(one.accuracy)), 0)
     assert len(tried) == known.within
-    assert found.result.accuracy == max(tried) == pytest.approx(known.best)
+    assert found.accuracy == max(tried) == pytest.approx(known.best)
 
 
 def test_a_search_is_told_with_its_regret_evaluation_by_evaluation(
@@ -69,4 +69,4 @@ def test_published_problems_have_their_proven_optimum() -> None:
         assert problem.best == pytest.approx(1 - given["cases"][case]["optimal_objective"] / most)
         assert problem.policies == 2**16
         found = solve("ilp", Session(problem, 100), 0)
-        assert found.result.accuracy == pytest.approx(problem.best)
+        assert found.accuracy == pytest.approx(problem.best)

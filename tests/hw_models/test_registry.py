@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+import hw_models
 from hw_models.registry import BUILT_IN, Registry, import_by_name, requires
+from tests.hw_models.conftest import install
 
 GROUP = "haq.wheels"
 BUILTIN: dict[str, tuple[Any, str]] = {
@@ -20,36 +22,6 @@ BUILTIN: dict[str, tuple[Any, str]] = {
 
 def registry(**options: Any) -> Registry[Any]:
     return Registry("wheel", GROUP, BUILTIN, **options)
-
-
-def install(folder: Path, package: str, points: dict[str, str], code: str = "", summary: str = "Wheels of all kinds") -> None:
-    """Put a package and its metadata into a folder, as pip does."""
-    (folder / f"{package}.py").write_text(code)
-    metadata = folder / f"{package}-1.5.dist-info"
-    metadata.mkdir()
-    lines = ["Metadata-Version: 2.1", f"Name: {package}", "Version: 1.5", f"Summary: {summary}"]
-    (metadata / "METADATA").write_text("\n".join(lines) + "\n")
-    rows = [f"{name} = {value}" for name, value in points.items()]
-    (metadata / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *rows]) + "\n")
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that packages can be installed into."""
-    folder = tmp_path / "site-packages"
-    folder.mkdir()
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder)])
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder; it can't be imported from yet."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return folder
 
 
 def test_our_own_are_found_by_name() -> None:
@@ -86,7 +58,7 @@ def test_unknown_names_list_the_close_ones_and_how_else_to_give_one(name: str, m
 
 
 def test_listing_imports_nothing(installed: Path) -> None:
-    install(installed, "broken_wheels", {"oval": "broken_wheels:Oval"}, "raise ZeroDivisionError")
+    install(installed, "broken_wheels", GROUP, {"oval": "broken_wheels:Oval"}, "raise ZeroDivisionError")
     wheels = registry()
     assert wheels.names() == ("round", "square", "oval")
     assert wheels.rows()[2] == ("oval", "broken_wheels 1.5", "Wheels of all kinds")
@@ -95,22 +67,22 @@ def test_listing_imports_nothing(installed: Path) -> None:
 
 def test_installed_packages_offer_more(installed: Path) -> None:
     code = "class Oval:\n    class Small:\n        turn = 3\n    turn = 2\n"
-    install(installed, "oval_wheels", {"oval": "oval_wheels:Oval", "small": "oval_wheels:Oval.Small"}, code)
+    install(installed, "oval_wheels", GROUP, {"oval": "oval_wheels:Oval", "small": "oval_wheels:Oval.Small"}, code)
     wheels = registry(check=requires("turn"))
     assert wheels.get("oval").turn == 2
     assert wheels.get("small", modules=False).turn == 3
 
 
 def test_an_installed_package_does_not_take_our_names(installed: Path) -> None:
-    install(installed, "other_wheels", {"square": "other_wheels:Square"}, "Square = 0")
+    install(installed, "other_wheels", GROUP, {"square": "other_wheels:Square"}, "Square = 0")
     wheels = registry()
     assert wheels.get("square") == 42
     assert wheels.rows()[2].line == "not used, the name is taken: give other_wheels:Square"
 
 
 def test_a_name_that_two_packages_offer_is_no_name(installed: Path) -> None:
-    install(installed, "left_wheels", {"oval": "left_wheels:Oval"}, "Oval = 1")
-    install(installed, "right_wheels", {"oval": "right_wheels:Oval"}, "Oval = 2")
+    install(installed, "left_wheels", GROUP, {"oval": "left_wheels:Oval"}, "Oval = 1")
+    install(installed, "right_wheels", GROUP, {"oval": "right_wheels:Oval"}, "Oval = 2")
     wheels = registry()
     assert wheels.names() == ("round", "square", "oval")
     with pytest.raises(ValueError, match=r"offered by left_wheels 1\.5 and right_wheels 1\.5: give left_wheels:Oval"):
@@ -135,7 +107,7 @@ def test_what_is_wrong_with_a_plug_in_is_said_in_one_sentence(
     code: str, error: type[Exception], message: str, how: str, installed: Path, request: pytest.FixtureRequest
 ) -> None:
     package = f"wrong_wheels_{abs(hash(request.node.name))}"
-    install(installed, package, {"oval": f"{package}:Oval"}, code)
+    install(installed, package, GROUP, {"oval": f"{package}:Oval"}, code)
     wheels = registry(check=requires("turn", "brake"))
     name = "oval" if how == "installed" else f"{package}:Oval"
     with pytest.raises(error, match=message) as caught:
@@ -146,7 +118,7 @@ def test_what_is_wrong_with_a_plug_in_is_said_in_one_sentence(
 
 
 def test_an_entry_point_without_its_module(installed: Path) -> None:
-    install(installed, "hollow_wheels", {"oval": "hollow_wheels_inside:Oval"})
+    install(installed, "hollow_wheels", GROUP, {"oval": "hollow_wheels_inside:Oval"})
     with pytest.raises(ImportError, match=r"wheel 'oval' of hollow_wheels 1\.5 can't be imported: .*hollow_wheels_inside"):
         registry().get("oval")
 
@@ -189,8 +161,44 @@ def test_modules_of_python_itself_are_refused() -> None:
         import_by_name("mine", "wheel")
 
 
-def test_torch_is_not_imported() -> None:
-    code = "import sys, hw_models, hw_models.registry, hw_models.target; print(*sys.modules)"
+def test_names_and_reasons_that_would_steer_a_terminal_are_escaped(installed: Path) -> None:
+    install(installed, "bell_wheels", GROUP, {"bell\a": "bell_wheels:Oval"})
+    wheels = registry()
+    assert wheels.names()[2] == "bell\a"
+    assert wheels.rows()[2].name == "bell\\x07"
+    assert repr(wheels) == r"Registry(wheel: round, square, bell\x07)"
+    with pytest.raises(ValueError, match=r"did you mean bell\\x07\?"):
+        wheels.get("bel")
+
+
+def test_a_line_can_wait_until_it_is_wanted() -> None:
+    def describe() -> str:
+        asked.append(1)
+        return "rolls"
+
+    asked: list[int] = []
+    wheels: Registry[int] = Registry("wheel", GROUP, {"round": (1, describe)})
+    assert (wheels.get("round"), asked) == (1, [])
+    assert wheels.rows() == [("round", BUILT_IN, "rolls")]
+
+
+def test_torch_is_not_imported_until_a_network_is_traced() -> None:
+    code = "import sys, hw_models, hw_models.registry; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "hw_models.target" in done.stdout.split()
+    assert "hw_models.registry" in done.stdout.split()
+    assert not {"torch", "numpy", "pydantic"} & set(done.stdout.split())
+    code = "import sys, hw_models; hw_models.load_target('edge'); hw_models.target_rows(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "hw_models.bismo" in done.stdout.split()
     assert "torch" not in done.stdout.split()
+
+
+def test_all_that_the_package_offers_is_listed_and_there() -> None:
+    assert dir(hw_models) == sorted(hw_models.__all__)
+    for name in hw_models.__all__:
+        assert getattr(hw_models, name) is not None
+    code = "import hw_models; print(hw_models.bitfusion.Shape.__name__, hasattr(hw_models, 'nonsense'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Shape", "False"]
+    with pytest.raises(AttributeError, match="module 'hw_models' has no attribute 'nonsense'"):
+        _ = hw_models.nonsense

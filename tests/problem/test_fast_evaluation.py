@@ -136,7 +136,7 @@ def test_results_are_those_of_whole_forward_passes(name: str, threads: int) -> N
         result = evaluator.evaluate(policy)
         assert result == evaluator.measure(evaluator.network), policy
         assert result.images == COUNT
-    assert (evaluator._prefix is None) == (name == "decides")
+    assert (evaluator.prefix is None) == (name == "decides")
 
 
 @settings(max_examples=40)
@@ -146,13 +146,14 @@ def test_at_any_limit_of_memory(name: str, seed: int, limit: int) -> None:
         EVALUATORS[name] = made(name)
     evaluator = EVALUATORS[name]
     evaluator.cache.clear()
-    evaluator.kept_bytes, evaluator._cut, evaluator._prefix = limit, False, None
+    evaluator.kept_bytes = limit
+    evaluator.__dict__.pop("prefix", None)
     for policy in walk(evaluator, seed, 4):
         result = evaluator.evaluate(policy)
         Q.set_policy(evaluator.network, policy)  # one that the walk comes back to is known, and its bits aren't set again
         assert result == evaluator.measure(evaluator.network)
-    if evaluator._prefix is not None:
-        assert held(evaluator._prefix) <= limit
+    if evaluator.prefix is not None:
+        assert held(evaluator.prefix) <= limit
 
 
 EVALUATORS: dict[str, Evaluator] = {}
@@ -207,17 +208,17 @@ def test_what_was_written_over_is_not_started_from() -> None:
 def test_smallest_states_are_kept_first() -> None:
     evaluator = made("small", kept_bytes=COUNT * 4 * (4 + 16 + 64))  # outputs, and the inputs of the two linear layers
     evaluator.evaluate(Q.BitPolicy(dict.fromkeys(Q.quant_layers(evaluator.network), (6, 6))))
-    assert evaluator._prefix is not None
-    assert evaluator._prefix.cuts == {3, 4, 5}
-    assert held(evaluator._prefix) == evaluator.kept_bytes
+    assert evaluator.prefix is not None
+    assert evaluator.prefix.cuts == {3, 4, 5}
+    assert held(evaluator.prefix) == evaluator.kept_bytes
 
 
 def test_without_memory_nothing_is_kept() -> None:
     evaluator = made("small", kept_bytes=0)
     policies = list(walk(evaluator, 1, 3))
     assert [evaluator.evaluate(policy) for policy in policies] == [made("small").evaluate(policy) for policy in policies]
-    assert evaluator._prefix is not None
-    assert not held(evaluator._prefix)
+    assert evaluator.prefix is not None
+    assert not held(evaluator.prefix)
 
 
 def test_an_evaluation_that_fails_leaves_nothing_wrong_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +238,7 @@ def test_an_evaluation_that_fails_leaves_nothing_wrong_behind(monkeypatch: pytes
 def test_sensitivities_are_measured_from_the_last_layer_to_the_first() -> None:
     problem = make_problem(small_network())
     tried: list[Q.BitPolicy] = []
-    session = Session(problem, 40, lambda count, found, feasible: tried.append(found.policy))
+    session = Session(problem, 40, lambda found: tried.append(found.policy))
     count = calls(problem.evaluator)
     sensitivity.measure(problem, session, keep=1)
     base, *others = tried

@@ -17,10 +17,10 @@ import haq
 from haq import search
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities, signed
-from haq.solvers import greedy, ilp, sensitivity
-from haq.solvers.base import SOLVERS, Session, solve
+from haq.solvers import SOLVERS, greedy, ilp, sensitivity
+from haq.solvers.base import Session, solve
 from haq.solvers.hessian import curvature
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, SMALL, call, history
 from tests.conftest import images, make_problem, small_network
 
@@ -137,12 +137,12 @@ def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: 
     for bits in (3, 8):
         layer.weight_bits = bits
         errors.append(float((layer.quantized_weight() - layer.weight).square().sum().detach()))
-    rises = found.rises[found.layers.index(("pointwise",))]
+    rises = found.loss_increases[found.layers.index(("pointwise",))]
     assert rises[0, 2] == pytest.approx(0.5 * bend.weight * (errors[0] - errors[1]), rel=1e-3)
     assert rises[1, 1] > rises[1, 3] > 0
     assert problem.evaluator.cache == {}  # not one policy was evaluated
     again = sensitivity.by_hessian(make_problem(small_network()))
-    assert np.array_equal(again.rises, found.rises)
+    assert np.array_equal(again.loss_increases, found.loss_increases)
 
 
 # ---- kinds
@@ -161,7 +161,7 @@ def test_divergences_are_those_of_the_evaluations(problem: haq.Problem) -> None:
         with torch.inference_mode():
             outputs = problem.evaluator.prepared(policy)(inputs).double().log_softmax(1)
         gaps.append(float((expected.exp() * (expected - outputs)).sum(1).mean()))
-    rise = found.rises[found.layers.index(("hidden",)), 0, 2]
+    rise = found.loss_increases[found.layers.index(("hidden",)), 0, 2]
     assert rise == pytest.approx(gaps[0] - gaps[1], rel=1e-4)
 
 
@@ -175,7 +175,7 @@ def test_a_file_gives_back_what_was_measured(kind: str, tmp_path: Path) -> None:
     kept = signed(session.sensitivities, {"network": "n", "data": "d"})
     kept.to_json(tmp_path / "a.json")
     read = Sensitivities.from_json(tmp_path / "a.json")
-    assert np.array_equal(read.rises, kept.rises, equal_nan=True)
+    assert np.array_equal(read.loss_increases, kept.loss_increases, equal_nan=True)
     assert (read.kind, read.layers, read.bits, read.base, read.signature) == (
         kind,
         kept.layers,
@@ -210,7 +210,7 @@ def test_a_search_leaves_them_and_others_take_them(place: Path, capsys: pytest.C
     assert call(search.main, *QUICK, "--solver", "ilp", "--evaluations", "99", "--out", "first") == 0
     written = json.loads(Path("first/sensitivity.json").read_text())
     assert written["kind"] == "loss"
-    assert not any(None in row["weights"][2:7] for row in written["rises"] if row["layers"] == ["pointwise"])
+    assert not any(None in row["weights"][2:7] for row in written["loss_increases"] if row["layers"] == ["pointwise"])
     given = ["--sensitivity", "first", "--hw", "cloud", "--budget", "0.5"]
     assert call(search.main, *QUICK, *given, "--solver", "greedy", "--out", "second") == 0
     assert [row["solver"] for row in history(Path("second"))] == ["greedy", "ilp"]
@@ -230,9 +230,9 @@ def test_interrupted_searches_go_on_with_them(kind: str, place: Path, monkeypatc
     arguments = [*QUICK, "--evaluations", "16", "--sensitivity-kind", kind]
     assert call(search.main, *arguments, "--out", "whole") == 0
     assert call(search.main, *QUICK, "--sensitivity", "whole", "--solver", "random", "--out", "given") == 0
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *rest: Any) -> None:
+    def interrupted(self: SearchRun, *rest: Any) -> None:
         record(self, *rest)
         count.append(1)
         if len(count) == 5:
@@ -241,7 +241,7 @@ def test_interrupted_searches_go_on_with_them(kind: str, place: Path, monkeypatc
     for name, asked in (("cut", arguments), ("cut2", [*QUICK, "--sensitivity", "whole", "--solver", "random"])):
         count.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "record", interrupted)
+            patch.setattr(SearchRun, "record", interrupted)
             assert call(search.main, *asked, "--out", name) == cli.EXIT_INTERRUPTED
     Path("whole/sensitivity.json").rename("moved.json")  # a run has a copy of its own
     assert call(search.main, "--resume", "cut") == call(search.main, "--resume", "cut2") == 0
@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 ) -> None:
     assert call(search.main, *QUICK, "--solver", "ilp", "--evaluations", "3", "--out", "first") == 0
     wrong = json.loads(Path("first/sensitivity.json").read_text())
-    wrong["rises"][0]["weights"] = [0.0]
+    wrong["loss_increases"][0]["weights"] = [0.0]
     Path("wrong.json").write_text(json.dumps(wrong))
     capsys.readouterr()
     assert call(search.main, *QUICK, "--sensitivity", "first", *arguments, "--out", "second") == 2

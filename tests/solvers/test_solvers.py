@@ -17,8 +17,8 @@ from stable_baselines3 import DDPG
 
 import envs
 import haq
-from haq.solvers import agents, ilp, sensitivity
-from haq.solvers.base import SOLVERS, Session, Trial, solve
+from haq.solvers import SOLVERS, agents, ilp, sensitivity
+from haq.solvers.base import Session, Trial, solve
 from tests.conftest import make_problem, small_network
 
 PUBLISHED = Path(__file__).parents[2] / "experiments" / "hawqv3_resnet18.json"
@@ -27,7 +27,7 @@ SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a 
 
 def run(name: str, problem: haq.Problem, evaluations: int = 24, seed: int = 0, env: str = "plan") -> tuple[Trial, list[Trial]]:
     tried: list[Trial] = []
-    session = Session(problem, evaluations, lambda count, found, feasible: tried.append(found), env=env)
+    session = Session(problem, evaluations, tried.append, env=env)
     return solve(name, session, seed), tried
 
 
@@ -38,7 +38,7 @@ def test_the_contract(name: str, evaluations: int) -> None:
     found, tried = run(name, problem, evaluations)
     assert problem.within_budget(found.cost)
     assert found.cost == pytest.approx(problem.policy_cost(found.policy))
-    assert found.result == problem.evaluate(found.policy)
+    assert found.evaluation == problem.evaluate(found.policy)
     assert 1 <= len(tried) <= evaluations
     assert len({t.policy for t in tried}) == len(tried)
     assert found.policy["stem"] == found.policy["classifier"] == (8, 8)
@@ -204,7 +204,7 @@ def test_episodes_reach_the_replay_buffer_as_they_were_played_and_the_critic_lea
     learner = agents.Learner(agent, np.random.default_rng(0), Session(problem, 12))
     assert [episode.policy for episode in episodes] == list(tried)
     for episode, found in zip(episodes, tried.values(), strict=True):
-        assert episode.reward == pytest.approx(10 * (found.result.accuracy - problem.float_accuracy))
+        assert episode.reward == pytest.approx(10 * (found.accuracy - problem.float_accuracy))
         learner.choose(episode)
         learned = learner.learn(env)
         assert (learned.policy, learned.reward) == (episode.policy, episode.reward)

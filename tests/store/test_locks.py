@@ -20,7 +20,7 @@ from haq import deploy, evaluate, finetune, robustness, runs, search, sweep, tra
 from haq.console import cli
 from haq.store.lock import is_held, writing
 from haq.study import sweep_run
-from haq.study.search_run import Run, check_unused, unused_folder
+from haq.study.search_run import SearchRun, check_unused, unused_folder
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
 
@@ -110,15 +110,15 @@ def test_while_a_search_runs_nothing_else_writes_there_and_its_death_frees_the_r
     assert not is_held(Path("run"))
     assert call(runs.main, "list", ".") == 0
     assert "interrupted" in capsys.readouterr().out
-    before, record = len(history.read_bytes().splitlines()), Run.record
+    before, record = len(history.read_bytes().splitlines()), SearchRun.record
 
-    def stop_after_the_old(self: Run, *arguments: Any) -> None:
+    def stop_after_the_old(self: SearchRun, *arguments: Any) -> None:
         old = bool(self._rows)
         record(self, *arguments)
         if not old:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "record", stop_after_the_old)
+    monkeypatch.setattr(SearchRun, "record", stop_after_the_old)
     assert call(search.main, "--resume", "run") == cli.EXIT_INTERRUPTED
     assert len(history.read_bytes().splitlines()) >= before
     assert not is_held(Path("run"))

@@ -61,13 +61,14 @@ def test_a_worker_killed_in_the_middle_loses_nothing(nodes: Any) -> None:
     problem.evaluator.cache.clear()
     kept: Rows = []
 
-    def on_evaluation(count: int, found: Trial, _: bool) -> None:
-        kept.append((count, found.result, found.cost, found.policy))
+    def on_trial(found: Trial) -> None:
+        count = len(kept) + 1
+        kept.append((count, found.evaluation, found.cost, found.policy))
         if count in (3, 12):
             kill_a_worker()
 
     with working(problem.evaluator, 2, nodes.address):
-        solve("random", Session(problem, 30, on_evaluation), seed=2)
+        solve("random", Session(problem, 30, on_trial), seed=2)
     assert kept == alone
 
 
@@ -94,15 +95,16 @@ def test_a_machine_that_joins_is_used_and_one_that_leaves_is_not_missed(nodes: A
         pool: Any = problem.evaluator.pool
         extra: list[Any] = []
 
-        def on_evaluation(count: int, found: Trial, _: bool) -> None:
-            kept.append((count, found.result, found.cost, found.policy))
+        def on_trial(found: Trial) -> None:
+            count = len(kept) + 1
+            kept.append((count, found.evaluation, found.cost, found.policy))
             if count == 5:
                 extra.append(nodes.add_node(num_cpus=1, object_store_memory=MEMORY))
                 wait_for(lambda: pool.evaluate(problem.uniform(5)) and pool._crew.workers == 3)
             if count == 15:
                 nodes.remove_node(extra.pop())
 
-        solve("random", Session(problem, 40, on_evaluation), seed=2)
+        solve("random", Session(problem, 40, on_trial), seed=2)
     assert kept == alone
 
 

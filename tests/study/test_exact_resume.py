@@ -13,7 +13,7 @@ import torch
 from experiments import kills
 from haq import finetune, search
 from haq.store.checkpoint import Checkpoint
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 AGENT = [*SMALL, "--evaluations", "40", "--finetune-epochs", "0"]
@@ -60,7 +60,7 @@ def test_an_agent_goes_on_from_its_last_episode(solver: str, env: str, monkeypat
     asked = [*AGENT, "--solver", solver, "--env", env]
     assert call(search.main, *asked, "--out", "whole") == 0
     # Before any checkpoint, after a checkpoint, and between an evaluation and its checkpoint.
-    for owner, method, times in ((Run, "record", 7), (Checkpoint, "write", 2), (Run, "record", 39)):
+    for owner, method, times in ((SearchRun, "record", 7), (Checkpoint, "write", 2), (SearchRun, "record", 39)):
         cut(monkeypatch, owner, method, times, search.main, *asked, "--out", "cut")
         trained: list[int] = []
         if method == "write":
@@ -148,7 +148,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_on_another_processor_an_agent_may_go_another_way_from_its_checkpoint_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cut(monkeypatch, Run, "record", 39, search.main, *AGENT, "--ahead", "3", "--out", "cut")
+    cut(monkeypatch, SearchRun, "record", 39, search.main, *AGENT, "--ahead", "3", "--out", "cut")
     state = torch.load("cut/checkpoint/ddpg.state", weights_only=True)
     rows = Path("cut/history.csv").read_text().splitlines()
     known = len(rows) - 1
@@ -167,7 +167,7 @@ def test_on_another_processor_an_agent_may_go_another_way_from_its_checkpoint_on
 def test_a_history_that_cannot_have_been_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut(monkeypatch, Run, "record", 20, search.main, *SMALL, "--solver", "random", "--out", "cut")
+    cut(monkeypatch, SearchRun, "record", 20, search.main, *SMALL, "--solver", "random", "--out", "cut")
     rows = Path("cut/history.csv").read_text().splitlines()
     rows[3], rows[4] = rows[4], rows[3]
     Path("cut/history.csv").write_text("\n".join(rows) + "\n")

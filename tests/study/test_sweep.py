@@ -13,7 +13,7 @@ from haq import evaluate, finetune, search, sweep
 from haq.console import cli
 from haq.problem.evaluator import Evaluator
 from haq.study import sweep_run
-from haq.study.search_run import Run
+from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, call, history
 from tests.conftest import enter
 
@@ -132,16 +132,16 @@ def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
 ) -> None:
     arguments = [*QUICK, "--hw", "edge,cloud", "--budgets", "0.5,0.7", "--solvers", "greedy,random"]
     assert call(sweep.main, *arguments, "--out", "whole") == 0
-    record, count = Run.record, []
+    record, count = SearchRun.record, []
 
-    def interrupted(self: Run, *rest: Any) -> None:
+    def interrupted(self: SearchRun, *rest: Any) -> None:
         record(self, *rest)
         count.append(1)
         if len(count) == after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", interrupted)
+        patch.setattr(SearchRun, "record", interrupted)
         assert call(sweep.main, *arguments, "--out", "cut") == cli.EXIT_INTERRUPTED
     assert "python -m haq.sweep --resume cut" in capsys.readouterr().out
     done = {path: path.stat().st_mtime_ns for path in Path("cut").rglob("result.json")}

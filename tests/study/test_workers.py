@@ -30,8 +30,9 @@ def rows(problem: haq.Problem, solver: str, evaluations: int = 24, env: str = "p
     problem.evaluator.cache.clear()
     kept: Rows = []
 
-    def keep(count: int, found: Trial, within: bool) -> None:
-        kept.append((count, found.result, found.cost, found.policy))
+    def keep(found: Trial) -> None:
+        count = len(kept) + 1
+        kept.append((count, found.evaluation, found.cost, found.policy))
 
     solve(solver, Session(problem, evaluations, keep, env=env, ahead=3), seed=2)
     return kept
@@ -92,15 +93,16 @@ def test_a_killed_worker_loses_nothing() -> None:
     problem.evaluator.cache.clear()
     kept: Rows = []
 
-    def on_evaluation(count: int, found: Trial, _: bool) -> None:
-        kept.append((count, found.result, found.cost, found.policy))
+    def on_trial(found: Trial) -> None:
+        count = len(kept) + 1
+        kept.append((count, found.evaluation, found.cost, found.policy))
         if count in (3, 11):
             for process in multiprocessing.active_children():
                 assert process.pid is not None
                 os.kill(process.pid, signal.SIGKILL)
 
     with working(problem.evaluator, 2):
-        session = Session(problem, 30, on_evaluation)
+        session = Session(problem, 30, on_trial)
         solve("random", session, seed=2)
     assert kept == alone
 

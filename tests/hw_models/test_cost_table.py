@@ -117,3 +117,26 @@ def test_a_cost_that_is_not_a_positive_number_is_refused(network: nn.Module) -> 
 def test_an_empty_network_is_refused() -> None:
     with pytest.raises(ValueError, match="no layers"):
         hw_models.load_target("cloud").cost_table(hw_models.Workload(()))
+
+
+def test_a_table_says_on_one_line_what_it_is(network: nn.Module) -> None:
+    table = hw_models.load_target("edge").cost_table(workload_of(network, 1, 8, 8))
+    assert table.latency_s is not None
+    assert table.energy_j is not None
+    assert repr(table) == (
+        "CostTable(5 layers on edge, estimated, one batch of 1 image; at w8/a8 "
+        f"latency {table.latency_s[:, 7, 7].sum():.4g} s, energy {table.energy_j[:, 7, 7].sum():.4g} J, "
+        f"storage {table.storage_bytes[:, 7, 7].sum():,.0f} B)"
+    )
+    html = table._repr_html_()
+    assert "5 layers on edge, estimated, one batch of 1 image" in html
+    cells = [f"{a.sum():.4g}" for a in (table.latency_s[:, 7, 7], table.latency_s.min((1, 2)), table.latency_s.max((1, 2)))]
+    assert f"<td>latency</td><td>s</td><td>{'</td><td>'.join(cells)}</td>" in html
+    assert html.count("<tr>") == 1 + 3
+
+
+def test_a_name_can_not_steer_the_notebook(network: nn.Module) -> None:
+    workload = workload_of(network, 1, 8, 8)
+    table = CostTable("<script>", "measured", workload, 2, np.ones((5, 8, 8)), None, np.ones((5, 8, 8)))
+    assert "&lt;script&gt;, measured, one batch of 2 images" in table._repr_html_()
+    assert "<script>" not in table._repr_html_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -101,7 +102,8 @@ def test_haqs_environment_meets_the_budget_too(actions: list[float], smallest: b
 
 def test_asking_for_nothing_in_particular_follows_the_plan() -> None:
     """Action 0 is what the integer programme finds; -1 stays at the cheapest policy."""
-    noise = PROBLEM.noise[:, 0, :, None] + PROBLEM.noise[:, 1, None, :]
+    errors = PROBLEM.quantization_error
+    noise = errors[:, 0, :, None] + errors[:, 1, None, :]
     _, planned = play(make(PROBLEM), lambda step: (0, 0))
     _, least = play(make(PROBLEM), lambda step: (-1, -1))
     assert least["cost"] == pytest.approx(PROBLEM.smallest)
@@ -201,8 +203,8 @@ def test_it_needs_no_more_of_a_problem_than_it_says() -> None:
     """Any object with the fields of SearchProblem will do."""
 
     class Bare:
-        workload, cost, decisions, limit, noise = (
-            getattr(PROBLEM, name) for name in ("workload", "cost", "decisions", "limit", "noise")
+        workload, cost, decisions, limit, quantization_error = (
+            getattr(PROBLEM, name) for name in ("workload", "cost", "decisions", "limit", "quantization_error")
         )
         float_accuracy = 1.0
 
@@ -213,3 +215,33 @@ def test_it_needs_no_more_of_a_problem_than_it_says() -> None:
             return PROBLEM.evaluate(policy)
 
     assert play(envs.MixedPrecisionEnv(Bare()), lambda step: (0, 0)) == play(make(PROBLEM), lambda step: (0, 0))
+
+
+@both
+def test_whoever_is_given_as_the_judge_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the problem isn't."""
+    asked: list[Q.BitPolicy] = []
+
+    def judge(policy: Q.BitPolicy) -> SimpleNamespace:
+        asked.append(policy)
+        return SimpleNamespace(accuracy=0.25, loss=3.0)
+
+    def refuse(policy: Q.BitPolicy) -> None:
+        raise AssertionError("the problem was asked")
+
+    monkeypatch.setattr(PROBLEM, "evaluate", refuse)
+    env = gymnasium.make(name, problem=PROBLEM, judge=judge)
+    reward, info = play(env, lambda step: np.zeros(env.action_space.shape or ()))
+    assert asked == [info["policy"]]
+    assert (info["accuracy"], info["loss"]) == (0.25, 3.0)
+    assert reward == pytest.approx(10 * (0.25 - PROBLEM.float_accuracy))
+
+
+def test_the_predicted_increase_of_the_loss_makes_the_plan() -> None:
+    """Where only one layer is said to matter, it keeps its bits."""
+    increase = np.zeros((len(PROBLEM.decisions), 8, 8))
+    middle = PROBLEM.decisions[2]
+    increase[2] = 16 - np.add.outer(np.arange(1, 9), np.arange(1, 9))
+    env = gymnasium.make("haq/MixedPrecision-v0", problem=PROBLEM, loss_increase=increase)
+    _, info = play(env, lambda step: (0, 0))
+    assert info["policy"][PROBLEM.workload.names[middle.layers[0]]] == (8, 8)

@@ -34,9 +34,9 @@ from hw_models.tvm_cpu.choose import choose
 from hw_models.tvm_cpu.conv import Conv
 from hw_models.tvm_cpu.measure import BuildError, Timing, cross_compiler, measure
 from tests.commands.test_search_command import MODULE, QUICK
-from tests.stand_in_kernels import Spin, candidates
+from tests.hw_models.stand_in_kernels import Spin, candidates
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONV = Conv(8, 4, (2, 2), (2, 2))
 KEY = {"processor": "a", "threads": 1}
 GOOD = Timing(1e-3, 1e-4, 5)
@@ -271,8 +271,8 @@ import os, signal, sys, torch
 import hw_models
 from hw_models.tvm_cpu import kernels, target as targets
 from tests.conftest import small_network
-from tests.stand_in_kernels import candidates
-from tests.test_measured_latency import seconds
+from tests.hw_models.stand_in_kernels import candidates
+from tests.hw_models.test_measured_latency import seconds
 kernels.candidates = candidates
 targets.measure = lambda some, cpu, **_: {kernel: seconds(kernel) for kernel in some}
 def progress(done, total, note):

@@ -142,3 +142,14 @@ def test_nothing_to_quantize_lists_what_there_is() -> None:
 def test_an_example_is_needed(network: nn.Module, example: tuple[object, ...]) -> None:
     with pytest.raises(ValueError, match="example input"):
         hw_models.trace(network, *example)
+
+
+def test_a_workload_says_on_one_line_how_large_it_is(network: nn.Module) -> None:
+    workload = hw_models.trace(network, torch.zeros(1, 1, 8, 8))
+    said = f"5 layers, {workload.macs:,} MACs per image, {workload.parameters:,} parameters"
+    assert repr(workload) == f"Workload({said})"
+    html = workload._repr_html_()
+    assert said in html
+    assert "<td>stem</td><td>conv</td><td>1→16, 3x3 to 4x4</td><td>2,304</td><td>144</td>" in html
+    assert "<td>classifier</td><td>linear</td><td>16→4</td><td>64</td><td>68</td>" in html
+    assert html.count("<tr>") == 1 + 5 + 1

@@ -1,0 +1,115 @@
+"""What both environments share: the problem they are about, and how an episode begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from hw_models import Workload
+from quantizers import BitPolicy
+
+Array = NDArray[np.float64]
+Observation = NDArray[np.float32]
+Step = tuple[Observation, float, bool, bool, dict[str, Any]]
+Judge = Callable[[BitPolicy], Any]  # what it returns has accuracy and loss
+
+REWARD_SCALE = 10  # per unit of accuracy (HAQ's equation 3)
+SATURATED = 0.99  # an action beyond it lies at a bound
+
+
+class SearchProblem(Protocol):
+    """What the environments need of a problem; `haq.Problem` has it."""
+
+    workload: Workload
+    cost: Array  # (layers, 8, 8), indexed [layer, w_bits - 1, a_bits - 1]
+    limit: float
+    quantization_error: Array  # (decisions, 2, 8)
+
+    @property
+    def decisions(self) -> Sequence[Any]:
+        """What there is to decide, each with layers, pairs (options, 2), prices (options,) and of(table (8, 8))."""
+        ...
+
+    @property
+    def float_accuracy(self) -> float:
+        """The accuracy of the float network."""
+        ...
+
+    def decide(self, pairs: Any) -> BitPolicy:
+        """Make a policy of a pair of bits for every decision."""
+        ...
+
+    def evaluate(self, policy: BitPolicy) -> Any:
+        """Judge a policy: what is returned has accuracy and loss."""
+        ...
+
+
+class PolicyEnv(gymnasium.Env[Observation, Observation]):
+    """An environment in which one episode decides one policy. Its subclasses say how."""
+
+    metadata: dict[str, Any] = {"render_modes": []}
+
+    def __init__(self, problem: SearchProblem, judge: Judge | None) -> None:
+        """Find out what there is to decide.
+
+        Args:
+            problem: What is to be searched.
+            judge: Evaluates the policy of a finished episode; None is `problem.evaluate`.
+
+        Raises:
+            ValueError: If every decision has a single option.
+        """
+        self.problem = problem
+        self.judge: Judge = judge or problem.evaluate
+        self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
+        if not self.free:
+            raise ValueError("every layer has a single allowed pair of bits: there is nothing to decide")
+        self.decisions = [problem.decisions[index] for index in self.free]
+        pairs = np.concatenate([decision.pairs for decision in self.decisions])
+        self._low = int(pairs.min())
+        self._high = int(pairs.max())
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode. Nothing is random, and there are no options."""
+        super().reset(seed=seed)
+        self._start()
+        return self._observe(), {}
+
+    def _start(self) -> None:
+        """Forget what was decided."""
+        raise NotImplementedError
+
+    def _observe(self) -> Observation:
+        """Describe where the episode is."""
+        raise NotImplementedError
+
+    def _finish(self, pairs: Any, cost: float, saturated: float) -> Step:
+        """Have the policy judged that the pairs of bits of all decisions make, and end the episode."""
+        policy = self.problem.decide(pairs)
+        result = self.judge(policy)
+        reward = REWARD_SCALE * (result.accuracy - self.problem.float_accuracy)
+        info = {
+            "policy": policy,
+            "accuracy": result.accuracy,
+            "loss": result.loss,
+            "cost": cost,
+            "saturated": saturated,
+        }
+        return self._observe(), reward, True, False, info
+
+
+def unit_box(size: int) -> spaces.Space[Observation]:
+    """Return the space of float32 vectors of a size with entries in -1..1."""
+    return spaces.Box(-1.0, 1.0, (size,), np.float32)
+
+
+def scale_columns(columns: Array) -> Array:
+    """Scale every column to -1..1 over the rows; one that is the same in all rows becomes -1."""
+    span = np.ptp(columns, axis=0)
+    scaled: Array = 2 * (columns - columns.min(0)) / np.where(span > 0, span, 1) - 1
+    return scaled

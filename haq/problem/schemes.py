@@ -1,0 +1,129 @@
+"""Which scheme every layer has, and which widths that leaves to choose from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+import hw_models
+import quantizers as Q
+
+WIDTHS = range(1, Q.MAX_BITS + 1)
+COMPUTED = ("latency", "energy")  # metrics that are those of integer arithmetic
+
+AnyScheme = str | Q.Scheme | Mapping[str, str | Q.Scheme]
+
+
+def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Scheme]:
+    """Find the scheme of every layer.
+
+    Args:
+        scheme: A name or a scheme for all layers, or one by layer; layers that a mapping leaves out have the linear one.
+        names: The layers.
+
+    Returns:
+        A scheme by layer; layers that are given the same name share one.
+
+    Raises:
+        ValueError: For an unknown scheme or layer, naming the close ones.
+        ImportError: For a scheme of somebody else's that can't be imported.
+    """
+    if not isinstance(scheme, Mapping):
+        return dict.fromkeys(names, Q.Scheme.named(scheme))
+    found: dict[str, Q.Scheme] = dict.fromkeys(names, Q.Scheme.named("linear"))
+    shared: dict[str, Q.Scheme] = {}
+    for name, chosen in scheme.items():
+        if name not in found:
+            close = difflib.get_close_matches(name, names, n=3) or list(names)
+            raise ValueError(f"`scheme` names {name!r}, which is no layer of the workload; close: {', '.join(close)}")
+        if isinstance(chosen, str):
+            if chosen not in shared:
+                shared[chosen] = Q.Scheme.named(chosen)
+            chosen = shared[chosen]
+        found[name] = chosen
+    return found
+
+
+def check_widths(schemes: Mapping[str, Q.Scheme], bits: tuple[int, int], pinned: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ValueError, naming scheme, layer and width, if widths that are asked for mean nothing in a layer's scheme.
+
+    Args:
+        schemes: A scheme by layer.
+        bits: Smallest and largest width that may be chosen.
+        pinned: Layer -> (weight bits, activation bits) that can't be chosen.
+    """
+    for name, scheme in schemes.items():
+        if name in pinned:
+            try:
+                scheme.check(*pinned[name])
+            except ValueError as error:
+                raise ValueError(f"layer {name!r} is fixed at {pinned[name]}: {error}") from error
+            continue
+        meant = [width for width in WIDTHS if takes(scheme, width, None)]
+        low, high = bits
+        if missing := [width for width in range(low, high + 1) if width not in meant]:
+            raise ValueError(
+                f"scheme {scheme.name!r} of layer {name!r} has no weights of {missing[0]} bits: choose --bits "
+                f"{_range_of(meant)}"
+            )
+
+
+def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
+    """Raise ValueError, naming scheme and layer, if a metric is of integer arithmetic and a layer's scheme has no integers."""
+    if metric not in COMPUTED:
+        return
+    for name, scheme in schemes.items():
+        lacks = [
+            what
+            for what, has in (("weights", scheme.has_integer_weights), ("activations", scheme.has_integer_activations))
+            if not has
+        ]
+        if lacks:
+            raise ValueError(
+                f"scheme {scheme.name!r} of layer {name!r} has no integers for {' and '.join(lacks)}, which {metric} is "
+                "counted for: choose --metric storage"
+            )
+
+
+def takes(scheme: Q.Scheme, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
+    """Say whether a pair of widths means something in a scheme; see `Scheme.check`."""
+    try:
+        scheme.check(weight_bits, activation_bits, signed)
+    except ValueError:
+        return False
+    return True
+
+
+def meaningful_pairs(schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool]) -> NDArray[np.bool_]:
+    """Tell which pairs of widths mean something to each layer's scheme.
+
+    Args:
+        schemes: A scheme by layer.
+        signed: Layer -> whether its input is ever negative; not, for layers that aren't in it.
+
+    Returns:
+        Booleans, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1].
+    """
+    rows = []
+    for name, scheme in schemes.items():
+        is_signed = signed.get(name, False)
+        rows.append([[takes(scheme, w, a, is_signed) for a in WIDTHS] for w in WIDTHS])
+    return np.array(rows)
+
+
+def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload) -> NDArray[np.float64]:
+    """Count what schemes store beside integers and scales, such as codebooks: bytes, shape (layers, 8, 1)."""
+    rows = []
+    for layer in workload.layers:
+        scheme = schemes[layer.name]
+        rows.append([[float(scheme.storage_overhead_bytes(bits, layer.weights))] for bits in WIDTHS])
+    return np.array(rows)
+
+
+def _range_of(widths: Sequence[int]) -> str:
+    if not widths:
+        return "of another scheme"
+    return f"within {widths[0]}:{widths[-1]}"

@@ -1,0 +1,743 @@
+"""What stands in the files of a run or a sweep: a typed record for each, with the one reader and the one writer.
+
+    config.yaml        ConfigRecord         what was asked
+    problem.json       ProblemRecord        what is searched
+    policy.json        PolicyRecord         a width for every operand; in all other files too
+    result.json        ResultRecord         what a finished search found
+    sweep.json         SweepRecord          what a sweep was asked; FinishedSweepRecord, with what it found
+    sensitivity.json   SensitivityRecord    what is known of single operands
+    robustness.json    RobustnessRecord     what attacks found
+
+`Record.read(path)` refuses what doesn't fit in one sentence with the file, the key, its value and what would be accepted;
+`record.write(path)` writes beside and renames. Torch isn't needed, and nothing that is read is executed. The lists and
+mappings of a file are bounded, so that a hostile one can't ask for more memory than a few times its own size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
+
+from haq.store import files
+from haq.store.files import kind_of, quoted
+from haq.store.units import UNITS
+from hw_models.storage import BITS
+
+MOST = 10_000  # entries of a list or a mapping; of policies, layers
+MOST_SEARCHES = 100_000
+POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
+SPLITS = ("search", "test")
+COST_KEYS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Cost = Annotated[float, Field(ge=0)]
+Width = Annotated[int, Field(ge=1, le=BITS)]
+Count = Annotated[int, Field(ge=0)]
+Metric = Annotated[str, Field(pattern=f"^({'|'.join(UNITS)})$")]
+CostsByActivation = Annotated[list[Cost], Field(min_length=BITS, max_length=BITS)]
+CostTable = Annotated[list[CostsByActivation], Field(min_length=BITS, max_length=BITS)]
+Increases = Annotated[list[Cost | None], Field(min_length=BITS, max_length=BITS)]  # by width; null where unknown
+Settings = Annotated[dict[str, Any], Field(max_length=MOST)]
+Texts = Annotated[dict[str, str], Field(max_length=MOST)]
+Names = Annotated[list[str], Field(max_length=MOST)]
+Counts = Annotated[dict[str, Count], Field(max_length=MOST)]
+Shares = Annotated[dict[str, Share | None], Field(max_length=MOST)]
+
+
+def share_key(split: str, objective: str) -> str:
+    """Name the key under which files hold the share of an objective on a split: "search_accuracy"."""
+    return f"{split}_{objective}"
+
+
+def objective_title(objective: str) -> str:
+    """Name an objective in a word or two, as pages and tables call it."""
+    if objective == "accuracy+robust":
+        return "worst-case accuracy"
+    return objective
+
+
+_Record = TypeVar("_Record", bound="Record")
+_File = TypeVar("_File", bound="FileRecord")
+
+
+class Record(BaseModel):
+    """Data from a file, checked. What isn't named is left alone: a later release may write more with the same schema."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore", populate_by_name=True)
+
+    WHAT: ClassVar[str] = "a record"  # what it is, in messages
+
+    @classmethod
+    def from_dict(cls: type[_Record], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _Record:
+        """Check plain data, as it stands in a file.
+
+        Args:
+            content: The data; those of a whole file with their schema.
+            source: Where they are from, for messages.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: With the first fault, or for data of an earlier or later version.
+        """
+        cls._check_schema(content, Path(source))
+        try:
+            return cls._checked(content)
+        except ValidationError as error:
+            raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
+        except RecursionError:
+            raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data, as it stands in the file; what was not given is left out."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+    @classmethod
+    def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
+        """Raise ValueError for data of another version; a record within a file has none of its own."""
+
+    @classmethod
+    def _checked(cls: type[_Record], content: Mapping[str, Any]) -> _Record:
+        # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
+        return cls.model_validate_json(json.dumps(content))
+
+
+class FileRecord(Record):
+    """A record that is a file of its own, which says its schema first."""
+
+    SCHEMA: ClassVar[str]
+    REMEDY: ClassVar[str]  # what to do about a file of an earlier version
+
+    @classmethod
+    def read(cls: type[_File], path: Path) -> _File:
+        """Read a file.
+
+        Args:
+            path: The file; never read beyond the size that one of ours can have.
+
+        Returns:
+            What stands in it.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: With the first fault, if it is anything else, or of an earlier or later version.
+        """
+        return cls.from_dict(files.read_json(path, cls.WHAT), path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as plain data, as it stands in the file: its schema first."""
+        return {"schema": self.SCHEMA, **super().to_dict()}
+
+    def write(self, path: Path) -> None:
+        """Write the file beside its place and rename it."""
+        files.write(path, self.text())
+
+    def text(self) -> str:
+        """Return the text of the file."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
+        files.check_schema(source, content.get("schema"), cls.SCHEMA, cls.WHAT, cls.REMEDY)
+
+
+class Measurement(RootModel[Annotated[dict[str, float | None], Field(max_length=MOST)]]):
+    """What one network was measured to give and what it costs: shares by split and objective, costs by metric."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    def has(self, split: str, objective: str) -> bool:
+        """Tell whether an objective was measured on a split."""
+        return self.root.get(share_key(split, objective)) is not None
+
+    def share(self, split: str, objective: str) -> float:
+        """Return the share of an objective on a split, 0..1; ValueError if there is none."""
+        return _share_of(self.root, share_key(split, objective))
+
+    def cost(self, metric: str) -> float | None:
+        """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
+        return self.root.get(COST_KEYS[metric])
+
+
+class ConfigRecord(FileRecord):
+    """config.yaml: what a run was asked for, and what it belongs to.
+
+    Its `settings` are the fields of `haq.study.config.SearchConfig`.
+    """
+
+    SCHEMA = files.RUN_SCHEMA
+    WHAT = "the configuration of a run"
+    REMEDY = "search again"
+
+    command: str | None = None
+    settings: Settings
+    signature: Texts = {}
+    versions: Texts = {}
+
+    @classmethod
+    def read(cls, path: Path) -> ConfigRecord:
+        """Read a file; as `FileRecord.read`, for YAML."""
+        if not os.path.lexists(path):
+            raise FileNotFoundError(f"{path.parent} is not the folder of a run: it has no {path.name}")
+        return cls.from_dict(files.read_yaml(path, cls.WHAT), path)
+
+    def text(self) -> str:
+        """Return the text of the file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def solver(self) -> str:
+        """Name the run's own solver."""
+        return str(self.settings["solver"])
+
+    @property
+    def evaluations(self) -> int:
+        """Return how many policies the solver may evaluate."""
+        return int(self.settings["evaluations"])
+
+    @property
+    def objective(self) -> str:
+        """Name what policies are judged by."""
+        return str(self.settings.get("objective", "accuracy"))
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> ConfigRecord:
+        check_plain(self.settings)
+        for name in ("network", "data", "hw", "metric", "budget", "solver"):
+            value = self.settings.get(name)
+            if not isinstance(value, str):
+                raise ValueError(f"setting {name!r} is {quoted(value)}; it must be text")
+        evaluations = self.settings.get("evaluations")
+        if isinstance(evaluations, bool) or not isinstance(evaluations, int):
+            raise ValueError(f"setting 'evaluations' is {quoted(evaluations)}; it must be an integer")
+        return self
+
+    @classmethod
+    def _checked(cls, content: Mapping[str, Any]) -> ConfigRecord:
+        return cls.model_validate(dict(content))
+
+
+class TargetRecord(Record):
+    """The hardware that a problem is priced on."""
+
+    name: str
+    description: str
+    batch: int
+    provenance: str
+
+
+class LayerRecord(Record):
+    """A layer with its costs, in the metric's unit, by weight width and activation width from 1."""
+
+    name: str
+    kind: str
+    macs: Count
+    parameters: Count
+    fixed: bool
+    cost: CostTable
+
+
+class PricedProblem(Record):
+    """What every policy costs on a target, and what it may cost: all that a picture of a policy takes."""
+
+    target: TargetRecord
+    metric: Metric
+    unit: str
+    limit: Cost
+    uniform8: Annotated[float, Field(gt=0)]
+    smallest: Cost
+    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
+
+    @property
+    def cost_kind(self) -> str:
+        """Say whether costs are estimated, measured, or counted, as bytes are on every target."""
+        if self.metric == "storage":
+            return "counted"
+        return self.target.provenance.split(" ")[0]
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> PricedProblem:
+        total = sum(layer.cost[-1][-1] for layer in self.layers)
+        if not math.isclose(total, self.uniform8, rel_tol=1e-6):
+            raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
+        return self
+
+
+class ProblemRecord(PricedProblem, FileRecord):
+    """problem.json: what is searched, enough to price every policy without loading anything."""
+
+    SCHEMA = files.PROBLEM_SCHEMA
+    WHAT = "what a run searches"
+    REMEDY = "search again"
+
+    network: str
+    origin: str
+    data: str
+    images: Count
+    scheme: str = "linear"
+    objective: str
+    objective_is: str  # what it measures, in words
+    float_share: Share = Field(alias="float")
+
+    @property
+    def objective_title(self) -> str:
+        """Name the objective in a word or two."""
+        return objective_title(self.objective)
+
+
+class LayerWidths(Record):
+    """The widths of one layer; null leaves an operand in float."""
+
+    name: str
+    weight_bits: Any
+    activation_bits: Any
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> LayerWidths:
+        for width in (self.weight_bits, self.activation_bits):
+            if width is None:
+                continue
+            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= BITS:
+                raise ValueError(
+                    f"layer {self.name[:80]!r}: bits must be an integer from 1 to {BITS}, or null for float, "
+                    f"not {quoted(width)}"
+                )
+        return self
+
+
+class PolicyRecord(FileRecord):
+    """A policy, in the one encoding that it has in every file: that of `quantizers.BitPolicy.to_dict`."""
+
+    SCHEMA = POLICY_SCHEMA
+    WHAT = "a bit policy"
+    REMEDY = "search again"
+
+    schema_name: Literal["haq-bit-policy"] = Field(alias="schema")
+    version: Literal[1]
+    layers: Annotated[list[LayerWidths], Field(max_length=MOST)]
+
+    @classmethod
+    def of(cls, policy: Mapping[str, tuple[int | None, int | None]]) -> PolicyRecord:
+        """Make the record of a policy (layer name -> widths), such as a `quantizers.BitPolicy`."""
+        layers = [
+            {"name": name, "weight_bits": weight_bits, "activation_bits": activation_bits}
+            for name, (weight_bits, activation_bits) in policy.items()
+        ]
+        return cls.from_dict({"schema": POLICY_SCHEMA, "version": POLICY_VERSION, "layers": layers}, "the policy")
+
+    def widths(self) -> dict[str, tuple[int | None, int | None]]:
+        """Return (weight bits, activation bits) by layer, in order."""
+        return {layer.name: (layer.weight_bits, layer.activation_bits) for layer in self.layers}
+
+    def text(self) -> str:
+        """Return the text of policy.json, a line for each layer."""
+        rows = ",\n".join(f"    {json.dumps(layer.to_dict())}" for layer in self.layers)
+        return f'{{\n  "schema": "{POLICY_SCHEMA}",\n  "version": {POLICY_VERSION},\n  "layers": [\n{rows}\n  ]\n}}\n'
+
+    @field_validator("layers")
+    @classmethod
+    def _check_names(cls, layers: list[LayerWidths]) -> list[LayerWidths]:
+        seen: set[str] = set()
+        for layer in layers:
+            if layer.name in seen:
+                raise ValueError(f"layer {layer.name[:80]!r} is named twice")
+            seen.add(layer.name)
+        return layers
+
+    @classmethod
+    def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
+        if content.get("schema") != POLICY_SCHEMA:
+            raise ValueError(
+                f"{source} is not {cls.WHAT}: its schema is {quoted(content.get('schema'))}, not {POLICY_SCHEMA!r}"
+            )
+        version = content.get("version")
+        if version == POLICY_VERSION and not isinstance(version, bool):
+            return
+        remedy = ""
+        if isinstance(version, int) and version > POLICY_VERSION:
+            remedy = ": it was made by a newer version of haq, upgrade to read it"
+        raise ValueError(f"{source} has version {quoted(version)}; this release reads version {POLICY_VERSION}{remedy}")
+
+
+class CheckRecord(Record):
+    """A sign of masked gradients that was looked for."""
+
+    name: str
+    passed: bool
+    figures: str
+
+
+class ThreatRecord(Record):
+    """How far an attacker may go."""
+
+    eps: float
+    norm: str
+
+
+class DeployedRecord(Record):
+    """How a network's integer program answers its worst images; the reason if there is no such program."""
+
+    images: Count
+    right: Count
+    different: Count
+    reason: str | None
+
+
+class AttackedRecord(Record):
+    """One network under attack: accuracies are shares."""
+
+    note: str = Field("", alias="is")  # how the network was made
+    threat: ThreatRecord
+    effort: str = ""
+    backward: str = ""
+    classes: Annotated[int, Field(ge=1)]
+    seed: int = 0
+    clean: Share
+    worst: Share
+    attacks: Shares
+    curve: Annotated[list[tuple[float, float]], Field(max_length=MOST)]  # eps, accuracy under PGD
+    curve_images: Count
+    images: Count
+    masked: bool
+    verdict: str
+    checks: Annotated[list[CheckRecord], Field(max_length=MOST)]
+    deployed: DeployedRecord | None = None
+
+
+class RobustnessRecord(FileRecord):
+    """robustness.json: networks under attack, by name."""
+
+    SCHEMA = files.ROBUSTNESS_SCHEMA
+    WHAT = "an evaluation of robustness"
+    REMEDY = "attack again"
+
+    source: str = ""
+    network: str
+    data: str
+    images: Count
+    threat: str
+    attacks: str
+    backward: str
+    requantized_input: bool
+    seed: int
+    networks: Annotated[dict[str, AttackedRecord], Field(min_length=1, max_length=MOST)]
+
+
+class BudgetRecord(Record):
+    """The budget of a search and what was used of it, in the metric's unit and as fractions of uniform 8 bits."""
+
+    metric: Metric
+    unit: str
+    limit: Cost
+    used: Cost
+    fraction: float
+    used_fraction: float
+    holds: bool
+
+
+class JudgedRecord(Record):
+    """A record with shares of the objective beside its own fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def share(self, split: str, objective: str) -> float:
+        """Return the share of an objective on a split, 0..1; ValueError if there is none."""
+        return _share_of(self.model_extra or {}, share_key(split, objective))
+
+
+class UniformResult(JudgedRecord):
+    """A uniform policy that the policy found is held against, with its share on the search split."""
+
+    bits: Width
+    cost: Cost
+
+
+class ResultRecord(FileRecord):
+    """result.json: what a finished search found. Costs are in seconds, joules and bytes, accuracies are shares."""
+
+    SCHEMA = files.RESULT_SCHEMA
+    WHAT = "the result of a run"
+    REMEDY = "search again"
+
+    network: str
+    data: str
+    target: str
+    solver: str
+    evaluations: Counts  # by solver
+    saturated_actions: Annotated[dict[str, float], Field(max_length=MOST)] = {}  # the share at a bound, by agent
+    seed: int
+    scheme: str = "linear"
+    objective: str
+    objective_is: str
+    finetune_steps: Count = 0
+    sensitivity_kind: str = "loss"
+    accuracy_is: str
+    cost_is: str
+    budget: BudgetRecord
+    of_float: Measurement = Field(alias="float")
+    uniform8: Measurement
+    uniform: Annotated[list[UniformResult], Field(max_length=BITS)] = []
+    found: Measurement
+    finetuned: Measurement | None
+    rivals: Annotated[dict[str, Measurement], Field(max_length=MOST)]
+    rival_policies: Annotated[dict[str, PolicyRecord], Field(max_length=MOST)] = {}
+    verified: AttackedRecord | None = None
+
+    @property
+    def objective_title(self) -> str:
+        """Name the objective in a word or two."""
+        return objective_title(self.objective)
+
+    @property
+    def last(self) -> Measurement:
+        """Return what was measured last of what was found: fine-tuned, if it was."""
+        return self.finetuned or self.found
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> ResultRecord:
+        measured = [self.of_float, self.uniform8, self.found, *self.rivals.values()]
+        if self.finetuned is not None:
+            measured.append(self.finetuned)
+        for split in SPLITS:
+            for measurement in measured:
+                measurement.share(split, self.objective)
+        for uniform in self.uniform:
+            uniform.share("search", self.objective)
+        return self
+
+
+class AskedRecord(Record):
+    """What a sweep was asked for: settings of all its runs, and what varies from run to run."""
+
+    settings: Settings
+    hw: Names
+    budgets: Names
+    solvers: Names
+    seeds: int
+
+    @model_validator(mode="after")
+    def _check_settings(self) -> AskedRecord:
+        check_plain(self.settings)
+        return self
+
+
+class SweepRecord(FileRecord):
+    """sweep.json: what a sweep was asked for. `read` gives a `FinishedSweepRecord` of one that is finished."""
+
+    SCHEMA = files.SWEEP_SCHEMA
+    WHAT = "the file of a sweep"
+    REMEDY = "sweep again"
+
+    finished: bool
+    command: str | None = None
+    asked: AskedRecord
+    signature: Texts
+    versions: Texts
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> SweepRecord:
+        """Check plain data; as `FileRecord.from_dict`."""
+        kind = cls
+        if content.get("finished") is True:
+            kind = FinishedSweepRecord
+        return super(SweepRecord, kind).from_dict(content, source)
+
+
+class SweepPolicy(JudgedRecord):
+    """A policy, or the mean of several, at its cost on a target: in the metric's unit, and as a fraction of uniform 8 bits."""
+
+    cost: Cost
+    fraction: float
+    pareto: bool  # nothing costs less and is better
+
+
+class SweepUniform(SweepPolicy):
+    """A uniform policy."""
+
+    bits: Width
+
+
+class SeedRecord(JudgedRecord):
+    """One search of a sweep."""
+
+    seed: int
+    folder: str
+    evaluations: Count
+    cost: Cost
+    fraction: float
+    policy: PolicyRecord
+
+
+class SweepFound(SweepPolicy):
+    """What a solver found within a budget: means over its seeds."""
+
+    budget: str
+    solver: str
+    limit: Cost
+    runs: Annotated[list[SeedRecord], Field(min_length=1, max_length=MOST_SEARCHES)]
+
+    def spread(self, split: str, objective: str) -> tuple[float, float]:
+        """Return the smallest and the largest share over the seeds."""
+        shares = [run.share(split, objective) for run in self.runs]
+        return min(shares), max(shares)
+
+
+class SweepTarget(Record):
+    """What was found on one target."""
+
+    name: str
+    cost_is: str
+    kind: str
+    uniform8: Cost
+    least_fraction: float = 0.0
+    unreachable: Names = []
+    left_out: str
+    uniform: Annotated[list[SweepUniform], Field(max_length=BITS)]
+    found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
+
+
+class SpecialisedPolicy(JudgedRecord):
+    """The best policy found for one target, with its cost on each, as a fraction of uniform 8 bits there."""
+
+    folder: str
+    solver: str
+    fractions: Annotated[dict[str, float], Field(max_length=MOST)]
+
+
+class SpecialisationRecord(Record):
+    """HAQ's table: policies found for one target, run on another."""
+
+    budget: str
+    policies: Annotated[dict[str, SpecialisedPolicy], Field(max_length=MOST)]
+
+
+class SharedSensitivities(Record):
+    """The sensitivities that the searches of a sweep share."""
+
+    kind: str
+    known: Count
+    file: str
+
+
+class FinishedSweepRecord(SweepRecord):
+    """sweep.json in the end."""
+
+    network: str
+    data: str
+    objective: str
+    objective_is: str
+    metric: Metric
+    unit: str = ""
+    accuracy_is: str
+    images: Counts
+    of_float: Measurement = Field(alias="float")
+    sensitivities: SharedSensitivities | None = None
+    targets: Annotated[dict[str, SweepTarget], Field(max_length=MOST)]
+    specialisation: SpecialisationRecord | None
+
+    @property
+    def objective_title(self) -> str:
+        """Name the objective in a word or two."""
+        return objective_title(self.objective)
+
+    @property
+    def found(self) -> list[SweepFound]:
+        """Return what was found, on all targets."""
+        return [found for target in self.targets.values() for found in target.found]
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> FinishedSweepRecord:
+        for split in SPLITS:
+            self.of_float.share(split, self.objective)
+            for row in self._judged():
+                row.share(split, self.objective)
+        return self
+
+    def _judged(self) -> Iterable[JudgedRecord]:
+        for target in self.targets.values():
+            yield from target.uniform
+            for found in target.found:
+                yield found
+                yield from found.runs
+        if self.specialisation is not None:
+            yield from self.specialisation.policies.values()
+
+
+class DecisionIncreases(Record):
+    """The increases of the loss (nats) by lowering one operand of a decision's layers, by width from 1; null where unknown."""
+
+    layers: Names
+    weights: Increases
+    activations: Increases
+
+
+class SensitivityRecord(FileRecord):
+    """sensitivity.json: how much the loss increases when one operand of one layer is given fewer bits."""
+
+    SCHEMA = files.SENSITIVITY_SCHEMA
+    WHAT = "a file of sensitivities"
+    REMEDY = "measure them anew, without --sensitivity"
+
+    kind: str
+    unit: str = "nats"
+    signature: Texts
+    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    base: PolicyRecord
+    loss_increases: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
+
+
+def check_plain(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless settings are text, numbers, true, false or nothing."""
+    for name, value in settings.items():
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise ValueError(
+                f"'settings' has a {kind_of(value)} for {quoted(name)}; it must be text, a number, true, false or nothing"
+            )
+
+
+def describe_fault(error: ValidationError) -> str:
+    """Say the first fault of some data in one sentence: the key, its value, and what would be accepted."""
+    first = error.errors(include_url=False)[0]
+    kind = first["type"]
+    if kind == "value_error":
+        return str(first["ctx"]["error"])  # of our own checks, which name the key themselves
+    if kind == "json_invalid":
+        return "it is nested too deeply"
+    key = quoted(".".join(map(str, first["loc"])))
+    if kind == "missing":
+        return f"{key} is missing"
+    wanted = _WANTED.get(kind)
+    if wanted is None:
+        wanted = first["msg"].replace("Input should be", "it must be")
+        wanted = f"{wanted[0].lower()}{wanted[1:]}"
+    return f"{key} is {quoted(first['input'])}; {wanted}"
+
+
+_WANTED = {
+    "string_type": "it must be text",
+    "bool_type": "it must be true or false",
+    "int_type": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_type": "it must be a number",
+    "finite_number": "it must be a finite number",
+    "list_type": "it must be a list",
+    "tuple_type": "it must be a list",
+    "dict_type": "it must be a mapping",
+    "model_type": "it must be a mapping",
+}
+
+
+def _share_of(values: Mapping[str, Any], key: str) -> float:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{key!r} is {quoted(value)}; it must be a share from 0 to 1")
+    return float(value)

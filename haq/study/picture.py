@@ -1,0 +1,34 @@
+"""The picture of a policy: bits per layer over each layer's share of the cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import quantizers as Q
+from haq.problem.problem import Problem
+from haq.reporting import pictures
+from haq.store.records import PolicyRecord, PricedProblem
+from haq.study.task import outline_costs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_policy(problem: Problem, policy: Q.BitPolicy) -> Figure:
+    """Draw bits per layer, weights up and activations down, over each layer's share of the cost.
+
+    Args:
+        problem: What the policy is of.
+        policy: Its bits.
+
+    Returns:
+        A figure that belongs to no window; a notebook shows it.
+    """
+    priced = PricedProblem.from_dict(outline_costs(problem), "the problem")
+    return pictures.draw_policy(priced, PolicyRecord.of(policy))
+
+
+def save_picture(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
+    """Write the picture of a policy as a PNG file, beside and renamed."""
+    pictures.save(draw_policy(problem, policy), path)

@@ -1,0 +1,280 @@
+"""What a user is shown of a run: what it will do, a table of layers and one of results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import quantizers as Q
+from haq.console.tables import key_table, new_table, plain, say, say_next
+from haq.problem.objective import Objective
+from haq.problem.problem import Problem
+from haq.store.records import COST_KEYS, share_key
+from haq.store.units import NOTHING, best_unit, describe_amount, percent
+from haq.study.config import SearchConfig
+from haq.study.result import cost_kind
+from haq.study.task import SearchTask, adversary_of
+
+
+def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], workers: str) -> None:
+    """Say what a search will do.
+
+    Args:
+        console: Where.
+        task: The search.
+        folder: Where results go; None if nothing is written.
+        rivals: Solvers for comparison.
+        workers: Who evaluates policies, in words.
+    """
+    problem = task.problem
+    config = task.config
+    free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
+    pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
+    low, high = problem.bits
+    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of uniform 8 bits"
+    results_in = "nothing is written (--dry-run)"
+    if folder is not None:
+        results_in = str(folder)
+    rows = {
+        "network": _network_words(task),
+        "data": task.dataset.describe(),
+        "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
+        f"{problem.table.provenance}",
+        "metric": problem.metric,
+        "budget": f"{amounts} ({describe_amount(problem.reference, problem.metric)})",
+        "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
+        "scheme": scheme_words(problem),
+        "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
+        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(config)}",
+        "objective": problem.objective.words,
+        "evaluations": _evaluations_words(task, workers),
+        "fine-tuning": _finetuning_words(task),
+        "seed": str(config.seed),
+        "results in": results_in,
+    }
+    console.print(key_table(rows.items()))
+
+
+def _network_words(task: SearchTask) -> str:
+    problem = task.problem
+    words = (
+        f"{task.network.name} ({task.network.origin}): {len(problem.workload)} quantizable layers, "
+        f"{problem.workload.macs / 1e6:.2f} M MACs"
+    )
+    if problem.objective.compares_with_float:
+        return words
+    measured = problem.objective.name
+    if problem.objective.attacked:
+        measured = f"accuracy ({problem.objective.words})"
+    return f"{words}, float {measured} {percent(problem.float_accuracy)} on the search split"
+
+
+def scheme_words(problem: Problem) -> str:
+    """Say which layers have which scheme, and what of it can't be deployed."""
+    layers: dict[str, list[str]] = {}
+    for name, scheme in problem.schemes.items():
+        layers.setdefault(scheme.name, []).append(name)
+    main = max(layers, key=lambda name: len(layers[name]))
+    words = main
+    others = [f"{name} for {', '.join(layers[name])}" for name in layers if name != main]
+    if others:
+        words += f"; {'; '.join(others)}"
+    lacking = {s.name for s in problem.schemes.values() if not (s.has_integer_weights and s.has_integer_activations)}
+    if lacking:
+        words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
+    return words
+
+
+def _sensitivities_words(config: SearchConfig) -> str:
+    if config.sensitivity:
+        return f"from {config.sensitivity}"
+    if config.sensitivity_kind == "hessian":
+        return "computed, without evaluations"
+    return "measured by each solver that needs them"
+
+
+def _evaluations_words(task: SearchTask, workers: str) -> str:
+    words = f"{task.config.evaluations}, each on {len(task.dataset.search):,} search images"
+    if task.config.finetune_steps:
+        words += f" after {task.config.finetune_steps} steps of fine-tuning"
+    return f"{words}, {workers}"
+
+
+def _finetuning_words(task: SearchTask) -> str:
+    if not task.config.finetune_epochs:
+        return "none"
+    words = f"{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train images"
+    if adversary_of(task.config):
+        words += f", against R+FGSM at eps {task.config.eps}"
+    return words
+
+
+def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
+    """Make a table of bits, cost before and after, and what bounds it, per layer.
+
+    Args:
+        problem: What the policy is of.
+        policy: Its bits.
+    """
+    w, a = problem.bit_arrays(policy)
+    before = problem.cost[:, 7, 7]
+    after = problem.cost[np.arange(len(w)), w - 1, a - 1]
+    unit, size = best_unit(float(before.max()), problem.metric)
+    title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
+    table = new_table(title)
+    table.add_column("layer", overflow="fold")
+    for heading in ("weight\nbits", "activ.\nbits", "before,\n8/8", "after", "share\nbefore"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    bound = None
+    if problem.metric == "latency":
+        bound = problem.table.bound
+    if bound is not None:
+        table.add_column("bound by", no_wrap=True)
+    for i, layer in enumerate(problem.workload.layers):
+        mark = ""
+        if layer.name in problem.pinned:
+            mark = "*"
+        cells = [f"{w[i]}{mark}", f"{a[i]}{mark}", f"{before[i] / size:.4g}", f"{after[i] / size:.4g}"]
+        cells.append(f"{100 * before[i] / before.sum():.1f} %")
+        if bound is not None:
+            cells.append(problem.table.bounds[bound[i, w[i] - 1, a[i] - 1]])
+        table.add_row(plain(layer.name), *cells)
+    table.add_section()
+    totals = [f"{x.sum() / size:.4g}" for x in (before, after)]
+    table.add_row("total, mean", f"{w.mean():.1f}", f"{a.mean():.1f}", *totals, "")
+    if problem.pinned:
+        table.caption = "* fixed"
+    return table
+
+
+def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result: Mapping[str, Any]) -> None:
+    """Show the two tables, and one sentence each on the budget and on the rivals.
+
+    Args:
+        console: Where.
+        task: The search.
+        policy: What was found.
+        result: What result.json holds.
+    """
+    console.print(layer_table(task.problem, policy))
+    console.print(result_table(task, result))
+    say(console, budget_sentence(result["budget"]))
+    for name, share in result.get("saturated_actions", {}).items():
+        say(console, f"Actions of {name} at a bound: {100 * share:.1f} %.")
+    if result["rivals"]:
+        say(console, _rivals_sentence(task.problem.objective, result))
+
+
+def result_table(task: SearchTask, result: Mapping[str, Any]) -> Table:
+    """Make a table of what was found beside the float network, uniform 8 bits and the rivals."""
+    problem = task.problem
+    objective = problem.objective
+    title = f"{result['network']} on {result['data']}, {result['target']}"
+    table = new_table(title, _caption(task, result))
+    if objective.also:
+        table.padding = (0, 0, 0, 0)  # more columns within the same 80 characters
+    table.add_column("policy", no_wrap=True)
+    keys = []
+    for heading, key in _share_columns(objective):
+        keys.append(key)
+        table.add_column(plain(heading), justify="right")
+    metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
+    for name in metrics:
+        # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
+        kind = "counted"
+        if name != "storage":
+            kind = cost_kind(problem)
+        table.add_column(f"\n{name}\n({kind})", justify="right")
+    rows: dict[str, Mapping[str, float | None] | None] = {
+        "float": result["float"],
+        "uniform 8 bits": result["uniform8"],
+        f"found by {result['solver']}": result["found"],
+        "  fine-tuned": result["finetuned"],
+        **{f"found by {name}": row for name, row in result["rivals"].items()},
+    }
+    for label, row in rows.items():
+        if row is not None:
+            table.add_row(plain(label), *[percent(row[key]) for key in keys], *[_cost_cell(row, name) for name in metrics])
+    return table
+
+
+def _share_columns(objective: Objective) -> list[tuple[str, str]]:
+    """List the headings and keys of the columns of shares."""
+    if not objective.also:
+        splits = ("test", "search")
+        return [(f"{split}\n{objective.short}\n(measured)", share_key(split, objective.name)) for split in splits]
+    # That these are measured stands below the table.
+    words = objective.short.replace(" ", "\n")
+    columns = [(f"\ntest\n{other.short}", share_key("test", other.name)) for other in objective.also]
+    return columns + [(f"{split}\n{words}", share_key(split, objective.name)) for split in ("test", "search")]
+
+
+def _cost_cell(row: Mapping[str, float | None], metric: str) -> str:
+    cost = row[COST_KEYS[metric]]
+    if cost is None:
+        return NOTHING
+    return describe_amount(cost, metric)
+
+
+def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
+    """Say below a table of results on how many images they stand, and where they were measured."""
+    objective = task.problem.objective
+    parts = [f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search images"]
+    if task.config.finetune_steps:
+        parts.append(f"every policy fine-tuned for {task.config.finetune_steps} steps")
+    if objective.note:
+        parts.append(objective.note)
+    measured = [other.name for other in objective.also] or [objective.name]
+    parts.append(f"{' and '.join(measured)} {result['accuracy_is']}")
+    parts.append(f"cost {result['cost_is']}")
+    return "; ".join(parts)
+
+
+def budget_sentence(budget: Mapping[str, Any]) -> str:
+    """Say how much of a budget is used (`haq.study.result.budget_used`)."""
+    used = describe_amount(budget["used"], budget["metric"])
+    limit = describe_amount(budget["limit"], budget["metric"])
+    verdict = "EXCEEDED"
+    if budget["holds"]:
+        verdict = "holds"
+    return (
+        f"Budget: {used} of {limit} {budget['metric']} used ({100 * budget['used'] / budget['limit']:.1f} %, "
+        f"{budget['used_fraction']:.3f} of uniform 8 bits): {verdict}."
+    )
+
+
+def _rivals_sentence(objective: Objective, result: Mapping[str, Any]) -> str:
+    """Hold what was found against the best of the rivals."""
+    key = share_key("search", objective.name)
+    name, rival = max(result["rivals"].items(), key=lambda item: item[1][key])
+    difference = 100 * (result["found"][key] - rival[key])
+    than = "as good as"
+    if difference > 0:
+        than = f"{difference:.2f} points below"
+    elif difference < 0:
+        than = f"{-difference:.2f} points above"
+    measured = ""
+    if objective.also:
+        measured = f" ({objective.words})"
+    return (
+        f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
+        f"{percent(rival[key])} on the search split{measured}, {than} {result['solver']}."
+    )
+
+
+def print_next(console: Console, folder: Path, commands: Sequence[Sequence[Any]]) -> None:
+    """Say what was written into a run's folder, and what to type next.
+
+    Args:
+        console: Where.
+        folder: The folder.
+        commands: The words of each command, after `haq`.
+    """
+    say(console, f"Written: {folder} (policy.json, policy.png, history.csv, result.json)", wrap=False)
+    for name, *words in commands:
+        say_next(console, "python", "-m", f"haq.{name}", *words)

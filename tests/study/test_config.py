@@ -1,0 +1,141 @@
+"""What a search or a sweep is asked to do: defaults, checks in a sentence, and the command that asks for the same."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from haq.study.config import SearchConfig, SweepCell, SweepConfig, WorkersConfig, read_scheme
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": -1}, "--seed is -1; it must be an integer of at least 0"),
+        ({"seed": True}, "--seed is True; it must be an integer of at least 0"),
+        ({"evaluations": "x"}, "--evaluations is 'x'; it must be an integer of at least 1"),
+        ({"evaluations": 1.5}, "--evaluations is 1.5; it must be an integer of at least 1"),
+        ({"hw": 3}, "--hw is 3; it must be text"),
+        ({"steps": 3}, "unknown setting 'steps'; known: network, data"),
+        ({"solver": "dpg"}, "unknown solver 'dpg'; did you mean ddpg"),
+        ({"objective": "acuracy"}, "unknown objective 'acuracy'; did you mean accuracy"),
+        ({"env": "gym"}, "unknown environment 'gym'; known: plan, haq"),
+        ({"sensitivity_kind": "x"}, "unknown kind of sensitivities 'x'; it can be loss, kl, hessian"),
+        ({"bits": "8:2"}, "--bits is '8:2'; it must be SMALLEST:LARGEST within 1:8, such as 2:8"),
+        ({"eps": "4/255"}, "--eps 4/255 is of an attack: it goes with --objective accuracy+robust, not accuracy"),
+        ({"eps": "8", "objective": "accuracy+robust"}, "eps is on the scale of images in [0, 1]: 8/255, not 8"),
+        ({"scheme": ""}, "--scheme is ''; it must be NAME or NAME,LAYER=NAME, with each layer once, not ''"),
+        ({"scheme": "lsq,stem"}, "--scheme is 'lsq,stem'; it must be NAME or NAME,LAYER=NAME"),
+        ({"scheme": "lsq,a=b,a=c"}, "--scheme is 'lsq,a=b,a=c'; it must be NAME or NAME,LAYER=NAME"),
+    ],
+)
+def test_what_is_not_accepted_is_one_sentence(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
+        SearchConfig(**given)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        SearchConfig().replace(**given)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"seed": "3"}, "setting 'seed' is '3', a str; it must be an integer"),
+        ({"seed": True}, "setting 'seed' is 'True', a bool; it must be an integer"),
+        ({"hw": None}, "setting 'hw' is 'None', a NoneType; it must be text"),
+        ({"later": 1}, "unknown setting 'later': it may be of a newer version of haq; known: network"),
+        ({"seed": -2}, "--seed is -2; it must be an integer of at least 0"),
+    ],
+)
+def test_what_a_file_may_not_say(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        SearchConfig.read(content)
+
+
+def test_it_goes_to_a_file_and_back() -> None:
+    config = SearchConfig(hw="a b.yaml", cold=True, threads=2, scheme="lsq,stem=linear", sensitivity="run")
+    assert SearchConfig.read(config.to_dict()) == config == pickle.loads(pickle.dumps(config))
+    assert hash(SearchConfig.read(config.to_dict())) == hash(config)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_the_command_asks_for_the_same() -> None:
+    assert SearchConfig().command() == "python -m haq.search"
+    config = SearchConfig(hw="it's; rm -rf ~", cold=True, seed=3, objective="agreement", finetune_epochs=0)
+    words = shlex.split(config.command())
+    assert words == ["python", "-m", "haq.search", *config.options()]
+    assert words[3:5] == ["--hw", "it's; rm -rf ~"]
+    assert words[-1] == "--cold"
+    # Sensitivities bring their kind along.
+    assert "--sensitivity-kind" not in SearchConfig(sensitivity="run", sensitivity_kind="kl").words()
+
+
+def test_files_of_the_users_own() -> None:
+    assert SearchConfig().files() == {}
+    config = SearchConfig(network="mobilenet-mini@a.pt", data="images:photographs", hw="lut:table.csv")
+    assert config.files() == {"network": Path("a.pt"), "data": Path("photographs"), "hw": Path("table.csv")}
+
+
+def test_schemes_of_single_layers() -> None:
+    assert read_scheme("lsq") == ("lsq", {})
+    assert read_scheme("stem=lsq") == ("linear", {"stem": "lsq"})
+    assert read_scheme("mine:Ternary,stem=linear,blocks.0.conv=pact") == (
+        "mine:Ternary",
+        {"stem": "linear", "blocks.0.conv": "pact"},
+    )
+
+
+def test_options_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="it goes with --objective accuracy"):
+        SearchConfig.from_options({"eps": "8/255"})
+    with pytest.raises(ValueError, match="--sensitivity brings its kind along"):
+        SearchConfig.from_options({"sensitivity": "run", "sensitivity_kind": "kl"})
+    assert SearchConfig.from_options({"eps": "8/255", "objective": "accuracy+robust"}).eps == "8/255"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": 0}, "--seeds is 0; it must be an integer of at least 1: so many are 0, 1, 2 ..."),
+        ({"hw": ()}, "--hw is ''; it must be names parted by commas, each of them once"),
+        ({"hw": "edge,edge"}, "--hw is 'edge,edge'; it must be names parted by commas, each of them once"),
+        ({"hw": (1,)}, "--hw is 1; it must be names"),
+        ({"hw": "a/edge.yaml,b/edge.yaml"}, "--hw is 'a/edge.yaml,b/edge.yaml'; its files must have different names"),
+        ({"budgets": "1/2"}, "--hw or --budgets have a '/' in 'edge-1/2--seed0': runs are named after them"),
+        ({"budgets": "0.5:0.3:0.1"}, "--budgets is '0.5:0.3:0.1'; it must be FIRST:LAST:STEP"),
+        ({"solvers": "ilp,dpg"}, "unknown solver 'dpg'; did you mean ddpg"),
+    ],
+)
+def test_a_sweep_is_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        SweepConfig.from_options(given)
+
+
+def test_a_sweep_asks_for_searches() -> None:
+    sweep = SweepConfig.from_options({"hw": "edge", "budgets": "0.3:0.5:0.1", "solvers": "ilp", "metric": "storage"})
+    assert sweep.budgets == ("0.3", "0.4", "0.5")
+    assert sweep.settings == SearchConfig(metric="storage", finetune_epochs=0)
+    command = "python -m haq.sweep --hw edge --budgets 0.3,0.4,0.5 --solvers ilp --metric storage"
+    assert sweep.command() == command
+    assert SweepCell("rpc:board:9090", "0.5", "ilp", 1).folder == "rpc-board-9090-0.5-ilp-seed1"
+    assert SweepCell("lut:a/table.csv", "0.5", "ilp", 1).folder == "table-0.5-ilp-seed1"
+
+
+def test_who_works() -> None:
+    assert WorkersConfig().describe() == "in this process"
+    assert WorkersConfig(workers=3).describe() == "in 3 processes"
+    assert WorkersConfig(ray="auto").describe() == "by all processors of the Ray cluster auto"
+    with pytest.raises(ValueError, match="^--workers is 0; it must be at least 1$"):
+        WorkersConfig(workers=0)
+    assert [WorkersConfig(**one).exceed(2) for one in ({}, {"workers": 2}, {"workers": 3}, {"ray": "auto"})] == [  # type: ignore[arg-type]
+        False,
+        False,
+        True,
+        True,
+    ]
