@@ -260,10 +260,13 @@ def _broken(line: str, width: int) -> list[str]:
     indent = "    "
     lines = [f"# {comment}"] if comment else []
     current = ""
-    for word in line.split(" "):
-        longer = f"{current} {word}" if current else word
+    # An option stays with its value.
+    for part in line.replace(" --", "\n--").split("\n"):
+        longer = f"{current} {part}"
+        if not current:
+            longer = part
         if len(longer) > width - 2 and current:
             lines.append(f"{current} \\")
-            longer = indent + word
+            longer = indent + part
         current = longer
     return [*lines, current]

@@ -177,12 +177,17 @@ def options_of(model: type[BaseModel], *, only: Sequence[str] = (), leave_out: S
     return decorate
 
 
+def part_of(given: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Take what was given for the fields of one model, where a command has options of several."""
+    return {name: value for name, value in given.items() if name in model.model_fields}
+
+
 def _option_of(name: str, field: FieldInfo) -> Decorator:
     about: Any = field.json_schema_extra or {}
     if "group" not in about:
         raise TypeError(f"field {name!r} is not declared with setting(): it has no group")
     default_words = about["default_words"]
-    if default_words is None and field.default not in (None, False):
+    if default_words is None and field.default is not None and field.default is not False:
         default_words = str(field.default)
     kind, is_flag = _type_of(field)
     others: dict[str, Any] = {"is_flag": True} if is_flag else {"type": kind, "metavar": about["metavar"]}
