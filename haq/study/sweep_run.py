@@ -422,7 +422,7 @@ def _run_on_cluster(
 ) -> None:
     from haq.study.workers import ray as ray_workers
 
-    there = context, kind, context.first.problem.evaluator.cache, context.first.judged
+    there = context, kind, context.first.problem.evaluator.cache, context.first.measured
     with ExitStack() as held:
         left = {}
         for cell in cells:
@@ -443,7 +443,7 @@ def _run_in_processes(
 ) -> None:
     spawn = multiprocessing.get_context("spawn")
     stop = spawn.Event()
-    known = context.first.problem.evaluator.cache, context.first.judged
+    known = context.first.problem.evaluator.cache, context.first.measured
     given = folder, context.sweep, kind, torch.get_num_threads(), known, stop
     pool = ProcessPoolExecutor(min(workers, len(cells)), spawn, _start_worker, given)
     try:
@@ -483,7 +483,7 @@ def _start_worker(
     torch.set_num_threads(threads)
     context = SweepContext.load(sweep)
     context.first.problem.evaluator.cache.update(known[0])
-    context.first.judged.update(known[1])
+    context.first.measured.update(known[1])
     _worker = _Worker(folder, kind, context, stop)
 
 
@@ -502,7 +502,7 @@ def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Call
     """A search on another machine, in a folder that was begun here."""
     context, kind, cache, judged = given
     context.first.problem.evaluator.cache.update(cache)
-    context.first.judged.update(judged)
+    context.first.measured.update(judged)
     search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
