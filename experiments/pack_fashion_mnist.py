@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from haq import data
+import haq
+from haq.data import fashion_mnist as source
 
 
 def main() -> None:
-    folder = data._fashion_folder()
-    arrays = {name: data._read_idx(folder / f"{name}.gz", sha) for name, sha in data.FASHION_FILES.items()}
+    folder = source.find_folder()
+    arrays = {name: source.read_idx(folder / f"{name}.gz", sha) for name, sha in source.FILES.items()}
     train_images, train_labels = arrays["train-images-idx3-ubyte"], arrays["train-labels-idx1-ubyte"]
     test_images, test_labels = arrays["t10k-images-idx3-ubyte"], arrays["t10k-labels-idx1-ubyte"]
     train, search, test = (
-        rows.numpy() for rows in data.fashion_mnist_12k_rows(torch.from_numpy(train_labels), torch.from_numpy(test_labels))
+        rows.numpy() for rows in source.fashion_mnist_12k_rows(torch.from_numpy(train_labels), torch.from_numpy(test_labels))
     )
     buffer = io.BytesIO()
     np.savez(
@@ -31,7 +32,7 @@ def main() -> None:
         labels=np.concatenate([train_labels[train], train_labels[search], test_labels[test]]),
         row=np.concatenate([train, search, test]).astype(np.uint16),
     )
-    target = Path(data.__file__).parent / "assets" / "fashion-mnist-12k.npz.xz"
+    target = Path(haq.__file__).parent / "assets" / "fashion-mnist-12k.npz.xz"
     target.write_bytes(lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME))
     print(f"{target}: {target.stat().st_size:,} bytes")
 

@@ -1,49 +1,77 @@
-"""Measure what a run found again, from its files:  python -m haq.evaluate RUN"""
+"""Measure what a run found again, from its files.
+
+A run that isn't finished is measured as far as it is there: its best policy so far.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from haq.console.commands import command, main_of
+from haq.console.errors import run_command
+from haq.console.options import argument, options_of, output_options
+from haq.console.output import Output
+from haq.console.progress import follow_loading
+from haq.console.tables import say
+from haq.console.values import FOLDER
+from haq.study.config import AnotherScheme
 
-import quantizers as Q
-from haq.console import cli
-from haq.store.files import RESULT
-from haq.study import result as summary
-from haq.study import tables
-from haq.study.search_run import SearchRun
+
+@command("evaluate", __doc__, examples=("haq evaluate RUN", "haq evaluate RUN --scheme lsq", "haq evaluate RUN --json"))
+@argument("run", FOLDER, "the folder of a search")
+@options_of(AnotherScheme)
+@output_options()
+def cli(run: Path, given: dict[str, Any], as_json: bool) -> int:
+    """Measure what a run found."""
+    return run_evaluation(run, Output.open(as_json), AnotherScheme(**given).scheme)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m haq.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a search")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=options.json)
-    run = SearchRun.load(options.run)
+main = main_of(cli)
+
+
+def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> int:
+    """Measure what a run found, and print it.
+
+    Args:
+        folder: The folder of a search.
+        output: Where to print.
+        scheme: The scheme that the found policy is applied with; None for the run's own. A fine-tuned network keeps its own.
+
+    Returns:
+        The exit status: 1 if what was found is not within the budget.
+    """
+    import quantizers as Q
+    from haq.store.files import RESULT
+    from haq.study import result as summary
+    from haq.study import tables
+    from haq.study.search_run import SearchRun
+    from haq.study.task import with_scheme
+
+    run = SearchRun.load(folder)
     policy = run.load_policy()
-    earlier = run.load_result().to_dict() if run.finished else {"rival_policies": {}, "evaluations": {}}
-    with cli.follow_loading(console, "loading and measuring") as follow:
+    earlier: dict[str, Any] = {"rival_policies": {}, "evaluations": {}}
+    if run.finished:
+        earlier = run.load_result().to_dict()
+    with follow_loading(output.notes, "loading and measuring") as follow:
         task = run.build(**follow)
         run.check(task)
         tuned = run.load_checkpoint(task)
-        rivals = {
-            name: run.check_policy(Q.BitPolicy.from_dict(bits), task, run.folder / RESULT)
-            for name, bits in earlier["rival_policies"].items()
-        }
+        rivals = {}
+        for name, bits in earlier["rival_policies"].items():
+            rivals[name] = run.check_policy(Q.BitPolicy.from_dict(bits), task, folder / RESULT)
+        task = with_scheme(task, scheme)
         result = summary.collect(task, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
-    if "verified" in earlier:  # under attack, by the search; python -m haq.robustness does it again
+    # Under attack it was measured by the search; python -m haq.robustness does it again.
+    if "verified" in earlier and scheme is None:
         result["verified"] = earlier["verified"]
     if not run.finished:
-        console.print(f"{run.folder} is not finished: this is the best policy so far")
-    tables.print_result(console, task, policy, result)
-    if options.json:
-        print(json.dumps(result, indent=2))
+        say(output.results, f"{folder} is not finished: this is the best policy so far")
+    tables.print_result(output.results, task, policy, result)
+    output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

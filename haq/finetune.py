@@ -1,85 +1,118 @@
-"""Train the quantized network of a run back to its accuracy:  python -m haq.finetune RUN --epochs 20"""
+"""Train the quantized network of a run back to its accuracy.
+
+The network keeps the bits that the search found. It is written into the run's folder in place of an earlier one, and what it
+is worth into the run's result.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from haq.console.commands import command, main_of
+from haq.console.errors import EXIT_INTERRUPTED, run_command
+from haq.console.options import argument, flag, options_of, output_options
+from haq.console.output import Output
+from haq.console.progress import follow_loading, follow_training, progress
+from haq.console.tables import command_line, say
+from haq.console.values import FOLDER
+from haq.study.config import TUNING, FinetuneConfig
 
-import quantizers as Q
-from haq import training
-from haq.console import cli
-from haq.store.lock import writing
-from haq.store.records import ResultRecord
-from haq.study import result as summary
-from haq.study import tables
-from haq.study.search_run import SearchRun
-from haq.study.task import adversary_of
+if TYPE_CHECKING:
+    from torch import nn
 
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m haq.finetune", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished search")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--learning-rate", type=float, default=0.005)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with a fine-tuning that was interrupted, exactly")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout, all else on stderr")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1:
-        raise ValueError(f"--epochs is {options.epochs}; it must be at least 1")
-    if not 0 < options.learning_rate < 10:
-        raise ValueError(f"--learning-rate is {options.learning_rate}; it must be above 0 and below 10")
-    with ExitStack() as held:
-        return go(options, held)
+    import quantizers as Q
+    from haq.store.checkpoint import Checkpoint
+    from haq.study.task import SearchTask
 
 
-def go(options: argparse.Namespace, held: ExitStack) -> int:
-    """What is asked for; `held` holds the run's folder until the end."""
-    console = Console(stderr=options.json)
-    run = SearchRun.load(options.run)
-    held.enter_context(writing(run.folder, f"python -m haq.finetune {run.folder} --epochs {options.epochs}"))
-    result, policy = run.load_result().to_dict(), run.load_policy()
-    with cli.follow_loading(console, "loading network and data") as follow:
-        task = run.build(**follow)
-    run.check(task)
-    asked = {"epochs": options.epochs, "learning rate": options.learning_rate, "seed": options.seed, "policy": policy}
-    state = run.checkpoint("finetune", task, **asked)
-    if state.path.exists() and not options.resume:
-        raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
-    network = task.problem.evaluator.network
-    Q.set_policy(network, policy)
-    try:
-        with cli.progress(console) as bar:
-            tuned = training.finetune(
-                task.network,
-                network,
-                task.dataset.train,
-                epochs=options.epochs,
-                seed=options.seed,
-                learning_rate=options.learning_rate,
-                adversary=adversary_of(run.config),
-                state=state,
-                **cli.follow_training(bar),
-            )
-    except KeyboardInterrupt:
-        console.print(f"\nInterrupted; {run.folder} is as it was, but for what the finished epochs gave. Go on with --resume.")
-        return cli.EXIT_INTERRUPTED
-    run.save_checkpoint(tuned, task)
-    result.pop("verified", None)  # that was another network
-    result["finetuned"] = summary.entry(task, policy, tuned)
-    run.save_result(ResultRecord.from_dict(result))
-    run.drop_checkpoint("finetune")
-    tables.print_result(console, task, policy, result)
-    tables.print_next(console, run.folder, (f"evaluate {run.folder}",))
-    if options.json:
-        print(json.dumps(result, indent=2))
+@command(
+    "finetune",
+    __doc__,
+    examples=("haq finetune RUN --epochs 20", "haq finetune RUN --scheme lsq", "haq finetune RUN --epochs 20 --resume"),
+)
+@argument("run", FOLDER, "the folder of a finished search")
+@options_of(FinetuneConfig)
+@flag("--resume", "go on with a fine-tuning that was interrupted, exactly", group=TUNING)
+@output_options()
+def cli(run: Path, given: dict[str, Any], resume: bool, as_json: bool) -> int:
+    """Fine-tune what a run found."""
+    return run_finetuning(run, FinetuneConfig(**given), Output.open(as_json), resume=resume)
+
+
+main = main_of(cli)
+
+
+def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resume: bool = False) -> int:
+    """Fine-tune what a run found, and write it into the run's folder.
+
+    Args:
+        folder: The folder of a finished search.
+        config: How it is fine-tuned.
+        output: Where to print.
+        resume: Whether to go on with a fine-tuning that was interrupted.
+
+    Returns:
+        The exit status: 1 if what was found is not within the budget.
+    """
+    from haq.store.lock import writing
+    from haq.store.records import ResultRecord
+    from haq.study import result as summary
+    from haq.study import tables
+    from haq.study.search_run import SearchRun
+    from haq.study.task import with_scheme
+
+    run = SearchRun.load(folder)
+    again = command_line("python", "-m", "haq.finetune", folder, "--epochs", config.epochs)
+    with writing(run.folder, again):
+        result, policy = run.load_result().to_dict(), run.load_policy()
+        with follow_loading(output.notes, "loading network and data") as follow:
+            task = run.build(**follow)
+            run.check(task)
+            task = with_scheme(task, config.scheme)
+        asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
+        state = run.checkpoint("finetune", task, **asked)
+        if state.path.exists() and not resume:
+            raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
+        try:
+            tuned = _finetune(task, policy, config, state, output)
+        except KeyboardInterrupt:
+            kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
+            say(output.results, kept)
+            return EXIT_INTERRUPTED
+        run.save_checkpoint(tuned, task)
+        # It was another network that was verified.
+        result.pop("verified", None)
+        result["finetuned"] = summary.entry(task, policy, tuned)
+        run.save_result(ResultRecord.from_dict(result))
+        run.drop_checkpoint("finetune")
+    tables.print_result(output.results, task, policy, result)
+    tables.print_next(output.notes, folder, [["evaluate", folder]])
+    output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
 
 
+def _finetune(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output) -> nn.Module:
+    import quantizers as Q
+    from haq import training
+    from haq.study.task import adversary_of
+
+    network = task.problem.evaluator.network
+    Q.set_policy(network, policy)
+    with progress(output.notes) as bar:
+        return training.finetune(
+            task.network,
+            network,
+            task.dataset.train,
+            epochs=config.epochs,
+            seed=config.seed,
+            learning_rate=config.learning_rate,
+            adversary=adversary_of(task.config),
+            state=state,
+            **follow_training(bar),
+        )
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

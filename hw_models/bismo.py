@@ -61,11 +61,24 @@ class MatrixProduct(NamedTuple):
 
 
 def matrix_products(layer: Layer, images: int, depthwise_group: int) -> list[MatrixProduct]:
-    """A layer as matrix products (see the module's table), one entry per call."""
+    """Turn a layer into matrix products (see the module's table), one entry per call.
+
+    Args:
+        layer: The layer.
+        images: The batch.
+        depthwise_group: Channels of a depthwise layer in one block-diagonal product.
+
+    Returns:
+        The products, each with how often it is done.
+    """
     area = layer.kernel[0] * layer.kernel[1]
-    m, k, repeats = layer.out_channels // layer.groups, layer.in_channels // layer.groups * area, layer.groups
+    m = layer.out_channels // layer.groups
+    k = layer.in_channels // layer.groups * area
+    repeats = layer.groups
     if layer.kind == "depthwise":
-        m, k, repeats = depthwise_group * m, depthwise_group * area, math.ceil(layer.in_channels / depthwise_group)
+        m = depthwise_group * m
+        k = depthwise_group * area
+        repeats = math.ceil(layer.in_channels / depthwise_group)
     if layer.kind == "linear":
         return [MatrixProduct(m, k, call.positions * images, 1) for call in layer.calls]
     return [MatrixProduct(m, k, call.positions, repeats * images) for call in layer.calls]
@@ -96,18 +109,20 @@ class BismoTarget(PoweredMachine):
     activation_buffer_tile_planes: int = Field(gt=0, description="tile-planes that the activation buffer holds")
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
-        """Cycles, latency, and energy where the power is known, of every layer at every pair of widths, for one batch.
+        """Price every layer at every pair of widths, for one batch: cycles, latency, and energy where the power is known.
 
         `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer.
         """
         images = self.images(workload, batch)
-        products = [
-            (i, p) for i, layer in enumerate(workload.layers) for p in matrix_products(layer, images, self.depthwise_group)
-        ]
-        owner = np.array([i for i, _ in products])
-        m, k, n, times = np.array([p for _, p in products], dtype=np.int64).T.reshape(4, -1, 1, 1)
+        products: list[MatrixProduct] = []
+        owners: list[int] = []
+        for index, layer in enumerate(workload.layers):
+            of_layer = matrix_products(layer, images, self.depthwise_group)
+            products += of_layer
+            owners += [index] * len(of_layer)
+        m, k, n, times = np.array(products, dtype=np.int64).T.reshape(4, -1, 1, 1)
         steps, cycles, terms = self._price(m, k, n)
-        starts = np.searchsorted(owner, np.arange(len(workload)))  # a layer's calls stand next to each other
+        starts = np.searchsorted(owners, np.arange(len(workload)))  # a layer's calls stand next to each other
         cycles = np.add.reduceat(cycles * times, starts)
         compute = np.add.reduceat(steps * times, starts)
         bound = np.add.reduceat(terms * times[None], starts, axis=1).argmax(0)
@@ -135,8 +150,10 @@ class BismoTarget(PoweredMachine):
 
 
 def _total(outer: _Operand, inner: _Operand, words: Integers) -> Integers:
-    """Cycles over all blocks, the outer operand's tiles in the outer loop. At most four blocks differ: the full chunks and
-    the last one, of either operand."""
+    """Cycles over all blocks, the outer operand's tiles in the outer loop.
+
+    At most four blocks differ: the full chunks and the last one, of either operand.
+    """
     total = np.zeros((), dtype=np.int64)
     for (outer_rows, outer_count), (inner_rows, inner_count) in itertools.product(_chunks(outer), _chunks(inner)):
         block = _block(outer._replace(rows=outer_rows), inner._replace(rows=inner_rows), words)
@@ -153,7 +170,8 @@ def _chunks(operand: _Operand) -> list[tuple[Integers, Integers]]:
 
 def _block(outer: _Operand, inner: _Operand, words: Integers) -> Integers:
     """Cycles of one block: rule 4 at the corners of tile, word and plane."""
-    outer_tiles, inner_tiles = -(-outer.rows // outer.tile), -(-inner.rows // inner.tile)
+    outer_tiles = -(-outer.rows // outer.tile)
+    inner_tiles = -(-inner.rows // inner.tile)
     per_tile = words * outer.bits * inner.bits
     steps = outer_tiles * inner_tiles * per_tile
     # First use of plane (tile, word, bit). The innermost loop runs over the outer operand's planes.
@@ -170,8 +188,10 @@ def _row(operand: _Operand, words: Integers) -> Integers:
 
 
 def _lateness(operand: _Operand, words: Integers, first: tuple[Integers, Integers, Integers]) -> Integers:
-    """The largest F - step of first use over an operand's planes: linear in tiles, words and planes but for the last tile and
-    the last word, which may be shorter."""
+    """The largest F - step of first use over an operand's planes.
+
+    It is linear in tiles, words and planes but for the last tile and the last word, which may be shorter.
+    """
     tiles = -(-operand.rows // operand.tile)
     last = operand.rows - (tiles - 1) * operand.tile
     full = np.where(tiles > 1, operand.tile, last)

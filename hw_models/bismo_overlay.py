@@ -133,7 +133,7 @@ class BismoOverlayTarget(PoweredMachine):
 
     @property
     def luts(self) -> float:
-        """Look-up tables of the array, by the paper's fit: each unit's popcount and accumulator, and its share of the rest."""
+        """Look-up tables of the array, by the paper's fit: a unit's popcount, accumulator and share of the rest."""
         return self.dm * self.dn * (1.17 * self.dk + 44.1 + 120.1)
 
     @property
@@ -143,9 +143,20 @@ class BismoOverlayTarget(PoweredMachine):
         return math.ceil(self.dk / BRAM_BITS) * (self.dm * left + self.dn * right)
 
     def gemm(self, m: int, k: int, n: int, w_bits: int, a_bits: int) -> Gemm:
-        """One product of an m x k matrix of w_bits and a k x n matrix of a_bits.
+        """Price one product of an m x k matrix of w_bits and a k x n matrix of a_bits.
 
-        Raises ValueError for sizes below 1, bits outside 1..8, and for what isn't an integer.
+        Args:
+            m: Rows of the left matrix.
+            k: Columns of the left matrix and rows of the right one.
+            n: Columns of the right matrix.
+            w_bits: Width of the left matrix.
+            a_bits: Width of the right matrix.
+
+        Returns:
+            Its cycles and traffic.
+
+        Raises:
+            ValueError: For sizes below 1, bits outside 1..8, and for what isn't an integer.
         """
         for name, value in (("m", m), ("k", k), ("n", n), ("w_bits", w_bits), ("a_bits", a_bits)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -156,7 +167,7 @@ class BismoOverlayTarget(PoweredMachine):
         return Gemm(*(int(figure[0]) for figure in gemms[: len(Gemm._fields)]))
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
-        """Cycles, latency, and energy where the power is known, of every layer at every pair of widths, for one batch.
+        """Price every layer at every pair of widths, for one batch: cycles, latency, and energy where the power is known.
 
         `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer.
         """
@@ -179,20 +190,28 @@ class BismoOverlayTarget(PoweredMachine):
 
     def _gemms(self, m: int, k: int, n: int, w: Integers, a: Integers) -> _Gemms:
         """The product of an m x k and a k x n matrix at each pair of widths of the arrays w and a."""
-        tm, tn = math.ceil(m / self.dm), math.ceil(n / self.dn)
+        tm = math.ceil(m / self.dm)
+        tn = math.ceil(n / self.dn)
         tiles = tm * tn
         row_bits = math.lcm(self.dk, 8 * self.row_alignment_bytes)
         tk = math.ceil(k / row_bits) * row_bits // self.dk
 
         # Slices of K: all of `words` words, but the last one of `last`.
-        lhs_region, rhs_region = self.lhs_entries // self.fetch_execute_tokens, self.rhs_entries // self.fetch_execute_tokens
+        lhs_region = self.lhs_entries // self.fetch_execute_tokens
+        rhs_region = self.rhs_entries // self.fetch_execute_tokens
         words = np.minimum(tk, np.minimum(lhs_region // w, rhs_region // a))
         slices = -(-tk // words)
         last = tk - (slices - 1) * words
         resident = tk * a <= rhs_region  # the right stripe is fetched once per column tile, else in slices for every tile
 
         # What the stages take for one slice; the resident right stripe comes first, and on its own.
-        left_blocks = np.where(slices > 1, self.dm * w, w if tm > 1 else 1)
+        left_blocks: Integers = np.ones_like(w)
+        if tm > 1:
+            left_blocks = w
+        left_blocks = np.where(slices > 1, self.dm * w, left_blocks)
+        right_blocks: Integers = np.ones_like(a)
+        if tn > 1:
+            right_blocks = a
 
         def fetch_slice(words: Integers) -> Integers:
             left = self._fetch(self.dm * w * words, left_blocks)
@@ -201,7 +220,7 @@ class BismoOverlayTarget(PoweredMachine):
         def execute_slice(words: Integers) -> Integers:
             return w * a * (words + EXECUTE_PIPELINE_CYCLES + EXECUTE_IDLE_CYCLES)
 
-        fetch_right = np.where(resident, self._fetch(self.dn * a * tk, a if tn > 1 else np.ones_like(a)), 0)
+        fetch_right = np.where(resident, self._fetch(self.dn * a * tk, right_blocks), 0)
         beats = math.ceil(self.dm * RESULT_BITS / self.dram_write_bits_per_cycle)
         write = WRITE_CYCLES + self.dn * (WRITE_ROW_CYCLES + WRITE_BEAT_CYCLES * beats)
 
@@ -243,8 +262,10 @@ class BismoOverlayTarget(PoweredMachine):
         The states are the times F, E[-1] .. E[-fetch_execute_tokens], W[-1] .. W[-execute_write_tokens].
         """
         states = 1 + self.fetch_execute_tokens + self.execute_write_tokens
-        first_e, last_e = 1, self.fetch_execute_tokens
-        first_w, last_w = last_e + 1, states - 1
+        first_e = 1
+        last_e = self.fetch_execute_tokens
+        first_w = last_e + 1
+        last_w = states - 1
         before = _identity(states, fetch.shape)
         after = before.copy()
         # A fetch follows the one before and needs a free region of the buffers.

@@ -135,7 +135,7 @@ class BitFusionTarget(Machine):
     depthwise: Literal["per_channel", "broadcast"] = Field(description="how a depthwise layer is run")
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
-        """Cycles, latency, energy and traffic of every layer at every pair of widths, for one batch of images.
+        """Price every layer at every pair of widths, for one batch of images: cycles, latency, energy and traffic.
 
         `batch=None` takes the target's own. Raises ValueError for a batch that isn't a positive integer, and for a layer of
         which no tile fits the buffers.
@@ -165,32 +165,56 @@ class BitFusionTarget(Machine):
         return self.table(workload, images, cycles, energy, bound, BOUNDS, totals)
 
     def shape(self, layer: Layer, call: Call, images: int, *, im2col: bool) -> tuple[Shape, int]:
-        """What one call of a layer asks of the machine, and how many times over."""
+        """Say what one call of a layer asks of the machine, and how many times over.
+
+        Args:
+            layer: The layer.
+            call: Its sizes.
+            images: The batch.
+            im2col: Whether it is run as im2col, as the first convolution of a workload is.
+
+        Returns:
+            What is run in one go, and how often.
+        """
         (kh, kw), (dh, dw) = layer.kernel, layer.dilation
         window = (dh * (kh - 1) + 1, dw * (kw - 1) + 1)
         if layer.kind == "linear":
             # Rows of a sequence are independent of each other, as the images of a batch are.
             rows = images * call.positions
             return Shape((1, 1), (1, 1), (1, 1), (1, 1), layer.in_channels, layer.out_channels, rows, False), 1
-        inputs, outputs, repeats = layer.in_channels // layer.groups, layer.out_channels // layer.groups, layer.groups
+        inputs = layer.in_channels // layer.groups
+        outputs = layer.out_channels // layer.groups
+        repeats = layer.groups
         if layer.kind == "depthwise" and self.depthwise == "broadcast":
-            outputs, repeats = layer.out_channels, 1
+            outputs = layer.out_channels
+            repeats = 1
         return Shape(layer.kernel, window, layer.stride, call.output_size, inputs, outputs, images, im2col), repeats
 
     def schedule(self, shape: Shape, w_bits: NDArray[np.integer], a_bits: NDArray[np.integer]) -> Schedule:
-        """The best schedule of a shape for P pairs of weight and activation bits (1 to `fusion_bits`), arrays of shape (P,).
+        """Find the best schedule of a shape at P pairs of widths.
 
-        Raises ValueError for bits out of range, and if no tile fits the buffers.
+        Args:
+            shape: What is run.
+            w_bits: Weight widths from 1 to `fusion_bits`, shape (P,).
+            a_bits: Activation widths, the same shape.
+
+        Returns:
+            The schedule with the fewest cycles, and of these the one with the least energy, for each pair.
+
+        Raises:
+            ValueError: For bits out of range, and if no tile fits the buffers.
         """
-        w, a = np.asarray(w_bits, np.int64), np.asarray(a_bits, np.int64)
+        w = np.asarray(w_bits, np.int64)
+        a = np.asarray(a_bits, np.int64)
         for bits in (w, a):
             if bits.min() < 1 or bits.max() > self.fusion_bits:
                 raise ValueError(f"bits must be from 1 to {self.fusion_bits}, found {bits.min()} to {bits.max()}")
         tilings, tiles = self._tilings(shape, w, a)
         if (tilings.smallest == _NEVER).all(1).any():
             raise ValueError("no tile of it fits half the buffers")
-        square = (tilings.loops[WIDTH] == tilings.loops[HEIGHT]).all()
-        orders = SQUARE_ORDERS if square else ORDERS
+        orders = ORDERS
+        if (tilings.loops[WIDTH] == tilings.loops[HEIGHT]).all():
+            orders = SQUARE_ORDERS
         # The most promising tiling of each pair gives a number of cycles that few others can beat.
         pairs = np.arange(len(w))
         reached = self._run(tilings, pairs, tilings.smallest.argmin(1), orders)[0].min(0)
@@ -202,7 +226,8 @@ class BitFusionTarget(Machine):
         row = chosen[1]
         counters = self._count(shape, tiles, tilings, w, a, pair[row], tiling[row])
         counters["stall_cycles"] = cycles[chosen] - counters["compute_cycles"]
-        counters["dram_read_bits"], counters["dram_write_bits"] = reads[chosen], writes[chosen]
+        counters["dram_read_bits"] = reads[chosen]
+        counters["dram_write_bits"] = writes[chosen]
         counters["weight_buffer_write_bits"] = filled[0][chosen]
         counters["activation_buffer_write_bits"] = filled[1][chosen]
         counters["output_buffer_read_bits"] += writes[chosen]
@@ -214,9 +239,12 @@ class BitFusionTarget(Machine):
 
     def _tilings(self, shape: Shape, w: Integers, a: Integers) -> tuple[_Tilings, Integers]:
         """All tilings whose outputs fit, and their sizes (b, oh, ow, ic, oc) as an array (5, T)."""
-        (kh, kw), (oh, ow) = shape.kernel, shape.output
+        kh, kw = shape.kernel
+        oh, ow = shape.output
         sides = range(math.ceil(math.log2(max(oh, ow))) + 1)
-        unit = 1 if shape.im2col else self.array_columns
+        unit = self.array_columns
+        if shape.im2col:
+            unit = 1
         sizes = itertools.product(
             _sizes(shape.images),
             [(min(2**k, oh), min(2**k, ow)) for k in sides],
@@ -228,7 +256,9 @@ class BitFusionTarget(Machine):
         columns = _ceil(oc, self.array_columns)
         outputs = tw * th * columns * self.array_columns * b * OUTPUT_BITS
         fits = outputs <= self.output_buffer_bytes * 4
-        tiles, outputs, columns = tiles[:, fits], outputs[fits], columns[fits]
+        tiles = tiles[:, fits]
+        outputs = outputs[fits]
+        columns = columns[fits]
         b, th, tw, ic, oc = tiles
 
         whole = np.array([[shape.images], [ow], [oh], [shape.inputs], [shape.outputs]])
@@ -261,8 +291,10 @@ class BitFusionTarget(Machine):
     def _run(
         self, tilings: _Tilings, pair: Integers, tiling: Integers, orders: Integers
     ) -> tuple[Integers, Integers, Integers, tuple[Integers, Integers]]:
-        """Total cycles, DRAM reads and writes, and what fills the weight and activation buffers, each (orders, K), for K
-        combinations of a pair of widths and a tiling."""
+        """Run K combinations of a pair of widths and a tiling in every order.
+
+        Returns total cycles, DRAM reads and writes, and what fills the weight and activation buffers, each (orders, K).
+        """
         walked = []
         for name, size, buffer_bytes in (
             ("weights", tilings.weights[pair, tiling], self.weight_buffer_bytes),
@@ -276,7 +308,8 @@ class BitFusionTarget(Machine):
             walked.append((traffic[:, same], resident[:, same]))
         (weights, _), (activations, _), (outputs, last) = walked
         held = walked[0][1] + walked[1][1] + last
-        reads, bw = weights + activations + outputs, self.dram_bits_per_cycle
+        reads = weights + activations + outputs
+        bw = self.dram_bits_per_cycle
         ends = _ceil(held, bw) + _ceil(last, bw)
         middle = _ceil(reads + outputs - held - last, bw)
         cycles = np.maximum(tilings.compute[pair, tiling], middle) + ends
@@ -287,10 +320,15 @@ class BitFusionTarget(Machine):
     ) -> dict[str, Integers]:
         """Compute cycles and on-chip traffic of the cheapest of input-, output- and weight-stationary (ties in that order)."""
         b, th, tw, ic, oc = tiles[:, tiling]
-        w, a = w[pair], a[pair]
-        depth, area = self._depth(w, a), shape.kernel[0] * shape.kernel[1]
-        columns, positions = _ceil(oc, self.array_columns) * self.array_columns, b * th * tw
-        padded = _ceil(ic * area, depth) * depth if shape.im2col else _ceil(ic, depth) * depth * area
+        w = w[pair]
+        a = a[pair]
+        depth = self._depth(w, a)
+        area = shape.kernel[0] * shape.kernel[1]
+        columns = _ceil(oc, self.array_columns) * self.array_columns
+        positions = b * th * tw
+        padded = _ceil(ic, depth) * depth * area
+        if shape.im2col:
+            padded = _ceil(ic * area, depth) * depth
         input_stationary = padded * positions * (a + columns * (w + OUTPUT_BITS))
         output_stationary = columns * positions * (OUTPUT_BITS + padded * (a + w))
         weight_stationary = padded * columns * (w + positions * (a + OUTPUT_BITS))
@@ -327,7 +365,8 @@ def _walk(
 ) -> tuple[Integers, Integers]:
     """DRAM traffic of an operand and what of it is resident, (orders, K): loops from the inside; see the module."""
     traffic = np.broadcast_to(tile, (len(orders), len(tile)))
-    resident, promoted = traffic, np.ones(traffic.shape, bool)
+    resident = traffic
+    promoted = np.ones(traffic.shape, bool)
     for loop in orders.T:
         changes = np.isin(loop, depends)[:, None]
         traffic = traffic * np.where(changes | ~promoted, loops[loop], 1)

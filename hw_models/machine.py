@@ -24,14 +24,19 @@ class Machine(BaseModel):
 
     @property
     def provenance(self) -> str:
+        """Say that its costs are estimated."""
         return "estimated"
 
     def images(self, workload: Workload, batch: int | None) -> int:
-        """The batch asked for, or the machine's own. Raises ValueError for one that isn't a positive integer, and for a
-        workload without layers."""
+        """Return the batch asked for, or the machine's own.
+
+        Raises ValueError for one that isn't a positive integer, and for a workload without layers.
+        """
         if not len(workload):
             raise ValueError("the workload has no layers, so there is nothing to price")
-        return check_batch(self.batch if batch is None else batch)
+        if batch is None:
+            return self.batch
+        return check_batch(batch)
 
     def table(
         self,
@@ -43,6 +48,20 @@ class Machine(BaseModel):
         bounds: tuple[str, ...],
         counters: Mapping[str, Integers],
     ) -> CostTable:
+        """Make the cost table of what was counted.
+
+        Args:
+            workload: What was priced.
+            images: The batch.
+            cycles: Of every layer at every pair of widths, shape (layers, 8, 8), as all arrays here.
+            energy_j: Joules, or None.
+            bound: Which of `bounds` limits each cell.
+            bounds: What may limit one.
+            counters: Further integers by name.
+
+        Returns:
+            The table, with the seconds that the cycles take and the bytes that any machine needs.
+        """
         return CostTable(
             target=self.name,
             provenance=self.provenance,
@@ -58,6 +77,7 @@ class Machine(BaseModel):
         )
 
     def seconds(self, cycles: Integers) -> Floats:
+        """Return how long so many cycles take."""
         seconds: Floats = cycles / (self.clock_mhz * 1e6)
         return seconds
 
@@ -75,5 +95,7 @@ class PoweredMachine(Machine):
         return self
 
     def energy(self, cycles: Integers) -> Floats | None:
-        """Joules."""
-        return None if self.power_w is None else self.seconds(cycles) * self.power_w
+        """Return the joules of so many cycles; None if no power is known."""
+        if self.power_w is None:
+            return None
+        return self.seconds(cycles) * self.power_w

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from hw_models.workload import Workload
 
-BITS = 8  # widths 1..8
+BITS = 8  # the largest width that is priced: tables hold 1..8
 FLOAT_BYTES = 4
 SCHEMES = ("linear", "affine", "kmeans")
 
 
 def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, NDArray[np.int64]]:
-    """Bytes of every layer's parameters at every weight width, arrays of shape (layers, 8), by what they are.
+    """Count the bytes of every layer's parameters at every weight width, arrays of shape (layers, 8), by what they are.
 
     weights      at their bits, padded to a byte per layer; for k-means, the indices of the codebook
     codebooks    k-means: 2^bits float32 values per layer (Han et al., ICLR 2016), no more than the layer has weights
@@ -30,34 +30,58 @@ def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, ND
     channels = np.array([layer.out_channels for layer in workload.layers])[:, None]
     biases = np.array([layer.out_channels * layer.bias for layer in workload.layers])[:, None]
     zero = np.zeros((len(workload), BITS), np.int64)
-    scales = zero + 1 + (0 if scheme == "kmeans" else channels)
+    scales = zero + 1 + channels
+    zero_points = zero
+    codebooks = zero
+    if scheme == "affine":
+        zero_points = scales
+    if scheme == "kmeans":
+        scales = zero + 1
+        codebooks = FLOAT_BYTES * np.minimum(2**widths, weights)
     return {
         "weights": -(-weights * widths // 8),
-        "codebooks": FLOAT_BYTES * np.minimum(2**widths, weights) if scheme == "kmeans" else zero,
+        "codebooks": codebooks,
         "scales": FLOAT_BYTES * scales,
-        "zero_points": scales if scheme == "affine" else zero,
+        "zero_points": zero_points,
         "biases": zero + FLOAT_BYTES * biases,
     }
 
 
 def storage_bytes(workload: Workload, scheme: str = "linear") -> NDArray[np.float64]:
-    """Bytes of every layer's parameters (the sum of `storage_parts`), shape (layers, 8, 8) as in a cost table: the same at
-    every activation width. What belongs to no layer is `float_bytes`."""
+    """Sum the bytes of every layer's parameters over `storage_parts`.
+
+    They have shape (layers, 8, 8) as in a cost table, and are the same at every activation width. What belongs to no layer is
+    `float_bytes`.
+    """
     total = np.sum(list(storage_parts(workload, scheme).values()), axis=0)
     return np.repeat(total[:, :, None], BITS, axis=2).astype(np.float64)
 
 
 def float_bytes(workload: Workload) -> int:
-    """Bytes of what no policy quantizes: norms with their running statistics, embeddings, layers that are never called."""
+    """Count the bytes of what no policy quantizes.
+
+    These are norms with their running statistics, embeddings, and layers that are never called.
+    """
     return FLOAT_BYTES * (workload.other_parameters + workload.other_values)
 
 
 def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1) -> NDArray[np.int64]:
-    """The most memory that activations take at one time, in bytes, for policies `a_bits` (..., layers) of shape (...).
+    """Find the most memory that activations take at one time.
 
     A value is held from the operation that makes it to the last one that reads it, at the widest of its readers' activation
     bits, or in float32 if no layer reads it; norms, activation functions and additions write over their input where
     nobody else needs it. An engine that fuses or reorders operations can need less, one that copies, more.
+
+    Args:
+        workload: The layers, and the activations between them.
+        a_bits: Activation widths, integers of shape (..., layers).
+        batch: Images at a time.
+
+    Returns:
+        Bytes, shape (...).
+
+    Raises:
+        ValueError: For what aren't widths from 1 to 8, and for a workload that wasn't traced.
     """
     bits = np.asarray(a_bits)
     if not np.issubdtype(bits.dtype, np.integer) or bits.ndim == 0 or bits.shape[-1] != len(workload):
@@ -67,10 +91,12 @@ def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1)
     if not workload.buffers:
         raise ValueError("this workload has no record of its activations: make it with hw_models.trace")
     first, last, elements = np.array([(b.first, b.last, b.elements * batch) for b in workload.buffers]).T
-    held = [
-        bits[..., list(buffer.readers)].max(-1) if buffer.readers else np.full(bits.shape[:-1], 8 * FLOAT_BYTES)
-        for buffer in workload.buffers
-    ]
+    held = []
+    for buffer in workload.buffers:
+        widest = np.full(bits.shape[:-1], 8 * FLOAT_BYTES)
+        if buffer.readers:
+            widest = bits[..., list(buffer.readers)].max(-1)
+        held.append(widest)
     size = -(-elements * np.stack(held, axis=-1) // 8)
     # The peak stands where something has just been made.
     moments = np.unique(first)[:, None]

@@ -18,11 +18,21 @@ PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def trace(network: nn.Module, *example: Any) -> Workload:
-    """Run a network once on example inputs (the first one's leading dimension is the batch) and record its layers.
+    """Run a network once on an example and record its layers.
 
     Conv1d, Conv2d and Linear are recorded where they are called; what is never called is left out. The network comes back
-    in the mode it was in. Raises ValueError, listing the modules found, if there is no such layer, and, naming it, for a
-    convolution or matrix product with trained weights that is none of these: it would be priced at nothing.
+    in the mode it was in.
+
+    Args:
+        network: The network.
+        example: Its inputs; the first one's leading dimension is the batch.
+
+    Returns:
+        The layers in the order of their first call, with their sizes per image.
+
+    Raises:
+        ValueError: If there is no such layer, listing the modules found; and, naming it, for a convolution or matrix product
+            with trained weights that is none of these: it would be priced at nothing.
     """
     if not example or not isinstance(example[0], Tensor) or example[0].dim() == 0 or len(example[0]) == 0:
         raise ValueError("trace needs an example input: a tensor whose first dimension is a batch of at least one")
@@ -114,10 +124,15 @@ class _Recorder(TorchDispatchMode):
             rows = source.shape[:-1].numel() // self.batch
             call = Call((rows, 1), (rows, 1))
         else:
+            spatial = 1
+            if isinstance(module, nn.Conv2d):
+                spatial = 2
             # Images folded into the batch (patches, frames) count as more rows of positions.
-            spatial = 2 if isinstance(module, nn.Conv2d) else 1
-            images = output.shape[0] // self.batch if output.dim() == spatial + 2 else 1
-            before, after = ((1, *tensor.shape[-spatial:])[-2:] for tensor in (source, output))
+            images = 1
+            if output.dim() == spatial + 2:
+                images = output.shape[0] // self.batch
+            before = (1, *source.shape[-spatial:])[-2:]
+            after = (1, *output.shape[-spatial:])[-2:]
             call = Call((before[0] * images, before[1]), (after[0] * images, after[1]))
         self.calls[self.names[module]][-1] = call
 
@@ -131,8 +146,10 @@ class _Recorder(TorchDispatchMode):
         read = [self._holds[storage] for storage in inputs if storage in self._holds]
         for buffer in read:
             self._last[buffer] = self._operation
-        # A norm's further results are statistics that evaluation has no use for.
-        for tensor in tree_leaves(result)[: 1 if "batch_norm" in name else None]:
+        results = tree_leaves(result)
+        if "batch_norm" in name:
+            results = results[:1]  # the others are statistics that evaluation has no use for
+        for tensor in results:
             if isinstance(tensor, Tensor) and _storage(tensor) not in inputs:
                 made = self._new(tensor)
                 if torch.Tag.pointwise in func.tags or any(word in name for word in self.IN_PLACE):
@@ -144,7 +161,9 @@ class _Recorder(TorchDispatchMode):
         product = base in self.PRODUCTS or any(word in base for word in self.RECURRENT)
         weights = [self._owners[storage] for storage in inputs if storage in self._owners]
         if product and (weights or base == "convolution"):
-            owner = f"the layer of {weights[0]!r}" if weights else "a function"
+            owner = "a function"
+            if weights:
+                owner = f"the layer of {weights[0]!r}"
             raise ValueError(
                 f"{owner} computes {base!r}, which has no cost model; "
                 f"priced are the modules {', '.join(kind.__name__ for kind in PRICED)}"
@@ -160,8 +179,11 @@ class _Recorder(TorchDispatchMode):
         return buffer
 
     def buffers(self) -> tuple[Buffer, ...]:
-        """Activations as an engine would hold them: a pointwise result takes the place of an input of the same size that
-        nobody needs any more, so norms and activation functions cost no memory of their own."""
+        """List the activations as an engine would hold them.
+
+        A pointwise result takes the place of an input of the same size that nobody needs any more, so norms and activation
+        functions cost no memory of their own.
+        """
         place = list(range(len(self._elements)))
         last = list(self._last)
         for operation, source, made in self._overwrites:
@@ -186,32 +208,55 @@ def _storage(tensor: Tensor) -> int:
 
 def _layer(name: str, module: nn.Module, calls: tuple[Call, ...]) -> Layer:
     if isinstance(module, nn.Linear):
-        one, none = (1, 1), (0, 0)
-        has_bias = module.bias is not None
-        return Layer(name, "linear", module.in_features, module.out_features, one, one, none, one, 1, has_bias, calls)
+        return Layer(
+            name=name,
+            kind="linear",
+            in_channels=module.in_features,
+            out_channels=module.out_features,
+            kernel=(1, 1),
+            stride=(1, 1),
+            padding=(0, 0),
+            dilation=(1, 1),
+            groups=1,
+            bias=module.bias is not None,
+            calls=calls,
+        )
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    kernel, dilation, groups = _pair(module.kernel_size), _pair(module.dilation, 1), module.groups
-    if groups == 1:
-        kind = "pointwise" if kernel == (1, 1) else "conv"
-    else:
-        kind = "depthwise" if groups == module.in_channels else "grouped"
-    # 'same' padding is a string; its size is what the dilated kernel needs.
-    padding = (0, 0) if isinstance(module.padding, str) else _pair(module.padding, 0)
-    if module.padding == "same":
-        padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+    kernel = _pair(module.kernel_size)
+    dilation = _pair(module.dilation)
     return Layer(
-        name,
-        kind,
-        module.in_channels,
-        module.out_channels,
-        kernel,
-        _pair(module.stride),
-        padding,
-        dilation,
-        groups,
-        module.bias is not None,
-        calls,
+        name=name,
+        kind=_kind(module, kernel),
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel=kernel,
+        stride=_pair(module.stride),
+        padding=_padding(module.padding, kernel, dilation),
+        dilation=dilation,
+        groups=module.groups,
+        bias=module.bias is not None,
+        calls=calls,
     )
+
+
+def _kind(module: nn.Conv1d | nn.Conv2d, kernel: Size) -> str:
+    if module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise"
+    if module.groups > 1:
+        return "grouped"
+    if kernel == (1, 1):
+        return "pointwise"
+    return "conv"
+
+
+def _padding(padding: str | tuple[int, ...], kernel: Size, dilation: Size) -> Size:
+    """Padding at the top and left."""
+    if padding == "same":
+        return dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2
+    if padding == "valid":
+        return 0, 0
+    assert not isinstance(padding, str)
+    return _pair(padding, 0)
 
 
 def _pair(value: tuple[int, ...], missing: int = 1) -> Size:

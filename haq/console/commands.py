@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import click
 from click.core import ParameterSource
@@ -19,6 +19,14 @@ from haq.console.values import did_you_mean, name_of, option_strings
 
 HELP = {"help_option_names": ["-h", "--help"]}
 COLUMN = 24  # characters of the first column of a help, at most
+
+
+class Main(Protocol):
+    """The function `main` of a command module."""
+
+    def __call__(self, arguments: list[str] | None = None) -> int:
+        """Call the command with the words after its name, and return its exit status."""
+        ...
 
 
 class Misuse(click.UsageError):
@@ -96,6 +104,10 @@ class Group(_Page, click.Group):
         self.format_commands(ctx, formatter)
         _Page.format_options(self, ctx, formatter)
 
+    def known_words(self, ctx: click.Context) -> list[str]:
+        """List the words that can follow the group's name."""
+        return self.list_commands(ctx)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command of the first word; of an unknown one, name those that are close."""
         name = args[0]
@@ -103,7 +115,7 @@ class Group(_Page, click.Group):
         if found is None and not ctx.resilient_parsing:
             if name.startswith("-"):
                 raise click.NoSuchOption(name, ctx=ctx)
-            known = self.list_commands(ctx)
+            known = self.known_words(ctx)
             raise Misuse(f"there is no command {name!r}{did_you_mean(name, known)} Known: {', '.join(known)}", ctx=ctx)
         return name, found, args[1:]
 
@@ -129,8 +141,8 @@ def command(name: str, text: str | None, *, examples: Sequence[str] = ()) -> Cal
 
 def summary_of(text: str | None) -> str:
     """Take the first sentence of a docstring, without the full stop."""
-    paragraph = " ".join((text or "").strip().partition("\n\n")[0].split())
-    return paragraph.partition(":  ")[0].rstrip(".")
+    paragraph = (text or "").strip().partition("\n\n")[0]
+    return " ".join(paragraph.split()).rstrip(".")
 
 
 def help_text(text: str | None) -> str:
@@ -143,7 +155,7 @@ def help_text(text: str | None) -> str:
     return "\n\n".join(blocks)
 
 
-def main_of(cli: click.Command) -> Callable[[list[str] | None], int]:
+def main_of(cli: click.Command) -> Main:
     """Make the function `main(arguments)` of a command module.
 
     Args:
@@ -248,10 +260,13 @@ def _broken(line: str, width: int) -> list[str]:
     indent = "    "
     lines = [f"# {comment}"] if comment else []
     current = ""
-    for word in line.split(" "):
-        longer = f"{current} {word}" if current else word
+    # An option stays with its value.
+    for part in line.replace(" --", "\n--").split("\n"):
+        longer = f"{current} {part}"
+        if not current:
+            longer = part
         if len(longer) > width - 2 and current:
             lines.append(f"{current} \\")
-            longer = indent + word
+            longer = indent + part
         current = longer
     return [*lines, current]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from hw_models.registry import printable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_UNREAD = 141  # whoever reads the output, such as `head`, has had enough
 
 
 def run_command(main: Callable[[], int]) -> int:
@@ -24,13 +26,34 @@ def run_command(main: Callable[[], int]) -> int:
         The status that the process should end with.
     """
     try:
-        return main()
+        status = main()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError as error:
+        if _is_read(sys.stdout):
+            return _fail(error)
+        return EXIT_UNREAD
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if os.environ.get("HAQ_DEBUG"):
-            raise
-        # A name from somebody's folder may hold what breaks a line or steers a terminal.
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _fail(error: Exception) -> int:
+    """Say what went wrong; the error itself is raised if somebody wants to see where."""
+    if os.environ.get("HAQ_DEBUG"):
+        raise error
+    # A name from somebody's folder may hold what breaks a line or steers a terminal.
+    print(f"error: {printable(str(error))}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether a stream takes what is written. One that doesn't is closed, so that Python doesn't try again at its end."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True

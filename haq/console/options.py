@@ -177,12 +177,17 @@ def options_of(model: type[BaseModel], *, only: Sequence[str] = (), leave_out: S
     return decorate
 
 
+def part_of(given: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Take what was given for the fields of one model, where a command has options of several."""
+    return {name: value for name, value in given.items() if name in model.model_fields}
+
+
 def _option_of(name: str, field: FieldInfo) -> Decorator:
     about: Any = field.json_schema_extra or {}
     if "group" not in about:
         raise TypeError(f"field {name!r} is not declared with setting(): it has no group")
     default_words = about["default_words"]
-    if default_words is None and field.default not in (None, False):
+    if default_words is None and field.default is not None and field.default is not False:
         default_words = str(field.default)
     kind, is_flag = _type_of(field)
     others: dict[str, Any] = {"is_flag": True} if is_flag else {"type": kind, "metavar": about["metavar"]}
@@ -293,7 +298,8 @@ def output_options(
 
     def decorate(function: Function) -> Function:
         if quiet:
-            function = _verbose(_quiet(function))
+            function = click.option(*VERBOSE_WORDS, cls=Option, **_verbose())(function)
+            function = click.option(*QUIET_WORDS, cls=Option, **_quiet())(function)
         if json is not None:
             function = flag("--json", json, group=COMMON, parameter="as_json")(function)
         return function
@@ -301,38 +307,35 @@ def output_options(
     return decorate
 
 
-def _set_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        VERBOSITY.set(-1)
+def verbosity_options() -> list[click.Parameter]:
+    """Make -q and -v for a group of commands."""
+    return [Option([*QUIET_WORDS], **_quiet()), Option([*VERBOSE_WORDS], **_verbose())]
 
 
-def _set_verbose(ctx: click.Context, param: click.Parameter, value: int) -> None:
-    if value:
-        VERBOSITY.set(value)
+QUIET_WORDS = ("-q", "--quiet")
+VERBOSE_WORDS = ("-v", "--verbose")
 
 
-def _quiet(function: Function) -> Function:
-    return click.option(
-        "-q",
-        "--quiet",
-        cls=Option,
-        group=COMMON,
-        is_flag=True,
-        default=False,
-        expose_value=False,
-        callback=_set_quiet,
-        help="print results, warnings and errors only",
-    )(function)
+def _quiet() -> dict[str, Any]:
+    def callback(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            VERBOSITY.set(-1)
+
+    about = "print results, warnings and errors only"
+    return {
+        "is_flag": True,
+        "default": False,
+        "expose_value": False,
+        "callback": callback,
+        "group": COMMON,
+        "help": about,
+    }
 
 
-def _verbose(function: Function) -> Function:
-    return click.option(
-        "-v",
-        "--verbose",
-        cls=Option,
-        group=COMMON,
-        count=True,
-        expose_value=False,
-        callback=_set_verbose,
-        help="print every step too; -vv all that is logged",
-    )(function)
+def _verbose() -> dict[str, Any]:
+    def callback(ctx: click.Context, param: click.Parameter, value: int) -> None:
+        if value:
+            VERBOSITY.set(value)
+
+    about = "print every step too; -vv all that is logged"
+    return {"count": True, "expose_value": False, "callback": callback, "group": COMMON, "help": about}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from haq.data.loading import call_with
 from haq.networks import NETWORKS, pytorchcv, timm, torchvision
 from haq.networks.network import Network
 from haq.networks.zoo import LIBRARIES
@@ -98,13 +98,10 @@ def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
 
 def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Network:
     """Call what makes a network, with those of the two arguments that it takes, and say what is wrong with the result."""
-    taken = inspect.signature(function).parameters
-    options: dict[str, Any] = {}
-    if "pretrained" in taken:
-        options["pretrained"] = pretrained
-    if "classes" in taken and classes:
+    options: dict[str, Any] = {"pretrained": pretrained}
+    if classes:
         options["classes"] = classes
-    made = function(**options)
+    made = call_with(function, **options)
     if isinstance(made, Network):
         return replace(made, name=name)
     if not isinstance(made, nn.Module):

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,8 @@ def save_quantized(
     header = {"format": QUANTIZED_FORMAT}
     if network is not None:
         header |= _description(network)
-    header["policy"] = json.dumps(_policy_record(Q.get_policy(qnetwork)))
-    header["schemes"] = json.dumps(_scheme_records(qnetwork))
+    header["policy"] = json.dumps(Q.get_policy(qnetwork).to_dict())
+    header["schemes"] = json.dumps(Q.scheme_records(qnetwork))
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -296,8 +296,8 @@ def _policy_and_schemes(header: Header) -> tuple[Q.BitPolicy, dict[str, Q.Scheme
         for name in ("policy", "schemes"):
             if len(header.notes[name]) > MOST_NOTE:
                 raise ValueError(f"its {name} has {len(header.notes[name]):,} characters")
-        policy = _policy_from_record(json.loads(header.notes["policy"]))
-        schemes = _schemes_from_records(json.loads(header.notes["schemes"]))
+        policy = Q.BitPolicy.from_dict(json.loads(header.notes["policy"]))
+        schemes = Q.schemes_from_records(json.loads(header.notes["schemes"]))
     except _WRONG as error:
         raise ValueError(f"{header.path} has a header without bits and schemes: {_short(error)}") from error
     return policy, schemes
@@ -391,26 +391,3 @@ def _short(error: BaseException) -> str:
 
 def _unreadable(path: Path, error: BaseException) -> ValueError:
     return ValueError(f"{path} can't be read as a checkpoint: it is truncated or of another kind ({error})")
-
-
-def _policy_record(policy: Q.BitPolicy) -> dict[str, Any]:
-    layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in policy.items()]
-    return {"schema": "haq-bit-policy", "version": 1, "layers": layers}
-
-
-def _policy_from_record(record: Any) -> Q.BitPolicy:
-    if record["schema"] != "haq-bit-policy" or record["version"] != 1:
-        raise ValueError("its policy is of another version")
-    return Q.BitPolicy({layer["name"]: (layer["weight_bits"], layer["activation_bits"]) for layer in record["layers"]})
-
-
-def _scheme_records(qnetwork: nn.Module) -> dict[str, Any]:
-    layers = Q.quant_layers(qnetwork)
-    return {
-        name: {"name": layer.scheme.name, "options": asdict(layer.scheme)}  # type: ignore[call-overload]
-        for name, layer in layers.items()
-    }
-
-
-def _schemes_from_records(records: Any) -> dict[str, Q.Scheme]:
-    return {layer: Q.Scheme.known[record["name"]](**record["options"]) for layer, record in records.items()}

@@ -5,10 +5,13 @@ A field is an option: its name, default, help and check stand here and nowhere e
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -31,6 +34,7 @@ FOLDERS = "The run"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
+LINEAR = "linear"  # the scheme of what isn't given another
 
 
 _Same = TypeVar("_Same", bound="_Config")
@@ -90,7 +94,7 @@ class SearchConfig(_Config):
     )
     bits: str = setting("2:8", "widths that a solver may choose", group=HARDWARE, metavar="SMALLEST:LARGEST")
     scheme: str = setting(
-        "linear",
+        LINEAR,
         "how values become few-bit ones: a name as `haq list schemes` shows them, or module:Name; NAME,LAYER=NAME gives "
         "single layers others. First and last layer stay linear unless they are named",
         group=SEARCHED,
@@ -198,17 +202,49 @@ class SearchConfig(_Config):
         return self
 
     @classmethod
-    def from_options(cls, given: Mapping[str, Any]) -> SearchConfig:
-        """Make a configuration of the options that were given, by field.
+    def from_options(cls, given: Mapping[str, Any], file: Path | None = None) -> SearchConfig:
+        """Make a configuration of the options that were given.
+
+        Args:
+            given: Values by field.
+            file: The config.yaml of a run, for what wasn't given.
+
+        Returns:
+            The configuration.
 
         Raises:
             ValueError: For what isn't accepted, and for options that don't go together.
+            FileNotFoundError: If there is no such file.
         """
+        if file is not None:
+            config = cls.from_file(file).replace(**given)
+            named = {field: cls.default(field) for field in given if isinstance(cls.default(field), str)}
+            # Code is the user's own where it is named on the command line.
+            config.replace(**named).check_code(file)
+            return config
         if "eps" in given:
             _check_attacked(given.get("objective", cls.default("objective")), given["eps"])
         if given.get("sensitivity") and "sensitivity_kind" in given:
             raise ValueError("--sensitivity brings its kind along: leave --sensitivity-kind out")
         return cls(**given)
+
+    @classmethod
+    def from_file(cls, path: Path) -> SearchConfig:
+        """Make a configuration of the config.yaml of a run.
+
+        Raises:
+            ValueError: For anything else.
+            FileNotFoundError: If there is no such file.
+        """
+        # A help doesn't need the records of all files.
+        from haq.store.records import ConfigRecord
+
+        if not path.is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file; give the config.yaml of a run")
+        try:
+            return cls.read(ConfigRecord.read(path).settings)
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> SearchConfig:
@@ -249,6 +285,32 @@ class SearchConfig(_Config):
         if self.hw.startswith("lut:") or self.hw.endswith((".yaml", ".yml")):
             found["hw"] = Path(self.hw.removeprefix("lut:"))
         return found
+
+    def modules(self) -> dict[str, str]:
+        """List the modules of the user's own that are named as module:Name, by field."""
+        names = {
+            "network": [self.network.rpartition("@")[0] or self.network],
+            "data": [self.data],
+            "hw": [self.hw],
+            "solver": [self.solver],
+            "objective": [self.objective],
+            "scheme": [self.scheme_names()[0], *self.scheme_names()[1].values()],
+        }
+        return {field: name.partition(":")[0] for field, given in names.items() for name in given if ":" in name}
+
+    def check_code(self, source: Path) -> None:
+        """Raise ValueError if a file names code that lies in its own folder: whoever sent the file may have sent the code.
+
+        Args:
+            source: The file, the config.yaml of a run.
+        """
+        for field, module in self.modules().items():
+            found = PathFinder.find_spec(module.partition(".")[0], [os.getcwd(), *sys.path])
+            if found and found.origin and Path(found.origin).resolve().is_relative_to(source.parent.resolve()):
+                raise ValueError(
+                    f"{source} names {field} {getattr(self, field)}, which is code in the run's own folder, and was not run: "
+                    "move it out of there if you trust it"
+                )
 
     def bit_range(self) -> tuple[int, int]:
         """Return the smallest and the largest width. Raises ValueError if that isn't what `bits` says."""
@@ -371,6 +433,15 @@ class SweepConfig(_Config):
         shared = {name: value for name, value in given.items() if name not in own}
         return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
 
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> SweepConfig:
+        """Make a configuration of what stands in the file of a sweep (`haq.store.records.AskedRecord`).
+
+        Raises ValueError for what isn't accepted.
+        """
+        lists = {name: tuple(content[name]) for name in ("hw", "budgets", "solvers")}
+        return cls(settings=SearchConfig.read(content["settings"]), seeds=content["seeds"], **lists)
+
     def words(self) -> list[str]:
         """Write the command that asks for this, word by word; options of the runs that are as they come are left out."""
         words = ["python", "-m", "haq.sweep"]
@@ -383,6 +454,42 @@ class SweepConfig(_Config):
     def command(self) -> str:
         """Write the command that asks for this, quoted for a shell."""
         return shlex.join(self.words())
+
+
+class AnotherScheme(_Config):
+    """A scheme in place of a run's own, for commands that use what a run found."""
+
+    scheme: str | None = setting(
+        None,
+        "quantize the run's policy with another scheme: NAME or NAME,LAYER=NAME, as of haq search",
+        group=SEARCHED,
+        metavar="NAME",
+        default_words="the run's own",
+        names=lambda: _scheme_names(),
+    )
+
+    @field_validator("scheme")
+    @classmethod
+    def _check_scheme(cls, text: str | None) -> str | None:
+        if text is not None:
+            read_scheme(text)
+        return text
+
+
+class FinetuneConfig(AnotherScheme):
+    """How what a run found is fine-tuned: the options of `haq finetune`."""
+
+    epochs: int = setting(20, "passes over the train images", group=TUNING)
+    learning_rate: float = setting(0.005, "at its highest", group=TUNING, metavar="RATE")
+    seed: int = setting(0, "of the order of images", group=TUNING)
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> FinetuneConfig:
+        if self.epochs < 1:
+            raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
+        if not 0 < self.learning_rate < 10:
+            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be above 0 and below 10")
+        return self
 
 
 class WorkersConfig(_Config):
@@ -436,7 +543,7 @@ def read_scheme(text: str) -> tuple[str, dict[str, str]]:
     """Read the scheme of all layers and those of single ones.
 
     Args:
-        text: NAME or NAME,LAYER=NAME,LAYER=NAME, such as "lsq,stem=linear".
+        text: NAME or NAME,LAYER=NAME,LAYER=NAME, such as "lsq,stem=linear"; LAYER=NAME alone leaves all others linear.
 
     Returns:
         The name for all layers, and names by layer. Whether there are such schemes and layers is for `Problem` to say.
@@ -444,16 +551,17 @@ def read_scheme(text: str) -> tuple[str, dict[str, str]]:
     Raises:
         ValueError: For anything else.
     """
-    first, *others = text.split(",")
+    of_all = LINEAR
     layers: dict[str, str] = {}
-    for part in others:
-        layer, equals, name = part.partition("=")
-        if not equals or not layer or not name or layer in layers:
-            raise ValueError(f"--scheme has {part!r}; after NAME it must be LAYER=NAME, for each layer once")
+    for place, part in enumerate(text.split(",")):
+        layer, equals, name = (word.strip() for word in part.partition("="))
+        if place == 0 and layer and not equals:
+            of_all = layer
+            continue
+        if not layer or not name or layer in layers:
+            raise ValueError(f"--scheme is {text!r}; it must be NAME or NAME,LAYER=NAME, with each layer once, not {part!r}")
         layers[layer] = name
-    if not first or "=" in first:
-        raise ValueError(f"--scheme is {text!r}; it must begin with the NAME for all layers, such as lsq,stem=linear")
-    return first, layers
+    return of_all, layers
 
 
 def read_budgets(text: str) -> tuple[str, ...]:

@@ -22,13 +22,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +163,7 @@ class SearchRun:
                     f"{self.folder} was asked for with --{name} {getattr(self.config, name)}, and there is no {path}"
                     f"{where}; go on from there, or put it here"
                 )
-        for name in ("network", "data"):
-            module = str(getattr(self.config, name)).rpartition("@")[0] or str(getattr(self.config, name))
-            found = PathFinder.find_spec(module.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
-            if found and found.origin and Path(found.origin).resolve().is_relative_to(self.folder.resolve()):
-                raise ValueError(
-                    f"{self.folder / CONFIG} names {name} {module}, which is code in the run's own folder, and was not run: "
-                    "move it out of there if you trust it"
-                )
+        self.config.check_code(self.folder / CONFIG)
 
     def check(self, task: LoadedNetwork, *, same_versions: bool = False) -> None:
         """Check that network, data and target (of a task) are what the run began with, and its policy of this network.
@@ -467,7 +456,7 @@ def has_tensorboard() -> bool:
 
 def settings_of(config: SearchConfig) -> dict[str, Any]:
     """Return the fields of a configuration as plain data, as files hold them."""
-    return asdict(config)
+    return config.to_dict()
 
 
 def check_unused(folder: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import quantizers as Q
+from haq.console.tables import key_table, new_table, plain, say, say_next
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.store.records import COST_KEYS, share_key
@@ -57,10 +57,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "seed": str(config.seed),
         "results in": results_in,
     }
-    table = Table.grid(padding=(0, 2))
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/]", value)
-    console.print(table)
+    console.print(key_table(rows.items()))
 
 
 def _network_words(task: SearchTask) -> str:
@@ -129,8 +126,8 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
     after = problem.cost[np.arange(len(w)), w - 1, a - 1]
     unit, size = best_unit(float(before.max()), problem.metric)
     title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption_justify="left")
-    table.add_column("layer", no_wrap=True)
+    table = new_table(title)
+    table.add_column("layer", overflow="fold")
     for heading in ("weight\nbits", "activ.\nbits", "before,\n8/8", "after", "share\nbefore"):
         table.add_column(heading, justify="right", no_wrap=True)
     bound = None
@@ -146,7 +143,7 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
         cells.append(f"{100 * before[i] / before.sum():.1f} %")
         if bound is not None:
             cells.append(problem.table.bounds[bound[i, w[i] - 1, a[i] - 1]])
-        table.add_row(layer.name, *cells)
+        table.add_row(plain(layer.name), *cells)
     table.add_section()
     totals = [f"{x.sum() / size:.4g}" for x in (before, after)]
     table.add_row("total, mean", f"{w.mean():.1f}", f"{a.mean():.1f}", *totals, "")
@@ -166,11 +163,11 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     """
     console.print(layer_table(task.problem, policy))
     console.print(result_table(task, result))
-    console.print(budget_sentence(result["budget"]))
+    say(console, budget_sentence(result["budget"]))
     for name, share in result.get("saturated_actions", {}).items():
-        console.print(f"Actions of {name} at a bound: {100 * share:.1f} %.")
+        say(console, f"Actions of {name} at a bound: {100 * share:.1f} %.")
     if result["rivals"]:
-        console.print(_rivals_sentence(task.problem.objective, result))
+        say(console, _rivals_sentence(task.problem.objective, result))
 
 
 def result_table(task: SearchTask, result: Mapping[str, Any]) -> Table:
@@ -178,15 +175,14 @@ def result_table(task: SearchTask, result: Mapping[str, Any]) -> Table:
     problem = task.problem
     objective = problem.objective
     title = f"{result['network']} on {result['data']}, {result['target']}"
-    padding = (0, 1, 0, 0)
+    table = new_table(title, _caption(task, result))
     if objective.also:
-        padding = (0, 0, 0, 0)  # more columns within the same 80 characters
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, caption_justify="left")
+        table.padding = (0, 0, 0, 0)  # more columns within the same 80 characters
     table.add_column("policy", no_wrap=True)
     keys = []
     for heading, key in _share_columns(objective):
         keys.append(key)
-        table.add_column(heading, justify="right")
+        table.add_column(plain(heading), justify="right")
     metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
     for name in metrics:
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
@@ -203,8 +199,7 @@ def result_table(task: SearchTask, result: Mapping[str, Any]) -> Table:
     }
     for label, row in rows.items():
         if row is not None:
-            table.add_row(label, *[percent(row[key]) for key in keys], *[_cost_cell(row, name) for name in metrics])
-    table.caption = _caption(task, result)
+            table.add_row(plain(label), *[percent(row[key]) for key in keys], *[_cost_cell(row, name) for name in metrics])
     return table
 
 
@@ -272,8 +267,14 @@ def _rivals_sentence(objective: Objective, result: Mapping[str, Any]) -> str:
     )
 
 
-def print_next(console: Console, folder: Path, commands: Sequence[str]) -> None:
-    """Say what was written into a run's folder, and what to type next."""
-    console.print(f"Written: {folder} (policy.json, policy.png, history.csv, result.json)")
-    for command in commands:
-        console.print(f"Next: [bold]python -m haq.{command}[/]", soft_wrap=True)
+def print_next(console: Console, folder: Path, commands: Sequence[Sequence[Any]]) -> None:
+    """Say what was written into a run's folder, and what to type next.
+
+    Args:
+        console: Where.
+        folder: The folder.
+        commands: The words of each command, after `haq`.
+    """
+    say(console, f"Written: {folder} (policy.json, policy.png, history.csv, result.json)", wrap=False)
+    for name, *words in commands:
+        say_next(console, "python", "-m", f"haq.{name}", *words)

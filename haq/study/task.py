@@ -214,18 +214,16 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
         ValueError: For an unknown scheme or layer, naming the close ones.
         ImportError: For a scheme of somebody else's that can't be imported.
     """
-    of_all = LINEAR
-    named = {}
-    for place, part in enumerate(config.scheme.split(",")):
-        layer, equals, scheme = part.rpartition("=")
-        if equals:
-            named[layer.strip()] = scheme.strip()
-        elif place == 0:
-            of_all = part.strip()
-        else:
-            raise ValueError(f"--scheme is {config.scheme!r}; after the first scheme it must name layers, as in layer=NAME")
+    of_all, named = config.scheme_names()
     ends = dict.fromkeys(Q.ends(layer_names), LINEAR)
     return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names)
+
+
+def with_scheme(task: SearchTask, scheme: str | None) -> SearchTask:
+    """Quantize the network of a task with another scheme (None: its own); raises what `SearchTask.build` raises."""
+    if scheme is None or scheme == task.config.scheme:
+        return task
+    return SearchTask.build(task.config.replace(scheme=scheme), task.problem.target)
 
 
 def load_target(config: SearchConfig, **callbacks: Any) -> hw_models.Target:

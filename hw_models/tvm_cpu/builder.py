@@ -16,6 +16,8 @@ LANES = 16  # output channels in a block
 
 
 class Argument(NamedTuple):
+    """A buffer that a function takes."""
+
     name: str
     shape: tuple[int, ...]
     dtype: str
@@ -23,7 +25,7 @@ class Argument(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """What an epilogue writes of its real values v, with f = `factor`:
+    """What an epilogue writes of its real values v, with f = `factor`.
 
     codes   bytes clip(round(f v), low, high) + zero
     sign    bytes 2 where v >= 0, else 0: one bipolar bit
@@ -40,6 +42,7 @@ class Output:
 
     @property
     def dtype(self) -> str:
+        """What it is stored as."""
         return {"codes": "uint8", "sign": "uint8", "fixed": "int32", "float": "float32", "sums": "int32"}[self.kind]
 
 
@@ -64,7 +67,10 @@ class Epilogue:
     high: float = math.inf
 
     def arguments(self, shape: tuple[int, ...]) -> list[Argument]:
-        """The buffers of an epilogue on a map whose channels are last. Its factors can be read 16 at a time from any on."""
+        """List the buffers of an epilogue on a map whose channels are last.
+
+        Its factors can be read 16 at a time from any on.
+        """
         made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
         made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
         if any(output.kind != "sums" for output in self.outputs):
@@ -72,7 +78,7 @@ class Epilogue:
         return made
 
     def constants(self, multiplier: NDArray[np.floating], offset: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
-        """Its factors, of (channels,), as buffers."""
+        """Return its factors, of (channels,), as buffers."""
         made = {"multiplier": multiplier, "offset": offset}
         return {name: np.pad(values.astype(np.float32), (0, LANES)) for name, values in made.items()}
 
@@ -81,6 +87,7 @@ class Builder:
     """TVM's builder, and what is written with it again and again."""
 
     def __init__(self) -> None:
+        """Import TVM."""
         from tvm.script.ir_builder import IRBuilder
         from tvm.tirx.script import builder
 
@@ -88,6 +95,16 @@ class Builder:
         self._ir = IRBuilder
 
     def function(self, symbol: str, arguments: Sequence[Argument], body: Callable[[dict[str, Any]], None]) -> Any:
+        """Build a function.
+
+        Args:
+            symbol: Its name.
+            arguments: The buffers that it takes.
+            body: Writes its code, given the buffers by name.
+
+        Returns:
+            TVM's function.
+        """
         T = self.T
         with self._ir() as ir, T.prim_func():
             T.func_name(symbol)
@@ -96,13 +113,13 @@ class Builder:
         return ir.get()
 
     def view(self, buffer: Any, start: int, shape: tuple[int, ...], dtype: str) -> Any:
-        """A part of a buffer as a buffer by itself."""
+        """Take a part of a buffer for a buffer by itself."""
         size = math.prod(shape)
         return self.T.decl_buffer((size,), dtype, data=buffer.data, elem_offset=start, offset_factor=1)
 
     @contextmanager
     def loop(self, extent: int, threads: int = 1) -> Iterator[Any]:
-        """A loop, run by several threads if there are; one round of it isn't a loop."""
+        """Write a loop, run by several threads if there are; one round of it isn't a loop."""
         if extent == 1:
             yield 0
         elif threads > 1:
@@ -113,18 +130,26 @@ class Builder:
                 yield index
 
     def vector(self, buffer: Any, at: Any, lanes: int) -> Any:
-        return buffer[self.T.ramp(at, 1, lanes)] if lanes > 1 else buffer[at]
+        """Read so many lanes from a place on."""
+        return buffer[self._lanes(at, lanes)]
 
     def put(self, buffer: Any, at: Any, value: Any, lanes: int) -> None:
-        self.T.buffer_store(buffer, value, [self.T.ramp(at, 1, lanes) if lanes > 1 else at])
+        """Write so many lanes from a place on."""
+        self.T.buffer_store(buffer, value, [self._lanes(at, lanes)])
+
+    def _lanes(self, at: Any, lanes: int) -> Any:
+        if lanes == 1:
+            return at
+        return self.T.ramp(at, 1, lanes)
 
     def const(self, value: float, dtype: str) -> Any:
+        """Return a number of a type."""
         from tvm import tirx
 
         return tirx.const(value, dtype)
 
     def put_some(self, buffer: Any, at: Any, value: Any, dtype: str, count: int) -> None:
-        """The first of the 16 lanes of a vector; as powers of two from a place beside, where there are fewer."""
+        """Write the first of the 16 lanes of a vector; as powers of two from a place beside, where there are fewer."""
         if count >= LANES:
             self.put(buffer, at, value, LANES)
             return
@@ -137,15 +162,28 @@ class Builder:
                 start += size
 
     def splat(self, value: float, dtype: str, lanes: int = LANES) -> Any:
-        return self.T.broadcast(self.const(value, dtype), lanes) if lanes > 1 else self.const(value, dtype)
+        """Return a vector that holds the same number in all lanes."""
+        if lanes == 1:
+            return self.const(value, dtype)
+        return self.T.broadcast(self.const(value, dtype), lanes)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        """x * y + z, rounded once: said so, as the compiler would do it here and not there."""
+        """Return x * y + z, rounded once: said so, as the compiler would do it here and not there."""
         return self.T.bind(self.T.call_llvm_pure_intrin("float32x16", "llvm.fma.v16f32", x, y, z))
 
     def epilogue(self, buffers: dict[str, Any], epilogue: Epilogue, sums: Any, channel: Any, at: Any, count: int) -> None:
-        """Write 16 sums (int32 or float32), of the channels from `channel` on, to the outputs at `at`; `count` exist."""
-        T, splat = self.T, self.splat
+        """Write 16 sums to the outputs.
+
+        Args:
+            buffers: What the function takes.
+            epilogue: What follows the sums.
+            sums: Of int32 or float32.
+            channel: The first sum's.
+            at: Where in the outputs the first one goes.
+            count: How many of the channels exist.
+        """
+        T = self.T
+        splat = self.splat
         kinds = [output.kind for output in epilogue.outputs]
         if kinds == ["sums"]:
             self.put_some(buffers["output0"], at, sums, "int32", count)
@@ -162,12 +200,15 @@ class Builder:
             v = T.min(v, splat(epilogue.high, "float32"))
         v = T.bind(v)
         for index, output in enumerate(epilogue.outputs):
-            made = v if output.factor == 1 else v * splat(output.factor, "float32")
+            made = v
+            if output.factor != 1:
+                made = v * splat(output.factor, "float32")
             self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
 
     def rounded(self, values: Any, output: Output) -> Any:
-        """16 values as an output stores them."""
-        T, splat = self.T, self.splat
+        """Return 16 values as an output stores them."""
+        T = self.T
+        splat = self.splat
         if output.kind == "float":
             return values
         if output.kind == "sign":
@@ -177,10 +218,12 @@ class Builder:
         made = T.call_llvm_pure_intrin("int32x16", "llvm.lrint.v16i32.v16f32", values)
         if output.kind == "fixed":
             return made
-        return (made + splat(output.zero, "int32") if output.zero else made).astype("uint8x16")
+        if output.zero:
+            made = made + splat(output.zero, "int32")
+        return made.astype("uint8x16")
 
     def some(self, buffer: Any, at: Any, dtype: str, count: int) -> Any:
-        """16 lanes of which only the first `count` are read."""
+        """Return 16 lanes of which only the first `count` are read."""
         if count >= LANES:
             return self.vector(buffer, at, LANES)
         beside = self.T.alloc_buffer((LANES,), dtype)
@@ -200,11 +243,11 @@ class Code:
     constant = ("weights", "multiplier", "offset", "initial", "border", "rows", "columns")
 
     def arguments(self) -> dict[str, list[Argument]]:
-        """What each function takes, by its stage."""
+        """List what each function takes, by its stage."""
         raise NotImplementedError
 
     def functions(self, symbol: str) -> dict[str, Any]:
-        """The TVM functions by their symbols, in the order to be called."""
+        """Build the TVM functions, by their symbols in the order to be called."""
         made = {}
         for stage, arguments in self.arguments().items():
             b = Builder()
@@ -216,7 +259,7 @@ class Code:
         getattr(self, f"_{stage}")(b, buffers)
 
     def workspace(self) -> dict[str, Argument]:
-        """The buffers between the functions, by name."""
+        """List the buffers between the functions, by name."""
         every = [a for arguments in self.arguments().values() for a in arguments]
         return {
             a.name: a for a in every if not a.name.startswith(("input", "output", "residual")) and a.name not in self.constant
@@ -224,7 +267,7 @@ class Code:
 
 
 def up(count: int, to: int) -> int:
-    """The next multiple."""
+    """Return the next multiple."""
     return -(-count // to) * to
 
 
@@ -242,7 +285,11 @@ def pieces(b: Builder, count: int, do: Callable[[Any, int], None]) -> None:
 
 
 def segments(total: int, size: int) -> list[tuple[int, int, int]]:
-    """(start, rounds, size) of a loop over `total` in steps of `size`, and of what is left over."""
+    """Return (start, rounds, size) of a loop over `total` in steps of `size`, and of what is left over."""
     rounds, rest = divmod(total, size)
-    made = [(0, rounds, size)] if rounds else []
-    return [*made, (rounds * size, 1, rest)] if rest else made
+    made = []
+    if rounds:
+        made.append((0, rounds, size))
+    if rest:
+        made.append((rounds * size, 1, rest))
+    return made

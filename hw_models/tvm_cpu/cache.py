@@ -23,12 +23,12 @@ Key = Mapping[str, str | int]
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/haq`, or ~/.cache/haq."""
+    """Return `$XDG_CACHE_HOME/haq`, or ~/.cache/haq."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "haq"
 
 
 def warn(sentence: str) -> None:
-    """How a notice reaches someone who gave no other way."""
+    """Give notice to someone who said of no other way."""
     warnings.warn(sentence, stacklevel=2)
 
 
@@ -39,7 +39,9 @@ class TimingCache:
     """
 
     def __init__(self, key: Key, notice: Notice = warn) -> None:
-        self.key, self._notice = dict(key), notice
+        """Find the file, and check that it can be written."""
+        self.key = dict(key)
+        self._notice = notice
         name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = cache_folder() / f"timings-{name}.json"
         # Now, and not after minutes of measuring: can it be written?
@@ -47,7 +49,7 @@ class TimingCache:
             pass
 
     def read(self) -> dict[str, Timing]:
-        """What is on disk; nothing if there is no file or none to be trusted."""
+        """Read what is on disk; nothing if there is no file or none to be trusted."""
         try:
             text = self.path.read_bytes()
         except FileNotFoundError:

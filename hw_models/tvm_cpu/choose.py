@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 
 def choose(kernels: Iterable[Kernel], measure: Callable[[list[Kernel]], Mapping[Kernel, Timing]]) -> dict[Pair, Choice]:
-    """The fastest kernel of one layer at all 64 pairs (weight bits, activation bits), from the candidates of all of them.
+    """Find the fastest kernel of a layer at each of 64 pairs (weight bits, activation bits), of the candidates of all.
 
     `measure` is called with a few kernels at a time. More bits never cost less. Raises ValueError for a pair that no kernel
     serves.
@@ -42,9 +42,11 @@ def choose(kernels: Iterable[Kernel], measure: Callable[[list[Kernel]], Mapping[
     serial = {_family(kernel) for kernel in every if _widths(kernel) == (1, 1)}
 
     def work(kernel: Kernel) -> int:
-        """First what any bits run on, then by the products of single bits: the time of a bit-serial kernel grows with them."""
+        """Products of single bits: the time of a bit-serial kernel grows with them. What any bits run on comes first."""
         w, a = _widths(kernel)
-        return 0 if w * a == BITS * BITS and _family(kernel) not in serial else w * a
+        if w * a == BITS * BITS and _family(kernel) not in serial:
+            return 0
+        return w * a
 
     timed: dict[Kernel, Timing] = {}
     for _, group in groupby(sorted(every, key=work), key=work):
@@ -54,7 +56,7 @@ def choose(kernels: Iterable[Kernel], measure: Callable[[list[Kernel]], Mapping[
 
 
 def uncovered(kernels: Iterable[Kernel]) -> list[Pair]:
-    """The pairs of widths that no kernel serves."""
+    """List the pairs of widths that no kernel serves."""
     widths = {(kernel.w_bits, kernel.a_bits) for kernel in kernels}
     return [(w, a) for w, a in _pairs() if not any(w <= most_w and a <= most_a for most_w, most_a in widths)]
 

@@ -43,6 +43,7 @@ class Conv:
     batch: int = 1
 
     def __post_init__(self) -> None:
+        """Check that the sizes belong together and that sums fit into 32 bits."""
         if self.in_channels % self.groups or self.out_channels % self.groups:
             raise ValueError(f"{self.groups} groups don't divide {self.in_channels} and {self.out_channels} channels")
         if self.taps > MAX_TAPS:
@@ -53,11 +54,23 @@ class Conv:
 
     @staticmethod
     def of(layer: Layer, call: Call | None = None, batch: int = 1) -> Conv:
-        """A layer's convolution in one of its calls (default: the first). A linear layer's batch are rows."""
+        """Return a layer's convolution.
+
+        Args:
+            layer: The layer.
+            call: One of its calls; None is the first.
+            batch: Images; a linear layer takes them for rows.
+
+        Returns:
+            The sizes.
+        """
         call = call or layer.calls[0]
-        input_size, output_size = call.input_size, call.output_size
+        input_size = call.input_size
+        output_size = call.output_size
         if layer.kind == "linear":
-            input_size, output_size, batch = (batch * input_size[0], 1), (batch * output_size[0], 1), 1
+            input_size = (batch * input_size[0], 1)
+            output_size = (batch * output_size[0], 1)
+            batch = 1
         return Conv(
             layer.in_channels,
             layer.out_channels,
@@ -83,36 +96,60 @@ class Conv:
 
     @property
     def macs(self) -> int:
+        """Multiply-accumulates of the batch."""
         return self.taps * self.out_channels * self.output_size[0] * self.output_size[1] * self.batch
 
     @property
     def padded(self) -> bool:
+        """Whether any output looks beyond the image."""
         return max(*self.padding, *self.end_padding) > 0
 
 
 def zero_point(bits: int, signed: bool) -> int:
-    """What is added to an activation to make it a byte."""
-    return 0 if not signed else 1 if bits == 1 else 128
+    """Return what is added to an activation to make it a byte."""
+    if not signed:
+        return 0
+    if bits == 1:
+        return 1
+    return 128
 
 
 def weight_range(bits: int) -> tuple[int, int]:
-    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    """Return the least and the largest weight; one bit is -1 or +1."""
+    if bits == 1:
+        return -1, 1
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def activation_range(bits: int, signed: bool) -> tuple[int, int]:
-    return weight_range(bits) if signed else (0, 2**bits - 1)
+    """Return the least and the largest activation; one signed bit is -1 or +1."""
+    if signed:
+        return weight_range(bits)
+    return 0, 2**bits - 1
 
 
 def reference(conv: Conv, weights: NDArray[np.integer], activations: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The sums (batch, height, width, C_out) of weights (C_out, C_in / groups, kh, kw) and of activations q (batch, height,
-    width, C_in): slow, and what kernels are tested against."""
-    (top, left), (bottom, right) = conv.padding, conv.end_padding
+    """Compute a convolution in the plainest way: slow, and what kernels are tested against.
+
+    Args:
+        conv: Its sizes.
+        weights: Integers (C_out, C_in / groups, kh, kw).
+        activations: Integers (batch, height, width, C_in).
+
+    Returns:
+        The sums (batch, height, width, C_out).
+    """
+    top, left = conv.padding
+    bottom, right = conv.end_padding
     x = np.pad(activations.astype(np.int64), ((0, 0), (top, max(bottom, 0)), (left, max(right, 0)), (0, 0)))
-    (height, width), (down, across) = conv.output_size, conv.stride
+    height, width = conv.output_size
+    down, across = conv.stride
     sums = np.zeros((conv.batch, height, width, conv.out_channels), np.int64)
-    of_group, inputs = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    of_group = conv.out_channels // conv.groups
+    inputs = conv.in_channels // conv.groups
     for ky, kx in np.ndindex(*conv.kernel):
-        y, z = ky * conv.dilation[0], kx * conv.dilation[1]
+        y = ky * conv.dilation[0]
+        z = kx * conv.dilation[1]
         window = x[:, y : y + (height - 1) * down + 1 : down, z : z + (width - 1) * across + 1 : across]
         for group in range(conv.groups):
             w = weights[group * of_group : (group + 1) * of_group, :, ky, kx].astype(np.int64)
@@ -122,8 +159,11 @@ def reference(conv: Conv, weights: NDArray[np.integer], activations: NDArray[np.
 
 
 def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Sums of the weights that meet padding: a row of C_out for each different border, and the border of each output row and
-    of each output column, so that output (y, x) has sums[rows[y] + columns[x]]."""
+    """Sum up the weights that meet padding.
+
+    Returns a row of C_out for each different border, and the border of each output row and of each output column, so that
+    output (y, x) has sums[rows[y] + columns[x]].
+    """
     hit: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
     for axis in (0, 1):
         start = np.arange(conv.output_size[axis])[:, None] * conv.stride[axis] - conv.padding[axis]
@@ -133,14 +173,13 @@ def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.in
         hit.append((index.reshape(-1).astype(np.int32), different))
     (rows, vertical), (columns, horizontal) = hit
     whole = weights.astype(np.int64).sum(1)
-    sums = [
-        (whole * (v[:, None] | h[None])).sum((1, 2)) for v in vertical for h in horizontal
-    ]  # taps outside in either direction
+    # Taps that are outside in either direction.
+    sums = [(whole * (v[:, None] | h[None])).sum((1, 2)) for v in vertical for h in horizontal]
     return np.array(sums, np.int32), rows * len(horizontal), columns
 
 
 def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.float32] | float) -> NDArray[np.float32]:
-    """x * y + z in float32, rounded once."""
+    """Return x * y + z in float32, rounded once."""
     product = x.astype(np.float64) * np.float32(y).astype(np.float64)  # exact
     addend = np.broadcast_to(np.float32(z).astype(np.float64), product.shape)
     total = product + addend
@@ -153,6 +192,7 @@ def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.fl
 
 
 def check_codes(what: str, values: NDArray[np.integer], bounds: tuple[int, int]) -> None:
+    """Raise ValueError, saying `what` they are, for values that are out of bounds."""
     low, high = bounds
     if values.size and not (values.min() >= low and values.max() <= high):
         raise ValueError(f"{what} must be from {low} to {high}, found {values.min()} to {values.max()}")

@@ -17,14 +17,14 @@ class Cpu:
 
     @staticmethod
     def host(threads: int = 1) -> Cpu:
-        """This very machine."""
+        """Return this very machine."""
         from tvm.target import codegen
 
         return Cpu.of({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()}, threads)
 
     @staticmethod
     def of(target: dict[str, Any] | str, threads: int = 1) -> Cpu:
-        """A target as a dictionary such as {"kind": "llvm", "mcpu": "znver4"}, as the JSON of one, or a processor's name.
+        """Make one of a dictionary such as {"kind": "llvm", "mcpu": "znver4"}, of its JSON, or of a processor's name.
 
         Raises ValueError, saying why, for one that TVM doesn't take.
         """
@@ -36,11 +36,15 @@ class Cpu:
 
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads must be a positive integer, not {threads!r}")
-        text = target if isinstance(target, str) else json.dumps(target)
-        try:
-            content = json.loads(text) if text.lstrip().startswith("{") else {"kind": "llvm", "mcpu": text}
-        except ValueError as error:
-            raise refused(f"it is not JSON ({error})") from None
+        text = target
+        if not isinstance(text, str):
+            text = json.dumps(text)
+        content = {"kind": "llvm", "mcpu": text}
+        if text.lstrip().startswith("{"):
+            try:
+                content = json.loads(text)
+            except ValueError as error:
+                raise refused(f"it is not JSON ({error})") from None
         if content.get("kind") != "llvm":
             raise refused(f"its kind must be 'llvm', not {content.get('kind')!r}")
         try:
@@ -61,11 +65,12 @@ class Cpu:
 
     @property
     def target(self) -> dict[str, Any]:
+        """The target as TVM takes it."""
         made: dict[str, Any] = json.loads(self.target_json)
         return made
 
     def has(self, feature: str) -> bool:
-        """Whether LLVM may use a feature, by its name there, such as avx512vnni or dotprod."""
+        """Say whether LLVM may use a feature, by its name there, such as avx512vnni or dotprod."""
         import tvm
         from tvm.target import codegen
 
@@ -73,23 +78,34 @@ class Cpu:
 
     @cached_property
     def dot(self) -> str:
-        """How four products of bytes are summed: at once by `vnni` (unsigned by signed) or `sdot` (signed by signed), two of
-        16 bits at a time by `madd` (any x86), or by `plain` multiplications."""
+        """How four products of bytes are summed.
+
+        At once by `vnni` (unsigned by signed) or `sdot` (signed by signed), two of 16 bits at a time by `madd` (any x86), or by
+        `plain` multiplications.
+        """
         if self.has("avx512vnni"):
             return "vnni"
-        return "sdot" if self.has("dotprod") else "madd" if self.has("sse2") else "plain"
+        if self.has("dotprod"):
+            return "sdot"
+        if self.has("sse2"):
+            return "madd"
+        return "plain"
 
     @cached_property
     def madd(self) -> tuple[str, int]:
         """The instruction that multiplies 16-bit numbers and adds pairs, by LLVM's name, and how many sums it makes."""
         if self.has("avx512bw"):
             return "llvm.x86.avx512.pmaddw.d.512", 16
-        return ("llvm.x86.avx2.pmadd.wd", 8) if self.has("avx2") else ("llvm.x86.sse2.pmadd.wd", 4)
+        if self.has("avx2"):
+            return "llvm.x86.avx2.pmadd.wd", 8
+        return "llvm.x86.sse2.pmadd.wd", 4
 
     @cached_property
     def vectors(self) -> int:
         """How many vectors of 16 sums its registers hold."""
-        return 32 if self.has("avx512f") else 8
+        if self.has("avx512f"):
+            return 32
+        return 8
 
     @cached_property
     def gathers_signs(self) -> bool:

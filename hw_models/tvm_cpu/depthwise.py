@@ -27,12 +27,14 @@ class Depthwise(Kernel):
 
     @property
     def name(self) -> str:
+        """Its family, its sums, and its tile."""
         return f"depthwise {self.sums} {self.tile}"
 
     @staticmethod
     def fits(conv: Conv, w_bits: int, a_bits: int, signed: bool) -> bool:
-        """Whether no sum, and no part of one, exceeds 16 bits."""
-        weight, activation = (max(map(abs, bounds)) for bounds in (weight_range(w_bits), activation_range(a_bits, signed)))
+        """Say whether no sum, and no part of one, exceeds 16 bits."""
+        weight = max(map(abs, weight_range(w_bits)))
+        activation = max(map(abs, activation_range(a_bits, signed)))
         return conv.taps * weight * activation < 2**15
 
     @property
@@ -41,15 +43,26 @@ class Depthwise(Kernel):
 
     @property
     def _prepared(self) -> bool:
+        """Whether the image is read as it comes."""
         return not self.conv.padded and self.conv.in_channels % LANES == 0
 
+    def _source(self, buffers: dict[str, Any]) -> Any:
+        if self._prepared:
+            return buffers["input"]
+        return buffers["padded"]
+
     def arguments(self) -> dict[str, list[Argument]]:
+        """List the buffers of padding, if there is any, and of the convolution."""
         conv = self.conv
-        stages, image = {}, self._input()
+        stages = {}
+        image = self._input()
         if not self._prepared:
             image = Argument("padded", (conv.batch, *self._padded_size, self._channels), self._dtype)
             stages["prepare"] = [self._input(), image]
-        weights = Argument("weights", (*conv.kernel, self._channels), "float32" if self.is_float else "int16")
+        dtype = "int16"
+        if self.is_float:
+            dtype = "float32"
+        weights = Argument("weights", (*conv.kernel, self._channels), dtype)
         stages["main"] = [image, weights, *self._ends()]
         return stages
 
@@ -63,23 +76,23 @@ class Depthwise(Kernel):
         self._pad(b, buffers, 1, LANES)
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
-        conv, threads = self.conv, self.cpu.threads
+        conv = self.conv
         height, width = conv.output_size
-        size = 2 * LANES if self.sums == "int16" else LANES
-        with b.loop(conv.batch) as image, b.loop(height, threads) as y:
+        size = LANES
+        if self.sums == "int16":
+            size = 2 * LANES
+        missing = self._channels - conv.out_channels  # channels that the last block lacks
+        with b.loop(conv.batch) as image, b.loop(height, self.cpu.threads) as y:
             for first, rounds, lanes in segments(self._channels, size):
-                last = first + rounds * lanes == self._channels and self._channels != conv.out_channels
-                for start, count, partial in (
-                    (first, rounds - last, False),
-                    (first + (rounds - last) * lanes, int(last), True),
-                ):
+                partial = int(missing > 0 and first + rounds * lanes == self._channels)
+                whole = rounds - partial
+                for start, count, here in ((first, whole, lanes), (first + whole * lanes, partial, lanes - missing)):
                     if not count:
                         continue
                     with b.loop(count) as step:
                         channel = start + step * lanes
                         for x0, x_rounds, columns in segments(width, self.tile):
                             with b.loop(x_rounds) as x_step:
-                                here = lanes - (self._channels - conv.out_channels) if partial else lanes
                                 self._tile(b, buffers, image, y, x0 + x_step * columns, columns, channel, lanes, here)
 
     def _tile(
@@ -95,10 +108,12 @@ class Depthwise(Kernel):
         count: int,
     ) -> None:
         """`columns` pixels of a row, in `lanes` channels of which `count` exist."""
-        conv, T = self.conv, b.T
+        conv = self.conv
+        T = b.T
         high, wide = self._padded_size
         height, width = conv.output_size
-        source, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        source = self._source(buffers)
+        weights = buffers["weights"]
         sums: list[Any] = [None] * columns
         for ky, kx in np.ndindex(*conv.kernel):
             w = b.vector(weights, (ky * conv.kernel[1] + kx) * self._channels + channel, lanes)
@@ -106,16 +121,22 @@ class Depthwise(Kernel):
             for column in range(columns):
                 place = row + (x + column) * conv.stride[1] + kx * conv.dilation[1]
                 stored = b.vector(source, place * self._channels + channel, lanes)
+                before = sums[column]
                 if self.is_float:
-                    before = b.splat(0.0, "float32") if sums[column] is None else sums[column]
+                    if before is None:
+                        before = b.splat(0.0, "float32")
                     sums[column] = b.fma(stored, w, before)
                     continue
                 q = stored.astype(f"int16x{lanes}")
                 if self._zero:
                     q = q - b.splat(self._zero, "int16", lanes)
                 # 255 x 128 fits into 16 bits.
-                product = (q * w).astype("int32x16") if self.sums == "int32" else q * w
-                sums[column] = T.bind(product if sums[column] is None else sums[column] + product)
+                total = q * w
+                if self.sums == "int32":
+                    total = total.astype("int32x16")
+                if before is not None:
+                    total = before + total
+                sums[column] = T.bind(total)
         for column, total in enumerate(sums):
             at = ((image * height + y) * width + x + column) * conv.out_channels + channel
             if lanes == LANES:
@@ -131,15 +152,19 @@ class Depthwise(Kernel):
 
 @dataclass(frozen=True)
 class DepthwiseDot(Depthwise):
-    """The same with the instruction that sums four products: of four neighbours in a row, channel by channel. A window of
-    four serves as many outputs as fit into it, each with the weights at another place."""
+    """The same with the instruction that sums four products: of four neighbours in a row, channel by channel.
+
+    A window of four serves as many outputs as fit into it, each with the weights at another place.
+    """
 
     @property
     def name(self) -> str:
+        """Its family and its tile."""
         return f"depthwise dot {self.tile}"
 
     @staticmethod
     def can(conv: Conv, cpu: Cpu) -> bool:
+        """Say whether it can compute a convolution on a processor."""
         return cpu.dot == "vnni" and conv.kernel[1] <= 4 and conv.dilation[1] == 1
 
     @property
@@ -148,11 +173,13 @@ class DepthwiseDot(Depthwise):
         return (4 - self.conv.kernel[1]) // self.conv.stride[1] + 1
 
     def arguments(self) -> dict[str, list[Argument]]:
+        """List the buffers of padding, if there is any, and of the convolution."""
         stages = super().arguments()
         image, _, *ends = stages["main"]
-        weights = Argument("weights", (self.conv.kernel[0], self._of_window, self._channels, 4), "int8")
-        initial = [Argument("initial", (self._channels,), "int32")] if self._zero else []
-        return stages | {"main": [image, weights, *initial, *ends]}
+        main = [image, Argument("weights", (self.conv.kernel[0], self._of_window, self._channels, 4), "int8")]
+        if self._zero:
+            main.append(Argument("initial", (self._channels,), "int32"))
+        return stages | {"main": main + ends}
 
     def _constants(self, weights: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         conv = self.conv
@@ -176,12 +203,17 @@ class DepthwiseDot(Depthwise):
         lanes: int,
         count: int,
     ) -> None:
-        conv, T = self.conv, b.T
+        conv = self.conv
+        T = b.T
         high, wide = self._padded_size
         height, width = conv.output_size
-        (kh, kw), (down, across) = conv.kernel, conv.stride
-        source, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
-        start = b.vector(buffers["initial"], channel, LANES) if self._zero else b.splat(0, "int32")
+        kh, kw = conv.kernel
+        down, across = conv.stride
+        source = self._source(buffers)
+        weights = buffers["weights"]
+        start = b.splat(0, "int32")
+        if self._zero:
+            start = b.vector(buffers["initial"], channel, LANES)
         sums: list[Any] = [start] * columns
         interleaved = [lane + LANES * part for lane in range(LANES) for part in range(4)]
         for ky in range(kh):

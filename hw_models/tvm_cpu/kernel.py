@@ -29,6 +29,7 @@ class Kernel(Code):
 
     @property
     def name(self) -> str:
+        """Its family, what it is for, and its tile."""
         raise NotImplementedError
 
     @property
@@ -44,9 +45,18 @@ class Kernel(Code):
     def constants(
         self, weights: NDArray[Any], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
     ) -> dict[str, NDArray[Any]]:
-        """The buffers that come from integer weights (C_out, C_in / groups, kh, kw) and the epilogue's factors (C_out,).
+        """Make the buffers that come from the weights and the epilogue's factors.
 
-        Raises ValueError for weights that aren't of the kernel's bits.
+        Args:
+            weights: Integers (C_out, C_in / groups, kh, kw); floats for a kernel on floats.
+            multiplier: A factor per output channel (C_out,).
+            offset: What is added to each, the same shape.
+
+        Returns:
+            The buffers by name.
+
+        Raises:
+            ValueError: For weights that aren't of the kernel's bits.
         """
         conv = self.conv
         shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
@@ -56,7 +66,8 @@ class Kernel(Code):
             check_codes(f"weights of {self.w_bits} bits", weights, weight_range(self.w_bits))
             if self.w_bits == 1 and not weights.all():
                 raise ValueError("weights of 1 bit must be -1 or +1, found 0")
-        made = self._constants(weights if self.is_float else weights.astype(np.int64))
+            weights = weights.astype(np.int64)
+        made = self._constants(weights)
         made |= self.epilogue.constants(multiplier, offset)
         names = {a.name: a for arguments in self.arguments().values() for a in arguments}
         return {
@@ -76,7 +87,8 @@ class Kernel(Code):
 
     @property
     def _padded_size(self) -> tuple[int, int]:
-        (top, left), (bottom, right) = self.conv.padding, self.conv.end_padding
+        top, left = self.conv.padding
+        bottom, right = self.conv.end_padding
         height, width = self.conv.input_size
         return height + top + max(bottom, 0), width + left + max(right, 0)
 
@@ -86,7 +98,9 @@ class Kernel(Code):
 
     @property
     def _dtype(self) -> str:
-        return "float32" if self.is_float else "uint8"
+        if self.is_float:
+            return "float32"
+        return "uint8"
 
     def _ends(self) -> list[Argument]:
         return self.epilogue.arguments((self.conv.batch, *self.conv.output_size, self.conv.out_channels))
@@ -94,11 +108,13 @@ class Kernel(Code):
     def _pad(self, b: Builder, buffers: dict[str, Any], groups: int, to: int) -> None:
         """Copy the image into the middle of one that is padded, each group's channels to a multiple of `to`."""
         conv = self.conv
-        (height, width), (high, wide) = conv.input_size, self._padded_size
+        height, width = conv.input_size
+        high, wide = self._padded_size
         top, left = conv.padding
         inputs = conv.in_channels // groups
         padded = up(inputs, to)
-        source, target = buffers["input"], buffers["padded"]
+        source = buffers["input"]
+        target = buffers["padded"]
         pixel = groups * padded
 
         def fill(at: Any, count: int) -> None:
@@ -112,7 +128,8 @@ class Kernel(Code):
                 line = (image * high + y + top) * wide * pixel
                 fill(line, left * pixel)
                 fill(line + (left + width) * pixel, (wide - left - width) * pixel)
-                to_line, from_line = line + left * pixel, (image * height + y) * width * conv.in_channels
+                to_line = line + left * pixel
+                from_line = (image * height + y) * width * conv.in_channels
                 if padded == inputs:
                     pieces(
                         b,
@@ -123,7 +140,8 @@ class Kernel(Code):
                     )
                 else:
                     with b.loop(width * groups) as x:
-                        from_pixel, to_pixel = from_line + x * inputs, to_line + x * padded
+                        from_pixel = from_line + x * inputs
+                        to_pixel = to_line + x * padded
 
                         def copy(offset: Any, lanes: int, source_at: Any = from_pixel, at: Any = to_pixel) -> None:
                             b.put(target, at + offset, b.vector(source, source_at + offset, lanes), lanes)

@@ -670,4 +670,4 @@ def test_a_checkpoint_of_a_function_of_pythons_own_is_refused(tmp_path: Path) ->
     with pytest.raises(ValueError, match="upgrade haq"):
         networks.load(str(path))
     with pytest.raises(ValueError, match="is of Python itself"):
-        data.call_by_name("code:interact")
+        data.load("code:interact")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import http.server
 import io
+import shutil
+import subprocess
 import sys
 import tarfile
+import threading
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +22,15 @@ import torch
 from PIL import Image
 
 from haq import data
-from haq.data import sources
+from haq.data import cifar10, download, fashion_mnist
+
+
+class Server(NamedTuple):
+    """A web server, what it serves, and what it was asked for."""
+
+    url: str
+    folder: Path
+    asked: list[str]
 
 
 def contents(split: data.Split) -> set[bytes]:
@@ -80,7 +95,7 @@ def test_unknown_names_list_the_close_ones(name: str, close: str) -> None:
 
 def test_missing_data_say_which_command_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAQ_DATA", str(tmp_path))
-    monkeypatch.setattr(sources, "FASHION_DEBIAN", tmp_path / "none")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"python -m haq\.data fashion-mnist.*apt-get install dataset-fashion-mnist"):
         data.load("fashion-mnist")
     with pytest.raises(FileNotFoundError, match=r"python -m haq\.data cifar10"):
@@ -90,13 +105,11 @@ def test_missing_data_say_which_command_gets_them(tmp_path: Path, monkeypatch: p
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "FASHION_DEBIAN", tmp_path)
-    for name in sources.FASHION_FILES:
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path)
+    for name in fashion_mnist.FILES:
         (tmp_path / f"{name}.gz").write_bytes(b"not gzip")
     with pytest.raises(ValueError, match=r"train-images.*can't be unpacked.*fetch it again"):
         data.load("fashion-mnist")
-    import gzip
-
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x01\0\0\0\x01a"))
     with pytest.raises(ValueError, match="SHA-256 differs"):
         data.load("fashion-mnist")
@@ -113,7 +126,7 @@ def make_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             info.size = rows.size
             tar.addfile(info, io.BytesIO(rows.tobytes()))
-    monkeypatch.setattr(sources, "CIFAR_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar10, "SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
     return archive
 
 
@@ -122,7 +135,8 @@ def test_cifar10_from_its_binary_edition(tmp_path: Path, monkeypatch: pytest.Mon
     home.mkdir(parents=True)
     archive = make_cifar(home, monkeypatch)
     monkeypatch.setenv("HAQ_DATA", str(home))
-    monkeypatch.setattr(sources, "_download", lambda url, path: None)
+    # The archive is there already, and is what it should be: nothing is downloaded.
+    monkeypatch.setattr(cifar10, "URL", "http://127.0.0.1:9/nowhere")
     data.fetch("cifar10")
     assert not (tmp_path / "evil.bin").exists()
     assert not (home.parent / "evil.bin").exists()
@@ -130,22 +144,90 @@ def test_cifar10_from_its_binary_edition(tmp_path: Path, monkeypatch: pytest.Mon
     assert (len(dataset.train), len(dataset.search), len(dataset.test)) == (1000, 5000, 20)
     check_disjoint(dataset)
     assert dataset.test.images[torch.arange(1)].shape == (1, 3, 32, 32)
-    with (home / sources.CIFAR_FOLDER / "test_batch.bin").open("ab") as file:
+    with (home / cifar10.FOLDER / "test_batch.bin").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ValueError, match="truncated"):
         data.load("cifar10")
     archive.write_bytes(b"x")
-    with pytest.raises(ValueError, match="SHA-256"):
-        sources._unpack_cifar10(archive, sources.CIFAR_SHA256)
+    shutil.rmtree(home / cifar10.FOLDER)
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+        data.fetch("cifar10")
 
 
-def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "source.bin"
-    source.write_bytes(b"abc" * 1000)
-    sources._download(source.as_uri(), tmp_path / "cache" / "file.bin")
-    assert (tmp_path / "cache" / "file.bin").read_bytes() == source.read_bytes()
-    with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*put the file at"):
-        sources._download((tmp_path / "nowhere").as_uri(), tmp_path / "cache" / "other.bin")
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A web server of this machine for the files of a folder."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "TRIES", 1)
+    folder = tmp_path / "served"
+    folder.mkdir()
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield Server(f"http://127.0.0.1:{running.server_port}/", folder, asked)
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_is_checked_and_done_once(server: Server, tmp_path: Path) -> None:
+    content = b"abc" * 100_000
+    (server.folder / "file.bin").write_bytes(content)
+    path = tmp_path / "cache" / "file.bin"
+    checksum = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    for _ in range(2):
+        download.download(f"{server.url}file.bin", path, checksum)
+        assert path.read_bytes() == content
+    assert server.asked == ["/file.bin"]
+    # What is damaged is fetched again; what comes damaged is not kept.
+    path.write_bytes(b"damaged")
+    download.download(f"{server.url}file.bin", path, checksum)
+    assert path.read_bytes() == content
+    (server.folder / "file.bin").write_bytes(b"other")
+    other = tmp_path / "cache" / "other.bin"
+    with pytest.raises(ValueError, match=r"isn't the published file \(its checksum differs\).*put the file at"):
+        download.download(f"{server.url}file.bin", other, checksum)
+    with pytest.raises(FileNotFoundError, match=r"nowhere could not be downloaded.*put the file at"):
+        download.download(f"{server.url}nowhere", other, checksum)
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded"):
+        download.download("http://127.0.0.1:9/file.bin", other, checksum)
+    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_data_sets_are_fetched(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAQ_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
+    monkeypatch.setattr(fashion_mnist, "URL", server.url)
+    for name in fashion_mnist.FILES:
+        labels = "labels" in name
+        count = 5100 if "train" in name else 20
+        shape = (count,) if labels else (count, 28, 28)
+        head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+        values = np.arange(count, dtype=np.uint8) % 10 if labels else np.zeros(shape, np.uint8)
+        packed = gzip.compress(head + values.tobytes())
+        (server.folder / f"{name}.gz").write_bytes(packed)
+        monkeypatch.setitem(fashion_mnist.FILES, name, hashlib.sha256(head + values.tobytes()).hexdigest())
+        monkeypatch.setitem(fashion_mnist.PACKED, name, f"md5:{hashlib.md5(packed).hexdigest()}")
+    data.fetch("fashion-mnist")
+    assert len(data.load("fashion-mnist").test) == 20
+    data.fetch("fashion-mnist")
+    assert len(server.asked) == 4
+    archive = make_cifar(server.folder, monkeypatch)
+    monkeypatch.setattr(cifar10, "URL", f"{server.url}{archive.name}")
+    data.fetch("cifar10")
+    assert len(data.load("cifar10").search) == 5000
+    for name in ("images:anywhere", "fashion-mnist-12k"):
+        data.fetch(name)
+    with pytest.raises(ValueError, match="did you mean cifar10"):
+        data.fetch("cifar")
 
 
 def test_an_image_folder(tmp_path: Path) -> None:
@@ -203,3 +285,37 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         with pytest.raises(ValueError, match=message):
             data.load(name)
+
+
+PLUG_IN = """
+import torch
+def tiny(image_size=224):
+    x = torch.zeros(40, 1, image_size, image_size)
+    return {"train": (x, torch.arange(40) % 2), "test": (x[:4], torch.arange(4) % 2)}
+number = 3
+"""
+
+
+def test_an_installed_package_offers_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more_data.py").write_text(PLUG_IN)
+    about = tmp_path / "more_data-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: more-data\nVersion: 1.0\nSummary: tiny images\n")
+    (about / "entry_points.txt").write_text("[haq.data]\ntiny = more_data:tiny\nbroken = more_data:number\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert ("tiny", "more-data 1.0", "tiny images") in data.DATASETS.rows()
+    dataset = data.load("tiny", image_size=6)
+    assert dataset.name == "tiny"
+    assert dataset.test.images[torch.arange(1)].shape == (1, 1, 6, 6)
+    data.fetch("tiny")
+    with pytest.raises(ValueError, match="data set 'broken' can't be used: it lacks a way to be called"):
+        data.load("broken")
+
+
+def test_listing_data_imports_no_torch() -> None:
+    code = (
+        "import sys; from haq.data import DATASETS, DEFAULT; from haq.networks import NETWORKS;"
+        "DATASETS.rows(), NETWORKS.rows(); assert DEFAULT in DATASETS; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

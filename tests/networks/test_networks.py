@@ -13,7 +13,7 @@ from torch import nn
 
 import hw_models
 from haq import data, networks, training
-from haq.networks import zoo
+from haq.networks import building, zoo
 
 
 def test_the_default_network() -> None:
@@ -192,3 +192,56 @@ def test_a_bare_name_is_looked_for_in_the_zoo_and_says_what_is_not_installed(mon
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"unknown network 'mobilenetv2_050'.*not installed: timm .*pip install 'haq\[zoo\]'"):
         networks.load("mobilenetv2_050", pretrained=False)
+
+
+PLUG_IN = """
+from torch import nn
+def tiny(classes=10):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
+    module.input_shape = (1, 2, 2)
+    return module
+number = 3
+"""
+
+
+def test_an_installed_package_offers_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more_networks.py").write_text(PLUG_IN)
+    about = tmp_path / "more_networks-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: more-networks\nVersion: 1.0\nSummary: tiny networks\n")
+    (about / "entry_points.txt").write_text("[haq.networks]\ntiny = more_networks:tiny\nbroken = more_networks:number\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert ("tiny", "more-networks 1.0", "tiny networks") in networks.NETWORKS.rows()
+    network = networks.load("tiny", classes=3)
+    assert (network.name, networks.output_count(network)) == ("tiny", 3)
+    # A checkpoint may name what is installed: whoever installed it wants it to run.
+    path = tmp_path / "tiny.safetensors"
+    networks.save_checkpoint(network, path)
+    assert networks.load(str(path)).signature() == network.signature()
+    with pytest.raises(ValueError, match="network 'broken' can't be used: it lacks a way to be called"):
+        networks.load("broken")
+
+
+def test_a_checkpoint_calls_no_function_that_the_user_has_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    network = networks.load("mine:good")
+    path = Path("net.safetensors")
+    networks.save_checkpoint(network, path)
+    assert networks.load("net.safetensors").signature() == network.signature()
+    monkeypatch.setattr(building, "_named", set())
+    with pytest.raises(ValueError, match=r"'mine:good'.*never called because a file says so.*mine:good@net\.safetensors"):
+        networks.load("net.safetensors")
+    assert networks.load("mine:good@net.safetensors").signature() == network.signature()
+
+
+def test_names_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = networks.names_of("timm", "MobileNetV2")
+    assert "timm:mobilenetv2_100" in found
+    assert all("mobilenetv2" in name for name in found)
+    assert networks.load(found[0], pretrained=False).name == found[0]
+    with pytest.raises(ValueError, match="no library 'tim'; known: timm, torchvision, pytorchcv"):
+        networks.names_of("tim")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert networks.names_of("timm") == []

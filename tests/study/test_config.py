@@ -29,10 +29,9 @@ from haq.study.config import SearchConfig, SweepCell, SweepConfig, WorkersConfig
         ({"bits": "8:2"}, "--bits is '8:2'; it must be SMALLEST:LARGEST within 1:8, such as 2:8"),
         ({"eps": "4/255"}, "--eps 4/255 is of an attack: it goes with --objective accuracy+robust, not accuracy"),
         ({"eps": "8", "objective": "accuracy+robust"}, "eps is on the scale of images in [0, 1]: 8/255, not 8"),
-        ({"scheme": ""}, "--scheme is ''; it must begin with the NAME for all layers"),
-        ({"scheme": "stem=lsq"}, "--scheme is 'stem=lsq'; it must begin with the NAME for all layers"),
-        ({"scheme": "lsq,stem"}, "--scheme has 'stem'; after NAME it must be LAYER=NAME, for each layer once"),
-        ({"scheme": "lsq,a=b,a=c"}, "--scheme has 'a=c'; after NAME it must be LAYER=NAME, for each layer once"),
+        ({"scheme": ""}, "--scheme is ''; it must be NAME or NAME,LAYER=NAME, with each layer once, not ''"),
+        ({"scheme": "lsq,stem"}, "--scheme is 'lsq,stem'; it must be NAME or NAME,LAYER=NAME"),
+        ({"scheme": "lsq,a=b,a=c"}, "--scheme is 'lsq,a=b,a=c'; it must be NAME or NAME,LAYER=NAME"),
     ],
 )
 def test_what_is_not_accepted_is_one_sentence(given: dict[str, Any], message: str) -> None:
@@ -85,6 +84,7 @@ def test_files_of_the_users_own() -> None:
 
 def test_schemes_of_single_layers() -> None:
     assert read_scheme("lsq") == ("lsq", {})
+    assert read_scheme("stem=lsq") == ("linear", {"stem": "lsq"})
     assert read_scheme("mine:Ternary,stem=linear,blocks.0.conv=pact") == (
         "mine:Ternary",
         {"stem": "linear", "blocks.0.conv": "pact"},

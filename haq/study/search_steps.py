@@ -1,0 +1,150 @@
+"""What a search does, step by step: its solver and the rivals, fine-tuning, the result, and whether an attack breaks it."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+import quantizers as Q
+from haq import training
+from haq.attacks.threat_model import parse_eps
+from haq.console.progress import Live, follow_training
+from haq.problem.sensitivity import Sensitivities
+from haq.solvers.base import Session, Trial
+from haq.store.files import ROBUSTNESS
+from haq.store.records import ResultRecord
+from haq.store.units import percent
+from haq.study import result as summary
+from haq.study.picture import save_picture
+from haq.study.search_run import SearchRun
+from haq.study.task import SearchTask, adversary_of
+
+logger = logging.getLogger("haq")
+RIVALS = ("greedy", "ilp")
+VERIFIED = 200  # images
+
+
+def rivals_of(solver: str) -> tuple[str, ...]:
+    """Name the solvers that a solver is compared with."""
+    return tuple(name for name in RIVALS if name != solver)
+
+
+@dataclass
+class _Found:
+    """What the solvers of a search found."""
+
+    policies: dict[str, Q.BitPolicy] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)  # evaluations
+    saturated: dict[str, float] = field(default_factory=dict)  # the share of an agent's actions at a bound
+
+
+def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str, Any], Q.BitPolicy]:
+    """Search, fine-tune and measure what was found; everything is written into the run's folder.
+
+    Args:
+        console: Where a table follows the search.
+        task: What is searched.
+        run: The run, just begun or to be gone on with.
+
+    Returns:
+        What result.json holds, and the policy.
+    """
+    config = task.config
+    rivals = rivals_of(config.solver)
+    with Live(console) as bar:
+        found = _solve_all(bar, task, run, (config.solver, *rivals))
+        policy = found.policies[config.solver]
+        tuned = None
+        if config.finetune_epochs:
+            tuned = _finetune(bar, task, run, policy)
+        policies = {name: found.policies[name] for name in rivals}
+        result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
+        if task.problem.objective.attacked:
+            network = tuned or task.problem.evaluator.prepared(policy)
+            result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
+    save_picture(task.problem, policy, run.folder / "policy.png")
+    run.save_result(ResultRecord.from_dict(result))
+    run.drop_checkpoint("finetuning")
+    return result, policy
+
+
+def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequence[str]) -> _Found:
+    sensitivities = run.sensitivities(task)
+    found = _Found()
+    for name in solvers:
+        session = _solve(bar, task, run, name, sensitivities)
+        assert session.best is not None
+        found.policies[name] = session.best.policy
+        found.used[name] = session.used
+        if session.saturated:
+            found.saturated[name] = statistics.mean(session.saturated)
+    return found
+
+
+def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
+    """Run one solver, and show where it is."""
+    evaluations = task.config.evaluations
+    line = bar.add_task(name, total=evaluations)
+
+    def on_evaluation(count: int, trial: Trial, best: Trial | None) -> None:
+        share = f"{trial.cost / task.problem.limit:.3f}"
+        best_so_far = "none within it"
+        if best is not None:
+            best_so_far = percent(best.accuracy)
+        accuracy = percent(trial.accuracy)
+        bar.update(line, completed=count, accuracy=accuracy, cost=share, best=best_so_far)
+        logger.info(f"{name} {count}/{evaluations}: {accuracy} at {share} of the budget; best so far: {best_so_far}")
+
+    session = run.search(task, name, sensitivities, on_evaluation)
+    bar.update(line, completed=session.used, total=session.used)
+    return session
+
+
+def _finetune(bar: Progress, task: SearchTask, run: SearchRun, policy: Q.BitPolicy) -> nn.Module:
+    config = task.config
+    network = task.problem.evaluator.network
+    Q.set_policy(network, policy)
+    tuned = training.finetune(
+        task.network,
+        network,
+        task.dataset.train,
+        epochs=config.finetune_epochs,
+        seed=config.seed,
+        adversary=adversary_of(config),
+        state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=policy),
+        **follow_training(bar),
+    )
+    run.save_checkpoint(tuned, task)
+    return tuned
+
+
+def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -> dict[str, Any]:
+    """Attack what was found for its accuracy under a cheap attack with the full suite."""
+    from haq.attacks.assessment import assess
+    from haq.study.comparison import ComparedNetworks
+
+    line = bar.add_task("verifying", total=None)
+
+    def on_progress(done: float, total: float, note: str) -> None:
+        bar.update(line, completed=int(done), total=int(total) or 1, note=note)
+
+    gathered = ComparedNetworks(task.network, task.dataset, {"found": network}, {})
+    found = assess(
+        gathered.classifier(network),
+        *gathered.images(VERIFIED),
+        eps=parse_eps(task.config.eps),
+        attacks="full",
+        sources=gathered.sources("found"),
+        seed=task.config.seed,
+        folder=folder,
+        on_progress=on_progress,
+    )
+    return found.summary()
