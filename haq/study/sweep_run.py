@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +129,7 @@ class SweepConfig:
         if self.seeds != 1:
             words += ["--seeds", str(self.seeds)]
         # A sweep never fine-tunes, so it has no option for that.
-        shared = replace(self.settings, finetune_epochs=SearchConfig.finetune_epochs)
+        shared = self.settings.replace(finetune_epochs=SearchConfig.default("finetune_epochs"))
         return words + shared.options()
 
     def command(self) -> str:
@@ -138,9 +138,9 @@ class SweepConfig:
 
     def settings_on(self, hw: str) -> SearchConfig:
         """Return the settings that all runs on a target share; options of measured targets only where they are measured."""
-        settings = replace(self.settings, hw=hw, budget="1.0")
+        settings = self.settings.replace(hw=hw, budget="1.0")
         if any(_measured(name) for name in self.hw) and not _measured(hw):
-            settings = replace(settings, threads=None, target=None, cold=None)
+            settings = settings.replace(threads=None, target=None, cold=None)
         return settings
 
 
@@ -224,9 +224,9 @@ class SweepContext:
             Its task.
         """
         task = self.tasks[cell.hw]
-        settings = replace(task.config, budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
+        settings = task.config.replace(budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
         if SOLVERS.get(cell.solver).uses_sensitivities:
-            settings = replace(settings, sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
+            settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
         return task.on(settings, task.problem.target)
 
     def signature(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import haq
+import quantizers as Q
 from haq import search
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities, signed
