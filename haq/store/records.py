@@ -429,6 +429,7 @@ class RobustnessRecord(FileRecord):
     requantized_input: bool
     seed: int
     networks: Annotated[dict[str, AttackedRecord], Field(min_length=1, max_length=MOST)]
+    left_out: Annotated[dict[str, str], Field(max_length=MOST)] = {}  # what could not be compared, with the reason
 
 
 class BudgetRecord(Record):
