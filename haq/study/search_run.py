@@ -513,8 +513,8 @@ def _short(row: HistoryRow) -> str:
 
 
 def _notes(task: LoadedNetwork) -> dict[str, str]:
-    """Return what a checkpoint's header says of the run that it belongs to."""
-    return {f"run.{name}": value for name, value in task.signature().items()}
+    """Return what a checkpoint's header says of the run that it belongs to; which schemes it has, it says itself."""
+    return {f"run.{name}": value for name, value in task.signature().items() if name != "scheme"}
 
 
 def _machine(path: Path, signature: dict[str, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from haq.training.finetuning import ShortTuning as ShortTuning
     from haq.training.finetuning import finetune as finetune
     from haq.training.finetuning import refresh_norms as refresh_norms
+    from haq.training.loop import TrainConfig as TrainConfig
     from haq.training.loop import accuracy as accuracy
     from haq.training.loop import agreement as agreement
     from haq.training.loop import augment as augment
@@ -22,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["adversaries", "loop", "finetuning"],
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
-        "loop": ["accuracy", "agreement", "augment", "fit"],
+        "loop": ["TrainConfig", "accuracy", "agreement", "augment", "fit"],
         "finetuning": ["ShortTuning", "finetune", "refresh_norms"],
     },
 )
