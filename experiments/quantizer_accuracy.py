@@ -51,7 +51,7 @@ from torch import nn
 import hw_models
 import quantizers as Q
 from haq import cli, data, models, training
-from quantizers.calibrate import RULES
+from quantizers.observers import RULES
 
 NAME = "quantizer_accuracy"
 LAYERS = ((16, 2), (48, 2), (64, 2), (64, 1))  # channels and stride of the convolutions

@@ -23,7 +23,7 @@ from haq.evaluator import BATCH, Evaluator
 from haq.job import Settings
 from haq.models import Network
 from haq.run import Run
-from quantizers.linear import Linear
+from quantizers.schemes import Linear
 from tests.conftest import images, small_network
 from tests.test_finetuning_in_the_loop import tuning
 
