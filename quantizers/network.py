@@ -276,9 +276,17 @@ def scheme_records(network: nn.Module) -> dict[str, dict[str, Any]]:
     """Describe the schemes of a quantized network as plain data, by layer: {"name": ..., "options": {...}}.
 
     `schemes_from_records` makes the schemes again.
+
+    Raises:
+        ValueError: Naming the layer, for a scheme that can't be found again, or doesn't say its options.
     """
-    layers = quant_layers(network)
-    return {name: {"name": layer.scheme.name, "options": layer.scheme.options()} for name, layer in layers.items()}
+    records = {}
+    for name, layer in quant_layers(network).items():
+        try:
+            records[name] = layer.scheme.record()
+        except ValueError as reason:
+            raise ValueError(f"layer {name!r}: {reason}") from reason
+    return records
 
 
 def _check_names(policy: Mapping[str, Bits], known: Mapping[str, object]) -> None:

@@ -24,7 +24,16 @@ from torch import Tensor
 from quantizers.cache import TensorCache
 from quantizers.functional import WIDTHS, integer_range, relative_error, sign
 from quantizers.observers import Observer
-from quantizers.plugins import description, import_attribute, installed, names_a_module, origin
+from quantizers.plugins import (
+    description,
+    find_installed,
+    import_attribute,
+    installed,
+    look_into_current_folder,
+    names_a_module,
+    origin,
+    place,
+)
 
 GROUP = "quantizers.schemes"  # of entry points
 REQUIRED = ("start", "calibrate", "weight", "activation")
@@ -130,10 +139,28 @@ class Scheme:
             raise ValueError(f"scheme {scheme!r} can't be made without options: {error}") from error
 
     def options(self) -> dict[str, Any]:
-        """Return the options that make this scheme again, as plain data: a dataclass's fields."""
+        """Return the options that make this scheme again, as plain data: a dataclass's fields.
+
+        Raises:
+            ValueError: For a scheme that isn't a dataclass, but holds something: it needs a method of its own.
+        """
         if dataclasses.is_dataclass(self):
             return dataclasses.asdict(self)
+        if vars(self):
+            raise ValueError(
+                f"scheme {self.name!r} holds {', '.join(vars(self))}: give it a method `options`, or make it a dataclass"
+            )
         return {}
+
+    def record(self) -> dict[str, Any]:
+        """Return the name and the options that make this scheme again, as plain data; see `schemes_from_records`.
+
+        Raises:
+            ValueError: For a class without a name of its own, which nobody could find again.
+        """
+        if Scheme.known.get(self.name) is not type(self):
+            raise ValueError(f"class {type(self).__name__} can't be recorded: it has no name of its own (class ..., name=...)")
+        return {"name": self.name, "options": self.options()}
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
         """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it.
@@ -249,7 +276,7 @@ class Scheme:
     def measure_errors(self, layer: SchemeLayer, observer: Observer | None) -> None:
         """Set `weight_error` and `activation_error`, for a scheme whose `start` makes no such tensors."""
         for bits in WIDTHS:
-            if self._takes(bits, None, layer.signed):
+            if self.takes(bits, None, layer.signed):
                 layer.weight_error[bits - 1] = relative_error(layer.weight, self.weight(layer, bits))
         if observer is not None:
             self.measure_activation_errors(layer, observer)
@@ -258,10 +285,11 @@ class Scheme:
         """Set `activation_error`, at the widths that the scheme has for this input, from calibration data."""
         sample = observer.sample()
         for bits in WIDTHS:
-            if self._takes(None, bits, observer.signed):
+            if self.takes(None, bits, observer.signed):
                 layer.activation_error[bits - 1] = relative_error(sample, self.activation(layer, sample, bits))
 
-    def _takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool) -> bool:
+    def takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
+        """Say whether widths mean something in this scheme; arguments as in `check`."""
         try:
             self.check(weight_bits, activation_bits, signed)
         except ValueError:
@@ -296,24 +324,25 @@ def _twos_complement(bits: int) -> tuple[int, int]:
 
 def scheme_names() -> list[str]:
     """List the names of all schemes that are known or installed; no plug-in is imported."""
-    return [row.name for row in scheme_rows()]
+    return list(dict.fromkeys([*Scheme.known, *(point.name for point in installed(GROUP))]))
 
 
 def scheme_rows() -> list[SchemeRow]:
     """List all schemes that are known or installed, with where they come from and a line each; no plug-in is imported."""
     points = installed(GROUP)
+    offered = {point.name for point in points}
     rows = []
     for name, scheme in Scheme.known.items():
-        if name in points and not _is_ours(scheme):
-            continue
-        place = "built in"
-        if not _is_ours(scheme):
-            place = scheme.__module__
-        rows.append(SchemeRow(name, place, scheme.summary))
+        if _is_ours(scheme):
+            rows.append(SchemeRow(name, "built in", scheme.summary))
+        elif name not in offered:
+            rows.append(SchemeRow(name, scheme.__module__, scheme.summary))
     taken = {row.name for row in rows}
-    for name, point in points.items():
-        if name not in taken:
-            rows.append(SchemeRow(name, origin(point), description(point)))
+    for point in points:
+        line = description(point)
+        if point.name in taken:
+            line = f"not used, the name is taken: give {place(point)}"
+        rows.append(SchemeRow(point.name, origin(point), line))
     return rows
 
 
@@ -368,13 +397,13 @@ def _is_ours(scheme: type[Scheme]) -> bool:
 def _scheme_class(name: str, modules: bool) -> type[Scheme]:
     if name in Scheme.known:
         return _checked(Scheme.known[name], name)
-    points = installed(GROUP)
-    if name in points:
-        what = f"scheme {name!r} of {origin(points[name])}"
-        return _registered(import_attribute(f"{points[name].module}:{points[name].attr}", what), name)
+    point = find_installed(GROUP, name, "scheme")
+    if point is not None:
+        return _registered(import_attribute(place(point), f"scheme {name!r} of {origin(point)}"), name)
     if modules and names_a_module(name):
+        look_into_current_folder()
         return _registered(import_attribute(name, f"scheme {name!r}"), name)
-    raise ValueError(_unknown(name, [*Scheme.known, *points], modules))
+    raise ValueError(_unknown(name, scheme_names(), modules))
 
 
 def _registered(found: Any, name: str) -> type[Scheme]:

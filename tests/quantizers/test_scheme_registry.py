@@ -170,6 +170,45 @@ def test_what_a_scheme_lacks_is_named_at_once(install: Install, network: nn.Modu
             ask("lacking")
 
 
+def test_names_that_are_taken_or_offered_twice(install: Install) -> None:
+    """Ours come first; of two packages' none, and the sentence says what to do."""
+    install("lsq", "plugged_lsq:Ternary", TERNARY)
+    assert type(Q.Scheme.named("lsq")) is Q.LSQ
+    rows = [row for row in Q.scheme_rows() if row.name == "lsq"]
+    assert [row.origin for row in rows] == ["built in", "plugged_lsq 1.5"]
+    assert rows[1].line == "not used, the name is taken: give plugged_lsq:Ternary"
+    assert Q.scheme_names().count("lsq") == 1
+    install("twice", "plugged_first:Ternary", TERNARY)
+    install("twice", "plugged_second:Ternary", TERNARY)
+    with pytest.raises(
+        ValueError, match="'twice' is offered by plugged_first 1.5 and plugged_second 1.5: give plugged_first:T"
+    ):
+        Q.Scheme.named("twice")
+
+
+def test_what_cannot_be_found_again_is_not_recorded(network: nn.Module) -> None:
+    class Unnamed(Q.Linear):
+        pass
+
+    class Holding(Q.Linear, name="holding"):
+        pass
+
+    class Plain(Q.Scheme, name="plain"):
+        start, calibrate, weight, activation = Q.DoReFa.start, Q.DoReFa.calibrate, Q.DoReFa.weight, Q.DoReFa.activation
+        needs_data = False
+
+        def __init__(self, strength: float = 1.0) -> None:
+            self.strength = strength
+
+    policy = Q.BitPolicy.uniform(network, 4, None)
+    with pytest.raises(ValueError, match="layer 'stem': class Unnamed can't be recorded: it has no name of its own"):
+        Q.scheme_records(Q.quantize(network, policy, scheme=Unnamed()))
+    with pytest.raises(ValueError, match="layer 'stem': scheme 'plain' holds strength: give it a method `options`"):
+        Q.scheme_records(Q.quantize(network, policy, scheme="plain"))
+    records = Q.scheme_records(Q.quantize(network, policy, scheme=Holding("max")))
+    assert Q.schemes_from_records(records)["stem"] == Holding("max")
+
+
 def test_unknown_names_list_the_close_ones(install: Install) -> None:
     install("ternary", "plugged_close:Ternary", TERNARY)
     with pytest.raises(ValueError, match="unknown scheme 'linaer'; did you mean linear.* known: linear.*ternary, or module"):
