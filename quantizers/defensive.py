@@ -1,18 +1,24 @@
 """Defensive quantization: a network that doesn't amplify small errors.
 
-Lin, Gan, Han, "Defensive Quantization: When Efficiency Meets Robustness", ICLR 2019, arXiv 1904.08444.
+Lin, Gan, Han, "Defensive Quantization: When Efficiency Meets Robustness", ICLR 2019, arXiv
+1904.08444.
 
-A small perturbation of the input grows from layer to layer; once it exceeds half a quantization step, rounding makes it
-larger still. The remedy is a penalty in training that keeps the singular values of every layer near 1:
+A small perturbation of the input grows from layer to layer; once it exceeds half a quantization
+step, rounding makes it larger still. The remedy is a penalty in training that keeps the singular
+values of every layer near 1:
 
     loss = cross entropy + lipschitz_penalty(network, beta)
 
 What to know before relying on it:
 
-- Batch norm can undo it: a convolution before a batch norm may be scaled freely. `folded=True` penalizes the two together.
-- A reshaped weight of norm 1 isn't a convolution of norm 1: a 3x3 kernel may still expand by up to 3 (`spectral_norms`).
-- The gain was seen at 4 bits. At 2 bits it is small and a large beta costs accuracy; at 1 bit nothing is promised.
-- Quantized networks hide their gradients. A gain under a single gradient attack is no evidence of robustness.
+- Batch norm can undo it: a convolution before a batch norm may be scaled freely. `folded=True`
+  penalizes the two together.
+- A reshaped weight of norm 1 isn't a convolution of norm 1: a 3x3 kernel may still expand by up to
+  3 (`spectral_norms`).
+- The gain was seen at 4 bits. At 2 bits it is small and a large beta costs accuracy; at 1 bit
+  nothing is promised.
+- Quantized networks hide their gradients. A gain under a single gradient attack is no evidence of
+  robustness.
 """
 
 from __future__ import annotations
@@ -48,31 +54,34 @@ def lipschitz_penalty(
 ) -> Tensor:
     """Compute (beta / 2) sum over layers of ||W W^T - I||_F^2, which is 0 where all weights are orthonormal.
 
-    Add it to the loss. W is the weight of a Conv1d, Conv2d or Linear as a matrix, C_out x the rest, one per group: the groups
-    of a convolution see different channels, so that they are orthogonal already. Of W W^T and W^T W the smaller is taken;
-    for W of m x n, ||W^T W - I||^2 = ||W W^T - I||^2 + (n - m), so their gradients are equal, and only the smaller one's
-    value can be 0.
+    Add it to the loss. W is the weight of a Conv1d, Conv2d or Linear as a matrix, C_out x the rest,
+    one per group: the groups of a convolution see different channels, so that they are orthogonal
+    already. Of W W^T and W^T W the smaller is taken; for W of m x n, ||W^T W - I||^2 = ||W W^T -
+    I||^2 + (n - m), so their gradients are equal, and only the smaller one's value can be 0.
 
-    In quantized networks W is the float weight behind the quantized one: it is what the optimizer moves, and values on a
-    grid of few bits can rarely be orthonormal. So a float network and its quantized copy have the same penalty.
+    In quantized networks W is the float weight behind the quantized one: it is what the optimizer
+    moves, and values on a grid of few bits can rarely be orthonormal. So a float network and its
+    quantized copy have the same penalty.
 
     Args:
         network: A float or quantized network.
         beta: The strength, from 0.
-        folded: Whether to multiply W by gamma / sqrt(variance + eps) of the batch norm that follows the layer, as it does at
-            inference. The gradient reaches gamma, too, and W's direction; its size only if the norm is frozen (`_scale`).
-            Needs `example`.
-        norm: `reshaped` is the above. `conv` is (s^2 - 1)^2 instead, s being the norm of the convolution itself on inputs of
-            the example's size; layers that the example doesn't reach are left out. Needs `example`.
-        example: An input of the network, which is run once; or, in a training loop, `Wiring.of(network, input)` made before
-            it.
+        folded: Whether to multiply W by gamma / sqrt(variance + eps) of the batch norm that follows
+            the layer, as it does at inference. The gradient reaches gamma, too, and W's direction;
+            its size only if the norm is frozen (`_scale`). Needs `example`.
+        norm: `reshaped` is the above. `conv` is (s^2 - 1)^2 instead, s being the norm of the
+            convolution itself on inputs of the example's size; layers that the example doesn't
+            reach are left out. Needs `example`.
+        example: An input of the network, which is run once; or, in a training loop,
+            `Wiring.of(network, input)` made before it.
         iterations: Of power iteration, for `conv`: so many make s slightly too small.
 
     Returns:
         One number, with its gradient.
 
     Raises:
-        ValueError: For a negative or not finite beta, for a network without such layers, and where `example` is missing.
+        ValueError: For a negative or not finite beta, for a network without such layers, and where
+            `example` is missing.
     """
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta must be a number from 0, not {beta!r}")
@@ -103,7 +112,8 @@ class Wiring:
     """What a forward pass tells about the layers of a network: it holds for its copies, quantized or not, as well.
 
     Attributes:
-        inputs: The shape of each layer's input, without the batch (the largest one, if the layer is called repeatedly).
+        inputs: The shape of each layer's input, without the batch (the largest one, if the layer is
+            called repeatedly).
         calls: How often each layer is called.
         norms: The batch norm that takes a layer's output.
         lone_norms: Batch norms that take anything else.
@@ -121,8 +131,9 @@ class Wiring:
         calls: dict[str, int] = {}
         norms: dict[str, str] = {}
         lone: list[str] = []
-        # The tensors themselves are kept, since the id of one that is gone may come back; and their versions, since an
-        # activation that works in place gives the layer's own tensor to the norm, with other values.
+        # The tensors themselves are kept, since the id of one that is gone may come back; and their
+        # versions, since an activation that works in place gives the layer's own tensor to the
+        # norm, with other values.
         made: dict[int, tuple[str, Tensor, int]] = {}
 
         def seen(name: str, module: nn.Module, given: Any, result: Tensor) -> None:
@@ -156,9 +167,10 @@ def operator_norm(
 ) -> Tensor:
     """Compute the largest factor by which a layer without its bias can stretch an input: max ||A x|| / ||x||.
 
-    A is the convolution with its stride, padding and groups, its output channels multiplied by `scale`. By power iteration
-    (x <- A^T A x, normalized) until a step gains less than `tolerance`; it approaches the norm from below. The gradient is
-    that of <u, A v> with the singular vectors u, v held fixed, which is exact where they have converged.
+    A is the convolution with its stride, padding and groups, its output channels multiplied by
+    `scale`. By power iteration (x <- A^T A x, normalized) until a step gains less than `tolerance`;
+    it approaches the norm from below. The gradient is that of <u, A v> with the singular vectors u,
+    v held fixed, which is exact where they have converged.
 
     Args:
         layer: A Conv1d, Conv2d or Linear.
@@ -215,13 +227,15 @@ def spectral_norms(
 ) -> dict[str, tuple[float, float]]:
     """Compute two norms of every layer: of its reshaped weight (what the penalty keeps near 1) and of the layer itself.
 
-    They are equal for linear and 1x1 layers. A convolution of stride 1 can have up to sqrt(kernel height x width) times the
-    norm of its reshaped weight, since it uses each value that often. It is measured on inputs of the example's size, from
-    below (`operator_norm`), and only if the example reaches it; without an example, on inputs of 32 positions per axis.
+    They are equal for linear and 1x1 layers. A convolution of stride 1 can have up to sqrt(kernel
+    height x width) times the norm of its reshaped weight, since it uses each value that often. It
+    is measured on inputs of the example's size, from below (`operator_norm`), and only if the
+    example reaches it; without an example, on inputs of 32 positions per axis.
 
     Args:
         network: A float or quantized network.
-        example: As in `lipschitz_penalty`; None: convolutions are measured on inputs of SIZE positions per axis.
+        example: As in `lipschitz_penalty`; None: convolutions are measured on inputs of SIZE
+            positions per axis.
         folded: With the batch norm that follows, as in `lipschitz_penalty`; needs `example`.
         iterations: As in `operator_norm`.
         seed: Likewise.
@@ -258,10 +272,11 @@ def spectral_norms(
 def lipschitz_bound(network: nn.Module, example: Tensor | Wiring, *, iterations: int = 1000, seed: int = 0) -> float:
     """Compute the product of the norms of all layers and batch norms: how much a chain can stretch a difference at most.
 
-    Meant for chains at inference whose other modules don't stretch: ReLU, ReLU6, average pooling, max pooling without
-    overlap, dropout. It is no bound where branches meet (x + f(x) has up to 1 + the norm of f; see `ConvexAdd`), with
-    activations steeper than 1 (SiLU, Hardswish), for batch norms that compute with the batch's own statistics, nor for
-    rounding, which has no Lipschitz constant: it is the float network's. The norms are found from below (`operator_norm`).
+    Meant for chains at inference whose other modules don't stretch: ReLU, ReLU6, average pooling,
+    max pooling without overlap, dropout. It is no bound where branches meet (x + f(x) has up to 1 +
+    the norm of f; see `ConvexAdd`), with activations steeper than 1 (SiLU, Hardswish), for batch
+    norms that compute with the batch's own statistics, nor for rounding, which has no Lipschitz
+    constant: it is the float network's. The norms are found from below (`operator_norm`).
 
     Args:
         network: A float or quantized network.
@@ -286,11 +301,11 @@ def lipschitz_bound(network: nn.Module, example: Tensor | Wiring, *, iterations:
 class ConvexAdd(nn.Module):
     """Computes a x + (1 - a) y, in place of the sum of a residual block.
 
-    Its Lipschitz constant is at most the larger of its branches', where a sum's is their sum (Cisse et al., "Parseval
-    Networks", ICML 2017).
+    Its Lipschitz constant is at most the larger of its branches', where a sum's is their sum (Cisse
+    et al., "Parseval Networks", ICML 2017).
 
-    a = sigmoid(logit) is between 0 and 1 whatever the optimizer does, and weight decay pulls it to 1/2. With
-    `learned=False` it stays as it starts.
+    a = sigmoid(logit) is between 0 and 1 whatever the optimizer does, and weight decay pulls it to
+    1/2. With `learned=False` it stays as it starts.
     """
 
     logit: Tensor
@@ -324,7 +339,8 @@ def error_amplification(network: nn.Module, clean: Tensor, perturbed: Tensor) ->
 
         ||A(x') - A(x)|| / ||A(x)||, averaged over samples (and over calls, if a layer is called repeatedly)
 
-    where A(x) is the layer's output for x. The network is run in evaluation mode. 0 / 0 counts as 0.
+    where A(x) is the layer's output for x. The network is run in evaluation mode. 0 / 0 counts as
+    0.
 
     Args:
         network: A float or quantized network.
@@ -335,7 +351,8 @@ def error_amplification(network: nn.Module, clean: Tensor, perturbed: Tensor) ->
         The distances by layer.
 
     Raises:
-        ValueError: For inputs of different shapes, none, or values that aren't finite, and for a network without layers.
+        ValueError: For inputs of different shapes, none, or values that aren't finite, and for a
+            network without layers.
     """
     if clean.shape != perturbed.shape:
         raise ValueError(f"clean and perturbed inputs differ in shape: {tuple(clean.shape)} and {tuple(perturbed.shape)}")
@@ -349,7 +366,8 @@ def error_amplification(network: nn.Module, clean: Tensor, perturbed: Tensor) ->
     pairs = 0
 
     def seen(name: str, module: nn.Module, given: Any, result: Tensor) -> None:
-        # Layers may see more rows than there are images (patches, tokens), but those of an image are adjacent.
+        # Layers may see more rows than there are images (patches, tokens), but those of an image
+        # are adjacent.
         x, y = result.detach().double().reshape(2, pairs, -1)
         size, distance = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(y - x, dim=1)
         sums[name] = sums.get(name, 0.0) + float(torch.where(distance > 0, distance / size, 0).sum())
@@ -449,9 +467,10 @@ def _wiring(network: nn.Module, example: Tensor | Wiring | None) -> Wiring:
 def _scale(network: nn.Module, name: str, wiring: Wiring | None) -> Tensor | None:
     """Return what the batch norm that follows a layer multiplies its output channels by.
 
-    While the norm is in training, its variance follows the weight: a weight of twice the size changes nothing. If the
-    gradient held the variance fixed, it would shrink the weight step by step, to no effect and without end. So the scale is
-    taken as inversely proportional to the size of the channel's weight, which leaves its value as it is.
+    While the norm is in training, its variance follows the weight: a weight of twice the size
+    changes nothing. If the gradient held the variance fixed, it would shrink the weight step by
+    step, to no effect and without end. So the scale is taken as inversely proportional to the size
+    of the channel's weight, which leaves its value as it is.
     """
     if wiring is None or name not in wiring.norms:
         return None

@@ -1,7 +1,7 @@
 """Ensembles of small networks, binary ones above all (BENN: Zhu, Dong and Su, CVPR 2019, arXiv 1806.07550).
 
-Members are trained by whoever has a training loop: a function `train_member(samples, seed) -> module`. `bagging` and
-`boosting` say what each is trained on, and how much its vote counts.
+Members are trained by whoever has a training loop: a function `train_member(samples, seed) ->
+module`. `bagging` and `boosting` say what each is trained on, and how much its vote counts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ TrainMember = Callable[[Tensor, int], nn.Module]
 class Ensemble(nn.Module):
     """Networks that vote: sum_k alpha_k v_k(x) / sum_k alpha_k, for every class.
 
-    The result are probabilities, not logits; dimension 1 is that of the classes. The whole costs `cost_factor` times what a
-    member costs, in operations and in bytes.
+    The result are probabilities, not logits; dimension 1 is that of the classes. The whole costs
+    `cost_factor` times what a member costs, in operations and in bytes.
 
     Attributes:
-        vote: `soft`: v_k is the softmax of the member's logits. `hard`: 1 at its largest logit and 0 elsewhere, without
-            gradient.
+        vote: `soft`: v_k is the softmax of the member's logits. `hard`: 1 at its largest logit and
+            0 elsewhere, without gradient.
         alphas: The members' weights, positive. Kept in the `state_dict`, up to a common factor.
     """
 
@@ -126,7 +126,8 @@ def member_weight(error: float, classes: int, rule: str = "samme") -> float:
         The weight of its vote.
 
     Raises:
-        ValueError: Where it isn't positive: the member would count for nothing, or against what it says.
+        ValueError: Where it isn't positive: the member would count for nothing, or against what it
+            says.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
@@ -148,7 +149,8 @@ def updated_weights(weights: Tensor, wrong: Tensor, alpha: float, rule: str = "s
         weights: Those that the last one was trained with.
         wrong: Where it was wrong.
         alpha: Its weight.
-        rule: `samme`: times exp(alpha) where it was wrong. `adaboost`: also times exp(-alpha) where it was right.
+        rule: `samme`: times exp(alpha) where it was wrong. `adaboost`: also times exp(-alpha) where
+            it was right.
 
     Returns:
         Weights of sum 1.
@@ -174,12 +176,14 @@ def boosting(
 ) -> Ensemble:
     """Make an ensemble each member of which minds what those before it got wrong.
 
-    Errors below 1 / (2 samples), nought among them, count as that, so that a member's weight stays finite. Boosted members
-    are weak by themselves: compare the ensemble with a network trained on all samples alike.
+    Errors below 1 / (2 samples), nought among them, count as that, so that a member's weight stays
+    finite. Boosted members are weak by themselves: compare the ensemble with a network trained on
+    all samples alike.
 
     Args:
-        train_member: Gets the numbers of as many samples, drawn by weight with replacement, and a seed; without `resample`
-            the weights themselves instead, of mean 1 and in the order of `labels`.
+        train_member: Gets the numbers of as many samples, drawn by weight with replacement, and a
+            seed; without `resample` the weights themselves instead, of mean 1 and in the order of
+            `labels`.
         predict: Says a member's class for every training sample, in the order of `labels`.
         labels: The classes of the training samples.
         classes: How many classes there are.

@@ -87,7 +87,8 @@ def import_attribute(name: str, what: str) -> Any:
         What has that name.
 
     Raises:
-        ImportError: In one sentence that begins with `what`, if the module fails or has no such name.
+        ImportError: In one sentence that begins with `what`, if the module fails or has no such
+            name.
     """
     module_name, _, attribute = name.partition(":")
     try:

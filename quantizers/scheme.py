@@ -1,6 +1,7 @@
 """A scheme says how weights and activations become few-bit values; one object serves all layers of a network.
 
-A scheme of one's own is a subclass with four methods, known to `quantize` by the name it gives itself:
+A scheme of one's own is a subclass with four methods, known to `quantize` by the name it gives
+itself:
 
     class Ternary(Q.Scheme, name="ternary"):
         summary = "weights are -1, 0 or +1 times a scale"
@@ -86,18 +87,21 @@ class SchemeRow(NamedTuple):
 class Scheme:
     """The base of all schemes. A scheme has options of its own; what belongs to a layer are tensors that the layer holds.
 
-    Subclasses name themselves (`class Linear(Scheme, name="linear")`), and are then known by that name to `quantize`. What a
-    scheme can do is said by its attributes; whoever uses schemes asks these, and never which class a scheme is of.
+    Subclasses name themselves (`class Linear(Scheme, name="linear")`), and are then known by that
+    name to `quantize`. What a scheme can do is said by its attributes; whoever uses schemes asks
+    these, and never which class a scheme is of.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line, for lists
     known: ClassVar[dict[str, type[Scheme]]] = {}
-    # Tensors of the layer that are trained: parameters that aren't in its state_dict, which stays the float network's.
+    # Tensors of the layer that are trained: parameters that aren't in its state_dict, which stays
+    # the float network's.
     learned: ClassVar[tuple[str, ...]] = ()
     # Tensors of the layer, beside its weight, that the quantized weight depends on.
     of_weight: ClassVar[tuple[str, ...]] = ()
-    # Whether activations need `calibrate` to have seen the layer's input, at some widths at least (`needs_data_at`).
+    # Whether activations need `calibrate` to have seen the layer's input, at some widths at least
+    # (`needs_data_at`).
     needs_data: ClassVar[bool] = True
     # Whether weights, and activations, are integers times a scale: what can be deployed.
     has_integer_weights: ClassVar[bool] = False
@@ -121,13 +125,15 @@ class Scheme:
 
         Args:
             scheme: The name; or a scheme, which is returned as it is.
-            modules: Whether `module:Name` may be imported. False for a name that no person gave, such as one from a file.
+            modules: Whether `module:Name` may be imported. False for a name that no person gave,
+                such as one from a file.
 
         Returns:
             The scheme with its default options.
 
         Raises:
-            ValueError: For an unknown name, listing the close ones; for a class that isn't a scheme or lacks a method.
+            ValueError: For an unknown name, listing the close ones; for a class that isn't a scheme
+                or lacks a method.
             ImportError: For a scheme of somebody else's that can't be imported, with the reason.
         """
         if isinstance(scheme, Scheme):
@@ -142,7 +148,8 @@ class Scheme:
         """Return the options that make this scheme again, as plain data: a dataclass's fields.
 
         Raises:
-            ValueError: For a scheme that isn't a dataclass, but holds something: it needs a method of its own.
+            ValueError: For a scheme that isn't a dataclass, but holds something: it needs a method
+                of its own.
         """
         if dataclasses.is_dataclass(self):
             return dataclasses.asdict(self)
@@ -181,7 +188,8 @@ class Scheme:
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return the tensors that a layer holds for this scheme, before calibration.
 
-        Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width at any time.
+        Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width
+        at any time.
         """
         raise NotImplementedError
 
@@ -200,7 +208,8 @@ class Scheme:
     def activation_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return what the integers of a layer's input are multiplied by, a positive number.
 
-        It is the distance of the input's levels, but for the two of one signed bit, -1 and +1 times it.
+        It is the distance of the input's levels, but for the two of one signed bit, -1 and +1 times
+        it.
         """
         raise NotImplementedError
 
@@ -225,8 +234,8 @@ class Scheme:
     def integer_weights(self, layer: SchemeLayer) -> IntegerWeights:
         """Return a layer's weights, at its present width, as integers.
 
-        Codes times scale is `layer.quantized_weight()` in float32, bit for bit (up to 2^-22 where integers take one bit
-        more than the weights have).
+        Codes times scale is `layer.quantized_weight()` in float32, bit for bit (up to 2^-22 where
+        integers take one bit more than the weights have).
 
         Raises:
             ValueError: With the reason, without the layer's name, where there are no such integers.
@@ -301,7 +310,8 @@ class Scheme:
 
         Args:
             bits: The width, 1..8.
-            weights: How many weights the layer has, where that is known: a codebook has no more entries.
+            weights: How many weights the layer has, where that is known: a codebook has no more
+                entries.
 
         Returns:
             Bytes per layer; nothing, for most schemes.
@@ -349,8 +359,8 @@ def scheme_rows() -> list[SchemeRow]:
 def schemes_from_records(records: Mapping[str, Any]) -> dict[str, Scheme]:
     """Make the schemes that `scheme_records` described, by layer.
 
-    Names that come from a file are never imported as modules: a scheme given as `module:Name` must have been named before
-    by whoever runs the program.
+    Names that come from a file are never imported as modules: a scheme given as `module:Name` must
+    have been named before by whoever runs the program.
 
     Args:
         records: By layer, {"name": the scheme's, "options": {...}}.
@@ -359,7 +369,8 @@ def schemes_from_records(records: Mapping[str, Any]) -> dict[str, Scheme]:
         A scheme by layer; layers of equal records share one.
 
     Raises:
-        ValueError: Naming the layer, for anything that is no such record, or options that the scheme doesn't have.
+        ValueError: Naming the layer, for anything that is no such record, or options that the
+            scheme doesn't have.
         ImportError: For a scheme of an installed package that can't be imported.
     """
     if not isinstance(records, Mapping):
