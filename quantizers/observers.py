@@ -16,6 +16,7 @@ from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tens
 
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
 SAMPLES = 1 << 16  # activations kept per layer
+CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into the cache
 BINS = 2048
 PERCENTILE = 0.9999
 RULES = ("mse", "max", "percentile", "kl")
@@ -90,8 +91,16 @@ class _Channels:
 
     def errors(self, scale: Tensor, bits: int) -> Tensor:
         """Return the squared error of each channel."""
-        quantized = quantize_tensor(self.rows, scale[:, None], bits, True) * scale[:, None]
-        return (self.rows - quantized).square().sum(1)
+        # A few channels at a time, so that all temporaries stay in the processor's cache. Rows that
+        # are too long for that are summed at once: some threads would add in another order.
+        count = CACHED_VALUES // max(1, self.rows.shape[1])
+        if count < 4:
+            count = max(1, len(self.rows))
+        parts = []
+        for rows, step in zip(self.rows.split(count), scale[:, None].split(count), strict=True):
+            left = quantize_tensor(rows, step, bits, True).mul_(step)
+            parts.append(torch.sub(rows, left, out=left).square_().sum(1))
+        return torch.cat(parts)
 
 
 def fit_activation_scales(

@@ -225,3 +225,12 @@ def test_smallest_error_is_smallest_and_maximum_keeps_everything() -> None:
     assert fit_activation_scales(x, 25.0, True, "percentile")[0][7].item() < 6 / 127
     with pytest.raises(ValueError, match="unknown calibration 'best'; known: mse, max"):
         Q.Linear(calibration="best")
+
+
+@pytest.mark.parametrize("shape", [(40, 4000), (100, 3, 3, 3), (2, 20000), (1, 1)])
+def test_scales_of_channels_do_not_depend_on_how_many_are_found_at_once(shape: tuple[int, ...]) -> None:
+    """Each channel's scale is that of a weight with this channel only, to the last bit."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    together = fit_weight_scales(weight)[0]
+    for channel in (0, len(weight) // 2, len(weight) - 1):
+        assert torch.equal(together[:, channel], fit_weight_scales(weight[channel : channel + 1])[0][:, 0])
