@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from quantizers.observers import Observer
 from torch import Tensor
 
 import quantizers as Q
+from quantizers.observers import Observer
+from quantizers.scheme import tensor_of
 
 
 class LargestMagnitude(Q.Scheme):
@@ -26,7 +27,7 @@ class LargestMagnitude(Q.Scheme):
     def calibrate(self, layer: Q.SchemeLayer, observer: Observer | None) -> None:
         """Keep the largest magnitude of the input, and what each width costs."""
         if observer is not None:
-            layer.largest_input.copy_(torch.as_tensor(observer.largest))
+            tensor_of(layer, "largest_input").copy_(torch.as_tensor(observer.largest))
         self.measure_errors(layer, observer)
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
@@ -49,7 +50,7 @@ class LargestMagnitude(Q.Scheme):
 
     def activation_step(self, layer: Q.SchemeLayer, bits: int) -> Tensor:
         """Return the distance of the input's levels."""
-        return layer.largest_input / largest_integer(bits, layer.signed)
+        return tensor_of(layer, "largest_input") / largest_integer(bits, layer.signed)
 
 
 def largest_integer(bits: int, signed: bool) -> int:
