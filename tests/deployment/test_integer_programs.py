@@ -20,20 +20,8 @@ import quantizers as Q
 from haq import networks
 from haq.deployment.graph import Graph, capture
 from haq.deployment.interpreter import Comparison, compare, run
-from haq.deployment.lowering import (
-    Codes,
-    Convolution,
-    Fixed,
-    Float,
-    FloatConvolution,
-    Pool,
-    Program,
-    Quantize,
-    Sum,
-    integer_activations,
-    integer_weights,
-    lower,
-)
+from haq.deployment.lowering import integer_activations, integer_weights, lower
+from haq.deployment.program import Codes, Convolution, Fixed, Float, FloatConvolution, Pool, Program, Quantize, Sum
 from hw_models.tvm_cpu.conv import reference, zero_point
 from tests.conftest import images, small_network
 
