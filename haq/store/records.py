@@ -94,6 +94,8 @@ class Record(BaseModel):
             raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
         except RecursionError:
             raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
+        except ValueError as error:  # a whole number of thousands of digits
+            raise ValueError(f"{source} is not {cls.WHAT}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as it stands in the file; what was not given is left out."""
