@@ -392,7 +392,10 @@ class SearchRun:
         header = networks.read_header(path)
         remedy = f"delete it and use python -m haq.finetune {self.folder}"
         if header.notes.get("format") != networks.QUANTIZED_FORMAT:
-            networks.load_quantized(path, task.network.module)  # says of which version it is
+            try:
+                networks.load_quantized(path, task.network.module)  # says what it is, or of which version
+            except ValueError as error:
+                raise ValueError(f"{path} is not a checkpoint of this run ({error}): {remedy}") from error
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
         if any(header.notes.get(key) != value for key, value in _notes(task).items()):
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
