@@ -134,7 +134,7 @@ def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.run_command(lambda: train.main(arguments)) == 0
     out = capsys.readouterr().out
     assert "accuracy on the test split" in out
-    assert "next: python -m haq.search" in " ".join(out.split())
+    assert "Next: python -m haq.search" in " ".join(out.split())
     again = networks.load("train_job:network@a.safetensors")
     assert again.signature() != networks.load("train_job:network").signature()
     assert networks.load("a.safetensors").signature() == again.signature()
