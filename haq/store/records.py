@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from haq.store import files
 from haq.store.files import kind_of, quoted
-from haq.store.units import UNITS
 from hw_models.storage import BITS
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
@@ -40,7 +39,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0)]
 Width = Annotated[int, Field(ge=1, le=BITS)]
 Count = Annotated[int, Field(ge=0)]
-Metric = Annotated[str, Field(pattern=f"^({'|'.join(UNITS)})$")]
+Metric = Literal["latency", "energy", "storage"]
 CostsByActivation = Annotated[list[Cost], Field(min_length=BITS, max_length=BITS)]
 CostTable = Annotated[list[CostsByActivation], Field(min_length=BITS, max_length=BITS)]
 Increases = Annotated[list[Cost | None], Field(min_length=BITS, max_length=BITS)]  # by width; null where unknown
@@ -716,6 +715,12 @@ def describe_fault(error: ValidationError) -> str:
     key = quoted(".".join(map(str, first["loc"])))
     if kind == "missing":
         return f"{key} is missing"
+    if kind in ("too_short", "too_long"):
+        context = first["ctx"]
+        words = f"at least {context.get('min_length')}"
+        if kind == "too_long":
+            words = f"at most {context['max_length']}"
+        return f"{key} has {context['actual_length']} entries; it must have {words}"
     wanted = _WANTED.get(kind)
     if wanted is None:
         wanted = first["msg"].replace("Input should be", "it must be")
@@ -738,7 +743,9 @@ _WANTED = {
 
 
 def _share_of(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
+    if key not in values:
+        raise ValueError(f"{key!r} is missing")
+    value = values[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{key!r} is {quoted(value)}; it must be a share from 0 to 1")
     return float(value)

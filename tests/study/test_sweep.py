@@ -39,7 +39,7 @@ def test_a_sweep_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
     assert not [str(w.message) for w in recwarn]
     content = json.loads(out)
     assert content == json.loads(Path("all/sweep.json").read_text())
-    assert content["schema"] == "haq-sweep-1"
+    assert content["schema"] == "haq-sweep-2"
     assert Path("all/sweep.png").read_bytes().startswith(b"\x89PNG")
     assert not list(Path("all").rglob("*.part"))
     for word in ("Pareto", "uniform 2 bits", "(estimated)", "(measured)", "bitfusion: budgets out of reach: 0.50, 0.74"):
