@@ -9,10 +9,10 @@ import lazy_loader
 if TYPE_CHECKING:
     from haq.training.adversaries import Adversary as Adversary
     from haq.training.adversaries import TrainingAttack as TrainingAttack
+    from haq.training.config import TrainConfig as TrainConfig
     from haq.training.finetuning import ShortTuning as ShortTuning
     from haq.training.finetuning import finetune as finetune
     from haq.training.finetuning import refresh_norms as refresh_norms
-    from haq.training.loop import TrainConfig as TrainConfig
     from haq.training.loop import accuracy as accuracy
     from haq.training.loop import agreement as agreement
     from haq.training.loop import augment as augment
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["adversaries", "loop", "finetuning"],
+    submodules=["adversaries", "config", "loop", "finetuning"],
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
-        "loop": ["TrainConfig", "accuracy", "agreement", "augment", "fit"],
+        "config": ["TrainConfig"],
+        "loop": ["accuracy", "agreement", "augment", "fit"],
         "finetuning": ["ShortTuning", "finetune", "refresh_norms"],
     },
 )

@@ -1,15 +1,18 @@
-"""Attackers that a network is trained against."""
+"""Attackers that a network is trained against. Importing this needs no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from haq.attacks.threat_model import PerturbationBall, check_eps, check_steps
 
-from haq.attacks.gradient import Loss, check_steps, evaluating, input_gradient, pgd, rfgsm
-from haq.attacks.threat_model import PerturbationBall, check_eps
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from haq.attacks.gradient import Loss
 
 STEPS = {"pgd": 7, "free": 4, "rfgsm": 1}  # by default, by kind
 
@@ -89,6 +92,10 @@ class TrainingAttack:
         Returns:
             Inputs of the same shape. Those of `free` ask for a gradient: that of the step that trains on them.
         """
+        import torch
+
+        from haq.attacks.gradient import evaluating, input_gradient, pgd, rfgsm
+
         if self.adversary.kind == "free":
             if self.delta is None:
                 self.delta = torch.zeros_like(inputs)
@@ -111,4 +118,4 @@ class TrainingAttack:
         assert perturbed.grad is not None
         part = self.delta[: len(perturbed)]
         part.add_(self.ball.radius * perturbed.grad.sign())
-        torch.clamp(part, -self.ball.radius, self.ball.radius, out=part)
+        part.clamp_(-self.ball.radius, self.ball.radius)

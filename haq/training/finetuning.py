@@ -15,7 +15,8 @@ from haq.networks import Network
 from haq.problem.evaluator import one_thread
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary
-from haq.training.loop import OnEpoch, OnStep, TrainConfig, batch_norms, fit, no_epoch, no_step
+from haq.training.config import OnEpoch, OnStep, TrainConfig, no_epoch, no_step
+from haq.training.loop import batch_norms, fit
 
 TUNING_BATCH = 32  # images of a step: many small steps, since with few images it is their number that counts
 SMALL = 64  # pixels; a small batch of images up to this size is done sooner by one thread than by several

@@ -134,7 +134,7 @@ def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.run_command(lambda: train.main(arguments)) == 0
     out = capsys.readouterr().out
     assert "accuracy on the test split" in out
-    assert "next: python -m haq.search" in " ".join(out.split())
+    assert "Next: python -m haq.search" in " ".join(out.split())
     again = networks.load("train_job:network@a.safetensors")
     assert again.signature() != networks.load("train_job:network").signature()
     assert networks.load("a.safetensors").signature() == again.signature()
@@ -221,13 +221,13 @@ def test_bits_that_are_none_are_named(bits: str, place: Path, capsys: pytest.Cap
 
 
 SCHEMES = {
-    "linear": (3, 4, {"activation_scale"}),
-    "kmeans": (2, 4, {"activation_scale", "codebook"}),
-    "pact": (4, 4, {"activation_clip"}),
-    "dorefa": (4, 4, set()),
-    "lsq": (3, 3, {"activation_scale", "weight_scale"}),
-    "lsqplus": (3, 3, {"activation_scale", "weight_scale", "activation_offset"}),
-    "binary": (1, 4, {"activation_scale"}),
+    "linear": (Q.Linear(), 2, 3, {"activation_scale"}),
+    "kmeans": (Q.KMeans(), 2, 4, {"activation_scale", "codebook"}),
+    "pact": (Q.PACT(clip=None), 4, 4, {"activation_clip"}),
+    "dorefa": (Q.DoReFa(), 4, 4, set()),
+    "lsq": (Q.LSQ(), 3, 3, {"activation_scale", "weight_scale"}),
+    "lsqplus": (Q.LSQPlus(), 3, 3, {"activation_scale", "weight_scale", "activation_offset"}),
+    "binary": (Q.Binary(), 1, 4, {"activation_scale"}),
 }
 
 
@@ -235,13 +235,14 @@ SCHEMES = {
 def test_every_scheme_is_finetuned(scheme: str) -> None:
     """The outputs come nearer to the float network's, and of a scheme's tensors just those move that it learns, or that
     are the scales of its inputs."""
-    weight, activation, moving = SCHEMES[scheme]
+    chosen, weight, activation, moving = SCHEMES[scheme]
     module = small_network()
     training.refresh_norms(NETWORK, module, split())
     network = networks.Network("small", module, (1, 8, 8))
     names = list(Q.BitPolicy.uniform(module, w=None, a=None))
     policy = Q.BitPolicy(dict.fromkeys(names, (weight, activation)) | {names[0]: (8, 8), names[-1]: (8, 8)})
-    schemes = dict.fromkeys(names, scheme) | {names[0]: "linear", names[-1]: "linear"}
+    linear = Q.Linear()
+    schemes = {**dict.fromkeys(names, chosen), names[0]: linear, names[-1]: linear}
     qnetwork = Q.quantize(module, policy, scheme=schemes, calibrate=images(32))
     tuned = training.finetune(network, qnetwork, split(), epochs=6, seed=0, learning_rate=0.02)
     assert Q.get_policy(tuned) == policy
