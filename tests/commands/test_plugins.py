@@ -19,7 +19,7 @@ from haq.console.errors import run_command
 from tests.hw_models.conftest import install
 
 import quantizers as Q
-from haq import deploy, hardware, robustness, search
+from haq import deploy, hardware, robustness, search, sweep, train
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("scheme", "model", "target", "solver", "objective", "attack", "exporter", "net", "data")
@@ -40,6 +40,7 @@ PLACES = {
     "--hw": "haq_plugin.target:Streaming",
     "--objective": "haq_plugin.objective:TopTwo",
 }
+JOB = ["--network", "plugin_net", "--data", "plugin_data"]
 QUICK = ["--budget", "0.6", "--evaluations", "12", "--finetune-epochs", "1"]
 
 
@@ -217,8 +218,10 @@ def test_an_installed_package_that_is_broken_is_named(
         (robustness.main, ["run", "--attacks", "{}"]),
         (deploy.main, ["run", "--to", "{}"]),
         (hardware.main, ["show", "{}"]),
+        (sweep.main, [*JOB, "--hw", "edge", "--budgets", "0.6", "--solvers", "random,{}", "--out", "runs"]),
+        (train.main, [*JOB, "--scheme", "{}", "--out", "runs.safetensors"]),
     ],
-    ids=["attack", "exporter", "target"],
+    ids=["attack", "exporter", "target", "solver of a sweep", "scheme of a training"],
 )
 def test_other_commands_refuse_what_is_broken_too(
     main: Callable[[list[str]], int], arguments: list[str], plugin: Path, capsys: pytest.CaptureFixture[str]
@@ -227,7 +230,7 @@ def test_other_commands_refuse_what_is_broken_too(
     capsys.readouterr()
     Path("broken.py").write_text(BROKEN)
     Path("fails.py").write_text(FAILS)
-    for name, words in (("broken:Nothing", "lacks"), ("fails:Thing", "RuntimeError: the licence server is away")):
+    for name, words in (("broken:Nothing", "can't be used: it "), ("fails:Thing", "RuntimeError: the licence server is away")):
         sentence = refused(capsys, main, *(argument.format(name) for argument in arguments))
         assert name in sentence
         assert words in sentence
