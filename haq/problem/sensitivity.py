@@ -27,10 +27,10 @@ class Sensitivities:
     """What is known of a network on its data, whatever the target and the budget.
 
     Attributes:
-        kind: "loss": the increase of the loss that policies are judged by. "kl": that of the Kullback-Leibler divergence of the
-            outputs from the float network's. "hessian": its second-order estimate (`by_hessian`).
-        loss_increases: nats, shape (decisions, 2, 8), of weights and of activations at widths 1..8 with all else at `base`; NaN
-            where unknown.
+        kind: "loss": the increase of the loss that policies are judged by. "kl": that of the Kullback-Leibler
+            divergence of the outputs from the float network's. "hessian": its second-order estimate (`by_hessian`).
+        loss_increases: Nats, shape (decisions, 2, 8), of weights and of activations at widths 1..8 with all else at
+            `base`; NaN where unknown.
         layers: The names of each decision's layers.
         bits: Smallest and largest width that could be chosen.
         base: Layer name -> (weight bits, activation bits) from which single operands were lowered.

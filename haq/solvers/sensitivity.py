@@ -93,9 +93,7 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
 
 def _wanted(highest: NDArray[np.int64], problems: Sequence[Problem]) -> list[Operand]:
     """List what there is to measure, what says most first."""
-    pairs = []
-    for decision in range(len(highest)):
-        pairs.append(np.concatenate([problem.decisions[decision].pairs for problem in problems]))
+    pairs = [np.concatenate([problem.decisions[i].pairs for problem in problems]) for i in range(len(highest))]
     return [
         (decision, operand, bits)
         for bits in ORDER

@@ -207,7 +207,7 @@ def test_attacks_stay_within_eps_and_the_range_of_images(network: nn.Module) -> 
 def test_what_belongs_together_is_asked_for(network: nn.Module) -> None:
     given = network, images(8), labelled(network, 8), "edge"
     proxy = ProxyAttack.of(described(network), EPS)
-    with pytest.raises(ValueError, match=r'objective="accuracy\+robust" needs `proxy`, .* haq.attacks.proxy.ProxyAttack.of'):
+    with pytest.raises(ValueError, match=r'objective="accuracy\+robust" needs `proxy`, .*haq.attacks.proxy.ProxyAttack.of'):
         haq.Problem(*given, objective=OBJECTIVE)
     with pytest.raises(ValueError, match="no labels to tell the accuracy by"):
         haq.Problem(network, images(8), images(8), "edge", objective=RobustAccuracy(proxy))

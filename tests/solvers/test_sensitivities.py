@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import haq
+import quantizers as Q
 from haq import search
 from haq.console import cli
 from haq.problem.sensitivity import KINDS, Sensitivities, signed
@@ -132,7 +133,7 @@ def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: 
     found = sensitivity.by_hessian(problem)
     layer = problem.evaluator.network.get_submodule("pointwise")
     bend = curvature(problem.network, problem.workload.names, problem.calibration)["pointwise"]
-    assert isinstance(layer, haq.problem.Q.layers.QuantConv2d)
+    assert isinstance(layer, Q.QuantConv2d)
     errors = []
     for bits in (3, 8):
         layer.weight_bits = bits
