@@ -228,13 +228,15 @@ def train(
             training.fit(
                 network,
                 split or budget.train,
-                epochs=epochs,
-                learning_rate=0.0,  # the optimizers have their own
-                seed=seed + 1000 * stage,
-                optimizer=optimizer,
-                clipping=clipping,
-                penalty=penalty,
-                fixed_norms=fixed_norms,
+                training.TrainConfig(
+                    epochs=epochs,
+                    learning_rate=0.0,  # the optimizers have their own
+                    seed=seed + 1000 * stage,
+                    optimizer=optimizer,
+                    clipping=clipping,
+                    penalty=penalty,
+                    fixed_norms=fixed_norms,
+                ),
                 on_epoch=on_epoch,
             )
         except FloatingPointError:

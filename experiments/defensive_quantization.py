@@ -92,11 +92,13 @@ def train(module: nn.Module, split: data.Split, beta: float, seed: int) -> nn.Mo
     training.fit(
         networks.Network("small", module, (1, 28, 28)),
         split,
-        epochs=EPOCHS,
-        learning_rate=RATE,
-        optimizer="adam",
-        seed=seed,
-        penalty=(lambda m: Q.lipschitz_penalty(m, beta=beta)) if beta else None,
+        training.TrainConfig(
+            epochs=EPOCHS,
+            learning_rate=RATE,
+            optimizer="adam",
+            seed=seed,
+            penalty=(lambda m: Q.lipschitz_penalty(m, beta=beta)) if beta else None,
+        ),
     )
     return module.eval()
 

@@ -146,7 +146,7 @@ def residual(epochs: int, dataset: data.Dataset) -> networks.Network:
         )
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = networks.Network("residual", module, (1, 28, 28))
-    training.fit(network, dataset.train, epochs=epochs, learning_rate=RATE, seed=0)
+    training.fit(network, dataset.train, training.TrainConfig(epochs, RATE, seed=0))
     return network
 
 

@@ -191,7 +191,7 @@ class Maker:
     def float_network(self, seed: int) -> networks.Network:
         made = network(seed)
         epochs = self.passes(self.budget.float_images)
-        training.fit(made, self.dataset.train, epochs=epochs, learning_rate=FLOAT_RATE, seed=seed, batch_size=128)
+        training.fit(made, self.dataset.train, training.TrainConfig(epochs, FLOAT_RATE, seed, batch_size=128))
         return made
 
     def accuracy(self, run: Run) -> float:
@@ -225,14 +225,16 @@ class Maker:
         training.fit(
             self.floats[run.seed],
             self.dataset.train,
+            training.TrainConfig(
+                epochs=self.epochs(run),
+                learning_rate=rate,
+                seed=100 + run.seed,
+                batch_size=64,
+                optimizer=optimizer,
+                penalty=(lambda m: Q.pact_penalty(m, PENALTY)) if run.method == "PACT" else None,
+                weight_decay=0.0 if run.method == "binary" else 1e-4,
+            ),
             module=module,
-            epochs=self.epochs(run),
-            learning_rate=rate,
-            seed=100 + run.seed,
-            batch_size=64,
-            optimizer=optimizer,
-            penalty=(lambda m: Q.pact_penalty(m, PENALTY)) if run.method == "PACT" else None,
-            weight_decay=0.0 if run.method == "binary" else 1e-4,
         )
 
     def quantized(self, run: Run, scheme: Q.Scheme) -> nn.Module:

@@ -184,7 +184,7 @@ def trained(name: str, build: Callable[[], list[nn.Module]], epochs: int) -> tup
         torch.manual_seed(0)
         network = networks.Network(name, nn.Sequential(*build()), (1, 28, 28), (0.286,), (0.353,))
     dataset = data.load()
-    training.fit(network, dataset.train, epochs=epochs, learning_rate=0.1, seed=0)
+    training.fit(network, dataset.train, training.TrainConfig(epochs, learning_rate=0.1, seed=0))
     images, labels = next(dataset.search.batches(len(dataset.search)))
     images = network.preprocess(images).contiguous()
     calibrate = network.preprocess(dataset.train.images[dataset.fair(512)]).contiguous()

@@ -1,16 +1,21 @@
-"""Show runs and sweeps on one web page that is complete in itself:  python -m haq.report RUN [RUN ...]
+"""Show runs and sweeps on one web page that is complete in itself.
 
 A folder may be a run's, finished or not, or a sweep's. The page asks for nothing from any network and can be sent as it is.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from haq.console import cli
+from haq.console.commands import command, main_of
+from haq.console.errors import run_command
+from haq.console.options import argument, option, output_options
+from haq.console.output import Output
+from haq.console.tables import say
+from haq.console.values import FILE, FOLDER
 from haq.reporting import reading
 from haq.store import files
 from haq.store.files import REPORT
@@ -18,26 +23,24 @@ from haq.store.files import REPORT
 OURS = b'<meta name="generator" content="haq.report'
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m haq.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a search or of a sweep")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help=f"the page (default: {REPORT} in the folder; of several, in the folder that they share)",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    check_once(options.runs)
-    out = options.out or default_file(options.runs)
+@command(
+    "report", __doc__, examples=("haq report runs/edge-latency-0.5-ddpg-seed0", "haq report runs/a runs/b --out both.html")
+)
+@argument("runs", FOLDER, "the folder of a search or of a sweep", several=True)
+@option(
+    "--out",
+    FILE,
+    "the page",
+    group="Output",
+    default_words=f"{REPORT} in the folder; of several, in the folder that they share",
+)
+@output_options(json=None)
+def cli(runs: tuple[Path, ...], out: Path | None) -> int:
+    """Read the folders, make the page, write it."""
+    check_once(runs)
+    out = out or default_file(runs)
     check_free(out)
-    sources = [reading.read_folder(run) for run in options.runs]
+    sources = [reading.read_folder(run) for run in runs]
     try:
         from haq.reporting import page
     except ImportError as error:
@@ -45,21 +48,23 @@ def main(arguments: list[str] | None = None) -> int:
     text = page.render(sources)
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write(out, text)
-    unfinished = [str(run) for run, source in zip(options.runs, sources, strict=True) if not source.finished]
+    console = Output.open().notes
+    unfinished = [str(run) for run, source in zip(runs, sources, strict=True) if not source.finished]
     if unfinished:
-        print(f"Not finished, shown as far as it is there: {', '.join(unfinished)}")
-    print(f"Written: {out} ({len(text.encode()) / 1e6:.2f} MB; open it in any browser)")
+        say(console, f"Not finished, shown as far as it is there: {', '.join(unfinished)}", wrap=False)
+    say(console, f"Written: {out} ({len(text.encode()) / 1e6:.2f} MB; open it in any browser)", wrap=False)
     return 0
 
 
-def default_file(runs: list[Path]) -> Path:
-    """Where the page of some folders goes: into the folder, or the one that all of them are in."""
+def default_file(runs: Sequence[Path]) -> Path:
+    """Say where the page of some folders goes: into the folder, or the one that all of them are in."""
     if len(runs) == 1:
         return runs[0] / REPORT
-    return Path(os.path.relpath(os.path.commonpath([run.resolve().parent for run in runs]))) / REPORT
+    shared = os.path.commonpath([run.resolve().parent for run in runs])
+    return Path(os.path.relpath(shared)) / REPORT
 
 
-def check_once(runs: list[Path]) -> None:
+def check_once(runs: Sequence[Path]) -> None:
     """Raise ValueError if a folder is given twice."""
     seen: set[Path] = set()
     for run in runs:
@@ -78,5 +83,7 @@ def check_free(out: Path) -> None:
                 raise ValueError(f"{out} is there and is not a report, so it is not overwritten: name another with --out")
 
 
+main = main_of(cli)
+
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(lambda: main(None)))

@@ -1,326 +1,429 @@
-"""The runs there are: what became of them, what they asked for, how they differ:  python -m haq.runs list | show RUN | ..."""
+"""The runs there are: what became of them, what they asked for, how they differ.
+
+A folder may hold runs or sweeps, or be one of them.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.console import Group as RenderGroup
+from rich.padding import Padding
+from rich.text import Text
 
-from haq.console import cli
+from haq.console.commands import Group, main_of
+from haq.console.errors import run_command
+from haq.console.options import argument, flag, option, output_options
+from haq.console.output import Output
+from haq.console.tables import Column, command_line, key_table, new_table, plain, print_columns, say
+from haq.console.values import FOLDER, NUMBER
 from haq.store import cleanup
-from haq.store.files import size
-from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, Entry, find, look, sizes
+from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, RunSummary, file_sizes, find_runs, summarize
+from haq.store.records import Measurement
+from haq.store.units import NOTHING, describe_amount, describe_bytes, percent
 
-WIDTH = 150  # of tables that go to a file or a pipe
 HOME = Path("runs")
 # What accuracies must agree in to be compared; eps is of the attack of one of the objectives.
-TERMS = ("network", "data", "objective", "eps")
-PREFIXES = {"": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+TERMS = ("network", "data", "objective", "eps", "signature of network", "signature of data")
 COLORS = {FINISHED: "green", INTERRUPTED: "yellow", RUNNING: "cyan", DAMAGED: "red"}
+ACCURACIES_ARE = (
+    "Accuracies are measured: on the search split, of what was found, or is the best within the budget so far; on the test "
+    "split, of what was found, fine-tuned if it was."
+)
+WHAT_DELETES = "What is deleted"
+
+cli = Group("runs", __doc__, examples=("haq runs list", "haq runs show runs/edge-latency-0.5-ddpg-seed0"))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m haq.runs", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, what: str) -> Callable[..., argparse.Action]:
-        return commands.add_parser(name, help=what).add_argument
-
-    add = command("list", "every run and sweep in some folders, or of a sweep")
-    add("folders", nargs="*", type=Path, metavar="FOLDER", default=[HOME], help=f"(default: {HOME}/)")
-    add("--json", action="store_true", help="print JSON")
-    add = command("show", "what a run was asked for, what it found, and the commands that go with it")
-    add("run", type=Path, metavar="RUN")
-    add("--json", action="store_true", help="print JSON")
-    add = command("compare", "runs side by side: first what was asked differently, then what came out")
-    add("runs", nargs="+", type=Path, metavar="RUN")
-    add("--json", action="store_true", help="print JSON")
-    add = command("prune", "delete what of runs isn't needed any more; without --yes only say what")
-    add("folder", nargs="?", type=Path, metavar="FOLDER", default=HOME, help=f"of runs, or one run (default: {HOME}/)")
-    add("--unfinished", action="store_true", help="runs and sweeps that were interrupted, all of them")
-    add(
-        "--checkpoints",
-        action="store_true",
-        help="of finished runs, networks, agents and attacks: what was tried and found stays",
-    )
-    add("--older-than", type=float, metavar="DAYS", help="only what was last written so long ago")
-    add("--yes", action="store_true", help="delete it")
-    options = parser.parse_args(arguments)
-    if options.command == "prune":
-        if not options.unfinished and not options.checkpoints:
-            raise ValueError("say what is to be deleted: --unfinished, --checkpoints, or both")
-        if options.older_than is not None and not options.older_than >= 0:
-            raise ValueError(f"--older-than is {options.older_than}; it must be a number of days from 0")
-    if options.command == "compare" and len(options.runs) < 2:
-        raise ValueError(f"compare takes at least two runs, not {options.runs[0]} alone")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    if options.command == "list":
-        missing = options.folders == [HOME] and not HOME.exists()
-        entries = [] if missing else [entry for folder in options.folders for entry in find(folder)]
-        if options.json:
-            print(json.dumps([entry.summary() for entry in entries], indent=2))
-        else:
-            print_list(console, entries, options.folders)
-    elif options.command == "show":
-        content = shown(_whole(look(options.run)))
-        print(json.dumps(content, indent=2)) if options.json else print_run(console, content)
-    elif options.command == "compare":
-        content = compared([_comparable(folder) for folder in options.runs])
-        print(json.dumps(content, indent=2)) if options.json else print_comparison(console, content)
+@cli.add("list", "Show every run and sweep in some folders, or of a sweep.")
+@argument("folders", FOLDER, f"of runs, or one run or sweep (default: {HOME}/)", several=True, required=False)
+@output_options(json="print JSON", quiet=False)
+def list_runs(folders: tuple[Path, ...], as_json: bool) -> int:
+    """Print a line for each run, or JSON."""
+    runs: list[RunSummary] = []
+    if folders or HOME.exists():
+        runs = [run for folder in folders or (HOME,) for run in find_runs(folder)]
+    if as_json:
+        print(json.dumps([run.to_dict() for run in runs], indent=2))
     else:
-        prune(console, options)
+        print_list(Output.open().results, runs, folders or (HOME,))
     return 0
 
 
-def print_list(console: Console, entries: Sequence[Entry], folders: Sequence[Path]) -> None:
-    """A line for each run, and the reasons of those that are damaged."""
-    if not entries:
-        console.print(f"no runs in {', '.join(map(str, folders))}; python -m haq.search --hw edge makes one")
+@cli.add("show", "Show what a run was asked for, what it found, and the commands that go with it.")
+@argument("run", FOLDER, "the folder of a run or a sweep")
+@output_options(json="print JSON", quiet=False)
+def show_run(run: Path, as_json: bool) -> int:
+    """Print everything there is to say of a run, or JSON."""
+    summary = _undamaged(summarize(run))
+    if as_json:
+        print(json.dumps(describe(summary), indent=2))
+    else:
+        print_run(Output.open().results, summary)
+    return 0
+
+
+@cli.add("compare", "Show runs side by side: first what was asked differently, then what came out.")
+@argument("runs", FOLDER, "folders of runs, at least two", several=True)
+@output_options(json="print JSON", quiet=False)
+def compare_runs(runs: tuple[Path, ...], as_json: bool) -> int:
+    """Print how runs differ, or JSON."""
+    if len(runs) < 2:
+        raise ValueError(f"compare takes at least two runs, not {runs[0]} alone")
+    content = compare([_comparable(folder) for folder in runs])
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        print_comparison(Output.open().results, content)
+    return 0
+
+
+@cli.add("prune", "Delete what of runs isn't needed any more; without --yes only say what.")
+@argument("folder", FOLDER, f"of runs, or one run (default: {HOME}/)", required=False)
+@flag("--unfinished", "runs and sweeps that were interrupted, all of them", group=WHAT_DELETES)
+@flag(
+    "--checkpoints",
+    "of finished runs, networks, agents and attacks: what was tried and found stays",
+    group=WHAT_DELETES,
+)
+@option("--older-than", NUMBER, "only what was last written so long ago", group=WHAT_DELETES, metavar="DAYS")
+@flag("--yes", "delete it", group=WHAT_DELETES)
+def prune(folder: Path | None, unfinished: bool, checkpoints: bool, older_than: float | None, yes: bool) -> int:
+    """Delete what was asked for, or say what that would be."""
+    if not unfinished and not checkpoints:
+        raise ValueError("say what is to be deleted: --unfinished, --checkpoints, or both")
+    if older_than is not None and not older_than >= 0:
+        raise ValueError(f"--older-than is {older_than}; it must be a number of days from 0")
+    folder = folder or HOME
+    console = Output.open().results
+    removals = cleanup.plan_removals(folder, unfinished=unfinished, checkpoints=checkpoints, older_than_days=older_than)
+    total = 0
+    for removal in removals:
+        size = removal.bytes
+        reason = removal.kept_because
+        if not reason and yes and not cleanup.remove(removal):
+            reason = "it is in use"
+        if reason:
+            say(console, f"left alone: {removal.run.folder}, {reason}", wrap=False)
+            continue
+        total += size
+        does = "would delete"
+        if yes:
+            does = "deleted"
+        files = f"{len(removal.paths)} files, {describe_bytes(size)}"
+        say(console, f"{does}: {removal.run.folder}, {removal.what}, {files}", wrap=False)
+    if not total:
+        say(console, f"nothing to delete in {folder}")
+    elif yes:
+        say(console, f"{describe_bytes(total)} deleted")
+    else:
+        say(console, f"{describe_bytes(total)} in all; nothing was deleted: add --yes to do it")
+    return 0
+
+
+def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[Path]) -> None:
+    """Print a table of runs, and the reasons of those that are damaged.
+
+    Args:
+        console: Where to; its width counts.
+        runs: The runs and sweeps.
+        folders: Where they were looked for.
+    """
+    if not runs:
+        say(console, f"no runs in {', '.join(map(str, folders))}; python -m haq.search --hw edge makes one")
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("folder", "network", "target", "budget", "solver"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("done", "search\naccuracy", "test\naccuracy"):
+    table = new_table()
+    table.add_column("run", overflow="fold")
+    for heading in ("done", "search", "test"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for entry in entries:
-        told, searches = entry.settings, " searches" if entry.kind == "sweep" else ""
-        table.add_row(
-            _plain(entry.folder),
-            _plain(told.get("network", "–")),
-            _plain(told.get("hw", "–")),
-            _plain(f"{told['metric']} {told['budget']}" if told else "–"),
-            _plain(told.get("solver", "–")),
-            "–" if entry.asked is None else f"{entry.done}/{entry.asked}{searches}",
-            _share(entry.search, told),
-            _share(entry.test, told),
-            f"[{COLORS[entry.state]}]{entry.state}[/]",
-        )
+    for run in runs:
+        state = Text(run.state, COLORS[run.state])
+        table.add_row(_name_and_question(run), _progress(run), percent(run.search), percent(run.test), state)
     console.print(table)
-    for entry in entries:
-        if entry.reason:
-            console.print(f"{entry.folder}: {entry.reason}", soft_wrap=True, markup=False, highlight=False)
-    if any(entry.search is not None for entry in entries):
-        sentence = (
-            "Accuracies are measured: on the search split, of what was found, or is the best within the budget so far; on"
-        )
-        console.print(f"{sentence} the test split, of what was found, fine-tuned if it was.", soft_wrap=True, highlight=False)
+    for run in runs:
+        if run.reason:
+            say(console, f"{run.folder}: {run.reason}")
+    if any(run.search is not None for run in runs):
+        say(console, ACCURACIES_ARE)
 
 
-def shown(entry: Entry) -> dict[str, Any]:
-    """Everything there is to say of a run or a sweep, as plain data: what `show --json` prints."""
-    config = entry.config
+def describe(run: RunSummary) -> dict[str, Any]:
+    """Return everything there is to say of a run or a sweep, as plain data: what `show --json` prints."""
+    result = None
+    if run.result is not None:
+        result = run.result.to_dict()
     return {
-        **entry.summary(),
-        "settings": config.get("asked") or config.get("settings", {}),
-        "signature": config.get("signature", {}),
-        "versions": config.get("versions", {}),
-        "result": entry.result,
-        "files": {str(path): count for path, count in sizes(entry.folder)},
-        "commands": commands(entry),
+        **run.to_dict(),
+        "settings": _asked(run),
+        "signature": run.signature,
+        "versions": run.versions,
+        "result": result,
+        "files": {str(path): size for path, size in file_sizes(run.folder)},
+        "commands": commands(run),
     }
 
 
-def commands(entry: Entry) -> dict[str, str]:
-    """What to type to do the same again, and to go on."""
+def commands(run: RunSummary) -> dict[str, str]:
+    """Return what to type to do the same again, and to go on, quoted for a shell."""
     found = {}
-    name = "sweep" if entry.kind == "sweep" else "search"
-    if entry.config:
-        # A run's settings know their command; only here is torch imported.
+    if run.config is not None:
         from haq.study.config import SearchConfig
 
-        asked = entry.config.get("asked")
-        if asked is None:
-            found["again"] = SearchConfig.read(entry.config["settings"]).command()
-        else:
-            # Of a sweep, these vary; and it never fine-tunes.
-            fixed = {option: value for option, value in asked["settings"].items() if option != "finetune_epochs"}
-            lists = (f"--{option} {shlex.quote(','.join(asked[option]))}" for option in ("hw", "budgets", "solvers"))
-            begin = f"python -m haq.sweep {' '.join(lists)} --seeds {asked['seeds']}"
-            found["again"] = SearchConfig.read(fixed).command().replace("python -m haq.search", begin)
-    if entry.state == INTERRUPTED and entry.config:
-        found["go on"] = f"python -m haq.{name} --resume {entry.folder}"
-    elif entry.state == FINISHED and entry.kind == "search":
-        tuned = entry.result is not None and entry.result["finetuned"] is not None
-        found["go on"] = f"python -m haq.{'evaluate' if tuned else 'finetune'} {entry.folder}"
-    elif entry.state == FINISHED:
-        found["go on"] = f"python -m haq.runs list {entry.folder}"
+        found["again"] = SearchConfig.read(run.config.settings).command()
+    if run.sweep is not None:
+        from haq.study.config import SweepConfig
+
+        found["again"] = SweepConfig.read(run.sweep.asked.to_dict()).command()
+    following = _next_words(run)
+    if following:
+        found["go on"] = command_line("python", "-m", *following)
     return found
 
 
-def print_run(console: Console, content: dict[str, Any]) -> None:
-    result, grid = content["result"], Table.grid(padding=(0, 2))
-
-    def add(name: str, value: Any) -> None:
-        grid.add_row(f"[bold]{name}[/]", _plain(value))
-
-    reason = f", {content['reason']}" if content["reason"] else ""
-    add(content["kind"], f"{content['folder']}: {content['state']}{reason}")
-    if content["settings"]:
-        add("asked", _pairs(content["settings"]))
-        add("signature", _pairs(content["signature"]))
-        add("versions", _pairs(content["versions"]))
-        add("done", f"{content['done']} of {content['asked']} {'searches' if content['kind'] == 'sweep' else 'evaluations'}")
-    if result:
-        budget, key = result["budget"], result["objective"]
-        holds = "holds" if budget["holds"] else "EXCEEDED"
-        used = f"{_amount(budget['used'], budget['unit'])} of {_amount(budget['limit'], budget['unit'])}"
-        add("budget", f"{budget['metric']}, {used}, {budget['used_fraction']:.3f} of uniform 8 bits: {holds}")
-        for name in ("float", "uniform8", "found", "finetuned"):
-            if row := result[name]:
-                add(name, f"{_percent(row[f'search_{key}'])} search, {_percent(row[f'test_{key}'])} test {key} (measured)")
-    elif content["search_accuracy"] is not None:
-        add("best so far", f"{_percent(content['search_accuracy'])} on the search split (measured)")
-    parts: dict[str, list[int]] = {}
-    for name, count in content["files"].items():
-        parts.setdefault(f"{name.partition('/')[0]}/" if "/" in name else name, []).append(count)
-    add("files", f"{size(content['bytes'])}: " + ", ".join(f"{name} {size(sum(counts))}" for name, counts in parts.items()))
-    console.print(grid)
-    for name, command in content["commands"].items():
-        console.print(f"[bold]{name}[/]  {_plain(command)}", soft_wrap=True, highlight=False)  # unbroken, to be copied
+def print_run(console: Console, run: RunSummary) -> None:
+    """Print what was asked, what was found, what lies in the folder, and the commands that go with it."""
+    console.print(key_table(_facts(run)))
+    for name, command in commands(run).items():
+        # Unbroken, to be copied.
+        console.print(Text.assemble((name, "bold"), "  ", plain(command)), soft_wrap=True, highlight=False)
 
 
-def _whole(entry: Entry) -> Entry:
-    """The entry itself. Raises ValueError with the reason if it is damaged."""
-    if entry.state == DAMAGED:
-        raise ValueError(entry.reason)
-    return entry
+def compare(runs: Sequence[RunSummary]) -> dict[str, Any]:
+    """Find what was asked differently and what came out, by run.
 
+    Accuracies are left out, and the reason is given, if they aren't of the same network, data and objective.
 
-def _comparable(folder: Path) -> Entry:
-    entry = _whole(look(folder))
-    if entry.kind == "sweep":
-        raise ValueError(f"{folder} is a sweep: compare runs of it, which python -m haq.runs list {folder} names")
-    if not entry.config:
-        raise ValueError(f"{folder} can't be compared: {entry.reason}")
-    return entry
+    Args:
+        runs: At least two.
 
-
-def compared(entries: Sequence[Entry]) -> dict[str, Any]:
-    """Differences of what was asked, and what came out, by run, as plain data. Accuracies are left out, and the reason is
-    given, if they aren't of the same network, data and objective."""
-    asked = [{**entry.settings, **_named("signature", entry), **_named("version", entry)} for entry in entries]
+    Returns:
+        Plain data: what `compare --json` prints.
+    """
+    asked = [_terms(run) for run in runs]
     names = dict.fromkeys(name for one in asked for name in one)
     differing = [name for name in names if len({repr(one.get(name)) for one in asked}) > 1]
-    terms = [name for name in differing if name in (*TERMS, "signature of network", "signature of data")]
-    folders = [str(entry.folder) for entry in entries]
-    rows: dict[str, list[Any]] = {"state": [entry.state for entry in entries]}
-    if not terms:
-        objective = entries[0].settings.get("objective", "accuracy")
-        rows[f"search {objective}, best within the budget"] = [entry.search for entry in entries]
-        rows[f"test {objective}, found"] = [_of(entry, "found") for entry in entries]
-        rows[f"test {objective}, fine-tuned"] = [_of(entry, "finetuned") for entry in entries]
-    budgets = [entry.result["budget"] if entry.result else {} for entry in entries]
-    if "hw" not in differing and "metric" not in differing:
-        rows["cost"] = [_amount(budget["used"], budget["unit"]) if budget else None for budget in budgets]
-    rows["cost, of uniform 8 bits"] = [budget.get("used_fraction") for budget in budgets]
-    rows["evaluations"] = [entry.done for entry in entries]
+    terms = [name for name in differing if name in TERMS]
+    reason = ""
+    if terms:
+        reason = f"they are of another {', '.join(terms)}"
     return {
-        "runs": folders,
+        "runs": [str(run.folder) for run in runs],
         "differences": {name: [one.get(name) for one in asked] for name in differing},
         "comparable": not terms,
-        "reason": f"they are of another {', '.join(terms)}" if terms else "",
-        "results": rows,
+        "reason": reason,
+        "results": _outcomes(runs, not terms, "hw" not in differing and "metric" not in differing),
     }
 
 
-def _named(part: str, entry: Entry) -> dict[str, Any]:
-    return {f"{part} of {name}": value for name, value in entry.config[{"version": "versions"}.get(part, part)].items()}
-
-
-def _of(entry: Entry, name: str) -> float | None:
-    row = entry.result[name] if entry.result else None
-    return row[f"test_{entry.result['objective']}"] if entry.result and row else None
-
-
-def print_comparison(console: Console, content: dict[str, Any]) -> None:
+def print_comparison(console: Console, content: Mapping[str, Any]) -> None:
+    """Print what `compare` found, a column for each run."""
     for title, rows in (("what was asked differently", content["differences"]), ("what came out", content["results"])):
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("")
-        for name in content["runs"]:
-            table.add_column(_plain(name), overflow="fold", justify="right")
-        for name, cells in rows.items():
-            table.add_row(name, *(_cell(name, cell) for cell in cells))
-        console.print(table if rows else f"{title}: nothing")
+        if not rows:
+            say(console, f"{title}: nothing")
+            continue
+        columns = [Column("", list(rows))]
+        for index, name in enumerate(content["runs"]):
+            columns.append(Column(name, [_cell(label, cells[index]) for label, cells in rows.items()]))
+        print_columns(console, title, columns)
     if not content["comparable"]:
-        console.print(f"Their accuracies can't be compared: {content['reason']}.", soft_wrap=True, highlight=False)
+        say(console, f"Their accuracies can't be compared: {content['reason']}.")
 
 
-def prune(console: Console, options: argparse.Namespace) -> None:
-    """Delete what was asked for, or say what that would be."""
-    victims = cleanup.choose(
-        options.folder,
-        unfinished=options.unfinished,
-        checkpoints=options.checkpoints,
-        older_than_days=options.older_than,
-    )
-    count = 0
-    for victim in victims:
-        folder, held = victim.entry.folder, victim.bytes
-        if victim.spared:
-            console.print(f"left alone: {folder}, {victim.spared}", soft_wrap=True, markup=False, highlight=False)
-            continue
-        if options.yes and not cleanup.delete(victim):
-            console.print(f"left alone: {folder}, it is in use", soft_wrap=True, markup=False, highlight=False)
-            continue
-        count += held
-        does = "deleted" if options.yes else "would delete"
-        files = f"{len(victim.paths)} files, {size(held)}"
-        console.print(f"{does}: {folder}, {victim.what}, {files}", soft_wrap=True, markup=False, highlight=False)
-    if options.yes or not count:
-        console.print(f"{size(count)} deleted" if count else f"nothing to delete in {options.folder}", highlight=False)
-    else:
-        console.print(f"{size(count)} in all; nothing was deleted: add --yes to do it", highlight=False)
+def _name_and_question(run: RunSummary) -> RenderableType:
+    """Write the first cell of a run's row: its folder, and below it what was asked."""
+    settings = run.settings
+    if not settings:
+        return plain(run.folder)
+    words = [settings.get("network"), settings.get("hw"), f"{settings.get('metric')} {settings.get('budget')}"]
+    words.append(settings.get("solver"))
+    if run.objective != "accuracy":
+        words.append(run.objective)
+    question = ", ".join(map(str, words))
+    if run.kind == "sweep":
+        question = f"sweep: {question}"
+    return RenderGroup(plain(run.folder), Padding(plain(question), (0, 0, 0, 2)))
 
 
-def _pairs(content: dict[str, Any]) -> str:
-    texts = {name: json.dumps(value) if isinstance(value, (dict, list)) else value for name, value in content.items()}
-    return ", ".join(f"{name} {text}" for name, text in texts.items())
+def _progress(run: RunSummary) -> str:
+    if run.asked is None:
+        return NOTHING
+    return f"{run.done}/{run.asked}"
+
+
+def _asked(run: RunSummary) -> dict[str, Any]:
+    """Return what was asked for, as it stands in the file of the run or sweep."""
+    if run.sweep is not None:
+        return run.sweep.asked.to_dict()
+    if run.config is not None:
+        return run.config.settings
+    return {}
+
+
+def _next_words(run: RunSummary) -> list[str]:
+    """Return what goes on with a run or sweep, word by word; nothing if that isn't known."""
+    folder = str(run.folder)
+    if run.state == INTERRUPTED and run.sweep is not None:
+        return ["haq.sweep", "--resume", folder]
+    if run.state == INTERRUPTED and run.config is not None:
+        return ["haq.search", "--resume", folder]
+    if run.state == FINISHED and run.kind == "sweep":
+        return ["haq.runs", "list", folder]
+    if run.state == FINISHED and run.result is not None and run.result.finetuned is None:
+        return ["haq.finetune", folder]
+    if run.state == FINISHED:
+        return ["haq.evaluate", folder]
+    return []
+
+
+def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
+    """Yield what is to be said of a run or sweep: names and values."""
+    reason = ""
+    if run.reason:
+        reason = f", {run.reason}"
+    yield run.kind, f"{run.folder}: {run.state}{reason}"
+    asked = _asked(run)
+    if asked:
+        unit = "evaluations"
+        if run.kind == "sweep":
+            unit = "searches"
+        yield "asked", _pairs(asked)
+        yield "signature", _pairs(run.signature)
+        yield "versions", _pairs(run.versions)
+        yield "done", f"{run.done} of {run.asked} {unit}"
+    if run.result is not None:
+        yield from _results(run)
+    elif run.search is not None:
+        yield "best so far", f"{percent(run.search)} on the search split (measured)"
+    yield "files", _sizes(run)
+
+
+def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
+    """Yield what a finished search found."""
+    result = run.result
+    assert result is not None
+    budget = result.budget
+    verdict = "EXCEEDED"
+    if budget.holds:
+        verdict = "holds"
+    used, limit = (describe_amount(amount, budget.metric) for amount in (budget.used, budget.limit))
+    yield "budget", f"{budget.metric}, {used} of {limit}, {budget.used_fraction:.3f} of uniform 8 bits: {verdict}"
+    measured: dict[str, Measurement | None] = {
+        "float": result.of_float,
+        "uniform8": result.uniform8,
+        "found": result.found,
+        "finetuned": result.finetuned,
+    }
+    for name, row in measured.items():
+        if row is not None:
+            search, test = (percent(row.share(split, result.objective)) for split in ("search", "test"))
+            yield name, f"{search} search, {test} test {result.objective} (measured)"
+
+
+def _sizes(run: RunSummary) -> str:
+    """Say what lies in a folder, folders in it as one, with their bytes."""
+    sizes: dict[str, int] = {}
+    for path, size in file_sizes(run.folder):
+        name = path.parts[0]
+        if len(path.parts) > 1:
+            name = f"{name}/"
+        sizes[name] = sizes.get(name, 0) + size
+    parts = ", ".join(f"{name} {describe_bytes(size)}" for name, size in sizes.items())
+    return f"{describe_bytes(sum(sizes.values()))}: {parts}"
+
+
+def _undamaged(run: RunSummary) -> RunSummary:
+    """Return the run itself; ValueError with the reason if it is damaged."""
+    if run.state == DAMAGED:
+        raise ValueError(run.reason)
+    return run
+
+
+def _comparable(folder: Path) -> RunSummary:
+    run = _undamaged(summarize(folder))
+    if run.kind == "sweep":
+        raise ValueError(f"{folder} is a sweep: compare runs of it, which python -m haq.runs list {folder} names")
+    if run.config is None:
+        raise ValueError(f"{folder} can't be compared: {run.reason}")
+    return run
+
+
+def _terms(run: RunSummary) -> dict[str, Any]:
+    """Return what a run was asked for, and what it began with, by name."""
+    signature = {f"signature of {name}": value for name, value in run.signature.items()}
+    versions = {f"version of {name}": value for name, value in run.versions.items()}
+    return {**run.settings, **signature, **versions}
+
+
+def _outcomes(runs: Sequence[RunSummary], comparable: bool, same_unit: bool) -> dict[str, list[Any]]:
+    """Return what came out, by name, a value for each run.
+
+    Args:
+        runs: The runs.
+        comparable: Their accuracies can be put side by side.
+        same_unit: Their costs are of one metric and target.
+    """
+    rows: dict[str, list[Any]] = {"state": [run.state for run in runs]}
+    if comparable:
+        objective = runs[0].objective
+        rows[f"search {objective}, best within the budget"] = [run.search for run in runs]
+        rows[f"test {objective}, found"] = [_test_share(run, finetuned=False) for run in runs]
+        rows[f"test {objective}, fine-tuned"] = [_test_share(run, finetuned=True) for run in runs]
+    costs: list[str | None] = []
+    fractions: list[float | None] = []
+    for run in runs:
+        if run.result is None:
+            costs.append(None)
+            fractions.append(None)
+        else:
+            budget = run.result.budget
+            costs.append(describe_amount(budget.used, budget.metric))
+            fractions.append(budget.used_fraction)
+    if same_unit:
+        rows["cost"] = costs
+    rows["cost, of uniform 8 bits"] = fractions
+    rows["evaluations"] = [run.done for run in runs]
+    return rows
+
+
+def _test_share(run: RunSummary, *, finetuned: bool) -> float | None:
+    if run.result is None:
+        return None
+    row: Measurement | None = run.result.found
+    if finetuned:
+        row = run.result.finetuned
+    if row is None:
+        return None
+    return row.share("test", run.result.objective)
 
 
 def _cell(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        return _percent(value) if name.startswith(("search ", "test ")) else f"{value:.4g}"
-    return "–" if value is None else _plain(value)
+    if value is None:
+        return NOTHING
+    if not isinstance(value, float):
+        return str(value)
+    if name.startswith(("search ", "test ")):
+        return percent(value)
+    return f"{value:.4g}"
 
 
-def _share(share: float | None, settings: dict[str, Any]) -> str:
-    objective = settings.get("objective", "accuracy")
-    return _percent(share) if share is None or objective == "accuracy" else f"{_percent(share)} {_plain(objective)}"
+def _pairs(content: Mapping[str, Any]) -> str:
+    texts = []
+    for name, value in content.items():
+        if value is None:
+            continue
+        if isinstance(value, (dict, list)):
+            value = json.dumps(value)
+        texts.append(f"{name} {value}")
+    return ", ".join(texts)
 
 
-def _amount(value: float, unit: str) -> str:
-    """A cost in the unit it reads best in: 8.9 us."""
-    if unit == "B":
-        return size(round(value))
-    prefix, scale = next(((name, scale) for name, scale in PREFIXES.items() if abs(value) >= scale), ("n", 1e-9))
-    return f"{value / scale:.4g} {prefix}{_plain(unit)}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2f} %"
-
-
-def _plain(value: Any) -> str:
-    """Text of a file in a table: neither markup nor what moves a terminal's cursor."""
-    text = str(value).replace("[", r"\[")
-    return "".join(char if char.isprintable() else "?" for char in text)
-
+main = main_of(cli)
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(lambda: main(None)))

@@ -1,215 +1,423 @@
-"""Train a network, in float or quantized:  python -m haq.train --network N --data D --out F.safetensors [--scheme lsq ...]"""
+"""Train a network, in float or quantized, and write a checkpoint that a search can take up."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from torch import Tensor, nn
+from pydantic import field_validator, model_validator
 
-import quantizers as Q
-from haq import data, networks, training
-from haq.attacks import proxy, threat_model
-from haq.console import cli
-from haq.store.checkpoint import Checkpoint
-from haq.store.lock import holding
-from haq.training import adversaries
+from haq import data, networks
+from haq.attacks.threat_model import DEFAULT_EPS, check_images, parse_eps
+from haq.console.commands import command, main_of
+from haq.console.errors import run_command
+from haq.console.options import flag, option, options_of, output_options, setting
+from haq.console.output import Output
+from haq.console.progress import progress
+from haq.console.tables import command_line, say, say_next
+from haq.console.values import FILE, FOLDER
+from haq.store.units import percent
+from haq.study.config import FOLDERS, LINEAR, AnotherScheme
+from haq.training.adversaries import STEPS, Adversary
+from haq.training.config import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    import quantizers as Q
+    from haq.data import Dataset
+    from haq.networks import Network
+    from haq.store.checkpoint import Checkpoint
+
+TRAINED = "What is trained"
+QUANTIZATION = "Quantization"
+ATTACK = "Training against attacks"
+TRAINING = "Training"
 
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
+STATE = ".state"  # ends the name of the file that an interrupted training goes on from
+
+Widths = tuple[int | None, int | None]
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m haq.train", description=__doc__)
-    add = parser.add_argument
-    add("--network", default=networks.DEFAULT, help="a name as in haq.networks (default: %(default)s)")
-    add("--data", default="fashion-mnist", help="a name as in haq.data (default: %(default)s)")
-    add("--pretrained", action="store_true", help="start from the network's weights, not from random ones")
-    add("--scheme", choices=sorted(Q.Scheme.known), help="train quantized, with this scheme (default: in float)")
-    add("--bits", default="4/4", help="weight/activation bits of a quantized network, 1 to 8 or float (default: 4/4)")
-    add("--ends", default="8/8", help="bits of its first and last layer, with the linear scheme's rules (default: 8/8)")
-    add("--lipschitz", type=float, default=0.0, metavar="BETA", help="weight of defensive quantization's penalty (default: 0)")
-    add("--adversarial", choices=sorted(adversaries.STEPS), help="train on images attacked in this way (default: as they are)")
-    add(
-        "--eps",
-        help="largest change of a pixel by the attack, on the scale of images in [0, 1], such as 8/255 or 0.03 "
-        f"(default: {threat_model.DEFAULT_EPS})",
+class TrainOptions(AnotherScheme):
+    """How a network is trained: the options of `haq train`."""
+
+    network: str = setting(
+        networks.DEFAULT,
+        "a name as `haq list networks` shows them, or module:Name",
+        group=TRAINED,
+        metavar="NAME",
+        names=lambda: networks.NETWORKS.names(),
     )
-    steps = ", ".join(f"{kind} {count}" for kind, count in adversaries.STEPS.items())
-    add("--attack-steps", type=int, help=f"of the attack; for free, how often a batch is replayed (default: {steps})")
-    add("--clip-weights", action="store_true", help="keep the float weights behind one-bit ones in [-1, 1]")
-    add("--optimizer", default="sgd", choices=("sgd", "adam"))
-    add("--epochs", type=int, default=40)
-    add(
-        "--learning-rate",
-        type=float,
-        help=f"default: {RATES['float']} in float, {RATES['quantized']} quantized, with adam 0.001",
+    data: str = setting(
+        "fashion-mnist",
+        "a name as `haq list data` shows them, or module:Name",
+        group=TRAINED,
+        metavar="NAME",
+        names=lambda: data.DATASETS.names(),
     )
-    add("--batch-size", type=int, default=128)
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, required=True, help="checkpoint to write, .safetensors")
-    add("--resume", action="store_true", help="go on with a training that was interrupted, exactly")
-    add("--log", type=Path, metavar="FOLDER", help="write TensorBoard events there")
-    options = parser.parse_args(arguments)
-    if options.epochs < 1 or options.batch_size < 2:
-        raise ValueError(f"--epochs {options.epochs} --batch-size {options.batch_size}: need at least 1 and 2")
-    if options.out.suffix != ".safetensors":
-        raise ValueError(f"--out {options.out}: a checkpoint's name ends in .safetensors")
-    if options.learning_rate is None:
-        kind = "adam" if options.optimizer == "adam" else "quantized" if options.scheme else "float"
-        options.learning_rate = RATES[kind]
-    if options.adversarial:
-        options.eps = options.eps or threat_model.DEFAULT_EPS
-        options.attack_steps = adversary(options).count
-    elif options.eps is not None or options.attack_steps is not None:
-        name, value = ("--eps", options.eps) if options.eps is not None else ("--attack-steps", options.attack_steps)
-        raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {'|'.join(adversaries.STEPS)}")
-    options.bits, options.ends = parse_bits("--bits", options.bits), parse_bits("--ends", options.ends)
-    return options
+    pretrained: bool = setting(False, "start from the network's weights, not from random ones", group=TRAINED)
+    scheme: str | None = setting(
+        None,
+        "train quantized, with this scheme: NAME or NAME,LAYER=NAME, as of haq search",
+        group=QUANTIZATION,
+        metavar="NAME",
+        default_words="in float",
+    )
+    bits: str = setting(
+        "4/4", "weight/activation bits of a quantized network, 1 to 8 or float", group=QUANTIZATION, metavar="W/A"
+    )
+    ends: str = setting(
+        "8/8",
+        "bits of its first and last layer, which keep the linear scheme unless they are named",
+        group=QUANTIZATION,
+        metavar="W/A",
+    )
+    lipschitz: float = setting(0.0, "weight of defensive quantization's penalty", group=QUANTIZATION, metavar="BETA")
+    clip_weights: bool = setting(False, "keep the float weights behind one-bit ones in [-1, 1]", group=QUANTIZATION)
+    adversarial: str | None = setting(
+        None,
+        f"train on images attacked in this way: {', '.join(sorted(STEPS))}",
+        group=ATTACK,
+        metavar="KIND",
+        default_words="as they are",
+        names=lambda: sorted(STEPS),
+    )
+    eps: str | None = setting(
+        None,
+        "largest change of a pixel by the attack, on the scale of images in [0, 1], such as 8/255 or 0.03",
+        group=ATTACK,
+        metavar="SIZE",
+        default_words=DEFAULT_EPS,
+    )
+    attack_steps: int | None = setting(
+        None,
+        "of the attack; for free, how often a batch is replayed",
+        group=ATTACK,
+        metavar="N",
+        default_words=", ".join(f"{kind} {count}" for kind, count in STEPS.items()),
+    )
+    optimizer: str = setting("sgd", "sgd or adam", group=TRAINING, metavar="NAME", names=lambda: OPTIMIZERS)
+    epochs: int = setting(40, "passes over the train images", group=TRAINING, metavar="N")
+    learning_rate: float | None = setting(
+        None,
+        "at its highest",
+        group=TRAINING,
+        metavar="RATE",
+        default_words=f"{RATES['float']} in float, {RATES['quantized']} quantized, with adam {RATES['adam']}",
+    )
+    batch_size: int = setting(128, "images of a step", group=TRAINING, metavar="N")
+    seed: int = setting(0, "of everything random but the data's splits", group=TRAINING, metavar="N")
+
+    @field_validator("optimizer")
+    @classmethod
+    def _check_optimizer(cls, name: str) -> str:
+        if name not in OPTIMIZERS:
+            raise ValueError(f"--optimizer is {name!r}; known: {', '.join(OPTIMIZERS)}")
+        return name
+
+    @field_validator("adversarial")
+    @classmethod
+    def _check_adversarial(cls, kind: str | None) -> str | None:
+        if kind is not None and kind not in STEPS:
+            raise ValueError(f"--adversarial is {kind!r}; known: {', '.join(sorted(STEPS))}")
+        return kind
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainOptions:
+        if self.epochs < 1 or self.batch_size < 2:
+            raise ValueError(f"--epochs {self.epochs} --batch-size {self.batch_size}: need at least 1 and 2")
+        if self.adversarial is None:
+            for name, value in (("--eps", self.eps), ("--attack-steps", self.attack_steps)):
+                if value is not None:
+                    kinds = "|".join(STEPS)
+                    raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {kinds}")
+        else:
+            self.adversary()
+        read_widths("--bits", self.bits)
+        read_widths("--ends", self.ends)
+        return self
+
+    def adversary(self) -> Adversary | None:
+        """Return what is trained against. Raises ValueError for an attack that can't be."""
+        if self.adversarial is None:
+            return None
+        return Adversary(self.adversarial, parse_eps(self.eps or DEFAULT_EPS), self.attack_steps)
+
+    def rate(self) -> float:
+        """Return the learning rate, its default included."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        if self.optimizer == "adam":
+            return RATES["adam"]
+        if self.scheme is not None:
+            return RATES["quantized"]
+        return RATES["float"]
+
+    def asked(self) -> dict[str, Any]:
+        """Return all that a training depends on, defaults included, by the names of the options."""
+        asked = self.to_dict() | {"learning_rate": self.rate()}
+        adversary = self.adversary()
+        if adversary is not None:
+            asked |= {"eps": self.eps or DEFAULT_EPS, "attack_steps": adversary.count}
+        return asked
+
+    def words(self, out: Path) -> list[Any]:
+        """Write the command that asks for this, word by word."""
+        asked = self.asked()
+        words: list[Any] = ["python", "-m", "haq.train", "--network", self.network, "--data", self.data]
+        if self.pretrained:
+            words.append("--pretrained")
+        if self.scheme is not None:
+            words += ["--scheme", self.scheme, "--bits", self.bits, "--ends", self.ends]
+        if self.lipschitz:
+            words += ["--lipschitz", self.lipschitz]
+        if self.adversarial is not None:
+            words += ["--adversarial", self.adversarial, "--eps", asked["eps"], "--attack-steps", asked["attack_steps"]]
+        if self.clip_weights:
+            words.append("--clip-weights")
+        if self.optimizer != "sgd":
+            words += ["--optimizer", self.optimizer]
+        words += ["--epochs", self.epochs, "--learning-rate", self.rate(), "--batch-size", self.batch_size]
+        return [*words, "--seed", self.seed, "--out", out.name]
 
 
-def adversary(options: argparse.Namespace) -> adversaries.Adversary:
-    """What is trained against. Raises ValueError for an attack that can't be."""
-    return adversaries.Adversary(options.adversarial, threat_model.parse_eps(options.eps), options.attack_steps)
+@command(
+    "train",
+    __doc__,
+    examples=(
+        "haq train --network mobilenet-mini --data fashion-mnist-12k --epochs 30 --out net.safetensors",
+        "haq train --pretrained --scheme lsq --bits 4/4 --out quantized.safetensors",
+        "haq train --pretrained --adversarial free --eps 8/255 --out robust.safetensors",
+    ),
+)
+@options_of(TrainOptions)
+@option("--out", FILE, "checkpoint to write, .safetensors", group=FOLDERS)
+@flag("--resume", "go on with a training that was interrupted, exactly", group=FOLDERS)
+@option("--log", FOLDER, "write TensorBoard events there", group=FOLDERS)
+@output_options(json=None)
+def cli(given: dict[str, Any], out: Path | None, resume: bool, log: Path | None) -> int:
+    """Train a network."""
+    options = TrainOptions(**given)
+    if out is None:
+        raise ValueError("--out is missing: name the checkpoint to write, such as --out network.safetensors")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: a checkpoint's name ends in .safetensors")
+    return run_training(options, out, Output.open(), resume=resume, log=log)
 
 
-def parse_bits(option: str, text: str) -> tuple[int | None, int | None]:
-    """(4, 8) from "4/8", (1, None) from "1/float"."""
+main = main_of(cli)
+
+
+def read_widths(name: str, text: str) -> Widths:
+    """Read (4, 8) from "4/8", (1, None) from "1/float".
+
+    Args:
+        name: The option, for messages.
+        text: Its value.
+
+    Returns:
+        Weight and activation bits; None: float.
+
+    Raises:
+        ValueError: For anything else.
+    """
     parts = text.split("/")
     if len(parts) != 2 or not all(part == "float" or (part.isdecimal() and 1 <= int(part) <= 8) for part in parts):
-        raise ValueError(f"{option} is {text!r}; give W/A, each from 1 to 8 or float")
-    weight, activation = (None if part == "float" else int(part) for part in parts)
-    return weight, activation
+        raise ValueError(f"{name} is {text!r}; give W/A, each from 1 to 8 or float")
+    return _width(parts[0]), _width(parts[1])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    with ExitStack() as held:
-        return go(options, held)
+def _width(word: str) -> int | None:
+    if word == "float":
+        return None
+    return int(word)
 
 
-def go(options: argparse.Namespace, held: ExitStack) -> int:
-    """What is asked for; `held` holds the checkpoint that is written, by a lock beside it, until the end."""
-    state = Checkpoint(options.out.with_suffix(".state"), _asked(options))
-    _check_unused(options, state)
-    console = Console()
-    with torch.random.fork_rng(devices=[]):
+def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bool = False, log: Path | None = None) -> int:
+    """Train a network and write its checkpoint.
+
+    Args:
+        options: How.
+        out: The checkpoint.
+        output: Where to print.
+        resume: Whether to go on with a training that was interrupted.
+        log: The folder of TensorBoard events; None: none are written.
+
+    Returns:
+        The exit status.
+    """
+    import torch
+
+    from haq import training
+    from haq.store.checkpoint import Checkpoint
+    from haq.store.lock import holding
+
+    asked = {key: str(value) for key, value in options.asked().items()}
+    state = Checkpoint(out.with_suffix(STATE), {**asked, "torch": str(torch.__version__)})
+    _check_unused(out, state, resume)
+    with torch.random.fork_rng(devices=[]), ExitStack() as held:
         torch.manual_seed(options.seed)
-        dataset = data.load(options.data)
-        if not dataset.classes:
-            raise ValueError(
-                f"{dataset.name} has no labels to train by; python -m haq.search --objective agreement needs none"
-            )
-        network = networks.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
-        networks.check_fits(network, dataset)
-        if options.adversarial:
-            for split in (dataset.train, dataset.test):
-                threat_model.check_images(split, dataset.name)
-        console.print(dataset.describe())
-        if options.scheme:
+        dataset, network = _load(options)
+        say(output.notes, dataset.describe())
+        if options.scheme is not None:
             network = replace(network, module=quantized(network, dataset, options))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        lock = options.out.with_name(f".{options.out.name}.lock")
-        held.enter_context(holding(lock, options.out, "the same command and --resume"))
-        _check_unused(options, state)  # another process may have begun meanwhile
-        _train(console, network, dataset, options, state)
-    result = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
-    notes = {
-        "trained_on": f"the train split of {dataset.describe()}",
-        "command": " ".join(["python -m haq.train", *_command(options)]),
-        "test_accuracy": f"{result['test']:.4f}",
-    }
-    if options.adversarial:
-        attack = proxy.ProxyAttack.of(network, threat_model.parse_eps(options.eps), REPORT_STEPS)
-        attacked = proxy.worst_case(network, dataset.test, network.module, attack)
-        notes["test_accuracy_attacked"] = f"{attacked:.4f} (worst of clean and {attack})"
-    networks.save_checkpoint(network, options.out, notes)
-    state.path.unlink(missing_ok=True)
-    for name, value in result.items():
-        console.print(f"accuracy on the {name} split: {100 * value:.2f} % of {len(getattr(dataset, name)):,} images")
-    if options.adversarial:
-        console.print(
-            f"accuracy on the test split, worst of clean and {attack}: {100 * attacked:.2f} % (a cheap attack, not an "
-            f"evaluation: python -m haq.robustness {options.out})",
-            soft_wrap=True,
+        out.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
+        _check_unused(out, state, resume)  # another process may have begun meanwhile
+        _train(network, dataset, options, state, output, log)
+        accuracies = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
+        notes = {
+            "trained_on": f"the train split of {dataset.describe()}",
+            "command": command_line(*options.words(out)),
+            "test_accuracy": f"{accuracies['test']:.4f}",
+        }
+        attacked = _attacked(network, dataset, options)
+        if attacked is not None:
+            notes["test_accuracy_attacked"] = f"{attacked[1]:.4f} (worst of clean and {attacked[0]})"
+        networks.save_checkpoint(network, out, notes)
+        state.path.unlink(missing_ok=True)
+    for name, value in accuracies.items():
+        images = len(getattr(dataset, name))
+        say(output.results, f"accuracy on the {name} split: {percent(value)} of {images:,} images")
+    if attacked is not None:
+        say(
+            output.results,
+            f"accuracy on the test split, worst of clean and {attacked[0]}: {percent(attacked[1])} (a cheap attack, not an "
+            f"evaluation: {command_line('python', '-m', 'haq.robustness', out)})",
+            wrap=False,
         )
-    console.print(f"written: {options.out} ({options.out.stat().st_size:,} bytes)")
-    console.print(f"next: python -m haq.search --hw edge --network {options.out} --data {options.data}", soft_wrap=True)
+    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)")
+    say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", out, "--data", options.data)
     return 0
 
 
-def _check_unused(options: argparse.Namespace, state: Checkpoint) -> None:
-    if options.out.exists():
-        if options.resume:  # it may have been killed just before it did so itself
+def _check_unused(out: Path, state: Checkpoint, resume: bool) -> None:
+    if out.exists():
+        if resume:  # it may have been killed just before it did so itself
             state.path.unlink(missing_ok=True)
-        raise ValueError(f"{options.out} exists and is not overwritten")
-    if state.path.exists() and not options.resume:
+        raise ValueError(f"{out} exists and is not overwritten")
+    if state.path.exists() and not resume:
         raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
 
 
-def quantized(network: networks.Network, dataset: data.Dataset, options: argparse.Namespace) -> nn.Module:
-    """The network at the bits asked for; its first and last layer at theirs, as almost everyone does."""
+def _load(options: TrainOptions) -> tuple[Dataset, Network]:
+    """Load the data, and a network with as many classes."""
+    dataset = data.load(options.data)
+    if not dataset.classes:
+        raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --objective agreement needs none")
+    network = networks.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
+    networks.check_fits(network, dataset)
+    if options.adversarial is not None:
+        for split in (dataset.train, dataset.test):
+            check_images(split, dataset.name)
+    return dataset, network
+
+
+def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.Module:
+    """Quantize a network at the bits asked for; its first and last layer at theirs, as almost everyone does.
+
+    Args:
+        network: The float network.
+        dataset: Whose train split calibrates.
+        options: Scheme and bits.
+
+    Returns:
+        The quantized network.
+
+    Raises:
+        ValueError: For an unknown scheme, and for bits that mean nothing in it.
+    """
+    import quantizers as Q
+    from haq.study.config import SearchConfig
+    from haq.study.task import schemes_of
+
     names = list(Q.BitPolicy.uniform(network.module, w=None, a=None))
-    policy = Q.BitPolicy({name: options.ends if name in (names[0], names[-1]) else options.bits for name in names})
+    bits = read_widths("--bits", options.bits)
+    ends = read_widths("--ends", options.ends)
+    policy = dict.fromkeys(names, bits) | dict.fromkeys(Q.ends(names), ends)
+    schemes = schemes_of(SearchConfig(scheme=options.scheme or LINEAR), names)
     images, _ = next(dataset.train.batches(CALIBRATION_IMAGES))
-    schemes = {name: "linear" if name in (names[0], names[-1]) else options.scheme for name in names}
-    return Q.quantize(network.module, policy, scheme=schemes, calibrate=network.preprocess(images))
+    return Q.quantize(network.module, Q.BitPolicy(policy), scheme=schemes, calibrate=network.preprocess(images))
 
 
 def _train(
-    console: Console,
-    network: networks.Network,
-    dataset: data.Dataset,
-    options: argparse.Namespace,
-    state: Checkpoint,
+    network: Network, dataset: Dataset, options: TrainOptions, state: Checkpoint, output: Output, log: Path | None
 ) -> None:
-    events = _events(options.log)
-    penalty: Callable[[nn.Module], Tensor] | None = None
-    if options.lipschitz:
-        penalty = lambda module: Q.lipschitz_penalty(module, beta=options.lipschitz)  # noqa: E731
-    clipping = Q.clip_weights(network.module) if options.clip_weights else None
+    """Train the network in place, with a bar and a line for every epoch."""
+    import quantizers as Q
+    from haq import training
 
-    attacker = adversary(options) if options.adversarial else None
-    passes = attacker.passes(options.epochs) if attacker else options.epochs
-
-    def on_epoch(epoch: int, loss: float) -> None:
-        bar.console.print(f"epoch {epoch}/{passes}: mean loss {loss:.4f}")
-        if events is not None:
-            events.add_scalar("loss", loss, epoch)
-            events.add_scalar("accuracy on the search split", training.accuracy(network, dataset.search), epoch)
-
-    with cli.progress(console) as bar:
+    events = _events(log)
+    clipping: Q.WeightClipping | None = None
+    if options.clip_weights:
+        clipping = Q.clip_weights(network.module)
+    adversary = options.adversary()
+    epochs = options.epochs
+    if adversary is not None:
+        epochs = adversary.passes(options.epochs)
+    config = training.TrainConfig(
+        epochs=options.epochs,
+        learning_rate=options.rate(),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        optimizer=options.optimizer,
+        penalty=_penalty(options.lipschitz),
+        clipping=clipping,
+        adversary=adversary,
+    )
+    with progress(output.notes) as bar:
         task = bar.add_task("training", total=None, note="")
-        training.fit(
-            network,
-            dataset.train,
-            epochs=options.epochs,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            optimizer=options.optimizer,
-            seed=options.seed,
-            penalty=penalty,
-            clipping=clipping,
-            adversary=attacker,
-            state=state,
-            on_epoch=on_epoch,
-            on_step=lambda step, steps: bar.update(task, completed=step, total=steps),
-        )
+
+        def on_epoch(epoch: int, loss: float) -> None:
+            say(output.notes, f"epoch {epoch}/{epochs}: mean loss {loss:.4f}")
+            if events is not None:
+                events.add_scalar("loss", loss, epoch)
+                events.add_scalar("accuracy on the search split", training.accuracy(network, dataset.search), epoch)
+
+        def on_step(step: int, steps: int) -> None:
+            bar.update(task, completed=step, total=steps)
+
+        training.fit(network, dataset.train, config, state=state, on_epoch=on_epoch, on_step=on_step)
     if events is not None:
         events.close()
     if clipping is not None:
-        console.print(f"one-bit weights that clipping changed: {100 * clipping.mean_share:.3f} % at each step, on average")
+        share = percent(clipping.mean_share, 3)
+        say(output.results, f"one-bit weights that clipping changed: {share} at each step, on average")
+
+
+def _penalty(beta: float) -> Any:
+    """Return defensive quantization's penalty on a network; nothing for a weight of 0."""
+    import quantizers as Q
+
+    if not beta:
+        return None
+
+    def penalty(module: nn.Module) -> Tensor:
+        return Q.lipschitz_penalty(module, beta=beta)
+
+    return penalty
+
+
+def _attacked(network: Network, dataset: Dataset, options: TrainOptions) -> tuple[str, float] | None:
+    """Name a cheap attack and the accuracy that it leaves, if the network was trained against one."""
+    from haq.attacks.proxy import ProxyAttack, worst_case
+
+    adversary = options.adversary()
+    if adversary is None:
+        return None
+    attack = ProxyAttack.of(network, adversary.eps, REPORT_STEPS)
+    return str(attack), worst_case(network, dataset.test, network.module, attack)
 
 
 def _events(folder: Path | None) -> Any:
+    """Open the events of TensorBoard, if there is a folder for them."""
     if folder is None:
         return None
     try:
@@ -219,27 +427,5 @@ def _events(folder: Path | None) -> Any:
     return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
 
 
-def _asked(options: argparse.Namespace) -> dict[str, str]:
-    """What must be the same for a training to go on."""
-    free = ("out", "resume", "log")
-    return {key: str(value) for key, value in vars(options).items() if key not in free} | {"torch": str(torch.__version__)}
-
-
-def _command(options: argparse.Namespace) -> list[str]:
-    words = [f"--network {options.network} --data {options.data}"]
-    if options.pretrained:
-        words.append("--pretrained")
-    if options.scheme:
-        bits, ends = ("/".join("float" if b is None else str(b) for b in pair) for pair in (options.bits, options.ends))
-        words.append(f"--scheme {options.scheme} --bits {bits} --ends {ends}")
-    words += [f"--lipschitz {options.lipschitz}"] if options.lipschitz else []
-    if options.adversarial:
-        words.append(f"--adversarial {options.adversarial} --eps {options.eps} --attack-steps {options.attack_steps}")
-    words += ["--clip-weights"] if options.clip_weights else []
-    words += [f"--optimizer {options.optimizer}"] if options.optimizer != "sgd" else []
-    words.append(f"--epochs {options.epochs} --learning-rate {options.learning_rate} --batch-size {options.batch_size}")
-    return [*words, f"--seed {options.seed} --out {options.out.name}"]
-
-
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -86,6 +86,8 @@ class Scheme:
     known: ClassVar[dict[str, type[Scheme]]] = {}
     # Tensors of the layer that are trained: parameters that aren't in its state_dict, which stays the float network's.
     learned: ClassVar[tuple[str, ...]] = ()
+    # The share of the weights' learning rate at which these are to be trained.
+    learned_rate: ClassVar[float] = 1.0
     # Tensors of the layer, beside its weight, that the quantized weight depends on.
     of_weight: ClassVar[tuple[str, ...]] = ()
     # Whether activations need `calibrate` to have seen the layer's input, at some widths at least (`needs_data_at`).

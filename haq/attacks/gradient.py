@@ -92,9 +92,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def check_steps(steps: int) -> None:
-    """Raise ValueError unless a number of steps is an integer of at least 1."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"the number of attack steps is {steps!r}; it must be an integer of at least 1")

@@ -24,6 +24,7 @@ from haq.attacks.classifier import Classifier
 from haq.attacks.evaluation_attacks import noise, pgd, training_mode
 from haq.attacks.losses import cross_entropy, dlr_loss, zero_gradients
 from haq.attacks.threat_model import ThreatModel
+from haq.store.units import percent
 
 SLACK = 0.002  # of the images: what AutoAttack lets a weaker attack find beyond a stronger one
 CHANGED = 0.01  # of the images: what more steps, or a larger ball, may change the other way
@@ -70,7 +71,7 @@ def compare_kinds(plan: Sequence[EvaluationAttack], right: Mapping[str, Tensor],
     if "fgsm" in right and "pgd" in right:
         once = share(right["fgsm"])
         many = share(right["pgd"])
-        figures = f"{percent(many)} under pgd, {percent(once)} under fgsm"
+        figures = f"{percent(many, 1)} under pgd, {percent(once, 1)} under fgsm"
         yield Check("many steps are at least as strong as one", many <= once + SLACK, figures)
     names = {kind: [attack.name for attack in plan if attack.knows == kind] for kind in (WHITE, BLACK, NOISE)}
     if not names[WHITE]:
@@ -83,7 +84,7 @@ def compare_kinds(plan: Sequence[EvaluationAttack], right: Mapping[str, Tensor],
         strongest = min(names[kind], key=lambda name: share(right[name]))
         before = share(by_gradients)
         after = share(by_gradients & left_right(names[kind], right, clean))
-        figures = f"{percent(before)} left by gradients, {percent(after)} by {strongest} and the like as well"
+        figures = f"{percent(before, 1)} left by gradients, {percent(after, 1)} by {strongest} and the like as well"
         yield Check(sentence, before - after <= SLACK + ROUNDING, figures)
 
 
@@ -179,7 +180,7 @@ class MaskingChecks:
             accuracies.append(self.finished.figure(f"steps {count}", measure))
         self.progress.end()
         once, twice = accuracies
-        figures = f"{percent(once)} after {steps}, {percent(twice)} after {2 * steps}, of {len(given.images)} images"
+        figures = f"{percent(once, 1)} after {steps}, {percent(twice, 1)} after {2 * steps}, of {len(given.images)} images"
         return Check("twice the steps change nothing", once - twice <= CHANGED + ROUNDING, figures)
 
     def unbounded(self, given: Labelled, passes: float) -> Check:
@@ -189,7 +190,7 @@ class MaskingChecks:
         self.progress.begin("no bounds", passes)
         value = self.finished.figure("unbounded", partial(self.accuracy, given, eps, CURVE_STEPS, noisy=True))
         self.progress.end()
-        figures = f"{percent(value)} at eps {eps:.3g}, chance {percent(chance)}"
+        figures = f"{percent(value, 1)} at eps {eps:.3g}, chance {percent(chance, 1)}"
         return Check("without bounds it succeeds", value <= chance, figures)
 
     def monotone(self, curve: Sequence[tuple[float, float]]) -> Check:
@@ -214,7 +215,7 @@ class MaskingChecks:
                 zero = zero_gradients(self.victim, given.images[index], given.labels[index], loss)
             without += int(zero.sum())
         count = max(int(given.clean.sum()), 1)
-        return Check("no gradient is zero", without == 0, f"{percent(without / count)} of images without any")
+        return Check("no gradient is zero", without == 0, f"{percent(without / count, 1)} of images without any")
 
     def deterministic(self, examples: Tensor, spread: float) -> Check:
         """Check that logits don't differ from pass to pass.
@@ -242,8 +243,3 @@ def logit_spread(runs: Sequence[Tensor]) -> float:
     scaled = [run / torch.linalg.vector_norm(run, dim=1, keepdim=True).clamp_min(1e-12) for run in runs]
     stacked = torch.stack(scaled)
     return float((stacked - stacked[0]).norm(dim=2).max())
-
-
-def percent(part: float) -> str:
-    """Write a share, 0..1, in percent."""
-    return f"{100 * part:.1f} %"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from haq.attacks.gradient import check_steps, input_gradient, pgd
-from haq.attacks.threat_model import PerturbationBall, check_images, describe_eps
+from haq.attacks.gradient import input_gradient, pgd
+from haq.attacks.threat_model import PerturbationBall, check_images, check_steps, describe_eps
 from haq.data import Split
 from haq.networks import Network
 

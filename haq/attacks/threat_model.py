@@ -171,3 +171,9 @@ def check_images(split: Split, name: str = "the data set") -> None:
             f"the images of {name} are {str(dtype).removeprefix('torch.')}, taken as they are, so the range that an attack "
             "must stay in isn't known: give uint8 images, from 0 to 255"
         )
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless a number of steps is an integer of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"the number of attack steps is {steps!r}; it must be an integer of at least 1")

@@ -7,7 +7,7 @@ codes from it, and control characters are shown by their escapes.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,9 +44,16 @@ def command_line(*words: Any) -> str:
     return shlex.join(str(word) for word in words)
 
 
-def say_next(console: Console, *words: Any) -> None:
-    """Print the command that comes next, quoted and on one line, so that it can be copied."""
-    console.print(Text.assemble("Next: ", (printable(command_line(*words)), "bold")), soft_wrap=True, highlight=False)
+def say_next(console: Console, *words: Any, hint: str = "") -> None:
+    """Print the command that comes next, quoted and on one line, so that it can be copied.
+
+    Args:
+        console: Where to.
+        words: The command, word by word.
+        hint: What is added behind it.
+    """
+    text = Text.assemble("Next: ", (printable(command_line(*words)), "bold"), printable(hint))
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def new_table(title: str = "", caption: str = "") -> Table:
@@ -127,6 +134,7 @@ def print_columns(
     *,
     keys: int = 1,
     totals: int = 0,
+    sections: Collection[int] = (),
     caption: str = "",
 ) -> None:
     """Print a table; where it is wider than the console, as several tables below each other.
@@ -137,6 +145,7 @@ def print_columns(
         columns: The columns, all with as many cells.
         keys: How many of the first columns name the rows: every one of the tables begins with them.
         totals: How many of the last rows stand below a line.
+        sections: Numbers of other rows, from 0, that begin below a line.
         caption: Sentences below the last of them.
     """
     tables = parts(columns, console.width, keys)
@@ -154,7 +163,7 @@ def print_columns(
             table.add_column(plain(column.heading), justify=column.justify, no_wrap=not folded, overflow="fold")
         rows = len(part[0].cells)
         for row in range(rows):
-            if totals and row == rows - totals:
+            if row in sections or (totals and row == rows - totals):
                 table.add_section()
             table.add_row(*(plain(column.cells[row]) for column in part))
         console.print(table)

@@ -1,1 +1,17 @@
 """From a quantized network to a file that runs: the graph, the program of integers, and the formats."""
+
+from __future__ import annotations
+
+from haq.deployment.exporter import SUMMARIES, Exporter, lacking
+from hw_models.registry import Registry
+
+EXPORTERS: Registry[type[Exporter]] = Registry(
+    "exporter",
+    "haq.exporters",
+    {
+        "tvm": ("haq.deployment.tvm:TvmExporter", SUMMARIES["tvm"]),
+        "onnx": ("haq.deployment.onnx:OnnxExporter", SUMMARIES["onnx"]),
+        "qonnx": ("haq.deployment.onnx:QonnxExporter", SUMMARIES["qonnx"]),
+    },
+    check=lacking,
+)

@@ -48,8 +48,10 @@ DEPLOYABLE = (
 
 @dataclass(frozen=True)
 class Window:
-    """Where a convolution or pooling looks. `padding` is that of the top and left; at the bottom and right there is as much
-    as the output's size needs."""
+    """Where a convolution or pooling looks.
+
+    `padding` is that of the top and left; at the bottom and right there is as much as the output's size needs.
+    """
 
     kernel: Size
     stride: Size = (1, 1)
@@ -58,11 +60,20 @@ class Window:
     groups: int = 1
 
     def end_padding(self, input_size: Size, output_size: Size) -> Size:
-        """Padding at the bottom and right; negative where the last rows or columns aren't looked at."""
+        """Return the padding at the bottom and right; negative where the last rows or columns aren't looked at."""
         return end_padding(self.kernel, self.stride, self.padding, self.dilation, input_size, output_size)
 
     def padded(self, x: Tensor, output_size: Size, value: float) -> Tensor:
-        """Images (N, C, H, W) with this padding around them, or without what isn't looked at."""
+        """Put this padding around images (N, C, H, W), and cut off what isn't looked at.
+
+        Args:
+            x: The images.
+            output_size: Height and width of what is computed.
+            value: What the padding holds.
+
+        Returns:
+            The padded images.
+        """
         height, width = x.shape[2:]
         bottom, right = self.end_padding((height, width), output_size)
         return F.pad(x, (self.padding[1], right, self.padding[0], bottom), value=value)
@@ -99,6 +110,7 @@ class Graph:
     nodes: tuple[Node, ...]
 
     def __getitem__(self, name: str) -> Node:
+        """Return the node of a name."""
         return next(node for node in self.nodes if node.name == name)
 
     @property
@@ -109,10 +121,18 @@ class Graph:
 
 @torch.no_grad()
 def capture(network: nn.Module, example: Tensor) -> Graph:
-    """The operations of a network that `quantizers.quantize` made, in evaluation mode, for images like the example's first.
+    """List the operations of a network that `quantizers.quantize` made, in evaluation mode.
 
-    Raises ValueError, naming the module and the operation, for what can't be deployed, and for a network whose operations
-    depend on the values of its input.
+    Args:
+        network: The quantized network.
+        example: Images (N, C, H, W); the graph is for one like the first.
+
+    Returns:
+        The graph.
+
+    Raises:
+        ValueError: Naming the module and the operation, for what can't be deployed, and for a network whose operations depend
+            on the values of its input.
     """
     plain: Any = Q.float_copy(network).eval()
     image = example[:1].clone()
@@ -138,7 +158,16 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
 
 
 def evaluate(graph: Graph, layers: Mapping[str, nn.Module], images: Tensor) -> Iterator[tuple[Node, Tensor]]:
-    """Each node with its result for images (N, C, H, W); `layers` compute the convolutions and linear layers."""
+    """Compute a graph, node by node.
+
+    Args:
+        graph: The graph.
+        layers: What computes the convolutions and linear layers, by name.
+        images: Images (N, C, H, W).
+
+    Yields:
+        Each node with its result.
+    """
     results: dict[str, Tensor] = {}
     for node in graph.nodes:
         x = results[node.inputs[0]] if node.inputs else images
@@ -146,8 +175,7 @@ def evaluate(graph: Graph, layers: Mapping[str, nn.Module], images: Tensor) -> I
         if node.kind in ("conv", "linear"):
             x = layers[node.module](x)
         elif node.kind == "batch_norm":
-            scale, shift = (torch.tensor(v, dtype=x.dtype).view(-1, *[1] * (x.dim() - 2)) for v in (node.scale, node.shift))
-            x = x * scale + shift
+            x = x * _along_channels(node.scale, x) + _along_channels(node.shift, x)
         elif node.kind in ("relu", "clamp"):
             x = x.clamp(node.low, node.high)
         elif node.kind == "add":
@@ -163,15 +191,20 @@ def evaluate(graph: Graph, layers: Mapping[str, nn.Module], images: Tensor) -> I
         yield node, x
 
 
+def _along_channels(values: Any, x: Tensor) -> Tensor:
+    """Shape one value per channel to broadcast against maps or vectors."""
+    return torch.tensor(values, dtype=x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+
 def max_pool(x: Tensor, window: Window | None, output_size: Size) -> Tensor:
-    """The largest value in each window; padding is never the largest."""
+    """Return the largest value in each window; padding is never the largest."""
     assert window is not None
     x = window.padded(x, output_size, -math.inf)
     return F.max_pool2d(x, window.kernel, window.stride, dilation=window.dilation)
 
 
 def sum_pool(x: Tensor, window: Window, output_size: Size) -> Tensor:
-    """The sum of each window; padding is zero."""
+    """Return the sum of each window; padding is zero."""
     return F.avg_pool2d(window.padded(x, output_size, 0.0), window.kernel, window.stride, divisor_override=1)
 
 
@@ -209,17 +242,15 @@ class _Reader:
 
     def _read(self, operation: fx.Node) -> None:
         target: Any = operation.target
-        base, in_place = _base(operation), target._schema.name.endswith("_")
+        base = _base(operation)
+        in_place = target._schema.name.endswith("_")
         arguments = _arguments(operation)
         source = next(iter(operation.args), None)
         if base in NOTHING and isinstance(source, fx.Node) and source.meta["val"].dtype == operation.meta["val"].dtype:
             self.names[operation] = self._name(operation, source)
             return
         if base in ("pad", "constant_pad_nd") and all(KINDS.get(_base(user)) == "conv" for user in operation.users):
-            self.names[operation] = self._name(operation, source)
-            self.pads[operation] = tuple(arguments["pad"])
-            if len(arguments["pad"]) != 4 or arguments.get("mode", "constant") != "constant" or arguments["value"]:
-                raise self._refusal(operation, "other than with zeros, of height and width")
+            self._read_pad(operation, source, arguments)
             return
         if base not in KINDS:
             raise self._refusal(operation)
@@ -238,6 +269,13 @@ class _Reader:
                 if held == before:
                     self.names[tensor] = name
 
+    def _read_pad(self, operation: fx.Node, source: Any, arguments: dict[str, Any]) -> None:
+        """Keep the zeros that are put around a map for the convolution that reads it."""
+        self.names[operation] = self._name(operation, source)
+        self.pads[operation] = tuple(arguments["pad"])
+        if len(arguments["pad"]) != 4 or arguments.get("mode", "constant") != "constant" or arguments["value"]:
+            raise self._refusal(operation, "other than with zeros, of height and width")
+
     def _hold(self, operation: fx.Node, node: Node) -> None:
         self.nodes[node.name] = node
         self.names[operation] = node.name
@@ -249,12 +287,16 @@ class _Reader:
 
     def _refusal(self, operation: fx.Node, why: str = "") -> ValueError:
         module, kind = _module(operation)
-        where = f"layer {module!r} ({kind})" if module else "the network"
+        where = "the network"
+        if module:
+            where = f"layer {module!r} ({kind})"
         what = str(operation.target).rpartition(".")[0] or str(operation.target)
-        return ValueError(f"{where} can't be deployed: operation {what}{' ' if why else ''}{why}; deployable are {DEPLOYABLE}")
+        return ValueError(f"{where} can't be deployed: operation {f'{what} {why}'.strip()}; deployable are {DEPLOYABLE}")
 
     def _layer(self, operation: fx.Node, weight: Any) -> str:
-        tensor = self.constants.get(weight.name) if isinstance(weight, fx.Node) else None
+        tensor = None
+        if isinstance(weight, fx.Node):
+            tensor = self.constants.get(weight.name)
         names = [name for name, layer in self.layers.items() if layer.weight is tensor]
         if len(names) > 1:  # layers that share one weight
             names = [name for name in names if name == _module(operation)[0]]
@@ -265,7 +307,8 @@ class _Reader:
     def _read_conv(self, operation: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
         module = self._layer(operation, given["weight"])
         kernel = _pair(given["weight"].meta["val"].shape[2:])
-        padding, dilation = given["padding"], _pair(given["dilation"])
+        padding = given["padding"]
+        dilation = _pair(given["dilation"])
         if padding == "same":
             padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
         elif padding == "valid":
@@ -275,7 +318,9 @@ class _Reader:
             # What a layer does to its own input, it does when it is quantized already, and zeros are zeros then.
             if not f"{_module(given['input'])[0]}.".startswith(f"{module}."):
                 raise self._refusal(given["input"], "in another place than in the layer that it is for")
-            left, top = left + self.pads[given["input"]][0], top + self.pads[given["input"]][2]
+            pads = self.pads[given["input"]]
+            left += pads[0]
+            top += pads[2]
         window = Window(kernel, _pair(given["stride"]), (top, left), dilation, given["groups"])
         return {"module": module, "window": window}
 
@@ -290,9 +335,14 @@ class _Reader:
         of = [given[key] for key in ("running_mean", "running_var", "weight", "bias")]
         if any(tensor is not None and getattr(tensor, "name", None) not in self.constants for tensor in of):
             raise self._refusal(operation, "with parameters that are computed")
-        mean, var, weight, bias = (self.constants[tensor.name].double() if tensor is not None else None for tensor in of)
-        scale = (var + given["eps"]).rsqrt() * (1 if weight is None else weight)
-        shift = (0 if bias is None else bias) - mean * scale
+        mean = self.constants[given["running_mean"].name].double()
+        var = self.constants[given["running_var"].name].double()
+        scale = (var + given["eps"]).rsqrt()
+        if given["weight"] is not None:
+            scale = scale * self.constants[given["weight"].name].double()
+        shift = 0 - mean * scale
+        if given["bias"] is not None:
+            shift = self.constants[given["bias"].name].double() - mean * scale
         return {"scale": scale.numpy(), "shift": shift.numpy()}
 
     def _read_relu(self, operation: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +354,12 @@ class _Reader:
         low, high = given.get("min_val", given.get("min")), given.get("max_val", given.get("max"))
         if isinstance(low, fx.Node) or isinstance(high, fx.Node):
             raise self._refusal(operation, "with bounds that are tensors")
-        return {"low": -math.inf if low is None else float(low), "high": math.inf if high is None else float(high)}
+        bounds = {}
+        if low is not None:
+            bounds["low"] = float(low)
+        if high is not None:
+            bounds["high"] = float(high)
+        return bounds
 
     def _read_add(self, operation: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
         inputs = self._name(operation, given["self"]), self._name(operation, given["other"])
@@ -317,9 +372,8 @@ class _Reader:
 
     def _read_max_pool(self, operation: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
         stride = given["stride"] or given["kernel_size"]
-        return {
-            "window": Window(_pair(given["kernel_size"]), _pair(stride), _pair(given["padding"]), _pair(given["dilation"]))
-        }
+        window = Window(_pair(given["kernel_size"]), _pair(stride), _pair(given["padding"]), _pair(given["dilation"]))
+        return {"window": window}
 
     def _read_avg_pool(self, operation: fx.Node, given: dict[str, Any]) -> dict[str, Any]:
         _, _, height, width = _four(given["self"])
@@ -333,7 +387,8 @@ class _Reader:
                 raise self._refusal(operation, f"from {height}x{width} to {result[2]}x{result[3]}, which doesn't divide")
             kernel = height // result[2], width // result[3]
             return {"window": Window(kernel, kernel)}
-        window = Window(_pair(given["kernel_size"]), _pair(given["stride"] or given["kernel_size"]), _pair(given["padding"]))
+        stride = given["stride"] or given["kernel_size"]
+        window = Window(_pair(given["kernel_size"]), _pair(stride), _pair(given["padding"]))
         padded = max(window.padding) > 0 and not given["count_include_pad"]
         ends = zip(window.end_padding((height, width), (result[2], result[3])), window.padding, strict=True)
         if padded or any(end > start for end, start in ends) or given["divisor_override"] is not None:
@@ -349,13 +404,16 @@ class _Reader:
 
 
 def _base(operation: fx.Node) -> str:
-    """The name of an operation, without the underscore of one in place."""
+    """Return the name of an operation, without the underscore of one in place."""
     schema = getattr(operation.target, "_schema", None)
-    return schema.name.removeprefix("aten::").removesuffix("_") if schema else ""
+    if not schema:
+        return ""
+    name: str = schema.name
+    return name.removeprefix("aten::").removesuffix("_")
 
 
 def _arguments(operation: fx.Node) -> dict[str, Any]:
-    """All arguments of an operation by name, defaults included."""
+    """Return all arguments of an operation by name, defaults included."""
     target: Any = operation.target
     schema = target._schema.arguments
     given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
@@ -364,7 +422,7 @@ def _arguments(operation: fx.Node) -> dict[str, Any]:
 
 
 def _module(operation: fx.Node) -> tuple[str, str]:
-    """The dotted name and the class of the innermost module an operation is in."""
+    """Return the dotted name and the class of the innermost module an operation is in."""
     stack = list(operation.meta.get("nn_module_stack", {}).values())
     if not stack:
         return "", ""
@@ -384,5 +442,6 @@ def _shape(operation: fx.Node) -> Shape:
 
 
 def _pair(size: Any) -> Size:
-    sizes = [size] if isinstance(size, int) else list(size)
-    return int(sizes[0]), int(sizes[-1])
+    if isinstance(size, int):
+        return size, size
+    return int(size[0]), int(size[-1])

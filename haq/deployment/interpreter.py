@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from haq.deployment.graph import Window, max_pool, sum_pool
-from haq.deployment.lowering import (
+from haq.deployment.lowering import integer_activations
+from haq.deployment.program import (
     Array,
     Codes,
     Convolution,
@@ -25,7 +26,6 @@ from haq.deployment.lowering import (
     Program,
     Quantize,
     Value,
-    integer_activations,
 )
 from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 
@@ -33,12 +33,19 @@ from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 def run(
     program: Program, images: Array, given: Mapping[str, Array] | None = None
 ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int16]]]:
-    """What a program computes for images (N, C, H, W), slowly and exactly: the outputs, (N, classes) or (N, C, H, W), and the
-    integers that enter each layer, (N, C, H, W), by the name of the convolution step.
+    """Compute what a program does with images, slowly and exactly.
 
-    given: integers by the same names, that layers compute with in place of those that reach them.
+    Args:
+        program: The program.
+        images: Images (N, C, H, W).
+        given: Integers by the names of convolution steps, that layers compute with in place of those that reach them.
 
-    Raises ValueError for images of another shape than the program's.
+    Returns:
+        The outputs, (N, classes) or (N, C, H, W), and the integers that enter each layer, (N, C, H, W), by the name of the
+        convolution step.
+
+    Raises:
+        ValueError: For images of another shape than the program's.
     """
     height, width, channels = program.values[program.input].shape
     if images.ndim != 4 or images.shape[1:] != (channels, height, width):
@@ -46,7 +53,8 @@ def run(
     held: dict[str, Array] = {program.input: np.ascontiguousarray(images.transpose(0, 2, 3, 1), np.float32)}
     entered: dict[str, NDArray[np.int16]] = {}
     for step in program.steps:
-        representation, x = program.values[step.input].representation, held[step.input]
+        representation = program.values[step.input].representation
+        x = held[step.input]
         if isinstance(representation, Codes):
             x = x.astype(np.int16) - zero_point(representation.bits, representation.signed)
         if isinstance(step, Quantize):
@@ -59,21 +67,31 @@ def run(
                 entered[step.name] = _first(x)
                 if given is not None:
                     x = _last(given[step.name].reshape(entered[step.name].shape)).astype(np.int16)
-            if isinstance(step, FloatConvolution):
-                if isinstance(representation, Codes):
-                    x = x.astype(np.float32) * np.float32(representation.scale)
-                sums = _convolve(step.conv, x, step.weights, torch.float32)
-            else:
-                sums = _convolve(step.conv, x, step.weights, torch.float64)  # exact below 2^53
+            sums = _layer_sums(step, x, representation)
         elif isinstance(step, Pool):
-            image = torch.from_numpy(_first(x).astype(np.float64))
-            pool = max_pool if step.kind == "max" else sum_pool
-            sums = _last(pool(image, step.window, step.output_size).numpy())
+            sums = _pool_sums(step, x)
         else:
             sums = x
         _finish(step.epilogue, sums, held, program.values)
     output = _first(held[program.output])
-    return np.ascontiguousarray(output[:, :, 0, 0] if output.shape[2:] == (1, 1) else output), entered
+    if output.shape[2:] == (1, 1):
+        output = output[:, :, 0, 0]
+    return np.ascontiguousarray(output), entered
+
+
+def _layer_sums(step: Convolution | FloatConvolution, x: Array, representation: object) -> Array:
+    if isinstance(step, Convolution):
+        return _convolve(step.conv, x, step.weights, torch.float64)  # exact below 2^53
+    if isinstance(representation, Codes):
+        x = x.astype(np.float32) * np.float32(representation.scale)
+    return _convolve(step.conv, x, step.weights, torch.float32)
+
+
+def _pool_sums(step: Pool, x: Array) -> Array:
+    image = torch.from_numpy(_first(x).astype(np.float64))
+    if step.kind == "max":
+        return _last(max_pool(image, step.window, step.output_size).numpy())
+    return _last(sum_pool(image, step.window, step.output_size).numpy())
 
 
 def _first(x: Array) -> Array:
@@ -98,7 +116,8 @@ def _finish(epilogue: Epilogue, sums: Array, held: dict[str, Array], values: Map
         v = fma(held[residual.value].astype(np.float32), residual.factor, v)
     v = v.clip(np.float32(epilogue.low), np.float32(epilogue.high))
     for output in epilogue.outputs:
-        u, representation = v * np.float32(output.factor), values[output.value].representation
+        u = v * np.float32(output.factor)
+        representation = values[output.value].representation
         if isinstance(representation, Codes):
             held[output.value] = _to_codes(u, representation)
         elif isinstance(representation, Fixed):
@@ -137,8 +156,10 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. `same_answers` is the share of images with the same largest output, `output_difference` the
-    largest between outputs."""
+    """What `compare` found.
+
+    `same_answers` is the share of images with the same largest output, `output_difference` the largest between outputs.
+    """
 
     layers: tuple[LayerDifference, ...]
     same_answers: float
@@ -146,17 +167,21 @@ class Comparison:
 
     @property
     def values(self) -> int:
+        """How many integers enter layers."""
         return sum(layer.values for layer in self.layers)
 
     @property
     def different(self) -> int:
+        """How many of them are others."""
         return sum(layer.different for layer in self.layers)
 
     @property
     def own(self) -> int:
+        """How many are others by a layer's own rounding."""
         return sum(layer.own for layer in self.layers)
 
     def __str__(self) -> str:
+        """Describe each layer that differs in a line, and all of them in the last."""
         lines = [
             f"{x.layer}: {x.different} of {x.values} integers differ, by up to {x.largest}; {x.own} by its own rounding"
             for x in self.layers
@@ -173,22 +198,30 @@ class Comparison:
 
 @torch.no_grad()
 def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, NDArray[np.int16]]]:
-    """The outputs of the fake-quantized network, and the integers that enter its layers, in the layers' own shapes, by the
-    names of `run`. For images of float64 all but the quantized weights is computed in float64."""
+    """Return the outputs of the fake-quantized network, and the integers that enter its layers, by the names of `run`.
+
+    The integers are in the layers' own shapes. For images of float64 all but the quantized weights is computed in float64.
+    """
     network = copy.deepcopy(network).eval()
     if images.dtype == torch.float64:
         for layer in Q.quant_layers(network).values():
-            layer.weight, layer.weight_bits = nn.Parameter(layer.quantized_weight()), None
+            layer.weight = nn.Parameter(layer.quantized_weight())
+            layer.weight_bits = None
         network.double()
     entered: dict[str, NDArray[np.int16]] = {}
 
     def watch(name: str, layer: Q.QuantLayer) -> None:
         codes = integer_activations(name, layer)
+        calls = 0
 
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            calls = 1 + sum(key.partition("@")[0] == name for key in entered)
+            nonlocal calls
+            calls += 1
+            key = name
+            if calls > 1:
+                key = f"{name}@{calls}"
             real = layer.scheme.activation(layer, inputs[0], codes.bits)
-            entered[name if calls == 1 else f"{name}@{calls}"] = (real / codes.scale).round().to(torch.int16).numpy()
+            entered[key] = (real / codes.scale).round().to(torch.int16).numpy()
 
         layer.register_forward_pre_hook(before)
 
@@ -199,18 +232,27 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
 
 
 def compare(network: nn.Module, program: Program, images: Tensor) -> Comparison:
-    """A program against the fake-quantized network it was made of, on images (N, C, H, W).
+    """Compare a program with the fake-quantized network it was made of.
 
     One integer that differs at a tie makes others differ behind it, at 8 bits many: the fake-quantized network in float32
     and in float64 (give images of float64) differ from each other as much. So both are counted: all, and those that a
     layer's own rounding made.
+
+    Args:
+        network: The quantized network.
+        program: Its program.
+        images: Images (N, C, H, W).
+
+    Returns:
+        What differs, by layer and in the answers.
     """
     expected, before = fake_quantized(network, images)
     outputs, entered = run(program, images.float().numpy())
     _, alone = run(program, images.float().numpy(), before)
     layers = []
     for name, q in before.items():
-        gap, own = (np.abs(x[name].reshape(q.shape) - q) for x in (entered, alone))
+        gap = np.abs(entered[name].reshape(q.shape) - q)
+        own = np.abs(alone[name].reshape(q.shape) - q)
         counts = (int((gap > 0).sum()), int(gap.max()), int((own > 0).sum()), int(own.max()))
         layers.append(LayerDifference(name, q.size, *counts))
     real = expected.numpy().reshape(outputs.shape)

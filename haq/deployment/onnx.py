@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import fake_quantized
-from haq.deployment.lowering import integer_activations, integer_weights
+from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 
 FLAVOURS = ("onnx", "qonnx")
 # Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
@@ -30,10 +31,11 @@ BATCH = 64
 Array = NDArray[Any]
 
 
-def export(graph: Graph, qnet: nn.Module, path: str | Path, *, flavour: str = "onnx") -> None:
+def export(graph: Graph, network: nn.Module, path: str | Path, *, flavour: str = "onnx") -> None:
     """Write a captured network with its present weights, scales and bits to an ONNX file, for images (N, C, H, W) in float.
 
-    flavour
+    The flavours are
+
         onnx    weights are int8 and DequantizeLinear per output channel; inputs of layers go through QuantizeLinear, a Clip
                 of the integers where they have fewer than 8 bits, and DequantizeLinear; signs are Where. Any batch size.
         qonnx   the same with the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527). The batch
@@ -43,12 +45,19 @@ def export(graph: Graph, qnet: nn.Module, path: str | Path, *, flavour: str = "o
     with other results of it: the file says what the network computes, and runs no faster for it. A layer's input, quantized,
     is the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
 
-    Raises ValueError, naming the layer and its scheme, for weights or activations that are not integers times a scale, and
-    ImportError, naming what to install.
+    Args:
+        graph: The operations of the network.
+        network: The quantized network.
+        path: The file.
+        flavour: "onnx" or "qonnx".
+
+    Raises:
+        ValueError: Naming the layer and its scheme, for weights or activations that are not integers times a scale.
+        ImportError: Naming what to install.
     """
     if flavour not in FLAVOURS:
         raise ValueError(f"unknown flavour {flavour!r} of ONNX; known: {', '.join(FLAVOURS)}")
-    model = _Writer(graph, qnet, flavour).model()
+    model = _Writer(graph, network, flavour).model()
     if flavour == "qonnx":
         # QONNX executes no file that lacks the shape of any tensor.
         wrapper = _package("qonnx.core.modelwrapper").ModelWrapper(model)
@@ -81,7 +90,10 @@ class Verification:
     steps: int
 
     def __str__(self) -> str:
-        by = f", by up to {self.steps}" if self.different else ""
+        """Describe it in a sentence."""
+        by = ""
+        if self.different:
+            by = f", by up to {self.steps}"
         return (
             f"{self.flavour}: same answer on {self.same_answers:.2%} of {self.images} images, outputs differ by up to "
             f"{self.output_difference:.3g} (the largest is {self.largest_output:.3g}); of {self.values} integers that enter "
@@ -89,37 +101,54 @@ class Verification:
         )
 
 
-def verify(path: str | Path, qnet: nn.Module, images: Tensor) -> Verification:
+def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification:
     """Run a file of `export` on images (N, C, H, W), as its user would, beside the network in PyTorch.
 
     ONNX Runtime on the CPU, with the optimizations that it makes by default, or the interpreter of the package `qonnx`. They
     add in another order: where a float32 sum falls on the other side of a tie, an integer differs by one step, and in deep
-    networks at 8 bits many do behind it (see `haq.interpreter.compare`).
+    networks at 8 bits many do behind it (see `haq.deployment.interpreter.compare`).
 
-    Raises ValueError without images, and ImportError, naming what to install.
+    Args:
+        path: The file.
+        network: The quantized network that it was made of.
+        images: Images (N, C, H, W).
+
+    Returns:
+        What differs.
+
+    Raises:
+        ValueError: Without images.
+        ImportError: Naming what to install.
     """
     if not len(images):
         raise ValueError("a file is verified on images, and there are none")
     images = images.float()
     model = _package("onnx").load(str(path))
-    flavour = "qonnx" if any(opset.domain == QONNX_DOMAIN for opset in model.opset_import) else "onnx"
-    run = _qonnx_runner(model) if flavour == "qonnx" else _onnx_runner(model)
-    scales = {
-        name: integer_activations(name, layer).scale
-        for name, layer in Q.quant_layers(qnet).items()
-        if layer.activation_bits is not None
-    }
-    same, worst, largest, values, different, steps = 0, 0.0, 0.0, 0, 0, 0
+    flavour = "onnx"
+    make_runner = _onnx_runner
+    if any(opset.domain == QONNX_DOMAIN for opset in model.opset_import):
+        flavour = "qonnx"
+        make_runner = _qonnx_runner
+    run = make_runner(model)
+    scales = {}
+    for name, layer in Q.quant_layers(network).items():
+        if layer.activation_bits is not None:
+            scales[name] = integer_activations(name, layer).scale
+    same = values = different = steps = 0
+    worst = largest = 0.0
     for batch in images.split(BATCH):
-        expected, integers = fake_quantized(qnet, batch)
+        expected, integers = fake_quantized(network, batch)
         outputs, entered = run(batch.numpy(), [f"{name}:input" for name in integers])
         real = expected.numpy()
         outputs = outputs.reshape(real.shape)
         same += int((outputs.argmax(1) == real.argmax(1)).reshape(len(real), -1).all(1).sum())
-        worst, largest = max(worst, float(np.abs(outputs - real).max())), max(largest, float(np.abs(real).max()))
+        worst = max(worst, float(np.abs(outputs - real).max()))
+        largest = max(largest, float(np.abs(real).max()))
         for (name, q), x in zip(integers.items(), entered, strict=True):
             gap = np.abs(np.rint(x / np.float32(scales[name.partition("@")[0]])).astype(int).reshape(q.shape) - q)
-            values, different, steps = values + q.size, different + int((gap > 0).sum()), max(steps, int(gap.max()))
+            values += q.size
+            different += int((gap > 0).sum())
+            steps = max(steps, int(gap.max()))
     return Verification(flavour, len(images), same / len(images), worst, largest, values, different, steps)
 
 
@@ -128,7 +157,8 @@ Runner = Callable[[Array, list[str]], tuple[Array, list[Array]]]
 
 
 def _onnx_runner(model: Any) -> Runner:
-    runtime, helper = _package("onnxruntime"), _package("onnx").helper
+    runtime = _package("onnxruntime")
+    helper = _package("onnx").helper
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
 
@@ -136,14 +166,18 @@ def _onnx_runner(model: Any) -> Runner:
         return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     # What is looked into can't be optimized away, so the file is run as it is, too.
-    plain, opened = session(model), None
+    plain = session(model)
+    opened = None
 
     def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
         nonlocal opened
         if opened is None:
             model.graph.output.extend(helper.make_tensor_value_info(name, 1, None) for name in names)
             opened = session(model)
-        return plain.run(["output"], {"input": images})[0], opened.run(names, {"input": images}) if names else []
+        entered = []
+        if names:
+            entered = opened.run(names, {"input": images})
+        return plain.run(["output"], {"input": images})[0], entered
 
     return run
 
@@ -166,7 +200,7 @@ def _qonnx_runner(model: Any) -> Runner:
 
 
 def _package(name: str) -> Any:
-    """onnx, onnxruntime or qonnx: optional, so imported where it is needed."""
+    """Import onnx, onnxruntime or qonnx: they are optional, so it is done where they are needed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -176,10 +210,11 @@ def _package(name: str) -> Any:
 class _Writer:
     """Writes ONNX nodes for those of a graph. A tensor has the name of the graph's node that makes it."""
 
-    def __init__(self, graph: Graph, qnet: nn.Module, flavour: str) -> None:
+    def __init__(self, graph: Graph, network: nn.Module, flavour: str) -> None:
         self.onnx = _package("onnx")
-        self.graph, self.qonnx = graph, flavour == "qonnx"
-        self.layers: Mapping[str, Q.QuantLayer] = Q.quant_layers(qnet)
+        self.graph = graph
+        self.qonnx = flavour == "qonnx"
+        self.layers: Mapping[str, Q.QuantLayer] = Q.quant_layers(network)
         self.shapes = {node.name: node.shape for node in graph.nodes}
         # Results that others than batch norms read.
         self.followed = {name for node in graph.nodes if node.kind != "batch_norm" for name in node.inputs}
@@ -202,12 +237,18 @@ class _Writer:
             [self._value("output", last.shape, vector=bool(kinds & {"linear", "flatten"}))],
             [self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
         )
-        opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(QONNX_DOMAIN, 1)] if self.qonnx else [])
+        opsets = [helper.make_opsetid("", OPSET)]
+        if self.qonnx:
+            opsets.append(helper.make_opsetid(QONNX_DOMAIN, 1))
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="haq")
 
     def _value(self, name: str, shape: Shape, vector: bool) -> Any:
         height, width, channels = shape
-        size = (1 if self.qonnx else "N", channels, *(() if vector and (height, width) == (1, 1) else (height, width)))
+        size: list[Any] = ["N", channels]
+        if self.qonnx:
+            size[0] = 1
+        if not vector or (height, width) != (1, 1):
+            size += [height, width]
         return self.onnx.helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, size)
 
     def _op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
@@ -259,16 +300,23 @@ class _Writer:
         }
 
     def _layer(self, node: Node) -> None:
-        name, layer, (source,) = node.module, self.layers[node.module], node.inputs
+        name = node.module
+        layer = self.layers[name]
+        (source,) = node.inputs
         self.calls[name] = self.calls.get(name, 0) + 1
-        step = name if self.calls[name] == 1 else f"{name}@{self.calls[name]}"
+        step = name
+        if self.calls[name] > 1:
+            step = f"{name}@{self.calls[name]}"
         if name not in self.weights:
             self.weights[name] = self._weight(name, layer)
         weight, bits = self.weights[name]
         if layer.activation_bits is not None:
             source = self._activation(step, name, layer, source, bits, node.kind == "linear")
-        inputs, made = [source, weight], node.name
-        bias = layer.bias.detach().numpy() if isinstance(layer.bias, Tensor) else None
+        inputs = [source, weight]
+        made = node.name
+        bias = None
+        if isinstance(layer.bias, Tensor):
+            bias = layer.bias.detach().numpy()
         # Between quantized layers, ONNX Runtime would round a layer's bias to multiples of both scales' product, which at few
         # bits is far off, and round its result in another way than is written. An addition in between keeps it from that.
         apart = layer.activation_bits is not None and (bias is not None or node.name in self.followed)
@@ -282,21 +330,27 @@ class _Writer:
             assert node.window is not None
             self._op("Conv", inputs, made, group=node.window.groups, **self._window(node))
         if apart:
-            shape = (-1,) if node.kind == "linear" else (-1, 1, 1)
-            bias = np.zeros(node.shape[2]) if bias is None else bias
-            self._op("Add", [made, self._constant(f"{name}.bias", bias.reshape(shape))], node.name)
+            if bias is None:
+                bias = np.zeros(node.shape[2])
+            if node.kind == "conv":
+                bias = bias.reshape(-1, 1, 1)
+            self._op("Add", [made, self._constant(f"{name}.bias", bias)], node.name)
 
     def _activation(self, step: str, name: str, layer: Q.QuantLayer, source: str, w_bits: int, linear: bool) -> str:
-        """What enters a layer: codes times their scale."""
-        codes, made = integer_activations(name, layer), f"{step}:input"
+        """Write what enters a layer: codes times their scale."""
+        codes = integer_activations(name, layer)
+        made = f"{step}:input"
         scale = self._constant(f"{step}:input_scale", codes.scale)
         if self.qonnx:
             return self._quant(source, made, scale, codes.bits, codes.signed, codes.narrow and codes.signed)
         if codes.bits == 1 and codes.signed:
-            zero, minus = self._constant("zero", 0), self._constant(f"{step}:minus_input_scale", -codes.scale)
+            zero = self._constant("zero", 0)
+            minus = self._constant(f"{step}:minus_input_scale", -codes.scale)
             positive = self._op("GreaterOrEqual", [source, zero], f"{step}:sign")
             return self._op("Where", [positive, scale, minus], made)
-        dtype = np.dtype(np.int8 if codes.signed else np.uint8)
+        dtype: np.dtype[Any] = np.dtype(np.uint8)
+        if codes.signed:
+            dtype = np.dtype(np.int8)
         zero = self._constant(f"zero_{dtype}", 0, dtype)
         integers = self._op("QuantizeLinear", [source, scale, zero], f"{step}:integers")
         if codes.range != (np.iinfo(dtype).min, np.iinfo(dtype).max):
@@ -311,14 +365,15 @@ class _Writer:
         return self._op("Mul", [real, scale], made)
 
     def _weight(self, name: str, layer: Q.QuantLayer) -> tuple[str, int]:
-        """A layer's weights, and the bits of their integers; 0 if they are float."""
+        """Write a layer's weights, and return the bits of their integers with them; 0 if they are float."""
         if layer.weight_bits is None:
             return self._constant(f"{name}.weight", layer.weight.detach().float().numpy()), 0
         q, scales, bits = integer_weights(name, layer)
         made = f"{name}:weight"
         if self.qonnx:
             each = scales.astype(np.float32).reshape(-1, *[1] * (q.ndim - 1))
-            real, scale = self._constant(f"{name}.weight", q * each), self._constant(f"{name}:weight_scale", each)
+            real = self._constant(f"{name}.weight", q * each)
+            scale = self._constant(f"{name}:weight_scale", each)
             return self._quant(real, made, scale, bits, True, int(q.min()) > -(2 ** (bits - 1))), bits
         zeros = self._constant(f"{name}:weight_zero", np.zeros(len(q)), np.int8)
         scale = self._constant(f"{name}:weight_scale", scales)
@@ -330,3 +385,53 @@ class _Writer:
         inputs = [source, scale, self._constant("zero", 0), self._constant(f"bits_{bits}", bits)]
         attributes = {"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return self._op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
+
+
+class OnnxExporter(Exporter):
+    """A file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others."""
+
+    name = "onnx"
+    summary = SUMMARIES["onnx"]
+    output = "onnx.onnx"
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
+        check_integers(network, always_weights=True)
+
+    def export(
+        self,
+        network: nn.Module,
+        graph: Graph,
+        images: Tensor,
+        path: Path,
+        *,
+        notes: Mapping[str, Any],
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        """Write a network; see `Exporter.export`."""
+        export(graph, network, path, flavour=self.name)
+
+    def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
+        """Run the file on some test images; see `Exporter.compare`."""
+        found = verify(path, network, samples.compared)
+        same = round(found.same_answers * found.images)
+        others = f"{found.different:,}"
+        if found.different:
+            others = f"{found.different:,}, by up to {found.steps}"
+        rows = (
+            ("same answer as in PyTorch", f"{same:,} of {found.images:,} test images"),
+            ("integers that enter layers", f"{found.values:,}, of {found.images:,} images"),
+            ("  other than in PyTorch", others),
+            ("largest difference of outputs from PyTorch's", f"{found.output_difference:.3g}"),
+            ("largest output", f"{found.largest_output:.3g}"),
+        )
+        return Verdict(found.same_answers == 1, rows)
+
+
+class QonnxExporter(OnnxExporter):
+    """A file of QONNX, for tools of FPGAs."""
+
+    name = "qonnx"
+    summary = SUMMARIES["qonnx"]
+    output = "qonnx.onnx"

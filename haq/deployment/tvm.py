@@ -1,4 +1,4 @@
-"""A program of integers as machine code: one library whose functions go over one arena of memory for each type of number.
+"""A program of integers as machine code: one library whose functions go over arenas of memory, one for each type of number.
 
 What is written is a folder of three files:
 
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import statistics
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from haq.deployment.lowering import (
+import quantizers as Q
+from haq.deployment import interpreter
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.graph import Graph
+from haq.deployment.lowering import check_integers, lower
+from haq.deployment.program import (
     Codes,
     Convolution,
     Fixed,
@@ -32,9 +40,10 @@ from haq.deployment.lowering import (
     Program,
     Quantize,
     Representation,
+    Sum,
     Value,
 )
-from haq.deployment.lowering import Epilogue as ProgramEpilogue
+from haq.deployment.program import Epilogue as ProgramEpilogue
 from hw_models.tvm_cpu import builder, kernels, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv, zero_point
@@ -43,11 +52,12 @@ if TYPE_CHECKING:
     from hw_models.tvm_cpu.kernel import Kernel
     from hw_models.tvm_cpu.target import CpuTarget
 
-FORMAT = "haq-deployed-1"
+FORMAT = "haq-deployed-2"
 LIBRARY, DESCRIPTION, CONSTANTS = "network.so", "network.json", "constants.npz"
 ALIGNMENT = 64  # bytes, of everything that kernels look at
 TOGETHER = 8  # steps in a function: one of all of them takes long to compile
 INPUT, OUTPUT = "input", "output"
+TIMED = 200  # calls
 
 Layer = tuple[Conv, int, int, bool]
 
@@ -63,7 +73,7 @@ class Part:
 
 
 def layers(program: Program) -> list[Layer]:
-    """The integer convolutions for which there are kernels to choose from: sizes, bits, and whether inputs are signed."""
+    """List the integer convolutions for which there are kernels to choose from: sizes, bits, whether inputs are signed."""
     return [_layer(step) for step in program.steps if isinstance(step, Convolution)]
 
 
@@ -72,50 +82,64 @@ def _layer(step: Convolution) -> Layer:
 
 
 def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -> list[Part]:
-    """Code for every step of a program, the convolutions by the kernels that were `chosen` for them."""
+    """Write code for every step of a program.
+
+    Args:
+        program: The program.
+        chosen: The kernels of its integer convolutions.
+        target: The processor.
+
+    Returns:
+        A part for each step, and what brings the input and float layers their numbers.
+    """
     made: list[Part] = []
-    code: Code
-    image = program.values[program.input].shape
+    values = program.values
+    image = values[program.input].shape
     if any(step.input == program.input and not isinstance(step, Quantize) for step in program.steps):
         interleave = steps.Interleave(image, builder.Output("float"))
         made.append(Part("input", interleave, {"input": INPUT, "output0": program.input}, {}))
     for step in program.steps:
-        values = program.values
         if isinstance(step, Quantize):
-            codes = values[step.output].representation
-            code = steps.Interleave(image, _output(codes, 1.0), _scale(codes))
-            made.append(Part(step.name, code, {"input": INPUT, "output0": step.output}, {}))
-            continue
-        epilogue, names = _epilogue(step.epilogue, values)
-        names["input"] = step.input
-        factors = step.epilogue.multiplier, step.epilogue.offset
-        if isinstance(step, Convolution):
-            kernel = replace(chosen[_layer(step)], epilogue=epilogue)
-            made.append(Part(step.name, kernel, names, kernel.constants(step.weights, *factors)))
+            made.append(_quantize(step, values, image))
+        elif isinstance(step, Convolution):
+            made.append(_convolution(step, values, chosen[_layer(step)]))
         elif isinstance(step, FloatConvolution):
-            source = values[step.input]
-            if isinstance(source.representation, Codes):
-                made.append(_real(step, source))
-                names["input"] = made[-1].values["output0"]
-            kernel = kernels.float_kernel(step.conv, target.cpu, epilogue)
-            made.append(Part(step.name, kernel, names, kernel.constants(step.weights, *factors)))
+            made += _float_convolution(step, values, target)
         elif isinstance(step, Pool):
-            source = values[step.input]
-            of_codes = isinstance(source.representation, Codes)
-            window = step.window
-            sizes = (window.kernel, window.stride, window.padding, window.dilation)
-            kind = "max" if step.kind == "max" else "sum"
-            code = steps.Pool(kind, source.shape, step.output_size, *sizes, None if of_codes else epilogue)
-            made.append(Part(step.name, code, names, {} if of_codes else _factors(epilogue, source.shape, factors)))
+            made.append(_pool(step, values))
         else:
-            source = values[step.input]
-            code = steps.Elementwise(source.shape, _dtype(source.representation), epilogue)
-            made.append(Part(step.name, code, names, _factors(epilogue, source.shape, factors)))
+            made.append(_sum(step, values))
     return made
 
 
+def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int]) -> Part:
+    codes = values[step.output].representation
+    assert isinstance(codes, Codes)
+    code = steps.Interleave(image, _output(codes, 1.0), codes.scale)
+    return Part(step.name, code, {"input": INPUT, "output0": step.output}, {})
+
+
+def _convolution(step: Convolution, values: Mapping[str, Value], chosen: Kernel) -> Part:
+    epilogue, names = _epilogue(step.epilogue, values)
+    kernel = replace(chosen, epilogue=epilogue)
+    constants = kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
+    return Part(step.name, kernel, {**names, "input": step.input}, constants)
+
+
+def _float_convolution(step: FloatConvolution, values: Mapping[str, Value], target: CpuTarget) -> list[Part]:
+    epilogue, names = _epilogue(step.epilogue, values)
+    names["input"] = step.input
+    made = []
+    if isinstance(values[step.input].representation, Codes):
+        made.append(_real(step, values[step.input]))
+        names["input"] = made[-1].values["output0"]
+    kernel = kernels.float_kernel(step.conv, target.cpu, epilogue)
+    constants = kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
+    return [*made, Part(step.name, kernel, names, constants)]
+
+
 def _real(step: FloatConvolution, source: Value) -> Part:
-    """Codes as the real values that a layer of float weights takes."""
+    """Turn codes into the real values that a layer of float weights takes."""
     codes = source.representation
     assert isinstance(codes, Codes)
     epilogue = builder.Epilogue((builder.Output("float"),))
@@ -126,15 +150,36 @@ def _real(step: FloatConvolution, source: Value) -> Part:
     return Part(f"{step.name}, its input", code, names, epilogue.constants(*factors))
 
 
-def _factors(
-    epilogue: builder.Epilogue, shape: tuple[int, int, int], factors: tuple[NDArray[Any], NDArray[Any]]
-) -> dict[str, NDArray[Any]]:
-    multiplier, offset = (np.broadcast_to(values, (shape[2],)) for values in factors)
-    return epilogue.constants(multiplier, offset)
+def _pool(step: Pool, values: Mapping[str, Value]) -> Part:
+    epilogue, names = _epilogue(step.epilogue, values)
+    source = values[step.input]
+    kind = {"max": "max", "avg": "sum"}[step.kind]
+    window = step.window
+    sizes = (window.kernel, window.stride, window.padding, window.dilation)
+    of_epilogue: builder.Epilogue | None = epilogue
+    constants = _factors(epilogue, source.shape, step.epilogue)
+    if isinstance(source.representation, Codes):
+        # The largest of codes is a code.
+        of_epilogue = None
+        constants = {}
+    code = steps.Pool(kind, source.shape, step.output_size, *sizes, of_epilogue)
+    return Part(step.name, code, {**names, "input": step.input}, constants)
+
+
+def _sum(step: Sum, values: Mapping[str, Value]) -> Part:
+    epilogue, names = _epilogue(step.epilogue, values)
+    source = values[step.input]
+    code = steps.Elementwise(source.shape, source.representation.dtype, epilogue)
+    return Part(step.name, code, {**names, "input": step.input}, _factors(epilogue, source.shape, step.epilogue))
+
+
+def _factors(epilogue: builder.Epilogue, shape: tuple[int, int, int], factors: ProgramEpilogue) -> dict[str, NDArray[Any]]:
+    channels = (shape[2],)
+    return epilogue.constants(np.broadcast_to(factors.multiplier, channels), np.broadcast_to(factors.offset, channels))
 
 
 def _epilogue(epilogue: ProgramEpilogue, values: Mapping[str, Value]) -> tuple[builder.Epilogue, dict[str, str]]:
-    """For the kernels, and which of a program's values its buffers are."""
+    """Translate an epilogue for the kernels, and say which of a program's values its buffers are."""
     outputs = tuple(_output(values[o.value].representation, o.factor) for o in epilogue.outputs)
     residuals = tuple(builder.Residual("int32", residual.factor) for residual in epilogue.residuals)
     names = {f"output{index}": output.value for index, output in enumerate(epilogue.outputs)}
@@ -152,25 +197,17 @@ def _output(representation: Representation, factor: float) -> builder.Output:
     return builder.Output("codes", factor, *representation.range, zero_point(representation.bits, representation.signed))
 
 
-def _scale(representation: Representation) -> float:
-    assert isinstance(representation, Codes)
-    return representation.scale
-
-
-def _dtype(representation: Representation) -> str:
-    return "uint8" if isinstance(representation, Codes) else "int32" if isinstance(representation, Fixed) else "float32"
-
-
 class Memory:
     """Places in arenas, one for each type of number: a place is free again once what it held was read for the last time."""
 
     def __init__(self, reuse: bool = True) -> None:
+        """Begin with empty arenas; without `reuse` no place is ever free again."""
         self.sizes: dict[str, int] = {}  # elements, by type
         self._reuse = reuse
         self._free: dict[str, list[tuple[int, int]]] = {}
 
     def take(self, elements: int, dtype: str) -> int:
-        """The start of a place for so many elements: the smallest free one that is large enough, or a new one."""
+        """Return the start of a place for so many elements: the smallest free one that is large enough, or a new one."""
         unit = ALIGNMENT // np.dtype(dtype).itemsize
         size = builder.up(elements, unit)
         free = self._free.setdefault(dtype, [])
@@ -185,6 +222,13 @@ class Memory:
         return start
 
     def give(self, start: int, elements: int, dtype: str) -> None:
+        """Free a place.
+
+        Args:
+            start: Where it begins.
+            elements: For how many elements it was taken.
+            dtype: Their type.
+        """
         if not self._reuse:
             return
         size = builder.up(elements, ALIGNMENT // np.dtype(dtype).itemsize)
@@ -211,7 +255,16 @@ class Plan:
 
 
 def plan(made: list[Part], program: Program, *, reuse: bool = True) -> Plan:
-    """Give every buffer a place. Without `reuse` all values are still there at the end, for whoever wants to look at them."""
+    """Give every buffer a place.
+
+    Args:
+        made: The code of all steps.
+        program: Their program.
+        reuse: False: all values are still there at the end, for whoever wants to look at them.
+
+    Returns:
+        The places.
+    """
     memory, fixed = Memory(reuse), Memory(reuse=False)
     last_read = {name: index for index, part in enumerate(made) for name in part.values.values()}
     held: dict[str, tuple[int, tuple[int, ...], str]] = {}
@@ -260,9 +313,24 @@ def compile_program(
     notes: Mapping[str, Any],
     *,
     reuse: bool = True,
-    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+    on_progress: OnProgress = lambda done, of, what: None,
 ) -> Deployed:
-    """Choose kernels by measuring them, compile, and write the folder. Raises ValueError for what TVM can't compile."""
+    """Choose kernels by measuring them, compile, and write the folder.
+
+    Args:
+        program: The program.
+        target: The processor.
+        folder: Where it is written.
+        notes: What the description says besides.
+        reuse: False keeps all values in places of their own, so that `Deployed.value` can show them.
+        on_progress: Told what is done, of how much, and what it is.
+
+    Returns:
+        What was written, loaded.
+
+    Raises:
+        ValueError: For what TVM can't compile.
+    """
     import tvm
 
     chosen = {layer: choice.kernel for layer, choice in target.fastest(layers(program)).items()}
@@ -284,13 +352,14 @@ def compile_program(
 
         symbol = f"steps_{start}"
         functions[symbol] = b.function(symbol, arguments, body)
-    progress(0, 1, "compiling the network")
+    on_progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     folder.mkdir(parents=True, exist_ok=True)
     # Written last: until then the folder isn't taken for a network, nor for the one it held before.
     (folder / DESCRIPTION).unlink(missing_ok=True)
     module.export_library(str(folder / LIBRARY))
     np.savez(folder / CONSTANTS, **planned.constants)  # type: ignore[arg-type]
+    step_names = [{"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made]
     content = {
         "format": FORMAT,
         **notes,
@@ -299,7 +368,7 @@ def compile_program(
         "machine": target.key,
         "calls": list(functions),
         "arguments": [[a.name, list(a.shape), a.dtype] for a in arguments],
-        "steps": [{"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made],
+        "steps": step_names,
         "values": {
             value: [*places[name][:2], list(program.values[value].shape)]
             for part, places in zip(made, planned.places, strict=True)
@@ -308,7 +377,7 @@ def compile_program(
         },
     }
     (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    progress(1, 1, "")
+    on_progress(1, 1, "")
     return Deployed(folder)
 
 
@@ -318,14 +387,17 @@ def _planar(value: Value) -> tuple[int, int, int]:
 
 
 class Deployed:
-    """A compiled network. Called with images (N, C, H, W) of float32, it returns outputs (N, classes), or (N, C, H, W): as a
-    torch tensor if it was given one, else as a NumPy array.
+    """A compiled network.
+
+    Called with images (N, C, H, W) of float32, it returns outputs (N, classes), or (N, C, H, W): as a torch tensor if it was
+    given one, else as a NumPy array.
 
     Raises FileNotFoundError and ValueError for a folder that isn't one, and for a machine that can't run its code. What it
     loads is a library, and thus code: load nothing that you wouldn't run.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        """Load a folder."""
         import tvm
 
         from hw_models.tvm_cpu.target import check_runs_here
@@ -341,7 +413,8 @@ class Deployed:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if self.description.get("format") != FORMAT:
-            raise ValueError(f"{path} is of format {self.description.get('format')!r}, not {FORMAT!r}: deploy the run again")
+            found = str(self.description.get("format"))[:40]
+            raise ValueError(f"{path} is of format {found!r}, not {FORMAT!r}: deploy the run again")
         check_runs_here(self.description["target"], json.dumps(self.description["target"]))
         tvm.get_global_func("runtime.config_threadpool")(1, self.description["threads"])
         library = tvm.runtime.load_module(str(self.folder / LIBRARY))
@@ -356,12 +429,17 @@ class Deployed:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
+        """The channels, height and width of an image."""
         channels, height, width = self._shapes[INPUT]
         return channels, height, width
 
     def __call__(self, images: Any) -> Any:
-        given = images.detach().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+        """Compute the outputs of images; ValueError unless they are float32 of the network's shape."""
+        if isinstance(images, torch.Tensor):
+            return torch.from_numpy(self._outputs(images.detach().numpy()))
+        return self._outputs(np.asarray(images))
+
+    def _outputs(self, given: NDArray[Any]) -> NDArray[np.float32]:
         if given.ndim != 4 or given.shape[1:] != self.input_shape or given.dtype != np.float32:
             shape = ", ".join(map(str, self.input_shape))
             raise ValueError(f"the network takes float32 images (N, {shape}), not {given.dtype} of {given.shape}")
@@ -373,8 +451,9 @@ class Deployed:
         made = np.array(found, np.float32).reshape(-1, *self._shapes[OUTPUT])
         # Inside, channels are last.
         made = np.ascontiguousarray(made.transpose(0, 3, 1, 2))
-        made = made[:, :, 0, 0] if made.shape[2:] == (1, 1) else made
-        return torch.from_numpy(made) if isinstance(images, torch.Tensor) else made
+        if made.shape[2:] == (1, 1):
+            made = made[:, :, 0, 0]
+        return made
 
     def run(self) -> None:
         """Compute the output of the image that the input buffer holds: what is timed."""
@@ -382,7 +461,131 @@ class Deployed:
             call(*self._arguments)
 
     def value(self, name: str) -> NDArray[Any]:
-        """A value of the program as the last image left it; only of a network that was compiled without reusing memory."""
+        """Return a value of the program as the last image left it, of a network that was compiled without reusing memory."""
         arena, start, shape = self.description["values"][name]
         values: NDArray[Any] = self._arrays[arena].numpy()[start : start + math.prod(shape)].reshape(shape)
         return values
+
+
+def compile_network(
+    network: nn.Module,
+    graph: Graph,
+    images: Tensor,
+    folder: Path,
+    *,
+    threads: int | None = None,
+    target: str | None = None,
+    cold: bool = False,
+    notes: Mapping[str, Any] | None = None,
+    on_progress: OnProgress = lambda done, of, what: None,
+    reuse: bool = True,
+) -> Deployed:
+    """Compile a quantized network, at its present bits, for this machine's processor.
+
+    Args:
+        network: The network.
+        graph: Its operations.
+        images: A batch (N, C, H, W), to find how large the sums of residual additions become.
+        folder: Where it is written.
+        threads: How many threads it computes with; None for one.
+        target: JSON of a TVM target, or a processor's name; None for this machine's.
+        cold: Whether kernels are measured with their data out of the caches.
+        notes: What the description says besides bits and schemes.
+        on_progress: Told what is done, of how much, and what it is.
+        reuse: False keeps all values in places of their own, so that `Deployed.value` can show them.
+
+    Returns:
+        What was written, loaded.
+
+    Raises:
+        ValueError: Naming the layer and the reason, before anything is compiled, for what no kernel covers.
+    """
+    from hw_models import load_target
+
+    program = lower(graph, network, images)
+    measured: Any = load_target("cpu", threads=threads, target=target, cold=cold, progress=on_progress)
+    notes = {"policy": Q.get_policy(network).to_dict(), "schemes": Q.scheme_records(network), **(notes or {})}
+    return compile_program(program, measured, folder, notes, reuse=reuse, on_progress=on_progress)
+
+
+class TvmExporter(Exporter):
+    """A folder with one library for this machine's processor, integers from end to end."""
+
+    name = "tvm"
+    summary = SUMMARIES["tvm"]
+    output = "deployed"
+    options = ("threads", "target", "cold")
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError, naming the layer, unless quantized layers compute with integers times a scale."""
+        check_integers(network)
+
+    def export(
+        self,
+        network: nn.Module,
+        graph: Graph,
+        images: Tensor,
+        path: Path,
+        *,
+        notes: Mapping[str, Any],
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        """Compile a network; see `Exporter.export`."""
+        compile_network(network, graph, images, path, notes=notes, on_progress=on_progress, **options)
+
+    def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
+        """Compare answers on all test images, integers layer by layer on some of them, and time it; see `Exporter.compare`."""
+        deployed = Deployed(path)
+        answers = _answers(network, deployed, samples)
+        program = lower(graph, network, samples.calibration)
+        comparison = interpreter.compare(network, program, samples.compared)
+        reference, _ = interpreter.run(program, samples.compared.numpy())
+        unequal = int((deployed(samples.compared.numpy()) != reference).sum())
+        rows = [("same answer as in PyTorch", f"{answers.same:,} of {answers.count:,} test images")]
+        if samples.labelled:
+            before = answers.right_in_torch / answers.count
+            rows.append(("accuracy", f"{answers.right / answers.count:.2%} (in PyTorch {before:.2%})"))
+        processor = deployed.description["machine"]["processor"]
+        of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
+        rows += [
+            ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
+            ("  other than in PyTorch", of_own),
+            ("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}"),
+            ("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}"),
+            ("latency, measured", f"{1e6 * _latency_s(deployed):.1f} us ({processor}, median of {TIMED})"),
+        ]
+        return Verdict(answers.same == answers.count, tuple(rows))
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Of so many images, how many are answered as in PyTorch, and how many rightly by both."""
+
+    count: int
+    same: int
+    right: int
+    right_in_torch: int
+
+
+def _answers(network: nn.Module, deployed: Deployed, samples: Samples) -> _Answers:
+    count = same = right = right_in_torch = 0
+    for images, labels in samples.test():
+        with torch.inference_mode():
+            expected = network(images).argmax(1)
+        answers = deployed(images).argmax(1)
+        count += len(labels)
+        same += int((answers == expected).sum())
+        right += int((answers == labels).sum())
+        right_in_torch += int((expected == labels).sum())
+    return _Answers(count, same, right, right_in_torch)
+
+
+def _latency_s(deployed: Deployed) -> float:
+    """Time calls; the median."""
+    seconds = []
+    for _ in range(TIMED):
+        start = time.perf_counter()
+        deployed.run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

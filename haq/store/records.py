@@ -27,7 +27,6 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from haq.store import files
 from haq.store.files import kind_of, quoted
-from haq.store.units import UNITS
 from hw_models.storage import BITS
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
@@ -40,7 +39,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0)]
 Width = Annotated[int, Field(ge=1, le=BITS)]
 Count = Annotated[int, Field(ge=0)]
-Metric = Annotated[str, Field(pattern=f"^({'|'.join(UNITS)})$")]
+Metric = Literal["latency", "energy", "storage"]
 CostsByActivation = Annotated[list[Cost], Field(min_length=BITS, max_length=BITS)]
 CostTable = Annotated[list[CostsByActivation], Field(min_length=BITS, max_length=BITS)]
 Increases = Annotated[list[Cost | None], Field(min_length=BITS, max_length=BITS)]  # by width; null where unknown
@@ -63,24 +62,59 @@ def objective_title(objective: str) -> str:
     return objective
 
 
+_Record = TypeVar("_Record", bound="Record")
+_File = TypeVar("_File", bound="FileRecord")
+
+
 class Record(BaseModel):
     """Data from a file, checked. What isn't named is left alone: a later release may write more with the same schema."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False, extra="ignore", populate_by_name=True)
 
+    WHAT: ClassVar[str] = "a record"  # what it is, in messages
+
+    @classmethod
+    def from_dict(cls: type[_Record], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _Record:
+        """Check plain data, as it stands in a file.
+
+        Args:
+            content: The data; those of a whole file with their schema.
+            source: Where they are from, for messages.
+
+        Returns:
+            The record.
+
+        Raises:
+            ValueError: With the first fault, or for data of an earlier or later version.
+        """
+        cls._check_schema(content, Path(source))
+        try:
+            return cls._checked(content)
+        except ValidationError as error:
+            raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
+        except RecursionError:
+            raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
+        except ValueError as error:  # a whole number of thousands of digits
+            raise ValueError(f"{source} is not {cls.WHAT}: {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as it stands in the file; what was not given is left out."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
+    @classmethod
+    def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
+        """Raise ValueError for data of another version; a record within a file has none of its own."""
 
-_File = TypeVar("_File", bound="FileRecord")
+    @classmethod
+    def _checked(cls: type[_Record], content: Mapping[str, Any]) -> _Record:
+        # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
+        return cls.model_validate_json(json.dumps(content))
 
 
 class FileRecord(Record):
     """A record that is a file of its own, which says its schema first."""
 
     SCHEMA: ClassVar[str]
-    WHAT: ClassVar[str]  # what the file is, in messages
     REMEDY: ClassVar[str]  # what to do about a file of an earlier version
 
     @classmethod
@@ -99,28 +133,6 @@ class FileRecord(Record):
         """
         return cls.from_dict(files.read_json(path, cls.WHAT), path)
 
-    @classmethod
-    def from_dict(cls: type[_File], content: Mapping[str, Any], source: str | os.PathLike[str] = "the record") -> _File:
-        """Check plain data, as it stands in a file.
-
-        Args:
-            content: The data, its schema included.
-            source: Where they are from, for messages.
-
-        Returns:
-            The record.
-
-        Raises:
-            ValueError: With the first fault, or for data of an earlier or later version.
-        """
-        cls._check_schema(content, Path(source))
-        try:
-            return cls._checked(content)
-        except ValidationError as error:
-            raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
-        except RecursionError:
-            raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
-
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as it stands in the file: its schema first."""
         return {"schema": self.SCHEMA, **super().to_dict()}
@@ -136,11 +148,6 @@ class FileRecord(Record):
     @classmethod
     def _check_schema(cls, content: Mapping[str, Any], source: Path) -> None:
         files.check_schema(source, content.get("schema"), cls.SCHEMA, cls.WHAT, cls.REMEDY)
-
-    @classmethod
-    def _checked(cls: type[_File], content: Mapping[str, Any]) -> _File:
-        # By way of JSON, in which a whole number may stand for a float and a list for a tuple.
-        return cls.model_validate_json(json.dumps(content))
 
 
 class Measurement(RootModel[Annotated[dict[str, float | None], Field(max_length=MOST)]]):
@@ -239,35 +246,8 @@ class LayerRecord(Record):
     cost: CostTable
 
 
-class PricedProblem(Record):
-    """What every policy costs on a target, and what it may cost: all that a picture of a policy takes."""
-
-    target: TargetRecord
-    metric: Metric
-    unit: str
-    limit: Cost
-    uniform8: Annotated[float, Field(gt=0)]
-    smallest: Cost
-    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
-    layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
-
-    @property
-    def cost_kind(self) -> str:
-        """Say whether costs are estimated, measured, or counted, as bytes are on every target."""
-        if self.metric == "storage":
-            return "counted"
-        return self.target.provenance.split(" ")[0]
-
-    @model_validator(mode="after")
-    def _check_sum(self) -> PricedProblem:
-        total = sum(layer.cost[-1][-1] for layer in self.layers)
-        if not math.isclose(total, self.uniform8, rel_tol=1e-6):
-            raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
-        return self
-
-
-class ProblemRecord(PricedProblem, FileRecord):
-    """problem.json: what is searched, enough to price every policy without loading anything."""
+class ProblemRecord(FileRecord):
+    """problem.json: what is searched, enough to price every policy without loading anything. Costs are in the unit."""
 
     SCHEMA = files.PROBLEM_SCHEMA
     WHAT = "what a run searches"
@@ -277,14 +257,37 @@ class ProblemRecord(PricedProblem, FileRecord):
     origin: str
     data: str
     images: Count
+    target: TargetRecord
+    metric: Metric
+    unit: str
+    limit: Cost
+    uniform8: Annotated[float, Field(gt=0)]
+    smallest: Cost
+    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    scheme: str = "linear"
     objective: str
     objective_is: str  # what it measures, in words
     float_share: Share = Field(alias="float")
+    layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
 
     @property
     def objective_title(self) -> str:
         """Name the objective in a word or two."""
         return objective_title(self.objective)
+
+    @property
+    def cost_kind(self) -> str:
+        """Say whether costs are estimated, measured, or counted, as bytes are on every target."""
+        if self.metric == "storage":
+            return "counted"
+        return self.target.provenance.split(" ")[0]
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> ProblemRecord:
+        total = sum(layer.cost[-1][-1] for layer in self.layers)
+        if not math.isclose(total, self.uniform8, rel_tol=1e-6):
+            raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
+        return self
 
 
 class LayerWidths(Record):
@@ -423,6 +426,7 @@ class RobustnessRecord(FileRecord):
     requantized_input: bool
     seed: int
     networks: Annotated[dict[str, AttackedRecord], Field(min_length=1, max_length=MOST)]
+    left_out: Annotated[dict[str, str], Field(max_length=MOST)] = {}  # what could not be compared, with the reason
 
 
 class BudgetRecord(Record):
@@ -468,6 +472,7 @@ class ResultRecord(FileRecord):
     evaluations: Counts  # by solver
     saturated_actions: Annotated[dict[str, float], Field(max_length=MOST)] = {}  # the share at a bound, by agent
     seed: int
+    scheme: str = "linear"
     objective: str
     objective_is: str
     finetune_steps: Count = 0
@@ -707,6 +712,12 @@ def describe_fault(error: ValidationError) -> str:
     key = quoted(".".join(map(str, first["loc"])))
     if kind == "missing":
         return f"{key} is missing"
+    if kind in ("too_short", "too_long"):
+        context = first["ctx"]
+        words = f"at least {context.get('min_length')}"
+        if kind == "too_long":
+            words = f"at most {context['max_length']}"
+        return f"{key} has {context['actual_length']} entries; it must have {words}"
     wanted = _WANTED.get(kind)
     if wanted is None:
         wanted = first["msg"].replace("Input should be", "it must be")
@@ -729,7 +740,9 @@ _WANTED = {
 
 
 def _share_of(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
+    if key not in values:
+        raise ValueError(f"{key!r} is missing")
+    value = values[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{key!r} is {quoted(value)}; it must be a share from 0 to 1")
     return float(value)

@@ -1,11 +1,15 @@
-"""The networks whose robustness is compared: of a run, float, uniform bits, the policy found, and the same trained
-defensively; of a model, float and uniform bits, and what a quantized checkpoint holds."""
+"""The networks whose robustness is compared.
+
+Of a run: float, uniform bits, the policy found, and the same trained defensively. Of a model: float, uniform bits, and what a
+quantized checkpoint holds.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +19,67 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import data, networks, training
 from haq.attacks.classifier import Classifier
-from haq.deployment import interpreter, lowering
-from haq.deployment.graph import capture
 from haq.store.files import CONFIG, ROBUSTNESS
+from haq.study.attack_config import BETA
+from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
-from haq.study.task import CALIBRATION, adversary_of
+from haq.study.task import CALIBRATION, LoadedNetwork, adversary_of, schemes_of
 
-BETA = 2e-3  # of the penalty: fixed before anything was attacked (docs/experiments/defensive_quantization.md)
-PINNED = (8, 8)  # first and last layer of uniform policies below 8 bits, as in a search
-FEW = 500  # images at a time, through the integer program
+SOURCE_BITS = (8, 4)  # of the networks with the same weights that attacks are transferred from
 
 OnTraining = Callable[[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class ComparisonSpec:
-    """What is to be compared: of a run's folder, or of a model's name on a data set.
+    """What is to be compared.
 
-    uniform: widths of the uniform policies. beta: of the Lipschitz penalty that the found policy is trained with once more;
-    0 leaves that out.
+    Attributes:
+        source: The folder of a run, a network's name, or a checkpoint.
+        data: The data set of a model; None: the one that comes with the project.
+        uniform: Widths of the uniform policies.
+        beta: Of the Lipschitz penalty that the found policy is trained with once more; 0 leaves that out.
+        scheme: Of the quantized networks, NAME or NAME,LAYER=NAME; None: the run's own, and `linear` for a model.
     """
 
     source: str
     data: str | None = None
     uniform: tuple[int, ...] = (8,)
     beta: float = BETA
+    scheme: str | None = None
 
     @property
     def run(self) -> SearchRun | None:
         """The run, if it is one."""
         folder = Path(self.source)
-        return SearchRun.load(folder) if folder.is_dir() or (folder / CONFIG).is_file() else None
+        if folder.is_dir() or (folder / CONFIG).is_file():
+            return SearchRun.load(folder)
+        return None
 
 
 @dataclass(frozen=True)
 class ComparedNetworks:
-    """Networks by name, on the same images. `notes`: how each was made."""
+    """Networks on the same images.
+
+    Attributes:
+        network: The float network, which says what images look like.
+        dataset: Where images are from.
+        networks: What is compared, by name.
+        notes: How each was made.
+        left_out: What was asked for and can't be, with the reason.
+    """
 
     network: networks.Network
     dataset: data.Dataset
     networks: dict[str, nn.Module]
     notes: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def images(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first images of the test split, float (N, C, H, W) in [0, 1] as the network takes them, and their labels.
+        """Return the first images of the test split, float (N, C, H, W) in [0, 1], and their labels.
 
-        Raises ValueError for a data set without labels, or whose images aren't bytes, so that nobody knows their range.
+        Raises:
+            ValueError: For a data set without labels, or whose images aren't bytes, so that nobody knows their range.
         """
         if not self.dataset.classes:
             raise ValueError(f"{self.dataset.name} has no labels: there is no accuracy that an attack could lower")
@@ -69,154 +88,264 @@ class ComparedNetworks:
             raise ValueError(
                 f"the images of {self.dataset.name} are {images.dtype}, of unknown range; attacks need uint8 images"
             )
-        if images.shape[1] == 1 and self.network.input_shape[0] > 1:
-            images = images.expand(-1, self.network.input_shape[0], -1, -1)
+        channels = self.network.input_shape[0]
+        if images.shape[1] == 1 and channels > 1:
+            images = images.expand(-1, channels, -1, -1)
         return (images.float() / 255).contiguous(), labels
 
     def classifier(self, module: nn.Module, requantize: bool = False) -> Classifier:
-        """A network that takes images in [0, 1]."""
+        """Make a network that takes images in [0, 1]; with `requantize` it rounds them to 8 bits."""
         net = self.network
         return Classifier(module, net.mean, net.std, requantize=requantize, memory_format=net.memory_format)
 
     def sources(self, name: str, requantize: bool = False) -> dict[str, Classifier]:
-        """Where attacks on a network are transferred from: its float twin and other bits of the same weights; for the float
-        network, its uniform policies."""
+        """Make the networks that attacks on one of them are transferred from.
+
+        They are its float twin and other bits of the same weights; for the float network, its uniform policies.
+
+        Args:
+            name: The network's.
+            requantize: Whether they round images to 8 bits.
+
+        Returns:
+            Networks by the names that attacks have for them.
+        """
         module = self.networks[name]
         made: dict[str, nn.Module] = {}
         if Q.quant_layers(module):
             made["twin"] = Q.float_copy(module)
-            for bits in (8, 4):
-                other = at_bits(module, bits)
-                if other is not None and Q.get_policy(other) != Q.get_policy(module):
-                    made[f"{bits}bits"] = other
+            for bits in SOURCE_BITS:
+                policy = everywhere(module, bits)
+                if policy != Q.get_policy(module) and not fault_of(module, policy):
+                    made[f"{bits}bits"] = with_policy(module, policy)
         else:
-            made = {other: net for other, net in self.networks.items() if Q.quant_layers(net)}
-            made = {other.replace(" ", ""): net for other, net in list(made.items())[:2]}
+            others = [other for other, net in self.networks.items() if Q.quant_layers(net)]
+            for other in others[:2]:
+                made[other.replace(" ", "")] = self.networks[other]
         return {other: self.classifier(net, requantize) for other, net in made.items()}
 
-
-def at_bits(module: nn.Module, bits: int) -> nn.Module | None:
-    """A copy of a quantized network at the same bits everywhere; None if its schemes have no such bits."""
-    made = copy.deepcopy(module)
-    try:
-        Q.set_policy(made, dict.fromkeys(Q.quant_layers(made), (bits, bits)))
-    except ValueError:
-        return None
-    return made
-
-
-def gather(request: ComparisonSpec, on_training: OnTraining | None = None) -> ComparedNetworks:
-    """Load what is compared, and train what isn't there yet: `on_training` is told what begins, and gives the callbacks of
-    `training.finetune`; without it nothing is trained, and what is missing raises FileNotFoundError.
-
-    Every quantized network of a run has the budget of the run's own fine-tuning, and its seed. Raises what its parts raise.
-    """
-    run = request.run
-    return _of_model(request) if run is None else _of_run(request, run, on_training)
+    def missing_sources(self) -> dict[str, str]:
+        """Tell which networks attacks can't be transferred from, with the reason: widths that their schemes don't have."""
+        missing = {}
+        for name, module in self.networks.items():
+            for bits in SOURCE_BITS:
+                if reason := fault_of(module, everywhere(module, bits)):
+                    missing[f"transfer to {name} from {bits} bits"] = reason
+        return missing
 
 
-def _of_run(request: ComparisonSpec, run: SearchRun, on_training: OnTraining | None) -> ComparedNetworks:
-    if request.data is not None:
-        raise ValueError(f"--data goes with a model; {request.source} is a run on {run.config.data}")
-    policy, loaded = run.load_policy(), run.load_network()
-    run.check(loaded)
-    epochs, seed = run.config.finetune_epochs, run.config.seed
-    plain = Q.quantize(loaded.network.module, policy, calibrate=loaded.calibration())
-    networks: dict[str, nn.Module] = {"float": loaded.network.module}
-    notes = {"float": "as it was loaded"}
-    against = " against R+FGSM" if adversary_of(run.config) else ""
-    budget = f"fine-tuned{against} for {epochs} epochs, seed {seed}" if epochs else "calibrated, not fine-tuned"
-
-    def tuned(name: str, bits: Q.BitPolicy, beta: float = 0.0) -> nn.Module:
-        path = ROBUSTNESS / f"{name}-{epochs}-epochs.safetensors"
-        kept = run.load_checkpoint(loaded, path)
-        if kept is not None and Q.get_policy(kept) == bits:
-            return kept
-        network = copy.deepcopy(plain)
-        Q.set_policy(network, bits)
-        if not epochs:
-            return network
-        if on_training is None:
-            raise FileNotFoundError(f"{run.folder / path} isn't there")
-        made = training.finetune(
-            loaded.network,
-            network,
-            loaded.dataset.train,
-            epochs=epochs,
-            seed=seed,
-            adversary=adversary_of(run.config),
-            penalty=(lambda module: Q.lipschitz_penalty(module, beta=beta)) if beta else None,
-            **on_training(name),
-        )
-        run.save_checkpoint(made, loaded, path)
-        return made
-
-    for bits in request.uniform:
-        networks[f"uniform {bits}"] = tuned(f"uniform{bits}", uniform(plain, bits))
-        notes[f"uniform {bits}"] = f"{bits} bits{'' if bits == 8 else ', first and last layer 8'}, {budget}"
-    found = run.load_checkpoint(loaded)
-    networks["found"] = plain if found is None else found
-    notes["found"] = f"the policy of {run.config.solver}, {'calibrated, not fine-tuned' if found is None else budget}"
-    if request.beta and epochs:
-        networks["defensive"] = tuned(f"defensive{request.beta:g}", policy, request.beta)
-        notes["defensive"] = f"the same policy, {budget}, with the Lipschitz penalty, beta {request.beta:g}"
-    return ComparedNetworks(loaded.network, loaded.dataset, {name: net.eval() for name, net in networks.items()}, notes)
-
-
-def _of_model(request: ComparisonSpec) -> ComparedNetworks:
-    network = networks.load(request.source)
-    dataset = data.load(request.data or data.DEFAULT, image_size=network.input_shape[-1])
-    networks.check_fits(network, dataset)
-    compared: dict[str, nn.Module] = {"float": network.module}
-    notes = {"float": "as it was loaded"}
-    path = Path(request.source)
-    if path.is_file() and networks.holds_quantized(path):
-        held = networks.load_quantized(path)
-        compared["quantized"], notes["quantized"] = held, "at the bits of the checkpoint, trained as its header says"
-    inputs = network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)])
-    names = list(Q.BitPolicy.uniform(network.module, w=None, a=None))
-    plain = Q.quantize(network.module, dict.fromkeys(names, PINNED), calibrate=inputs)
-    for bits in request.uniform:
-        compared[f"uniform {bits}"] = copy.deepcopy(plain)
-        Q.set_policy(compared[f"uniform {bits}"], uniform(plain, bits))
-        notes[f"uniform {bits}"] = f"{bits} bits{'' if bits == 8 else ', first and last layer 8'}, calibrated, not fine-tuned"
-    return ComparedNetworks(network, dataset, {name: net.eval() for name, net in compared.items()}, notes)
+def everywhere(module: nn.Module, bits: int) -> Q.BitPolicy:
+    """Return the policy of the same bits in every layer."""
+    return Q.BitPolicy(dict.fromkeys(Q.quant_layers(module), (bits, bits)))
 
 
 def uniform(module: nn.Module, bits: int) -> Q.BitPolicy:
-    """The same bits everywhere, but for the first and the last layer, which keep 8 as in a search."""
-    names = list(Q.quant_layers(module))
-    return Q.BitPolicy({name: PINNED if name in (names[0], names[-1]) else (bits, bits) for name in names})
+    """Return the policy of the same bits everywhere but in the first and the last layer, which keep 8 as in a search."""
+    policy = everywhere(module, bits)
+    return Q.BitPolicy({**policy, **Q.ends(list(policy))})
 
 
-@dataclass(frozen=True)
-class Deployed:
-    """How the integer program of a quantized network answers images, beside the network in PyTorch.
+def fault_of(module: nn.Module, policy: Mapping[str, tuple[int | None, int | None]]) -> str:
+    """Say why a quantized network can't have the widths of a policy; nothing if it can."""
+    for name, layer in Q.quant_layers(module).items():
+        try:
+            layer.scheme.check(*policy[name], signed=layer.signed)
+        except ValueError as error:
+            return f"layer {name!r}: {error}"
+    return ""
 
-    right: images that it classifies as labelled. different: those that it answers differently. reason: why there is none.
+
+def with_policy(module: nn.Module, policy: Q.BitPolicy) -> nn.Module:
+    """Return a copy of a quantized network at other bits."""
+    made = copy.deepcopy(module)
+    Q.set_policy(made, policy)
+    return made
+
+
+def schemes_in(module: nn.Module) -> dict[str, Q.Scheme]:
+    """Return the scheme of every layer of a quantized network."""
+    return {name: layer.scheme for name, layer in Q.quant_layers(module).items()}
+
+
+def gather(spec: ComparisonSpec, on_training: OnTraining | None = None) -> ComparedNetworks:
+    """Load what is compared, and train what isn't there yet.
+
+    Every quantized network of a run has the budget of the run's own fine-tuning, and its seed.
+
+    Args:
+        spec: What is compared.
+        on_training: Told what begins, and gives the callbacks of `training.finetune`. Without it nothing is trained.
+
+    Returns:
+        The networks, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: For what is missing, if nothing is to be trained.
+        ValueError: As its parts do.
     """
+    run = spec.run
+    if run is None:
+        compared = _of_model(spec)
+    else:
+        compared = _RunNetworks(spec, run, on_training).gather()
+    for module in compared.networks.values():
+        module.eval()
+    compared.left_out.update(compared.missing_sources())
+    return compared
 
-    images: int
-    right: int
-    different: int
-    reason: str = ""
+
+class _RunNetworks:
+    """What a run is compared with, trained as far as it isn't there."""
+
+    def __init__(self, spec: ComparisonSpec, run: SearchRun, on_training: OnTraining | None) -> None:
+        """Load the run's network and data, and quantize the network at the policy that was found."""
+        if spec.data is not None:
+            raise ValueError(f"--data goes with a model; {spec.source} is a run on {run.config.data}")
+        self.spec = spec
+        self.run = run
+        self.on_training = on_training
+        self.policy = run.load_policy()
+        self.loaded: LoadedNetwork = run.load_network()
+        run.check(self.loaded)
+        config = run.config
+        if spec.scheme is not None:
+            config = config.replace(scheme=spec.scheme)
+        self.schemes = schemes_of(config, list(self.policy))
+        self.plain = Q.quantize(
+            self.loaded.network.module,
+            self.policy,
+            scheme=self.schemes,
+            calibrate=self.loaded.calibration(),
+        )
+
+    def gather(self) -> ComparedNetworks:
+        """Put everything together."""
+        epochs = self.run.config.finetune_epochs
+        made: dict[str, nn.Module] = {"float": self.loaded.network.module}
+        notes = {"float": "as it was loaded"}
+        left_out = {}
+        for bits in self.spec.uniform:
+            name = f"uniform {bits}"
+            policy = uniform(self.plain, bits)
+            if reason := fault_of(self.plain, policy):
+                left_out[name] = reason
+                continue
+            made[name] = self.tuned(f"uniform{bits}", policy)
+            notes[name] = f"{uniform_words(bits)}{scheme_words(made[name])}, {self.budget()}"
+        made["found"], tuning = self.found()
+        notes["found"] = f"the policy of {self.run.config.solver}{scheme_words(made['found'])}, {tuning}"
+        if self.spec.beta and epochs:
+            beta = self.spec.beta
+            made["defensive"] = self.tuned(f"defensive{beta:g}", self.policy, beta)
+            notes["defensive"] = f"the same policy, {self.budget()}, with the Lipschitz penalty, beta {beta:g}"
+        return ComparedNetworks(self.loaded.network, self.loaded.dataset, made, notes, left_out)
+
+    def budget(self) -> str:
+        """Say how networks of the run are trained."""
+        config = self.run.config
+        if not config.finetune_epochs:
+            return "calibrated, not fine-tuned"
+        against = ""
+        if adversary_of(config):
+            against = " against R+FGSM"
+        return f"fine-tuned{against} for {config.finetune_epochs} epochs, seed {config.seed}"
+
+    def found(self) -> tuple[nn.Module, str]:
+        """Return the network of the policy found, and how it was trained.
+
+        It is the run's own, if it has one of the schemes that are asked for. With other schemes it is trained like the rest.
+        """
+        kept = self.run.load_checkpoint(self.loaded)
+        if kept is not None and (self.spec.scheme is None or schemes_in(kept) == self.schemes):
+            return kept, self.budget()
+        if kept is None:
+            return self.plain, "calibrated, not fine-tuned"
+        return self.tuned("found", self.policy), self.budget()
+
+    def tuned(self, name: str, policy: Q.BitPolicy, beta: float = 0.0) -> nn.Module:
+        """Return the network at the bits of a policy, from the run's folder or trained now.
+
+        Args:
+            name: Of its file.
+            policy: The bits.
+            beta: Of the Lipschitz penalty.
+
+        Returns:
+            The network.
+
+        Raises:
+            FileNotFoundError: If it isn't there, and nothing is to be trained.
+        """
+        config = self.run.config
+        path = ROBUSTNESS / f"{name}{self._suffix()}-{config.finetune_epochs}-epochs.safetensors"
+        kept = self.run.load_checkpoint(self.loaded, path)
+        if kept is not None and Q.get_policy(kept) == policy and schemes_in(kept) == self.schemes:
+            return kept
+        network = with_policy(self.plain, policy)
+        if not config.finetune_epochs:
+            return network
+        if self.on_training is None:
+            raise FileNotFoundError(f"{self.run.folder / path} isn't there")
+        penalty: Callable[[nn.Module], Tensor] | None = None
+        if beta:
+            penalty = lambda module: Q.lipschitz_penalty(module, beta=beta)  # noqa: E731
+        trained = training.finetune(
+            self.loaded.network,
+            network,
+            self.loaded.dataset.train,
+            epochs=config.finetune_epochs,
+            seed=config.seed,
+            adversary=adversary_of(config),
+            penalty=penalty,
+            **self.on_training(name),
+        )
+        self.run.save_checkpoint(trained, self.loaded, path)
+        return trained
+
+    def _suffix(self) -> str:
+        """Keep networks of another scheme than the run's own apart, by the names of their files."""
+        if self.spec.scheme is None:
+            return ""
+        return "-" + re.sub(r"[^A-Za-z0-9.]+", "-", self.spec.scheme)
 
 
-def deployed(contenders: ComparedNetworks, name: str, images: Tensor, labels: Tensor) -> Deployed:
-    """Run images (N, C, H, W) in [0, 1] through what a quantized network is deployed as (haq.deploy), integer by integer."""
-    module, net = contenders.networks[name], contenders.network
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (net.mean, net.std))
-    inputs = ((images - mean) / std).contiguous()
-    try:
-        calibrate = net.preprocess(contenders.dataset.train.images[contenders.dataset.fair(CALIBRATION)]).contiguous()
-        program = lowering.lower(capture(module, inputs[:1]), module, calibrate)
-    except ValueError as error:
-        return Deployed(0, 0, 0, str(error))
-    right = different = 0
-    for x, y in zip(inputs.split(FEW), labels.split(FEW), strict=True):
-        outputs, _ = interpreter.run(program, x.numpy())
-        answers = torch.from_numpy(outputs).argmax(1)
-        with torch.inference_mode():
-            different += int((answers != module(x).argmax(1)).sum())
-        right += int((answers == y).sum())
-    return Deployed(len(images), right, different)
+def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
+    network = networks.load(spec.source)
+    dataset = data.load(spec.data or data.DEFAULT, image_size=network.input_shape[-1])
+    networks.check_fits(network, dataset)
+    compared: dict[str, nn.Module] = {"float": network.module}
+    notes = {"float": "as it was loaded"}
+    left_out = {}
+    path = Path(spec.source)
+    if path.is_file() and networks.holds_quantized(path):
+        held = networks.load_quantized(path)
+        compared["quantized"] = held
+        notes["quantized"] = f"at the bits of the checkpoint{scheme_words(held)}, trained as its header says"
+    inputs = network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)])
+    names = list(Q.BitPolicy.uniform(network.module, w=None, a=None))
+    schemes = schemes_of(SearchConfig(scheme=spec.scheme or "linear"), names)
+    plain = Q.quantize(network.module, dict.fromkeys(names, Q.END_BITS), scheme=schemes, calibrate=inputs)
+    for bits in spec.uniform:
+        name = f"uniform {bits}"
+        policy = uniform(plain, bits)
+        if reason := fault_of(plain, policy):
+            left_out[name] = reason
+            continue
+        compared[name] = with_policy(plain, policy)
+        notes[name] = f"{uniform_words(bits)}{scheme_words(plain)}, calibrated, not fine-tuned"
+    return ComparedNetworks(network, dataset, compared, notes, left_out)
+
+
+def uniform_words(bits: int) -> str:
+    """Describe a uniform policy."""
+    if (bits, bits) == Q.END_BITS:
+        return f"{bits} bits"
+    return f"{bits} bits, first and last layer {Q.END_BITS[0]}"
+
+
+def scheme_words(module: nn.Module) -> str:
+    """Name the schemes of a quantized network, unless all of it is linear, to follow its bits in a sentence."""
+    names = list(dict.fromkeys(scheme.name for scheme in schemes_in(module).values()))
+    if names == ["linear"]:
+        return ""
+    return f", scheme {' and '.join(names)}"

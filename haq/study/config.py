@@ -34,6 +34,7 @@ FOLDERS = "The run"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
+NAMES_CODE = ("network", "data", "hw", "solver", "objective", "scheme")  # fields that may be module:Name
 LINEAR = "linear"  # the scheme of what isn't given another
 
 
@@ -218,9 +219,8 @@ class SearchConfig(_Config):
         """
         if file is not None:
             config = cls.from_file(file).replace(**given)
-            named = {field: cls.default(field) for field in given if isinstance(cls.default(field), str)}
             # Code is the user's own where it is named on the command line.
-            config.replace(**named).check_code(file)
+            config.replace(**_defaults_of(given)).check_code(file)
             return config
         if "eps" in given:
             _check_attacked(given.get("objective", cls.default("objective")), given["eps"])
@@ -360,7 +360,7 @@ class SweepCell(NamedTuple):
         hw = Path(self.hw).stem
         if self.hw.startswith("rpc:"):
             hw = self.hw
-        return f"{hw.replace(':', '-')}-{self.budget}-{self.solver}-seed{self.seed}"
+        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
 
 
 class SweepConfig(_Config):
@@ -394,6 +394,19 @@ class SweepConfig(_Config):
 
     # The fields of a search that a sweep has no options for: those that vary, and fine-tuning.
     VARIED: ClassVar[tuple[str, ...]] = ("hw", "budget", "solver", "seed", "finetune_epochs")
+    # Those that all its searches share.
+    SHARED: ClassVar[tuple[str, ...]] = (
+        "network",
+        "data",
+        "scheme",
+        "objective",
+        "eps",
+        "metric",
+        "bits",
+        *MEASURED,
+        "evaluations",
+        "sensitivity_kind",
+    )
 
     @field_validator("hw", "solvers", mode="before")
     @classmethod
@@ -427,11 +440,46 @@ class SweepConfig(_Config):
         return self
 
     @classmethod
-    def from_options(cls, given: Mapping[str, Any]) -> SweepConfig:
-        """Make a configuration of the options that were given, by field of a sweep or of its searches."""
+    def from_options(cls, given: Mapping[str, Any], file: Path | None = None) -> SweepConfig:
+        """Make a configuration of the options that were given.
+
+        Args:
+            given: Values by field of a sweep or of its searches.
+            file: The sweep.json of a sweep, for what wasn't given.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: For what isn't accepted, and for options that don't go together.
+            FileNotFoundError: If there is no such file.
+        """
         own = {name: value for name, value in given.items() if name in cls.model_fields}
         shared = {name: value for name, value in given.items() if name not in own}
-        return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
+        if file is None:
+            return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
+        earlier = cls.from_file(file)
+        settings = earlier.settings.replace(**shared)
+        settings.replace(**_defaults_of(shared)).check_code(file)
+        return earlier.replace(**own, settings=settings)
+
+    @classmethod
+    def from_file(cls, path: Path) -> SweepConfig:
+        """Make a configuration of the sweep.json of a sweep.
+
+        Raises:
+            ValueError: For anything else.
+            FileNotFoundError: If there is no such file.
+        """
+        # A help doesn't need the records of all files.
+        from haq.store.records import SweepRecord
+
+        if not path.is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file; give the sweep.json of a sweep")
+        try:
+            return cls.read(SweepRecord.read(path).asked.to_dict())
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> SweepConfig:
@@ -500,7 +548,7 @@ class WorkersConfig(_Config):
         "processes that evaluate policies; results don't depend on their number",
         group=WORK,
         metavar="N",
-        default_words="this one, with all threads",
+        default_words="this one alone",
     )
     ray: str | None = setting(
         None,
@@ -582,6 +630,11 @@ def read_budgets(text: str) -> tuple[str, ...]:
             f"{MOST_BUDGETS} of them, or budgets parted by commas such as 0.5,0.7"
         ) from None
     return tuple(str(first + step * index) for index in range(int((last - first) / step) + 1))
+
+
+def _defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of the fields that may name code, among those that were given."""
+    return {field: SearchConfig.default(field) for field in NAMES_CODE if field in given}
 
 
 def _check_attacked(objective: str, eps: str) -> None:

@@ -91,7 +91,7 @@ class SearchRun:
         content = {
             "schema": RUN_SCHEMA,
             "command": task.config.command(),
-            "settings": settings_of(task.config),
+            "settings": task.config.to_dict(),
             "signature": task.signature(),
             "versions": versions(),
         }
@@ -392,7 +392,10 @@ class SearchRun:
         header = networks.read_header(path)
         remedy = f"delete it and use python -m haq.finetune {self.folder}"
         if header.notes.get("format") != networks.QUANTIZED_FORMAT:
-            networks.load_quantized(path, task.network.module)  # says of which version it is
+            try:
+                networks.load_quantized(path, task.network.module)  # says what it is, or of which version
+            except ValueError as error:
+                raise ValueError(f"{path} is not a checkpoint of this run ({error}): {remedy}") from error
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
         if any(header.notes.get(key) != value for key, value in _notes(task).items()):
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
@@ -454,11 +457,6 @@ def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def settings_of(config: SearchConfig) -> dict[str, Any]:
-    """Return the fields of a configuration as plain data, as files hold them."""
-    return config.to_dict()
-
-
 def check_unused(folder: Path) -> None:
     """Raise ValueError if a folder is in use."""
     if _holds_something(folder):
@@ -515,8 +513,8 @@ def _short(row: HistoryRow) -> str:
 
 
 def _notes(task: LoadedNetwork) -> dict[str, str]:
-    """Return what a checkpoint's header says of the run that it belongs to."""
-    return {f"run.{name}": value for name, value in task.signature().items()}
+    """Return what a checkpoint's header says of the run that it belongs to; which schemes it has, it says itself."""
+    return {f"run.{name}": value for name, value in task.signature().items() if name != "scheme"}
 
 
 def _machine(path: Path, signature: dict[str, str]) -> dict[str, Any]:

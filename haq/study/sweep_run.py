@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,112 +35,16 @@ from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCH
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
 from haq.study import result as summary
-from haq.study.config import SearchConfig
-from haq.study.search_run import SearchRun, check_unused, settings_of
+from haq.study.config import MEASURED, SearchConfig, SweepCell, SweepConfig
+from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
 from haq.study.workers.processes import live_with_parent
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
-MOST_BUDGETS = 1000
 ORPHAN_S = 60.0  # a worker whose sweep was killed ends after the evaluation it is at; its search is waited for
 
 Results = dict["SweepCell", ResultRecord]
 Policies = dict["SweepCell", Q.BitPolicy]
-
-
-class SweepCell(NamedTuple):
-    """One search of a sweep."""
-
-    hw: str
-    budget: str
-    solver: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Name the folder of its run."""
-        hw = self.hw
-        if not hw.startswith(REMOTE):
-            hw = Path(hw).stem
-        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """What a sweep is asked to do: `settings` of every run, but for the target, budget, solver and seed, which vary."""
-
-    settings: SearchConfig
-    hw: tuple[str, ...]
-    budgets: tuple[str, ...]
-    solvers: tuple[str, ...]
-    seeds: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or self.seeds < 1:
-            raise ValueError(f"--seeds is {self.seeds!r}; it must be an integer of at least 1: so many are 0, 1, 2 ...")
-        for option, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
-            if not all(isinstance(value, str) for value in values):
-                raise ValueError(f"--{option} must be names, not {type(values[0]).__name__}")
-            if not values or not all(values) or len(set(values)) < len(values):
-                raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
-        for solver in self.solvers:
-            if solver not in SOLVERS and ":" not in solver:
-                SOLVERS.get(solver)  # names those that are close
-        names = [SweepCell(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"--hw or --budgets have a '/' in {name[:80]!r}: runs are named after them")
-        if len(set(names)) < len(names):
-            raise ValueError(f"--hw is {','.join(self.hw)!r}; its files must have different names: runs are named after them")
-
-    @classmethod
-    def of(cls, record: SweepRecord) -> SweepConfig:
-        """Return what the file of a sweep says was asked for; ValueError if that can't have been."""
-        asked = record.asked
-        return cls(
-            SearchConfig.read(asked.settings),
-            tuple(asked.hw),
-            tuple(asked.budgets),
-            tuple(asked.solvers),
-            asked.seeds,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, as the file of a sweep holds them."""
-        return {
-            "settings": settings_of(self.settings),
-            "hw": list(self.hw),
-            "budgets": list(self.budgets),
-            "solvers": list(self.solvers),
-            "seeds": self.seeds,
-        }
-
-    @property
-    def shares_sensitivities(self) -> bool:
-        """Tell whether any solver works with sensitivities."""
-        return any(SOLVERS.get(solver).uses_sensitivities for solver in self.solvers)
-
-    def words(self) -> list[str]:
-        """Return the command that asks for this, word by word; options of the runs that are as they come are left out."""
-        words = ["python", "-m", "haq.sweep"]
-        for name, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
-            words += [f"--{name}", ",".join(values)]
-        if self.seeds != 1:
-            words += ["--seeds", str(self.seeds)]
-        # A sweep never fine-tunes, so it has no option for that.
-        shared = self.settings.replace(finetune_epochs=SearchConfig.default("finetune_epochs"))
-        return words + shared.options()
-
-    def command(self) -> str:
-        """Return the command that asks for this, as it can be typed."""
-        return shlex.join(self.words())
-
-    def settings_on(self, hw: str) -> SearchConfig:
-        """Return the settings that all runs on a target share; options of measured targets only where they are measured."""
-        settings = self.settings.replace(hw=hw, budget="1.0")
-        if any(_measured(name) for name in self.hw) and not _measured(hw):
-            settings = settings.replace(threads=None, target=None, cold=None)
-        return settings
 
 
 @dataclass
@@ -166,11 +69,11 @@ class SweepContext:
         Raises:
             ValueError: If no budget is in reach of any target, and what the parts raise.
         """
-        targets = {hw: load_target(sweep.settings_on(hw), **callbacks) for hw in sweep.hw}
+        targets = {hw: load_target(settings_on(sweep, hw), **callbacks) for hw in sweep.hw}
         tasks: dict[str, SearchTask] = {}
         first: SearchTask | None = None
         for hw, target in targets.items():
-            settings = sweep.settings_on(hw)
+            settings = settings_on(sweep, hw)
             if first is None:
                 tasks[hw] = first = SearchTask.build(settings, target)
             else:
@@ -240,24 +143,22 @@ class SweepContext:
         return signature
 
 
-def budgets(text: str) -> tuple[str, ...]:
-    """Read FIRST:LAST:STEP, fractions of uniform 8 bits, or budgets parted by commas; ValueError for anything else.
+def asked_of(record: SweepRecord) -> SweepConfig:
+    """Return what the file of a sweep says was asked for; ValueError if that can't have been."""
+    return SweepConfig.read(record.asked.to_dict())
 
-    >>> budgets("0.3:0.5:0.1")
-    ('0.3', '0.4', '0.5')
-    """
-    if ":" not in text:
-        return tuple(text.split(","))
-    try:
-        first, last, step = (Decimal(part) for part in text.split(":"))
-        if not (0 < first <= last <= 1 and step > 0 and (last - first) / step < MOST_BUDGETS):
-            raise ValueError
-    except (ValueError, InvalidOperation):
-        raise ValueError(
-            f"--budgets is {text!r}; it must be FIRST:LAST:STEP, fractions of uniform 8 bits such as 0.3:0.9:0.1, at most "
-            f"{MOST_BUDGETS} of them, or budgets parted by commas such as 0.5,0.7"
-        ) from None
-    return tuple(str(first + step * i) for i in range(int((last - first) / step) + 1))
+
+def settings_on(sweep: SweepConfig, hw: str) -> SearchConfig:
+    """Return the settings that all runs on a target share; options of measured targets only where they are measured."""
+    settings = sweep.settings.replace(hw=hw, budget="1.0")
+    if any(_measured(name) for name in sweep.hw) and not _measured(hw):
+        settings = settings.replace(**dict.fromkeys(MEASURED))
+    return settings
+
+
+def shares_sensitivities(sweep: SweepConfig) -> bool:
+    """Tell whether any solver works with sensitivities."""
+    return any(SOLVERS.get(solver).uses_sensitivities for solver in sweep.solvers)
 
 
 def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
@@ -293,7 +194,7 @@ def read(folder: Path) -> SweepRecord:
         raise FileNotFoundError(f"{folder} is not the folder of a sweep: it has no {SWEEP}")
     record = SweepRecord.read(path)
     try:
-        SweepConfig.of(record)
+        asked_of(record)
     except ValueError as error:
         raise ValueError(f"{path} is not the file of a sweep: {error}") from error
     return record
@@ -531,7 +432,7 @@ def finish(
             "file": f"{SENSITIVITIES}/{SENSITIVITY}",
         }
     begun = read(folder)
-    assert SweepConfig.of(begun) == context.sweep
+    assert asked_of(begun) == context.sweep
     content = {
         **begun.to_dict(),
         "finished": True,

@@ -9,6 +9,7 @@ import lazy_loader
 if TYPE_CHECKING:
     from haq.training.adversaries import Adversary as Adversary
     from haq.training.adversaries import TrainingAttack as TrainingAttack
+    from haq.training.config import TrainConfig as TrainConfig
     from haq.training.finetuning import ShortTuning as ShortTuning
     from haq.training.finetuning import finetune as finetune
     from haq.training.finetuning import refresh_norms as refresh_norms
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["adversaries", "loop", "finetuning"],
+    submodules=["adversaries", "config", "loop", "finetuning"],
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
+        "config": ["TrainConfig"],
         "loop": ["accuracy", "agreement", "augment", "fit"],
         "finetuning": ["ShortTuning", "finetune", "refresh_norms"],
     },

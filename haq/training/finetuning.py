@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import quantizers as Q
 from haq.data import Split
 from haq.networks import Network
 from haq.problem.evaluator import one_thread
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary
-from haq.training.loop import fit
+from haq.training.config import OnEpoch, OnStep, TrainConfig, no_epoch, no_step
+from haq.training.loop import batch_norms, fit
 
-TUNING_BATCH = 32  # images of a step of `finetune`
+TUNING_BATCH = 32  # images of a step: many small steps, since with few images it is their number that counts
 SMALL = 64  # pixels; a small batch of images up to this size is done sooner by one thread than by several
 
 
@@ -35,15 +35,48 @@ def finetune(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     adversary: Adversary | None = None,
     state: Checkpoint | None = None,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_epoch: OnEpoch = no_epoch,
+    on_step: OnStep = no_step,
 ) -> nn.Module:
-    """A copy of a quantized network, trained at its bits with straight-through gradients and the float network as teacher, for
-    `epochs`, or for `steps` if these are given. Labels play no part. `penalty`, `adversary` and `state` are those of `fit`.
+    """Train a copy of a quantized network at its bits, with the float network as teacher; labels play no part.
 
-    The activation scales are trained as well. Batch norms first take their statistics anew from the quantized network, on the
-    first `norm_images`, and then keep them: with few images, statistics that wander cost more than they adapt.
+    What the layers' schemes learn is trained with the weights, and so are activation scales that a scheme keeps fixed by
+    itself. Batch norms first take their statistics anew from the quantized network, and then keep them: with few images,
+    statistics that wander cost more than they adapt.
+
+    Args:
+        network: The float network.
+        qnetwork: The quantized one, of any scheme; it is left as it is.
+        split: The images.
+        epochs: How often they are gone through.
+        seed: Of all that is random.
+        learning_rate: The highest.
+        steps: Batches in all, in place of `epochs`.
+        norm_images: The first images of the split, on which batch norms take their statistics.
+        penalty: Of the network: a number that is added to the loss.
+        adversary: What it is trained against.
+        state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
+        on_epoch: Told the epochs done and the last one's mean loss.
+        on_step: Told the steps done and in all.
+
+    Returns:
+        The trained copy, in evaluation mode.
+
+    Raises:
+        FloatingPointError: If the loss stops being a number.
+        ValueError: For an adversary on images of unknown range, and a state of something else.
     """
+    config = TrainConfig(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+        batch_size=TUNING_BATCH,
+        steps=steps,
+        fixed_norms=True,
+        train_scales=True,
+        penalty=penalty,
+        adversary=adversary,
+    )
     tuned = copy.deepcopy(qnetwork)
     for parameter in tuned.parameters():
         parameter.requires_grad_(True)
@@ -52,35 +85,32 @@ def finetune(
         # What the network itself draws (dropout) comes from the seed too, whatever was computed before.
         torch.manual_seed(seed)
         refresh_norms(network, tuned, split, norm_images)
-        scales = Q.activation_scales(tuned)
         with one_thread() if small else nullcontext():
             fit(
                 network,
                 split,
+                config,
                 module=tuned,
                 teacher=network.module.eval(),
-                scales=scales,
-                fixed_norms=True,
-                batch_size=TUNING_BATCH,  # many small steps: with few images it is their number that counts
-                epochs=epochs,
-                learning_rate=learning_rate,
-                seed=seed,
-                penalty=penalty,
-                adversary=adversary,
                 state=state,
-                steps=steps,
                 on_epoch=on_epoch,
                 on_step=on_step,
             )
-    for scale in scales:
-        scale.requires_grad_(False)
     return tuned
 
 
 @dataclass(frozen=True)
 class ShortTuning:
-    """Fine-tuning in the loop of a search, as HAQ does it (Wang et al., CVPR 2019): some steps of `finetune` from
-    the float weights, for every policy alike and always the same. A callable for `haq.Problem(tune=)`."""
+    """Fine-tuning in the loop of a search, as HAQ does it (Wang et al., CVPR 2019). A callable for `haq.Problem(tune=)`.
+
+    It is some steps of `finetune` from the float weights, for every policy alike and always the same.
+
+    Attributes:
+        network: The float network.
+        split: The images.
+        steps: How many.
+        seed: Of all that is random.
+    """
 
     network: Network
     split: Split
@@ -88,6 +118,7 @@ class ShortTuning:
     seed: int
 
     def __call__(self, qnetwork: nn.Module) -> nn.Module:
+        """Return a trained copy of a quantized network."""
         return finetune(
             self.network,
             qnetwork,
@@ -101,8 +132,15 @@ class ShortTuning:
 
 @torch.no_grad()
 def refresh_norms(network: Network, module: nn.Module, split: Split, images: int = 4000) -> None:
-    """Give the batch norms of `module` the mean and variance over the first images of a split, in place."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    """Give batch norms the mean and variance of what they see now, in place.
+
+    Args:
+        network: What preprocesses the images.
+        module: What the norms are in; it is left in evaluation mode.
+        split: The images.
+        images: How many of the first are looked at.
+    """
+    norms = batch_norms(module)
     momentum = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

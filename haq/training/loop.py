@@ -1,25 +1,353 @@
-"""The one training loop: float networks, and quantized ones back to their accuracy."""
+"""The one training loop: float networks, and quantized ones back to their accuracy.
+
+Read from `fit` downwards: optimizers are made, an epoch is trained, a step of it, and what it takes to go on is kept.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.networks import Network
 from haq.store.checkpoint import Checkpoint
-from haq.training.adversaries import Adversary, TrainingAttack
+from haq.training.adversaries import TrainingAttack
+from haq.training.config import OnEpoch, OnStep, TrainConfig, no_epoch, no_step
+
+WARMUP_STEPS = 200  # at most; a tenth of all steps where that is fewer
+LEAST_SCALE = 0.1  # of where a quantization step began: so far down may training move it
+
+
+def fit(
+    network: Network,
+    split: Split,
+    config: TrainConfig,
+    *,
+    module: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    state: Checkpoint | None = None,
+    on_epoch: OnEpoch = no_epoch,
+    on_step: OnStep = no_step,
+) -> None:
+    """Train a module in place.
+
+    Args:
+        network: What preprocesses the images.
+        split: The images and their labels.
+        config: How.
+        module: What is trained; default: the network's own.
+        teacher: With it labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
+            mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR
+            2022). Against an adversary it is the distance from its outputs on the inputs as they were.
+        state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
+        on_epoch: Told the epochs done and the last one's mean loss.
+        on_step: Told the steps done and in all.
+
+    Raises:
+        FloatingPointError: If the loss stops being a number.
+        ValueError: For an adversary on images of unknown range, and a state of something else.
+    """
+    if config.adversary is not None:
+        check_images(split)
+    training = Training(network, module or network.module, teacher, config, len(split))
+    if state is not None:
+        training.restore(state)
+    for epoch in range(training.epoch, training.epochs):
+        loss = train_epoch(training, split, on_step)
+        training.epoch = epoch + 1
+        if state is not None:
+            training.save(state)
+        on_epoch(training.epoch, loss)
+    training.finish()
+
+
+class Training:
+    """A training under way: all that changes from step to step.
+
+    Attributes:
+        module: What is trained.
+        generator: All randomness of the loop: the order of images, augmentation, mixtures, random starts of attacks.
+        scales: Quantization steps that are trained beside the module's parameters.
+        optimizers: Of the module's parameters and the scales.
+        attack: What perturbs the inputs; None: nothing.
+        epochs: How many there are; `epoch` of them are done.
+        steps: How many there are; `step` of them are done.
+    """
+
+    def __init__(
+        self, network: Network, module: nn.Module, teacher: nn.Module | None, config: TrainConfig, images: int
+    ) -> None:
+        """Make everything that a training begins with.
+
+        Args:
+            network: What preprocesses the images.
+            module: What is trained.
+            teacher: What the outputs are held against; None: the labels.
+            config: How.
+            images: How many there are.
+        """
+        self.network = network
+        self.module = module
+        self.teacher = teacher
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.scales: list[Tensor] = []
+        if config.train_scales:
+            self.scales = trainable_scales(module)
+        self.least_scales = [LEAST_SCALE * scale.detach() for scale in self.scales]
+        self.optimizers = make_optimizers(module, self.scales, config)
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+
+        self.attack: TrainingAttack | None = None
+        self.replays = 1
+        passes = config.epochs
+        if config.adversary is not None:
+            self.attack = TrainingAttack(config.adversary, PerturbationBall.of(network, config.adversary.eps))
+            self.replays = config.adversary.replays
+            passes = config.adversary.passes(config.epochs)
+
+        self.steps_per_epoch = math.ceil(images / config.batch_size) * self.replays
+        self.steps = config.steps or passes * self.steps_per_epoch
+        self.epochs = math.ceil(self.steps / self.steps_per_epoch)
+        self.epoch = 0
+        self.step = 0
+
+    def save(self, state: Checkpoint) -> None:
+        """Write what a training goes on with after an epoch."""
+        perturbation = None
+        if self.attack is not None:
+            perturbation = self.attack.delta
+        state.write(
+            {
+                "epoch": self.epoch,
+                "module": self.module.state_dict(),
+                "quantizers": Q.quantizer_state(self.module),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "generator": self.generator.get_state(),
+                "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
+                "perturbation": perturbation,
+            }
+        )
+
+    def restore(self, state: Checkpoint) -> None:
+        """Go on from what was written; if nothing was, from the beginning."""
+        # Weights, what an optimizer and an attack keep: never so many times the network.
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.module.state_dict().values())
+        content = state.read(16 * size + 2**28)
+        if content is None:
+            return
+        with state.fitting():
+            self.module.load_state_dict(content["module"])
+            if content["quantizers"]:
+                Q.load_quantizer_state(self.module, content["quantizers"])
+            for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
+            self.generator.set_state(content["generator"])
+            torch.set_rng_state(content["torch"])
+            if self.attack is not None:
+                self.attack.delta = content["perturbation"]
+            epoch = content["epoch"]
+            if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+                raise TypeError("the epoch is no number")
+        self.epoch = epoch
+        self.step = epoch * self.steps_per_epoch
+
+    def finish(self) -> None:
+        """Leave the module ready for use."""
+        for scale in self.scales:
+            scale.requires_grad_(False)
+        self.module.eval()
+
+
+def trainable_scales(module: nn.Module) -> list[Tensor]:
+    """Return the activation scales of a quantized network that are no parameters of their scheme, now requiring gradients.
+
+    Layers whose scheme has no such scales have none; a scheme that learns them hands them out as parameters.
+    """
+    layers = Q.quant_layers(module).values()
+    fixed = [layer for layer in layers if set(layer.state_names) - set(layer.scheme.learned) >= {"activation_scale"}]
+    return [layer.activation_scale.requires_grad_(True) for layer in fixed]
+
+
+def make_optimizers(module: nn.Module, scales: Sequence[Tensor], config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Make the optimizers of a training.
+
+    Args:
+        module: What is trained.
+        scales: Quantization steps that are trained beside its parameters.
+        config: How.
+
+    Returns:
+        The optimizers; the weights are clipped after a step of the last one.
+    """
+    if callable(config.optimizer):
+        optimizers = list(config.optimizer(module))
+    else:
+        groups = parameter_groups(module, scales, config)
+        if config.optimizer == "adam":
+            optimizers = [torch.optim.Adam(groups, config.learning_rate)]
+        else:
+            optimizers = [torch.optim.SGD(groups, config.learning_rate, momentum=0.9, nesterov=True)]
+    if config.clipping is not None:
+        optimizers[-1].register_step_post_hook(config.clipping)
+    return optimizers
+
+
+def parameter_groups(module: nn.Module, scales: Sequence[Tensor], config: TrainConfig) -> list[dict[str, object]]:
+    """Divide what is trained into what decays, what doesn't, and codebooks, which are trained more slowly.
+
+    Args:
+        module: What is trained.
+        scales: Quantization steps that are trained beside its parameters.
+        config: How.
+
+    Returns:
+        Groups as optimizers take them.
+    """
+    learned = {id(parameter) for parameter in Q.learned_parameters(module)}
+    rates = learned_rates(module)
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
+    slower: dict[float, list[Tensor]] = {}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in rates:
+            slower.setdefault(rates[id(parameter)], []).append(parameter)
+        elif parameter.dim() > 1 and id(parameter) not in learned:
+            decayed.append(parameter)
+        else:
+            # Scales and biases of norms, and of quantizers, have nothing to decay towards.
+            others.append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [*others, *scales], "weight_decay": 0.0},
+    ]
+    for rate, parameters in slower.items():
+        groups.append({"params": parameters, "weight_decay": 0.0, "lr": rate * config.learning_rate})
+    return groups
+
+
+def learned_rates(module: nn.Module) -> dict[int, float]:
+    """Return the shares of the learning rate, other than 1, that schemes ask for what they learn, by the parameters' id."""
+    rates = {}
+    for layer in Q.quant_layers(module).values():
+        if layer.scheme.learned_rate != 1:
+            for name in layer.scheme.learned:
+                rates[id(layer.get_parameter(name))] = layer.scheme.learned_rate
+    return rates
+
+
+def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> float:
+    """Go through the images once.
+
+    Args:
+        training: The training, whose steps go on.
+        split: The images and their labels.
+        on_step: Told the steps done and in all.
+
+    Returns:
+        The mean loss.
+    """
+    config = training.config
+    training.module.train()
+    if config.fixed_norms:
+        for norm in batch_norms(training.module):
+            norm.eval()
+    total = 0.0
+    seen = 0
+    for images, labels in split.batches(config.batch_size, training.generator):
+        inputs = training.network.preprocess(augment(images, training.generator))
+        loss_of: Loss
+        if training.teacher is None:
+            loss_of = functools.partial(F.cross_entropy, target=labels)
+        else:
+            inputs = mix(inputs, training.generator)
+            loss_of = distance_from(training.teacher, inputs)
+        for _ in range(training.replays):
+            if training.step == training.steps:
+                break
+            loss = train_step(training, inputs, loss_of)
+            total += loss * len(labels)
+            seen += len(labels)
+            on_step(training.step, training.steps)
+        if training.step == training.steps:
+            break
+    return total / seen
+
+
+def train_step(training: Training, inputs: Tensor, loss_of: Loss) -> float:
+    """Train on a batch, which an adversary may perturb first.
+
+    Args:
+        training: The training, whose step is taken.
+        inputs: (N, C, H, W), in the network's input space.
+        loss_of: The loss of outputs on these inputs.
+
+    Returns:
+        The loss.
+
+    Raises:
+        FloatingPointError: If it is no number.
+    """
+    module = training.module
+    set_learning_rate(training)
+    given = inputs
+    if training.attack is not None:
+        given = training.attack.perturb(module, inputs, loss_of, training.generator)
+    loss = loss_of(module(given))
+    if training.config.penalty is not None:
+        loss = loss + training.config.penalty(module)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss.item()} in epoch {training.epoch + 1}: lower the learning rate")
+    for optimizer in training.optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    if training.attack is not None:
+        training.attack.learn(given)
+    for optimizer in training.optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        for scale, least in zip(training.scales, training.least_scales, strict=True):
+            torch.maximum(scale, least, out=scale)
+    training.step += 1
+    return loss.item()
+
+
+def set_learning_rate(training: Training) -> None:
+    """Let the learning rates rise for the first steps, then fall to 0 along a cosine."""
+    step, steps = training.step, training.steps
+    warmup = min(WARMUP_STEPS, steps // 10 + 1)
+    rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
+    for optimizer, peaks in zip(training.optimizers, training.peaks, strict=True):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate
+
+
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Return the batch norms of a module."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
-    """Mirror half of the images and move each by up to `shift` pixels (zeros enter at the border)."""
+    """Mirror half of the images and move each by some pixels; zeros enter at the border.
+
+    Args:
+        images: (N, C, H, W).
+        generator: Of what is random.
+        shift: Pixels, at most.
+
+    Returns:
+        Images of the same shape.
+    """
     count, _, height, width = images.shape
     mirrored = torch.rand(count, generator=generator) < 0.5
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
@@ -36,205 +364,64 @@ def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tenso
     return padded[index]
 
 
-def fit(
-    network: Network,
-    split: Split,
-    *,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    module: nn.Module | None = None,
-    teacher: nn.Module | None = None,
-    batch_size: int = 128,
-    weight_decay: float = 1e-4,
-    optimizer: str | Callable[[nn.Module], Sequence[torch.optim.Optimizer]] = "sgd",
-    scales: Sequence[Tensor] = (),
-    fixed_norms: bool = False,
-    penalty: Callable[[nn.Module], Tensor] | None = None,
-    clipping: Q.WeightClipping | None = None,
-    adversary: Adversary | None = None,
-    state: Checkpoint | None = None,
-    steps: int | None = None,
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-    on_step: Callable[[int, int], None] = lambda step, steps: None,
-) -> None:
-    """Train `module` (default: the network's own) in place, on `split`, with a cosine learning rate, for `epochs`, or for as
-    many `steps` (batches) if these are given.
-
-    With a `teacher` the labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
-    mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR 2022).
-    `scales` are quantization steps to train as well; they stay positive. `fixed_norms` keeps the statistics of batch norms.
-    `optimizer` is `sgd` (Nesterov, momentum 0.9), `adam`, or a function that makes optimizers for the module, whose own
-    learning rates then stand for `learning_rate`; what a quantization scheme learns isn't decayed. `penalty` is added to the
-    loss; `clipping` clips weights after every step. With an `adversary` the network is trained on inputs that are perturbed to
-    raise the loss (with a teacher: the distance from its outputs on the inputs as they were); of `free`, every batch is
-    replayed, in as many times fewer epochs. `state` keeps what it takes to go on after every epoch, and goes on from there.
-    `on_epoch(epoch, mean loss)` and `on_step(done, of)` report. Everything random comes from `seed`, but for what the module
-    itself draws (dropout). Raises FloatingPointError if the loss stops being a number, and ValueError for an adversary on
-    images of unknown range.
-    """
-    module = module or network.module
-    generator = torch.Generator().manual_seed(seed)
-    learned = {id(p) for p in Q.learned_parameters(module)}
-    trained = [p for p in module.parameters() if p.requires_grad]
-    # Scales and biases of norms, and of quantizers, have nothing to decay towards.
-    decayed = [p for p in trained if p.dim() > 1 and id(p) not in learned]
-    others = [p for p in trained if p.dim() <= 1 or id(p) in learned] + list(scales)
-    smallest = [0.1 * scale.detach() for scale in scales]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    made: list[torch.optim.Optimizer]
-    if callable(optimizer):
-        made = list(optimizer(module))
-    elif optimizer == "adam":
-        made = [torch.optim.Adam(groups, learning_rate)]
-    elif optimizer == "sgd":
-        made = [torch.optim.SGD(groups, learning_rate, momentum=0.9, nesterov=True)]
-    else:
-        raise ValueError(f"unknown optimizer {optimizer!r}; known: sgd, adam")
-    if clipping is not None:
-        made[-1].register_step_post_hook(clipping)
-    full = [[group["lr"] for group in one.param_groups] for one in made]
-    attack, replays = None, 1
-    if adversary is not None:
-        check_images(split)
-        attack, replays = TrainingAttack(adversary, PerturbationBall.of(network, adversary.eps)), adversary.replays
-        epochs = adversary.passes(epochs)
-    per_epoch = math.ceil(len(split) / batch_size) * replays
-    steps = steps or epochs * per_epoch
-    warmup = min(200, steps // 10 + 1)
-    done = _restore(state, module, made, generator, attack) if state else 0
-    step = done * per_epoch
-    loss_of: Callable[[Tensor], Tensor]
-    for epoch in range(done, math.ceil(steps / per_epoch)):
-        total, seen = 0.0, 0
-        module.train()
-        for part in module.modules():
-            if fixed_norms and isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.eval()
-        for images, labels in split.batches(batch_size, generator):
-            inputs = network.preprocess(augment(images, generator))
-            if teacher is None:
-                loss_of = functools.partial(F.cross_entropy, target=labels)
-            else:
-                inputs = _mixed(inputs, generator)
-                loss_of = _distance(teacher, inputs)
-            for _ in range(min(replays, steps - step)):
-                rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-                for one, peaks in zip(made, full, strict=True):
-                    for group, peak in zip(one.param_groups, peaks, strict=True):
-                        group["lr"] = peak * rate
-                given = attack.perturb(module, inputs, loss_of, generator) if attack else inputs
-                loss = loss_of(module(given))
-                if penalty is not None:
-                    loss = loss + penalty(module)
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the training loss is {loss.item()} in epoch {epoch + 1}: lower the learning rate"
-                    )
-                for one in made:
-                    one.zero_grad()
-                loss.backward()
-                if attack:
-                    attack.learn(given)
-                for one in made:
-                    one.step()
-                with torch.no_grad():
-                    for scale, least in zip(scales, smallest, strict=True):
-                        torch.maximum(scale, least, out=scale)
-                total += loss.item() * len(labels)
-                seen += len(labels)
-                step += 1
-                on_step(step, steps)
-            if step == steps:
-                break
-        if state:
-            _save(state, module, made, generator, epoch + 1, attack)
-        on_epoch(epoch + 1, total / seen)
-    module.eval()
-
-
-def _save(
-    state: Checkpoint,
-    module: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    generator: torch.Generator,
-    epoch: int,
-    attack: TrainingAttack | None,
-) -> None:
-    """What a training goes on with after an epoch: network, quantizers, optimizers and random states, and the perturbation
-    that an attack keeps."""
-    state.write(
-        {
-            "epoch": epoch,
-            "module": module.state_dict(),
-            "quantizers": Q.quantizer_state(module),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "generator": generator.get_state(),
-            "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
-            "perturbation": attack and attack.delta,
-        }
-    )
-
-
-def _restore(
-    state: Checkpoint,
-    module: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    generator: torch.Generator,
-    attack: TrainingAttack | None,
-) -> int:
-    """Restore everything and return the number of epochs done: 0 if nothing was saved yet."""
-    # Weights, what an optimizer and an attack keep: never so many times the network.
-    most = 16 * sum(t.numel() * t.element_size() for t in module.state_dict().values()) + 2**28
-    if (content := state.read(most)) is None:
-        return 0
-    with state.fitting():
-        module.load_state_dict(content["module"])
-        if content["quantizers"]:
-            Q.load_quantizer_state(module, content["quantizers"])
-        for optimizer, kept in zip(optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        generator.set_state(content["generator"])
-        torch.set_rng_state(content["torch"])
-        if attack:
-            attack.delta = content["perturbation"]
-        epoch = content["epoch"]
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise TypeError("the epoch is no number")
-    return epoch
-
-
-def _mixed(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Random mixtures of two images each."""
+def mix(inputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random mixtures of two inputs each."""
     share = torch.rand(len(inputs), 1, 1, 1, generator=generator)
     partner = torch.randperm(len(inputs), generator=generator)
-    last = inputs.is_contiguous(memory_format=torch.channels_last)
-    order = torch.channels_last if last else torch.contiguous_format
+    order = torch.contiguous_format
+    if inputs.is_contiguous(memory_format=torch.channels_last):
+        order = torch.channels_last
     return (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=order)
 
 
-def _distance(teacher: nn.Module, inputs: Tensor) -> Callable[[Tensor], Tensor]:
-    """Distance of outputs from the teacher's on these inputs, in nats."""
+def distance_from(teacher: nn.Module, inputs: Tensor) -> Loss:
+    """Make the loss of outputs: their distance from the teacher's on these inputs, in nats."""
     with torch.no_grad():
         targets = F.log_softmax(teacher(inputs), dim=1)
-    return lambda outputs: F.kl_div(F.log_softmax(outputs, dim=1), targets, reduction="batchmean", log_target=True)
+
+    def distance(outputs: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(outputs, dim=1), targets, reduction="batchmean", log_target=True)
+
+    return distance
 
 
 @torch.inference_mode()
 def agreement(network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-    """The share of `split` on which `module` answers what the float network answers, 0..1; labels play no part."""
+    """Measure how often a module answers what the float network answers; labels play no part.
+
+    Args:
+        network: The float network.
+        split: The images.
+        module: What is measured.
+        batch_size: Images at a time.
+
+    Returns:
+        The share of the images, 0..1.
+    """
+    module.eval()
+    network.module.eval()
     same = 0
     for images, _ in split.batches(batch_size):
         inputs = network.preprocess(images)
-        same += int((module.eval()(inputs).argmax(1) == network.module.eval()(inputs).argmax(1)).sum())
+        same += int((module(inputs).argmax(1) == network.module(inputs).argmax(1)).sum())
     return same / len(split)
 
 
 @torch.inference_mode()
 def accuracy(network: Network, split: Split, module: nn.Module | None = None, batch_size: int = 250) -> float:
-    """The share of `split` classified correctly, 0..1."""
+    """Measure how often a module answers as labelled.
+
+    Args:
+        network: What preprocesses the images.
+        split: The images and their labels.
+        module: What is measured; default: the network's own.
+        batch_size: Images at a time.
+
+    Returns:
+        The share of the images, 0..1.
+    """
     module = (module or network.module).eval()
-    correct = sum(
-        int((module(network.preprocess(images)).argmax(1) == labels).sum()) for images, labels in split.batches(batch_size)
-    )
+    correct = 0
+    for images, labels in split.batches(batch_size):
+        correct += int((module(network.preprocess(images)).argmax(1) == labels).sum())
     return correct / len(split)

@@ -8,7 +8,7 @@ import pytest
 
 import hw_models
 from haq import hardware
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, run_command
 from tests.hw_models.test_lookup_table import LAYERS, rows, write
 
 
@@ -67,7 +67,7 @@ def test_bad_input_is_one_sentence(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HAQ_DEBUG", raising=False)
-    assert cli.run_command(lambda: hardware.main(list(arguments))) == cli.EXIT_BAD_INPUT
+    assert run_command(lambda: hardware.main(list(arguments))) == EXIT_BAD_INPUT
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

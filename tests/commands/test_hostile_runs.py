@@ -156,6 +156,11 @@ def _policy(change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def _policy_of(layer: str, bits: int) -> dict[str, Any]:
+    row = {"name": layer, "weight_bits": bits, "activation_bits": bits}
+    return {"schema": "haq-bit-policy", "version": 1, "layers": [row]}
+
+
 def _history(change: Callable[[list[list[str]]], object]) -> None:
     path = Path("run/history.csv")
     rows = [line.split(",") for line in path.read_text().splitlines()]
@@ -179,7 +184,7 @@ def _checkpoint(
 
 
 def _first(tensors: dict[str, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    tensors["network.stem.weight"] = change(tensors["network.stem.weight"])
+    tensors["stem.weight"] = change(tensors["stem.weight"])
 
 
 def _huge(path: str) -> Callable[[], None]:
@@ -308,7 +313,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "could not determine a constructor",
     ),
     ("config: a bomb of aliases", "resume deploy compare", _put("run/config.yaml", ALIASES + "schema: *i\n"), "alias"),
-    ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-1\n"), "must be a mapping, not a list"),
+    ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-2\n"), "must be a mapping, not a list"),
     ("config: nested 100,000 deep", "resume robustness", _put("run/config.yaml", DEEP), "has 200 kB and was not read"),
     ("config: nested 30,000 deep", "resume show", _put("run/config.yaml", "[" * 30_000), "nested too deeply"),
     ("config: not text", "resume evaluate", _put("run/config.yaml", bytes(range(256))), "is not text in UTF-8"),
@@ -318,8 +323,8 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     (
         "config: of a newer version",
         "resume evaluate finetune deploy robustness show",
-        lambda: _config("schema", schema="haq-run-2"),
-        "made by a newer version of haq (haq-run-2, this one reads haq-run-1): upgrade haq",
+        lambda: _config("schema", schema="haq-run-3"),
+        "made by a newer version of haq (haq-run-3, this one reads haq-run-2): upgrade haq",
     ),
     (
         "config: no schema of ours",
@@ -332,14 +337,19 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "config: a setting of another type",
         "resume finetune",
         lambda: _config(evaluations="6"),
-        "setting 'evaluations' is '6', a str; it must be an integer",
+        "setting 'evaluations' is '6'; it must be an integer",
     ),
-    ("config: a list for a setting", "resume show", lambda: _config(solver=["random"]), "has a list for 'solver'"),
+    (
+        "config: a list for a setting",
+        "resume show",
+        lambda: _config(solver=["random"]),
+        "'settings' has a list for 'solver'; it must be text",
+    ),
     (
         "config: no settings",
         "resume show",
-        lambda: _put("run/config.yaml", "schema: haq-run-1\nsettings: 3\n")(),
-        "'settings' must be a mapping",
+        lambda: _put("run/config.yaml", "schema: haq-run-2\nsettings: 3\n")(),
+        "'settings' is 3; it must be a mapping",
     ),
     ("config: a negative count", "resume", lambda: _config(evaluations=-5), "--evaluations is -5"),
     ("config: a network that is a path", "evaluate deploy", lambda: _config(network="../.."), "unknown network '../..'"),
@@ -360,7 +370,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "config: signature of other types",
         "resume evaluate",
         lambda: _config("signature", network=[1]),
-        "'signature' has a list for 'network'",
+        "'signature.network' is a list; it must be text",
     ),
     (
         "config: a machine that isn't one",
@@ -384,7 +394,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "policy: 9 bits",
         "evaluate deploy",
         lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)),
-        "run/policy.json: layer 'depthwise': bits must be an integer from 1 to 8, or None, not 9",
+        "run/policy.json is not a bit policy: layer 'depthwise': bits must be an integer from 1 to 8, or null for float, not 9",
     ),
     ("policy: -1 bits", "evaluate finetune", lambda: _policy(lambda p: p["layers"][1].update(activation_bits=-1)), "not -1"),
     ("policy: bits in quotes", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits="4")), "not '4'"),
@@ -399,7 +409,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "policy: a number for a name",
         "evaluate",
         lambda: _policy(lambda p: p["layers"][1].update(name=3)),
-        "'layers' must be a list of objects",
+        "'layers.1.name' is 3; it must be text",
     ),
     ("policy: nested 100,000 deep", "evaluate", _put("run/policy.json", DEEP), "nested too deeply"),
     ("policy: of a newer version", "evaluate deploy", lambda: _policy(lambda p: p.update(version=2)), "upgrade to read it"),
@@ -455,18 +465,18 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "result: text for a number",
         "finetune show",
         lambda: _json(Path("run/result.json"), found={"search_accuracy": "1"}),
-        "'search_accuracy' is a text, not a number",
+        "'found.search_accuracy' is '1'; it must be a number",
     ),
     (
         "result: no number",
         "finetune compare",
         lambda: _json(Path("run/result.json"), found={"search_accuracy": NAN, "test_accuracy": 1}),
-        "is no finite number",
+        "'found.search_accuracy' is nan; it must be a finite number",
     ),
     (
         "result: rivals of another network",
         "evaluate",
-        lambda: _json(Path("run/result.json"), rival_policies={"greedy": {"conv1": [8, 8]}}),
+        lambda: _json(Path("run/result.json"), rival_policies={"greedy": _policy_of("conv1", 8)}),
         "run/result.json is of another network",
     ),
     (
@@ -480,26 +490,26 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "sensitivities: of another network",
         "given",
         lambda: _json(Path("run/sensitivity.json"), signature={"network": "0", "data": "0"}),
-        "sensitivities of another network",
+        "sensitivities of another data: its signature is 0",
     ),
     (
         "sensitivities: another shape",
         "given",
-        lambda: _json(Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [1], "activations": [1]}]),
-        "not (decisions, 2, 8)",
+        lambda: _json(Path("run/sensitivity.json"), loss_increases=[{"layers": ["stem"], "weights": [1], "activations": [1]}]),
+        "'loss_increases.0.weights' has 1 entries; it must have at least 8",
     ),
     (
         "sensitivities: no number",
         "given",
         lambda: _json(
-            Path("run/sensitivity.json"), rises=[{"layers": ["stem"], "weights": [NAN] * 8, "activations": [1] * 8}]
+            Path("run/sensitivity.json"), loss_increases=[{"layers": ["stem"], "weights": [NAN] * 8, "activations": [1] * 8}]
         ),
-        "a rise is nan",
+        "'loss_increases.0.weights.0' is nan; it must be a finite number",
     ),
     (
         "sensitivities: of a newer version",
         "given",
-        lambda: _json(Path("run/sensitivity.json"), schema="haq-sensitivity-2"),
+        lambda: _json(Path("run/sensitivity.json"), schema="haq-sensitivity-3"),
         "upgrade haq",
     ),
     ("sensitivities: 10 GB", "given", _huge("run/sensitivity.json"), "has 10 GB"),
@@ -525,7 +535,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "checkpoint: another shape",
         "evaluate deploy",
         lambda: _checkpoint(lambda t: _first(t, lambda x: x[:3].clone())),
-        "of shape (3, 1, 3, 3), not torch.float32 of (16, 1, 3, 3)",
+        "1 of another shape (such as stem.weight)",
     ),
     (
         "checkpoint: another type",
@@ -542,19 +552,19 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     (
         "checkpoint: a tensor less",
         "evaluate",
-        lambda: _checkpoint(lambda t: t.pop("network.stem.weight")),
-        "stem.weight is missing",
+        lambda: _checkpoint(lambda t: t.pop("stem.weight")),
+        "1 tensors missing (such as stem.weight)",
     ),
     (
         "checkpoint: 9 bits",
         "evaluate",
-        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"stem": [9, 9]}))),
+        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps(_policy_of("stem", 9)))),
         "bits must be an integer from 1 to 8",
     ),
     (
         "checkpoint: a path for a layer",
         "evaluate deploy",
-        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps({"../stem": [8, 8]}))),
+        lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps(_policy_of("../stem", 8)))),
         "'../stem'",
     ),
     (
@@ -566,7 +576,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     (
         "checkpoint: of a newer version",
         "evaluate deploy",
-        lambda: _checkpoint(notes=lambda n: n.update(format="haq-quantized-2")),
+        lambda: _checkpoint(notes=lambda n: n.update(format="haq-network-3")),
         "upgrade haq",
     ),
     ("attacks: cut short", "robustness", lambda: _attacks(lambda whole: whole[: len(whole) // 2]), "can't be gone on from"),
@@ -598,11 +608,11 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
     ("sweep: a path for a budget", "sweep", lambda: _swept(budgets=["0.6/../../../x"]), "have a '/' in 'edge-0.6/../../../x"),
     ("sweep: a path for a board", "sweep", lambda: _swept(hw=["rpc:../../x:1"]), "have a '/' in"),
     ("sweep: hardware that is a path", "sweep", lambda: _swept(hw=["../../../x"]), "unknown hardware target '../../../x'"),
-    ("sweep: a number for hardware", "sweep", lambda: _swept(hw=[3]), "--hw must be names, not int"),
+    ("sweep: a number for hardware", "sweep", lambda: _swept(hw=[3]), "'asked.hw.0' is 3; it must be text"),
     ("sweep: an unknown setting", "sweep", lambda: _swept(settings={"color": "red"}), "unknown setting 'color'"),
     ("sweep: not JSON", "sweep", _put("swept/sweep.json", "{"), "is not the file of a sweep"),
     ("sweep: a list", "sweep", _put("swept/sweep.json", "[1]"), "must be an object"),
-    ("sweep: of a newer version", "sweep", lambda: _json(Path("swept/sweep.json"), schema="haq-sweep-2"), "upgrade haq"),
+    ("sweep: of a newer version", "sweep", lambda: _json(Path("swept/sweep.json"), schema="haq-sweep-3"), "upgrade haq"),
     (
         "sweep: a run that leads out",
         "sweep",

@@ -15,6 +15,7 @@ import quantizers as Q
 from haq import networks, robustness, search
 from haq.attacks import base
 from haq.console import cli
+from haq.study import robustness_run
 from haq.study.comparison import ComparisonSpec, gather
 from tests.conftest import enter, images
 
@@ -167,7 +168,7 @@ def killed(name: str) -> None:
 
 
 def test_a_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(robustness, "_attack_in_worker", killed)
+    monkeypatch.setattr(robustness_run, "_attack_in_worker", killed)
     assert call("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--workers", "2", "--out", "o") == 2
     err = capsys.readouterr().err
     assert "a worker was killed" in err

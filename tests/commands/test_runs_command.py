@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,18 +76,47 @@ def files() -> set[str]:
     return {str(path) for path in Path("runs").rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def test_a_list_has_a_line_for_every_run_and_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_has_a_line_for_every_run_and_sweep(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     out = told(capsys, "list")
-    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip().startswith("runs/") and ":" in line}
-    assert [name for name in lines if not name.endswith(":")] == ["runs/a", "runs/b", "runs/cut", "runs/swept"]
-    assert lines["runs/a"][1:7] == ["small_job:network", "edge", "latency", "0.6", "random", "6/6"]
-    assert lines["runs/a"][-1] == lines["runs/b"][-1] == lines["runs/swept"][-1] == "finished"
+    shown = out.splitlines()
+    lines = {line.split()[0]: line.split() for line in shown if re.search(r"\d/\d", line)}
+    asked = {before.split()[0]: line.strip() for before, line in itertools.pairwise(shown) if before.split()}
+    assert list(lines) == ["runs/a", "runs/b", "runs/cut", "runs/swept"]
+    assert asked["runs/a"] == "small_job:network, edge, latency 0.6, random"
+    assert asked["runs/swept"].startswith("sweep: small_job:network, edge,cloud, latency 0.6")
+    result = json.loads(Path("runs/a/result.json").read_text())
+    shares = [f"{100 * result[row][key]:.2f}" for row, key in (("found", "search_accuracy"), ("finetuned", "test_accuracy"))]
+    assert lines["runs/a"][1:] == ["6/6", shares[0], "%", shares[1], "%", "finished"]
+    assert lines["runs/b"][-1] == lines["runs/swept"][-1] == "finished"
     assert lines["runs/cut"][-1] == "interrupted"
-    assert lines["runs/cut"][6] == "4/6"
-    assert "4/4 searches" in out
+    assert lines["runs/cut"][1] == "4/6"
+    assert lines["runs/swept"][1] == "4/4"
     assert "runs/torn: runs/torn/history.csv is not text in UTF-8" in out
     assert "notes" not in out
     assert ".lock" not in out
+
+
+@pytest.mark.parametrize("width", [60, 80, 150])
+def test_tables_are_no_wider_than_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    shutil.copytree("runs/a", f"runs/{'a-name-that-goes-on' * 5}")
+    for arguments in (
+        ["list"],
+        ["list", "runs/swept"],
+        ["show", "runs/a"],
+        ["show", "runs/swept"],
+        ["compare", "runs/a", "runs/b"],
+    ):
+        out = told(capsys, *arguments)
+        # Commands stand on one line, to be copied.
+        lines = [line for line in out.splitlines() if not line.startswith(("again  ", "go on  "))]
+        assert max(map(len, lines)) <= width
+    assert "finished" in out
 
 
 def test_a_list_as_json_agrees_with_the_files(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +165,7 @@ def test_show_says_what_was_asked_and_found_and_the_commands(capsys: pytest.Capt
     assert f"again  {asked}\n" in out
     assert "go on  python -m haq.evaluate runs/a\n" in out
     for word in ("finished", "evaluations 6", "torch", "signature", "history.csv", "checkpoint/", "finetuned", "holds"):
-        assert word in out
+        assert word in " ".join(out.split())
     assert "go on  python -m haq.finetune runs/b\n" in told(capsys, "show", "runs/b")
     assert "go on  python -m haq.search --resume runs/cut\n" in told(capsys, "show", "runs/cut")
     content = json.loads(told(capsys, "show", "runs/a", "--json"))

@@ -15,7 +15,7 @@ import yaml
 
 import quantizers as Q
 from haq import evaluate, finetune, search
-from haq.console import cli
+from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.store.history import COLUMNS
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
@@ -51,7 +51,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(main: Any, *arguments: str) -> int:
-    return cli.run_command(lambda: main(list(arguments)))
+    return run_command(lambda: main(list(arguments)))
 
 
 def history(folder: Path) -> list[dict[str, str]]:
@@ -170,7 +170,7 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
 
     with monkeypatch.context() as patch:
         patch.setattr(SearchRun, "record", interrupted)
-        assert call(search.main, *QUICK, "--out", "cut") == cli.EXIT_INTERRUPTED
+        assert call(search.main, *QUICK, "--out", "cut") == EXIT_INTERRUPTED
     assert "python -m haq.search --resume cut" in capsys.readouterr().out
     if any(row["within_budget"] == "1" for row in history(Path("cut"))):
         assert Path("cut", "policy.json").is_file()

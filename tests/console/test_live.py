@@ -10,17 +10,18 @@ import pytest
 from rich.console import Console
 
 from haq import search
-from haq.console import cli
+from haq.console import output
+from haq.console.progress import Live
 from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 
 
 def test_the_table_has_a_line_for_each_solver_and_tells_what_there_is_to_know(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
-    monkeypatch.setattr(search, "Console", lambda **options: console)
+    monkeypatch.setattr(output, "Console", lambda **options: console)
     assert call(search.main, *QUICK, "--out", "run") == 0
     shown = screen.getvalue()
-    for heading in cli.Live.COLUMNS:
+    for heading in Live.COLUMNS:
         assert heading in shown
     last = shown[shown.rindex("of budget") : shown.rindex("Bits per layer")].splitlines()
     lines = {line.split()[0]: " ".join(line.split()) for line in last if line.split()}
@@ -35,7 +36,7 @@ def test_the_table_has_a_line_for_each_solver_and_tells_what_there_is_to_know(mo
 
 def test_it_fits_a_narrow_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with cli.Live(console) as live:
+    with Live(console) as live:
         live.add_task("evolution", total=100000, accuracy="92.30 %", cost="0.998", best="92.50 %")
         table = live.make_tasks_table(live.tasks)
     assert console.measure(table).minimum <= 80

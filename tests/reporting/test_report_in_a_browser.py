@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from haq import report
-from haq.reporting.reading import RunFolder, read
+from haq.reporting.reading import RunFolder, read_folder
 from haq.store.units import percent
 from tests.reporting.test_report import HOSTILE
 from tests.reporting.written_runs import write_robustness, write_run
@@ -133,7 +133,7 @@ def test_nothing_but_its_own_script_may_run(browser: Any, several: Path) -> None
 
 
 def test_hovering_tells_the_value(browser: Any, run: Path) -> None:
-    found = read(run)
+    found = read_folder(run)
     assert isinstance(found, RunFolder)
     assert found.policy is not None
     with opened(browser, run / "report.html") as page:

@@ -39,7 +39,7 @@ def write_run(
     costs = [[[unit[1] * (i + 1) * (w + 1) * (a + 1) for a in range(8)] for w in range(8)] for i in range(len(layers))]
     uniform8 = sum(cost[7][7] for cost in costs)
     problem = {
-        "schema": "haq-problem-1",
+        "schema": "haq-problem-2",
         "network": network,
         "origin": "written by hand",
         "data": "digits: 10 classes, 100 train / 1,000 search / 1,000 test images",
@@ -81,7 +81,7 @@ def write_run(
         "seed": 0,
     }
     config = {
-        "schema": "haq-run-1",
+        "schema": "haq-run-2",
         "command": f"python -m haq.search --evaluations {evaluations}",
         "settings": settings,
         "signature": {},
@@ -111,7 +111,7 @@ def _result(problem: dict[str, Any], solvers: tuple[str, ...], evaluations: int,
 
     uniform8, objective = problem["uniform8"], problem["objective"]
     return {
-        "schema": "haq-result-1",
+        "schema": "haq-result-2",
         "network": problem["network"],
         "data": "digits",
         "target": problem["target"]["name"],
@@ -169,7 +169,7 @@ def write_robustness(run: Path, masked: bool = True) -> None:
         failed = {"name": "no gradient is zero", "passed": False, "figures": "99.0 % of images without any"}
         other |= {"checks": [failed], "masked": True, "verdict": "upper bound: gradients are masked"}
     content = {
-        "schema": "haq-robustness-1",
+        "schema": "haq-robustness-2",
         "source": "run",
         "network": "small",
         "data": "digits",

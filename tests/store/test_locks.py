@@ -32,7 +32,7 @@ HOLD = """
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from haq.lock import holding, writing
+from haq.store.lock import holding, writing
 path = Path(sys.argv[1])
 with holding(path, path, "") if path.suffix == ".lock" else writing(path, ""):
     print("held", flush=True)
@@ -113,7 +113,7 @@ def test_while_a_search_runs_nothing_else_writes_there_and_its_death_frees_the_r
     before, record = len(history.read_bytes().splitlines()), SearchRun.record
 
     def stop_after_the_old(self: SearchRun, *arguments: Any) -> None:
-        old = bool(self._rows)
+        old = bool(self._expected)
         record(self, *arguments)
         if not old:
             raise KeyboardInterrupt

@@ -186,11 +186,7 @@ def test_free_training_replays_batches_and_keeps_the_perturbation() -> None:
     training.fit(
         network,
         grey(40),
-        epochs=9,
-        learning_rate=0.01,
-        seed=0,
-        batch_size=16,
-        adversary=Adversary("free", EPS, steps=4),
+        training.TrainConfig(9, learning_rate=0.01, seed=0, batch_size=16, adversary=Adversary("free", EPS, steps=4)),
         on_step=lambda step, of: steps.append((step, of)),
         on_epoch=lambda epoch, loss: epochs.append(epoch),
     )
@@ -213,13 +209,9 @@ def test_against_a_teacher_the_distance_from_its_answers_to_clean_images_is_rais
         training.fit(
             network,
             split,
+            training.TrainConfig(4, learning_rate=1e-9, seed=0, fixed_norms=True, adversary=adversary),
             module=small_network(),
             teacher=network.module,
-            epochs=4,
-            learning_rate=1e-9,
-            seed=0,
-            fixed_norms=True,
-            adversary=adversary,
             on_epoch=lambda epoch, loss, name=name: found.update({name: loss}),  # type: ignore[misc]
         )
     assert abs(found["clean"]) < 1e-6
@@ -261,12 +253,8 @@ def test_an_interrupted_training_goes_on_exactly(kind: str, tmp_path: Path) -> N
         training.fit(
             small(),
             shipped(48),
+            training.TrainConfig(6, learning_rate=0.05, seed=0, batch_size=16, adversary=adversary),
             module=module,
-            epochs=6,
-            learning_rate=0.05,
-            seed=0,
-            batch_size=16,
-            adversary=adversary,
             state=state,
             on_epoch=on_epoch,
         )
@@ -293,7 +281,7 @@ def test_training_against_attacks_makes_a_network_bear_them() -> None:
             second = nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU()
             network = networks.Network("tiny", nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(784, 10)), (1, 28, 28))
         epochs = 16 if adversary is not None and adversary.kind == "free" else 4  # 4 passes each
-        training.fit(network, some, epochs=epochs, learning_rate=0.1, seed=0, adversary=adversary)
+        training.fit(network, some, training.TrainConfig(epochs, learning_rate=0.1, seed=0, adversary=adversary))
         attacked = proxy.worst_case(network, test, network.module, ProxyAttack.of(network, eps, steps=10))
         return training.accuracy(network, test), attacked
 

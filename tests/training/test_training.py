@@ -14,6 +14,7 @@ import quantizers as Q
 from haq import data, networks, train, training
 from haq.console import cli
 from haq.store.checkpoint import Checkpoint
+from haq.training.loop import make_optimizers, trainable_scales
 from tests.conftest import images, small_network
 
 NETWORK = networks.Network("small", small_network(), (1, 8, 8))
@@ -27,7 +28,8 @@ def split(count: int = 256) -> data.Split:
 
 def fitted(seed: int, **options: object) -> nn.Module:
     module = small_network(1)
-    training.fit(NETWORK, split(), module=module, epochs=4, learning_rate=0.05, seed=seed, batch_size=32, **options)  # type: ignore[arg-type]
+    config = training.TrainConfig(epochs=4, learning_rate=0.05, seed=seed, batch_size=32, **options)  # type: ignore[arg-type]
+    training.fit(NETWORK, split(), config, module=module)
     return module
 
 
@@ -50,7 +52,8 @@ def test_a_teacher_is_approached_without_labels() -> None:
 
     shuffled = data.Split(split().images, split().labels.flip(0))
     module = small_network(1)
-    training.fit(NETWORK, shuffled, module=module, teacher=NETWORK.module, epochs=4, learning_rate=0.05, seed=0, batch_size=32)
+    config = training.TrainConfig(epochs=4, learning_rate=0.05, seed=0, batch_size=32)
+    training.fit(NETWORK, shuffled, config, module=module, teacher=NETWORK.module)
     assert distance(module) < 0.7 * distance(small_network(1))
 
 
@@ -90,10 +93,8 @@ def test_a_loss_that_is_no_number_stops_training() -> None:
         training.fit(
             NETWORK,
             data.Split(images(8) * float("nan"), torch.zeros(8).long()),
+            training.TrainConfig(epochs=1, learning_rate=1.0, seed=0),
             module=small_network(),
-            epochs=1,
-            learning_rate=1.0,
-            seed=0,
         )
 
 
@@ -133,7 +134,7 @@ def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.run_command(lambda: train.main(arguments)) == 0
     out = capsys.readouterr().out
     assert "accuracy on the test split" in out
-    assert "next: python -m haq.search" in " ".join(out.split())
+    assert "Next: python -m haq.search" in " ".join(out.split())
     again = networks.load("train_job:network@a.safetensors")
     assert again.signature() != networks.load("train_job:network").signature()
     assert networks.load("a.safetensors").signature() == again.signature()
@@ -217,3 +218,59 @@ def test_bits_that_are_none_are_named(bits: str, place: Path, capsys: pytest.Cap
     arguments = [*JOB, "--scheme", "linear", "--bits", bits, "--out", "a.safetensors"]
     assert cli.run_command(lambda: train.main(arguments)) == 2
     assert f"--bits is {bits!r}; give W/A" in capsys.readouterr().err
+
+
+SCHEMES = {
+    "linear": (Q.Linear(), 2, 3, {"activation_scale"}),
+    "kmeans": (Q.KMeans(), 2, 4, {"activation_scale", "codebook"}),
+    "pact": (Q.PACT(clip=None), 4, 4, {"activation_clip"}),
+    "dorefa": (Q.DoReFa(), 4, 4, set()),
+    "lsq": (Q.LSQ(), 3, 3, {"activation_scale", "weight_scale"}),
+    "lsqplus": (Q.LSQPlus(), 3, 3, {"activation_scale", "weight_scale", "activation_offset"}),
+    "binary": (Q.Binary(), 1, 4, {"activation_scale"}),
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_finetuned(scheme: str) -> None:
+    """The outputs come nearer to the float network's, and of a scheme's tensors just those move that it learns, or that
+    are the scales of its inputs."""
+    chosen, weight, activation, moving = SCHEMES[scheme]
+    module = small_network()
+    training.refresh_norms(NETWORK, module, split())
+    network = networks.Network("small", module, (1, 8, 8))
+    names = list(Q.BitPolicy.uniform(module, w=None, a=None))
+    policy = Q.BitPolicy(dict.fromkeys(names, (weight, activation)) | {names[0]: (8, 8), names[-1]: (8, 8)})
+    linear = Q.Linear()
+    schemes = {**dict.fromkeys(names, chosen), names[0]: linear, names[-1]: linear}
+    qnetwork = Q.quantize(module, policy, scheme=schemes, calibrate=images(32))
+    tuned = training.finetune(network, qnetwork, split(), epochs=6, seed=0, learning_rate=0.02)
+    assert Q.get_policy(tuned) == policy
+
+    before, after = Q.quantizer_state(qnetwork), Q.quantizer_state(tuned)
+    moved = {key.rpartition(".")[2] for key in before if not torch.equal(before[key], after[key]) and names[1] in key}
+    assert moved == moving
+    x = images(128, 9)
+    with torch.no_grad():
+        errors = [(net(x).softmax(1) - module(x).softmax(1)).abs().mean().item() for net in (tuned, qnetwork)]
+    assert errors[0] < 0.9 * errors[1]
+    again = training.finetune(network, qnetwork, split(), epochs=6, seed=0, learning_rate=0.02)
+    assert all(torch.equal(value, after[key]) for key, value in Q.quantizer_state(again).items())
+
+
+def test_codebooks_are_trained_at_a_lower_rate() -> None:
+    """A centroid's gradient is the sum over its weights; the rest is trained at the rate that was asked for."""
+    made = Q.quantize(small_network(), Q.BitPolicy.uniform(small_network(), w=2, a=8), scheme="kmeans", calibrate=images(32))
+    config = training.TrainConfig(epochs=1, learning_rate=0.5, seed=0)
+    (optimizer,) = make_optimizers(made, trainable_scales(made), config)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    codebooks = {id(parameter) for parameter in Q.learned_parameters(made)}
+    assert {rates.pop(one) for one in codebooks} == {0.05}
+    assert set(rates.values()) == {0.5}
+    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {decay[one] for one in codebooks} == {0.0}
+
+
+def test_an_unknown_optimizer_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown optimizer 'sdg'; known: sgd, adam"):
+        training.TrainConfig(epochs=1, learning_rate=0.1, seed=0, optimizer="sdg")

@@ -1,0 +1,125 @@
+"""What an exporter is: a class that writes a quantized network as something that runs, and compares it with the network.
+
+Adding one is one file: a subclass of `Exporter`, registered in `haq.deployment.EXPORTERS`, offered by an installed package
+under the entry points `haq.exporters`, or given as module:Name on the command line. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from haq.deployment.graph import Graph
+
+OnProgress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images for an exporter, as the network takes them: float32 (N, C, H, W).
+
+    calibration  of the train split, to find how large values become
+    compared     of the test split, to compare integers on
+    test         goes through the whole test split: (images, labels), as often as it is called
+    labelled     whether the labels mean anything
+    """
+
+    calibration: Tensor
+    compared: Tensor
+    test: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    labelled: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of comparing a written network with the one in PyTorch: whether all answers are equal, and lines about it."""
+
+    same_answers: bool
+    rows: tuple[tuple[str, str], ...]
+
+
+class Exporter(ABC):
+    """Writes quantized networks in one format.
+
+    name      by which it is chosen: `haq deploy RUN --to NAME`
+    summary   one line about it
+    output    what is written within a run's folder, a file or a folder, unless --out says otherwise
+    options   options of `haq deploy` that `export` takes: of "threads", "target", "cold"
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    output: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError, naming the layer and the reason, for a quantized network that can't be written.
+
+        It is called before anything is captured, compiled or written.
+        """
+
+    @abstractmethod
+    def export(
+        self,
+        network: nn.Module,
+        graph: Graph,
+        images: Tensor,
+        path: Path,
+        *,
+        notes: Mapping[str, Any],
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        """Write a network.
+
+        Args:
+            network: The quantized network, in evaluation mode.
+            graph: Its operations, from `haq.deployment.graph.capture`.
+            images: Images (N, C, H, W) of the train split, as the network takes them.
+            path: The file or folder to write; its folder is there.
+            notes: What the network is, where the format has a place for it.
+            options: Those of `Exporter.options` that were given, by name.
+            on_progress: Told what is done, of how much, and what it is.
+
+        Raises:
+            ValueError: For what can't be written.
+            ImportError: For a missing package, with what to install.
+        """
+
+    @abstractmethod
+    def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
+        """Run what was written beside the network in PyTorch.
+
+        Args:
+            network: The quantized network.
+            graph: Its operations.
+            samples: The images.
+            path: What `export` wrote.
+
+        Returns:
+            What differs.
+        """
+
+
+# Our own, in a line each.
+SUMMARIES = {
+    "tvm": "a folder with one library for this machine's processor, integers from end to end",
+    "onnx": "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others",
+    "qonnx": "a file of QONNX, for tools of FPGAs",
+}
+REQUIRED = ("name", "summary", "output", "check", "export", "compare")
+
+
+def lacking(exporter: Any) -> str:
+    """Name what a class lacks to be an exporter, in words that continue "it lacks"; nothing if it is one."""
+    from hw_models.registry import join_words
+
+    abstract = getattr(exporter, "__abstractmethods__", ())
+    return join_words([name for name in REQUIRED if name in abstract or not hasattr(exporter, name)])

@@ -1,0 +1,207 @@
+"""The pictures that commands write, drawn with matplotlib from the records of a run; figures that belong to no window."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haq.store import files
+from haq.store.records import FinishedSweepRecord, PolicyRecord, ProblemRecord, RobustnessRecord, SweepTarget
+from haq.store.units import describe_amount
+from hw_models.storage import BITS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 130
+COLORS = ("#3b6fb6", "#d9822b", "#4c9a5b", "#a3489b", "#b64040", "#7a6a2f", "#2f7a78", "#5a5ad0")
+WEIGHTS, ACTIVATIONS = COLORS[0], COLORS[1]
+BEFORE, AFTER = "#cccccc", COLORS[2]
+MANY = 40  # layers from which on their names are written small
+
+
+def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
+    """Draw bits per layer, weights up and activations down, over each layer's share of the cost.
+
+    Args:
+        problem: What every layer costs at every pair of widths.
+        policy: Widths for all its layers, none of them in float.
+
+    Returns:
+        A figure; a notebook shows it, `save` writes it.
+
+    Raises:
+        ValueError: If the policy is of other layers.
+    """
+    figure = _figure(max(7.0, 0.42 * len(problem.layers) + 2), 6.2)
+    bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    widths = _widths(problem, policy)
+    x = range(len(widths))
+    number_size, name_size = 9, 8
+    if len(widths) > MANY:
+        number_size, name_size = 6, 5
+    bits.bar(x, [w for w, _ in widths], 0.8, color=WEIGHTS, label="weight bits")
+    bits.bar(x, [-a for _, a in widths], 0.8, color=ACTIVATIONS, label="activation bits")
+    for i, (w, a) in enumerate(widths):
+        bits.text(i, w + 0.2, str(w), ha="center", va="bottom", fontsize=number_size)
+        bits.text(i, -a - 0.2, str(a), ha="center", va="top", fontsize=number_size)
+    bits.axhline(0, color="black", linewidth=0.8)
+    bits.set_ylim(-BITS - 2, BITS + 2)
+    bits.set_yticks([-8, -4, 0, 4, 8], ["8", "4", "0", "4", "8"])
+    bits.set_ylabel("activations      bits      weights")
+    bits.legend(loc="upper center", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 1.1))
+    before = [layer.cost[-1][-1] for layer in problem.layers]
+    after = [layer.cost[w - 1][a - 1] for layer, (w, a) in zip(problem.layers, widths, strict=True)]
+    metric, kind = problem.metric, problem.target.provenance.split()[0]
+    bits.set_title(
+        f"{problem.target.name}: {describe_amount(sum(after), metric)} of {describe_amount(problem.limit, metric)} "
+        f"{metric}, {sum(after) / problem.uniform8:.3g} of uniform 8 bits ({kind})",
+        fontsize=10,
+        pad=22,
+    )
+    share.bar(x, [100 * cost / problem.uniform8 for cost in before], 0.8, color=BEFORE, label="at 8/8 bits")
+    share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.8, color=AFTER, label="at these bits")
+    share.set_ylabel(f"{metric}, % of the\n8-bit network ({kind})", fontsize=9)
+    share.legend(fontsize=8, frameon=False)
+    share.set_xticks(x, [layer.name for layer in problem.layers], rotation=90, fontsize=name_size)
+    for axes in (bits, share):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(-0.7, len(widths) - 0.3)
+    return figure
+
+
+def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
+    """Draw test accuracy over cost, as a fraction of uniform 8 bits, a panel for each target.
+
+    Returns a figure; a notebook shows it, `save` writes it.
+    """
+    targets = [target for target in sweep.targets.values() if target.found]
+    figure = _figure(5.2 * len(targets) + 0.8, 4.6)
+    lowest = min(run.share("test", sweep.objective) for found in sweep.found for run in found.runs)
+    panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
+    for axes, target in zip(panels, targets, strict=True):
+        axes.axhline(
+            100 * sweep.of_float.share("test", sweep.objective),
+            color="black",
+            linewidth=0.8,
+            linestyle=":",
+            label="float",
+        )
+        for solver, color in zip(sweep.asked.solvers, COLORS, strict=False):
+            _draw_solver(axes, sweep, target, solver, color)
+        _draw_uniform_and_front(axes, sweep, target, lowest - 0.02)
+        axes.set_title(f"{target.name} ({target.kind})", fontsize=10)
+        axes.set_xlabel(f"{sweep.metric}, fraction of uniform 8 bits", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"test {sweep.objective_title}, % (measured)", fontsize=9)
+    panels[0].legend(fontsize=8, frameon=False, loc="lower right")
+    return figure
+
+
+def draw_robustness(found: RobustnessRecord, curve_steps: int) -> Figure:
+    """Draw accuracy against eps under PGD, a line for each network, and its worst case over all attacks as a mark.
+
+    Args:
+        found: What attacks found.
+        curve_steps: The steps of PGD that the lines are of.
+
+    Returns:
+        A figure; a notebook shows it, `save` writes it.
+    """
+    figure = _figure(7.5, 4.5)
+    axes = figure.subplots()
+    first = next(iter(found.networks.values()))
+    norm = first.threat.norm
+    unit, scale = 1, "of images in [0, 1]"
+    if norm == "linf":
+        unit, scale = 255, "1/255"
+    for number, (name, network) in enumerate(found.networks.items()):
+        eps = [unit * size for size, _ in network.curve]
+        accuracies = [100 * share for _, share in network.curve]
+        axes.plot(eps, accuracies, color=f"C{number}", marker="o", markersize=3, label=name)
+        mark = "*"
+        if network.masked:
+            mark = "v"
+        worst = (unit * network.threat.eps, 100 * network.worst)
+        axes.plot(*worst, color=f"C{number}", marker=mark, markersize=11, linestyle="", clip_on=False, alpha=0.8)
+    chance = 100 / first.classes
+    axes.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
+    axes.text(0, chance + 1, "chance", color="grey", fontsize=8)
+    axes.set(xlabel=f"eps, {scale} ({norm})", ylabel="accuracy, %", ylim=(0, 100), xlim=(0, None))
+    axes.set_title(
+        f"Lines: PGD, {curve_steps} steps, {first.curve_images} images. Stars: worst case over all attacks\n"
+        "(triangles: an upper bound, gradients are masked)",
+        fontsize=9,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, beside its place and renamed."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, format="png")
+    files.write(path, content.getvalue())
+
+
+def _widths(problem: ProblemRecord, policy: PolicyRecord) -> list[tuple[int, int]]:
+    """Return a policy's widths in the order of a problem's layers."""
+    given = policy.widths()
+    names = {layer.name for layer in problem.layers}
+    if set(given) != names:
+        raise ValueError(f"the policy is of other layers than the problem: {sorted(set(given) ^ names)[0]!r} is in one only")
+    widths = []
+    for layer in problem.layers:
+        weight_bits, activation_bits = given[layer.name]
+        if weight_bits is None or activation_bits is None:
+            raise ValueError(f"the policy leaves layer {layer.name!r} in float, which has no cost")
+        widths.append((weight_bits, activation_bits))
+    return widths
+
+
+def _draw_solver(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, solver: str, color: str) -> None:
+    """Draw what a solver found: means over its seeds, with bars from the smallest to the largest."""
+    rows = sorted((row for row in target.found if row.solver == solver), key=lambda row: row.fraction)
+    means = [100 * row.share("test", sweep.objective) for row in rows]
+    spreads = [row.spread("test", sweep.objective) for row in rows]
+    below = [mean - 100 * low for mean, (low, _) in zip(means, spreads, strict=True)]
+    above = [100 * high - mean for mean, (_, high) in zip(means, spreads, strict=True)]
+    fractions = [row.fraction for row in rows]
+    bars = [[max(0.0, size) for size in sizes] for sizes in (below, above)]  # a mean may be a rounding beyond an end
+    axes.errorbar(fractions, means, bars, color=color, marker="o", markersize=4, linewidth=1.3, capsize=2, label=solver)
+
+
+def _draw_uniform_and_front(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, least: float) -> None:
+    """Draw uniform policies, but for those below a share, and ring what is on the Pareto front."""
+    shown = [row for row in target.uniform if row.share("test", sweep.objective) >= least]
+    label = "uniform bits"
+    if len(shown) < len(target.uniform):
+        label = "uniform bits (some lie further down)"
+    fractions = [row.fraction for row in shown]
+    shares = [100 * row.share("test", sweep.objective) for row in shown]
+    axes.plot(fractions, shares, "x", color="#777777", label=label)
+    for row, fraction, share in zip(shown, fractions, shares, strict=True):
+        axes.annotate(str(row.bits), (fraction, share), (4, -9), textcoords="offset points", fontsize=7)
+    front = [row for row in [*target.found, *shown] if row.pareto]
+    axes.plot(
+        [row.fraction for row in front],
+        [100 * row.share("test", sweep.objective) for row in front],
+        "o",
+        markersize=9,
+        fillstyle="none",
+        color="#333333",
+        linestyle="none",
+        label="Pareto front",
+    )
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Make an empty figure, in inches, that no window knows of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

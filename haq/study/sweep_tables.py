@@ -1,0 +1,141 @@
+"""What a user is shown of a sweep: what it will do, a table for each target, and what policies cost on other targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from haq.console.tables import Column, key_table, print_columns, say
+from haq.store.records import (
+    FinishedSweepRecord,
+    JudgedRecord,
+    SpecialisationRecord,
+    SweepFound,
+    SweepPolicy,
+    SweepTarget,
+)
+from haq.store.units import describe_amount, percent
+from haq.study.sweep_run import SweepContext, shares_sensitivities
+
+SPLITS = ("search", "test")
+
+
+def print_plan(console: Console, context: SweepContext, folder: Path | None, workers: str) -> None:
+    """Say what a sweep will do.
+
+    Args:
+        console: Where.
+        context: What its searches stand on.
+        folder: Where results go; None if nothing is written.
+        workers: Who works, in words.
+    """
+    sweep, task = context.sweep, context.first
+    workload = task.problem.workload
+    draws = "one seed"
+    if sweep.seeds > 1:
+        draws = f"{sweep.seeds} seeds of those that draw"
+    sensitivities = "none"
+    if shares_sensitivities(sweep):
+        sensitivities = f"{sweep.settings.sensitivity_kind}, once for all"
+    results_in = "nothing is written (--dry-run)"
+    if folder is not None:
+        results_in = str(folder)
+    rows = {
+        "network": f"{task.network.name}: {len(workload)} quantizable layers, {workload.macs / 1e6:.2f} M MACs",
+        "data": task.dataset.describe(),
+        "scheme": sweep.settings.scheme,
+        "metric": f"{sweep.settings.metric}, as a fraction of uniform 8 bits",
+        **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
+        "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",
+        "sensitivities": sensitivities,
+        "searches": f"{len(context.cells())}, {workers}",
+        "results in": results_in,
+    }
+    console.print(key_table(rows.items()))
+
+
+def _target_words(context: SweepContext, hw: str) -> str:
+    problem = context.tasks[hw].problem
+    reached = [budget for budget in context.sweep.budgets if budget not in context.unreachable[hw]]
+    words = f"{problem.target.description}; {problem.table.provenance}; budgets {', '.join(reached) or 'none'}"
+    left_out = context.left_out(hw)
+    if left_out:
+        words += f"; {left_out}"
+    return words
+
+
+def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
+    """Print a table for each target, what was out of reach, and what each policy costs on the other targets."""
+    for target in sweep.targets.values():
+        if target.found:
+            _print_target(console, sweep, target)
+        if target.left_out:
+            say(console, f"{target.name}: budgets {target.left_out}.")
+    if sweep.specialisation is not None:
+        _print_specialisation(console, sweep, sweep.specialisation)
+
+
+def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTarget) -> None:
+    rows: list[SweepPolicy] = [*target.found, *target.uniform]
+    budgets = [found.budget for found in target.found] + [""] * len(target.uniform)
+    sections = [row for row in range(1, len(rows)) if budgets[row] != budgets[row - 1]]
+    shown = [budget if row == 0 or row in sections else "" for row, budget in enumerate(budgets)]
+    names = [found.solver for found in target.found] + [f"uniform {row.bits} bits" for row in target.uniform]
+    columns = [
+        Column("budget", shown),
+        Column("policy", names),
+        Column(f"\n{sweep.metric}\n({target.kind})", [describe_amount(row.cost, sweep.metric) for row in rows], "right"),
+        Column("of\nuniform\n8 bits", [f"{row.fraction:.3f}" for row in rows], "right"),
+    ]
+    for split in SPLITS:
+        heading = f"{split}\n{sweep.objective}\n(measured)"
+        columns.append(Column(heading, [_share(row, split, sweep.objective) for row in rows], "right"))
+    columns.append(Column("Pareto\nfront", [_mark(row.pareto) for row in rows]))
+    title = f"{sweep.network} on {sweep.data}, {target.name}"
+    print_columns(console, title, columns, keys=2, sections=sections, caption=_caption(sweep, target))
+
+
+def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
+    objective = sweep.objective
+    sizes = " and ".join(f"{count:,} {split}" for split, count in sweep.images.items())
+    measured = objective
+    if sweep.objective_is != objective:
+        measured = f"{objective} ({sweep.objective_is})"
+    seeds = ""
+    if sweep.asked.seeds > 1:
+        seeds = "; means of several seeds, below them smallest and largest"
+    return (
+        f"float: {percent(sweep.of_float.share('test', objective))} on the test split; {sizes} images; {measured} "
+        f"{sweep.accuracy_is}; cost {target.cost_is}{seeds}. *: nothing costs less and has a better test {objective}. "
+        "Uniform policies keep the fixed layers' bits"
+    )
+
+
+def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special: SpecialisationRecord) -> None:
+    policies = special.policies
+    names = [f"{hw} by {policy.solver}" for hw, policy in policies.items()]
+    shares = [percent(policy.share("test", sweep.objective)) for policy in policies.values()]
+    columns = [Column("found for", names), Column(f"test\n{sweep.objective}\n(measured)", shares, "right")]
+    for hw in policies:
+        heading = f"\non {hw}\n({sweep.targets[hw].kind})"
+        cells = [f"{policy.fractions[hw]:.3f} {_mark(own == hw)}" for own, policy in policies.items()]
+        columns.append(Column(heading, cells, "right"))
+    title = f"What a policy found for one target costs on another: {sweep.metric} as a fraction of uniform 8 bits there"
+    caption = f"budget {special.budget}. *: the target's own policy, the best on the search split of those found for it"
+    print_columns(console, title, columns, caption=caption)
+
+
+def _share(row: JudgedRecord, split: str, objective: str) -> str:
+    """A share; of several seeds their mean, below it the smallest and the largest."""
+    share = percent(row.share(split, objective))
+    if not isinstance(row, SweepFound) or len(row.runs) == 1:
+        return share
+    low, high = row.spread(split, objective)
+    return f"{share}\n{100 * low:.2f}–{100 * high:.2f}"
+
+
+def _mark(is_marked: bool) -> str:
+    if is_marked:
+        return "*"
+    return " "
