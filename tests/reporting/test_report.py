@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from haq import report, robustness, search, sweep
-from haq.console import cli
+from haq.console import errors
 from haq.console.commands import main_of
 from haq.reporting import reading, vega
 from haq.reporting.drawing import front
@@ -56,7 +56,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*arguments: str | Path) -> int:
-    return cli.run_command(lambda: report.main([str(argument) for argument in arguments]))
+    return errors.run_command(lambda: report.main([str(argument) for argument in arguments]))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
