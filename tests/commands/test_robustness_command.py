@@ -296,22 +296,34 @@ def test_a_model_in_a_scheme_with_one_for_a_layer() -> None:
     assert ", scheme linear and lsq and dorefa, calibrated, not fine-tuned" in schemes("mixed")["uniform 3"]
 
 
+STEP = """
+import torch
+from haq.attacks.base import EvaluationAttack
+
+
+class Climb(EvaluationAttack):
+    def perturb(self, images, labels):
+        found = images.clone()
+        for _ in range(20):
+            x = found.requires_grad_()
+            loss = torch.nn.functional.cross_entropy(self.victim(x), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+            change = x.detach() + 0.05 * gradient.sign() - images
+            found = (images + change.clamp(-self.threat.eps, self.threat.eps)).clamp(0, 1)
+        return found
+"""
+
+
 def test_an_attack_of_the_users_is_run_on_every_network() -> None:
-    """In worker processes too; it is part of the worst case, and no number of workers changes it."""
-    Path("mine.py").write_text(
-        "from haq.attacks.base import EvaluationAttack\n\n"
-        "class Grey(EvaluationAttack):\n"
-        "    knows = 'black box'\n\n"
-        "    def perturb(self, images, labels):\n"
-        "        return images + (0.5 - images).clamp(-self.threat.eps, self.threat.eps)\n"
-    )
-    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm,mine:Grey", "--eps", "0.5")
+    """In worker processes too, where no number of them changes it. This one finds more than FGSM does."""
+    Path("mine.py").write_text(STEP)
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm,mine:Climb", "--eps", "0.3")
     assert call(*asked, "--out", "one", "--workers", "1") == 0
     assert call(*asked, "--out", "two", "--workers", "2") == 0
     assert result("one") == result("two")
     for one in result("one")["networks"].values():
-        assert list(one["attacks"])[-1] == "mine:Grey"
-        assert one["worst"] <= one["attacks"]["mine:Grey"] < one["clean"]
+        assert list(one["attacks"])[-1] == "mine:Climb"
+        assert one["worst"] <= one["attacks"]["mine:Climb"] < one["attacks"]["fgsm"]
 
 
 @pytest.mark.parametrize(
