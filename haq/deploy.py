@@ -1,8 +1,10 @@
-"""Write what a run found as something that runs with those bits:  python -m haq.deploy RUN --to tvm|onnx|qonnx
+"""Write what a run found as something that runs with those bits.
 
 tvm     a folder with one library for this machine's processor, integers from end to end: `haq.deploy.load(FOLDER)(images)`
 onnx    a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others
 qonnx   a file of QONNX, for tools of FPGAs
+
+    and what installed packages offer, or is given as module:Name; `haq list exporters` shows all of them
 
 The fine-tuned network is written if there is one. The run may come from another machine: kernels are chosen by what they take
 on this one. What was written is run on test images beside the network in PyTorch, and the largest difference is printed.
@@ -10,43 +12,42 @@ on this one. What was written is run on test images beside the network in PyTorc
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from haq.console.commands import command, main_of
+from haq.console.errors import run_command
+from haq.console.options import argument, option, options_of, output_options
+from haq.console.output import Output
+from haq.console.progress import follow_loading
+from haq.console.tables import command_line, key_table, say
+from haq.console.values import FOLDER, TextType
+from haq.deployment import EXPORTERS
+from haq.study.config import MEASURED, AnotherScheme, SearchConfig
 
-import quantizers as Q
-from haq.console import cli
-from haq.deployment import interpreter
-from haq.deployment import onnx as onnx_deployment
-from haq.deployment.graph import Graph, capture
-from haq.deployment.lowering import lower
-from haq.deployment.tvm import Deployed, compile_program
-from haq.store.lock import writing
-from haq.study.search_run import SearchRun
-from haq.study.task import LoadedNetwork
-from hw_models import load_target
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-FORMATS = ("tvm", "onnx", "qonnx")
+    from haq.deployment.exporter import Exporter, Samples
+    from haq.deployment.tvm import Deployed
+    from haq.study.search_run import SearchRun
+    from haq.study.task import LoadedNetwork
+
 COMPARED = 200  # test images whose integers are compared layer by layer
-TIMED = 200  # calls
+BATCH = 250  # test images at once
+WRITTEN = "What is written"  # the heading of options
 
 
 def load(path: str | Path) -> Deployed:
-    """A network that `--to tvm` wrote: called with float32 images (N, C, H, W) it returns its outputs.
+    """Load a network that `--to tvm` wrote: called with float32 images (N, C, H, W) it returns its outputs.
 
     Raises FileNotFoundError and ValueError for what isn't one, or is for another processor.
     """
+    from haq.deployment.tvm import Deployed
+
     return Deployed(path)
 
 
@@ -57,120 +58,180 @@ def to_tvm(
     *,
     threads: int | None = None,
     target: str | None = None,
+    cold: bool = False,
     notes: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int, str], None] = lambda done, of, what: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, of, what: None,
     reuse: bool = True,
 ) -> Deployed:
     """Compile a network that `quantizers.quantize` made, at its present bits, for this machine's processor.
 
-    images: a batch (N, C, H, W), to find how large the sums of residual additions become.
-    reuse: False keeps all values in places of their own, so that `Deployed.value` can show them.
+    Args:
+        qnetwork: The network.
+        images: A batch (N, C, H, W), to find how large the sums of residual additions become.
+        folder: Where it is written.
+        threads: How many threads it computes with; None for one.
+        target: JSON of a TVM target, or a processor's name; None for this machine's.
+        cold: Whether kernels are measured with their data out of the caches.
+        notes: What the description in the folder says besides bits and schemes.
+        on_progress: Told what is done, of how much, and what it is.
+        reuse: False keeps all values in places of their own, so that `Deployed.value` can show them.
 
-    Raises ValueError naming the layer and the reason, before anything is compiled, for what no kernel covers.
+    Returns:
+        The compiled network.
+
+    Raises:
+        ValueError: Naming the layer and the reason, before anything is compiled, for what no kernel covers.
     """
-    program = lower(capture(qnetwork, images), qnetwork, images)
-    measured: Any = load_target("cpu", threads=threads, target=target, progress=progress)
-    policy = {name: list(bits) for name, bits in Q.get_policy(qnetwork).items()}
-    notes = {"policy": policy, **(notes or {})}
-    return compile_program(program, measured, Path(folder), notes, reuse=reuse, progress=progress)
+    from haq.deployment.graph import capture
+    from haq.deployment.tvm import compile_network
 
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m haq.deploy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return compile_network(
+        qnetwork,
+        capture(qnetwork, images),
+        images,
+        Path(folder),
+        threads=threads,
+        target=target,
+        cold=cold,
+        notes=notes,
+        on_progress=on_progress,
+        reuse=reuse,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished search")
-    parser.add_argument("--to", choices=FORMATS, default="tvm")
-    parser.add_argument("--out", type=Path, help="folder or file to write (default: in the run's folder)")
-    cli.add_measuring(parser)
-    options = parser.parse_args(arguments)
+
+
+@command(
+    "deploy",
+    __doc__,
+    examples=("haq deploy RUN", "haq deploy RUN --to onnx", "haq deploy RUN --to mymodule:MyExporter --out net.bin"),
+)
+@argument("run", FOLDER, "the folder of a search")
+@option(
+    "--to",
+    TextType(EXPORTERS.names),
+    "the format: a name as `haq list exporters` shows them, or module:Name",
+    group=WRITTEN,
+    metavar="NAME",
+    default="tvm",
+)
+@option("--out", FOLDER, "folder or file to write", group=WRITTEN, metavar="PATH", default_words="in the run's folder")
+@options_of(AnotherScheme)
+@options_of(SearchConfig, only=MEASURED)
+@output_options()
+def cli(run: Path, to: str, out: Path | None, given: dict[str, Any], as_json: bool) -> int:
+    """Deploy what a run found."""
+    return run_deployment(run, to, out, given, Output.open(as_json))
+
+
+main = main_of(cli)
+
+
+def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, Any], output: Output) -> int:
+    """Write what a run found, and compare it with the network in PyTorch.
+
+    Args:
+        folder: The run's folder.
+        to: The name of an exporter.
+        out: The file or folder to write; None for one in the run's folder.
+        given: The options that the user gave: scheme, threads, target and cold.
+        output: Where to print.
+
+    Returns:
+        The exit status: 1 if an answer differs from PyTorch's.
+    """
+    from haq.deployment.graph import capture
+    from haq.store.lock import writing
+    from haq.study.search_run import SearchRun
+
+    exporter = EXPORTERS.get(to)()
+    options = _options_of_exporter(exporter, to, given)
+    scheme = AnotherScheme.model_validate({"scheme": given.get("scheme")}).scheme
+    run = SearchRun.load(folder)
+    path = out or run.folder / exporter.output
     with ExitStack() as held:
-        return go(options, held)
-
-
-def go(options: argparse.Namespace, held: ExitStack) -> int:
-    """What is asked for; `held` holds the run's folder until the end, if that is where it is written."""
-    console = Console()
-    run = SearchRun.load(options.run)
-    policy = run.load_policy()
-    out = options.out or run.folder / ("deployed" if options.to == "tvm" else f"{options.to}.onnx")
-    if out.resolve().is_relative_to(run.folder.resolve()):
-        held.enter_context(writing(run.folder, f"python -m haq.deploy {run.folder} --to {options.to}"))
-    if options.to != "tvm" and (options.threads or options.target or options.cold):
-        raise ValueError(f"--threads, --target and --cold are for --to tvm, not for {options.to}")
-    with cli.follow_loading(console, "loading network and data") as follow:
-        loaded = run.load_network()
-        run.check(loaded)
-        network = run.load_checkpoint(loaded)
-        tuned = network is not None
-        if network is None:
-            network = Q.quantize(loaded.network.module, policy, calibrate=loaded.calibration())
-        network = network.eval()
-        graph = capture(network, _images(loaded, 1))
-        if options.to == "tvm":
-            deployed = to_tvm(
+        if path.resolve().is_relative_to(run.folder.resolve()):
+            held.enter_context(writing(run.folder, command_line("python", "-m", "haq.deploy", folder, "--to", to)))
+        with follow_loading(output.notes, "loading network and data") as follow:
+            loaded = run.load_network()
+            run.check(loaded)
+            network, tuned = _quantized(run, loaded, scheme)
+            exporter.check(network)
+            graph = capture(network, _images(loaded, "test", 1))
+            samples = _samples(loaded)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            exporter.export(
                 network,
-                _images(loaded, COMPARED, "train"),
-                out,
-                threads=options.threads,
-                target=options.target,
+                graph,
+                samples.calibration,
+                path,
                 notes=loaded.signature(),
-                progress=follow["progress"],
+                options=options,
+                on_progress=follow["progress"],
             )
-        else:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            onnx_deployment.export(graph, network, out, flavour=options.to)
-    console.print(f"written: {out} ({'fine-tuned' if tuned else 'not fine-tuned'})", soft_wrap=True, markup=False)
-    with console.status("comparing with the network in PyTorch"):
-        if options.to == "tvm":
-            return _check_compiled(console, loaded, network, graph, deployed)
-        found = onnx_deployment.verify(out, network, _images(loaded, COMPARED))
-    console.print(str(found), soft_wrap=True, markup=False)
-    return 0 if found.same_answers == 1 else 1
+        about = "not fine-tuned"
+        if tuned:
+            about = "fine-tuned"
+        say(output.results, f"written: {path} ({about})", wrap=False)
+        with output.notes.status("comparing with the network in PyTorch"):
+            verdict = exporter.compare(network, graph, samples, path)
+    output.results.print(key_table(verdict.rows))
+    output.print_json(
+        {"written": str(path), "exporter": to, "fine_tuned": tuned, "same_answers": verdict.same_answers}
+        | {"compared": dict(verdict.rows)}
+    )
+    return 0 if verdict.same_answers else 1
 
 
-def _images(loaded: LoadedNetwork, count: int, split: str = "test") -> Tensor:
+def _options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the options that are an exporter's. Raises ValueError for one that it doesn't take."""
+    options = {name: given[name] for name in MEASURED if given.get(name) is not None}
+    if foreign := [name for name in options if name not in exporter.options]:
+        raise ValueError(f"--{foreign[0]} is for networks whose kernels are measured (--to tvm), not for --to {to}")
+    return options
+
+
+def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tuple[nn.Module, bool]:
+    """Make the quantized network of a run, and say whether it is fine-tuned.
+
+    Args:
+        run: The run.
+        loaded: Its network and data.
+        scheme: Another scheme than the run's own; a network that was fine-tuned in it is taken as it is.
+
+    Returns:
+        The network, in evaluation mode, and whether it is the fine-tuned one.
+    """
+    import quantizers as Q
+    from haq.study.task import schemes_of
+
+    policy = run.load_policy()
+    config = run.config
+    if scheme is not None:
+        config = config.replace(scheme=scheme)
+    schemes = schemes_of(config, list(policy))
+    tuned = run.load_checkpoint(loaded)
+    if tuned is not None:
+        of_tuned = {name: layer.scheme for name, layer in Q.quant_layers(tuned).items()}
+        if scheme is None or of_tuned == schemes:
+            return tuned.eval(), True
+    return Q.quantize(loaded.network.module, policy, scheme=schemes, calibrate=loaded.calibration()).eval(), False
+
+
+def _samples(loaded: LoadedNetwork) -> Samples:
+    from haq.deployment.exporter import Samples
+
+    def test() -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in loaded.dataset.test.batches(BATCH):
+            yield loaded.network.preprocess(images).contiguous(), labels
+
+    calibration = _images(loaded, "train", COMPARED)
+    return Samples(calibration, _images(loaded, "test", COMPARED), test, bool(loaded.dataset.classes))
+
+
+def _images(loaded: LoadedNetwork, split: str, count: int) -> Tensor:
+    """Take the first images of a split, as the network takes them."""
     images, _ = next(getattr(loaded.dataset, split).batches(count))
     return loaded.network.preprocess(images).contiguous()
 
 
-def _check_compiled(console: Console, loaded: LoadedNetwork, network: nn.Module, graph: Graph, deployed: Deployed) -> int:
-    """Compare on all test images, layer by layer on some of them, and time it. 0 if all answers are the same."""
-    same = right = right_before = 0
-    for images, labels in loaded.dataset.test.batches(250):
-        x = loaded.network.preprocess(images).contiguous()
-        with torch.inference_mode():
-            expected = network(x).argmax(1)
-        answers = deployed(x).argmax(1)
-        same += int((answers == expected).sum())
-        right += int((answers == labels).sum())
-        right_before += int((expected == labels).sum())
-    count = len(loaded.dataset.test)
-    some = _images(loaded, COMPARED)
-    program = lower(graph, network, _images(loaded, COMPARED, "train"))
-    comparison = interpreter.compare(network, program, some)
-    reference, _ = interpreter.run(program, some.numpy())
-    unequal = int((deployed(some).numpy() != reference).sum())
-    seconds = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        deployed.run()
-        seconds.append(time.perf_counter() - start)
-    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
-    table.add_row("same answer as in PyTorch", f"{same:,} of {count:,} test images")
-    if loaded.dataset.classes:
-        table.add_row("accuracy", f"{right / count:.2%} (in PyTorch {right_before / count:.2%})")
-    table.add_row("integers that enter layers", f"{comparison.values:,}, of {len(some)} images")
-    table.add_row("  other than in PyTorch", f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding")
-    table.add_row("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}")
-    table.add_row("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}")
-    machine = deployed.description["machine"]
-    table.add_row(
-        "latency, measured", f"{1e6 * statistics.median(seconds):.1f} us ({machine['processor']}, median of {TIMED})"
-    )
-    console.print(table)
-    return 0 if same == count else 1
-
-
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

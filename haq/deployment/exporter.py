@@ -108,6 +108,12 @@ class Exporter(ABC):
         """
 
 
+# Our own, in a line each.
+SUMMARIES = {
+    "tvm": "a folder with one library for this machine's processor, integers from end to end",
+    "onnx": "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others",
+    "qonnx": "a file of QONNX, for tools of FPGAs",
+}
 REQUIRED = ("name", "summary", "output", "check", "export", "compare")
 
 

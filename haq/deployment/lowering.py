@@ -396,7 +396,7 @@ def _name(group: str, representation: Representation) -> str:
 
 
 def _sizes(node: Node, source: Shape, weights: Array) -> tuple[Conv, Array]:
-    """Return a layer's convolution on one image, and its weights (C_out, C_in / groups, kh, kw) in the order of our channels."""
+    """Return a layer's convolution on one image, and its weights in our order: (C_out, C_in / groups, kh, kw)."""
     height, width, channels = source
     try:
         if node.kind == "linear":

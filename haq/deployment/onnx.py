@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.deployment.exporter import Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
@@ -348,7 +348,7 @@ class _Writer:
             minus = self._constant(f"{step}:minus_input_scale", -codes.scale)
             positive = self._op("GreaterOrEqual", [source, zero], f"{step}:sign")
             return self._op("Where", [positive, scale, minus], made)
-        dtype = np.dtype(np.uint8)
+        dtype: np.dtype[Any] = np.dtype(np.uint8)
         if codes.signed:
             dtype = np.dtype(np.int8)
         zero = self._constant(f"zero_{dtype}", 0, dtype)
@@ -391,7 +391,7 @@ class OnnxExporter(Exporter):
     """A file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others."""
 
     name = "onnx"
-    summary = "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others"
+    summary = SUMMARIES["onnx"]
     output = "onnx.onnx"
 
     def check(self, network: nn.Module) -> None:
@@ -433,5 +433,5 @@ class QonnxExporter(OnnxExporter):
     """A file of QONNX, for tools of FPGAs."""
 
     name = "qonnx"
-    summary = "a file of QONNX, for tools of FPGAs"
+    summary = SUMMARIES["qonnx"]
     output = "qonnx.onnx"

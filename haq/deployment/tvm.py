@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment import interpreter
-from haq.deployment.exporter import Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
 from haq.deployment.program import (
@@ -173,13 +173,9 @@ def _sum(step: Sum, values: Mapping[str, Value]) -> Part:
     return Part(step.name, code, {**names, "input": step.input}, _factors(epilogue, source.shape, step.epilogue))
 
 
-def _factors(
-    epilogue: builder.Epilogue, shape: tuple[int, int, int], factors: ProgramEpilogue
-) -> dict[str, NDArray[Any]]:
+def _factors(epilogue: builder.Epilogue, shape: tuple[int, int, int], factors: ProgramEpilogue) -> dict[str, NDArray[Any]]:
     channels = (shape[2],)
-    return epilogue.constants(
-        np.broadcast_to(factors.multiplier, channels), np.broadcast_to(factors.offset, channels)
-    )
+    return epilogue.constants(np.broadcast_to(factors.multiplier, channels), np.broadcast_to(factors.offset, channels))
 
 
 def _epilogue(epilogue: ProgramEpilogue, values: Mapping[str, Value]) -> tuple[builder.Epilogue, dict[str, str]]:
@@ -363,9 +359,7 @@ def compile_program(
     (folder / DESCRIPTION).unlink(missing_ok=True)
     module.export_library(str(folder / LIBRARY))
     np.savez(folder / CONSTANTS, **planned.constants)  # type: ignore[arg-type]
-    step_names = [
-        {"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made
-    ]
+    step_names = [{"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made]
     content = {
         "format": FORMAT,
         **notes,
@@ -518,7 +512,7 @@ class TvmExporter(Exporter):
     """A folder with one library for this machine's processor, integers from end to end."""
 
     name = "tvm"
-    summary = "a folder with one library for this machine's processor, integers from end to end"
+    summary = SUMMARIES["tvm"]
     output = "deployed"
     options = ("threads", "target", "cold")
 

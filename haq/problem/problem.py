@@ -75,8 +75,8 @@ class Problem:
 
         Args:
             network: Classifies; it is copied, never changed. Everything is computed on the device it is on.
-            calibrate: Inputs that set the activation scales: a tensor, a Dataset, a DataLoader, or another iterable of batches;
-                labels beside them play no part. All there is is kept in memory.
+            calibrate: Inputs that set the activation scales: a tensor, a Dataset, a DataLoader, or another iterable of
+                batches; labels beside them play no part. All there is is kept in memory.
             search: Held-out inputs and labels: a pair of tensors, a Dataset of pairs (input, label), a DataLoader, or another
                 iterable of such batches. Inputs alone are enough for an objective that needs no labels. Kept in memory.
             target: A hardware target, or the name of one (`hw_models.load_target`).
@@ -91,7 +91,8 @@ class Problem:
                 `haq.problem.objective.RobustAccuracy(attack)`.
             scheme: How values become few-bit ones: a name or a scheme for all layers, or one by layer name; layers that such a
                 mapping leaves out have the linear scheme.
-            tune: What is done to the quantized network, at a policy's bits, before it is judged: takes it, returns a tuned copy.
+            tune: What is done to the quantized network, at a policy's bits, before it is judged: takes it and returns a tuned
+                copy.
 
         Raises:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
@@ -154,7 +155,7 @@ class Problem:
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
         """Put the same problem on another target, within another budget.
 
-        What a policy's accuracy depends on, the network, the images, the scales and everything evaluated, is shared by the two.
+        Both share what a policy's accuracy depends on (the network, the images, the scales) and everything evaluated.
 
         Args:
             target: A hardware target, or the name of one.

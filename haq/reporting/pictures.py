@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haq.store import files
-from haq.store.records import FinishedSweepRecord, PolicyRecord, PricedProblem, RobustnessRecord, SweepTarget
+from haq.store.records import FinishedSweepRecord, PolicyRecord, ProblemRecord, RobustnessRecord, SweepTarget
 from haq.store.units import describe_amount
 from hw_models.storage import BITS
 
@@ -21,7 +21,7 @@ BEFORE, AFTER = "#cccccc", COLORS[2]
 MANY = 40  # layers from which on their names are written small
 
 
-def draw_policy(problem: PricedProblem, policy: PolicyRecord) -> Figure:
+def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
     """Draw bits per layer, weights up and activations down, over each layer's share of the cost.
 
     Args:
@@ -146,7 +146,7 @@ def save(figure: Figure, path: Path) -> None:
     files.write(path, content.getvalue())
 
 
-def _widths(problem: PricedProblem, policy: PolicyRecord) -> list[tuple[int, int]]:
+def _widths(problem: ProblemRecord, policy: PolicyRecord) -> list[tuple[int, int]]:
     """Return a policy's widths in the order of a problem's layers."""
     given = policy.widths()
     names = {layer.name for layer in problem.layers}

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import vl_convert
 
+from haq.store import files
+
 SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
 
@@ -27,7 +29,5 @@ def script() -> str:
     made = f"{vl_convert.javascript_bundle(SNIPPET)}\n//{SNIPPET}"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-        partial.write_text(made, encoding="utf-8", newline="\n")
-        partial.replace(path)
+        files.write(path, made)
     return made

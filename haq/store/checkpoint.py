@@ -19,7 +19,12 @@ MOST = 2**30  # bytes that are read
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where it is, and what it belongs to: `asked`, by name. A file of something else is refused with the difference."""
+    """A file of tensors and plain data, and what it belongs to: a file of something else is refused with the difference.
+
+    Attributes:
+        path: Where it is.
+        asked: What it belongs to, by name, in words.
+    """
 
     path: Path
     asked: dict[str, str]
@@ -32,8 +37,17 @@ class Checkpoint:
         write(self.path, file.getvalue())
 
     def read(self, most: int = MOST) -> dict[str, Any] | None:
-        """What was written last; None if nothing was. Raises ValueError, with the way out, for a file that can't be read, is
-        of something else, or has more than `most` bytes."""
+        """Read what was written last.
+
+        Args:
+            most: Bytes up to which it is read.
+
+        Returns:
+            The content; None if there is no file.
+
+        Raises:
+            ValueError: With what to do, for a file that can't be read, is of something else, or has more bytes.
+        """
         if not self.path.exists():
             return None
         check_file(self.path, most)
@@ -54,7 +68,7 @@ class Checkpoint:
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """Whatever is raised while what was read is put back, in one sentence: it doesn't fit."""
+        """Say in one sentence, of whatever is raised while what was read is put back, that it doesn't fit."""
         try:
             yield
         except Exception as error:
@@ -63,10 +77,16 @@ class Checkpoint:
 
 
 def _apart(value: Any, strings: dict[str, str]) -> Any:
-    """The same, with equal strings one object and every container one of its own: a pickle tells objects from equal ones."""
+    """Return the same, with equal strings one object and every container one of its own.
+
+    A pickle tells objects from equal ones, so that otherwise its bytes would depend on where values come from.
+    """
+    if isinstance(value, str):
+        return strings.setdefault(value, value)
     if isinstance(value, dict):
-        return {_apart(key, strings): _apart(one, strings) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        made = [_apart(one, strings) for one in value]
-        return made if isinstance(value, list) else tuple(made)
-    return strings.setdefault(value, value) if isinstance(value, str) else value
+        return {_apart(key, strings): _apart(item, strings) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_apart(item, strings) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_apart(item, strings) for item in value)
+    return value

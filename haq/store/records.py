@@ -94,6 +94,8 @@ class Record(BaseModel):
             raise ValueError(f"{source} is not {cls.WHAT}: {describe_fault(error)}") from error
         except RecursionError:
             raise ValueError(f"{source} is not {cls.WHAT}: it is nested too deeply") from None
+        except ValueError as error:  # a whole number of thousands of digits
+            raise ValueError(f"{source} is not {cls.WHAT}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as plain data, as it stands in the file; what was not given is left out."""
@@ -244,35 +246,8 @@ class LayerRecord(Record):
     cost: CostTable
 
 
-class PricedProblem(Record):
-    """What every policy costs on a target, and what it may cost: all that a picture of a policy takes."""
-
-    target: TargetRecord
-    metric: Metric
-    unit: str
-    limit: Cost
-    uniform8: Annotated[float, Field(gt=0)]
-    smallest: Cost
-    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
-    layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
-
-    @property
-    def cost_kind(self) -> str:
-        """Say whether costs are estimated, measured, or counted, as bytes are on every target."""
-        if self.metric == "storage":
-            return "counted"
-        return self.target.provenance.split(" ")[0]
-
-    @model_validator(mode="after")
-    def _check_sum(self) -> PricedProblem:
-        total = sum(layer.cost[-1][-1] for layer in self.layers)
-        if not math.isclose(total, self.uniform8, rel_tol=1e-6):
-            raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
-        return self
-
-
-class ProblemRecord(PricedProblem, FileRecord):
-    """problem.json: what is searched, enough to price every policy without loading anything."""
+class ProblemRecord(FileRecord):
+    """problem.json: what is searched, enough to price every policy without loading anything. Costs are in the unit."""
 
     SCHEMA = files.PROBLEM_SCHEMA
     WHAT = "what a run searches"
@@ -282,15 +257,37 @@ class ProblemRecord(PricedProblem, FileRecord):
     origin: str
     data: str
     images: Count
+    target: TargetRecord
+    metric: Metric
+    unit: str
+    limit: Cost
+    uniform8: Annotated[float, Field(gt=0)]
+    smallest: Cost
+    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
     scheme: str = "linear"
     objective: str
     objective_is: str  # what it measures, in words
     float_share: Share = Field(alias="float")
+    layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
 
     @property
     def objective_title(self) -> str:
         """Name the objective in a word or two."""
         return objective_title(self.objective)
+
+    @property
+    def cost_kind(self) -> str:
+        """Say whether costs are estimated, measured, or counted, as bytes are on every target."""
+        if self.metric == "storage":
+            return "counted"
+        return self.target.provenance.split(" ")[0]
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> ProblemRecord:
+        total = sum(layer.cost[-1][-1] for layer in self.layers)
+        if not math.isclose(total, self.uniform8, rel_tol=1e-6):
+            raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
+        return self
 
 
 class LayerWidths(Record):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import quantizers as Q
 from haq.problem.problem import Problem
 from haq.reporting import pictures
-from haq.store.records import PolicyRecord, PricedProblem
-from haq.study.task import outline_costs
+from haq.store.records import PolicyRecord, ProblemRecord
+from haq.study.task import outline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ def draw_policy(problem: Problem, policy: Q.BitPolicy) -> Figure:
     Returns:
         A figure that belongs to no window; a notebook shows it.
     """
-    priced = PricedProblem.from_dict(outline_costs(problem), "the problem")
-    return pictures.draw_policy(priced, PolicyRecord.of(policy))
+    record = ProblemRecord.from_dict(outline(problem), "the problem")
+    return pictures.draw_policy(record, PolicyRecord.of(policy))
 
 
 def save_picture(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:

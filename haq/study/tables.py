@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.config import SearchConfig
 from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
+from hw_models.notebook import html_table
 
 
 def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], workers: str) -> None:
@@ -150,6 +152,42 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
     if problem.pinned:
         table.caption = "* fixed"
     return table
+
+
+class PolicyTable:
+    """Bits and costs per layer of a policy: text for a terminal (`print`), a table in a notebook."""
+
+    def __init__(self, problem: Problem, policy: Q.BitPolicy) -> None:
+        """Take a policy of a problem."""
+        self.problem = problem
+        self.policy = policy
+
+    def __repr__(self) -> str:
+        """Write the table as text."""
+        console = Console(width=100, color_system=None, file=io.StringIO(), force_jupyter=False)
+        with console.capture() as captured:
+            console.print(layer_table(self.problem, self.policy))
+        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+    def _repr_html_(self) -> str:
+        """Make a table for a notebook."""
+        problem = self.problem
+        w, a = problem.bit_arrays(self.policy)
+        before = problem.cost[:, 7, 7]
+        after = problem.cost[np.arange(len(w)), w - 1, a - 1]
+        rows = [
+            (
+                layer.name,
+                w[i],
+                a[i],
+                describe_amount(before[i], problem.metric),
+                describe_amount(after[i], problem.metric),
+            )
+            for i, layer in enumerate(problem.workload.layers)
+        ]
+        caption = f"Bits per layer on {problem.target.name}; {problem.metric} is {problem.table.provenance}"
+        headings = ("layer", "weight bits", "activation bits", f"{problem.metric} at 8/8", f"{problem.metric} now")
+        return html_table(caption, headings, rows)
 
 
 def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result: Mapping[str, Any]) -> None:

@@ -23,13 +23,12 @@ from haq.problem.problem import Problem
 from haq.problem.schemes import AnyScheme, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
-from haq.study.config import SearchConfig
+from haq.study.config import LINEAR, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
 CALIBRATION = 512  # images of the train split
-LINEAR = "linear"
 
 
 @dataclass(frozen=True)
@@ -121,18 +120,7 @@ class SearchTask(LoadedNetwork):
 
     def outline(self) -> dict[str, Any]:
         """Describe what is searched as plain data: enough to price every policy without loading anything."""
-        return {
-            "schema": PROBLEM_SCHEMA,
-            "network": self.network.name,
-            "origin": self.network.origin,
-            "data": self.dataset.describe(),
-            "images": len(self.dataset.search),
-            "scheme": self.config.scheme,
-            "objective": self.problem.objective.name,
-            "objective_is": self.problem.objective.words,
-            "float": self.problem.float_accuracy,
-            **outline_costs(self.problem),
-        }
+        return outline(self.problem, self.network.name, self.network.origin, self.dataset.describe())
 
     def read_sensitivities(self, source: Path) -> Sensitivities:
         """Read sensitivities from a file or from the folder of a run.
@@ -171,14 +159,28 @@ class SearchTask(LoadedNetwork):
         return {"scheme": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]}
 
 
-def outline_costs(problem: Problem) -> dict[str, Any]:
-    """Describe what every policy costs, as plain data (`haq.store.records.PricedProblem`)."""
+def outline(problem: Problem, network: str = "", origin: str = "", data: str = "") -> dict[str, Any]:
+    """Describe a problem as plain data: what problem.json holds (`haq.store.records.ProblemRecord`).
+
+    Args:
+        problem: The problem.
+        network: What the network is called; its class, if nothing is given.
+        origin: Where its weights are from.
+        data: The data set, in words.
+    """
+    table = problem.table
+    target = problem.target
     return {
+        "schema": PROBLEM_SCHEMA,
+        "network": network or type(problem.network).__name__,
+        "origin": origin,
+        "data": data,
+        "images": problem.evaluator.count,
         "target": {
-            "name": problem.target.name,
-            "description": problem.target.description,
-            "batch": problem.table.batch,
-            "provenance": problem.table.provenance,
+            "name": target.name,
+            "description": target.description,
+            "batch": table.batch,
+            "provenance": table.provenance,
         },
         "metric": problem.metric,
         "unit": problem.unit,
@@ -186,23 +188,21 @@ def outline_costs(problem: Problem) -> dict[str, Any]:
         "uniform8": problem.reference,
         "smallest": problem.smallest,
         "bits": list(problem.bits),
-        "layers": outline_layers(problem),
+        "objective": problem.objective.name,
+        "objective_is": problem.objective.words,
+        "float": problem.float_accuracy,
+        "layers": [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "macs": layer.macs,
+                "parameters": layer.parameters,
+                "fixed": layer.name in problem.pinned,
+                "cost": cost.tolist(),  # [weight bits - 1][activation bits - 1], in the unit
+            }
+            for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
+        ],
     }
-
-
-def outline_layers(problem: Problem) -> list[dict[str, Any]]:
-    """Describe the layers of a problem as plain data; costs are indexed [weight bits - 1][activation bits - 1]."""
-    return [
-        {
-            "name": layer.name,
-            "kind": layer.kind,
-            "macs": layer.macs,
-            "parameters": layer.parameters,
-            "fixed": layer.name in problem.pinned,
-            "cost": cost.tolist(),
-        }
-        for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
-    ]
 
 
 def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.Scheme]:

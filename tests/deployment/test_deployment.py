@@ -19,7 +19,8 @@ from haq import deploy, networks, search
 from haq.console import cli
 from haq.deployment import interpreter
 from haq.deployment.graph import capture
-from haq.deployment.lowering import Codes, lower
+from haq.deployment.lowering import lower
+from haq.deployment.program import Codes
 from tests.commands.test_search_command import MODULE, QUICK
 
 pytest.importorskip("tvm")
@@ -165,7 +166,7 @@ def test_a_run_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not err
         assert f"written: run/deployed ({tuned})" in out
         content = json.loads(Path("run/deployed/network.json").read_text())
-        assert Q.BitPolicy(content["policy"]) == Q.BitPolicy.from_json("run/policy.json")
+        assert Q.BitPolicy.from_dict(content["policy"]) == Q.BitPolicy.from_json("run/policy.json")
         assert content["machine"]["processor"] != "Z80"
         Path("run/checkpoint/quantized.safetensors").unlink(missing_ok=True)
     config["signature"]["network"] = "other"
@@ -178,7 +179,7 @@ def test_bad_folders_and_images(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no network.json: python -m haq.deploy RUN --to tvm"):
         deploy.load(tmp_path)
     (tmp_path / "network.json").write_text("{}")
-    with pytest.raises(ValueError, match="is of format None, not 'haq-deployed-1'"):
+    with pytest.raises(ValueError, match="is of format 'None', not 'haq-deployed-2'"):
         deploy.load(tmp_path)
     network, images = small()
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()

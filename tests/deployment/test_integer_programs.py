@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_network
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,21 +20,10 @@ import quantizers as Q
 from haq import networks
 from haq.deployment.graph import Graph, capture
 from haq.deployment.interpreter import Comparison, compare, run
-from haq.deployment.lowering import (
-    Codes,
-    Convolution,
-    Fixed,
-    Float,
-    FloatConvolution,
-    Pool,
-    Program,
-    Quantize,
-    Sum,
-    integer_activations,
-    integer_weights,
-    lower,
-)
+from haq.deployment.lowering import integer_activations, integer_weights, lower
+from haq.deployment.program import Codes, Convolution, Fixed, Float, FloatConvolution, Pool, Program, Quantize, Sum
 from hw_models.tvm_cpu.conv import reference, zero_point
+from tests.conftest import images, small_network
 
 Bits = tuple[int | None, int | None]
 

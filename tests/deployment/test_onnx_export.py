@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import images, small_network
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,6 +17,7 @@ import quantizers as Q
 from haq import networks
 from haq.deployment.graph import capture
 from haq.deployment.onnx import FLAVOURS, Verification, export, verify
+from tests.conftest import images, small_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -1,0 +1,373 @@
+"""A search in Python: `haq.solve` and the result that it returns.
+
+problem = haq.Problem(net, calibrate=train_loader, search=held_out_loader, target="edge", budget=0.5)
+result = haq.solve(problem, "ddpg", evaluations=200)
+result.finetune(train_loader, epochs=5)
+result.save("found")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import nn
+
+import quantizers as Q
+from haq.console.progress import Live
+from haq.data import Split
+from haq.networks import Network
+from haq.networks.checkpoint import load_quantized, save_quantized
+from haq.problem.batches import Batches, read_tensors
+from haq.problem.evaluator import Evaluation
+from haq.problem.problem import Problem
+from haq.problem.sensitivity import Sensitivities, check_kind
+from haq.solvers import base
+from haq.solvers.base import Session, Solver, Trial
+from haq.store import history
+from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
+from haq.store.history import HistoryRow
+from haq.store.records import PolicyRecord, ProblemRecord
+from haq.store.units import describe_amount, percent
+from haq.study.picture import draw_policy, save_picture
+from haq.study.result import budget_used, costs
+from haq.study.tables import PolicyTable
+from haq.study.task import outline, versions
+from haq.study.workers.processes import working
+from haq.training import finetune
+from hw_models.notebook import html_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SOLUTION = "solution.json"
+SOLUTION_SCHEMA = "haq-solution-1"
+QUANTIZED = "quantized.safetensors"
+PICTURE = "policy.png"
+
+
+class Trials(list[Trial]):
+    """Every trial of a search, in order."""
+
+    def __repr__(self) -> str:
+        """Say on one line how many there are."""
+        feasible = sum(trial.feasible for trial in self)
+        return f"Trials({len(self)} policies evaluated, {feasible} within the budget)"
+
+    def _repr_html_(self) -> str:
+        """Make a table of them for a notebook."""
+        rows = []
+        for number, trial in enumerate(self, 1):
+            verdict = "over the budget"
+            if trial.feasible:
+                verdict = "within it"
+            rows.append((number, percent(trial.accuracy), f"{trial.loss:.4g}", f"{trial.cost:.4g}", verdict))
+        return html_table("Trials", ("evaluation", "accuracy", "loss", "cost", "budget"), rows)
+
+    def to_pandas(self) -> Any:
+        """Make a table of pandas, a row per trial. Raises ImportError, with what to install, where pandas isn't."""
+        try:
+            import pandas  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas: pip install pandas") from error
+        columns = ("policy", "accuracy", "loss", "cost", "feasible")
+        return pandas.DataFrame({name: [getattr(trial, name) for trial in self] for name in columns})
+
+
+class Result:
+    """What a solver found for a problem.
+
+    Attributes:
+        problem: What was searched.
+        solver: The solver's name.
+        seed: What everything random came from.
+        session: The allowance that it had, with what was tried.
+        trial: The best trial within the budget.
+        finetuned: The network after `finetune`; None before.
+    """
+
+    def __init__(self, problem: Problem, solver: str, seed: int, session: Session) -> None:
+        """Take what was found.
+
+        Args:
+            problem: What was searched.
+            solver: The solver's name.
+            seed: What everything random came from.
+            session: The session, once the solver is done.
+        """
+        assert session.best is not None
+        self.problem = problem
+        self.solver = solver
+        self.seed = seed
+        self.session = session
+        self.trial: Trial = session.best
+        self.finetuned: nn.Module | None = None
+        self._quantized: nn.Module | None = None
+
+    def __repr__(self) -> str:
+        """Say on one line what was found."""
+        cost = describe_amount(self.trial.cost, self.problem.metric)
+        share = self.trial.cost / self.problem.reference
+        return (
+            f"Result({self.solver}: {self.problem.objective.name} {percent(self.trial.accuracy)} at {cost} "
+            f"({share:.3f} of uniform 8 bits), {self.session.used} evaluations; float {percent(self.problem.float_accuracy)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Make tables of what was found for a notebook."""
+        problem = self.problem
+        rows = [
+            ("float", percent(problem.float_accuracy), ""),
+            (f"found by {self.solver}", percent(self.trial.accuracy), describe_amount(self.trial.cost, problem.metric)),
+        ]
+        if self.finetuned is not None:
+            tuned = percent(self.evaluate(self.finetuned).accuracy)
+            rows.append(("fine-tuned", tuned, describe_amount(self.trial.cost, problem.metric)))
+        caption = f"{problem.objective.words} on {problem.evaluator.count:,} search images, {self.session.used} evaluations"
+        found = html_table(caption, ("policy", problem.objective.short, problem.metric), rows)
+        return found + self.table()._repr_html_()
+
+    @property
+    def policy(self) -> Q.BitPolicy:
+        """Return the bits of every layer."""
+        return self.trial.policy
+
+    @property
+    def trials(self) -> Trials:
+        """Return every trial, in order."""
+        return Trials(self.session.trials)
+
+    @property
+    def history(self) -> Trials:
+        """Return every trial, in order; the same as `trials`."""
+        return self.trials
+
+    @property
+    def sensitivities(self) -> Sensitivities | None:
+        """Return what the solver knew of single layers; another search of this network can be given them."""
+        return self.session.sensitivities
+
+    @property
+    def quantized(self) -> nn.Module:
+        """Return the quantized network at the policy: as `finetune` made it, or else calibrated only."""
+        if self.finetuned is not None:
+            return self.finetuned
+        if self._quantized is None:
+            self._quantized = self.problem.quantized(self.policy)
+        return self._quantized
+
+    def evaluate(self, network: nn.Module) -> Evaluation:
+        """Tell what any network gives on the search images, judged as policies were."""
+        return self.problem.evaluator.measure(network.eval())
+
+    def table(self) -> PolicyTable:
+        """Make a table of bits and costs per layer, for a terminal (`print`) or a notebook."""
+        return PolicyTable(self.problem, self.policy)
+
+    def plot(self) -> Figure:
+        """Draw bits per layer over each layer's share of the cost; a notebook shows the figure."""
+        return draw_policy(self.problem, self.policy)
+
+    def finetune(self, loader: Batches, *, epochs: int = 12, seed: int | None = None, **options: Any) -> nn.Module:
+        """Train the quantized network at its bits, with the float network as teacher.
+
+        Args:
+            loader: Images to train with, shape (images, channels, height, width) each batch: a DataLoader, a Dataset, tensors.
+                Labels play no part. They are kept in memory.
+            epochs: How often each image is seen.
+            seed: What everything random comes from; the search's, if nothing is given.
+            options: Further ones of `haq.training.finetune`, such as learning_rate.
+
+        Returns:
+            The tuned network, which is also kept as `finetuned` and `quantized`.
+
+        Raises:
+            ValueError: For inputs that aren't images; where policies were judged under attack, unless an `adversary` is given.
+        """
+        if self.problem.objective.attacked and "adversary" not in options:
+            raise ValueError(
+                "policies were judged under attack, which plain fine-tuning would train away: give the `adversary` to train "
+                "against (haq.training.Adversary)"
+            )
+        images, _ = read_tensors(loader, "loader", with_labels=False)
+        if images.dim() != 4:
+            raise ValueError(f"fine-tuning takes images (N, C, H, W), the loader gives inputs of shape {tuple(images.shape)}")
+        if seed is None:
+            seed = self.seed
+        network = Network(type(self.problem.network).__name__, self.problem.network, tuple(images.shape[1:]))  # type: ignore[arg-type]
+        split = Split(images, images.new_zeros(len(images)).long())
+        with _shown() as bar:
+            line = bar.add_task("fine-tuning", total=None)
+            self.finetuned = finetune(
+                network,
+                self.problem.quantized(self.policy),
+                split,
+                epochs=epochs,
+                seed=seed,
+                on_step=lambda step, steps: bar.update(line, completed=step, total=steps),
+                **options,
+            )
+        return self.finetuned
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what was found into a new folder.
+
+        policy.json, history.csv, problem.json and policy.png are as in the folder of a run; solution.json has what was
+        measured; quantized.safetensors is the quantized network, which `haq.load(folder, network)` reads.
+
+        Args:
+            folder: Where; made if need be.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If there is anything in it, touching nothing.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is in use and is not overwritten: name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        PolicyRecord.of(self.policy).write(folder / POLICY)
+        history.write(folder / HISTORY, self._rows())
+        ProblemRecord.from_dict(outline(self.problem)).write(folder / PROBLEM)
+        write(folder / SOLUTION, json.dumps(self.to_dict(), indent=2) + "\n")
+        save_quantized(folder / QUANTIZED, self.quantized)
+        save_picture(self.problem, self.policy, folder / PICTURE)
+        return folder
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found as plain data."""
+        problem = self.problem
+        tuned = None
+        if self.finetuned is not None:
+            tuned = self.evaluate(self.finetuned)._asdict()
+        return {
+            "schema": SOLUTION_SCHEMA,
+            "solver": self.solver,
+            "seed": self.seed,
+            "evaluations": self.session.used,
+            "objective": problem.objective.name,
+            "objective_is": problem.objective.words,
+            "float": problem.float_result._asdict(),
+            "found": {**self.trial.evaluation._asdict(), **costs(problem, self.policy)},
+            "finetuned": tuned,
+            "budget": budget_used(problem, self.policy),
+            "versions": versions(),
+        }
+
+    def _rows(self) -> Iterator[HistoryRow]:
+        for number, trial in enumerate(self.session.trials, 1):
+            weight_bits, activation_bits = self.problem.bit_arrays(trial.policy)
+            yield HistoryRow(
+                self.solver,
+                number,
+                tuple(map(int, weight_bits)),
+                tuple(map(int, activation_bits)),
+                trial.accuracy,
+                trial.loss,
+                trial.cost,
+                trial.feasible,
+                trial.evaluation.divergence,
+            )
+
+
+def solve(
+    problem: Problem,
+    solver: str | type[Solver] | Solver = "ddpg",
+    *,
+    evaluations: int = 200,
+    seed: int = 0,
+    on_trial: Callable[[Trial], None] | None = None,
+    ahead: int = 1,
+    sensitivities: Sensitivities | str = "loss",
+    env: str = "plan",
+    workers: int | None = None,
+) -> Result:
+    """Look for the best policy of a problem. Progress is shown in a terminal and in a notebook.
+
+    Args:
+        problem: What is to be solved.
+        solver: A name (`haq.solvers.SOLVERS`), `module:Name`, a class or an instance.
+        evaluations: How many policies the solver may evaluate.
+        seed: What everything random comes from: the same seed gives the same result.
+        on_trial: Is told every trial, as soon as it is there.
+        ahead: How many policies agents and evolution choose before they learn what the first of them is worth, so that workers
+            have something to do; the result depends on it.
+        sensitivities: What is known of single layers, such as an earlier result's `sensitivities`; or the kind that is to be
+            measured: "loss", "kl", or "hessian", which costs no evaluation.
+        env: The environment of agents: "plan", or "haq" for that of HAQ's paper.
+        workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: For something that is no solver, for numbers out of range, and for whatever the solver refuses.
+        RuntimeError: If the solver evaluated no policy within the budget.
+    """
+    for name, number in (("evaluations", evaluations), ("ahead", ahead)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} is {number!r}; it must be an integer of at least 1")
+    found = base.find_solver(solver)
+    given, kind = None, "loss"
+    if isinstance(sensitivities, Sensitivities):
+        given = sensitivities
+        given.check(problem, given.signature, Path("sensitivities"))
+    else:
+        kind = check_kind(sensitivities)
+    name = found.name or type(found).__name__
+    with _shown() as bar:
+        line = bar.add_task(name, total=evaluations)
+
+        def follow(trial: Trial) -> None:
+            best = "none within it"
+            if session.best is not None:
+                best = percent(session.best.accuracy)
+            share = f"{trial.cost / problem.limit:.3f}"
+            bar.update(line, completed=session.used, accuracy=percent(trial.accuracy), cost=share, best=best)
+            if on_trial is not None:
+                on_trial(trial)
+
+        session = Session(problem, evaluations, follow, given, kind, env=base.check_env(env), ahead=ahead)
+        with working(problem.evaluator, workers):
+            base.solve(found, session, seed)
+    return Result(problem, name, seed, session)
+
+
+def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
+    """Load a quantized network from a file, or from a folder that `Result.save` or a run wrote.
+
+    Args:
+        path: The file, or the folder.
+        network: The float network that it is of; not needed where the file names one that is built in.
+
+    Returns:
+        The quantized network, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: With the reason, if the file is anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        places = [path / QUANTIZED, path / CHECKPOINT]
+        there = [place for place in places if place.is_file()]
+        if not there:
+            raise FileNotFoundError(f"{path} holds no quantized network: neither {QUANTIZED} nor {CHECKPOINT}")
+        path = there[0]
+    return load_quantized(path, network)
+
+
+@contextmanager
+def _shown() -> Iterator[Live]:
+    """Show progress where somebody sees it: in a terminal, and in a notebook."""
+    console = Console(stderr=True)
+    bar = Live(console)
+    bar.disable = not (console.is_terminal or console.is_jupyter)
+    with bar:
+        yield bar

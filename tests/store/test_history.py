@@ -1,0 +1,87 @@
+"""A row of a history is one class, which reads what it writes, to the last bit, and names what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haq.store import history
+from haq.store.history import HEADER, HistoryRow
+
+ROW = HistoryRow("ddpg", 7, (8, 4, 8), (8, 3, 8), 0.925, 0.1 + 0.2, 1.5e-5, True, None)
+LINE = "ddpg,7,8-4-8,8-3-8,0.925,0.30000000000000004,1.5e-05,1,\n"
+WIDTHS = st.lists(st.integers(1, 8), min_size=1, max_size=20).map(tuple)
+POSITIVE = st.floats(0, 1e30, exclude_max=True)
+
+
+def test_a_line_is_what_it_was() -> None:
+    assert HEADER == "solver,evaluation,weight_bits,activation_bits,accuracy,loss,cost,within_budget,divergence\n"
+    assert ROW.line() == LINE
+    assert HistoryRow.parse(LINE[:-1], 3) == ROW
+
+
+@given(
+    st.builds(
+        HistoryRow,
+        st.sampled_from(["ddpg", "sensitivity", "mine:Solver", "my-solver_2.0"]),
+        st.integers(1, 999_999_999),
+        WIDTHS,
+        WIDTHS,
+        st.floats(0, 1),
+        st.floats(-1e-3, 1e30),
+        POSITIVE,
+        st.booleans(),
+        st.none() | POSITIVE,
+    )
+)
+def test_rows_are_read_as_they_are_written(row: HistoryRow) -> None:
+    again = HistoryRow.parse(row.line().removesuffix("\n"))
+    assert again == row
+    assert again.line() == row.line()
+
+
+def test_rows_are_added_and_a_line_that_has_no_end_does_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    history.write(path)
+    assert path.read_text() == HEADER
+    history.append(path, ROW)
+    history.append(path, ROW._replace(evaluation=8, divergence=0.5))
+    with path.open("a") as file:
+        file.write(LINE[:20])
+    rows = history.read(path, 3)
+    assert [(row.evaluation, row.divergence) for row in rows] == [(7, None), (8, 0.5)]
+    history.write(path, rows)
+    assert path.read_text() == HEADER + "".join(row.line() for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("solver", "a b", "the solver is 'a b'"),
+        ("evaluation", "0", "the evaluation is '0', not a number from 1"),
+        ("weight_bits", "9-9-9", "the weight bits are '9-9-9', not widths from 1 to 8"),
+        ("activation_bits", "8-8", "activation bits of 2 layers, the network has 3"),
+        ("accuracy", "1.5", "the accuracy is '1.5', not a number from 0 to 1"),
+        ("loss", "nan", "the loss is 'nan', not a number from 0"),
+        ("cost", "much", "the cost is 'much', not a number from 0"),
+        ("within_budget", "yes", "within_budget is 'yes', not 0 or 1"),
+        ("divergence", "-1", "the divergence is '-1', not a number from 0"),
+    ],
+)
+def test_a_cell_that_is_wrong_is_named(column: str, value: str, sentence: str, tmp_path: Path) -> None:
+    cells = dict(zip(history.COLUMNS, LINE[:-1].split(","), strict=True)) | {column: value}
+    path = tmp_path / "history.csv"
+    path.write_text(HEADER + LINE + ",".join(cells.values()) + "\n")
+    with pytest.raises(ValueError, match="history.csv, line 3: ") as error:
+        history.read(path, 3)
+    assert sentence in str(error.value)
+
+
+def test_better_rows_come_first() -> None:
+    worse = ROW._replace(accuracy=0.9)
+    cheaper = ROW._replace(cost=1e-6)
+    smaller_loss = ROW._replace(loss=0.2)
+    assert sorted([worse, ROW, cheaper, smaller_loss], key=lambda row: row.rank) == [smaller_loss, cheaper, ROW, worse]
