@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from haq.problem.objective import find_objective
 
 import hw_models
 import quantizers as Q
 from haq import data, networks
 from haq.attacks import ATTACKS
 from haq.deployment import EXPORTERS
+from haq.problem.objective import find_objective
 from haq.solvers.base import Session, solve
 from tests.conftest import images, make_problem, small_network
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from haq.console.errors import run_command
-from tests.hw_models.conftest import install
 
 import quantizers as Q
 from haq import deploy, hardware, robustness, search, sweep, train
+from haq.console.errors import run_command
+from tests.hw_models.conftest import install
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("scheme", "model", "target", "solver", "objective", "attack", "exporter", "net", "data")

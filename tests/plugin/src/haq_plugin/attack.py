@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from haq.attacks.base import BLACK, EvaluationAttack
 from torch import Tensor
+
+from haq.attacks.base import BLACK, EvaluationAttack
 
 
 class Corners(EvaluationAttack):

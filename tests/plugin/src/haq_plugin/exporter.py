@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haq.deployment.exporter import OnProgress, Samples, Verdict
 from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment import Exporter
+from haq.deployment.exporter import OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph
 
 

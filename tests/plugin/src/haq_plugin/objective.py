@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from haq.problem.objective import Objective
 from torch import Tensor
+
+from haq.problem.objective import Objective
 
 
 class TopTwo(Objective):
