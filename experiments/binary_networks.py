@@ -280,24 +280,24 @@ CLIPPED = (
 )
 
 
-def optimisers(budget: Budget) -> Made:
-    epochs, width = budget.epochs["a"], budget.wide
+def clipped_run(budget: Budget, estimator: str, clip: bool, uniform: bool = False) -> Callable[[float, int], Run]:
+    """Make what trains with an estimator, whose weights may be clipped and may start anywhere in -1..1."""
 
-    def plain(optimizer: Callable[[float], Optimizers]) -> Callable[[float, int], Run]:
-        return lambda rate, seed: train(budget, linear_network(width, seed, Q.Binary()), [(epochs, optimizer(rate))], seed)
+    def run(rate: float, seed: int) -> Run:
+        network = linear_network(budget.wide, seed, Q.Binary(weight_estimator=estimator), uniform)
+        clipping = None
+        if clip:
+            clipping = Q.clip_weights(network.module)
+        return train(budget, network, [(budget.epochs["a"], adam(rate))], seed, clipping=clipping)
 
-    def with_clipping(estimator: str, clip: bool, uniform: bool = False) -> Callable[[float, int], Run]:
-        def run(rate: float, seed: int) -> Run:
-            network = linear_network(width, seed, Q.Binary(weight_estimator=estimator), uniform)
-            clipping = None
-            if clip:
-                clipping = Q.clip_weights(network.module)
-            return train(budget, network, [(epochs, adam(rate))], seed, clipping=clipping)
+    return run
 
-        return run
 
-    def two_stages(rate: float, seed: int) -> Run:
-        network = linear_network(width, seed, Q.Binary())
+def staged_run(budget: Budget) -> Callable[[float, int], Run]:
+    """Make what trains in two stages."""
+
+    def run(rate: float, seed: int) -> Run:
+        network = linear_network(budget.wide, seed, Q.Binary())
         shares = []
 
         def entering(stage: Q.Stage) -> Optimizers:
@@ -309,19 +309,29 @@ def optimisers(budget: Budget) -> Made:
 
             return made
 
-        stages = Q.two_stages(epochs, rate)
-        run = train(budget, network, [(stage.epochs, entering(stage)) for stage in stages], seed)
+        stages = Q.two_stages(budget.epochs["a"], rate)
+        made = train(budget, network, [(stage.epochs, entering(stage)) for stage in stages], seed)
         if shares:
-            run = run._replace(clipped=100 * shares[0].mean_share)
-        return run
+            made = made._replace(clipped=100 * shares[0].mean_share)
+        return made
+
+    return run
+
+
+def optimisers(budget: Budget) -> Made:
+    epochs, width = budget.epochs["a"], budget.wide
+
+    def plain(optimizer: Callable[[float], Optimizers]) -> Callable[[float, int], Run]:
+        return lambda rate, seed: train(budget, linear_network(width, seed, Q.Binary()), [(epochs, optimizer(rate))], seed)
 
     # The second row of the clipping table is ADAM's of the first one: every run is made once.
-    slope = {(rate, seed): with_clipping("clipped", False)(rate, seed) for rate in COMPARED_RATES["ADAM"] for seed in SEEDS}
+    of_slope = clipped_run(budget, "clipped", False)
+    slope = {(rate, seed): of_slope(rate, seed) for rate in COMPARED_RATES["ADAM"] for seed in SEEDS}
     runs_of: dict[str, Callable[[float, int], Run]] = {
         "ADAM": lambda rate, seed: slope[rate, seed],
         "SGD": plain(sgd),
         "SGD, momentum 0.9": plain(lambda rate: sgd(rate, 0.9)),
-        "ADAM, two stages": two_stages,
+        "ADAM, two stages": staged_run(budget),
     }
     compared = {name: best(rates, runs_of[name]) for name, rates in COMPARED_RATES.items()}
     columns = ("optimizer", "rate", "accuracy", *(f"epochs to {target} %" for target in TARGETS))
@@ -343,7 +353,7 @@ def optimisers(budget: Budget) -> Made:
     for rate in COMPARED_RATES["ADAM"]:
         of = {}
         for name, estimator, clip in CLIPPED:
-            run = with_clipping(estimator, clip)
+            run = clipped_run(budget, estimator, clip)
             if name == "slope":
                 runs = [slope[rate, seed] for seed in SEEDS]
             else:
@@ -356,7 +366,8 @@ def optimisers(budget: Budget) -> Made:
     # The other way to make clipping matter: weights that start all over the interval.
     of, rate = {}, compared["ADAM"][0]
     for name, estimator, clip in (CLIPPED[0], CLIPPED[2]):
-        runs = [with_clipping(estimator, clip, True)(rate, seed) for seed in SEEDS]
+        run = clipped_run(budget, estimator, clip, uniform=True)
+        runs = [run(rate, seed) for seed in SEEDS]
         add(name, "-1..1", rate, runs)
         of[name] = mean(r.test for r in runs)
     shares[f"at {rate:g} from -1..1"] = mean(r.clipped or 0.0 for r in runs)

@@ -92,7 +92,6 @@ def network(norm: bool) -> nn.Sequential:
 
 def train(module: nn.Module, split: data.Split, beta: float, seed: int) -> nn.Module:
     """Train a network in place for one half of the budget."""
-
     penalty = None
     if beta:
         penalty = partial(Q.lipschitz_penalty, beta=beta)

@@ -126,9 +126,14 @@ class Known(haq.Problem):
     """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
 
     def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """of: what a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
-        fraction: the budget, from the cheapest policy (0) to the dearest (1).
-        accuracy, loss: one axis per decision, one entry per option.
+        """Keep what is known of every policy.
+
+        Args:
+            of: What a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
+            title: What it is called.
+            fraction: The budget, from the cheapest policy (0) to the dearest (1).
+            accuracy: One axis per decision, one entry per option.
+            loss: Likewise.
         """
         for field in ("workload", "cost", "bits", "groups", "decisions", "quantization_error", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
