@@ -1,7 +1,7 @@
 """Hardware-aware mixed-precision quantization: a bit width for every layer, with the hardware as judge.
 
-    haq search --hw edge    find a policy under a hardware budget
-    haq report RUN          show what was found on one page
+    haq search --hw edge   find bits under a hardware budget
+    haq report RUN         show what was found on one page
 
 `haq X` is `python -m haq.X`. Each command has its own --help.
 """

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
         "haq search --hw edge --budget 0.5",
         "haq search --hw cloud --budget 0.8ms --solver ilp --finetune-epochs 0",
         "haq search --network mine:net --data mine:splits --metric storage --budget 40kB --scheme kmeans",
-        "haq search --config runs/edge-latency-0.5-ddpg-seed0/config.yaml --seed 1",
-        "haq search --resume runs/edge-latency-0.5-ddpg-seed0",
+        "haq search --config runs/edge/config.yaml --seed 1",
+        "haq search --resume runs/edge",
     ),
 )
 @options_of(SearchConfig)

@@ -1,4 +1,4 @@
-"""The main job in Python, as in a notebook: search a network of one's own, look at what was found, tune it, save it, load it."""
+"""The main job in Python, as in a notebook: search a network of one's own, look at the result, tune it, save it, load it."""
 
 from __future__ import annotations
 
@@ -335,7 +335,8 @@ def test_importing_haq_imports_no_torch() -> None:
         "print(*dir(haq)); print(haq.solvers.SOLVERS.rows(), haq.problem.OBJECTIVES.rows());"
         "assert not {'torch', 'numpy'} & set(sys.modules), 'heavy'"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     named = set(done.stdout.splitlines()[0].split())
     assert {"Problem", "solve", "load", "Result", "Trial", "Solver", "Session", "Objective", "solvers", "networks"} <= named
 

@@ -5,6 +5,7 @@ How a command is written stands in `haq.console.options`.
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from haq.console.output import VERBOSITY
 from haq.console.values import did_you_mean, name_of, option_strings
 
 HELP = {"help_option_names": ["-h", "--help"]}
+DEFINITION = re.compile(r"(\S+(?: \S+)*) {2,}(\S.*)")  # a line of a list: a term, some blanks, its meaning
 COLUMN = 24  # characters of the first column of a help, at most
 
 
@@ -44,6 +46,17 @@ class _Page(click.Command):
         if found is not None:
             found.help = "show this page"
         return found
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the docstring: paragraphs are wrapped, and lines of a term, some blanks and its meaning are a list."""
+        for block in textwrap.dedent(self.help or "").strip().split("\n\n"):
+            rows = [DEFINITION.fullmatch(line.strip()) for line in block.splitlines()]
+            formatter.write_paragraph()
+            with formatter.indentation():
+                if all(rows):
+                    formatter.write_dl([(row[1], row[2]) for row in rows if row])
+                else:
+                    formatter.write_text(" ".join(block.split()))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write arguments and options under their headings, and the examples."""
@@ -86,7 +99,7 @@ class Group(_Page, click.Group):
             **others: What click takes besides.
         """
         others = {"no_args_is_help": False, "context_settings": HELP, **others}
-        super().__init__(name, help=help_text(text), short_help=summary_of(text), **others)
+        super().__init__(name, help=text, short_help=summary_of(text), **others)
         self.examples = tuple(examples)
 
     def add(self, name: str, text: str, *, examples: Sequence[str] = ()) -> Callable[[Callable[..., int]], Command]:
@@ -133,7 +146,7 @@ def command(name: str, text: str | None, *, examples: Sequence[str] = ()) -> Cal
     """
 
     def decorate(function: Callable[..., int]) -> Command:
-        about = {"help": help_text(text), "short_help": summary_of(text), "examples": examples}
+        about = {"help": text, "short_help": summary_of(text), "examples": examples}
         return click.command(name, cls=Command, **about)(function)
 
     return decorate
@@ -143,16 +156,6 @@ def summary_of(text: str | None) -> str:
     """Take the first sentence of a docstring, without the full stop."""
     paragraph = (text or "").strip().partition("\n\n")[0]
     return " ".join(paragraph.split()).rstrip(".")
-
-
-def help_text(text: str | None) -> str:
-    """Make a help of a docstring: blocks that are indented keep their lines, everything else is wrapped."""
-    blocks = []
-    for block in (text or "").strip().split("\n\n"):
-        if block.startswith(" "):
-            block = f"\b\n{textwrap.dedent(block)}"
-        blocks.append(block)
-    return "\n\n".join(blocks)
 
 
 def main_of(cli: click.Command) -> Main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -62,16 +63,19 @@ class Output:
     as_json: bool = False
 
     @classmethod
-    def open(cls, as_json: bool = False) -> Output:
+    def open(cls, as_json: bool = False, width: int | None = None) -> Output:
         """Open the consoles of a command.
 
         Args:
             as_json: Whether stdout is for JSON alone; everything else then goes to stderr.
+            width: Of lines of results that go to a file or a pipe, unless $COLUMNS says one; None for the usual 80.
 
         Returns:
             The two consoles.
         """
         results = Console(stderr=as_json)
+        if width is not None and not results.is_terminal and "COLUMNS" not in os.environ:
+            results = Console(stderr=as_json, width=width)
         notes = Console(stderr=as_json, quiet=VERBOSITY.is_quiet)
         return cls(results, notes, as_json)
 

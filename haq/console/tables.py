@@ -88,17 +88,25 @@ def key_table(rows: Iterable[tuple[str, Any]]) -> Table:
 
 @dataclass
 class Column:
-    """A column that `print_columns` may put into a later part of its table, or fold."""
+    """A column that `print_columns` may put into a later part of its table."""
 
     heading: str
     cells: Sequence[Any]
     justify: Literal["left", "right"] = "left"
+    least: int | None = None  # characters to which it may be wrapped; None: it is never wrapped, as half a number is another
 
     @property
     def width(self) -> int:
         """The width of the widest line in it."""
         texts = [self.heading, *(str(cell) for cell in self.cells)]
         return max(cell_len(printable(line)) for text in texts for line in text.split("\n"))
+
+    @property
+    def needed(self) -> int:
+        """The width that it can't do without, with the gap behind it."""
+        if self.least is None:
+            return self.width + GAP
+        return min(self.width, self.least) + GAP
 
 
 def parts(columns: Sequence[Column], width: int, keys: int = 1) -> list[list[Column]]:
@@ -110,20 +118,19 @@ def parts(columns: Sequence[Column], width: int, keys: int = 1) -> list[list[Col
         keys: How many of the first columns every table begins with.
 
     Returns:
-        The columns of each table. A table with a single column beside its keys may still be too wide: it is folded.
+        The columns of each table. A single column beside the keys may still be too wide: it is wrapped.
     """
     head, rest = list(columns[:keys]), list(columns[keys:])
     # What names the rows leaves room for at least one thing that is said about them.
-    used_by_keys = min(sum(column.width + GAP for column in head), width // 2) + EDGES
+    room = width - EDGES - min(_width(head), width // 2)
     found: list[list[Column]] = []
     free = 0
     for column in rest:
-        needed = column.width + GAP
-        if not found or needed > free:
+        if not found or column.needed > free:
             found.append(list(head))
-            free = width - used_by_keys
+            free = room
         found[-1].append(column)
-        free -= needed
+        free -= column.needed
     return found or [head]
 
 
@@ -156,14 +163,20 @@ def print_columns(
             table.title = plain(title)
         if number == len(tables) - 1 and caption:
             table.caption = plain(caption)
-        whole = sum(column.width + GAP for column in part) + EDGES <= console.width
+        are_names_wrapped = _width(part[:keys]) > console.width // 2
+        is_alone = len(part) == keys + 1
         for index, column in enumerate(part):
-            # Only names are folded: half of a number would be another number.
-            folded = not whole and (index < keys or column.justify == "left")
-            table.add_column(plain(column.heading), justify=column.justify, no_wrap=not folded, overflow="fold")
+            wraps = column.least is not None or (is_alone and column.justify == "left")
+            if index < keys:
+                wraps = are_names_wrapped
+            table.add_column(plain(column.heading), justify=column.justify, no_wrap=not wraps, overflow="fold")
         rows = len(part[0].cells)
         for row in range(rows):
             if row in sections or (totals and row == rows - totals):
                 table.add_section()
             table.add_row(*(plain(column.cells[row]) for column in part))
         console.print(table)
+
+
+def _width(columns: Sequence[Column]) -> int:
+    return sum(column.width + GAP for column in columns)

@@ -18,8 +18,8 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
     """Read all there is into memory.
 
     Args:
-        data: A tensor of inputs; a pair of tensors, inputs and labels; a Dataset of single inputs or of pairs (input, label); a
-            DataLoader, or another iterable, of batches of inputs or of (inputs, labels).
+        data: A tensor of inputs; a pair of tensors, inputs and labels; a Dataset of single inputs or of pairs
+            (input, label); a DataLoader, or another iterable, of batches of inputs or of (inputs, labels).
         name: What the data are called in messages.
 
     Returns:

@@ -84,7 +84,7 @@ class Evaluator:
             labels: Integers of shape (images,). Without them the teacher's answers are taken.
             teacher: A network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network).
             tune: Makes of the network, at a policy's bits, the one that is judged (a copy).
-            objective: What is correct, and how large the loss is; if nothing is given, accuracy with labels, agreement without.
+            objective: What is correct, and how large the loss is; None is accuracy with labels, agreement without.
             kept_bytes: Limit of the activations kept between evaluations, all batches together.
 
         Raises:
@@ -310,8 +310,8 @@ class Evaluator:
 def one_thread() -> Iterator[None]:
     """Compute with one thread within.
 
-    Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations don't wait
-    for others' threads.
+    Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations
+    don't wait for others' threads.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -40,8 +40,8 @@ class Objective:
         words: What it measures, in words.
         short: What it is called at the head of a table's column.
         needs_labels: Whether images must have labels.
-        compares_with_float: Whether labels are the float network's answers and the loss is the divergence from its outputs; the
-            float network itself then has 1 and 0.
+        compares_with_float: Whether labels are the float network's answers and the loss is the divergence from its
+            outputs; the float network itself then has 1 and 0.
         attacked: Whether images are attacked too, by `proxy`.
         also: Objectives that are measured beside this one when a result is reported.
         note: What must be said below a table of results.
@@ -204,8 +204,8 @@ class RobustAccuracy(Objective):
     """The share of images that are classified correctly both as they are and attacked.
 
     The loss is the mean of the larger one of an image's two cross-entropies. The attack is a cheap one, made anew for every
-    policy's network with gradients straight through its quantizers. What it doesn't break may still be broken, above all at few
-    bits: verify what was found with a full suite of attacks, python -m haq.robustness RUN --attacks full.
+    policy's network with gradients straight through its quantizers. What it doesn't break may still be broken, above all at
+    few bits: verify what was found with a full suite of attacks, python -m haq.robustness RUN --attacks full.
     """
 
     name = "accuracy+robust"

@@ -24,7 +24,7 @@ class Kept:
     states: dict[int, tuple[State, list[int]]] = field(default_factory=dict)  # with the versions of their tensors
 
     def latest(self, bits: list[Any]) -> int:
-        """The last cut that can be started from at these bits; 0, the input, if there is none."""
+        """Find the last cut that can be started from at these bits; 0, the input, if there is none."""
         pairs = zip(self.bits, bits, strict=False)
         common = next((call for call, (before, now) in enumerate(pairs) if before != now), min(len(self.bits), len(bits)))
         # An activation that a later operation wrote over (a ReLU in place, a quantizer's memory) has another version.
@@ -40,9 +40,15 @@ class Prefix:
     """
 
     def __init__(self, network: nn.Module, batches: Sequence[Tensor], memory_bytes: int) -> None:
-        """`memory_bytes` limits what is kept of all batches together; the smallest states are kept first.
+        """Cut a network.
 
-        Raises ValueError if the network can't be cut: torch.fx doesn't follow it, or what it follows is something else.
+        Args:
+            network: Quantized.
+            batches: Its inputs.
+            memory_bytes: Limits what is kept of all batches together; the smallest states are kept first.
+
+        Raises:
+            ValueError: If the network can't be cut: torch.fx doesn't follow it, or what it follows is something else.
         """
         self.network, self.batches = network, batches
         self.stages, self.layers, names = _cut(network)
@@ -54,10 +60,12 @@ class Prefix:
         self.cuts = _fitting(sizes, memory_bytes / images)
 
     def forward(self, batch: int) -> Tensor:
-        """The outputs of one batch at the network's present bits: bit for bit those of the network itself."""
+        """Compute the outputs of one batch at the network's present bits: bit for bit those of the network itself."""
         kept, bits = self.kept[batch], self._bits()
         start = kept.latest(bits)
-        state = kept.states[start][0] if start else (self.batches[batch],)
+        state: State = (self.batches[batch],)
+        if start:
+            state = kept.states[start][0]
         # In this order, so that what is kept fits the bits whenever this is interrupted.
         kept.states = {cut: held for cut, held in kept.states.items() if cut <= start}
         kept.bits = bits
@@ -90,8 +98,15 @@ class _Tracer(fx.Tracer):
 
 
 def _cut(network: nn.Module) -> tuple[list[fx.GraphModule], list[list[QuantLayer]], list[list[str]]]:
-    """One graph per call of quantized layers, the layers of each (more than one, where they are in a module that is not
-    looked into), and the names of the values at every cut."""
+    """Cut a network before every call of quantized layers.
+
+    Returns:
+        One graph per call, the layers of each (more than one, where they are in a module that is not looked into), and the
+        names of the values at every cut.
+
+    Raises:
+        ValueError: If torch.fx doesn't follow the network.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,11 +133,17 @@ def _cut(network: nn.Module) -> tuple[list[fx.GraphModule], list[list[QuantLayer
             if node not in copies:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         last = number == len(ends) - 1
-        results = output.args if last else alive[number]
+        results = output.args
+        if not last:
+            results = tuple(alive[number])
         graph.output(fx.node.map_arg(tuple(results), copies.__getitem__))
         stages.append(fx.GraphModule(network, graph))
-        names.append(["output"] if last else [node.name for node in alive[number]])
-        before, begin = ([] if last else alive[number]), end
+        if last:
+            names.append(["output"])
+        else:
+            names.append([node.name for node in alive[number]])
+            before = alive[number]
+        begin = end
     return stages, [inside[nodes[place]] for place in calls], names
 
 
@@ -133,8 +154,10 @@ def _quant_layers(network: nn.Module, node: fx.Node) -> list[QuantLayer]:
 
 
 def _fitting(sizes: list[dict[str, int]], limit: float) -> frozenset[int]:
-    """The cuts that fit into `limit` bytes, smallest first and later ones (which save more) before earlier; a value that is
-    alive at several cuts takes its place once."""
+    """Choose the cuts that fit into `limit` bytes, smallest first and later ones (which save more) before earlier.
+
+    A value that is alive at several cuts takes its place once.
+    """
     chosen: set[int] = set()
     held: dict[str, int] = {}
     for cut, values in sorted(enumerate(sizes, 1), key=lambda item: (sum(item[1].values()), -item[0])):
@@ -149,7 +172,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _versions(state: State) -> list[int]:
-    """torch counts in-place changes of a tensor, together with those of its views."""
+    """Tell how often tensors were changed in place: torch counts it, together with changes of their views."""
     return [tensor._version for tensor in _tensors(state)]
 
 

@@ -75,8 +75,8 @@ class Problem:
 
         Args:
             network: Classifies; it is copied, never changed. Everything is computed on the device it is on.
-            calibrate: Inputs that set the activation scales: a tensor, a Dataset, a DataLoader, or another iterable of batches;
-                labels beside them play no part. All there is is kept in memory.
+            calibrate: Inputs that set the activation scales: a tensor, a Dataset, a DataLoader, or another iterable of
+                batches; labels beside them play no part. All there is is kept in memory.
             search: Held-out inputs and labels: a pair of tensors, a Dataset of pairs (input, label), a DataLoader, or another
                 iterable of such batches. Inputs alone are enough for an objective that needs no labels. Kept in memory.
             target: A hardware target, or the name of one (`hw_models.load_target`).
@@ -155,7 +155,7 @@ class Problem:
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
         """Put the same problem on another target, within another budget.
 
-        What a policy's accuracy depends on (the network, the images, the scales) and everything evaluated is shared by the two.
+        Both share what a policy's accuracy depends on (the network, the images, the scales) and everything evaluated.
 
         Args:
             target: A hardware target, or the name of one.

@@ -57,17 +57,28 @@ def check_widths(schemes: Mapping[str, Q.Scheme], bits: tuple[int, int], pinned:
     """
     for name, scheme in schemes.items():
         if name in pinned:
+            w, a = pinned[name]
             try:
-                scheme.check(*pinned[name])
+                scheme.check(w, a)
             except ValueError as error:
-                raise ValueError(f"layer {name!r} is fixed at {pinned[name]}: {error}") from error
-            continue
-        meant = [width for width in WIDTHS if takes(scheme, width, None)]
-        low, high = bits
-        if missing := [width for width in range(low, high + 1) if width not in meant]:
+                raise ValueError(f"layer {name!r} is fixed at {w}/{a}: {error}") from error
+        else:
+            _check_range(name, scheme, bits)
+
+
+def _check_range(name: str, scheme: Q.Scheme, bits: tuple[int, int]) -> None:
+    """Raise ValueError if a width within a range means nothing in a layer's scheme, whatever the other operand has."""
+    low, high = bits
+    of_weights = [width for width in WIDTHS if takes(scheme, width, None)]
+    of_inputs = [width for width in WIDTHS if takes(scheme, None, width)]
+    for operand, widths in (("weights", of_weights), ("inputs", of_inputs)):
+        missing = [width for width in range(low, high + 1) if width not in widths]
+        if missing:
+            amount = f"{missing[0]} bits"
+            if missing[0] == 1:
+                amount = "1 bit"
             raise ValueError(
-                f"scheme {scheme.name!r} of layer {name!r} has no weights of {missing[0]} bits: choose --bits "
-                f"{_range_of(meant)}"
+                f"scheme {scheme.name!r} of layer {name!r} has no {operand} of {amount}: choose --bits {_range_of(widths)}"
             )
 
 

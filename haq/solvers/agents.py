@@ -126,7 +126,7 @@ class Learner:
 
     @property
     def may_choose(self) -> bool:
-        """Whether another policy may be chosen before the first of those that wait is learned from."""
+        """Say whether another policy may be chosen before the first of those that wait is learned from."""
         new = {episode.policy for episode in self.waiting if not self.session.seen(episode.policy)}
         return len(self.waiting) < self.session.ahead and len(new) < self.session.left
 
@@ -168,8 +168,13 @@ class Learner:
         )
 
     def restore(self) -> bool:
-        """Go on from the checkpoint, if there is one: agent, replay buffer and every random state. What was evaluated until
-        then is asked for again, in its order, so that the session counts it."""
+        """Go on from the checkpoint, if there is one: agent, replay buffer and every random state.
+
+        What was evaluated until then is asked for again, in its order, so that the session counts it.
+
+        Returns:
+            Whether there was one.
+        """
         if self.session.checkpoint is None or (content := self.session.checkpoint.read()) is None:
             return False
         with self.session.checkpoint.fitting():
@@ -199,17 +204,20 @@ class Learner:
         steps = len(episode.actions)
         for step in range(steps):
             done = step == steps - 1
+            reward = 0.0
+            if done:
+                reward = episode.reward
             self.agent.replay_buffer.add(
                 episode.observations[step][None],
                 episode.observations[step + 1][None],
                 episode.actions[step][None],
-                np.array([episode.reward if done else 0.0]),
+                np.array([reward]),
                 np.array([done]),
                 [{}],
             )
 
     def _variables(self) -> list[Tensor]:
-        """What an agent learns beside its networks (SAC: the logarithm of the entropy's weight)."""
+        """List what an agent learns beside its networks (SAC: the logarithm of the entropy's weight)."""
         return [operator.attrgetter(name)(self.agent).data for name in self.agent._get_torch_save_params()[1]]
 
 
@@ -356,7 +364,15 @@ def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Ses
 
 
 def make_agent(kind: type[OffPolicyAlgorithm], env: gymnasium.Env, steps: int, seed: int, episodes: int) -> OffPolicyAlgorithm:
-    """An agent of Stable-Baselines3 with HAQ's networks, that learns from whole episodes."""
+    """Make an agent of Stable-Baselines3 with HAQ's networks, that learns from whole episodes.
+
+    Args:
+        kind: Its class.
+        env: The environment that it learns in.
+        steps: Steps of an episode.
+        seed: What everything random comes from.
+        episodes: How many the replay buffer holds.
+    """
     agent = kind(
         "MlpPolicy",
         env,
@@ -375,7 +391,7 @@ def make_agent(kind: type[OffPolicyAlgorithm], env: gymnasium.Env, steps: int, s
 
 
 def play(env: gymnasium.Env, act: Callable[[int, Floats], Floats]) -> Episode:
-    """An episode of what `act` does at each step, which it is told, with what is seen there."""
+    """Play an episode of what `act` does at each step, which it is told, with what is seen there."""
     observations, actions = [env.reset()[0]], list[Floats]()
     done, reward, info = False, 0.0, dict[str, Any]()
     while not done:
@@ -387,7 +403,7 @@ def play(env: gymnasium.Env, act: Callable[[int, Floats], Floats]) -> Episode:
 
 
 def follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, Floats], Floats]:
-    """What decides just this policy."""
+    """Make what decides just this policy."""
 
     def act(step: int, observation: Floats) -> Floats:
         w, a = policy[env.next_layer()]
@@ -399,9 +415,9 @@ def follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, F
 
 
 def _as_tensors(episode: Episode) -> dict[str, Any]:
-    """An episode as plain data and tensors."""
+    """Put an episode into plain data and tensors."""
     return {
-        "policy": {name: list(bits) for name, bits in episode.policy.items()},
+        "policy": episode.policy.to_dict(),
         "observations": torch.from_numpy(episode.observations),
         "actions": torch.from_numpy(episode.actions),
         "reward": episode.reward,
@@ -410,7 +426,7 @@ def _as_tensors(episode: Episode) -> dict[str, Any]:
 
 
 def _from_tensors(kept: dict[str, Any]) -> Episode:
-    policy = Q.BitPolicy({name: tuple(bits) for name, bits in kept["policy"].items()})
+    policy = Q.BitPolicy.from_dict(kept["policy"])
     return Episode(policy, kept["observations"].numpy(), kept["actions"].numpy(), kept["reward"], kept["saturated"])
 
 
@@ -421,11 +437,24 @@ def imagine(
     sigma: float,
     draws: np.random.Generator,
 ) -> list[Episode]:
-    """Play one episode with each player without evaluating anything: a quarter of them around the actor's actions, a quarter
-    at random, and half with the bits of one of the best episodes, some of which are drawn or planned anew."""
+    """Play one episode with each player without evaluating anything.
+
+    A quarter of them are played around the actor's actions, a quarter at random, and half with the bits of one of the best
+    episodes, some of which are drawn or planned anew.
+
+    Args:
+        agent: Chooses actions.
+        players: Environments.
+        episodes: What was played and evaluated so far.
+        sigma: Of the noise around the actor's actions.
+        draws: What is drawn from.
+    """
     best = sorted(episodes, key=lambda episode: -episode.reward)[:ELITE]
     observations = [np.array([player.reset()[0] for player in players])]
-    guides = [best[int(draws.integers(len(best)))] if best and i % 2 else None for i in range(len(players))]
+    guides: list[Episode | None] = [None] * len(players)
+    if best:
+        for i in range(1, len(players), 2):
+            guides[i] = best[int(draws.integers(len(best)))]
     actions: list[Floats] = []
     policies: list[Q.BitPolicy] = []
     for _ in players[0].decisions:
@@ -435,7 +464,9 @@ def imagine(
             if i % 4 == 0:
                 noisy[i] = draws.uniform(-1, 1, 2)
             elif guide is not None and draws.random() < CHANGED[i % len(CHANGED)]:
-                noisy[i] = draws.uniform(-1, 1, 2) if draws.random() < 0.5 else 0
+                noisy[i] = 0
+                if draws.random() < 0.5:
+                    noisy[i] = draws.uniform(-1, 1, 2)
             elif guide is not None:
                 w, a = guide.policy[player.next_layer()]
                 assert w is not None
@@ -455,7 +486,7 @@ def imagine(
 
 @torch.no_grad()
 def expected(agent: OffPolicyAlgorithm, episodes: list[Episode]) -> Floats:
-    """What the critic expects of episodes, the mean over their steps, each of which it is asked about."""
+    """Tell what the critic expects of episodes: the mean over their steps, each of which it is asked about."""
     observations = torch.as_tensor(np.stack([episode.observations[:-1] for episode in episodes]))
     actions = torch.as_tensor(np.stack([episode.actions for episode in episodes]))
     values = torch.stack(agent.critic(observations.flatten(0, 1), actions.flatten(0, 1)))  # type: ignore[attr-defined]
@@ -464,9 +495,14 @@ def expected(agent: OffPolicyAlgorithm, episodes: list[Episode]) -> Floats:
 
 
 def truncated_normal(mean: Floats, sigma: float, draws: np.random.Generator) -> Floats:
-    """Draws around actions, cut off where they would leave [-1, 1], by the inverse of the distribution function.
+    """Draw around actions, cut off where they would leave [-1, 1], by the inverse of the distribution function.
 
     Unlike noise that is added and clipped, it puts no weight on the bounds themselves.
+
+    Args:
+        mean: The actions.
+        sigma: Standard deviation before it is cut off.
+        draws: What is drawn from.
     """
     low, high = ndtr((-1 - mean) / sigma), ndtr((1 - mean) / sigma)
     drawn = mean + sigma * ndtri(low + (high - low) * draws.random(mean.shape))

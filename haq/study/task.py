@@ -23,13 +23,12 @@ from haq.problem.problem import Problem
 from haq.problem.schemes import AnyScheme, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
-from haq.study.config import SearchConfig
+from haq.study.config import LINEAR, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
 CALIBRATION = 512  # images of the train split
-LINEAR = "linear"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from hw_models.workload import Call, Layer, Size, end_padding
 
-MAX_BITS = 8
 # The largest bytes that kernels multiply are 255 and 128; their sum over the taps must fit into 32 bits.
 MAX_TAPS = (2**31 - 1) // (255 * 128)
 

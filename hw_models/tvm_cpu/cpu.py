@@ -80,8 +80,8 @@ class Cpu:
     def dot(self) -> str:
         """How four products of bytes are summed.
 
-        At once by `vnni` (unsigned by signed) or `sdot` (signed by signed), two of 16 bits at a time by `madd` (any x86), or by
-        `plain` multiplications.
+        At once by `vnni` (unsigned by signed) or `sdot` (signed by signed), two of 16 bits at a time by `madd` (any x86),
+        or by `plain` multiplications.
         """
         if self.has("avx512vnni"):
             return "vnni"

@@ -21,12 +21,14 @@ rounding half to even to the codes of the next layer. Sums don't wrap: `Conv` re
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hw_models.storage import BITS
 from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Epilogue, Output, segments
 from hw_models.tvm_cpu.conv import Conv, border_sums
 from hw_models.tvm_cpu.cpu import Cpu
@@ -42,14 +44,17 @@ MOST_PAIRS = 8
 
 @dataclass(frozen=True)
 class Direct(Kernel):
-    """A convolution over the image as it lies; `how` is `bytes`, `packed`, `bits` or `float`, `tile` pixels down and across
-    by blocks of 16 output channels."""
+    """A convolution over the image as it lies.
+
+    `how` is `bytes`, `packed`, `bits` or `float`, `tile` pixels down and across by blocks of 16 output channels.
+    """
 
     how: str = "bytes"
     tile: tuple[int, int, int] = (1, 4, 4)
 
     @property
     def name(self) -> str:
+        """Its family, what it is for, and its tile."""
         kinds = {"bytes": "int8", "packed": f"packed w{self.w_bits}", "bits": f"bits w{self.w_bits}a{self.a_bits}"}
         return f"{kinds.get(self.how, self.how)} {'x'.join(map(str, self.tile))}"
 
@@ -85,12 +90,16 @@ class Direct(Kernel):
     @property
     def _elements(self) -> int:
         """Of a chunk, in the image: bytes, words or numbers."""
-        return self.a_bits if self.how == "bits" else self._chunk
+        if self.how == "bits":
+            return self.a_bits
+        return self._chunk
 
     @property
     def _parts(self) -> int:
         """Chunks whose weights share a vector."""
-        return 8 // self.w_bits if self.how == "packed" else 1
+        if self.how == "packed":
+            return 8 // self.w_bits
+        return 1
 
     @property
     def _runs(self) -> tuple[int, int]:
@@ -126,30 +135,21 @@ class Direct(Kernel):
         return self._zero != 0 or self.cpu.dot == "sdot"
 
     def arguments(self) -> dict[str, list[Argument]]:
+        """List the buffers of what comes before the convolution, if anything does, and of the convolution."""
         conv = self.conv
-        (high, wide), (height, width) = self._padded_size, conv.output_size
-        image = Argument("padded", (conv.batch, high, wide, conv.groups, self._chunks * self._chunk), self._dtype)
+        high, wide = self._padded_size
+        height, width = conv.output_size
+        image = self._image()
         stages: dict[str, list[Argument]] = {}
-        if self.how == "bits":
-            image = Argument("planes", (conv.batch, high, wide, conv.groups, self._chunks, self.a_bits), "uint32")
+        if not self._prepared:
             stages["prepare"] = [self._input(), image]
-        elif self._prepared:
-            image = self._input()
-        else:
-            stages["prepare"] = [self._input(), image]
-        vectors = conv.groups * self._blocks * conv.kernel[0] * self._runs[0] * self._vectors_of_run
-        if self.how == "bits":
-            main = [image, Argument("weights", (vectors, self.w_bits, LANES), "uint32")]
-        elif self.how == "float":
-            main = [image, Argument("weights", (vectors, LANES), "float32")]
-        elif self.cpu.dot == "madd":
-            main = [image, Argument("weights", (vectors, 2, LANES, 2), "int16")]
-        else:
-            main = [image, Argument("weights", (vectors, LANES * 4), "int8")]
+        main = [image, self._weights()]
         if self._row_sums:
             sums = Argument("row_sums", (conv.batch, height, width, conv.groups), "int32")
-            pixels = [] if self._flat else [Argument("pixel_sums", (conv.batch, high, wide, conv.groups), "int32")]
-            stages["sums"] = [image, *pixels, sums]
+            stages["sums"] = [image, sums]
+            if not self._flat:
+                pixels = Argument("pixel_sums", (conv.batch, high, wide, conv.groups), "int32")
+                stages["sums"] = [image, pixels, sums]
             main.append(sums)
         if self._initial:
             main.append(Argument("initial", (conv.groups, self._blocks * LANES), "int32"))
@@ -159,6 +159,27 @@ class Direct(Kernel):
             main += [Argument("rows", (height,), "int32"), Argument("columns", (width,), "int32")]
         stages["main"] = main + self._ends()
         return stages
+
+    def _image(self) -> Argument:
+        """The image as the convolution reads it."""
+        conv = self.conv
+        if self.how == "bits":
+            return Argument("planes", (conv.batch, *self._padded_size, conv.groups, self._chunks, self.a_bits), "uint32")
+        if self._prepared:
+            return self._input()
+        channels = self._chunks * self._chunk
+        return Argument("padded", (conv.batch, *self._padded_size, conv.groups, channels), self._dtype)
+
+    def _weights(self) -> Argument:
+        conv = self.conv
+        vectors = conv.groups * self._blocks * conv.kernel[0] * self._runs[0] * self._vectors_of_run
+        if self.how == "bits":
+            return Argument("weights", (vectors, self.w_bits, LANES), "uint32")
+        if self.how == "float":
+            return Argument("weights", (vectors, LANES), "float32")
+        if self.cpu.dot == "madd":
+            return Argument("weights", (vectors, 2, LANES, 2), "int16")
+        return Argument("weights", (vectors, LANES * 4), "int8")
 
     # Weights
 
@@ -180,11 +201,7 @@ class Direct(Kernel):
         w = w.reshape(conv.groups, self._blocks, LANES, self._chunks, size, kh, kw).transpose(0, 1, 5, 6, 3, 2, 4)
         w = w.reshape(conv.groups, self._blocks, kh, self._runs[0], self._runs[1], LANES, size)
         if self.how == "bits":
-            # A weight of +1 is a bit that is set; channels that aren't there have none.
-            codes = (w > 0).astype(np.uint32) if self.w_bits == 1 else w.astype(np.uint32)
-            planes = (codes[..., None, :, :] >> np.arange(self.w_bits, dtype=np.uint32)[:, None, None]) & 1
-            made["weights"] = (planes.astype(np.uint64) << np.arange(WORD, dtype=np.uint64)).sum(-1).astype(np.uint32)
-            made["weights"] = made["weights"].reshape(-1)
+            made["weights"] = self._planes(w)
             if self._bipolar and self.w_bits == 1:
                 made["initial"] = by_group(np.full(conv.out_channels, conv.taps))
             elif self._bipolar:
@@ -195,8 +212,9 @@ class Direct(Kernel):
             return made
         if self.how == "float":
             return {"weights": w}
-        parts, rest = self._parts, -self._runs[1] % self._parts
         if self.how == "packed":
+            parts = self._parts
+            rest = -self._runs[1] % parts
             w = np.pad(w, [(0, 0)] * 4 + [(0, rest), (0, 0), (0, 0)])
             w = w.reshape(*w.shape[:4], -1, parts, LANES, 4) & (2**self.w_bits - 1)
             w = (w << (self.w_bits * np.arange(parts))[:, None, None]).sum(-3).astype(np.uint8).view(np.int8)
@@ -210,6 +228,16 @@ class Direct(Kernel):
             made["initial"] <<= 8 - self.w_bits
         return made
 
+    def _planes(self, w: NDArray[Any]) -> NDArray[np.uint32]:
+        """The bits of weights whose last axis are the channels of a chunk, a word for each plane."""
+        if self.w_bits == 1:
+            # A weight of +1 is a bit that is set; channels that aren't there have none.
+            w = w > 0
+        codes = w.astype(np.uint32)
+        planes = (codes[..., None, :, :] >> np.arange(self.w_bits, dtype=np.uint32)[:, None, None]) & 1
+        words = (planes.astype(np.uint64) << np.arange(WORD, dtype=np.uint64)).sum(-1)
+        return words.astype(np.uint32).reshape(-1)
+
     # Code
 
     def _prepare(self, b: Builder, buffers: dict[str, Any]) -> None:
@@ -220,11 +248,17 @@ class Direct(Kernel):
 
     def _pack(self, b: Builder, buffers: dict[str, Any]) -> None:
         """Bytes to planes of bits: a word for each plane of 32 channels. Padding has no bits set."""
-        conv, T = self.conv, b.T
-        (height, width), (high, wide) = conv.input_size, self._padded_size
+        conv = self.conv
+        T = b.T
+        height, width = conv.input_size
+        high, wide = self._padded_size
         top, left = conv.padding
         pixel = conv.groups * self._chunks * self.a_bits
-        source, planes = buffers["input"], buffers["planes"]
+        source = buffers["input"]
+        planes = buffers["planes"]
+        no_bits = 0  # a byte without any
+        if self._zero == 128:
+            no_bits = 128
 
         def clear(at: Any, count: int) -> None:
             if count:
@@ -247,8 +281,7 @@ class Direct(Kernel):
                             self._words(b, b.vector(source, start + chunk * WORD, WORD), planes, to + chunk * self.a_bits)
                     if rest:
                         some = T.alloc_buffer((WORD,), "uint8")
-                        # A byte without any bits.
-                        b.put(some, 0, b.splat(128 if self._zero == 128 else 0, "uint8", WORD), WORD)
+                        b.put(some, 0, b.splat(no_bits, "uint8", WORD), WORD)
                         done = 0
                         for size in (16, 8, 4, 2, 1):
                             if rest & size:
@@ -262,7 +295,9 @@ class Direct(Kernel):
         if self._zero == 128:
             x = x ^ b.splat(128, "uint8", WORD)
         for plane in range(self.a_bits):
-            position = 1 if self._bipolar else plane
+            position = plane
+            if self._bipolar:
+                position = 1
             if self.cpu.gathers_signs:
                 # Bytes have no shift of their own: what comes over from a neighbour is below the top bit.
                 words = T.reinterpret("uint32x8", x) << b.splat(7 - position, "uint32", 8)
@@ -279,13 +314,18 @@ class Direct(Kernel):
 
     def _sums(self, b: Builder, buffers: dict[str, Any]) -> None:
         """The sum of the activations that meet each output, for weights of one bit: w = 2 bit - 1."""
-        conv, T = self.conv, b.T
+        conv = self.conv
+        T = b.T
         high, wide = self._padded_size
-        (height, width), (kh, kw) = conv.output_size, conv.kernel
+        height, width = conv.output_size
+        kh, kw = conv.kernel
         planes = buffers["planes"]
-        negative = [self.signed and plane == self.a_bits - 1 for plane in range(self.a_bits)]
-        worth = [-(2**plane) if negative[plane] else 2**plane for plane in range(self.a_bits)]
-        sums = buffers["row_sums" if self._flat else "pixel_sums"]
+        worth = [2**plane for plane in range(self.a_bits)]
+        if self.signed:
+            worth[-1] *= -1
+        sums = buffers["row_sums"]
+        if not self._flat:
+            sums = buffers["pixel_sums"]
         with b.loop(conv.batch * high * wide * conv.groups) as pixel:
             # As many words at once as hold a whole number of chunks.
             at_once = LANES // self.a_bits
@@ -298,7 +338,7 @@ class Direct(Kernel):
                 worths = T.Shuffle([b.const(value, "int32") for value in worth * at_once], list(range(lanes)))
                 with b.loop(whole) as step:
                     words = b.vector(planes, pixel * self._chunks * self.a_bits + step * lanes, lanes)
-                    ones = T.popcount(words).astype(f"int32x{lanes}") * (worths if lanes > 1 else b.const(worth[0], "int32"))
+                    ones = T.popcount(words).astype(f"int32x{lanes}") * worths
                     b.put(counts, 0, b.vector(counts, 0, lanes) + ones, lanes)
                 total = T.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.add.v{lanes}i32", b.vector(counts, 0, lanes))
             for chunk in range(whole * at_once, self._chunks):
@@ -318,28 +358,39 @@ class Direct(Kernel):
             T.buffer_store(buffers["row_sums"], total, [((image * height + y) * width + x) * conv.groups + group])
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
-        conv, threads = self.conv, self.cpu.threads
+        conv = self.conv
         down, across, blocks = self.tile
-        images, (height, width) = conv.batch, conv.output_size
+        images = conv.batch
+        height, width = conv.output_size
         if self._flat:
-            images, height, width = 1, 1, images * height * width
+            width = images * height * width
+            images = height = 1
         spans = segments(self._blocks, blocks)
         partial = self._outputs % LANES
         if partial and spans[-1][1] > 1:
             # The last block has channels that don't exist: its code is another.
             start, rounds, size = spans[-1]
             spans[-1:] = [(start, rounds - 1, size), (start + (rounds - 1) * size, 1, size)]
-        by_block = threads > 1 and sum(rounds for _, rounds, _ in spans) >= threads
+        # Threads share the blocks if there are enough, otherwise the rows, otherwise the columns of a single row.
+        of_blocks = of_rows = 1
+        if sum(rounds for _, rounds, _ in spans) >= self.cpu.threads:
+            of_blocks = self.cpu.threads
+        else:
+            of_rows = self.cpu.threads
         with b.loop(images) as image, b.loop(conv.groups) as group:
             for index, (first, rounds, size) in enumerate(spans):
-                count = partial if partial and index == len(spans) - 1 else LANES
-                with b.loop(rounds, threads if by_block else 1) as step:
+                count = LANES
+                if partial and index == len(spans) - 1:
+                    count = partial
+                with b.loop(rounds, of_blocks) as step:
                     block = first + step * size
                     for y0, y_rounds, rows in segments(height, down):
-                        with b.loop(y_rounds, 1 if by_block else threads) as y_step:
+                        of_columns = 1
+                        if y_rounds == 1:
+                            of_columns = of_rows
+                        with b.loop(y_rounds, of_rows) as y_step:
                             for x0, x_rounds, columns in segments(width, across):
-                                wide = threads if not by_block and y_rounds == 1 else 1
-                                with b.loop(x_rounds, wide) as x_step:
+                                with b.loop(x_rounds, of_columns) as x_step:
                                     corner = image, y0 + y_step * rows, x0 + x_step * columns
                                     self._tile(b, buffers, group, block, size, count, corner, (rows, columns))
 
@@ -361,26 +412,24 @@ class Direct(Kernel):
         tile: tuple[int, int],
     ) -> None:
         """The outputs of a tile of pixels, from `corner` on, in some blocks of channels; the last has `count` of them."""
-        conv, T = self.conv, b.T
+        conv = self.conv
+        T = b.T
         image, y, x = corner
-        (high, wide), (height, width) = self._padded_size, conv.output_size
+        high, wide = self._padded_size
+        height, width = conv.output_size
         if self._flat:
-            high, wide, height, width = 1, conv.batch * high * wide, 1, conv.batch * height * width
+            wide = conv.batch * high * wide
+            width = conv.batch * height * width
+            high = height = 1
         pixels = list(np.ndindex(*tile))
-        # One array of sums for each pixel: of a larger one the compiler would not make registers.
-        dtype = "float32" if self.how == "float" else "int32"
-        sums = [T.alloc_buffer((blocks * LANES,), dtype) for _ in pixels]
         first = (group * self._blocks + block) * LANES
-        zeros = b.splat(0, dtype)
-        starts = self.how != "bits" and self._initial
-        for at in range(0, blocks * LANES, LANES):
-            start = b.vector(buffers["initial"], first + at, LANES) if starts else zeros
-            for s in sums:
-                b.put(s, at, start, LANES)
+        sums = self._start(b, buffers, len(pixels), blocks, first)
         pixel = conv.groups * self._chunks * self._elements
         outputs = range(blocks)
         steps = conv.kernel[0] * self._runs[0] * self._vectors_of_run
-        shifts = range(self.w_bits + self.a_bits - 2, -1, -1) if self.how == "bits" else (0,)
+        shifts = range(1)
+        if self.how == "bits":
+            shifts = range(self.w_bits + self.a_bits - 2, -1, -1)
         for shift in shifts:
             if shift != shifts[0]:
                 for s in sums:
@@ -404,8 +453,25 @@ class Direct(Kernel):
                 value = b.vector(s, index * LANES, LANES)
                 value = T.bind(self._true(b, buffers, value, first + index * LANES, group, at, y + dy, x + dx))
                 channel = group * self._outputs + (block + index) * LANES
-                some = count if index == blocks - 1 else LANES
+                some = LANES
+                if index == blocks - 1:
+                    some = count
                 b.epilogue(buffers, self.epilogue, value, channel, at * conv.out_channels + channel, some)
+
+    def _start(self, b: Builder, buffers: dict[str, Any], pixels: int, blocks: int, first: Any) -> list[Any]:
+        """Sums for each pixel of some blocks, from channel `first` on, with what they begin at."""
+        dtype = "int32"
+        if self.how == "float":
+            dtype = "float32"
+        # One array for each pixel: of a larger one the compiler would not make registers.
+        sums = [b.T.alloc_buffer((blocks * LANES,), dtype) for _ in range(pixels)]
+        start = b.splat(0, dtype)
+        for at in range(0, blocks * LANES, LANES):
+            if self._initial and self.how != "bits":
+                start = b.vector(buffers["initial"], first + at, LANES)
+            for s in sums:
+                b.put(s, at, start, LANES)
+        return sums
 
     def _step(
         self,
@@ -431,31 +497,38 @@ class Direct(Kernel):
     ) -> None:
         """Add up the products of all pairs of planes whose positions sum up to `shift`."""
         T = b.T
-        image, weights = buffers["planes"], buffers["weights"]
+        image = buffers["planes"]
+        weights = buffers["weights"]
         for i in range(self.w_bits):
             j = shift - i
             if not 0 <= j < self.a_bits:
                 continue
-            of_weight = self.w_bits > 1 and i == self.w_bits - 1
-            of_image = self.signed and not self._bipolar and j == self.a_bits - 1
+            negative_weight = self.w_bits > 1 and i == self.w_bits - 1
+            negative_image = self.signed and not self._bipolar and j == self.a_bits - 1
+            add = operator.add
+            if negative_weight != negative_image:
+                add = operator.sub
+            multiply = operator.and_
+            if self._bipolar and self.w_bits == 1:
+                multiply = operator.xor
             for s, place in zip(sums, places, strict=True):
                 x = T.broadcast(image[place + j], LANES)
                 for index, vector in enumerate(vectors):
                     w = b.vector(weights, (vector * self.w_bits + i) * LANES, LANES)
-                    both = w ^ x if self._bipolar and self.w_bits == 1 else w & x
-                    ones = T.popcount(both).astype("int32x16")
-                    before = b.vector(s, index * LANES, LANES)
-                    b.put(s, index * LANES, before - ones if of_weight != of_image else before + ones, LANES)
+                    ones = T.popcount(multiply(w, x)).astype("int32x16")
+                    b.put(s, index * LANES, add(b.vector(s, index * LANES, LANES), ones), LANES)
 
     def _multiply(
         self, b: Builder, buffers: dict[str, Any], sums: list[Any], vectors: list[Any], places: list[Any], parts: int
     ) -> None:
         """Add the products of four channels, in each of `parts` chunks."""
-        image, weights = buffers["input" if self._prepared else "padded"], buffers["weights"]
+        image = buffers[self._image().name]
+        weights = buffers["weights"]
         if self.how == "float":
             for s, place in zip(sums, places, strict=True):
                 for index, vector in enumerate(vectors):
-                    w, at = b.vector(weights, vector * LANES, LANES), index * LANES
+                    w = b.vector(weights, vector * LANES, LANES)
+                    at = index * LANES
                     b.put(s, at, b.fma(b.T.broadcast(image[place], LANES), w, b.vector(s, at, LANES)), LANES)
             return
         for part in range(parts):
@@ -512,17 +585,18 @@ class Direct(Kernel):
         if self.how in ("bytes", "float"):
             return raw
         if self._bipolar:
-            both = self.w_bits == 1
             raw = raw << b.splat(1, "int32")
             if self._border:
                 border = buffers["rows"][y] + buffers["columns"][x]
                 start = b.vector(buffers["border"], border * conv.groups * self._blocks * LANES + lane, LANES)
             else:
                 start = b.vector(buffers["initial"], lane, LANES)
-            raw = start - raw if both else start + raw
-        elif self._row_sums:
+            if self.w_bits == 1:
+                return start - raw
+            return start + raw
+        if self._row_sums:
             total = buffers["row_sums"][at * conv.groups + group]
-            raw = (raw << b.splat(1, "int32")) - b.T.broadcast(total, LANES)
+            return (raw << b.splat(1, "int32")) - b.T.broadcast(total, LANES)
         return raw
 
 
@@ -532,42 +606,74 @@ _DOTS = {"vnni": Direct._vnni, "sdot": Direct._sdot, "madd": Direct._madd, "plai
 def candidates(
     conv: Conv, w_bits: int, a_bits: int, signed: bool, cpu: Cpu, *, epilogue: Epilogue | None = None, tiles: int = 2
 ) -> list[Kernel]:
-    """The kernels worth measuring for a layer at some bits: of each kind that can do it, the `tiles` best by a simple model of
-    instructions. Raises ValueError for bits out of range."""
+    """List the kernels worth measuring for a layer at some bits: the best of each kind, by a simple model of instructions.
+
+    Args:
+        conv: The layer's sizes.
+        w_bits: Width of the weights.
+        a_bits: Width of the activations.
+        signed: Whether activations may be negative.
+        cpu: What they are compiled for.
+        epilogue: What follows the sums; None is codes of 8 bits.
+        tiles: How many of each kind.
+
+    Returns:
+        The kernels; each serves these bits.
+
+    Raises:
+        ValueError: For bits out of range.
+    """
     for bits in (w_bits, a_bits):
-        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-            raise ValueError(f"bits must be an integer from 1 to 8, not {bits!r}")
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= BITS:
+            raise ValueError(f"bits must be an integer from 1 to {BITS}, not {bits!r}")
     epilogue = epilogue or Epilogue((Output(factor=2.0**-10),))
     if conv.groups == conv.in_channels == conv.out_channels:
-        made: list[Kernel] = []
-        wide = not Depthwise.fits(conv, w_bits, a_bits, signed)
-        # The widest that the same code serves.
-        bipolar = signed and a_bits == 1  # whose bytes are others
-        if DepthwiseDot.can(conv, cpu):
-            a = 1 if bipolar else 8
-            made += [DepthwiseDot(conv, 8, a, signed, cpu, tile=tile, epilogue=epilogue) for tile in (6, 12)[:tiles]]
-            if wide:
-                return made
-        while a_bits < 8 and not bipolar and (wide or Depthwise.fits(conv, w_bits, a_bits + 1, signed)):
-            a_bits += 1
-        while w_bits < 8 and (wide or Depthwise.fits(conv, w_bits + 1, a_bits, signed)):
-            w_bits += 1
-        sums = "int32" if wide else "int16"
-        return [Depthwise(conv, w_bits, a_bits, signed, cpu, sums, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]] + made
-    made = []
-    ways = [("bytes", 8, 1 if signed and a_bits == 1 else 8)]
+        return _depthwise_candidates(conv, w_bits, a_bits, signed, cpu, epilogue, tiles)
+    widest = BITS
+    if signed and a_bits == 1:
+        widest = 1  # a bipolar bit's bytes are others
+    ways = [("bytes", BITS, widest)]
     if cpu.dot == "vnni" and w_bits <= 4:
-        ways.append(("packed", 2 if w_bits <= 2 else 4, ways[0][2]))
+        packed_bits = 4
+        if w_bits <= 2:
+            packed_bits = 2
+        ways.append(("packed", packed_bits, widest))
     if w_bits * a_bits <= MOST_PAIRS:
         ways.append(("bits", w_bits, a_bits))
+    made: list[Kernel] = []
     for how, w, a in ways:
         some = [Direct(conv, w, a, signed, cpu, how, tile, epilogue=epilogue) for tile in _tiles(conv, how, cpu)]
         made += sorted(some, key=_instructions)[:tiles]
     return made
 
 
+def _depthwise_candidates(
+    conv: Conv, w_bits: int, a_bits: int, signed: bool, cpu: Cpu, epilogue: Epilogue, tiles: int
+) -> list[Kernel]:
+    """The same for a depthwise convolution, each for the widest bits that its code serves."""
+    made: list[Kernel] = []
+    wide = not Depthwise.fits(conv, w_bits, a_bits, signed)
+    bipolar = signed and a_bits == 1  # whose bytes are others
+    if DepthwiseDot.can(conv, cpu):
+        widest = BITS
+        if bipolar:
+            widest = 1
+        made += [DepthwiseDot(conv, BITS, widest, signed, cpu, tile=t, epilogue=epilogue) for t in (6, 12)[:tiles]]
+        if wide:
+            return made
+    while a_bits < BITS and not bipolar and (wide or Depthwise.fits(conv, w_bits, a_bits + 1, signed)):
+        a_bits += 1
+    while w_bits < BITS and (wide or Depthwise.fits(conv, w_bits + 1, a_bits, signed)):
+        w_bits += 1
+    sums = "int16"
+    if wide:
+        sums = "int32"
+    plain = [Depthwise(conv, w_bits, a_bits, signed, cpu, sums, tile, epilogue=epilogue) for tile in (4, 7)[:tiles]]
+    return plain + made
+
+
 def float_kernel(conv: Conv, cpu: Cpu, epilogue: Epilogue) -> Kernel:
-    """The kernel for a layer that is left in float32."""
+    """Return the kernel for a layer that is left in float32."""
     if conv.groups == conv.in_channels == conv.out_channels:
         return Depthwise(conv, 0, 0, False, cpu, "float32", epilogue=epilogue)
     made = [Direct(conv, 0, 0, False, cpu, "float", tile, epilogue=epilogue) for tile in _tiles(conv, "float", cpu)]
@@ -576,18 +682,23 @@ def float_kernel(conv: Conv, cpu: Cpu, epilogue: Epilogue) -> Kernel:
 
 def _tiles(conv: Conv, how: str, cpu: Cpu) -> list[tuple[int, int, int]]:
     """Every tile whose sums fit into registers."""
-    free = cpu.vectors - (3 if how == "bits" else 1)
+    free = cpu.vectors - 1
+    if how == "bits":
+        free = cpu.vectors - 3
     height, width = conv.output_size
     if conv.kernel == (1, 1) and conv.stride == (1, 1) and conv.input_size == conv.output_size:
-        height, width = 1, conv.batch * height * width
+        width = conv.batch * height * width
+        height = 1
     most = -(-(conv.out_channels // conv.groups) // LANES)
     found = []
     for blocks in (1, 2, 3, 4, 6, 8):
         for down in (1, 2, 3, 4):
             for across in (1, 2, 3, 4, 6, 7, 8, 14, 16, 28):
                 # Sums, one weight for each block (none is kept if there is one pixel only), and the image's own.
-                registers = down * across * blocks + (blocks if down * across > 1 else 1)
-                whole = across == width if down > 1 else across <= width
+                registers = down * across * blocks + 1
+                if down * across > 1:
+                    registers = down * across * blocks + blocks
+                whole = across == width or (down == 1 and across < width)
                 if blocks <= most and down <= height and whole and registers <= max(free, 2):
                     found.append((down, across, blocks))
     return found
@@ -595,13 +706,17 @@ def _tiles(conv: Conv, how: str, cpu: Cpu) -> list[tuple[int, int, int]]:
 
 def _instructions(kernel: Direct) -> float:
     """A rough count of instructions, for choosing between tiles."""
-    conv, (down, across, blocks) = kernel.conv, kernel.tile
+    conv = kernel.conv
+    down, across, blocks = kernel.tile
     height, width = conv.output_size
     if kernel._flat:
-        height, width = 1, conv.batch * height * width
-    pairs = kernel.w_bits * kernel.a_bits if kernel.how == "bits" else 1
-    each = 3 * pairs if kernel.how == "bits" else 1
-    loads = pairs
+        width = conv.batch * height * width
+        height = 1
+    loads = 1
+    each = 1
+    if kernel.how == "bits":
+        loads = kernel.w_bits * kernel.a_bits
+        each = 3 * loads
     steps = conv.kernel[0] * kernel._runs[0] * kernel._runs[1]
     total = 0.0
     for _, block_rounds, size in segments(kernel._blocks, blocks):

@@ -51,30 +51,33 @@ class BuildError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of TVM says, in one line."""
+    """Return what an error of TVM says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return [type(error).__name__, *lines][-1]
 
 
 class Here:
     """This machine, as a place to run kernels."""
 
     def device(self) -> Any:
+        """Return its processor, as TVM names it."""
         import tvm
 
         return tvm.cpu(0)
 
     def function(self, name: str) -> Any:
+        """Look up a function of TVM's runtime."""
         import tvm
 
         return tvm.get_global_func(name)
 
     def load(self, library: Any, cpu: Cpu) -> Any:
-        """A compiled module, ready to be called."""
+        """Make a compiled module ready to be called."""
         return library.mod
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        """Do nothing: this machine doesn't go away."""
         yield
 
 
@@ -85,11 +88,14 @@ class Board:
     """
 
     def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
+        """Note where it is."""
+        self.host = host
+        self.port = port
         self._session: Any = None
         self._loaded = 0
 
     def __enter__(self) -> Board:
+        """Connect."""
         from tvm import rpc
 
         # TVM waits for an answer for as long as it takes (its `session_timeout` is for the server), so a thread does that.
@@ -115,10 +121,11 @@ class Board:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Let go."""
         self._session = None  # the server takes one peer at a time
 
     def processor(self) -> str:
-        """The name of its processor, if its TVM was built with LLVM."""
+        """Ask for the name of its processor, if its TVM was built with LLVM."""
         with self.watched():
             try:
                 return str(self._session.get_function("tvm.codegen.llvm.GetHostCPUName")())
@@ -126,9 +133,11 @@ class Board:
                 return "unnamed processor"
 
     def device(self) -> Any:
+        """Return its processor, as TVM names it."""
         return self._session.cpu(0)
 
     def function(self, name: str) -> Any:
+        """Look up a function of the runtime there."""
         return self._session.get_function(name)
 
     def load(self, library: Any, cpu: Cpu) -> Any:
@@ -137,9 +146,11 @@ class Board:
             # Each has a name of its own: a loader may take a file that it has seen for what it was.
             self._loaded += 1
             path = Path(folder) / f"kernels{self._loaded}.so"
-            linker = cross_compiler(cpu.target.get("mtriple"))
+            options = {}
+            if linker := cross_compiler(cpu.target.get("mtriple")):
+                options["cc"] = linker
             try:
-                library.export_library(str(path), **({"cc": linker} if linker else {}))
+                library.export_library(str(path), **options)
             except Exception as error:
                 raise BuildError(f"the kernels for {cpu.target_json} can't be linked: {first_line(error)}") from error
             with self.watched():
@@ -150,6 +161,7 @@ class Board:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        """Turn what TVM raises when the peer goes away into a ConnectionError."""
         # TVM raises an InternalError for a closed socket, and for nearly all else.
         try:
             yield
@@ -163,13 +175,18 @@ class Board:
 
 
 def cross_compiler(triple: str | None) -> str | None:
-    """The compiler that links for an LLVM triple; None for this machine's own. Raises ValueError naming what to install."""
+    """Find the compiler that links for an LLVM triple; None for this machine's own.
+
+    Raises ValueError naming what to install.
+    """
     from tvm.target import codegen
 
     if triple is None or triple.split("-")[0] == codegen.llvm_get_system_triple().split("-")[0]:
         return None
     machine, *rest = [part for part in triple.split("-") if part not in ("unknown", "pc")]
-    name = "-".join(["arm" if machine.startswith("armv") else machine, *rest])
+    if machine.startswith("armv"):
+        machine = "arm"
+    name = "-".join([machine, *rest])
     if not which(f"{name}-gcc"):
         raise ValueError(f"linking for {triple} needs {name}-gcc (Debian and Ubuntu: gcc-{name})")
     return f"{name}-gcc"
@@ -183,11 +200,23 @@ def measure(
     session: Board | None = None,
     cold: bool = False,
 ) -> dict[Kernel, Timing]:
-    """Seconds that each kernel takes for one call on this machine, or on the board of `session`.
+    """Measure the seconds that each kernel takes for one call.
 
-    A reading is as many calls as take 1 ms, and there are 3 to 15 of them, about 30 ms per kernel. With `cold`, every
-    reading is one call with its inputs and weights out of the caches. `say` is told "compiling" and "measuring". Raises
-    BuildError naming the kernel that doesn't compile, and ConnectionError when the board goes away.
+    A reading is as many calls as take 1 ms, and there are 3 to 15 of them, about 30 ms per kernel.
+
+    Args:
+        kernels: What to measure.
+        cpu: What to compile for.
+        say: Told "compiling" and "measuring".
+        session: The board to run on; None is this machine.
+        cold: Whether every reading is one call with its inputs and weights out of the caches.
+
+    Returns:
+        The timing of each kernel.
+
+    Raises:
+        BuildError: Naming the kernel that doesn't compile.
+        ConnectionError: When the board goes away.
     """
     wanted = list(dict.fromkeys(kernels))
     place = session or Here()
@@ -211,9 +240,10 @@ def _compile(kernels: Sequence[Kernel], cpu: Cpu) -> tuple[Any, Names]:
     try:
         return _build(kernels, cpu)
     except Exception as error:
-        # Which one was it?
-        for kernel in kernels if len(kernels) > 1 else ():
-            _compile([kernel], cpu)
+        if len(kernels) > 1:
+            # Which one was it?
+            for kernel in kernels:
+                _compile([kernel], cpu)
         kernel = kernels[0]
         raise BuildError(
             f"the kernel {kernel.name} of {kernel.conv} doesn't compile for {cpu.target_json}: {first_line(error)}"
@@ -241,16 +271,23 @@ class _Timer:
         # that number. (Making an evaluator costs more than reading one.) If it was interrupted while it found out, the number
         # is too small for good and all its readings are too long: so there are two, and the faster one is kept.
         self._arguments = arguments
+        evaluators = 2
+        reading_ms = READING_MS
+        flush_bytes = 0
+        if cold:
+            evaluators = 1
+            reading_ms = 0
+            flush_bytes = FLUSH_BYTES
         made = [
             module.time_evaluator(
                 name,
                 place.device(),
                 number=1,
                 repeat=1,
-                min_repeat_ms=0 if cold else READING_MS,
-                cache_flush_bytes=FLUSH_BYTES if cold else 0,
+                min_repeat_ms=reading_ms,
+                cache_flush_bytes=flush_bytes,
             )
-            for _ in range(1 if cold else 2)
+            for _ in range(evaluators)
         ]
         first = [float(evaluator(*arguments).results[0]) for evaluator in made]
         self._evaluator = made[first.index(min(first))]
@@ -272,7 +309,7 @@ def _time(place: Here | Board, modules: list[tuple[Any, Names]], cold: bool) -> 
         for module, names in modules
         for kernel, functions in names.items()
     }
-    rounds = {kernel: COLD_ROUNDS if cold else _rounds(parts) for kernel, parts in timers.items()}
+    rounds = {kernel: _rounds(parts, cold) for kernel, parts in timers.items()}
     readings: dict[Kernel, list[float]] = {kernel: [] for kernel in timers}
     for number in range(max(rounds.values())):
         for kernel, parts in timers.items():
@@ -285,7 +322,9 @@ def _time(place: Here | Board, modules: list[tuple[Any, Names]], cold: bool) -> 
     return timings
 
 
-def _rounds(timers: list[_Timer]) -> int:
+def _rounds(timers: list[_Timer], cold: bool) -> int:
+    if cold:
+        return COLD_ROUNDS
     low, high = ROUNDS
     return min(max(low, int(KERNEL_S / sum(timer.reading_s for timer in timers))), high)
 

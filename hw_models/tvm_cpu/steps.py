@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,25 @@ Shape = tuple[int, int, int]  # height, width, channels
 
 @dataclass(frozen=True)
 class Interleave(Code):
-    """An image of float32 with its channels first, as networks are given it, to one with its channels last: as it is, or as
-    codes of x / scale (the output's factor isn't looked at: torch divides)."""
+    """An image of float32 with its channels first, as networks are given it, to one with its channels last.
+
+    As it is, or as codes of x / scale (the output's factor isn't looked at: torch divides).
+    """
 
     shape: Shape
     output: Output
     scale: float = 1.0
 
     def arguments(self) -> dict[str, list[Argument]]:
+        """List the image as it comes and as it goes."""
         height, width, channels = self.shape
         planes = Argument("input", (channels, height, width), "float32")
         return {"main": [planes, Argument("output0", self.shape, self.output.dtype)]}
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
         height, width, channels = self.shape
-        source, target = buffers["input"], buffers["output0"]
+        source = buffers["input"]
+        target = buffers["output0"]
         for first, rounds, count in segments(height * width, LANES):
             with b.loop(rounds) as step:
                 at = first + step * LANES
@@ -61,6 +66,7 @@ class Elementwise(Code):
     zero: int = 0
 
     def arguments(self) -> dict[str, list[Argument]]:
+        """List the map and what the epilogue takes."""
         return {"main": [Argument("input", self.shape, self.dtype), *self.epilogue.arguments(self.shape)]}
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
@@ -78,8 +84,10 @@ class Elementwise(Code):
 
 @dataclass(frozen=True)
 class Pool(Code):
-    """The largest (`max`), or the sum (`sum`), of the numbers in each window: fixed point numbers, then an epilogue; or the
-    largest codes, which stay codes (no epilogue)."""
+    """The largest (`max`), or the sum (`sum`), of the numbers in each window.
+
+    Fixed point numbers, then an epilogue; or the largest codes, which stay codes (no epilogue).
+    """
 
     kind: str
     shape: Shape
@@ -92,11 +100,16 @@ class Pool(Code):
 
     @property
     def _dtype(self) -> str:
-        return "uint8" if self.epilogue is None else "int32"
+        if self.epilogue is None:
+            return "uint8"
+        return "int32"
 
     def arguments(self) -> dict[str, list[Argument]]:
+        """List the map and what is written of it."""
         shape = (*self.output_size, self.shape[2])
-        ends = [Argument("output0", shape, "uint8")] if self.epilogue is None else self.epilogue.arguments(shape)
+        ends = [Argument("output0", shape, "uint8")]
+        if self.epilogue is not None:
+            ends = self.epilogue.arguments(shape)
         return {"main": [Argument("input", self.shape, self._dtype), *ends]}
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
@@ -105,25 +118,34 @@ class Pool(Code):
             _blocks(b, self.shape[2], lambda channel, count: self._block(b, buffers, y, x, channel, count))
 
     def _block(self, b: Builder, buffers: dict[str, Any], y: Any, x: Any, channel: Any, count: int) -> None:
-        T, dtype = b.T, self._dtype
+        T = b.T
+        dtype = self._dtype
         height, width, channels = self.shape
         source = buffers["input"]
-        # Codes are bytes whose order is that of the values.
-        least = 0 if self.kind == "sum" or dtype == "uint8" else -(2**31)
+        least = 0
+        # Codes are bytes whose order is that of the values, and none is below 0.
+        if self.kind == "max" and dtype != "uint8":
+            least = -(2**31)
         found = T.alloc_buffer((LANES,), dtype)
         b.put(found, 0, b.splat(least, dtype), LANES)
-        down, across = (self._overhangs(axis) for axis in (0, 1))
 
         def take(row: Any, column: Any) -> None:
             stored = b.some(source, (row * width + column) * channels + channel, dtype, count)
             before = b.vector(found, 0, LANES)
-            b.put(found, 0, before + stored if self.kind == "sum" else T.max(before, stored), LANES)
+            after = T.max
+            if self.kind == "sum":
+                after = operator.add
+            b.put(found, 0, after(before, stored), LANES)
 
         with b.loop(self.kernel[0]) as ky, b.loop(self.kernel[1]) as kx:
             row = y * self.stride[0] - self.padding[0] + ky * self.dilation[0]
             column = x * self.stride[1] - self.padding[1] + kx * self.dilation[1]
-            inside = [bound for bound in (down and (row, height), across and (column, width)) if bound]
-            _if_inside(b, inside, lambda: take(row, column))
+            bounds = []
+            if self._overhangs(0):
+                bounds.append((row, height))
+            if self._overhangs(1):
+                bounds.append((column, width))
+            _if_inside(b, bounds, lambda: take(row, column))
         at = (y * self.output_size[1] + x) * channels + channel
         if self.epilogue is None:
             b.put_some(buffers["output0"], at, b.vector(found, 0, LANES), dtype, count)

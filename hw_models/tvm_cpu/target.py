@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hw_models.cost import BITS, CostTable, check_batch
-from hw_models.storage import storage_bytes
+from hw_models.cost import CostTable, check_batch
+from hw_models.storage import BITS, storage_bytes
 from hw_models.tvm_cpu.cache import Notice, TimingCache, warn
 from hw_models.tvm_cpu.choose import Choice, Pair, choose, uncovered
 from hw_models.tvm_cpu.conv import Conv
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
     from hw_models.tvm_cpu.kernel import Kernel
 
-LOCAL, REMOTE = "cpu", "rpc:"
+LOCAL = "cpu"
+REMOTE = "rpc:"
 # What these targets are, for a list of them.
 MEASURED = {
     LOCAL: "kernels compiled with TVM and measured on this machine",
@@ -58,16 +59,25 @@ class CpuTarget:
 
     @property
     def name(self) -> str:
-        return LOCAL if self.board is None else f"{REMOTE}{self.board[0]}:{self.board[1]}"
+        """What `load_target` is given."""
+        if self.board is None:
+            return LOCAL
+        return f"{REMOTE}{self.board[0]}:{self.board[1]}"
 
     @property
     def description(self) -> str:
+        """The processor and the compiler."""
         return f"{self.processor}, kernels compiled with TVM {_tvm_version()} for {self.cpu.target_json}"
 
     @property
     def provenance(self) -> str:
-        threads = f"{self.cpu.threads} thread{'s' if self.cpu.threads > 1 else ''}"
-        caches = ", cold caches" if self.cold else ""
+        """Say how its costs were measured."""
+        threads = "1 thread"
+        if self.cpu.threads > 1:
+            threads = f"{self.cpu.threads} threads"
+        caches = ""
+        if self.cold:
+            caches = ", cold caches"
         return f"measured on {self.processor}, {threads}, TVM {_tvm_version()}, unsigned activations{caches}"
 
     @property
@@ -75,24 +85,29 @@ class CpuTarget:
         """All that measured times depend on: they are never used under another key."""
         from hw_models.tvm_cpu import kernels
 
+        caches = "warm"
+        if self.cold:
+            caches = "cold"
         return {
             "processor": self.processor,
             "features": self.features,
             "target": self.cpu.target_json,
             "threads": self.cpu.threads,
-            "caches": "cold" if self.cold else "warm",
+            "caches": caches,
             "TVM": _tvm_version(),
             "kernels": kernels.VERSION,
         }
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
-        """Measured seconds of every layer at every pair of bits (and bytes, as on any target).
+        """Measure the seconds of every layer at every pair of bits (and count bytes, as on any target).
 
         Raises ValueError naming all layers that no kernel covers, with the reason, before anything is compiled; BuildError
         (a ValueError) naming a kernel that can't be compiled; ConnectionError when the board goes away. What was measured
         up to then is kept.
         """
-        images = check_batch(1 if batch is None else batch)
+        images = 1
+        if batch is not None:
+            images = check_batch(batch)
         chosen = self.choices(workload, batch=images)
         latency = np.zeros((len(workload), BITS, BITS))
         for index, layer in enumerate(workload.layers):
@@ -110,7 +125,7 @@ class CpuTarget:
         )
 
     def choices(self, workload: Workload, *, batch: int = 1) -> dict[Conv, dict[Pair, Choice]]:
-        """The fastest kernel, and its timing, of every distinct layer shape at each (weight bits, activation bits)."""
+        """Find the fastest kernel of every distinct layer shape at each (weight bits, activation bits)."""
         candidates = self._candidates(workload, batch)
         chosen: dict[Conv, dict[Pair, Choice]] = {}
         with self._timings() as timings:
@@ -122,10 +137,11 @@ class CpuTarget:
         return chosen
 
     def fastest(self, wanted: Iterable[tuple[Conv, int, int, bool]]) -> dict[tuple[Conv, int, int, bool], Choice]:
-        """The fastest kernel for layers whose bits are settled: (sizes, weight bits, activation bits, signed activations).
+        """Find the fastest kernel for layers whose bits are settled.
 
-        Signs change next to nothing in a kernel, so as in the cost table those for unsigned activations are measured, and the
-        one of the same name is taken; they are measured themselves where there is none.
+        They are given as (sizes, weight bits, activation bits, signed activations). Signs change next to nothing in a kernel,
+        so as in the cost table those for unsigned activations are measured, and the one of the same name is taken; they are
+        measured themselves where there is none.
         """
         from hw_models.tvm_cpu import kernels
 
@@ -155,13 +171,14 @@ class CpuTarget:
         cache = TimingCache(self.key, self.notice)
         known = cache.read()
         with ExitStack() as stack:
-            board: list[Board] = []  # connected to when there is something to measure
+            board: Board | None = None  # connected to when there is something to measure
 
             def timings(say: Say, kernels: list[Kernel]) -> dict[Kernel, Timing]:
+                nonlocal board
                 if missing := [kernel for kernel in kernels if _text(kernel) not in known]:
-                    if self.board and not board:
-                        board.append(stack.enter_context(Board(*self.board)))
-                    measured = measure(missing, self.cpu, say=say, session=board[0] if board else None, cold=self.cold)
+                    if self.board and board is None:
+                        board = stack.enter_context(Board(*self.board))
+                    measured = measure(missing, self.cpu, say=say, session=board, cold=self.cold)
                     known.update(cache.save({_text(kernel): timing for kernel, timing in measured.items()}))
                 return {kernel: known[_text(kernel)] for kernel in kernels}
 
@@ -194,34 +211,42 @@ class CpuTarget:
 
 
 def load_cpu(name: str, threads: int | None, target: str | None) -> CpuTarget:
-    """The target `cpu`, or `rpc:HOST:PORT` with the LLVM target of that board, as JSON or as the name of a processor.
+    """Make a target of this machine's processor, or of a board's.
 
-    None are one thread, and the target of this machine. What else there is to say are fields of the result.
+    Args:
+        name: `cpu` or `rpc:HOST:PORT`.
+        threads: Of the kernels; None is one.
+        target: What to compile for, as JSON of a TVM target or a processor's name; None is this machine's own.
 
-    Raises ImportError saying what to install, ValueError for a target that TVM refuses or that this machine can't run, and
-    ConnectionError when no board answers.
+    Returns:
+        The target. What else there is to say are fields of it.
+
+    Raises:
+        ImportError: Saying what to install.
+        ValueError: For a target that TVM refuses, or that this machine can't run.
+        ConnectionError: When no board answers.
     """
     if importlib.util.find_spec("tvm") is None:
         raise ImportError(f"the target {name} needs TVM: pip install 'haq[tvm]'")
     from hw_models.tvm_cpu.cpu import Cpu
 
-    threads = 1 if threads is None else threads
+    if threads is None:
+        threads = 1
     cpu = Cpu.host(threads) if target is None else Cpu.of(target, threads)
-    board = None if name == LOCAL else parse_address(name)
-    if board and target is None:
-        raise ValueError(f'{name} needs --target, such as \'{{"kind": "llvm", "mtriple": "aarch64-linux-gnu"}}\'')
-    if board:
-        with Board(*board) as peer:
-            processor, features = f"{peer.processor()} at {board[0]}:{board[1]}", ""
-    else:
+    if name == LOCAL:
         if target is not None:
             check_runs_here(cpu.target, target)
-        processor, features = processor_name(), _features()
-    return CpuTarget(cpu, processor, features, board)
+        return CpuTarget(cpu, processor_name(), _features())
+    host, port = parse_address(name)
+    if target is None:
+        raise ValueError(f'{name} needs --target, such as \'{{"kind": "llvm", "mtriple": "aarch64-linux-gnu"}}\'')
+    with Board(host, port) as peer:
+        processor = f"{peer.processor()} at {host}:{port}"
+    return CpuTarget(cpu, processor, "", (host, port))
 
 
 def parse_address(name: str) -> tuple[str, int]:
-    """Host and port of "rpc:HOST:PORT". Raises ValueError quoting what isn't one."""
+    """Return host and port of "rpc:HOST:PORT". Raises ValueError quoting what isn't one."""
     match = re.fullmatch(r"rpc:(.+):([0-9]{1,5})", name)
     if not match or not 0 < int(match[2]) < 65536:
         raise ValueError(f"{name!r} is not the address of a board: give rpc:HOST:PORT, such as rpc:192.168.1.20:9090")
@@ -233,7 +258,8 @@ def check_runs_here(target: dict[str, Any], text: str) -> None:
     import tvm
     from tvm.target import codegen
 
-    here, there = codegen.llvm_get_system_triple(), target.get("mtriple", "")
+    here = codegen.llvm_get_system_triple()
+    there = target.get("mtriple", "")
     if there and there.split("-")[0] != here.split("-")[0]:
         raise ValueError(f"this machine ({here}) can't run the target {text!r}: measure on such a one by --hw rpc:HOST:PORT")
     lacking = {name for name, has in _host_features().items() if not has}
@@ -243,12 +269,13 @@ def check_runs_here(target: dict[str, Any], text: str) -> None:
 
 
 def processor_name() -> str:
-    """What this machine's processor calls itself, and what LLVM calls it: virtual machines hide the former."""
+    """Return what this machine's processor calls itself, and what LLVM calls it: virtual machines hide the former."""
     import tvm
 
+    name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.is_file() else None
-    name = found[1] if found else platform.processor() or platform.machine()
+    if information.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M)):
+        name = found[1]
     return f"{' '.join(name.split())} ({tvm.get_global_func('tvm.codegen.llvm.GetHostCPUName')()})"
 
 
@@ -273,4 +300,7 @@ def _tvm_version() -> str:
 def _text(kernel: Kernel) -> str:
     """What names a kernel in the cache."""
     sizes = json.dumps(astuple(kernel.conv), separators=(",", ":"))
-    return f"{kernel.name} w{kernel.w_bits}a{kernel.a_bits} {'signed' if kernel.signed else 'unsigned'} {sizes} {kernel.key}"
+    signs = "unsigned"
+    if kernel.signed:
+        signs = "signed"
+    return f"{kernel.name} w{kernel.w_bits}a{kernel.a_bits} {signs} {sizes} {kernel.key}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from haq.console.commands import Group, command, help_text, main_of, summary_of
+from haq.console.commands import Group, command, main_of, summary_of
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.console.options import argument, flag, option, option_name, options_of, output_options, setting
 from haq.console.output import VERBOSITY, Output, logger
@@ -31,7 +31,14 @@ class Config(BaseModel):
 
 @command(
     "toy",
-    "Do a thing.\n\nAnd more of it.",
+    """Do a thing.
+
+    tvm     a folder with one library for this machine's processor, integers from end to end
+    onnx    a file
+
+    And more
+    of it.
+    """,
     examples=("haq toy run --epochs 3 --learning-rate 0.005 --objective accuracy --out somewhere-else",),
 )
 @options_of(Config)
@@ -111,7 +118,8 @@ def test_the_help_fits(width: int, capsys: pytest.CaptureFixture[str], monkeypat
         assert max(map(len, text.splitlines())) <= width
     for words in (
         "Do a thing.",
-        "And more of it.",
+        "tvm a folder with",
+        "onnx a file And more of it.",
         "Arguments: RUN the folder of a search",
         "Training: --epochs N passes over the train images [default: 20]",
         "Search: --objective, --reward TEXT what counts",
@@ -122,6 +130,7 @@ def test_the_help_fits(width: int, capsys: pytest.CaptureFixture[str], monkeypat
         "Examples: haq toy run",
     ):
         assert words in " ".join(text.split())
+    assert "\n  onnx  a file\n" in text
     # What is broken is still one command for a shell.
     example = text.partition("Examples:\n")[2].replace("\\\n", " ").split()
     assert example == list(cli.examples[0].split())
@@ -202,7 +211,6 @@ def test_a_field_without_setting_is_refused() -> None:
 def test_small_words() -> None:
     assert option_name("finetune_epochs") == "--finetune-epochs"
     assert summary_of("Find a thing.\n\nMore.") == "Find a thing"
-    assert help_text("One.\n\n    a  b\n    c  d") == "One.\n\n\b\na  b\nc  d"
 
 
 def test_the_console_imports_nothing_heavy() -> None:

@@ -25,10 +25,13 @@ PATIENCE = 3  # times in a row that workers may be killed before anything is eva
 
 
 class Processes:
-    """A pool (`haq.problem.evaluator.Pool`) of `count` processes, each with a copy of the evaluator. If one is killed, all
-    are started anew, and nothing is lost but what they were at."""
+    """A pool (`haq.problem.evaluator.Pool`) of processes, each with a copy of the evaluator.
+
+    If one is killed, all are started anew, and nothing is lost but what they were at.
+    """
 
     def __init__(self, evaluator: Evaluator, count: int) -> None:
+        """Start `count` processes."""
         self.count = count
         self._given = cloudpickle.dumps(evaluator), evaluator.worker_threads
         self._futures: dict[Q.BitPolicy, Future[Evaluation]] = {}
@@ -36,6 +39,7 @@ class Processes:
         self._executor = self._start()
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Begin with policies that will be asked for."""
         for policy in policies:
             if policy not in self._futures:
                 try:
@@ -45,7 +49,10 @@ class Processes:
                     self._futures[policy].set_exception(BrokenProcessPool())  # seen to when it is asked for
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Raises ChildProcessError if workers are killed again and again, and what evaluation raises."""
+        """Wait for a policy's evaluation.
+
+        Raises ChildProcessError if workers are killed again and again, and what evaluation raises.
+        """
         self.expect([policy])
         while True:
             try:
@@ -79,8 +86,13 @@ class Processes:
 
 @contextmanager
 def working(evaluator: Evaluator, count: int | None, ray: str | None = None) -> Iterator[None]:
-    """Let an evaluator's policies be evaluated by so many processes; by this one if there is no number. Given the address of a
-    Ray cluster, by as many workers there, or by all of its processors."""
+    """Let an evaluator's policies be evaluated by others within.
+
+    Args:
+        evaluator: Whose.
+        count: By so many processes; None is by this one.
+        ray: The address of a Ray cluster: by as many workers there, or by all of its processors.
+    """
     if ray is not None:
         from haq.study.workers import ray as ray_workers
 
@@ -99,7 +111,10 @@ def working(evaluator: Evaluator, count: int | None, ray: str | None = None) -> 
 
 
 def live_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the first process, which knows what to do, and end when that one does, even by kill -9."""
+    """Leave Ctrl-C to the first process, which knows what to do, and end when that one does, even by kill -9.
+
+    What a worker does first.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

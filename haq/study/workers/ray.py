@@ -38,8 +38,15 @@ PATIENCE = 10  # times in a row that workers may be lost before anything is done
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Join a Ray cluster: `auto` (the one that this machine is a node of), HOST:PORT, or `local` (one on this machine, for the
-    while). Raises ImportError without Ray, and ConnectionError if there is no cluster."""
+    """Join a Ray cluster.
+
+    Args:
+        address: `auto` (the one that this machine is a node of), HOST:PORT, or `local` (one on this machine, for the while).
+
+    Raises:
+        ImportError: Without Ray.
+        ConnectionError: If there is no cluster.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
     try:
         import ray
@@ -90,23 +97,42 @@ class Crew:
         depth: int,
         arguments: Callable[[Any], tuple[Any, ...]] = lambda key: (),
     ) -> None:
+        """Start workers.
+
+        Args:
+            kind: Their class.
+            given: What each is given once; it is pickled.
+            threads: Of each.
+            most: How many there may be; None for no limit.
+            depth: How many tasks a worker is given at a time.
+            arguments: What comes with a task's key.
+        """
         import ray
 
-        self._ray, self._kind, self._most, self._depth, self._arguments = ray, kind, most, depth, arguments
-        self._given, self._threads = ray.put(cloudpickle.dumps(given)), threads
+        self._ray = ray
+        self._kind = kind
+        self._most = most
+        self._depth = depth
+        self._arguments = arguments
+        self._given = ray.put(cloudpickle.dumps(given))
+        self._threads = threads
         self._address = ray.get_runtime_context().gcs_address
         self._queue: deque[Any] = deque()
         self._starting: dict[Any, Any] = {}  # what tells that a worker is ready -> the worker
         self._load: dict[Any, int] = {}  # workers that are ready -> tasks that they have
         self._running: dict[Any, tuple[Any, Any]] = {}  # what a task yields -> its key and worker
         self._refused: list[Any] = []  # workers on machines with other versions; they keep their places
-        self._looked, self._losses, self._notice = -GROWTH, 0, time.monotonic() + FULL
+        self._looked = -GROWTH
+        self._losses = 0
+        self._notice = time.monotonic() + FULL
 
     @property
     def workers(self) -> int:
+        """Count the workers that are ready."""
         return len(self._load)
 
     def submit(self, key: Any) -> None:
+        """Give the workers another task."""
         self._queue.append(key)
         self._dispatch()
 
@@ -146,7 +172,9 @@ class Crew:
         if not _answers(host, int(port)):
             raise ConnectionError(f"the Ray head at {self._address} is gone")
         there = int(self._ray.cluster_resources().get("CPU", 0))
-        wanted = there if self._most is None else min(there, self._most)
+        wanted = there
+        if self._most is not None:
+            wanted = min(there, self._most)
         worker: Any = self._ray.remote(num_cpus=1, max_restarts=0)(self._kind)
         for _ in range(wanted - len(self._starting) - len(self._load) - len(self._refused)):
             one = worker.remote()
@@ -205,19 +233,21 @@ class Evaluations:
     """A pool (`haq.problem.evaluator.Pool`) of workers on a Ray cluster."""
 
     def __init__(self, evaluator: Evaluator, most: int | None) -> None:
+        """Start workers, at most so many if there is a number."""
         # Two policies each, so that none waits for us while we wait for another.
         self._crew = Crew(_Evaluator, evaluator, evaluator.worker_threads, most, depth=2)
         self._asked: set[Q.BitPolicy] = set()
         self._found: dict[Q.BitPolicy, Evaluation] = {}
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+        """Begin with policies that will be asked for."""
         for policy in policies:
             if policy not in self._asked:
                 self._asked.add(policy)
                 self._crew.submit(policy)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Raises what `Crew.wait` raises."""
+        """Wait for a policy's evaluation; raises what `Crew.wait` raises."""
         self.expect([policy])
         while policy not in self._found:
             for key, found, last in self._crew.wait():
@@ -248,8 +278,12 @@ def run_folders(
 ) -> None:
     """Let searches be done on the cluster that this process is connected to, and their runs come into folders of this machine.
 
-    searched: called there with (given, key, folder, on_row), does one of them in a folder that begins as ours is.
-    folders: where the run of each key is begun. Its history grows there as it is searched; its other files come at its end.
+    Args:
+        given: What every worker is given once.
+        searched: Called there with (given, key, folder, on_row), does one search in a folder that begins as ours is.
+        folders: Where the run of each key is begun. Its history grows there as it is searched; its other files come at its end.
+        most: How many workers there may be; None for no limit.
+        on_done: Is told the key of a search that has ended.
     """
     crew = Crew(_Searcher, (given, searched), 1, most, 1, lambda key: (folders[key].name, _files(folders[key])))
     for key in folders:
