@@ -281,7 +281,7 @@ def run_folders(
     Args:
         given: What every worker is given once.
         searched: Called there with (given, key, folder, on_row), does one search in a folder that begins as ours is.
-        folders: Where the run of each key is begun. Its history grows there as it is searched; its other files come at its end.
+        folders: Where the run of each key is begun. Its history grows there; its other files come at its end.
         most: How many workers there may be; None for no limit.
         on_done: Is told the key of a search that has ended.
     """
