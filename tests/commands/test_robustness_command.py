@@ -212,8 +212,8 @@ def test_requantized_input_is_what_the_network_sees() -> None:
     levels = (x * 255).round() / 255
     assert not torch.equal(x, levels)
     for name, net in gathered.networks.items():
-        outputs = [gathered.classifier(net, True)(x), gathered.classifier(net, False)(levels)]
-        assert torch.allclose(*outputs, atol=1e-5), name
+        rounding, rounded = gathered.classifier(net, True)(x), gathered.classifier(net, False)(levels)
+        assert torch.allclose(rounding, rounded, atol=1e-5), name
 
 
 @pytest.mark.parametrize(
