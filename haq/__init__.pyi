@@ -1,0 +1,20 @@
+# What `haq` has, and where it lives: type checkers read it here, and haq/__init__.py makes each name when it is first used.
+from . import attacks as attacks
+from . import data as data
+from . import deploy as deploy
+from . import deployment as deployment
+from . import networks as networks
+from . import problem as problem
+from . import solvers as solvers
+from . import training as training
+from .problem.evaluator import Evaluation as Evaluation
+from .problem.objective import Objective as Objective
+from .problem.problem import Problem as Problem
+from .problem.sensitivity import Sensitivities as Sensitivities
+from .solvers.base import Session as Session
+from .solvers.base import Solver as Solver
+from .solvers.base import Trial as Trial
+from .study.solving import Result as Result
+from .study.solving import load as load
+from .study.solving import solve as solve
+from .version import __version__ as __version__
