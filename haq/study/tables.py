@@ -15,6 +15,7 @@ import quantizers as Q
 from haq.console.tables import key_table, new_table, plain, say, say_next
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
+from haq.problem.schemes import lacking_integers
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.config import SearchConfig
@@ -86,7 +87,7 @@ def scheme_words(problem: Problem) -> str:
     others = [f"{name} for {', '.join(layers[name])}" for name in layers if name != main]
     if others:
         words += f"; {'; '.join(others)}"
-    lacking = {s.name for s in problem.schemes.values() if not (s.has_integer_weights and s.has_integer_activations)}
+    lacking = {s.name for s in problem.schemes.values() if lacking_integers(s)}
     if lacking:
         words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
     return words
@@ -221,7 +222,7 @@ def result_table(task: SearchTask, result: Mapping[str, Any]) -> Table:
     for heading, key in _share_columns(objective):
         keys.append(key)
         table.add_column(plain(heading), justify="right")
-    metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
+    metrics = [name for name in ("latency", "energy", "storage") if name in problem.metrics]
     for name in metrics:
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
         kind = "counted"
