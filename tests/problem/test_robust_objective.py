@@ -29,7 +29,7 @@ from haq.study import search_steps
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
-from quantizers.schemes.linear import Linear
+from quantizers.schemes import Linear
 from tests.conftest import images, small_network
 from tests.training.test_finetuning_in_the_loop import tuning
 
