@@ -21,6 +21,7 @@ from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Ve
 from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
+from haq.store.files import write
 
 FLAVOURS = ("onnx", "qonnx")
 # Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
@@ -66,9 +67,7 @@ def export(graph: Graph, network: nn.Module, path: str | Path, *, flavour: str =
         _package("onnx").checker.check_model(model, full_check=True)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(model.SerializeToString())
-    partial.replace(path)
+    write(path, model.SerializeToString())
 
 
 @dataclass(frozen=True)

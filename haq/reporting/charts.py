@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 
@@ -19,6 +19,7 @@ from haq.reporting.drawing import (
     level,
     limit,
     lowest,
+    micro,
     palette,
     plot,
     rounded,
@@ -27,67 +28,103 @@ from haq.reporting.drawing import (
 )
 from haq.reporting.reading import RunFolder
 from haq.store.history import HistoryRow
+from haq.store.records import LayerRecord, ProblemRecord
 from haq.store.units import best_unit, percent
 
 LABELLED = 40  # layers, at most, whose bars have their bits written at them in full size
 OPERANDS = ("weights", "activations")
 WHEN = ("before, 8/8", "after")
+WITHIN = {True: "within", False: "above"}
+
+
+class _Cost(NamedTuple):
+    """A layer with its bits, and what it costs before, at 8/8 bits, and after."""
+
+    layer: LayerRecord
+    weight_bits: int
+    activation_bits: int
+    before: float
+    after: float
 
 
 def bits(run: RunFolder) -> Picture:
-    """Weight bits up and activation bits down, over each layer's share of the cost before and after, as in HAQ's paper."""
-    problem, policy = run.problem, run.policy
-    assert policy is not None
-    metric, kind = problem.metric, problem.cost_kind
-    costs = [
-        (layer, w, a, layer.cost[7][7], layer.cost[w - 1][a - 1]) for layer, (w, a) in zip(problem.layers, policy, strict=True)
-    ]
-    w_bits, a_bits = zip(*policy, strict=True)
-    used = sum(after for *_, after in costs)
-    layer, w, a, before, after = max(costs, key=lambda one: one[3])
-    says = (
-        f"{len(policy)} layers; weights have {min(w_bits)} to {max(w_bits)} bits, {statistics.mean(w_bits):.1f} on average, "
-        f"activations {min(a_bits)} to {max(a_bits)}, {statistics.mean(a_bits):.1f} on average. Together they take "
-        f"{amount(used, metric)} of {metric} instead of {amount(problem.uniform8, metric)} at 8/8 bits ({kind}). The layer "
-        f"that costs most at 8/8, {layer.name}, goes from {amount(before, metric)} to {amount(after, metric)} at {w}/{a} bits."
+    """Draw weight bits up and activation bits down, over each layer's share of the cost, as in HAQ's paper."""
+    problem = run.problem
+    assert run.policy is not None
+    costs = []
+    for layer, (weight_bits, activation_bits) in zip(problem.layers, run.policy, strict=True):
+        after = layer.cost[weight_bits - 1][activation_bits - 1]
+        costs.append(_Cost(layer, weight_bits, activation_bits, layer.cost[-1][-1], after))
+    bars: list[Row] = []
+    shares: list[Row] = []
+    for cost in costs:
+        chosen = "searched"
+        if cost.layer.fixed:
+            chosen = "fixed"
+        bar = {"layer": cost.layer.name, "kind": cost.layer.kind, "chosen": chosen}
+        bars.append({**bar, "operand": "weights", "bits": cost.weight_bits, "height": cost.weight_bits})
+        bars.append({**bar, "operand": "activations", "bits": cost.activation_bits, "height": -cost.activation_bits})
+        widths = f"{cost.weight_bits}/{cost.activation_bits}"
+        for when, value, at in ((WHEN[0], cost.before, "8/8"), (WHEN[1], cost.after, widths)):
+            share = rounded(100 * value / problem.uniform8)
+            amounts = {"cost": amount(value, problem.metric), "share": share}
+            shares.append({"layer": cost.layer.name, "when": when, "bits": at, **amounts})
+    metric = problem.metric
+    return Picture(
+        "Bits per layer, and what each layer costs",
+        _bits_say(run, costs),
+        [_bars(bars, len(costs)), _shares(shares, metric, problem.cost_kind)],
+        ["layer", "kind", "MACs", "parameters", "weight bits", "activation bits", f"{metric} at 8/8", "after", "share at 8/8"],
+        [_bits_row(cost, problem) for cost in costs],
+        _bits_note(problem),
+        columns=len(costs),
     )
+
+
+def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
+    """Say what the chart of bits shows."""
+    problem, metric = run.problem, run.problem.metric
+    weights = [cost.weight_bits for cost in costs]
+    activations = [cost.activation_bits for cost in costs]
+    used = amount(sum(cost.after for cost in costs), metric)
+    uniform8 = amount(problem.uniform8, metric)
+    most = max(costs, key=lambda cost: cost.before)
+    before, after = amount(most.before, metric), amount(most.after, metric)
+    return (
+        f"{len(costs)} layers; weights have {min(weights)} to {max(weights)} bits, {statistics.mean(weights):.1f} on average, "
+        f"activations {min(activations)} to {max(activations)}, {statistics.mean(activations):.1f} on average. Together they "
+        f"take {used} of {metric} instead of {uniform8} at 8/8 bits ({problem.cost_kind}). The layer that costs most at 8/8, "
+        f"{most.layer.name}, goes from {before} to {after} at {most.weight_bits}/{most.activation_bits} bits."
+    )
+
+
+def _bits_note(problem: ProblemRecord) -> str:
+    """Say how the chart of bits is to be read."""
     note = (
         "Weights up, activations (a layer's input) down, as in HAQ's paper; below them each layer's share of the "
-        f"{metric} ({kind})."
+        f"{problem.metric} ({problem.cost_kind})."
     )
     if any(layer.fixed for layer in problem.layers):
         note += " Pale bars, with a * in the table, are fixed and not searched."
-    rows, shares = [], []
-    for layer, w, a, before, after in costs:
-        told = {"layer": layer.name, "kind": layer.kind, "chosen": "fixed" if layer.fixed else "searched"}
-        rows += [{**told, "operand": "weights", "bits": w, "height": w}]
-        rows += [{**told, "operand": "activations", "bits": a, "height": -a}]
-        for when, cost, widths in ((WHEN[0], before, "8/8"), (WHEN[1], after, f"{w}/{a}")):
-            share = rounded(100 * cost / problem.uniform8)
-            shares.append({"layer": layer.name, "when": when, "bits": widths, "cost": amount(cost, metric), "share": share})
-    star = {True: "*", False: ""}
-    return Picture(
-        "Bits per layer, and what each layer costs",
-        says,
-        [_bars(rows, len(costs)), _shares(shares, metric, kind)],
-        ["layer", "kind", "MACs", "parameters", "weight bits", "activation bits", f"{metric} at 8/8", "after", "share at 8/8"],
-        [
-            [
-                layer.name,
-                layer.kind,
-                f"{layer.macs:,}",
-                f"{layer.parameters:,}",
-                f"{w}{star[layer.fixed]}",
-                f"{a}{star[layer.fixed]}",
-                amount(before, metric),
-                amount(after, metric),
-                f"{100 * before / problem.uniform8:.1f} %",
-            ]
-            for layer, w, a, before, after in costs
-        ],
-        note,
-        columns=len(costs),
-    )
+    return note
+
+
+def _bits_row(cost: _Cost, problem: ProblemRecord) -> list[str]:
+    """Make a row of the data of the chart of bits."""
+    star = ""
+    if cost.layer.fixed:
+        star = "*"
+    return [
+        cost.layer.name,
+        cost.layer.kind,
+        f"{cost.layer.macs:,}",
+        f"{cost.layer.parameters:,}",
+        f"{cost.weight_bits}{star}",
+        f"{cost.activation_bits}{star}",
+        amount(cost.before, problem.metric),
+        amount(cost.after, problem.metric),
+        percent(cost.before / problem.uniform8, 1),
+    ]
 
 
 # Two charts, one above the other, whose columns must meet.
@@ -105,9 +142,12 @@ def _bars(rows: list[Row], layers: int) -> dict[str, Any]:
         fillOpacity=alt.condition("datum.chosen == 'fixed'", alt.value(0.15), alt.value(1)),
         tooltip=[f"{name}:N" for name in ("layer", "kind", "operand", "bits", "chosen")],
     )
+    size = 11
+    if layers > LABELLED:
+        size = 8
     texts = [
         base.transform_filter(f"datum.operand == '{operand}'")
-        .mark_text(dy=dy, fontSize=11 if layers <= LABELLED else 8, color="var(--ink)")
+        .mark_text(dy=dy, fontSize=size, color="var(--ink)")
         .encode(y="height:Q", text="bits:Q")
         for operand, dy in (("weights", -7), ("activations", 8))
     ]
@@ -136,16 +176,67 @@ def _shares(rows: list[Row], metric: str, kind: str) -> dict[str, Any]:
     )
 
 
+class _Uniform(NamedTuple):
+    """A uniform policy on the chart of what was tried."""
+
+    bits: int
+    cost: float
+    accuracy: float
+
+
 def tried(run: RunFolder) -> Picture:
-    """Every policy tried as accuracy against cost, by solver, with the Pareto front, uniform policies, budget and float."""
+    """Draw every policy tried, accuracy against cost, with the Pareto front, uniform policies, budget and float."""
     problem, objective = run.problem, run.problem.objective_title
-    metric, kind = problem.metric, problem.cost_kind
-    solvers = list(dict.fromkeys(one.solver for one in run.history))
-    uniform = [
-        (one.bits, one.cost, one.share("search", problem.objective)) for one in (run.result.uniform if run.result else [])
-    ]
-    points = [(one.cost, one.accuracy) for one in run.history] + [(cost, accuracy) for _, cost, accuracy in uniform]
+    uniform: list[_Uniform] = []
+    if run.result is not None:
+        rows = run.result.uniform
+        uniform = [_Uniform(row.bits, row.cost, row.share("search", problem.objective)) for row in rows]
+    points = [(one.cost, one.accuracy) for one in run.history]
+    points += [(one.cost, one.accuracy) for one in uniform]
     best, least = front(points), lowest([accuracy for _, accuracy in points])
+    best_points = set(best)
+    lower = sum(accuracy < least for _, accuracy in points)
+    cells = []
+    for one in run.history:
+        on_front = ""
+        if (one.cost, one.accuracy) in best_points:
+            on_front = "yes"
+        widths = [" ".join(map(str, bits)) for bits in (one.weight_bits, one.activation_bits)]
+        figures = [percent(one.accuracy), amount(one.cost, problem.metric), WITHIN[one.within_budget]]
+        cells.append([one.solver, str(one.evaluation), *figures, on_front, *widths])
+    return Picture(
+        f"{objective.capitalize()} against {problem.metric}: every policy tried",
+        _tried_says(run),
+        [_points(run, uniform, best, least)],
+        ["solver", "evaluation", objective, problem.metric, "budget", "Pareto front", "weight bits", "activation bits"],
+        cells,
+        _tried_note(objective, bool(uniform), lower, least),
+    )
+
+
+def _tried_says(run: RunFolder) -> str:
+    """Say what the chart of everything tried shows."""
+    problem, metric = run.problem, run.problem.metric
+    inside = sum(one.within_budget for one in run.history)
+    says = (
+        f"{len(run.history):,} evaluations by {', '.join(_solvers(run))}, {inside:,} of them within the budget of "
+        f"{amount(problem.limit, metric)} ({problem.cost_kind}). "
+    )
+    if run.best is not None:
+        found = f"{percent(run.best.accuracy)} at {amount(run.best.cost, metric)}"
+        says += f"The best of {run.best.solver} within the budget, ringed, has {found}; "
+    return says + f"float has {percent(problem.float_share)} on the same {problem.images:,} images."
+
+
+def _tried_note(objective: str, uniform: bool, lower: int, least: float) -> str:
+    """Say how the chart of everything tried is to be read.
+
+    Args:
+        objective: What accuracy is called.
+        uniform: There are uniform policies on it.
+        lower: How many marks are drawn at the lower edge.
+        least: What they are below.
+    """
     note = (
         "A filled mark is within the budget, an empty one above it. The line is the Pareto front: nothing tried costs less "
         f"and is better. {objective.capitalize()} is measured on the search split, by which policies are chosen; what they "
@@ -153,46 +244,24 @@ def tried(run: RunFolder) -> Picture:
     )
     if uniform:
         note += " Numbers are the bits of uniform policies (fixed layers keep theirs)."
-    if lower := sum(accuracy < least for _, accuracy in points):
-        note += f" {lower:,} below {100 * least:.1f} % are drawn at the lower edge."
-    inside = sum(one.within_budget for one in run.history)
-    says = (
-        f"{len(run.history):,} evaluations by {', '.join(solvers)}, {inside:,} of them within the budget of "
-        f"{amount(problem.limit, metric)} ({kind}). "
-    )
-    if run.best is not None:
-        found = f"{percent(run.best.accuracy)} at {amount(run.best.cost, metric)}"
-        says += f"The best of {run.best.solver} within the budget, ringed, has {found}; "
-    says += f"float has {percent(problem.float_share)} on the same {problem.images:,} images."
-    on_front = set(best)
-    return Picture(
-        f"{objective.capitalize()} against {metric}: every policy tried",
-        says,
-        [_points(run, solvers, uniform, best, least)],
-        ["solver", "evaluation", objective, metric, "budget", "Pareto front", "weight bits", "activation bits"],
-        [
-            [
-                one.solver,
-                str(one.evaluation),
-                percent(one.accuracy),
-                amount(one.cost, metric),
-                "within" if one.within_budget else "above",
-                "yes" if (one.cost, one.accuracy) in on_front else "",
-                *(" ".join(map(str, widths)) for widths in (one.weight_bits, one.activation_bits)),
-            ]
-            for one in run.history
-        ],
-        note,
-    )
+    if lower:
+        note += f" {lower:,} below {percent(least, 1)} are drawn at the lower edge."
+    return note
 
 
-def _points(
-    run: RunFolder,
-    solvers: list[str],
-    uniform: list[tuple[int, float, float]],
-    best: list[tuple[float, float]],
-    least: float,
-) -> dict[str, Any]:
+def _solvers(run: RunFolder) -> list[str]:
+    return list(dict.fromkeys(one.solver for one in run.history))
+
+
+def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, float]], least: float) -> dict[str, Any]:
+    """Draw the chart of everything tried.
+
+    Args:
+        run: The run.
+        uniform: Uniform policies.
+        best: The Pareto front.
+        least: Where the scale begins.
+    """
     problem, objective = run.problem, run.problem.objective_title
     metric, kind = problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
@@ -200,23 +269,23 @@ def _points(
     def at(cost: float, accuracy: float) -> Row:
         return {"x": rounded(cost / size), "y": rounded(100 * max(accuracy, least))}
 
-    def told(cost: float, accuracy: float, within: bool) -> Row:
-        words = {"is": percent(accuracy), "cost": amount(cost, metric), "within": "within" if within else "above"}
-        return {**at(cost, accuracy), **words}
+    def mark(policy: str, mean: str, cost: float, accuracy: float, within: bool) -> Row:
+        words = {"is": percent(accuracy), "cost": amount(cost, metric), "within": WITHIN[within]}
+        return {"policy": policy, "mean": mean, **at(cost, accuracy), **words}
 
-    rows: list[Row] = [
-        {"policy": one.solver, "evaluation": one.evaluation, "mean": _means(one)}
-        | told(one.cost, one.accuracy, one.within_budget)
-        for one in run.history
-    ]
-    rows += [
-        {"policy": UNIFORM, "mean": str(width)} | told(cost, accuracy, cost <= problem.limit * (1 + 1e-9))
-        for width, cost, accuracy in uniform
-    ]
-    names = [*solvers, UNIFORM] if uniform else solvers
-    colors = [*palette(solvers), "var(--muted)"] if uniform else palette(solvers)
+    rows: list[Row] = []
+    for one in run.history:
+        row = mark(one.solver, _means(one), one.cost, one.accuracy, one.within_budget)
+        rows.append({**row, "evaluation": one.evaluation})
+    names = _solvers(run)
+    colors = palette(names)
+    if uniform:
+        names.append(UNIFORM)
+        colors.append("var(--muted)")
+    for bits, cost, accuracy in uniform:
+        rows.append(mark(UNIFORM, str(bits), cost, accuracy, cost <= problem.limit * (1 + 1e-9)))
     most = max([problem.float_share, *(accuracy for _, accuracy in best)])
-    x = alt.X("x:Q", title=f"{metric}, {unit.replace('u', 'µ')} ({kind})", scale=alt.Scale(zero=False))
+    x = alt.X("x:Q", title=f"{metric}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
     marks = plot(rows).mark_point(size=55, strokeWidth=1.3)
     marks = marks.encode(
@@ -252,9 +321,9 @@ def _points(
 
 
 def convergence(run: RunFolder) -> Picture:
-    """The best accuracy within the budget so far, against evaluations, for each solver."""
+    """Draw the best accuracy within the budget so far, against evaluations, for each solver."""
     objective = run.problem.objective_title
-    solvers = list(dict.fromkeys(one.solver for one in run.history))
+    solvers = _solvers(run)
     rises: list[Row] = []
     ends: list[Row] = []
     says = []
@@ -285,7 +354,7 @@ def convergence(run: RunFolder) -> Picture:
         "such as those that measure what single layers bear, raise no line."
     )
     if any(row["y"] / 100 < least for row in rises):
-        note += f" What is below {100 * least:.1f} % is drawn at the lower edge."
+        note += f" What is below {percent(least, 1)} is drawn at the lower edge."
     return Picture(
         "Convergence: the best so far",
         "; ".join(says) + ".",

@@ -18,6 +18,7 @@ from haq.reporting.drawing import (
     front,
     level,
     lowest,
+    micro,
     palette,
     plot,
     rounded,
@@ -28,40 +29,56 @@ from haq.reporting.reading import RunFolder
 from haq.store.records import FinishedSweepRecord, RobustnessRecord, SweepFound, SweepTarget, SweepUniform
 from haq.store.units import best_unit, percent
 
+YES_OR_NO = {True: "yes", False: "no"}
+
 
 def sweep(content: FinishedSweepRecord, target: SweepTarget) -> Picture:
-    """Test accuracy against the cost on one target of a sweep, by solver, with the Pareto front and uniform policies."""
-    objective, metric = content.objective_title, content.metric
-    judge = content.objective
-    least = lowest([row.share("test", judge) for row in target.found], 1.0)
+    """Draw test accuracy against the cost on one target of a sweep, with the Pareto front and uniform policies."""
+    metric, objective = content.metric, content.objective_title
+    least = lowest([row.share("test", content.objective) for row in target.found], 1.0)
     solvers = list(dict.fromkeys(row.solver for row in target.found))
     rows = [_of_search(content, row) for row in target.found]
     rows += [_of_uniform(content, uniform, least) for uniform in target.uniform]
-    best = max(target.found, key=lambda row: row.share("test", judge))
-    of_float = content.of_float.share("test", judge)
-    says = (
-        f"{', '.join(solvers)} at budgets {', '.join(dict.fromkeys(row.budget for row in target.found))}; "
-        f"{sum(row['front'] == 'yes' for row in rows)} policies are on the Pareto front. The most accurate, by {best.solver} "
-        f"at budget {best.budget}, has {percent(best.share('test', judge))} on the test split at {best.fraction:.3f} of "
-        f"uniform 8 bits; float has {percent(of_float)}."
-    )
-    note = "Ringed: on the Pareto front, nothing costs less and is better. Numbers are the bits of uniform policies."
-    if lower := sum(uniform.share("test", judge) < least for uniform in target.uniform):
-        note += f" {lower} of them, below {100 * least:.1f} %, are drawn at the lower edge."
-    if content.asked.seeds > 1:
-        note += " Marks are means over the seeds, bars reach from the smallest to the largest."
+    cells = []
+    for row in rows:
+        front = ""
+        if row["front"] == "yes":
+            front = "yes"
+        policy = f"{row['policy']} {row['label']}".strip()
+        cells.append([policy, row["budget"], row["cost"], f"{row['x']:.3f}", row["is"], row["seeds"], front])
     return Picture(
         f"{target.name}: {objective} against {metric}",
-        says,
+        _sweep_says(content, target, sum(row["front"] == "yes" for row in rows)),
         [_panel(content, target, rows, solvers, least)],
         ["policy", "budget", f"{metric} ({target.kind})", "of uniform 8 bits", f"test {objective}", "seeds", "Pareto front"],
-        [
-            [f"{row['policy']} {row['label']}".strip(), row["budget"], row["cost"], f"{row['x']:.3f}", row["is"], row["seeds"]]
-            + (["yes"] if row["front"] == "yes" else [""])
-            for row in rows
-        ],
-        f"{note} {objective.capitalize()} is measured, cost is {target.cost_is}.",
+        cells,
+        _sweep_note(content, target, least),
     )
+
+
+def _sweep_says(content: FinishedSweepRecord, target: SweepTarget, on_front: int) -> str:
+    """Say what the chart of a sweep shows."""
+    solvers = dict.fromkeys(row.solver for row in target.found)
+    budgets = dict.fromkeys(row.budget for row in target.found)
+    best = max(target.found, key=lambda row: row.share("test", content.objective))
+    share = percent(best.share("test", content.objective))
+    of_float = percent(content.of_float.share("test", content.objective))
+    return (
+        f"{', '.join(solvers)} at budgets {', '.join(budgets)}; {on_front} policies are on the Pareto front. The most "
+        f"accurate, by {best.solver} at budget {best.budget}, has {share} on the test split at {best.fraction:.3f} of "
+        f"uniform 8 bits; float has {of_float}."
+    )
+
+
+def _sweep_note(content: FinishedSweepRecord, target: SweepTarget, least: float) -> str:
+    """Say how the chart of a sweep is to be read."""
+    note = "Ringed: on the Pareto front, nothing costs less and is better. Numbers are the bits of uniform policies."
+    lower = sum(uniform.share("test", content.objective) < least for uniform in target.uniform)
+    if lower:
+        note += f" {lower} of them, below {percent(least, 1)}, are drawn at the lower edge."
+    if content.asked.seeds > 1:
+        note += " Marks are means over the seeds, bars reach from the smallest to the largest."
+    return f"{note} {content.objective_title.capitalize()} is measured, cost is {target.cost_is}."
 
 
 def _of_search(content: FinishedSweepRecord, row: SweepFound) -> Row:
@@ -77,7 +94,7 @@ def _of_search(content: FinishedSweepRecord, row: SweepFound) -> Row:
         "seeds": seeds,
         "is": percent(share),
         "cost": amount(row.cost, content.metric),
-        "front": "yes" if row.pareto else "no",
+        "front": YES_OR_NO[row.pareto],
         "x": rounded(row.fraction),
         "y": rounded(100 * share),
         "low": rounded(100 * low),
@@ -94,7 +111,7 @@ def _of_uniform(content: FinishedSweepRecord, row: SweepUniform, least: float) -
         "seeds": "",
         "is": percent(share),
         "cost": amount(row.cost, content.metric),
-        "front": "yes" if row.pareto else "no",
+        "front": YES_OR_NO[row.pareto],
         "x": rounded(row.fraction),
         "y": rounded(100 * max(share, least)),
     }
@@ -136,65 +153,77 @@ def _panel(
 
 
 def attacked(found: RobustnessRecord) -> Picture:
-    """Accuracy against eps under PGD, a line for each network, and its worst case over all attacks."""
+    """Draw accuracy against eps under PGD, a line for each network, and its worst case over all attacks."""
     first = next(iter(found.networks.values()))
-    of_pixels = first.threat.norm == "linf"
-    unit, names = 255 if of_pixels else 1, list(found.networks)
-    curve: list[Row] = [
-        {"network": name, "eps": rounded(unit * eps), "y": rounded(100 * share), "is": percent(share)}
-        for name, one in found.networks.items()
-        for eps, share in one.curve
-    ]
-    worst: list[Row] = [
-        {
-            "network": name,
-            "eps": rounded(unit * one.threat.eps),
-            "y": rounded(100 * one.worst),
-            "is": f"{'at most ' if one.masked else ''}{percent(one.worst)}",
-            "verdict": one.verdict,
-        }
-        for name, one in found.networks.items()
-    ]
-    says = "; ".join(
-        f"{name}: {percent(one.clean)} clean, {'at most ' if one.masked else ''}{percent(one.worst)} in the worst case"
-        for name, one in found.networks.items()
-    )
-    color, shape = color_by("network", names, palette(names)), shape_by("network", names)
-    scale = "1/255 of the range of a pixel" if of_pixels else "of images in [0, 1]"
-    # Stars at the largest eps need room.
-    most = 1.04 * max(row["eps"] for row in [*curve, *worst])
+    unit, scale, after = 1, "of images in [0, 1]", ""
+    if first.threat.norm == "linf":
+        unit, scale, after = 255, "1/255 of the range of a pixel", "/255"
+    curve: list[Row] = []
+    worst: list[Row] = []
+    says = []
+    for name, network in found.networks.items():
+        for eps, share in network.curve:
+            curve.append({"network": name, "eps": rounded(unit * eps), "y": rounded(100 * share), "is": percent(share)})
+        at_most = ""
+        if network.masked:
+            at_most = "at most "
+        worst_case = f"{at_most}{percent(network.worst)}"
+        worst.append(
+            {
+                "network": name,
+                "eps": rounded(unit * network.threat.eps),
+                "y": rounded(100 * network.worst),
+                "is": worst_case,
+                "verdict": network.verdict,
+            }
+        )
+        says.append(f"{name}: {percent(network.clean)} clean, {worst_case} in the worst case")
     title = f"eps, {scale} ({first.threat.norm})"
-    x = alt.X("eps:Q", title=title, scale=alt.Scale(domain=[0, rounded(most)], nice=False))
-    y = alt.Y("y:Q", title="accuracy, % (measured)", scale=alt.Scale(domain=[0, 100]))
-    told = ["network:N", "eps:Q", alt.Tooltip("is:N", title="accuracy under PGD")]
-    told_worst = ["network:N", alt.Tooltip("is:N", title="worst case over all attacks"), "verdict:N"]
-    marks, stars = (
-        plot(curve).mark_point(size=40, filled=True),
-        plot(worst).mark_point(size=220, strokeWidth=2, shape=STAR),
-    )
-    layers = (
-        *level(1 / first.classes, "chance", y),
-        plot(curve).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=color),
-        marks.encode(x=x, y=y, color=color, shape=shape, tooltip=told),
-        stars.encode(x=x, y=y, color=color, tooltip=told_worst),
-    )
+    layers = _lines_and_stars(curve, worst, list(found.networks), title, 1 / first.classes)
     return Picture(
         "Accuracy against the size of a perturbation",
-        f"{says}.",
+        f"{'; '.join(says)}.",
         [finished(alt.layer(*layers), 300)],
         ["network", "eps", "accuracy under PGD"],
-        [[str(row["network"]), f"{row['eps']:g}{'/255' if of_pixels else ''}", str(row["is"])] for row in curve],
+        [[str(row["network"]), f"{row['eps']:g}{after}", str(row["is"])] for row in curve],
         f"Lines: PGD alone, on {first.curve_images:,} images. Stars: the worst case over all attacks, on {found.images:,}.",
     )
 
 
+def _lines_and_stars(curve: list[Row], worst: list[Row], names: list[str], title: str, chance: float) -> list[alt.Chart]:
+    """Draw the layers of the chart of networks under attack."""
+    color, shape = color_by("network", names, palette(names)), shape_by("network", names)
+    # Stars at the largest eps need room.
+    most = 1.04 * max(row["eps"] for row in [*curve, *worst])
+    x = alt.X("eps:Q", title=title, scale=alt.Scale(domain=[0, rounded(most)], nice=False))
+    y = alt.Y("y:Q", title="accuracy, % (measured)", scale=alt.Scale(domain=[0, 100]))
+    tooltip = ["network:N", "eps:Q", alt.Tooltip("is:N", title="accuracy under PGD")]
+    tooltip_worst = ["network:N", alt.Tooltip("is:N", title="worst case over all attacks"), "verdict:N"]
+    marks = plot(curve).mark_point(size=40, filled=True)
+    stars = plot(worst).mark_point(size=220, strokeWidth=2, shape=STAR)
+    return [
+        *level(chance, "chance", y),
+        plot(curve).mark_line(strokeWidth=1.5).encode(x=x, y=y, color=color),
+        marks.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
+        stars.encode(x=x, y=y, color=color, tooltip=tooltip_worst),
+    ]
+
+
 def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
-    """Several searches of one network on one target: their fronts, and what each found. Each run comes with its label."""
+    """Draw several searches of one network on one target: their fronts, and what each found.
+
+    Args:
+        runs: The runs, each with its name.
+
+    Returns:
+        The chart.
+    """
     problem = runs[0][1].problem
     objective, metric, kind = problem.objective_title, problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
     fronts = {name: front((one.cost, one.accuracy) for one in run.history if one.solver == run.solver) for name, run in runs}
-    least = lowest([accuracy for points in fronts.values() for _, accuracy in points])
+    accuracies = [accuracy for points in fronts.values() for _, accuracy in points]
+    least = lowest(accuracies)
 
     def row(name: str, cost: float, accuracy: float) -> Row:
         place = {"x": rounded(cost / size), "y": rounded(100 * max(accuracy, least))}
@@ -204,8 +233,8 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     found = [row(name, run.best.cost, run.best.accuracy) for name, run in runs if run.best is not None]
     says = "; ".join(f"{one['run']}: {one['is']} at {one['cost']}" for one in found) or "nothing yet"
     names = list(fronts)
-    most = max([problem.float_share, *(accuracy for points in fronts.values() for _, accuracy in points)])
-    x = alt.X("x:Q", title=f"{metric}, {unit.replace('u', 'µ')} ({kind})", scale=alt.Scale(zero=False))
+    x = alt.X("x:Q", title=f"{metric}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
+    most = max([problem.float_share, *accuracies])
     y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
     color, shape = color_by("run", names, palette(names)), shape_by("run", names)
     tooltip = [
@@ -213,7 +242,8 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         alt.Tooltip("is:N", title=f"{objective} (measured)"),
         alt.Tooltip("cost:N", title=f"{metric} ({kind})"),
     ]
-    marks, rings = plot(steps).mark_point(size=35, filled=True), plot(found).mark_point(size=230, strokeWidth=2)
+    marks = plot(steps).mark_point(size=35, filled=True)
+    rings = plot(found).mark_point(size=230, strokeWidth=2)
     layers = alt.layer(
         *level(problem.float_share, "float", y),
         plot(steps).mark_line(interpolate="step-after", strokeWidth=1.4).encode(x=x, y=y, color=color),
@@ -224,8 +254,8 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         "Each line is the Pareto front of what a run's own solver tried, the large empty mark its best within its budget. "
         f"{objective.capitalize()} is measured on the search split."
     )
-    if any(accuracy < least for points in fronts.values() for _, accuracy in points):
-        note += f" What is below {100 * least:.1f} % is drawn at the lower edge."
+    if any(accuracy < least for accuracy in accuracies):
+        note += f" What is below {percent(least, 1)} is drawn at the lower edge."
     return Picture(
         f"{problem.network} on {problem.target.name}: {objective} against {metric}",
         f"The best within each budget: {says}. Float has {percent(problem.float_share)}.",

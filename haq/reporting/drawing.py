@@ -59,17 +59,23 @@ class Picture:
     columns: int = 0  # that must have room; a chart with many of them scrolls in its box
 
 
+def micro(unit: str) -> str:
+    """Write a unit with a proper micro: µs."""
+    return unit.replace("u", "µ")
+
+
 def amount(value: float, metric: str) -> str:
-    """An amount as commands print it, but with a proper micro."""
+    """Write an amount as commands print it, but with a proper micro."""
     return describe_amount(value, metric).replace(" u", " µ")
 
 
 def plot(rows: Sequence[Row]) -> alt.Chart:
+    """Make a chart of some rows, with nothing on it yet."""
     return alt.Chart(alt.Data(values=list(rows)))
 
 
 def finished(chart: Any, height: int) -> dict[str, Any]:
-    """What Vega-Lite draws, as wide as its box."""
+    """Return what Vega-Lite draws, as wide as its box."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     made: dict[str, Any] = chart.properties(width="container", height=height, autosize=fit).to_dict()
     # Without the schema's address no library minds another's version; what the chart says is the same in all of them.
@@ -77,11 +83,12 @@ def finished(chart: Any, height: int) -> dict[str, Any]:
 
 
 def palette(names: Sequence[str]) -> list[str]:
+    """Choose a colour for each name, in their order."""
     return [f"var(--series-{i % COLORS})" for i in range(len(names))]
 
 
 def legend(names: Sequence[str]) -> alt.Legend:
-    """As many names beside each other as a phone has room for."""
+    """Put as many names beside each other as a phone has room for."""
     columns = 4
     while columns > 1 and sum(26 + 6.5 * max(map(len, names[i::columns])) for i in range(min(columns, len(names)))) > 300:
         columns -= 1
@@ -89,16 +96,38 @@ def legend(names: Sequence[str]) -> alt.Legend:
 
 
 def color_by(field: str, names: Sequence[str], colors: Sequence[str]) -> alt.Color:
+    """Colour marks by a field of their rows.
+
+    Args:
+        field: The field.
+        names: Its values, as the legend lists them.
+        colors: A colour for each.
+
+    Returns:
+        The encoding.
+    """
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(names), range=list(colors)), legend=legend(names))
 
 
 def shape_by(field: str, names: Sequence[str]) -> alt.Shape:
-    shapes = [CROSS if name == UNIFORM else SHAPES[i % len(SHAPES)] for i, name in enumerate(names)]
+    """Shape marks by a field of their rows, whose values are `names`; what isn't searched is a cross."""
+    shapes = [SHAPES[i % len(SHAPES)] for i in range(len(names))]
+    if UNIFORM in names:
+        shapes[list(names).index(UNIFORM)] = CROSS
     return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend(names))
 
 
 def level(share: float, label: str, y: alt.Y) -> list[alt.Chart]:
-    """A level across the chart, with its name and value; `y` is the axis that all layers of the chart share."""
+    """Draw a level across a chart, with its name and value.
+
+    Args:
+        share: Where.
+        label: Its name.
+        y: The axis that all layers of the chart share.
+
+    Returns:
+        The layers.
+    """
     told = plot([{"y": rounded(100 * share), "label": f"{label} {percent(share)}"}])
     line = told.mark_rule(color="var(--muted)", strokeDash=[2, 3]).encode(y=y)
     text = told.mark_text(align="left", baseline="bottom", dx=4, dy=-3, fontSize=11, color="var(--muted)")
@@ -106,7 +135,16 @@ def level(share: float, label: str, y: alt.Y) -> list[alt.Chart]:
 
 
 def limit(value: float, label: str, x: alt.X) -> list[alt.Chart]:
-    """A limit from top to bottom, with its name."""
+    """Draw a limit from top to bottom, with its name.
+
+    Args:
+        value: Where, on the axis' scale.
+        label: Its name.
+        x: The axis that all layers of the chart share.
+
+    Returns:
+        The layers.
+    """
     told = plot([{"x": rounded(value), "label": label}])
     line = told.mark_rule(color="var(--ink)", strokeDash=[6, 3]).encode(x=x)
     text = told.mark_text(align="left", baseline="bottom", dx=4, dy=-4, fontSize=11, color="var(--ink)")
@@ -114,7 +152,7 @@ def limit(value: float, label: str, x: alt.X) -> list[alt.Chart]:
 
 
 def lowest(shares: Sequence[float], quantile: float = 0.5) -> float:
-    """Where the scale of a chart begins: what lies far below the rest would press the rest together."""
+    """Say where the scale of a chart begins: what lies far below the rest would press the rest together."""
     if not shares:
         return 0.0
     ordered = sorted(shares, reverse=True)
@@ -123,13 +161,13 @@ def lowest(shares: Sequence[float], quantile: float = 0.5) -> float:
 
 
 def scale_of(least: float, most: float) -> alt.Scale:
-    """A scale of percents with a little room at both ends; what lies outside is drawn at its end."""
+    """Make a scale of percents with a little room at both ends; what lies outside is drawn at its end."""
     margin = max(0.05 * (most - least), 0.002)
     return alt.Scale(domain=[rounded(100 * (least - margin)), rounded(100 * (most + 2 * margin))], nice=False, clamp=True)
 
 
 def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Which (cost, accuracy) no other is as good as in both and better in one, cheapest first."""
+    """Keep the (cost, accuracy) that no other is as good as in both and better in one, cheapest first."""
     kept: list[tuple[float, float]] = []
     for cost, accuracy in sorted(set(points), key=lambda point: (point[0], -point[1])):
         if not kept or accuracy > kept[-1][1]:
@@ -138,5 +176,5 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def rounded(value: float) -> float:
-    """Six digits are more than a chart shows, and sixteen would be most of the page."""
+    """Keep six digits: they are more than a chart shows, and sixteen would be most of the page."""
     return float(f"{value:.6g}")

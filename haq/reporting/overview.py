@@ -11,9 +11,15 @@ from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
 from haq.store.units import NOTHING, percent
 
+HEAD = ("folder", "state", "network", "target", "metric", "solver", "used of budget", "float", "found", "fine-tuned")
+NOTE = (
+    "Float, found and fine-tuned: measured on the test split; of a run that isn't finished, on the search split, by which "
+    "policies are chosen. What is estimated and what is measured of the costs is told in each section."
+)
+
 
 def overview(sources: Sequence[RunFolder | SweepFolder], told: Sequence[Part]) -> Section:
-    """All of them in one table, and searches of the same problem in one chart."""
+    """Show all runs and sweeps in one table, and searches of the same problem in one chart."""
     rows = [line(source, part.folder) for source, part in zip(sources, told, strict=True)]
     runs = [(part.folder, source) for source, part in zip(sources, told, strict=True) if isinstance(source, RunFolder)]
     links = {part.folder: part.anchor for part in told}
@@ -21,40 +27,74 @@ def overview(sources: Sequence[RunFolder | SweepFolder], told: Sequence[Part]) -
 
 
 def listed(caption: str, rows: list[list[str]], links: Mapping[str, str]) -> Table:
-    head = ["folder", "state", "network", "target", "metric", "solver", "used of budget", "float", "found", "fine-tuned"]
-    note = (
-        "Float, found and fine-tuned: measured on the test split; of a run that isn't finished, on the search split, by which "
-        "policies are chosen. What is estimated and what is measured of the costs is told in each section."
-    )
-    return Table(caption, head, rows, note, links)
+    """Make a table of runs.
+
+    Args:
+        caption: What stands above it.
+        rows: A `line` for each of them.
+        links: Where on the page a name leads to.
+
+    Returns:
+        The table.
+    """
+    return Table(caption, HEAD, rows, NOTE, links)
 
 
 def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
+    """Make the row of a run or a sweep, of which the first cell is a name."""
     if isinstance(source, SweepFolder):
-        record = source.record
-        state = "finished sweep" if record.finished else "unfinished sweep"
-        asked, settings = record.asked, record.asked.settings
-        told = [str(settings.get("network", "")), ", ".join(asked.hw), str(settings.get("metric", ""))]
-        return [name, state, *told, ", ".join(asked.solvers), f"{len(asked.budgets)} budgets", "–", "–", "–"]
-    problem, result = source.problem, source.result
-    told = [problem.network, problem.target.name, problem.metric, source.solver]
-    limit = amount(problem.limit, problem.metric)
-    if result is None:
-        used = f"{amount(source.best.cost, problem.metric)} of {limit}" if source.best else f"– of {limit}"
-        found = f"{percent(source.best.accuracy)} (search)" if source.best else "–"
-        return [name, "unfinished", *told, used, f"{percent(problem.float_share)} (search)", found, "–"]
-    shares = [percent(row.share("test", result.objective)) for row in (result.of_float, result.found)]
-    if result.finetuned is None:
-        shares.append(NOTHING)
-    else:
-        shares.append(percent(result.finetuned.share("test", result.objective)))
-    return [name, "finished", *told, f"{amount(result.budget.used, problem.metric)} of {limit}", *shares]
+        return _line_of_sweep(source, name)
+    if source.result is None:
+        return _line_of_unfinished(source, name)
+    result = source.result
+    used, limit = (amount(value, result.budget.metric) for value in (result.budget.used, source.problem.limit))
+    of_float, found = (percent(row.share("test", result.objective)) for row in (result.of_float, result.found))
+    tuned = NOTHING
+    if result.finetuned is not None:
+        tuned = percent(result.finetuned.share("test", result.objective))
+    return [name, "finished", *_problem_of(source), f"{used} of {limit}", of_float, found, tuned]
 
 
 def joint(runs: Sequence[tuple[str, RunFolder]]) -> list[Picture]:
-    def problem(run: tuple[str, RunFolder]) -> tuple[str, ...]:
-        one = run[1].problem
-        return one.network, one.data, one.target.name, one.metric, one.objective
-
-    groups = [list(group) for _, group in itertools.groupby(sorted(runs, key=problem), key=problem)]
+    """Draw searches of the same problem in one chart each; every run comes with its name."""
+    groups = [list(group) for _, group in itertools.groupby(sorted(runs, key=_problem_key), key=_problem_key)]
     return [comparisons.together(group) for group in groups if len(group) > 1 and any(run.history for _, run in group)]
+
+
+def _line_of_sweep(source: SweepFolder, name: str) -> list[str]:
+    asked = source.record.asked
+    state = "unfinished sweep"
+    if source.finished:
+        state = "finished sweep"
+    return [
+        name,
+        state,
+        str(asked.settings.get("network", "")),
+        ", ".join(asked.hw),
+        str(asked.settings.get("metric", "")),
+        ", ".join(asked.solvers),
+        f"{len(asked.budgets)} budgets",
+        NOTHING,
+        NOTHING,
+        NOTHING,
+    ]
+
+
+def _line_of_unfinished(source: RunFolder, name: str) -> list[str]:
+    problem = source.problem
+    used, found = NOTHING, NOTHING
+    if source.best is not None:
+        used = amount(source.best.cost, problem.metric)
+        found = f"{percent(source.best.accuracy)} (search)"
+    limit = amount(problem.limit, problem.metric)
+    of_float = f"{percent(problem.float_share)} (search)"
+    return [name, "unfinished", *_problem_of(source), f"{used} of {limit}", of_float, found, NOTHING]
+
+
+def _problem_of(run: RunFolder) -> list[str]:
+    return [run.problem.network, run.problem.target.name, run.problem.metric, run.solver]
+
+
+def _problem_key(run: tuple[str, RunFolder]) -> tuple[str, ...]:
+    problem = run[1].problem
+    return problem.network, problem.data, problem.target.name, problem.metric, problem.objective

@@ -28,12 +28,17 @@ GENERATOR = "haq.report"
 
 
 def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
-    """The page of some runs and sweeps, in their order. The same folders give the same page, byte for byte."""
+    """Write the page of some runs and sweeps, in their order. The same folders give the same page, byte for byte."""
     called = names([source.folder for source in sources])
-    told = [_part(source, name, f"part-{i}") for i, (source, name) in enumerate(zip(sources, called, strict=True), 1)]
-    first = overview(sources, told) if len(sources) > 1 else None
-    pictures: list[Picture] = [*(first.pictures if first else ())]
-    pictures += [picture for part in told for section in part.sections for picture in section.pictures]
+    parts = []
+    for number, (source, name) in enumerate(zip(sources, called, strict=True), 1):
+        parts.append(_part(source, name, f"part-{number}"))
+    title, first = parts[0].title, None
+    sections = [section for part in parts for section in part.sections]
+    if len(parts) > 1:
+        title, first = f"{len(parts)} searches, side by side", overview(sources, parts)
+        sections.insert(0, first)
+    pictures: list[Picture] = [picture for section in sections for picture in section.pictures]
     boxes = {id(picture): f"chart-{number}" for number, picture in enumerate(pictures)}
     specs = {f"{boxes[id(picture)]}-{i}": spec for picture in pictures for i, spec in enumerate(picture.specs)}
     style, script = _asset("report.css"), _asset("report.js")
@@ -42,8 +47,8 @@ def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment.from_string(_asset("report.html.jinja")).render(
-        title=told[0].title if len(told) == 1 else f"{len(told)} searches, side by side",
-        parts=told,
+        title=title,
+        parts=parts,
         overview=first,
         box=lambda picture: boxes[id(picture)],
         specs=specs,
@@ -57,7 +62,7 @@ def render(sources: Sequence[RunFolder | SweepFolder]) -> str:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """What folders are called on the page: as little of their paths as tells them apart, and nobody's home."""
+    """Name folders on the page: as little of their paths as tells them apart, and nobody's home."""
     paths = [folder.resolve() for folder in folders]
     if len(paths) == 1:
         return [paths[0].name]
@@ -66,11 +71,16 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def _part(source: RunFolder | SweepFolder, name: str, anchor: str) -> Part:
-    return of_run(source, name, anchor) if isinstance(source, RunFolder) else of_sweep(source, name, anchor)
+    if isinstance(source, RunFolder):
+        return of_run(source, name, anchor)
+    return of_sweep(source, name, anchor)
 
 
 def _policy(style: str, *scripts: str) -> str:
-    """What a browser lets this page do: draw, with its own script and style. Nothing is fetched, framed, sent or evaluated."""
+    """Say what a browser lets this page do: draw, with its own script and style.
+
+    Nothing is fetched, framed, sent or evaluated.
+    """
     hashes = " ".join(_hash(script) for script in scripts)
     allowed = f"script-src {hashes}; style-src {_hash(style)}; img-src data:"
     return f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"

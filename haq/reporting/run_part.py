@@ -5,8 +5,8 @@ from __future__ import annotations
 from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount
 from haq.reporting.reading import RunFolder
-from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
-from haq.store.records import COST_KEYS, Measurement, ResultRecord, objective_title
+from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
+from haq.store.records import COST_KEYS, ROBUST, Measurement, ResultRecord, objective_title
 from haq.store.units import NOTHING, percent
 
 ACCURACY = "accuracy"
@@ -14,29 +14,34 @@ MEASURED = "Measured means timed layer by layer; the whole network may take more
 
 
 def of_run(run: RunFolder, name: str, anchor: str) -> Part:
-    problem, result = run.problem, run.result
+    """Tell all there is to tell of a run.
+
+    Args:
+        run: The run.
+        name: What its folder is called on the page.
+        anchor: Where on the page it stands.
+
+    Returns:
+        Its part of the page.
+    """
     sections = []
-    if result is not None:
-        sections.append(Section("Result", tables=[_results(run, result)]))
+    if run.result is not None:
+        sections.append(Section("Result", tables=[_results(run, run.result)]))
     if run.policy is not None:
         sections.append(Section("Bits per layer", pictures=[charts.bits(run)]))
     if run.history:
         sections.append(Section("Search", pictures=[charts.tried(run), charts.convergence(run)]))
     if run.robustness is not None:
         sections.append(attacks.attacked(run.robustness))
-    if result is not None and result.verified is not None:
-        sections.append(attacks.verified(result.verified))
+    if run.result is not None and run.result.verified is not None:
+        sections.append(attacks.verified(run.result.verified))
     sections += [_provenance(run), _configuration(run)]
-    return Part(
-        anchor,
-        f"{problem.network} on {problem.target.name}",
-        name,
-        run.finished,
-        [_verdict(run, result) if result else _so_far(run)],
-        _facts(run, result) if result else _facts_so_far(run),
-        sections,
-        "" if run.finished else f"python -m haq.search --resume {run.folder}",
-    )
+    if run.result is not None:
+        first, facts, command = _verdict(run, run.result), _facts(run, run.result), ""
+    else:
+        first, facts, command = _so_far(run), _facts_so_far(run), resume_command("haq.search", run.folder)
+    title = f"{run.problem.network} on {run.problem.target.name}"
+    return Part(anchor, title, name, run.finished, [first], facts, sections, command)
 
 
 def _verdict(run: RunFolder, result: ResultRecord) -> str:
@@ -46,10 +51,13 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
     tuned = ""
     if result.finetuned:
         tuned = f"; fine-tuned, {percent(result.finetuned.share('test', result.objective))}"
+    verdict = "is EXCEEDED"
+    if budget.holds:
+        verdict = "holds"
     return (
         f"The policy found by {result.solver} has {percent(found)} {objective} on the test split, {_points(found - of_float)} "
         f"float{tuned} (measured). It takes {amount(budget.used, metric)} of {metric} ({kind}), {budget.used_fraction:.3f} of "
-        f"uniform 8 bits. The budget of {amount(budget.limit, metric)} {'holds' if budget.holds else 'is EXCEEDED'}."
+        f"uniform 8 bits. The budget of {amount(budget.limit, metric)} {verdict}."
     )
 
 
@@ -82,15 +90,17 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
     ]
     if result.finetuned:
         facts.append(judged("Fine-tuned", result.finetuned))
-    share = f"{100 * budget.used / budget.limit:.1f} %" if budget.limit else "–"
-    facts.append(
-        Fact(
-            metric.capitalize(), amount(budget.used, metric), f"{kind}; {share} of the budget, {amount(budget.limit, metric)}"
-        )
-    )
+    share = NOTHING
+    if budget.limit:
+        share = percent(budget.used / budget.limit, 1)
+    of_budget = f"{kind}; {share} of the budget, {amount(budget.limit, metric)}"
+    facts.append(Fact(metric.capitalize(), amount(budget.used, metric), of_budget))
     of_uniform = f"of uniform 8 bits, {amount(run.problem.uniform8, metric)}; {kind}"
-    facts.append(Fact("Against 8 bits", f"{100 * budget.used_fraction:.1f} %", of_uniform))
-    facts.append(Fact("Budget", "✓ holds" if budget.holds else "✗ EXCEEDED", f"{budget.fraction:.3g} of uniform 8 bits"))
+    facts.append(Fact("Against 8 bits", percent(budget.used_fraction, 1), of_uniform))
+    verdict = "✗ EXCEEDED"
+    if budget.holds:
+        verdict = "✓ holds"
+    facts.append(Fact("Budget", verdict, f"{budget.fraction:.3g} of uniform 8 bits"))
     return facts
 
 
@@ -105,41 +115,45 @@ def _facts_so_far(run: RunFolder) -> list[Fact]:
 
 
 def _points(difference: float) -> str:
-    """A difference of two shares, as a distance from the second: "0.70 points below"."""
+    """Write a difference of two shares as a distance from the second: "0.70 points below"."""
     words = f"{100 * abs(difference):.2f} points"
-    return "as good as" if words == "0.00 points" else f"{words} {'below' if difference < 0 else 'above'}"
+    if words == "0.00 points":
+        return "as good as"
+    if difference < 0:
+        return f"{words} below"
+    return f"{words} above"
 
 
 def _results(run: RunFolder, result: ResultRecord) -> Table:
-    """The table that the search prints."""
-    # Plain accuracy beside what policies were judged by, where it was measured too.
-    both = result.objective != ACCURACY and result.found.has("test", ACCURACY)
+    """Make the table that the search prints."""
     columns = [("test", result.objective), ("search", result.objective)]
-    if both:
+    if result.objective != ACCURACY and result.found.has("test", ACCURACY):
+        # Plain accuracy beside what policies were judged by, where it was measured too.
         columns.insert(0, ("test", ACCURACY))
-    kind = run.problem.target.provenance.split(" ")[0]
     metrics = [name for name in COST_KEYS if result.uniform8.cost(name) is not None]
-    head = ["policy", *(f"{split} {objective_title(objective)} (measured)" for split, objective in columns)]
-    head += [f"{name} ({'counted' if name == 'storage' else kind})" for name in metrics] + ["evaluations"]
-    entries: list[tuple[str, Measurement | None, str]] = [
+    kinds = dict.fromkeys(metrics, run.problem.target.provenance.split(" ")[0])
+    if "storage" in kinds:
+        kinds["storage"] = "counted"
+    head = [
+        "policy",
+        *(f"{split} {objective_title(objective)} (measured)" for split, objective in columns),
+        *(f"{name} ({kind})" for name, kind in kinds.items()),
+        "evaluations",
+    ]
+    measured: list[tuple[str, Measurement | None, str]] = [
         ("float", result.of_float, ""),
         ("uniform 8 bits", result.uniform8, ""),
         (f"found by {result.solver}", result.found, _count(result, result.solver)),
         ("fine-tuned", result.finetuned, ""),
-        *((f"found by {name}", row, _count(result, name)) for name, row in result.rivals.items()),
     ]
-    rows = [
-        [
-            label,
-            *(percent(row.share(split, objective)) for split, objective in columns),
-            *(_cost(row.cost(name), name) for name in metrics),
-            evaluations,
-        ]
-        for label, row, evaluations in entries
-        if row is not None
-    ]
+    measured += [(f"found by {name}", row, _count(result, name)) for name, row in result.rivals.items()]
+    rows = []
+    for label, row, evaluations in measured:
+        if row is not None:
+            shares = [percent(row.share(split, objective)) for split, objective in columns]
+            rows.append([label, *shares, *(_cost(row, name) for name in metrics), evaluations])
     note = f"{run.problem.data}. {result.objective_title.capitalize()} {result.accuracy_is}; cost {result.cost_is}."
-    if both:
+    if result.objective == ROBUST:
         note += f" Worst case: {run.problem.objective_is}, right both times; a cheap attack, no evaluation of robustness."
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
 
@@ -148,43 +162,51 @@ def _count(result: ResultRecord, solver: str) -> str:
     return str(result.evaluations.get(solver, ""))
 
 
-def _cost(value: float | None, metric: str) -> str:
-    if value is None:
+def _cost(row: Measurement, metric: str) -> str:
+    cost = row.cost(metric)
+    if cost is None:
         return NOTHING
-    return amount(value, metric)
+    return amount(cost, metric)
 
 
 def _provenance(run: RunFolder) -> Section:
-    problem, result = run.problem, run.result
-    target = problem.target
-    objective = problem.objective_title
-    where = result.accuracy_is if result else "measured where the search runs"
+    problem, target = run.problem, run.problem.target
+    where = "measured where the search runs"
+    if run.result is not None:
+        where = run.result.accuracy_is
+    meaning = ESTIMATED
+    if target.provenance.startswith("measured"):
+        meaning = MEASURED
     sentences = [
-        f"{objective.capitalize()}: {where}, with PyTorch and fake-quantized networks. The search split "
+        f"{problem.objective_title.capitalize()}: {where}, with PyTorch and fake-quantized networks. The search split "
         f"({problem.images:,} images) is what policies are chosen by; no search and no training sees the test split.",
-        f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. "
-        + (MEASURED if target.provenance.startswith("measured") else ESTIMATED),
+        f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. {meaning}",
         "Storage: counted from the bits, with all that comes with the weights.",
     ]
-    if problem.objective != "accuracy":
+    if problem.objective != ACCURACY:
         sentences.insert(1, f"Policies are judged by: {problem.objective_is}.")
     return Section("What is estimated, what is measured", sentences=sentences)
 
 
 def _configuration(run: RunFolder) -> Section:
     problem = run.problem
+    limit, uniform8, smallest = (
+        amount(value, problem.metric) for value in (problem.limit, problem.uniform8, problem.smallest)
+    )
     low, high = problem.bits
+    bits = f"{low} to {high}"
     fixed = [layer.name for layer in problem.layers if layer.fixed]
-    told = [
+    if fixed:
+        bits += f"; fixed: {', '.join(fixed)}"
+    rows = [
         ["network", f"{problem.network} ({problem.origin}), {len(problem.layers)} quantizable layers"],
         ["data", problem.data],
         ["target", f"{problem.target.name}: {problem.target.description}"],
         [
             "budget",
-            f"{amount(problem.limit, problem.metric)} {problem.metric}, {problem.limit / problem.uniform8:.3g} of uniform "
-            f"8 bits ({amount(problem.uniform8, problem.metric)}); at least {amount(problem.smallest, problem.metric)} is "
-            "possible",
+            f"{limit} {problem.metric}, {problem.limit / problem.uniform8:.3g} of uniform 8 bits ({uniform8}); at least "
+            f"{smallest} is possible",
         ],
-        ["bits", f"{low} to {high}" + (f"; fixed: {', '.join(fixed)}" if fixed else "")],
+        ["bits", bits],
     ]
-    return configuration(told, run.config.settings, run.config.versions, run.config.command)
+    return configuration(rows, run.config.settings, run.config.versions, run.config.command)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from haq.reporting.drawing import Picture
@@ -34,10 +36,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
+    """A heading with what stands below it.
+
+    Attributes:
+        title: The heading.
+        stamp: What must not be overlooked.
+        sentences: Paragraphs.
+        points: A list below them.
+        pictures: Charts.
+        tables: Tables.
+        command: What to type.
+    """
+
     title: str
-    stamp: str = ""  # what must not be overlooked
+    stamp: str = ""
     sentences: Sequence[str] = ()
-    points: Sequence[str] = ()  # a list below the sentences
+    points: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     command: str = ""
@@ -45,7 +59,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Part:
-    """A run or a sweep."""
+    """A run or a sweep.
+
+    Attributes:
+        anchor: Where on the page it stands.
+        title: Its heading.
+        folder: What its folder is called on the page.
+        finished: Whether it is.
+        sentences: What is said of it first.
+        facts: Figures that are shown large.
+        sections: All else.
+        command: What goes on with it, if it isn't finished.
+    """
 
     anchor: str
     title: str
@@ -54,21 +79,36 @@ class Part:
     sentences: Sequence[str]
     facts: Sequence[Fact]
     sections: Sequence[Section]
-    command: str = ""  # what goes on with it, if it isn't finished
+    command: str = ""
 
 
 def configuration(
-    told: list[list[str]], settings: Mapping[str, Any], versions: Mapping[str, str], command: str | None
+    problem: list[list[str]], settings: Mapping[str, Any], versions: Mapping[str, str], command: str | None
 ) -> Section:
+    """Tell what was asked for.
+
+    Args:
+        problem: What the problem is: names and values; nothing if the settings say it all.
+        settings: Those of a search, by field.
+        versions: What it was run with, by package.
+        command: What repeats it, if that is known.
+
+    Returns:
+        The section.
+    """
     rows = [[f"--{name.replace('_', '-')}", str(value)] for name, value in settings.items() if value is not None]
-    tables = [Table("Problem", ["what", "value"], told, words=True)] if told else []
-    return Section(
-        "Configuration",
-        sentences=["This command repeats it; the same seed on the same machine gives the same files." if command else ""],
-        tables=[
-            *tables,
-            Table("Settings", ["option", "value"], rows, words=True),
-            Table("Versions", ["package", "version"], [list(one) for one in versions.items()], words=True),
-        ],
-        command=command or "",
-    )
+    tables = [
+        Table("Settings", ["option", "value"], rows, words=True),
+        Table("Versions", ["package", "version"], [list(one) for one in versions.items()], words=True),
+    ]
+    if problem:
+        tables.insert(0, Table("Problem", ["what", "value"], problem, words=True))
+    sentences = []
+    if command:
+        sentences.append("This command repeats it; the same seed on the same machine gives the same files.")
+    return Section("Configuration", sentences=sentences, tables=tables, command=command or "")
+
+
+def resume_command(module: str, folder: Path) -> str:
+    """Write the command that goes on with a run or a sweep, quoted for a shell."""
+    return shlex.join(["python", "-m", module, "--resume", str(folder)])

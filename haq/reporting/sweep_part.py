@@ -8,103 +8,140 @@ from typing import Any
 from haq.reporting import comparisons
 from haq.reporting.overview import joint, line, listed
 from haq.reporting.reading import SweepFolder
-from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration
-from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord
+from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
+from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord, SweepTarget
 from haq.store.units import percent
+
+# Settings that vary from search to search; and a sweep never fine-tunes.
+VARIED = ("hw", "budget", "solver", "seed", "finetune_epochs")
 
 
 def of_sweep(source: SweepFolder, name: str, anchor: str) -> Part:
+    """Tell all there is to tell of a sweep.
+
+    Args:
+        source: The sweep.
+        name: What its folder is called on the page.
+        anchor: Where on the page it stands.
+
+    Returns:
+        Its part of the page.
+    """
     if isinstance(source.record, FinishedSweepRecord):
-        return _done(source.record, name, anchor)
-    return _begun(source, name, anchor)
+        return _of_finished(source.record, name, anchor)
+    return _of_begun(source, name, anchor)
 
 
-def _done(content: FinishedSweepRecord, name: str, anchor: str) -> Part:
-    objective, judge = content.objective_title, content.objective
-    asked = content.asked
-    sizes = " and ".join(f"{count:,} {split}" for split, count in content.images.items())
-    facts = [Fact("Float", percent(content.of_float.share("test", judge)), f"test {objective}, measured")]
-    for target in content.targets.values():
-        if target.found:
-            best = min(target.found, key=lambda row: (-row.share("test", judge), row.fraction))
-            what = f"test {objective}, measured, by {best.solver} at {best.fraction:.3f} of uniform 8 bits ({target.kind})"
-            facts.append(Fact(f"Best on {target.name}", percent(best.share("test", judge)), what))
-    sections = []
-    for target in content.targets.values():
-        missed = [f"Budgets {target.left_out}."] if target.left_out else []
-        pictures = [comparisons.sweep(content, target)] if target.found else []
-        sections.append(Section(f"Pareto front on {target.name}", sentences=missed, pictures=pictures))
-    if content.specialisation is not None:
-        sections.append(Section("Specialisation", tables=[_specialised(content, content.specialisation)]))
-    kinds = [f"On {target.name}, {content.metric} is {target.cost_is}." for target in content.targets.values()]
-    what = "" if content.objective_is == objective else f" ({content.objective_is})"
-    measured = f"{objective.capitalize()}{what} is {content.accuracy_is}, on {sizes} images."
-    estimated = [ESTIMATED] if any(target.kind == "estimated" for target in content.targets.values()) else []
-    sections.append(Section("What is estimated, what is measured", sentences=[measured, *kinds, *estimated]))
-    sections.append(configuration(_asked_of(content), _shared(asked.settings), content.versions, content.command))
+def _of_finished(sweep: FinishedSweepRecord, name: str, anchor: str) -> Part:
+    targets = sweep.targets.values()
+    sections = [_front(sweep, target) for target in targets]
+    if sweep.specialisation is not None:
+        sections.append(Section("Specialisation", tables=[_specialised(sweep, sweep.specialisation)]))
+    sections += [_provenance(sweep), _configuration(sweep)]
+    searches = sum(len(row.runs) for row in sweep.found)
     return Part(
         anchor,
-        f"Sweep of {content.network} on {', '.join(target.name for target in content.targets.values())}",
+        f"Sweep of {sweep.network} on {', '.join(target.name for target in targets)}",
         name,
         True,
         [
-            f"{sum(len(row.runs) for row in content.found)} searches of {content.network} on {content.data}, for "
-            f"{content.metric}, by {', '.join(asked.solvers)}. Accuracies are of policies as they were found, without "
-            "fine-tuning."
+            f"{searches} searches of {sweep.network} on {sweep.data}, for {sweep.metric}, by "
+            f"{', '.join(sweep.asked.solvers)}. Accuracies are of policies as they were found, without fine-tuning."
         ],
-        facts,
+        _facts(sweep),
         sections,
     )
 
 
-def _specialised(content: FinishedSweepRecord, special: SpecialisationRecord) -> Table:
-    objective, names = content.objective_title, list(special.policies)
-    head = ["found for", "by", f"test {objective} (measured)"]
-    head += [f"{content.metric} on {name}{_kind(content, name)}" for name in names]
-    rows = []
-    for name, row in special.policies.items():
-        shares = [f"{row.fractions[other]:.3f}{' *' if other == name else ''}" for other in names if other in row.fractions]
-        rows.append([name, row.solver, percent(row.share("test", content.objective)), *shares])
-    note = (
-        f"{content.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
-        "target's own policy, the best on the search split of those found for it."
-    )
-    return Table("What a policy found for one target costs on another", head, rows, note)
-
-
-def _kind(content: FinishedSweepRecord, name: str) -> str:
-    return f" ({content.targets[name].kind})" if name in content.targets else ""
-
-
-def _asked_of(content: SweepRecord) -> list[list[str]]:
-    asked = content.asked
-    return [
-        ["targets", ", ".join(asked.hw)],
-        ["budgets", ", ".join(asked.budgets)],
-        ["solvers", ", ".join(asked.solvers)],
-        ["seeds", str(asked.seeds)],
-    ]
-
-
-def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that don't vary from search to search; a sweep never fine-tunes."""
-    return {key: value for key, value in settings.items() if key not in ("hw", "budget", "solver", "seed", "finetune_epochs")}
-
-
-def _begun(source: SweepFolder, name: str, anchor: str) -> Part:
-    content, runs = source.record, source.runs
+def _of_begun(source: SweepFolder, name: str, anchor: str) -> Part:
+    sweep, runs = source.record, source.runs
     done = sum(run.finished for run in runs)
-    rows = [line(run, run.folder.name) for run in runs]
-    named = [(run.folder.name, run) for run in runs]
-    sections = [Section("Searches so far", pictures=joint(named), tables=[listed("Searches", rows, {})])] if runs else []
-    sections.append(configuration(_asked_of(content), _shared(content.asked.settings), content.versions, content.command))
+    sections = []
+    if runs:
+        named = [(run.folder.name, run) for run in runs]
+        table = listed("Searches", [line(run, run.folder.name) for run in runs], {})
+        sections.append(Section("Searches so far", pictures=joint(named), tables=[table]))
+    sections.append(_configuration(sweep))
     return Part(
         anchor,
-        f"Sweep of {content.asked.settings.get('network', '')} on {', '.join(content.asked.hw)}",
+        f"Sweep of {sweep.asked.settings.get('network', '')} on {', '.join(sweep.asked.hw)}",
         name,
         False,
         [f"This sweep is not finished: {len(runs)} searches are begun, {done} of them finished."],
         [],
         sections,
-        f"python -m haq.sweep --resume {source.folder}",
+        resume_command("haq.sweep", source.folder),
     )
+
+
+def _facts(sweep: FinishedSweepRecord) -> list[Fact]:
+    """Tell what the float network has, and the best policy on each target."""
+    of_float = percent(sweep.of_float.share("test", sweep.objective))
+    facts = [Fact("Float", of_float, f"test {sweep.objective_title}, measured")]
+    for target in sweep.targets.values():
+        if not target.found:
+            continue
+        best = min(target.found, key=lambda row: (-row.share("test", sweep.objective), row.fraction))
+        cost = f"{best.fraction:.3f} of uniform 8 bits ({target.kind})"
+        what = f"test {sweep.objective_title}, measured, by {best.solver} at {cost}"
+        facts.append(Fact(f"Best on {target.name}", percent(best.share("test", sweep.objective)), what))
+    return facts
+
+
+def _front(sweep: FinishedSweepRecord, target: SweepTarget) -> Section:
+    """Show what was found on one target."""
+    missed, pictures = [], []
+    if target.left_out:
+        missed.append(f"Budgets {target.left_out}.")
+    if target.found:
+        pictures.append(comparisons.sweep(sweep, target))
+    return Section(f"Pareto front on {target.name}", sentences=missed, pictures=pictures)
+
+
+def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> Table:
+    """Make HAQ's table of policies found for one target and run on another."""
+    names = list(special.policies)
+    head = ["found for", "by", f"test {sweep.objective_title} (measured)"]
+    for name in names:
+        kind = ""
+        if name in sweep.targets:
+            kind = f" ({sweep.targets[name].kind})"
+        head.append(f"{sweep.metric} on {name}{kind}")
+    rows = []
+    for name, policy in special.policies.items():
+        fractions = {other: f"{policy.fractions[other]:.3f}" for other in names if other in policy.fractions}
+        if name in fractions:
+            fractions[name] += " *"
+        rows.append([name, policy.solver, percent(policy.share("test", sweep.objective)), *fractions.values()])
+    note = (
+        f"{sweep.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
+        "target's own policy, the best on the search split of those found for it."
+    )
+    return Table("What a policy found for one target costs on another", head, rows, note)
+
+
+def _provenance(sweep: FinishedSweepRecord) -> Section:
+    sizes = " and ".join(f"{count:,} {split}" for split, count in sweep.images.items())
+    what = ""
+    if sweep.objective_is != sweep.objective_title:
+        what = f" ({sweep.objective_is})"
+    sentences = [f"{sweep.objective_title.capitalize()}{what} is {sweep.accuracy_is}, on {sizes} images."]
+    sentences += [f"On {target.name}, {sweep.metric} is {target.cost_is}." for target in sweep.targets.values()]
+    if any(target.kind == "estimated" for target in sweep.targets.values()):
+        sentences.append(ESTIMATED)
+    return Section("What is estimated, what is measured", sentences=sentences)
+
+
+def _configuration(sweep: SweepRecord) -> Section:
+    asked = sweep.asked
+    rows = [
+        ["targets", ", ".join(asked.hw)],
+        ["budgets", ", ".join(asked.budgets)],
+        ["solvers", ", ".join(asked.solvers)],
+        ["seeds", str(asked.seeds)],
+    ]
+    return configuration(rows, _shared(asked.settings), sweep.versions, sweep.command)
+
+
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in VARIED}

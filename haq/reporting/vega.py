@@ -19,7 +19,7 @@ SNIPPET = "window.vegaEmbed = vegaEmbed;"
 
 
 def script() -> str:
-    """The script; it defines `vegaEmbed`. A folder that can't be written only costs the seconds."""
+    """Return the script, which defines `vegaEmbed`. A folder that can't be written only costs the seconds."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "haq"
     path = folder / f"vega-{importlib.metadata.version('vl-convert-python')}.js"
     with contextlib.suppress(OSError, UnicodeDecodeError):

@@ -20,6 +20,7 @@ class Unwritable(OSError):
     """A file system that takes nothing more, and what to do about it, in one sentence."""
 
     def __str__(self) -> str:
+        """Say the sentence alone."""
         return str(self.args[1])
 
 

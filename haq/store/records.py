@@ -33,6 +33,7 @@ MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
 SPLITS = ("search", "test")
+ROBUST = "accuracy+robust"  # the objective whose images are attacked
 COST_KEYS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -57,7 +58,7 @@ def share_key(split: str, objective: str) -> str:
 
 def objective_title(objective: str) -> str:
     """Name an objective in a word or two, as pages and tables call it."""
-    if objective == "accuracy+robust":
+    if objective == ROBUST:
         return "worst-case accuracy"
     return objective
 
@@ -264,7 +265,6 @@ class ProblemRecord(FileRecord):
     uniform8: Annotated[float, Field(gt=0)]
     smallest: Cost
     bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
-    scheme: str = "linear"
     objective: str
     objective_is: str  # what it measures, in words
     float_share: Share = Field(alias="float")

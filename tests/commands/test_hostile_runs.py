@@ -25,7 +25,7 @@ import yaml
 
 from haq import data, deploy, evaluate, finetune, networks, robustness, runs, search, sweep, train
 from haq.attacks import base
-from haq.console import cli
+from haq.console import errors
 from haq.store.files import MOST_HISTORY
 from tests.commands.test_robustness_command import MODULE, TINY
 from tests.conftest import enter
@@ -122,7 +122,7 @@ def refused(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     """What a command says that must end with one sentence, and change nothing."""
     before = contents(Path())
     capsys.readouterr()
-    assert cli.run_command(COMMANDS[command]) == cli.EXIT_BAD_INPUT
+    assert errors.run_command(COMMANDS[command]) == errors.EXIT_BAD_INPUT
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -649,9 +649,9 @@ def test_it_is_refused_in_one_sentence_and_left_as_it_was(
 def test_without_malice_every_command_works() -> None:
     """The cases above are refused for what is wrong with them, and for nothing else."""
     for command in ("evaluate", "finetune", "deploy", "robustness", "show", "compare", "sweep", "train", "given"):
-        assert cli.run_command(COMMANDS[command]) == 0, command
+        assert errors.run_command(COMMANDS[command]) == 0, command
     _unfinished()
-    assert cli.run_command(COMMANDS["resume"]) == 0
+    assert errors.run_command(COMMANDS["resume"]) == 0
 
 
 @pytest.mark.usefixtures("place")

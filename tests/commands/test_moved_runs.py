@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from haq import deploy, evaluate, finetune, networks, search, sweep
-from haq.console import cli
+from haq.console import errors
 from haq.study.search_run import SearchRun
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
@@ -25,7 +25,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(main: Any, *arguments: str) -> int:
-    return cli.run_command(lambda: main(list(arguments)))
+    return errors.run_command(lambda: main(list(arguments)))
 
 
 def cut(monkeypatch: pytest.MonkeyPatch, after: int, main: Any, *arguments: str) -> None:
@@ -40,7 +40,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, after: int, main: Any, *arguments: str)
 
     with monkeypatch.context() as patch:
         patch.setattr(SearchRun, "record", interrupted)
-        assert call(main, *arguments) == cli.EXIT_INTERRUPTED
+        assert call(main, *arguments) == errors.EXIT_INTERRUPTED
 
 
 def test_a_run_that_was_moved_goes_on_as_if_nothing_had_happened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import quantizers as Q
 from haq import networks, robustness, search
 from haq.attacks import base
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.study import robustness_run
 from haq.study.comparison import ComparisonSpec, gather
 from tests.conftest import enter, images
@@ -53,11 +53,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*arguments: str) -> int:
-    return cli.run_command(lambda: robustness.main([*arguments, "--images", "32"]))
+    return run_command(lambda: robustness.main([*arguments, "--images", "32"]))
 
 
 def searched(*more: str) -> None:
-    assert cli.run_command(lambda: search.main([*JOB, "--evaluations", "3", "--out", "run", *more])) == 0
+    assert run_command(lambda: search.main([*JOB, "--evaluations", "3", "--out", "run", *more])) == 0
 
 
 def result(folder: str = "run/robustness") -> dict[str, Any]:
@@ -245,3 +245,101 @@ def test_a_run_that_found_nothing_yet(capsys: pytest.CaptureFixture[str]) -> Non
     Path("run/policy.json").unlink()
     assert call("run") == 2
     assert "run has no policy.json: nothing was found yet" in capsys.readouterr().err
+
+
+def schemes(folder: str) -> dict[str, str]:
+    """What is said of each network's scheme."""
+    return {name: one["is"] for name, one in result(folder)["networks"].items()}
+
+
+def test_a_run_is_compared_in_its_own_scheme(capsys: pytest.CaptureFixture[str]) -> None:
+    """Uniform bits, what was found and the defence are all of the run's scheme; what it can't do is named."""
+    searched("--finetune-epochs", "1", "--scheme", "lsq")
+    asked = ("run", "--attacks", "fgsm", "--uniform", "4,1", "--workers", "1", "--defensive", "0.1")
+    assert call(*asked) == 0
+    said = schemes("run/robustness")
+    assert list(said) == ["float", "uniform 4", "found", "defensive"]
+    assert ", scheme linear and lsq" in said["uniform 4"]
+    assert ", scheme linear and lsq" in said["found"]
+    reason = result()["left_out"]["uniform 1"]
+    assert "lsq has no weights of 1 bit" in reason
+    assert "left out: layer 'depthwise': lsq has no weights of 1 bit" in " ".join(capsys.readouterr().out.split())
+    for name, net in gather(ComparisonSpec("run", None, (4, 1), 0.1)).networks.items():
+        if name != "float":
+            kinds = [layer.scheme.name for layer in Q.quant_layers(net).values()]
+            assert kinds == ["linear", "lsq", "lsq", "lsq", "linear"], name
+
+
+def test_another_scheme_than_the_runs_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything is trained once more with it, in files of its own, and what was trained before stays."""
+    searched("--finetune-epochs", "1")
+    assert call("run", "--attacks", "fgsm", "--workers", "1", "--defensive", "0") == 0
+    own = result()
+    assert call("run", "--attacks", "fgsm", "--workers", "1", "--defensive", "0", "--scheme", "kmeans", "--out", "other") == 0
+    assert "found isn't there yet" in capsys.readouterr().out
+    said = schemes("other")
+    assert "scheme" not in schemes("run/robustness")["found"]
+    assert ", scheme linear and kmeans" in said["uniform 8"]
+    assert ", scheme linear and kmeans" in said["found"]
+    deployed = result("other")["networks"]["found"]["deployed"]
+    assert deployed["images"] == 0
+    assert "kmeans" in deployed["reason"]
+    assert call("run", "--attacks", "fgsm", "--workers", "1", "--defensive", "0") == 0
+    assert "isn't there yet" not in capsys.readouterr().out
+    assert result() == own
+
+
+def test_a_model_in_a_scheme_with_one_for_a_layer() -> None:
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--workers", "1", "--uniform", "3")
+    assert call(*asked, "--scheme", "lsq,hidden=dorefa", "--out", "mixed") == 0
+    assert ", scheme linear and lsq and dorefa, calibrated, not fine-tuned" in schemes("mixed")["uniform 3"]
+
+
+STEP = """
+import torch
+from haq.attacks.base import EvaluationAttack
+
+
+class Climb(EvaluationAttack):
+    def perturb(self, images, labels):
+        found = images.clone()
+        for _ in range(20):
+            x = found.requires_grad_()
+            loss = torch.nn.functional.cross_entropy(self.victim(x), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, x)
+            change = x.detach() + 0.05 * gradient.sign() - images
+            found = (images + change.clamp(-self.threat.eps, self.threat.eps)).clamp(0, 1)
+        return found
+"""
+
+
+def test_an_attack_of_the_users_is_run_on_every_network() -> None:
+    """In worker processes too, where no number of them changes it. This one finds more than FGSM does."""
+    Path("mine.py").write_text(STEP)
+    asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm,mine:Climb", "--eps", "0.3")
+    assert call(*asked, "--out", "one", "--workers", "1") == 0
+    assert call(*asked, "--out", "two", "--workers", "2") == 0
+    assert result("one") == result("two")
+    for one in result("one")["networks"].values():
+        assert list(one["attacks"])[-1] == "mine:Climb"
+        assert one["worst"] <= one["attacks"]["mine:Climb"] < one["attacks"]["fgsm"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--scheme", "lsk"], "unknown scheme 'lsk'; did you mean lsq"),
+        (["--scheme", "lsq,nothing=linear"], "names 'nothing', which is no layer"),
+        (["--attacks", "no_such:Gone"], "attack 'no_such:Gone' is no known name, and no module 'no_such' can be imported"),
+        (["--norm", "l3"], "--norm is 'l3'; known: linf, l2"),
+        (["--backward", "none"], "--backward is 'none'; known: ste, bpda-identity"),
+        (["--workers", "0"], "--workers is 0; it must be at least 1"),
+        (["--atacks", "quick"], "--atacks"),
+    ],
+)
+def test_bad_options(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("small_job:network", "--data", "small_job:splits", *arguments, "--out", "nowhere") == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from haq import runs, search, sweep
-from haq.console import cli
+from haq.console import errors
 from haq.study.search_run import SearchRun
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         with patch.context() as inner:
             inner.setattr(SearchRun, "record", interrupted)
-            assert search.main([*QUICK, "--budget", "0.8", "--out", "runs/cut"]) == cli.EXIT_INTERRUPTED
+            assert search.main([*QUICK, "--budget", "0.8", "--out", "runs/cut"]) == errors.EXIT_INTERRUPTED
         shutil.copytree("runs/b", "runs/torn")
         Path("runs/torn/history.csv").write_bytes(b"\xff")
         swept = [*JOB, "--hw", "edge,cloud", "--budgets", "0.6", "--solvers", "ilp,random", "--evaluations", "6"]
@@ -61,7 +61,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*arguments: str) -> int:
-    return cli.run_command(lambda: runs.main(list(arguments)))
+    return errors.run_command(lambda: runs.main(list(arguments)))
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,16 +13,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
 from haq import report, robustness, search, sweep
-from haq.console import cli
+from haq.console import errors
+from haq.console.commands import main_of
 from haq.reporting import reading, vega
 from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
 from haq.study import sweep_run
-from haq.study.config import SearchConfig
+from haq.study.config import SearchConfig, SweepConfig
 from tests.commands.test_robustness_command import MODULE
 from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
 
@@ -53,7 +56,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*arguments: str | Path) -> int:
-    return cli.run_command(lambda: report.main([str(argument) for argument in arguments]))
+    return errors.run_command(lambda: report.main([str(argument) for argument in arguments]))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -229,27 +232,40 @@ def test_torch_is_not_imported(made: Path) -> None:
         {"sensitivity": "runs/it's here", "sensitivity_kind": "kl"},
     ],
 )
-def test_the_command_of_a_run_asks_for_the_same(options: dict[str, Any]) -> None:
-    import shlex
-
-    settings = SearchConfig(**options)
-    python, *arguments = shlex.split(settings.command())
-    assert [python, *arguments[:2]] == ["python", "-m", "haq.search"]
-    given = search.parse(arguments[2:]).settings
+def test_the_command_of_a_run_asks_for_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SearchConfig(**options)
+    given = given_by(config.command(), search.cli, monkeypatch)
     # A search takes the kind from the sensitivities that it is given.
-    expected = settings if settings.sensitivity is None else SearchConfig(**{**options, "sensitivity_kind": "loss"})
-    assert SearchConfig(**given) == expected
+    expected = config
+    if config.sensitivity is not None:
+        expected = config.replace(sensitivity_kind="loss")
+    assert SearchConfig.from_options(given) == expected
 
 
-def test_the_command_of_a_sweep_asks_for_the_same() -> None:
-    import shlex
-
-    asked = ["--hw", "edge,cloud", "--budgets", "0.4:0.6:0.1", "--solvers", "ilp", "--seeds", "2", "--evaluations", "9"]
-    one = sweep.asked(sweep.parse(asked))
-    command = one.command()
+def test_the_command_of_a_sweep_asks_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "python -m haq.sweep --hw edge,cloud --budgets 0.4:0.6:0.1 --solvers ilp --seeds 2 --evaluations 9"
+    config = SweepConfig.from_options(given_by(asked, sweep.cli, monkeypatch))
+    command = config.command()
     assert command.startswith("python -m haq.sweep ")
     assert "finetune" not in command
-    assert sweep.asked(sweep.parse(shlex.split(command)[3:])) == one
+    assert SweepConfig.from_options(given_by(command, sweep.cli, monkeypatch)) == config
+    assert SweepConfig.read(config.to_dict()) == config
+
+
+def given_by(command: str, cli: click.Command, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a command line gives, by field, as the command's function gets it."""
+    python, option, module, *arguments = shlex.split(command)
+    assert [python, option, module] == ["python", "-m", f"haq.{cli.name}"]
+    found: dict[str, Any] = {}
+
+    def taken(**values: Any) -> int:
+        found.update(values["given"])
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "callback", taken)
+        assert main_of(cli)(arguments) == 0
+    return found
 
 
 def test_names_are_shown_and_never_run() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from haq import finetune, robustness, search, sweep, train
-from haq.console import cli
+from haq.console import errors
 from haq.store import files
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
@@ -49,7 +49,7 @@ def fill(disk: Path, but: int) -> Path:
 
 
 def call(main: Any, *arguments: str) -> int:
-    return cli.run_command(lambda: main(list(arguments)))
+    return errors.run_command(lambda: main(list(arguments)))
 
 
 def full(capsys: pytest.CaptureFixture[str], main: Any, *arguments: str) -> str:

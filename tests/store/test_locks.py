@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from haq import deploy, evaluate, finetune, robustness, runs, search, sweep, train
-from haq.console import cli
+from haq.console import errors
 from haq.store.lock import is_held, writing
 from haq.study import sweep_run
 from haq.study.search_run import SearchRun, check_unused, unused_folder
@@ -73,7 +73,7 @@ def held(path: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def call(main: Any, *arguments: str) -> int:
-    return cli.run_command(lambda: main(list(arguments)))
+    return errors.run_command(lambda: main(list(arguments)))
 
 
 def refused(capsys: pytest.CaptureFixture[str], what: str, main: Any, *arguments: str) -> None:
@@ -119,7 +119,7 @@ def test_while_a_search_runs_nothing_else_writes_there_and_its_death_frees_the_r
             raise KeyboardInterrupt
 
     monkeypatch.setattr(SearchRun, "record", stop_after_the_old)
-    assert call(search.main, "--resume", "run") == cli.EXIT_INTERRUPTED
+    assert call(search.main, "--resume", "run") == errors.EXIT_INTERRUPTED
     assert len(history.read_bytes().splitlines()) >= before
     assert not is_held(Path("run"))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from haq import evaluate, finetune, search, sweep
-from haq.console import cli
+from haq.console import errors
 from haq.problem.evaluator import Evaluator
 from haq.study import sweep_run
 from haq.study.config import read_budgets
@@ -143,7 +143,7 @@ def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
 
     with monkeypatch.context() as patch:
         patch.setattr(SearchRun, "record", interrupted)
-        assert call(sweep.main, *arguments, "--out", "cut") == cli.EXIT_INTERRUPTED
+        assert call(sweep.main, *arguments, "--out", "cut") == errors.EXIT_INTERRUPTED
     assert "python -m haq.sweep --resume cut" in capsys.readouterr().out
     done = {path: path.stat().st_mtime_ns for path in Path("cut").rglob("result.json")}
     assert call(sweep.main, *arguments, "--out", "cut") == 2

@@ -17,7 +17,7 @@ from haq import data, networks, train, training
 from haq.attacks import gradient, proxy, threat_model
 from haq.attacks.proxy import ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary, TrainingAttack
 from tests.conftest import images, small_network
@@ -373,7 +373,7 @@ def test_the_command_with_an_attack_a_penalty_and_a_scheme(kind: str, capsys: py
     asked = [*JOB, "--scheme", "lsq", "--bits", "4/4", "--pretrained"]
     penalty, against = ["--lipschitz", "1e-3"], ["--adversarial", kind, *(["--attack-steps", "2"] if kind != "rfgsm" else [])]
     attacked = [*asked, *penalty, *against, "--out", "q.safetensors"]
-    assert cli.run_command(lambda: train.main(attacked)) == 0
+    assert run_command(lambda: train.main(attacked)) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert ("epoch 2/2" if kind == "free" else "epoch 4/4") in out
     assert "accuracy on the test split, worst of clean and PGD-10 at eps 8/255: " in out
@@ -387,7 +387,7 @@ def test_the_command_with_an_attack_a_penalty_and_a_scheme(kind: str, capsys: py
     assert [layer.scheme.name for layer in layers.values()] == ["linear", "lsq", "lsq", "lsq", "linear"]
     # Each of the two does something.
     for name, one in (("penalty.safetensors", penalty), ("against.safetensors", against)):
-        assert cli.run_command(lambda name=name, one=one: train.main([*asked, *one, "--out", name])) == 0  # type: ignore[misc]
+        assert run_command(lambda name=name, one=one: train.main([*asked, *one, "--out", name])) == 0  # type: ignore[misc]
         other, _ = networks.read_state(Path(name))
         assert not torch.equal(other["pointwise.weight"], tensors["pointwise.weight"])
 
@@ -406,10 +406,10 @@ def test_a_training_against_another_attack_is_another_training(
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "write", save_and_die)
-        assert cli.run_command(lambda: train.main(asked)) == cli.EXIT_INTERRUPTED
-    assert cli.run_command(lambda: train.main([*asked, "--eps", "4/255", "--resume"])) == cli.EXIT_BAD_INPUT
+        assert run_command(lambda: train.main(asked)) == EXIT_INTERRUPTED
+    assert run_command(lambda: train.main([*asked, "--eps", "4/255", "--resume"])) == EXIT_BAD_INPUT
     assert "eps was '8/255' and is '4/255' now" in capsys.readouterr().err
-    assert cli.run_command(lambda: train.main([*asked, "--resume"])) == 0
+    assert run_command(lambda: train.main([*asked, "--resume"])) == 0
     assert "epoch 1/4" not in capsys.readouterr().out
 
 
@@ -423,6 +423,6 @@ def test_what_the_command_refuses(capsys: pytest.CaptureFixture[str]) -> None:
         (["--adversarial", "free", "--attack-steps", "0"], "the number of attack steps is 0"),
         (["--adversarial", "free", "--data", "adversarial_job:floats"], "the images of adversarial_job:floats are float32"),
     ):
-        assert cli.run_command(lambda options=options: train.main([*JOB, "--out", "a.safetensors", *options])) == 2  # type: ignore[misc]
+        assert run_command(lambda options=options: train.main([*JOB, "--out", "a.safetensors", *options])) == 2  # type: ignore[misc]
         assert message in capsys.readouterr().err
     assert not Path("a.safetensors").exists()

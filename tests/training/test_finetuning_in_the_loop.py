@@ -13,7 +13,7 @@ from torch import nn
 import haq
 import quantizers as Q
 from haq import data, evaluate, search, training
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.networks import Network
 from haq.solvers import sensitivity
 from haq.solvers.base import Session
@@ -80,7 +80,7 @@ def test_sensitivities_are_those_of_tuned_networks(network: nn.Module) -> None:
 def test_the_search_command(capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*SMALL, "--solver", "greedy", "--evaluations", "6", "--finetune-epochs", "0", "--finetune-steps", "2"]
     for name in ("a", "b"):
-        assert cli.run_command(lambda name=name: search.main([*asked, "--out", name])) == 0  # type: ignore[misc]
+        assert run_command(lambda name=name: search.main([*asked, "--out", name])) == 0  # type: ignore[misc]
     assert Path("a", "history.csv").read_bytes() == Path("b", "history.csv").read_bytes()
     out = " ".join(capsys.readouterr().out.split())
     assert "after 2 steps of fine-tuning" in out
@@ -89,7 +89,7 @@ def test_the_search_command(capsys: pytest.CaptureFixture[str]) -> None:
     with Path("a", "history.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["solver"] == "greedy" and row["within_budget"] == "1"]
     assert result["found"]["search_accuracy"] == max(float(row["accuracy"]) for row in rows)
-    assert cli.run_command(lambda: evaluate.main(["a", "--json"])) == 0
+    assert run_command(lambda: evaluate.main(["a", "--json"])) == 0
     assert json.loads(capsys.readouterr().out) == result
 
 

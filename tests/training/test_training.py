@@ -12,7 +12,7 @@ from torch import nn
 
 import quantizers as Q
 from haq import data, networks, train, training
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.store.checkpoint import Checkpoint
 from haq.training.loop import make_optimizers, trainable_scales
 from tests.conftest import images, small_network
@@ -131,7 +131,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--network", "train_job:network", "--data", "train_job:splits", "--epochs", "2", "--out", "a.safetensors"]
-    assert cli.run_command(lambda: train.main(arguments)) == 0
+    assert run_command(lambda: train.main(arguments)) == 0
     out = capsys.readouterr().out
     assert "accuracy on the test split" in out
     assert "Next: python -m haq.search" in " ".join(out.split())
@@ -143,7 +143,7 @@ def test_the_train_command(place: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--out", "b.txt"], "ends in .safetensors"),
         (["--epochs", "0"], "--epochs 0"),
     ):
-        assert cli.run_command(lambda change=change: train.main([*arguments, *change])) == 2  # type: ignore[misc]
+        assert run_command(lambda change=change: train.main([*arguments, *change])) == 2  # type: ignore[misc]
         assert message in capsys.readouterr().err
 
 
@@ -181,10 +181,10 @@ def test_an_interrupted_training_goes_on_exactly(
     monkeypatch.undo()
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "path", [str(place), *sys.path])
-    assert cli.run_command(lambda: train.main([*JOB, *options, "--out", "part.safetensors"])) == 2
+    assert run_command(lambda: train.main([*JOB, *options, "--out", "part.safetensors"])) == 2
     assert "add --resume to go on" in capsys.readouterr().err
     changed = [*JOB, *options, "--seed", "1", "--resume", "--out", "part.safetensors"]
-    assert cli.run_command(lambda: train.main(changed)) == 2
+    assert run_command(lambda: train.main(changed)) == 2
     assert "seed was '0' and is '1' now" in capsys.readouterr().err
     assert train.main([*JOB, *options, "--resume", "--out", "part.safetensors"]) == 0
     assert "epoch 2/4" not in capsys.readouterr().out
@@ -216,7 +216,7 @@ def test_tensorboard_events_are_written(place: Path) -> None:
 @pytest.mark.parametrize("bits", ["4", "9/4", "0/4", "4/x", "4/4/4"])
 def test_bits_that_are_none_are_named(bits: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*JOB, "--scheme", "linear", "--bits", bits, "--out", "a.safetensors"]
-    assert cli.run_command(lambda: train.main(arguments)) == 2
+    assert run_command(lambda: train.main(arguments)) == 2
     assert f"--bits is {bits!r}; give W/A" in capsys.readouterr().err
 
 
