@@ -53,6 +53,7 @@ import hw_models
 import quantizers as Q
 from haq import data, networks, training
 from haq.console import cli
+from quantizers.observers import RULES
 
 NAME = "quantizer_accuracy"
 LAYERS = ((16, 2), (48, 2), (64, 2), (64, 1))  # channels and stride of the convolutions

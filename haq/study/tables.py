@@ -14,6 +14,7 @@ import quantizers as Q
 from haq.console.tables import Column, key_table, print_columns, say, say_next
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
+from haq.problem.schemes import lacking_integers
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.config import SearchConfig
@@ -85,7 +86,7 @@ def scheme_words(problem: Problem) -> str:
     others = [f"{name} for {', '.join(layers[name])}" for name in layers if name != main]
     if others:
         words += f"; {'; '.join(others)}"
-    lacking = {s.name for s in problem.schemes.values() if not (s.has_integer_weights and s.has_integer_activations)}
+    lacking = {s.name for s in problem.schemes.values() if lacking_integers(s)}
     if lacking:
         words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
     return words
@@ -220,7 +221,7 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
     for heading, key in _share_columns(problem.objective):
         columns.append(Column(heading, [percent(row[key]) for row in shown.values()], "right"))
     for metric in ("latency", "energy", "storage"):
-        if metric not in problem.table.metrics:
+        if metric not in problem.metrics:
             continue
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
         kind = "counted"
