@@ -113,11 +113,11 @@ def test_folders_of_photographs_have_three_splits_that_never_change(photographs:
     dataset = data.load(f"images:{photographs}", image_size=8)
     splits = {name: getattr(dataset, name) for name in ("train", "search", "test")}
     assert {name: len(split) for name, split in splits.items()} == {"train": 30, "search": 10, "test": 10}
-    paths = [path for split in splits.values() for path in split.images.paths]
+    paths = [path for split in splits.values() for path in split.images.paths]  # type: ignore[attr-defined]
     assert len(set(paths)) == 50
     assert len({path.parent for path in splits["train"].images.paths}) == 4
     assert splits["search"].images[torch.arange(10)].shape == (10, 3, 8, 8)
-    assert data.load(f"images:{photographs}", image_size=8).search.images.paths == splits["search"].images.paths
+    assert data.load(f"images:{photographs}", image_size=8).search.images.paths == splits["search"].images.paths  # type: ignore[attr-defined]
     assert "no labels, 30 train / 10 search / 10 test" in dataset.describe()
     assert sorted(dataset.fair(20).tolist()) == sorted(set(dataset.fair(20).tolist()))
     assert len(dataset.fair(20)) == 20
