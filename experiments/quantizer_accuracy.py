@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from quantizers.calibrate import RULES
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
