@@ -142,7 +142,7 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
         if layer.name in problem.pinned:
             mark = "*"
         cells = [f"{w[i]}{mark}", f"{a[i]}{mark}", f"{before[i] / size:.4g}", f"{after[i] / size:.4g}"]
-        cells.append(f"{100 * before[i] / before.sum():.1f} %")
+        cells.append(percent(before[i] / before.sum(), 1))
         if bound is not None:
             cells.append(problem.table.bounds[bound[i, w[i] - 1, a[i] - 1]])
         table.add_row(plain(layer.name), *cells)
@@ -203,7 +203,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     console.print(result_table(task, result))
     say(console, budget_sentence(result["budget"]))
     for name, share in result.get("saturated_actions", {}).items():
-        say(console, f"Actions of {name} at a bound: {100 * share:.1f} %.")
+        say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
         say(console, _rivals_sentence(task.problem.objective, result))
 
@@ -281,7 +281,7 @@ def budget_sentence(budget: Mapping[str, Any]) -> str:
     if budget["holds"]:
         verdict = "holds"
     return (
-        f"Budget: {used} of {limit} {budget['metric']} used ({100 * budget['used'] / budget['limit']:.1f} %, "
+        f"Budget: {used} of {limit} {budget['metric']} used ({percent(budget['used'] / budget['limit'], 1)}, "
         f"{budget['used_fraction']:.3f} of uniform 8 bits): {verdict}."
     )
 
