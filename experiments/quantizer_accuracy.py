@@ -43,7 +43,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from quantizers.calibrate import RULES
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -53,6 +52,7 @@ import hw_models
 import quantizers as Q
 from haq import data, networks, training
 from haq.console import cli
+from quantizers.observers import RULES
 
 NAME = "quantizer_accuracy"
 LAYERS = ((16, 2), (48, 2), (64, 2), (64, 1))  # channels and stride of the convolutions

@@ -85,6 +85,9 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         # It was another network that was verified.
         result.pop("verified", None)
         result["finetuned"] = summary.entry(task, policy, tuned)
+        result.pop("finetuned_scheme", None)
+        if config.scheme is not None:
+            result["finetuned_scheme"] = config.scheme
         run.save_result(ResultRecord.from_dict(result))
         run.drop_checkpoint("finetune")
     tables.print_result(output.results, task, policy, result)

@@ -40,6 +40,7 @@ TRAINING = "Training"
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
+FIRST = ("network", "data", "pretrained")  # in the help
 STATE = ".state"  # ends the name of the file that an interrupted training goes on from
 
 Widths = tuple[int | None, int | None]
@@ -197,7 +198,8 @@ class TrainOptions(AnotherScheme):
         "haq train --pretrained --adversarial free --eps 8/255 --out robust.safetensors",
     ),
 )
-@options_of(TrainOptions)
+@options_of(TrainOptions, only=FIRST)
+@options_of(TrainOptions, leave_out=FIRST)
 @option("--out", FILE, "checkpoint to write, .safetensors", group=FOLDERS)
 @flag("--resume", "go on with a training that was interrupted, exactly", group=FOLDERS)
 @option("--log", FOLDER, "write TensorBoard events there", group=FOLDERS)
@@ -268,6 +270,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         say(output.notes, dataset.describe())
         if options.scheme is not None:
             network = replace(network, module=quantized(network, dataset, options))
+            _check_penalty(network, options)
         out.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
         _check_unused(out, state, resume)  # another process may have begun meanwhile
@@ -283,6 +286,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
             notes["test_accuracy_attacked"] = f"{attacked[1]:.4f} (worst of clean and {attacked[0]})"
         networks.save_checkpoint(network, out, notes)
         state.path.unlink(missing_ok=True)
+    source = networks.name_of_checkpoint(network.name, out)
     for name, value in accuracies.items():
         images = len(getattr(dataset, name))
         say(output.results, f"accuracy on the {name} split: {percent(value)} of {images:,} images")
@@ -290,11 +294,11 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         say(
             output.results,
             f"accuracy on the test split, worst of clean and {attacked[0]}: {percent(attacked[1])} (a cheap attack, not an "
-            f"evaluation: {command_line('python', '-m', 'haq.robustness', out)})",
+            f"evaluation: {command_line('python', '-m', 'haq.robustness', source)})",
             wrap=False,
         )
     say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)")
-    say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", out, "--data", options.data)
+    say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data)
     return 0
 
 
@@ -390,6 +394,18 @@ def _train(
     if clipping is not None:
         share = percent(clipping.mean_share, 3)
         say(output.results, f"one-bit weights that clipping changed: {share} at each step, on average")
+
+
+def _check_penalty(network: Network, options: TrainOptions) -> None:
+    """Raise ValueError for a penalty on float weights that the scheme doesn't train."""
+    from haq import training
+
+    fixed = training.fixed_weights(network.module)
+    if options.lipschitz and fixed:
+        raise ValueError(
+            f"--lipschitz {options.lipschitz} is on float weights, which --scheme {options.scheme} keeps in layer "
+            f"{fixed[0]!r}: leave it out"
+        )
 
 
 def _penalty(beta: float) -> Any:

@@ -1,8 +1,9 @@
 """What the gradient does at a quantized input, for those who attack or study a network: training has its scheme's own.
 
-Rounding has no slope almost everywhere, so an attack that follows the true gradient finds nothing and reports robustness that
-isn't there (Athalye et al., "Obfuscated Gradients Give a False Sense of Security", ICML 2018). What passes forward never
-changes, to the last bit; what passes backward is one of `BACKWARD`:
+Rounding has no slope almost everywhere, so an attack that follows the true gradient finds nothing
+and reports robustness that isn't there (Athalye et al., "Obfuscated Gradients Give a False Sense of
+Security", ICML 2018). What passes forward never changes, to the last bit; what passes backward is
+one of `BACKWARD`:
 
     ste             what the scheme trains with: the gradient passes where the value wasn't clipped (for most schemes)
     bpda-identity   it passes everywhere, clipped or not (BPDA, Athalye et al., section 4.1, with g(x) = x)
@@ -43,7 +44,8 @@ def quantized_input(scheme: Scheme, layer: SchemeLayer, x: Tensor, bits: int, mo
         if mode == "hard":
             slope = torch.zeros_like(x)
         elif mode == "bpda-soft":
-            # A copy, since without gradients a scheme's result may lie in memory that its next call writes over.
+            # A copy, since without gradients a scheme's result may lie in memory that its next call
+            # writes over.
             value = value.clone()
             slope = _smoothed_slope(scheme, layer, x, bits)
     made: Tensor = _Replace.apply(x, value, slope)

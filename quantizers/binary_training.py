@@ -17,8 +17,9 @@ from quantizers.schemes.binary import ESTIMATORS, binarize, known_name
 class RSign(nn.Module):
     """sign(x - a_c), with a learned threshold per channel, at first 0 (ReActNet, Liu et al., ECCV 2020, section 4.2).
 
-    The sign of a layer behind it that has binary activations changes nothing in the values, but multiplies the gradient by
-    its own slope at -1 and +1: 1 with `identity` and `clipped`, and 0 with `approx_sign`.
+    The sign of a layer behind it that has binary activations changes nothing in the values, but
+    multiplies the gradient by its own slope at -1 and +1: 1 with `identity` and `clipped`, and 0
+    with `approx_sign`.
     """
 
     def __init__(self, channels: int, estimator: str = "approx_sign") -> None:
@@ -37,7 +38,8 @@ class RSign(nn.Module):
 class RPReLU(nn.Module):
     """A PReLU whose bend is moved: x - g_c + z_c where x > g_c, and b_c (x - g_c) + z_c elsewhere.
 
-    All three are learned per channel, at first g = z = 0 and b = 1/4 (ReActNet, Liu et al., ECCV 2020, section 4.2).
+    All three are learned per channel, at first g = z = 0 and b = 1/4 (ReActNet, Liu et al., ECCV
+    2020, section 4.2).
     """
 
     def __init__(self, channels: int) -> None:
@@ -74,8 +76,9 @@ def split_parameters(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
 class WeightClipping:
     """A hook that clips one-bit weights after every step of an optimizer, and counts them; see `clip_weights`.
 
-    `share` is of the latest step, `mean_share` of all steps so far: the share of the one-bit weights that lay outside the
-    bounds, and so were changed. Where it is nought, clipping did nothing.
+    `share` is of the latest step, `mean_share` of all steps so far: the share of the one-bit
+    weights that lay outside the bounds, and so were changed. Where it is nought, clipping did
+    nothing.
     """
 
     def __init__(self, network: nn.Module, low: float, high: float) -> None:
@@ -95,7 +98,8 @@ class WeightClipping:
         self.weights = sum(w.numel() for w in weights)
         latest = torch.zeros((), dtype=torch.long)
         for weight in weights:
-            # Counted where the weight is: fetching a number from an accelerator at every step would make it wait.
+            # Counted where the weight is: fetching a number from an accelerator at every step would
+            # make it wait.
             latest = latest.to(weight.device) + ((weight < self.low) | (weight > self.high)).sum()
             weight.clamp_(self.low, self.high)
         self._latest = latest
@@ -138,14 +142,15 @@ class Bop(torch.optim.Optimizer):
 
         m <- (1 - gamma) m + gamma gradient;        w <- -w where |m| > tau and sign(m) = sign(w)
 
-    `lr` is gamma, so that torch's schedulers decay it, and `threshold` is tau; the defaults are those of section 5.2. There
-    are no float weights behind: those given become their signs here and now. Give everything else to a usual optimizer:
+    `lr` is gamma, so that torch's schedulers decay it, and `threshold` is tau; the defaults are
+    those of section 5.2. There are no float weights behind: those given become their signs here and
+    now. Give everything else to a usual optimizer:
 
         binary, others = split_parameters(network)
         optimizers = Bop(binary), torch.optim.Adam(others, 1e-2)
 
-    `flip_ratio` is the share of the weights that the latest step flipped. Weights are always -1 or +1, so layers must have an
-    estimator that passes gradients there: `identity` or `clipped`.
+    `flip_ratio` is the share of the weights that the latest step flipped. Weights are always -1 or
+    +1, so layers must have an estimator that passes gradients there: `identity` or `clipped`.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter], lr: float = 1e-4, threshold: float = 1e-8) -> None:
@@ -249,11 +254,12 @@ class Stage:
 def two_stages(epochs: int, lr: float = 3e-3, norm_momentum: float = 0.1) -> tuple[Stage, Stage]:
     """Return the recipe of Alizadeh et al. (ICLR 2019), for Adam: the study finds that SGD gets stuck.
 
-    First the vanilla estimator and no clipping, at a high learning rate; then the clipped estimator and clipped weights, at
-    a low one, with norms that average over fewer batches.
+    First the vanilla estimator and no clipping, at a high learning rate; then the clipped estimator
+    and clipped weights, at a low one, with norms that average over fewer batches.
 
-    The directions are the paper's; how far, and that the second stage takes a third of the epochs and starts at a tenth of
-    `lr`, is our choice. (The paper changes over when accuracy stops rising: a loop can do that too, and `enter` then.)
+    The directions are the paper's; how far, and that the second stage takes a third of the epochs
+    and starts at a tenth of `lr`, is our choice. (The paper changes over when accuracy stops
+    rising: a loop can do that too, and `enter` then.)
 
         for stage in two_stages(60):
             clipping = stage.enter(network, optimizer)

@@ -1,7 +1,7 @@
 """Ensembles of small networks, binary ones above all (BENN: Zhu, Dong and Su, CVPR 2019, arXiv 1806.07550).
 
-Members are trained by whoever has a training loop: a function `train_member(samples, seed) -> module`. `bagging` and
-`boosting` say what each is trained on, and how much its vote counts.
+Members are trained by whoever has a training loop: a function `train_member(samples, seed) ->
+module`. `bagging` and `boosting` say what each is trained on, and how much its vote counts.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ TrainMember = Callable[[Tensor, int], nn.Module]
 class Ensemble(nn.Module):
     """Networks that vote: sum_k alpha_k v_k(x) / sum_k alpha_k, for every class.
 
-    The result are probabilities, not logits; dimension 1 is that of the classes. The whole costs `cost_factor` times what a
-    member costs, in operations and in bytes.
+    The result are probabilities, not logits; dimension 1 is that of the classes. The whole costs
+    `cost_factor` times what a member costs, in operations and in bytes.
 
     Attributes:
-        vote: `soft`: v_k is the softmax of the member's logits. `hard`: 1 at its largest logit and 0 elsewhere, without
-            gradient.
+        vote: `soft`: v_k is the softmax of the member's logits. `hard`: 1 at its largest logit and
+            0 elsewhere, without gradient.
         alphas: The members' weights, positive. Kept in the `state_dict`, up to a common factor.
     """
 
@@ -126,7 +126,8 @@ def member_weight(error: float, classes: int, rule: str = "samme") -> float:
         The weight of its vote.
 
     Raises:
-        ValueError: Where it isn't positive: the member would count for nothing, or against what it says.
+        ValueError: Where it isn't positive: the member would count for nothing, or against what it
+            says.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
@@ -142,9 +143,21 @@ def member_weight(error: float, classes: int, rule: str = "samme") -> float:
 
 
 def updated_weights(weights: Tensor, wrong: Tensor, alpha: float, rule: str = "samme") -> Tensor:
-    """Sample weights for the next member, of sum 1. SAMME: times exp(alpha) where the member is wrong. AdaBoost: also times
-    exp(-alpha) where it is right."""
-    exponent = wrong.to(weights.dtype) if rule == "samme" else torch.where(wrong, 1.0, -1.0).to(weights.dtype)
+    """Compute the samples' weights for the next member.
+
+    Args:
+        weights: Those that the last one was trained with.
+        wrong: Where it was wrong.
+        alpha: Its weight.
+        rule: `samme`: times exp(alpha) where it was wrong. `adaboost`: also times exp(-alpha) where
+            it was right.
+
+    Returns:
+        Weights of sum 1.
+    """
+    exponent = wrong.to(weights.dtype)
+    if rule != "samme":
+        exponent = 2 * exponent - 1
     weights = weights * (alpha * exponent).exp()
     return weights / weights.sum()
 
@@ -161,26 +174,40 @@ def boosting(
     seed: int = 0,
     vote: str = "soft",
 ) -> Ensemble:
-    """An ensemble each member of which minds what those before it got wrong.
+    """Make an ensemble each member of which minds what those before it got wrong.
 
-    train_member
-        gets the numbers of as many samples, drawn by weight with replacement, and a seed; without `resample` the weights
-        themselves instead, of mean 1 and in the order of `labels`.
-    predict
-        a member's class for every training sample, in the order of `labels`.
-    rule
-        `samme`, or `adaboost`, for two classes.
+    Errors below 1 / (2 samples), nought among them, count as that, so that a member's weight stays
+    finite. Boosted members are weak by themselves: compare the ensemble with a network trained on
+    all samples alike.
 
-    Errors below 1 / (2 samples), nought among them, count as that, so that a member's weight stays finite. Raises ValueError
-    for a member whose weight would not be positive (`member_weight`). Boosted members are weak by themselves: compare the
-    ensemble with a network trained on all samples alike.
+    Args:
+        train_member: Gets the numbers of as many samples, drawn by weight with replacement, and a
+            seed; without `resample` the weights themselves instead, of mean 1 and in the order of
+            `labels`.
+        predict: Says a member's class for every training sample, in the order of `labels`.
+        labels: The classes of the training samples.
+        classes: How many classes there are.
+        members: How many members to train.
+        rule: `samme`, or `adaboost`, for two classes.
+        resample: Whether members get samples, or weights.
+        seed: Of the draws, and the first member's; the others count on.
+        vote: As in `Ensemble`.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        ValueError: For a member whose weight would not be positive (`member_weight`).
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(labels)
     weights = torch.full((count,), 1 / count, dtype=torch.double)
     made, alphas = [], []
     for number in range(members):
-        samples = torch.multinomial(weights, count, True, generator=generator) if resample else (weights * count).float()
+        if resample:
+            samples = torch.multinomial(weights, count, True, generator=generator)
+        else:
+            samples = (weights * count).float()
         member = train_member(samples, seed + number)
         wrong = (predict(member) != labels).cpu()
         error = max(float(weights[wrong].sum()), 0.5 / count)

@@ -19,9 +19,9 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
 
         w' = w gamma / sqrt(var + eps)          b' = (b - mean) gamma / sqrt(var + eps) + beta
 
-    What follows what is seen in one forward pass on `example`; a layer or norm that is called twice is left alone. A folded
-    norm becomes an Identity; one of somebody else's class (with an activation inside, say) stays, and does nothing but its
-    other work.
+    What follows what is seen in one forward pass on `example`; a layer or norm that is called twice
+    is left alone. A folded norm becomes an Identity; one of somebody else's class (with an
+    activation inside, say) stays, and does nothing but its other work.
 
     Args:
         network: The network; it is left alone.
@@ -31,8 +31,8 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
         The copy.
 
     Raises:
-        ValueError: If the copy doesn't compute the same on `example`, which happens if a layer's output is used elsewhere
-            than in its norm.
+        ValueError: If the copy doesn't compute the same on `example`, which happens if a layer's
+            output is used elsewhere than in its norm.
     """
     made = copy.deepcopy(network).eval()
     before = made(*example)

@@ -2,11 +2,12 @@
 
     q = clamp(round(x / scale) + zero point, low, high)          x^ = scale * (q - zero point)
 
-Rounding is half to even (`torch.round`). Without a zero point real 0 is exact, and with one too, if it is an integer. One
-signed bit, where there is room for a sign only, is q = sign(x) in {-1, +1} with sign(0) = +1. float16 and bfloat16 are
-computed in float32 and come back as they were.
+Rounding is half to even (`torch.round`). Without a zero point real 0 is exact, and with one too, if
+it is an integer. One signed bit, where there is room for a sign only, is q = sign(x) in {-1, +1}
+with sign(0) = +1. float16 and bfloat16 are computed in float32 and come back as they were.
 
-The lower half of the file is what schemes are built of: exact gradients at bounds, and arithmetic that stays in the cache.
+The lower half of the file is what schemes are built of: exact gradients at bounds, and arithmetic
+that stays in the cache.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 
 MAX_BITS = 8
 WIDTHS = range(1, MAX_BITS + 1)
-# Elements that are divided, rounded, clamped and multiplied while they are in the processor's cache.
+# Elements that are divided, rounded, clamped and multiplied while they are in the processor's
+# cache.
 BLOCK = 1 << 18
-# Learned steps and clips are used as max(|s|, FLOOR): whatever an optimizer makes of them, they are positive.
+# Learned steps and clips are used as max(|s|, FLOOR): whatever an optimizer makes of them, they are
+# positive.
 FLOOR = 1e-8
 
 
@@ -32,7 +35,8 @@ def integer_range(bits: int, signed: bool, narrow: bool = True) -> tuple[int, in
 
     Args:
         bits: The width, 1..8.
-        signed: False: 0..2^b - 1. True: symmetric, -(2^(b-1) - 1)..2^(b-1) - 1; one signed bit stands for -1 and +1.
+        signed: False: 0..2^b - 1. True: symmetric, -(2^(b-1) - 1)..2^(b-1) - 1; one signed bit
+            stands for -1 and +1.
         narrow: False adds one signed integer below, -2^(b-1).
 
     Returns:
@@ -109,10 +113,11 @@ def fake_quantize(
 ) -> Tensor:
     """Compute `dequantize(quantize_tensor(x))`, bit for bit, with a gradient that training can use.
 
-    It is the straight-through gradient of Bengio et al. 2013 (arXiv 1308.3432): it passes where low <= x / scale + zero
-    point <= high, both included, and is zero where x was clipped; at one signed bit it passes everywhere. A scale that
-    requires a gradient gets that of LSQ (Esser et al., ICLR 2020, equation 3): round(x / scale) - x / scale where x passes,
-    the bound where it was clipped; sign(x) at one signed bit.
+    It is the straight-through gradient of Bengio et al. 2013 (arXiv 1308.3432): it passes where low
+    <= x / scale + zero point <= high, both included, and is zero where x was clipped; at one signed
+    bit it passes everywhere. A scale that requires a gradient gets that of LSQ (Esser et al., ICLR
+    2020, equation 3): round(x / scale) - x / scale where x passes, the bound where it was clipped;
+    sign(x) at one signed bit.
 
     Args:
         x: Real values.
@@ -121,7 +126,8 @@ def fake_quantize(
         signed: Whether the integers are.
         zero_point: The integer that stands for real 0; must broadcast against x. None: 0.
         narrow: As in `integer_range`.
-        reuse: With gradients disabled, the result may lie in memory that the thread's next call with it writes over.
+        reuse: With gradients disabled, the result may lie in memory that the thread's next call
+            with it writes over.
 
     Returns:
         Real values on the grid, of x's shape and type.
@@ -217,7 +223,8 @@ def result_like(x: Tensor, reuse: bool) -> Tensor:
     Getting tens of megabytes anew for every layer takes as long as a quarter of the arithmetic.
     """
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    # With gradients enabled, a layer whose input needs none keeps it all the same, for the gradient of its weight.
+    # With gradients enabled, a layer whose input needs none keeps it all the same, for the gradient
+    # of its weight.
     if not reuse or x.device.type != "cpu" or not dense or torch.is_grad_enabled():
         return torch.empty_like(x)
     kept: Tensor | None = getattr(_local, "kept", None)
@@ -269,7 +276,8 @@ class _FakeQuantize(torch.autograd.Function):
 def inside(gradient: Tensor, x: Tensor, low: Any, high: Any, *, strict: bool = False) -> Tensor:
     """Let a gradient pass where x is between two bounds, and make it zero elsewhere.
 
-    It is an explicit mask, since the gradient of clamp at its bound differs between versions of torch.
+    It is an explicit mask, since the gradient of clamp at its bound differs between versions of
+    torch.
 
     Args:
         gradient: The gradient, of x's shape.
@@ -288,8 +296,9 @@ def inside(gradient: Tensor, x: Tensor, low: Any, high: Any, *, strict: bool = F
         else:
             mask = (x >= low) & (x <= high)
         return torch.where(mask, gradient, 0)
-    # One pass over memory instead of four. The operator's own bounds are the next floats outside (or inside), so that what
-    # becomes of low and high themselves doesn't hang on whether its bounds are in or out.
+    # One pass over memory instead of four. The operator's own bounds are the next floats outside
+    # (or inside), so that what becomes of low and high themselves doesn't hang on whether its
+    # bounds are in or out.
     below, above = _neighbours(float(low), float(high), not strict)
     return torch.ops.aten.hardtanh_backward(gradient, x, below, above)  # type: ignore[no-any-return]
 

@@ -25,8 +25,9 @@ class QuantLayer(nn.Module):
     """What QuantConv1d, QuantConv2d and QuantLinear share. They keep the float layer's parameters and `state_dict` keys.
 
     Attributes:
-        scheme: How values become few-bit ones. Its tensors (see its docstring) are attributes of the layer; those that are
-            learned are parameters, but none of them is in the `state_dict`: `quantizer_state` has them.
+        scheme: How values become few-bit ones. Its tensors (see its docstring) are attributes of
+            the layer; those that are learned are parameters, but none of them is in the
+            `state_dict`: `quantizer_state` has them.
         weight_bits: 1..8, or None for float. Can be set at any time (`set_policy`).
         activation_bits: Likewise, of the layer's input.
         backward_mode: What the gradient does at the quantized input (`quantizers.backward_mode`).
@@ -92,7 +93,8 @@ class QuantLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.
 
-        Without gradients the result is kept per width until the weight, or what else it depends on, changes.
+        Without gradients the result is kept per width until the weight, or what else it depends on,
+        changes.
         """
         bits = self.weight_bits
         if bits is None:

@@ -36,24 +36,26 @@ def quantize(
 ) -> nn.Module:
     """Make a copy of a network whose convolutions and linear layers compute at the bits of a policy.
 
-    What belongs to a width is found for every width at once, so that bits can be set again with `set_policy` at no cost.
+    What belongs to a width is found for every width at once, so that bits can be set again with
+    `set_policy` at no cost.
 
     Args:
         network: A float network; it is left alone.
-        policy: (weight bits, activation bits) by layer; must name every Conv1d, Conv2d and Linear that is called.
-            (None, None) leaves one in float.
-        scheme: A name (`Scheme.named`), a scheme with its options, such as Linear(calibration="kl"), or one per layer of
-            the policy, by name.
-        calibrate: Inputs, as one tensor or an iterable of tensors or (inputs, labels). Not needed where the scheme needs no
-            data at the policy's bits (`Scheme.needs_data_at`), as where all activations stay in float. Or instead
+        policy: (weight bits, activation bits) by layer; must name every Conv1d, Conv2d and Linear
+            that is called. (None, None) leaves one in float.
+        scheme: A name (`Scheme.named`), a scheme with its options, such as
+            Linear(calibration="kl"), or one per layer of the policy, by name.
+        calibrate: Inputs, as one tensor or an iterable of tensors or (inputs, labels). Not needed
+            where the scheme needs no data at the policy's bits (`Scheme.needs_data_at`), as where
+            all activations stay in float. Or instead
         state: What `quantizer_state` returned for the same network and scheme.
 
     Returns:
         The quantized copy, in the mode (training or not) of the network.
 
     Raises:
-        ValueError: For unknown or missing layers, for bits out of range or without meaning in the scheme, and for
-            calibration without data.
+        ValueError: For unknown or missing layers, for bits out of range or without meaning in the
+            scheme, and for calibration without data.
     """
     schemes = _schemes(scheme, policy)
     _check_sources(schemes, policy, calibrate, state)
@@ -165,8 +167,8 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     """Set the bits of every quantized layer.
 
     Raises:
-        ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a layer's scheme, and for
-            bits that need calibration data where there were none.
+        ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a
+            layer's scheme, and for bits that need calibration data where there were none.
     """
     layers = quant_layers(network)
     if not isinstance(policy, BitPolicy):
@@ -201,7 +203,8 @@ def get_policy(network: nn.Module) -> BitPolicy:
 def backward_mode(network: nn.Module, mode: str) -> Iterator[None]:
     """Let gradients pass the quantized inputs of a network's layers as a mode says, within a `with`.
 
-    Networks without quantized layers have nothing to change. Raises ValueError for a mode that isn't in `BACKWARD`.
+    Networks without quantized layers have nothing to change. Raises ValueError for a mode that
+    isn't in `BACKWARD`.
     """
     if mode not in BACKWARD:
         raise ValueError(f"unknown backward mode {mode!r}; known: {', '.join(BACKWARD)}")
@@ -227,8 +230,8 @@ def learned_parameters(network: nn.Module) -> list[nn.Parameter]:
 def activation_scales(network: nn.Module) -> list[Tensor]:
     """Return the activation scales of a quantized network, (8,) per layer, now requiring gradients.
 
-    Give them to an optimizer and they are learned (LSQ, Esser et al., ICLR 2020). Keep them positive. Raises ValueError,
-    naming the layer, for a scheme that has no such scales.
+    Give them to an optimizer and they are learned (LSQ, Esser et al., ICLR 2020). Keep them
+    positive. Raises ValueError, naming the layer, for a scheme that has no such scales.
     """
     layers = quant_layers(network)
     for name, layer in layers.items():
@@ -240,7 +243,8 @@ def activation_scales(network: nn.Module) -> list[Tensor]:
 def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
     """Return every tensor of a quantized network's schemes: what its `state_dict` (the float network's) doesn't hold.
 
-    Keys are the layer's name, a dot, and the tensor's; beside the scheme's there are `signed` and `calibrated`.
+    Keys are the layer's name, a dot, and the tensor's; beside the scheme's there are `signed` and
+    `calibrated`.
     """
     state = {}
     for name, layer in quant_layers(network).items():
@@ -276,9 +280,18 @@ def scheme_records(network: nn.Module) -> dict[str, dict[str, Any]]:
     """Describe the schemes of a quantized network as plain data, by layer: {"name": ..., "options": {...}}.
 
     `schemes_from_records` makes the schemes again.
+
+    Raises:
+        ValueError: Naming the layer, for a scheme that can't be found again, or doesn't say its
+            options.
     """
-    layers = quant_layers(network)
-    return {name: {"name": layer.scheme.name, "options": layer.scheme.options()} for name, layer in layers.items()}
+    records = {}
+    for name, layer in quant_layers(network).items():
+        try:
+            records[name] = layer.scheme.record()
+        except ValueError as reason:
+            raise ValueError(f"layer {name!r}: {reason}") from reason
+    return records
 
 
 def _check_names(policy: Mapping[str, Bits], known: Mapping[str, object]) -> None:

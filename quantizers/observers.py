@@ -1,6 +1,7 @@
 """What calibration sees of a layer's input, and scales from data, for every width at once.
 
-Scales are found by the smallest squared error, the largest value, a percentile, or divergence (`RULES`).
+Scales are found by the smallest squared error, the largest value, a percentile, or divergence
+(`RULES`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tens
 
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
 SAMPLES = 1 << 16  # activations kept per layer
+CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into the cache
 BINS = 2048
 PERCENTILE = 0.9999
 RULES = ("mse", "max", "percentile", "kl")
@@ -25,8 +27,9 @@ Batches = Iterable[Any] | Tensor
 def fit_weight_scales(weight: Tensor, rule: str = "mse", power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Find per-channel symmetric scales of a weight for widths 1..8, and the error each leaves.
 
-    Rule `mse` minimises the error over clipping points max|w| * k / 80; `max` and `kl` take max|w|, `percentile` the 99.99th
-    of |w|. At one bit the scale is mean |w|, which is optimal (Rastegari et al. 2016, equation 6).
+    Rule `mse` minimises the error over clipping points max|w| * k / 80; `max` and `kl` take max|w|,
+    `percentile` the 99.99th of |w|. At one bit the scale is mean |w|, which is optimal (Rastegari
+    et al. 2016, equation 6).
 
     Args:
         weight: A weight (C_out, ...).
@@ -34,7 +37,8 @@ def fit_weight_scales(weight: Tensor, rule: str = "mse", power_of_two: bool = Fa
         power_of_two: Whether scales are rounded to powers of two.
 
     Returns:
-        Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of the whole tensor (8,).
+        Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of
+        the whole tensor (8,).
 
     Raises:
         ValueError: For a weight that isn't finite.
@@ -87,8 +91,16 @@ class _Channels:
 
     def errors(self, scale: Tensor, bits: int) -> Tensor:
         """Return the squared error of each channel."""
-        quantized = quantize_tensor(self.rows, scale[:, None], bits, True) * scale[:, None]
-        return (self.rows - quantized).square().sum(1)
+        # A few channels at a time, so that all temporaries stay in the processor's cache. Rows that
+        # are too long for that are summed at once: some threads would add in another order.
+        count = CACHED_VALUES // max(1, self.rows.shape[1])
+        if count < 4:
+            count = max(1, len(self.rows))
+        parts = []
+        for rows, step in zip(self.rows.split(count), scale[:, None].split(count), strict=True):
+            left = quantize_tensor(rows, step, bits, True).mul_(step)
+            parts.append(torch.sub(rows, left, out=left).square_().sum(1))
+        return torch.cat(parts)
 
 
 def fit_activation_scales(
@@ -96,9 +108,10 @@ def fit_activation_scales(
 ) -> tuple[Tensor, Tensor]:
     """Find per-tensor scales of an activation for widths 1..8, and the relative error each leaves.
 
-    The error is taken over a histogram of the magnitudes; exact zeros, which every width represents, are left out of it (but
-    for one signed bit). Rule `mse` minimises it, `max` clips at `largest`, `percentile` at the 99.99th percentile of the
-    sample, `kl` where the divergence of the histogram before and after is smallest (`kl_threshold`).
+    The error is taken over a histogram of the magnitudes; exact zeros, which every width
+    represents, are left out of it (but for one signed bit). Rule `mse` minimises it, `max` clips at
+    `largest`, `percentile` at the 99.99th percentile of the sample, `kl` where the divergence of
+    the histogram before and after is smallest (`kl_threshold`).
 
     Args:
         sample: A sample of the values.
@@ -177,13 +190,14 @@ class _Magnitudes:
 def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
     """Find where to clip a histogram of magnitudes so that its distribution changes least.
 
-    For every 16th number i of bins kept, from 128: P is the histogram up to i with all that lies beyond added to its last
-    bin; Q is P's own part (without what lies beyond) merged into `levels` groups of bins, each group's count spread evenly
-    over its bins that aren't empty. The clipping point is that of the smallest Kullback-Leibler divergence of P from Q
-    (Migacz, "8-bit Inference with TensorRT", GTC 2017).
+    For every 16th number i of bins kept, from 128: P is the histogram up to i with all that lies
+    beyond added to its last bin; Q is P's own part (without what lies beyond) merged into `levels`
+    groups of bins, each group's count spread evenly over its bins that aren't empty. The clipping
+    point is that of the smallest Kullback-Leibler divergence of P from Q (Migacz, "8-bit Inference
+    with TensorRT", GTC 2017).
 
-    Many equal values (an image's constant background, seen through a convolution) make a spike that no merging of bins
-    leaves alone: the rule then clips far too much.
+    Many equal values (an image's constant background, seen through a convolution) make a spike that
+    no merging of bins leaves alone: the rule then clips far too much.
 
     Args:
         counts: The histogram, BINS numbers.
@@ -206,7 +220,8 @@ def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
         q = filled * (sums / bins.clamp_min(1))[group]
         p, q = p / total, q / q.sum().clamp_min(1e-12)
         seen = p > 0
-        # A bin that P fills and Q doesn't (the last one, with what lies beyond) counts as nearly impossible.
+        # A bin that P fills and Q doesn't (the last one, with what lies beyond) counts as nearly
+        # impossible.
         divergence = (p[seen] * (p[seen] / q[seen].clamp_min(1e-12)).log()).sum()
         if divergence < least:
             best, least = counts.new_tensor((kept + 0.5) * width), divergence
@@ -230,7 +245,8 @@ class Observer:
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError("an activation that isn't finite appeared during calibration")
         self.largest, self.signed = max(self.largest, -low, high), self.signed or low < 0
-        # A contiguous view in memory order, then every n-th value: an odd stride meets all channels alike.
+        # A contiguous view in memory order, then every n-th value: an odd stride meets all channels
+        # alike.
         flat = values.reshape(-1)
         self.values.append(flat[:: max(1, flat.numel() // SAMPLES) | 1][:SAMPLES].float())
 

@@ -15,10 +15,35 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 
-def installed(group: str) -> dict[str, EntryPoint]:
-    """List the entry points of a group by name, in order; nothing is imported."""
-    points = sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
-    return {point.name: point for point in points}
+def installed(group: str) -> list[EntryPoint]:
+    """List the entry points of a group, in the order of their names; nothing is imported."""
+    return sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+
+
+def find_installed(group: str, name: str, kind: str) -> EntryPoint | None:
+    """Find an entry point by name; nothing is imported.
+
+    Args:
+        group: The group that it is of.
+        name: Its name.
+        kind: What it is, for the message: "scheme".
+
+    Returns:
+        The entry point; None if there is none.
+
+    Raises:
+        ValueError: If several packages offer one of that name.
+    """
+    points = [point for point in installed(group) if point.name == name]
+    if len(points) > 1:
+        origins = " and ".join(origin(point) for point in points)
+        raise ValueError(f"{kind} {name!r} is offered by {origins}: give {place(points[0])}, or uninstall one")
+    return next(iter(points), None)
+
+
+def place(point: EntryPoint) -> str:
+    """Return what an entry point stands for, as `module:Name`."""
+    return f"{point.module}:{point.attr}"
 
 
 def origin(point: EntryPoint) -> str:
@@ -43,30 +68,36 @@ def names_a_module(name: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in parts)
 
 
-def import_attribute(place: str, what: str) -> Any:
+def look_into_current_folder() -> None:
+    """Let modules of the current folder be imported, as with `python -m`."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # A file may be younger than what Python remembers of the folder.
+    importlib.invalidate_caches()
+
+
+def import_attribute(name: str, what: str) -> Any:
     """Import what `module:Name` stands for.
 
     Args:
-        place: The module and the name in it. Modules of the current folder are found too, as with `python -m`.
+        name: The module and the name in it, which may have dots.
         what: What is imported, for the message: "scheme 'ternary'".
 
     Returns:
         What has that name.
 
     Raises:
-        ImportError: In one sentence that begins with `what`, if the module fails or has no such name.
+        ImportError: In one sentence that begins with `what`, if the module fails or has no such
+            name.
     """
-    module_name, _, attribute = place.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-        importlib.invalidate_caches()
+    module_name, _, attribute = name.partition(":")
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ImportError(f"{what} can't be imported from {place}: {reason}") from error
+        raise ImportError(f"{what} can't be imported from {name}: {reason}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ImportError(f"{what} can't be imported from {place}: module {module_name} has no {attribute!r}")
+            raise ImportError(f"{what} can't be imported from {name}: module {module_name} has no {attribute!r}")
         found = getattr(found, part)
     return found

@@ -19,7 +19,8 @@ from quantizers.functional import MAX_BITS
 SCHEMA, VERSION = "haq-bit-policy", 1
 Bits = tuple["int | None", "int | None"]
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
-# Of the first and the last layer, where nothing else is said: they suffer most from few bits, and cost little.
+# Of the first and the last layer, where nothing else is said: they suffer most from few bits, and
+# cost little.
 END_BITS: Bits = (MAX_BITS, MAX_BITS)
 SHORT = 4  # policies of at most so many layers are shown in full
 
@@ -126,8 +127,8 @@ class BitPolicy(Mapping[str, Bits]):
     def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
         """Give the layers of each group the widest bits of the group; float (None) is wider than 8 bits.
 
-        For layers whose outputs are added, which hardware wants on one grid. Raises ValueError for a layer that the policy
-        doesn't have.
+        For layers whose outputs are added, which hardware wants on one grid. Raises ValueError for
+        a layer that the policy doesn't have.
         """
         bits = dict(self._bits)
         for group in groups:

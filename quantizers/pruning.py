@@ -1,7 +1,7 @@
 """Pruning whole filters of binary networks: masks that are learned, and filters that are taken out for good.
 
-Magnitudes can't tell which binary filters matter, since all of their weights are as large: a mask per filter is trained
-instead (main/subsidiary networks: Xu et al., CVPR 2019, arXiv 1812.04210).
+Magnitudes can't tell which binary filters matter, since all of their weights are as large: a mask
+per filter is trained instead (main/subsidiary networks: Xu et al., CVPR 2019, arXiv 1812.04210).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ MASK_START = 1e-4  # masks start within this of their threshold
 class MainSubsidiary(Binary, name="main-subsidiary"):
     """Binary weights whose filters can be switched off (Xu et al., CVPR 2019, arXiv 1812.04210).
 
-    A learned value m_f per output channel (`filter_mask`, a parameter of the layer) keeps the filter where O_f = sign(m_f)
-    is +1, and makes it zero where O_f is -1: w_f (1 + O_f) / 2. O's gradient is that of the clipped sign. At first all
-    filters are kept. The channel of a filter that is off is exactly the constant that the norm behind makes of zero, which
-    is not zero: `remove_filters` takes it along.
+    A learned value m_f per output channel (`filter_mask`, a parameter of the layer) keeps the
+    filter where O_f = sign(m_f) is +1, and makes it zero where O_f is -1: w_f (1 + O_f) / 2. O's
+    gradient is that of the clipped sign. At first all filters are kept. The channel of a filter
+    that is off is exactly the constant that the norm behind makes of zero, which is not zero:
+    `remove_filters` takes it along.
 
-    A layer's tensors: those of `Binary`, and filter_mask (C_out,), learned. Weights have one bit, or are float; activations
-    may have any width.
+    A layer's tensors: those of `Binary`, and filter_mask (C_out,), learned. Weights have one bit,
+    or are float; activations may have any width.
     """
 
     summary: ClassVar[str] = "binary weights whose filters learned masks switch off, to be removed (Xu et al. 2019)"
@@ -84,12 +85,13 @@ def _prunable(network: nn.Module, names: Iterable[str] | None) -> dict[str, Quan
 def kept_share(network: nn.Module, names: Iterable[str] | None = None) -> Tensor:
     """Return the share of kept filters, to be added to a loss: its gradient pushes every mask down.
 
-    (The paper's penalty counts O + 1. Its published code counts |O| unless told otherwise, which is the same number whatever
-    the masks are.)
+    (The paper's penalty counts O + 1. Its published code counts |O| unless told otherwise, which is
+    the same number whatever the masks are.)
 
     Args:
         network: A network with masked layers.
-        names: Of which layers; else of all masked ones but the network's last layer, whose filters are the classes.
+        names: Of which layers; else of all masked ones but the network's last layer, whose filters
+            are the classes.
 
     Returns:
         One number, with its gradient.
@@ -105,8 +107,9 @@ def layerwise_pruning(
 ) -> Generator[tuple[str, Literal["mask", "weights"], list[nn.Parameter]], None, None]:
     """Go through the layers in the order of training of Xu et al. (CVPR 2019): from the first to the last, twice each.
 
-    Masks are frozen at the end, and other parameters as they were. Keep the norms in evaluation mode while a mask is trained:
-    one that follows its batches undoes whatever size a filter has, so that its mask would learn next to nothing.
+    Masks are frozen at the end, and other parameters as they were. Keep the norms in evaluation
+    mode while a mask is trained: one that follows its batches undoes whatever size a filter has, so
+    that its mask would learn next to nothing.
 
     Args:
         network: A network with masked layers.
@@ -114,8 +117,9 @@ def layerwise_pruning(
         generator: Draws the masks' starts.
 
     Yields:
-        (layer name, "mask", [its mask]), where nothing else requires a gradient and the mask starts anew, uniform in
-        +-1e-4; then (layer name, "weights", all parameters but masks), where no mask does. Train these, then go on.
+        (layer name, "mask", [its mask]), where nothing else requires a gradient and the mask starts
+        anew, uniform in +-1e-4; then (layer name, "weights", all parameters but masks), where no
+        mask does. Train these, then go on.
 
     Raises:
         ValueError: For a layer without a mask, or if there is none.
@@ -143,22 +147,25 @@ def layerwise_pruning(
             mask.requires_grad_(False)
 
 
-# What may stand between a layer whose filters are removed and the next one: modules that treat all channels alike,
+# What may stand between a layer whose filters are removed and the next one: modules that treat all
+# channels alike,
 _ALIKE: tuple[type[nn.Module], ...] = (
     *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh, nn.Hardswish, nn.SiLU, nn.GELU, nn.ELU, nn.Tanh, nn.Sigmoid),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d),
 )
 # with values per channel,
 _PER_CHANNEL: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU, RSign, RPReLU)
-# and those that leave a channel that is one constant at that constant (they pad with minus infinity).
+# and those that leave a channel that is one constant at that constant (they pad with minus
+# infinity).
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 
 
 class WithConstants(nn.Module):
     """A layer some of whose input channels were constants, and are gone: what they added to its output is added here.
 
-    The constants times their weights are gathered in the weight of one input channel of ones, `constant`. It is one number
-    per output channel inside the image; near its edge it depends on how much of the kernel lies on padding.
+    The constants times their weights are gathered in the weight of one input channel of ones,
+    `constant`. It is one number per output channel inside the image; near its edge it depends on
+    how much of the kernel lies on padding.
     """
 
     constant: Tensor
@@ -182,20 +189,24 @@ class WithConstants(nn.Module):
 def remove_filters(network: nn.Module, *, exact: bool = True) -> nn.Module:
     """Make a copy of a network without the filters whose masks are off, in evaluation mode the same function.
 
-    For layers in a row of an nn.Sequential (nested ones too): a masked layer, whatever norms, activations and max-pooling
-    follow, and the next layer. A filter that is off makes a channel of one constant: zero (or the layer's bias) taken
-    through what follows, and through the next layer's sign. Times its weights it is added back (`WithConstants`, in the
-    next layer's place). If all filters of a layer are off, one of them stays.
+    For layers in a row of an nn.Sequential (nested ones too): a masked layer, whatever norms,
+    activations and max-pooling follow, and the next layer. A filter that is off makes a channel of
+    one constant: zero (or the layer's bias) taken through what follows, and through the next
+    layer's sign. Times its weights it is added back (`WithConstants`, in the next layer's place).
+    If all filters of a layer are off, one of them stays.
 
-    With `exact` the outputs are the same bit for bit, as both layers then add up integers, in whatever order. (So where
-    convolution is direct or by matrix product. Winograd's, with its fractions, rounds.)
+    With `exact` the outputs are the same bit for bit, as both layers then add up integers, in
+    whatever order. (So where convolution is direct or by matrix product. Winograd's, with its
+    fractions, rounds.)
 
-    Layers behind it with `xnor` scales are always refused: their scale is a mean over the weights that would go.
+    Layers behind it with `xnor` scales are always refused: their scale is a mean over the weights
+    that would go.
 
     Args:
         network: A network with masked layers.
-        exact: Whether only layers of bits (1, 1), scaling `none` and no bias are taken. Otherwise layers with float inputs or
-            a bias are taken too, and the outputs are the same up to rounding.
+        exact: Whether only layers of bits (1, 1), scaling `none` and no bias are taken. Otherwise
+            layers with float inputs or a bias are taken too, and the outputs are the same up to
+            rounding.
 
     Returns:
         The smaller network.

@@ -1,6 +1,7 @@
 """A scheme says how weights and activations become few-bit values; one object serves all layers of a network.
 
-A scheme of one's own is a subclass with four methods, known to `quantize` by the name it gives itself:
+A scheme of one's own is a subclass with four methods, known to `quantize` by the name it gives
+itself:
 
     class Ternary(Q.Scheme, name="ternary"):
         summary = "weights are -1, 0 or +1 times a scale"
@@ -24,7 +25,16 @@ from torch import Tensor
 from quantizers.cache import TensorCache
 from quantizers.functional import WIDTHS, integer_range, relative_error, sign
 from quantizers.observers import Observer
-from quantizers.plugins import description, import_attribute, installed, names_a_module, origin
+from quantizers.plugins import (
+    description,
+    find_installed,
+    import_attribute,
+    installed,
+    look_into_current_folder,
+    names_a_module,
+    origin,
+    place,
+)
 
 GROUP = "quantizers.schemes"  # of entry points
 REQUIRED = ("start", "calibrate", "weight", "activation")
@@ -77,20 +87,23 @@ class SchemeRow(NamedTuple):
 class Scheme:
     """The base of all schemes. A scheme has options of its own; what belongs to a layer are tensors that the layer holds.
 
-    Subclasses name themselves (`class Linear(Scheme, name="linear")`), and are then known by that name to `quantize`. What a
-    scheme can do is said by its attributes; whoever uses schemes asks these, and never which class a scheme is of.
+    Subclasses name themselves (`class Linear(Scheme, name="linear")`), and are then known by that
+    name to `quantize`. What a scheme can do is said by its attributes; whoever uses schemes asks
+    these, and never which class a scheme is of.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line, for lists
     known: ClassVar[dict[str, type[Scheme]]] = {}
-    # Tensors of the layer that are trained: parameters that aren't in its state_dict, which stays the float network's.
+    # Tensors of the layer that are trained: parameters that aren't in its state_dict, which stays
+    # the float network's.
     learned: ClassVar[tuple[str, ...]] = ()
     # The share of the weights' learning rate at which these are to be trained.
     learned_rate: ClassVar[float] = 1.0
     # Tensors of the layer, beside its weight, that the quantized weight depends on.
     of_weight: ClassVar[tuple[str, ...]] = ()
-    # Whether activations need `calibrate` to have seen the layer's input, at some widths at least (`needs_data_at`).
+    # Whether activations need `calibrate` to have seen the layer's input, at some widths at least
+    # (`needs_data_at`).
     needs_data: ClassVar[bool] = True
     # Whether weights, and activations, are integers times a scale: what can be deployed.
     has_integer_weights: ClassVar[bool] = False
@@ -114,13 +127,15 @@ class Scheme:
 
         Args:
             scheme: The name; or a scheme, which is returned as it is.
-            modules: Whether `module:Name` may be imported. False for a name that no person gave, such as one from a file.
+            modules: Whether `module:Name` may be imported. False for a name that no person gave,
+                such as one from a file.
 
         Returns:
             The scheme with its default options.
 
         Raises:
-            ValueError: For an unknown name, listing the close ones; for a class that isn't a scheme or lacks a method.
+            ValueError: For an unknown name, listing the close ones; for a class that isn't a scheme
+                or lacks a method.
             ImportError: For a scheme of somebody else's that can't be imported, with the reason.
         """
         if isinstance(scheme, Scheme):
@@ -132,10 +147,29 @@ class Scheme:
             raise ValueError(f"scheme {scheme!r} can't be made without options: {error}") from error
 
     def options(self) -> dict[str, Any]:
-        """Return the options that make this scheme again, as plain data: a dataclass's fields."""
+        """Return the options that make this scheme again, as plain data: a dataclass's fields.
+
+        Raises:
+            ValueError: For a scheme that isn't a dataclass, but holds something: it needs a method
+                of its own.
+        """
         if dataclasses.is_dataclass(self):
             return dataclasses.asdict(self)
+        if vars(self):
+            raise ValueError(
+                f"scheme {self.name!r} holds {', '.join(vars(self))}: give it a method `options`, or make it a dataclass"
+            )
         return {}
+
+    def record(self) -> dict[str, Any]:
+        """Return the name and the options that make this scheme again, as plain data; see `schemes_from_records`.
+
+        Raises:
+            ValueError: For a class without a name of its own, which nobody could find again.
+        """
+        if Scheme.known.get(self.name) is not type(self):
+            raise ValueError(f"class {type(self).__name__} can't be recorded: it has no name of its own (class ..., name=...)")
+        return {"name": self.name, "options": self.options()}
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
         """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it.
@@ -156,7 +190,8 @@ class Scheme:
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return the tensors that a layer holds for this scheme, before calibration.
 
-        Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width at any time.
+        Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width
+        at any time.
         """
         raise NotImplementedError
 
@@ -175,7 +210,8 @@ class Scheme:
     def activation_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return what the integers of a layer's input are multiplied by, a positive number.
 
-        It is the distance of the input's levels, but for the two of one signed bit, -1 and +1 times it.
+        It is the distance of the input's levels, but for the two of one signed bit, -1 and +1 times
+        it.
         """
         raise NotImplementedError
 
@@ -200,8 +236,8 @@ class Scheme:
     def integer_weights(self, layer: SchemeLayer) -> IntegerWeights:
         """Return a layer's weights, at its present width, as integers.
 
-        Codes times scale is `layer.quantized_weight()` in float32, bit for bit (up to 2^-22 where integers take one bit
-        more than the weights have).
+        Codes times scale is `layer.quantized_weight()` in float32, bit for bit (up to 2^-22 where
+        integers take one bit more than the weights have).
 
         Raises:
             ValueError: With the reason, without the layer's name, where there are no such integers.
@@ -251,7 +287,7 @@ class Scheme:
     def measure_errors(self, layer: SchemeLayer, observer: Observer | None) -> None:
         """Set `weight_error` and `activation_error`, for a scheme whose `start` makes no such tensors."""
         for bits in WIDTHS:
-            if self._takes(bits, None, layer.signed):
+            if self.takes(bits, None, layer.signed):
                 layer.weight_error[bits - 1] = relative_error(layer.weight, self.weight(layer, bits))
         if observer is not None:
             self.measure_activation_errors(layer, observer)
@@ -260,10 +296,11 @@ class Scheme:
         """Set `activation_error`, at the widths that the scheme has for this input, from calibration data."""
         sample = observer.sample()
         for bits in WIDTHS:
-            if self._takes(None, bits, observer.signed):
+            if self.takes(None, bits, observer.signed):
                 layer.activation_error[bits - 1] = relative_error(sample, self.activation(layer, sample, bits))
 
-    def _takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool) -> bool:
+    def takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
+        """Say whether widths mean something in this scheme; arguments as in `check`."""
         try:
             self.check(weight_bits, activation_bits, signed)
         except ValueError:
@@ -275,7 +312,8 @@ class Scheme:
 
         Args:
             bits: The width, 1..8.
-            weights: How many weights the layer has, where that is known: a codebook has no more entries.
+            weights: How many weights the layer has, where that is known: a codebook has no more
+                entries.
 
         Returns:
             Bytes per layer; nothing, for most schemes.
@@ -298,32 +336,33 @@ def _twos_complement(bits: int) -> tuple[int, int]:
 
 def scheme_names() -> list[str]:
     """List the names of all schemes that are known or installed; no plug-in is imported."""
-    return [row.name for row in scheme_rows()]
+    return list(dict.fromkeys([*Scheme.known, *(point.name for point in installed(GROUP))]))
 
 
 def scheme_rows() -> list[SchemeRow]:
     """List all schemes that are known or installed, with where they come from and a line each; no plug-in is imported."""
     points = installed(GROUP)
+    offered = {point.name for point in points}
     rows = []
     for name, scheme in Scheme.known.items():
-        if name in points and not _is_ours(scheme):
-            continue
-        place = "built in"
-        if not _is_ours(scheme):
-            place = scheme.__module__
-        rows.append(SchemeRow(name, place, scheme.summary))
+        if _is_ours(scheme):
+            rows.append(SchemeRow(name, "built in", scheme.summary))
+        elif name not in offered:
+            rows.append(SchemeRow(name, scheme.__module__, scheme.summary))
     taken = {row.name for row in rows}
-    for name, point in points.items():
-        if name not in taken:
-            rows.append(SchemeRow(name, origin(point), description(point)))
+    for point in points:
+        line = description(point)
+        if point.name in taken:
+            line = f"not used, the name is taken: give {place(point)}"
+        rows.append(SchemeRow(point.name, origin(point), line))
     return rows
 
 
 def schemes_from_records(records: Mapping[str, Any]) -> dict[str, Scheme]:
     """Make the schemes that `scheme_records` described, by layer.
 
-    Names that come from a file are never imported as modules: a scheme given as `module:Name` must have been named before
-    by whoever runs the program.
+    Names that come from a file are never imported as modules: a scheme given as `module:Name` must
+    have been named before by whoever runs the program.
 
     Args:
         records: By layer, {"name": the scheme's, "options": {...}}.
@@ -332,7 +371,8 @@ def schemes_from_records(records: Mapping[str, Any]) -> dict[str, Scheme]:
         A scheme by layer; layers of equal records share one.
 
     Raises:
-        ValueError: Naming the layer, for anything that is no such record, or options that the scheme doesn't have.
+        ValueError: Naming the layer, for anything that is no such record, or options that the
+            scheme doesn't have.
         ImportError: For a scheme of an installed package that can't be imported.
     """
     if not isinstance(records, Mapping):
@@ -370,13 +410,13 @@ def _is_ours(scheme: type[Scheme]) -> bool:
 def _scheme_class(name: str, modules: bool) -> type[Scheme]:
     if name in Scheme.known:
         return _checked(Scheme.known[name], name)
-    points = installed(GROUP)
-    if name in points:
-        what = f"scheme {name!r} of {origin(points[name])}"
-        return _registered(import_attribute(f"{points[name].module}:{points[name].attr}", what), name)
+    point = find_installed(GROUP, name, "scheme")
+    if point is not None:
+        return _registered(import_attribute(place(point), f"scheme {name!r} of {origin(point)}"), name)
     if modules and names_a_module(name):
+        look_into_current_folder()
         return _registered(import_attribute(name, f"scheme {name!r}"), name)
-    raise ValueError(_unknown(name, [*Scheme.known, *points], modules))
+    raise ValueError(_unknown(name, scheme_names(), modules))
 
 
 def _registered(found: Any, name: str) -> type[Scheme]:

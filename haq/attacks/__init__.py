@@ -3,6 +3,7 @@
 An attack of your own is one file with one class in it; `EvaluationAttack` in haq/attacks/base.py says what it has:
 
     # corners.py
+    import torch
     from haq.attacks.base import BLACK, EvaluationAttack
 
     class Corners(EvaluationAttack):

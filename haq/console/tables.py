@@ -19,8 +19,7 @@ from rich.text import Text
 
 from hw_models.registry import printable
 
-GAP = 2  # characters between columns
-EDGES = 2  # characters left and right of a table
+GAP = 2  # characters between columns; 1 where a table fits only so
 
 
 def plain(value: Any) -> Text:
@@ -103,10 +102,10 @@ class Column:
 
     @property
     def needed(self) -> int:
-        """The width that it can't do without, with the gap behind it."""
+        """The width that it can't do without."""
         if self.least is None:
-            return self.width + GAP
-        return min(self.width, self.least) + GAP
+            return self.width
+        return min(self.width, self.least)
 
 
 def parts(columns: Sequence[Column], width: int, keys: int = 1) -> list[list[Column]]:
@@ -120,17 +119,19 @@ def parts(columns: Sequence[Column], width: int, keys: int = 1) -> list[list[Col
     Returns:
         The columns of each table. A single column beside the keys may still be too wide: it is wrapped.
     """
+    if _width(columns, 1) <= width:
+        return [list(columns)]
     head, rest = list(columns[:keys]), list(columns[keys:])
     # What names the rows leaves room for at least one thing that is said about them.
-    room = width - EDGES - min(_width(head), width // 2)
+    room = width - min(_width(head), width // 2)
     found: list[list[Column]] = []
     free = 0
     for column in rest:
-        if not found or column.needed > free:
+        if not found or column.needed + GAP > free:
             found.append(list(head))
             free = room
         found[-1].append(column)
-        free -= column.needed
+        free -= column.needed + GAP
     return found or [head]
 
 
@@ -156,19 +157,20 @@ def print_columns(
         caption: Sentences below the last of them.
     """
     tables = parts(columns, console.width, keys)
-    for number, part in enumerate(tables):
+    if title:
+        console.print(plain(title), style="table.title")
+    for part in tables:
         table = new_table()
-        table.title_justify = "left"
-        if number == 0 and title:
-            table.title = plain(title)
-        if number == len(tables) - 1 and caption:
-            table.caption = plain(caption)
-        are_names_wrapped = _width(part[:keys]) > console.width // 2
+        if _width(part) > console.width >= _width(part, 1):
+            table.padding = (0, 0, 0, 0)
+        are_names_wrapped = len(tables) > 1 and _width(part[:keys]) > console.width // 2
         is_alone = len(part) == keys + 1
         for index, column in enumerate(part):
-            wraps = column.least is not None or (is_alone and column.justify == "left")
+            wraps = column.least is not None
             if index < keys:
-                wraps = are_names_wrapped
+                wraps = wraps or are_names_wrapped
+            elif column.justify == "left":
+                wraps = wraps or is_alone
             table.add_column(plain(column.heading), justify=column.justify, no_wrap=not wraps, overflow="fold")
         rows = len(part[0].cells)
         for row in range(rows):
@@ -176,7 +178,10 @@ def print_columns(
                 table.add_section()
             table.add_row(*(plain(column.cells[row]) for column in part))
         console.print(table)
+    if caption:
+        console.print(plain(caption), style="table.caption")
 
 
-def _width(columns: Sequence[Column]) -> int:
-    return sum(column.width + GAP for column in columns)
+def _width(columns: Sequence[Column], gap: int = GAP) -> int:
+    """The characters that columns can't do without, side by side."""
+    return sum(column.needed + gap for column in columns)

@@ -279,7 +279,8 @@ def _free(notes: Mapping[str, str] | None) -> dict[str, str]:
 
 def _check_quantized(header: Header) -> None:
     """Raise ValueError, with what to do, unless a file is a quantized network of this version's format."""
-    path, found = header.path, header.notes.get("format", "")
+    path = header.path
+    found = header.notes.get("format", "")
     if found == CHECKPOINT_FORMAT and "schemes" not in header.notes:
         raise ValueError(f"{path} holds a float network, not a quantized one")
     if found in (CHECKPOINT_FORMAT, "haq-quantized-1", "haq-network-1"):

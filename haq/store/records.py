@@ -485,6 +485,7 @@ class ResultRecord(FileRecord):
     uniform: Annotated[list[UniformResult], Field(max_length=BITS)] = []
     found: Measurement
     finetuned: Measurement | None
+    finetuned_scheme: str | None = None  # if that isn't the run's own
     rivals: Annotated[dict[str, Measurement], Field(max_length=MOST)]
     rival_policies: Annotated[dict[str, PolicyRecord], Field(max_length=MOST)] = {}
     verified: AttackedRecord | None = None

@@ -236,8 +236,13 @@ class _RunNetworks:
         notes["found"] = f"the policy of {self.run.config.solver}{scheme_words(made['found'])}, {tuning}"
         if self.spec.beta and epochs:
             beta = self.spec.beta
-            made["defensive"] = self.tuned(f"defensive{beta:g}", self.policy, beta)
-            notes["defensive"] = f"the same policy, {self.budget()}, with the Lipschitz penalty, beta {beta:g}"
+            if fixed := training.fixed_weights(self.plain):
+                scheme = self.schemes[fixed[0]].name
+                reason = f"the penalty is on float weights, which scheme {scheme!r} of layer {fixed[0]!r} keeps"
+                left_out["defensive"] = reason
+            else:
+                made["defensive"] = self.tuned(f"defensive{beta:g}", self.policy, beta)
+                notes["defensive"] = f"the same policy, {self.budget()}, with the Lipschitz penalty, beta {beta:g}"
         return ComparedNetworks(self.loaded.network, self.loaded.dataset, made, notes, left_out)
 
     def budget(self) -> str:
@@ -316,9 +321,9 @@ def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
     compared: dict[str, nn.Module] = {"float": network.module}
     notes = {"float": "as it was loaded"}
     left_out = {}
-    path = Path(spec.source)
-    if path.is_file() and networks.holds_quantized(path):
-        held = networks.load_quantized(path)
+    path = networks.path_of_checkpoint(spec.source)
+    if path is not None and networks.holds_quantized(path):
+        held = networks.load_quantized(path, network.module)
         compared["quantized"] = held
         notes["quantized"] = f"at the bits of the checkpoint{scheme_words(held)}, trained as its header says"
     inputs = network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)])

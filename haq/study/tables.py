@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import quantizers as Q
-from haq.console.tables import key_table, new_table, plain, say, say_next
+from haq.console.tables import Column, key_table, print_columns, say, say_next
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
+from haq.problem.schemes import lacking_integers
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.config import SearchConfig
@@ -86,7 +86,7 @@ def scheme_words(problem: Problem) -> str:
     others = [f"{name} for {', '.join(layers[name])}" for name in layers if name != main]
     if others:
         words += f"; {'; '.join(others)}"
-    lacking = {s.name for s in problem.schemes.values() if not (s.has_integer_weights and s.has_integer_activations)}
+    lacking = {s.name for s in problem.schemes.values() if lacking_integers(s)}
     if lacking:
         words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
     return words
@@ -116,10 +116,11 @@ def _finetuning_words(task: SearchTask) -> str:
     return words
 
 
-def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
-    """Make a table of bits, cost before and after, and what bounds it, per layer.
+def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> None:
+    """Print bits, cost before and after, and what bounds it, per layer.
 
     Args:
+        console: Where; its width counts.
         problem: What the policy is of.
         policy: Its bits.
     """
@@ -127,31 +128,25 @@ def layer_table(problem: Problem, policy: Q.BitPolicy) -> Table:
     before = problem.cost[:, 7, 7]
     after = problem.cost[np.arange(len(w)), w - 1, a - 1]
     unit, size = best_unit(float(before.max()), problem.metric)
+    names = [layer.name for layer in problem.workload.layers]
+    marks = ["*" if name in problem.pinned else "" for name in names]
+    shares = [f"{100 * cost / before.sum():.1f} %" for cost in before]
+    columns = [
+        Column("layer", [*names, "total, mean"]),
+        Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
+        Column("activ.\nbits", [*(f"{bits}{mark}" for bits, mark in zip(a, marks, strict=True)), f"{a.mean():.1f}"], "right"),
+        Column("before,\n8/8", [f"{cost / size:.4g}" for cost in (*before, before.sum())], "right"),
+        Column("after", [f"{cost / size:.4g}" for cost in (*after, after.sum())], "right"),
+        Column("share\nbefore", [*shares, ""], "right"),
+    ]
+    if problem.metric == "latency" and problem.table.bound is not None:
+        bounds = problem.table.bound[np.arange(len(w)), w - 1, a - 1]
+        columns.append(Column("bound by", [*(problem.table.bounds[index] for index in bounds), ""]))
     title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
-    table = new_table(title)
-    table.add_column("layer", overflow="fold")
-    for heading in ("weight\nbits", "activ.\nbits", "before,\n8/8", "after", "share\nbefore"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    bound = None
-    if problem.metric == "latency":
-        bound = problem.table.bound
-    if bound is not None:
-        table.add_column("bound by", no_wrap=True)
-    for i, layer in enumerate(problem.workload.layers):
-        mark = ""
-        if layer.name in problem.pinned:
-            mark = "*"
-        cells = [f"{w[i]}{mark}", f"{a[i]}{mark}", f"{before[i] / size:.4g}", f"{after[i] / size:.4g}"]
-        cells.append(percent(before[i] / before.sum(), 1))
-        if bound is not None:
-            cells.append(problem.table.bounds[bound[i, w[i] - 1, a[i] - 1]])
-        table.add_row(plain(layer.name), *cells)
-    table.add_section()
-    totals = [f"{x.sum() / size:.4g}" for x in (before, after)]
-    table.add_row("total, mean", f"{w.mean():.1f}", f"{a.mean():.1f}", *totals, "")
+    caption = ""
     if problem.pinned:
-        table.caption = "* fixed"
-    return table
+        caption = "* fixed"
+    print_columns(console, title, columns, totals=1, caption=caption)
 
 
 class PolicyTable:
@@ -166,7 +161,7 @@ class PolicyTable:
         """Write the table as text."""
         console = Console(width=100, color_system=None, file=io.StringIO(), force_jupyter=False)
         with console.capture() as captured:
-            console.print(layer_table(self.problem, self.policy))
+            print_layers(console, self.problem, self.policy)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
     def _repr_html_(self) -> str:
@@ -199,8 +194,8 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         policy: What was found.
         result: What result.json holds.
     """
-    console.print(layer_table(task.problem, policy))
-    console.print(result_table(task, result))
+    print_layers(console, task.problem, policy)
+    _print_comparison(console, task, result)
     say(console, budget_sentence(result["budget"]))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
@@ -208,37 +203,33 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, _rivals_sentence(task.problem.objective, result))
 
 
-def result_table(task: SearchTask, result: Mapping[str, Any]) -> Table:
-    """Make a table of what was found beside the float network, uniform 8 bits and the rivals."""
+def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, Any]) -> None:
+    """Print what was found beside the float network, uniform 8 bits and the rivals."""
     problem = task.problem
-    objective = problem.objective
-    title = f"{result['network']} on {result['data']}, {result['target']}"
-    table = new_table(title, _caption(task, result))
-    if objective.also:
-        table.padding = (0, 0, 0, 0)  # more columns within the same 80 characters
-    table.add_column("policy", no_wrap=True)
-    keys = []
-    for heading, key in _share_columns(objective):
-        keys.append(key)
-        table.add_column(plain(heading), justify="right")
-    metrics = [name for name in ("latency", "energy", "storage") if name in problem.table.metrics]
-    for name in metrics:
-        # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
-        kind = "counted"
-        if name != "storage":
-            kind = cost_kind(problem)
-        table.add_column(f"\n{name}\n({kind})", justify="right")
+    tuned = "  fine-tuned"
+    if result.get("finetuned_scheme"):
+        tuned += f", {result['finetuned_scheme']}"
     rows: dict[str, Mapping[str, float | None] | None] = {
         "float": result["float"],
         "uniform 8 bits": result["uniform8"],
         f"found by {result['solver']}": result["found"],
-        "  fine-tuned": result["finetuned"],
+        tuned: result["finetuned"],
         **{f"found by {name}": row for name, row in result["rivals"].items()},
     }
-    for label, row in rows.items():
-        if row is not None:
-            table.add_row(plain(label), *[percent(row[key]) for key in keys], *[_cost_cell(row, name) for name in metrics])
-    return table
+    shown = {label: row for label, row in rows.items() if row is not None}
+    columns = [Column("policy", list(shown), least=14)]
+    for heading, key in _share_columns(problem.objective):
+        columns.append(Column(heading, [percent(row[key]) for row in shown.values()], "right"))
+    for metric in ("latency", "energy", "storage"):
+        if metric not in problem.metrics:
+            continue
+        # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
+        kind = "counted"
+        if metric != "storage":
+            kind = cost_kind(problem)
+        columns.append(Column(f"\n{metric}\n({kind})", [_cost_cell(row, metric) for row in shown.values()], "right"))
+    title = f"{result['network']} on {result['data']}, {result['target']}"
+    print_columns(console, title, columns, caption=_caption(task, result))
 
 
 def _share_columns(objective: Objective) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from haq.training.loop import agreement as agreement
     from haq.training.loop import augment as augment
     from haq.training.loop import fit as fit
+    from haq.training.loop import fixed_weights as fixed_weights
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
@@ -24,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
         "config": ["TrainConfig"],
-        "loop": ["accuracy", "agreement", "augment", "fit"],
+        "loop": ["accuracy", "agreement", "augment", "fit", "fixed_weights"],
         "finetuning": ["ShortTuning", "finetune", "refresh_norms"],
     },
 )

@@ -246,6 +246,27 @@ def learned_rates(module: nn.Module) -> dict[int, float]:
     return rates
 
 
+@torch.enable_grad()
+def fixed_weights(module: nn.Module) -> list[str]:
+    """Return the quantized layers whose float weight training doesn't move: their scheme passes no gradient to it.
+
+    A penalty on float weights says nothing of these layers.
+    """
+    found = []
+    for name, layer in Q.quant_layers(module).items():
+        flag = layer.weight.requires_grad
+        layer.weight.requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):  # a scheme may draw
+            made = layer.quantized_weight()
+        gradient = None
+        if made.requires_grad:
+            (gradient,) = torch.autograd.grad(made.sum(), layer.weight, allow_unused=True)
+        if gradient is None:
+            found.append(name)
+        layer.weight.requires_grad_(flag)
+    return found
+
+
 def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> float:
     """Go through the images once.
 

@@ -1,8 +1,9 @@
 """Binary layers: one-bit weights and activations are signs.
 
-A sign is +1 at zero (0 would make a third value of it). Its derivative is nought nearly everywhere, so training uses another
-slope in its place, one of `ESTIMATORS`. All are written out as masks, never as the gradient of a clamp: that gradient at its
-bounds differs between versions of torch, and clipped weights stay exactly at the bounds.
+A sign is +1 at zero (0 would make a third value of it). Its derivative is nought nearly everywhere,
+so training uses another slope in its place, one of `ESTIMATORS`. All are written out as masks,
+never as the gradient of a clamp: that gradient at its bounds differs between versions of torch, and
+clipped weights stay exactly at the bounds.
 
 What else trains binary networks is in `quantizers.binary_training`.
 """
@@ -38,7 +39,8 @@ def _swish_sign(x: Tensor) -> Tensor:
     return SWISH * (2 - scaled * (scaled / 2).tanh()) / (1 + scaled.cosh())
 
 
-# The slope that stands for the derivative of a sign. A sign jumps by 2, and so does the integral of each slope but the first.
+# The slope that stands for the derivative of a sign. A sign jumps by 2, and so does the integral of
+# each slope but the first.
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "clipped": _clipped,
@@ -56,7 +58,8 @@ class _Binarized(torch.autograd.Function):
         ctx.save_for_backward(x, alpha)
         ctx.estimator = estimator
         if random:
-            # torch's own generator, as dropout's: `torch.manual_seed` repeats it, and checkpointing replays it.
+            # torch's own generator, as dropout's: `torch.manual_seed` repeats it, and checkpointing
+            # replays it.
             signs = torch.where(torch.rand_like(x) < (x + 1) / 2, 1.0, -1.0).to(x.dtype)
         else:
             signs = sign(x)
@@ -117,26 +120,31 @@ WIDER = Linear()  # what widths above one bit are
 class Binary(Scheme, name="binary"):
     """Signs at one bit, and the linear scheme at 2 to 8 bits, each for weights and activations by themselves.
 
-    Bits may be (1, 1); (1, None), which is BinaryConnect; (1, 4), or any others, so that a search can choose among 1 to 8.
-    Activations of more than one bit need data for their scale, signs need none. Padding stays zero.
+    Bits may be (1, 1); (1, None), which is BinaryConnect; (1, 4), or any others, so that a search
+    can choose among 1 to 8. Activations of more than one bit need data for their scale, signs need
+    none. Padding stays zero.
 
-    `stochastic` wants weights that fill -1..1 from the start, and clipping: near 0 it is a coin toss. Only training draws
-    `stochastic` weights: in training mode and with gradients enabled. Otherwise they are the sign, the
-    likelier value (BinaryConnect, section 2.6, first method). The authors of the empirical study evaluate with the float
-    weights instead: that would be a network of 32 bits under a policy of one.
+    `stochastic` wants weights that fill -1..1 from the start, and clipping: near 0 it is a coin
+    toss. Only training draws `stochastic` weights: in training mode and with gradients enabled.
+    Otherwise they are the sign, the likelier value (BinaryConnect, section 2.6, first method). The
+    authors of the empirical study evaluate with the float weights instead: that would be a network
+    of 32 bits under a policy of one.
 
     XNOR-Net's scale K of the activations is not here: it is a float operation at every position.
 
-    A layer's tensors are those of `Linear`, for the wider bits. The errors of one bit are those that are left after the best
-    factor, which a batch norm or a scale brings: one factor per channel for weights, one for activations.
+    A layer's tensors are those of `Linear`, for the wider bits. The errors of one bit are those
+    that are left after the best factor, which a batch norm or a scale brings: one factor per
+    channel for weights, one for activations.
 
     Attributes:
-        weight_estimator: The slope of a one-bit weight's sign, a name in `ESTIMATORS`, described at `binarize`.
+        weight_estimator: The slope of a one-bit weight's sign, a name in `ESTIMATORS`, described at
+            `binarize`.
         activation_estimator: Likewise of a one-bit activation's.
-        scaling: Of one-bit weights. `none`: they are -1 and +1, so that sums of binary products are integers. `xnor`: times
-            alpha = mean |w| of each output channel, where the squared error is smallest (XNOR-Net, Rastegari et al., ECCV
-            2016, equation 6). Its gradient is that of section 3.1, with the estimator's slope s in place of 1{|w| <= 1}:
-            dL/dw = dL/dw^ (1 / n + alpha s(w)), n weights to a channel. (It leaves out how a weight moves its neighbours
+        scaling: Of one-bit weights. `none`: they are -1 and +1, so that sums of binary products are
+            integers. `xnor`: times alpha = mean |w| of each output channel, where the squared error
+            is smallest (XNOR-Net, Rastegari et al., ECCV 2016, equation 6). Its gradient is that of
+            section 3.1, with the estimator's slope s in place of 1{|w| <= 1}: dL/dw = dL/dw^ (1 / n
+            + alpha s(w)), n weights to a channel. (It leaves out how a weight moves its neighbours
             through alpha.) A channel of zeros stays zeros.
     """
 
@@ -204,5 +212,6 @@ class Binary(Scheme, name="binary"):
 
     @staticmethod
     def _random(layer: SchemeLayer, estimator: str) -> bool:
-        # A layer keeps the weight that it makes without gradients, for evaluation too: a drawn one must not be kept.
+        # A layer keeps the weight that it makes without gradients, for evaluation too: a drawn one
+        # must not be kept.
         return estimator == "stochastic" and layer.training and torch.is_grad_enabled()

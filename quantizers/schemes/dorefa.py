@@ -34,16 +34,19 @@ class DoReFa(Scheme, name="dorefa"):
         weights, k = 1     sign(w) mean|w|, one mean per layer, sign(0) = +1
         activations        q_k(clip(x, 0, 1))                                  (section 2.4)
 
-    Rounding passes the gradient on; the rest of the weights' formula has its own, that of the maximum included. At one bit
-    it passes as it is; activations pass it where 0 <= x <= 1, both included. Gradients themselves aren't quantized.
+    Rounding passes the gradient on; the rest of the weights' formula has its own, that of the
+    maximum included. At one bit it passes as it is; activations pass it where 0 <= x <= 1, both
+    included. Gradients themselves aren't quantized.
 
-    Weights end up in -1..1 whatever they were, without a level at zero, and activations above 1 or below 0 are lost: this
-    is for training a network with batch norms, not for quantizing one that is trained. It needs no data.
+    Weights end up in -1..1 whatever they were, without a level at zero, and activations above 1 or
+    below 0 are lost: this is for training a network with batch norms, not for quantizing one that
+    is trained. It needs no data.
 
-    As integers, weights of k > 1 bits are odd multiples of 1 / (2^k - 1): there is no zero among them, and they take one
-    bit more.
+    As integers, weights of k > 1 bits are odd multiples of 1 / (2^k - 1): there is no zero among
+    them, and they take one bit more.
 
-    A layer's tensors: weight_error (8,), relative and up to a factor, and activation_error (8,), 1 if there are no data.
+    A layer's tensors: weight_error (8,), relative and up to a factor, and activation_error (8,), 1
+    if there are no data.
     """
 
     summary: ClassVar[str] = "weights through tanh into -1..1, inputs clipped to 0..1; for training (Zhou et al. 2016)"

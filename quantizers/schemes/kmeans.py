@@ -27,22 +27,24 @@ class KMeans(Linear, name="kmeans"):
         minimise the sum over k of the sum over w in c_k of (w - C_k)^2                             (equation 2)
         dL/dC_k = the sum over i, j of dL/dW_ij where weight i, j is of cluster k                   (equation 3)
 
-    Training moves the centroids only: which weight belongs to which cluster stays, and so does the layer's float `weight`,
-    which gets no gradient. A layer with at most 2^b distinct weights loses nothing. As the gradient is a sum, the fewer
-    centroids a layer has, the larger are their steps: train them at a lower rate than the weights would be.
+    Training moves the centroids only: which weight belongs to which cluster stays, and so does the
+    layer's float `weight`, which gets no gradient. A layer with at most 2^b distinct weights loses
+    nothing. As the gradient is a sum, the fewer centroids a layer has, the larger are their steps:
+    train them at a lower rate than the weights would be.
 
-    The clusters of numbers are intervals, so that they are kept as the 2^b - 1 borders between them, and a weight's index
-    is found from its value when it is needed: indices aren't part of the state, are the same after saving and loading, don't
-    depend on what training makes of the centroids, and are never those of another weight.
+    The clusters of numbers are intervals, so that they are kept as the 2^b - 1 borders between
+    them, and a weight's index is found from its value when it is needed: indices aren't part of the
+    state, are the same after saving and loading, don't depend on what training makes of the
+    centroids, and are never those of another weight.
 
-    A layer's tensors: codebook (8, 256), learned; codebook_border (8, 255) and zeros_kept (); weight_error (8,), before
-    training; and `Linear`'s of activations.
+    A layer's tensors: codebook (8, 256), learned; codebook_border (8, 255) and zeros_kept ();
+    weight_error (8,), before training; and `Linear`'s of activations.
 
     Attributes:
         calibration: Of activations, as in `Linear`.
         power_of_two: Likewise.
-        keep_zeros: Whether weights that are exactly 0, pruned ones, stay 0 and take one of the 2^b values, if the layer has
-            any.
+        keep_zeros: Whether weights that are exactly 0, pruned ones, stay 0 and take one of the 2^b
+            values, if the layer has any.
     """
 
     keep_zeros: bool = True
@@ -106,7 +108,8 @@ class KMeans(Linear, name="kmeans"):
 def assignment(layer: SchemeLayer, bits: int) -> Tensor:
     """Find the index into the codebook of every weight of a layer: uint8, of the weight's shape.
 
-    Kept zeros have an index too, which means nothing. It is found again only if the float weight or the borders have changed.
+    Kept zeros have an index too, which means nothing. It is found again only if the float weight or
+    the borders have changed.
     """
     weight, borders = layer.weight.detach(), tensor_of(layer, "codebook_border")
 
@@ -121,14 +124,16 @@ def assignment(layer: SchemeLayer, bits: int) -> Tensor:
 def cluster(values: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     """Cluster numbers by k-means, into at most so many clusters for each of some sizes.
 
-    A value belongs to cluster i if it is above border i - 1 and not above border i. Both are float64, but borders separate
-    the values in float32 too. The order of the values doesn't matter. The squared error of a size is never above that of
-    the one before, and 0 if there are no more distinct values than clusters.
+    A value belongs to cluster i if it is above border i - 1 and not above border i. Both are
+    float64, but borders separate the values in float32 too. The order of the values doesn't matter.
+    The squared error of a size is never above that of the one before, and 0 if there are no more
+    distinct values than clusters.
 
-    Lloyd's algorithm on sorted values, where a cluster is a slice and its sums are differences of running sums, so that an
-    iteration takes time for clusters, not values. Of two starts the better result counts: centroids spread evenly over
-    minimum..maximum, which is what Han et al. found best; and the clusters of the size before, with the worst of them split
-    (Linde, Buzo and Gray 1980). Clusters that become empty are replaced by splitting the worst.
+    Lloyd's algorithm on sorted values, where a cluster is a slice and its sums are differences of
+    running sums, so that an iteration takes time for clusters, not values. Of two starts the better
+    result counts: centroids spread evenly over minimum..maximum, which is what Han et al. found
+    best; and the clusters of the size before, with the worst of them split (Linde, Buzo and Gray
+    1980). Clusters that become empty are replaced by splitting the worst.
 
     Args:
         values: Numbers, in any order.
@@ -154,8 +159,8 @@ def cluster(values: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
 class _Sorted:
     """Sorted values, and what can be said at once of slices of them.
 
-    A clustering is the tensor of its cuts: the position at which each cluster starts, and the number of values at the end;
-    equal values are never apart.
+    A clustering is the tensor of its cuts: the position at which each cluster starts, and the
+    number of values at the end; equal values are never apart.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -187,7 +192,8 @@ class _Sorted:
             if not len(several):
                 break
             worst = several[self.errors(cuts)[several].argsort(descending=True, stable=True)][:room]
-            # A mean that is rounded down to the smallest of nearly equal values would split nothing.
+            # A mean that is rounded down to the smallest of nearly equal values would split
+            # nothing.
             first, last = self.values[cuts[worst]], self.values[cuts[worst + 1] - 1]
             middle = torch.minimum(self.centroids(cuts)[worst], last)
             middle = torch.where(middle > first, middle, last)

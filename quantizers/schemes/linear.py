@@ -25,17 +25,17 @@ from quantizers.scheme import Scheme, SchemeLayer
 class Linear(Scheme, name="linear"):
     """Uniform quantization, x^ = s clamp(round(x / s), low, high), with scales from data.
 
-    Weights are symmetric per output channel; activations are per tensor, unsigned where the calibration data are. Gradients
-    are straight-through (Bengio et al. 2013).
+    Weights are symmetric per output channel; activations are per tensor, unsigned where the
+    calibration data are. Gradients are straight-through (Bengio et al. 2013).
 
-    A layer's tensors: weight_scale (8, C_out), activation_scale (8,), activation_signed (), and the relative squared errors
-    weight_error (8,), activation_error (8,).
+    A layer's tensors: weight_scale (8, C_out), activation_scale (8,), activation_signed (), and the
+    relative squared errors weight_error (8,), activation_error (8,).
 
     Attributes:
-        calibration: How scales are found: `mse` (smallest squared error, over clipping points), `max` (largest magnitude),
-            `percentile` (the 99.99th of magnitudes) or `kl` (smallest Kullback-Leibler divergence of histograms: Migacz,
-            "8-bit Inference with TensorRT", GTC 2017; activations only, weights take the maximum). At one bit it is
-            always `mse`.
+        calibration: How scales are found: `mse` (smallest squared error, over clipping points),
+            `max` (largest magnitude), `percentile` (the 99.99th of magnitudes) or `kl` (smallest
+            Kullback-Leibler divergence of histograms: Migacz, "8-bit Inference with TensorRT", GTC
+            2017; activations only, weights take the maximum). At one bit it is always `mse`.
         power_of_two: Whether scales are rounded to powers of two, for hardware that shifts.
     """
 

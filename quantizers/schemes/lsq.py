@@ -37,16 +37,19 @@ class LSQ(Scheme, name="lsq"):
         dv^/ds = round(v/s) - v/s where -QN < v/s < QP;   -QN below, QP above     (equation 3)
         dv^/dv = 1 where -QN < v/s < QP, else 0                                   (equation 5)
 
-    Exactly on a bound counts as beyond it: the value gets no gradient, and the step that bound. A step's is multiplied by
-    1 / sqrt(N QP), N being the number of weights that share it, or of an input's features (section 2.2). Steps start at
-    2 mean|v| / sqrt(QP), of the weights and of the calibration data (section 2.1), and are used as max(|s|, 1e-8) with the
-    gradient of |s|, so that an update past zero does no harm.
+    Exactly on a bound counts as beyond it: the value gets no gradient, and the step that bound. A
+    step's is multiplied by 1 / sqrt(N QP), N being the number of weights that share it, or of an
+    input's features (section 2.2). Steps start at 2 mean|v| / sqrt(QP), of the weights and of the
+    calibration data (section 2.1), and are used as max(|s|, 1e-8) with the gradient of |s|, so that
+    an update past zero does no harm.
 
-    One signed bit has no meaning: its QP is 0. A layer's tensors: weight_scale (8, C_out) or (8, 1) and activation_scale
-    (8,), both learned; weight_error (8,) and activation_error (8,), those of the start.
+    One signed bit has no meaning: its QP is 0. A layer's tensors: weight_scale (8, C_out) or (8, 1)
+    and activation_scale (8,), both learned; weight_error (8,) and activation_error (8,), those of
+    the start.
 
     Attributes:
-        per_channel: One step per output channel for the weights; False: one per layer, as in the paper.
+        per_channel: One step per output channel for the weights; False: one per layer, as in the
+            paper.
     """
 
     per_channel: bool = True
@@ -128,17 +131,19 @@ class LSQ(Scheme, name="lsq"):
 class LSQPlus(LSQ, name="lsqplus"):
     """LSQ whose inputs have a learned offset beta, for activations such as swish that are a little negative.
 
-    Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better initialization" (CVPR
-    Workshops 2020):
+    Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and better
+    initialization" (CVPR Workshops 2020):
 
         x^ = round(clip((x - beta) / s, 0, 2^b - 1)) s + beta          (unsigned codes)
         dx^/ds as in LSQ of x - beta;  dx^/dbeta = 0 where 0 < (x - beta) / s < 2^b - 1, else 1
 
-    The offset's gradient gets the factor of the step's. Both start where the squared error of the calibration data is
-    smallest, the weights' step at max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1). Inputs of one bit have two levels, beta and
-    beta + s; weights of one bit have no meaning, as in LSQ.
+    The offset's gradient gets the factor of the step's. Both start where the squared error of the
+    calibration data is smallest, the weights' step at max(|mu - 3 sigma|, |mu + 3 sigma|) /
+    2^(b-1). Inputs of one bit have two levels, beta and beta + s; weights of one bit have no
+    meaning, as in LSQ.
 
-    Real 0 isn't on the grid of an input with an offset. A convolution pads its quantized input with true zeros.
+    Real 0 isn't on the grid of an input with an offset. A convolution pads its quantized input with
+    true zeros.
 
     A layer's tensors: those of LSQ and activation_offset (8,), learned.
     """
@@ -226,8 +231,8 @@ class _LearnedStep(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_x = within.to(gradients[0].dtype)
         if ctx.needs_input_grad[1]:
-            # Within the bounds the code minus the ratio; beyond them the code, which is the bound. In two sums, because
-            # each is small beside the codes.
+            # Within the bounds the code minus the ratio; beyond them the code, which is the bound.
+            # In two sums, because each is small beside the codes.
             to_step = (codes - ratio).mul_(within).sum_to_size(ctx.step_shape)
             to_step = to_step + (gradient - within).mul_(codes).sum_to_size(ctx.step_shape)
         if ctx.needs_input_grad[2]:
@@ -238,8 +243,9 @@ class _LearnedStep(torch.autograd.Function):
 def least_squares_grids(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Find unsigned grids step * (0..2^b - 1) + offset, for widths 1..8, with a small squared error on a sample.
 
-    A first grid is the best of some that cut off both tails of the sample; then codes and grid take turns, the grid being
-    the straight line through (code, value) with the smallest squared error. Neither turn can make the error larger.
+    A first grid is the best of some that cut off both tails of the sample; then codes and grid take
+    turns, the grid being the straight line through (code, value) with the smallest squared error.
+    Neither turn can make the error larger.
 
     Returns:
         Steps (8,) and offsets (8,).

@@ -27,16 +27,17 @@ class PACT(DoReFa, name="pact"):
         y = clip(x, 0, alpha)     y_q = round(y (2^k - 1) / alpha) alpha / (2^k - 1)     (equations 1 and 2)
         dy_q/dalpha = 1 where x >= alpha, else 0        dy_q/dx = 1 where 0 <= x < alpha, else 0     (equation 3)
 
-    At x = alpha the gradient goes to alpha alone. The paper's inputs follow a ReLU. An input that is negative in the
-    calibration data is clipped at -alpha as well, with the symmetric integers -(2^(k-1) - 1)..2^(k-1) - 1 (one bit: -alpha
-    and +alpha), and its gradient to alpha is -1 where x <= -alpha.
+    At x = alpha the gradient goes to alpha alone. The paper's inputs follow a ReLU. An input that
+    is negative in the calibration data is clipped at -alpha as well, with the symmetric integers
+    -(2^(k-1) - 1)..2^(k-1) - 1 (one bit: -alpha and +alpha), and its gradient to alpha is -1 where
+    x <= -alpha.
 
-    Add `pact_penalty` to the loss, which makes alpha find its place. A layer's tensors: activation_clip (), learned, and the
-    errors of DoReFa.
+    Add `pact_penalty` to the loss, which makes alpha find its place. A layer's tensors:
+    activation_clip (), learned, and the errors of DoReFa.
 
     Attributes:
-        clip: alpha before training: 10, as in the paper; None takes what leaves the smallest squared error at 4 bits on
-            the calibration data.
+        clip: alpha before training: 10, as in the paper; None takes what leaves the smallest
+            squared error at 4 bits on the calibration data.
     """
 
     clip: float | None = 10.0
@@ -80,8 +81,8 @@ class PACT(DoReFa, name="pact"):
 def pact_penalty(network: nn.Module, strength: float) -> Tensor:
     """Compute strength x the sum of alpha^2 over the layers whose input PACT clips, to be added to the loss.
 
-    The larger, the further down move the clips (Choi et al. 2018, section 3.1; their strength is that of the weights'
-    decay). Raises ValueError if PACT clips nothing in the network.
+    The larger, the further down move the clips (Choi et al. 2018, section 3.1; their strength is
+    that of the weights' decay). Raises ValueError if PACT clips nothing in the network.
     """
     clips = [
         tensor_of(layer, CLIP)

@@ -245,3 +245,18 @@ def test_names_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         networks.names_of("tim")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert networks.names_of("timm") == []
+
+
+def test_checkpoints_are_named_such_that_any_process_can_load_them(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    for network, name in (
+        ("mobilenet-mini", str(path)),
+        ("timm:mobilenetv2_050@old.pt", str(path)),
+        ("mine:good", f"mine:good@{path}"),
+        ("mine:good@old.safetensors", f"mine:good@{path}"),
+    ):
+        assert networks.name_of_checkpoint(network, path) == name
+        assert networks.path_of_checkpoint(name) is None
+    path.touch()
+    assert networks.path_of_checkpoint(str(path)) == networks.path_of_checkpoint(f"mine:good@{path}") == path
+    assert networks.path_of_checkpoint("mine:good") is None

@@ -25,10 +25,11 @@ from haq.console import cli
 from haq.networks import Network
 from haq.problem.evaluator import BATCH, Evaluator
 from haq.problem.objective import RobustAccuracy
+from haq.study import search_steps
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
-from quantizers.schemes.linear import Linear
+from quantizers.schemes import Linear
 from tests.conftest import images, small_network
 from tests.training.test_finetuning_in_the_loop import tuning
 
@@ -261,7 +262,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "robust_job", raising=False)
     monkeypatch.setitem(base.ATTACK_BUDGETS, "full", base.AttackBudget(3, 1, 4, 1, 5, 2))
-    monkeypatch.setattr(search, "VERIFIED", 24)
+    monkeypatch.setattr(search_steps, "VERIFIED", 24)
 
 
 def call(main: Any, *arguments: str) -> int:
@@ -355,7 +356,7 @@ def test_what_the_commands_refuse(capsys: pytest.CaptureFixture[str]) -> None:
             ["--objective", "accuracy", "--eps", "8/255"],
             "--eps 8/255 is of an attack: it goes with --objective accuracy+robust",
         ),
-        (["--objective", "robust"], "unknown objective 'robust'; it can be accuracy or agreement or accuracy+robust"),
+        (["--objective", "robust"], "unknown objective 'robust'; did you mean accuracy+robust? Known: accuracy, agreement, accuracy+robust"),
     ):
         for main in (search.main, sweep.main):
             arguments = [*SMALL, *options, "--out", "run"]

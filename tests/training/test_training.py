@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import sys
 from pathlib import Path
 
@@ -274,3 +275,50 @@ def test_codebooks_are_trained_at_a_lower_rate() -> None:
 def test_an_unknown_optimizer_is_named() -> None:
     with pytest.raises(ValueError, match="unknown optimizer 'sdg'; known: sgd, adam"):
         training.TrainConfig(epochs=1, learning_rate=0.1, seed=0, optimizer="sdg")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_that_training_keeps_are_known(scheme: str) -> None:
+    """Only those behind a codebook; asking leaves the network and torch's generator as they were."""
+    chosen, weight, activation, _ = SCHEMES[scheme]
+    policy = Q.BitPolicy.uniform(small_network(), w=weight, a=activation)
+    made = Q.quantize(small_network(), policy, scheme=chosen, calibrate=images(32))
+    made.get_submodule("hidden").weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        assert training.fixed_weights(made) == (list(policy) if scheme == "kmeans" else [])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [name for name, p in made.named_parameters() if not p.requires_grad] == ["hidden.weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheme", "kmeans", "--lipschitz", "0.1"], "--lipschitz 0.1 is on float weights, which --scheme kmeans keeps in"),
+        (["--scheme", "lsk"], "unknown scheme 'lsk'; did you mean lsq"),
+        (["--scheme", "lsq,nothing=linear"], "names 'nothing', which is no layer"),
+        (["--scheme", "lsq", "--bits", "1/4"], "lsq has no weights of 1 bit"),
+        (["--optimizer", "sdg"], "--optimizer is 'sdg'; known: sgd, adam"),
+        (["--adversarial", "fgsm"], "--adversarial is 'fgsm'; known: free, pgd, rfgsm"),
+        (["--epochs", "many"], "--epochs is 'many'; it must be an integer"),
+    ],
+)
+def test_bad_options_are_named(options: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(lambda: train.main([*JOB, *options, "--out", "a.safetensors"])) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("a.safetensors").exists()
+
+
+def test_a_checkpoint_says_how_it_was_trained(place: Path) -> None:
+    """By a command that a shell reads as it was meant, defaults included."""
+    scheme = ["--scheme", "lsq,hidden=kmeans", "--bits", "3/4", "--pretrained"]
+    assert train.main([*JOB, *scheme, "--out", "my net.safetensors"]) == 0
+    notes = networks.read_header(Path("my net.safetensors")).notes
+    words = shlex.split(notes["command"])
+    assert words[:3] == ["python", "-m", "haq.train"]
+    assert words[-2:] == ["--out", "my net.safetensors"]
+    assert {"--pretrained", "lsq,hidden=kmeans", "3/4", "8/8", "0.02"} <= set(words)
+    loaded = networks.load_quantized(Path("my net.safetensors"), small_network())
+    assert [layer.scheme.name for layer in Q.quant_layers(loaded).values()] == ["linear", "lsq", "lsq", "kmeans", "linear"]

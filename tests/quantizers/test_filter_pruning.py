@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from quantizers.binary import Binary, RPReLU, RSign, split_parameters
+from quantizers.binary_training import RPReLU, RSign, split_parameters
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
+from quantizers.schemes import Binary
 from tests.conftest import images
 
 Bits = dict[str, tuple["int | None", "int | None"]]

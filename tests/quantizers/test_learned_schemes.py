@@ -16,20 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from quantizers import learned
-from quantizers.learned import (
-    LSQ,
-    PACT,
-    DoReFa,
-    LSQPlus,
-    dorefa_activation,
-    dorefa_weight,
-    learned_parameters,
-    learned_step,
-    least_squares_grids,
-    pact,
-    pact_penalty,
-)
+from quantizers.network import learned_parameters
+from quantizers.observers import fit_activation_scales
+from quantizers.schemes.dorefa import DoReFa, dorefa_activation, dorefa_weight
+from quantizers.schemes.lsq import LSQ, LSQPlus, learned_step, least_squares_grids
+from quantizers.schemes.pact import PACT, pact, pact_penalty
 from tests.conftest import images
 
 SCHEMES = ["dorefa", "pact", "lsq", "lsqplus"]
@@ -341,7 +332,7 @@ def test_the_first_grid_is_no_worse_than_the_whole_range(sample: Tensor) -> None
 def test_offsets_help_where_values_are_a_little_negative() -> None:
     sample = F.silu(2 * values(20000)).float()
     steps, offsets = least_squares_grids(sample)
-    scales, _ = learned.calibration.activation_scales(sample, float(sample.abs().max()), True)
+    scales, _ = fit_activation_scales(sample, float(sample.abs().max()), True)
     for bits in range(2, 9):
         with_offset = learned_step(sample, steps[bits - 1], 0, 2**bits - 1, offsets[bits - 1])
         without = Q.fake_quantize(sample, scales[bits - 1], bits, True)

@@ -11,18 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from quantizers.binary import (
-    ESTIMATORS,
-    Binary,
-    Bop,
-    RPReLU,
-    RSign,
-    WeightClipping,
-    binarize,
-    clip_weights,
-    split_parameters,
-    two_stages,
-)
+from quantizers.binary_training import Bop, RPReLU, RSign, WeightClipping, clip_weights, split_parameters, two_stages
+from quantizers.schemes.binary import ESTIMATORS, Binary, binarize
 from tests.conftest import images, small_network
 
 
@@ -150,10 +140,82 @@ def test_layers_compute_what_their_formula_says(scaling: str) -> None:
     torch.testing.assert_close(layer(x), F.conv2d(x, signs * alpha, conv.bias, padding=1))
 
 
-@pytest.mark.parametrize("bits", [(2, 1), (1, 2), (8, 8), (None, 1), (2, None)])
-def test_other_bits_are_refused(network: nn.Module, bits: tuple[int | None, int | None]) -> None:
-    with pytest.raises(ValueError, match=rf"stem.*'binary'.*\({bits[0]}, {bits[1]}\)"):
-        Q.quantize(network, Q.BitPolicy.uniform(network, *bits), scheme="binary")
+@pytest.mark.parametrize("bits", [(2, 1), (1, 2), (1, 4), (8, 8), (None, 1), (2, None), (None, 5)])
+@pytest.mark.parametrize("scaling", ["none", "xnor"])
+def test_other_bits_are_those_of_the_linear_scheme(
+    network: nn.Module, bits: tuple[int | None, int | None], scaling: str
+) -> None:
+    """Each operand by itself: one bit is a sign, wherever it is, and wider ones are the linear scheme's."""
+    scheme = Binary("swish_sign", "approx_sign", scaling)
+    policy = Q.BitPolicy.uniform(network, *bits)
+    ours = Q.quant_layers(Q.quantize(network, policy, scheme=scheme, calibrate=images(32)))
+    linear = Q.quant_layers(Q.quantize(network, policy, calibrate=images(32)))
+    signs = Q.quant_layers(Q.quantize(network, dict.fromkeys(policy, (1, 1)), scheme=scheme))
+    for name, layer in ours.items():
+        like_weight = signs[name] if bits[0] == 1 else linear[name]
+        like_input = signs[name] if bits[1] == 1 else linear[name]
+        gradients = []
+        for other in (layer, like_weight):
+            weight = other.quantized_weight()
+            gradients.append(torch.autograd.grad(weight.square().sum(), other.weight)[0])
+        assert torch.equal(layer.quantized_weight(), like_weight.quantized_weight())
+        assert torch.equal(gradients[0], gradients[1])
+        if bits[1] is not None:
+            leaf = (3 * images(4, seed=2).flatten() - 1).requires_grad_()
+            made = [other.scheme.activation(other, leaf, bits[1]) for other in (layer, like_input)]
+            assert torch.equal(made[0], made[1])
+            slopes = [torch.autograd.grad(x.square().sum(), leaf)[0] for x in made]
+            assert torch.equal(slopes[0], slopes[1])
+            steps = [other.scheme.activation_step(other, bits[1]) for other in (layer, like_input)]
+            assert torch.equal(steps[0], steps[1])
+
+
+def test_only_wider_inputs_need_data(network: nn.Module) -> None:
+    """Signs have no scale; a network that was quantized without data says so before it computes with one."""
+    for bits in ((1, 1), (1, None), (4, 1), (8, None)):
+        assert not Binary().needs_data_at(*bits)
+        assert Q.quantize(network, Q.BitPolicy.uniform(network, *bits), scheme="binary")(images(2)).isfinite().all()
+    for bits in ((1, 2), (None, 8)):
+        assert Binary().needs_data_at(*bits)
+        with pytest.raises(ValueError, match="give `calibrate`"):
+            Q.quantize(network, Q.BitPolicy.uniform(network, *bits), scheme="binary")
+    blind = Q.quantize(network, Q.BitPolicy.uniform(network, 1, 1), scheme="binary")
+    wider = {**Q.get_policy(blind), "hidden": (1, 4)}
+    with pytest.raises(ValueError, match="layer 'hidden': its input has no scale for 4 bits"):
+        Q.set_policy(blind, wider)
+    assert Q.get_policy(blind) == Q.BitPolicy.uniform(network, 1, 1)
+    seeing = Q.quantize(network, Q.get_policy(blind), scheme="binary", calibrate=images(32))
+    Q.set_policy(seeing, wider)
+    again = Q.quantize(network, wider, scheme="binary", state=Q.quantizer_state(seeing))
+    assert torch.equal(again(images(4)), seeing(images(4)))
+    Q.set_policy(again, {**wider, "stem": (8, 8)})
+    with pytest.raises(ValueError, match="layer 'hidden'"):
+        Q.quantize(network, wider, scheme="binary", state=Q.quantizer_state(blind))
+
+
+@pytest.mark.parametrize("scaling", ["none", "xnor"])
+def test_every_width_has_its_quantization_error(network: nn.Module, scaling: str) -> None:
+    """So that a search may choose among one to eight bits: those of one bit are left after the best factor."""
+    seen: dict[str, Tensor] = {}
+    for name in Q.BitPolicy.uniform(network, 1, 1):
+        module = network.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, x, name=name: seen.__setitem__(name, x[0].detach().double()))
+    network(images(32))
+    qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, 1, 1), scheme=Binary(scaling=scaling), calibrate=images(32))
+    for name, layer in Q.quant_layers(qnetwork).items():
+        of_weights, of_activations = layer.scheme.quantization_errors(layer)
+        assert of_weights.shape == of_activations.shape == (8,)
+        assert (of_weights.diff() < 0).all()
+        weight = layer.weight.detach().double().flatten(1)
+        alpha = weight.abs().mean(1, keepdim=True)
+        left = (weight - alpha * weight.sign()).square().sum() / weight.square().sum()
+        assert of_weights[0].item() == pytest.approx(left.item(), rel=1e-4)
+        x, signs = seen[name].flatten(), torch.where(seen[name].flatten() >= 0, 1.0, -1.0).double()
+        best = (x @ signs) / len(x)
+        left = (x - best * signs).square().sum() / x.square().sum()
+        assert of_activations[0].item() == pytest.approx(left.item(), rel=1e-3)
+        assert of_activations[1:].max() < 1
+        assert of_activations[7] < 0.01
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("scheme", ["linear", "lsq"])
 def test_two_processes_train_as_one(scheme: str, tmp_path: Path) -> None:
     """DistributedDataParallel over gloo: the gradients of two halves are those of the whole batch."""
-    script, root = tmp_path / "train.py", str(Path(__file__).parents[1])
+    script, root = tmp_path / "train.py", str(Path(__file__).parents[2])
     script.write_text(SCRIPT)
     port = str(29500 + hash(str(tmp_path)) % 2000)
     arguments = [[sys.executable, str(script), str(rank), port, root, scheme] for rank in (0, 1)]

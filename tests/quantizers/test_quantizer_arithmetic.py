@@ -10,7 +10,7 @@ from torch import Tensor
 
 import quantizers as Q
 from quantizers import functional
-from quantizers.calibrate import BINS, RULES, activation_scales, kl_threshold, weight_scales
+from quantizers.observers import BINS, RULES, fit_activation_scales, fit_weight_scales, kl_threshold
 
 bits = st.integers(1, 8)
 signs = st.booleans()
@@ -21,7 +21,7 @@ vectors = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40).map(
 @given(vectors, scales, bits, signs)
 def test_fake_quantize_is_dequantize_of_quantize(x: Tensor, scale: float, b: int, signed: bool) -> None:
     s = torch.tensor(scale)
-    expected = Q.dequantize(functional.quantize(x, s, b, signed), s)
+    expected = Q.dequantize(functional.quantize_tensor(x, s, b, signed), s)
     assert torch.equal(Q.fake_quantize(x, s, b, signed), expected)
     assert torch.equal(Q.fake_quantize(x.clone().requires_grad_(), s, b, signed), expected)
 
@@ -118,7 +118,7 @@ def test_bits_out_of_range(bad: object) -> None:
 def test_calibration_by_error_is_no_worse_than_by_maximum(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(5, 3, 3, generator=generator) * torch.rand(5, 1, 1, generator=generator)
-    scale, error = weight_scales(weight)
+    scale, error = fit_weight_scales(weight)
     energy = weight.square().sum()
     for b in range(2, 9):
         by_maximum = weight.abs().amax((1, 2)) / Q.integer_range(b, True)[1]
@@ -134,21 +134,21 @@ def test_calibration_by_error_is_no_worse_than_by_maximum(seed: int) -> None:
 def test_per_channel_is_blind_to_other_channels() -> None:
     weight = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
     louder = weight * torch.tensor([[1.0], [100.0], [1.0]])
-    before, after = weight_scales(weight)[0], weight_scales(louder)[0]
+    before, after = fit_weight_scales(weight)[0], fit_weight_scales(louder)[0]
     assert torch.equal(before[:, [0, 2]], after[:, [0, 2]])
     torch.testing.assert_close(before[:, 1] * 100, after[:, 1])
 
 
 def test_one_bit_weights_have_the_mean_magnitude_as_scale() -> None:
     weight = torch.tensor([[1.0, -3.0], [0.0, 0.0]])
-    scale, _ = weight_scales(weight)
+    scale, _ = fit_weight_scales(weight)
     assert scale[0].tolist() == [2.0, 1.0]
     assert (scale > 0).all()
 
 
 def test_activation_scale_clips_an_outlier_at_few_bits_and_keeps_it_at_eight() -> None:
     values = torch.cat([torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.tensor([4.0])])
-    scale, error = activation_scales(values, 4.0, signed=False)
+    scale, error = fit_activation_scales(values, 4.0, signed=False)
     assert scale[1] * 3 < 2.0
     assert (error[1:].diff() < 0).all()
     assert scale[7] * 255 <= 4.0 * (1 + 1e-6)
@@ -158,21 +158,21 @@ def test_activation_scale_clips_an_outlier_at_few_bits_and_keeps_it_at_eight() -
 def test_activation_errors_are_those_of_the_quantizer(signed: bool) -> None:
     values = torch.randn(20000, generator=torch.Generator().manual_seed(1))
     values = values if signed else values.relu()
-    scale, error = activation_scales(values, float(values.abs().max()), signed)
+    scale, error = fit_activation_scales(values, float(values.abs().max()), signed)
     for b in range(1, 9):
         left = (values - Q.fake_quantize(values, scale[b - 1], b, signed)).square().sum() / values.square().sum()
         assert float(error[b - 1]) == pytest.approx(float(left), rel=0.1)
 
 
 def test_an_input_of_zeros_has_a_scale() -> None:
-    scale, error = activation_scales(torch.zeros(10), 0.0, signed=False)
+    scale, error = fit_activation_scales(torch.zeros(10), 0.0, signed=False)
     assert (scale == 1).all()
     assert (error == 0).all()
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        weight_scales(torch.tensor([[1.0, float("nan")]]))
+        fit_weight_scales(torch.tensor([[1.0, float("nan")]]))
 
 
 def clip_by_divergence(x: Tensor, levels: int) -> tuple[float, float]:
@@ -200,10 +200,10 @@ def test_divergence_keeps_what_is_spread_evenly_and_cuts_off_what_is_alone() -> 
 def test_every_calibration_gives_positive_scales_and_true_errors(rule: str, power_of_two: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(20000, generator=generator), torch.tensor([25.0])])
-    scales, errors = activation_scales(x, 25.0, True, rule, power_of_two)
+    scales, errors = fit_activation_scales(x, 25.0, True, rule, power_of_two)
     weights = torch.randn(6, 5, 3, 3, generator=generator)
     weights[2] = 0
-    weight_scale, weight_error = weight_scales(weights, rule, power_of_two)
+    weight_scale, weight_error = fit_weight_scales(weights, rule, power_of_two)
     for scale in (scales, weight_scale):
         assert (scale > 0).all()
         if power_of_two:
@@ -218,10 +218,19 @@ def test_every_calibration_gives_positive_scales_and_true_errors(rule: str, powe
 
 def test_smallest_error_is_smallest_and_maximum_keeps_everything() -> None:
     x = torch.cat([torch.randn(20000, generator=torch.Generator().manual_seed(0)), torch.tensor([25.0])])
-    errors = {rule: activation_scales(x, 25.0, True, rule)[1] for rule in RULES}
+    errors = {rule: fit_activation_scales(x, 25.0, True, rule)[1] for rule in RULES}
     for rule in ("max", "percentile", "kl"):
         assert (errors["mse"][1:] <= errors[rule][1:] * (1 + 1e-6)).all()
-    assert activation_scales(x, 25.0, True, "max")[0][7].item() == pytest.approx(25 / 127)
-    assert activation_scales(x, 25.0, True, "percentile")[0][7].item() < 6 / 127
+    assert fit_activation_scales(x, 25.0, True, "max")[0][7].item() == pytest.approx(25 / 127)
+    assert fit_activation_scales(x, 25.0, True, "percentile")[0][7].item() < 6 / 127
     with pytest.raises(ValueError, match="unknown calibration 'best'; known: mse, max"):
         Q.Linear(calibration="best")
+
+
+@pytest.mark.parametrize("shape", [(40, 4000), (100, 3, 3, 3), (2, 20000), (1, 1)])
+def test_scales_of_channels_do_not_depend_on_how_many_are_found_at_once(shape: tuple[int, ...]) -> None:
+    """Each channel's scale is that of a weight with this channel only, to the last bit."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    together = fit_weight_scales(weight)[0]
+    for channel in (0, len(weight) // 2, len(weight) - 1):
+        assert torch.equal(together[:, channel], fit_weight_scales(weight[channel : channel + 1])[0][:, 0])

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from quantizers.kmeans import KMeans, assignment, cluster
-from quantizers.learned import learned_parameters
+from quantizers.network import learned_parameters
+from quantizers.schemes.kmeans import KMeans, assignment, cluster
 from tests.conftest import images
 
 SIZES = [2**bits for bits in range(1, 9)]

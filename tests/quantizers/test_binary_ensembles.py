@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from quantizers.binary import Binary
 from quantizers.ensemble import (
     RULES,
     Ensemble,
@@ -20,6 +19,7 @@ from quantizers.ensemble import (
     member_weight,
     updated_weights,
 )
+from quantizers.schemes import Binary
 from tests.conftest import images
 
 
