@@ -54,7 +54,15 @@ def same(one: str, other: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("solver", "env"), [("ddpg", "plan"), ("td3", "plan"), ("sac", "plan"), ("ddpg", "haq"), ("sac", "haq")]
+    ("solver", "env"),
+    [
+        ("ddpg", "plan"),
+        ("td3", "plan"),
+        ("sac", "plan"),
+        ("ddpg", "haq"),
+        # Each of the two is tried above with another.
+        pytest.param("sac", "haq", marks=pytest.mark.slow),
+    ],
 )
 def test_an_agent_goes_on_from_its_last_episode(solver: str, env: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [*AGENT, "--solver", solver, "--env", env]
