@@ -130,7 +130,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     unit, size = best_unit(float(before.max()), problem.metric)
     names = [layer.name for layer in problem.workload.layers]
     marks = ["*" if name in problem.pinned else "" for name in names]
-    shares = [f"{100 * cost / before.sum():.1f} %" for cost in before]
+    shares = [percent(cost / before.sum(), 1) for cost in before]
     columns = [
         Column("layer", [*names, "total, mean"]),
         Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
