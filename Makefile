@@ -1,8 +1,12 @@
-.PHONY: install test slow lint type format bench
+.PHONY: install hooks test slow lint type format bench
 
 install:
 	python3 -m venv .venv
 	.venv/bin/pip install -c constraints.txt -e ".[dev]"
+
+hooks:
+	.venv/bin/pip install pre-commit
+	.venv/bin/pre-commit install
 
 test:
 	.venv/bin/pytest

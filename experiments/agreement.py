@@ -40,9 +40,10 @@ from torch import Tensor
 import haq
 import hw_models
 import quantizers as Q
+from experiments import shared
 from experiments.quantizer_accuracy import Table
 from haq import networks
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.data import IMAGE_ENDINGS
 from haq.solvers import ilp, sensitivity
 from haq.solvers.base import Session, solve
@@ -89,7 +90,7 @@ class Row(NamedTuple):
 
 
 def labelled() -> tuple[list[Path], Tensor]:
-    """foolbox's photographs of ImageNet, and their classes."""
+    """Foolbox's photographs of ImageNet, and their classes."""
     paths = sorted(_inside(LABELLED[0], LABELLED[1]))
     if not paths:
         raise FileNotFoundError("the photographs to test on are foolbox's: pip install foolbox")
@@ -107,22 +108,31 @@ def photographs(folders: Sequence[Path]) -> dict[str, list[Path]]:
 def _inside(package: str, pattern: str) -> list[Path]:
     """Files of an installed package, which isn't imported."""
     spec = importlib.util.find_spec(package)
-    folders = spec.submodule_search_locations if spec else None
-    return [path for folder in folders or [] for path in Path(folder).glob(pattern)]
+    if spec is None:
+        return []
+    return [path for folder in spec.submodule_search_locations or [] for path in Path(folder).glob(pattern)]
 
 
 def crops(path: Path, count: int, random: np.random.Generator) -> list[Tensor]:
     """The centre of a photograph and random crops of it, uint8 (3, SIZE, SIZE)."""
     with Image.open(path) as file:
         image = file.convert("RGB")
-    shorter, made = min(image.size), []
-    for number in range(count):
-        side = shorter if number == 0 else round(shorter * random.uniform(SMALLEST_CROP, 1))
-        left, top = ((length - side) // 2 if number == 0 else int(random.integers(length - side + 1)) for length in image.size)
-        crop = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-        pixels = np.array(crop)
-        made.append(torch.from_numpy(pixels[:, ::-1].copy() if number and random.random() < 0.5 else pixels).permute(2, 0, 1))
+    shorter = min(image.size)
+    made = [_crop(image, shorter, [(length - shorter) // 2 for length in image.size])]
+    for _ in range(1, count):
+        side = round(shorter * random.uniform(SMALLEST_CROP, 1))
+        crop = _crop(image, side, [int(random.integers(length - side + 1)) for length in image.size])
+        if random.random() < 0.5:
+            crop = crop.flip(2)
+        made.append(crop)
     return made
+
+
+def _crop(image: Image.Image, side: int, corner: Sequence[int]) -> Tensor:
+    """Take a square out of an image, and scale it to (3, SIZE, SIZE)."""
+    left, top = corner
+    square = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 @dataclass
@@ -204,7 +214,8 @@ def limited(problem: haq.Problem, limit: float) -> haq.Problem:
 
 def prepare(folders: Sequence[Path], effort: Effort) -> tuple[Study, str]:
     """Network and crops, and a sentence about them."""
-    network, random = networks.load(NETWORK), np.random.default_rng(0)
+    network = networks.load(NETWORK)
+    random = np.random.default_rng(0)
     tested, labels = labelled()
     sources = photographs(folders)
     others = [path for paths in sources.values() for path in paths]
@@ -216,7 +227,9 @@ def prepare(folders: Sequence[Path], effort: Effort) -> tuple[Study, str]:
     def cut(paths: Sequence[Path]) -> Tensor:
         return network.preprocess(torch.stack([crop for path in paths for crop in crops(path, effort.crops, random)]))
 
-    calibrate, search, test = cut(others[0::2]), cut(others[1::2]), cut(tested)
+    calibrate = cut(others[0::2])
+    search = cut(others[1::2])
+    test = cut(tested)
     study = Study(network, calibrate, search, test, test[:: effort.crops], labels, effort)
     counts = ", ".join(f"{source} {len(paths)}" for source, paths in sources.items())
     return study, (
@@ -233,8 +246,8 @@ def table(study: Study) -> Table:
         ("policy", "target", "latency / uniform 8 bits", "agreement, search", "agreement, test", "top-1"),
     )
     for row in study.rows:
-        fraction = "–" if row.fraction is None else f"{row.fraction:.3f}"
-        search = "–" if row.search is None else f"{row.search:.1f}"
+        fraction = shared.number(row.fraction, 3)
+        search = shared.number(row.search, 1)
         right = f"{row.top1} of {len(study.labels)}"
         made.rows.append((row.policy, row.target, fraction, search, f"{row.test:.1f}", right))
     return made
@@ -243,19 +256,15 @@ def table(study: Study) -> Table:
 def save(folder: Path, about: str, made: Table, rows: Sequence[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     intro = f"Made by `experiments/{NAME}.py`, which says how; every policy is in `{NAME}.csv`.\n\n    {about}"
-    text = "\n\n".join(
-        [
-            "# A search on photographs without labels",
-            intro,
-            made.markdown(),
-            *([REASONS] if any(row.target == "cpu" for row in rows) else []),
-        ]
-    )
+    parts = ["# A search on photographs without labels", intro, made.markdown()]
+    if any(row.target == "cpu" for row in rows):
+        parts.append(REASONS)
+    text = "\n\n".join(parts)
     (folder / f"{NAME}.md").write_text(f"{text}\n", encoding="utf-8")
     with (folder / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
-        writer.writerows([round(value, 4) if isinstance(value, float) else value for value in row] for row in rows)
+        writer.writerows(shared.rounded(row) for row in rows)
 
 
 def main() -> int:
@@ -267,24 +276,33 @@ def main() -> int:
     parser.add_argument("--no-cpu", action="store_true", help="leave out what has to be measured")
     parser.add_argument("--out", type=Path, help="folder for the table (default: docs/experiments)")
     options = parser.parse_args()
-    out = options.out or (None if options.quick else Path("docs/experiments"))
-    console, start = Console(width=160), time.monotonic()
-    study, about = prepare(options.photographs, QUICK if options.quick else Effort())
+    out = shared.folder_for(options.out, options.quick, Path("docs/experiments"))
+    console = Console(width=160)
+    start = time.monotonic()
+    effort = Effort()
+    if options.quick:
+        effort = QUICK
+    study, about = prepare(options.photographs, effort)
     console.print(about)
     right = int((study.answers(study.whole) == study.labels).sum())
     study.rows.append(Row("", "float", None, None, 100.0, right, ""))
     words = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{' --quick' * options.quick}{' --no-cpu' * options.no_cpu}"
+    parts = [study.on_edge, study.on_cpu]
+    machine = ""
+    if options.no_cpu:
+        parts.remove(study.on_cpu)
+    else:
+        machine = f" cpu: {hw_models.load_target('cpu').provenance}."
     # Saved after each part: the second waits for measurements.
-    for part in (study.on_edge, *(() if options.no_cpu else (study.on_cpu,))):
+    for part in parts:
         part()
         console.print(table(study).rich())
         if out is not None:
             minutes = (time.monotonic() - start) / 60
-            machine = "" if options.no_cpu else f" cpu: {hw_models.load_target('cpu').provenance}."
             save(out, f"{words}\n\n{about}{machine} It took {minutes:.0f} minutes of one core.", table(study), study.rows)
             console.print(f"written: {out / NAME}.md and .csv")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -40,6 +40,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantizers as Q
+from experiments.shared import add_columns, verdict
 from haq import data, training
 from haq.networks import Network
 
@@ -108,7 +109,12 @@ class Result:
     digits: dict[str, int] = field(default_factory=dict)
 
     def text(self, row: list[Cell]) -> list[str]:
-        return [c if isinstance(c, str) else spread(c, self.digits.get(k, 1)) for k, c in zip(self.columns, row, strict=True)]
+        made = []
+        for column, cell in zip(self.columns, row, strict=True):
+            if not isinstance(cell, str):
+                cell = spread(cell, self.digits.get(column, 1))
+            made.append(cell)
+        return made
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,10 @@ class Direction:
     otherwise: str = ""
 
     def text(self) -> str:
-        reason = "" if self.holds or not self.otherwise else f" {self.otherwise}"
-        return f"{self.name}: {self.claim}: {'holds' if self.holds else 'does not hold'} here. {self.figures}{reason}"
+        said = f"{self.name}: {self.claim}: {verdict(self.holds, 'does not hold')} here. {self.figures}"
+        if self.otherwise and not self.holds:
+            said += f" {self.otherwise}"
+        return said
 
 
 Made = tuple[list[Result], list[Direction]]
@@ -136,7 +144,9 @@ def mean(values: Iterable[float]) -> float:
 
 def marked(rate: float, rates: Sequence[float]) -> str:
     """A rate chosen among some, in rising order, with a star where a better one may lie beyond them."""
-    return f"{rate:g}{'*' if rate in (rates[0], rates[-1]) else ''}"
+    if rate in (rates[0], rates[-1]):
+        return f"{rate:g}*"
+    return f"{rate:g}"
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
@@ -146,13 +156,17 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def linear_network(width: int, seed: int, scheme: Q.Scheme | None, uniform: bool = False) -> Network:
-    """Four hidden layers, all but the first of one bit; without a scheme a float one with ReLUs. `uniform` draws the float
-    weights behind one-bit ones from -1..1 instead of torch's narrow start."""
+    """Make a network of four hidden layers, all but the first of one bit.
+
+    Without a scheme it is a float one with ReLUs. `uniform` draws the float weights behind one-bit ones from -1..1 instead of
+    torch's narrow start.
+    """
     torch.manual_seed(seed)
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (784, width, width, width):
         layers += [nn.Linear(inputs, width, bias=False), nn.BatchNorm1d(width)]
-        layers += [nn.ReLU()] if scheme is None else []
+        if scheme is None:
+            layers.append(nn.ReLU())
     module: nn.Module = nn.Sequential(*layers, nn.Linear(width, 10))
     if scheme is not None:
         module = _binarized(module, scheme)
@@ -178,9 +192,9 @@ def convolutional_network(seed: int) -> Network:
 
 def _binarized(module: nn.Module, scheme: Q.Scheme) -> nn.Module:
     names = list(Q.BitPolicy.uniform(module, 1, 1))
-    ends = (names[0], names[-1])
-    policy = Q.BitPolicy({name: (None, None) if name in ends else (1, 1) for name in names})
-    return Q.quantize(module, policy, scheme=scheme)
+    bits: dict[str, tuple[int | None, int | None]] = dict.fromkeys(names, (1, 1))
+    bits[names[0]] = bits[names[-1]] = (None, None)
+    return Q.quantize(module, Q.BitPolicy(bits), scheme=scheme)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -214,8 +228,10 @@ def train(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     fixed_norms: bool = False,
 ) -> Run:
-    """Train a network in stages, each of so many epochs with optimizers of its own. Where the loss overflows training ends,
-    and the accuracies are those of guessing, 10 %."""
+    """Train a network in stages, each of so many epochs with optimizers of its own.
+
+    Where the loss overflows training ends, and the accuracies are those of guessing, 10 %.
+    """
     trace: list[float] = []
 
     def on_epoch(epoch: int, loss: float) -> None:
@@ -242,7 +258,10 @@ def train(
         except FloatingPointError:
             return Run(10.0, 10.0, [*trace, 10.0], network)
     found = 100 * training.accuracy(network, budget.search)
-    return Run(found, trace[-1], trace, network, 100 * clipping.mean_share if clipping else None)
+    clipped = None
+    if clipping:
+        clipped = 100 * clipping.mean_share
+    return Run(found, trace[-1], trace, network, clipped)
 
 
 def best(rates: Sequence[float], run: Callable[[float, int], Run], tuned: Sequence[int] = SEEDS) -> tuple[float, list[Run]]:
@@ -261,22 +280,25 @@ CLIPPED = (
 )
 
 
-def optimisers(budget: Budget) -> Made:
-    epochs, width = budget.epochs["a"], budget.wide
+def clipped_run(budget: Budget, estimator: str, clip: bool, uniform: bool = False) -> Callable[[float, int], Run]:
+    """Make what trains with an estimator, whose weights may be clipped and may start anywhere in -1..1."""
 
-    def plain(optimizer: Callable[[float], Optimizers]) -> Callable[[float, int], Run]:
-        return lambda rate, seed: train(budget, linear_network(width, seed, Q.Binary()), [(epochs, optimizer(rate))], seed)
+    def run(rate: float, seed: int) -> Run:
+        network = linear_network(budget.wide, seed, Q.Binary(weight_estimator=estimator), uniform)
+        clipping = None
+        if clip:
+            clipping = Q.clip_weights(network.module)
+        return train(budget, network, [(budget.epochs["a"], adam(rate))], seed, clipping=clipping)
 
-    def with_clipping(estimator: str, clip: bool, uniform: bool = False) -> Callable[[float, int], Run]:
-        def run(rate: float, seed: int) -> Run:
-            network = linear_network(width, seed, Q.Binary(weight_estimator=estimator), uniform)
-            clipping = Q.clip_weights(network.module) if clip else None
-            return train(budget, network, [(epochs, adam(rate))], seed, clipping=clipping)
+    return run
 
-        return run
 
-    def two_stages(rate: float, seed: int) -> Run:
-        network, shares = linear_network(width, seed, Q.Binary()), []
+def staged_run(budget: Budget) -> Callable[[float, int], Run]:
+    """Make what trains in two stages."""
+
+    def run(rate: float, seed: int) -> Run:
+        network = linear_network(budget.wide, seed, Q.Binary())
+        shares = []
 
         def entering(stage: Q.Stage) -> Optimizers:
             def made(module: nn.Module) -> list[torch.optim.Optimizer]:
@@ -287,17 +309,29 @@ def optimisers(budget: Budget) -> Made:
 
             return made
 
-        stages = Q.two_stages(epochs, rate)
-        run = train(budget, network, [(stage.epochs, entering(stage)) for stage in stages], seed)
-        return run._replace(clipped=100 * shares[0].mean_share) if shares else run
+        stages = Q.two_stages(budget.epochs["a"], rate)
+        made = train(budget, network, [(stage.epochs, entering(stage)) for stage in stages], seed)
+        if shares:
+            made = made._replace(clipped=100 * shares[0].mean_share)
+        return made
+
+    return run
+
+
+def optimisers(budget: Budget) -> Made:
+    epochs, width = budget.epochs["a"], budget.wide
+
+    def plain(optimizer: Callable[[float], Optimizers]) -> Callable[[float, int], Run]:
+        return lambda rate, seed: train(budget, linear_network(width, seed, Q.Binary()), [(epochs, optimizer(rate))], seed)
 
     # The second row of the clipping table is ADAM's of the first one: every run is made once.
-    slope = {(rate, seed): with_clipping("clipped", False)(rate, seed) for rate in COMPARED_RATES["ADAM"] for seed in SEEDS}
+    of_slope = clipped_run(budget, "clipped", False)
+    slope = {(rate, seed): of_slope(rate, seed) for rate in COMPARED_RATES["ADAM"] for seed in SEEDS}
     runs_of: dict[str, Callable[[float, int], Run]] = {
         "ADAM": lambda rate, seed: slope[rate, seed],
         "SGD": plain(sgd),
         "SGD, momentum 0.9": plain(lambda rate: sgd(rate, 0.9)),
-        "ADAM, two stages": two_stages,
+        "ADAM, two stages": staged_run(budget),
     }
     compared = {name: best(rates, runs_of[name]) for name, rates in COMPARED_RATES.items()}
     columns = ("optimizer", "rate", "accuracy", *(f"epochs to {target} %" for target in TARGETS))
@@ -319,8 +353,11 @@ def optimisers(budget: Budget) -> Made:
     for rate in COMPARED_RATES["ADAM"]:
         of = {}
         for name, estimator, clip in CLIPPED:
-            run = with_clipping(estimator, clip)
-            runs = [slope[rate, seed] if name == "slope" else run(rate, seed) for seed in SEEDS]
+            run = clipped_run(budget, estimator, clip)
+            if name == "slope":
+                runs = [slope[rate, seed] for seed in SEEDS]
+            else:
+                runs = [run(rate, seed) for seed in SEEDS]
             add(name, "narrow", rate, runs)
             of[name] = mean(r.test for r in runs)
             if clip:
@@ -329,7 +366,8 @@ def optimisers(budget: Budget) -> Made:
     # The other way to make clipping matter: weights that start all over the interval.
     of, rate = {}, compared["ADAM"][0]
     for name, estimator, clip in (CLIPPED[0], CLIPPED[2]):
-        runs = [with_clipping(estimator, clip, True)(rate, seed) for seed in SEEDS]
+        run = clipped_run(budget, estimator, clip, uniform=True)
+        runs = [run(rate, seed) for seed in SEEDS]
         add(name, "-1..1", rate, runs)
         of[name] = mean(r.test for r in runs)
     shares[f"at {rate:g} from -1..1"] = mean(r.clipped or 0.0 for r in runs)
@@ -376,7 +414,9 @@ def estimators(budget: Budget) -> Made:
     def run(scheme: Q.Binary, optimizer: Callable[[float], Optimizers], uniform: bool = False) -> Callable[[float, int], Run]:
         def made(rate: float, seed: int) -> Run:
             network = linear_network(budget.wide, seed, scheme, uniform)
-            clipping = Q.clip_weights(network.module) if uniform else None
+            clipping = None
+            if uniform:
+                clipping = Q.clip_weights(network.module)
             return train(budget, network, [(epochs, optimizer(rate))], seed, clipping=clipping)
 
         return made
@@ -441,8 +481,11 @@ def ensembles(budget: Budget) -> Made:
 
     def add(name: str, k: int, rate: float, made: Sequence[nn.Module], alone: Cell, factor: str) -> list[list[float]]:
         pairs = [judged(module, budget.test, seed) for seed, module in zip(SEEDS, made, strict=True)]
-        accuracies, changes = [x for x, _ in pairs], [y for _, y in pairs]
-        member = made[0].members[0] if isinstance(made[0], Q.Ensemble) else made[0]
+        accuracies = [accuracy for accuracy, _ in pairs]
+        changes = [change for _, change in pairs]
+        member = made[0]
+        if isinstance(member, Q.Ensemble):
+            member = member.members[0]
         kilobytes, megabops = (k * x for x in cost(member))
         costs = f"{kilobytes / 1e3:.1f}", f"{megabops / 1e6:.1f}"
         table.rows.append([name, str(k), marked(rate, ADAM_RATES), accuracies, alone, changes, *costs, factor])
@@ -476,7 +519,9 @@ def ensembles(budget: Budget) -> Made:
     rate, runs = best(ADAM_RATES, run(width, None), SEEDS[:1])
     floats = add("one in float", 1, rate, [r.network.module for r in runs], "–", "–")
 
-    chosen = 6 if 6 in budget.members else most
+    chosen = most
+    if 6 in budget.members:
+        chosen = 6
     together = mean(seen["bagging", chosen][0])
     gain, apart = together - alone["bagging", chosen][0], together - mean(single[0])
     room = mean(floats[0]) - alone["bagging", chosen][0]
@@ -570,7 +615,9 @@ def filters(budget: Budget) -> Made:
                     learn_mask(budget, network, name, strength, 10 * seed + number)
                 else:
                     switches = parameters[0]
-                    count = kept[strength, seed][name] if kind == "random" else len(switches)
+                    count = len(switches)
+                    if kind == "random":
+                        count = kept[strength, seed][name]
                     with torch.no_grad():
                         switches.fill_(-1.0)[torch.randperm(len(switches), generator=generator)[:count]] = 1.0
             assert done is not None
@@ -596,7 +643,9 @@ def filters(budget: Budget) -> Made:
                 shares.append(100 * float(Q.kept_share(r.network.module, masked)))
             left.append(100 * one_bit_weights(removed) / one_bit_weights(bases[0].network.module))
         accuracies[name, strength] = [r.test for r in runs]
-        penalty = f"{strength:g}" if name != "all" else "–"
+        penalty = "–"
+        if name != "all":
+            penalty = f"{strength:g}"
         table.rows.append([name, penalty, f"{rate:g}", shares, left, accuracies[name, strength], f"{max(moved):.0e}"])
 
     rates = ADAM_RATES[:2]  # of networks that are trained already
@@ -609,21 +658,7 @@ def filters(budget: Budget) -> Made:
         add("learned", strength, rate, runs)
         add("random", strength, *best(rates, pruned("random", strength), SEEDS[:1]))
 
-    # Masks learned while norms follow their batches: nothing in the loss tells one kept filter from another.
-    masks = ("norms while a mask is learned", "penalty", "kept, %")
-    norms = Result("d", "d. Share of filters kept by masks alone, both layers, weights as they were", masks)
-    for fixed in (True, False):
-        for strength in (3.0,):
-            shares = []
-            for seed in SEEDS:
-                network, generator = copy.deepcopy(bases[seed].network), torch.Generator().manual_seed(seed)
-                for name, phase, _ in Q.layerwise_pruning(network.module, masked, generator):
-                    if phase == "mask":
-                        learn_mask(budget, network, name, strength, seed, fixed=fixed)
-                with torch.no_grad():
-                    shares.append(100 * float(Q.kept_share(network.module, masked)))
-            norms.rows.append(["fixed" if fixed else "follow their batches", f"{strength:g}", shares])
-
+    norms = masks_alone(budget, bases, masked)
     strength = STRENGTHS[0]
     over = mean(accuracies["learned", strength]) - mean(accuracies["random", strength])
     under = mean(accuracies["learned", strength]) - mean(accuracies["all", 0.0])
@@ -642,13 +677,38 @@ def filters(budget: Budget) -> Made:
     ]
 
 
+def masks_alone(budget: Budget, bases: list[Run], masked: list[str]) -> Result:
+    """Learn masks while norms are fixed, and while they follow their batches.
+
+    In the second case nothing in the loss tells one kept filter from another.
+    """
+    columns = ("norms while a mask is learned", "penalty", "kept, %")
+    made = Result("d", "d. Share of filters kept by masks alone, both layers, weights as they were", columns)
+    strength = 3.0
+    for words, fixed in (("fixed", True), ("follow their batches", False)):
+        shares = []
+        for seed in SEEDS:
+            network = copy.deepcopy(bases[seed].network)
+            generator = torch.Generator().manual_seed(seed)
+            for name, phase, _ in Q.layerwise_pruning(network.module, masked, generator):
+                if phase == "mask":
+                    learn_mask(budget, network, name, strength, seed, fixed=fixed)
+            with torch.no_grad():
+                shares.append(100 * float(Q.kept_share(network.module, masked)))
+        made.rows.append([words, f"{strength:g}", shares])
+    return made
+
+
 def mask(run: Run, name: str) -> Tensor:
     return Q.masked_layers(run.network.module)[name].get_parameter("filter_mask")
 
 
 def learn_mask(budget: Budget, network: Network, name: str, strength: float, seed: int, *, fixed: bool = True) -> None:
-    """Train one mask. Norms keep their statistics: behind a norm that follows its batches, the size of a kept filter, and so
-    its mask, has no gradient, and that of a filter that is off is multiplied by 1 / sqrt(eps)."""
+    """Train one mask.
+
+    Norms keep their statistics: behind a norm that follows its batches, the size of a kept filter, and so its mask, has no
+    gradient, and that of a filter that is off is multiplied by 1 / sqrt(eps).
+    """
     stage = [(budget.epochs["mask"], adam(1e-4))]
     train(budget, network, stage, seed, penalty=lambda m: strength * Q.kept_share(m, [name]), fixed_norms=fixed)
 
@@ -696,7 +756,8 @@ def main() -> None:
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {min(unknown)!r}; known: {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    dataset, start = data.load("fashion-mnist-12k"), time.perf_counter()
+    dataset = data.load("fashion-mnist-12k")
+    start = time.perf_counter()
     budget = Budget(dataset.train, dataset.search, dataset.test)
     if options.quick:
         quick(budget)
@@ -712,13 +773,13 @@ def main() -> None:
         made.append(((results, directions), time.perf_counter() - begun))
         show(results, directions, made[-1][1])
         if options.save:
-            arguments = " ".join([*sorted(set(options.parts)), *(["--quick"] if options.quick else [])])
-            save(
-                options.save,
-                made,
-                dataset.describe(),
-                f"{arguments} --save {options.save.name if options.save.is_absolute() else options.save}".strip(),
-            )
+            words = sorted(set(options.parts))
+            if options.quick:
+                words.append("--quick")
+            shown_folder = options.save
+            if shown_folder.is_absolute():
+                shown_folder = shown_folder.name
+            save(options.save, made, dataset.describe(), " ".join([*words, f"--save {shown_folder}"]))
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes in all")
 
 
@@ -726,8 +787,7 @@ def show(results: list[Result], directions: list[Direction], seconds: float) -> 
     console = Console(width=127)
     for result in results:
         table = Table(title=result.title, box=box.SIMPLE_HEAD, pad_edge=False)
-        for number, column in enumerate(result.columns):
-            table.add_column(column, justify="right" if number else "left")
+        add_columns(table, result.columns, left=result.columns[:1])
         for row in result.rows:
             table.add_row(*result.text(row))
         console.print(table)

@@ -48,9 +48,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantizers as Q
+from experiments import shared
 from experiments.rivals import Rival, network_rivals
 from haq import data, deploy, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.deployment import tvm as tvm_deployment
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
@@ -82,6 +83,7 @@ COLUMNS = (
     "as in torch %",
     "note",
 )
+IN_WORDS = ("contender", "note")  # of these columns
 
 
 Say = Callable[[str], None]  # what is being done
@@ -101,7 +103,9 @@ class Subject:
 
     @property
     def quality(self) -> str:
-        return f"accuracy on {len(self.images):,} test images" if self.trained else "agreement with float on random images"
+        if self.trained:
+            return f"accuracy on {len(self.images):,} test images"
+        return "agreement with float on random images"
 
 
 class Result(NamedTuple):
@@ -149,24 +153,33 @@ class Findings:
 def subject(name: str, quick: bool) -> Subject:
     torch.manual_seed(0)
     if name == networks.DEFAULT:
-        network, dataset = networks.load(), data.load()
+        network = networks.load()
+        dataset = data.load()
+        tested, judged_by = TEST_IMAGES, 2000
+        if quick:
+            tested, judged_by = 100, 500
 
         def take(split: str, count: int) -> tuple[Tensor, Tensor]:
             images, labels = next(getattr(dataset, split).batches(count))
             return network.preprocess(images).contiguous(), labels
 
-        images, labels = take("test", 100 if quick else TEST_IMAGES)
-        searched = take("search", 500 if quick else 2000)
+        images, labels = take("test", tested)
+        searched = take("search", judged_by)
         calibration = take("train", CALIBRATION)[0]
         return Subject(name, network.module, calibration, images, labels, (network, dataset), searched)
-    module = networks.load(RESNET if name == SIGNS else name, pretrained=False).module
     if name == SIGNS:
+        module = networks.load(RESNET, pretrained=False).module
         without_relus(module)
+    else:
+        module = networks.load(name, pretrained=False).module
     size = SIZES[name]
+    batches = 5
+    if quick:
+        batches = 3
     draws = torch.randn(CALIBRATION // 4 + RANDOM_IMAGES, 3, size, size)
     module.train()
     with torch.no_grad():
-        for _ in range(3 if quick else 5):
+        for _ in range(batches):
             module(torch.randn(32, 3, size, size))
         images = draws[:RANDOM_IMAGES]
         module.eval()
@@ -186,13 +199,15 @@ def without_relus(module: nn.Module) -> None:
 
 def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Iterator[tuple[str, nn.Module, str]]:
     """Our contenders on a network: name, quantized network, note."""
-    module, names = given.module, list(Q.BitPolicy.uniform(given.module, w=8, a=8))
+    module = given.module
+    names = list(Q.BitPolicy.uniform(module, w=8, a=8))
     between = names[1:-1]
     if given.name == SIGNS:
         int8 = Q.BitPolicy.uniform(module, w=8, a=8)
         yield INT8, Q.quantize(module, int8, calibrate=given.calibration).eval(), ""
         policy = {**int8, **dict.fromkeys(between, (1, 1))}
-        schemes = {name: Q.Binary() if name in between else Q.Linear() for name in names}
+        schemes: dict[str, Q.Scheme] = {name: Q.Linear() for name in names}
+        schemes |= {name: Q.Binary() for name in between}
         yield BINARY, Q.quantize(module, policy, scheme=schemes, calibrate=given.calibration).eval(), ENDS
         return
     say(f"{given.name}: measuring kernels and calibrating")
@@ -205,6 +220,9 @@ def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Itera
         Q.set_policy(made, policy)
         return made
 
+    evaluations, epochs = EVALUATIONS, EPOCHS
+    if quick:
+        evaluations, epochs = 20, 1
     yield INT8, at(problem.uniform(8)), ""
     yield FOUR, at(Q.BitPolicy({**problem.uniform(4), names[0]: (8, 8), names[-1]: (8, 8)})), ENDS
     for what, widths in SEARCHED.items():
@@ -213,18 +231,25 @@ def policies(given: Subject, findings: Findings, quick: bool, say: Say) -> Itera
         least = problem.smallest / problem.reference
         problem.limit = max(BUDGET * problem.reference, problem.smallest * (1 + 1e-6))
         if given.trained:
-            found = base.solve("ilp", base.Session(problem, 20 if quick else EVALUATIONS), 0).policy
+            found = base.solve("ilp", base.Session(problem, evaluations), 0).policy
         else:
             noise = problem.quantization_error
             found = ilp.propose(problem, noise[:, 0, :, None] + noise[:, 1, None, :])
         note = f"budget {problem.policy_cost(found) / problem.reference:.3f}"
-        note += f": least possible is {least:.3f}" if least > BUDGET else ""
+        if least > BUDGET:
+            note += f": least possible is {least:.3f}"
         tuned = at(found)
         if given.trained:
             network, dataset = given.trained
-            tuned = training.finetune(network, tuned, dataset.train, epochs=1 if quick else EPOCHS, seed=0)
+            tuned = training.finetune(network, tuned, dataset.train, epochs=epochs, seed=0)
             note += "; fine-tuned"
         yield what, tuned, f"{note}; {mean_bits(found)}"
+
+
+def rounds(quick: bool) -> int:
+    if quick:
+        return 3
+    return ROUNDS
 
 
 def mean_bits(policy: Q.BitPolicy) -> str:
@@ -254,12 +279,13 @@ def study(name: str, quick: bool, say: Say) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         for what, quantized, note in policies(given, findings, quick, say):
             say(f"{name}: compiling {what}")
-            ours[what], notes[what] = compiled_network(what, quantized, given, Path(folder) / what.replace(" ", "-")), note
+            ours[what] = compiled_network(what, quantized, given, Path(folder) / what.replace(" ", "-"))
+            notes[what] = note
         say(f"{name}: making rivals")
         rivals, findings.missing = network_rivals(given.module, given.images[:1], given.calibration)
         contenders = {rival.name: rival for rival in [*rivals, *(made.rival for made in ours.values())]}
         say(f"{name}: measuring")
-        times = measured(contenders, 3 if quick else ROUNDS)
+        times = measured(contenders, rounds(quick))
         say(f"{name}: comparing answers")
         for what, rival in contenders.items():
             answers = torch.tensor([int(rival.run(image[None].numpy()).argmax()) for image in given.images])
@@ -308,17 +334,22 @@ class Reading:
 
 def rows(findings: Findings) -> list[list[str]]:
     results = findings.results
-    ort, int8 = results.get(ORT), results.get(INT8)
 
     def ratio(of: Result | None, to: Result) -> str:
-        return f"{of.seconds / to.seconds:.2f}" if of else ""
+        if of is None:
+            return ""
+        return f"{of.seconds / to.seconds:.2f}"
 
     made = []
     for name, found in results.items():
-        layers = [f"{1e6 * found.layers:.1f}", f"{found.layers / found.seconds:.2f}"] if found.layers else ["", ""]
-        faithful = "" if found.faithful is None else f"{100 * found.faithful:.1f}"
+        layers = ["", ""]
+        if found.layers:
+            layers = [f"{1e6 * found.layers:.1f}", f"{found.layers / found.seconds:.2f}"]
+        faithful = ""
+        if found.faithful is not None:
+            faithful = f"{100 * found.faithful:.1f}"
         times = [f"{1e6 * found.seconds:.1f}", f"{1e6 * found.least:.1f}"]
-        ratios = [ratio(ort, found), ratio(int8, found)]
+        ratios = [ratio(results.get(ORT), found), ratio(results.get(INT8), found)]
         made.append([name, *times, *ratios, *layers, f"{100 * found.quality:.1f}", faithful, found.note])
     made += [[name, *[""] * 8, why] for name, why in findings.missing.items()]
     return made
@@ -367,13 +398,12 @@ def bars(every: list[Findings]) -> list[Bar]:
 
 
 def sentences(made: list[Bar]) -> list[str]:
-    return [f"{'holds' if bar.holds else 'FALLS SHORT'}: {bar.claim} ({bar.figure})" for bar in made]
+    return [f"{shared.verdict(bar.holds)}: {bar.claim} ({bar.figure})" for bar in made]
 
 
 def rich_table(findings: Findings) -> Table:
     table = Table(title=title(findings), box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("contender", "note") else "right")
+    shared.add_columns(table, COLUMNS, left=IN_WORDS)
     for row in rows(findings):
         table.add_row(*row)
     return table
@@ -384,7 +414,10 @@ def save(folder: Path, command: str, setting: str, every: list[Findings], made: 
     about = "Made by `experiments/cpu_speed.py`, which says what is compared and how; every number is in `cpu_speed.csv`."
     parts = ["# Whole networks on a CPU", about, f"    {command}", setting]
     for findings in every:
-        lines = [COLUMNS, ["---" if c in ("contender", "note") else "---:" for c in COLUMNS], *rows(findings)]
+        rules = ["---:"] * len(COLUMNS)
+        for column in IN_WORDS:
+            rules[COLUMNS.index(column)] = "---"
+        lines = [COLUMNS, rules, *rows(findings)]
         parts += [f"**{title(findings)}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     parts.append("\n".join(f"* {line}" for line in sentences(made)))
     (folder / f"{NAME}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -422,10 +455,10 @@ def main() -> int:
     console = Console()
     if console.width < 150:
         console = Console(width=150)
-    out = options.out or (None if options.quick else FOLDER)
+    out = shared.folder_for(options.out, options.quick, FOLDER)
     every: list[Findings] = []
     target: Any = load_target("cpu")
-    setting = f"One thread, one image, medians of {3 if options.quick else ROUNDS} rounds. {target.description}."
+    setting = f"One thread, one image, medians of {rounds(options.quick)} rounds. {target.description}."
     command = " ".join([f"OMP_NUM_THREADS=1 python -m experiments.{NAME}", *sys.argv[1:]])
     with console.status("") as status:
 
@@ -454,4 +487,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -1,5 +1,6 @@
-"""Defensive quantization (Lin, Gan, Han, ICLR 2019) against plain quantization, on small data: the paper's table, and next
-to it what attacks and checks of today say.
+"""Defensive quantization (Lin, Gan, Han, ICLR 2019) against plain quantization, on small data.
+
+The paper's table, and next to it what attacks and checks of today say.
 
     python -m experiments.defensive_quantization        (needs the extra `robustness`; an hour of one core)
 
@@ -31,8 +32,9 @@ import itertools
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -41,9 +43,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import quantizers as Q
+from experiments.shared import verdict
 from haq import data, networks, training
 from haq.attacks.assessment import Assessment, assess
-from haq.console import cli
+from haq.console.progress import progress
 
 SEEDS, WIDTHS, BETA, EPS = (0, 1, 2), (None, 5, 4, 3, 2), 2e-3, 8 / 255
 EPOCHS, RATE, IMAGES = 5, 1e-2, 300
@@ -89,6 +92,9 @@ def network(norm: bool) -> nn.Sequential:
 
 def train(module: nn.Module, split: data.Split, beta: float, seed: int) -> nn.Module:
     """Train a network in place for one half of the budget."""
+    penalty = None
+    if beta:
+        penalty = partial(Q.lipschitz_penalty, beta=beta)
     training.fit(
         networks.Network("small", module, (1, 28, 28)),
         split,
@@ -97,7 +103,7 @@ def train(module: nn.Module, split: data.Split, beta: float, seed: int) -> nn.Mo
             learning_rate=RATE,
             optimizer="adam",
             seed=seed,
-            penalty=(lambda m: Q.lipschitz_penalty(m, beta=beta)) if beta else None,
+            penalty=penalty,
         ),
     )
     return module.eval()
@@ -113,7 +119,7 @@ def finished(start: nn.Module, split: data.Split, bits: int | None, beta: float,
     module = copy.deepcopy(start)
     if bits is not None:
         names = list(Q.BitPolicy.uniform(module, w=None, a=None))
-        policy = Q.BitPolicy({name: (None, None if name == "conv1" else bits) for name in names})
+        policy = Q.BitPolicy({**dict.fromkeys(names, (None, bits)), "conv1": (None, None)})
         images, _ = next(split.batches(500))
         inputs = networks.Network("small", module, (1, 28, 28)).preprocess(images)
         module = Q.quantize(module, policy, scheme=Q.PACT(clip=None), calibrate=inputs)
@@ -122,7 +128,9 @@ def finished(start: nn.Module, split: data.Split, bits: int | None, beta: float,
 
 def attacked(module: nn.Module, another: nn.Module, images: Tensor, labels: Tensor, seed: int) -> Assessment:
     quantized = bool(Q.quant_layers(module))
-    sources = {"another": another} | ({"twin": Q.float_copy(module)} if quantized else {})
+    sources = {"another": another}
+    if quantized:
+        sources["twin"] = Q.float_copy(module)
     names = [name for name in ATTACKS.values() if quantized or name != "transfer-twin"]
     return assess(module, images, labels, eps=EPS, attacks=",".join(names), sources=sources, seed=seed)
 
@@ -174,39 +182,48 @@ def main() -> None:
     outcomes: list[Outcome] = []
     console = Console()
     context = multiprocessing.get_context("spawn")
-    with cli.progress(console) as bar, ProcessPoolExecutor(options.processes, context) as pool:
+    with progress(console) as bar, ProcessPoolExecutor(options.processes, context) as pool:
         task = bar.add_task("training and attacking", total=len(settings), note="")
         for found in pool.map(study, settings):
             outcomes += found
             bar.advance(task)
     OUT.mkdir(parents=True, exist_ok=True)
-    tables, sentences = [results(outcomes), differences(outcomes)], conclusions(outcomes)
+    tables = [results(outcomes), differences(outcomes)]
+    sentences = conclusions(outcomes)
     for table in tables:
         console.print(table)
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False)
     save(outcomes, tables, sentences)
-    curves = {
-        f"{label(o.bits)}, {'defensive' if o.beta else 'plain'}": o.amplification
-        for o in outcomes
-        if not o.norm and o.bits in (None, 4) and o.seed == 0
-    }
+    curves = {}
+    for o in outcomes:
+        if not o.norm and o.bits in (None, 4) and o.seed == 0:
+            trained = "plain"
+            if o.beta:
+                trained = "defensive"
+            curves[f"{label(o.bits)}, {trained}"] = o.amplification
     Q.draw_amplification(curves, OUT / "error_amplification.png")
     console.print(f"written: {OUT}/defensive_quantization.md, .csv, error_amplification.png")
 
 
 def label(bits: int | None) -> str:
-    return "float" if bits is None else f"{bits} bits"
+    if bits is None:
+        return "float"
+    return f"{bits} bits"
 
 
 def kind(norm: bool) -> str:
-    return "with norms" if norm else "without norms"
+    if norm:
+        return "with norms"
+    return "without norms"
 
 
 def spread(values: list[float], percent: bool = True) -> str:
     if math.isnan(values[0]):  # a float network has no twin
         return "–"
-    scale = 100 if percent else 1
+    scale = 1
+    if percent:
+        scale = 100
     return f"{scale * mean(values):.1f} ({scale * min(values):.1f}–{scale * max(values):.1f})"
 
 
@@ -259,17 +276,25 @@ def differences(outcomes: list[Outcome]) -> Table:
 def conclusions(outcomes: list[Outcome]) -> list[str]:
     """What the numbers say about "the worst case of defensive networks is above that of plain ones", and how surely."""
     sentences: list[str] = []
-    mostly, held, clear, dear, blind, hidden = 0, 0, 0, [], [], 0
+    mostly = held = clear = hidden = 0
+    dear: list[str] = []
+    blind: list[str] = []
     for norm, bits in settings():
         worst, clean = (gains(outcomes, norm, bits, key) for key in ("worst", "clean"))
         both = [of(outcomes, norm, bits, beta) for beta in (0.0, BETA)]
         apart = max(100 * (max(o.worst for o in some) - min(o.worst for o in some)) for some in both)
         above = sum(value > 0 for value in worst)
-        holds, beyond = above == len(worst), mean(worst) > apart
-        mostly, held, clear = mostly + (mean(worst) > 0), held + holds, clear + (holds and beyond)
+        holds = above == len(worst)
+        beyond = mean(worst) > apart
+        mostly += mean(worst) > 0
+        held += holds
+        clear += holds and beyond
+        more = "no more"
+        if beyond:
+            more = "more"
         sentences.append(
-            f"{kind(norm)}, {label(bits)}: defensive above plain {'holds' if holds else 'does not hold'} ({above} of "
-            f"{len(worst)} seeds, {mean(worst):+.1f} points in the mean, {'more' if beyond else 'no more'} than the "
+            f"{kind(norm)}, {label(bits)}: defensive above plain {verdict(holds, 'does not hold')} ({above} of "
+            f"{len(worst)} seeds, {mean(worst):+.1f} points in the mean, {more} than the "
             f"{apart:.1f} between seeds of the same networks)."
         )
         if mean(clean) < -1:
@@ -296,7 +321,7 @@ def bar(outcomes: list[Outcome]) -> list[str]:
     made = []
     for norm in (False, True):
         worst, clean = (mean(gains(outcomes, norm, 4, key)) for key in ("worst", "clean"))
-        says = "holds" if worst > 0 and clean >= -1 else "does not hold"
+        says = verdict(worst > 0 and clean >= -1, "does not hold")
         made.append(
             f"At 4 bits {kind(norm)}, a higher worst case in the mean of {len(SEEDS)} seeds for at most 1 point of clean "
             f"accuracy {says}: {worst:+.1f} for {clean:+.1f}."
@@ -311,12 +336,21 @@ def fooled(outcomes: list[Outcome]) -> list[str]:
         for attack in ("FGSM", "PGD"):
             few, whole = (mean([o.attacked[attack] for o in of(outcomes, norm, bits, 0.0)]) for bits in (2, None))
             worst_few, worst_whole = (mean([o.worst for o in of(outcomes, norm, bits, 0.0)]) for bits in (2, None))
-            by, truly = 100 * (few - whole), 100 * (worst_few - worst_whole)
+            by = 100 * (few - whole)
+            truly = 100 * (worst_few - worst_whole)
             made.append(
                 f"Plain networks {kind(norm)}, 2 bits beside float: {by:+.1f} points under {attack} alone, {truly:+.1f} in "
                 "the worst case."
             )
     return made
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    if math.isnan(value):
+        return ""
+    return f"{value:.4f}"
 
 
 def save(outcomes: list[Outcome], tables: list[Table], sentences: list[str]) -> None:
@@ -325,7 +359,7 @@ def save(outcomes: list[Outcome], tables: list[Table], sentences: list[str]) -> 
         writer.writerow(["norms", "bits", "beta", "seed", "clean", *ATTACKS, "worst", "masked", "product_of_norms", "growth"])
         for o in outcomes:
             row = [*o[:5], *(o.attacked[name] for name in ATTACKS), o.worst, o.masked, o.norms, o.growth]
-            writer.writerow([("" if math.isnan(x) else f"{x:.4f}") if isinstance(x, float) else x for x in row])
+            writer.writerow([_cell(value) for value in row])
     lines = ["# Defensive quantization against plain quantization", ""]
     lines += ["`python -m experiments.defensive_quantization`; measured, see the script for what was done.", ""]
     for table in tables:

@@ -149,8 +149,13 @@ def table(medians: dict[str, float], notes: dict[str, str]) -> list[str]:
     lines.append("")
     for name, (word, bar, base) in BARS.items():
         ratio = medians[name] / medians[base]
-        met = ratio <= bar if word == "at most" else ratio >= bar
-        lines.append(f"{name} / {base}: {ratio:.2f}, bar {word} {bar}: {'met' if met else 'missed'}.\n")
+        holds = ratio >= bar
+        if word == "at most":
+            holds = ratio <= bar
+        met = "missed"
+        if holds:
+            met = "met"
+        lines.append(f"{name} / {base}: {ratio:.2f}, bar {word} {bar}: {met}.\n")
     return lines
 
 

@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,11 +42,12 @@ from torch import nn
 import haq
 import hw_models
 import quantizers as Q
+from experiments import shared
 from experiments.published_hardware import HAQ_LATENCIES_MS, WITH_FIRST
 from experiments.published_hardware import WIDTHS as PUBLISHED_WIDTHS
 from experiments.quantizer_accuracy import Table, Values
 from haq import data, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.solvers import ilp, sensitivity
 from haq.solvers.base import Session, Trial, solve
 
@@ -212,7 +213,9 @@ class Study:
         """Latency and energy of a policy, as fractions of fixed 8 bits."""
         problem = self.problems[target]
         whole, own = (problem.table.price(*problem.bit_arrays(p)) for p in (problem.uniform(8), policy))
-        energy = None if own.energy_j is None or whole.energy_j is None else float(own.energy_j / whole.energy_j)
+        energy = None
+        if own.energy_j is not None and whole.energy_j is not None:
+            energy = float(own.energy_j / whole.energy_j)
         assert own.latency_s is not None
         assert whole.latency_s is not None
         return float(own.latency_s / whole.latency_s), energy
@@ -255,20 +258,21 @@ def cost_tables() -> list[Table]:
             published = dict(zip(PUBLISHED_WIDTHS, HAQ_LATENCIES_MS.get((target, name), ()), strict=False))
             latency = 1e3 * _metric(costs[target], "latency")
             for bits in WIDTHS:
-                ours, theirs = latency[1:-1, bits - 1, bits - 1].sum(), published.get(bits)
-                beside = (
-                    ["–", f"{ours:.2f}", "–"] if theirs is None else [f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.4f}"]
-                )
-                first = (target, name, bits) in WITH_FIRST and theirs
-                body.rows.append(
-                    (label, target, str(bits), *beside, f"{(ours + latency[0, 7, 7]) / first:.4f}" if first else "")
-                )
+                ours = latency[1:-1, bits - 1, bits - 1].sum()
+                theirs = published.get(bits)
+                beside = ["–", f"{ours:.2f}", "–", ""]
+                if theirs is not None:
+                    beside = [f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.4f}", ""]
+                    if (target, name, bits) in WITH_FIRST:
+                        beside[-1] = f"{(ours + latency[0, 7, 7]) / theirs:.4f}"
+                body.rows.append((label, target, str(bits), *beside))
         if label == "MobileNetV1":
             single = hw_models.load_target("bitfusion").cost_table(workload, batch=1)
             for metric, theirs in BITFUSION_V1.items():
                 sums = [1e3 * _metric(table, metric)[:, 7, 7].sum() for table in (costs["bitfusion"], single)]
                 pairs = [cell for value in sums for cell in (f"{value:.2f}", f"{value / theirs:.2f}")]
-                fusion.rows.append((f"{metric}, {'ms' if metric == 'latency' else 'mJ'}", f"{theirs:.2f}", *pairs))
+                unit = {"latency": "ms", "energy": "mJ"}[metric]
+                fusion.rows.append((f"{metric}, {unit}", f"{theirs:.2f}", *pairs))
     return [whole, body, fusion]
 
 
@@ -358,11 +362,16 @@ def headline(study: Study, made: Table) -> Iterator[str]:
         before = study.report(target, "ilp, calibrated", policy, None, budget)
         after = Values(tuple(study.report(target, "ilp, fine-tuned", policy, seed, budget) for seed in seeds))
         loss = fixed - after.mean
-        gains = [("" if part is None else f"{1 / part:.2f}") for part in study.fractions(target, policy)]
+        gains = []
+        for part in study.fractions(target, policy):
+            gain = ""
+            if part is not None:
+                gain = f"{1 / part:.2f}"
+            gains.append(gain)
         made.rows.append((name, target, f"{budget:.3f}", *gains, f"{before:.2f}", str(after), f"{loss:.2f}"))
         for metric, part in zip(("latency", "energy"), study.fractions(target, policy), strict=True):
             if part is not None:
-                holds = "holds" if 1 / part >= BAR and loss <= ALLOWED else "FALLS SHORT"
+                holds = shared.verdict(1 / part >= BAR and loss <= ALLOWED)
                 claim = f"{metric} at least {BAR} times less at a loss of at most {ALLOWED} points"
                 yield f"{holds}: {name} on {target}: {claim} ({1 / part:.2f} times, {loss:.2f} points)"
 
@@ -401,11 +410,7 @@ def save(folder: Path, about: str, tables: list[Table], bars: list[str], results
     with (folder / f"{NAME}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Result._fields)
-        writer.writerows([_rounded(value) for value in result] for result in results)
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+        writer.writerows(shared.rounded(result) for result in results)
 
 
 def main() -> int:
@@ -417,12 +422,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help=f"of fine-tuning (default: {Effort.steps})")
     parser.add_argument("--out", type=Path, help="folder for the tables (default: docs/experiments)")
     options = parser.parse_args()
-    effort = QUICK if options.quick else Effort()
+    effort = Effort()
+    name = "fashion-mnist"
+    if options.quick:
+        effort = QUICK
+        name = "fashion-mnist-12k"
     if options.steps:
         effort = replace(effort, steps=options.steps)
-    out = options.out or (None if options.quick else Path("docs/experiments"))
-    dataset = data.load(options.data or ("fashion-mnist-12k" if options.quick else "fashion-mnist"))
-    console, start = Console(width=160), time.monotonic()
+    out = shared.folder_for(options.out, options.quick, Path("docs/experiments"))
+    dataset = data.load(options.data or name)
+    console = Console(width=160)
+    start = time.monotonic()
 
     def show(tables: list[Table]) -> list[Table]:
         for table in tables:
@@ -465,4 +475,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -261,7 +261,9 @@ def scalesim(folder: Path) -> Price:
         (oh, ow), (kh, kw), (sh, sw) = layer.output_size, layer.kernel, layer.stride
         window = ((oh - 1) * sh + kh, (ow - 1) * sw + kw)
         filters = layer.out_channels // layer.groups
-        name = "DP" if layer.kind == "depthwise" else "layer"
+        name = "layer"
+        if layer.kind == "depthwise":
+            name = "DP"
         sizes = (name, *window, *layer.kernel, layer.in_channels, filters, sh)
         topology.write_text("one line for the headings\n" + ",".join(map(str, sizes)) + ",\n")
         run = simulator.scalesim(

@@ -38,6 +38,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.rivals import INT8_LIBRARIES, TORCH_ENGINES, Int8Layer, Rival, torch_float_layer, torch_layer
+from experiments.shared import add_columns, verdict
 from haq import networks
 from hw_models import trace
 from hw_models.tvm_cpu.conv import Conv, activation_range, fma, reference, weight_range, zero_point
@@ -106,6 +107,11 @@ def main() -> None:
 
 # The reference table
 
+HEADINGS = (
+    *("", "us", "spread", "x best of ORT, torch", "reference", ""),
+    *("x best of all", "x float32", "reference", "", "kernel"),
+)
+
 
 def print_shapes() -> None:
     found = {name: compare(conv, list(BITS), True) for name, conv in track(SHAPES.items(), "measuring")}
@@ -114,32 +120,25 @@ def print_shapes() -> None:
         best = min(times[rival].median for rival in IN_REFERENCE)
         best_of_all = min(times[rival].median for rival in INT8)
         table = Table(title=f"{name}, one thread, medians of {ROUNDS} rounds", box=box.SIMPLE_HEAD)
-        for heading in (
-            "",
-            "us",
-            "spread",
-            "x best of ORT, torch",
-            "reference",
-            "",
-            "x best of all",
-            "x float32",
-            "reference",
-            "",
-        ):
-            table.add_column(heading, justify="left" if not heading else "right")
-        table.add_column("kernel")
+        add_columns(table, HEADINGS, left=("", "kernel"))
         for what, time_of in times.items():
             cells = [what, f"{1e6 * time_of.median:.1f}", f"{time_of.spread:.0%}", f"{best / time_of.median:.2f}"]
-            cells += judged(best / time_of.median, REFERENCE[what][index]) if what in REFERENCE else ["", ""]
+            if what in REFERENCE:
+                cells += judged(best / time_of.median, REFERENCE[what][index])
+            else:
+                cells += ["", ""]
             over_float = times["torch float32"].median / time_of.median
             cells += [f"{best_of_all / time_of.median:.2f}", f"{over_float:.1f}"]
-            cells += judged(over_float, OVER_FLOAT[index]) if what == "w1a1" else ["", ""]
+            if what == "w1a1":
+                cells += judged(over_float, OVER_FLOAT[index])
+            else:
+                cells += ["", ""]
             table.add_row(*cells, kernels.get(what, ""))
         console.print(table)
 
 
 def judged(ratio: float, target: float) -> list[str]:
-    return [f"{target}", "holds" if ratio >= target / TOLERANCE else "falls short"]
+    return [f"{target}", verdict(ratio >= target / TOLERANCE, "falls short")]
 
 
 # All layers
@@ -153,12 +152,10 @@ def print_layers() -> None:
         for layer in workload.layers:
             convs.setdefault(Conv.of(layer), []).append(layer.name)
         table = Table(title=f"{network} at {size}x{size}, int8, one thread, us", box=box.SIMPLE_HEAD)
-        for heading in ("layer", "", "times"):
-            table.add_column(heading, justify="right" if heading == "times" else "left")
-        for heading in ("ours", "spread", *INT8, "ours / best"):
-            table.add_column(heading, justify="right")
-        table.add_column("kernel")
-        slower, total = [], dict.fromkeys(("ours", "best"), 0.0)
+        headings = ("layer", "", "times", "ours", "spread", *INT8, "ours / best", "kernel")
+        add_columns(table, headings, left=("layer", "", "kernel"))
+        slower = []
+        total = dict.fromkeys(("ours", "best"), 0.0)
         for conv, names in track(convs.items(), network):
             times, kernels = compare(conv, ["w8a8"], False)
             ours = times.pop("w8a8")
@@ -166,10 +163,11 @@ def print_layers() -> None:
             ratio = ours.median / best
             total["ours"] += len(names) * ours.median
             total["best"] += len(names) * best
+            mark = ""
             if ratio > TOLERANCE:
+                mark = " slower"
                 slower.append(f"{names[0]} ({describe(conv)}): {ratio:.2f}")
             cells = [f"{1e6 * times[rival].median:.1f}" for rival in INT8]
-            mark = " slower" if ratio > TOLERANCE else ""
             row = (f"{1e6 * ours.median:.1f}", f"{ours.spread:.0%}", *cells, f"{ratio:.2f}{mark}", kernels["w8a8"])
             table.add_row(names[0], describe(conv), str(len(names)), *row)
         console.print(table)
@@ -183,9 +181,12 @@ def print_layers() -> None:
 
 def describe(conv: Conv) -> str:
     kernel = "x".join(map(str, conv.kernel))
-    stride = f" /{conv.stride[0]}" if conv.stride[0] > 1 else ""
-    kind = f"depthwise {kernel} {conv.in_channels}" if conv.groups > 1 else f"{kernel} {conv.in_channels}-{conv.out_channels}"
-    return f"{kind}{stride} @{conv.input_size[0]}"
+    kind = f"{kernel} {conv.in_channels}-{conv.out_channels}"
+    if conv.groups > 1:
+        kind = f"depthwise {kernel} {conv.in_channels}"
+    if conv.stride[0] > 1:
+        kind += f" /{conv.stride[0]}"
+    return f"{kind} @{conv.input_size[0]}"
 
 
 # Measuring
@@ -270,7 +271,9 @@ def int8_layer(conv: Conv, rng: np.random.Generator) -> Int8Layer:
 def draw(
     bounds: tuple[int, int], bits: int, signed: bool, shape: tuple[int, ...], rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    return rng.choice([-1, 1], shape) if bits == 1 and signed else rng.integers(bounds[0], bounds[1] + 1, shape)
+    if bits == 1 and signed:
+        return rng.choice([-1, 1], shape)
+    return rng.integers(bounds[0], bounds[1] + 1, shape)
 
 
 NOTHING = int8_layer(Conv(16, 16, (1, 1), (1, 1), batch=2), np.random.default_rng(0))
@@ -324,7 +327,9 @@ def prepared(module: Any, name: str, kernel: Kernel, rng: np.random.Generator, c
             module[function](*given)
         return np.asarray(buffers["output0"].numpy())
 
-    expected = quantized(reference(conv, weights, image), multiplier, offset, FACTOR) if check else None
+    expected = None
+    if check:
+        expected = quantized(reference(conv, weights, image), multiplier, offset, FACTOR)
     return Ours(kernel, seconds, run, expected)
 
 

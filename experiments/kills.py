@@ -21,14 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, run_command
+from haq.console.progress import progress
 
 NAME = "kills"
 RUN = Path("run")
@@ -111,13 +113,13 @@ def finish(command: str, folder: Path) -> None:
         raise ChildProcessError(f"{command} failed: {(folder / 'log').read_text()[-2000:]}")
 
 
-def prepared(task: Job, place: Path, name: str) -> Path:
+def prepared(job: Job, place: Path, name: str) -> Path:
     """A folder of its own, with all that the job needs."""
     folder = place / name
     folder.mkdir()
     (folder / "small_job.py").write_text(JOB)
-    if task.before:
-        finish(task.before, folder)
+    if job.before:
+        finish(job.before, folder)
     return folder
 
 
@@ -132,27 +134,35 @@ def endings(folder: Path, run: Path) -> dict[str, bytes]:
     }
 
 
-def timed(task: Job, folder: Path) -> tuple[float, float]:
+def timed(job: Job, folder: Path) -> tuple[float, float]:
     """Run a job to its end. Returns its seconds until it had begun, and in all."""
-    began, process, first = time.monotonic(), start(task.command, folder), 0.0
+    began = time.monotonic()
+    process = start(job.command, folder)
+    first = 0.0
     while process.poll() is None:
-        if not first and (folder / RUN / task.begun).exists():
+        if not first and (folder / RUN / job.begun).exists():
             first = time.monotonic() - began
         time.sleep(0.01)
     if process.returncode not in (0, 1):
-        raise ChildProcessError(f"{task.command} failed: {(folder / 'log').read_text()[-2000:]}")
+        raise ChildProcessError(f"{job.command} failed: {(folder / 'log').read_text()[-2000:]}")
     return first, time.monotonic() - began
 
 
-def interrupted(task: Job, folder: Path, kills: int, times: tuple[float, float], draws: random.Random) -> list[float]:
+def interrupted(job: Job, folder: Path, kills: int, times: tuple[float, float], draws: random.Random) -> list[float]:
     """Run a job to its end, killing it up to so many times. Returns when it was, in seconds from its starts."""
     when: list[float] = []
     first, whole = times
     while True:
-        process = start(task.resume if (folder / RUN / task.begun).exists() else task.command, folder)
+        command = job.command
+        if (folder / RUN / job.begun).exists():
+            command = job.resume
+        process = start(command, folder)
         moment = None
         if len(when) < kills:
-            moment = draws.uniform(0 if draws.random() < EARLY else first, whole)
+            earliest = first
+            if draws.random() < EARLY:
+                earliest = 0
+            moment = draws.uniform(earliest, whole)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -162,10 +172,55 @@ def interrupted(task: Job, folder: Path, kills: int, times: tuple[float, float],
             when.append(moment)
             continue
         # Gone on with after its end, it says so.
-        over = process.returncode == cli.EXIT_BAD_INPUT and when and task.ended and (folder / RUN / task.ended).exists()
+        over = process.returncode == EXIT_BAD_INPUT and when and job.ended and (folder / RUN / job.ended).exists()
         if process.returncode not in (0, 1) and not over:
-            raise ChildProcessError(f"{task.resume} failed: {(folder / 'log').read_text()[-2000:]}")
+            raise ChildProcessError(f"{job.resume} failed: {(folder / 'log').read_text()[-2000:]}")
         return when
+
+
+@dataclass
+class Tally:
+    """What became of one job's kills."""
+
+    moments: list[float] = field(default_factory=list)  # seconds after a start at which it was killed
+    endings: int = 0
+    same: int = 0  # endings with the bytes of a run that nothing interrupted
+
+
+def tried(name: str, kills: int, times: int, place: Path, draws: random.Random, say: Callable[[str], None]) -> Tally:
+    """Kill a job so many times, and compare how it ends with how it ends by itself.
+
+    Args:
+        name: One of `JOBS`.
+        kills: How many kills in all.
+        times: How many of one run, at most.
+        place: An empty folder.
+        draws: What moments are drawn from.
+        say: Is told every difference.
+
+    Returns:
+        What was counted.
+    """
+    job = JOBS[name]
+    whole = prepared(job, place, "whole")
+    seconds = timed(job, whole)
+    expected = endings(whole, RUN)
+    tally = Tally()
+    while len(tally.moments) < kills:
+        folder = prepared(job, place, f"cut{tally.endings}")
+        when = interrupted(job, folder, min(kills - len(tally.moments), times), seconds, draws)
+        if when:  # otherwise it ended before it was to be killed
+            tally.moments += when
+            tally.endings += 1
+            found = endings(folder, RUN)
+            if found == expected:
+                tally.same += 1
+            else:
+                names = [file for file in {**found, **expected} if found.get(file) != expected.get(file)]
+                killed_at = ", ".join(f"{moment:.2f}" for moment in when)
+                say(f"{name}: {', '.join(names)} differ after kills at {killed_at} s")
+        shutil.rmtree(folder)
+    return tally
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,45 +232,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    console, draws = Console(), random.Random(options.seed)
+    console = Console()
+    draws = random.Random(options.seed)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     table = Table(title="Killed, gone on with, and compared", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("job", "killed after (s)", "kills", "endings", "the same to the last bit"):
-        table.add_column(heading, justify="left" if heading in ("job", "killed after (s)") else "right")
-    share, rest = divmod(options.kills, len(options.tasks))
-    total = same_total = ended = 0
-    with tempfile.TemporaryDirectory() as temporary, cli.progress(console) as bar:
+    for heading in ("job", "killed after (s)"):
+        table.add_column(heading)
+    for heading in ("kills", "endings", "the same to the last bit"):
+        table.add_column(heading, justify="right")
+    share, rest = divmod(options.kills, len(options.jobs))
+    tallies = []
+    with tempfile.TemporaryDirectory() as temporary, progress(console) as bar:
         bar_task = bar.add_task("kills", total=options.kills, note="")
-        for number, name in enumerate(options.tasks):
-            task, place = JOBS[name], Path(temporary) / f"job{number}"
+        for number, name in enumerate(options.jobs):
+            place = Path(temporary) / f"job{number}"
             place.mkdir()
-            whole = prepared(task, place, "whole")
-            times, expected = timed(task, whole), endings(whole, RUN)
-            left, moments, endings_, same = share + (number < rest), list[float](), 0, 0
-            while left:
-                folder = prepared(task, place, f"cut{endings_}")
-                when = interrupted(task, folder, min(left, options.times), times, draws)
-                left -= len(when)
-                if not when:  # it ended before it was to be killed
-                    shutil.rmtree(folder)
-                    continue
-                moments += when
-                killed_at = ", ".join(f"{moment:.2f}" for moment in when)
-                found = endings(folder, RUN)
-                endings_ += 1
-                if found == expected:
-                    same += 1
-                else:
-                    names = [file for file in {**found, **expected} if found.get(file) != expected.get(file)]
-                    console.print(f"{name}: {', '.join(names)} differ after kills at {killed_at} s")
-                bar.update(bar_task, advance=len(when), note=name)
-                shutil.rmtree(folder)
-            table.add_row(name, ", ".join(f"{moment:.1f}" for moment in moments), str(len(moments)), str(endings_), str(same))
-            total, same_total, ended = total + len(moments), same_total + same, ended + endings_
+            kills = share + (number < rest)
+            tally = tried(name, kills, options.times, place, draws, console.print)
+            bar.update(bar_task, advance=kills, note=name)
+            moments = ", ".join(f"{moment:.1f}" for moment in tally.moments)
+            table.add_row(name, moments, str(len(tally.moments)), str(tally.endings), str(tally.same))
+            tallies.append(tally)
     console.print(table)
-    console.print(f"{total} kills, {ended} endings, {same_total} of them the same to the last bit as without a kill")
-    return 0 if same_total == ended else 1
+    total = sum(len(tally.moments) for tally in tallies)
+    ended = sum(tally.endings for tally in tallies)
+    same = sum(tally.same for tally in tallies)
+    console.print(f"{total} kills, {ended} endings, {same} of them the same to the last bit as without a kill")
+    return int(same != ended)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

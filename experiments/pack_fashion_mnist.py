@@ -1,4 +1,6 @@
-"""Remake `haq/assets/fashion-mnist-12k.npz.xz` from the full data set:  python -m experiments.pack_fashion_mnist
+"""Remake `haq/assets/fashion-mnist-12k.npz.xz` from the full data set.
+
+    python -m experiments.pack_fashion_mnist
 
 10,000 images of the official training files (8,000 train + 2,000 search) and 2,000 of the official test files, balanced
 over the ten classes, with the row each came from.

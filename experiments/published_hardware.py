@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hw_models
+from experiments.shared import add_columns
 from haq import networks
 from hw_models.bismo_overlay import BismoOverlayTarget
 from hw_models.bitfusion import BitFusionTarget, Shape
@@ -44,9 +45,11 @@ PEAK_TOPS = {"bismo-overlay": "6.5", "bismo-overlay-ultra96": "15.4"}
 
 
 class Benchmark(NamedTuple):
-    """A network of BitFusion's paper, batch 16: layers as (count, kernel, output size, stride, inputs, outputs, weight bits,
-    activation bits), the first of them on the image; Eyeriss's cycles and energy in multiplications of 16 bits; the
-    published ratios."""
+    """A network of BitFusion's paper, batch 16, with the published ratios.
+
+    Layers are (count, kernel, output size, stride, inputs, outputs, weight bits, activation bits), the first of them on the
+    image. Eyeriss's cycles and energy are in multiplications of 16 bits.
+    """
 
     layers: tuple[tuple[int, ...], ...]
     eyeriss_cycles: int
@@ -163,7 +166,8 @@ def over_eyeriss() -> list[Comparison]:
     assert isinstance(target, BitFusionTarget)
     rows = []
     for name, benchmark in BENCHMARKS.items():
-        cycles, joules = 0, 0.0
+        cycles = 0
+        joules = 0.0
         for count, kernel, size, stride, inputs, outputs, w, a in benchmark.layers:
             square = (kernel, kernel)
             shape = Shape(square, square, (stride, stride), (size, size), inputs, outputs, 16, im2col=inputs <= 3)
@@ -194,8 +198,7 @@ def main() -> None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("target", "network", "table") else "right")
+    add_columns(table, columns, left=("target", "network", "table"))
     return table
 
 
@@ -206,7 +209,8 @@ def _haq(workloads: dict[str, hw_models.Workload]) -> Table:
         latency = hw_models.load_target(name).cost_table(workloads[network]).latency_s
         assert latency is not None
         for bits, theirs in zip(WIDTHS, published, strict=True):
-            body, first = 1e3 * latency[1:-1, bits - 1, bits - 1].sum(), 1e3 * latency[0, 7, 7]
+            body = 1e3 * latency[1:-1, bits - 1, bits - 1].sum()
+            first = 1e3 * latency[0, 7, 7]
             cells = _compared(body, theirs)
             if (name, network, bits) in WITH_FIRST:
                 cells += _compared(body + first, theirs)
@@ -216,7 +220,9 @@ def _haq(workloads: dict[str, hw_models.Workload]) -> Table:
 
 def _compared(ours: float, theirs: float) -> list[str]:
     text = f"{ours:.2f}"
-    return [text, "–" if text == f"{theirs:.2f}" else f"{ours / theirs - 1:+.2%}"]
+    if text == f"{theirs:.2f}":
+        return [text, "–"]
+    return [text, f"{ours / theirs - 1:+.2%}"]
 
 
 def _overlay() -> Table:
@@ -263,14 +269,19 @@ def _references(folder: Path, mobilenetv2: hw_models.Workload) -> Table:
     pairs = []
     for r in rows("bitfusion_layers.csv"):
         number = {key: int(r[key]) for key in ("K", "O", "S", "IC", "OC", "groups", "im2col", "batch", "wbits", "abits")}
-        machine = hw_models.load_target("bitfusion" if r["config"] == "bf_e" else "bitfusion-16bit")
+        name = "bitfusion-16bit"
+        if r["config"] == "bf_e":
+            name = "bitfusion"
+        machine = hw_models.load_target(name)
         assert isinstance(machine, BitFusionTarget)
-        single, broadcast = r["dw_mode"] == "per_channel_x_C", r["dw_mode"] == "as_IC1_OCC"
-        inputs, outputs = 1 if single or broadcast else number["IC"], 1 if single else number["OC"]
+        inputs, outputs, times = number["IC"], number["OC"], 1
+        if r["dw_mode"] == "per_channel_x_C":
+            inputs, outputs, times = 1, 1, number["groups"]
+        elif r["dw_mode"] == "as_IC1_OCC":
+            inputs = 1
         kernel, stride, size = ((number[key], number[key]) for key in ("K", "S", "O"))
         shape = Shape(kernel, kernel, stride, size, inputs, outputs, number["batch"], bool(number["im2col"]))
         best = machine.schedule(shape, np.array([number["wbits"]]), np.array([number["abits"]]))
-        times = number["groups"] if single else 1
         theirs = [
             int(r[key]) for key in ("total_cycles", "compute_cycles", "mem_stall_cycles", "dram_rd_bits", "dram_wr_bits")
         ]

@@ -50,8 +50,10 @@ from torch import nn
 
 import hw_models
 import quantizers as Q
+from experiments import shared
 from haq import data, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
+from haq.console.progress import progress
 from quantizers.observers import RULES
 
 NAME = "quantizer_accuracy"
@@ -85,7 +87,9 @@ class Budget:
     grid: bool = True  # or the middle rate of each
 
     def rates(self, rates: tuple[float, ...]) -> tuple[float, ...]:
-        return rates if self.grid else rates[1:2]
+        if self.grid:
+            return rates
+        return rates[1:2]
 
 
 QUICK = Budget((0, 1), 16_000, 8_000, 8_000, False)
@@ -127,14 +131,15 @@ class Table:
 
     def rich(self) -> RichTable:
         made = RichTable(title=self.title, box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(self.columns):
-            made.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        for column in self.columns:
+            made.add_column(column, justify="right", no_wrap=True)
+        made.columns[0].justify = "left"
         for row in self.rows:
             made.add_row(*row)
         return made
 
     def markdown(self) -> str:
-        lines = [self.columns, tuple("---" if i == 0 else "---:" for i in range(len(self.columns))), *self.rows]
+        lines = [self.columns, ("---", *["---:"] * (len(self.columns) - 1)), *self.rows]
         return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
@@ -186,7 +191,9 @@ class Maker:
     def epochs(self, run: Run) -> int:
         if run.learning_rate is None:
             return 0
-        return self.passes(self.budget.tuning_images if run.part == "tuning" else self.budget.images)
+        if run.part == "tuning":
+            return self.passes(self.budget.tuning_images)
+        return self.passes(self.budget.images)
 
     def float_network(self, seed: int) -> networks.Network:
         made = network(seed)
@@ -199,7 +206,9 @@ class Maker:
         module = self.start(run)
         if run.learning_rate is not None:
             self.train(run, module, run.learning_rate)
-        split = self.dataset.search if run.part == "tuning" else self.dataset.test
+        split = self.dataset.test
+        if run.part == "tuning":
+            split = self.dataset.search
         return 100 * training.accuracy(self.floats[run.seed], split, module)
 
     def start(self, run: Run) -> nn.Module:
@@ -218,8 +227,13 @@ class Maker:
 
     def train(self, run: Run, module: nn.Module, rate: float) -> None:
         optimizer: str | Callable[[nn.Module], Sequence[torch.optim.Optimizer]] = "sgd"
+        penalty = None
+        weight_decay = 1e-4
         if run.method == "binary":
             optimizer = "adam"
+            weight_decay = 0.0
+        elif run.method == "PACT":
+            penalty = functools.partial(Q.pact_penalty, strength=PENALTY)
         elif run.method == "k-means":
             optimizer = lambda m: [sharing_optimizer(m, rate)]  # noqa: E731
         training.fit(
@@ -231,19 +245,24 @@ class Maker:
                 seed=100 + run.seed,
                 batch_size=64,
                 optimizer=optimizer,
-                penalty=(lambda m: Q.pact_penalty(m, PENALTY)) if run.method == "PACT" else None,
-                weight_decay=0.0 if run.method == "binary" else 1e-4,
+                penalty=penalty,
+                weight_decay=weight_decay,
             ),
             module=module,
         )
 
     def quantized(self, run: Run, scheme: Q.Scheme) -> nn.Module:
         """The seed's network, calibrated; first and last layer linear at 8 bits, by the rule of a linear scheme."""
-        made, bits = self.floats[run.seed], (run.weight_bits, run.activation_bits)
+        made = self.floats[run.seed]
         names = list(Q.BitPolicy.uniform(made.module, w=None, a=None))
-        ends = scheme if type(scheme) is Q.Linear else Q.Linear()
-        policy = {name: (8, 8) if name in (names[0], names[-1]) else bits for name in names}
-        schemes = {name: ends if name in (names[0], names[-1]) else scheme for name in names}
+        ends = scheme
+        if type(scheme) is not Q.Linear:
+            ends = Q.Linear()
+        policy = dict.fromkeys(names, (run.weight_bits, run.activation_bits))
+        schemes = dict.fromkeys(names, scheme)
+        for name in (names[0], names[-1]):
+            policy[name] = (8, 8)
+            schemes[name] = ends
         images = next(self.dataset.train.batches(CALIBRATION_IMAGES))[0]
         return Q.quantize(made.module, policy, scheme=schemes, calibrate=made.preprocess(images))
 
@@ -260,7 +279,8 @@ class Study:
     """Every result so far."""
 
     def __init__(self, maker: Maker) -> None:
-        self.maker, self.budget = maker, maker.budget
+        self.maker = maker
+        self.budget = maker.budget
         # Of a network of its own: what the maker holds may be on its way to a process at any time.
         self.workload = hw_models.trace(network(0).module, torch.zeros(1, 1, 28, 28))
         self.results: list[Result] = []
@@ -291,7 +311,9 @@ class Study:
             cells = ", ".join(f"{rate:g}: {accuracy:.2f}" for rate, accuracy in by_rate.items())
             self.tuning.rows.append((method, str(bits or "float"), cells, f"{best:g}"))
         for run, accuracy in accuracies(final_runs(self.budget, self.tuned)):
-            size = sum(weight_bytes(self.workload, run.method, run.weight_bits or 0)) if run.of_weights else None
+            size = None
+            if run.of_weights:
+                size = sum(weight_bytes(self.workload, run.method, run.weight_bits or 0))
             self.results.append(Result(*run, accuracy, size))
 
     def values(self, part: str, method: str, bits: int | None) -> Values:
@@ -381,9 +403,10 @@ def findings(study: Study) -> Table:
     made = Table("What was expected", ("claim", "difference", "allowed", "verdict"))
 
     def check(claim: str, below: float, allowed: float) -> None:
-        made.rows.append(
-            (claim, f"{-below:+.2f}", f"{-allowed:+.1f}" if allowed else "0.0", "holds" if below <= allowed else "FAILS")
-        )
+        at_most = "0.0"
+        if allowed:
+            at_most = f"{-allowed:+.1f}"
+        made.rows.append((claim, f"{-below:+.2f}", at_most, shared.verdict(below <= allowed, "FAILS")))
 
     reference = mean("trained", "float", None)
     for scheme, bits, allowed in (("LSQ", 4, 0.5), ("LSQ", 2, 2.5), ("binary", 1, 5.0)):
@@ -402,7 +425,9 @@ def sentence(table: Table) -> str:
     failed = [
         f"{claim} ({difference} points, allowed {allowed})" for claim, difference, allowed, v in table.rows if v == "FAILS"
     ]
-    return f"Did not come out as expected: {'; '.join(failed)}." if failed else "All of it came out as expected."
+    if failed:
+        return f"Did not come out as expected: {'; '.join(failed)}."
+    return "All of it came out as expected."
 
 
 def setting(study: Study) -> str:
@@ -441,10 +466,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the tables (default: docs/experiments)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="trainings at a time (default: one a core)")
     options = parser.parse_args()
-    name = options.data or ("fashion-mnist-12k" if options.quick else "fashion-mnist")
-    out = options.out or (None if options.quick else Path("docs/experiments"))
-    budget = QUICK if options.quick else Budget()
-    maker = Maker(name, budget)
+    out = shared.folder_for(options.out, options.quick, Path("docs/experiments"))
+    budget = Budget()
+    name = "fashion-mnist"
+    if options.quick:
+        budget = QUICK
+        name = "fashion-mnist-12k"
+    maker = Maker(options.data or name, budget)
     study = Study(maker)
     console = Console()
     if console.width < WIDEST:
@@ -458,7 +486,7 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool,
-        cli.progress(console) as bar,
+        progress(console) as bar,
     ):
         task = bar.add_task("passes", total=total, note="")
         study.run(pool, lambda note, passes: bar.update(task, advance=passes, note=note))
@@ -469,12 +497,15 @@ def main() -> int:
     closing = sentence(expected)
     console.print(closing)
     if out is not None:
-        words = [f"python -m experiments.{NAME}", *(["--quick"] if options.quick else [])]
-        words += [f"--data {options.data}"] if options.data else []
+        words = [f"python -m experiments.{NAME}"]
+        if options.quick:
+            words.append("--quick")
+        if options.data:
+            words.append(f"--data {options.data}")
         save(out, " ".join(words), about, made, closing, study.results)
         console.print(f"written: {out / NAME}.md and .csv")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -82,14 +82,18 @@ def main() -> None:
         table.add_column(heading, justify="right")
         table.add_column("x float", justify="right")
     for name in ("float", *SCHEMES, *RIVALS):
-        label = f"ours, {name}" if name in SCHEMES else name
+        label = name
+        if name in SCHEMES:
+            label = f"ours, {name}"
         if name in missing:
             table.add_row(label, f"not installed ({missing[name]})")
             continue
         cells = []
         for kind, bar in BARS.items():
             ratio = f"{median[name, kind] / median['float', kind]:.2f}"
-            cells += [f"{1e3 * median[name, kind]:.1f}", f"{ratio}, bar {bar}" if name == "linear" and bar else ratio]
+            if name == "linear" and bar:
+                ratio += f", bar {bar}"
+            cells += [f"{1e3 * median[name, kind]:.1f}", ratio]
         table.add_row(label, *cells)
     console = Console(width=127)
     console.print(table)

@@ -52,8 +52,10 @@ from torch.nn import functional as F
 import haq
 import hw_models
 import quantizers as Q
+from experiments import shared
 from haq import data, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
+from haq.console.progress import progress
 from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation
@@ -125,9 +127,14 @@ class Known(haq.Problem):
     """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
 
     def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """of: what a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
-        fraction: the budget, from the cheapest policy (0) to the dearest (1).
-        accuracy, loss: one axis per decision, one entry per option.
+        """Keep what is known of every policy.
+
+        Args:
+            of: What a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
+            title: What it is called.
+            fraction: The budget, from the cheapest policy (0) to the dearest (1).
+            accuracy: One axis per decision, one entry per option.
+            loss: Likewise.
         """
         for field in ("workload", "cost", "bits", "groups", "decisions", "quantization_error", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
@@ -161,9 +168,13 @@ def load(name: str, quick: bool = False) -> list[Known]:
     if name == "hawqv3":
         return published(json.loads(HAWQ.read_text(encoding="utf-8")))
     given = NETWORKS[name]
-    pairs = given.pairs[-2:] if quick else given.pairs
-    problem, images, labels = trained(name, given.build, 1 if quick else EPOCHS)
-    problem.decisions = [d if len(d.pairs) == 1 else restricted(problem, d, pairs) for d in problem.decisions]
+    pairs, epochs = given.pairs, EPOCHS
+    if quick:
+        pairs, epochs = given.pairs[-2:], 1
+    problem, images, labels = trained(name, given.build, epochs)
+    for number, decision in enumerate(problem.decisions):
+        if len(decision.pairs) > 1:
+            problem.decisions[number] = restricted(problem, decision, pairs)
     state = b"".join(t.numpy().tobytes() for t in problem.network.state_dict().values())
     key = hashlib.sha256(state + repr([d.pairs.tolist() for d in problem.decisions]).encode()).hexdigest()[:16]
     path = data.cache_folder() / f"{NAME}-{name}-{key}.npz"
@@ -198,8 +209,10 @@ def restricted(problem: haq.Problem, decision: Decision, pairs: Sequence[tuple[i
 
 @torch.inference_mode()
 def enumerate_all(problem: haq.Problem, images: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Accuracy and loss of every policy of a sequential network, one axis per decision: each layer's output is computed once
-    for all that follows from it."""
+    """Measure accuracy and loss of every policy of a sequential network, one axis per decision.
+
+    Each layer's output is computed once for all that follows from it.
+    """
     order = {problem.workload.names[decision.layers[0]]: i for i, decision in enumerate(problem.decisions)}
     shape = [len(decision.pairs) for decision in problem.decisions]
     accuracy, loss = np.zeros(shape), np.zeros(shape)
@@ -337,7 +350,7 @@ def bars(outcomes: Sequence[Outcome], additive: dict[str, float]) -> list[str]:
     made = []
 
     def say(holds: bool, claim: str) -> None:
-        made.append(f"{'holds' if holds else 'FALLS SHORT'}: {claim}")
+        made.append(f"{shared.verdict(holds)}: {claim}")
 
     for problem in dict.fromkeys(o.problem for o in outcomes):
         agent = {n: means[key] for n in ALLOWED if (key := (problem, BAR, n)) in means}
@@ -430,11 +443,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help=f"folder for page, picture and table (default: {FOLDER})")
     options = parser.parse_args(arguments)
-    seeds, allowed = (1, [30]) if options.quick else (options.seeds, options.evaluations)
-    console = Console(width=110) if not sys.stdout.isatty() else Console()
+    seeds, allowed = options.seeds, options.evaluations
+    if options.quick:
+        seeds, allowed = 1, [30]
+    console = Console()
+    if not sys.stdout.isatty():
+        console = Console(width=110)
     torch.set_num_threads(1)
-    out = options.out or (None if options.quick else FOLDER)
-    about, additive, asked = [], {}, []
+    out = shared.folder_for(options.out, options.quick, FOLDER)
+    about = []
+    additive = {}
+    asked = []
     for name in options.problems:
         with console.status(f"{name}: every policy"):
             problems = known(name, options.quick)
@@ -445,13 +464,13 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{100 * problem.best:.2f} %; additive to {additive[problem.title]:.2f}"
             )
             console.print(about[-1])
-            asked += [
-                (name, options.quick, number, solver, evaluations, seed, options.ahead)
-                for solver, evaluations in itertools.product(options.solvers, allowed)
-                for seed in range(1 if solver in CERTAIN else seeds)
-            ]
+            for solver, evaluations in itertools.product(options.solvers, allowed):
+                repeats = seeds
+                if solver in CERTAIN:
+                    repeats = 1
+                asked += [(name, options.quick, number, solver, evaluations, seed, options.ahead) for seed in range(repeats)]
     # Forked, so that what is known comes along.
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool, cli.progress(console) as bar:
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool, progress(console) as bar:
         task = bar.add_task("searches", total=len(asked), note="")
         outcomes = []
         for outcome in pool.map(one_search, asked):
@@ -459,8 +478,7 @@ def main(arguments: list[str] | None = None) -> int:
             bar.update(task, advance=1, note=f"{outcome.problem}, {outcome.solver}, {outcome.evaluations}")
     made = bars(outcomes, additive)
     table = Table(title="Regret in points; mean, least and most over seeds", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
+    shared.add_columns(table, COLUMNS, left=COLUMNS[:2])
     for row in rows(outcomes):
         table.add_row(*row)
     console.print(table)
@@ -477,4 +495,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -42,7 +42,9 @@ class Rival:
 @dataclass(frozen=True)
 class Int8Layer:
     """A layer for libraries: bytes (zero point 0) in and out, channels last, weights of 8 bits with a scale per channel.
-    Outputs are round(scale[c] * (sum + bias[c])) + 128, clipped to bytes."""
+
+    Outputs are round(scale[c] * (sum + bias[c])) + 128, clipped to bytes.
+    """
 
     conv: Conv
     weights: NDArray[np.int8]  # (C_out, C_in / groups, kh, kw)
@@ -88,8 +90,10 @@ class Int8Layer:
 def onnx_layer(
     layer: Int8Layer, nodes: Callable[[Any, str], list[Any]], shared: dict[str, Any], own: dict[str, Any], copies: int
 ) -> Any:
-    """A model of the same layer several times, side by side with different weights: of input x, outputs y0, y1.. `nodes`
-    makes those of one copy, whose names end in its number."""
+    """Make a model of the same layer several times, side by side with different weights: of input x, outputs y0, y1...
+
+    `nodes` makes those of one copy, whose names end in its number.
+    """
     onnx = importlib.import_module("onnx")
     make, of = onnx.helper, onnx.TensorProto
     given, made = layer.sizes
@@ -128,8 +132,10 @@ def onnxruntime_layer(layer: Int8Layer, copies: int = 1) -> Rival:
             return [node("QGemm", [*names, "bias", "y_scale", "y_zero"], **end)]
         return [node("QLinearConv", [*names, "y_scale", "y_zero", "bias"], **end, **layer.attributes, channels_last=1)]
 
-    own = {"w": layer.weights[:, :, 0, 0].T if layer.linear else layer.weights}
-    model = onnx_layer(layer, nodes, shared, own, copies)
+    weights = layer.weights
+    if layer.linear:
+        weights = weights[:, :, 0, 0].T
+    model = onnx_layer(layer, nodes, shared, {"w": weights}, copies)
     return onnxruntime_rival("ONNX Runtime", model.SerializeToString(), layer.image.reshape(layer.sizes[0]))
 
 
@@ -186,7 +192,10 @@ def openvino_layer(layer: Int8Layer, copies: int = 1) -> Rival:
             made.append(node("Transpose", [f"{total}_first"], [total], perm=(0, 2, 3, 1)))
         return [*made, node("QuantizeLinear", [total, "half", "y_zero"], [f"y{copy}"])]
 
-    model = onnx_layer(layer, nodes, shared, {"w": layer.weights[:, :, 0, 0] if layer.linear else layer.weights}, copies)
+    weights = layer.weights
+    if layer.linear:
+        weights = weights[:, :, 0, 0]
+    model = onnx_layer(layer, nodes, shared, {"w": weights}, copies)
     return openvino_rival("OpenVINO", model, layer.image.reshape(layer.sizes[0]))
 
 
@@ -221,7 +230,7 @@ def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
 
 
 def torch_layer(layer: Int8Layer, engine: str) -> Rival:
-    """torch's quantized operators with packed weights."""
+    """Torch's quantized operators with packed weights."""
     conv = layer.conv
     torch.backends.quantized.engine = engine
     zeros = torch.zeros(conv.out_channels, dtype=torch.int64)
@@ -252,7 +261,9 @@ def torch_layer(layer: Int8Layer, engine: str) -> Rival:
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
         made = call().int_repr()
-        return np.ascontiguousarray((made if layer.linear else made.permute(0, 2, 3, 1)).numpy())
+        if not layer.linear:
+            made = made.permute(0, 2, 3, 1)
+        return np.ascontiguousarray(made.numpy())
 
     return Rival(f"torch {engine}", run, call)
 
@@ -299,7 +310,9 @@ def torch_compiled(network: nn.Module, images: Tensor) -> Rival:
 
 
 def _torch_rival(name: str, network: Callable[[Tensor], Tensor], images: Tensor) -> Rival:
-    channels_last = images.clone(memory_format=torch.channels_last) if images.dim() == 4 else images.clone()
+    channels_last = images.clone()
+    if images.dim() == 4:
+        channels_last = images.clone(memory_format=torch.channels_last)
 
     def call() -> Tensor:
         with torch.inference_mode():

@@ -36,7 +36,9 @@ from rich.table import Table
 
 import haq
 import quantizers as Q
-from haq.console import cli
+from experiments.shared import folder_for, verdict
+from haq.console.errors import run_command
+from haq.console.progress import progress
 from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
 from haq.study.config import SearchConfig
@@ -86,8 +88,10 @@ def run(problem: haq.Problem, solver: str, evaluations: int) -> Timed:
 
 
 def own_seconds(problem: haq.Problem, solver: str, evaluations: int) -> float:
-    """What a solver itself takes for an evaluation, of the last fifth (an agent has its sensitivities then): what is left of
-    the time if all is known already."""
+    """Measure what a solver itself takes for an evaluation: what is left of the time if all is known already.
+
+    It is that of the last fifth: an agent has its sensitivities then.
+    """
     ahead = AHEAD
     solve(solver, Session(problem, evaluations, ahead=ahead), seed=0)
     moments: list[float] = []
@@ -143,9 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only see that it runs: saves nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the page (default: {FOLDER})")
     options = parser.parse_args(arguments)
-    evaluations = {"random": 8, "ddpg": 40} if options.quick else {"random": 60, "ddpg": SearchConfig().evaluations}
-    repeats = 1 if options.quick else options.repeats
-    console = Console(width=110) if not sys.stdout.isatty() else Console()
+    evaluations = {"random": 60, "ddpg": SearchConfig().evaluations}
+    repeats, tasks = options.repeats, 3000
+    if options.quick:
+        evaluations = {"random": 8, "ddpg": 40}
+        repeats, tasks = 1, 200
+    console = Console()
+    if not sys.stdout.isatty():
+        console = Console(width=110)
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
     problem = SearchTask.build(SearchConfig()).problem
@@ -161,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         "1 worker of Ray": (1, address, 1),
         "2 workers of Ray": (2, address, 1),
     }
-    with cli.progress(console) as bar:
+    with progress(console) as bar:
         task = bar.add_task("searches", total=repeats * len(ways) * len(evaluations), note="")
         for _ in range(repeats):
             for way, (count, ray, threads) in ways.items():
@@ -181,7 +190,6 @@ def main(arguments: list[str] | None = None) -> int:
         "with each policy": len(pickle.dumps(policy)),
         "with each answer": len(pickle.dumps(problem.evaluate(policy))),
     }
-    tasks = 200 if options.quick else 3000
     pool = Processes(Nothing(), 1)  # type: ignore[arg-type]
     given_out = {"processes": tasks_per_second(pool, problem, tasks)}
     pool.close()
@@ -195,79 +203,97 @@ def main(arguments: list[str] | None = None) -> int:
     lines = [
         f"`{sys.platform}`, {cores} cores; medians of {repeats} repeats; accuracy of the default network on its search images."
     ]
-    table = Table(title="Evaluations per second (measured)", box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [["by", *evaluations, "times one", ""]]
     medians = {key: statistics.median(values) for key, values in rates.items()}
     for way in ways:
         one = {"2 processes": "1 process", "2 workers of Ray": "1 worker of Ray"}.get(way)
-        times = [medians[solver, way] / medians[solver, one] for solver in evaluations] if one else []
-        verdict = ""
-        if times:
-            verdict = " ".join(
-                f"{solver}: {'holds' if share >= BAR[way] else 'FALLS SHORT'}"
-                for solver, share in zip(evaluations, times, strict=True)
-            )
+        times = []
+        if one:
+            times = [medians[solver, way] / medians[solver, one] for solver in evaluations]
+        said = [f"{solver}: {verdict(share >= BAR[way])}" for solver, share in zip(evaluations, times, strict=bool(one))]
         spread = [f"{medians[s, way]:.2f} ({min(rates[s, way]):.2f}-{max(rates[s, way]):.2f})" for s in evaluations]
-        shown.append([way, *spread, ", ".join(f"{share:.2f}" for share in times), verdict])
+        shown.append([way, *spread, ", ".join(f"{share:.2f}" for share in times), " ".join(said)])
     same = all(len(hashes) == 1 for hashes in found.values())
+    answer = "NO"
+    if same:
+        answer = "yes"
     seconds = 1 / medians["random", "1 process"]
     facts = [
-        f"the same evaluations in the same order, whoever did them: {'yes' if same else 'NO'}",
+        f"the same evaluations in the same order, whoever did them: {answer}",
         f"one evaluation: {seconds:.3f} s on one thread",
         *(f"moved {what}: {count:,} bytes" for what, count in moved.items()),
         *(f"policies given out and taken back by {who}: {rate:,.0f} a second" for who, rate in given_out.items()),
         *(f"{solver} itself: {1000 * spent:.2f} ms an evaluation" for solver, spent in own.items()),
     ]
-    model = [["workers", *(f"{solver}, {s:.3g} s each" for s in (seconds, SLOW) for solver in evaluations)]]
-    for count in WORKERS:
-        cells = []
-        for s in (seconds, SLOW):
-            for solver in evaluations:
-                ahead = AHEAD if solver == "ddpg" else None
-                rate, bound = modelled(count, s, given_out["Ray"], own[solver], ahead)
-                cells.append(f"{rate * s:,.1f} ({bound})")
-        model.append([str(count), *cells])
-    for heading in shown[0]:
-        table.add_column(heading)
-    for row in shown[1:]:
-        table.add_row(*row)
-    console.print(table)
+    model = modelled_rows(seconds, given_out["Ray"], own)
+    print_table(console, "Evaluations per second (measured)", shown)
     for line in facts:
         console.print(f"* {line}", highlight=False)
-    larger = Table(title="Speed of N workers on Ray (modelled)", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in model[0]:
-        larger.add_column(heading)
-    for row in model[1:]:
-        larger.add_row(*row)
-    console.print(larger)
-    out = options.out or (None if options.quick else FOLDER)
+    print_table(console, "Speed of N workers on Ray (modelled)", model)
+    out = folder_for(options.out, options.quick, FOLDER)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        page = [
-            "# How far a search can be spread",
-            "",
-            f"Made by `experiments/{NAME}.py`, which says how: `python -m experiments.{NAME}`.",
-            "",
-            *lines,
-            "",
-            "## Evaluations per second (measured)",
-            "",
-            *_markdown(shown),
-            "",
-            *(f"* {fact}" for fact in facts),
-            "",
-            "## N workers on Ray, as times the speed of one (modelled from these, not measured)",
-            "",
-            *_markdown(model),
-            "",
-            "With an agent it is what it chooses ahead (`--ahead`, 4 here) that gives out first: more workers than that are",
-            "idle, but for the sensitivities it begins with. A larger cluster takes a larger `--ahead`, or a sweep, whose",
-            "searches need nothing of each other. With policies that are known ahead it is the first process, which gives out",
-            "and takes back, and the solver.",
-        ]
-        (out / f"{NAME}.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+        save(out, lines, shown, facts, model)
         console.print(f"written: {out / NAME}.md")
-    return 0 if same else 1
+    return int(not same)
+
+
+def modelled_rows(seconds: float, given_out: float, own: dict[str, float]) -> list[list[str]]:
+    """Say how fast many workers would be, as times the speed of one.
+
+    Args:
+        seconds: Of an evaluation of the default network; beside it stands one of `SLOW`.
+        given_out: How many policies a second are given out and taken back.
+        own: Seconds that each solver itself takes for an evaluation.
+
+    Returns:
+        A row for every number of workers, after the headings.
+    """
+    cases = [(each, solver) for each in (seconds, SLOW) for solver in own]
+    made = [["workers", *(f"{solver}, {each:.3g} s each" for each, solver in cases)]]
+    for count in WORKERS:
+        cells = []
+        for each, solver in cases:
+            ahead = None
+            if solver == "ddpg":
+                ahead = AHEAD
+            rate, bound = modelled(count, each, given_out, own[solver], ahead)
+            cells.append(f"{rate * each:,.1f} ({bound})")
+        made.append([str(count), *cells])
+    return made
+
+
+def print_table(console: Console, title: str, rows: list[list[str]]) -> None:
+    table = Table(*rows[0], title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)
+
+
+def save(folder: Path, lines: list[str], shown: list[list[str]], facts: list[str], model: list[list[str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    page = [
+        "# How far a search can be spread",
+        "",
+        f"Made by `experiments/{NAME}.py`, which says how: `python -m experiments.{NAME}`.",
+        "",
+        *lines,
+        "",
+        "## Evaluations per second (measured)",
+        "",
+        *_markdown(shown),
+        "",
+        *(f"* {fact}" for fact in facts),
+        "",
+        "## N workers on Ray, as times the speed of one (modelled from these, not measured)",
+        "",
+        *_markdown(model),
+        "",
+        "With an agent it is what it chooses ahead (`--ahead`, 4 here) that gives out first: more workers than that are",
+        "idle, but for the sensitivities it begins with. A larger cluster takes a larger `--ahead`, or a sweep, whose",
+        "searches need nothing of each other. With policies that are known ahead it is the first process, which gives out",
+        "and takes back, and the solver.",
+    ]
+    (folder / f"{NAME}.md").write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 def _markdown(rows: list[list[str]]) -> list[str]:
@@ -275,4 +301,4 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

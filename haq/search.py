@@ -118,8 +118,10 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
     """Load all that a search names, and the sensitivities that it is given."""
     import dataclasses
 
+    from haq.solvers.base import find_solver
     from haq.study.task import SearchTask, load_target
 
+    find_solver(config.solver)
     with follow_loading(output.notes, "loading network and data, calibrating") as follow:
         task = SearchTask.build(config, load_target(config, **follow))
     if config.sensitivity is not None:

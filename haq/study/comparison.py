@@ -167,6 +167,16 @@ def schemes_in(module: nn.Module) -> dict[str, Q.Scheme]:
     return {name: layer.scheme for name, layer in Q.quant_layers(module).items()}
 
 
+def has_schemes(module: nn.Module, schemes: Mapping[str, Q.Scheme]) -> bool:
+    """Tell whether the layers of a quantized network have these schemes, with the same options."""
+    return _described(schemes_in(module)) == _described(schemes)
+
+
+def _described(schemes: Mapping[str, Q.Scheme]) -> dict[str, tuple[str, dict[str, Any]]]:
+    # Two schemes of somebody's own needn't be equal, though they do the same.
+    return {name: (scheme.name, scheme.options()) for name, scheme in schemes.items()}
+
+
 def gather(spec: ComparisonSpec, on_training: OnTraining | None = None) -> ComparedNetworks:
     """Load what is compared, and train what isn't there yet.
 
@@ -261,7 +271,7 @@ class _RunNetworks:
         It is the run's own, if it has one of the schemes that are asked for. With other schemes it is trained like the rest.
         """
         kept = self.run.load_checkpoint(self.loaded)
-        if kept is not None and (self.spec.scheme is None or schemes_in(kept) == self.schemes):
+        if kept is not None and (self.spec.scheme is None or has_schemes(kept, self.schemes)):
             return kept, self.budget()
         if kept is None:
             return self.plain, "calibrated, not fine-tuned"
@@ -284,7 +294,7 @@ class _RunNetworks:
         config = self.run.config
         path = ROBUSTNESS / f"{name}{self._suffix()}-{config.finetune_epochs}-epochs.safetensors"
         kept = self.run.load_checkpoint(self.loaded, path)
-        if kept is not None and Q.get_policy(kept) == policy and schemes_in(kept) == self.schemes:
+        if kept is not None and Q.get_policy(kept) == policy and has_schemes(kept, self.schemes):
             return kept
         network = with_policy(self.plain, policy)
         if not config.finetune_epochs:

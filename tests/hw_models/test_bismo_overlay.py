@@ -67,6 +67,34 @@ def shipped(name: str) -> BismoOverlayTarget:
     return BismoOverlayTarget.model_validate(yaml.safe_load(text))
 
 
+def run_stages(target: BismoOverlayTarget, stages: list[deque[tuple[str, Any]]]) -> int:
+    """Let the stages do what they are told; returns the cycle at which the last of them is done."""
+    # A token is the time it was sent at. Each stage goes on until it lacks one, and again when another has sent it.
+    tokens: dict[str, deque[int]] = {
+        "free operands": deque([0] * target.fetch_execute_tokens),
+        "operands": deque(),
+        "free result": deque([0] * target.execute_write_tokens),
+        "result": deque(),
+    }
+    clocks = [0, 0, 0]
+    while any(stages):
+        waiting = sum(map(len, stages))
+        for index, stage in enumerate(stages):
+            while stage:
+                kind, what = stage[0]
+                if kind == "receive":
+                    if not tokens[what]:
+                        break
+                    clocks[index] = max(clocks[index], tokens[what].popleft())
+                elif kind == "run":
+                    clocks[index] += what
+                else:
+                    tokens[what].append(clocks[index])
+                stage.popleft()
+        assert sum(map(len, stages)) < waiting, "deadlock"
+    return clocks[-1]
+
+
 def simulate(target: BismoOverlayTarget, m: int, k: int, n: int, w_bits: int, a_bits: int) -> Gemm:
     """Write down what each stage is told to do, one instruction after the other, and let the stages do it."""
     tm, tn = math.ceil(m / target.dm), math.ceil(n / target.dn)
@@ -118,32 +146,9 @@ def simulate(target: BismoOverlayTarget, m: int, k: int, n: int, w_bits: int, a_
             write.append(("send", "free result"))
             write_bytes += 4 * target.dm * target.dn
 
-    # A token is the time it was sent at. Each stage goes on until it lacks one, and again when another has sent it.
-    tokens: dict[str, deque[int]] = {
-        "free operands": deque([0] * target.fetch_execute_tokens),
-        "operands": deque(),
-        "free result": deque([0] * target.execute_write_tokens),
-        "result": deque(),
-    }
-    stages = [deque(fetch), deque(execute), deque(write)]
-    clocks = [0, 0, 0]
-    while any(stages):
-        waiting = sum(map(len, stages))
-        for index, stage in enumerate(stages):
-            while stage:
-                kind, what = stage[0]
-                if kind == "receive":
-                    if not tokens[what]:
-                        break
-                    clocks[index] = max(clocks[index], tokens[what].popleft())
-                elif kind == "run":
-                    clocks[index] += what
-                else:
-                    tokens[what].append(clocks[index])
-                stage.popleft()
-        assert sum(map(len, stages)) < waiting, "deadlock"
+    done = run_stages(target, [deque(fetch), deque(execute), deque(write)])
     # The host reads at poll_cycles - 1, 2 poll_cycles - 1, ...
-    seen = next(t for t in range(clocks[2], clocks[2] + target.poll_cycles) if (t + 1) % target.poll_cycles == 0)
+    seen = next(t for t in range(done, done + target.poll_cycles) if (t + 1) % target.poll_cycles == 0)
     return Gemm(seen, read_bytes, write_bytes, execute_cycles, execute_runs, fetch_runs)
 
 

@@ -243,7 +243,7 @@ def test_sensitivities_are_measured_from_the_last_layer_to_the_first() -> None:
     sensitivity.measure(problem, session, keep=1)
     base, *others = tried
     changed = [
-        next((layer, min(bits)) for layer, bits in enumerate(policy.values()) if bits != base[problem.workload.names[layer]])
+        next((layer, min(bits)) for layer, bits in enumerate(policy.values()) if bits != base[problem.workload.names[layer]])  # type: ignore[type-var]
         for policy in others
     ]
     assert [bits for _, bits in changed] == sorted((bits for _, bits in changed), key=sensitivity.ORDER.index)

@@ -124,7 +124,7 @@ def test_identity_passes_through_a_whole_network() -> None:
     network, x = quantized("linear"), 3 * images(4, seed=1) - 1
 
     class Detached(Q.Linear):
-        def activation(self, layer: Q.QuantLayer, x: Tensor, bits: int) -> Tensor:
+        def activation(self, layer: Q.SchemeLayer, x: Tensor, bits: int) -> Tensor:
             value = super().activation(layer, x.detach(), bits)
             return x + (value - x).detach()
 
@@ -265,16 +265,16 @@ def test_a_scheme_of_ones_own_needs_a_step_for_soft_only() -> None:
     class Halves(Q.Scheme):
         needs_data: ClassVar[bool] = False
 
-        def start(self, layer: Q.QuantLayer) -> dict[str, Tensor]:
+        def start(self, layer: Q.SchemeLayer) -> dict[str, Tensor]:
             return {}
 
-        def calibrate(self, layer: Q.QuantLayer, observer: object) -> None:
+        def calibrate(self, layer: Q.SchemeLayer, observer: object) -> None:
             pass
 
-        def weight(self, layer: Q.QuantLayer, bits: int) -> Tensor:
+        def weight(self, layer: Q.SchemeLayer, bits: int) -> Tensor:
             return layer.weight
 
-        def activation(self, layer: Q.QuantLayer, x: Tensor, bits: int) -> Tensor:
+        def activation(self, layer: Q.SchemeLayer, x: Tensor, bits: int) -> Tensor:
             return (2 * x).round() / 2
 
     network = one_layer(Halves())

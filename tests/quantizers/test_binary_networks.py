@@ -445,7 +445,7 @@ def test_entering_a_stage_sets_the_network_and_the_optimizer() -> None:
     counts = []
     for stage in two_stages(2, lr=0.1):
         clipping = stage.enter(network, optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch, stage=stage: stage.rate(epoch) / stage.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch, stage=stage: stage.rate(epoch) / stage.lr)  # type: ignore[misc]
         assert optimizer.param_groups[0]["lr"] == stage.lr
         for layer in Q.quant_layers(network).values():
             assert layer.scheme == Binary(stage.weight_estimator, scaling="xnor")

@@ -250,7 +250,8 @@ LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda value: str(value)[:40])
 def test_power_iteration_finds_the_norm_of_the_explicit_matrix(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer = copy.deepcopy(layer).double()
-    layer.weight.data = random(*layer.weight.shape) + 1  # one direction stands out, so that it is found quickly
+    shape_of_weight = layer.get_parameter("weight").shape
+    layer.weight.data = random(*shape_of_weight) + 1  # one direction stands out, so that it is found quickly
     matrix = matrix_of(layer, shape)
     u, s, v = torch.linalg.svd(matrix)
     found = operator_norm(layer, shape, tolerance=0)
@@ -258,7 +259,7 @@ def test_power_iteration_finds_the_norm_of_the_explicit_matrix(layer: nn.Module,
     # The gradient of the largest singular value is u v^T, here contracted with the matrix of another weight.
     (gradient,) = torch.autograd.grad(found, layer.weight)
     other = copy.deepcopy(layer)
-    other.weight.data = random(*layer.weight.shape, seed=1)
+    other.weight.data = random(*shape_of_weight, seed=1)
     expected = u[:, 0] @ matrix_of(other, shape) @ v[0]
     torch.testing.assert_close((gradient * other.weight).sum(), expected, atol=1e-5, rtol=1e-5)
 

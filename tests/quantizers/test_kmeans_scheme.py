@@ -255,7 +255,7 @@ def test_activations_are_those_of_the_linear_scheme(network: nn.Module) -> None:
 
 def test_channels_last_weights(network: nn.Module) -> None:
     expected = quantized(network, 3)(images(4))
-    last = network.to(memory_format=torch.channels_last)
+    last = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     torch.testing.assert_close(quantized(last, 3)(images(4)), expected)
 
 

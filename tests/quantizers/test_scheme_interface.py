@@ -43,7 +43,7 @@ def widths_of(layer: Q.QuantLayer) -> list[Bits]:
     found = []
     for bits in itertools.product((None, *range(1, 9)), repeat=2):
         try:
-            layer.scheme.check(*bits, signed=layer.signed)
+            layer.scheme.check(bits[0], bits[1], signed=layer.signed)
         except ValueError:
             continue
         found.append(bits)

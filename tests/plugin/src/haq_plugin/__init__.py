@@ -1,0 +1,1 @@
+"""One of each kind that haq finds by name."""
