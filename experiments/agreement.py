@@ -43,7 +43,7 @@ import quantizers as Q
 from experiments import shared
 from experiments.quantizer_accuracy import Table
 from haq import networks
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.data import IMAGE_ENDINGS
 from haq.solvers import ilp, sensitivity
 from haq.solvers.base import Session, solve
@@ -305,4 +305,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

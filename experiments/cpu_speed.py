@@ -51,7 +51,7 @@ import quantizers as Q
 from experiments import shared
 from experiments.rivals import Rival, network_rivals
 from haq import data, deploy, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.deployment import tvm as tvm_deployment
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
@@ -487,4 +487,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -46,7 +46,7 @@ import quantizers as Q
 from experiments.shared import verdict
 from haq import data, networks, training
 from haq.attacks.assessment import Assessment, assess
-from haq.console import cli
+from haq.console.progress import progress
 
 SEEDS, WIDTHS, BETA, EPS = (0, 1, 2), (None, 5, 4, 3, 2), 2e-3, 8 / 255
 EPOCHS, RATE, IMAGES = 5, 1e-2, 300
@@ -182,7 +182,7 @@ def main() -> None:
     outcomes: list[Outcome] = []
     console = Console()
     context = multiprocessing.get_context("spawn")
-    with cli.progress(console) as bar, ProcessPoolExecutor(options.processes, context) as pool:
+    with progress(console) as bar, ProcessPoolExecutor(options.processes, context) as pool:
         task = bar.add_task("training and attacking", total=len(settings), note="")
         for found in pool.map(study, settings):
             outcomes += found

@@ -47,7 +47,7 @@ from experiments.published_hardware import HAQ_LATENCIES_MS, WITH_FIRST
 from experiments.published_hardware import WIDTHS as PUBLISHED_WIDTHS
 from experiments.quantizer_accuracy import Table, Values
 from haq import data, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.solvers import ilp, sensitivity
 from haq.solvers.base import Session, Trial, solve
 
@@ -475,4 +475,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -29,7 +29,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, run_command
+from haq.console.progress import progress
 
 NAME = "kills"
 RUN = Path("run")
@@ -171,7 +172,7 @@ def interrupted(job: Job, folder: Path, kills: int, times: tuple[float, float], 
             when.append(moment)
             continue
         # Gone on with after its end, it says so.
-        over = process.returncode == cli.EXIT_BAD_INPUT and when and job.ended and (folder / RUN / job.ended).exists()
+        over = process.returncode == EXIT_BAD_INPUT and when and job.ended and (folder / RUN / job.ended).exists()
         if process.returncode not in (0, 1) and not over:
             raise ChildProcessError(f"{job.resume} failed: {(folder / 'log').read_text()[-2000:]}")
         return when
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(heading, justify="right")
     share, rest = divmod(options.kills, len(options.jobs))
     tallies = []
-    with tempfile.TemporaryDirectory() as temporary, cli.progress(console) as bar:
+    with tempfile.TemporaryDirectory() as temporary, progress(console) as bar:
         bar_task = bar.add_task("kills", total=options.kills, note="")
         for number, name in enumerate(options.jobs):
             place = Path(temporary) / f"job{number}"
@@ -261,4 +262,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -52,7 +52,8 @@ import hw_models
 import quantizers as Q
 from experiments import shared
 from haq import data, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
+from haq.console.progress import progress
 from quantizers.observers import RULES
 
 NAME = "quantizer_accuracy"
@@ -485,7 +486,7 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (1,)) as pool,
-        cli.progress(console) as bar,
+        progress(console) as bar,
     ):
         task = bar.add_task("passes", total=total, note="")
         study.run(pool, lambda note, passes: bar.update(task, advance=passes, note=note))
@@ -507,4 +508,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

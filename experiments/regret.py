@@ -54,7 +54,8 @@ import hw_models
 import quantizers as Q
 from experiments import shared
 from haq import data, networks, training
-from haq.console import cli
+from haq.console.errors import run_command
+from haq.console.progress import progress
 from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation
@@ -469,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
                     repeats = 1
                 asked += [(name, options.quick, number, solver, evaluations, seed, options.ahead) for seed in range(repeats)]
     # Forked, so that what is known comes along.
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool, cli.progress(console) as bar:
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool, progress(console) as bar:
         task = bar.add_task("searches", total=len(asked), note="")
         outcomes = []
         for outcome in pool.map(one_search, asked):
@@ -494,4 +495,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -37,7 +37,8 @@ from rich.table import Table
 import haq
 import quantizers as Q
 from experiments.shared import folder_for, verdict
-from haq.console import cli
+from haq.console.errors import run_command
+from haq.console.progress import progress
 from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
 from haq.study.config import SearchConfig
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         "1 worker of Ray": (1, address, 1),
         "2 workers of Ray": (2, address, 1),
     }
-    with cli.progress(console) as bar:
+    with progress(console) as bar:
         task = bar.add_task("searches", total=repeats * len(ways) * len(evaluations), note="")
         for _ in range(repeats):
             for way, (count, ray, threads) in ways.items():
@@ -300,4 +301,4 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_command(main))
+    sys.exit(run_command(main))

@@ -1,10 +1,11 @@
 """Write what a run found as something that runs with those bits.
 
-tvm     a folder with one library for this machine's processor, integers from end to end: `haq.deploy.load(FOLDER)(images)`
-onnx    a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others
-qonnx   a file of QONNX, for tools of FPGAs
+    tvm     a folder with one library for this machine's processor
+    onnx    a file with QuantizeLinear and DequantizeLinear
+    qonnx   a file of QONNX, for tools of FPGAs
 
-    and what installed packages offer, or is given as module:Name; `haq list exporters` shows all of them
+What installed packages offer besides is listed by `haq list exporters`. `haq.deploy.load(FOLDER)(images)` runs what --to tvm
+writes.
 
 The fine-tuned network is written if there is one. The run may come from another machine: kernels are chosen by what they take
 on this one. What was written is run on test images beside the network in PyTorch, and the largest difference is printed.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from haq.study.search_run import SearchRun
     from haq.study.task import LoadedNetwork
 
+TUNED = {True: "fine-tuned", False: "not fine-tuned"}
 COMPARED = 200  # test images whose integers are compared layer by layer
 BATCH = 250  # test images at once
 WRITTEN = "What is written"  # the heading of options
@@ -167,10 +169,7 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
                 options=options,
                 on_progress=follow["progress"],
             )
-        about = "not fine-tuned"
-        if tuned:
-            about = "fine-tuned"
-        say(output.results, f"written: {path} ({about})", wrap=False)
+        say(output.results, f"written: {path} ({TUNED[tuned]})", wrap=False)
         with output.notes.status("comparing with the network in PyTorch"):
             verdict = exporter.compare(network, graph, samples, path)
     output.results.print(key_table(verdict.rows))
@@ -178,7 +177,9 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
         {"written": str(path), "exporter": to, "fine_tuned": tuned, "same_answers": verdict.same_answers}
         | {"compared": dict(verdict.rows)}
     )
-    return 0 if verdict.same_answers else 1
+    if not verdict.same_answers:
+        return 1
+    return 0
 
 
 def _options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) -> dict[str, Any]:

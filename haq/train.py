@@ -286,6 +286,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
             notes["test_accuracy_attacked"] = f"{attacked[1]:.4f} (worst of clean and {attacked[0]})"
         networks.save_checkpoint(network, out, notes)
         state.path.unlink(missing_ok=True)
+    source = networks.name_of_checkpoint(network.name, out)
     for name, value in accuracies.items():
         images = len(getattr(dataset, name))
         say(output.results, f"accuracy on the {name} split: {percent(value)} of {images:,} images")
@@ -293,11 +294,11 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         say(
             output.results,
             f"accuracy on the test split, worst of clean and {attacked[0]}: {percent(attacked[1])} (a cheap attack, not an "
-            f"evaluation: {command_line('python', '-m', 'haq.robustness', out)})",
+            f"evaluation: {command_line('python', '-m', 'haq.robustness', source)})",
             wrap=False,
         )
     say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)")
-    say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", out, "--data", options.data)
+    say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data)
     return 0
 
 

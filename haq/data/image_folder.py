@@ -27,7 +27,8 @@ def imagefolder(path: Path, image_size: int) -> Dataset:
         FileNotFoundError: If a folder is missing.
         ValueError: For folders without images, and for classes of val/ that train/ doesn't have.
     """
-    train_folder, test_folder = path / "train", path / "val"
+    train_folder = path / "train"
+    test_folder = path / "val"
     for folder in (train_folder, test_folder):
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is missing: imagefolder:PATH wants PATH/train/CLASS/* and PATH/val/CLASS/*")

@@ -25,7 +25,8 @@ from haq.store.files import write
 
 FLAVOURS = ("onnx", "qonnx")
 # Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
-OPSET, IR_VERSION = 17, 8
+OPSET = 17
+IR_VERSION = 8
 QONNX_DOMAIN = "qonnx.custom_op.general"
 BATCH = 64
 

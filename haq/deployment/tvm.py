@@ -53,10 +53,13 @@ if TYPE_CHECKING:
     from hw_models.tvm_cpu.target import CpuTarget
 
 FORMAT = "haq-deployed-2"
-LIBRARY, DESCRIPTION, CONSTANTS = "network.so", "network.json", "constants.npz"
+LIBRARY = "network.so"
+DESCRIPTION = "network.json"
+CONSTANTS = "constants.npz"
 ALIGNMENT = 64  # bytes, of everything that kernels look at
 TOGETHER = 8  # steps in a function: one of all of them takes long to compile
-INPUT, OUTPUT = "input", "output"
+INPUT = "input"
+OUTPUT = "output"
 TIMED = 200  # calls
 
 Layer = tuple[Conv, int, int, bool]

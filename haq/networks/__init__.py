@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from haq.networks.checkpoint import write_safetensors as write_safetensors
     from haq.networks.loading import check_fits as check_fits
     from haq.networks.loading import load as load
+    from haq.networks.loading import name_of_checkpoint as name_of_checkpoint
+    from haq.networks.loading import path_of_checkpoint as path_of_checkpoint
     from haq.networks.mobilenet_mini import Residual as Residual
     from haq.networks.network import IMAGENET_MEAN as IMAGENET_MEAN
     from haq.networks.network import IMAGENET_STD as IMAGENET_STD
@@ -80,7 +82,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "save_quantized",
             "write_safetensors",
         ],
-        "loading": ["check_fits", "load"],
+        "loading": ["check_fits", "load", "name_of_checkpoint", "path_of_checkpoint"],
         "mobilenet_mini": ["Residual"],
         "network": ["IMAGENET_MEAN", "IMAGENET_STD", "Network", "output_count"],
         "zoo": ["LIBRARIES", "import_zoo"],

@@ -71,6 +71,11 @@ def build(name: str, classes: int | None = None, pretrained: bool = True) -> Net
     raise _unknown(name)
 
 
+def is_own_function(name: str) -> bool:
+    """Say whether a name is a function of somebody's own, which a file may not name by itself."""
+    return ":" in name and name.partition(":")[0] not in LIBRARIES and name not in NETWORKS
+
+
 def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
     """Build the network that a file names, with random weights; nothing is imported that only the file names.
 
@@ -86,9 +91,7 @@ def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
         ValueError: For a name that there isn't, and for a function of somebody's own that the user hasn't named himself.
         ImportError: For a library that isn't installed, with what to install.
     """
-    library = name.partition(":")[0]
-    own = ":" in name and library not in LIBRARIES and name not in NETWORKS
-    if own and name not in _named:
+    if is_own_function(name) and name not in _named:
         raise ValueError(
             f"{path} is of network {name[:80]!r}, a function of somebody's own, and a function is never called because a "
             f"file says so: name it yourself, as {name[:80]}@{path}"

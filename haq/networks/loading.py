@@ -10,7 +10,7 @@ import torch
 
 from haq import data
 from haq.networks import CHECKPOINT_ENDINGS, DEFAULT
-from haq.networks.building import build
+from haq.networks.building import build, is_own_function
 from haq.networks.checkpoint import float_tensors, load_checkpoint, load_state, read_state
 from haq.networks.network import Network, output_count
 
@@ -32,14 +32,46 @@ def load(name: str = DEFAULT, *, classes: int | None = None, pretrained: bool = 
         FileNotFoundError: For missing weights.
         ImportError: For a library that isn't installed, with the extra to install.
     """
-    base, at, path = name.rpartition("@")
-    if at and base:
+    base, path = _split(name)
+    if base:
         network = _with_weights(base, Path(path), classes)
     elif name.endswith(CHECKPOINT_ENDINGS) or Path(name).is_file():
         network = load_checkpoint(Path(name))
     else:
         network = build(name, classes, pretrained)
     return network.ordered()
+
+
+def name_of_checkpoint(network: str, path: Path) -> str:
+    """Write how a checkpoint is loaded in any process: by its path, or as NAME@PATH if its network is somebody's own.
+
+    Args:
+        network: The name of the network that it is of.
+        path: The checkpoint.
+
+    Returns:
+        A name for `load` and for --network.
+    """
+    base = _split(network)[0] or network
+    if is_own_function(base):
+        return f"{base}@{path}"
+    return str(path)
+
+
+def path_of_checkpoint(name: str) -> Path | None:
+    """Return the file of a name that is PATH or NAME@PATH; None for one of a network without a file, or if there is none."""
+    path = Path(_split(name)[1])
+    if path.is_file():
+        return path
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Split NAME@PATH into its two parts; the first is empty for any other name."""
+    base, _, path = name.rpartition("@")
+    if not base:
+        return "", name
+    return base, path
 
 
 def _with_weights(base: str, path: Path, classes: int | None) -> Network:

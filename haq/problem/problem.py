@@ -21,6 +21,7 @@ from haq.problem.schemes import (
     AnyScheme,
     check_metric,
     check_widths,
+    meaningful_metrics,
     meaningful_pairs,
     overhead_bytes,
     schemes_by_layer,
@@ -204,6 +205,11 @@ class Problem:
 
     def _budget_words(self) -> str:
         return f"{self.metric} within {describe_amount(self.limit, self.metric)} ({self.budget:.3g} of uniform 8 bits)"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """List the metrics that the target has and that mean something in the schemes."""
+        return meaningful_metrics(self.schemes, self.table.metrics)
 
     @property
     def reach(self) -> str:

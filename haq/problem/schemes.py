@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 import hw_models
 import quantizers as Q
+from hw_models.storage import FLOAT_BYTES
 
 WIDTHS = range(1, Q.MAX_BITS + 1)
 COMPUTED = ("latency", "energy")  # metrics that are those of integer arithmetic
@@ -45,6 +47,14 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Sch
             chosen = shared[chosen]
         found[name] = chosen
     return found
+
+
+def describe_schemes(schemes: Mapping[str, Q.Scheme]) -> str:
+    """Write schemes as the option --scheme takes them: the one of most layers, then layer=NAME for each of the others."""
+    counts = Counter(scheme.name for scheme in schemes.values())
+    main = counts.most_common(1)[0][0]
+    others = [f"{name}={scheme.name}" for name, scheme in schemes.items() if scheme.name != main]
+    return ",".join([main, *others])
 
 
 def check_widths(schemes: Mapping[str, Q.Scheme], bits: tuple[int, int], pinned: Mapping[str, tuple[int, int]]) -> None:
@@ -87,12 +97,7 @@ def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
     if metric not in COMPUTED:
         return
     for name, scheme in schemes.items():
-        lacks = [
-            what
-            for what, has in (("weights", scheme.has_integer_weights), ("activations", scheme.has_integer_activations))
-            if not has
-        ]
-        if lacks:
+        if lacks := lacking_integers(scheme):
             raise ValueError(
                 f"scheme {scheme.name!r} of layer {name!r} has no integers for {' and '.join(lacks)}, which {metric} is "
                 "counted for: choose --metric storage"
@@ -100,7 +105,17 @@ def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
 
 
 def takes(scheme: Q.Scheme, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
-    """Say whether a pair of widths means something in a scheme; see `Scheme.check`."""
+    """Say whether a pair of widths means something in a scheme; see `Scheme.check`.
+
+    Args:
+        scheme: The scheme.
+        weight_bits: 1..8, or None for float.
+        activation_bits: Likewise.
+        signed: Whether the layer's input was ever negative.
+
+    Returns:
+        Whether it does.
+    """
     try:
         scheme.check(weight_bits, activation_bits, signed)
     except ValueError:
@@ -126,12 +141,39 @@ def meaningful_pairs(schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool]
 
 
 def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload) -> NDArray[np.float64]:
-    """Count what schemes store beside integers and scales, such as codebooks: bytes, shape (layers, 8, 1)."""
+    """Count what schemes store otherwise than the linear one, which a cost table counts.
+
+    That is what they say of themselves, such as codebooks; and weights that are no multiples of a step have no step per
+    channel.
+
+    Args:
+        schemes: A scheme by layer.
+        workload: The layers.
+
+    Returns:
+        Bytes, shape (layers, 8, 1); negative where less is stored.
+    """
     rows = []
     for layer in workload.layers:
         scheme = schemes[layer.name]
-        rows.append([[float(scheme.storage_overhead_bytes(bits, layer.weights))] for bits in WIDTHS])
+        steps = 0
+        if not scheme.has_integer_weights:
+            steps = FLOAT_BYTES * layer.out_channels
+        rows.append([[float(scheme.storage_overhead_bytes(bits, layer.weights) - steps)] for bits in WIDTHS])
     return np.array(rows)
+
+
+def meaningful_metrics(schemes: Mapping[str, Q.Scheme], metrics: Sequence[str]) -> tuple[str, ...]:
+    """Leave out the metrics that are of integer arithmetic, if a layer's scheme has no integers."""
+    if all(not lacking_integers(scheme) for scheme in schemes.values()):
+        return tuple(metrics)
+    return tuple(metric for metric in metrics if metric not in COMPUTED)
+
+
+def lacking_integers(scheme: Q.Scheme) -> list[str]:
+    """List the operands that a scheme has no integers for."""
+    operands = {"weights": scheme.has_integer_weights, "activations": scheme.has_integer_activations}
+    return [operand for operand, has in operands.items() if not has]
 
 
 def _range_of(widths: Sequence[int]) -> str:

@@ -331,9 +331,9 @@ def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
     compared: dict[str, nn.Module] = {"float": network.module}
     notes = {"float": "as it was loaded"}
     left_out = {}
-    path = Path(spec.source)
-    if path.is_file() and networks.holds_quantized(path):
-        held = networks.load_quantized(path)
+    path = networks.path_of_checkpoint(spec.source)
+    if path is not None and networks.holds_quantized(path):
+        held = networks.load_quantized(path, network.module)
         compared["quantized"] = held
         notes["quantized"] = f"at the bits of the checkpoint{scheme_words(held)}, trained as its header says"
     inputs = network.preprocess(dataset.train.images[dataset.fair(CALIBRATION)])

@@ -9,7 +9,7 @@ from torch import nn
 import quantizers as Q
 from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
-from haq.store.records import share_key
+from haq.store.records import COST_KEYS, share_key
 from haq.study.task import SearchTask, threads
 
 
@@ -55,9 +55,11 @@ def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | Non
         in_float = float(sum(4 * layer.parameters for layer in problem.workload.layers))
         return {"latency_s": None, "energy_j": None, "storage_bytes": in_float}
     prices = problem.table.price(*problem.bit_arrays(policy))._asdict()
-    del prices["cycles"]
-    found: dict[str, float | None] = dict.fromkeys(prices)
-    found |= {name: float(price) for name, price in prices.items() if price is not None}
+    found: dict[str, float | None] = {}
+    for metric, key in COST_KEYS.items():
+        found[key] = None
+        if metric in problem.metrics:
+            found[key] = float(prices[key])
     return found
 
 

@@ -14,6 +14,7 @@ import quantizers as Q
 from haq.console.tables import Column, key_table, print_columns, say, say_next
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
+from haq.problem.schemes import lacking_integers
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.config import SearchConfig
@@ -85,7 +86,7 @@ def scheme_words(problem: Problem) -> str:
     others = [f"{name} for {', '.join(layers[name])}" for name in layers if name != main]
     if others:
         words += f"; {'; '.join(others)}"
-    lacking = {s.name for s in problem.schemes.values() if not (s.has_integer_weights and s.has_integer_activations)}
+    lacking = {s.name for s in problem.schemes.values() if lacking_integers(s)}
     if lacking:
         words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
     return words
@@ -129,7 +130,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     unit, size = best_unit(float(before.max()), problem.metric)
     names = [layer.name for layer in problem.workload.layers]
     marks = ["*" if name in problem.pinned else "" for name in names]
-    shares = [f"{100 * cost / before.sum():.1f} %" for cost in before]
+    shares = [percent(cost / before.sum(), 1) for cost in before]
     columns = [
         Column("layer", [*names, "total, mean"]),
         Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
@@ -197,7 +198,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     _print_comparison(console, task, result)
     say(console, budget_sentence(result["budget"]))
     for name, share in result.get("saturated_actions", {}).items():
-        say(console, f"Actions of {name} at a bound: {100 * share:.1f} %.")
+        say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
         say(console, _rivals_sentence(task.problem.objective, result))
 
@@ -220,7 +221,7 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
     for heading, key in _share_columns(problem.objective):
         columns.append(Column(heading, [percent(row[key]) for row in shown.values()], "right"))
     for metric in ("latency", "energy", "storage"):
-        if metric not in problem.table.metrics:
+        if metric not in problem.metrics:
             continue
         # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
         kind = "counted"
@@ -271,7 +272,7 @@ def budget_sentence(budget: Mapping[str, Any]) -> str:
     if budget["holds"]:
         verdict = "holds"
     return (
-        f"Budget: {used} of {limit} {budget['metric']} used ({100 * budget['used'] / budget['limit']:.1f} %, "
+        f"Budget: {used} of {limit} {budget['metric']} used ({percent(budget['used'] / budget['limit'], 1)}, "
         f"{budget['used_fraction']:.3f} of uniform 8 bits): {verdict}."
     )
 

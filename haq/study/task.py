@@ -20,7 +20,7 @@ from haq.attacks.threat_model import parse_eps
 from haq.problem import OBJECTIVES
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
-from haq.problem.schemes import AnyScheme, schemes_by_layer
+from haq.problem.schemes import AnyScheme, describe_schemes, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.study.config import LINEAR, SearchConfig
@@ -120,7 +120,8 @@ class SearchTask(LoadedNetwork):
 
     def outline(self) -> dict[str, Any]:
         """Describe what is searched as plain data: enough to price every policy without loading anything."""
-        return outline(self.problem, self.network.name, self.network.origin, self.dataset.describe())
+        described = outline(self.problem, self.network.name, self.network.origin, self.dataset.describe())
+        return described | {"scheme": self.config.scheme}
 
     def read_sensitivities(self, source: Path) -> Sensitivities:
         """Read sensitivities from a file or from the folder of a run.
@@ -167,6 +168,9 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
         network: What the network is called; its class, if nothing is given.
         origin: Where its weights are from.
         data: The data set, in words.
+
+    Returns:
+        The description.
     """
     table = problem.table
     target = problem.target
@@ -188,6 +192,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
         "uniform8": problem.reference,
         "smallest": problem.smallest,
         "bits": list(problem.bits),
+        "scheme": describe_schemes(problem.schemes),
         "objective": problem.objective.name,
         "objective_is": problem.objective.words,
         "float": problem.float_accuracy,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq import deploy, networks, search
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.deployment import interpreter
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
@@ -154,14 +154,14 @@ def test_a_run_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "small_job", raising=False)
-    assert cli.run_command(lambda: search.main([*QUICK, "--solver", "greedy", "--out", "run"])) == 0
+    assert run_command(lambda: search.main([*QUICK, "--solver", "greedy", "--out", "run"])) == 0
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     config["settings"] |= {"hw": "rpc:192.0.2.1:9090", "target": "generic"}
     config["signature"] |= {"target": "other", "machine": json.dumps({"processor": "Z80"})}
     Path("run/config.yaml").write_text(yaml.safe_dump(config))
     for tuned in ("fine-tuned", "not fine-tuned"):
         # One if an answer differs from PyTorch's, at a tie.
-        assert cli.run_command(lambda: deploy.main(["run"])) in (0, 1)
+        assert run_command(lambda: deploy.main(["run"])) in (0, 1)
         out, err = capsys.readouterr()
         assert not err
         assert f"written: run/deployed ({tuned})" in out
@@ -171,7 +171,7 @@ def test_a_run_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Path("run/checkpoint/quantized.safetensors").unlink(missing_ok=True)
     config["signature"]["network"] = "other"
     Path("run/config.yaml").write_text(yaml.safe_dump(config))
-    assert cli.run_command(lambda: deploy.main(["run"])) == cli.EXIT_BAD_INPUT
+    assert run_command(lambda: deploy.main(["run"])) == EXIT_BAD_INPUT
     assert "the network (small_job:network) is no longer what run began with" in capsys.readouterr().err
 
 

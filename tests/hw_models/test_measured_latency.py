@@ -26,7 +26,7 @@ from torch import nn
 
 import hw_models
 from haq import hardware, search
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, run_command
 from hw_models.tvm_cpu import measure as measuring
 from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu.cache import TimingCache, cache_folder
@@ -90,7 +90,7 @@ def test_nothing_imports_tvm_before_it_is_needed() -> None:
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    assert cli.run_command(lambda: hardware.main(["show", "cpu"])) == cli.EXIT_BAD_INPUT
+    assert run_command(lambda: hardware.main(["show", "cpu"])) == EXIT_BAD_INPUT
     assert capsys.readouterr().err == "error: the target cpu needs TVM: pip install 'haq[tvm]'\n"
 
 
@@ -438,13 +438,13 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_search_on_measured_latency(counted: list[str], task: None, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*QUICK, "--hw", "cpu", "--budget", "0.9", "--finetune-epochs", "0", "--evaluations", "5"]
-    assert cli.run_command(lambda: search.main([*asked, "--out", "run"])) == 0
+    assert run_command(lambda: search.main([*asked, "--out", "run"])) == 0
     out, err = capsys.readouterr()
     assert not err
     assert "costs are measured on" in " ".join(out.split())
     Path("run/result.json").unlink()
     resume = ["--resume", "run"]
-    assert cli.run_command(lambda: search.main(resume)) == 0
+    assert run_command(lambda: search.main(resume)) == 0
     Path("run/result.json").unlink()
     capsys.readouterr()
 
@@ -455,7 +455,7 @@ def test_a_search_on_measured_latency(counted: list[str], task: None, capsys: py
     counted.clear()
     for path in cache_folder().glob("*.json"):
         path.unlink()
-    assert cli.run_command(lambda: search.main(resume)) == cli.EXIT_BAD_INPUT
+    assert run_command(lambda: search.main(resume)) == EXIT_BAD_INPUT
     error = capsys.readouterr().err
     assert f"run began with latencies measured with processor Z80, here it is {machine['processor']}" in error
     assert not counted

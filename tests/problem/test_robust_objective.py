@@ -21,14 +21,15 @@ from haq import data, evaluate, finetune, search, sweep
 from haq.attacks import base
 from haq.attacks.proxy import ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, run_command
 from haq.networks import Network
 from haq.problem.evaluator import BATCH, Evaluator
 from haq.problem.objective import RobustAccuracy
+from haq.study import search_steps
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
-from quantizers.schemes.linear import Linear
+from quantizers.schemes import Linear
 from tests.conftest import images, small_network
 from tests.training.test_finetuning_in_the_loop import tuning
 
@@ -261,11 +262,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "robust_job", raising=False)
     monkeypatch.setitem(base.ATTACK_BUDGETS, "full", base.AttackBudget(3, 1, 4, 1, 5, 2))
-    monkeypatch.setattr(search, "VERIFIED", 24)
+    monkeypatch.setattr(search_steps, "VERIFIED", 24)
 
 
 def call(main: Any, *arguments: str) -> int:
-    return cli.run_command(lambda: main(list(arguments)))
+    return run_command(lambda: main(list(arguments)))
 
 
 @pytest.mark.usefixtures("place")
@@ -316,7 +317,7 @@ def test_an_interrupted_search_goes_on_exactly(capsys: pytest.CaptureFixture[str
 
     with monkeypatch.context() as patch:
         patch.setattr(SearchRun, "record", interrupted)
-        assert call(search.main, *QUICK, "--out", "cut") == cli.EXIT_INTERRUPTED
+        assert call(search.main, *QUICK, "--out", "cut") == EXIT_INTERRUPTED
     assert call(search.main, "--resume", "cut") == 0
     for file in ("policy.json", "history.csv", "result.json"):
         assert Path("whole", file).read_bytes() == Path("cut", file).read_bytes()
@@ -355,13 +356,16 @@ def test_what_the_commands_refuse(capsys: pytest.CaptureFixture[str]) -> None:
             ["--objective", "accuracy", "--eps", "8/255"],
             "--eps 8/255 is of an attack: it goes with --objective accuracy+robust",
         ),
-        (["--objective", "robust"], "unknown objective 'robust'; it can be accuracy or agreement or accuracy+robust"),
+        (
+            ["--objective", "robust"],
+            "unknown objective 'robust'; did you mean accuracy+robust? Known: accuracy, agreement, accuracy+robust",
+        ),
     ):
         for main in (search.main, sweep.main):
             arguments = [*SMALL, *options, "--out", "run"]
             if main is sweep.main:
                 arguments = [word for word in arguments if word not in ("--budget", "0.6")]
-            assert call(main, *arguments) == cli.EXIT_BAD_INPUT
+            assert call(main, *arguments) == EXIT_BAD_INPUT
             assert message in capsys.readouterr().err
     assert not Path("run").exists()
 

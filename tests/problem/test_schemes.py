@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import haq
+import hw_models
 import quantizers as Q
 from haq.problem.evaluator import Evaluator
+from haq.problem.schemes import describe_schemes
 from haq.study.config import SearchConfig
+from haq.study.result import costs
 from haq.study.task import schemes_of
 from tests.conftest import brightest, fitted_network, images, small_network
 
@@ -48,6 +51,7 @@ def test_layers_without_a_scheme_of_their_own_are_linear() -> None:
     problem = searched({"hidden": "lsq"})
     assert [problem.schemes[name].name for name in problem.workload.names] == ["linear"] * 3 + ["lsq", "linear"]
     assert "scheme linear, lsq" in repr(problem)
+    assert describe_schemes(problem.schemes) == "linear,hidden=lsq"
     with pytest.raises(ValueError, match="`scheme` names 'hiden', which is no layer of the workload; close: hidden"):
         searched({"hiden": "lsq"})
     with pytest.raises(ValueError, match=r"unknown scheme 'kmean'.* kmeans"):
@@ -117,10 +121,22 @@ def test_codebooks_are_stored_too() -> None:
     linear, kmeans = searched("linear"), searched({"hidden": "kmeans"})
     more = kmeans.table.storage_bytes - linear.table.storage_bytes
     hidden = linear.workload.names.index("hidden")
-    # 64 x 16 weights: 2^bits values of 4 bytes.
-    assert more[hidden, :, 0].tolist() == [4 * min(2**bits, 1024) for bits in range(1, 9)]
+    # 64 x 16 weights: 2^bits values of 4 bytes, and no step for each of the 16 channels.
+    assert more[hidden, :, 0].tolist() == [4 * min(2**bits, 1024) - 4 * 16 for bits in range(1, 9)]
     assert not np.delete(more, hidden, axis=0).any()
-    assert kmeans.policy_cost(kmeans.uniform(4)) == linear.policy_cost(linear.uniform(4)) + 64
+    assert kmeans.policy_cost(kmeans.uniform(4)) == linear.policy_cost(linear.uniform(4)) + 64 - 64
+    everywhere = searched("kmeans")
+    assert np.array_equal(everywhere.table.storage_bytes, hw_models.storage_bytes(everywhere.workload, "kmeans"))
+
+
+def test_costs_of_integer_arithmetic_mean_nothing_without_integers() -> None:
+    problem = searched({"hidden": "kmeans"})
+    assert problem.metrics == ("storage",)
+    assert costs(problem, problem.uniform(4))["latency_s"] is None
+    assert costs(problem, problem.uniform(4))["storage_bytes"] == problem.policy_cost(problem.uniform(4))
+    linear = searched("linear")
+    assert linear.metrics == ("latency", "energy", "storage")
+    assert None not in costs(linear, linear.uniform(4)).values()
 
 
 def test_what_is_learned_can_be_trained_after_a_search() -> None:

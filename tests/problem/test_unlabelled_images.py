@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import haq
 import quantizers as Q
 from haq import data, evaluate, finetune, search, train
-from haq.console import cli
+from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.study.config import SearchConfig
 from tests.conftest import images
 
@@ -136,7 +136,7 @@ JOB = ["--network", "tiny_job:network", "--budget", "0.8", "--solver", "greedy",
 
 def test_a_search_on_photographs(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [*JOB, "--data", f"images:{photographs}", "--objective", "agreement", "--finetune-epochs", "2", "--out", "run"]
-    assert cli.run_command(lambda: search.main(asked)) == 0
+    assert run_command(lambda: search.main(asked)) == 0
     out, err = capsys.readouterr()
     assert not err
     assert "agreement with the float network's answers, without labels" in " ".join(out.split())
@@ -148,16 +148,16 @@ def test_a_search_on_photographs(photographs: Path, capsys: pytest.CaptureFixtur
     assert 0 <= result["found"]["test_agreement"] <= 1
     assert result["finetuned"] is not None
     assert not [key for key in result["found"] if "accuracy" in key]
-    assert cli.run_command(lambda: evaluate.main(["run", "--json"])) == 0
+    assert run_command(lambda: evaluate.main(["run", "--json"])) == 0
     assert json.loads(capsys.readouterr().out) == result
-    assert cli.run_command(lambda: finetune.main(["run", "--epochs", "1"])) == 0
+    assert run_command(lambda: finetune.main(["run", "--epochs", "1"])) == 0
 
 
 def test_accuracy_of_photographs_is_refused(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run_command(lambda: search.main([*JOB, "--data", f"images:{photographs}"])) == cli.EXIT_BAD_INPUT
+    assert run_command(lambda: search.main([*JOB, "--data", f"images:{photographs}"])) == EXIT_BAD_INPUT
     assert "has no labels to tell the accuracy by: search with --objective agreement" in capsys.readouterr().err
     options = ["--network", "tiny_job:network", "--data", f"images:{photographs}", "--out", "t.safetensors"]
-    assert cli.run_command(lambda: train.main(options)) == cli.EXIT_BAD_INPUT
+    assert run_command(lambda: train.main(options)) == EXIT_BAD_INPUT
     assert "has no labels to train by" in capsys.readouterr().err
 
 

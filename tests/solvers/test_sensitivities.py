@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import haq
 import quantizers as Q
 from haq import search
-from haq.console import cli
+from haq.console.errors import EXIT_INTERRUPTED
 from haq.problem.sensitivity import KINDS, Sensitivities, signed
 from haq.solvers import SOLVERS, greedy, ilp, sensitivity
 from haq.solvers.base import Session, solve
@@ -243,7 +243,7 @@ def test_interrupted_searches_go_on_with_them(kind: str, place: Path, monkeypatc
         count.clear()
         with monkeypatch.context() as patch:
             patch.setattr(SearchRun, "record", interrupted)
-            assert call(search.main, *asked, "--out", name) == cli.EXIT_INTERRUPTED
+            assert call(search.main, *asked, "--out", name) == EXIT_INTERRUPTED
     Path("whole/sensitivity.json").rename("moved.json")  # a run has a copy of its own
     assert call(search.main, "--resume", "cut") == call(search.main, "--resume", "cut2") == 0
     Path("moved.json").rename("whole/sensitivity.json")

@@ -377,7 +377,7 @@ def test_the_command_with_an_attack_a_penalty_and_a_scheme(kind: str, capsys: py
     out = " ".join(capsys.readouterr().out.split())
     assert ("epoch 2/2" if kind == "free" else "epoch 4/4") in out
     assert "accuracy on the test split, worst of clean and PGD-10 at eps 8/255: " in out
-    assert "(a cheap attack, not an evaluation: python -m haq.robustness q.safetensors)" in out
+    assert "(a cheap attack, not an evaluation: python -m haq.robustness adversarial_job:network@q.safetensors)" in out
     tensors, notes = networks.read_state(Path("q.safetensors"))
     assert (
         f"--lipschitz 0.001 --adversarial {kind} --eps 8/255 --attack-steps {1 if kind == 'rfgsm' else 2}" in notes["command"]
