@@ -179,7 +179,9 @@ def main_of(cli: click.Command) -> Main:
     """
 
     def main(arguments: list[str] | None = None) -> int:
-        words = sys.argv[1:] if arguments is None else arguments
+        words = arguments
+        if words is None:
+            words = sys.argv[1:]
         return call(cli, words, f"haq {cli.name}")
 
     return main

@@ -30,8 +30,9 @@ class TextType(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """List the names that begin with what was typed."""
-        names = self.names() if self.names else ()
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        if self.names is None:
+            return []
+        return [CompletionItem(name) for name in self.names() if name.startswith(incomplete)]
 
 
 class NumberType(click.ParamType):
@@ -40,8 +41,9 @@ class NumberType(click.ParamType):
     def __init__(self, kind: type[int] | type[float]) -> None:
         """Take whole numbers (int) or all (float)."""
         self.kind = kind
-        self.name = "n" if kind is int else "number"
-        self.wanted = "an integer" if kind is int else "a number"
+        self.name, self.wanted = "number", "a number"
+        if kind is int:
+            self.name, self.wanted = "n", "an integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read the number."""
@@ -76,8 +78,11 @@ class PathType(TextType):
     def __init__(self, folders: bool) -> None:
         """Complete to folders only, or to files too."""
         super().__init__()
-        self.kind = "dir" if folders else "file"  # as a shell's completion calls it
-        self.name = "folder" if folders else "file"
+        self.name = "file"
+        self.kind = "file"  # as a shell's completion calls it
+        if folders:
+            self.name = "folder"
+            self.kind = "dir"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Make a path of the text."""

@@ -652,17 +652,25 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return f"unknown setting {name[:40]!r}; known: {', '.join(model.model_fields)}"
-    wanted = "names" if len(first["loc"]) > 1 else _wanted(model, name)
+    wanted = _wanted(model, name)
+    if len(first["loc"]) > 1:
+        wanted = "names"
     return f"{option_name(name)} is {first['input']!r}; it must be {wanted}"
 
 
 def _wanted(model: type[BaseModel], name: str) -> str:
     """What a field accepts, in words."""
     field = model.model_fields[name]
+    if field.annotation == (bool | None):
+        return "true or false"
+    if field.annotation == (int | None):
+        return "an integer"
     if field.annotation is not int:
-        return {str: "text", bool | None: "true or false", int | None: "an integer"}.get(field.annotation, "text")  # type: ignore[arg-type, call-overload]
+        return "text"
     least = next((one.ge for one in field.metadata if hasattr(one, "ge")), None)
-    return "an integer" if least is None else f"an integer of at least {least}"
+    if least is None:
+        return "an integer"
+    return f"an integer of at least {least}"
 
 
 def _target_names() -> Iterable[str]:

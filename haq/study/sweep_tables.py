@@ -80,7 +80,9 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
     rows: list[SweepPolicy] = [*target.found, *target.uniform]
     budgets = [found.budget for found in target.found] + [""] * len(target.uniform)
     sections = [row for row in range(1, len(rows)) if budgets[row] != budgets[row - 1]]
-    shown = [budget if row == 0 or row in sections else "" for row, budget in enumerate(budgets)]
+    shown = [""] * len(rows)
+    for row in (0, *sections):
+        shown[row] = budgets[row]
     names = [found.solver for found in target.found] + [f"uniform {row.bits} bits" for row in target.uniform]
     columns = [
         Column("budget", shown),

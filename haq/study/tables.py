@@ -22,6 +22,8 @@ from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
 from hw_models.notebook import html_table
 
+PINNED_MARK = "*"
+
 
 def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], workers: str) -> None:
     """Say what a search will do.
@@ -129,7 +131,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     after = problem.cost[np.arange(len(w)), w - 1, a - 1]
     unit, size = best_unit(float(before.max()), problem.metric)
     names = [layer.name for layer in problem.workload.layers]
-    marks = ["*" if name in problem.pinned else "" for name in names]
+    marks = [PINNED_MARK * (name in problem.pinned) for name in names]
     shares = [percent(cost / before.sum(), 1) for cost in before]
     columns = [
         Column("layer", [*names, "total, mean"]),
@@ -145,7 +147,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
     caption = ""
     if problem.pinned:
-        caption = "* fixed"
+        caption = f"{PINNED_MARK} fixed"
     print_columns(console, title, columns, totals=1, caption=caption)
 
 

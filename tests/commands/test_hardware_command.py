@@ -12,6 +12,12 @@ from haq.console.errors import EXIT_BAD_INPUT, run_command
 from tests.hw_models.test_lookup_table import LAYERS, rows, write
 
 
+@pytest.fixture(autouse=True)
+def pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output that goes to a pipe whose width nobody has set."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert hardware.main(list(arguments)) == 0
     return capsys.readouterr().out
