@@ -19,6 +19,7 @@ from haq.console.values import FILE, FOLDER
 from haq.reporting import reading
 from haq.store import files
 from haq.store.files import REPORT
+from haq.store.units import describe_bytes
 
 OURS = b'<meta name="generator" content="haq.report'
 
@@ -45,14 +46,14 @@ def cli(runs: tuple[Path, ...], out: Path | None) -> int:
         from haq.reporting import page
     except ImportError as error:
         raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): pip install 'haq[report]'") from error
-    text = page.render(sources)
+    content = page.render(sources).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, text)
+    files.write(out, content)
     console = Output.open().notes
     unfinished = [str(run) for run, source in zip(runs, sources, strict=True) if not source.finished]
     if unfinished:
         say(console, f"Not finished, shown as far as it is there: {', '.join(unfinished)}", wrap=False)
-    say(console, f"Written: {out} ({len(text.encode()) / 1e6:.2f} MB; open it in any browser)", wrap=False)
+    say(console, f"Written: {out} ({describe_bytes(len(content))}; open it in any browser)", wrap=False)
     return 0
 
 

@@ -47,6 +47,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "threat_model": ["ThreatModel"],
     },
 )
+__all__ += ["ATTACKS"]
 
 _HERE = "haq.attacks.evaluation_attacks"
 

@@ -132,7 +132,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     unit, size = best_unit(float(before.max()), problem.metric)
     names = [layer.name for layer in problem.workload.layers]
     marks = [PINNED_MARK * (name in problem.pinned) for name in names]
-    shares = [f"{100 * cost / before.sum():.1f} %" for cost in before]
+    shares = [percent(cost / before.sum(), 1) for cost in before]
     columns = [
         Column("layer", [*names, "total, mean"]),
         Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
@@ -200,7 +200,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     _print_comparison(console, task, result)
     say(console, budget_sentence(result["budget"]))
     for name, share in result.get("saturated_actions", {}).items():
-        say(console, f"Actions of {name} at a bound: {100 * share:.1f} %.")
+        say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
         say(console, _rivals_sentence(task.problem.objective, result))
 
@@ -274,7 +274,7 @@ def budget_sentence(budget: Mapping[str, Any]) -> str:
     if budget["holds"]:
         verdict = "holds"
     return (
-        f"Budget: {used} of {limit} {budget['metric']} used ({100 * budget['used'] / budget['limit']:.1f} %, "
+        f"Budget: {used} of {limit} {budget['metric']} used ({percent(budget['used'] / budget['limit'], 1)}, "
         f"{budget['used_fraction']:.3f} of uniform 8 bits): {verdict}."
     )
 

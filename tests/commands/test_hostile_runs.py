@@ -394,7 +394,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "policy: 9 bits",
         "evaluate deploy",
         lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)),
-        "run/policy.json is not a bit policy: layer 'depthwise': bits must be an integer from 1 to 8, or null for float, not 9",
+        "run/policy.json is not a bit policy: layer 'depthwise': bits must be an integer from 1 to 8, or null for",
     ),
     ("policy: -1 bits", "evaluate finetune", lambda: _policy(lambda p: p["layers"][1].update(activation_bits=-1)), "not -1"),
     ("policy: bits in quotes", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits="4")), "not '4'"),

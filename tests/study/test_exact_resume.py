@@ -95,11 +95,12 @@ def test_the_state_of_an_agent_is_all_there(monkeypatch: pytest.MonkeyPatch) -> 
     state = torch.load("run/checkpoint/sac.state", weights_only=True)
     assert {"policy", "actor.optimizer", "critic.optimizer", "ent_coef_optimizer"} <= set(state["agent"])
     assert len(state["variables"]) == 1  # log_ent_coef
-    learned = {
-        tuple("-".join(str(bits[i]) for bits in episode["policy"].values()) for i in (0, 1)) for episode in state["episodes"]
-    }
+    learned = set()
+    for episode in state["episodes"]:
+        layers = episode["policy"]["layers"]
+        learned.add(tuple("-".join(str(layer[key]) for layer in layers) for key in ("weight_bits", "activation_bits")))
     assert learned <= {(row["weight_bits"], row["activation_bits"]) for row in history(Path("run"))}
-    assert all(isinstance(episode["objective"], float) for episode in state["episodes"])
+    assert all(isinstance(episode["reward"], float) for episode in state["episodes"])
     assert {"draws", "numpy", "python", "torch"} <= set(state)
 
 
@@ -114,7 +115,7 @@ def test_every_part_of_the_state_counts(part: str, monkeypatch: pytest.MonkeyPat
     other = torch.load("whole/checkpoint/td3.state", weights_only=True)
     assert state["asked"] == other["asked"]
     if part == "episodes":
-        state["episodes"][0]["objective"] += 1.0
+        state["episodes"][0]["reward"] += 1.0
     elif part == "updates":
         state["updates"] += 1
     else:
