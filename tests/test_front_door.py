@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,33 @@ def test_progress_is_shown_to_people_only(capfd: pytest.CaptureFixture[str], mon
     assert shown.out == ""
     assert "random" in shown.err
     assert "3/3" in shown.err
+
+
+def test_progress_is_shown_in_a_notebook(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    pages: list[str] = []
+
+    class Handle:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            assert raw
+            pages.append(data["text/html"])
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        assert raw
+        assert display_id
+        pages.append(data["text/html"])
+        return Handle()
+
+    ipython = types.ModuleType("IPython.display")
+    ipython.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    haq.solve(make_problem(small_network()), "random", evaluations=3)
+    assert all(page.startswith("<pre>") for page in pages)
+    assert "3/3" in pages[-1]
+    assert "random" in pages[-1]
+    assert "3/3" not in pages[0]
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -344,6 +372,8 @@ def test_importing_haq_imports_no_torch() -> None:
 def test_the_names_that_others_rely_on() -> None:
     assert haq.solvers.ilp.allocate([[0.0, 1.0]], [[2.0, 1.0]], 1.0).tolist() == [1]
     assert callable(haq.deploy.load)
+    assert {"SOLVERS", "Solver", "ilp"} <= set(dir(haq.solvers))
+    assert {"OBJECTIVES", "Objective", "Problem"} <= set(dir(haq.problem))
     problem = make_problem(small_network())
     assert isinstance(problem.evaluate(problem.uniform(8)).accuracy, float)
     assert np.isfinite(problem.quantization_error).all()

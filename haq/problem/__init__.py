@@ -33,9 +33,13 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
     check=lacking,
 )
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, _, __all__ = lazy_loader.attach(
     __name__,
     submodules=["budget", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity"],
     submod_attrs={"evaluator": ["Evaluation"], "objective": ["Objective"], "problem": ["Problem"]},
 )
 __all__ += ["KINDS", "OBJECTIVES"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -37,9 +37,13 @@ SOLVERS: Registry[type[Solver]] = Registry(
     check=lacking,
 )
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+__getattr__, _, __all__ = lazy_loader.attach(
     __name__,
     submodules=["agents", "base", "evolution", "exhaustive", "greedy", "hessian", "ilp", "random_search", "sensitivity"],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
 __all__ += ["ENVS", "SOLVERS"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

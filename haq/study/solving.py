@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 
 import quantizers as Q
+from haq.console.notebook import NotebookLive
 from haq.console.progress import Live
 from haq.data import Split
 from haq.networks import Network
@@ -366,8 +367,8 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
 @contextmanager
 def _shown() -> Iterator[Live]:
     """Show progress where somebody sees it: in a terminal, and in a notebook."""
-    console = Console(stderr=True)
-    bar = Live(console)
-    bar.disable = not (console.is_terminal or console.is_jupyter)
+    bar = Live(Console(stderr=True))
+    if Console().is_jupyter:
+        bar = NotebookLive()
     with bar:
         yield bar

@@ -223,17 +223,17 @@ def test_an_installed_package_offers_networks(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_checkpoint_calls_no_function_that_the_user_has_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "named_network.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    network = networks.load("mine:good")
+    network = networks.load("named_network:good")
     path = Path("net.safetensors")
     networks.save_checkpoint(network, path)
     assert networks.load("net.safetensors").signature() == network.signature()
     monkeypatch.setattr(building, "_named", set())
-    with pytest.raises(ValueError, match=r"'mine:good'.*never called because a file says so.*mine:good@net\.safetensors"):
+    with pytest.raises(ValueError, match=r"never called because a file says so.*named_network:good@net\.safetensors"):
         networks.load("net.safetensors")
-    assert networks.load("mine:good@net.safetensors").signature() == network.signature()
+    assert networks.load("named_network:good@net.safetensors").signature() == network.signature()
 
 
 def test_names_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +252,11 @@ def test_checkpoints_are_named_such_that_any_process_can_load_them(tmp_path: Pat
     for network, name in (
         ("mobilenet-mini", str(path)),
         ("timm:mobilenetv2_050@old.pt", str(path)),
-        ("mine:good", f"mine:good@{path}"),
-        ("mine:good@old.safetensors", f"mine:good@{path}"),
+        ("named_network:good", f"named_network:good@{path}"),
+        ("named_network:good@old.safetensors", f"named_network:good@{path}"),
     ):
         assert networks.name_of_checkpoint(network, path) == name
         assert networks.path_of_checkpoint(name) is None
     path.touch()
-    assert networks.path_of_checkpoint(str(path)) == networks.path_of_checkpoint(f"mine:good@{path}") == path
-    assert networks.path_of_checkpoint("mine:good") is None
+    assert networks.path_of_checkpoint(str(path)) == networks.path_of_checkpoint(f"named_network:good@{path}") == path
+    assert networks.path_of_checkpoint("named_network:good") is None
