@@ -108,7 +108,13 @@ def networks_of_libraries(like: str) -> dict[str, list[str]]:
 
 
 def print_rows(console: Console, kind: str, rows: Iterable[Row]) -> None:
-    """Print what there is of a kind, a line each."""
+    """Print what there is of a kind, a line each.
+
+    Args:
+        console: Where to print.
+        kind: One of `KINDS`.
+        rows: What there is.
+    """
     table = new_table(f"{kind}, for {KINDS[kind].used}")
     table.title_justify = "left"
     table.add_column("name", overflow="fold", max_width=max(10, 2 * console.width // 5))
@@ -120,7 +126,13 @@ def print_rows(console: Console, kind: str, rows: Iterable[Row]) -> None:
 
 
 def print_names(console: Console, library: str, names: list[str]) -> None:
-    """Print the networks of a library, side by side."""
+    """Print the networks of a library, side by side.
+
+    Args:
+        console: Where to print.
+        library: Its name.
+        names: Those of its networks.
+    """
     if not names:
         return
     console.print(plain(f"{library}, {len(names)} networks"), style="italic")

@@ -147,7 +147,13 @@ def _examine(task: RobustnessTask, compared: ComparedNetworks, workers: int, out
 
 
 def print_plan(console: Console, task: RobustnessTask, compared: ComparedNetworks) -> None:
-    """Print the threat model, who is attacked, and what is left out."""
+    """Print the threat model, who is attacked, and what is left out.
+
+    Args:
+        console: Where to print.
+        task: What is asked for.
+        compared: The networks.
+    """
     config = task.config
     budget = config.budget()
     images = min(config.images, len(compared.dataset.test))

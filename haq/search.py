@@ -93,7 +93,16 @@ def run_search(
 
 
 def resume_search(folder: Path, workers: WorkersConfig, output: Output) -> int:
-    """Go on with a search that was interrupted; arguments and exit status are those of `run_search`."""
+    """Go on with a search that was interrupted; arguments and exit status are those of `run_search`.
+
+    Args:
+        folder: The folder of the run.
+        workers: Who evaluates policies.
+        output: Where to print.
+
+    Returns:
+        The exit status.
+    """
     from haq.store.lock import writing
     from haq.study.search_run import SearchRun
 

@@ -99,7 +99,16 @@ def run_sweep(
 
 
 def resume_sweep(folder: Path, workers: WorkersConfig, output: Output) -> int:
-    """Go on with a sweep that was interrupted; arguments and exit status are those of `run_sweep`."""
+    """Go on with a sweep that was interrupted; arguments and exit status are those of `run_sweep`.
+
+    Args:
+        folder: The folder of the sweep.
+        workers: Who evaluates policies.
+        output: Where to print.
+
+    Returns:
+        The exit status.
+    """
     from haq.store.files import SWEEP
     from haq.store.lock import writing
     from haq.study import sweep_run

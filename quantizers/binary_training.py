@@ -82,7 +82,13 @@ class WeightClipping:
     """
 
     def __init__(self, network: nn.Module, low: float, high: float) -> None:
-        """Take a quantized network and the bounds. Raises ValueError unless low is below high."""
+        """Take a quantized network and the bounds. Raises ValueError unless low is below high.
+
+        Args:
+            network: The quantized network.
+            low: The smallest value of a weight.
+            high: The largest.
+        """
         if not low < high:
             raise ValueError(f"weights can't be clipped to {low}..{high}: low must be below high")
         self.network, self.low, self.high = network, low, high

@@ -204,7 +204,16 @@ class Scheme:
         raise NotImplementedError
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
-        """Return the layer's input x as real values on the grid of so many bits, likewise."""
+        """Return the layer's input x as real values on the grid of so many bits, likewise.
+
+        Args:
+            layer: The layer.
+            x: Its input.
+            bits: The width, 1..8.
+
+        Returns:
+            Of the shape of x.
+        """
         raise NotImplementedError
 
     def activation_step(self, layer: SchemeLayer, bits: int) -> Tensor:
@@ -300,7 +309,16 @@ class Scheme:
                 layer.activation_error[bits - 1] = relative_error(sample, self.activation(layer, sample, bits))
 
     def takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
-        """Say whether widths mean something in this scheme; arguments as in `check`."""
+        """Say whether widths mean something in this scheme.
+
+        Args:
+            weight_bits: 1..8, or None for float.
+            activation_bits: Likewise.
+            signed: Whether the layer's input was ever negative.
+
+        Returns:
+            Whether `check` lets them pass.
+        """
         try:
             self.check(weight_bits, activation_bits, signed)
         except ValueError:

@@ -89,7 +89,16 @@ def compare_kinds(plan: Sequence[EvaluationAttack], right: Mapping[str, Tensor],
 
 
 def left_right(names: Sequence[str], right: Mapping[str, Tensor], clean: Tensor) -> Tensor:
-    """Return which images none of some attacks fools, (N,) of bool."""
+    """Return which images none of some attacks fools, (N,) of bool.
+
+    Args:
+        names: The attacks.
+        right: What each attack leaves, (N,) of bool.
+        clean: What is right without attack, likewise.
+
+    Returns:
+        (N,) of bool.
+    """
     masks = [right[name] for name in names]
     return torch.stack([clean, *masks]).all(0)
 

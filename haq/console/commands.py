@@ -103,7 +103,16 @@ class Group(_Page, click.Group):
         self.examples = tuple(examples)
 
     def add(self, name: str, text: str, *, examples: Sequence[str] = ()) -> Callable[[Callable[..., int]], Command]:
-        """Decorate a function that becomes a command of the group; see `command` for the arguments."""
+        """Decorate a function that becomes a command of the group; see `command` for the arguments.
+
+        Args:
+            name: The command's name, as after the group's.
+            text: Its help.
+            examples: Command lines that the help shows.
+
+        Returns:
+            The decorator.
+        """
 
         def decorate(function: Callable[..., int]) -> Command:
             made = command(name, text, examples=examples)(function)

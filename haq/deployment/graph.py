@@ -197,14 +197,32 @@ def _along_channels(values: Any, x: Tensor) -> Tensor:
 
 
 def max_pool(x: Tensor, window: Window | None, output_size: Size) -> Tensor:
-    """Return the largest value in each window; padding is never the largest."""
+    """Return the largest value in each window; padding is never the largest.
+
+    Args:
+        x: Values (N, C, H, W).
+        window: Where it is laid; None is over everything.
+        output_size: Height and width of the result.
+
+    Returns:
+        Values (N, C, *output_size).
+    """
     assert window is not None
     x = window.padded(x, output_size, -math.inf)
     return F.max_pool2d(x, window.kernel, window.stride, dilation=window.dilation)
 
 
 def sum_pool(x: Tensor, window: Window, output_size: Size) -> Tensor:
-    """Return the sum of each window; padding is zero."""
+    """Return the sum of each window; padding is zero.
+
+    Args:
+        x: Values (N, C, H, W).
+        window: Where it is laid.
+        output_size: Height and width of the result.
+
+    Returns:
+        Values (N, C, *output_size).
+    """
     return F.avg_pool2d(window.padded(x, output_size, 0.0), window.kernel, window.stride, divisor_override=1)
 
 

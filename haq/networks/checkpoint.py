@@ -174,7 +174,13 @@ def restore(network: Network, path: Path) -> Network:
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load the tensors of a file into a float network. Raises ValueError if they are of another one, or not finite."""
+    """Load the tensors of a file into a float network. Raises ValueError if they are of another one, or not finite.
+
+    Args:
+        module: The network.
+        tensors: Those of the file, by name.
+        path: The file, for messages.
+    """
     state = float_tensors(tensors)
     _check_shapes(path, _shapes(state), _shapes(module.state_dict()))
     bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]

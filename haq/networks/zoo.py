@@ -39,7 +39,13 @@ def import_zoo(module: str) -> Any:
 
 
 def check_known(library: str, model: str, known: Collection[str]) -> None:
-    """Raise ValueError, with the names that are close, for a model that a library doesn't have."""
+    """Raise ValueError, with the names that are close, for a model that a library doesn't have.
+
+    Args:
+        library: Its name.
+        model: The name that is asked for.
+        known: The names that it has.
+    """
     if model in known:
         return
     close = difflib.get_close_matches(model, known, n=4, cutoff=0.4)
@@ -48,7 +54,16 @@ def check_known(library: str, model: str, known: Collection[str]) -> None:
 
 
 def create(name: str, pretrained: bool, make: Callable[[], nn.Module]) -> nn.Module:
-    """Call what makes a network. Raises FileNotFoundError, with what to do, if its weights can't be had."""
+    """Call what makes a network. Raises FileNotFoundError, with what to do, if its weights can't be had.
+
+    Args:
+        name: The network, for messages.
+        pretrained: Whether it has its weights.
+        make: Makes it.
+
+    Returns:
+        The network.
+    """
     if not pretrained:
         return make()
     try:

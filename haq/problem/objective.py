@@ -80,6 +80,9 @@ class Objective:
             dataset: What it is judged on.
             eps: How far an attack may move a pixel, of 1; without meaning where nothing is attacked.
 
+        Returns:
+            The objective.
+
         Raises:
             ValueError: If the data set doesn't suit it.
         """
@@ -136,6 +139,9 @@ class Objective:
                 each image counts.
             labels: Shape (images,).
             divergence: Mean Kullback-Leibler divergence (nats) of the outputs from the float network's, if that is known.
+
+        Returns:
+            The loss.
         """
         import torch
         from torch.nn import functional as F
@@ -267,7 +273,17 @@ def find_objective(objective: str | type[Objective] | Objective) -> Objective:
 
 
 def build_objective(name: str, network: Network, dataset: Dataset, eps: float) -> Objective:
-    """Make the objective of a name for a network and data set that are given by name; see `Objective.build`."""
+    """Make the objective of a name for a network and data set that are given by name; see `Objective.build`.
+
+    Args:
+        name: A name, or `module:Name`.
+        network: What is searched for.
+        dataset: What it is judged on.
+        eps: As in `Objective.build`.
+
+    Returns:
+        The objective.
+    """
     found: type[Objective] | Objective = OBJECTIVES.get(name)
     if isinstance(found, type):
         return found.build(network, dataset, eps)

@@ -105,7 +105,17 @@ def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
 
 
 def takes(scheme: Q.Scheme, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
-    """Say whether a pair of widths means something in a scheme; see `Scheme.check`."""
+    """Say whether a pair of widths means something in a scheme; see `Scheme.check`.
+
+    Args:
+        scheme: The scheme.
+        weight_bits: 1..8, or None for float.
+        activation_bits: Likewise.
+        signed: Whether the layer's input was ever negative.
+
+    Returns:
+        Whether it does.
+    """
     try:
         scheme.check(weight_bits, activation_bits, signed)
     except ValueError:

@@ -372,6 +372,9 @@ def make_agent(kind: type[OffPolicyAlgorithm], env: gymnasium.Env, steps: int, s
         steps: Steps of an episode.
         seed: What everything random comes from.
         episodes: How many the replay buffer holds.
+
+    Returns:
+        The agent, untrained.
     """
     agent = kind(
         "MlpPolicy",
@@ -448,6 +451,9 @@ def imagine(
         episodes: What was played and evaluated so far.
         sigma: Of the noise around the actor's actions.
         draws: What is drawn from.
+
+    Returns:
+        What was played, an episode for each player.
     """
     best = sorted(episodes, key=lambda episode: -episode.reward)[:ELITE]
     observations = [np.array([player.reset()[0] for player in players])]
@@ -503,6 +509,9 @@ def truncated_normal(mean: Floats, sigma: float, draws: np.random.Generator) -> 
         mean: The actions.
         sigma: Standard deviation before it is cut off.
         draws: What is drawn from.
+
+    Returns:
+        Actions, of mean's shape.
     """
     low, high = ndtr((-1 - mean) / sigma), ndtr((1 - mean) / sigma)
     drawn = mean + sigma * ndtri(low + (high - low) * draws.random(mean.shape))

@@ -211,6 +211,9 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         session: Its allowance.
         seed: What everything random comes from.
 
+    Returns:
+        The best trial.
+
     Raises:
         ValueError: For something that is no solver, and whatever the solver refuses.
         RuntimeError: If it evaluated no policy within the budget.

@@ -60,7 +60,16 @@ class Evolution(Solver):
 
 
 def breed(problem: Problem, population: list[Member], random: np.random.Generator) -> list[int]:
-    """Cross the winners of two tournaments, and draw one decision in expectation anew; returns an option per decision."""
+    """Cross the winners of two tournaments, and draw one decision in expectation anew; returns an option per decision.
+
+    Args:
+        problem: What is searched.
+        population: Who may win.
+        random: What is drawn from.
+
+    Returns:
+        An option per decision.
+    """
     parents = []
     for _ in range(2):
         rivals = random.integers(len(population), size=TOURNAMENT)

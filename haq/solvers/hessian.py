@@ -37,6 +37,16 @@ def curvature(
 
     Inputs that are exactly zero (after a ReLU, whole channels of them) are left out of the trace and of its average:
     quantized, they stay zero, however much they would matter.
+
+    Args:
+        network: The float network.
+        names: Of its layers.
+        images: Batches of inputs (N, ...).
+        draws: Vectors for each batch.
+        seed: Of the vectors.
+
+    Returns:
+        The average traces by layer.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     layers = {name: network.get_submodule(name) for name in names}

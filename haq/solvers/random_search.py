@@ -75,7 +75,16 @@ def policy(problem: Problem, chosen: list[int]) -> Q.BitPolicy:
 
 
 def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
-    """Lower random decisions until the budget holds; returns an option per decision."""
+    """Lower random decisions until the budget holds; returns an option per decision.
+
+    Args:
+        problem: What is searched.
+        chosen: An option per decision.
+        random: What is drawn from.
+
+    Returns:
+        An option per decision.
+    """
     prices = [decision.prices for decision in problem.decisions]
     chosen = list(chosen)
     while not problem.within_budget(total_price(problem, chosen)):
@@ -90,6 +99,14 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
     """Fill the budget: in random order, decisions get more bits as far as what is left allows.
 
     First any that fit, so that every policy that fills the budget can be met; then the dearest.
+
+    Args:
+        problem: What is searched.
+        chosen: An option per decision.
+        random: What is drawn from.
+
+    Returns:
+        An option per decision.
     """
     chosen = list(chosen)
     total = total_price(problem, chosen)

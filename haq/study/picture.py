@@ -30,5 +30,11 @@ def draw_policy(problem: Problem, policy: Q.BitPolicy) -> Figure:
 
 
 def save_picture(problem: Problem, policy: Q.BitPolicy, path: Path) -> None:
-    """Write the picture of a policy as a PNG file, beside and renamed."""
+    """Write the picture of a policy as a PNG file, beside and renamed.
+
+    Args:
+        problem: What was searched.
+        policy: What is shown of it.
+        path: The file.
+    """
     pictures.save(draw_policy(problem, policy), path)

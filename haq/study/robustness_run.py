@@ -171,7 +171,16 @@ def run_deployed(compared: ComparedNetworks, name: str, images: Tensor, labels: 
 
 
 def collect(task: RobustnessTask, compared: ComparedNetworks, found: Mapping[str, Examined]) -> RobustnessRecord:
-    """Put together everything that is shown: what --json prints and robustness.json holds."""
+    """Put together everything that is shown: what --json prints and robustness.json holds.
+
+    Args:
+        task: What was asked for.
+        compared: The networks.
+        found: What became of each, by name.
+
+    Returns:
+        The record.
+    """
     config = task.config
     attacked: dict[str, Any] = {}
     for name, one in found.items():

@@ -299,7 +299,16 @@ class SearchRun:
         return session
 
     def checkpoint(self, name: str, task: SearchTask, **asked: Any) -> Checkpoint:
-        """Return where something of this run, asked for in that way, keeps what it goes on with."""
+        """Return where something of this run, asked for in that way, keeps what it goes on with.
+
+        Args:
+            name: Of the file.
+            task: The search.
+            **asked: What else must be the same to go on with it.
+
+        Returns:
+            The file, which may not be there yet.
+        """
         belongs = task.signature() | versions() | {key: str(value) for key, value in asked.items()}
         return Checkpoint(self._state(name), belongs)
 

@@ -168,6 +168,9 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
         network: What the network is called; its class, if nothing is given.
         origin: Where its weights are from.
         data: The data set, in words.
+
+    Returns:
+        The description.
     """
     table = problem.table
     target = problem.target

@@ -113,7 +113,17 @@ class Builder:
         return ir.get()
 
     def view(self, buffer: Any, start: int, shape: tuple[int, ...], dtype: str) -> Any:
-        """Take a part of a buffer for a buffer by itself."""
+        """Take a part of a buffer for a buffer by itself.
+
+        Args:
+            buffer: The whole of it.
+            start: The first element.
+            shape: Of the part.
+            dtype: Of an element, in TVM's words.
+
+        Returns:
+            The part, a buffer of one dimension.
+        """
         size = math.prod(shape)
         return self.T.decl_buffer((size,), dtype, data=buffer.data, elem_offset=start, offset_factor=1)
 
@@ -130,11 +140,27 @@ class Builder:
                 yield index
 
     def vector(self, buffer: Any, at: Any, lanes: int) -> Any:
-        """Read so many lanes from a place on."""
+        """Read so many lanes from a place on.
+
+        Args:
+            buffer: What is read.
+            at: The first element.
+            lanes: How many.
+
+        Returns:
+            The vector, or the element where there is one lane.
+        """
         return buffer[self._lanes(at, lanes)]
 
     def put(self, buffer: Any, at: Any, value: Any, lanes: int) -> None:
-        """Write so many lanes from a place on."""
+        """Write so many lanes from a place on.
+
+        Args:
+            buffer: What is written to.
+            at: The first element.
+            value: A vector.
+            lanes: How many it has.
+        """
         self.T.buffer_store(buffer, value, [self._lanes(at, lanes)])
 
     def _lanes(self, at: Any, lanes: int) -> Any:
@@ -149,7 +175,15 @@ class Builder:
         return tirx.const(value, dtype)
 
     def put_some(self, buffer: Any, at: Any, value: Any, dtype: str, count: int) -> None:
-        """Write the first of the 16 lanes of a vector; as powers of two from a place beside, where there are fewer."""
+        """Write the first of the 16 lanes of a vector; as powers of two from a place beside, where there are fewer.
+
+        Args:
+            buffer: What is written to.
+            at: The first element.
+            value: A vector of 16 lanes.
+            dtype: Of an element.
+            count: How many lanes are written; 16 or more: all.
+        """
         if count >= LANES:
             self.put(buffer, at, value, LANES)
             return
@@ -162,13 +196,31 @@ class Builder:
                 start += size
 
     def splat(self, value: float, dtype: str, lanes: int = LANES) -> Any:
-        """Return a vector that holds the same number in all lanes."""
+        """Return a vector that holds the same number in all lanes.
+
+        Args:
+            value: The number.
+            dtype: Of an element.
+            lanes: How many.
+
+        Returns:
+            The vector, or the number where there is one lane.
+        """
         if lanes == 1:
             return self.const(value, dtype)
         return self.T.broadcast(self.const(value, dtype), lanes)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        """Return x * y + z, rounded once: said so, as the compiler would do it here and not there."""
+        """Return x * y + z, rounded once: said so, as the compiler would do it here and not there.
+
+        Args:
+            x: A vector of 16 float32.
+            y: Likewise.
+            z: Likewise.
+
+        Returns:
+            Likewise.
+        """
         return self.T.bind(self.T.call_llvm_pure_intrin("float32x16", "llvm.fma.v16f32", x, y, z))
 
     def epilogue(self, buffers: dict[str, Any], epilogue: Epilogue, sums: Any, channel: Any, at: Any, count: int) -> None:
@@ -223,7 +275,17 @@ class Builder:
         return made.astype("uint8x16")
 
     def some(self, buffer: Any, at: Any, dtype: str, count: int) -> Any:
-        """Return 16 lanes of which only the first `count` are read."""
+        """Return 16 lanes of which only the first `count` are read.
+
+        Args:
+            buffer: What is read.
+            at: The first element.
+            dtype: Of an element.
+            count: How many are there to be read; 16 or more: all lanes.
+
+        Returns:
+            A vector of 16 lanes, 0 in those that aren't read.
+        """
         if count >= LANES:
             return self.vector(buffer, at, LANES)
         beside = self.T.alloc_buffer((LANES,), dtype)
@@ -255,7 +317,13 @@ class Code:
         return made
 
     def emit(self, b: Builder, stage: str, buffers: dict[str, Any]) -> None:
-        """Write the code of a stage into the function that is being built."""
+        """Write the code of a stage into the function that is being built.
+
+        Args:
+            b: Builds the function.
+            stage: Which one.
+            buffers: What the function takes, by name.
+        """
         getattr(self, f"_{stage}")(b, buffers)
 
     def workspace(self) -> dict[str, Argument]:
@@ -272,7 +340,13 @@ def up(count: int, to: int) -> int:
 
 
 def pieces(b: Builder, count: int, do: Callable[[Any, int], None]) -> None:
-    """Go over bytes 64 at a time, and the rest in powers of two."""
+    """Go over bytes 64 at a time, and the rest in powers of two.
+
+    Args:
+        b: Builds the function.
+        count: Bytes in all.
+        do: Writes the code for some: told the first byte, and how many.
+    """
     whole, rest = divmod(count, 64)
     if whole:
         with b.loop(whole) as index:

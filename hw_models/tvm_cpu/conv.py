@@ -178,7 +178,16 @@ def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.in
 
 
 def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.float32] | float) -> NDArray[np.float32]:
-    """Return x * y + z in float32, rounded once."""
+    """Return x * y + z in float32, rounded once.
+
+    Args:
+        x: Numbers.
+        y: Of a shape that x's can be broadcast with.
+        z: Likewise.
+
+    Returns:
+        Of the shape of x * y.
+    """
     product = x.astype(np.float64) * np.float32(y).astype(np.float64)  # exact
     addend = np.broadcast_to(np.float32(z).astype(np.float64), product.shape)
     total = product + addend
@@ -191,7 +200,13 @@ def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.fl
 
 
 def check_codes(what: str, values: NDArray[np.integer], bounds: tuple[int, int]) -> None:
-    """Raise ValueError, saying `what` they are, for values that are out of bounds."""
+    """Raise ValueError, saying `what` they are, for values that are out of bounds.
+
+    Args:
+        what: What the values are.
+        values: Integers of any shape.
+        bounds: The smallest and the largest that may be.
+    """
     low, high = bounds
     if values.size and not (values.min() >= low and values.max() <= high):
         raise ValueError(f"{what} must be from {low} to {high}, found {values.min()} to {values.max()}")

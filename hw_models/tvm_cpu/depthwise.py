@@ -32,7 +32,17 @@ class Depthwise(Kernel):
 
     @staticmethod
     def fits(conv: Conv, w_bits: int, a_bits: int, signed: bool) -> bool:
-        """Say whether no sum, and no part of one, exceeds 16 bits."""
+        """Say whether no sum, and no part of one, exceeds 16 bits.
+
+        Args:
+            conv: The layer.
+            w_bits: Of its weights.
+            a_bits: Of its input.
+            signed: Whether the input is.
+
+        Returns:
+            Whether all sums fit.
+        """
         weight = max(map(abs, weight_range(w_bits)))
         activation = max(map(abs, activation_range(a_bits, signed)))
         return conv.taps * weight * activation < 2**15

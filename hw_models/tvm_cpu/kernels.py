@@ -673,7 +673,16 @@ def _depthwise_candidates(
 
 
 def float_kernel(conv: Conv, cpu: Cpu, epilogue: Epilogue) -> Kernel:
-    """Return the kernel for a layer that is left in float32."""
+    """Return the kernel for a layer that is left in float32.
+
+    Args:
+        conv: The layer.
+        cpu: The processor.
+        epilogue: What becomes of its sums.
+
+    Returns:
+        The one that takes the fewest instructions.
+    """
     if conv.groups == conv.in_channels == conv.out_channels:
         return Depthwise(conv, 0, 0, False, cpu, "float32", epilogue=epilogue)
     made = [Direct(conv, 0, 0, False, cpu, "float", tile, epilogue=epilogue) for tile in _tiles(conv, "float", cpu)]

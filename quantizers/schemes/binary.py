@@ -108,7 +108,13 @@ def binarize(x: Tensor, estimator: str = "clipped", *, random: bool = False) -> 
 
 
 def known_name(what: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError for a name that isn't among the choices, listing them."""
+    """Raise ValueError for a name that isn't among the choices, listing them.
+
+    Args:
+        what: What is named.
+        value: The name.
+        choices: The names that there are.
+    """
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}; known: {', '.join(choices)}")
 

@@ -72,7 +72,13 @@ def connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def working(evaluator: Evaluator, address: str, most: int | None) -> Iterator[None]:
-    """Let an evaluator's policies be evaluated on a Ray cluster, by at most so many workers if there is a number."""
+    """Let an evaluator's policies be evaluated on a Ray cluster, by at most so many workers if there is a number.
+
+    Args:
+        evaluator: Whose policies.
+        address: Of the cluster.
+        most: How many workers; None is as many as it has processors.
+    """
     with connected(address):
         evaluator.pool = Evaluations(evaluator, most)
         try:
