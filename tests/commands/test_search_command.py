@@ -350,3 +350,61 @@ def test_as_a_user_types_it_nothing_comes_on_stderr(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert "mobilenet-mini" in done.stdout
+
+
+def test_the_config_of_a_run_can_be_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(search.main, *QUICK, "--solver", "ilp", "--scheme", "lsq,hidden=pact", "--out", "run") == 0
+    config = SearchConfig.from_file(Path("run/config.yaml"))
+    assert (config.solver, config.scheme, config.evaluations) == ("ilp", "lsq,hidden=pact", 30)
+    assert call(search.main, "--config", "run/config.yaml", "--out", "again") == 0
+    for file in ("policy.json", "history.csv", "problem.json"):
+        assert Path("run", file).read_bytes() == Path("again", file).read_bytes()
+    # What is given besides wins.
+    more = ["--solver", "greedy", "--finetune-epochs", "0", "--seed", "3", "--out", "other"]
+    assert call(search.main, "--config", "run/config.yaml", *more) == 0
+    expected = config.replace(solver="greedy", finetune_epochs=0, seed=3)
+    assert SearchConfig.from_file(Path("other/config.yaml")) == expected
+    capsys.readouterr()
+    # A file can't have code imported that came with it; who names it himself can.
+    shutil.copy("run/config.yaml", "config.yaml")
+    assert call(search.main, "--config", "config.yaml", "--dry-run") == 2
+    assert "which is code in the run's own folder, and was not run" in capsys.readouterr().err
+    assert call(search.main, "--config", "config.yaml", *SMALL, "--dry-run") == 0
+    Path("config.yaml").write_text("schema: other")
+    assert call(search.main, "--config", "config.yaml") == 2
+    assert "error: --config config.yaml: config.yaml is not the configuration of a run" in capsys.readouterr().err
+
+
+def test_another_scheme_for_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(search.main, *SMALL, "--evaluations", "9", "--solver", "ilp", "--finetune-epochs", "0", "--out", "run") == 0
+    capsys.readouterr()
+    assert call(finetune.main, "run", "--epochs", "1", "--scheme", "pact", "--json") == 0
+    tuned = json.loads(capsys.readouterr().out)
+    assert tuned["finetuned_scheme"] == "pact"
+    assert call(evaluate.main, "run", "--json") == 0
+    again = capsys.readouterr()
+    assert json.loads(again.out) == tuned
+    assert "  fine-tuned, " in again.err
+    assert " pact " in again.err
+    assert call(evaluate.main, "run", "--scheme", "lsq", "--json") == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["scheme"] == "lsq"
+    assert other["finetuned"] == tuned["finetuned"]
+    assert call(evaluate.main, "run", "--scheme", "kmeans") == 2
+    assert "choose --metric storage" in capsys.readouterr().err
+    assert call(finetune.main, "run", "--scheme", "lsqq") == 2
+    assert "did you mean lsq" in capsys.readouterr().err
+
+
+def test_quiet_and_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--solver", "ilp", "--evaluations", "3", "--finetune-epochs", "0"]
+    assert call(search.main, *arguments, "-q") == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert "Bits per layer" in out
+    assert "results in" not in out
+    assert "Next:" not in out
+    assert call(search.main, *arguments, "-v") == 0
+    out, err = capsys.readouterr()
+    assert "Next:" in out
+    assert "ilp 1/3: " in err
