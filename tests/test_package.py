@@ -142,7 +142,11 @@ def test_the_distribution() -> None:
 def test_the_readme_names_commands_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     modules = set(re.findall(r"python -m ((?:haq|experiments)\.\w+)", text))
-    assert {"haq.search", "haq.finetune", "haq.evaluate"} <= modules
+    commands = set(re.findall(r"(?:^    |`)haq ([a-z]+)", text, re.MULTILINE))
+    assert "haq.search" in modules
+    assert {"search", "finetune", "evaluate", "sweep", "runs", "list"} <= commands
+    listings = {"networks", "solvers", "schemes", "completion"}
+    modules |= {f"haq.{command}" for command in commands - listings}
     for module in modules:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
