@@ -177,7 +177,7 @@ def test_a_head_that_vanishes_ends_a_search_in_one_sentence_and_it_can_go_on_wit
 import os, sys
 from ray.cluster_utils import Cluster
 from haq import search
-from haq.console import cli
+from haq.console.errors import run_command
 from haq.study.search_run import SearchRun
 made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": %d, "include_dashboard": False})
 record, rows = SearchRun.record, []
@@ -187,7 +187,7 @@ def record_and_kill(self, *rest):
     if len(rows) == 4:
         made.head_node.kill_gcs_server()
 SearchRun.record = record_and_kill
-sys.exit(cli.run_command(lambda: search.main([*sys.argv[1:], "--ray", made.address])))
+sys.exit(run_command(lambda: search.main([*sys.argv[1:], "--ray", made.address])))
 """
     arguments = [*QUICK, "--evaluations", "200", "--solver", "random", "--out", "run"]
     done = subprocess.run(
