@@ -176,16 +176,18 @@ def test_a_head_that_vanishes_ends_a_search_in_one_sentence_and_it_can_go_on_wit
     code = """
 import os, sys
 from ray.cluster_utils import Cluster
-from haq import cli, run, search
+from haq import search
+from haq.console.errors import run_command
+from haq.study.search_run import SearchRun
 made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": %d, "include_dashboard": False})
-record, rows = run.Run.record, []
+record, rows = SearchRun.record, []
 def record_and_kill(self, *rest):
     record(self, *rest)
     rows.append(1)
     if len(rows) == 4:
         made.head_node.kill_gcs_server()
-run.Run.record = record_and_kill
-sys.exit(cli.run_command(lambda: search.main([*sys.argv[1:], "--ray", made.address])))
+SearchRun.record = record_and_kill
+sys.exit(run_command(lambda: search.main([*sys.argv[1:], "--ray", made.address])))
 """
     arguments = [*QUICK, "--evaluations", "200", "--solver", "random", "--out", "run"]
     done = subprocess.run(
