@@ -17,6 +17,7 @@ from haq.store.records import (
 )
 from haq.store.units import describe_amount, percent
 from haq.study.sweep_run import SweepContext, shares_sensitivities
+from haq.study.tables import scheme_words
 
 SPLITS = ("search", "test")
 
@@ -44,7 +45,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
     rows = {
         "network": f"{task.network.name}: {len(workload)} quantizable layers, {workload.macs / 1e6:.2f} M MACs",
         "data": task.dataset.describe(),
-        "scheme": sweep.settings.scheme,
+        "scheme": scheme_words(task.problem),
         "metric": f"{sweep.settings.metric}, as a fraction of uniform 8 bits",
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",

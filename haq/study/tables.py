@@ -21,6 +21,7 @@ from haq.study.config import SearchConfig
 from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
 from hw_models.notebook import html_table
+from hw_models.registry import join_words
 
 PINNED_MARK = "*"
 
@@ -91,7 +92,25 @@ def scheme_words(problem: Problem) -> str:
     lacking = {s.name for s in problem.schemes.values() if lacking_integers(s)}
     if lacking:
         words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
+    for name, widths in _widths_without_integers(problem, lacking).items():
+        words += f"; weights of {join_words([str(bits) for bits in widths], 'or')} bits in {name} can't be deployed"
     return words
+
+
+def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, list[int]]:
+    """List, by scheme, the weight widths that may be chosen although no integers of 8 bits hold them."""
+    found: dict[str, set[int]] = {}
+    for decision in problem.decisions:
+        for index in decision.layers:
+            scheme = problem.schemes[problem.workload.names[index]]
+            if scheme.name in lacking:
+                continue
+            for bits in set(decision.pairs[:, 0].tolist()):
+                try:
+                    scheme.integer_weight_bits(bits)
+                except ValueError:
+                    found.setdefault(scheme.name, set()).add(bits)
+    return {name: sorted(widths) for name, widths in found.items()}
 
 
 def _sensitivities_words(config: SearchConfig) -> str:
