@@ -89,7 +89,10 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
         judged(f"Found by {result.solver}", result.found),
     ]
     if result.finetuned:
-        facts.append(judged("Fine-tuned", result.finetuned))
+        label = "Fine-tuned"
+        if result.finetuned_scheme:
+            label = f"Fine-tuned with {result.finetuned_scheme}"
+        facts.append(judged(label, result.finetuned))
     share = NOTHING
     if budget.limit:
         share = percent(budget.used / budget.limit, 1)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import quantizers as Q
-from haq import evaluate, finetune, search
+from haq import evaluate, finetune, report, search
 from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.store.history import COLUMNS
 from haq.study.config import SearchConfig
@@ -386,6 +386,9 @@ def test_another_scheme_for_what_was_found(capsys: pytest.CaptureFixture[str]) -
     assert json.loads(again.out) == tuned
     assert "  fine-tuned, " in again.err
     assert " pact " in again.err
+    assert call(report.main, "run") == 0
+    assert "Fine-tuned with pact" in Path("run/report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
     assert call(evaluate.main, "run", "--scheme", "lsq", "--json") == 0
     other = json.loads(capsys.readouterr().out)
     assert other["scheme"] == "lsq"
