@@ -112,6 +112,9 @@ class Scheme:
     narrow: ClassVar[bool] = True
     # Whether training moves the distance between levels (a step, or the clip that it follows from).
     trains_step: ClassVar[bool] = False
+    # Whether it means little for a network that wasn't trained with it: what its policies are worth
+    # untrained says little.
+    for_training: ClassVar[bool] = False
     # The smallest width of weights that means something.
     least_bits: ClassVar[int] = 1
 

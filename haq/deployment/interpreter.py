@@ -27,6 +27,7 @@ from haq.deployment.program import (
     Quantize,
     Value,
 )
+from haq.store.units import percent
 from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 
 
@@ -190,7 +191,7 @@ class Comparison:
         equal = len(self.layers) - len(lines)
         lines.append(
             f"{equal} of {len(self.layers)} layers are equal bit for bit; of {self.values} integers {self.different} differ, "
-            f"{self.own} by their own rounding; same answer on {self.same_answers:.2%} of the images, "
+            f"{self.own} by their own rounding; same answer on {percent(self.same_answers)} of the images, "
             f"outputs differ by up to {self.output_difference:.3g}"
         )
         return "\n".join(lines)

@@ -22,6 +22,7 @@ from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 from haq.store.files import write
+from haq.store.units import percent
 
 FLAVOURS = ("onnx", "qonnx")
 # Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
@@ -95,7 +96,7 @@ class Verification:
         if self.different:
             by = f", by up to {self.steps}"
         return (
-            f"{self.flavour}: same answer on {self.same_answers:.2%} of {self.images} images, outputs differ by up to "
+            f"{self.flavour}: same answer on {percent(self.same_answers)} of {self.images} images, outputs differ by up to "
             f"{self.output_difference:.3g} (the largest is {self.largest_output:.3g}); of {self.values} integers that enter "
             f"layers {self.different} differ{by}"
         )

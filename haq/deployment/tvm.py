@@ -44,6 +44,7 @@ from haq.deployment.program import (
     Value,
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
+from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv, zero_point
@@ -548,7 +549,7 @@ class TvmExporter(Exporter):
         rows = [("same answer as in PyTorch", f"{answers.same:,} of {answers.count:,} test images")]
         if samples.labelled:
             before = answers.right_in_torch / answers.count
-            rows.append(("accuracy", f"{answers.right / answers.count:.2%} (in PyTorch {before:.2%})"))
+            rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
         processor = deployed.description["machine"]["processor"]
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
         rows += [

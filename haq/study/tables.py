@@ -92,6 +92,9 @@ def scheme_words(problem: Problem) -> str:
     lacking = {s.name for s in problem.schemes.values() if lacking_integers(s)}
     if lacking:
         words += f"; can't be deployed: {', '.join(sorted(lacking))} doesn't compute with integers"
+    untrained = {s.name for s in problem.schemes.values() if s.for_training}
+    if untrained and problem.evaluator.tune is None:
+        words += f"; {join_words(sorted(untrained))} is for training, and policies are judged untrained: see --finetune-steps"
     for name, widths in _widths_without_integers(problem, lacking).items():
         words += f"; weights of {join_words([str(bits) for bits in widths], 'or')} bits in {name} can't be deployed"
     return words

@@ -51,6 +51,7 @@ class DoReFa(Scheme, name="dorefa"):
 
     summary: ClassVar[str] = "weights through tanh into -1..1, inputs clipped to 0..1; for training (Zhou et al. 2016)"
     needs_data: ClassVar[bool] = False
+    for_training: ClassVar[bool] = True
     has_integer_weights: ClassVar[bool] = True
     has_integer_activations: ClassVar[bool] = True
 

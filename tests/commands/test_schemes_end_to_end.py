@@ -106,6 +106,15 @@ def test_widths_that_cannot_be_deployed_are_told_before_the_search(capsys: pytes
         assert "can't be deployed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "steps", "told"), [("pact", "0", True), ("pact", "2", False), ("lsq", "0", False)])
+def test_it_is_told_that_policies_of_a_scheme_for_training_are_judged_untrained(
+    name: str, steps: str, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*SMALL, "--scheme", name, "--finetune-steps", steps, "--dry-run"]
+    assert call(search.main, *asked) == 0
+    assert ("judged untrained" in " ".join(capsys.readouterr().out.split())) == told
+
+
 def test_a_sweep_with_a_scheme() -> None:
     asked = [*SMALL[:4], "--hw", "edge", "--budgets", "0.6", "--solvers", "greedy", "--evaluations", "12", "--scheme", "lsq"]
     assert call(sweep.main, *asked, "--out", "sweep") == 0
