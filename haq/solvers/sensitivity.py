@@ -91,6 +91,11 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
     return _sensitivities(problem, kind, loss_increases)
 
 
+def evaluations_for_all(problem: Problem) -> int:
+    """Count the evaluations that it takes to measure every operand at every width worth choosing."""
+    return 1 + len(_wanted(largest_widths(problem), [problem]))
+
+
 def _wanted(highest: NDArray[np.int64], problems: Sequence[Problem]) -> list[Operand]:
     """List what there is to measure, what says most first."""
     pairs = [np.concatenate([problem.decisions[i].pairs for problem in problems]) for i in range(len(highest))]

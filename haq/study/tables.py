@@ -15,9 +15,9 @@ from haq.console.tables import Column, key_table, print_columns, say, say_next
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
+from haq.solvers.sensitivity import evaluations_for_all
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
-from haq.study.config import SearchConfig
 from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
 from hw_models.notebook import html_table
@@ -55,7 +55,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "scheme": scheme_words(problem),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
-        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(config)}",
+        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task)}",
         "objective": problem.objective.words,
         "evaluations": _evaluations_words(task, workers),
         "fine-tuning": _finetuning_words(task),
@@ -116,12 +116,20 @@ def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, l
     return {name: sorted(widths) for name, widths in found.items()}
 
 
-def _sensitivities_words(config: SearchConfig) -> str:
+def _sensitivities_words(task: SearchTask) -> str:
+    config, needed = task.config, evaluations_for_all(task.problem)
     if config.sensitivity:
-        return f"from {config.sensitivity}"
+        known = task.read_sensitivities(Path(config.sensitivity)).known
+        words = f"from {config.sensitivity}"
+        if known + 1 < needed:
+            words += f", which has {known} of {needed - 1}: the rest is guessed from them"
+        return words
     if config.sensitivity_kind == "hessian":
         return "computed, without evaluations"
-    return "measured by each solver that needs them"
+    words = "measured by each solver that needs them"
+    if config.evaluations < needed:
+        words += f"; all of them take {needed} evaluations, and what {config.evaluations} leave out is guessed"
+    return words
 
 
 def _evaluations_words(task: SearchTask, workers: str) -> str:
