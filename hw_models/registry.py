@@ -25,7 +25,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Thing = TypeVar("Thing")
@@ -206,6 +208,53 @@ def import_by_name(name: str, kind: str) -> Any:
             sentence = f"{kind} {name!r} is no known name, and no module {error.name!r} can be imported"
             raise _NoModuleError(sentence) from error
         raise
+
+
+def code_of(module_name: str) -> list[Path]:
+    """List the files and folders that an import of a module of somebody's own takes code from; nothing is imported.
+
+    Args:
+        module_name: The module, with dots for what is in a package.
+
+    Returns:
+        What belongs to the module and to each package that it is in, as it is named; links aren't followed. Nothing, if
+        there is no such module at all.
+
+    Raises:
+        ValueError: If only an import could tell where the code is.
+    """
+    # The same folders as `import_by_name` looks into.
+    folders = list(sys.path)
+    if os.getcwd() not in folders:
+        folders.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    found: list[Path] = []
+    parts = module_name.split(".")
+    for number, part in enumerate(parts, start=1):
+        name = ".".join(parts[:number])
+        spec = PathFinder.find_spec(part, folders) or _spec_of_others(name, folders)
+        if spec is None and number == 1 and name not in sys.modules:
+            return []
+        inside = list(getattr(spec, "submodule_search_locations", None) or [])
+        origin = getattr(spec, "origin", None)
+        if not origin and not inside:
+            raise ValueError(f"only an import of {name} could tell where its code is")
+        found += [Path(place).absolute() for place in (origin, *inside) if place]
+        # A package that is imported already may have changed where its modules are looked for.
+        folders = list(getattr(sys.modules.get(name), "__path__", inside))
+        found += [Path(folder).absolute() for folder in folders]
+    return found
+
+
+def _spec_of_others(name: str, folders: list[str]) -> ModuleSpec | None:
+    """Ask the finders that others put beside Python's own, as packages do that were installed to be worked on."""
+    where = folders if "." in name else None
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and (spec := find(name, where, None)) is not None:
+            made: ModuleSpec = spec
+            return made
+    return None
 
 
 def printable(text: str) -> str:
