@@ -87,10 +87,13 @@ def import_attribute(name: str, what: str) -> Any:
         What has that name.
 
     Raises:
+        ValueError: For a module of Python itself, which isn't imported.
         ImportError: In one sentence that begins with `what`, if the module fails or has no such
             name.
     """
     module_name, _, attribute = name.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{what} can't be imported: {name} is of Python itself; give module:Name")
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:

@@ -235,3 +235,12 @@ def test_unknown_names_list_the_close_ones(install: Install) -> None:
 def test_records_that_are_none_are_refused(records: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Q.schemes_from_records(records)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["this:x", "antigravity:x", "os:getcwd", "os.path:join"])
+def test_a_module_of_python_itself_is_not_imported(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=f"^scheme '{name}' can't be imported: {name} is of Python itself; give module:Name$"):
+        Q.Scheme.named(name)
+    assert "this" not in sys.modules
+    assert "antigravity" not in sys.modules
+    assert not capsys.readouterr().out
