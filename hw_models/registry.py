@@ -344,8 +344,8 @@ def _name_of(package: Distribution) -> str:
         name = package.name
     except Exception:
         name = ""
-    folder = getattr(package, "_path", package.locate_file(""))
-    return name or folder.name
+    folder: Any = getattr(package, "_path", package.locate_file(""))
+    return name or str(folder.name)
 
 
 def _warn_of(sentence: str) -> None:

@@ -54,6 +54,14 @@ class Verbosity:
 VERBOSITY = Verbosity()
 
 
+class _Console(Console):
+    """A console whose reader may go: `haq.console.errors.run_command` then ends the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled; Rich itself ends the process with status 1."""
+        raise
+
+
 @dataclass(frozen=True)
 class Output:
     """Two consoles: `results` for what was asked for, `notes` for plans, progress and hints, which -q leaves out."""
@@ -73,10 +81,10 @@ class Output:
         Returns:
             The two consoles.
         """
-        results = Console(stderr=as_json)
+        results = _Console(stderr=as_json)
         if width is not None and not results.is_terminal and "COLUMNS" not in os.environ:
-            results = Console(stderr=as_json, width=width)
-        notes = Console(stderr=as_json, quiet=VERBOSITY.is_quiet)
+            results = _Console(stderr=as_json, width=width)
+        notes = _Console(stderr=as_json, quiet=VERBOSITY.is_quiet)
         return cls(results, notes, as_json)
 
     def print_json(self, content: Any) -> None:
