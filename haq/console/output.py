@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 logger = logging.getLogger("haq")
 
@@ -54,7 +54,7 @@ class Verbosity:
 VERBOSITY = Verbosity()
 
 
-class _Console(Console):
+class Console(RichConsole):
     """A console whose reader may go: `haq.console.errors.run_command` then ends the command."""
 
     def on_broken_pipe(self) -> None:
@@ -81,10 +81,10 @@ class Output:
         Returns:
             The two consoles.
         """
-        results = _Console(stderr=as_json)
+        results = Console(stderr=as_json)
         if width is not None and not results.is_terminal and "COLUMNS" not in os.environ:
-            results = _Console(stderr=as_json, width=width)
-        notes = _Console(stderr=as_json, quiet=VERBOSITY.is_quiet)
+            results = Console(stderr=as_json, width=width)
+        notes = Console(stderr=as_json, quiet=VERBOSITY.is_quiet)
         return cls(results, notes, as_json)
 
     def print_json(self, content: Any) -> None:
