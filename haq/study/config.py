@@ -19,7 +19,7 @@ from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
 from haq.console.options import option_name, setting
 from haq.problem import KINDS, OBJECTIVES
 from haq.solvers import ENVS, SOLVERS
-from haq.store.files import SWEEP
+from haq.store import files
 from haq.store.units import UNITS
 from hw_models.registry import Registry, code_of
 
@@ -241,6 +241,10 @@ class SearchConfig(_Config):
         try:
             return cls.read(ConfigRecord.read(path).settings)
         except ValueError as error:
+            if _schema_of(path).startswith("haq-sweep-"):
+                raise ValueError(
+                    f"--config {path} is the file of a sweep: give the config.yaml of a search, or haq sweep --config"
+                ) from None
             raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
@@ -477,6 +481,10 @@ class SweepConfig(_Config):
         try:
             return cls.read(SweepRecord.read(path).asked.to_dict())
         except ValueError as error:
+            if _schema_of(path).startswith("haq-run-"):
+                raise ValueError(
+                    f"--config {path} is the file of a search: give the sweep.json of a sweep, or haq search --config"
+                ) from None
             raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
@@ -643,6 +651,17 @@ def read_budgets(text: str) -> tuple[str, ...]:
     return tuple(str(first + step * index) for index in range(int((last - first) / step) + 1))
 
 
+def _schema_of(path: Path) -> str:
+    """Return what a file, of a run or a sweep, says its schema is; empty text for none."""
+    read = files.read_yaml
+    if path.suffix == ".json":
+        read = files.read_json
+    try:
+        return str(read(path).get("schema"))
+    except (ValueError, OSError):
+        return ""
+
+
 def _check_place(source: Path, what: str, module: str) -> None:
     """Raise ValueError if the code of a module, which a file names, may lie in the folder of that file."""
     try:
@@ -650,7 +669,7 @@ def _check_place(source: Path, what: str, module: str) -> None:
     except ValueError as error:
         raise ValueError(f"{source} names {what}, and {error}: it was not run; name it yourself if you trust it") from None
     own = {source.absolute().parent, source.parent.resolve(), source.resolve().parent}
-    own |= {folder.parent for folder in own if (folder.parent / SWEEP).exists()}
+    own |= {folder.parent for folder in own if (folder.parent / files.SWEEP).exists()}
     for place in places:
         # A link in the folder that leads out of it was sent along too.
         for path in (place, place.parent.resolve() / place.name, place.resolve()):

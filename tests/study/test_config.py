@@ -236,3 +236,20 @@ def test_an_attack_that_is_given_beside_a_file(here: None) -> None:
     content = {"schema": "haq-run-2", "settings": SearchConfig().to_dict(), "signature": {}, "versions": {}}
     Path("config.yaml").write_text(yaml.safe_dump(content))
     assert SearchConfig.from_options(given, Path("config.yaml")).eps == "4/255"
+
+
+def test_the_file_of_a_search_is_none_of_a_sweep(here: None) -> None:
+    Path("config.yaml").write_text("schema: haq-run-2\n")
+    Path("sweep.json").write_text('{"schema": "haq-sweep-2"}')
+    with pytest.raises(ValueError, match=r"^--config config.yaml is the file of a search: give the sweep.json of a sweep"):
+        SweepConfig.from_options({}, Path("config.yaml"))
+    with pytest.raises(ValueError, match=r"^--config sweep.json is the file of a sweep: give the config.yaml of a search"):
+        SearchConfig.from_options({}, Path("sweep.json"))
+
+
+def test_a_key_that_is_given_twice_in_a_file(here: None) -> None:
+    content = {"schema": "haq-run-2", "settings": SearchConfig().to_dict(), "signature": {}, "versions": {}}
+    text = yaml.safe_dump(content, sort_keys=False)
+    Path("config.yaml").write_text(text.replace("  hw: edge\n", "  hw: edge\n  hw: cloud\n"))
+    with pytest.raises(ValueError, match=r"config.yaml is not the configuration of a run: 'hw' is given twice, the second"):
+        SearchConfig.from_file(Path("config.yaml"))
