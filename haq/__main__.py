@@ -178,10 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     instruction = os.environ.get(VARIABLE)
     if instruction:
         return shell_complete(cli, {}, "haq", VARIABLE, instruction)
-    words = arguments
-    if words is None:
-        words = sys.argv[1:]
-    return call(cli, words, "haq")
+    return call(cli, arguments, "haq")
 
 
 def run() -> int:

@@ -26,6 +26,7 @@ from haq.store import cleanup
 from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, RunSummary, file_sizes, find_runs, summarize
 from haq.store.records import Measurement
 from haq.store.units import NOTHING, describe_amount, describe_bytes, percent
+from hw_models.registry import printable
 
 HOME = Path("runs")
 # What accuracies must agree in to be compared; eps is of the attack of one of the objectives.
@@ -109,16 +110,16 @@ def prune(folder: Path | None, unfinished: bool, checkpoints: bool, older_than: 
         if not reason and yes and not cleanup.remove(removal):
             reason = "it is in use"
         if reason:
-            say(console, f"left alone: {removal.run.folder}, {reason}", wrap=False)
+            say(console, printable(f"left alone: {removal.run.folder}, {reason}"), wrap=False)
             continue
         total += size
         does = "would delete"
         if yes:
             does = "deleted"
         files = f"{len(removal.paths)} files, {describe_bytes(size)}"
-        say(console, f"{does}: {removal.run.folder}, {removal.what}, {files}", wrap=False)
+        say(console, printable(f"{does}: {removal.run.folder}, {removal.what}, {files}"), wrap=False)
     if not total:
-        say(console, f"nothing to delete in {folder}")
+        say(console, printable(f"nothing to delete in {folder}"))
     elif yes:
         say(console, f"{describe_bytes(total)} deleted")
     else:
@@ -135,7 +136,7 @@ def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[P
         folders: Where they were looked for.
     """
     if not runs:
-        say(console, f"no runs in {', '.join(map(str, folders))}; python -m haq.search --hw edge makes one")
+        say(console, printable(f"no runs in {', '.join(map(str, folders))}; python -m haq.search --hw edge makes one"))
         return
     table = new_table()
     table.add_column("run", overflow="fold")
@@ -148,7 +149,7 @@ def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[P
     console.print(table)
     for run in runs:
         if run.reason:
-            say(console, f"{run.folder}: {run.reason}")
+            say(console, printable(f"{run.folder}: {run.reason}"))
     if any(run.search is not None for run in runs):
         say(console, ACCURACIES_ARE)
 
@@ -191,7 +192,7 @@ def print_run(console: Console, run: RunSummary) -> None:
     console.print(key_table(_facts(run)))
     for name, command in commands(run).items():
         # Unbroken, to be copied.
-        console.print(Text.assemble((name, "bold"), "  ", plain(command)), soft_wrap=True, highlight=False)
+        console.print(Text.assemble((name, "bold"), "  ", printable(command)), soft_wrap=True, highlight=False)
 
 
 def compare(runs: Sequence[RunSummary]) -> dict[str, Any]:
@@ -286,7 +287,7 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
     reason = ""
     if run.reason:
         reason = f", {run.reason}"
-    yield run.kind, f"{run.folder}: {run.state}{reason}"
+    yield run.kind, printable(f"{run.folder}: {run.state}{reason}")
     asked = _asked(run)
     if asked:
         unit = "evaluations"

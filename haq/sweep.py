@@ -119,7 +119,9 @@ def resume_sweep(folder: Path, workers: WorkersConfig, output: Output) -> int:
         earlier = sweep_run.read(folder)
         if earlier.finished:
             raise ValueError(f"{folder} is finished; what it found is in {folder / SWEEP}")
-        context = _load(sweep_run.asked_of(earlier), output)
+        asked = sweep_run.asked_of(earlier)
+        asked.check_code(folder / SWEEP)
+        context = _load(asked, output)
         _print_plan(output, context, workers, folder)
         sweep_run.check(folder, earlier, context)
         return _carry_out(folder, context, workers, output)

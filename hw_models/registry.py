@@ -22,10 +22,13 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Thing = TypeVar("Thing")
@@ -208,6 +211,53 @@ def import_by_name(name: str, kind: str) -> Any:
         raise
 
 
+def code_of(module_name: str) -> list[Path]:
+    """List the files and folders that an import of a module of somebody's own takes code from; nothing is imported.
+
+    Args:
+        module_name: The module, with dots for what is in a package.
+
+    Returns:
+        What belongs to the module and to each package that it is in, as it is named; links aren't followed. Nothing, if
+        there is no such module at all.
+
+    Raises:
+        ValueError: If only an import could tell where the code is.
+    """
+    # The same folders as `import_by_name` looks into.
+    folders = list(sys.path)
+    if os.getcwd() not in folders:
+        folders.insert(0, os.getcwd())
+    importlib.invalidate_caches()
+    found: list[Path] = []
+    parts = module_name.split(".")
+    for number, part in enumerate(parts, start=1):
+        name = ".".join(parts[:number])
+        spec = PathFinder.find_spec(part, folders) or _spec_of_others(name, folders)
+        if spec is None and number == 1 and name not in sys.modules:
+            return []
+        inside = list(getattr(spec, "submodule_search_locations", None) or [])
+        origin = getattr(spec, "origin", None)
+        if not origin and not inside:
+            raise ValueError(f"only an import of {name} could tell where its code is")
+        found += [Path(place).absolute() for place in (origin, *inside) if place]
+        # A package that is imported already may have changed where its modules are looked for.
+        folders = list(getattr(sys.modules.get(name), "__path__", inside))
+        found += [Path(folder).absolute() for folder in folders]
+    return found
+
+
+def _spec_of_others(name: str, folders: list[str]) -> ModuleSpec | None:
+    """Ask the finders that others put beside Python's own, as packages do that were installed to be worked on."""
+    where = folders if "." in name else None
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and (spec := find(name, where, None)) is not None:
+            made: ModuleSpec = spec
+            return made
+    return None
+
+
 def printable(text: str) -> str:
     """Escape what would break a line or steer a terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
@@ -254,17 +304,77 @@ def _import(module_name: str, attribute: str, what: str) -> Any:
 # Reading what all packages offer takes milliseconds, once for every folder that Python looks into.
 @functools.cache
 def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    return tuple(sorted(entry_points(group=group), key=lambda point: (point.name, point.value)))
+    try:
+        points = list(entry_points(group=group))
+    except Exception:
+        points = _of_sound_packages(group)
+    sound = [point for point in points if _is_sound(point)]
+    return tuple(sorted(sound, key=lambda point: (point.name, point.value)))
+
+
+def _of_sound_packages(group: str) -> list[EntryPoint]:
+    """List the entry points of the packages that can be read, and warn of the others."""
+    points: list[EntryPoint] = []
+    seen: set[str] = set()
+    for package in distributions():
+        name = _name_of(package)
+        # The first of a name is the one that is imported.
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            points += package.entry_points.select(group=group)
+        except Exception as error:
+            _warn_of(f"installed package {name} is broken and left out, its entry_points.txt can't be read: {error}")
+    return points
+
+
+def _is_sound(point: EntryPoint) -> bool:
+    """Say whether an entry point has the form module:Name; warn of one that hasn't."""
+    try:
+        return bool(point.module)
+    except Exception:
+        _warn_of(f"{point.name!r} of {_origin(point)} is left out: it stands for {point.value!r}, which is no module:Name")
+        return False
+
+
+def _name_of(package: Distribution) -> str:
+    """Name an installed package; one whose METADATA can't be read, by its folder."""
+    try:
+        name = package.name
+    except Exception:
+        name = ""
+    folder: Any = getattr(package, "_path", package.locate_file(""))
+    return name or str(folder.name)
+
+
+def _warn_of(sentence: str) -> None:
+    """Log a warning, once in a process."""
+    logger = logging.getLogger("haq")
+    # Schemes are looked for by other code, which finds the same packages.
+    said = vars(logger).setdefault("said_of_packages", set())
+    if sentence not in said:
+        said.add(sentence)
+        logger.warning("%s", printable(sentence))
 
 
 def _origin(point: EntryPoint) -> str:
     if point.dist is None:
         return "an installed package"
-    return printable(f"{point.dist.name} {point.dist.version}")
+    try:
+        version = point.dist.version
+    except Exception:
+        version = None
+    if not version:
+        return printable(f"{_name_of(point.dist)}, whose METADATA is broken")
+    return printable(f"{_name_of(point.dist)} {version}")
 
 
 def _summary(point: EntryPoint) -> str:
-    summary = ""
+    summary = None
     if point.dist is not None:
-        summary = point.dist.metadata["Summary"] or ""
-    return printable(" ".join(summary.split()) or point.value)
+        try:
+            summary = point.dist.metadata["Summary"]
+        except Exception:
+            summary = None
+    return printable(" ".join((summary or "").split()) or point.value)

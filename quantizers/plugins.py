@@ -9,15 +9,21 @@ A package offers one in its pyproject.toml:
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from typing import Any
 
 
 def installed(group: str) -> list[EntryPoint]:
     """List the entry points of a group, in the order of their names; nothing is imported."""
-    return sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+    try:
+        points = list(entry_points(group=group))
+    except Exception:
+        points = _of_sound_packages(group)
+    sound = [point for point in points if _is_sound(point)]
+    return sorted(sound, key=lambda point: (point.name, point.value))
 
 
 def find_installed(group: str, name: str, kind: str) -> EntryPoint | None:
@@ -50,14 +56,23 @@ def origin(point: EntryPoint) -> str:
     """Name the installed package that an entry point is of, with its version."""
     if point.dist is None:
         return "an installed package"
-    return f"{point.dist.name} {point.dist.version}"
+    try:
+        version = point.dist.version
+    except Exception:
+        version = None
+    if not version:
+        return f"{_name_of(point.dist)}, whose METADATA is broken"
+    return f"{_name_of(point.dist)} {version}"
 
 
 def description(point: EntryPoint) -> str:
     """Return one line about an entry point without importing it: its package's summary, or what it stands for."""
     summary = None
     if point.dist is not None:
-        summary = point.dist.metadata["Summary"]
+        try:
+            summary = point.dist.metadata["Summary"]
+        except Exception:
+            summary = None
     return " ".join((summary or point.value).split())
 
 
@@ -87,10 +102,13 @@ def import_attribute(name: str, what: str) -> Any:
         What has that name.
 
     Raises:
+        ValueError: For a module of Python itself, which isn't imported.
         ImportError: In one sentence that begins with `what`, if the module fails or has no such
             name.
     """
     module_name, _, attribute = name.partition(":")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{what} can't be imported: {name} is of Python itself; give module:Name")
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -101,3 +119,49 @@ def import_attribute(name: str, what: str) -> Any:
             raise ImportError(f"{what} can't be imported from {name}: module {module_name} has no {attribute!r}")
         found = getattr(found, part)
     return found
+
+
+def _of_sound_packages(group: str) -> list[EntryPoint]:
+    """List the entry points of the packages that can be read, and warn of the others."""
+    points: list[EntryPoint] = []
+    seen: set[str] = set()
+    for package in distributions():
+        name = _name_of(package)
+        # The first of a name is the one that is imported.
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            points += package.entry_points.select(group=group)
+        except Exception as error:
+            _warn_of(f"installed package {name} is broken and left out, its entry_points.txt can't be read: {error}")
+    return points
+
+
+def _is_sound(point: EntryPoint) -> bool:
+    """Say whether an entry point has the form module:Name; warn of one that hasn't."""
+    try:
+        return bool(point.module)
+    except Exception:
+        _warn_of(f"{point.name!r} of {origin(point)} is left out: it stands for {point.value!r}, which is no module:Name")
+        return False
+
+
+def _name_of(package: Distribution) -> str:
+    """Name an installed package; one whose METADATA can't be read, by its folder."""
+    try:
+        name = package.name
+    except Exception:
+        name = ""
+    folder: Any = getattr(package, "_path", package.locate_file(""))
+    return name or str(folder.name)
+
+
+def _warn_of(sentence: str) -> None:
+    """Log a warning, once in a process."""
+    logger = logging.getLogger("haq")
+    # `hw_models.registry` finds the same packages.
+    said = vars(logger).setdefault("said_of_packages", set())
+    if sentence not in said:
+        said.add(sentence)
+        logger.warning("%s", sentence.encode("unicode_escape").decode())

@@ -20,6 +20,7 @@ from haq.console.values import did_you_mean, name_of, option_strings
 
 HELP = {"help_option_names": ["-h", "--help"]}
 DEFINITION = re.compile(r"(\S+(?: \S+)*) {2,}(\S.*)")  # a line of a list: a term, some blanks, its meaning
+TYPED = object()  # marks words from a command line; a program may put what it changes behind what it has
 COLUMN = 24  # characters of the first column of a help, at most
 
 
@@ -39,6 +40,20 @@ class _Page(click.Command):
     """What the help of a command and of a group have in common."""
 
     examples: tuple[str, ...] = ()
+
+    def make_parser(self, ctx: click.Context) -> Any:
+        """Make the parser of the words; of those that were typed, it refuses an option given twice: one would be lost."""
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_once(args: list[str]) -> Any:
+            values, left, order = parse(args)
+            if ctx.obj is TYPED and not ctx.resilient_parsing:
+                _check_given_once(order, ctx)
+            return values, left, order
+
+        parser.parse_args = parse_once
+        return parser
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         """Show the help in words that begin as all others do."""
@@ -179,20 +194,17 @@ def main_of(cli: click.Command) -> Main:
     """
 
     def main(arguments: list[str] | None = None) -> int:
-        words = arguments
-        if words is None:
-            words = sys.argv[1:]
-        return call(cli, words, f"haq {cli.name}")
+        return call(cli, arguments, f"haq {cli.name}")
 
     return main
 
 
-def call(cli: click.Command, words: Sequence[str], program: str) -> int:
+def call(cli: click.Command, words: Sequence[str] | None, program: str) -> int:
     """Call a command and return its exit status.
 
     Args:
         cli: The command or the group.
-        words: What follows its name.
+        words: What follows its name; None: what the process was started with, in which an option may stand once.
         program: Its name, as help and messages write it: "haq search".
 
     Returns:
@@ -201,8 +213,12 @@ def call(cli: click.Command, words: Sequence[str], program: str) -> int:
     Raises:
         ValueError: For words that it doesn't understand, in one sentence with the close ones.
     """
+    mark = None
+    if words is None:
+        words = sys.argv[1:]
+        mark = TYPED
     try:
-        with cli.make_context(program, [str(word) for word in words]) as context:
+        with cli.make_context(program, [str(word) for word in words], obj=mark) as context:
             return int(cli.invoke(context) or 0)
     except click.exceptions.Exit as end:
         return end.exit_code
@@ -210,6 +226,17 @@ def call(cli: click.Command, words: Sequence[str], program: str) -> int:
         raise ValueError(_sentence(error, program)) from None
     finally:
         VERBOSITY.reset()
+
+
+def _check_given_once(params: Sequence[click.Parameter], ctx: click.Context) -> None:
+    """Raise Misuse for an option that stands twice among those that were given, and may not."""
+    seen = set()
+    for param in params:
+        if not isinstance(param, click.Option) or param.multiple or param.count or param.is_eager:
+            continue
+        if param.name in seen:
+            raise Misuse(f"{name_of(param)} is given twice, and can be given once; see {ctx.command_path} --help", ctx=ctx)
+        seen.add(param.name)
 
 
 def _sentence(error: click.ClickException, program: str) -> str:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 logger = logging.getLogger("haq")
 
@@ -52,6 +52,14 @@ class Verbosity:
 
 
 VERBOSITY = Verbosity()
+
+
+class Console(RichConsole):
+    """A console whose reader may go: `haq.console.errors.run_command` then ends the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError that is being handled; Rich itself ends the process with status 1."""
+        raise
 
 
 @dataclass(frozen=True)

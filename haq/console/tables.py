@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
@@ -24,6 +25,9 @@ GAP = 2  # characters between columns; 1 where a table fits only so
 
 def plain(value: Any) -> Text:
     """Make text of a value that shows it as it is: no markup, no emoji codes, control characters escaped line by line."""
+    if isinstance(value, Path):
+        # A line break in the name of a folder is no line break of ours.
+        return Text(printable(str(value)))
     return Text("\n".join(printable(line) for line in str(value).split("\n")))
 
 

@@ -189,6 +189,15 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.YAMLError("it has an alias (*), which no file of a run has")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            word = (key.tag, str(key.value))
+            if word in seen:
+                raise yaml.YAMLError(f"{quoted(key.value)} is given twice, the second time in line {key.start_mark.line + 1}")
+            seen.add(word)
+        return super().construct_mapping(node, deep)
+
 
 _KINDS: dict[type, str] = {
     dict: "mapping",

@@ -5,13 +5,10 @@ A field is an option: its name, default, help and check stand here and nowhere e
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -22,8 +19,9 @@ from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
 from haq.console.options import option_name, setting
 from haq.problem import KINDS, OBJECTIVES
 from haq.solvers import ENVS, SOLVERS
+from haq.store import files
 from haq.store.units import UNITS
-from hw_models.registry import Registry
+from hw_models.registry import Registry, code_of
 
 SEARCHED = "What is searched"
 HARDWARE = "Hardware and budget"
@@ -34,7 +32,6 @@ FOLDERS = "The run"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
-NAMES_CODE = ("network", "data", "hw", "solver", "objective", "scheme")  # fields that may be module:Name
 LINEAR = "linear"  # the scheme of what isn't given another
 
 
@@ -220,7 +217,7 @@ class SearchConfig(_Config):
         if file is not None:
             config = cls.from_file(file).replace(**given)
             # Code is the user's own where it is named on the command line.
-            config.replace(**_defaults_of(given)).check_code(file)
+            config.check_code(file, leave_out=given)
             return config
         if "eps" in given:
             _check_attacked(given.get("objective", cls.default("objective")), given["eps"])
@@ -244,6 +241,10 @@ class SearchConfig(_Config):
         try:
             return cls.read(ConfigRecord.read(path).settings)
         except ValueError as error:
+            if _schema_of(path).startswith("haq-sweep-"):
+                raise ValueError(
+                    f"--config {path} is the file of a sweep: give the config.yaml of a search, or haq sweep --config"
+                ) from None
             raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
@@ -286,8 +287,8 @@ class SearchConfig(_Config):
             found["hw"] = Path(self.hw.removeprefix("lut:"))
         return found
 
-    def modules(self) -> dict[str, str]:
-        """List the modules of the user's own that are named as module:Name, by field."""
+    def modules(self) -> list[tuple[str, str]]:
+        """List the modules of the user's own that are named as module:Name, each with the field that names it."""
         names = {
             "network": [self.network.rpartition("@")[0] or self.network],
             "data": [self.data],
@@ -296,21 +297,20 @@ class SearchConfig(_Config):
             "objective": [self.objective],
             "scheme": [self.scheme_names()[0], *self.scheme_names()[1].values()],
         }
-        return {field: name.partition(":")[0] for field, given in names.items() for name in given if ":" in name}
+        return [(field, name.partition(":")[0]) for field, given in names.items() for name in given if ":" in name]
 
-    def check_code(self, source: Path) -> None:
+    def check_code(self, source: Path, leave_out: Iterable[str] = ()) -> None:
         """Raise ValueError if a file names code that lies in its own folder: whoever sent the file may have sent the code.
 
+        Nothing is imported. The folder of a sweep is its searches' own, too.
+
         Args:
-            source: The file, the config.yaml of a run.
+            source: The file, the config.yaml of a run or the sweep.json of a sweep.
+            leave_out: Fields whose values aren't from the file.
         """
-        for field, module in self.modules().items():
-            found = PathFinder.find_spec(module.partition(".")[0], [os.getcwd(), *sys.path])
-            if found and found.origin and Path(found.origin).resolve().is_relative_to(source.parent.resolve()):
-                raise ValueError(
-                    f"{source} names {field} {getattr(self, field)}, which is code in the run's own folder, and was not run: "
-                    "move it out of there if you trust it"
-                )
+        for field, module in self.modules():
+            if field not in leave_out:
+                _check_place(source, f"{field} {getattr(self, field)}", module)
 
     def bit_range(self) -> tuple[int, int]:
         """Return the smallest and the largest width. Raises ValueError if that isn't what `bits` says."""
@@ -460,8 +460,10 @@ class SweepConfig(_Config):
             return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
         earlier = cls.from_file(file)
         settings = earlier.settings.replace(**shared)
-        settings.replace(**_defaults_of(shared)).check_code(file)
-        return earlier.replace(**own, settings=settings)
+        # Code is the user's own where it is named on the command line.
+        config = earlier.replace(**own, settings=settings)
+        config.check_code(file, leave_out=given)
+        return config
 
     @classmethod
     def from_file(cls, path: Path) -> SweepConfig:
@@ -479,6 +481,10 @@ class SweepConfig(_Config):
         try:
             return cls.read(SweepRecord.read(path).asked.to_dict())
         except ValueError as error:
+            if _schema_of(path).startswith("haq-run-"):
+                raise ValueError(
+                    f"--config {path} is the file of a search: give the sweep.json of a sweep, or haq search --config"
+                ) from None
             raise ValueError(f"--config {path}: {error}") from error
 
     @classmethod
@@ -489,6 +495,19 @@ class SweepConfig(_Config):
         """
         lists = {name: tuple(content[name]) for name in ("hw", "budgets", "solvers")}
         return cls(settings=SearchConfig.read(content["settings"]), seeds=content["seeds"], **lists)
+
+    def check_code(self, source: Path, leave_out: Iterable[str] = ()) -> None:
+        """Raise ValueError if a file names code that lies in its own folder; see `SearchConfig.check_code`.
+
+        Args:
+            source: The file, the sweep.json of a sweep.
+            leave_out: Fields of the sweep or of its searches whose values aren't from the file.
+        """
+        self.settings.check_code(source, leave_out)
+        for field, values in (("hw", self.hw), ("solvers", self.solvers)):
+            for value in values:
+                if field not in leave_out and ":" in value:
+                    _check_place(source, f"{field} {value}", value.partition(":")[0])
 
     def words(self) -> list[str]:
         """Write the command that asks for this, word by word; options of the runs that are as they come are left out."""
@@ -632,9 +651,33 @@ def read_budgets(text: str) -> tuple[str, ...]:
     return tuple(str(first + step * index) for index in range(int((last - first) / step) + 1))
 
 
-def _defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of the fields that may name code, among those that were given."""
-    return {field: SearchConfig.default(field) for field in NAMES_CODE if field in given}
+def _schema_of(path: Path) -> str:
+    """Return what a file, of a run or a sweep, says its schema is; empty text for none."""
+    read = files.read_yaml
+    if path.suffix == ".json":
+        read = files.read_json
+    try:
+        return str(read(path).get("schema"))
+    except (ValueError, OSError):
+        return ""
+
+
+def _check_place(source: Path, what: str, module: str) -> None:
+    """Raise ValueError if the code of a module, which a file names, may lie in the folder of that file."""
+    try:
+        places = code_of(module)
+    except ValueError as error:
+        raise ValueError(f"{source} names {what}, and {error}: it was not run; name it yourself if you trust it") from None
+    own = {source.absolute().parent, source.parent.resolve(), source.resolve().parent}
+    own |= {folder.parent for folder in own if (folder.parent / files.SWEEP).exists()}
+    for place in places:
+        # A link in the folder that leads out of it was sent along too.
+        for path in (place, place.parent.resolve() / place.name, place.resolve()):
+            if own & {path, *path.parents}:
+                raise ValueError(
+                    f"{source} names {what}, which is code in the run's own folder, and was not run: "
+                    "move it out of there if you trust it"
+                )
 
 
 def _check_attacked(objective: str, eps: str) -> None:

@@ -331,6 +331,16 @@ def test_text_of_a_run_can_not_steer_the_terminal(capsys: pytest.CaptureFixture[
     assert "net[bold]work" in out
 
 
+def test_a_line_break_in_the_name_of_a_folder_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/b").rename("runs/b\nforged: finished")
+    Path("runs/st\nub").mkdir()
+    Path("runs/st\nub/config.yaml.part").write_text("half")
+    Path("no\nforged").mkdir()
+    folder = str(Path("runs/b\nforged: finished"))
+    for words in (["list"], ["show", folder], ["list", "no\nforged"], ["prune", "--unfinished", "--checkpoints"]):
+        assert not [line for line in told(capsys, *words).splitlines() if line.startswith(("forged", "ub"))], words
+
+
 def test_a_list_needs_no_torch() -> None:
     code = (
         "import sys; from haq import runs; runs.main(['list']); runs.main(['compare', 'runs/a', 'runs/b']);"

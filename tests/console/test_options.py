@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import haq.__main__ as front
 from haq.console.commands import Group, command, main_of, summary_of
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.console.options import argument, flag, option, option_name, options_of, output_options, setting
@@ -76,6 +77,39 @@ def test_an_option_may_have_two_spellings() -> None:
     for spelling in ("--objective", "--reward"):
         assert call("r", spelling, "acc") == 3
         assert CALLS[0]["given"] == {"objective": "acc"}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["r", "--epochs", "3", "--epochs=3"], "--epochs"),
+        (["r", "--reward", "a", "--objective", "b"], "--objective"),
+        (["--out", "a", "r", "--out", "b"], "--out"),
+    ],
+)
+def test_an_option_is_typed_once(
+    words: list[str], name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CALLS.clear()
+    monkeypatch.setattr(sys, "argv", ["haq", *words])
+    assert run_command(main) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == f"error: {name} is given twice, and can be given once; see haq toy --help\n"
+    assert not CALLS
+    # A program that changes what it has may put it last.
+    assert call(*words) == 3
+
+
+def test_an_option_of_a_command_in_a_group_is_typed_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["haq", "search", "--hw", "edge", "--hw", "cloud"])
+    assert run_command(front.main) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == "error: --hw is given twice, and can be given once; see haq search --help\n"
+
+
+def test_more_than_once_is_more_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["haq", "r", "-v", "-v", "--verbose", "-vv"])
+    assert run_command(main) == 3
 
 
 def test_a_negative_number_is_a_value() -> None:

@@ -19,6 +19,22 @@ def install(folder: Path, package: str, group: str, points: dict[str, str], code
     (metadata / "entry_points.txt").write_text("\n".join([f"[{group}]", *rows]) + "\n")
 
 
+def break_packages(folder: Path, group: str) -> None:
+    """Put packages into a folder whose files are broken, each in another way."""
+    for name, points, metadata in (
+        ("no_equals", b"oak", b"Name: no_equals\nVersion: 1"),
+        ("no_utf8", b"oak\xff = no:Thing", b"Name: no_utf8\nVersion: 1"),
+        ("no_value", b"ash = ?!", b"Name: no_value\nVersion: 1"),
+        ("no_metadata", b"elm = no:Thing", None),
+        ("no_utf8_metadata", b"fir = no:Thing", b"Name: \xff\nVersion: 1"),
+    ):
+        about = folder / f"{name}-1.dist-info"
+        about.mkdir()
+        (about / "entry_points.txt").write_bytes(b"[" + group.encode() + b"]\n" + points + b"\n")
+        if metadata is not None:
+            (about / "METADATA").write_bytes(metadata + b"\n")
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that packages can be installed into."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import hw_models
 from hw_models.registry import BUILT_IN, Registry, import_by_name, requires
-from tests.hw_models.conftest import install
+from tests.hw_models.conftest import break_packages, install
 
 GROUP = "haq.wheels"
 BUILTIN: dict[str, tuple[Any, str]] = {
@@ -202,3 +203,29 @@ def test_all_that_the_package_offers_is_listed_and_there() -> None:
     assert done.stdout.split() == ["Shape", "False"]
     with pytest.raises(AttributeError, match="module 'hw_models' has no attribute 'nonsense'"):
         _ = hw_models.nonsense
+
+
+def test_a_broken_package_is_named_and_all_others_are_found(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(vars(logging.getLogger("haq")), "said_of_packages", set())
+    install(installed, "sound", GROUP, {"steel": "sound:Steel"}, "Steel = 3")
+    break_packages(installed, GROUP)
+    wheels = registry()
+    assert wheels.names() == ("round", "square", "elm", "fir", "steel")
+    assert wheels.get("steel") == 3
+    assert [row for row in wheels.rows() if row.origin != BUILT_IN] == [
+        ("elm", "no_metadata-1.dist-info, whose METADATA is broken", "no:Thing"),
+        ("fir", "no_utf8_metadata-1.dist-info, whose METADATA is broken", "no:Thing"),
+        ("steel", "sound 1.5", "Wheels of all kinds"),
+    ]
+    with pytest.raises(ImportError, match="^wheel 'elm' of no_metadata-1.dist-info, whose METADATA is broken can't be"):
+        wheels.get("elm")
+    with pytest.raises(ValueError, match="unknown wheel 'oak'"):
+        wheels.get("oak")
+    Registry("wheel", "haq.other_wheels", {}).names()
+    assert sorted(record.getMessage().partition(":")[0] for record in caplog.records) == [
+        "'ash' of no_value 1 is left out",
+        "installed package no_equals is broken and left out, its entry_points.txt can't be read",
+        "installed package no_utf8 is broken and left out, its entry_points.txt can't be read",
+    ]

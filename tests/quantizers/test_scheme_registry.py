@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 import quantizers as Q
 from tests.conftest import images
+from tests.hw_models.conftest import break_packages
 
 TERNARY = '''
 import torch
@@ -235,3 +237,32 @@ def test_unknown_names_list_the_close_ones(install: Install) -> None:
 def test_records_that_are_none_are_refused(records: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Q.schemes_from_records(records)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["this:x", "antigravity:x", "os:getcwd", "os.path:join"])
+def test_a_module_of_python_itself_is_not_imported(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=f"^scheme '{name}' can't be imported: {name} is of Python itself; give module:Name$"):
+        Q.Scheme.named(name)
+    assert "this" not in sys.modules
+    assert "antigravity" not in sys.modules
+    assert not capsys.readouterr().out
+
+
+def test_a_broken_package_is_named_and_all_others_are_found(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(vars(logging.getLogger("haq")), "said_of_packages", set())
+    install("ternary", "plugged_sound:Ternary", TERNARY)
+    break_packages(tmp_path, "quantizers.schemes")
+    assert {"ternary", "elm", "fir"} <= set(Q.scheme_names())
+    assert not {"oak", "ash"} & set(Q.scheme_names())
+    assert Q.Scheme.named("ternary").name == "ternary"
+    rows = Q.scheme_rows()
+    assert ("ternary", "plugged_sound 1.5", "Few levels") in rows
+    assert ("elm", "no_metadata-1.dist-info, whose METADATA is broken", "no:Thing") in rows
+    assert ("fir", "no_utf8_metadata-1.dist-info, whose METADATA is broken", "no:Thing") in rows
+    assert sorted(record.getMessage().partition(":")[0] for record in caplog.records) == [
+        "'ash' of no_value 1 is left out",
+        "installed package no_equals is broken and left out, its entry_points.txt can't be read",
+        "installed package no_utf8 is broken and left out, its entry_points.txt can't be read",
+    ]

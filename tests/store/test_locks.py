@@ -87,7 +87,7 @@ def refused(capsys: pytest.CaptureFixture[str], what: str, main: Any, *arguments
 def test_while_a_search_runs_nothing_else_writes_there_and_its_death_frees_the_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = [*QUICK, "--evaluations", "100000", "--out", "run"]
+    long = [*JOB, "--budget", "0.6", "--solver", "random", "--finetune-epochs", "0", "--evaluations", "100000", "--out", "run"]
     with another_process("-m", "haq.search", *long) as process:
         history = Path("run/history.csv")
         until(lambda: history.exists() and history.read_bytes().count(b"\n") > 20 and Path("run/policy.json").exists())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from haq.study.config import SearchConfig, SweepCell, SweepConfig, WorkersConfig, read_scheme
 
@@ -139,3 +141,115 @@ def test_who_works() -> None:
         True,
         True,
     ]
+
+
+def _touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def _link() -> None:
+    _touch("runs/evil/code_x.py")
+    Path("mine.py").symlink_to("runs/evil/code_x.py")
+
+
+def _link_of_a_folder() -> None:
+    _touch("runs/evil/code_x.py")
+    Path("mine").symlink_to("runs/evil")
+
+
+def _link_out() -> None:
+    _touch("elsewhere.py", "runs/evil/config.yaml")
+    Path("runs/evil/code_x.py").symlink_to("../../elsewhere.py")
+
+
+def _folder_on_the_path() -> None:
+    _touch("runs/evil/code_x.py")
+    sys.path.append("runs/evil")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder, with the folder of a run in it; afterwards the path is as before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("runs/evil").mkdir(parents=True)
+    Path("runs/evil/config.yaml").touch()
+
+
+@pytest.mark.parametrize(
+    ("make", "module"),
+    [
+        (lambda: _touch("runs/evil/code_x.py"), "runs.evil.code_x"),
+        (lambda: _touch("runs/__init__.py", "runs/evil/code_x.py"), "runs.evil.code_x"),
+        (lambda: _touch("runs/evil/code_x.pyc"), "runs.evil.code_x"),
+        (lambda: _touch("runs/evil/code_x.abi3.so"), "runs.evil.code_x"),
+        (lambda: _touch("runs/evil/__init__.py"), "runs.evil"),
+        (lambda: _touch("runs/evil/a/b/code_x.py"), "runs.evil.a.b.code_x"),
+        (_link, "mine"),
+        (_link_of_a_folder, "mine.code_x"),
+        (_link_out, "runs.evil.code_x"),
+        (_folder_on_the_path, "code_x"),
+    ],
+)
+def test_code_in_the_folder_of_a_run_is_found_without_an_import(here: None, make: Any, module: str) -> None:
+    make()
+    before = set(sys.modules)
+    for field in ("network", "data", "hw", "solver", "objective", "scheme"):
+        with pytest.raises(ValueError, match=f"names {field} {module}:S.* code in the run's own folder, and was not run"):
+            SearchConfig(**{field: f"{module}:S"}).check_code(Path("runs/evil/config.yaml"))
+    for scheme in (f"{module}:S,stem=lsq", f"stem={module}:S,hidden=json:S", f"json:S,stem={module}:S"):
+        with pytest.raises(ValueError, match="code in the run's own folder"):
+            SearchConfig(scheme=scheme).check_code(Path("runs/evil/config.yaml"))
+    sweep = Path("runs/evil/sweep.json")
+    for config in (SweepConfig(hw=("edge", f"{module}:S")), SweepConfig(solvers=(f"{module}:S", "ilp"))):
+        with pytest.raises(ValueError, match=f"{module}:S, which is code in the run's own folder"):
+            config.check_code(sweep)
+        config.check_code(sweep, leave_out=("hw", "solvers"))
+    # What is the user's own is named on the command line.
+    SearchConfig(solver=f"{module}:S").check_code(Path("runs/evil/config.yaml"), leave_out=("solver",))
+    # A link to the file changes nothing.
+    Path("linked.yaml").symlink_to("runs/evil/config.yaml")
+    with pytest.raises(ValueError, match="code in the run's own folder"):
+        SearchConfig(solver=f"{module}:S").check_code(Path("linked.yaml"))
+    assert set(sys.modules) == before
+
+
+def test_code_beside_a_run_is_the_users_but_for_that_of_its_sweep(here: None) -> None:
+    _touch("runs/mine.py", "package/__init__.py", "package/part.py")
+    config = SearchConfig(solver="runs.mine:S", hw="package.part:Board", network="timm:x", data="images:photographs")
+    config.check_code(Path("runs/evil/config.yaml"))
+    _touch("runs/sweep.json")
+    with pytest.raises(ValueError, match=r"names solver runs.mine:S, which is code in the run's own folder"):
+        config.check_code(Path("runs/evil/config.yaml"))
+
+
+def test_code_that_only_an_import_could_find_is_refused(here: None) -> None:
+    _touch("package/__init__.py")
+    with pytest.raises(ValueError, match=r"solver package.part:S, and only an import of package.part could tell"):
+        SearchConfig(solver="package.part:S").check_code(Path("runs/evil/config.yaml"))
+
+
+def test_an_attack_that_is_given_beside_a_file(here: None) -> None:
+    given = {"objective": "accuracy+robust", "eps": "4/255"}
+    content = {"schema": "haq-run-2", "settings": SearchConfig().to_dict(), "signature": {}, "versions": {}}
+    Path("config.yaml").write_text(yaml.safe_dump(content))
+    assert SearchConfig.from_options(given, Path("config.yaml")).eps == "4/255"
+
+
+def test_the_file_of_a_search_is_none_of_a_sweep(here: None) -> None:
+    Path("config.yaml").write_text("schema: haq-run-2\n")
+    Path("sweep.json").write_text('{"schema": "haq-sweep-2"}')
+    with pytest.raises(ValueError, match=r"^--config config.yaml is the file of a search: give the sweep.json of a sweep"):
+        SweepConfig.from_options({}, Path("config.yaml"))
+    with pytest.raises(ValueError, match=r"^--config sweep.json is the file of a sweep: give the config.yaml of a search"):
+        SearchConfig.from_options({}, Path("sweep.json"))
+
+
+def test_a_key_that_is_given_twice_in_a_file(here: None) -> None:
+    content = {"schema": "haq-run-2", "settings": SearchConfig().to_dict(), "signature": {}, "versions": {}}
+    text = yaml.safe_dump(content, sort_keys=False)
+    Path("config.yaml").write_text(text.replace("  hw: edge\n", "  hw: edge\n  hw: cloud\n"))
+    with pytest.raises(ValueError, match=r"config.yaml is not the configuration of a run: 'hw' is given twice, the second"):
+        SearchConfig.from_file(Path("config.yaml"))
