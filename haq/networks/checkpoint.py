@@ -39,7 +39,7 @@ QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme
 MOST_PIXELS = 2**24  # of an image that a checkpoint says its network takes
 MOST_NOTE = 2**24  # characters of what a header says
 RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure")
-# The ends of the names of tensors that must be finite. What else a scheme keeps, such as an infinite border, is its own affair.
+# The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
 FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
 STEPS = ("_scale", "_clip")  # the ends of the names of tensors whose values are distances
 # Attributes of layers that training alone depends on, and that the shapes of tensors tell already.
