@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
@@ -17,6 +17,9 @@ from haq.console.progress import follow_loading
 from haq.console.tables import say
 from haq.console.values import FOLDER
 from haq.study.config import AnotherScheme
+
+if TYPE_CHECKING:
+    from haq.store.records import ResultRecord
 
 
 @command("evaluate", __doc__, examples=("haq evaluate RUN", "haq evaluate RUN --scheme lsq", "haq evaluate RUN --json"))
@@ -43,7 +46,7 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
         The exit status: 1 if what was found is not within the budget.
     """
     import quantizers as Q
-    from haq.store.files import RESULT
+    from haq.store.files import POLICY, RESULT
     from haq.study import result as summary
     from haq.study import tables
     from haq.study.search_run import SearchRun
@@ -51,9 +54,11 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
 
     run = SearchRun.load(folder)
     policy = run.load_policy()
+    found: ResultRecord | None = None
     earlier: dict[str, Any] = {"rival_policies": {}, "evaluations": {}}
     if run.finished:
-        earlier = run.load_result().to_dict()
+        found = run.load_result()
+        earlier = found.to_dict()
     with follow_loading(output.notes, "loading and measuring") as follow:
         task = run.build(**follow)
         run.check(task)
@@ -65,11 +70,14 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
         result = summary.collect(task, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
     if "finetuned_scheme" in earlier:
         result["finetuned_scheme"] = earlier["finetuned_scheme"]
+    changed = found is not None and not run.is_found(found, policy)
     # Under attack it was measured by the search; python -m haq.robustness does it again.
-    if "verified" in earlier and scheme is None:
+    if "verified" in earlier and scheme is None and not changed:
         result["verified"] = earlier["verified"]
     if not run.finished:
         say(output.results, f"{folder} is not finished: this is the best policy so far")
+    if changed:
+        say(output.results, f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now")
     tables.print_result(output.results, task, policy, result)
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1

@@ -70,6 +70,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         with follow_loading(output.notes, "loading network and data") as follow:
             task = run.build(**follow)
             run.check(task)
+            result |= _measured_anew(task, policy, result)
             task = with_scheme(task, config.scheme)
         asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
         state = run.checkpoint("finetune", task, **asked)
@@ -94,6 +95,27 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     tables.print_next(output.notes, folder, [["evaluate", folder]])
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
+
+
+def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a result says of the policy, if that has become another one since; nothing if it hasn't.
+
+    Args:
+        task: The search, with the scheme of the run.
+        policy: The policy as it is now.
+        result: What result.json holds.
+    """
+    from haq.study import result as summary
+
+    encoded = policy.to_dict()
+    if result.get("policy", encoded) == encoded:
+        return {}
+    return {
+        "budget": summary.budget_used(task.problem, policy),
+        "uniform8": summary.entry(task, task.problem.uniform(8)),
+        "policy": encoded,
+        "found": summary.entry(task, policy),
+    }
 
 
 def _finetune(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output) -> nn.Module:

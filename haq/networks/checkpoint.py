@@ -2,7 +2,7 @@
 
 haq-checkpoint-1    a float network
 haq-network-2       a quantized network: the tensors of the float network under their own keys, those of its quantizers under
-                    "quantizer/"; policy and schemes as JSON in the header
+                    "quantizer/"; policy and schemes as JSON in the header, and a hash of the structure of the float network
 
 Nothing that a file holds is imported or executed, and its tensors are read once their sizes are known to be those of its
 network. The same content gives the same bytes.
@@ -10,6 +10,7 @@ network. The same content gives the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import pickle
@@ -29,14 +30,21 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.networks.building import build_as_file_says
 from haq.networks.network import Network, output_count
-from haq.store.files import check_file, check_schema, write
+from haq.store.files import check_file, check_schema, quoted, write
+from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class
 
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
 QUANTIZED_FORMAT = "haq-network-2"
 QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
 MOST_PIXELS = 2**24  # of an image that a checkpoint says its network takes
 MOST_NOTE = 2**24  # characters of what a header says
-RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes")
+RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure")
+# The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
+FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
+STEPS = ("_scale", "_clip")  # the ends of the names of tensors whose values are distances
+# Attributes of layers that training alone depends on, and that the shapes of tensors tell already.
+UNSIGNED = {"training", "inplace", "momentum"}
+UNSIGNED |= {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
 # What goes wrong while a network is made from what a file says.
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError)
 
@@ -82,6 +90,7 @@ def save_quantized(
         header |= _description(network)
     header["policy"] = json.dumps(Q.get_policy(qnetwork).to_dict())
     header["schemes"] = json.dumps(Q.scheme_records(qnetwork))
+    header["structure"] = structure(qnetwork)
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -111,6 +120,7 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
         module = _named_module(header)
     expected = module.state_dict()
     _check_shapes(path, float_tensors(header.shapes), _shapes(expected))
+    _check_structure(header, module)
     # Weights, scales, and what schemes keep: never several times the network.
     held = sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     check_file(path, 4 * held + 2**24)
@@ -120,11 +130,47 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
     try:
         qnetwork = Q.quantize(module, policy, scheme=schemes, state=state)
         _check_tensors(Q.quantizer_state(qnetwork), state)
+        _check_meaning(qnetwork, state)
         _check_tensors(qnetwork.state_dict(), weights)
     except _WRONG as error:
         raise ValueError(f"{path} holds tensors, bits or schemes that aren't of its network: {_short(error)}") from error
     qnetwork.load_state_dict(weights)
     return qnetwork.eval()
+
+
+def structure(network: nn.Module) -> str:
+    """Hash what a network is beside its tensors: the names and classes of its modules, and attributes such as a stride.
+
+    A quantized network has that of the float network that it was made of. Of modules that aren't torch's, whole numbers and
+    truth values are left out: they may count, or remember what happened.
+    """
+    digest = hashlib.sha256()
+    for name, module in network.named_modules():
+        kind = type(module)
+        if isinstance(module, QuantLayer):
+            kind = float_class(module)
+        constants = set(getattr(kind, "__constants__", ()))
+        attributes = {}
+        for key, value in vars(module).items():
+            if key.startswith("_") or key in UNSIGNED or key in OWN_ATTRIBUTES:
+                continue
+            if key in constants or (isinstance(value, (float, str)) and not kind.__module__.startswith("torch.")):
+                attributes[key] = value
+        plain = {key: _plain(value) for key, value in attributes.items() if _plain(value) is not None}
+        digest.update(json.dumps([name, kind.__name__, plain], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: object) -> str | None:
+    """Write numbers, text and sequences of them as text; None for anything else."""
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part) for part in value]
+        if None in parts:
+            return None
+        return f"({', '.join(map(str, parts))})"
+    if isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return None
 
 
 def holds_quantized(path: Path) -> bool:
@@ -169,6 +215,8 @@ def restore(network: Network, path: Path) -> Network:
     header = read_header(path)
     _, shape, mean, std = _images(header)
     _check_shapes(path, float_tensors(header.shapes), _shapes(network.module.state_dict()))
+    if header.notes.get("format") == QUANTIZED_FORMAT:
+        _check_structure(header, network.module)
     load_state(network.module, read_state(path)[0], path)
     return replace(network, input_shape=shape, mean=mean, std=std, origin=str(path))
 
@@ -297,6 +345,18 @@ def _check_quantized(header: Header) -> None:
     check_schema(path, found, QUANTIZED_FORMAT, "a quantized network")
 
 
+def _check_structure(header: Header, module: nn.Module) -> None:
+    """Raise ValueError unless a quantized file is of a network with the modules of a float network."""
+    found = header.notes.get("structure", "")
+    if not re.fullmatch(r"[0-9a-f]{16}", found):
+        raise ValueError(f"{header.path} has a header that doesn't say of which structure its network is: {quoted(found)}")
+    if found != structure(module):
+        raise ValueError(
+            f"{header.path} is of another network, with the same tensors: the class of a module differs, or an attribute such "
+            "as a stride or a padding; give the network that it was made of"
+        )
+
+
 def _policy_and_schemes(header: Header) -> tuple[Q.BitPolicy, dict[str, Q.Scheme]]:
     """Read the bits and schemes of a header. Raises ValueError for what are none."""
     try:
@@ -381,9 +441,29 @@ def _check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {expected[name].dtype} of "
                 f"{tuple(expected[name].shape)}"
             )
-        # What a scheme notes of widths that it doesn't use may be anything.
-        if name.endswith(("weight", "bias", "running_mean", "running_var", "_scale")) and not tensor.isfinite().all():
+        if name.endswith(FINITE) and not tensor.isfinite().all():
             raise ValueError(f"{name} has values that are not finite")
+
+
+def _check_meaning(qnetwork: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the tensor, for one of a scheme whose values mean nothing.
+
+    Args:
+        qnetwork: The quantized network, whose schemes these are.
+        state: The tensors of its quantizers, as `quantizers.quantizer_state` has them.
+    """
+    for layer, quantized in Q.quant_layers(qnetwork).items():
+        for key in quantized.state_names:
+            name = f"{layer}.{key}"
+            tensor = state[name]
+            if key.endswith(STEPS):
+                # Of a step that is learned, the magnitude counts.
+                if key in quantized.scheme.learned:
+                    tensor = tensor.abs()
+                if not (tensor > 0).all():
+                    raise ValueError(f"{name} has the value {tensor.min().item():g}; a scale must be above 0")
+            if key == "activation_signed" and not ((tensor == 0) | (tensor == 1)).all():
+                raise ValueError(f"{name} is {tensor.flatten()[0].item():g}; it must be 0 or 1")
 
 
 def _first(names: list[str]) -> str:

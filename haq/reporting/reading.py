@@ -6,6 +6,7 @@ ValueError of one sentence with its name and the first fault.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,9 +87,9 @@ def read_folder(folder: Path) -> RunFolder | SweepFolder:
 
     Raises FileNotFoundError if it is neither's, ValueError for a file that doesn't fit.
     """
-    if (folder / SWEEP).is_file():
+    if os.path.lexists(folder / SWEEP):
         return _read_sweep(folder)
-    if (folder / CONFIG).is_file():
+    if os.path.lexists(folder / CONFIG):
         return _read_run(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give the folder of a run or of a sweep")
@@ -106,20 +107,34 @@ def _read_sweep(folder: Path) -> SweepFolder:
 
 def _read_run(folder: Path) -> RunFolder:
     config = ConfigRecord.read(folder / CONFIG)
-    if not (folder / PROBLEM).is_file():
+    if not os.path.lexists(folder / PROBLEM):
         raise FileNotFoundError(f"{folder} has no {PROBLEM}: a run of this version of haq has one; search again")
     problem = ProblemRecord.read(folder / PROBLEM)
     rows: list[HistoryRow] = []
-    if (folder / HISTORY).exists():
+    if os.path.lexists(folder / HISTORY):
         rows = history.read(folder / HISTORY, len(problem.layers))
     policy, result, robustness = None, None, None
-    if (folder / POLICY).is_file():
+    if os.path.lexists(folder / POLICY):
         policy = _read_policy(folder / POLICY, problem)
-    if (folder / RESULT).is_file():
+    if os.path.lexists(folder / RESULT):
         result = ResultRecord.read(folder / RESULT)
-    if (folder / ROBUSTNESS / ATTACKED).is_file():
+        _check_found(folder, result, policy, problem)
+    if os.path.lexists(folder / ROBUSTNESS / ATTACKED):
         robustness = RobustnessRecord.read(folder / ROBUSTNESS / ATTACKED)
     return RunFolder(folder, config, problem, rows, policy, result, robustness)
+
+
+def _check_found(folder: Path, result: ResultRecord, policy: list[tuple[int, int]] | None, problem: ProblemRecord) -> None:
+    """Raise ValueError if policy.json has become another policy than the one that was measured in the end."""
+    if result.policy is None or policy is None:
+        return
+    found = result.policy.widths()
+    for layer, widths in zip(problem.layers, policy, strict=True):
+        if found.get(layer.name) != widths:
+            raise ValueError(
+                f"{folder / POLICY} is not the policy that {folder / RESULT} was measured of (layer {layer.name[:60]!r} has "
+                f"other bits): put {POLICY} back as it was, or use python -m haq.finetune {folder}, which measures it"
+            )
 
 
 def _read_policy(path: Path, problem: ProblemRecord) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """The history of a run: every evaluation, in order, one a line.
 
-A line that doesn't end was being written when the run was killed, and doesn't count. All others must be evaluations.
+A line that doesn't end was being written when the run was killed, and doesn't count. All others must be evaluations, those of
+each solver numbered 1, 2, 3 and so on.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def read(path: Path, layers: int | None = None) -> list[HistoryRow]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: Naming the line and the column that is wrong, or the limit if the file is larger than any history.
+        ValueError: Naming the line and the column that is wrong, such as an evaluation that is there twice, or the limit if
+            the file is larger than any history.
     """
     text = files.read_text(path, files.MOST_HISTORY)
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
@@ -129,9 +131,12 @@ def read(path: Path, layers: int | None = None) -> list[HistoryRow]:
             found = lines[0]
         raise ValueError(f"{path} has the columns {found[:200]!r}, not {HEADER.strip()}: start a new run")
     rows = []
+    counts: dict[str, int] = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            rows.append(HistoryRow.parse(line, layers))
+            row = HistoryRow.parse(line, layers)
+            _check_count(row, counts)
+            rows.append(row)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}; put the file back as it was, or start a new run") from None
     return rows
@@ -146,6 +151,21 @@ def append(path: Path, row: HistoryRow) -> None:
     """Add a row at the end of a history."""
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(row.line())
+
+
+def _check_count(row: HistoryRow, counts: dict[str, int]) -> None:
+    """Count a row. Raises ValueError unless it is its solver's next: those of each solver are numbered 1, 2, 3 and so on.
+
+    Args:
+        row: The row.
+        counts: How many rows there were before it, by solver.
+    """
+    expected = counts.get(row.solver, 0) + 1
+    if row.evaluation < expected:
+        raise ValueError(f"evaluation {row.evaluation} of {row.solver} is there twice")
+    if row.evaluation > expected:
+        raise ValueError(f"evaluation {row.evaluation} of {row.solver}, where its evaluation {expected} must be")
+    counts[row.solver] = expected
 
 
 def _widths(operand: str, text: str, layers: int | None) -> tuple[int, ...]:

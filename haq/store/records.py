@@ -34,6 +34,7 @@ MOST_SEARCHES = 100_000
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
 SPLITS = ("search", "test")
 ROBUST = "accuracy+robust"  # the objective whose images are attacked
+SAME = 1e-6  # the relative difference of two costs that are the same but for rounding
 COST_KEYS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -436,9 +437,20 @@ class BudgetRecord(Record):
     unit: str
     limit: Cost
     used: Cost
-    fraction: float
-    used_fraction: float
+    fraction: Cost
+    used_fraction: Cost
     holds: bool
+
+    @model_validator(mode="after")
+    def _check_sense(self) -> BudgetRecord:
+        if self.holds != (self.used <= self.limit) and not math.isclose(self.used, self.limit, rel_tol=SAME):
+            raise ValueError(f"'budget.holds' is {self.holds}, with {self.used!r} used of a limit of {self.limit!r}")
+        if not math.isclose(self.fraction * self.used, self.used_fraction * self.limit, rel_tol=SAME):
+            raise ValueError(
+                f"'budget.fraction' is {self.fraction!r} and 'budget.used_fraction' {self.used_fraction!r}; they must be as "
+                f"'limit' to 'used', {self.limit!r} to {self.used!r}"
+            )
+        return self
 
 
 class JudgedRecord(Record):
@@ -483,6 +495,7 @@ class ResultRecord(FileRecord):
     of_float: Measurement = Field(alias="float")
     uniform8: Measurement
     uniform: Annotated[list[UniformResult], Field(max_length=BITS)] = []
+    policy: PolicyRecord | None = None  # what was found, as policy.json had it then
     found: Measurement
     finetuned: Measurement | None
     finetuned_scheme: str | None = None  # if that isn't the run's own
@@ -510,6 +523,20 @@ class ResultRecord(FileRecord):
                 measurement.share(split, self.objective)
         for uniform in self.uniform:
             uniform.share("search", self.objective)
+        return self
+
+    @model_validator(mode="after")
+    def _check_costs(self) -> ResultRecord:
+        budget = self.budget
+        used, of_all = self.found.cost(budget.metric), self.uniform8.cost(budget.metric)
+        key = COST_KEYS[budget.metric]
+        if used is not None and not math.isclose(used, budget.used, rel_tol=SAME):
+            raise ValueError(f"'budget.used' is {budget.used!r}; it must be 'found.{key}', {used!r}")
+        if of_all is not None and not math.isclose(budget.fraction * of_all, budget.limit, rel_tol=SAME):
+            raise ValueError(
+                f"'budget.fraction' is {budget.fraction!r} and 'budget.limit' {budget.limit!r}, which isn't that fraction of "
+                f"'uniform8.{key}', {of_all!r}"
+            )
         return self
 
 

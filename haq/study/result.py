@@ -120,6 +120,7 @@ def collect(
         "float": entry(task, None),
         "uniform8": entry(task, problem.uniform(8)),
         "uniform": [_uniform(task, bits, same) for bits, same in uniform_policies(problem).items()],
+        "policy": policy.to_dict(),
         "found": entry(task, policy),
         "finetuned": tuned,
         "rivals": {name: entry(task, rival) for name, rival in rivals.items()},

@@ -22,6 +22,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -116,7 +117,7 @@ class SearchRun:
     @property
     def finished(self) -> bool:
         """Tell whether the search has come to its end."""
-        return (self.folder / RESULT).exists()
+        return os.path.lexists(self.folder / RESULT)
 
     @property
     def go_on(self) -> str:
@@ -360,6 +361,22 @@ class SearchRun:
             raise FileNotFoundError(f"{self.folder} is not finished: {self.go_on}")
         return ResultRecord.read(self.folder / RESULT)
 
+    def is_found(self, result: ResultRecord, policy: Q.BitPolicy) -> bool:
+        """Tell whether a policy is the one that a result was measured of, as far as the result says."""
+        return result.policy is None or policy == result.policy.widths()
+
+    def check_found(self, result: ResultRecord, policy: Q.BitPolicy) -> None:
+        """Raise ValueError if what was measured in the end was another policy than the one that policy.json has now.
+
+        Args:
+            result: What was found, as result.json has it.
+            policy: The policy of policy.json.
+        """
+        if result.policy is not None:
+            measured = Q.BitPolicy(result.policy.widths())
+            remedy = f"use python -m haq.finetune {self.folder}, which measures it"
+            check_same_policy(self.folder / POLICY, policy, self.folder / RESULT, measured, remedy)
+
     def load_problem(self) -> ProblemRecord:
         """Read what is searched."""
         return ProblemRecord.read(self.folder / PROBLEM)
@@ -390,7 +407,8 @@ class SearchRun:
             The network, in evaluation mode; None if there is no such file.
 
         Raises:
-            ValueError: If it is of another problem, damaged, or doesn't fit the run's network in every tensor.
+            ValueError: If it is of another problem, damaged, or doesn't fit the run's network in every tensor; for the network
+                that was fine-tuned also if its bits aren't those of policy.json.
         """
         path = self.folder / name
         if not path.exists():
@@ -413,6 +431,9 @@ class SearchRun:
             self.check_policy(Q.get_policy(qnetwork), task, path)
         except ValueError as error:
             raise ValueError(f"{path} doesn't hold the network of this run ({error}): {remedy}") from error
+        if name == CHECKPOINT:
+            remedy = f"delete {path} and use python -m haq.finetune {self.folder}"
+            check_same_policy(self.folder / POLICY, self.load_policy(), path, Q.get_policy(qnetwork), remedy)
         return qnetwork
 
     def _state(self, name: str) -> Path:
@@ -459,6 +480,33 @@ class SearchRun:
 
             self._writer = SummaryWriter(str(self.folder))  # type: ignore[no-untyped-call]
         return self._writer
+
+
+def check_same_policy(path: Path, policy: Q.BitPolicy, other: Path, its: Q.BitPolicy, remedy: str) -> None:
+    """Raise ValueError, naming the first layer that differs, unless two files have the same policy.
+
+    Args:
+        path: The file of the policy.
+        policy: The policy.
+        other: The file that must have the same.
+        its: The policy that it has.
+        remedy: What to do but put the first file back.
+    """
+    differing = [name for name in (*policy, *its) if policy.get(name) != its.get(name)]
+    if not differing:
+        return
+    name = differing[0]
+    raise ValueError(
+        f"{path} has {_widths(policy.get(name))} bits for layer {name[:60]!r}, {other} is of {_widths(its.get(name))}: put "
+        f"{path.name} back as it was, or {remedy}"
+    )
+
+
+def _widths(bits: tuple[int | None, int | None] | None) -> str:
+    """Write the bits of a layer into a message: weights/activations."""
+    if bits is None:
+        return "no"
+    return "/".join(str(width or "float") for width in bits)
 
 
 def has_tensorboard() -> bool:

@@ -36,6 +36,7 @@ from haq.store.records import PolicyRecord, ProblemRecord
 from haq.store.units import describe_amount, percent
 from haq.study.picture import draw_policy, save_picture
 from haq.study.result import budget_used, costs
+from haq.study.search_run import check_same_policy
 from haq.study.tables import PolicyTable
 from haq.study.task import outline, versions
 from haq.study.workers.processes import working
@@ -352,7 +353,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: With the reason, if the file is anything else.
+        ValueError: With the reason, if the file is anything else, or has other bits than the folder's policy.json.
     """
     path = Path(path)
     if path.is_dir():
@@ -360,7 +361,11 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         there = [place for place in places if place.is_file()]
         if not there:
             raise FileNotFoundError(f"{path} holds no quantized network: neither {QUANTIZED} nor {CHECKPOINT}")
-        path = there[0]
+        made = load_quantized(there[0], network)
+        if (path / POLICY).exists():
+            kept = Q.BitPolicy(PolicyRecord.read(path / POLICY).widths())
+            check_same_policy(path / POLICY, kept, there[0], Q.get_policy(made), "name the network's file")
+        return made
     return load_quantized(path, network)
 
 

@@ -422,8 +422,12 @@ def finish(
         What sweep.json holds.
     """
     task = context.first
-    results = {cell: SearchRun.load(folder / cell.folder).load_result() for cell in cells}
-    policies = {cell: SearchRun.load(folder / cell.folder).load_policy() for cell in cells}
+    results: Results = {}
+    policies: Policies = {}
+    for cell in cells:
+        run = SearchRun.load(folder / cell.folder)
+        results[cell], policies[cell] = run.load_result(), run.load_policy()
+        run.check_found(results[cell], policies[cell])
     shared = None
     if sensitivities is not None:
         shared = {

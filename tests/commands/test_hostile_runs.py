@@ -23,10 +23,12 @@ import safetensors.torch
 import torch
 import yaml
 
-from haq import data, deploy, evaluate, finetune, networks, robustness, runs, search, sweep, train
+from haq import data, deploy, evaluate, finetune, networks, report, robustness, runs, search, sweep, train
 from haq.attacks import base
 from haq.console import errors
 from haq.store.files import MOST_HISTORY
+from haq.store.records import PolicyRecord, ResultRecord
+from haq.study import solving
 from tests.commands.test_robustness_command import MODULE, TINY
 from tests.conftest import enter
 
@@ -42,6 +44,7 @@ COMMANDS: dict[str, Callable[[], int]] = {
     ),
     "show": lambda: runs.main(["show", "run"]),
     "compare": lambda: runs.main(["compare", "run", "run"]),
+    "report": lambda: report.main(["run"]),
     "sweep": lambda: sweep.main(["--resume", "swept"]),
     "train": lambda: train.main([*JOB, "--epochs", "2", "--resume", "--out", "run/net.safetensors"]),
 }
@@ -159,6 +162,28 @@ def _policy(change: Callable[[dict[str, Any]], object]) -> None:
 def _policy_of(layer: str, bits: int) -> dict[str, Any]:
     row = {"name": layer, "weight_bits": bits, "activation_bits": bits}
     return {"schema": "haq-bit-policy", "version": 1, "layers": [row]}
+
+
+def _budget(change: Callable[[dict[str, Any]], dict[str, Any]] = lambda old: {}, **changes: Any) -> None:
+    path = Path("run/result.json")
+    budget = json.loads(path.read_text())["budget"]
+    _json(path, budget={**budget, **change(budget), **changes})
+
+
+def _other_policy(layer: str) -> None:
+    """A policy that isn't the one that was measured, without a fine-tuned network that would tell."""
+    Path("run/checkpoint/quantized.safetensors").unlink()
+    _widen(layer)
+
+
+def _widen(layer: str) -> None:
+    """Give the input of a layer other bits: 7, or 6 if it has 7."""
+
+    def change(policy: dict[str, Any]) -> None:
+        row = next(row for row in policy["layers"] if row["name"] == layer)
+        row["activation_bits"] = 6 if row["activation_bits"] == 7 else 7
+
+    _policy(change)
 
 
 def _history(change: Callable[[list[list[str]]], object]) -> None:
@@ -396,6 +421,12 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)),
         "run/policy.json is not a bit policy: layer 'depthwise': bits must be an integer from 1 to 8, or null for",
     ),
+    (
+        "policy: other bits than the fine-tuned network's",
+        "evaluate deploy robustness",
+        lambda: _policy(lambda p: p["layers"][1].update(weight_bits=1 + p["layers"][1]["weight_bits"] % 8)),
+        "put policy.json back as it was, or delete run/checkpoint/quantized.safetensors and use python -m haq.finetune run",
+    ),
     ("policy: -1 bits", "evaluate finetune", lambda: _policy(lambda p: p["layers"][1].update(activation_bits=-1)), "not -1"),
     ("policy: bits in quotes", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits="4")), "not '4'"),
     (
@@ -437,6 +468,18 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         f"activation bits of 3 layers, the network has {LAYERS}",
     ),
     ("history: garbage", "unfinished compare", _put("run/history.csv", bytes(range(128, 256)) * 50), "is not text in UTF-8"),
+    (
+        "history: a row twice",
+        "unfinished show",
+        lambda: _history(lambda rows: rows.insert(2, rows[1])),
+        "line 3: evaluation 1",
+    ),
+    (
+        "history: a row too few",
+        "unfinished compare report",
+        lambda: _history(lambda rows: rows.pop(2)),
+        "line 3: evaluation 3 of random, where its evaluation 2 must be",
+    ),
     ("history: a NUL byte", "unfinished", _cell(0, "ran\0dom"), "the solver is"),
     (
         "history: a link out of the folder",
@@ -485,6 +528,36 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         lambda: _json(Path("run/result.json"), schema="haq-result-7"),
         "upgrade haq",
     ),
+    (
+        "result: a budget that contradicts itself",
+        "finetune show report",
+        lambda: _budget(holds=False),
+        "'budget.holds' is False, with ",
+    ),
+    ("result: more used than the limit", "show", lambda: _budget(limit=1e-9), "'budget.holds' is True, with "),
+    (
+        "result: a fraction of something else",
+        "show report",
+        lambda: _budget(fraction=0.1),
+        "they must be as 'limit' to 'used'",
+    ),
+    (
+        "result: both fractions of something else",
+        "show",
+        lambda: _budget(lambda old: {"fraction": old["fraction"] / 2, "used_fraction": old["used_fraction"] / 2}),
+        "which isn't that fraction of 'uniform8.latency_s'",
+    ),
+    (
+        "result: another cost than was found",
+        "show",
+        lambda: _budget(lambda old: {"used": old["used"] / 2, "used_fraction": old["used_fraction"] / 2}),
+        "it must be 'found.latency_s'",
+    ),
+    ("result: of another policy", "report", lambda: _other_policy("classifier"), "is not the policy that run/result.json was"),
+    ("result: a folder", "evaluate finetune show report", _folder("run/result.json"), "is a folder and was not read"),
+    ("result: a pipe", "evaluate finetune show report", _pipe("run/result.json"), "a pipe or a device"),
+    ("policy: a pipe", "evaluate report", _pipe("run/policy.json"), "a pipe or a device"),
+    ("attacks: a pipe", "report", _pipe("run/robustness/robustness.json"), "a pipe or a device"),
     ("result: 10 GB", "evaluate show", _huge("run/result.json"), "has 10 GB"),
     (
         "sensitivities: of another network",
@@ -652,6 +725,30 @@ def test_without_malice_every_command_works() -> None:
         assert errors.run_command(COMMANDS[command]) == 0, command
     _unfinished()
     assert errors.run_command(COMMANDS["resume"]) == 0
+
+
+@pytest.mark.usefixtures("place")
+def test_another_policy_is_told_and_fine_tuned_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    float_network = networks.load("small_job:network").module
+    assert solving.load("run", float_network)
+    _other_policy("pointwise")
+    assert evaluate.main(["run"]) in (0, 1)
+    assert "is another policy than the one that was found" in " ".join(capsys.readouterr().out.split())
+    before = ResultRecord.read(Path("run/result.json"))
+    assert finetune.main(["run", "--epochs", "1"]) in (0, 1)
+    after = ResultRecord.read(Path("run/result.json"))
+    assert after.policy == PolicyRecord.read(Path("run/policy.json"))
+    assert (before.policy, before.budget.used) != (after.policy, after.budget.used)
+    assert before.found != after.found
+    # The cost of what was fine-tuned is that of what it was made of.
+    assert after.found.cost("latency") == after.last.cost("latency")
+    assert report.main(["run"]) == 0
+    assert solving.load("run", float_network)
+    _widen("pointwise")
+    with pytest.raises(
+        ValueError, match=r"run/policy\.json has ./. bits for layer 'pointwise', run/checkpoint.* is of ./.: put"
+    ):
+        solving.load("run", float_network)
 
 
 @pytest.mark.usefixtures("place")

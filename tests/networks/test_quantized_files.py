@@ -156,6 +156,16 @@ def void(value: object) -> None:
         (_set("quantizer/stem.weight_scale", lambda t: t[:1]), r"stem\.weight_scale"),
         (_set("quantizer/stem.weight_scale", lambda t: t.double()), r"stem\.weight_scale is torch\.float64"),
         (_set("quantizer/stem.weight_scale", lambda t: t * float("inf")), "not finite"),
+        (_set("quantizer/stem.weight_scale", lambda t: -t), r"stem\.weight_scale has the value -.*must be above 0"),
+        (_set("quantizer/stem.activation_scale", lambda t: t * 0), r"stem\.activation_scale has the value 0; a scale must be"),
+        (_set("quantizer/stem.activation_scale", lambda t: t * float("nan")), r"stem\.activation_scale .*not finite"),
+        (_set("quantizer/stem.activation_signed", lambda t: t * float("nan")), r"stem\.activation_signed .*not finite"),
+        (_set("quantizer/stem.activation_signed", lambda t: t * 0 + 7), r"stem\.activation_signed is 7; it must be 0 or 1"),
+        (_set("quantizer/stem.weight_error", lambda t: t + float("inf")), r"stem\.weight_error .*not finite"),
+        (_set("quantizer/stem.activation_error", lambda t: t * float("nan")), r"stem\.activation_error .*not finite"),
+        (_note(structure="0" * 16), "of another network, with the same tensors: the class of a module differs, or"),
+        (_note(structure="?"), "doesn't say of which structure its network is"),
+        (lambda tensors, notes: void(notes.pop("structure")), "doesn't say of which structure its network is"),
         (_set("quantizer/stem.signed", lambda t: torch.zeros(3)), "aren't of its network"),
         (lambda tensors, notes: tensors.update(other=torch.zeros(3)), "1 unknown"),
         (lambda tensors, notes: tensors.update({"quantizer/other": torch.zeros(3)}), "names differ"),
@@ -184,6 +194,94 @@ def test_what_is_not_of_the_network_is_refused(
         networks.load_quantized(path, module=module)
     assert len(str(raised.value)) < 700
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "key"), [("lsq", "weight_scale"), ("lsqplus", "activation_scale"), ("pact", "activation_clip")]
+)
+def test_a_learned_step_may_be_negative_but_not_zero(scheme: str, key: str, tmp_path: Path) -> None:
+    module, qnetwork = quantized(scheme, (4, 4))
+    path = tmp_path / "q.safetensors"
+    networks.save_quantized(path, qnetwork)
+    tensors, notes = networks.read_state(path)
+    tensors[f"quantizer/stem.{key}"] *= -1
+    path.write_bytes(safetensors.torch.save(tensors, notes))
+    assert torch.equal(networks.load_quantized(path, module)(images(4)), qnetwork(images(4)))
+    for value, message in ((0.0, "has the value 0; a scale must be above 0"), (float("nan"), "not finite")):
+        tensors[f"quantizer/stem.{key}"].fill_(value)
+        path.write_bytes(safetensors.torch.save(tensors, notes))
+        with pytest.raises(ValueError, match=rf"stem\.{key} .*{message}"):
+            networks.load_quantized(path, module)
+
+
+@pytest.mark.parametrize("scheme", ["linear", "lsq", "lsqplus", "pact", "dorefa", "kmeans", "binary"])
+def test_weights_and_inputs_of_zeros_can_be_kept(scheme: str, tmp_path: Path) -> None:
+    module = small_network()
+    with torch.no_grad():
+        module.get_submodule("hidden").weight.zero_()  # type: ignore[union-attr, operator]
+        module.get_submodule("hidden").bias.zero_()  # type: ignore[union-attr, operator]
+        module.get_submodule("stem").weight[0] = 0  # type: ignore[index, operator]
+    qnetwork = Q.quantize(module, Q.BitPolicy.uniform(module, 4, 4), scheme=scheme, calibrate=images(32)).eval()
+    path = tmp_path / "q.safetensors"
+    networks.save_quantized(path, qnetwork)
+    assert torch.equal(networks.load_quantized(path, module)(images(4)), qnetwork(images(4)))
+
+
+def _another(name: str, module: nn.Module) -> nn.Module:
+    network = small_network()
+    setattr(network, name, module)
+    return network
+
+
+class Scaled(nn.Module):
+    """A module of somebody's own, that counts its calls."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.factor
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("relu", nn.Tanh()),
+        ("relu", nn.Sequential()),
+        ("relu2", nn.LeakyReLU()),
+        ("norm", nn.BatchNorm2d(16, eps=0.1).eval()),
+        ("pool", nn.AdaptiveMaxPool2d(2)),
+        ("depthwise", nn.Conv2d(16, 16, 3, 2, 1, groups=16)),
+        ("depthwise", nn.Conv2d(16, 16, 3, 1, 2, dilation=2, groups=16)),
+        ("depthwise", nn.Conv2d(16, 16, 3, 1, 1, groups=16, padding_mode="circular")),
+        ("stem", nn.Conv2d(1, 16, 3, 2, 3, bias=False)),
+    ],
+)
+def test_another_structure_with_the_same_tensors_is_refused(name: str, module: nn.Module, tmp_path: Path) -> None:
+    other = _another(name, module)
+    float_one, qnetwork = quantized()
+    path = tmp_path / "q.safetensors"
+    networks.save_quantized(path, qnetwork)
+    assert set(other.state_dict()) == set(float_one.state_dict())
+    with pytest.raises(ValueError, match="is of another network, with the same tensors") as error:
+        networks.load_quantized(path, other)
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_change_a_networks_answers_does_not_matter(tmp_path: Path) -> None:
+    module = _another("relu2", Scaled(0.5))
+    qnetwork = Q.quantize(module, Q.BitPolicy.uniform(module, 4, 4), calibrate=images(32))
+    path = tmp_path / "q.safetensors"
+    networks.save_quantized(path, qnetwork)
+    fresh = _another("relu2", Scaled(0.5)).train()
+    fresh.get_submodule("relu").inplace = False  # type: ignore[assignment]
+    fresh.get_submodule("norm").momentum = 0.5  # type: ignore[assignment]
+    assert torch.equal(networks.load_quantized(path, fresh)(images(4)), qnetwork.eval()(images(4)))
+    with pytest.raises(ValueError, match="with the same tensors"):
+        networks.load_quantized(path, _another("relu2", Scaled(0.25)))
 
 
 def test_older_quantized_files_are_not_taken_for_float_ones(tmp_path: Path) -> None:

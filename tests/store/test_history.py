@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from haq.store import history
 from haq.store.history import HEADER, HistoryRow
 
-ROW = HistoryRow("ddpg", 7, (8, 4, 8), (8, 3, 8), 0.925, 0.1 + 0.2, 1.5e-5, True, None)
-LINE = "ddpg,7,8-4-8,8-3-8,0.925,0.30000000000000004,1.5e-05,1,\n"
+ROW = HistoryRow("ddpg", 1, (8, 4, 8), (8, 3, 8), 0.925, 0.1 + 0.2, 1.5e-5, True, None)
+LINE = "ddpg,1,8-4-8,8-3-8,0.925,0.30000000000000004,1.5e-05,1,\n"
 WIDTHS = st.lists(st.integers(1, 8), min_size=1, max_size=20).map(tuple)
 POSITIVE = st.floats(0, 1e30, exclude_max=True)
 
@@ -48,11 +48,11 @@ def test_rows_are_added_and_a_line_that_has_no_end_does_not_count(tmp_path: Path
     history.write(path)
     assert path.read_text() == HEADER
     history.append(path, ROW)
-    history.append(path, ROW._replace(evaluation=8, divergence=0.5))
+    history.append(path, ROW._replace(evaluation=2, divergence=0.5))
     with path.open("a") as file:
         file.write(LINE[:20])
     rows = history.read(path, 3)
-    assert [(row.evaluation, row.divergence) for row in rows] == [(7, None), (8, 0.5)]
+    assert [(row.evaluation, row.divergence) for row in rows] == [(1, None), (2, 0.5)]
     history.write(path, rows)
     assert path.read_text() == HEADER + "".join(row.line() for row in rows)
 
@@ -78,6 +78,26 @@ def test_a_cell_that_is_wrong_is_named(column: str, value: str, sentence: str, t
     with pytest.raises(ValueError, match="history.csv, line 3: ") as error:
         history.read(path, 3)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ([("a", 1), ("a", 1)], "line 3: evaluation 1 of a is there twice"),
+        ([("a", 1), ("b", 1), ("a", 2), ("b", 1)], "line 5: evaluation 1 of b is there twice"),
+        ([("a", 1), ("a", 3)], "line 3: evaluation 3 of a, where its evaluation 2 must be"),
+        ([("a", 2)], "line 2: evaluation 2 of a, where its evaluation 1 must be"),
+        ([("a", 1), ("b", 2)], "line 3: evaluation 2 of b, where its evaluation 1 must be"),
+    ],
+)
+def test_each_solvers_evaluations_are_counted(numbers: list[tuple[str, int]], sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    history.write(path, [ROW._replace(solver=solver, evaluation=number) for solver, number in numbers])
+    with pytest.raises(ValueError, match=f"history.csv, {sentence}; put the file back"):
+        history.read(path)
+    right = [("sensitivity", 1), ("a", 1), ("sensitivity", 2), ("a", 2)]
+    history.write(path, [ROW._replace(solver=solver, evaluation=number) for solver, number in right])
+    assert [(row.solver, row.evaluation) for row in history.read(path)] == right
 
 
 def test_better_rows_come_first() -> None:
