@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import quantizers as Q
 from haq.problem.evaluator import Evaluation
-from haq.problem.problem import Problem
+from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
@@ -130,7 +130,15 @@ class Session:
         self.problem.expect(policies)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Evaluate a policy; one that is new is counted and becomes a trial. Raises RuntimeError beyond the allowance."""
+        """Evaluate a policy; one that is new is counted and becomes a trial.
+
+        It may exceed the budget, and is then no candidate for `best`.
+
+        Raises:
+            ValueError: For a policy that isn't one of the problem's (`Problem.check_policy`); it isn't counted.
+            RuntimeError: Beyond the allowance.
+        """
+        self.problem.check_policy(policy)
         if policy in self._seen:
             return self.problem.evaluate(policy)
         if not self.left:
@@ -219,10 +227,17 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         RuntimeError: If it evaluated no policy within the budget.
     """
     found = find_solver(solver)
-    found.solve(session.problem, session, seed)
+    try:
+        found.solve(session.problem, session, seed)
+    except NotAllowed as error:
+        raise ValueError(f"solver {_called(found)!r} chose a policy that is not allowed: {error}") from error
     if session.best is None:
-        raise RuntimeError(f"{found.name or type(found).__name__} evaluated no policy within the budget")
+        raise RuntimeError(f"{_called(found)} evaluated no policy within the budget")
     return session.best
+
+
+def _called(solver: Solver) -> str:
+    return solver.name or type(solver).__name__
 
 
 def check_env(name: str) -> str:

@@ -14,12 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import DDPG
+from torch import nn
 
 import envs
 import haq
+import quantizers as Q
 from haq.solvers import SOLVERS, agents, ilp, sensitivity
 from haq.solvers.base import Session, Trial, solve
-from tests.conftest import make_problem, small_network
+from tests.conftest import images, make_problem, small_network
 
 PUBLISHED = Path(__file__).parents[2] / "experiments" / "hawqv3_resnet18.json"
 SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
@@ -68,14 +70,84 @@ def test_global_random_state_is_neither_used_nor_changed(name: str) -> None:
 
 def test_sessions_count_policies_once_and_stop_at_their_allowance(problem: haq.Problem) -> None:
     session = Session(problem, 2)
-    session.evaluate(problem.uniform(4))
-    session.evaluate(problem.uniform(4))
+    session.evaluate(problem.uniform(4, keep_pinned=True))
+    session.evaluate(problem.uniform(4, keep_pinned=True))
     assert (session.used, session.left) == (1, 1)
     session.evaluate(problem.uniform(8))
     assert session.best is not None
-    assert session.best.policy == problem.uniform(4)  # uniform 8 exceeds the budget, however good
+    assert session.best.policy == problem.uniform(4, keep_pinned=True)  # uniform 8 exceeds the budget, however good
     with pytest.raises(RuntimeError, match="all 2 evaluations"):
-        session.evaluate(problem.uniform(3))
+        session.evaluate(problem.uniform(3, keep_pinned=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem": (1, 1)}, r"layer 'stem' can't take 1/1 \(weights/activations\): it is pinned at 8/8"),
+        ({"pointwise": (2, 4)}, "'pointwise' can't take 2/4 .*: 3 to 6 bits are allowed"),
+        ({"pointwise": (4, 7)}, "'pointwise' can't take 4/7 .*: 3 to 6 bits are allowed"),
+        ({"pointwise": (None, 4)}, "'pointwise' can't take float/4 .*: 3 to 6 bits are allowed"),
+        ({"pointwise": (4, None)}, "'pointwise' can't take 4/float .*: 3 to 6 bits are allowed"),
+        ({"hidden": (5, 4)}, "layers 'depthwise' and 'hidden' are tied and take the same bits, not 4/4 and 5/4"),
+        ({"more": (4, 4)}, "'more' is in one of the two only"),
+    ],
+)
+def test_no_solver_leaves_the_problem(
+    network: nn.Module, change: dict[str, tuple[int | None, int | None]], message: str
+) -> None:
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    problem = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, tied=[("hidden", "depthwise")], bits=(3, 6))
+    allowed = problem.uniform(4, keep_pinned=True)
+
+    class Leaves(haq.Solver):
+        def solve(self, problem: haq.Problem, session: haq.Session, seed: int) -> None:
+            session.evaluate(allowed)
+            session.evaluate(Q.BitPolicy({**allowed, **change}))
+
+    session = Session(problem, 5)
+    with pytest.raises(ValueError, match=f"^solver 'Leaves' chose a policy that is not allowed: .*{message}"):
+        solve(Leaves, session, 0)
+    assert session.used == 1
+    with pytest.raises(ValueError, match=message):
+        session.evaluate(Q.BitPolicy({**allowed, **change}))
+
+
+def test_only_policies_are_evaluated(problem: haq.Problem) -> None:
+    session = Session(problem, 5)
+    policy = problem.uniform(4, keep_pinned=True)
+    for other, kind in ((dict(policy), "dict"), (None, "NoneType"), ([(8, 8)], "list")):
+        with pytest.raises(ValueError, match=f"must be a quantizers.BitPolicy, not {kind}"):
+            session.evaluate(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'hidden' is in one of the two only"):
+        session.evaluate(Q.BitPolicy({name: bits for name, bits in policy.items() if name != "hidden"}))
+    assert session.used == 0
+
+
+def test_pairs_that_a_scheme_lacks_are_not_evaluated(network: nn.Module) -> None:
+    class Alike(Q.Linear):
+        """Weights and inputs have the same width, or float."""
+
+        def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
+            if None not in (weight_bits, activation_bits) and weight_bits != activation_bits:
+                raise ValueError("not alike")
+
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    problem = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, scheme=Alike())
+    session = Session(problem, 5)
+    policy = problem.uniform(4, keep_pinned=True)
+    session.evaluate(policy)
+    with pytest.raises(ValueError, match="'hidden' can't take 4/5 .*: its scheme 'linear' has no such pair"):
+        session.evaluate(Q.BitPolicy({**policy, "hidden": (4, 5)}))
+
+
+def test_what_costs_too_much_or_as_much_as_more_bits_may_be_evaluated(problem: haq.Problem) -> None:
+    """Sensitivities need it: the largest widths exceed the budget, and pairs that are not worth choosing are allowed."""
+    session = Session(problem, 100)
+    session.evaluate(problem.uniform(8))
+    assert session.best is None
+    policy = problem.uniform(4, keep_pinned=True)
+    for w, a in itertools.product(range(2, 9), repeat=2):
+        session.evaluate(Q.BitPolicy({**policy, "hidden": (w, a)}))
 
 
 def test_unknown_solvers_name_the_close_ones(problem: haq.Problem) -> None:
