@@ -6,7 +6,9 @@ import ctypes
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import envs
 import haq
 import quantizers as Q
 from haq.solvers import SOLVERS, agents, ilp, sensitivity
-from haq.solvers.base import Session, Trial, solve
+from haq.solvers.base import Session, Trial, find_solver, solve
 from tests.conftest import images, make_problem, small_network
 
 PUBLISHED = Path(__file__).parents[2] / "experiments" / "hawqv3_resnet18.json"
@@ -148,6 +150,81 @@ def test_what_costs_too_much_or_as_much_as_more_bits_may_be_evaluated(problem: h
     policy = problem.uniform(4, keep_pinned=True)
     for w, a in itertools.product(range(2, 9), repeat=2):
         session.evaluate(Q.BitPolicy({**policy, "hidden": (w, a)}))
+
+
+class Steady(haq.Solver):
+    """It does nothing; what is derived from it does wrong."""
+
+    def solve(self, problem: haq.Problem, session: haq.Session, seed: int) -> None: ...
+
+
+def takes_too_little(self: haq.Solver, problem: haq.Problem) -> None: ...
+
+
+def takes_other_names(self: haq.Solver, p: Any, s: Any, n: Any, more: int = 0) -> None:
+    s.evaluate(p.uniform(2, keep_pinned=True))
+
+
+def asks_for_what_is_not_there(self: haq.Solver, problem: haq.Problem, session: Session, seed: int) -> None:
+    problem.uniform(4)["nowhere\nat all"]
+
+
+def evaluates_more_than_it_may(self: haq.Solver, problem: haq.Problem, session: Session, seed: int) -> None:
+    for bits in (8, 7, 6):
+        session.evaluate(problem.uniform(bits, keep_pinned=True))
+
+
+def solver_class(solve: Callable[..., None]) -> type[haq.Solver]:
+    return type("Wrong", (Steady,), {"solve": solve})
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_solver_that_takes_something_else_is_refused_before_it_begins(made: bool, problem: haq.Problem) -> None:
+    solvers = [solver_class(takes_too_little), solver_class(lambda: None), solver_class(3)]  # type: ignore[arg-type]
+    for solver in solvers:
+        with pytest.raises(ValueError, match=r"can't be used: it lacks a method solve that takes \(problem, session, seed\)"):
+            find_solver(solver() if made else solver)
+    fits = solver_class(takes_other_names)
+    assert SOLVERS._check is not None
+    assert SOLVERS._check(fits) == SOLVERS._check(fits()) == ""
+    assert SOLVERS._check(solvers[0]) == "a method solve that takes (problem, session, seed)"
+    assert solve(fits, Session(problem, 3), 0).feasible
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        (asks_for_what_is_not_there, "failed: KeyError: .*nowhere"),
+        (lambda self, problem, session, seed: seed + "1", "failed: TypeError: unsupported operand"),
+        (evaluates_more_than_it_may, "failed: RuntimeError: all 2 evaluations are used"),
+        (lambda self, problem, session, seed: None, "evaluated no policy within the budget, 0 in all"),
+        (
+            lambda self, problem, session, seed: session.evaluate(problem.uniform(8)) and None,
+            "evaluated no policy within the budget, 1 in all",
+        ),
+    ],
+)
+def test_a_solver_that_fails_is_named_in_one_sentence(does: Callable[..., None], message: str, problem: haq.Problem) -> None:
+    with pytest.raises(ValueError, match=f"^solver 'Wrong' {message}") as caught:
+        solve(solver_class(does), Session(problem, 2), 0)
+    assert str(caught.value).isprintable()
+
+
+def test_a_solver_that_fails_while_it_is_made_is_named(problem: haq.Problem) -> None:
+    class Unlucky(Steady):
+        def __init__(self) -> None:
+            raise FileNotFoundError("no such\nboard")
+
+    with pytest.raises(ValueError, match=r"Unlucky.* can't be made \(FileNotFoundError: no such board\)"):
+        solve(Unlucky, Session(problem, 2), 0)
+
+
+def test_what_fails_in_an_evaluation_is_not_called_the_solvers_fault(problem: haq.Problem) -> None:
+    def on_trial(trial: Trial) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        solve(solver_class(takes_other_names), Session(problem, 2, on_trial), 0)
 
 
 def test_unknown_solvers_name_the_close_ones(problem: haq.Problem) -> None:
