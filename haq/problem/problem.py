@@ -28,6 +28,7 @@ from haq.problem.schemes import (
 )
 from haq.store.units import describe_amount, percent
 from hw_models.notebook import html_table
+from hw_models.target import price
 
 TOP = Q.MAX_BITS - 1  # index of the largest width in a table
 
@@ -180,7 +181,7 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         self.target = target
-        table = target.cost_table(self.workload, batch=self.batch)
+        table = price(target, self.workload, self.batch)
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
