@@ -148,6 +148,9 @@ class Known(haq.Problem):
         within = price <= self.limit * (1 + ROUNDING)
         self.best, self.policies, self.within = float(accuracy[within].max()), accuracy.size, int(within.sum())
 
+    def check_policy(self, policy: object) -> None:
+        """Take every policy: what is known has no pinned layers and no schemes."""
+
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
         """Everything is known already."""
 

@@ -59,6 +59,7 @@ def show_target(name: str, network: str | None, bits: str, batch: int | None, gi
 
     import hw_models
     from haq import networks
+    from hw_models.target import price
 
     output = Output.open(width=WIDTH)
     pairs = parse_bits(bits)
@@ -68,7 +69,7 @@ def show_target(name: str, network: str | None, bits: str, batch: int | None, gi
         if network is not None:
             loaded = networks.load(network, pretrained=False)
             workload = hw_models.trace(loaded.module, torch.zeros(1, *loaded.input_shape))
-            table = target.cost_table(workload, batch=batch)
+            table = price(target, workload, batch)
     if network is None:
         print_target(output.results, target)
         return 0
@@ -126,9 +127,10 @@ def _metrics(target: hw_models.Target) -> tuple[str, ...]:
     import torch
 
     import hw_models
+    from hw_models.target import price
 
     one = hw_models.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1))
-    return target.cost_table(one).metrics
+    return price(target, one).metrics
 
 
 def print_target(console: Console, target: hw_models.Target) -> None:

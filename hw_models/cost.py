@@ -53,10 +53,16 @@ class CostTable:
     def __post_init__(self) -> None:
         """Check that every cost is a positive number and has the shape of the workload."""
         shape = (len(self.workload), BITS, BITS)
+        if self.storage_bytes is None:
+            raise ValueError(f"storage_bytes of {self.target} is None; every target has storage")
         for name in ("latency_s", "energy_j", "storage_bytes", "cycles"):
-            array = getattr(self, name)
+            array: object = getattr(self, name)
             if array is None:
                 continue
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{name} of {self.target} must be a NumPy array, not {type(array).__name__}")
+            if not np.issubdtype(array.dtype, np.floating) and not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(f"{name} of {self.target} must hold numbers, not {array.dtype}")
             if array.shape != shape:
                 raise ValueError(f"{name} of {self.target} has shape {array.shape}, not {shape}")
             if not (np.isfinite(array).all() and (array > 0).all()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,54 @@ class Target(Protocol):
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
         """Price every layer at every pair of widths; a batch of None is the target's own."""
         ...
+
+
+def price(target: Target, workload: Workload, batch: int | None = None) -> CostTable:
+    """Ask a target for its cost table, and check what it gives.
+
+    Args:
+        target: The target, anybody's.
+        workload: The layers.
+        batch: Images at a time; None is the target's own.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: Naming the target, if it fails, doesn't take a workload and a batch, or returns anything but a table of
+            positive numbers for this workload.
+    """
+    what = f"hardware target {str(target.name)!r}"
+    table: object
+    if _is_ours(target):
+        table = target.cost_table(workload, batch=batch)
+    else:
+        table = _foreign_table(target, what, workload, batch)
+    if not isinstance(table, CostTable):
+        raise ValueError(printable(f"`cost_table` of {what} must return a hw_models.CostTable, not {type(table).__name__}"))
+    if table.workload.names != workload.names:
+        raise ValueError(printable(f"`cost_table` of {what} must return the table of the workload that it is given"))
+    return table
+
+
+def _foreign_table(target: Target, what: str, workload: Workload, batch: int | None) -> object:
+    """Ask somebody else's target for its table; what goes wrong is told in one sentence that names it."""
+    try:
+        inspect.signature(target.cost_table).bind(workload, batch=batch)
+    except (TypeError, ValueError) as error:
+        if not inspect.isbuiltin(target.cost_table):
+            raise ValueError(printable(f"`cost_table` of {what} must take (workload, *, batch=None): {error}")) from error
+    try:
+        return target.cost_table(workload, batch=batch)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if isinstance(error, ValueError):
+            reason = " ".join(str(error).split())
+        raise ValueError(printable(f"`cost_table` of {what} failed: {reason}")) from error
+
+
+def _is_ours(target: object) -> bool:
+    return type(target).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def target_names() -> tuple[str, ...]:

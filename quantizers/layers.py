@@ -12,7 +12,7 @@ from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
 from quantizers.functional import MAX_BITS, differentiated
 from quantizers.policy import QUANTIZABLE
-from quantizers.scheme import Scheme
+from quantizers.scheme import Scheme, started
 
 ERRORS = ("weight_error", "activation_error")
 # What a layer has that the float layer hasn't, beside its scheme's tensors.
@@ -65,7 +65,7 @@ class QuantLayer(nn.Module):
         self.weight_bits = self.activation_bits = None
         self.signed, self.calibrated = True, False
         self.cache = TensorCache()
-        tensors = scheme.start(self)
+        tensors = started(scheme, self)
         lacking = [name for name in ERRORS if name not in tensors]
         for name in lacking:
             tensors[name] = torch.ones(MAX_BITS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from quantizers.backward import BACKWARD
 from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class, quantized_class
 from quantizers.observers import Batches, Observer, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
-from quantizers.scheme import Scheme
+from quantizers.scheme import Scheme, failing_as, try_out
 
 Schemes = str | Scheme | Mapping[str, str | Scheme]
 FLAGS = ("signed", "calibrated")  # of a layer, in the quantizer state
@@ -73,11 +74,14 @@ def quantize(
         module = made.get_submodule(name)
         layer = quantized_class(type(module)).__new__(quantized_class(type(module)))
         layer.__dict__.update(_copied_containers(module))
-        lacks_errors = layer.start_quantizing(schemes[name])
+        before = module.weight.detach().clone()  # type: ignore[operator]
+        lacks_errors = _start(name, layer, schemes[name])
         layer.to(module.weight.device)  # type: ignore[arg-type]
         made = _replace(made, name, layer)
         if state is None:
             _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
+        if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
+            raise ValueError(f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy")
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
@@ -131,6 +135,14 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return network
 
 
+def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
+    """Give a layer its scheme and its tensors; returns whether errors must be measured."""
+    try:
+        return layer.start_quantizing(scheme)
+    except ValueError as reason:
+        raise ValueError(f"layer {name!r}: {reason}") from reason
+
+
 @torch.no_grad()
 def _calibrate(name: str, layer: QuantLayer, observer: Observer | None, bits: Bits, lacks_errors: bool) -> None:
     """Set a layer's scheme's tensors from what an observer saw."""
@@ -141,11 +153,30 @@ def _calibrate(name: str, layer: QuantLayer, observer: Observer | None, bits: Bi
     if observer is not None:
         layer.signed, layer.calibrated = observer.signed, True
     try:
-        layer.scheme.calibrate(layer, observer)
+        with failing_as(layer.scheme, "calibrate"):
+            layer.scheme.calibrate(layer, observer)
+        layer.weight_bits, layer.activation_bits = bits
+        try_out(layer, layer.scheme, _sample(layer, observer))
+        layer.weight_bits = layer.activation_bits = None
         if lacks_errors:
-            layer.scheme.measure_errors(layer, observer)
+            with failing_as(layer.scheme, "measure_errors"):
+                layer.scheme.measure_errors(layer, observer)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
+
+
+def _sample(layer: QuantLayer, observer: Observer | None) -> Tensor:
+    """Make a small input of a layer, of values that calibration saw."""
+    if layer.weight.dim() == 2:
+        shape = [2, layer.weight.shape[1]]
+    else:
+        shape = [2, layer.in_channels, *(max(5, side) for side in layer.weight.shape[2:])]  # type: ignore[list-item]
+    values = torch.linspace(-1, 1, 101)
+    if observer is not None:
+        values = observer.sample()
+    count = math.prod(shape)
+    repeated = values.repeat(-(-count // len(values)))[:count]
+    return repeated.reshape(shape).to(layer.weight)
 
 
 def float_copy(network: nn.Module) -> nn.Module:

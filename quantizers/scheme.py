@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from quantizers.cache import TensorCache
-from quantizers.functional import WIDTHS, integer_range, relative_error, sign
+from quantizers.functional import MAX_BITS, WIDTHS, integer_range, relative_error, sign
 from quantizers.observers import Observer
 from quantizers.plugins import (
     description,
@@ -185,6 +186,11 @@ class Scheme:
         for bits in (weight_bits, activation_bits):
             if bits is not None:
                 integer_range(bits, False)
+        if weight_bits is not None and weight_bits < self.least_bits:
+            amount = f"{weight_bits} bits"
+            if weight_bits == 1:
+                amount = "1 bit"
+            raise ValueError(f"{self.name} has no weights of {amount}: use {self.least_bits} to {MAX_BITS}")
 
     def needs_data_at(self, weight_bits: int | None, activation_bits: int | None) -> bool:
         """Say whether these widths need calibration data: in most schemes, wherever activations are quantized."""
@@ -340,6 +346,95 @@ class Scheme:
             Bytes per layer; nothing, for most schemes.
         """
         return 0
+
+
+def started(scheme: Scheme, layer: SchemeLayer) -> dict[str, Tensor]:
+    """Return the tensors that a scheme makes for a layer, checked.
+
+    Args:
+        scheme: The scheme.
+        layer: The layer, with nothing of the scheme yet.
+
+    Returns:
+        The tensors by name, in a dict of their own.
+
+    Raises:
+        ValueError: Naming the scheme and the name, for anything but a dict of tensors with names that the layer doesn't have.
+    """
+    with failing_as(scheme, "start"):
+        tensors: object = scheme.start(layer)
+    what = f"`start` of scheme {scheme.name!r}"
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{what} must return a dict of tensors, not {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"{what} names a tensor {name!r}: give a name that an attribute can have")
+        if hasattr(layer, name):
+            raise ValueError(f"{what} names a tensor {name!r}, which the layer has already: give another name")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{what} must return tensors, but {name!r} is {type(tensor).__name__}")
+        if name in scheme.learned and not tensor.is_floating_point():
+            raise ValueError(f"{what} makes {name!r}, which is learned, as {tensor.dtype}: give floats")
+    for name in scheme.learned:
+        if name not in tensors:
+            raise ValueError(f"scheme {scheme.name!r} learns {name!r}, which its `start` doesn't make")
+    return dict(tensors)
+
+
+@contextmanager
+def failing_as(scheme: Scheme, method: str) -> Iterator[None]:
+    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if _is_ours(type(scheme)):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"`{method}` of scheme {scheme.name!r} failed: {reason}") from error
+
+
+def try_out(layer: SchemeLayer, scheme: Scheme, x: Tensor) -> None:
+    """Quantize a layer's weight and a sample of its input once each, at the layer's widths, if the scheme isn't ours.
+
+    Args:
+        layer: The layer, calibrated.
+        scheme: Its scheme.
+        x: The sample.
+
+    Raises:
+        ValueError: Naming the scheme and what it gave, for anything but finite tensors of the shape, type and device of what
+            it was given.
+    """
+    if _is_ours(type(scheme)):
+        return
+    w, a = layer.weight_bits, layer.activation_bits
+    if w is not None and scheme.takes(w, None, layer.signed):
+        with failing_as(scheme, "weight"):
+            given: object = scheme.weight(layer, w)
+        _check_given(scheme, "weight", given, layer.weight)
+    if a is not None and scheme.takes(None, a, layer.signed):
+        before = x.clone()
+        with failing_as(scheme, "activation"):
+            given = scheme.activation(layer, x, a)
+        _check_given(scheme, "activation", given, before)
+        if not torch.equal(x, before):
+            raise ValueError(f"`activation` of scheme {scheme.name!r} changes its input in place: change a copy")
+
+
+def _check_given(scheme: Scheme, method: str, given: object, like: Tensor) -> None:
+    what = f"`{method}` of scheme {scheme.name!r} must return"
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{what} a tensor, not {type(given).__name__}")
+    if given.shape != like.shape:
+        raise ValueError(f"{what} the shape that it is given, {tuple(like.shape)}, not {tuple(given.shape)}")
+    if given.dtype != like.dtype:
+        raise ValueError(f"{what} the type that it is given, {like.dtype}, not {given.dtype}")
+    if given.device != like.device:
+        raise ValueError(f"{what} a tensor on {like.device}, not on {given.device}")
+    if not given.isfinite().all():
+        raise ValueError(f"{what} finite numbers, not {given[~given.isfinite()][0].item()}")
 
 
 def tensor_of(layer: SchemeLayer, name: str) -> Tensor:

@@ -293,7 +293,7 @@ def test_what_is_no_solver_is_named_with_what_is_missing() -> None:
         haq.solve(problem, f"{__name__}:Resembling")
     with pytest.raises(ValueError, match="it lacks uses_sensitivities, draws and chooses_ahead"):
         haq.solve(problem, Resembling())  # type: ignore[arg-type]
-    with pytest.raises(RuntimeError, match="Nothing evaluated no policy within the budget"):
+    with pytest.raises(ValueError, match="solver 'Nothing' evaluated no policy within the budget, 0 in all"):
         haq.solve(problem, type("Nothing", (Halves,), {"solve": lambda self, problem, session, seed: None}))
 
 

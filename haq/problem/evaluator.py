@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.problem.objective import Accuracy, Agreement, Objective
+from haq.problem.objective import Accuracy, Agreement, Objective, attacked_inputs, count_correct, mean_loss
 from haq.problem.prefix_cache import Prefix
 
 BATCH = 125  # images; small enough for a layer's activations to stay in the processor's cache
@@ -226,7 +226,7 @@ class Evaluator:
         def forward(batch: int) -> tuple[Tensor, ...]:
             inputs, labels = batches[batch]
             with torch.inference_mode(False):
-                attacked = self.objective.more_inputs(network, inputs, labels, batch)
+                attacked = attacked_inputs(self.objective, network, inputs, labels, batch)
             with torch.inference_mode():
                 return network(inputs), *map(network, attacked)
 
@@ -251,7 +251,7 @@ class Evaluator:
         with closing(self._each(forward)) as each:
             for outputs in each:
                 labels = self.labels[self.order[seen : seen + len(outputs[0])]]
-                right += int(self.objective.correct([_scores(part) for part in outputs], labels).sum())
+                right += count_correct(self.objective, [_scores(part) for part in outputs], labels)
                 seen += len(labels)
                 parts.append(outputs)
                 if seen < self.count and self._is_below(Evaluation(right / seen, 0.0, seen), beat):
@@ -263,9 +263,7 @@ class Evaluator:
         divergence = None
         if self.expected is not None:
             divergence = self._divergence(outputs[0], self.expected[index]) / seen
-        loss = self.objective.loss(outputs, self.labels[index], divergence)
-        if not math.isfinite(loss):
-            raise ValueError("the network's outputs are not finite on the search images")
+        loss = mean_loss(self.objective, outputs, self.labels[index], divergence)
         return Evaluation(right / seen, loss, seen, divergence)
 
     def _each(self, forward: Forward) -> Generator[tuple[Tensor, ...]]:

@@ -14,10 +14,14 @@ An objective of your own is one class:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from haq.problem import OBJECTIVES, lacking
+from hw_models.registry import printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -180,7 +184,7 @@ class Objective:
                 if self.compares_with_float:
                     labels = network.module.eval()(inputs).argmax(1)
                 outputs = [module(one) for one in (inputs, *more)]
-                right += int(self.correct(outputs, labels).sum())
+                right += count_correct(self, outputs, labels)
         return right / len(split)
 
 
@@ -255,18 +259,149 @@ class RobustAccuracy(Objective):
         return (self.proxy(network, inputs, labels, batch),)
 
 
+def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tensor) -> int:
+    """Count the images that an objective calls correct.
+
+    Args:
+        objective: The objective.
+        outputs: As `Objective.correct` takes them.
+        labels: Likewise.
+
+    Returns:
+        Their number.
+
+    Raises:
+        ValueError: Naming the objective and what it gave, for anything but a boolean tensor of shape (images,); and for
+            labels that no output stands for.
+    """
+    import torch
+
+    with _named(objective, "correct"):
+        given = objective.correct(outputs, labels)
+    if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != labels.shape:
+        raise ValueError(
+            f"`correct` of objective {objective.name!r} must return a boolean tensor of shape {tuple(labels.shape)}, one for "
+            f"each image, not {_described(given)}"
+        )
+    return int(given.sum())
+
+
+def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, divergence: float | None) -> float:
+    """Tell an objective's loss.
+
+    Args:
+        objective: The objective.
+        outputs: As `Objective.loss` takes them.
+        labels: Likewise.
+        divergence: Likewise.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: For outputs that aren't finite; naming the objective and what it gave, for anything but one finite number.
+    """
+    import torch
+
+    with _named(objective, "loss"):
+        given: object = objective.loss(outputs, labels, divergence)
+    number = math.nan
+    if isinstance(given, torch.Tensor):
+        if given.dim() == 0 and given.is_floating_point():
+            number = float(given)
+    elif isinstance(given, numbers.Real) and not isinstance(given, bool):
+        number = float(given)
+    if not math.isfinite(number):
+        if not all(bool(part.isfinite().all()) for part in outputs):
+            raise ValueError("the network's outputs are not finite on the search images")
+        raise ValueError(
+            f"`loss` of objective {objective.name!r} must return one finite number, the mean over the images, not "
+            f"{_described(given)}"
+        )
+    return number
+
+
+def attacked_inputs(
+    objective: Objective, network: nn.Module, inputs: Tensor, labels: Tensor, batch: int
+) -> tuple[Tensor, ...]:
+    """Make further versions of a batch's inputs, as an objective does.
+
+    Args:
+        objective: The objective.
+        network: As `Objective.more_inputs` takes it.
+        inputs: Likewise.
+        labels: Likewise.
+        batch: Likewise.
+
+    Returns:
+        Tensors of the shape of `inputs`.
+
+    Raises:
+        ValueError: Naming the objective and what it gave, for anything else.
+    """
+    import torch
+
+    with _named(objective, "more_inputs"):
+        given: object = objective.more_inputs(network, inputs, labels, batch)
+    if not isinstance(given, tuple | list):
+        given = (given,)
+    for one in given:
+        if not isinstance(one, torch.Tensor) or one.shape != inputs.shape:
+            raise ValueError(
+                f"`more_inputs` of objective {objective.name!r} must return a tuple of tensors of shape "
+                f"{tuple(inputs.shape)}, not {_described(one)}"
+            )
+    return tuple(given)
+
+
+@contextmanager
+def _named(objective: Objective, method: str) -> Iterator[None]:
+    """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        if type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            raise
+        raise ValueError(f"`{method}` of objective {objective.name!r} failed: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Write what somebody's code raised on one line."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _described(given: object) -> str:
+    """Say in a few words what was given."""
+    import torch
+
+    if isinstance(given, torch.Tensor):
+        if given.dim() == 0:
+            return f"the {str(given.dtype).removeprefix('torch.')} {given.item()}"
+        return f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
+    return printable(f"{type(given).__name__} {given!r}"[:80])
+
+
 def find_objective(objective: str | type[Objective] | Objective) -> Objective:
     """Return an objective that is given as a name, as `module:Name`, as a class or as itself.
 
     Raises:
-        ValueError: For an unknown name, naming the close ones; for a thing that is no objective, naming what it lacks.
+        ValueError: For an unknown name, naming the close ones; for a thing that is no objective, naming what it lacks; for a
+            class that can't be made, with the reason.
         ImportError: For an objective of somebody else's that can't be imported.
     """
     found: object = objective
     if isinstance(objective, str):
         found = OBJECTIVES.get(objective)
     if isinstance(found, type):
-        found = found()
+        try:
+            found = found()
+        except ValueError:
+            raise
+        except Exception as error:
+            reason = f"{_reason(error)}: give an instance, or a class without arguments"
+            raise ValueError(f"objective {objective!r} can't be made ({reason})") from error
     if missing := lacking(found):
         raise ValueError(f"objective {objective!r} can't be used: it lacks {missing}")
     return found  # type: ignore[return-value]

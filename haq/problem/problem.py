@@ -28,8 +28,13 @@ from haq.problem.schemes import (
 )
 from haq.store.units import describe_amount, percent
 from hw_models.notebook import html_table
+from hw_models.target import price
 
 TOP = Q.MAX_BITS - 1  # index of the largest width in a table
+
+
+class NotAllowed(ValueError):
+    """A policy leaves a problem: its layers, its widths, what is pinned or what is tied."""
 
 
 class Problem:
@@ -176,7 +181,7 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         self.target = target
-        table = target.cost_table(self.workload, batch=self.batch)
+        table = price(target, self.workload, self.batch)
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
@@ -269,6 +274,49 @@ class Problem:
         w, a = self.bit_arrays(policy)
         return bool(self._meaningful[np.arange(len(w)), w - 1, a - 1].all())
 
+    def check_policy(self, policy: object) -> None:
+        """Check that a policy is one of this problem's, whatever it costs.
+
+        Args:
+            policy: What somebody wants to be evaluated.
+
+        Raises:
+            NotAllowed: A ValueError, naming the layer, its bits and what is allowed: for anything but a policy of just these
+                layers, each at widths that may be chosen, pinned layers at their own and tied ones at the same.
+        """
+        if not isinstance(policy, Q.BitPolicy):
+            raise NotAllowed(f"a policy must be a quantizers.BitPolicy, not {type(policy).__name__}: problem.policy makes one")
+        names = self.workload.names
+        if differing := sorted(set(policy) ^ set(names)):
+            raise NotAllowed(
+                f"the policy must name the workload's layers, and only those; {differing[0]!r} is in one of the two only"
+            )
+        for index, name in enumerate(names):
+            self._check_pair(index, policy[name])
+        for group in self.groups:
+            for other in group[1:]:
+                first, second = names[group[0]], names[other]
+                if policy[first] != policy[second]:
+                    raise NotAllowed(
+                        f"layers {first!r} and {second!r} are tied and take the same bits, not {_words(policy[first])} and "
+                        f"{_words(policy[second])}"
+                    )
+
+    def _check_pair(self, index: int, pair: tuple[int | None, int | None]) -> None:
+        """Raise NotAllowed for bits that a layer may not take; see `check_policy`."""
+        name = self.workload.names[index]
+        refused = f"layer {name!r} can't take {_words(pair)} (weights/activations)"
+        if name in self.pinned:
+            if pair != self.pinned[name]:
+                raise NotAllowed(f"{refused}: it is pinned at {_words(self.pinned[name])}")
+            return
+        w, a = pair
+        low, high = self.bits
+        if w is None or a is None or not (low <= w <= high and low <= a <= high):
+            raise NotAllowed(f"{refused}: {low} to {high} bits are allowed")
+        if not self._meaningful[index, w - 1, a - 1]:
+            raise NotAllowed(f"{refused}: its scheme {self.schemes[name].name!r} has no such pair")
+
     def within_budget(self, cost: float) -> bool:
         """Say whether a cost is within the budget, but for rounding."""
         return cost <= self.limit * (1 + ROUNDING)
@@ -351,6 +399,11 @@ def _checked_range(bits: tuple[int, int]) -> tuple[int, int]:
     if not 1 <= low <= high <= Q.MAX_BITS:
         raise ValueError(f"bits must be (smallest, largest) within 1..{Q.MAX_BITS}, not {(low, high)!r}")
     return low, high
+
+
+def _words(pair: tuple[int | None, int | None]) -> str:
+    """Write bits of weights and activations: "4/8", "float/8"."""
+    return "/".join(str(bits) for bits in pair).replace("None", "float")
 
 
 def _pairs(choices: NDArray[np.bool_]) -> NDArray[np.int64]:

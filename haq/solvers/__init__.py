@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 
@@ -16,7 +17,25 @@ if TYPE_CHECKING:
 
 # The environments that agents can learn in.
 ENVS = ("plan", "haq")
-lacking = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
+_lacking_names = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
+
+
+def lacking(thing: Any) -> str:
+    """Say what a solver, or its class, lacks, in words that continue "it lacks"; empty text for nothing."""
+    if missing := _lacking_names(thing):
+        return missing
+    arguments = ["problem", "session", "seed"]
+    if isinstance(thing, type) and inspect.isfunction(inspect.getattr_static(thing, "solve")):
+        arguments.insert(0, "self")
+    try:
+        inspect.signature(thing.solve).bind(*arguments)
+    except (TypeError, ValueError):
+        # Something compiled doesn't say what it takes.
+        if not inspect.isbuiltin(thing.solve):
+            return "a method solve that takes (problem, session, seed)"
+    return ""
+
+
 # A solver's libraries are needed only if it is asked for.
 SOLVERS: Registry[type[Solver]] = Registry(
     "solver",

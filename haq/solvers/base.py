@@ -21,11 +21,12 @@ from typing import ClassVar
 
 import quantizers as Q
 from haq.problem.evaluator import Evaluation
-from haq.problem.problem import Problem
+from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
 from haq.store.units import describe_amount, percent
+from hw_models.registry import printable
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Session:
         trials: Every trial, in order.
         best: The best trial within the budget so far.
         saturated: The share of an agent's actions at a bound, by episode.
+        failure: What went wrong in an evaluation, which is no solver's fault.
     """
 
     problem: Problem
@@ -98,6 +100,7 @@ class Session:
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
+    failure: Exception | None = None
     _seen: set[Q.BitPolicy] = field(default_factory=set)
 
     def __repr__(self) -> str:
@@ -130,11 +133,27 @@ class Session:
         self.problem.expect(policies)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Evaluate a policy; one that is new is counted and becomes a trial. Raises RuntimeError beyond the allowance."""
+        """Evaluate a policy; one that is new is counted and becomes a trial.
+
+        It may exceed the budget, and is then no candidate for `best`.
+
+        Raises:
+            ValueError: For a policy that isn't one of the problem's (`Problem.check_policy`); it isn't counted.
+            RuntimeError: Beyond the allowance.
+        """
+        self.problem.check_policy(policy)
         if policy in self._seen:
             return self.problem.evaluate(policy)
         if not self.left:
             raise RuntimeError(f"all {self.evaluations} evaluations are used")
+        try:
+            return self._evaluate(policy)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+        """Evaluate a policy that is new, and make a trial of it."""
         evaluation = self.problem.evaluate(policy)
         cost = self.problem.policy_cost(policy)
         trial = Trial(policy, evaluation, cost, self.problem.within_budget(cost))
@@ -185,7 +204,8 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
     """Return a solver that is given as a name, as `module:Name`, as a class or as itself.
 
     Raises:
-        ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks.
+        ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks; for a
+            class that can't be made, with the reason.
         ImportError: For a solver of somebody else's that can't be imported.
     """
     found: object = solver
@@ -194,9 +214,9 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
     if isinstance(found, type):
         try:
             found = found()
-        except TypeError as error:
+        except Exception as error:
             raise ValueError(
-                f"solver {solver!r} can't be made ({error}): give an instance, or a class without arguments"
+                f"solver {solver!r} can't be made ({_reason(error)}): give an instance, or a class without arguments"
             ) from error
     if missing := lacking(found):
         raise ValueError(f"solver {solver!r} can't be used: it lacks {missing}")
@@ -215,14 +235,35 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         The best trial.
 
     Raises:
-        ValueError: For something that is no solver, and whatever the solver refuses.
-        RuntimeError: If it evaluated no policy within the budget.
+        ValueError: For something that is no solver, and whatever the solver refuses; naming the solver, if it fails, or
+            evaluated no policy within the budget.
     """
     found = find_solver(solver)
-    found.solve(session.problem, session, seed)
+    try:
+        found.solve(session.problem, session, seed)
+    except NotAllowed as error:
+        raise ValueError(f"solver {_called(found)!r} chose a policy that is not allowed: {error}") from error
+    except Exception as error:
+        # What went wrong in an evaluation is no solver's fault, and what goes wrong in ours is for us to see.
+        if error is session.failure or _is_ours(found):
+            raise
+        raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
     if session.best is None:
-        raise RuntimeError(f"{found.name or type(found).__name__} evaluated no policy within the budget")
+        raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     return session.best
+
+
+def _called(solver: Solver) -> str:
+    return solver.name or type(solver).__name__
+
+
+def _is_ours(solver: Solver) -> bool:
+    return type(solver).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _reason(error: Exception) -> str:
+    """Write what somebody's code raised on one line."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def check_env(name: str) -> str:

@@ -309,8 +309,8 @@ def solve(
         What was found.
 
     Raises:
-        ValueError: For something that is no solver, for numbers out of range, and for whatever the solver refuses.
-        RuntimeError: If the solver evaluated no policy within the budget.
+        ValueError: For something that is no solver, for numbers out of range, for whatever the solver refuses, and if it
+            fails or evaluated no policy within the budget.
     """
     for name, number in (("evaluations", evaluations), ("ahead", ahead)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:

@@ -64,9 +64,9 @@ class LSQ(Scheme, name="lsq"):
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
         """Refuse one bit for weights, and for inputs that are signed."""
-        super().check(weight_bits, activation_bits)
         if weight_bits == 1:
             raise ValueError(f"{self.name} has no weights of 1 bit, which would be the integers -1 and 0: use 2 to 8")
+        super().check(weight_bits, activation_bits)
         if activation_bits == 1 and signed:
             raise ValueError(f"{self.name} has no signed inputs of 1 bit, which would be the integers -1 and 0: use 2 to 8")
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import nn
 
+import haq
 import hw_models
+from tests.conftest import images
 from tests.hw_models.conftest import install
 
 FOLDER = Path(hw_models.__file__).parent / "targets"
@@ -169,3 +173,49 @@ def test_every_way_to_name_a_target_is_listed() -> None:
     assert list(rows) == [*hw_models.target_names(), "cpu", "rpc:HOST:PORT", "FILE.yaml", "lut:TABLE.csv"]
     assert rows["edge"].line == hw_models.load_target("edge").description
     assert all(row.line for row in rows.values())
+
+
+class Wrong:
+    """A target of somebody's own, which does something wrong to the edge's table."""
+
+    name, description, provenance = "wrong", "wrong", "estimated"
+
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def cost_table(self, workload: hw_models.Workload, *, batch: int | None = None) -> Any:
+        return self.change(hw_models.load_target("edge").cost_table(workload, batch=batch))
+
+
+class Alone(Wrong):
+    """It has no batch."""
+
+    def cost_table(self, workload: hw_models.Workload) -> Any:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Wrong(lambda table: None), "must return a hw_models.CostTable, not NoneType"),
+        (Wrong(lambda table: table.latency_s), "must return a hw_models.CostTable, not ndarray"),
+        (Wrong(lambda table: replace(table, latency_s=table.latency_s.tolist())), "latency_s of edge must be .*, not list"),
+        (Wrong(lambda table: replace(table, latency_s=table.latency_s.astype(str))), "latency_s of edge must hold numbers"),
+        (Wrong(lambda table: replace(table, storage_bytes=None)), "storage_bytes of edge is None"),
+        (Wrong(lambda table: replace(table, latency_s=table.latency_s[0])), r"latency_s of edge has shape \(8, 8\)"),
+        (Wrong(lambda table: replace(table, latency_s=table.latency_s * float("nan"))), "not a positive number for 'stem'"),
+        (Wrong(lambda table: replace(table, latency_s=-table.latency_s)), "not a positive number for 'stem'"),
+        (Wrong(lambda table: {}["no\nkey"]), "failed: KeyError: "),
+        (Wrong(lambda table: other_table()), "must return the table of the workload that it is given"),
+        (Alone(None), r"must take \(workload, \*, batch=None\): got an unexpected keyword argument 'batch'"),
+    ],
+)
+def test_what_is_wrong_with_a_table_of_ones_own_is_said_in_one_sentence(target: Any, message: str, network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"^`cost_table` of hardware target 'wrong' .*{message}") as caught:
+        haq.Problem(network, images(8), (images(8), torch.zeros(8, dtype=torch.long)), target)
+    assert str(caught.value).isprintable()
+
+
+def other_table() -> hw_models.CostTable:
+    workload = hw_models.trace(nn.Linear(2, 2), torch.zeros(1, 2))
+    return hw_models.load_target("edge").cost_table(workload)

@@ -153,3 +153,69 @@ def test_loaders_are_taken_as_well(network: nn.Module) -> None:
     one = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.9)
     other = haq.Problem(network, [inputs], loader, "edge", budget=0.9)
     assert one.evaluate(one.uniform(5)) == other.evaluate(other.uniform(5))
+
+
+def objective_class(**methods: Any) -> type[haq.Objective]:
+    return type("Mine", (haq.Objective,), methods)
+
+
+def right(outputs: Any, labels: Any) -> Any:
+    return outputs[0].argmax(1) == labels
+
+
+@pytest.mark.parametrize(
+    ("correct", "given"),
+    [
+        (lambda self, outputs, labels: right(outputs, labels)[:, None].expand(-1, 4), r"bool of shape \(125, 4\)"),
+        (lambda self, outputs, labels: right(outputs, labels).all(), "the bool (True|False)"),
+        (lambda self, outputs, labels: right(outputs, labels)[:5], r"bool of shape \(5,\)"),
+        (lambda self, outputs, labels: right(outputs, labels).long() * 40, r"int64 of shape \(125,\)"),
+        (lambda self, outputs, labels: right(outputs, labels).tolist(), r"list \["),
+        (lambda self, outputs, labels: None, "NoneType None"),
+        (lambda self, outputs, labels: "all", "str 'all'"),
+    ],
+)
+def test_an_objective_says_of_every_image_whether_it_is_correct(network: nn.Module, correct: Any, given: str) -> None:
+    message = rf"^`correct` of objective 'Mine' must return a boolean tensor of shape \(125,\), .*, not {given}"
+    search = images(130), torch.zeros(130, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        haq.Problem(network, images(8), search, "edge", objective=objective_class(correct=correct))
+
+
+@pytest.mark.parametrize(
+    ("loss", "given"),
+    [
+        (lambda self, outputs, labels, divergence: outputs[0], r"float32 of shape \(8, 4\)"),
+        (lambda self, outputs, labels, divergence: outputs[0][:1, 0], r"float32 of shape \(1,\)"),
+        (lambda self, outputs, labels, divergence: labels.sum(), "the int64 0"),
+        (lambda self, outputs, labels, divergence: None, "NoneType None"),
+        (lambda self, outputs, labels, divergence: "1.5", "str '1.5'"),
+        (lambda self, outputs, labels, divergence: True, "bool True"),
+        (lambda self, outputs, labels, divergence: float("nan"), "float nan"),
+        (lambda self, outputs, labels, divergence: outputs[0].sum() * torch.inf, "the float32 -?inf"),
+    ],
+)
+def test_an_objectives_loss_is_one_finite_number(network: nn.Module, loss: Any, given: str) -> None:
+    search = images(8), torch.zeros(8, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"^`loss` of objective 'Mine' must return one finite number, .*, not {given}"):
+        haq.Problem(network, images(8), search, "edge", objective=objective_class(loss=loss))
+
+
+def test_an_objective_that_fails_is_named(network: nn.Module) -> None:
+    search = images(8), torch.zeros(8, dtype=torch.long)
+    for name in ("correct", "loss"):
+        broken = objective_class(**{name: lambda self, *given: {}["nothing"]})
+        with pytest.raises(ValueError, match=f"^`{name}` of objective 'Mine' failed: KeyError: 'nothing'"):
+            haq.Problem(network, images(8), search, "edge", objective=broken)
+    with pytest.raises(ValueError, match=r"Mine.* can't be made \(ZeroDivisionError: .*\)"):
+        haq.Problem(network, images(8), search, "edge", objective=objective_class(__init__=lambda self: 1 / 0))
+    attacked = objective_class(attacked=True, more_inputs=lambda self, network, inputs, *rest: (inputs[:3],))
+    with pytest.raises(ValueError, match=r"`more_inputs` of objective 'Mine' must .* of shape \(8, 1, 8, 8\), not float32"):
+        haq.Problem(network, images(8), search, "edge", objective=attacked)
+
+
+def test_an_objectives_loss_may_be_a_tensor_of_one_number(network: nn.Module) -> None:
+    search = images(8), torch.zeros(8, dtype=torch.long)
+    mine = objective_class(loss=lambda self, outputs, labels, divergence: outputs[0].square().mean())
+    found = haq.Problem(network, images(8), search, "edge", objective=mine).float_result
+    assert isinstance(found.loss, float)

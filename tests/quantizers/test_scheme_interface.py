@@ -237,3 +237,75 @@ def test_errors_of_ones_own_scheme_are_measured_only_where_it_has_widths() -> No
         assert (errors[[1, 3, 5, 7]] < 1).all()
     expected = (layer.quantized_weight() - layer.weight).square().sum() / layer.weight.square().sum()
     assert layer.weight_error[7].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Mine(Q.Linear):
+    """A scheme of somebody's own, which does something wrong."""
+
+    name = "mine"
+
+
+def scheme_class(**methods: Any) -> Q.Scheme:
+    made: Q.Scheme = type("Wrong", (Mine,), methods)()
+    return made
+
+
+def add_a_tensor(name: Any, tensor: Any) -> Any:
+    return lambda self, layer: {**Q.Linear.start(self, layer), name: tensor}
+
+
+def shrink(self: Any, layer: Any, *rest: Any) -> Tensor:
+    layer.weight.mul_(0.5)
+    return torch.zeros_like(layer.weight)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"weight": lambda self, layer, bits: None}, "`weight` .* must return a tensor, not NoneType"),
+    ({"weight": lambda self, layer, bits: layer.weight.flatten()}, r"`weight` .* the shape .* \(16, 1, 3, 3\), not \(144,\)"),
+    ({"weight": lambda self, layer, bits: layer.weight.double()}, "`weight` .* torch.float32, not torch.float64"),
+    ({"weight": lambda self, layer, bits: layer.weight.to("meta")}, "`weight` .* on cpu, not on meta"),
+    ({"weight": lambda self, layer, bits: layer.weight * torch.nan}, "`weight` .* finite numbers, not nan"),
+    ({"weight": lambda self, layer, bits: {}["x"]}, "`weight` .* failed: KeyError: 'x'"),
+    ({"weight": shrink}, "changes `layer.weight` in place"),
+    ({"calibrate": shrink}, "changes `layer.weight` in place"),
+    ({"calibrate": lambda self, layer, observer: 1 / 0}, "`calibrate` .* failed: ZeroDivisionError"),
+    ({"activation": lambda self, layer, x, bits: None}, "`activation` .* must return a tensor, not NoneType"),
+    ({"activation": lambda self, layer, x, bits: x[:1]}, r"`activation` .* \(2, 16, 5, 5\), not \(1, 16, 5, 5\)"),
+    ({"activation": lambda self, layer, x, bits: x.half()}, "`activation` .* torch.float32, not torch.float16"),
+    ({"activation": lambda self, layer, x, bits: x / 0}, "`activation` .* finite numbers, not (inf|nan)"),
+    ({"activation": lambda self, layer, x, bits: x.mul_(0.5)}, "`activation` .* changes its input in place"),
+    ({"start": lambda self, layer: None}, "`start` .* must return a dict of tensors, not NoneType"),
+    ({"start": lambda self, layer: {}["x"]}, "`start` .* failed: KeyError: 'x'"),
+    ({"start": add_a_tensor("more", 3)}, "`start` .* must return tensors, but 'more' is int"),
+    ({"start": add_a_tensor("weight", torch.ones(8))}, "`start` .* 'weight', which the layer has already"),
+    ({"start": add_a_tensor("bias", torch.ones(8))}, "`start` .* 'bias', which the layer has already"),
+    ({"start": add_a_tensor("forward", torch.ones(8))}, "`start` .* 'forward', which the layer has already"),
+    ({"start": add_a_tensor("a.b", torch.ones(8))}, "`start` .* 'a.b': give a name"),
+    ({"learned": ("nowhere",)}, "learns 'nowhere', which its `start` doesn't make"),
+]
+
+
+@pytest.mark.parametrize(("methods", "message"), WRONG)
+def test_a_scheme_that_gives_something_else_is_found_at_the_start(methods: dict[str, Any], message: str) -> None:
+    network = small_network()
+    wrong = scheme_class(**methods)
+    schemes = dict.fromkeys(Q.BitPolicy.uniform(network, 4, 4), "linear") | {"depthwise": wrong}
+    with pytest.raises(ValueError, match=f"^layer 'depthwise': .*{message}") as caught:
+        Q.quantize(network, Q.BitPolicy.uniform(network, 4, 4), scheme=schemes, calibrate=images(8))
+    assert "scheme 'mine'" in str(caught.value)
+
+
+def test_a_scheme_that_gives_what_it_should_is_let_pass() -> None:
+    network = small_network()
+    policy = Q.BitPolicy.uniform(network, 4, 4)
+    mine, linear = (Q.quantize(network, policy, scheme=scheme, calibrate=images(8)) for scheme in (Mine(), "linear"))
+    assert torch.equal(mine(images(8)), linear(images(8)))
+
+
+def test_the_base_check_reads_least_bits() -> None:
+    four = scheme_class(least_bits=4)
+    four.check(4, 1)
+    four.check(None, 1)
+    for bits, words in ((3, "3 bits"), (1, "1 bit")):
+        with pytest.raises(ValueError, match=f"^mine has no weights of {words}: use 4 to 8"):
+            four.check(bits, 8)

@@ -6,7 +6,9 @@ import ctypes
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3 import DDPG
+from torch import nn
 
 import envs
 import haq
+import quantizers as Q
 from haq.solvers import SOLVERS, agents, ilp, sensitivity
-from haq.solvers.base import Session, Trial, solve
-from tests.conftest import make_problem, small_network
+from haq.solvers.base import Session, Trial, find_solver, solve
+from tests.conftest import images, make_problem, small_network
 
 PUBLISHED = Path(__file__).parents[2] / "experiments" / "hawqv3_resnet18.json"
 SEARCHING = [name for name in SOLVERS if name != "exhaustive"]  # which needs a small problem
@@ -68,14 +72,159 @@ def test_global_random_state_is_neither_used_nor_changed(name: str) -> None:
 
 def test_sessions_count_policies_once_and_stop_at_their_allowance(problem: haq.Problem) -> None:
     session = Session(problem, 2)
-    session.evaluate(problem.uniform(4))
-    session.evaluate(problem.uniform(4))
+    session.evaluate(problem.uniform(4, keep_pinned=True))
+    session.evaluate(problem.uniform(4, keep_pinned=True))
     assert (session.used, session.left) == (1, 1)
     session.evaluate(problem.uniform(8))
     assert session.best is not None
-    assert session.best.policy == problem.uniform(4)  # uniform 8 exceeds the budget, however good
+    assert session.best.policy == problem.uniform(4, keep_pinned=True)  # uniform 8 exceeds the budget, however good
     with pytest.raises(RuntimeError, match="all 2 evaluations"):
-        session.evaluate(problem.uniform(3))
+        session.evaluate(problem.uniform(3, keep_pinned=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem": (1, 1)}, r"layer 'stem' can't take 1/1 \(weights/activations\): it is pinned at 8/8"),
+        ({"pointwise": (2, 4)}, "'pointwise' can't take 2/4 .*: 3 to 6 bits are allowed"),
+        ({"pointwise": (4, 7)}, "'pointwise' can't take 4/7 .*: 3 to 6 bits are allowed"),
+        ({"pointwise": (None, 4)}, "'pointwise' can't take float/4 .*: 3 to 6 bits are allowed"),
+        ({"pointwise": (4, None)}, "'pointwise' can't take 4/float .*: 3 to 6 bits are allowed"),
+        ({"hidden": (5, 4)}, "layers 'depthwise' and 'hidden' are tied and take the same bits, not 4/4 and 5/4"),
+        ({"more": (4, 4)}, "'more' is in one of the two only"),
+    ],
+)
+def test_no_solver_leaves_the_problem(
+    network: nn.Module, change: dict[str, tuple[int | None, int | None]], message: str
+) -> None:
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    problem = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, tied=[("hidden", "depthwise")], bits=(3, 6))
+    allowed = problem.uniform(4, keep_pinned=True)
+
+    class Leaves(haq.Solver):
+        def solve(self, problem: haq.Problem, session: haq.Session, seed: int) -> None:
+            session.evaluate(allowed)
+            session.evaluate(Q.BitPolicy({**allowed, **change}))
+
+    session = Session(problem, 5)
+    with pytest.raises(ValueError, match=f"^solver 'Leaves' chose a policy that is not allowed: .*{message}"):
+        solve(Leaves, session, 0)
+    assert session.used == 1
+    with pytest.raises(ValueError, match=message):
+        session.evaluate(Q.BitPolicy({**allowed, **change}))
+
+
+def test_only_policies_are_evaluated(problem: haq.Problem) -> None:
+    session = Session(problem, 5)
+    policy = problem.uniform(4, keep_pinned=True)
+    for other, kind in ((dict(policy), "dict"), (None, "NoneType"), ([(8, 8)], "list")):
+        with pytest.raises(ValueError, match=f"must be a quantizers.BitPolicy, not {kind}"):
+            session.evaluate(other)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'hidden' is in one of the two only"):
+        session.evaluate(Q.BitPolicy({name: bits for name, bits in policy.items() if name != "hidden"}))
+    assert session.used == 0
+
+
+def test_pairs_that_a_scheme_lacks_are_not_evaluated(network: nn.Module) -> None:
+    class Alike(Q.Linear):
+        """Weights and inputs have the same width, or float."""
+
+        def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
+            if None not in (weight_bits, activation_bits) and weight_bits != activation_bits:
+                raise ValueError("not alike")
+
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    problem = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, scheme=Alike())
+    session = Session(problem, 5)
+    policy = problem.uniform(4, keep_pinned=True)
+    session.evaluate(policy)
+    with pytest.raises(ValueError, match="'hidden' can't take 4/5 .*: its scheme 'linear' has no such pair"):
+        session.evaluate(Q.BitPolicy({**policy, "hidden": (4, 5)}))
+
+
+def test_what_costs_too_much_or_as_much_as_more_bits_may_be_evaluated(problem: haq.Problem) -> None:
+    """Sensitivities need it: the largest widths exceed the budget, and pairs that are not worth choosing are allowed."""
+    session = Session(problem, 100)
+    session.evaluate(problem.uniform(8))
+    assert session.best is None
+    policy = problem.uniform(4, keep_pinned=True)
+    for w, a in itertools.product(range(2, 9), repeat=2):
+        session.evaluate(Q.BitPolicy({**policy, "hidden": (w, a)}))
+
+
+class Steady(haq.Solver):
+    """It does nothing; what is derived from it does wrong."""
+
+    def solve(self, problem: haq.Problem, session: haq.Session, seed: int) -> None: ...
+
+
+def takes_too_little(self: haq.Solver, problem: haq.Problem) -> None: ...
+
+
+def takes_other_names(self: haq.Solver, p: Any, s: Any, n: Any, more: int = 0) -> None:
+    s.evaluate(p.uniform(2, keep_pinned=True))
+
+
+def asks_for_what_is_not_there(self: haq.Solver, problem: haq.Problem, session: Session, seed: int) -> None:
+    problem.uniform(4)["nowhere\nat all"]
+
+
+def evaluates_more_than_it_may(self: haq.Solver, problem: haq.Problem, session: Session, seed: int) -> None:
+    for bits in (8, 7, 6):
+        session.evaluate(problem.uniform(bits, keep_pinned=True))
+
+
+def solver_class(solve: Callable[..., None]) -> type[haq.Solver]:
+    return type("Wrong", (Steady,), {"solve": solve})
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_solver_that_takes_something_else_is_refused_before_it_begins(made: bool, problem: haq.Problem) -> None:
+    solvers = [solver_class(takes_too_little), solver_class(lambda: None), solver_class(3)]  # type: ignore[arg-type]
+    for solver in solvers:
+        with pytest.raises(ValueError, match=r"can't be used: it lacks a method solve that takes \(problem, session, seed\)"):
+            find_solver(solver() if made else solver)
+    fits = solver_class(takes_other_names)
+    assert SOLVERS._check is not None
+    assert SOLVERS._check(fits) == SOLVERS._check(fits()) == ""
+    assert SOLVERS._check(solvers[0]) == "a method solve that takes (problem, session, seed)"
+    assert solve(fits, Session(problem, 3), 0).feasible
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        (asks_for_what_is_not_there, "failed: KeyError: .*nowhere"),
+        (lambda self, problem, session, seed: seed + "1", "failed: TypeError: unsupported operand"),
+        (evaluates_more_than_it_may, "failed: RuntimeError: all 2 evaluations are used"),
+        (lambda self, problem, session, seed: None, "evaluated no policy within the budget, 0 in all"),
+        (
+            lambda self, problem, session, seed: session.evaluate(problem.uniform(8)) and None,
+            "evaluated no policy within the budget, 1 in all",
+        ),
+    ],
+)
+def test_a_solver_that_fails_is_named_in_one_sentence(does: Callable[..., None], message: str, problem: haq.Problem) -> None:
+    with pytest.raises(ValueError, match=f"^solver 'Wrong' {message}") as caught:
+        solve(solver_class(does), Session(problem, 2), 0)
+    assert str(caught.value).isprintable()
+
+
+def test_a_solver_that_fails_while_it_is_made_is_named(problem: haq.Problem) -> None:
+    class Unlucky(Steady):
+        def __init__(self) -> None:
+            raise FileNotFoundError("no such\nboard")
+
+    with pytest.raises(ValueError, match=r"Unlucky.* can't be made \(FileNotFoundError: no such board\)"):
+        solve(Unlucky, Session(problem, 2), 0)
+
+
+def test_what_fails_in_an_evaluation_is_not_called_the_solvers_fault(problem: haq.Problem) -> None:
+    def on_trial(trial: Trial) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        solve(solver_class(takes_other_names), Session(problem, 2, on_trial), 0)
 
 
 def test_unknown_solvers_name_the_close_ones(problem: haq.Problem) -> None:
