@@ -157,8 +157,8 @@ class Dataset:
         size, size_of_train = (float(images.double().abs().mean()) for images in (few, of_train))
         if min(size, size_of_train) > 0 and not 1 / MOST_APART < size / size_of_train < MOST_APART:
             raise ValueError(
-                f"{called} has values of {size:.3g} on average, its train split {size_of_train:.3g}; both must be on one scale, "
-                "such as from 0 to 1"
+                f"{called} has values of {size:.3g} on average, its train split {size_of_train:.3g}; both must be on one "
+                "scale, such as from 0 to 1"
             )
 
     def describe(self) -> str:
