@@ -259,8 +259,9 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
 
     from haq import training
     from haq.store.checkpoint import Checkpoint
-    from haq.store.lock import holding
+    from haq.store.lock import check_can_be_made, holding
 
+    check_can_be_made(out.parent)
     asked = {key: str(value) for key, value in options.asked().items()}
     state = Checkpoint(out.with_suffix(STATE), {**asked, "torch": str(torch.__version__)})
     _check_unused(out, state, resume)

@@ -60,6 +60,7 @@ def test_the_main_job_in_ten_lines(tmp_path: Path) -> None:
         assert torch.equal(again(x), tuned(x))
         assert not torch.equal(again(x), problem.quantized(result.policy)(x))
     assert result.quantized is tuned is result.finetuned
+    assert result.kept == "fine-tuned"
     assert result.evaluate(tuned).accuracy >= result.trial.accuracy - 0.02
     for name in problem.workload.names:
         assert name in repr(table)
@@ -377,3 +378,142 @@ def test_the_names_that_others_rely_on() -> None:
     problem = make_problem(small_network())
     assert isinstance(problem.evaluate(problem.uniform(8)).accuracy, float)
     assert np.isfinite(problem.quantization_error).all()
+
+
+def test_fine_tuning_that_makes_it_worse_is_not_kept(tmp_path: Path) -> None:
+    problem = make_problem(fitted_network())
+    result = haq.solve(problem, "random", evaluations=4)
+    before = result.evaluate(result.quantized)
+    noise = torch.randn(64, *images(1).shape[1:], generator=torch.Generator().manual_seed(0))
+    tuned = result.finetune(noise * 100, epochs=1, learning_rate=9.0)
+    after = result.evaluate(tuned)
+    assert (-after.accuracy, after.loss) > (-before.accuracy, before.loss)
+    assert tuned is result.finetuned is not result.quantized
+    assert result.evaluate(result.quantized) == before
+    assert "kept: calibrated only" in repr(result)
+    assert result.kept == result.to_dict()["quantized_is"] == "calibrated only"
+    assert result.to_dict()["finetuned"] == after._asdict()
+    again = haq.load(result.save(tmp_path / "found"), problem.network)
+    x = images(20, 3)
+    with torch.no_grad():
+        assert torch.equal(again(x), result.quantized(x))
+
+
+def test_fine_tuning_again_never_makes_it_worse() -> None:
+    result = haq.solve(make_problem(fitted_network()), "random", evaluations=4)
+    first = result.finetune(loader(400, 1), epochs=2)
+    assert result.quantized is first
+    last = result.finetune(images(64) * 100, epochs=1, learning_rate=9.0)
+    assert result.quantized is first
+    assert result.finetuned is last
+    assert result.kept == "fine-tuned earlier"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"epochs": epochs}, f"epochs is {epochs!r}; it must be an integer of at least 1") for epochs in (0, -1, 1.5, True, "3")]
+    + [
+        (
+            {"learning_rate": rate},
+            rf"learning_rate is {rate!r}".replace("+", r"\+") + "; it must be a number above 0 and below 10",
+        )
+        for rate in (1e9, float("nan"), 0, -1, True, "fast")
+    ]
+    + [({"seed": seed}, f"seed is {seed}; it must be an integer from 0 to 4294967295") for seed in (-1, 1.5, 2**32)],
+)
+def test_numbers_that_fine_tuning_cannot_use_are_named(options: dict[str, Any], message: str) -> None:
+    result = haq.solve(make_problem(small_network()), "random", evaluations=2)
+    with pytest.raises(ValueError, match=message):
+        result.finetune(images(8), **options)
+
+
+X8 = images(8)
+Y8 = brightest(X8)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"network": "net"}, "network is 'net'; it must be a torch.nn.Module"),
+        ({"network": None}, "network is None; it must be a torch.nn.Module"),
+        ({"target": None}, "target is None; it must be a name, such as 'edge', or a hardware target"),
+        ({"target": 5}, "target is 5; it must be a name"),
+        ({"calibrate": None}, "`calibrate` is None; it must be a tensor, a pair"),
+        ({"search": None}, "`search` is None; it must be a tensor, a pair"),
+        ({"search": 7}, "`search` is 7; it must be a tensor, a pair"),
+        ({"bits": (2.5, 8)}, r"bits is \(2.5, 8\); it must be a pair of integers"),
+        ({"bits": None}, "bits is None; it must be a pair of integers"),
+        ({"bits": "2:8"}, "bits is '2:8'; it must be a pair of integers"),
+        ({"bits": (True, 8)}, r"bits is \(True, 8\); it must be a pair of integers"),
+        ({"pinned": {"0": 8}}, "pinned layer '0' has 8; it must be a pair of integers"),
+        ({"pinned": {"stem": (None, None)}}, r"pinned layer 'stem' has \(None, None\); it must be a pair of integers"),
+        ({"pinned": ["stem"]}, r"pinned is \['stem'\]; it must map names of layers"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        haq.Problem(**{"network": small_network(), "calibrate": X8, "search": (X8, Y8), "target": "edge"} | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search": (X8, Y8.float())}, "`search` gave labels of type torch.float32 and shape .*; they must be class numbers"),
+        ({"search": (X8, Y8 > 1)}, "`search` gave labels of type torch.bool"),
+        ({"search": (X8, Y8[:, None])}, r"`search` gave labels of type torch.int64 and shape \(8, 1\)"),
+        ({"search": (X8, torch.eye(8).long())}, r"`search` gave labels of type torch.int64 and shape \(8, 8\)"),
+        ({"search": [(X8, ["cat"] * 8)]}, "`search` gave a list as labels; they must be a tensor of class numbers"),
+        ({"search": (X8.byte(), Y8)}, "`search` gave inputs of type torch.uint8 .*; they must be torch.float32"),
+        ({"search": (X8.double(), Y8)}, "`search` gave inputs of type torch.float64 .*; they must be torch.float32"),
+        ({"calibrate": X8.byte()}, "`calibrate` gave inputs of type torch.uint8"),
+        ({"calibrate": [X8, X8.double()]}, "`calibrate` gave inputs of type torch.float64"),
+        (
+            {"search": [(X8, Y8), (X8[..., 1:], Y8)]},
+            "`search` gave inputs of shape .* first, and in batch 2 of .*; all must be alike",
+        ),
+        (
+            {"search": [(X8, Y8), (X8[:5], Y8[:3]), (X8[:3], Y8[:5])]},
+            "`search` needs as many images as labels, at least one; got 5 and 3 in batch 2 of 3",
+        ),
+        ({"search": (X8[:0], Y8[:0])}, "`search` gave no images"),
+    ],
+)
+def test_data_that_are_not_inputs_and_class_numbers_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        haq.Problem(**{"network": small_network(), "calibrate": X8, "search": (X8, Y8), "target": "edge"} | given)
+
+
+def test_class_numbers_may_be_of_any_whole_type() -> None:
+    found = {
+        haq.Problem(small_network(), X8, (X8, Y8.to(kind)), "edge", budget=0.9).float_result
+        for kind in (torch.int64, torch.int32, torch.uint8)
+    }
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": 1.5}, "seed is 1.5; it must be an integer from 0 to 4294967295"),
+        ({"seed": -1}, "seed is -1; it must be an integer"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be an integer"),
+        ({"workers": 1.5}, "workers is 1.5; it must be an integer of at least 1"),
+        ({"workers": 0}, "workers is 0; it must be an integer of at least 1"),
+        ({"evaluations": 1.5}, "evaluations is 1.5; it must be an integer of at least 1"),
+        ({"on_trial": 5}, "on_trial is 5; it must be a function that takes a trial"),
+    ],
+)
+def test_what_solve_cannot_use_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        haq.solve(make_problem(small_network()), "random", **{"evaluations": 2} | given)
+
+
+def test_what_is_no_problem_and_no_file_is_named() -> None:
+    with pytest.raises(TypeError, match="problem is a NoneType; it must be a haq.Problem"):
+        haq.solve(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="problem is a .*; it must be a haq.Problem"):
+        haq.solve(small_network())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path is None; it must be the path of a file or a folder"):
+        haq.load(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="network is 'name'; it must be the float network"):
+        haq.load("file", network="name")  # type: ignore[arg-type]

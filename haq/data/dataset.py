@@ -20,6 +20,8 @@ from torch import Tensor
 
 SPLIT_SEED = 0
 UNLABELLED = -1
+COMPARED = 64  # images of each split whose values are compared
+MOST_APART = 50.0  # times that values of two splits may differ on average: 0..1 and 0..255 are 255 times apart
 
 
 class Images(Protocol):
@@ -118,16 +120,46 @@ class Dataset:
     origin: str = field(default="")
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming the split, if one is empty or has labels that are no classes."""
+        """Raise ValueError, naming the split, if one is empty, holds what is no data, or isn't like the train split."""
         for name in ("train", "search", "test"):
-            labels = getattr(self, name).labels
-            if len(labels) == 0:
-                raise ValueError(f"the {name} split of {self.name} is empty")
+            called = f"the {name} split of {self.name}"
+            split = getattr(self, name)
+            labels = split.labels
+            check_labels(labels, called)
+            if labels.dtype != torch.int64:
+                raise ValueError(f"{called} has labels of type {labels.dtype}; they must be torch.int64")
+            self._check_alike(split, called)
             if self.classes and (labels.min() < 0 or labels.max() >= len(self.classes)):
                 raise ValueError(
                     f"the {name} split of {self.name} has labels from {int(labels.min())} to {int(labels.max())}, "
                     f"outside its {len(self.classes)} classes"
                 )
+
+    def _check_alike(self, split: Split, called: str) -> None:
+        """Raise ValueError unless a split's images are of the kind, the shape and about the scale of the train split's."""
+        # A file is decoded when it is asked for; all of them are of one kind.
+        if isinstance(split.images, ImageFiles) and isinstance(self.train.images, ImageFiles):
+            return
+        few = split.images[torch.arange(min(COMPARED, len(split)))]
+        of_train = self.train.images[torch.arange(min(COMPARED, len(self.train)))]
+        check_images(few, called)
+        if few.dtype != of_train.dtype:
+            raise ValueError(
+                f"{called} has images of type {few.dtype}, its train split {of_train.dtype}; both must be of one type"
+            )
+        if few.shape[1:] != of_train.shape[1:]:
+            raise ValueError(
+                f"{called} has images of shape {tuple(few.shape[1:])}, its train split {tuple(of_train.shape[1:])}; both must "
+                "be of one shape (channels, height, width)"
+            )
+        if few.dtype == torch.uint8:
+            return
+        size, size_of_train = (float(images.double().abs().mean()) for images in (few, of_train))
+        if min(size, size_of_train) > 0 and not 1 / MOST_APART < size / size_of_train < MOST_APART:
+            raise ValueError(
+                f"{called} has values of {size:.3g} on average, its train split {size_of_train:.3g}; both must be on one "
+                "scale, such as from 0 to 1"
+            )
 
     def describe(self) -> str:
         """Describe the splits in one line."""
@@ -155,6 +187,40 @@ class Dataset:
             digest.update(split.labels.numpy().tobytes())
         digest.update(self.search.images[torch.arange(min(64, len(self.search)))].numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def check_labels(labels: Tensor, called: str) -> None:
+    """Raise ValueError, in one sentence, unless there are labels that are whole numbers, one for each image.
+
+    Args:
+        labels: The labels.
+        called: What they belong to, for messages.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{called} has labels in a {type(labels).__name__}; they must be in a tensor of shape (images,)")
+    if labels.dim() != 1:
+        raise ValueError(
+            f"{called} has labels of shape {tuple(labels.shape)}; they must be class numbers of shape (images,), not one-hot"
+        )
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise ValueError(f"{called} has labels of type {labels.dtype}; they must be whole numbers, such as torch.int64")
+    if not len(labels):
+        raise ValueError(f"{called} is empty; it must have at least one image")
+
+
+def check_images(images: Tensor, called: str) -> None:
+    """Raise ValueError, in one sentence, unless images have a type and a shape that are accepted.
+
+    Args:
+        images: The images.
+        called: What they belong to, for messages.
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{called} has images in a {type(images).__name__}; they must be in a tensor")
+    if images.dtype != torch.uint8 and not images.dtype.is_floating_point:
+        raise ValueError(f"{called} has images of type {images.dtype}; they must be torch.uint8 (0 to 255) or torch.float32")
+    if images.dim() != 4:
+        raise ValueError(f"{called} has images of shape {tuple(images.shape)}; it must be (images, channels, height, width)")
 
 
 def balanced(labels: Tensor, skip: int, take: int) -> Tensor:

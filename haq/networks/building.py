@@ -104,7 +104,7 @@ def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Ne
     options: dict[str, Any] = {"pretrained": pretrained}
     if classes:
         options["classes"] = classes
-    made = call_with(function, **options)
+    made = call_with(name, function, **options)
     if isinstance(made, Network):
         return replace(made, name=name)
     if not isinstance(made, nn.Module):

@@ -39,6 +39,7 @@ def load(name: str = DEFAULT, *, classes: int | None = None, pretrained: bool = 
         network = load_checkpoint(Path(name))
     else:
         network = build(name, classes, pretrained)
+    _check_types(network)
     return network.ordered()
 
 
@@ -86,6 +87,15 @@ def _with_weights(base: str, path: Path, classes: int | None) -> Network:
     network = build(base, classes, pretrained=False)
     load_state(network.module, state, path)
     return replace(network, name=f"{base}@{path}", origin=str(path))
+
+
+def _check_types(network: Network) -> None:
+    """Raise ValueError for weights of a type that nothing here computes with."""
+    for name, tensor in network.module.state_dict().items():
+        if tensor.dtype.is_floating_point and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{network.name} has weights of type {tensor.dtype} ({name}); they must be torch.float32: call .float() on it"
+            )
 
 
 def check_fits(network: Network, dataset: data.Dataset) -> None:

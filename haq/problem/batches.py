@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 BATCH = 250  # images of a Dataset that are put together at a time
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # types of class numbers
+# What networks are searched in; whole numbers are the words of a text. Images of uint8 or double are not yet inputs.
+ACCEPTED = (torch.float32, torch.int64, torch.int32)
 
 Batches = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Any]
+
+
+def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
+    """Check that what a problem is given is of the right type, before anything is computed.
+
+    Args:
+        network: The float network.
+        target: The hardware, or its name.
+        bits: Smallest and largest width.
+        pinned: Pairs of bits by layer name, or None.
+
+    Raises:
+        TypeError: In one sentence, naming the value and what is accepted.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network is {_shown(network)}; it must be a torch.nn.Module")
+    if not isinstance(target, str) and (isinstance(target, type) or not hasattr(target, "cost_table")):
+        raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
+    if not _is_pair(bits):
+        raise TypeError(f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8)")
+    if pinned is None:
+        return
+    if not isinstance(pinned, Mapping):
+        raise TypeError(f"pinned is {_shown(pinned)}; it must map names of layers to (weight bits, activation bits)")
+    for layer, pair in pinned.items():
+        if not _is_pair(pair):
+            raise TypeError(
+                f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits)"
+            )
 
 
 def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]:
@@ -26,17 +59,25 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
         Batches: inputs of shape (images, ...), and labels of shape (images,) or None.
 
     Raises:
-        ValueError: If there is nothing in it, or something that is neither inputs nor (inputs, labels).
+        TypeError: For something that gives no batches.
+        ValueError: If there is nothing in it, or something that is neither inputs nor (inputs, labels), or inputs that are
+            not of one type and shape.
     """
-    if isinstance(data, Tensor):
-        return [(data, None)]
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return [data]
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, BATCH)
-    batches = [_pair(batch, name) for batch in data]
+    batches = _batches_of(data, name)
     if not batches:
         raise ValueError(f"`{name}` gave no images")
+    first = batches[0][0]
+    for number, (inputs, _) in enumerate(batches, 1):
+        if inputs.dtype not in ACCEPTED or not inputs.dim():
+            raise ValueError(
+                f"`{name}` gave inputs of type {inputs.dtype} and shape {tuple(inputs.shape)}; they must be torch.float32, as "
+                "the network takes them, of shape (images, ...)"
+            )
+        if inputs.dtype != first.dtype or inputs.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"`{name}` gave inputs of shape {tuple(first.shape)} and type {first.dtype} first, and in batch {number} of "
+                f"{tuple(inputs.shape)} and {inputs.dtype}; all must be alike"
+            )
     return batches
 
 
@@ -60,22 +101,53 @@ def read_tensors(data: Batches, name: str, with_labels: bool) -> tuple[Tensor, T
         ValueError: If there is nothing in it, if labels are missing, or if they are not as many as the inputs.
     """
     batches = read_batches(data, name)
+    if with_labels:
+        batches = [(part, _checked_labels(labels, name)) for part, labels in batches]
     inputs = batches[0][0]
     if len(batches) > 1:
         inputs = torch.cat([part for part, _ in batches])
-    labels = None
-    count = len(inputs)
-    if with_labels:
-        parts = [part for _, part in batches if part is not None]
-        if len(parts) < len(batches):
+    if not len(inputs):
+        raise ValueError(f"`{name}` gave no images")
+    if not with_labels:
+        return inputs, None
+    for number, (part, labels) in enumerate(batches, 1):
+        assert labels is not None
+        if len(part) != len(labels):
             raise ValueError(
-                f'`{name}` has no labels to tell the accuracy by: give (inputs, labels), or objective="agreement"'
+                f"`{name}` needs as many images as labels, at least one; got {len(part)} and {len(labels)} in batch {number} "
+                f"of {len(batches)}"
             )
-        labels = torch.cat(parts)
-        count = len(labels)
-    if len(inputs) != count or not count:
-        raise ValueError(f"`{name}` needs as many images as labels, at least one; got {len(inputs)} and {count}")
-    return inputs, labels
+    return inputs, torch.cat([labels for _, labels in batches if labels is not None])
+
+
+def _checked_labels(labels: Tensor | None, name: str) -> Tensor:
+    """Return labels as int64. Raises ValueError unless there are some, whole numbers of shape (images,)."""
+    if labels is None:
+        raise ValueError(f'`{name}` has no labels to tell the accuracy by: give (inputs, labels), or objective="agreement"')
+    if labels.dim() != 1 or labels.dtype not in WHOLE:
+        raise ValueError(
+            f"`{name}` gave labels of type {labels.dtype} and shape {tuple(labels.shape)}; they must be class numbers, "
+            "torch.int64 of shape (images,)"
+        )
+    return labels.long()
+
+
+def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
+    """Take apart whatever a user has."""
+    if isinstance(data, Tensor):
+        return [(data, None)]
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+        return [data]
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = DataLoader(data, BATCH)
+    try:
+        batches = iter(data)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` is {_shown(data)}; it must be a tensor, a pair (inputs, labels) of tensors, a Dataset, a DataLoader, "
+            "or an iterable of batches"
+        ) from error
+    return [_pair(batch, name) for batch in batches]
 
 
 def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +157,26 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
         labels = None
         if len(batch) > 1 and batch[1] is not None:
-            labels = torch.as_tensor(batch[1])
+            try:
+                labels = torch.as_tensor(batch[1])
+            except (TypeError, ValueError, RuntimeError) as error:
+                kind = type(batch[1]).__name__
+                raise ValueError(f"`{name}` gave a {kind} as labels; they must be a tensor of class numbers") from error
         return batch[0], labels
     kind = type(batch).__name__
     raise ValueError(f"`{name}` gave a {kind}; it must give tensors of inputs, or pairs (inputs, labels) of tensors")
+
+
+def _is_pair(value: Any) -> bool:
+    """Say whether a value is two whole numbers."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return all(isinstance(part, Integral) and not isinstance(part, bool) for part in value)
+
+
+def _shown(value: Any) -> str:
+    """Show a value on one line, in few words."""
+    words = " ".join(repr(value).split())
+    if len(words) > 60:
+        return f"a {type(value).__name__}"
+    return words

@@ -12,7 +12,7 @@ from torch import nn
 
 import hw_models
 import quantizers as Q
-from haq.problem.batches import Batches, read_inputs, read_tensors
+from haq.problem.batches import Batches, check_arguments, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation, Evaluator, device_of
@@ -104,6 +104,7 @@ class Problem:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
             ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
         """
+        check_arguments(network, target, bits, pinned)
         self.objective = find_objective(objective)
         inputs, labels = read_tensors(search, "search", self.objective.needs_labels)
         device = device_of(network)

@@ -76,6 +76,36 @@ def holding(lock: Path, what: Path, go_on: str, *, wait_s: float = PATIENCE_S) -
             held.release()
 
 
+def check_can_be_made(folder: Path) -> None:
+    """Check that a folder is there or can be made, before anything is loaded for it; nothing is left behind.
+
+    Args:
+        folder: The folder that --out names, or that of the file that it names.
+
+    Raises:
+        ValueError: In one sentence, if it can't be made.
+        OSError: If its file system takes nothing more.
+    """
+    try:
+        if os.path.lexists(folder):
+            return
+        first = folder
+        while not first.parent.exists():
+            first = first.parent
+        with _explained(folder, "the same command"):
+            first.mkdir()
+            first.rmdir()
+    except Unwritable:
+        raise
+    except OSError as error:
+        if error.errno == errno.EEXIST and folder.is_dir():
+            return  # another process has made it meanwhile
+        reason = error.strerror or type(error).__name__
+        raise ValueError(
+            f"--out {folder} can't be made ({reason}): name a folder in a place where folders can be made"
+        ) from error
+
+
 def is_held(folder: Path) -> bool:
     """Tell whether a process is writing a folder."""
     try:

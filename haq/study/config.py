@@ -192,6 +192,10 @@ class SearchConfig(_Config):
 
     @model_validator(mode="after")
     def _check_together(self) -> SearchConfig:
+        if self.seed >= 2**32:
+            raise ValueError(
+                f"--seed is {self.seed}; it must be an integer from 0 to {2**32 - 1}, which every generator takes"
+            )
         self.bit_range()
         self.scheme_names()
         parse_eps(self.eps)

@@ -42,7 +42,7 @@ from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
 from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
 from haq.store.history import HistoryRow
-from haq.store.lock import is_held
+from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.study.task import (
     LoadedNetwork,
@@ -515,7 +515,8 @@ def has_tensorboard() -> bool:
 
 
 def check_unused(folder: Path) -> None:
-    """Raise ValueError if a folder is in use."""
+    """Raise ValueError if a folder is in use, or can't be made."""
+    check_can_be_made(folder)
     if _holds_something(folder):
         remedy = ""
         if (folder / CONFIG).is_file() and not (folder / RESULT).is_file():

@@ -46,6 +46,12 @@ from hw_models.notebook import html_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_SEEDS = 2**32  # what every generator takes
+TOP_RATE = 10.0  # a learning rate is below it
+TUNED = "fine-tuned"
+TUNED_BEFORE = "fine-tuned earlier"
+CALIBRATED = "calibrated only"
+
 SOLUTION = "solution.json"
 SOLUTION_SCHEMA = "haq-solution-1"
 QUANTIZED = "quantized.safetensors"
@@ -89,7 +95,8 @@ class Result:
         seed: What everything random came from.
         session: The allowance that it had, with what was tried.
         trial: The best trial within the budget.
-        finetuned: The network after `finetune`; None before.
+        finetuned: The network after the last `finetune`, better or not; None before.
+        kept: Which network `quantized` is, in words: "fine-tuned", "fine-tuned earlier" or "calibrated only".
     """
 
     def __init__(self, problem: Problem, solver: str, seed: int, session: Session) -> None:
@@ -108,15 +115,22 @@ class Result:
         self.session = session
         self.trial: Trial = session.best
         self.finetuned: nn.Module | None = None
+        self.kept = CALIBRATED
         self._quantized: nn.Module | None = None
+        self._finetuned_result: Evaluation | None = None
+        self._kept_result: Evaluation | None = None
 
     def __repr__(self) -> str:
         """Say on one line what was found."""
         cost = describe_amount(self.trial.cost, self.problem.metric)
         share = self.trial.cost / self.problem.reference
+        tuned = ""
+        if self._finetuned_result is not None:
+            tuned = f"; fine-tuned {percent(self._finetuned_result.accuracy)}, kept: {self.kept}"
         return (
             f"Result({self.solver}: {self.problem.objective.name} {percent(self.trial.accuracy)} at {cost} "
-            f"({share:.3f} of uniform 8 bits), {self.session.used} evaluations; float {percent(self.problem.float_accuracy)})"
+            f"({share:.3f} of uniform 8 bits), {self.session.used} evaluations; "
+            f"float {percent(self.problem.float_accuracy)}{tuned})"
         )
 
     def _repr_html_(self) -> str:
@@ -126,9 +140,9 @@ class Result:
             ("float", percent(problem.float_accuracy), ""),
             (f"found by {self.solver}", percent(self.trial.accuracy), describe_amount(self.trial.cost, problem.metric)),
         ]
-        if self.finetuned is not None:
-            tuned = percent(self.evaluate(self.finetuned).accuracy)
-            rows.append(("fine-tuned", tuned, describe_amount(self.trial.cost, problem.metric)))
+        if self._finetuned_result is not None:
+            tuned = percent(self._finetuned_result.accuracy)
+            rows.append((f"fine-tuned (kept: {self.kept})", tuned, describe_amount(self.trial.cost, problem.metric)))
         caption = f"{problem.objective.words} on {problem.evaluator.count:,} search images, {self.session.used} evaluations"
         found = html_table(caption, ("policy", problem.objective.short, problem.metric), rows)
         return found + self.table()._repr_html_()
@@ -155,9 +169,10 @@ class Result:
 
     @property
     def quantized(self) -> nn.Module:
-        """Return the quantized network at the policy: as `finetune` made it, or else calibrated only."""
-        if self.finetuned is not None:
-            return self.finetuned
+        """Return the quantized network at the policy, the best that there is on the search images.
+
+        That is the one `finetune` made, or the one that is calibrated only where it is better; `kept` says which.
+        """
         if self._quantized is None:
             self._quantized = self.problem.quantized(self.policy)
         return self._quantized
@@ -185,11 +200,19 @@ class Result:
             options: Further ones of `haq.training.finetune`, such as learning_rate.
 
         Returns:
-            The tuned network, which is also kept as `finetuned` and `quantized`.
+            The tuned network, which is also kept as `finetuned`; and as `quantized`, which is saved, if it is better on the
+            search images than what that was before: of more accuracy, or of as much with less loss.
 
         Raises:
-            ValueError: For inputs that aren't images; where policies were judged under attack, unless an `adversary` is given.
+            ValueError: For numbers out of range; for inputs that aren't images; where policies were judged under attack,
+                unless an `adversary` is given.
         """
+        if seed is None:
+            seed = self.seed
+        check_count("epochs", epochs)
+        check_seed(seed)
+        if "learning_rate" in options:
+            check_rate(options["learning_rate"])
         if self.problem.objective.attacked and "adversary" not in options:
             raise ValueError(
                 "policies were judged under attack, which plain fine-tuning would train away: give the `adversary` to train "
@@ -198,13 +221,11 @@ class Result:
         images, _ = read_tensors(loader, "loader", with_labels=False)
         if images.dim() != 4:
             raise ValueError(f"fine-tuning takes images (N, C, H, W), the loader gives inputs of shape {tuple(images.shape)}")
-        if seed is None:
-            seed = self.seed
         network = Network(type(self.problem.network).__name__, self.problem.network, tuple(images.shape[1:]))  # type: ignore[arg-type]
         split = Split(images, images.new_zeros(len(images)).long())
         with _shown() as bar:
             line = bar.add_task("fine-tuning", total=None)
-            self.finetuned = finetune(
+            tuned = finetune(
                 network,
                 self.problem.quantized(self.policy),
                 split,
@@ -213,7 +234,24 @@ class Result:
                 on_step=lambda step, steps: bar.update(line, completed=step, total=steps),
                 **options,
             )
-        return self.finetuned
+        self._keep(tuned)
+        return tuned
+
+    def _keep(self, tuned: nn.Module) -> None:
+        """Take a fine-tuned network, as `quantized` too if it is better than what that is now."""
+        if self._kept_result is None:
+            # What a trial gave may be of another network: `tune` trains it first.
+            self._kept_result = self.evaluate(self.quantized)
+        self.finetuned = tuned
+        self._finetuned_result = self.evaluate(tuned)
+        # As trials are ranked; the cost is the same.
+        before, after = ((-one.accuracy, one.loss) for one in (self._kept_result, self._finetuned_result))
+        if after < before:
+            self._quantized = tuned
+            self._kept_result = self._finetuned_result
+            self.kept = TUNED
+        elif self.kept == TUNED:
+            self.kept = TUNED_BEFORE
 
     def save(self, folder: str | Path) -> Path:
         """Write what was found into a new folder.
@@ -246,8 +284,8 @@ class Result:
         """Return what was found as plain data."""
         problem = self.problem
         tuned = None
-        if self.finetuned is not None:
-            tuned = self.evaluate(self.finetuned)._asdict()
+        if self._finetuned_result is not None:
+            tuned = self._finetuned_result._asdict()
         return {
             "schema": SOLUTION_SCHEMA,
             "solver": self.solver,
@@ -258,6 +296,7 @@ class Result:
             "float": problem.float_result._asdict(),
             "found": {**self.trial.evaluation._asdict(), **costs(problem, self.policy)},
             "finetuned": tuned,
+            "quantized_is": self.kept,
             "budget": budget_used(problem, self.policy),
             "versions": versions(),
         }
@@ -309,12 +348,19 @@ def solve(
         What was found.
 
     Raises:
+        TypeError: For a problem that is none, and for an `on_trial` that can't be called.
         ValueError: For something that is no solver, for numbers out of range, for whatever the solver refuses, and if it
             fails or evaluated no policy within the budget.
     """
-    for name, number in (("evaluations", evaluations), ("ahead", ahead)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} is {number!r}; it must be an integer of at least 1")
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem is a {type(problem).__name__}; it must be a haq.Problem, made of the network")
+    if on_trial is not None and not callable(on_trial):
+        raise TypeError(f"on_trial is {on_trial!r}; it must be a function that takes a trial")
+    check_count("evaluations", evaluations)
+    check_count("ahead", ahead)
+    if workers is not None:
+        check_count("workers", workers)
+    check_seed(seed)
     found = base.find_solver(solver)
     given, kind = None, "loss"
     if isinstance(sensitivities, Sensitivities):
@@ -353,8 +399,13 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is none.
+        TypeError: For a path or a network that is none.
         ValueError: With the reason, if the file is anything else, or has other bits than the folder's policy.json.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"path is {path!r}; it must be the path of a file or a folder")
+    if network is not None and not isinstance(network, nn.Module):
+        raise TypeError(f"network is {network!r}; it must be the float network, a torch.nn.Module")
     path = Path(path)
     if path.is_dir():
         places = [path / QUANTIZED, path / CHECKPOINT]
@@ -367,6 +418,29 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
             check_same_policy(path / POLICY, kept, there[0], Q.get_policy(made), "name the network's file")
         return made
     return load_quantized(path, network)
+
+
+def check_count(name: str, number: Any) -> None:
+    """Raise ValueError unless a number is an integer of at least 1.
+
+    Args:
+        name: What it is called.
+        number: The number.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} is {number!r}; it must be an integer of at least 1")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ValueError unless a seed is an integer that every generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MOST_SEEDS:
+        raise ValueError(f"seed is {seed!r}; it must be an integer from 0 to {MOST_SEEDS - 1}")
+
+
+def check_rate(rate: Any) -> None:
+    """Raise ValueError unless a learning rate is a number that training can do something with."""
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < TOP_RATE:
+        raise ValueError(f"learning_rate is {rate!r}; it must be a number above 0 and below {TOP_RATE:g}")
 
 
 @contextmanager

@@ -411,3 +411,12 @@ def test_quiet_and_verbose(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert "Next:" in out
     assert "ilp 1/3: " in err
+
+
+@pytest.mark.parametrize("solver", ["ddpg", "random"])
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_written(
+    solver: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(search.main, *QUICK, "--solver", solver, "--seed", str(2**32), "--out", "run") == 2
+    assert "--seed is 4294967296; it must be an integer from 0 to 4294967295" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()

@@ -319,3 +319,82 @@ def test_listing_data_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def grey(count: int, kind: torch.dtype = torch.uint8, size: int = 8) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 1, size, size), generator=torch.Generator().manual_seed(count)).to(kind)
+
+
+def of_classes(count: int) -> torch.Tensor:
+    return torch.arange(count) % 4
+
+
+GOOD = (grey(40), of_classes(40))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            {"test": (grey(8, torch.float32), of_classes(8))},
+            r"the test split of .* has images of type torch.float32, its train split torch.uint8; both must be of one type",
+        ),
+        (
+            {"search": (grey(8, size=9), of_classes(8))},
+            r"the search split of .* has images of shape \(1, 9, 9\), its train split \(1, 8, 8\); both must be of one shape",
+        ),
+        (
+            {"train": (grey(40).float() / 255, of_classes(40)), "test": (grey(8).float(), of_classes(8))},
+            r"the test split of .* has values of 12\d on average, its train split 0\.\d+; both must be on one scale",
+        ),
+        (
+            {"test": (grey(2), torch.tensor([0.9, 7.9]))},
+            "the test split of .* has labels of type torch.float32; they must be whole numbers",
+        ),
+        ({"test": (grey(2), torch.tensor([True, False]))}, "the test split of .* has labels of type torch.bool"),
+        (
+            {"test": (grey(4), torch.eye(4).long())},
+            r"the test split of .* has labels of shape \(4, 4\); they must be class numbers",
+        ),
+        ({"test": (grey(0), of_classes(0))}, "the test split of .* is empty; it must have at least one image"),
+        ({"test": (grey(5), of_classes(4))}, "the test split of .* has 5 images but 4 labels; it must have as many of both"),
+        ({"test": (grey(4), -of_classes(4))}, r"the test split of .* has labels from -3 to 0; they must be 0, 1, 2 \.\.\."),
+        ({"test": (grey(4, torch.int64), of_classes(4))}, "the test split of .* has images of type torch.int64; they must be"),
+        ({"test": (grey(4)[:, 0], of_classes(4))}, r"the test split of .* has images of shape \(4, 8, 8\); it must be"),
+        ({"test": grey(4)}, r"the test split of .* is a Tensor; it must be \(images, labels\)"),
+        ({"test": (["a"], ["b"])}, "the test split of .* holds what is no tensor or array of numbers"),
+    ],
+)
+def test_splits_that_cannot_be_used_are_named(made: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "made_here", lambda: {"train": GOOD, "test": GOOD} | made, raising=False)
+    with pytest.raises(ValueError, match=message):
+        data.load(f"{__name__}:made_here")
+
+
+@pytest.mark.parametrize(
+    ("test", "message"),
+    [
+        (data.Split(grey(8, torch.float32), of_classes(8)), "the test split of mine has images of type torch.float32"),
+        (data.Split(grey(8), of_classes(8).float()), "the test split of mine has labels of type torch.float32"),
+        (data.Split(grey(8), of_classes(8).int()), "the test split of mine has labels of type torch.int32; .* torch.int64"),
+        (data.Split(grey(0), of_classes(0)), "the test split of mine is empty"),
+    ],
+)
+def test_a_data_set_of_splits_that_cannot_be_used_is_not_made(test: data.Split, message: str) -> None:
+    good = data.Split(*GOOD)
+    with pytest.raises(ValueError, match=message):
+        data.Dataset("mine", tuple("abcd"), good, good, test)
+
+
+def raising() -> None:
+    raise KeyError("disk\n7")
+
+
+def needing(folder: str) -> None: ...
+
+
+def test_a_function_that_cannot_be_called_is_named() -> None:
+    with pytest.raises(ValueError, match=r"test_data:raising raised KeyError \('disk.*7'\): mend that function"):
+        data.load(f"{__name__}:raising")
+    with pytest.raises(ValueError, match="test_data:needing needs the argument 'folder'; .* may only need image_size"):
+        data.load(f"{__name__}:needing")

@@ -260,3 +260,31 @@ def test_checkpoints_are_named_such_that_any_process_can_load_them(tmp_path: Pat
     path.touch()
     assert networks.path_of_checkpoint(str(path)) == networks.path_of_checkpoint(f"named_network:good@{path}") == path
     assert networks.path_of_checkpoint("named_network:good") is None
+
+
+def raising_network() -> nn.Module:
+    raise RuntimeError("no such layer")
+
+
+def needing_network(width: int) -> None: ...
+
+
+def no_network() -> None: ...
+
+
+def double_network() -> networks.Network:
+    return networks.Network("", nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double(), (1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raising_network", r"test_networks:raising_network raised RuntimeError \(no such layer\): mend that function"),
+        ("needing_network", "test_networks:needing_network needs the argument 'width'"),
+        ("no_network", "test_networks:no_network returned NoneType; it must return an nn.Module"),
+        ("double_network", r"double_network has weights of type torch.float64 \(1.weight\); they must be torch.float32"),
+    ],
+)
+def test_a_function_that_makes_no_network_is_named(function: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        networks.load(f"{__name__}:{function}")

@@ -18,7 +18,7 @@ import pytest
 
 from haq import deploy, evaluate, finetune, robustness, runs, search, sweep, train
 from haq.console import errors
-from haq.store.lock import is_held, writing
+from haq.store.lock import check_can_be_made, is_held, writing
 from haq.study import sweep_run
 from haq.study.search_run import SearchRun, check_unused, unused_folder
 from tests.commands.test_robustness_command import MODULE
@@ -243,3 +243,24 @@ def test_links_of_ones_own_in_a_folder_for_results_are_let_be() -> None:
     Path("project/robustness.json.part").symlink_to("/nowhere")
     with pytest.raises(ValueError, match="symbolic link out of project"), writing(Path("project"), ""):
         pass
+
+
+@pytest.mark.parametrize("main", [search.main, sweep.main, train.main])
+@pytest.mark.parametrize("out", ["/proc/x/y.safetensors", "file/x/y.safetensors", "n" * 300 + "/x/y.safetensors"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(
+    main: Callable[[list[str]], int], out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("", encoding="utf-8")
+    # The network isn't there either: it would be missed first, if anything were loaded.
+    assert errors.run_command(lambda: main(["--network", "none.pt", "--out", out])) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(f"error: --out {Path(out).parent}")
+    assert "can't be made (" in said
+
+
+def test_looking_whether_a_folder_can_be_made_leaves_nothing_behind() -> None:
+    check_can_be_made(Path("a") / "b")
+    assert not Path("a").exists()
+    Path("link").symlink_to(Path("nowhere") / "at" / "all")
+    with pytest.raises(ValueError, match="--out link/x can't be made"):
+        check_can_be_made(Path("link") / "x")
