@@ -76,6 +76,8 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         state = run.checkpoint("finetune", task, **asked)
         if state.path.exists() and not resume:
             raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
+        if resume and not state.path.exists():
+            say(output.notes, "no epoch of an interrupted fine-tuning is there: it begins anew")
         try:
             tuned = _finetune(task, policy, config, state, output)
         except KeyboardInterrupt:
