@@ -16,6 +16,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
 from haq.solvers.sensitivity import evaluations_for_all
+from haq.store.files import SENSITIVITY
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.result import cost_kind
@@ -55,7 +56,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "scheme": scheme_words(problem),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
-        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task)}",
+        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
         "objective": problem.objective.words,
         "evaluations": _evaluations_words(task, workers),
         "fine-tuning": _finetuning_words(task),
@@ -116,10 +117,13 @@ def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, l
     return {name: sorted(widths) for name, widths in found.items()}
 
 
-def _sensitivities_words(task: SearchTask) -> str:
+def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
     config, needed = task.config, evaluations_for_all(task.problem)
     if config.sensitivity:
-        known = task.read_sensitivities(Path(config.sensitivity)).known
+        source = Path(config.sensitivity)
+        if folder is not None and (folder / SENSITIVITY).is_file():
+            source = folder / SENSITIVITY  # a run that goes on has a copy of its own
+        known = task.read_sensitivities(source).known
         words = f"from {config.sensitivity}"
         if known + 1 < needed:
             words += f", which has {known} of {needed - 1}: the rest is guessed from them"

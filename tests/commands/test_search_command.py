@@ -217,7 +217,12 @@ def test_a_history_that_was_changed_is_noticed(capsys: pytest.CaptureFixture[str
     assert call(search.main, *QUICK, "--solver", "random", "--out", "run") == 0
     Path("run/result.json").unlink()
     text = Path("run/history.csv").read_text().splitlines(keepends=True)
-    text[2], text[3] = text[3], text[2]
+    swapped = [*text[:2], text[3], text[2], *text[4:]]
+    Path("run/history.csv").write_text("".join(swapped))
+    assert call(search.main, "--resume", "run") == 2
+    assert "line 3: evaluation 3 of random, where its evaluation 2 must be" in capsys.readouterr().err
+    # The same with numbers that count up.
+    text[2], text[3] = text[3].replace(",3,", ",2,", 1), text[2].replace(",2,", ",3,", 1)
     Path("run/history.csv").write_text("".join(text))
     assert call(search.main, "--resume", "run") == 2
     assert "can't be resumed" in capsys.readouterr().err

@@ -269,6 +269,7 @@ def call(main: Any, *arguments: str) -> int:
     return run_command(lambda: main(list(arguments)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("place")
 def test_a_search_of_the_default_network(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--data", "robust_job:some", "--objective", OBJECTIVE, "--solver", "random", "--evaluations", "8"]

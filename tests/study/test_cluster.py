@@ -55,6 +55,7 @@ def test_every_solver_finds_the_same_on_two_machines(nodes: Any) -> None:
     assert problem.evaluator.pool is None
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_the_middle_loses_nothing(nodes: Any) -> None:
     problem = make_problem(small_network())
     alone = rows(problem, "random", 30)
@@ -86,6 +87,7 @@ def _title(pid: str) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_a_machine_that_joins_is_used_and_one_that_leaves_is_not_missed(nodes: Any) -> None:
     problem = make_problem(small_network())
     alone = rows(problem, "random", 40)
@@ -223,6 +225,7 @@ def test_workers_that_are_lost_again_and_again_are_given_up(nodes: Any, monkeypa
             wait_for(lambda: list(crew.wait()))
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_full_is_waited_for_and_that_is_told(
     nodes: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

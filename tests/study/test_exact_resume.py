@@ -59,7 +59,7 @@ def same(one: str, other: str) -> list[str]:
         ("ddpg", "plan"),
         ("td3", "plan"),
         ("sac", "plan"),
-        ("ddpg", "haq"),
+        pytest.param("ddpg", "haq", marks=pytest.mark.slow),
         # Each of the two is tried above with another.
         pytest.param("sac", "haq", marks=pytest.mark.slow),
     ],
@@ -178,7 +178,7 @@ def test_a_history_that_cannot_have_been_is_refused(
 ) -> None:
     cut(monkeypatch, SearchRun, "record", 20, search.main, *SMALL, "--solver", "random", "--out", "cut")
     rows = Path("cut/history.csv").read_text().splitlines()
-    rows[3], rows[4] = rows[4], rows[3]
+    rows[3], rows[4] = rows[4].replace(",4,", ",3,", 1), rows[3].replace(",3,", ",4,", 1)
     Path("cut/history.csv").write_text("\n".join(rows) + "\n")
     policy = Path("cut/policy.json").read_bytes()
     assert call(search.main, "--resume", "cut") == 2
@@ -211,6 +211,7 @@ def test_the_command_that_fine_tunes_goes_on(monkeypatch: pytest.MonkeyPatch, ca
     assert same("whole", "cut") == []
 
 
+@pytest.mark.slow
 def test_real_kills_at_random_moments(capsys: pytest.CaptureFixture[str]) -> None:
     assert kills.main(["--kills", "2", "--jobs", "ddpg", "training", "--seed", "5"]) == 0
     assert "2 kills, 2 endings, 2 of them the same to the last bit" in " ".join(capsys.readouterr().out.split())
