@@ -59,7 +59,7 @@ def same(one: str, other: str) -> list[str]:
         ("ddpg", "plan"),
         ("td3", "plan"),
         ("sac", "plan"),
-        pytest.param("ddpg", "haq", marks=pytest.mark.slow),
+        ("ddpg", "haq"),
         # Each of the two is tried above with another.
         pytest.param("sac", "haq", marks=pytest.mark.slow),
     ],
