@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam")
 
-ENOUGH_STEPS = 1000  # with fewer, a default learning rate is lower
+ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
 
 OnEpoch = Callable[[int, float], None]  # epochs done, and the mean loss of the last
 OnStep = Callable[[int, int], None]  # steps done, and in all
