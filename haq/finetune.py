@@ -107,9 +107,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     return 0 if result["budget"]["holds"] else 1
 
 
-def _better_earlier(
-    run: SearchRun, task: SearchTask, tuned: nn.Module, outcome: Outcome
-) -> tuple[nn.Module, float] | None:
+def _better_earlier(run: SearchRun, task: SearchTask, tuned: nn.Module, outcome: Outcome) -> tuple[nn.Module, float] | None:
     """Return the network that was fine-tuned earlier, with its accuracy, if the new one doesn't beat it on the same images.
 
     Args:

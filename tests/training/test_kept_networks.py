@@ -151,7 +151,13 @@ def test_the_best_network_belongs_to_what_is_gone_on_from(tmp_path: Path) -> Non
                 raise KeyboardInterrupt
 
         made = training.fit(
-            network_of(module), split, config, module=trained, state=state, judge=judge, on_epoch=on_epoch  # type: ignore[arg-type]
+            network_of(module),
+            split,
+            config,
+            module=trained,
+            state=state,
+            judge=judge,
+            on_epoch=on_epoch,  # type: ignore[arg-type]
         )
         return trained, made
 
@@ -193,7 +199,9 @@ def test_few_steps_have_a_lower_rate() -> None:
 
 def normed() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 8), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.9), nn.Flatten(), nn.Linear(6, CLASSES))
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 8), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.9), nn.Flatten(), nn.Linear(6, CLASSES)
+    )
 
 
 def values(module: nn.Sequential, split: data.Split) -> torch.Tensor:
@@ -340,7 +348,9 @@ def test_training_judges_every_epoch_and_keeps_the_best(place: Path, capsys: pyt
     assert max(shares) > 80
     assert "WARNING" not in out
     network = networks.load("a.safetensors")
-    assert training.accuracy(network, data.load("small_job:splits", image_size=8).search) == pytest.approx(max(shares) / 100, abs=1e-4)
+    assert training.accuracy(network, data.load("small_job:splits", image_size=8).search) == pytest.approx(
+        max(shares) / 100, abs=1e-4
+    )
 
 
 def test_training_says_that_nothing_was_learned(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
