@@ -1,8 +1,8 @@
 """Train the quantized network of a run back to its accuracy.
 
-The network keeps the bits that the search found. A part of the train split is held out: by it the network is judged after every
-epoch, and the best is kept, which may be the one before. It is written into the run's folder, unless the one that was fine-tuned
-earlier is better, and what it is worth into the run's result.
+The network keeps the bits that the search found. A part of the train split is held out: by it the network is judged after
+every epoch, and the best is kept, which may be the one before. It is written into the run's folder, unless the one that was
+fine-tuned earlier is better, and what it is worth into the run's result.
 """
 
 from __future__ import annotations

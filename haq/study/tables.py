@@ -260,8 +260,8 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     if tuning.get("earlier") is not None:
         earlier = with_error(tuning["earlier"], tuning["images"])
         return (
-            f"Fine-tuning did not help, {judged}: {best} is no better than the network that was fine-tuned earlier ({earlier}), "
-            f"which was kept{ended}."
+            f"Fine-tuning did not help, {judged}: {best} is no better than the network that was fine-tuned earlier "
+            f"({earlier}), which was kept{ended}."
         )
     if tuning["kept"]:
         return (

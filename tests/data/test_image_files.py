@@ -146,7 +146,7 @@ def test_no_batch_ends_with_a_single_image(count: int, size: int, sizes: list[in
     split = data.Split(torch.arange(count).view(-1, 1, 1, 1), torch.arange(count))
     batches = [labels.tolist() for _, labels in split.batches(size)]
     assert [len(batch) for batch in batches] == sizes
-    assert sum(batches, []) == list(range(count))
+    assert [label for batch in batches for label in batch] == list(range(count))
     assert batch_count(count, size) == len(sizes)
 
 
