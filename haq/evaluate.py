@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
-from haq.console.options import argument, options_of, output_options
+from haq.console.options import argument, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import say
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @command("evaluate", __doc__, examples=("haq evaluate RUN", "haq evaluate RUN --scheme lsq", "haq evaluate RUN --json"))
 @argument("run", FOLDER, "the folder of a search")
 @options_of(AnotherScheme)
+@trust_option()
 @output_options()
 def cli(run: Path, given: dict[str, Any], as_json: bool) -> int:
     """Measure what a run found."""

@@ -183,6 +183,7 @@ def commands(run: RunSummary) -> dict[str, str]:
         found["again"] = SweepConfig.read(run.sweep.asked.to_dict()).command()
     following = _next_words(run)
     if following:
+        following += _trust_words(run)
         found["go on"] = command_line("python", "-m", *following)
     return found
 
@@ -280,6 +281,21 @@ def _next_words(run: RunSummary) -> list[str]:
     if run.state == FINISHED:
         return ["haq.evaluate", folder]
     return []
+
+
+def _trust_words(run: RunSummary) -> list[str]:
+    """Return the options that let a command import the code that a run or sweep names; listing runs needs none."""
+    if run.kind == "sweep":
+        if run.sweep is None or run.state == FINISHED:
+            return []
+        from haq.study.config import SweepConfig
+
+        return SweepConfig.read(run.sweep.asked.to_dict()).trust_words()
+    if run.config is None:
+        return []
+    from haq.study.config import SearchConfig
+
+    return SearchConfig.read(run.config.settings).trust_words()
 
 
 def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:

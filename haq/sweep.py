@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import EXIT_INTERRUPTED, run_command
-from haq.console.options import flag, option, options_of, output_options, part_of
+from haq.console.options import flag, option, options_of, output_options, part_of, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading, progress
-from haq.console.tables import command_line, say, say_next
+from haq.console.tables import say, say_next
 from haq.console.values import FILE, FOLDER
 from haq.study.config import FOLDERS, SearchConfig, SweepConfig, WorkersConfig
 
@@ -45,6 +45,7 @@ PICTURE = "sweep.png"
 @option("--config", FILE, "take options from a sweep's sweep.json; those that are given besides win", group=FOLDERS)
 @option("--resume", FOLDER, "go on with an interrupted sweep", group=FOLDERS, metavar="SWEEP")
 @flag("--dry-run", "say what would be done, and stop", group=FOLDERS)
+@trust_option()
 @output_options()
 def cli(
     given: dict[str, Any], out: Path | None, config: Path | None, resume: Path | None, dry_run: bool, as_json: bool
@@ -93,7 +94,7 @@ def run_sweep(
         return 0
     _print_plan(output, context, workers, folder)
     # The sweep's folder is held until the end; each search holds its own.
-    with writing(folder, sweep_run.go_on(folder)):
+    with writing(folder, sweep_run.go_on(folder, config)):
         sweep_run.begin(folder, config, context)
         return _carry_out(folder, context, workers, output)
 
@@ -114,8 +115,8 @@ def resume_sweep(folder: Path, workers: WorkersConfig, output: Output) -> int:
     from haq.study import sweep_run
 
     # Nothing is locked that isn't a sweep's.
-    sweep_run.read(folder)
-    with writing(folder, sweep_run.go_on(folder)):
+    begun = sweep_run.asked_of(sweep_run.read(folder))
+    with writing(folder, sweep_run.go_on(folder, begun)):
         earlier = sweep_run.read(folder)
         if earlier.finished:
             raise ValueError(f"{folder} is finished; what it found is in {folder / SWEEP}")
@@ -146,8 +147,9 @@ def _print_plan(output: Output, context: SweepContext, workers: WorkersConfig, f
 def _carry_out(folder: Path, context: SweepContext, workers: WorkersConfig, output: Output) -> int:
     """Search, and print what came out."""
     from haq.reporting import pictures
+    from haq.study import sweep_run
 
-    go_on = command_line("python", "-m", "haq.sweep", "--resume", folder)
+    go_on = sweep_run.go_on(folder, context.sweep)
     try:
         found = _search(folder, context, workers, output)
     except (ConnectionError, ChildProcessError) as error:
@@ -157,7 +159,7 @@ def _carry_out(folder: Path, context: SweepContext, workers: WorkersConfig, outp
         say(output.results, f"  {go_on}", wrap=False)
         return EXIT_INTERRUPTED
     pictures.save(pictures.draw_sweep(found), folder / PICTURE)
-    _print_result(folder, found, output)
+    _print_result(folder, context.sweep, found, output)
     return 0
 
 
@@ -195,13 +197,14 @@ def _measure_sensitivities(bar: Progress, context: SweepContext, folder: Path) -
     return found
 
 
-def _print_result(folder: Path, found: FinishedSweepRecord, output: Output) -> None:
+def _print_result(folder: Path, asked: SweepConfig, found: FinishedSweepRecord, output: Output) -> None:
     from haq.store.files import SWEEP
     from haq.study import sweep_tables
 
     sweep_tables.print_result(output.results, found)
     say(output.notes, f"Written: {folder} ({SWEEP}, {PICTURE}, and a folder for each search)", wrap=False)
-    say_next(output.notes, "python", "-m", "haq.finetune", folder / found.found[0].runs[0].folder, hint=", or another of them")
+    finetune = ["haq.finetune", folder / found.found[0].runs[0].folder, *asked.trust_words()]
+    say_next(output.notes, "python", "-m", *finetune, hint=", or another of them")
     say_next(output.notes, "python", "-m", "haq.report", folder)
     output.print_json(found.to_dict())
 

@@ -27,6 +27,7 @@ from haq.store.records import DeployedRecord, RobustnessRecord
 from haq.study.attack_config import AttackConfig
 from haq.study.comparison import ComparedNetworks, ComparisonSpec, gather
 from haq.study.task import CALIBRATION
+from hw_models import trust
 
 FLOAT = "float"
 DEPLOYED_BATCH = 500  # images at a time, through the integer program
@@ -210,7 +211,7 @@ def _in_workers(task: RobustnessTask, names: list[str], workers: int, on_progres
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     news = context.Queue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, news, stop))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, news, stop, trust.named()))
     try:
         waiting = {name: pool.submit(_attack_in_worker, name) for name in names}
         while not all(future.done() for future in waiting.values()):
@@ -244,8 +245,9 @@ class _Worker(NamedTuple):
 _worker: _Worker | None = None
 
 
-def _start_worker(task: RobustnessTask, news: Any, stop: Any) -> None:
+def _start_worker(task: RobustnessTask, news: Any, stop: Any, named: tuple[str, ...]) -> None:
     global _worker
+    trust.trust(*named)
     # Ctrl-C reaches every process; the first one tells the others, by `stop`, what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -54,6 +54,7 @@ from haq.study.task import (
     machine_signature,
     versions,
 )
+from hw_models import trust
 
 logger = logging.getLogger("haq")
 
@@ -122,7 +123,7 @@ class SearchRun:
     @property
     def go_on(self) -> str:
         """Return the command that goes on with the search."""
-        return shlex.join(["python", "-m", "haq.search", "--resume", str(self.folder)])
+        return shlex.join(["python", "-m", "haq.search", "--resume", str(self.folder), *self.config.trust_words()])
 
     def build(self, **callbacks: Any) -> SearchTask:
         """Load what this run was asked for, where it began.
@@ -421,6 +422,8 @@ class SearchRun:
         if header.notes.get("format") != networks.QUANTIZED_FORMAT:
             try:
                 networks.load_quantized(path, task.network.module)  # says what it is, or of which version
+            except trust.UntrustedError:
+                raise
             except ValueError as error:
                 raise ValueError(f"{path} is not a checkpoint of this run ({error}): {remedy}") from error
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
@@ -429,6 +432,8 @@ class SearchRun:
         try:
             qnetwork = networks.load_quantized(path, task.network.module)
             self.check_policy(Q.get_policy(qnetwork), task, path)
+        except trust.UntrustedError:
+            raise
         except ValueError as error:
             raise ValueError(f"{path} doesn't hold the network of this run ({error}): {remedy}") from error
         if name == CHECKPOINT:

@@ -200,9 +200,9 @@ def read(folder: Path) -> SweepRecord:
     return record
 
 
-def go_on(folder: Path) -> str:
-    """Return the command that goes on with a sweep."""
-    return shlex.join(["python", "-m", "haq.sweep", "--resume", str(folder)])
+def go_on(folder: Path, asked: SweepConfig | SearchConfig) -> str:
+    """Return the command that goes on with a sweep, which was asked for in that way."""
+    return shlex.join(["python", "-m", "haq.sweep", "--resume", str(folder), *asked.trust_words()])
 
 
 def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
@@ -564,7 +564,7 @@ def pareto(cells: Sequence[tuple[float, float]]) -> list[bool]:
 @contextmanager
 def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
     """Open the run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
-    with writing(folder, go_on(folder.parent), wait_s=ORPHAN_S):
+    with writing(folder, go_on(folder.parent, task.config), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():
             run = SearchRun.load(folder)
             run.check(task, same_versions=True)
