@@ -28,7 +28,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from hw_models import trust
