@@ -42,12 +42,14 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of uniform 8 bits"
+    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of {problem.reference_words}"
     results_in = "nothing is written (--dry-run)"
     if folder is not None:
         results_in = str(folder)
-    rows = {
-        "network": _network_words(task),
+    rows = {"network": _network_words(task)}
+    if unpriced := problem.workload.unpriced_words:
+        rows["not priced"] = unpriced
+    rows |= {
         "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
