@@ -69,8 +69,9 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
             rivals[name] = run.check_policy(Q.BitPolicy.from_dict(bits), task, folder / RESULT)
         task = with_scheme(task, scheme)
         result = summary.collect(task, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
-    if "finetuned_scheme" in earlier:
-        result["finetuned_scheme"] = earlier["finetuned_scheme"]
+    for name in ("finetuned_scheme", "tuning"):
+        if name in earlier:
+            result[name] = earlier[name]
     changed = found is not None and not run.is_found(found, policy)
     # Under attack it was measured by the search; python -m haq.robustness does it again.
     if "verified" in earlier and scheme is None and not changed:

@@ -173,6 +173,7 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
     from haq.study.search_steps import rivals_of
 
     tables.print_plan(output.notes, task, folder, rivals_of(task.config.solver), _describe_workers(workers, task.config))
+    tables.print_doubts(output.results, task)
     if not has_tensorboard():
         say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")
 

@@ -136,10 +136,12 @@ def _load(config: SweepConfig, output: Output) -> SweepContext:
 
 
 def _print_plan(output: Output, context: SweepContext, workers: WorkersConfig, folder: Path | None) -> None:
-    from haq.study import sweep_tables
+    from haq.study import sweep_tables, tables
     from haq.study.search_run import has_tensorboard
 
     sweep_tables.print_plan(output.notes, context, folder, workers.describe())
+    # The network and its images are the same on every target.
+    tables.print_doubts(output.results, next(iter(context.tasks.values())))
     if not has_tensorboard():
         say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")
 
