@@ -31,7 +31,6 @@ from haq.store.units import percent
 from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 
 
-ONE_STEP = 1  # what rounding at a tie makes of an integer
 OUTPUT_SHARE = 0.02  # of the largest output: what may be between outputs that were computed from the same integers
 
 
@@ -303,11 +302,9 @@ def _fault(program: Program, layers: list[LayerDifference], expected: set[str], 
     inputs = {step.name: step.input for step in program.steps if isinstance(step, Convolution | FloatConvolution)}
     for layer in layers:
         codes = program.values[inputs[layer.layer]].representation
-        allowed = ONE_STEP
-        if isinstance(codes, Codes) and codes.bits == 1 and codes.signed:
-            allowed = 2  # from -1 to 1
-        if layer.own_largest > allowed:
-            return f"gives layer {layer.layer!r} integers that are off by up to {layer.own_largest}, where rounding makes {allowed}"
+        assert isinstance(codes, Codes)
+        if layer.own_largest > codes.one_step:
+            return f"gives layer {layer.layer!r} integers that are off by up to {layer.own_largest}, from the same ones before"
     return ""
 
 
