@@ -82,7 +82,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             tuned = _finetune(task, policy, config, state, output)
         except KeyboardInterrupt:
             kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
-            say(output.results, kept)
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         run.save_checkpoint(tuned, task)
         # It was another network that was verified.

@@ -12,7 +12,6 @@ nor the number of processes does anything to it.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from haq.solvers.sensitivity import by_evaluation, by_hessian
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
+from haq.store.shell import command_line
 from haq.study import result as summary
 from haq.study.config import MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
@@ -199,7 +199,7 @@ def read(folder: Path) -> SweepRecord:
 
 def go_on(folder: Path) -> str:
     """Return the command that goes on with a sweep."""
-    return shlex.join(["python", "-m", "haq.sweep", "--resume", str(folder)])
+    return command_line("python", "-m", "haq.sweep", "--resume", folder)
 
 
 def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
@@ -366,10 +366,10 @@ def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Call
     search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
-def finish(
+def collect(
     folder: Path, context: SweepContext, cells: Sequence[SweepCell], sensitivities: Sensitivities | None
 ) -> FinishedSweepRecord:
-    """Put together what a sweep found, from its runs, and write it.
+    """Put together what a sweep found, from its runs.
 
     Args:
         folder: The sweep's.
@@ -414,7 +414,6 @@ def finish(
     }
     record = SweepRecord.from_dict(content)
     assert isinstance(record, FinishedSweepRecord)
-    record.write(folder / SWEEP)
     return record
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger("haq")
 PATIENCE = 3  # times in a row that the workers of one place may die before they have done anything
 LOOK_S = 1.0  # seconds between two looks at whether a worker that is waited for lives
 STOPPED = 10  # looks after which a worker that somebody has stopped is taken for dead
+WAKE_S = 0.2  # seconds between two looks at what else than its tasks a crew has to see to
 END_S = 10.0  # seconds in which a process that was killed is gone
 
 Task = tuple[float, Any, "Future[Any]"]
@@ -72,12 +73,22 @@ class Crew:
         self._numbers = itertools.count()
         self._closed = threading.Event()
         self._fault: BaseException | None = None
-        self._workers: set[_Worker] = set()
-        # It would let Ctrl-C through to the thread that starts it.
+        self._reason = ""  # why a place was given up
+        self._workers: set[_Worker] = set()  # that live, as far as is known
+        self._fresh: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()  # that have no place yet
+        self._vacant: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for every place that needs one
+        # If this were left to the first worker, it would let Ctrl-C through to it.
         resource_tracker.ensure_running()
-        self._places = [threading.Thread(target=self._serve, daemon=True) for _ in range(count)]
-        for place in self._places:
-            place.start()
+        self._places: list[threading.Thread] = []
+        try:
+            for _ in range(count):
+                self._hire()
+                place = threading.Thread(target=self._serve, daemon=True)
+                place.start()
+                self._places.append(place)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, key: Any) -> Future[Any]:
         """Give the workers another task."""
@@ -100,7 +111,10 @@ class Crew:
         """
         pending = list(futures)
         while True:
-            done, _ = wait_for_any(pending, LOOK_S, FIRST_COMPLETED)
+            while not self._vacant.empty():
+                self._vacant.get()
+                self._hire()
+            done, _ = wait_for_any(pending, WAKE_S, FIRST_COMPLETED)
             while not self._news.empty():
                 self._on_news(*self._news.get())
             if done:
@@ -108,7 +122,7 @@ class Crew:
             if self._fault is not None:
                 raise self._fault
             if not any(place.is_alive() for place in self._places):
-                raise ChildProcessError("no worker is left; go on with fewer --workers")
+                raise ChildProcessError(f"{self._reason}; go on with fewer --workers")
 
     def close(self) -> None:
         """End the processes, whatever they are at."""
@@ -116,21 +130,33 @@ class Crew:
         for worker in list(self._workers):
             worker.kill()
         for _ in self._places:
-            self._tasks.put((next(self._numbers), None, Future()))  # whoever waits for a task looks up
+            # Whoever waits for a worker or a task looks up.
+            self._fresh.put(None)
+            self._tasks.put((next(self._numbers), None, Future()))
         for place in self._places:
             place.join(END_S)
         self._handover.close()
 
+    def _hire(self) -> None:
+        """Start a process; its place is whichever has none."""
+        # Ctrl-C is for this process, which knows what to do; a worker inherits that it doesn't get it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            worker = _Worker(self._handover, self._closed, self._news.put)
+            self._workers.add(worker)
+            self._fresh.put(worker)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def _serve(self) -> None:
-        """Keep one place manned."""
-        # Ctrl-C is for the first thread of this process, which knows what to do; workers inherit that they don't get it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        """Give tasks to one worker, and to those that follow it."""
         task: Task | None = None
         deaths = 0
         try:
             while deaths < PATIENCE and not self._closed.is_set():
-                worker = _Worker(self._handover, self._closed, self._news.put)
-                self._workers.add(worker)
+                worker = self._fresh.get()
+                if worker is None:
+                    return
                 try:
                     worker.wait()
                     while not self._closed.is_set():
@@ -142,6 +168,8 @@ class Crew:
                         task, deaths = None, 0
                 except _Lost:
                     deaths += 1
+                    if deaths < PATIENCE:
+                        self._vacant.put(None)
                 finally:
                     self._workers.remove(worker)
                     reason = worker.bury()
@@ -152,13 +180,11 @@ class Crew:
 
     def _leave(self, task: Task | None, reason: str) -> None:
         """Give up a place; what its last worker was at is left to the others."""
-        sentence = f"a worker was killed {PATIENCE} times in a row ({reason}), perhaps for want of memory"
+        self._reason = f"a worker was killed {PATIENCE} times in a row ({reason}), perhaps for want of memory"
+        if task is not None:
+            self._tasks.put(task)
         if sum(place.is_alive() for place in self._places) > 1:
-            logger.warning(f"{sentence}; it goes on with one worker less")
-            if task is not None:
-                self._tasks.put(task)
-            return
-        self._fault = ChildProcessError(f"{sentence}; go on with fewer --workers")
+            logger.warning(f"{self._reason}; it goes on with one worker less")
 
 
 class _Lost(Exception):
