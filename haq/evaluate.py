@@ -77,9 +77,10 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
     if "verified" in earlier and scheme is None and not changed:
         result["verified"] = earlier["verified"]
     if not run.finished:
-        say(output.results, f"{folder} is not finished: this is the best policy so far")
+        say(output.results, f"{folder} is not finished: this is the best policy so far", wrap=False)
     if changed:
-        say(output.results, f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now")
+        sentence = f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now"
+        say(output.results, sentence, wrap=False)
     tables.print_result(output.results, task, policy, result)
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1

@@ -85,7 +85,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             tuned = _finetune(task, policy, config, state, output, outcomes.append)
         except KeyboardInterrupt:
             kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
-            say(output.results, kept)
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         result["tuning"] = summary.tuning_entry(outcomes[-1], config.epochs)
         run.save_checkpoint(tuned, task)

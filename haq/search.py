@@ -158,7 +158,7 @@ def _carry_out(task: SearchTask, run: SearchRun, workers: WorkersConfig, output:
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; what was found is kept, go on with: {run.go_on}") from None
     except KeyboardInterrupt:
-        say(output.results, f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
+        say(output.results, f"\nInterrupted. What was found so far is kept in {run.folder}; go on with", wrap=False)
         say(output.results, f"  {run.go_on}", wrap=False)
         return EXIT_INTERRUPTED
     finally:

@@ -362,7 +362,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
             f"evaluation: {command_line('python', '-m', 'haq.robustness', source, *trusting)})",
             wrap=False,
         )
-    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)")
+    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)", wrap=False)
     say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data)
     return 0
 
