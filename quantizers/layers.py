@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
-from quantizers.functional import MAX_BITS, differentiated, followed
+from quantizers.functional import MAX_BITS, differentiated
 from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme, started
 
@@ -114,9 +114,6 @@ class QuantLayer(nn.Module):
         bits, scheme = self.weight_bits, self.scheme
         if bits is None:
             return self.weight
-        settings = self._settings()
-        if settings is None:
-            return scheme.weight(self, bits)
         of_weight = scheme.of_weight
         if of_weight is None:
             of_weight = self.state_names
@@ -124,14 +121,15 @@ class QuantLayer(nn.Module):
         def sources() -> list[Tensor]:
             return [self.weight, *(getattr(self, name) for name in of_weight)]
 
-        if differentiated(*sources()):
+        settings = self._settings()
+        if settings is None or (torch.is_grad_enabled() and differentiated(*sources())):
             return scheme.weight(self, bits)
         return self.cache.get(("weight", bits), sources, lambda: scheme.weight(self, bits), settings)
 
     def _settings(self) -> tuple[Any, ...] | None:
         """Return what the quantized weight depends on beside tensors; None if nobody can tell whether it is what it was."""
         # A property in place of the weight (`torch.nn.utils.parametrize`) computes it whenever it is read.
-        if followed() or hasattr(type(self), "weight"):
+        if torch.compiler.is_compiling() or hasattr(type(self), "weight"):
             return None
         options = vars(self.scheme)
         if not all(isinstance(value, PLAIN_OPTIONS) for value in options.values()):
