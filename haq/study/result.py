@@ -11,6 +11,7 @@ from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, share_key
 from haq.study.task import SearchTask, threads
+from haq.training.config import Outcome
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -128,6 +129,19 @@ def collect(
         "finetuned": tuned,
         "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
         "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
+    }
+
+
+def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
+    """Tell as plain data how a fine-tuning was judged on the images that it held out (`haq.store.records.TuningRecord`)."""
+    assert outcome.before is not None
+    return {
+        "images": outcome.images,
+        "epochs": epochs,
+        "kept": outcome.kept,
+        "diverged": outcome.diverged,
+        "before": outcome.before.accuracy,
+        "best": outcome.best.accuracy,
     }
 
 
