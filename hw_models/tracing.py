@@ -84,7 +84,7 @@ def _tied(network: nn.Module, layers: list[Layer]) -> tuple[Layer, ...]:
     first: dict[object, str] = {}
     made = []
     for layer in layers:
-        owners = {}
+        owners: dict[str, Any] = {}
         for part in ("weight", "bias"):
             tensor = network.get_submodule(layer.name)._parameters.get(part)
             if tensor is None:
@@ -295,7 +295,7 @@ class _Recorder(TorchDispatchMode):
         shape, common, weights = self._spread.get(_storage(source), (None, [], []))
         if shape != source.shape:
             return 0, []
-        dims = range(source.dim())
+        dims = list(range(source.dim()))
         if len(args) > 1 and args[1] is not None and args[1] != []:
             dims = [d % source.dim() for d in args[1]]
         if set(common).isdisjoint(dims):

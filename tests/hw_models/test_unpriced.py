@@ -95,7 +95,7 @@ def _swallowed(function: Callable[[], Tensor], x: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
-def test_a_recurrent_layer_is_never_free(kind: type[nn.RNNBase]) -> None:
+def test_a_recurrent_layer_is_never_free(kind: type[nn.GRU] | type[nn.LSTM] | type[nn.RNN]) -> None:
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -112,12 +112,13 @@ def test_a_recurrent_layer_is_never_free(kind: type[nn.RNNBase]) -> None:
     for name in [name for name, _ in network.recurrent.named_parameters()]:
         nn.utils.weight_norm(network.recurrent, name)
     gates = {nn.GRU: 3, nn.LSTM: 4, nn.RNN: 1}[kind]
+    refused = ""
+    macs = 0
     try:
-        listed = hw_models.trace(network, torch.zeros(1, 3, 4)).unpriced
+        macs = sum(product.macs for product in hw_models.trace(network, torch.zeros(1, 3, 4)).unpriced)
     except ValueError as error:
-        assert "has no cost model" in str(error)
-    else:
-        assert sum(p.macs for p in listed) == 3 * gates * 2 * 16
+        refused = str(error)
+    assert macs == 3 * gates * 2 * 16 or "has no cost model" in refused
 
 
 class Block(nn.Module):
@@ -191,9 +192,7 @@ class Shrinking(nn.Conv2d):
         (nn.Conv2d(4, 4, 3, groups=2, dilation=2), (1, 4, 8, 8), 0),
     ],
 )
-def test_what_a_layer_computes_beside_its_own_product_is_listed(
-    layer: nn.Module, example: tuple[int, ...], macs: int
-) -> None:
+def test_what_a_layer_computes_beside_its_own_product_is_listed(layer: nn.Module, example: tuple[int, ...], macs: int) -> None:
     workload = hw_models.trace(nn.Sequential(nn.Identity(), layer), torch.randn(example))
     assert sum(product.macs for product in workload.unpriced) == macs
     assert {product.name for product in workload.unpriced} <= {"1"}
