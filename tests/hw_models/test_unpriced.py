@@ -93,6 +93,19 @@ def _swallowed(function: Callable[[], Tensor], x: Tensor) -> Tensor:
         return x[:, :OUT]
 
 
+@torch.library.custom_op("haq_tests::mixed", mutates_args=())
+def mixed(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute a product as a library of somebody's would."""
+    return x @ weight
+
+
+def test_what_a_library_computes_with_two_matrices_may_be_a_product() -> None:
+    (product,) = hw_models.trace(Computed(lambda s, x: mixed(x, s.computed)), torch.randn(1, IN)).unpriced
+    assert (product.operation, product.macs) == ("haq_tests::mixed", IN * OUT)
+    with pytest.raises(ValueError, match="the layer of 'weight' computes 'haq_tests::mixed'"):
+        hw_models.trace(Computed(lambda s, x: mixed(x, s.weight)), torch.randn(1, IN))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
 def test_a_recurrent_layer_is_never_free(kind: type[nn.GRU] | type[nn.LSTM] | type[nn.RNN]) -> None:
