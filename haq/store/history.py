@@ -20,7 +20,7 @@ _BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
-_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, 1e30), "divergence": (-1e-3, 1e30)}
+_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, math.inf), "divergence": (-1e-3, 1e30)}
 
 
 class HistoryRow(NamedTuple):

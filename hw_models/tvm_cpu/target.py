@@ -125,7 +125,7 @@ class CpuTarget:
             provenance += f", the machine being busy in {len(doubtful)} of {len(workload)} layers"
             self.notice(
                 f"the times of {len(doubtful)} of {len(workload)} layers on {self.name} are not trusted ({doubtful[0]!r} is "
-                "the first): the machine was busy while they were measured; start again when it isn't, and they are measured anew"
+                "the first): the machine was busy while they were measured; the next start measures them again"
             )
         return CostTable(
             target=self.name,
@@ -151,7 +151,8 @@ class CpuTarget:
             for conv in self._outdated(trusted, {conv: chosen[conv] for conv, some in before.items() if some}):
                 layer, kernels = candidates[conv]
                 trusted.forget(kernels)
-                chosen[conv] = choose(kernels, partial(trusted.timings, partial(self._say, len(chosen), len(candidates), layer)))
+                say = partial(self._say, len(chosen), len(candidates), layer)
+                chosen[conv] = choose(kernels, partial(trusted.timings, say))
             for some in before.values():
                 trusted.settle(some)
             if trusted.unchecked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,32 @@ def test_a_history_that_was_changed_is_noticed(capsys: pytest.CaptureFixture[str
     Path("run/history.csv").write_text("".join(text))
     assert call(search.main, "--resume", "run") == 2
     assert "can't be resumed" in capsys.readouterr().err
+
+
+ATTENDING = """
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix = small_network(), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        rows = self.mix(x[:, 0])
+        return self.inner((rows @ rows.transpose(1, 2))[:, None])
+
+def attending():
+    return Network("attending", Attending(), (1, 8, 8))
+"""
+
+
+def test_a_plan_says_which_share_of_the_work_has_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("attending_job.py").write_text(MODULE + ATTENDING)
+    asked = ["--network", "attending_job:attending", "--data", "attending_job:splits", "--budget", "0.9"]
+    assert call(search.main, *asked, "--finetune-epochs", "0", "--evaluations", "5", "--dry-run") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"not priced [0-9.]+ % of the MACs \(bmm 0.000512 M in the network itself\)", out)
+    assert call(search.main, *QUICK, "--dry-run") == 0
+    assert "not priced" not in capsys.readouterr().out
 
 
 def test_a_dry_run_says_it_all_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
