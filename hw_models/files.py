@@ -1,8 +1,8 @@
 """Reading files that nobody vouches for: none is waited for, read beyond a size that is known, or shown in a message.
 
 YAML is plain here: mappings, lists, text, numbers, truth values and nothing. What else YAML has (tags, anchors and aliases, a
-key that is there twice) is refused, since a few lines of it can stand for more than any memory holds, or for something else than
-a reader sees.
+key that is there twice) is refused, since a few lines of it can stand for more than any memory holds, or for something else
+than a reader sees.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def describe_bytes(count: int) -> str:
 class _PlainLoader(yaml.SafeLoader):
     """YAML of plain data. A date, a merge key (<<) and the like are the text that they are."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+    yaml_implicit_resolvers = {
         first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] in ("null", "bool", "int", "float")]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

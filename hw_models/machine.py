@@ -11,7 +11,6 @@ from hw_models.cost import CostTable, Floats, Integers, check_batch
 from hw_models.storage import storage_bytes
 from hw_models.workload import Workload
 
-
 # What a number of a machine may be; far beyond any that is built, and small enough that no product of them overflows.
 MOST_COUNT, MOST_CAPACITY = 2**16, 2**40
 CAPACITIES = ("_bytes", "_entries", "_planes")  # the ends of the names of what has a capacity
