@@ -69,16 +69,18 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
             rivals[name] = run.check_policy(Q.BitPolicy.from_dict(bits), task, folder / RESULT)
         task = with_scheme(task, scheme)
         result = summary.collect(task, policy, tuned, rivals, earlier["evaluations"], earlier.get("saturated_actions"))
-    if "finetuned_scheme" in earlier:
-        result["finetuned_scheme"] = earlier["finetuned_scheme"]
+    for name in ("finetuned_scheme", "tuning"):
+        if name in earlier:
+            result[name] = earlier[name]
     changed = found is not None and not run.is_found(found, policy)
     # Under attack it was measured by the search; python -m haq.robustness does it again.
     if "verified" in earlier and scheme is None and not changed:
         result["verified"] = earlier["verified"]
     if not run.finished:
-        say(output.results, f"{folder} is not finished: this is the best policy so far")
+        say(output.results, f"{folder} is not finished: this is the best policy so far", wrap=False)
     if changed:
-        say(output.results, f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now")
+        sentence = f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now"
+        say(output.results, sentence, wrap=False)
     tables.print_result(output.results, task, policy, result)
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import quantizers as Q
     from haq.store.checkpoint import Checkpoint
     from haq.study.task import SearchTask
+    from haq.training.config import OnOutcome, Outcome
 
 
 @command(
@@ -79,12 +80,14 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
         if resume and not state.path.exists():
             say(output.notes, "no epoch of an interrupted fine-tuning is there: it begins anew")
+        outcomes: list[Outcome] = []
         try:
-            tuned = _finetune(task, policy, config, state, output)
+            tuned = _finetune(task, policy, config, state, output, outcomes.append)
         except KeyboardInterrupt:
             kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
-            say(output.results, kept)
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
+        result["tuning"] = summary.tuning_entry(outcomes[-1], config.epochs)
         run.save_checkpoint(tuned, task)
         # It was another network that was verified.
         result.pop("verified", None)
@@ -121,7 +124,9 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
     }
 
 
-def _finetune(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output) -> nn.Module:
+def _finetune(
+    task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output, on_outcome: OnOutcome
+) -> nn.Module:
     import quantizers as Q
     from haq import training
     from haq.study.task import adversary_of
@@ -138,6 +143,7 @@ def _finetune(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, sta
             learning_rate=config.learning_rate,
             adversary=adversary_of(task.config),
             state=state,
+            on_outcome=on_outcome,
             **follow_training(bar),
         )
 

@@ -187,6 +187,8 @@ def print_costs(console: Console, network: str, target: hw_models.Target, costs:
     for w, a in pairs:
         say(console, _total(costs, w, a))
     say(console, _left_in_float(costs))
+    if workload.unpriced:
+        say(console, f"Not priced: {workload.unpriced_words}.")
 
 
 def _cost_columns(costs: hw_models.CostTable, pairs: Pairs) -> list[Column]:

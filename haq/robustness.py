@@ -107,12 +107,13 @@ def run_robustness(source: str, config: AttackConfig, output: Output, *, workers
                     held.enter_context(writing(folder, AGAIN))
                 found = _examine(task, compared, workers, output)
         except KeyboardInterrupt:
-            say(output.results, f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there.")
+            kept = f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there."
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         record = collect(task, compared, found)
         folder.mkdir(parents=True, exist_ok=True)
-        record.write(folder / ATTACKED)
         pictures.save(pictures.draw_robustness(record, CURVE_STEPS), folder / PICTURE)
+        record.write(folder / ATTACKED)  # last: it says that all is there
     print_result(output.results, record)
     say(output.notes, f"Written: {folder} ({ATTACKED}, {PICTURE}, and the worst images of every network)", wrap=False)
     output.print_json(record.to_dict())

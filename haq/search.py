@@ -158,7 +158,7 @@ def _carry_out(task: SearchTask, run: SearchRun, workers: WorkersConfig, output:
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; what was found is kept, go on with: {run.go_on}") from None
     except KeyboardInterrupt:
-        say(output.results, f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
+        say(output.results, f"\nInterrupted. What was found so far is kept in {run.folder}; go on with", wrap=False)
         say(output.results, f"  {run.go_on}", wrap=False)
         return EXIT_INTERRUPTED
     finally:
@@ -173,6 +173,7 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
     from haq.study.search_steps import rivals_of
 
     tables.print_plan(output.notes, task, folder, rivals_of(task.config.solver), _describe_workers(workers, task.config))
+    tables.print_doubts(output.results, task)
     if not has_tensorboard():
         say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")
 

@@ -5,6 +5,7 @@ A field is an option: its name, default, help and check stand here and nowhere e
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ FOLDERS = "The run"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
+RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
 
 
@@ -76,6 +78,21 @@ class SearchConfig(_Config):
         group=SEARCHED,
         metavar="NAME",
         names=lambda: data.DATASETS.names(),
+    )
+    mean: str | None = setting(
+        None,
+        "of the images that the network was trained on, of each channel and on the scale of images in [0, 1], such as "
+        "0.485,0.456,0.406; one number stands for all channels",
+        group=SEARCHED,
+        metavar="NUMBERS",
+        default_words="the network's own; 0 for module:Name",
+    )
+    std: str | None = setting(
+        None,
+        "their standard deviation",
+        group=SEARCHED,
+        metavar="NUMBERS",
+        default_words="the network's own; 1 for module:Name",
     )
     hw: str = setting(
         "edge",
@@ -125,6 +142,9 @@ class SearchConfig(_Config):
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
     finetune_steps: int = setting(0, "steps by which every policy is fine-tuned before it is judged", group=TUNING, least=0)
+    learning_rate: float | None = setting(
+        None, "of fine-tuning, at its highest", group=TUNING, metavar="RATE", default_words=RATE_WORDS
+    )
     objective: str = setting(
         "accuracy",
         "what a policy is judged by, as `haq list objectives` shows them: accuracy; on images without labels, agreement with "
@@ -199,6 +219,8 @@ class SearchConfig(_Config):
             )
         self.bit_range()
         self.scheme_names()
+        self.normalization()
+        check_rate(self.learning_rate)
         parse_eps(self.eps)
         if self.eps != DEFAULT_EPS:
             _check_attacked(self.objective, self.eps)
@@ -327,6 +349,10 @@ class SearchConfig(_Config):
             raise ValueError(f"--bits is {self.bits!r}; it must be SMALLEST:LARGEST within 1:8, such as 2:8")
         return int(match[1]), int(match[2])
 
+    def normalization(self) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Return `mean` and `std` as numbers, None where the network's own are taken; see `read_channels`."""
+        return read_channels("mean", self.mean), read_channels("std", self.std)
+
     def scheme_names(self) -> tuple[str, dict[str, str]]:
         """Read `scheme`, NAME or NAME,LAYER=NAME,...: see `read_scheme`."""
         return read_scheme(self.scheme)
@@ -406,6 +432,8 @@ class SweepConfig(_Config):
     SHARED: ClassVar[tuple[str, ...]] = (
         "network",
         "data",
+        "mean",
+        "std",
         "scheme",
         "objective",
         "eps",
@@ -554,15 +582,14 @@ class FinetuneConfig(AnotherScheme):
     """How what a run found is fine-tuned: the options of `haq finetune`."""
 
     epochs: int = setting(20, "passes over the train images", group=TUNING)
-    learning_rate: float = setting(0.005, "at its highest", group=TUNING, metavar="RATE")
+    learning_rate: float | None = setting(None, "at its highest", group=TUNING, metavar="RATE", default_words=RATE_WORDS)
     seed: int = setting(0, "of the order of images", group=TUNING)
 
     @model_validator(mode="after")
     def _check_numbers(self) -> FinetuneConfig:
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
-        if not 0 < self.learning_rate < 10:
-            raise ValueError(f"--learning-rate is {self.learning_rate}; it must be above 0 and below 10")
+        check_rate(self.learning_rate)
         return self
 
 
@@ -611,6 +638,41 @@ def check_name(registry: Registry[Any], name: str) -> str:
     if name not in registry and ":" not in name:
         registry.get(name)
     return name
+
+
+def check_rate(rate: float | None) -> None:
+    """Raise ValueError unless a learning rate is one that training can do something with, or None."""
+    if rate is not None and not 0 < rate < 10:
+        raise ValueError(f"--learning-rate is {rate}; it must be above 0 and below 10")
+
+
+def read_channels(name: str, text: str | None) -> tuple[float, ...] | None:
+    """Read numbers of channels, parted by commas.
+
+    Args:
+        name: The field, mean or std.
+        text: Its value.
+
+    Returns:
+        The numbers; None for None.
+
+    Raises:
+        ValueError: For anything else, and for a deviation that isn't above 0.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    fits = all(map(math.isfinite, numbers))
+    wanted = "numbers parted by commas, such as 0.485,0.456,0.406"
+    if name == "std":
+        fits = fits and min(numbers) > 0
+        wanted = "numbers above 0 parted by commas, such as 0.229,0.224,0.225"
+    if not fits:
+        raise ValueError(f"{option_name(name)} is {files.quoted(text)}; it must be {wanted}")
+    return numbers
 
 
 def read_scheme(text: str) -> tuple[str, dict[str, str]]:
@@ -736,6 +798,8 @@ def _wanted(model: type[BaseModel], name: str) -> str:
         return "true or false"
     if field.annotation == (int | None):
         return "an integer"
+    if field.annotation in (float, float | None):
+        return "a number"
     if field.annotation is not int:
         return "text"
     least = next((one.ge for one in field.metadata if hasattr(one, "ge")), None)
