@@ -34,6 +34,7 @@ from hw_models import trust
 
 Thing = TypeVar("Thing")
 BUILT_IN = "built in"
+MOST_SHOWN = 200  # characters of a name in a message
 
 
 class Row(NamedTuple):
@@ -139,7 +140,7 @@ class Registry(Generic[Thing]):
                 return import_by_name(name, self.kind)
             except _NoModuleError as error:
                 raise ValueError(printable(f"{error}; {self._known(name, modules)}")) from error
-        sentence = f"unknown {self.kind} {name!r}; {self._known(name, modules)}"
+        sentence = f"unknown {self.kind} {name[:MOST_SHOWN]!r}; {self._known(name[:MOST_SHOWN], modules)}"
         if not modules and self.is_code(name):
             sentence += "; a module is only imported if you name it yourself, never because a file does"
         raise ValueError(printable(sentence))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from haq.data.loading import call_with
@@ -91,6 +92,27 @@ def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
     if NETWORKS.is_code(name):
         trust.check(name, f"{path} names network", f", or name it yourself, as {name[:80]}@{path}")
     return build(name, classes, pretrained=False)
+
+
+def shapes_of(name: str, classes: int | None) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of the tensors of a network of ours or of a library, without the memory for them.
+
+    Args:
+        name: The name, which may be a file's.
+        classes: The number of outputs; None for the network's own.
+
+    Returns:
+        Shapes by name; None for a network of somebody else, and for one that can't be made without memory.
+    """
+    library, _, model = name.partition(":")
+    if not (library in LIBRARIES and model) and name not in NETWORKS and ":" in name:
+        return None
+    try:
+        with torch.device("meta"):
+            state = build(name, classes, pretrained=False).module.state_dict()
+    except (RuntimeError, NotImplementedError):
+        return None
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Network:

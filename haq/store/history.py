@@ -126,10 +126,9 @@ def read(path: Path, layers: int | None = None) -> list[HistoryRow]:
     text = files.read_text(path, files.MOST_HISTORY)
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
     if not text.startswith(HEADER):
-        found = text
-        if lines:
-            found = lines[0]
-        raise ValueError(f"{path} has the columns {found[:200]!r}, not {HEADER.strip()}: start a new run")
+        # What else stands there is nobody's to read: the file may be a link to anything.
+        known = [name for name in text[: len(HEADER)].strip().split(",") if name in COLUMNS]
+        raise ValueError(f"{path} has the columns {','.join(known) or 'of no history'}, not {HEADER.strip()}: start a new run")
     rows = []
     counts: dict[str, int] = {}
     for number, line in enumerate(lines[1:], 2):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from hw_models.files import describe_bytes as describe_bytes
+
 UNITS = {
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
     "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
 }
-BYTE_UNITS = ("kB", "MB", "GB", "TB")
 NOTHING = "–"  # what stands where there is no number
 
 
@@ -24,18 +25,6 @@ def describe_amount(amount: float, metric: str) -> str:
     """Write an amount (seconds, joules or bytes) with the unit that reads best: 1.234 ms, 45.6 kB."""
     name, size = best_unit(amount, metric)
     return f"{amount / size:.4g} {name}"
-
-
-def describe_bytes(count: int) -> str:
-    """Write the size of a file: 512 bytes, 3.2 MB."""
-    if count < 1000:
-        return f"{count} bytes"
-    scaled = count / 1000
-    for unit in BYTE_UNITS[:-1]:
-        if scaled < 999.5:
-            return f"{scaled:.3g} {unit}"
-        scaled /= 1000
-    return f"{scaled:.3g} {BYTE_UNITS[-1]}"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
