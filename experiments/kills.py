@@ -11,8 +11,8 @@ file on. The network has five small layers and the images are noise, so that a j
 of any.
 
 With --worker-kills it is the workers of a search that are killed, one of them at a time, at moments from 0 to 10 s after the
-first of them was there (most of that time they start). Nothing goes on with the search: it must end by itself, with the bytes of
-one that nothing disturbed.
+first of them was there (most of that time they start). Nothing goes on with the search: it must end by itself, with the bytes
+of one that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ON = "--network small_job:network --data small_job:splits"
 SEARCH = f"haq.search {ON} --hw edge --budget 0.6 --evaluations 45 --finetune-epochs 2 --out run"
 TRAIN = f"haq.train {ON} --epochs 12 --batch-size 16 --out run/network.safetensors"
 RESUMED = "haq.search --resume run"
-WORKED = f"haq.search {ON} --hw edge --budget 0.6 --solver random --seed 1 --evaluations 400 --finetune-epochs 0 --out run"
+WORKED = f"haq.search {ON} --hw edge --budget 0.6 --solver random --seed 1 --evaluations 80 --finetune-epochs 0 --out run"
 WORKERS = {"processes": "--workers 2", "ray": "--workers 2 --ray local"}
 TITLES = ("multiprocessing.spawn", "default_worker.py", "ray::")  # of processes that are workers, or will be
 LATEST = 10.0  # seconds after the first worker is there, to the last moment at which one is killed
@@ -281,7 +281,7 @@ def disturb(by: str, kills: int, place: Path, draws: random.Random, say: Callabl
         kills: How many searches.
         place: An empty folder.
         draws: What moments are drawn from.
-        say: Is told every difference, and every search that hangs or fails.
+        say: Is told how every search ended.
 
     Returns:
         What was counted.
@@ -300,11 +300,13 @@ def disturb(by: str, kills: int, place: Path, draws: random.Random, say: Callabl
                 tally.endings += 1
                 same = endings(folder, RUN) == expected
                 tally.same += same
+                verdict = "the same bytes"
                 if not same:
-                    say(f"{by}: other bytes after a worker was killed at {moment:.2f} s")
+                    verdict = "OTHER BYTES"
+                say(f"{by}: a worker was killed at {moment:.2f} s: ended, {verdict}")
         except (subprocess.TimeoutExpired, ChildProcessError) as error:
             tally.moments.append(moment)
-            say(str(error))
+            say(f"{by}: a worker was killed at {moment:.2f} s: {error}")
         shutil.rmtree(folder)
     return tally
 
