@@ -71,7 +71,6 @@ TRAIN = f"haq.train {ON} --epochs 12 --batch-size 16 --out run/network.safetenso
 RESUMED = "haq.search --resume run"
 WORKED = f"haq.search {ON} --hw edge --budget 0.6 --solver random --seed 1 --evaluations 80 --finetune-epochs 0 --out run"
 WORKERS = {"processes": "--workers 2", "ray": "--workers 2 --ray local"}
-TITLES = ("multiprocessing.spawn", "default_worker.py", "ray::")  # of processes that are workers, or will be
 LATEST = 10.0  # seconds after the first worker is there, to the last moment at which one is killed
 PATIENCE = 300.0  # seconds until a search is taken to hang
 
@@ -234,13 +233,21 @@ def tried(name: str, kills: int, times: int, place: Path, draws: random.Random, 
     return tally
 
 
+def is_worker(words: list[str]) -> bool:
+    """Whether a command line is of a worker, or of what will be one when it has started."""
+    if words[0].startswith("ray::"):
+        return True
+    is_python = Path(words[0]).name.startswith("python")  # Ray's own processes name the program of workers too
+    return is_python and any("multiprocessing.spawn" in word or word.endswith("default_worker.py") for word in words)
+
+
 def workers_of(pid: int) -> list[int]:
     """List the workers among the processes that a process has started, and that those have."""
-    parents, titles = {}, {}
+    parents, words = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(path.name)] = (path / "cmdline").read_text()
+            words[int(path.name)] = (path / "cmdline").read_text().split("\0")
         except OSError:
             continue  # it has ended
     found = []
@@ -248,7 +255,7 @@ def workers_of(pid: int) -> list[int]:
         above = one
         while above in parents and above != pid:
             above = parents[above]
-        if above == pid and any(title in titles[one] for title in TITLES):
+        if above == pid and one in words and is_worker(words[one]):
             found.append(one)
     return found
 

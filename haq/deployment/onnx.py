@@ -393,7 +393,7 @@ class OnnxExporter(Exporter):
 
     name = "onnx"
     summary = SUMMARIES["onnx"]
-    output = "onnx.onnx"
+    output = "network.onnx"
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
@@ -435,4 +435,4 @@ class QonnxExporter(OnnxExporter):
 
     name = "qonnx"
     summary = SUMMARIES["qonnx"]
-    output = "qonnx.onnx"
+    output = "network-qonnx.onnx"
