@@ -233,15 +233,18 @@ def tried(name: str, kills: int, times: int, place: Path, draws: random.Random, 
     return tally
 
 
-def is_worker(words: list[str]) -> bool:
+def is_worker(words: list[str], by: str) -> bool:
     """Whether a command line is of a worker, or of what will be one when it has started."""
-    if words[0].startswith("ray::"):
+    if by == "processes":
+        return any("multiprocessing.spawn" in word for word in words)
+    # Ray has other processes whose names are like those of workers, or that are told how workers are called.
+    if words[0].startswith(("ray::IDLE", "ray::_Evaluator")):
         return True
-    is_python = Path(words[0]).name.startswith("python")  # Ray's own processes name the program of workers too
-    return is_python and any("multiprocessing.spawn" in word or word.endswith("default_worker.py") for word in words)
+    is_python = Path(words[0]).name.startswith("python")
+    return is_python and any(word.endswith("default_worker.py") for word in words)
 
 
-def workers_of(pid: int) -> list[int]:
+def workers_of(pid: int, by: str) -> list[int]:
     """List the workers among the processes that a process has started, and that those have."""
     parents, words = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -251,11 +254,11 @@ def workers_of(pid: int) -> list[int]:
         except OSError:
             continue  # it has ended
     found = []
-    for one in parents:
+    for one in words:
         above = one
         while above in parents and above != pid:
             above = parents[above]
-        if above == pid and one in words and is_worker(words[one]):
+        if above == pid and is_worker(words[one], by):
             found.append(one)
     return found
 
@@ -264,12 +267,12 @@ def disturbed(folder: Path, by: str, moment: float, draws: random.Random) -> boo
     """Search, and kill a worker at a moment. Returns whether there was one then; TimeoutExpired for a search that hangs."""
     process = start(f"{WORKED} {WORKERS[by]}", folder)
     try:
-        while process.poll() is None and not workers_of(process.pid):
+        while process.poll() is None and not workers_of(process.pid, by):
             time.sleep(0.01)
         with suppress(subprocess.TimeoutExpired):
             process.wait(moment)
         killed = False
-        if found := workers_of(process.pid):
+        if found := workers_of(process.pid, by):
             with suppress(ProcessLookupError):
                 os.kill(draws.choice(found), signal.SIGKILL)
                 killed = True
