@@ -59,6 +59,10 @@ class CpuTarget:
     progress: Progress | None = field(default=None, compare=False)
     notice: Notice = field(default=warn, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs: not what shows progress in this one."""
+        return {**self.__dict__, "progress": None, "notice": warn}
+
     @property
     def name(self) -> str:
         """What `load_target` is given."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 import yaml
 
 import quantizers as Q
-from haq import evaluate, finetune, report, search
+from haq import evaluate, finetune, report, runs, search
 from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.store.history import COLUMNS
 from haq.study.config import SearchConfig
@@ -59,6 +61,24 @@ def call(main: Any, *arguments: str) -> int:
 def history(folder: Path) -> list[dict[str, str]]:
     with (folder / "history.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_printed_commands_work_whatever_the_folder_is_called(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("p q/[red]r[/] n;x[/b]", "-it's"):
+        asked = [*SMALL, "--solver", "random", "--evaluations", "4", "--finetune-epochs", "0", "--out", name]
+        assert call(search.main, *asked) == 0
+        out = capsys.readouterr().out
+        assert f"Written: {name} (policy.json" in out
+        assert call(runs.main, "show", "--", name) == 0
+        out += "".join(f"Next: {line[7:]}" for line in capsys.readouterr().out.splitlines(True) if line[:7] == "go on  ")
+        commands = [shlex.split(line[6:]) for line in out.splitlines() if line.startswith("Next: ")]
+        assert {words[2] for words in commands} == {"haq.finetune", "haq.report"}
+        for _, _, module, *words in commands:
+            context = importlib.import_module(module).cli.make_context(module, words)
+            (folder,) = [value for value in context.params.values() if value in (Path(name), (Path(name),))]
+            assert folder
 
 
 def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
