@@ -270,6 +270,12 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     ended = ""
     if tuning.get("diverged"):
         ended = "; it ended early, since its loss was no number any more"
+    if tuning.get("earlier") is not None:
+        earlier = with_error(tuning["earlier"], tuning["images"])
+        return (
+            f"Fine-tuning did not help, {judged}: {best} is no better than the network that was fine-tuned earlier "
+            f"({earlier}), which was kept{ended}."
+        )
     if tuning["kept"]:
         return (
             f"Fine-tuning, {judged}: {before} before, {best} after epoch {tuning['kept']} of {tuning['epochs']}, whose "
