@@ -175,6 +175,8 @@ class Evaluator:
                 self._ask_teacher()
             self.cache.clear()
             self.__dict__.pop("prefix", None)
+            for layer in Q.quant_layers(self.network).values():
+                layer.cache.clear()
             # Its workers have copies of what was.
             self.pool = None
         self._snapshot = Snapshot(self.network, self._stored())

@@ -130,8 +130,7 @@ class Problem:
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
         self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
         with evaluation_mode(network):
-            copies = [part.clone() for part in self.calibration]
-            qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=copies)
+            qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
