@@ -148,7 +148,7 @@ def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
         return [(_tensor_of(data, name), None)]
     if isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data)):
         inputs, labels = _pair(data, name)
-        if labels is not None and labels.is_floating_point() and labels.dim() > 2 and labels.shape[1:] == inputs.shape[1:]:
+        if labels is not None and labels.is_floating_point() and labels.dim() > 1 and labels.shape[1:] == inputs.shape[1:]:
             raise ValueError(
                 f"`{name}` is a pair of two batches of inputs, where a pair is (inputs, labels): give batches as a list"
             )

@@ -372,7 +372,12 @@ class Evaluator:
         total = 0.0
         for part, of_teacher in zip(outputs.double().split(BATCH), expected.double().split(BATCH), strict=True):
             target = F.log_softmax(of_teacher, 1)
-            total += float(F.kl_div(F.log_softmax(part, 1), target, reduction="sum", log_target=True))
+            given = F.log_softmax(part, 1)
+            summed = float(F.kl_div(given, target, reduction="sum", log_target=True))
+            if math.isnan(summed):
+                # A class that is impossible (a score of minus infinity) adds nothing.
+                summed = float((target.exp() * (target - given)).where(target > -math.inf, 0.0).sum())
+            total += summed
         return total
 
 

@@ -11,6 +11,7 @@ UNITS = {
 }
 BYTE_UNITS = ("kB", "MB", "GB", "TB")
 DIGITS = 4  # of an amount
+EXACT = 12  # digits that are meant of a float
 DOWN, NEAREST, UP = decimal.ROUND_FLOOR, decimal.ROUND_HALF_EVEN, decimal.ROUND_CEILING
 NOTHING = "–"  # what stands where there is no number
 
@@ -38,7 +39,9 @@ def describe_amount(amount: float, metric: str, rounding: str = NEAREST) -> str:
     name, size = best_unit(amount, metric)
     number = amount / size
     if rounding != NEAREST:
-        number = float(decimal.Context(DIGITS, rounding).create_decimal_from_float(number))
+        # 45.6 is a little more or less as a float, and is meant.
+        meant = decimal.Context(EXACT).create_decimal_from_float(number)
+        number = float(decimal.Context(DIGITS, rounding).create_decimal(meant))
     return f"{number:.{DIGITS}g} {name}"
 
 
