@@ -127,7 +127,9 @@ def checked_action(action: Any, size: int, step: int) -> Array:
         shown = " ".join(repr(action).split())
         if len(shown) > SHOWN:
             shown = f"{shown[:SHOWN]}..."
-        raise ValueError(f"the action of step {step} is {shown}; it must be {size} finite numbers from -1 to 1, shape ({size},)")
+        raise ValueError(
+            f"the action of step {step} is {shown}; it must be {size} finite numbers from -1 to 1, shape ({size},)"
+        )
     return np.clip(given.astype(float), -1, 1)
 
 

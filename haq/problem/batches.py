@@ -40,7 +40,8 @@ def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
         raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
     if not _is_pair(bits):
         raise TypeError(
-            f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8), of a range whose every width may be chosen"
+            f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8): every width from the "
+            "smallest to the largest may be chosen"
         )
     if pinned is None:
         return

@@ -252,8 +252,8 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
     if session.best is None and any(trial.feasible for trial in session.trials):
         raise ValueError(
-            f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in all: "
-            "choose more bits or a larger budget"
+            f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "
+            "all: choose more bits or a larger budget"
         )
     if session.best is None:
         raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")

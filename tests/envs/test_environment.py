@@ -167,7 +167,8 @@ def test_a_finished_episode_must_be_reset() -> None:
 
 @both
 @pytest.mark.parametrize(
-    "wrong", [np.nan, np.inf, -np.inf, "scalar", "none", "short", "long", "row", "words", "bool", "complex", "object", "ragged"]
+    "wrong",
+    [np.nan, np.inf, -np.inf, "scalar", "none", "short", "long", "row", "words", "bool", "complex", "object", "ragged"],
 )
 def test_an_action_that_is_none_is_named_at_its_step(name: str, wrong: Any) -> None:
     env = make(PROBLEM, name).unwrapped

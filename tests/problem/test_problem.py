@@ -73,7 +73,9 @@ def of_metric(metric: str) -> haq.Problem:
 
 def test_layers_are_named_if_the_budget_is_out_of_reach_because_they_are_pinned(network: nn.Module) -> None:
     inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
-    with pytest.raises(OutOfReach, match=r"for the pinned layers, 'stem' at 8/8 and 'classifier' at 8/8: without them") as error:
+    with pytest.raises(
+        OutOfReach, match=r"for the pinned layers, 'stem' at 8/8 and 'classifier' at 8/8: without them"
+    ) as error:
         haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.3)
     named = str(error.value).rpartition(" ")[2]
     assert haq.Problem(network, inputs, (inputs, labels), "edge", budget=named, pinned={}).budget == float(named)
