@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
-from quantizers.functional import MAX_BITS, differentiated
+from quantizers.functional import MAX_BITS, differentiated, followed
 from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme, started
 
 ERRORS = ("weight_error", "activation_error")
+PLAIN_OPTIONS = (bool, int, float, str, type(None))  # types of values that nobody can change in place
 # What a layer has that the float layer hasn't, beside its scheme's tensors.
 OWN_ATTRIBUTES = frozenset(
     ("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache")
@@ -85,7 +86,7 @@ class QuantLayer(nn.Module):
                 x = self.scheme.activation(self, x, bits)
             else:
                 x = quantized_input(self.scheme, self, x, bits, self.backward_mode)
-        return self._apply_weight(x, self.quantized_weight())
+        return self._apply_weight(x, self._weight_to_use())
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a layer by itself")
@@ -93,16 +94,49 @@ class QuantLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.
 
-        Without gradients the result is kept per width until the weight, or what else it depends on,
-        changes.
+        It is a tensor of the caller's own, but for a weight in float, which is the layer's.
         """
-        bits = self.weight_bits
+        made = self._kept_weight()
+        if self.weight_bits is None or made.requires_grad:
+            return made
+        return made.clone()
+
+    def _weight_to_use(self) -> Tensor:
+        """Return the weight for a forward pass that doesn't change it."""
+        return self._kept_weight()
+
+    def _kept_weight(self) -> Tensor:
+        """Return the quantized weight, which nobody may change.
+
+        Without gradients it is kept per width, as long as the weight and what else it depends on
+        stay the same.
+        """
+        bits, scheme = self.weight_bits, self.scheme
         if bits is None:
             return self.weight
-        sources = [self.weight, *(getattr(self, name) for name in self.scheme.of_weight)]
-        if differentiated(*sources):
-            return self.scheme.weight(self, bits)
-        return self.cache.get(("weight", bits), sources, lambda: self.scheme.weight(self, bits))
+        settings = self._settings()
+        if settings is None:
+            return scheme.weight(self, bits)
+        of_weight = scheme.of_weight
+        if of_weight is None:
+            of_weight = self.state_names
+
+        def sources() -> list[Tensor]:
+            return [self.weight, *(getattr(self, name) for name in of_weight)]
+
+        if differentiated(*sources()):
+            return scheme.weight(self, bits)
+        return self.cache.get(("weight", bits), sources, lambda: scheme.weight(self, bits), settings)
+
+    def _settings(self) -> tuple[Any, ...] | None:
+        """Return what the quantized weight depends on beside tensors; None if nobody can tell whether it is what it was."""
+        # A property in place of the weight (`torch.nn.utils.parametrize`) computes it whenever it is read.
+        if followed() or hasattr(type(self), "weight"):
+            return None
+        options = vars(self.scheme)
+        if not all(isinstance(value, PLAIN_OPTIONS) for value in options.values()):
+            return None
+        return type(self.scheme), self.training, self.signed, *options.items()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -139,6 +173,10 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 class _QuantCustom(QuantLayer):
     """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place."""
+
+    def _weight_to_use(self) -> Tensor:
+        # Somebody else's forward may change the weight in place, or hand it on.
+        return self.quantized_weight()
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         parameter = self._parameters.pop("weight")

@@ -77,8 +77,8 @@ def test_layers_are_named_if_the_budget_is_out_of_reach_because_they_are_pinned(
         OutOfReach, match=r"for the pinned layers, 'stem' at 8/8 and 'classifier' at 8/8: without them"
     ) as error:
         haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.3)
-    named = str(error.value).rpartition(" ")[2]
-    assert haq.Problem(network, inputs, (inputs, labels), "edge", budget=named, pinned={}).budget == float(named)
+    named = str(error.value).rpartition(" from ")[2]
+    assert haq.Problem(network, inputs, (inputs, labels), "edge", budget=named, pinned={}).budget < 0.3
     for budget in (0.001, 2.0):  # out of reach in any case
         with pytest.raises(OutOfReach, match=r"out of reach: ((?!pinned).)*$"):
             haq.Problem(network, inputs, (inputs, labels), "edge", budget=budget)
