@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
-UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def class_numbers(labels: Any, called: str, classes: int | None = None) -> Tensor:
@@ -33,7 +32,7 @@ def class_numbers(labels: Any, called: str, classes: int | None = None) -> Tenso
             f"{called} has labels in a {type(labels).__name__} that is no array of numbers; they must be class numbers, "
             "integers of shape (images,)"
         ) from error
-    if numbers.dim() != 1 or numbers.dtype not in SIGNED + UNSIGNED:
+    if numbers.dim() != 1 or numbers.dtype not in INTEGERS:
         raise ValueError(
             f"{called} has labels of type {numbers.dtype} and shape {tuple(numbers.shape)}; they must be class numbers, "
             "integers of shape (images,)"

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from haq import data
+from haq.data import loading
 from haq.data.labels import class_numbers
 
 NUMBERS = torch.tensor([2, 0, 1])
@@ -48,3 +50,14 @@ def test_every_integer_type_is_taken(kind: str) -> None:
 def test_what_is_no_class_number_is_refused(labels: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^`search` .*{sentence}"):
         class_numbers(labels, "`search`", 3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int32", "uint8", "uint16"])
+def test_data_sets_take_every_integer_type(kind: str) -> None:
+    images, labels = torch.zeros(3, 1, 8, 8), NUMBERS.to(getattr(torch, kind))
+    split = data.Split(images, labels)
+    assert torch.equal(data.Dataset("mine", tuple("abc"), split, split, split).train.labels, NUMBERS)
+    made = loading._from_dict(
+        "mine", dict.fromkeys(("train", "search"), (images, labels)) | {"test": (images.numpy(), labels.numpy())}
+    )
+    assert made.test.labels.dtype == torch.int64
