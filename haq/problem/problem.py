@@ -394,8 +394,8 @@ class Problem:
             group = self.groups[int(np.argmin(together.any((1, 2))))]
             if len(group) == 1:
                 raise ValueError(
-                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {self.bits[0]} to {self.bits[1]} that "
-                    f"its scheme has and {self.target.name} can do"
+                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {self.bits[0]} to {self.bits[1]} "
+                    f"that its scheme has and {self.target.name} can do"
                 )
             raise ValueError(f"tied layers {', '.join(self.workload.names[i] for i in group)} have no pair of bits in common")
         worth = hw_models.undominated(cost, together)
