@@ -78,7 +78,7 @@ def curvature(
         for part in (part for batch in images for part in batch.split(BATCH)):
             inputs.clear()
             calls.clear()
-            outputs = network(part)
+            outputs = network(part.clone())  # some networks normalise their input in place
             p = outputs.detach().softmax(1)
             count += len(part)
             for key, seen in inputs:

@@ -461,7 +461,7 @@ def detached() -> nn.Module:
         ({"images": X[:0], "labels": Y[:0]}, "at least one; got"),
         ({"labels": Y[:10] + 3}, "labels reach from 4 to 6, the network has 4 classes"),
         ({"labels": Y[:10] - 4}, "labels reach from -3 to -1"),
-        ({"labels": Y[:10].float()}, "labels are int64, not torch.float32"),
+        ({"labels": Y[:10].float()}, "`labels` has labels of type torch.float32 .* integers of shape"),
         ({"eps": 8}, r"eps is 8; images are in \[0, 1\], so it is above 0 and at most 1: 8/255, not 8"),
         ({"norm": "l0"}, "unknown norm 'l0'; known: linf, l2"),
         ({"attacks": "cw"}, "unknown attack 'cw'"),
