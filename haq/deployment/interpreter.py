@@ -30,7 +30,6 @@ from haq.deployment.program import (
 from haq.store.units import percent
 from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 
-
 OUTPUT_SHARE = 0.02  # of the largest output: what may be between outputs that were computed from the same integers
 
 

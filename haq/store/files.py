@@ -75,7 +75,7 @@ def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
     """Read an object from a JSON file, which is to be `what`."""
     text = read_text(path, MOST_JSON)
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_twice)
     except RecursionError:
         raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
     except ValueError as error:
@@ -197,6 +197,18 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{quoted(key.value)} is given twice, the second time in line {key.start_mark.line + 1}")
             seen.add(word)
         return super().construct_mapping(node, deep)
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of JSON, in which a key that is there twice would count once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{quoted(name)} is there twice")
+            seen.add(name)
+    return made
 
 
 _KINDS: dict[type, str] = {
