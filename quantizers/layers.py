@@ -7,18 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
+from quantizers.copying import class_on
 from quantizers.functional import MAX_BITS, differentiated
+from quantizers.observers import input_name
 from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme, started
 
 ERRORS = ("weight_error", "activation_error")
 # What a layer has that the float layer hasn't, beside its scheme's tensors.
 OWN_ATTRIBUTES = frozenset(
-    ("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache")
+    ("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache", "resting")
 )
+# The parameters from which a weight is computed where it isn't one itself (weight_norm,
+# spectral_norm, prune).
+WEIGHTS = ("weight", "weight_orig", "weight_g", "weight_v")
 
 
 class QuantLayer(nn.Module):
@@ -33,6 +39,8 @@ class QuantLayer(nn.Module):
         backward_mode: What the gradient does at the quantized input (`quantizers.backward_mode`).
         signed: Whether the input was negative during calibration; True if it wasn't seen.
         calibrated: Whether the input was seen.
+        resting: Names of parameters that take part in nothing at the present bits, and therefore
+            require no gradient until they do (`set_policy`).
     """
 
     scheme: Scheme
@@ -44,6 +52,7 @@ class QuantLayer(nn.Module):
     backward_mode: str = "ste"
     state_names: tuple[str, ...]
     cache: TensorCache
+    resting: set[str]
     # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
     activation_scale: Tensor
@@ -65,6 +74,7 @@ class QuantLayer(nn.Module):
         self.weight_bits = self.activation_bits = None
         self.signed, self.calibrated = True, False
         self.cache = TensorCache()
+        self.resting = set()
         tensors = started(scheme, self)
         lacking = [name for name in ERRORS if name not in tensors]
         for name in lacking:
@@ -77,18 +87,37 @@ class QuantLayer(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
         return bool(lacking)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with its input and its weight at their bits."""
+        return self._apply_weight(self._quantized_input(input), self.quantized_weight())
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
         bits = self.activation_bits
-        if bits is not None:
-            if self.backward_mode == "ste" or not differentiated(x):
-                x = self.scheme.activation(self, x, bits)
-            else:
-                x = quantized_input(self.scheme, self, x, bits, self.backward_mode)
-        return self._apply_weight(x, self.quantized_weight())
+        if bits is None:
+            return x
+        if self.backward_mode == "ste" or not differentiated(x):
+            return self.scheme.activation(self, x, bits)
+        return quantized_input(self.scheme, self, x, bits, self.backward_mode)
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a layer by itself")
+
+    def idle_parameters(self) -> list[str]:
+        """Name the parameters that take part in nothing at the present bits."""
+        scheme = self.scheme
+        idle: list[str] = []
+        of_activation = scheme.of_activation
+        if of_activation is None:
+            of_activation = tuple(name for name in scheme.learned if name not in scheme.of_weight)
+        for name in scheme.learned:
+            by_weight = self.weight_bits is not None and name in scheme.of_weight
+            by_activation = self.activation_bits is not None and name in of_activation
+            if not by_weight and not by_activation:
+                idle.append(name)
+        if self.weight_bits is not None and not scheme.trains_weight:
+            names = [name for name, _ in self.named_parameters()]
+            idle += [name for name in names if name in WEIGHTS or name.startswith("parametrizations.weight.")]
+        return idle
 
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.
@@ -140,18 +169,41 @@ class QuantLinear(QuantLayer, nn.Linear):
 class _QuantCustom(QuantLayer):
     """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place."""
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        parameter = self._parameters.pop("weight")
-        object.__setattr__(self, "weight", weight)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Compute the layer with its input, whatever its class calls it, and its weight at their bits.
+
+        What else its class takes is passed on as it is.
+        """
+        if not inputs:
+            inputs = (named.pop(input_name(float_class(self))),)
+        x, *others = inputs
+        weight = self.quantized_weight()
+        return self._own_forward(weight, self._quantized_input(x), *others, **named)
+
+    def _own_forward(self, weight: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        kind = type(self)
+        # An attribute of the object hides a parameter, but no property.
+        if isinstance(getattr(kind, "weight", None), property):
+            self.__class__ = type(kind.__name__, (kind,), {"weight": None})
+        before = self.__dict__.get("weight")  # weight_norm and others have theirs here
+        self.__dict__["weight"] = weight
         try:
-            result: Tensor = super(QuantLayer, self).forward(x)
+            result: Tensor = super(QuantLayer, self).forward(*inputs, **named)
         finally:
-            object.__delattr__(self, "weight")
-            # Parameters keep their order, and with it that of the optimizer's groups.
-            others = dict(self._parameters)
-            self._parameters.clear()
-            self._parameters.update({"weight": parameter, **others})
+            del self.__dict__["weight"]
+            if before is not None:
+                self.__dict__["weight"] = before
+            self.__class__ = kind
         return result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by the float class, since nobody finds the quantized one by its name."""
+        return _empty_layer, (float_class(self),), super().__reduce_ex__(2)[2]
+
+
+def _empty_layer(kind: type[nn.Module]) -> QuantLayer:
+    made = quantized_class(kind)
+    return made.__new__(made)
 
 
 _CLASSES: dict[type[nn.Module], type[QuantLayer]] = dict(
@@ -166,7 +218,34 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
     return _CLASSES[kind]
 
 
+def make_quantized(module: nn.Module) -> QuantLayer:
+    """Turn a Conv1d, Conv2d or Linear into a quantized layer that hasn't started (`start_quantizing`), and return it.
+
+    It stays the same object, so that whoever holds it (other names, lists, hooks) holds the
+    quantized layer.
+    """
+    if parametrize.is_parametrized(module):
+        module.__class__ = class_on(quantized_class(type(module).__bases__[0]), module)
+    else:
+        module.__class__ = quantized_class(type(module))
+    assert isinstance(module, QuantLayer)
+    return module
+
+
+def make_unquantized(layer: QuantLayer) -> None:
+    """Turn a quantized layer back into the float layer that it was, with the weight as it is now; the same object."""
+    for name in layer.resting:
+        layer.get_parameter(name).requires_grad_(True)
+    for name in layer.state_names:
+        delattr(layer, name)
+    for name in OWN_ATTRIBUTES:
+        layer.__dict__.pop(name, None)
+    layer.__class__ = float_class(layer)  # type: ignore[assignment]
+
+
 def float_class(layer: QuantLayer) -> type[nn.Module]:
     """Return the class whose place a quantized layer's class took."""
     kind: type[nn.Module] = next(base for base in type(layer).__mro__[1:] if not issubclass(base, QuantLayer))  # type: ignore[assignment]
+    if parametrize.is_parametrized(layer):
+        return class_on(kind, layer)
     return kind

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.backward import BACKWARD
-from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class, quantized_class
+from quantizers.copying import copy_network, evaluating
+from quantizers.layers import QuantLayer, make_quantized, make_unquantized
+from quantizers.left_in_float import Guard, close_fast_paths, make_float, read_by_attention, warn_of_float
 from quantizers.observers import Batches, Observer, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme, failing_as, try_out
@@ -57,34 +58,43 @@ def quantize(
     Raises:
         ValueError: For unknown or missing layers, for bits out of range or without meaning in the
             scheme, and for calibration without data.
+
+    Warns:
+        LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
     """
     schemes = _schemes(scheme, policy)
     _check_sources(schemes, policy, calibrate, state)
-    floats = {name: m for name, m in network.named_modules() if isinstance(m, QUANTIZABLE)}
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
-    _check_names(policy, floats)
-    made = copy.deepcopy(network)
+    made = copy_network(network)
+    floats = {name: m for name, m in made.named_modules() if isinstance(m, QUANTIZABLE)}
+    _check_names(policy, floats, made)
+    close_fast_paths(made)
     observers: dict[str, Observer] = {}
     if calibrate is not None:
-        observers = observe(made, {name: made.get_submodule(name) for name in floats}, calibrate)
+        observers = observe(made, floats, calibrate)
     if state is None:
         _check_complete(policy, floats, observers)
+    _check_called(policy, made, floats, observers)
     for name in policy:
-        module = made.get_submodule(name)
-        layer = quantized_class(type(module)).__new__(quantized_class(type(module)))
-        layer.__dict__.update(_copied_containers(module))
-        before = module.weight.detach().clone()  # type: ignore[operator]
-        lacks_errors = _start(name, layer, schemes[name])
-        layer.to(module.weight.device)  # type: ignore[arg-type]
-        made = _replace(made, name, layer)
-        if state is None:
-            _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
-        if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy")
+        module = floats[name]
+        with evaluating(module):
+            before = module.weight.detach().clone()  # type: ignore[operator]
+            layer = make_quantized(module)
+            lacks_errors = _start(name, layer, schemes[name])
+            layer.to(before.device)
+            if state is None:
+                _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
+            if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
+                raise ValueError(f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy")
+    uncalled = read_by_attention(made)
+    for name, module in floats.items():
+        if name not in policy and module not in uncalled:
+            module.register_forward_pre_hook(Guard(name))
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
+    warn_of_float(made, policy, stacklevel=2)
     return made
 
 
@@ -117,22 +127,18 @@ def _check_complete(policy: Mapping[str, Bits], floats: Mapping[str, nn.Module],
         raise ValueError(f"the policy lacks layers {', '.join(unseen)}; (None, None) leaves a layer in float")
 
 
-def _copied_containers(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes with containers of their own: its hooks and parameters stay what they are."""
-    attributes = dict(module.__dict__)
-    for key, value in attributes.items():
-        if isinstance(value, dict):
-            attributes[key] = copy.copy(value)
-    return attributes
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put a module in another's place; the network itself may be the one. Returns the network."""
-    if not name:
-        return module
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
-    return network
+def _check_called(
+    policy: Mapping[str, Bits], network: nn.Module, floats: Mapping[str, nn.Module], observers: Mapping[str, Observer]
+) -> None:
+    """Refuse bits for layers whose weight attention reads without calling them, unless calibration shows that it does."""
+    uncalled = read_by_attention(network)
+    for name, bits in policy.items():
+        seen = name in observers and observers[name].values
+        if floats[name] in uncalled and not seen and bits != (None, None):
+            raise ValueError(
+                f"layer {name!r} is never called: {uncalled[floats[name]]} reads its weight and computes in float; "
+                "give it (None, None), or leave it out of the policy"
+            )
 
 
 def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
@@ -181,21 +187,19 @@ def _sample(layer: QuantLayer, observer: Observer | None) -> Tensor:
 
 def float_copy(network: nn.Module) -> nn.Module:
     """Make a copy of a quantized network as a float network again, with the weights as they are now."""
-    made = copy.deepcopy(network)
-    for name, layer in quant_layers(made).items():
-        kind = float_class(layer)
-        module: nn.Module = kind.__new__(kind)
-        module.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in OWN_ATTRIBUTES})
-        for tensors in (module._parameters, module._buffers):
-            for key in layer.state_names:
-                tensors.pop(key, None)
-        module._non_persistent_buffers_set -= set(layer.state_names)
-        made = _replace(made, name, module)
+    made = copy_network(network)
+    for layer in quant_layers(made).values():
+        make_unquantized(layer)
+    make_float(made)
     return made
 
 
 def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     """Set the bits of every quantized layer.
+
+    Parameters that take part in nothing at these bits (the step of an operand in float, the float
+    weight behind a codebook) require no gradient until they do again; those of an optimizer's that
+    is made before are left alone by it meanwhile.
 
     Raises:
         ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a
@@ -204,13 +208,44 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     layers = quant_layers(network)
     if not isinstance(policy, BitPolicy):
         policy = BitPolicy(policy)
-    _check_names(policy, layers)
+    _check_names(policy, layers, network)
     if missing := [name for name in layers if name not in policy]:
         raise ValueError(f"the policy lacks layers {', '.join(missing)}")
     for name, bits in policy.items():
         _check_bits(name, layers[name], bits)
     for name, bits in policy.items():
         layers[name].weight_bits, layers[name].activation_bits = bits
+    _let_rest(network, layers.values())
+
+
+def _let_rest(network: nn.Module, layers: Collection[QuantLayer]) -> None:
+    """Let parameters that take part in nothing at the present bits require no gradient, until they do.
+
+    DistributedDataParallel waits for the gradient of every parameter that requires one.
+    """
+    if all(layer.scheme.trains_weight and not layer.scheme.learned for layer in layers):
+        return
+    idle = [(layer, name) for layer in layers for name in layer.idle_parameters()]
+    used = _ids_of_used(network, idle)
+    for layer in layers:
+        for name in tuple(layer.resting):
+            if id(layer.get_parameter(name)) in used:
+                layer.get_parameter(name).requires_grad_(True)
+                layer.resting.remove(name)
+    for layer, name in idle:
+        parameter = layer.get_parameter(name)
+        if parameter.requires_grad and id(parameter) not in used:
+            parameter.requires_grad_(False)
+            layer.resting.add(name)
+
+
+def _ids_of_used(network: nn.Module, idle: Iterable[tuple[QuantLayer, str]]) -> set[int]:
+    """Return the ids of the parameters that aren't idle, or not everywhere: two modules may share one."""
+    places = set()
+    for layer, name in idle:
+        owner, _, key = name.rpartition(".")
+        places.add((layer.get_submodule(owner), key))
+    return {id(p) for module in network.modules() for key, p in module._parameters.items() if (module, key) not in places}
 
 
 def _check_bits(name: str, layer: QuantLayer, bits: Bits) -> None:
@@ -325,8 +360,12 @@ def scheme_records(network: nn.Module) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _check_names(policy: Mapping[str, Bits], known: Mapping[str, object]) -> None:
+def _check_names(policy: Mapping[str, Bits], known: Mapping[str, nn.Module], network: nn.Module) -> None:
     for name in policy:
         if name not in known:
+            modules = dict(network.named_modules(remove_duplicate=False))
+            first = [other for other, module in known.items() if module is modules.get(name)]
+            if first:
+                raise ValueError(f"the policy names {name!r}, which is layer {first[0]!r} too: a policy names a layer once")
             close = difflib.get_close_matches(name, known, n=3) or list(known)[:3]
             raise ValueError(f"the policy names {name!r}, which is no layer of the network; close: {', '.join(close)}")

@@ -6,6 +6,7 @@ Scales are found by the smallest squared error, the largest value, a percentile,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -236,9 +237,9 @@ class Observer:
         self.values: list[Tensor] = []
         self.largest, self.signed = 0.0, False
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Look at a layer's input: a forward pre-hook. Raises ValueError for one that isn't finite."""
-        values = inputs[0].detach()
+        values = first_input(module, inputs, named).detach()
         if values.numel() == 0:
             return
         low, high = float(values.min()), float(values.max())
@@ -256,6 +257,18 @@ class Observer:
         return values[:: max(1, values.numel() // SAMPLES) | 1]
 
 
+def input_name(kind: type[nn.Module]) -> str:
+    """Return what the forward of a class of modules calls its first input."""
+    return list(inspect.signature(kind.forward).parameters)[1]
+
+
+def first_input(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Return the first input of a call, as hooks see it: given by place or by name."""
+    if inputs:
+        return inputs[0]
+    return named[input_name(type(module))]
+
+
 def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
 
@@ -271,7 +284,7 @@ def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) 
         ValueError: If there are no images, or for an activation that isn't finite.
     """
     observers = {name: Observer() for name in layers}
-    handles = [module.register_forward_pre_hook(observers[name]) for name, module in layers.items()]
+    handles = [module.register_forward_pre_hook(observers[name], with_kwargs=True) for name, module in layers.items()]
     training, seen = network.training, 0
     if isinstance(batches, Tensor):
         batches = [batches]

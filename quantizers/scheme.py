@@ -103,6 +103,10 @@ class Scheme:
     learned_rate: ClassVar[float] = 1.0
     # Tensors of the layer, beside its weight, that the quantized weight depends on.
     of_weight: ClassVar[tuple[str, ...]] = ()
+    # Learned tensors that the quantized input depends on; None: those that the weight doesn't.
+    of_activation: ClassVar[tuple[str, ...] | None] = None
+    # Whether a gradient reaches the layer's float weight.
+    trains_weight: ClassVar[bool] = True
     # Whether activations need `calibrate` to have seen the layer's input, at some widths at least
     # (`needs_data_at`).
     needs_data: ClassVar[bool] = True
