@@ -1,4 +1,4 @@
-"""Copies of networks, and weights that torch computes from other tensors: weight_norm, spectral_norm, prune, parametrizations."""
+"""Copies of networks, and weights that are computed from other tensors (weight_norm, prune, parametrizations)."""
 
 from __future__ import annotations
 

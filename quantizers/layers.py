@@ -20,7 +20,10 @@ from quantizers.scheme import Scheme, started
 ERRORS = ("weight_error", "activation_error")
 # What a layer has that the float layer hasn't, beside its scheme's tensors.
 OWN_ATTRIBUTES = frozenset(
-    ("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache", "resting")
+    (
+        *("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache"),
+        *("resting", "name_in_network"),
+    )
 )
 # The parameters from which a weight is computed where it isn't one itself (weight_norm,
 # spectral_norm, prune).
@@ -39,6 +42,7 @@ class QuantLayer(nn.Module):
         backward_mode: What the gradient does at the quantized input (`quantizers.backward_mode`).
         signed: Whether the input was negative during calibration; True if it wasn't seen.
         calibrated: Whether the input was seen.
+        name_in_network: What the policy calls it.
         resting: Names of parameters that take part in nothing at the present bits, and therefore
             require no gradient until they do (`set_policy`).
     """
@@ -52,6 +56,7 @@ class QuantLayer(nn.Module):
     backward_mode: str = "ste"
     state_names: tuple[str, ...]
     cache: TensorCache
+    name_in_network: str
     resting: set[str]
     # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
@@ -61,16 +66,17 @@ class QuantLayer(nn.Module):
     weight_error: Tensor
     activation_error: Tensor
 
-    def start_quantizing(self, scheme: Scheme) -> bool:
+    def start_quantizing(self, scheme: Scheme, name: str) -> bool:
         """Take a scheme and its tensors; bits stay float.
 
         Args:
             scheme: The scheme.
+            name: What the policy calls the layer.
 
         Returns:
             Whether the scheme has no errors of its own, so that they must be measured.
         """
-        self.scheme = scheme
+        self.scheme, self.name_in_network = scheme, name
         self.weight_bits = self.activation_bits = None
         self.signed, self.calibrated = True, False
         self.cache = TensorCache()
@@ -95,6 +101,8 @@ class QuantLayer(nn.Module):
         bits = self.activation_bits
         if bits is None:
             return x
+        if not self.calibrated and self.scheme.needs_data_at(None, bits):
+            raise ValueError(f"layer {self.name_in_network!r}: {no_scale(bits)}")
         if self.backward_mode == "ste" or not differentiated(x):
             return self.scheme.activation(self, x, bits)
         return quantized_input(self.scheme, self, x, bits, self.backward_mode)
@@ -143,6 +151,14 @@ class QuantLayer(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in self.state_names]
+
+
+def no_scale(bits: int) -> str:
+    """Say why a layer that calibration never reached can't have activations of so many bits."""
+    return (
+        f"its input has no scale for {bits} bits, since calibration saw none of it: quantize the network anew and give "
+        "`calibrate` inputs that reach it"
+    )
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):

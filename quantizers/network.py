@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from quantizers.backward import BACKWARD
 from quantizers.copying import copy_network, evaluating
-from quantizers.layers import QuantLayer, make_quantized, make_unquantized
-from quantizers.left_in_float import Guard, close_fast_paths, make_float, read_by_attention, warn_of_float
+from quantizers.layers import QuantLayer, make_quantized, make_unquantized, no_scale
+from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
 from quantizers.observers import Batches, Observer, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme, failing_as, try_out
@@ -71,11 +71,13 @@ def quantize(
     _check_names(policy, floats, made)
     close_fast_paths(made)
     observers: dict[str, Observer] = {}
+    reads = Reads(made)
     if calibrate is not None:
-        observers = observe(made, floats, calibrate)
+        observers = observe(made, floats, calibrate, first_pass=reads)
+    readers = read_by_others(made, reads.found)
     if state is None:
-        _check_complete(policy, floats, observers)
-    _check_called(policy, made, floats, observers)
+        _check_complete(policy, floats, observers, readers)
+    _check_called(policy, floats, observers, readers)
     for name in policy:
         module = floats[name]
         with evaluating(module):
@@ -86,15 +88,16 @@ def quantize(
             if state is None:
                 _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
             if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
-                raise ValueError(f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy")
-    uncalled = read_by_attention(made)
+                raise ValueError(
+                    f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy"
+                )
     for name, module in floats.items():
-        if name not in policy and module not in uncalled:
+        if name not in policy:
             module.register_forward_pre_hook(Guard(name))
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
-    warn_of_float(made, policy, stacklevel=2)
+    warn_of_float(made, policy, reads.found, stacklevel=2)
     return made
 
 
@@ -120,23 +123,34 @@ def _check_sources(
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), one of the two")
 
 
-def _check_complete(policy: Mapping[str, Bits], floats: Mapping[str, nn.Module], observers: Mapping[str, Observer]) -> None:
+def _check_complete(
+    policy: Mapping[str, Bits],
+    floats: Mapping[str, nn.Module],
+    observers: Mapping[str, Observer],
+    readers: Mapping[nn.Module, str],
+) -> None:
     """Refuse a policy without some layer, unless calibration shows that it is never called."""
-    unseen = [name for name in floats if name not in policy and (not observers or observers[name].values)]
+    lacking = [name for name in floats if name not in policy]
+    if observers:
+        unseen = [name for name in lacking if observers[name].values]
+    else:
+        unseen = [name for name in lacking if floats[name] not in readers]
     if unseen:
         raise ValueError(f"the policy lacks layers {', '.join(unseen)}; (None, None) leaves a layer in float")
 
 
 def _check_called(
-    policy: Mapping[str, Bits], network: nn.Module, floats: Mapping[str, nn.Module], observers: Mapping[str, Observer]
+    policy: Mapping[str, Bits],
+    floats: Mapping[str, nn.Module],
+    observers: Mapping[str, Observer],
+    readers: Mapping[nn.Module, str],
 ) -> None:
-    """Refuse bits for layers whose weight attention reads without calling them, unless calibration shows that it does."""
-    uncalled = read_by_attention(network)
+    """Refuse bits for layers that are never called because somebody reads their weight, and computes in float."""
     for name, bits in policy.items():
         seen = name in observers and observers[name].values
-        if floats[name] in uncalled and not seen and bits != (None, None):
+        if floats[name] in readers and not seen and bits != (None, None):
             raise ValueError(
-                f"layer {name!r} is never called: {uncalled[floats[name]]} reads its weight and computes in float; "
+                f"layer {name!r} is never called: {readers[floats[name]]} reads its weight and computes in float; "
                 "give it (None, None), or leave it out of the policy"
             )
 
@@ -144,7 +158,7 @@ def _check_called(
 def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
     """Give a layer its scheme and its tensors; returns whether errors must be measured."""
     try:
-        return layer.start_quantizing(scheme)
+        return layer.start_quantizing(scheme, name)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
 
@@ -212,7 +226,7 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     if missing := [name for name in layers if name not in policy]:
         raise ValueError(f"the policy lacks layers {', '.join(missing)}")
     for name, bits in policy.items():
-        _check_bits(name, layers[name], bits)
+        _check_bits(name, layers[name], bits, layers[name].signed, layers[name].calibrated)
     for name, bits in policy.items():
         layers[name].weight_bits, layers[name].activation_bits = bits
     _let_rest(network, layers.values())
@@ -248,16 +262,13 @@ def _ids_of_used(network: nn.Module, idle: Iterable[tuple[QuantLayer, str]]) -> 
     return {id(p) for module in network.modules() for key, p in module._parameters.items() if (module, key) not in places}
 
 
-def _check_bits(name: str, layer: QuantLayer, bits: Bits) -> None:
+def _check_bits(name: str, layer: QuantLayer, bits: Bits, signed: bool, calibrated: bool) -> None:
     try:
-        layer.scheme.check(*bits, signed=layer.signed)
+        layer.scheme.check(*bits, signed=signed)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
-    if not layer.calibrated and layer.scheme.needs_data_at(*bits):
-        raise ValueError(
-            f"layer {name!r}: its input has no scale for {bits[1]} bits, since calibration saw none of it: quantize the "
-            "network anew and give `calibrate`"
-        )
+    if not calibrated and layer.scheme.needs_data_at(*bits):
+        raise ValueError(f"layer {name!r}: {no_scale(bits[1])}")
 
 
 def get_policy(network: nn.Module) -> BitPolicy:
@@ -325,7 +336,8 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     """Set all that `quantizer_state` returned.
 
     Raises:
-        ValueError: Changing nothing, if `state` is of another network or scheme.
+        ValueError: Changing nothing, if `state` is of another network or scheme, or says nothing of
+            the present bits.
     """
     layers = quant_layers(network)
     expected = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in layer.state_names}
@@ -335,6 +347,9 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise ValueError(f"the quantizer state is of another network: {key} has shape {tuple(state[key].shape)}")
+    for name, layer in layers.items():
+        signed, calibrated = (bool(state[f"{name}.{flag}"]) for flag in FLAGS)
+        _check_bits(name, layer, (layer.weight_bits, layer.activation_bits), signed, calibrated)
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -269,13 +270,19 @@ def first_input(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any
     return named[input_name(type(module))]
 
 
-def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Observer]:
+def observe(
+    network: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Batches,
+    first_pass: AbstractContextManager[object] | None = None,
+) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
 
     Args:
         network: The network.
         layers: Modules of it, by name.
         batches: One tensor (one batch), or an iterable of tensors or of (inputs, labels).
+        first_pass: Within what the first batch is run.
 
     Returns:
         An observer by layer; one that is never called has seen nothing.
@@ -295,7 +302,9 @@ def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) 
                 inputs = batch
                 if isinstance(batch, list | tuple):
                     inputs = batch[0]
-                network(inputs)
+                with first_pass or nullcontext():
+                    network(inputs)
+                first_pass = None
                 seen += len(inputs)
     finally:
         network.train(training)

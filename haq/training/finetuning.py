@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import quantizers as Q
 from haq.data import Split
 from haq.networks import Network
 from haq.problem.evaluator import one_thread
@@ -77,7 +77,7 @@ def finetune(
         penalty=penalty,
         adversary=adversary,
     )
-    tuned = copy.deepcopy(qnetwork)
+    tuned = Q.copy_network(qnetwork)
     for parameter in tuned.parameters():
         parameter.requires_grad_(True)
     small = max(network.input_shape[1:]) <= SMALL
