@@ -73,7 +73,7 @@ def class_on(base: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     the module's own class.
     """
     content = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
-    return type(type(module).__name__, (base,), content)
+    return type(f"Parametrized{base.__name__}", (base,), content)
 
 
 def make_plain(module: nn.Module) -> None:

@@ -141,6 +141,14 @@ class QuantLayer(nn.Module):
             return self.scheme.weight(self, bits)
         return self.cache.get(("weight", bits), sources, lambda: self.scheme.weight(self, bits))
 
+    def __getstate__(self) -> Any:
+        """Copy and pickle a weight that was computed from others as a value without a past, since torch copies no other."""
+        inherited = getattr(super(), "__getstate__", self.__dict__.copy)  # object has one from Python 3.11 on
+        state = inherited()
+        if isinstance(state, dict):
+            state = {key: _without_past(value) for key, value in state.items()}
+        return state
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.state_names:
@@ -151,6 +159,12 @@ class QuantLayer(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in self.state_names]
+
+
+def _without_past(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return value
 
 
 def no_scale(bits: int) -> str:

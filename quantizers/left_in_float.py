@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -22,14 +22,8 @@ MULTIPLYING = (_ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCe
 # Modules whose weights multiply nothing but the value of their own place, or are looked up.
 POINTWISE = (nn.LayerNorm, nn.Embedding, nn.EmbeddingBag)
 POINTWISE_WORDS = ("norm", "embed")  # in the names of other people's classes
-# Operations that multiply by weights, as torch's dispatcher calls them.
-PRODUCTS = frozenset(
-    (
-        *("convolution", "_convolution", "linear", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_trilinear"),
-        *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
-    )
-)
-RECURRENT = ("rnn", "lstm", "gru")
+# Functions of torch that multiply by weights: parts of their names.
+PRODUCTS = ("linear", "conv", "mm", "matmul", "mv", "dot", "einsum", "inner", "outer", "multi_head", "rnn", "lstm", "gru")
 # Attributes by which torch's transformers decide whether they compute everything in one fast
 # operation, which reads the weights of their layers and calls none of them; and the value that
 # stands for no.
@@ -102,20 +96,20 @@ def read_by_others(network: nn.Module, reads: Mapping[str, str]) -> dict[nn.Modu
             found.setdefault(module, "what it is a part of")
         if isinstance(module, nn.MultiheadAttention):
             found[module.out_proj] = type(module).__name__
-    for name, operation in reads.items():
+    for name, function in reads.items():
         owner, _, key = name.rpartition(".")
         if "weight" in key:
-            found.setdefault(network.get_submodule(owner), f"a function ({operation})")
+            found.setdefault(network.get_submodule(owner), f"a function ({function})")
     return found
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchFunctionMode):
     """Within a `with`, finds parameters that products read though no quantizable layer is called for them.
 
     Such as F.linear(x, layer.weight), or x @ parameter.
 
     Attributes:
-        found: The operation that reads a parameter, by the parameter's name.
+        found: The function that reads a parameter, by the parameter's name.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -151,15 +145,15 @@ class Reads(TorchDispatchMode):
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._inside.pop()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operation = func._schema.name.removeprefix("aten::")
-        if operation in PRODUCTS or any(word in operation for word in RECURRENT):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = func.__name__.strip("_")
+        if any(word in function for word in PRODUCTS):
             own: set[int] = set()
             if self._inside:
                 own = self._inside[-1]
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor) and (place := _storage(tensor)) in self._names and place not in own:
-                    self.found[self._names[place]] = operation
+                    self.found[self._names[place]] = function
         return func(*args, **(kwargs or {}))
 
 
@@ -177,7 +171,7 @@ def warn_of_float(network: nn.Module, policy: Mapping[str, Bits], reads: Mapping
     Args:
         network: Quantized.
         policy: The layers that were asked for.
-        reads: The operations that read parameters past their layers, by the parameter's name (`Reads`).
+        reads: The functions that read parameters past their layers, by the parameter's name (`Reads`).
         stacklevel: Whose line the warning shows.
     """
     modules = dict(_multiplying(network, policy))
@@ -185,10 +179,10 @@ def warn_of_float(network: nn.Module, policy: Mapping[str, Bits], reads: Mapping
     asked = [name for name, bits in policy.items() if bits == (None, None)]
     known = tuple(f"{name}." for name in (*modules, *asked))
     weights = {name.rpartition(".")[0] for name in reads if not name.endswith("bias")}
-    for name, operation in reads.items():
+    for name, function in reads.items():
         told_by_weight = name.endswith("bias") and name.rpartition(".")[0] in weights
         if not name.startswith(known) and not told_by_weight:
-            found.append(f"{name} (read by {operation})")
+            found.append(f"{name} (read by {function})")
     if found:
         warnings.warn(
             f"left in float: {', '.join(found)}; quantized are Conv1d, Conv2d and Linear layers where they are called",
