@@ -66,7 +66,7 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
     outputs: list[tuple[Tensor, int, nn.Module]] = []
     pairs: list[tuple[nn.Module, _BatchNorm]] = []
 
-    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def before(module: _BatchNorm, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = first_input(module, inputs, named)
         pairs.extend((layer, module) for tensor, writes, layer in outputs if tensor is given and tensor._version == writes)
 

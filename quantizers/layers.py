@@ -167,7 +167,7 @@ def _without_past(value: object) -> object:
     return value
 
 
-def no_scale(bits: int) -> str:
+def no_scale(bits: int | None) -> str:
     """Say why a layer that calibration never reached can't have activations of so many bits."""
     return (
         f"its input has no scale for {bits} bits, since calibration saw none of it: quantize the network anew and give "

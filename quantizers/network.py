@@ -67,7 +67,7 @@ def quantize(
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
     made = copy_network(network)
-    floats = {name: m for name, m in made.named_modules() if isinstance(m, QUANTIZABLE)}
+    floats: dict[str, nn.Module] = {name: m for name, m in made.named_modules() if isinstance(m, QUANTIZABLE)}
     _check_names(policy, floats, made)
     close_fast_paths(made)
     observers: dict[str, Observer] = {}

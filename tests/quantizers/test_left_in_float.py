@@ -123,7 +123,8 @@ class Reader(nn.Module):
 
 
 def test_what_a_function_reads_is_named() -> None:
-    with pytest.warns(Q.LeftInFloat, match=r"left in float: read.weight \(read by linear\), matrix \(read by matmul\);") as told:
+    named = r"left in float: read.weight \(read by linear\), matrix \(read by matmul\);"
+    with pytest.warns(Q.LeftInFloat, match=named) as told:
         Q.quantize(Reader(), {"called": (4, 4)}, calibrate=ROWS)
     assert len(told) == 1
     with pytest.raises(ValueError, match="layer 'read' is never called: a function .* reads its weight"):
