@@ -147,7 +147,8 @@ def onnxruntime_rival(name: str, model: bytes, example: NDArray[Any]) -> Rival:
     options.log_severity_level = 3
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     given, names = session.get_inputs()[0].name, [output.name for output in session.get_outputs()]
-    x = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(example))
+    # Of a copy: it shares the memory of the array, and `run` writes to it.
+    x = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(example).copy())
     made = [ort.OrtValue.ortvalue_from_numpy(value) for value in session.run(names, {given: example})]
     binding = session.io_binding()
     binding.bind_ortvalue_input(given, x)

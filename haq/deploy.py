@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
-from haq.console.options import argument, option, options_of, output_options
+from haq.console.options import argument, option, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import command_line, key_table, say
@@ -118,6 +118,7 @@ def to_tvm(
 @option("--out", FOLDER, "folder or file to write", group=WRITTEN, metavar="PATH", default_words="in the run's folder")
 @options_of(AnotherScheme)
 @options_of(SearchConfig, only=MEASURED)
+@trust_option()
 @output_options()
 def cli(run: Path, to: str, out: Path | None, given: dict[str, Any], as_json: bool) -> int:
     """Deploy what a run found."""
@@ -151,7 +152,8 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
     path = out or run.folder / exporter.output
     with ExitStack() as held:
         if path.resolve().is_relative_to(run.folder.resolve()):
-            held.enter_context(writing(run.folder, command_line("python", "-m", "haq.deploy", folder, "--to", to)))
+            again = command_line("python", "-m", "haq.deploy", folder, "--to", to, *run.config.trust_words())
+            held.enter_context(writing(run.folder, again))
         with follow_loading(output.notes, "loading network and data") as follow:
             loaded = run.load_network()
             run.check(loaded)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import EXIT_INTERRUPTED, run_command
-from haq.console.options import argument, flag, options_of, output_options
+from haq.console.options import argument, flag, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading, follow_training, progress
 from haq.console.tables import command_line, say
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import quantizers as Q
     from haq.store.checkpoint import Checkpoint
     from haq.study.task import SearchTask
+    from haq.training.config import OnOutcome, Outcome
 
 
 @command(
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @argument("run", FOLDER, "the folder of a finished search")
 @options_of(FinetuneConfig)
 @flag("--resume", "go on with a fine-tuning that was interrupted, exactly", group=TUNING)
+@trust_option()
 @output_options()
 def cli(run: Path, given: dict[str, Any], resume: bool, as_json: bool) -> int:
     """Fine-tune what a run found."""
@@ -64,7 +66,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     from haq.study.task import with_scheme
 
     run = SearchRun.load(folder)
-    again = command_line("python", "-m", "haq.finetune", folder, "--epochs", config.epochs)
+    again = command_line("python", "-m", "haq.finetune", folder, "--epochs", config.epochs, *run.config.trust_words())
     with writing(run.folder, again):
         result, policy = run.load_result().to_dict(), run.load_policy()
         with follow_loading(output.notes, "loading network and data") as follow:
@@ -78,12 +80,14 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
         if resume and not state.path.exists():
             say(output.notes, "no epoch of an interrupted fine-tuning is there: it begins anew")
+        outcomes: list[Outcome] = []
         try:
-            tuned = _finetune(task, policy, config, state, output)
+            tuned = _finetune(task, policy, config, state, output, outcomes.append)
         except KeyboardInterrupt:
             kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
-            say(output.results, kept)
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
+        result["tuning"] = summary.tuning_entry(outcomes[-1], config.epochs)
         run.save_checkpoint(tuned, task)
         # It was another network that was verified.
         result.pop("verified", None)
@@ -94,7 +98,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         run.save_result(ResultRecord.from_dict(result))
         run.drop_checkpoint("finetune")
     tables.print_result(output.results, task, policy, result)
-    tables.print_next(output.notes, folder, [["evaluate", folder]])
+    tables.print_next(output.notes, folder, [["evaluate", folder, *run.config.trust_words(config.scheme)]])
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
 
@@ -120,7 +124,9 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
     }
 
 
-def _finetune(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output) -> nn.Module:
+def _finetune(
+    task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output, on_outcome: OnOutcome
+) -> nn.Module:
     import quantizers as Q
     from haq import training
     from haq.study.task import adversary_of
@@ -137,6 +143,7 @@ def _finetune(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, sta
             learning_rate=config.learning_rate,
             adversary=adversary_of(task.config),
             state=state,
+            on_outcome=on_outcome,
             **follow_training(bar),
         )
 

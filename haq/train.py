@@ -1,7 +1,11 @@
-"""Train a network, in float or quantized, and write a checkpoint that a search can take up."""
+"""Train a network, in float or quantized, and write a checkpoint that a search can take up.
+
+After every epoch the network is judged by the search split, which isn't trained on, and the best is written.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,15 +18,17 @@ from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, check_images, parse_eps
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
-from haq.console.options import flag, option, options_of, output_options, setting
+from haq.console.options import flag, option, options_of, output_options, setting, trust_option
 from haq.console.output import Output
 from haq.console.progress import progress
 from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
+from haq.problem.chance import is_chance, with_error
 from haq.store.units import percent
-from haq.study.config import FOLDERS, LINEAR, AnotherScheme
+from haq.study.config import FOLDERS, LINEAR, AnotherScheme, check_rate, known_schemes, read_channels, scheme_parts
 from haq.training.adversaries import STEPS, Adversary
 from haq.training.config import OPTIMIZERS
+from hw_models import trust
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,6 +37,8 @@ if TYPE_CHECKING:
     from haq.data import Dataset
     from haq.networks import Network
     from haq.store.checkpoint import Checkpoint
+    from haq.training.config import Outcome
+    from haq.training.loop import Judge
 
 TRAINED = "What is trained"
 QUANTIZATION = "Quantization"
@@ -40,6 +48,9 @@ TRAINING = "Training"
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
+BATCH = 128  # images of a step
+STEPS_OF_EPOCH = 10  # at least, of few images: these are what trains
+LEAST_BATCH = 16
 FIRST = ("network", "data", "pretrained")  # in the help
 STATE = ".state"  # ends the name of the file that an interrupted training goes on from
 
@@ -63,6 +74,20 @@ class TrainOptions(AnotherScheme):
         metavar="NAME",
         names=lambda: data.DATASETS.names(),
     )
+    mean: str | None = setting(
+        None,
+        "of the images, of each channel and on the scale of images in [0, 1], such as 0.485,0.456,0.406",
+        group=TRAINED,
+        metavar="NUMBERS",
+        default_words="the network's own; 0 for module:Name",
+    )
+    std: str | None = setting(
+        None,
+        "their standard deviation",
+        group=TRAINED,
+        metavar="NUMBERS",
+        default_words="the network's own; 1 for module:Name",
+    )
     pretrained: bool = setting(False, "start from the network's weights, not from random ones", group=TRAINED)
     scheme: str | None = setting(
         None,
@@ -70,6 +95,7 @@ class TrainOptions(AnotherScheme):
         group=QUANTIZATION,
         metavar="NAME",
         default_words="in float",
+        names=lambda: known_schemes(),
     )
     bits: str = setting(
         "4/4", "weight/activation bits of a quantized network, 1 to 8 or float", group=QUANTIZATION, metavar="W/A"
@@ -111,9 +137,12 @@ class TrainOptions(AnotherScheme):
         "at its highest",
         group=TRAINING,
         metavar="RATE",
-        default_words=f"{RATES['float']} in float, {RATES['quantized']} quantized, with adam {RATES['adam']}",
+        default_words=f"{RATES['float']} in float, {RATES['quantized']} quantized, less if the batch is; with adam "
+        f"{RATES['adam']}",
     )
-    batch_size: int = setting(128, "images of a step", group=TRAINING, metavar="N")
+    batch_size: int | None = setting(
+        None, "images of a step", group=TRAINING, metavar="N", default_words=f"{BATCH}, less of few images"
+    )
     seed: int = setting(0, "of everything random but the data's splits", group=TRAINING, metavar="N")
 
     @field_validator("optimizer")
@@ -132,7 +161,7 @@ class TrainOptions(AnotherScheme):
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainOptions:
-        if self.epochs < 1 or self.batch_size < 2:
+        if self.epochs < 1 or (self.batch_size is not None and self.batch_size < 2):
             raise ValueError(f"--epochs {self.epochs} --batch-size {self.batch_size}: need at least 1 and 2")
         if self.adversarial is None:
             for name, value in (("--eps", self.eps), ("--attack-steps", self.attack_steps)):
@@ -141,6 +170,9 @@ class TrainOptions(AnotherScheme):
                     raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {kinds}")
         else:
             self.adversary()
+        read_channels("mean", self.mean)
+        read_channels("std", self.std)
+        check_rate(self.learning_rate)
         read_widths("--bits", self.bits)
         read_widths("--ends", self.ends)
         return self
@@ -151,28 +183,48 @@ class TrainOptions(AnotherScheme):
             return None
         return Adversary(self.adversarial, parse_eps(self.eps or DEFAULT_EPS), self.attack_steps)
 
-    def rate(self) -> float:
-        """Return the learning rate, its default included."""
+    def batch(self, images: int) -> int:
+        """Return the size of a batch for so many images, its default included."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(BATCH, max(LEAST_BATCH, images // STEPS_OF_EPOCH))
+
+    def rate(self, images: int) -> float:
+        """Return the learning rate for so many images, its default included."""
         if self.learning_rate is not None:
             return self.learning_rate
         if self.optimizer == "adam":
             return RATES["adam"]
+        rate = RATES["float"]
         if self.scheme is not None:
-            return RATES["quantized"]
-        return RATES["float"]
+            rate = RATES["quantized"]
+        if self.batch_size is None:
+            rate *= self.batch(images) / BATCH
+        return rate
 
-    def asked(self) -> dict[str, Any]:
-        """Return all that a training depends on, defaults included, by the names of the options."""
-        asked = self.to_dict() | {"learning_rate": self.rate()}
+    def asked(self, images: int) -> dict[str, Any]:
+        """Return all that a training on so many images depends on, defaults included, by the names of the options."""
+        asked = self.to_dict() | {"learning_rate": self.rate(images), "batch_size": self.batch(images)}
         adversary = self.adversary()
         if adversary is not None:
             asked |= {"eps": self.eps or DEFAULT_EPS, "attack_steps": adversary.count}
         return asked
 
-    def words(self, out: Path) -> list[Any]:
-        """Write the command that asks for this, word by word."""
-        asked = self.asked()
+    def words(self, out: Path, images: int) -> list[Any]:
+        """Write the command that asks for this, word by word.
+
+        Args:
+            out: The checkpoint.
+            images: How many are trained on.
+
+        Returns:
+            The words, defaults included.
+        """
+        asked = self.asked(images)
         words: list[Any] = ["python", "-m", "haq.train", "--network", self.network, "--data", self.data]
+        for name, value in (("--mean", self.mean), ("--std", self.std)):
+            if value is not None:
+                words += [name, value]
         if self.pretrained:
             words.append("--pretrained")
         if self.scheme is not None:
@@ -185,7 +237,7 @@ class TrainOptions(AnotherScheme):
             words.append("--clip-weights")
         if self.optimizer != "sgd":
             words += ["--optimizer", self.optimizer]
-        words += ["--epochs", self.epochs, "--learning-rate", self.rate(), "--batch-size", self.batch_size]
+        words += ["--epochs", self.epochs, "--learning-rate", asked["learning_rate"], "--batch-size", asked["batch_size"]]
         return [*words, "--seed", self.seed, "--out", out.name]
 
 
@@ -203,6 +255,7 @@ class TrainOptions(AnotherScheme):
 @option("--out", FILE, "checkpoint to write, .safetensors", group=FOLDERS)
 @flag("--resume", "go on with a training that was interrupted, exactly", group=FOLDERS)
 @option("--log", FOLDER, "write TensorBoard events there", group=FOLDERS)
+@trust_option()
 @output_options(json=None)
 def cli(given: dict[str, Any], out: Path | None, resume: bool, log: Path | None) -> int:
     """Train a network."""
@@ -262,24 +315,25 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     from haq.store.lock import check_can_be_made, holding
 
     check_can_be_made(out.parent)
-    asked = {key: str(value) for key, value in options.asked().items()}
-    state = Checkpoint(out.with_suffix(STATE), {**asked, "torch": str(torch.__version__)})
+    state = Checkpoint(out.with_suffix(STATE), {})
     _check_unused(out, state, resume)
     with torch.random.fork_rng(devices=[]), ExitStack() as held:
         torch.manual_seed(options.seed)
         dataset, network = _load(options)
         say(output.notes, dataset.describe())
+        asked = {key: str(value) for key, value in options.asked(len(dataset.train)).items()}
+        state = Checkpoint(state.path, {**asked, "torch": str(torch.__version__)})
         if options.scheme is not None:
             network = replace(network, module=quantized(network, dataset, options))
             _check_penalty(network, options)
         out.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
         _check_unused(out, state, resume)  # another process may have begun meanwhile
-        _train(network, dataset, options, state, output, log)
+        outcome = _train(network, dataset, options, state, output, log)
         accuracies = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
         notes = {
             "trained_on": f"the train split of {dataset.describe()}",
-            "command": command_line(*options.words(out)),
+            "command": command_line(*options.words(out, len(dataset.train))),
             "test_accuracy": f"{accuracies['test']:.4f}",
         }
         attacked = _attacked(network, dataset, options)
@@ -288,17 +342,27 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         networks.save_checkpoint(network, out, notes)
         state.path.unlink(missing_ok=True)
     source = networks.name_of_checkpoint(network.name, out)
+    trusting = trust.trust_words(name for name in scheme_parts(options.scheme or LINEAR) if ":" in name)
+    _print_outcome(output, options, outcome)
     for name, value in accuracies.items():
         images = len(getattr(dataset, name))
-        say(output.results, f"accuracy on the {name} split: {percent(value)} of {images:,} images")
+        say(output.results, f"accuracy on the {name} split: {with_error(value, images)} of {images:,} images")
+    labels = dataset.test.labels
+    guessing = max(1 / len(dataset.classes), float(labels.bincount().max()) / len(labels))
+    if is_chance(accuracies["test"], guessing, len(labels)):
+        say(
+            output.results,
+            f"WARNING: that is no more than guessing gives ({percent(guessing)}): the network learned nothing. Try another "
+            "--learning-rate, more --epochs, or look at the labels",
+        )
     if attacked is not None:
         say(
             output.results,
             f"accuracy on the test split, worst of clean and {attacked[0]}: {percent(attacked[1])} (a cheap attack, not an "
-            f"evaluation: {command_line('python', '-m', 'haq.robustness', source)})",
+            f"evaluation: {command_line('python', '-m', 'haq.robustness', source, *trusting)})",
             wrap=False,
         )
-    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)")
+    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)", wrap=False)
     say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data)
     return 0
 
@@ -313,12 +377,21 @@ def _check_unused(out: Path, state: Checkpoint, resume: bool) -> None:
 
 
 def _load(options: TrainOptions) -> tuple[Dataset, Network]:
-    """Load the data, and a network with as many classes."""
+    """Load the data, and a network with as many classes; images that may have any size get that of the network's input."""
+    import torch
+
+    from haq.study.task import check_scale
+
     dataset = data.load(options.data)
     if not dataset.classes:
         raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --objective agreement needs none")
     network = networks.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
+    network = network.normalized(read_channels("mean", options.mean), read_channels("std", options.std))
+    if data.has_any_size(options.data):
+        with torch.random.fork_rng(devices=[]):
+            dataset = data.load(options.data, image_size=network.input_shape[-1])
     networks.check_fits(network, dataset)
+    check_scale(dataset, options.mean, options.std)
     if options.adversarial is not None:
         for split in (dataset.train, dataset.test):
             check_images(split, dataset.name)
@@ -352,9 +425,38 @@ def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.M
     return Q.quantize(network.module, Q.BitPolicy(policy), scheme=schemes, calibrate=network.preprocess(images))
 
 
+def _print_outcome(output: Output, options: TrainOptions, outcome: Outcome) -> None:
+    """Say which epoch's network is written."""
+    kept = f"kept: the network after epoch {outcome.kept}, the best on the search split"
+    if not outcome.kept:
+        kept = "kept: the network as it was before, since no epoch was better on the search split: try a lower --learning-rate"
+    if outcome.diverged:
+        kept += "; training ended early, since its loss was no number any more: try a lower --learning-rate"
+    say(output.results, kept)
+
+
+def _judge(network: Network, dataset: Dataset, adversary: Adversary | None) -> Judge:
+    """Make what judges the network after every epoch: accuracy on the search split, under attack if it is trained so."""
+    from haq import training
+    from haq.attacks.proxy import ProxyAttack, worst_case
+
+    proxy: ProxyAttack | None = None
+    if adversary is not None:
+        proxy = ProxyAttack.of(network, adversary.eps)
+
+    def judge(module: nn.Module) -> training.Judgement:
+        if proxy is not None:
+            accuracy = worst_case(network, dataset.search, module, proxy)
+        else:
+            accuracy = training.accuracy(network, dataset.search, module)
+        return training.Judgement(accuracy, -accuracy)
+
+    return judge
+
+
 def _train(
     network: Network, dataset: Dataset, options: TrainOptions, state: Checkpoint, output: Output, log: Path | None
-) -> None:
+) -> Outcome:
     """Train the network in place, with a bar and a line for every epoch."""
     import quantizers as Q
     from haq import training
@@ -369,32 +471,64 @@ def _train(
         epochs = adversary.passes(options.epochs)
     config = training.TrainConfig(
         epochs=options.epochs,
-        learning_rate=options.rate(),
+        learning_rate=options.rate(len(dataset.train)),
         seed=options.seed,
-        batch_size=options.batch_size,
+        batch_size=options.batch(len(dataset.train)),
         optimizer=options.optimizer,
         penalty=_penalty(options.lipschitz),
         clipping=clipping,
         adversary=adversary,
     )
+    judge = _judge(network, dataset, adversary)
+    before: training.Judgement | None = None
+    untrained = network.module
+    # What training is to make of a network beside its accuracy isn't seen in how it was before.
+    if options.pretrained and adversary is None and not options.lipschitz:
+        untrained = copy.deepcopy(network.module)
+        before = judge(network.module)
+    measured = "held-out accuracy"
+    if adversary is not None:
+        measured = "held-out accuracy in the worst case"
     with progress(output.notes) as bar:
         task = bar.add_task("training", total=None, note="")
 
+        accuracies: dict[int, float] = {}
+
+        def on_judged(epoch: int, judgement: training.Judgement) -> None:
+            accuracies[epoch] = judgement.accuracy
+
         def on_epoch(epoch: int, loss: float) -> None:
-            say(output.notes, f"epoch {epoch}/{epochs}: mean loss {loss:.4f}")
+            accuracy = with_error(accuracies[epoch], len(dataset.search))
+            say(output.notes, f"epoch {epoch}/{epochs}: mean loss {loss:.4f}, {measured} {accuracy}")
             if events is not None:
                 events.add_scalar("loss", loss, epoch)
-                events.add_scalar("accuracy on the search split", training.accuracy(network, dataset.search), epoch)
+                events.add_scalar(f"{measured} on the search split", accuracies[epoch], epoch)
 
         def on_step(step: int, steps: int) -> None:
             bar.update(task, completed=step, total=steps)
 
-        training.fit(network, dataset.train, config, state=state, on_epoch=on_epoch, on_step=on_step)
+        outcome = training.fit(
+            network,
+            dataset.train,
+            config,
+            state=state,
+            judge=judge,
+            before=before,
+            on_epoch=on_epoch,
+            on_step=on_step,
+            on_judged=on_judged,
+        )
+    assert outcome is not None
+    if not outcome.kept:
+        network.module.load_state_dict(untrained.state_dict())
+        if Q.quant_layers(untrained):
+            Q.load_quantizer_state(network.module, Q.quantizer_state(untrained))
     if events is not None:
         events.close()
     if clipping is not None:
         share = percent(clipping.mean_share, 3)
         say(output.results, f"one-bit weights that clipping changed: {share} at each step, on average")
+    return outcome
 
 
 def _check_penalty(network: Network, options: TrainOptions) -> None:

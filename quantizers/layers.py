@@ -12,12 +12,13 @@ from torch.nn.utils import parametrize
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
 from quantizers.copying import class_on
-from quantizers.functional import MAX_BITS, differentiated
+from quantizers.functional import MAX_BITS, differentiated, followed
 from quantizers.observers import input_name
 from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme, started
 
 ERRORS = ("weight_error", "activation_error")
+PLAIN_OPTIONS = (bool, int, float, str, type(None))  # types of values that nobody can change in place
 # What a layer has that the float layer hasn't, beside its scheme's tensors.
 OWN_ATTRIBUTES = frozenset(
     (
@@ -95,7 +96,7 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with its input and its weight at their bits."""
-        return self._apply_weight(self._quantized_input(input), self.quantized_weight())
+        return self._apply_weight(self._quantized_input(input), self._weight_to_use())
 
     def _quantized_input(self, x: Tensor) -> Tensor:
         bits = self.activation_bits
@@ -114,12 +115,11 @@ class QuantLayer(nn.Module):
         """Name the parameters that take part in nothing at the present bits."""
         scheme = self.scheme
         idle: list[str] = []
-        of_activation = scheme.of_activation
-        if of_activation is None:
-            of_activation = tuple(name for name in scheme.learned if name not in scheme.of_weight)
         for name in scheme.learned:
-            by_weight = self.weight_bits is not None and name in scheme.of_weight
-            by_activation = self.activation_bits is not None and name in of_activation
+            of_both = scheme.of_weight is None
+            of_weight = of_both or name in scheme.of_weight  # type: ignore[operator]
+            by_weight = self.weight_bits is not None and of_weight
+            by_activation = self.activation_bits is not None and (of_both or not of_weight)
             if not by_weight and not by_activation:
                 idle.append(name)
         if self.weight_bits is not None and not scheme.trains_weight:
@@ -130,16 +130,49 @@ class QuantLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.
 
-        Without gradients the result is kept per width until the weight, or what else it depends on,
-        changes.
+        It is a tensor of the caller's own, but for a weight in float, which is the layer's.
         """
-        bits = self.weight_bits
+        made = self._kept_weight()
+        if self.weight_bits is None or made.requires_grad:
+            return made
+        return made.clone()
+
+    def _weight_to_use(self) -> Tensor:
+        """Return the weight for a forward pass that doesn't change it."""
+        return self._kept_weight()
+
+    def _kept_weight(self) -> Tensor:
+        """Return the quantized weight, which nobody may change.
+
+        Without gradients it is kept per width, as long as the weight and what else it depends on
+        stay the same.
+        """
+        bits, scheme = self.weight_bits, self.scheme
         if bits is None:
             return self.weight
-        sources = [self.weight, *(getattr(self, name) for name in self.scheme.of_weight)]
-        if differentiated(*sources):
-            return self.scheme.weight(self, bits)
-        return self.cache.get(("weight", bits), sources, lambda: self.scheme.weight(self, bits))
+        settings = self._settings()
+        if settings is None:
+            return scheme.weight(self, bits)
+        of_weight = scheme.of_weight
+        if of_weight is None:
+            of_weight = self.state_names
+
+        def sources() -> list[Tensor]:
+            return [self.weight, *(getattr(self, name) for name in of_weight)]
+
+        if differentiated(*sources()):
+            return scheme.weight(self, bits)
+        return self.cache.get(("weight", bits), sources, lambda: scheme.weight(self, bits), settings)
+
+    def _settings(self) -> tuple[Any, ...] | None:
+        """Return what the quantized weight depends on beside tensors; None if nobody can tell whether it is what it was."""
+        # A property in place of the weight (`torch.nn.utils.parametrize`) computes it whenever it is read.
+        if followed() or hasattr(type(self), "weight"):
+            return None
+        options = vars(self.scheme)
+        if not all(isinstance(value, PLAIN_OPTIONS) for value in options.values()):
+            return None
+        return type(self.scheme), self.training, self.signed, *options.items()
 
     def __getstate__(self) -> Any:
         """Copy and pickle a weight that was computed from others as a value without a past, since torch copies no other."""
@@ -197,18 +230,27 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class _QuantCustom(QuantLayer):
-    """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place."""
+    """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place.
+
+    Attributes:
+        input_name: What its own forward calls its input.
+    """
+
+    input_name: str
+
+    def _weight_to_use(self) -> Tensor:
+        # Somebody else's forward may change the weight in place, or hand it on.
+        return self.quantized_weight()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Compute the layer with its input, whatever its class calls it, and its weight at their bits.
 
         What else its class takes is passed on as it is.
         """
-        if not inputs:
-            inputs = (named.pop(input_name(float_class(self))),)
+        if not inputs and self.input_name in named:
+            inputs = (named.pop(self.input_name),)
         x, *others = inputs
-        weight = self.quantized_weight()
-        return self._own_forward(weight, self._quantized_input(x), *others, **named)
+        return self._own_forward(self._weight_to_use(), self._quantized_input(x), *others, **named)
 
     def _own_forward(self, weight: Tensor, *inputs: Any, **named: Any) -> Tensor:
         kind = type(self)
@@ -244,7 +286,8 @@ _CLASSES: dict[type[nn.Module], type[QuantLayer]] = dict(
 def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
     """Return the class that takes the place of a Conv1d, Conv2d or Linear, or of a subclass of them."""
     if kind not in _CLASSES:
-        _CLASSES[kind] = type(f"Quant{kind.__name__}", (_QuantCustom, kind), {"__doc__": f"Quantized {kind.__name__}."})
+        content = {"__doc__": f"Quantized {kind.__name__}.", "input_name": input_name(kind)}
+        _CLASSES[kind] = type(f"Quant{kind.__name__}", (_QuantCustom, kind), content)
     return _CLASSES[kind]
 
 

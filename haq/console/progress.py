@@ -42,12 +42,17 @@ def follow_training(bar: Progress) -> dict[str, Any]:
     task = bar.add_task("fine-tuning", total=None, note="")
 
     def on_epoch(epoch: int, loss: float) -> None:
-        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}")
+        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}, held-out {100 * accuracies[-1]:.1f} %")
+
+    accuracies = [0.0]
+
+    def on_judged(epoch: int, judgement: tuple[float, float]) -> None:
+        accuracies.append(judgement[0])
 
     def on_step(step: int, steps: int) -> None:
         bar.update(task, completed=step, total=steps)
 
-    return {"on_epoch": on_epoch, "on_step": on_step}
+    return {"on_epoch": on_epoch, "on_step": on_step, "on_judged": on_judged}
 
 
 @contextmanager

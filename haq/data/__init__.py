@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from haq.data.fashion_mnist import fashion_mnist_12k_rows as fashion_mnist_12k_rows
     from haq.data.image_folder import IMAGE_ENDINGS as IMAGE_ENDINGS
     from haq.data.loading import fetch as fetch
+    from haq.data.loading import has_any_size as has_any_size
     from haq.data.loading import load as load
 
 DEFAULT = "fashion-mnist-12k"
@@ -56,7 +57,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "download": ["cache_folder"],
         "fashion_mnist": ["fashion_mnist_12k_rows"],
         "image_folder": ["IMAGE_ENDINGS"],
-        "loading": ["fetch", "load"],
+        "loading": ["fetch", "has_any_size", "load"],
     },
 )
 __all__ += ["DATASETS", "DEFAULT"]

@@ -8,19 +8,38 @@ trained on `train` has seen neither of the others.
 from __future__ import annotations
 
 import hashlib
+import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 SPLIT_SEED = 0
 UNLABELLED = -1
+_one_large = threading.Lock()
 COMPARED = 64  # images of each split whose values are compared
+MOST_PIXELS = 89_478_485  # of an image file: above it Pillow itself warns
+LARGE = 2**24  # pixels; of images above it one is decoded at a time
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # by content, whatever a file's name ends in
+ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
+ORIENTATIONS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 MOST_APART = 50.0  # times that values of two splits may differ on average: 0..1 and 0..255 are 255 times apart
 
 
@@ -53,11 +72,16 @@ class Split:
         return len(self.labels)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels), in order, or shuffled by `generator`."""
+        """Yield (images, labels), in order, or shuffled by `generator`; a last single image joins the batch before it."""
         order = torch.arange(len(self))
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
-        for index in order.split(size):
+        count = batch_count(len(self), size)
+        for batch in range(count):
+            end = (batch + 1) * size
+            if batch + 1 == count:
+                end = len(self)
+            index = order[batch * size : end]
             yield self.images[index], self.labels[index]
 
     def subset(self, index: Tensor) -> Split:
@@ -80,29 +104,93 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Decode the images of these indices: uint8 (N, 3, size, size)."""
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(lambda i: self._decode(self.paths[i]), index.tolist())))
+        """Decode the images of these indices: uint8 (N, 3, size, size). Raises ValueError for a file that can't be one."""
+        with warnings.catch_warnings():
+            # Of what Pillow warns of, too many pixels are an error here, and broken EXIF data are no fault of the picture.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with ThreadPoolExecutor() as pool:
+                return torch.stack(list(pool.map(lambda i: self._decode(self.paths[i]), index.tolist())))
 
     def subset(self, index: Tensor) -> ImageFiles:
         """Take the files of these indices."""
         return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size, self.resize)
 
     def _decode(self, path: Path) -> Tensor:
-        from PIL import Image
-
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path} is not a readable image: {error}") from error
+        image = read_image(path)
         scale = self.resize / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
+        if width * height > MOST_PIXELS:
+            raise ValueError(
+                f"{path} is {image.width} x {image.height} pixels, too long a strip to be cut to {self.size} x {self.size}: "
+                "leave it out"
+            )
         left = (width - self.size) // 2
         top = (height - self.size) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), _pillow().Resampling.BICUBIC)
         image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _pillow() -> Any:
+    # It is needed only where images are files.
+    from PIL import Image
+
+    return Image
+
+
+def read_image(path: Path) -> Image:
+    """Read an image file as a viewer shows it: in RGB, upright, what is transparent on white, of an animation the first image.
+
+    Raises ValueError, in one sentence, for a file that isn't a readable image of at most MOST_PIXELS pixels.
+    """
+    # A pipe or a device would be waited for.
+    if not path.is_file():
+        raise ValueError(f"{path} is not a readable image: it is no regular file")
+    pillow = _pillow()
+    # Pillow raises its own errors for too many pixels, and almost any for a damaged file.
+    try:
+        with pillow.open(path, formats=FORMATS) as file:
+            pixels = file.width * file.height
+            if pixels > MOST_PIXELS:
+                raise pillow.DecompressionBombError(f"its {file.width} x {file.height} pixels are too many")
+            if pixels <= LARGE:
+                return _as_seen(file)
+            with _one_large:
+                return _as_seen(file)
+    except pillow.DecompressionBombError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is refused ({reason}): an image may have {MOST_PIXELS:,} pixels, make it smaller") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a readable image: {reason or type(error).__name__}") from error
+
+
+def _as_seen(file: Any) -> Image:
+    """Decode an image to RGB, and turn it upright."""
+    pillow = _pillow()
+    file.load()
+    image = file
+    if file.mode == "I" or file.mode.startswith("I;16"):
+        # Pillow itself cuts values off at 255.
+        values = np.asarray(file)
+        if values.min() < 0 or values.max() > 65535 or (file.mode == "I" and file.format != "PNG"):
+            raise ValueError("its values are 32-bit integers of unknown range; save it with 8 or 16 bits")
+        image = pillow.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif file.mode == "F":
+        raise ValueError("its values are floats of unknown range; save it with 8 or 16 bits")
+    elif "A" in file.mode.upper().replace("LAB", "") or "transparency" in file.info:
+        layer = file.convert("RGBA")
+        image = pillow.new("RGB", file.size, "white")
+        image.paste(layer, mask=layer.getchannel("A"))
+    try:
+        orientation = file.getexif().get(ORIENTATION)
+    except Exception:
+        orientation = None  # damaged EXIF data: the picture is as it is
+    image = image.convert("RGB")
+    if orientation in ORIENTATIONS:
+        image = image.transpose(getattr(pillow.Transpose, ORIENTATIONS[orientation]))
+    made: Image = image
+    return made
 
 
 @dataclass(frozen=True)
@@ -242,6 +330,37 @@ def balanced(labels: Tensor, skip: int, take: int) -> Tensor:
         of_class = random.permutation(np.flatnonzero(labels.numpy() == label))
         chosen.append(of_class[skip : skip + take])
     return torch.from_numpy(random.permutation(np.concatenate(chosen)))
+
+
+def stratified(labels: Tensor, take: int) -> Tensor:
+    """Choose items at random, of every class its share, in an order in which any part has every class alike.
+
+    The choice never changes.
+
+    Args:
+        labels: The class of every item, integers (N,).
+        take: How many, at most N.
+
+    Returns:
+        Their indices.
+    """
+    random = np.random.RandomState(SPLIT_SEED)
+    order = random.permutation(len(labels))
+    # Sorted by class, and at random within one; then every n-th.
+    order = order[labels.numpy()[order].argsort(kind="stable")]
+    chosen = order[np.arange(take) * len(labels) // max(take, 1)]
+    return torch.from_numpy(random.permutation(chosen))
+
+
+def batch_count(count: int, size: int) -> int:
+    """Count the batches of `size` that so many images make: a last single image joins the batch before it.
+
+    A norm over maps of one pixel has no variance to take from a single image.
+    """
+    batches, rest = divmod(count, size)
+    if rest > 1 or batches == 0:
+        batches += 1
+    return min(batches, count)
 
 
 def without(count: int, index: Tensor) -> Tensor:

@@ -42,6 +42,17 @@ def load(name: str = DEFAULT, *, image_size: int = 224) -> Dataset:
     return _from_dict(name, made)
 
 
+def has_any_size(name: str) -> bool:
+    """Say whether the images of a data set can be asked for in any size, so that a network's input decides it."""
+    form, _, path = name.partition(":")
+    if form in FOLDERS and path:
+        return True
+    try:
+        return "image_size" in inspect.signature(DATASETS.get(name)).parameters
+    except (TypeError, ValueError):
+        return False  # written in C, without a signature
+
+
 def fetch(name: str) -> None:
     """Download what a data set needs, checksummed, into `cache_folder()`; nothing is done for what is already there.
 

@@ -31,6 +31,7 @@ import quantizers as Q
 from haq.networks.building import build_as_file_says
 from haq.networks.network import Network, output_count
 from haq.store.files import check_file, check_schema, quoted, write
+from hw_models import trust
 from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class
 
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
@@ -364,10 +365,27 @@ def _policy_and_schemes(header: Header) -> tuple[Q.BitPolicy, dict[str, Q.Scheme
             if len(header.notes[name]) > MOST_NOTE:
                 raise ValueError(f"its {name} has {len(header.notes[name]):,} characters")
         policy = Q.BitPolicy.from_dict(json.loads(header.notes["policy"]))
-        schemes = Q.schemes_from_records(json.loads(header.notes["schemes"]))
+        records = json.loads(header.notes["schemes"])
+        _import_trusted_schemes(header.path, records)
+        schemes = Q.schemes_from_records(records)
+    except trust.UntrustedError:
+        raise
     except _WRONG as error:
         raise ValueError(f"{header.path} has a header without bits and schemes: {_short(error)}") from error
     return policy, schemes
+
+
+def _import_trusted_schemes(path: Path, records: object) -> None:
+    """Make the schemes known that records name as `module:Name`, as far as whoever runs this has named them too."""
+    if not isinstance(records, Mapping):
+        return
+    for record in records.values():
+        if not isinstance(record, Mapping):
+            continue
+        name = record.get("name")
+        if isinstance(name, str) and ":" in name and name not in Q.Scheme.known:
+            trust.check(name, f"{path} names scheme")
+            Q.Scheme.named(name)
 
 
 def _named_module(header: Header) -> nn.Module:

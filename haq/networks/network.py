@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,28 @@ class Network:
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         return ((images.float() / 255 - mean) / std).contiguous(memory_format=self.memory_format)
+
+    def normalized(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
+        """Return the network with another mean and standard deviation of its images, on the scale of images in [0, 1].
+
+        Args:
+            mean: A number for each channel, or one for all; None: as it is.
+            std: The same.
+
+        Returns:
+            The network, of the same module.
+
+        Raises:
+            ValueError: For as many numbers as there are no channels.
+        """
+        channels = self.input_shape[0]
+        for name, values in (("mean", mean), ("std", std)):
+            if values is not None and len(values) not in (1, channels):
+                raise ValueError(
+                    f"--{name} has {len(values)} numbers; {self.name} takes images of {channels} channels: give one number "
+                    f"for all of them, or {channels}"
+                )
+        return replace(self, mean=tuple(mean or self.mean), std=tuple(std or self.std))
 
     def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.input_shape:

@@ -9,6 +9,7 @@ import lazy_loader
 from hw_models.registry import Registry, requires
 
 if TYPE_CHECKING:
+    from haq.problem.chance import standard_error as standard_error
     from haq.problem.evaluator import Evaluation as Evaluation
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
@@ -35,8 +36,13 @@ OBJECTIVES: Registry[type[Objective]] = Registry(
 
 __getattr__, _, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["budget", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity"],
-    submod_attrs={"evaluator": ["Evaluation"], "objective": ["Objective"], "problem": ["Problem"]},
+    submodules=["budget", "chance", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity"],
+    submod_attrs={
+        "chance": ["standard_error"],
+        "evaluator": ["Evaluation"],
+        "objective": ["Objective"],
+        "problem": ["Problem"],
+    },
 )
 __all__ += ["KINDS", "OBJECTIVES"]
 

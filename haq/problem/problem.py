@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ import hw_models
 import quantizers as Q
 from haq.problem.batches import Batches, check_arguments, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
-from haq.problem.decision import Decision
+from haq.problem.decision import Decision, joined, priced
 from haq.problem.evaluator import Evaluation, Evaluator, device_of
 from haq.problem.objective import Objective, find_objective
 from haq.problem.schemes import (
@@ -46,11 +47,12 @@ class Problem:
         schemes: The quantization scheme of every layer, by name.
         target: The hardware target.
         table: Its cost table for the workload.
-        cost: Costs in the metric's unit, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1].
+        cost: Costs in the metric's unit, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1]; for a
+            pair that the target can't do (`table.supported`), which nobody may choose, what the layer costs at most.
         decisions: The layers that decide together, with the pairs of bits worth choosing: within `bits`, with a meaning in the
             scheme, and without those that cost as much as a pair with more bits.
         limit: The budget in the metric's unit.
-        reference: The cost of uniform 8 bits, of which a budget can be a fraction.
+        reference: The cost of uniform 8 bits, of which a budget can be a fraction if the target can do them.
         smallest: The least that a policy can cost.
         layer_errors: The relative squared error that each width of weights (0) and of activations (1) leaves, from
             calibration, shape (layers, 2, 8).
@@ -117,6 +119,8 @@ class Problem:
         self.batch = batch
         self.pinned = self._pinned(pinned)
         self.groups = self._groups(tied)
+        if metric == "storage":
+            self.groups = joined(self.groups, self.workload.tied_weights)
         self.schemes = schemes_by_layer(scheme, self.workload.names)
         check_widths(self.schemes, self.bits, self.pinned)
         check_metric(self.schemes, metric)
@@ -157,6 +161,8 @@ class Problem:
             "objective": f"{self.objective.words}, on {self.evaluator.count:,} images",
             "float network": percent(self.float_accuracy),
         }
+        if self.workload.unpriced:
+            rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
@@ -187,7 +193,7 @@ class Problem:
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
         self.table = table
-        self.cost = table.metric(self.metric)
+        self.cost = priced(table, self.metric)
         self.reference = float(self.cost[:, TOP, TOP].sum())
         self._choose()
 
@@ -210,7 +216,14 @@ class Problem:
         return self.limit / self.reference
 
     def _budget_words(self) -> str:
-        return f"{self.metric} within {describe_amount(self.limit, self.metric)} ({self.budget:.3g} of uniform 8 bits)"
+        return f"{self.metric} within {describe_amount(self.limit, self.metric)} ({self.budget:.3g} of {self.reference_words})"
+
+    @property
+    def reference_words(self) -> str:
+        """Say what `reference` is the cost of."""
+        if self.table.supported[:, TOP, TOP].all():
+            return "uniform 8 bits"
+        return "8 bits, and the dearest pair where they can't be done"
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -266,14 +279,17 @@ class Problem:
         return pairs[:, 0], pairs[:, 1]
 
     def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
-        """Return the cost of a policy in the metric's unit."""
+        """Return the cost of a policy in the metric's unit; infinity if the target can't do it."""
         w, a = self.bit_arrays(policy)
-        return float(self.cost[np.arange(len(w)), w - 1, a - 1].sum())
+        cells = (np.arange(len(w)), w - 1, a - 1)
+        if not self.table.supported[cells].all():
+            return math.inf  # it can be evaluated, as sensitivities need it, and is in no budget
+        return float(self.cost[cells].sum())
 
     def means_something(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
-        """Say whether every layer's bits have a meaning in its scheme."""
+        """Say whether every layer's bits have a meaning in its scheme, and can be done by the target."""
         w, a = self.bit_arrays(policy)
-        return bool(self._meaningful[np.arange(len(w)), w - 1, a - 1].all())
+        return bool((self._meaningful & self.table.supported)[np.arange(len(w)), w - 1, a - 1].all())
 
     def check_policy(self, policy: object) -> None:
         """Check that a policy is one of this problem's, whatever it costs.
@@ -369,6 +385,11 @@ class Problem:
         together = np.array([allowed[list(group)].all(0) for group in self.groups])
         if not together.any((1, 2)).all():
             group = self.groups[int(np.argmin(together.any((1, 2))))]
+            if len(group) == 1:
+                raise ValueError(
+                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {self.bits[0]} to {self.bits[1]} that "
+                    f"its scheme has and {self.target.name} can do"
+                )
             raise ValueError(f"tied layers {', '.join(self.workload.names[i] for i in group)} have no pair of bits in common")
         worth = hw_models.undominated(cost, together)
         return [Decision(*part) for part in zip(self.groups, map(_pairs, worth), map(np.extract, worth, cost), strict=True)]
@@ -381,15 +402,27 @@ class Problem:
         """Tell which pairs may be chosen if widths may be from `low` to `high`, shape (layers, 8, 8)."""
         allowed = np.zeros(self.cost.shape, bool)
         allowed[:, low - 1 : high, low - 1 : high] = True
-        allowed &= self._meaningful
+        allowed &= self._meaningful & self.table.supported
         for name, (w, a) in self.pinned.items():
-            row = allowed[self.workload.names.index(name)]
+            index = self.workload.names.index(name)
+            if not self.table.supported[index, w - 1, a - 1]:
+                raise ValueError(
+                    f"layer {name!r} is fixed at {w}/{a} (weights/activations), which {self.target.name} can't do: "
+                    "pin it at another pair"
+                )
+            row = allowed[index]
             row[:] = False
             row[w - 1, a - 1] = True
         return allowed
 
     def _limit(self, budget: float | str) -> float:
         limit = parse_budget(budget, self.metric, self.reference)
+        able = self.table.supported[:, TOP, TOP]
+        if not able.all() and limit != parse_budget(budget, self.metric, 2 * self.reference):
+            raise ValueError(
+                f"budget {budget} is a fraction of uniform 8 bits, which {self.target.name} can't do in layer "
+                f"{self.workload.names[int(np.argmin(able))]!r}: give an amount with a unit"
+            )
         if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
             raise OutOfReach(f"budget {budget} is out of reach: {self.reach}")
         return limit

@@ -145,7 +145,7 @@ def remove(removal: Removal) -> bool:
 
 def _removal(run: RunSummary, *, unfinished: bool, checkpoints: bool) -> Removal | None:
     """Choose what of one run or sweep is to go; None if it isn't asked for."""
-    if run.state == RUNNING:
+    if run.state == RUNNING or is_held(run.folder):
         return Removal(run, kept_because="it is being written")
     if run.folder.is_symlink():
         return Removal(run, kept_because="it is a symbolic link")

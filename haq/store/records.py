@@ -470,6 +470,17 @@ class UniformResult(JudgedRecord):
     cost: Cost
 
 
+class TuningRecord(Record):
+    """How a fine-tuning was judged on images of the train split that it held out."""
+
+    images: Count
+    epochs: Count
+    kept: Count  # the epoch whose network was kept; 0: the network before
+    diverged: bool = False
+    before: Share
+    best: Share
+
+
 class ResultRecord(FileRecord):
     """result.json: what a finished search found. Costs are in seconds, joules and bytes, accuracies are shares."""
 
@@ -499,6 +510,7 @@ class ResultRecord(FileRecord):
     found: Measurement
     finetuned: Measurement | None
     finetuned_scheme: str | None = None  # if that isn't the run's own
+    tuning: TuningRecord | None = None
     rivals: Annotated[dict[str, Measurement], Field(max_length=MOST)]
     rival_policies: Annotated[dict[str, PolicyRecord], Field(max_length=MOST)] = {}
     verified: AttackedRecord | None = None

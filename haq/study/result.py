@@ -11,6 +11,7 @@ from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, share_key
 from haq.study.task import SearchTask, threads
+from haq.training.config import Outcome
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -52,9 +53,12 @@ def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | Non
     """Price a policy in every metric (seconds, joules, bytes); None where the target has no such metric."""
     if policy is None:
         # 32 bits for each weight and bias; no simulated target computes in float.
-        in_float = float(sum(4 * layer.parameters for layer in problem.workload.layers))
+        in_float = float(sum(4 * layer.own_parameters for layer in problem.workload.layers))
         return {"latency_s": None, "energy_j": None, "storage_bytes": in_float}
-    prices = problem.table.price(*problem.bit_arrays(policy))._asdict()
+    w, a = problem.bit_arrays(policy)
+    if not problem.table.supported[range(len(w)), w - 1, a - 1].all():
+        return dict.fromkeys(COST_KEYS.values())  # such as uniform 8 bits, where the target can't do them
+    prices = problem.table.price(w, a)._asdict()
     found: dict[str, float | None] = {}
     for metric, key in COST_KEYS.items():
         found[key] = None
@@ -125,6 +129,19 @@ def collect(
         "finetuned": tuned,
         "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
         "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
+    }
+
+
+def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
+    """Tell as plain data how a fine-tuning was judged on the images that it held out (`haq.store.records.TuningRecord`)."""
+    assert outcome.before is not None
+    return {
+        "images": outcome.images,
+        "epochs": epochs,
+        "kept": outcome.kept,
+        "diverged": outcome.diverged,
+        "before": outcome.before.accuracy,
+        "best": outcome.best.accuracy,
     }
 
 

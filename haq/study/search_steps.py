@@ -63,10 +63,13 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         found = _solve_all(bar, task, run, (config.solver, *rivals))
         policy = found.policies[config.solver]
         tuned = None
+        outcomes: list[training.Outcome] = []
         if config.finetune_epochs:
-            tuned = _finetune(bar, task, run, policy)
+            tuned = _finetune(bar, task, run, policy, outcomes.append)
         policies = {name: found.policies[name] for name in rivals}
         result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
+        for outcome in outcomes:
+            result["tuning"] = summary.tuning_entry(outcome, config.finetune_epochs)
         if task.problem.objective.attacked:
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
@@ -108,7 +111,9 @@ def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivi
     return session
 
 
-def _finetune(bar: Progress, task: SearchTask, run: SearchRun, policy: Q.BitPolicy) -> nn.Module:
+def _finetune(
+    bar: Progress, task: SearchTask, run: SearchRun, policy: Q.BitPolicy, on_outcome: training.OnOutcome
+) -> nn.Module:
     config = task.config
     network = task.problem.evaluator.network
     Q.set_policy(network, policy)
@@ -118,8 +123,10 @@ def _finetune(bar: Progress, task: SearchTask, run: SearchRun, policy: Q.BitPoli
         task.dataset.train,
         epochs=config.finetune_epochs,
         seed=config.seed,
+        learning_rate=config.learning_rate,
         adversary=adversary_of(config),
         state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=policy),
+        on_outcome=on_outcome,
         **follow_training(bar),
     )
     run.save_checkpoint(tuned, task)

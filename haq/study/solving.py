@@ -9,6 +9,7 @@ result.save("found")
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from haq.data import Split
 from haq.networks import Network
 from haq.networks.checkpoint import load_quantized, save_quantized
 from haq.problem.batches import Batches, read_tensors
+from haq.problem.chance import doubts
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, check_kind
@@ -41,11 +43,13 @@ from haq.study.tables import PolicyTable
 from haq.study.task import outline, versions
 from haq.study.workers.processes import working
 from haq.training import finetune
+from haq.training.config import Outcome
 from hw_models.notebook import html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logger = logging.getLogger("haq")
 MOST_SEEDS = 2**32  # what every generator takes
 TOP_RATE = 10.0  # a learning rate is below it
 TUNED = "fine-tuned"
@@ -95,7 +99,7 @@ class Result:
         seed: What everything random came from.
         session: The allowance that it had, with what was tried.
         trial: The best trial within the budget.
-        finetuned: The network after the last `finetune`, better or not; None before.
+        finetuned: What the last `finetune` returned, better on the search images or not; None before.
         kept: Which network `quantized` is, in words: "fine-tuned", "fine-tuned earlier" or "calibrated only".
     """
 
@@ -192,6 +196,9 @@ class Result:
     def finetune(self, loader: Batches, *, epochs: int = 12, seed: int | None = None, **options: Any) -> nn.Module:
         """Train the quantized network at its bits, with the float network as teacher.
 
+        A part of the images is held out. After every epoch the network is judged by how often it answers them as the float
+        network does, and the best is returned; where none is better than the network before, that one, with a warning.
+
         Args:
             loader: Images to train with, shape (images, channels, height, width) each batch: a DataLoader, a Dataset, tensors.
                 Labels play no part. They are kept in memory.
@@ -222,6 +229,7 @@ class Result:
         if images.dim() != 4:
             raise ValueError(f"fine-tuning takes images (N, C, H, W), the loader gives inputs of shape {tuple(images.shape)}")
         network = Network(type(self.problem.network).__name__, self.problem.network, tuple(images.shape[1:]))  # type: ignore[arg-type]
+        on_outcome = options.pop("on_outcome", _warn_if_vain)
         split = Split(images, images.new_zeros(len(images)).long())
         with _shown() as bar:
             line = bar.add_task("fine-tuning", total=None)
@@ -232,6 +240,7 @@ class Result:
                 epochs=epochs,
                 seed=seed,
                 on_step=lambda step, steps: bar.update(line, completed=step, total=steps),
+                on_outcome=on_outcome,
                 **options,
             )
         self._keep(tuned)
@@ -369,6 +378,8 @@ def solve(
     else:
         kind = check_kind(sensitivities)
     name = found.name or type(found).__name__
+    for sentence in doubts(problem):
+        logger.warning(sentence)
     with _shown() as bar:
         line = bar.add_task(name, total=evaluations)
 
@@ -441,6 +452,15 @@ def check_rate(rate: Any) -> None:
     """Raise ValueError unless a learning rate is a number that training can do something with."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < TOP_RATE:
         raise ValueError(f"learning_rate is {rate!r}; it must be a number above 0 and below {TOP_RATE:g}")
+
+
+def _warn_if_vain(outcome: Outcome) -> None:
+    """Say it if fine-tuning didn't help."""
+    if not outcome.kept:
+        logger.warning(
+            f"fine-tuning did not help: on {outcome.images} images that were held out no epoch was better than the network "
+            "before, which was kept; try a lower learning_rate, or more images"
+        )
 
 
 @contextmanager

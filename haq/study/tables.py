@@ -12,6 +12,7 @@ from rich.console import Console
 
 import quantizers as Q
 from haq.console.tables import Column, key_table, print_columns, say, say_next
+from haq.problem.chance import FEW, doubts, with_error
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
@@ -42,12 +43,14 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of uniform 8 bits"
+    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of {problem.reference_words}"
     results_in = "nothing is written (--dry-run)"
     if folder is not None:
         results_in = str(folder)
-    rows = {
-        "network": _network_words(task),
+    rows = {"network": _network_words(task)}
+    if unpriced := problem.workload.unpriced_words:
+        rows["not priced"] = unpriced
+    rows |= {
         "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
@@ -77,7 +80,8 @@ def _network_words(task: SearchTask) -> str:
     measured = problem.objective.name
     if problem.objective.attacked:
         measured = f"accuracy ({problem.objective.words})"
-    return f"{words}, float {measured} {percent(problem.float_accuracy)} on the search split"
+    share = with_error(problem.float_accuracy, problem.evaluator.count)
+    return f"{words}, float {measured} {share} on the search split"
 
 
 def scheme_words(problem: Problem) -> str:
@@ -237,6 +241,33 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
         say(console, _rivals_sentence(task.problem.objective, result))
+    if result.get("tuning"):
+        say(console, tuning_sentence(result["tuning"]))
+    print_doubts(console, task)
+
+
+def print_doubts(console: Console, task: SearchTask) -> None:
+    """Say what must be known before accuracies are believed: float accuracy at chance, few images."""
+    for sentence in doubts(task.problem):
+        say(console, sentence)
+
+
+def tuning_sentence(tuning: Mapping[str, Any]) -> str:
+    """Say whether fine-tuning helped (`haq.study.result.tuning_entry`)."""
+    before, best = (with_error(tuning[name], tuning["images"]) for name in ("before", "best"))
+    judged = f"on {tuning['images']:,} train images that were held out"
+    ended = ""
+    if tuning.get("diverged"):
+        ended = "; it ended early, since its loss was no number any more"
+    if tuning["kept"]:
+        return (
+            f"Fine-tuning, {judged}: {before} before, {best} after epoch {tuning['kept']} of {tuning['epochs']}, whose "
+            f"network was kept{ended}."
+        )
+    return (
+        f"Fine-tuning did not help, {judged}: no epoch of {tuning['epochs']} was better than the network before ({before}), "
+        f"which was kept{ended}. Try a lower --learning-rate, or more images."
+    )
 
 
 def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, Any]) -> None:
@@ -255,7 +286,8 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
     shown = {label: row for label, row in rows.items() if row is not None}
     columns = [Column("policy", list(shown), least=14)]
     for heading, key in _share_columns(problem.objective):
-        columns.append(Column(heading, [percent(row[key]) for row in shown.values()], "right"))
+        count = len(getattr(task.dataset, key.partition("_")[0]))
+        columns.append(Column(heading, [with_error(row[key], count) for row in shown.values()], "right"))
     for metric in ("latency", "energy", "storage"):
         if metric not in problem.metrics:
             continue
@@ -290,6 +322,8 @@ def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
     """Say below a table of results on how many images they stand, and where they were measured."""
     objective = task.problem.objective
     parts = [f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search images"]
+    if min(len(task.dataset.test), len(task.dataset.search)) < FEW:
+        parts.append("± is the standard error in points")
     if task.config.finetune_steps:
         parts.append(f"every policy fine-tuned for {task.config.finetune_steps} steps")
     if objective.note:

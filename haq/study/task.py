@@ -48,14 +48,18 @@ class LoadedNetwork:
     @classmethod
     def load(cls, config: SearchConfig) -> LoadedNetwork:
         """Load network and data, which need no hardware; raises what its parts raise."""
-        network = networks.load(config.network)
+        network = networks.load(config.network).normalized(*config.normalization())
         dataset = data.load(config.data, image_size=network.input_shape[-1])
         networks.check_fits(network, dataset)
+        check_scale(dataset, config.mean, config.std)
         return LoadedNetwork(config, network, dataset)
 
     def signature(self) -> dict[str, str]:
         """Tell what must be the same for a run's policy and checkpoint to belong to it."""
-        return {"network": self.network.signature(), "data": self.dataset.signature()}
+        network = self.network.signature()
+        if any(self.config.normalization()):
+            network += f", mean {self.network.mean}, std {self.network.std}"
+        return {"network": network, "data": self.dataset.signature()}
 
     def calibration(self) -> Tensor:
         """Preprocess images of the train split (N, C, H, W), of all classes, that set the activation scales."""
@@ -91,7 +95,7 @@ class SearchTask(LoadedNetwork):
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         tuning = None
         if config.finetune_steps:
-            tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed)
+            tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed, config.learning_rate)
         search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
         scheme: AnyScheme = LINEAR
         if config.scheme != LINEAR:
@@ -158,6 +162,23 @@ class SearchTask(LoadedNetwork):
         if not others:
             return {}
         return {"scheme": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]}
+
+
+def check_scale(dataset: data.Dataset, mean: str | None, std: str | None) -> None:
+    """Raise ValueError if a mean or deviation is given for images that are taken as they are.
+
+    Args:
+        dataset: The images.
+        mean: What was given, if anything.
+        std: The same.
+    """
+    if mean is None and std is None:
+        return
+    kind = dataset.search.images[torch.arange(1)].dtype
+    if kind != torch.uint8:
+        raise ValueError(
+            f"--mean and --std are of uint8 images; those of {dataset.name} are {kind}, and are taken as they are"
+        )
 
 
 def outline(problem: Problem, network: str = "", origin: str = "", data: str = "") -> dict[str, Any]:

@@ -9,9 +9,14 @@ import lazy_loader
 if TYPE_CHECKING:
     from haq.training.adversaries import Adversary as Adversary
     from haq.training.adversaries import TrainingAttack as TrainingAttack
+    from haq.training.config import Judgement as Judgement
+    from haq.training.config import OnOutcome as OnOutcome
+    from haq.training.config import Outcome as Outcome
     from haq.training.config import TrainConfig as TrainConfig
     from haq.training.finetuning import ShortTuning as ShortTuning
     from haq.training.finetuning import finetune as finetune
+    from haq.training.finetuning import hold_out as hold_out
+    from haq.training.finetuning import judge_of as judge_of
     from haq.training.finetuning import refresh_norms as refresh_norms
     from haq.training.loop import accuracy as accuracy
     from haq.training.loop import agreement as agreement
@@ -24,8 +29,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["adversaries", "config", "loop", "finetuning"],
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
-        "config": ["TrainConfig"],
+        "config": ["Judgement", "OnOutcome", "Outcome", "TrainConfig"],
         "loop": ["accuracy", "agreement", "augment", "fit", "fixed_weights"],
-        "finetuning": ["ShortTuning", "finetune", "refresh_norms"],
+        "finetuning": ["ShortTuning", "finetune", "hold_out", "judge_of", "refresh_norms"],
     },
 )

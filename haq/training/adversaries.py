@@ -99,7 +99,10 @@ class TrainingAttack:
         if self.adversary.kind == "free":
             if self.delta is None:
                 self.delta = torch.zeros_like(inputs)
-            # The last batch of a pass may be smaller.
+            # The last batch of a pass may be smaller, or larger by one.
+            more = inputs[len(self.delta) :]
+            if len(more):
+                self.delta = torch.cat([self.delta, torch.zeros_like(more)])
             return self.ball.project(inputs + self.delta[: len(inputs)], inputs).requires_grad_()
         gradient = input_gradient(module, loss)
         with evaluating(module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from haq.training.adversaries import Adversary
 
@@ -16,8 +17,57 @@ if TYPE_CHECKING:
 
 OPTIMIZERS = ("sgd", "adam")
 
+ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
+
 OnEpoch = Callable[[int, float], None]  # epochs done, and the mean loss of the last
 OnStep = Callable[[int, int], None]  # steps done, and in all
+
+
+class Judgement(NamedTuple):
+    """What a network is worth on held-out images.
+
+    Attributes:
+        accuracy: The share of them that it answers as it should, 0 to 1.
+        loss: Its mean loss (nats).
+    """
+
+    accuracy: float
+    loss: float
+
+    def beats(self, other: Judgement) -> bool:
+        """Say whether this is the better one of two: of more accuracy, or of as much with less loss."""
+        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a training whose network was judged after every epoch.
+
+    Attributes:
+        images: How many held-out images the judgements stand on.
+        before: The judgement of the network before; None if it wasn't among those that could be kept.
+        epochs: The judgements after the epochs.
+        kept: The number of the epoch whose network was kept, from 1; 0 for the network before.
+        diverged: Whether training ended early, since the loss was no number any more.
+    """
+
+    images: int
+    before: Judgement | None
+    epochs: tuple[Judgement, ...]
+    kept: int
+    diverged: bool = False
+
+    @property
+    def best(self) -> Judgement:
+        """Return the judgement of the network that was kept."""
+        if self.kept:
+            return self.epochs[self.kept - 1]
+        assert self.before is not None
+        return self.before
+
+
+OnJudged = Callable[[int, Judgement], None]  # epochs done, and what the network is worth
+OnOutcome = Callable[[Outcome], None]
 
 
 @dataclass(frozen=True)
@@ -56,9 +106,27 @@ class TrainConfig:
     adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
-        """Check the optimizer's name."""
+        """Check the optimizer's name and the batch size."""
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size!r}; it must be at least 2, since norms need two images")
         if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+
+
+def rate_for(rate: float, steps: int) -> float:
+    """Return what of a default learning rate suits so many steps.
+
+    Few steps can't make good what a high rate does at first: below ENOUGH_STEPS it falls with the root of their number.
+    """
+    return rate * min(1.0, math.sqrt(steps / ENOUGH_STEPS))
+
+
+def no_judgement(epoch: int, judgement: Judgement) -> None:
+    """Report a judgement to nobody."""
+
+
+def no_outcome(outcome: Outcome) -> None:
+    """Report an outcome to nobody."""
 
 
 def no_epoch(epoch: int, loss: float) -> None:

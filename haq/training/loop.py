@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,24 @@ import quantizers as Q
 from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
+from haq.data.dataset import batch_count
 from haq.networks import Network
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import TrainingAttack
-from haq.training.config import OnEpoch, OnStep, TrainConfig, no_epoch, no_step
+from haq.training.config import (
+    Judgement,
+    OnEpoch,
+    OnJudged,
+    OnStep,
+    Outcome,
+    TrainConfig,
+    no_epoch,
+    no_judgement,
+    no_step,
+)
 
 WARMUP_STEPS = 200  # at most; a tenth of all steps where that is fewer
+Judge = Callable[[nn.Module], Judgement]  # of a network, on images that it isn't trained on
 LEAST_SCALE = 0.1  # of where a quantization step began: so far down may training move it
 
 
@@ -34,9 +47,12 @@ def fit(
     module: nn.Module | None = None,
     teacher: nn.Module | None = None,
     state: Checkpoint | None = None,
+    judge: Judge | None = None,
+    before: Judgement | None = None,
     on_epoch: OnEpoch = no_epoch,
     on_step: OnStep = no_step,
-) -> None:
+    on_judged: OnJudged = no_judgement,
+) -> Outcome | None:
     """Train a module in place.
 
     Args:
@@ -48,25 +64,48 @@ def fit(
             mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR
             2022). Against an adversary it is the distance from its outputs on the inputs as they were.
         state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
+        judge: Judges the module after every epoch; in the end it is what it was after the best of them.
+        before: With a judge: what the best epoch must beat. If none does, the outcome says so, and the module is left as
+            it was after the last one; the network before is the caller's.
         on_epoch: Told the epochs done and the last one's mean loss.
         on_step: Told the steps done and in all.
+        on_judged: Told the epochs done and the judgement after the last one.
+
+    Returns:
+        With a judge: how the epochs were judged, and which was kept.
 
     Raises:
-        FloatingPointError: If the loss stops being a number.
-        ValueError: For an adversary on images of unknown range, and a state of something else.
+        FloatingPointError: If the loss stops being a number before there is anything to keep.
+        ValueError: For fewer than two images, an adversary on images of unknown range, and a state of something else.
     """
+    if len(split) < 2:
+        raise ValueError(f"training takes at least 2 images, there are {len(split)}")
     if config.adversary is not None:
         check_images(split)
     training = Training(network, module or network.module, teacher, config, len(split))
+    training.least = before
     if state is not None:
         training.restore(state)
+    diverged = False
     for epoch in range(training.epoch, training.epochs):
-        loss = train_epoch(training, split, on_step)
+        try:
+            loss = train_epoch(training, split, on_step)
+        except FloatingPointError:
+            if judge is None or (before is None and training.best is None):
+                raise
+            diverged = True
+            break
         training.epoch = epoch + 1
+        if judge is not None:
+            training.consider(judge(training.module))
+            on_judged(training.epoch, training.judged[-1])
         if state is not None:
             training.save(state)
         on_epoch(training.epoch, loss)
     training.finish()
+    if judge is None:
+        return None
+    return Outcome(0, before, tuple(training.judged), training.kept, diverged)
 
 
 class Training:
@@ -80,6 +119,10 @@ class Training:
         attack: What perturbs the inputs; None: nothing.
         epochs: How many there are; `epoch` of them are done.
         steps: How many there are; `step` of them are done.
+        least: The judgement that an epoch's network must beat to be kept; None: the first one is kept until a better comes.
+        judged: The judgements after the epochs done, if the module is judged.
+        kept: The number of the epoch whose network is in `best`, from 1; 0: of none.
+        best: All tensors of that network.
     """
 
     def __init__(
@@ -114,11 +157,41 @@ class Training:
             self.replays = config.adversary.replays
             passes = config.adversary.passes(config.epochs)
 
-        self.steps_per_epoch = math.ceil(images / config.batch_size) * self.replays
+        self.steps_per_epoch = batch_count(images, config.batch_size) * self.replays
         self.steps = config.steps or passes * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
         self.epoch = 0
         self.step = 0
+        self.least: Judgement | None = None
+        self.judged: list[Judgement] = []
+        self.kept = 0
+        self.best: dict[str, Any] | None = None
+
+    def tensors(self) -> dict[str, Any]:
+        """Copy all tensors of the module."""
+        return {
+            "module": {key: value.detach().clone() for key, value in self.module.state_dict().items()},
+            "quantizers": Q.quantizer_state(self.module),
+        }
+
+    def load_tensors(self, content: dict[str, Any]) -> None:
+        """Put back what `tensors` copied."""
+        self.module.load_state_dict(content["module"])
+        if content["quantizers"]:
+            Q.load_quantizer_state(self.module, content["quantizers"])
+
+    def consider(self, judgement: Judgement) -> None:
+        """Note what the module is worth now, and keep it if that is the most so far.
+
+        It must be no worse than the network before in either way: a few images may be answered rightly by chance.
+        """
+        self.judged.append(judgement)
+        least = self.least
+        if least is not None and (judgement.accuracy < least.accuracy or not judgement.loss < least.loss):
+            return
+        if self.kept == 0 or judgement.beats(self.judged[self.kept - 1]):
+            self.kept = len(self.judged)
+            self.best = self.tensors()
 
     def save(self, state: Checkpoint) -> None:
         """Write what a training goes on with after an epoch."""
@@ -128,8 +201,10 @@ class Training:
         state.write(
             {
                 "epoch": self.epoch,
-                "module": self.module.state_dict(),
-                "quantizers": Q.quantizer_state(self.module),
+                **self.tensors(),
+                "judged": [tuple(judgement) for judgement in self.judged],
+                "kept": self.kept,
+                "best": self.best,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "generator": self.generator.get_state(),
                 "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
@@ -145,9 +220,10 @@ class Training:
         if content is None:
             return
         with state.fitting():
-            self.module.load_state_dict(content["module"])
-            if content["quantizers"]:
-                Q.load_quantizer_state(self.module, content["quantizers"])
+            self.load_tensors(content)
+            self.judged = [Judgement(float(accuracy), float(loss)) for accuracy, loss in content["judged"]]
+            self.kept = content["kept"]
+            self.best = content["best"]
             for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
             self.generator.set_state(content["generator"])
@@ -161,7 +237,9 @@ class Training:
         self.step = epoch * self.steps_per_epoch
 
     def finish(self) -> None:
-        """Leave the module ready for use."""
+        """Leave the module ready for use, as it was at its best if it was judged."""
+        if self.best is not None:
+            self.load_tensors(self.best)
         for scale in self.scales:
             scale.requires_grad_(False)
         self.module.eval()
@@ -280,8 +358,8 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
     """
     config = training.config
     training.module.train()
-    if config.fixed_norms:
-        for norm in batch_norms(training.module):
+    for norm in running_norms(training.module):
+        if config.fixed_norms or is_frozen(norm):
             norm.eval()
     total = 0.0
     seen = 0
@@ -353,9 +431,16 @@ def set_learning_rate(training: Training) -> None:
             group["lr"] = peak * rate
 
 
-def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """Return the batch norms of a module."""
-    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+def running_norms(module: nn.Module) -> list[nn.modules.batchnorm._NormBase]:
+    """Return the norms of a module that keep running statistics: batch norms, and instance norms that are told to."""
+    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+def is_frozen(norm: nn.modules.batchnorm._NormBase) -> bool:
+    """Say whether a norm's statistics are to stay: it is trained in nothing else either, or its momentum is 0."""
+    parameters = list(norm.parameters(recurse=False))
+    return norm.momentum == 0 or (bool(parameters) and not any(one.requires_grad for one in parameters))
 
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:

@@ -61,10 +61,15 @@ class TimingCache:
             self.path.unlink(missing_ok=True)
             return {}
 
-    def save(self, timings: Mapping[str, Timing]) -> dict[str, Timing]:
-        """Add timings to the file; returns all of it. What another process wrote first stands."""
+    def save(self, timings: Mapping[str, Timing], *, replacing: bool = False) -> dict[str, Timing]:
+        """Add timings to the file; returns all of it.
+
+        What another process wrote first stands, unless these are `replacing` it.
+        """
         with self._locked():
             merged = {**timings, **self.read()}
+            if replacing:
+                merged |= timings
             partial = self.path.with_suffix(f".{os.getpid()}.part")
             partial.write_text(json.dumps({"key": self.key, "timings": merged}, indent=0), encoding="utf-8")
             partial.replace(self.path)
@@ -89,9 +94,12 @@ def _checked(content: Any, key: Mapping[str, str | int]) -> dict[str, Timing]:
         different = sorted(name for name in {*key, *content["key"]} if content["key"].get(name) != key.get(name))
         raise ValueError(f"they were measured with another {' and '.join(different)}")
     timings = {}
-    for kernel, (median, spread, repeats) in content["timings"].items():
+    for kernel, (median, spread, repeats, *marks) in content["timings"].items():
         numbers = all(type(value) in (float, int) and math.isfinite(value) for value in (median, spread, repeats))
         if not (numbers and median > 0 and spread >= 0 and repeats >= 1):
             raise ValueError(f"the time of {kernel!r} is {median!r}")
-        timings[kernel] = Timing(float(median), float(spread), int(repeats))
+        trusted = marks or [True]  # files of earlier versions have no mark
+        if trusted not in ([True], [False]):
+            raise ValueError(f"the mark of {kernel!r} is {marks!r}")
+        timings[kernel] = Timing(float(median), float(spread), int(repeats), bool(trusted[0]))
     return timings

@@ -163,12 +163,12 @@ def test_unknown_attacks_are_refused_before_anything_is_trained(capsys: pytest.C
     assert not Path("run/robustness").exists()
 
 
-def killed(name: str) -> None:
+def killed(*given: object) -> None:
     os._exit(9)
 
 
 def test_a_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(robustness_run, "_attack_in_worker", killed)
+    monkeypatch.setattr(robustness_run, "_attacking", killed)
     assert call("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--workers", "2", "--out", "o") == 2
     err = capsys.readouterr().err
     assert "a worker was killed" in err

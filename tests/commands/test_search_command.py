@@ -19,6 +19,7 @@ from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.store.history import COLUMNS
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
+from hw_models import trust
 from tests.conftest import enter
 
 MODULE = """
@@ -357,7 +358,7 @@ def test_as_a_user_types_it_nothing_comes_on_stderr(tmp_path: Path) -> None:
     assert "mobilenet-mini" in done.stdout
 
 
-def test_the_config_of_a_run_can_be_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_of_a_run_can_be_given_back(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(search.main, *QUICK, "--solver", "ilp", "--scheme", "lsq,hidden=pact", "--out", "run") == 0
     config = SearchConfig.from_file(Path("run/config.yaml"))
     assert (config.solver, config.scheme, config.evaluations) == ("ilp", "lsq,hidden=pact", 30)
@@ -370,10 +371,11 @@ def test_the_config_of_a_run_can_be_given_back(capsys: pytest.CaptureFixture[str
     expected = config.replace(solver="greedy", finetune_epochs=0, seed=3)
     assert SearchConfig.from_file(Path("other/config.yaml")) == expected
     capsys.readouterr()
-    # A file can't have code imported that came with it; who names it himself can.
+    # A file can't have code imported that nobody has named; who names it himself can.
     shutil.copy("run/config.yaml", "config.yaml")
+    monkeypatch.setattr(trust, "_named", set())
     assert call(search.main, "--config", "config.yaml", "--dry-run") == 2
-    assert "which is code in the run's own folder, and was not run" in capsys.readouterr().err
+    assert "config.yaml names network small_job:network, and code is never called because" in capsys.readouterr().err
     assert call(search.main, "--config", "config.yaml", *SMALL, "--dry-run") == 0
     Path("config.yaml").write_text("schema: other")
     assert call(search.main, "--config", "config.yaml") == 2

@@ -67,6 +67,7 @@ def counted(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {kernel: seconds(kernel) for kernel in kernels}
 
     monkeypatch.setattr(targets, "measure", fake)
+    monkeypatch.setattr(targets, "Reference", lambda *_: lambda: 1e-4)
     return measured
 
 
@@ -275,6 +276,7 @@ from tests.hw_models.stand_in_kernels import candidates
 from tests.hw_models.test_measured_latency import seconds
 kernels.candidates = candidates
 targets.measure = lambda some, cpu, **_: {kernel: seconds(kernel) for kernel in some}
+targets.Reference = lambda *_: lambda: 1e-4
 def progress(done, total, note):
     if done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -286,8 +288,10 @@ def test_a_killed_measurement_goes_on_where_it_was(counted: list[str], network: 
     process = python(KILLED)
     assert process.wait() == -signal.SIGKILL
     hw_models.load_target("cpu").cost_table(workload(network))
-    _, _, *others = (Conv.of(layer).in_channels for layer in workload(network).layers)
-    assert {name.split()[0] for name in counted} == {str(channels) for channels in others}
+    first, second, *others = (Conv.of(layer) for layer in workload(network).layers)
+    checked = [f"{conv.in_channels} int8 4x4" for conv in (first, second)]  # one kernel of each shape that was measured
+    assert counted[-2:] == checked
+    assert {name.split()[0] for name in counted[:-2]} == {str(conv.in_channels) for conv in others}
 
 
 def test_refused_targets(stand_ins: None) -> None:

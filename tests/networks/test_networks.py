@@ -13,7 +13,8 @@ from torch import nn
 
 import hw_models
 from haq import data, networks, training
-from haq.networks import building, zoo
+from haq.networks import zoo
+from hw_models import trust
 
 
 def test_the_default_network() -> None:
@@ -230,7 +231,7 @@ def test_a_checkpoint_calls_no_function_that_the_user_has_not_named(tmp_path: Pa
     path = Path("net.safetensors")
     networks.save_checkpoint(network, path)
     assert networks.load("net.safetensors").signature() == network.signature()
-    monkeypatch.setattr(building, "_named", set())
+    monkeypatch.setattr(trust, "_named", set())
     with pytest.raises(ValueError, match=r"never called because a file says so.*named_network:good@net\.safetensors"):
         networks.load("net.safetensors")
     assert networks.load("named_network:good@net.safetensors").signature() == network.signature()

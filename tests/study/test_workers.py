@@ -18,7 +18,7 @@ from haq import search
 from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
 from haq.study.workers import processes
-from haq.study.workers.processes import Processes, working
+from haq.study.workers.processes import working
 from tests.commands.test_search_command import QUICK, SMALL, call, history, place  # noqa: F401
 from tests.conftest import images, make_problem, small_network
 
@@ -109,14 +109,14 @@ def test_a_killed_worker_loses_nothing() -> None:
 
 def test_workers_that_are_killed_again_and_again_are_given_up_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(small_network())
-    monkeypatch.setattr(Processes, "_start", lambda self: _dying())
+    monkeypatch.setattr(processes, "_evaluating", _dying)
     with working(problem.evaluator, 1), pytest.raises(ChildProcessError, match="killed 3 times in a row") as raised:
         problem.evaluate(problem.uniform(4))
     assert "\n" not in str(raised.value)
 
 
-def _dying() -> processes.ProcessPoolExecutor:
-    return processes.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os._exit, (1,))
+def _dying(*given: object) -> None:
+    os._exit(1)
 
 
 def test_what_goes_wrong_there_is_told_here() -> None:

@@ -229,7 +229,8 @@ def test_finetuning_takes_a_penalty_and_an_adversary() -> None:
         return Q.lipschitz_penalty(module, beta=1.0)
 
     options = {}, {"penalty": penalty}, {"adversary": Adversary("rfgsm", 0.1)}
-    tuned = [training.finetune(network, qnetwork, shipped(64), epochs=2, seed=0, **option) for option in options]  # type: ignore[arg-type]
+    given = {"epochs": 2, "seed": 0, "keep_best": False}
+    tuned = [training.finetune(network, qnetwork, shipped(64), **given, **option) for option in options]  # type: ignore[arg-type]
     assert len(asked) == 4
     weights = [net.get_submodule("pointwise").weight for net in tuned]
     assert not any(torch.equal(weights[0], other) for other in weights[1:])

@@ -1,0 +1,78 @@
+"""What can be believed of an accuracy: how far chance moves it, and whether guessing would do as well."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from haq.store.units import percent
+
+if TYPE_CHECKING:
+    from haq.problem.problem import Problem
+
+FEW = 200  # images: of fewer, a single one moves an accuracy by more than half a point
+SURE = 2.0  # standard errors
+
+
+def standard_error(accuracy: float, count: int) -> float:
+    """Return the standard error of a share of `count` images, as a share itself."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / count)
+
+
+def with_error(share: float | None, count: int) -> str:
+    """Write a share in percent, with its standard error in points where it is of few images: 91.67 % ± 4.89."""
+    if share is None or count >= FEW:
+        return percent(share)
+    return f"{percent(share)} ± {100 * standard_error(share, count):.2f}"
+
+
+def is_chance(accuracy: float, guessing: float, count: int) -> bool:
+    """Say whether an accuracy on `count` images is within two standard errors of what guessing gives, or below it."""
+    return accuracy <= guessing + SURE * standard_error(guessing, count)
+
+
+def chance_sentence(accuracy: float, guessing: float, count: int, split: str) -> str:
+    """Warn of an accuracy at chance.
+
+    Args:
+        accuracy: The float network's.
+        guessing: What guessing gives.
+        count: The number of images.
+        split: What they are called.
+
+    Returns:
+        One sentence; nothing for an accuracy that is more than chance.
+    """
+    if not is_chance(accuracy, guessing, count):
+        return ""
+    points = 100 * standard_error(accuracy, count)
+    return (
+        f"WARNING: the float network's accuracy is {percent(accuracy)} (standard error {points:.2f} points) on {count:,} "
+        f"images of the {split} split, and guessing gives {percent(guessing)}: it isn't trained for these classes, or "
+        "is given other images than it was trained on (see --mean and --std)"
+    )
+
+
+def few_sentence(count: int, split: str) -> str:
+    """Warn of few images; nothing for enough of them."""
+    if count >= FEW:
+        return ""
+    points = 100 * standard_error(0.5, count)
+    return (
+        f"WARNING: the {split} split has {count} images, so one of them moves accuracy by {100 / count:.1f} points, and its "
+        f"standard error is up to {points:.1f}: smaller differences say nothing"
+    )
+
+
+def doubts(problem: Problem) -> list[str]:
+    """List what must be said of the accuracies of a problem before they are believed: sentences, none if all is well."""
+    evaluator = problem.evaluator
+    sentences = [few_sentence(evaluator.count, "search")]
+    scores = evaluator.expected
+    # Of an objective of somebody's own nobody knows what guessing gives.
+    if problem.objective.name in ("accuracy", "accuracy+robust") and scores is not None:
+        labels = evaluator.labels
+        accuracy = float((scores.argmax(1).cpu() == labels).double().mean())
+        guessing = max(1 / scores.shape[1], float(labels.bincount().max()) / len(labels))
+        sentences.append(chance_sentence(accuracy, guessing, evaluator.count, "search"))
+    return [sentence for sentence in sentences if sentence]
