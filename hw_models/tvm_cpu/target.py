@@ -151,9 +151,7 @@ class CpuTarget:
             for conv in self._outdated(trusted, {conv: chosen[conv] for conv, some in before.items() if some}):
                 layer, kernels = candidates[conv]
                 trusted.forget(kernels)
-                chosen[conv] = choose(
-                    kernels, partial(trusted.timings, partial(self._say, len(chosen), len(candidates), layer))
-                )
+                chosen[conv] = choose(kernels, partial(trusted.timings, partial(self._say, len(chosen), len(candidates), layer)))
             for some in before.values():
                 trusted.settle(some)
             if trusted.unchecked:

@@ -83,9 +83,7 @@ class Trusted:
         found = self._measured(say, kernels)
         self.unchecked = not all(timing.trusted for timing in found.values())
         return [
-            kernel
-            for kernel, timing in found.items()
-            if timing.trusted and not _alike(timing, self._known[self._text(kernel)])
+            kernel for kernel, timing in found.items() if timing.trusted and not _alike(timing, self._known[self._text(kernel)])
         ]
 
     def settle(self, kernels: Iterable[Kernel]) -> None:
