@@ -41,7 +41,7 @@ class Classifier(nn.Module):
             memory_format: In which the network takes its input.
         """
         super().__init__()
-        self.network = copy.deepcopy(network)
+        self.network = Q.copy_network(network)
         device = torch.device("cpu")
         for parameter in network.parameters():
             device = parameter.device

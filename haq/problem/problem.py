@@ -355,7 +355,7 @@ class Problem:
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""
-        made = copy.deepcopy(self.evaluator.network)
+        made = Q.copy_network(self.evaluator.network)
         floats = dict(self.network.named_parameters())
         for name, parameter in made.named_parameters():
             # Those that are no float network's are what a scheme learns.
