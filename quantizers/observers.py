@@ -402,7 +402,8 @@ def _call(network: nn.Module, inputs: Any) -> None:
     except Exception as error:  # whatever a network raises for inputs that aren't its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({reason}); {ACCEPTED}, as the network takes them"
+            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({reason}); {ACCEPTED}, "
+            "as the network takes them"
         ) from error
 
 
