@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
 
@@ -24,6 +25,7 @@ SAMPLES = 1 << 16  # activations of a batch that are looked at, and of all batch
 # are rarely multiples of, so that every channel keeps its share.
 MOST_SAMPLES = 16 * SAMPLES
 THINNING = 11
+BATCH = 64  # images of a Dataset that are put together
 PIECES = 64  # tensors in which they are kept at most
 CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into the cache
 BINS = 2048
@@ -330,8 +332,8 @@ def observe(
     Args:
         network: The network.
         layers: Modules of it, by name.
-        batches: One tensor (one batch), a pair (inputs, labels) of tensors, or an iterable of tensors
-            or of such pairs. Inputs of a floating type are taken in that of the network.
+        batches: One tensor (one batch), a pair (inputs, labels) of tensors, a Dataset, or an iterable of
+            tensors or of such pairs. Inputs of a floating type are taken in that of the network.
         first_pass: Within what the first batch is run.
 
     Returns:
@@ -372,6 +374,8 @@ def _batches(calibrate: Any) -> Iterable[Any]:
     """Return what to go through: batches of inputs, or of (inputs, labels)."""
     if isinstance(calibrate, Tensor) or _is_pair(calibrate):
         return [calibrate]
+    if isinstance(calibrate, Dataset) and not isinstance(calibrate, IterableDataset):
+        return DataLoader(calibrate, BATCH)
     if isinstance(calibrate, str | bytes | Mapping | np.ndarray) or not _is_iterable(calibrate):
         raise ValueError(f"`calibrate` is {_described(calibrate)}; {ACCEPTED}")
     iterable: Iterable[Any] = calibrate
@@ -417,10 +421,10 @@ def _call(network: nn.Module, inputs: Any) -> None:
     except (ValueError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a network raises for inputs that aren't its own
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({type(error).__name__}: {reason}); "
-            f"{ACCEPTED}, as the network takes them"
+            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({reason}); {ACCEPTED}, "
+            "as the network takes them"
         ) from error
 
 

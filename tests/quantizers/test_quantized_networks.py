@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
+from quantizers.functional import BLOCK
 from tests.conftest import images, small_network
 
 
@@ -371,6 +372,42 @@ def test_memory_that_is_used_again_changes_no_result() -> None:
     smaller = inputs[0][:, :, :100]  # not dense
     with torch.no_grad():
         assert torch.equal(layer(smaller), expected[0][:, :, :100])
+
+
+class Nested(nn.Linear):
+    """A layer with layers of its own, which all read one input, and which hands its input on."""
+
+    def __init__(self) -> None:
+        super().__init__(512, 8)
+        self.inner = nn.Linear(512, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x) + F.linear(x, self.weight, self.bias), x
+
+
+@pytest.mark.parametrize("scheme", ["linear", "lsq", "pact", "dorefa"])
+def test_memory_in_use_is_nobody_elses(scheme: str) -> None:
+    """Nested layers, a layer that returns its input, a hook that keeps it, and other threads."""
+    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
+    assert x.numel() > BLOCK
+    layer = Q.quantize(Nested(), {"": (8, 8), "inner": (2, 2)}, calibrate=x, scheme=scheme)
+    kept: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, output: kept.append(output[1][:3]))
+    results, handed = zip(*(layer(part) for part in (x, -x)), strict=True)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            kept.clear()
+            again = [layer(part) for part in (x, -x)]
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(context()(layer), x / 3).result()
+            for index, (result, given) in enumerate(again):
+                torch.testing.assert_close(result, results[index])
+                assert torch.equal(given, handed[index])
+                assert torch.equal(kept[index], handed[index][:3])
+    with torch.no_grad():  # memory that nothing refers to any more is used again
+        places = {layer.inner.scheme.activation(layer.inner, x, 2).data_ptr() for _ in range(3)}
+    kept.clear()
+    assert len(places) == 1
 
 
 def test_a_scheme_without_activation_scales_is_named(network: nn.Module) -> None:

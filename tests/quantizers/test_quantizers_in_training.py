@@ -4,6 +4,7 @@ folded, turned back into float, and for every compact network of three libraries
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -310,6 +312,42 @@ def test_compiled_networks_give_the_same() -> None:
     with torch.no_grad():
         assert torch.allclose(compiled(inputs), network(inputs), atol=1e-4)
     assert step(compiled, inputs).item() == pytest.approx(step(network, inputs).item(), abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("scheme", ["linear", "lsq", "lsqplus", "pact", "dorefa", "kmeans", "binary"])
+def test_traced_networks_give_the_same(scheme: str) -> None:
+    """With gradients and without, and whatever is kept already."""
+    bits = 4
+    if scheme == "binary":
+        bits = 1
+    network = Q.quantize(nn.Sequential(nn.Conv2d(1, 2, 3)), {"0": (bits, bits)}, calibrate=images(8), scheme=scheme)
+    x = images(BLOCK // 64 + 1)  # so large that it is quantized in pieces
+    with torch.no_grad():
+        expected = network(x)
+        traced = torch.jit.trace(network, images(2))
+        torch.jit.save(torch.jit.trace(network, x), io.BytesIO())
+    with pytest.warns(torch.jit.TracerWarning, match="no gradient"):
+        learning = torch.jit.trace(network, x)
+    with torch.no_grad():
+        assert torch.equal(traced(x), expected)
+        assert torch.equal(learning(x), expected)
+        network[0].weight.data.mul_(-1)  # the traced networks have the same weights: nothing that was kept is in them
+        assert torch.equal(traced(x), network(x))
+        assert torch.equal(learning(x), network(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_networks_give_the_same() -> None:
+    network, x = quantized().eval(), images(2)
+    with torch.no_grad():
+        expected = network(x)
+    exported = torch.export.export(network, (x,)).module()
+    assert torch.equal(exported(x), expected)
+    followed = make_fx(network)(x)
+    assert torch.equal(followed(x), expected)
+    network.stem.weight.data.mul_(-1)
+    assert torch.equal(followed(x), network(x))
 
 
 COMPACT = [
