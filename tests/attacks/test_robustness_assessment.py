@@ -239,7 +239,7 @@ def test_a_suite_that_plain_pgd_beats_is_an_upper_bound() -> None:
     assert min(value for eps, value in found.curve if eps <= 0.1) < found.worst
     assert found.masked
     assert found.verdict == "upper bound: plain PGD finds more than the attacks that were asked for"
-    assert check(assess(fitted_network(), X[:30], Y[:30], eps=0.1, attacks="fgsm,pgd"), "plain PGD").passed
+    # That a whole suite passes is told by `test_honest_networks_pass_every_check`.
 
 
 class Vote(nn.Module):

@@ -227,7 +227,12 @@ class Timed(Exporter):
     ("factor", "provenance", "machine", "words"),
     [
         (1.1, "estimated", None, ""),
-        (0.5, "estimated", None, "is 50.00 % below the {} that the run has for this policy, estimated for edge: that is other"),
+        (
+            0.5,
+            "estimated",
+            None,
+            "is 50.00 % below the {} that the run has for this policy, estimated for edge: that is",
+        ),
         (1.5, "measured on Z80", "Z80", "is 50.00 % above the {} that the run has for this policy, measured for edge on this"),
         (1.5, "measured on Z81", "Z81", "measured for edge, on another machine"),
         (0.85, "measured on Z80", "Z80", ""),
