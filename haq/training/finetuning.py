@@ -207,8 +207,8 @@ def judge_of(network: Network, held: Split, adversary: Adversary | None = None) 
                     answers = module(attacked)
                 correct &= answers.argmax(1) == labels
             right += int(correct.sum())
-            logs = [F.log_softmax(outputs.double(), 1) for outputs in (answers, expected)]
-            total += float(F.kl_div(*logs, reduction="sum", log_target=True))
+            log_answers, log_expected = (F.log_softmax(outputs.double(), 1) for outputs in (answers, expected))
+            total += float(F.kl_div(log_answers, log_expected, reduction="sum", log_target=True))
         if not math.isfinite(total):
             return Judgement(0.0, math.inf)
         return Judgement(right / len(held), total / len(held))
