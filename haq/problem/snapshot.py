@@ -14,7 +14,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class Snapshot:
-    """A network's modules, their modes, numbers and words, and copies of all its tensors and of some more.
+    """A network's modules, their modes, numbers and words, and copies of all their tensors and of some more.
 
     Tensors are compared by value. Neither a tensor's version nor its address tells whether it was changed: fused optimizers,
     `.data`, NumPy and other processes write without a trace.
@@ -29,9 +29,8 @@ class Snapshot:
         """
         self.modules = list(network.modules())
         self.modes = [module.training for module in self.modules]
-        self.attributes = _attributes(self.modules)
-        with torch.inference_mode(False), torch.no_grad():
-            self.copies = [tensor.detach().clone() for tensor in (*_tensors(self.modules), *more)]
+        self.copies = _copied([*_tensors(self.modules), *more])
+        self.take_attributes()
 
     def restore_modes(self, network: nn.Module) -> None:
         """Put a network back into evaluation mode, as it was, if it left that."""
@@ -54,14 +53,12 @@ class Snapshot:
             return False
         if _attributes(modules) != self.attributes:
             return False
-        tensors = [*_tensors(modules), *more]
-        if len(tensors) != len(self.copies):
-            return False
-        return all(map(same_bits, tensors, self.copies))
+        return _same([*_tensors(modules), *more], self.copies) and _same(_loose_tensors(modules), self.loose)
 
     def take_attributes(self) -> None:
-        """Take numbers and words as they are now: a network may count its calls, or keep what it saw last."""
+        """Take plain attributes as they are now: a network may count its calls, or keep what it saw last."""
         self.attributes = _attributes(self.modules)
+        self.loose = _copied(_loose_tensors(self.modules))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -75,6 +72,15 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
+def _same(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(copies) and all(map(same_bits, tensors, copies))
+
+
+def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        return [tensor.detach().clone() for tensor in tensors]
+
+
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
     """List all parameters and buffers; one that two modules share is there twice."""
     found: list[Tensor] = []
@@ -82,6 +88,11 @@ def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
         found += [tensor for tensor in module._parameters.values() if tensor is not None]
         found += [tensor for tensor in module._buffers.values() if tensor is not None]
     return found
+
+
+def _loose_tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """List the tensors that modules have as plain attributes, neither parameters nor buffers."""
+    return [value for module in modules for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def _attributes(modules: Sequence[nn.Module]) -> list[list[tuple[str, Any]]]:

@@ -19,6 +19,17 @@ COUNT = 130  # two batches
 LABELS = torch.arange(COUNT) % 4
 
 
+class Shifted(nn.Linear):
+    """A layer with a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 16)
+        self.shift = torch.zeros(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shift
+
+
 def made(network: nn.Module) -> Evaluator:
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     quantized = Q.quantize(network, Q.BitPolicy(dict.fromkeys(names, (8, 8))), calibrate=images(32, 1))
@@ -49,6 +60,7 @@ CHANGES: dict[str, Callable[[Evaluator], object]] = {
     "fused": lambda e: train_fused(e.network),
     "buffer": lambda e: e.network.norm.running_mean.data.add_(1),
     "scale": lambda e: e.network.hidden.activation_scale.data.mul_(3),
+    "loose tensor": lambda e: e.network.hidden.shift.data.add_(1),
     "module": lambda e: setattr(e.network, "relu2", nn.Tanh()),
     "number": lambda e: setattr(e.network.norm, "eps", 1.0),
     "images": lambda e: e.batches[0][0].numpy().__isub__(0.5),
@@ -57,7 +69,10 @@ CHANGES: dict[str, Callable[[Evaluator], object]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_after_a_change_nothing_is_as_before(name: str) -> None:
-    evaluator = made(small_network())
+    network = small_network()
+    if name == "loose tensor":
+        network.hidden = Shifted()
+    evaluator = made(network)
     low, lower = uniform(evaluator, 4), uniform(evaluator, 3)
     before = evaluator.evaluate(low), evaluator.evaluate(lower)
     CHANGES[name](evaluator)
