@@ -197,6 +197,7 @@ def _laughs(state: object) -> object:
         (lambda state: [], "no state dict of tensors but list"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_what_is_no_state_dict_is_refused(make: Callable[[Any], object], message: str, tmp_path: Path) -> None:
     torch.save(make(_bare(networks.load("mobilenet-mini", pretrained=False))), tmp_path / "net.pt")
     with pytest.raises(ValueError, match=message) as caught:
