@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import queue
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def connected(address: str) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
     try:
         import ray
-        from ray import cluster_utils
     except ImportError as error:
         raise ImportError("--ray needs Ray: pip install 'haq[ray]'") from error
     remedy = "give auto on a machine of the cluster, HOST:PORT of its head, or local"
@@ -79,20 +77,17 @@ def connected(address: str) -> Iterator[None]:
             raise ConnectionError(f"no Ray head answers at {address}: start one (ray start --head), or {remedy}")
     if address != "local" and not _is_head(address):
         raise ConnectionError(f"what answers at {address} is no Ray head, or one of another version: {remedy}")
-    with ExitStack() as joined:
-        try:
-            joined.callback(ray.shutdown)
-            head = address
-            if address == "local":
-                # `ray.init` would wait for ever if one of the first workers were killed while it starts.
-                made = cluster_utils.Cluster(initialize_head=True, head_node_args=_of_this_machine())
-                joined.callback(made.shutdown)
-                head = made.address
-            ray.init(address=head, log_to_driver=False, logging_level=logging.ERROR)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ConnectionError(f"no Ray cluster at {address!r} ({reason[:200]}): {remedy}") from error
+    # A cluster that is made here would wait for ever if one of its first workers were killed while it starts.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"no Ray cluster at {address!r} ({reason[:200]}): {remedy}") from error
+    try:
         yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -384,15 +379,6 @@ def _write(folder: Path, contents: dict[str, bytes]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         store_files.write(path, content)
-
-
-def _of_this_machine() -> dict[str, Any]:
-    """Return what a cluster of this machine alone has: all processors, and memory for objects as `ray.init` would take."""
-    room = 0.3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    shared = Path("/dev/shm")
-    if shared.is_dir():
-        room = min(room, 0.9 * shutil.disk_usage(shared).free)
-    return {"num_cpus": os.cpu_count() or 1, "object_store_memory": int(room), "include_dashboard": False}
 
 
 def _is_head(address: str) -> bool:
