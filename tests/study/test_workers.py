@@ -92,7 +92,7 @@ def test_workers_that_die_as_they_start_are_stopped_or_are_killed_lose_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     problem = make_problem(small_network())
-    problem.evaluator.ballast = torch.zeros(100_000)  # more than fits into a pipe
+    problem.evaluator.ballast = torch.zeros(100_000)  # type: ignore[attr-defined]  # more than fits into a pipe
     monkeypatch.setattr(processes, "LOOK_S", 0.1)
     monkeypatch.setattr(processes, "STOPPED", 2)
     dies_first(monkeypatch, tmp_path)
@@ -125,7 +125,7 @@ def dies_first(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_workers_that_are_killed_again_and_again_are_given_up_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(small_network())
-    problem.evaluator.ballast = torch.zeros(100_000)
+    problem.evaluator.ballast = torch.zeros(100_000)  # type: ignore[attr-defined]
     resource_tracker.ensure_running()
     monkeypatch.setattr(spawn, "_python_exe", b"/bin/false")
     with working(problem.evaluator, 1), pytest.raises(ChildProcessError, match="killed 3 times in a row") as raised:

@@ -77,6 +77,8 @@ def connected(address: str) -> Iterator[None]:
             raise ConnectionError(f"no Ray head answers at {address}: start one (ray start --head), or {remedy}")
     if address != "local" and not _is_head(address):
         raise ConnectionError(f"what answers at {address} is no Ray head, or one of another version: {remedy}")
+    # A cluster that is made here would wait for ever if one of its first workers were killed while it starts.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
