@@ -207,9 +207,10 @@ def _fitting(sizes: list[dict[str, int]], limit: float, copied: bool) -> frozens
     """
     chosen: set[int] = set()
     held: dict[Any, int] = {}
-    for cut, values in sorted(enumerate(sizes, 1), key=lambda item: (sum(item[1].values()), -item[0])):
+    for cut, named in sorted(enumerate(sizes, 1), key=lambda item: (sum(item[1].values()), -item[0])):
+        values: dict[Any, int] = dict(named)
         if copied:
-            values = {(cut, name): size for name, size in values.items()}
+            values = {(cut, name): size for name, size in named.items()}
         if sum((held | values).values()) <= limit:
             chosen.add(cut)
             held |= values

@@ -487,7 +487,10 @@ def _no_other_layers(network: nn.Module, names: Iterable[str]) -> Iterator[None]
         ValueError: Naming the first layer that is called beside these: some inputs take another way through the network than
             those by which it was traced and calibrated.
     """
-    others = {module: name for name, module in network.named_modules() if isinstance(module, QUANTIZABLE)}
+    others: dict[nn.Module, str] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, QUANTIZABLE):
+            others[module] = name
     for name in names:
         others.pop(network.get_submodule(name), None)
 
