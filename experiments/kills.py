@@ -1,6 +1,7 @@
 """Kill runs at random moments, go on with them, and see whether they end as if nothing had happened.
 
     python -m experiments.kills [--kills N] [--times N] [--jobs NAME ...] [--seed N]
+    python -m experiments.kills --kills 0 --worker-kills N [--by processes ray]
 
 Every job is run once without interruption. Then it is started, killed (SIGKILL, to the first process only), started again
 with --resume, perhaps killed again, and so on, until it ends; every file it leaves, but for TensorBoard's events, must have
@@ -8,6 +9,10 @@ the same bytes: policy, history, sensitivities, agents with their optimizers, fi
 are drawn uniformly over the time that the job took, a fifth of them from the start of the process, the others from its first
 file on. The network has five small layers and the images are noise, so that a job takes seconds; what is kept is what is kept
 of any.
+
+With --worker-kills it is the workers of a search that are killed, one of them at a time, at moments from 0 to 10 s after the
+first of them was there (most of that time they start). Nothing goes on with the search: it must end by itself, with the bytes
+of one that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +69,10 @@ ON = "--network small_job:network --data small_job:splits"
 SEARCH = f"haq.search {ON} --hw edge --budget 0.6 --evaluations 45 --finetune-epochs 2 --out run"
 TRAIN = f"haq.train {ON} --epochs 12 --batch-size 16 --out run/network.safetensors"
 RESUMED = "haq.search --resume run"
+WORKED = f"haq.search {ON} --hw edge --budget 0.6 --solver random --seed 1 --evaluations 80 --finetune-epochs 0 --out run"
+WORKERS = {"processes": "--workers 2", "ray": "--workers 2 --ray local"}
+LATEST = 10.0  # seconds after the first worker is there, to the last moment at which one is killed
+PATIENCE = 300.0  # seconds until a search is taken to hang
 
 
 @dataclass(frozen=True)
@@ -223,6 +233,94 @@ def tried(name: str, kills: int, times: int, place: Path, draws: random.Random, 
     return tally
 
 
+def is_worker(words: list[str], by: str) -> bool:
+    """Whether a command line is of a worker, or of what will be one when it has started."""
+    if by == "processes":
+        return any("multiprocessing.spawn" in word for word in words)
+    # Ray has other processes whose names are like those of workers, or that are told how workers are called.
+    if words[0].startswith(("ray::IDLE", "ray::_Evaluator")):
+        return True
+    is_python = Path(words[0]).name.startswith("python")
+    return is_python and any(word.endswith("default_worker.py") for word in words)
+
+
+def workers_of(pid: int, by: str) -> list[int]:
+    """List the workers among the processes that a process has started, and that those have."""
+    parents, words = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            words[int(path.name)] = (path / "cmdline").read_text().split("\0")
+        except OSError:
+            continue  # it has ended
+    found = []
+    for one in words:
+        above = one
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid and is_worker(words[one], by):
+            found.append(one)
+    return found
+
+
+def disturbed(folder: Path, by: str, moment: float, draws: random.Random) -> bool:
+    """Search, and kill a worker at a moment. Returns whether there was one then; TimeoutExpired for a search that hangs."""
+    process = start(f"{WORKED} {WORKERS[by]}", folder)
+    try:
+        while process.poll() is None and not workers_of(process.pid, by):
+            time.sleep(0.01)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        killed = False
+        if found := workers_of(process.pid, by):
+            with suppress(ProcessLookupError):
+                os.kill(draws.choice(found), signal.SIGKILL)
+                killed = True
+        if process.wait(PATIENCE) not in (0, 1):
+            raise ChildProcessError(f"{by}, a worker killed at {moment:.2f} s: {(folder / 'log').read_text()[-2000:]}")
+        return killed
+    finally:
+        process.kill()
+
+
+def disturb(by: str, kills: int, place: Path, draws: random.Random, say: Callable[[str], None]) -> Tally:
+    """Kill a worker of each of so many searches, and compare how they end with how one ends by itself.
+
+    Args:
+        by: Who works, one of `WORKERS`.
+        kills: How many searches.
+        place: An empty folder.
+        draws: What moments are drawn from.
+        say: Is told how every search ended.
+
+    Returns:
+        What was counted.
+    """
+    job = Job(WORKED, RESUMED, "config.yaml")
+    whole = prepared(job, place, "whole")
+    finish(WORKED, whole)
+    expected = endings(whole, RUN)
+    tally = Tally()
+    while len(tally.moments) < kills:
+        folder = prepared(job, place, f"cut{len(tally.moments)}")
+        moment = draws.uniform(0, LATEST)
+        try:
+            if disturbed(folder, by, moment, draws):  # otherwise it had ended before
+                tally.moments.append(moment)
+                tally.endings += 1
+                same = endings(folder, RUN) == expected
+                tally.same += same
+                verdict = "the same bytes"
+                if not same:
+                    verdict = "OTHER BYTES"
+                say(f"{by}: a worker was killed at {moment:.2f} s: ended, {verdict}")
+        except (subprocess.TimeoutExpired, ChildProcessError) as error:
+            tally.moments.append(moment)
+            say(f"{by}: a worker was killed at {moment:.2f} s: {error}")
+        shutil.rmtree(folder)
+    return tally
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,6 +329,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=1, help="kills of each run, at most (default: 1)")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--worker-kills", type=int, default=0, help="searches of each kind of which a worker is killed")
+    parser.add_argument("--by", nargs="+", choices=list(WORKERS), default=list(WORKERS), help="whose workers are killed")
     options = parser.parse_args(arguments)
     console = Console()
     draws = random.Random(options.seed)
@@ -242,9 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_column(heading, justify="right")
     share, rest = divmod(options.kills, len(options.jobs))
     tallies = []
+    hung = 0
     with tempfile.TemporaryDirectory() as temporary, progress(console) as bar:
         bar_task = bar.add_task("kills", total=options.kills, note="")
-        for number, name in enumerate(options.jobs):
+        for number, name in enumerate(options.jobs * bool(options.kills)):
             place = Path(temporary) / f"job{number}"
             place.mkdir()
             kills = share + (number < rest)
@@ -253,12 +354,22 @@ def main(arguments: list[str] | None = None) -> int:
             moments = ", ".join(f"{moment:.1f}" for moment in tally.moments)
             table.add_row(name, moments, str(len(tally.moments)), str(tally.endings), str(tally.same))
             tallies.append(tally)
+        for by in options.by * bool(options.worker_kills):
+            place = Path(temporary) / by
+            place.mkdir()
+            tally = disturb(by, options.worker_kills, place, draws, console.print)
+            moments = ", ".join(f"{moment:.1f}" for moment in tally.moments)
+            table.add_row(f"workers: {by}", moments, str(len(tally.moments)), str(tally.endings), str(tally.same))
+            tallies.append(tally)
+            hung += len(tally.moments) - tally.endings
     console.print(table)
     total = sum(len(tally.moments) for tally in tallies)
     ended = sum(tally.endings for tally in tallies)
     same = sum(tally.same for tally in tallies)
     console.print(f"{total} kills, {ended} endings, {same} of them the same to the last bit as without a kill")
-    return int(same != ended)
+    if hung:
+        console.print(f"{hung} searches did not end by themselves")
+    return int(same != ended or hung > 0)
 
 
 if __name__ == "__main__":

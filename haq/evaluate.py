@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
-from haq.console.options import argument, options_of, output_options
+from haq.console.options import argument, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import say
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @command("evaluate", __doc__, examples=("haq evaluate RUN", "haq evaluate RUN --scheme lsq", "haq evaluate RUN --json"))
 @argument("run", FOLDER, "the folder of a search")
 @options_of(AnotherScheme)
+@trust_option()
 @output_options()
 def cli(run: Path, given: dict[str, Any], as_json: bool) -> int:
     """Measure what a run found."""
@@ -76,9 +77,10 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
     if "verified" in earlier and scheme is None and not changed:
         result["verified"] = earlier["verified"]
     if not run.finished:
-        say(output.results, f"{folder} is not finished: this is the best policy so far")
+        say(output.results, f"{folder} is not finished: this is the best policy so far", wrap=False)
     if changed:
-        say(output.results, f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now")
+        sentence = f"{folder / POLICY} is another policy than the one that was found; it is measured as it is now"
+        say(output.results, sentence, wrap=False)
     tables.print_result(output.results, task, policy, result)
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import EXIT_INTERRUPTED, run_command
-from haq.console.options import argument, flag, options_of, output_options
+from haq.console.options import argument, flag, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading, follow_training, progress
 from haq.console.tables import command_line, say
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @argument("run", FOLDER, "the folder of a finished search")
 @options_of(FinetuneConfig)
 @flag("--resume", "go on with a fine-tuning that was interrupted, exactly", group=TUNING)
+@trust_option()
 @output_options()
 def cli(run: Path, given: dict[str, Any], resume: bool, as_json: bool) -> int:
     """Fine-tune what a run found."""
@@ -67,7 +68,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     from haq.study.task import with_scheme
 
     run = SearchRun.load(folder)
-    again = command_line("python", "-m", "haq.finetune", folder, "--epochs", config.epochs)
+    again = command_line("python", "-m", "haq.finetune", folder, "--epochs", config.epochs, *run.config.trust_words())
     with writing(run.folder, again):
         result, policy = run.load_result().to_dict(), run.load_policy()
         with follow_loading(output.notes, "loading network and data") as follow:
@@ -86,7 +87,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             tuned = _finetune(task, policy, config, state, output, outcomes.append)
         except KeyboardInterrupt:
             kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
-            say(output.results, kept)
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         result["tuning"] = summary.tuning_entry(outcomes[-1], config.epochs)
         earlier = _better_earlier(run, task, tuned, outcomes[-1])
@@ -102,7 +103,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         run.save_result(ResultRecord.from_dict(result))
         run.drop_checkpoint("finetune")
     tables.print_result(output.results, task, policy, result)
-    tables.print_next(output.notes, folder, [["evaluate", folder]])
+    tables.print_next(output.notes, folder, [["evaluate", folder, *run.config.trust_words(config.scheme)]])
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from haq import networks
 from haq.console.commands import Group, main_of
 from haq.console.errors import run_command
-from haq.console.options import argument, option, options_of, output_options
+from haq.console.options import argument, option, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import Column, new_table, plain, print_columns, say, say_next
-from haq.console.values import INTEGER, TEXT
-from haq.study.config import MEASURED, SearchConfig
+from haq.console.values import INTEGER, TEXT, TextType
+from haq.study.config import MEASURED, SearchConfig, target_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 WIDTH = 150  # of tables that go to a file or a pipe
 PRICES = "What is priced"
 Pairs = list[tuple[int, int]]
+NETWORK = TextType(networks.NETWORKS.names)
+TARGET = TextType(target_names)
 
 cli = Group(
     "hardware",
@@ -47,18 +50,18 @@ def list_targets() -> int:
     "Show one target, and a network's costs on it, layer by layer.",
     examples=("haq hardware show edge", "haq hardware show mine.yaml --network mobilenet-mini --bits 8,4/6 --batch 4"),
 )
-@argument("name", TEXT, "a target's name, a .yaml file, lut:TABLE.csv, cpu, rpc:HOST:PORT or module:Name")
-@option("--network", TEXT, "price this network, as of haq search; its weights aren't needed", group=PRICES, metavar="NAME")
+@argument("name", TARGET, "a target's name, a .yaml file, lut:TABLE.csv, cpu, rpc:HOST:PORT or module:Name")
+@option("--network", NETWORK, "price this network, as of haq search; its weights aren't needed", group=PRICES, metavar="NAME")
 @option("--bits", TEXT, "widths to price, W/A or one number for both", group=PRICES, metavar="LIST", default="8,4,2")
 @option("--batch", INTEGER, "images per batch", group=PRICES, default_words="the target's own")
 @options_of(SearchConfig, only=MEASURED)
+@trust_option()
 @output_options(json=None)
 def show_target(name: str, network: str | None, bits: str, batch: int | None, given: dict[str, Any]) -> int:
     """Print what a target is, or what a network costs on it."""
     import torch
 
     import hw_models
-    from haq import networks
     from hw_models.target import price
 
     output = Output.open(width=WIDTH)
@@ -184,6 +187,8 @@ def print_costs(console: Console, network: str, target: hw_models.Target, costs:
     for w, a in pairs:
         say(console, _total(costs, w, a))
     say(console, _left_in_float(costs))
+    if workload.unpriced:
+        say(console, f"Not priced: {workload.unpriced_words}.")
 
 
 def _cost_columns(costs: hw_models.CostTable, pairs: Pairs) -> list[Column]:

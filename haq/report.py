@@ -14,7 +14,7 @@ from haq.console.commands import command, main_of
 from haq.console.errors import run_command
 from haq.console.options import argument, option, output_options
 from haq.console.output import Output
-from haq.console.tables import say
+from haq.console.tables import command_line, say
 from haq.console.values import FILE, FOLDER
 from haq.reporting import reading
 from haq.store import files
@@ -47,8 +47,11 @@ def cli(runs: tuple[Path, ...], out: Path | None) -> int:
     except ImportError as error:
         raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): pip install 'haq[report]'") from error
     content = page.render(sources).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, content)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write(out, content)
+    except OSError as error:
+        raise ValueError(f"{out} can't be written ({error.strerror}): name a file in another place with --out") from error
     console = Output.open().notes
     unfinished = [str(run) for run, source in zip(runs, sources, strict=True) if not source.finished]
     if unfinished:
@@ -77,7 +80,7 @@ def check_once(runs: Sequence[Path]) -> None:
 def check_free(out: Path) -> None:
     """Raise ValueError if a page would take the place of something else."""
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; give the page's file, such as --out {out / REPORT}")
+        raise ValueError(f"{out} is a folder; give the page's file, such as {command_line('--out', out / REPORT)}")
     if out.is_file():
         with out.open("rb") as file:
             if OURS not in file.read(4000):

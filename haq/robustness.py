@@ -14,13 +14,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haq import networks
 from haq.console.commands import command, main_of
 from haq.console.errors import EXIT_INTERRUPTED, run_command
-from haq.console.options import argument, option, options_of, output_options
+from haq.console.options import argument, option, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_training, progress
 from haq.console.tables import Column, key_table, print_columns, say
-from haq.console.values import FOLDER, INTEGER, TEXT
+from haq.console.values import FOLDER, INTEGER, TextType
 from haq.store.files import ATTACKED, ROBUSTNESS
 from haq.store.units import percent
 from haq.study.attack_config import AttackConfig
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from haq.study.robustness_run import Examined, RobustnessTask
 
 PICTURE = "robustness.png"
+MODEL = TextType(networks.NETWORKS.names)
 AGAIN = "the same command again, which takes up what is finished"
 DIGITS = 1  # of percentages
 PASSES = 1000  # that a bar counts as one: there are thousands, over one image each
@@ -48,7 +50,7 @@ PASSES = 1000  # that a bar counts as one: there are thousands, over one image e
         "haq robustness mobilenet-mini --data fashion-mnist-12k --attacks standard,mine:Attack",
     ),
 )
-@argument("run_or_model", TEXT, "the folder of a search, a network's name as `haq list networks` shows them, or a checkpoint")
+@argument("run_or_model", MODEL, "the folder of a search, a network's name as `haq list networks` shows them, or a checkpoint")
 @options_of(AttackConfig)
 @option(
     "--workers",
@@ -60,6 +62,7 @@ PASSES = 1000  # that a bar counts as one: there are thousands, over one image e
     default_words="one for each processor",
 )
 @option("--out", FOLDER, "folder", group=FOLDERS, default_words=f"{ROBUSTNESS}/ in the run's, or runs/{ROBUSTNESS}-MODEL")
+@trust_option()
 @output_options()
 def cli(run_or_model: str, given: dict[str, Any], workers: int, out: Path | None, as_json: bool) -> int:
     """Attack a run's networks, or a model's."""
@@ -104,12 +107,13 @@ def run_robustness(source: str, config: AttackConfig, output: Output, *, workers
                     held.enter_context(writing(folder, AGAIN))
                 found = _examine(task, compared, workers, output)
         except KeyboardInterrupt:
-            say(output.results, f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there.")
+            kept = f"\nInterrupted. Finished attacks are kept in {folder}; the same command goes on from there."
+            say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         record = collect(task, compared, found)
         folder.mkdir(parents=True, exist_ok=True)
-        record.write(folder / ATTACKED)
         pictures.save(pictures.draw_robustness(record, CURVE_STEPS), folder / PICTURE)
+        record.write(folder / ATTACKED)  # last: it says that all is there
     print_result(output.results, record)
     say(output.notes, f"Written: {folder} ({ATTACKED}, {PICTURE}, and the worst images of every network)", wrap=False)
     output.print_json(record.to_dict())

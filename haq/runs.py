@@ -36,6 +36,8 @@ ACCURACIES_ARE = (
     "Accuracies are measured: on the search split, of what was found, or is the best within the budget so far; on the test "
     "split, of what was found, fine-tuned if it was."
 )
+# Settings that a sweep asks for several of, and fine-tuning, which it never does.
+VARIED = ("hw", "budget", "solver", "seed", "finetune_epochs")
 WHAT_DELETES = "What is deleted"
 
 cli = Group("runs", __doc__, examples=("haq runs list", "haq runs show runs/edge-latency-0.5-ddpg-seed0"))
@@ -176,13 +178,14 @@ def commands(run: RunSummary) -> dict[str, str]:
     if run.config is not None:
         from haq.study.config import SearchConfig
 
-        found["again"] = SearchConfig.read(run.config.settings).command()
+        found["again"] = command_line(*SearchConfig.read(run.config.settings).words())
     if run.sweep is not None:
         from haq.study.config import SweepConfig
 
-        found["again"] = SweepConfig.read(run.sweep.asked.to_dict()).command()
+        found["again"] = command_line(*SweepConfig.read(run.sweep.asked.to_dict()).words())
     following = _next_words(run)
     if following:
+        following += _trust_words(run)
         found["go on"] = command_line("python", "-m", *following)
     return found
 
@@ -192,7 +195,7 @@ def print_run(console: Console, run: RunSummary) -> None:
     console.print(key_table(_facts(run)))
     for name, command in commands(run).items():
         # Unbroken, to be copied.
-        console.print(Text.assemble((name, "bold"), "  ", printable(command)), soft_wrap=True, highlight=False)
+        console.print(Text.assemble((name, "bold"), "  ", command), soft_wrap=True, highlight=False)
 
 
 def compare(runs: Sequence[RunSummary]) -> dict[str, Any]:
@@ -266,9 +269,9 @@ def _asked(run: RunSummary) -> dict[str, Any]:
     return {}
 
 
-def _next_words(run: RunSummary) -> list[str]:
+def _next_words(run: RunSummary) -> list[Any]:
     """Return what goes on with a run or sweep, word by word; nothing if that isn't known."""
-    folder = str(run.folder)
+    folder = run.folder
     if run.state == INTERRUPTED and run.sweep is not None:
         return ["haq.sweep", "--resume", folder]
     if run.state == INTERRUPTED and run.config is not None:
@@ -282,6 +285,21 @@ def _next_words(run: RunSummary) -> list[str]:
     return []
 
 
+def _trust_words(run: RunSummary) -> list[str]:
+    """Return the options that let a command import the code that a run or sweep names; listing runs needs none."""
+    if run.kind == "sweep":
+        if run.sweep is None or run.state == FINISHED:
+            return []
+        from haq.study.config import SweepConfig
+
+        return SweepConfig.read(run.sweep.asked.to_dict()).trust_words()
+    if run.config is None:
+        return []
+    from haq.study.config import SearchConfig
+
+    return SearchConfig.read(run.config.settings).trust_words()
+
+
 def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
     """Yield what is to be said of a run or sweep: names and values."""
     reason = ""
@@ -289,6 +307,9 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
         reason = f", {run.reason}"
     yield run.kind, printable(f"{run.folder}: {run.state}{reason}")
     asked = _asked(run)
+    if run.sweep is not None:
+        shared = {name: value for name, value in run.sweep.asked.settings.items() if name not in VARIED}
+        asked = {**shared, **{name: value for name, value in asked.items() if name != "settings"}}
     if asked:
         unit = "evaluations"
         if run.kind == "sweep":
@@ -348,7 +369,8 @@ def _undamaged(run: RunSummary) -> RunSummary:
 def _comparable(folder: Path) -> RunSummary:
     run = _undamaged(summarize(folder))
     if run.kind == "sweep":
-        raise ValueError(f"{folder} is a sweep: compare runs of it, which python -m haq.runs list {folder} names")
+        runs = command_line("python", "-m", "haq.runs", "list", folder)
+        raise ValueError(f"{folder} is a sweep: compare runs of it, which {runs} names")
     if run.config is None:
         raise ValueError(f"{folder} can't be compared: {run.reason}")
     return run
@@ -418,8 +440,8 @@ def _pairs(content: Mapping[str, Any]) -> str:
     for name, value in content.items():
         if value is None:
             continue
-        if isinstance(value, (dict, list)):
-            value = json.dumps(value)
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
         texts.append(f"{name} {value}")
     return ", ".join(texts)
 

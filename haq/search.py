@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from haq.console.commands import command, main_of
 from haq.console.errors import EXIT_INTERRUPTED, run_command
-from haq.console.options import flag, option, options_of, output_options, part_of
+from haq.console.options import flag, option, options_of, output_options, part_of, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import command_line, say
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @option("--config", FILE, "take options from a run's config.yaml; those that are given besides win", group=FOLDERS)
 @option("--resume", FOLDER, "go on with an interrupted run", group=FOLDERS, metavar="RUN")
 @flag("--dry-run", "say what would be done, and stop", group=FOLDERS)
+@trust_option()
 @output_options()
 def cli(
     given: dict[str, Any], out: Path | None, config: Path | None, resume: Path | None, dry_run: bool, as_json: bool
@@ -88,7 +89,7 @@ def run_search(
         _print_plan(output, task, workers, None)
         return 0
     _print_plan(output, task, workers, folder)
-    with writing(folder, _go_on(folder)):
+    with writing(folder, _go_on(folder, config)):
         return _carry_out(task, SearchRun.create(folder, task), workers, output)
 
 
@@ -111,7 +112,7 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output) -> int:
         if run.finished:
             # It may have been killed just before it did so itself.
             run.drop_checkpoint("finetuning")
-            see = command_line("python", "-m", "haq.evaluate", folder)
+            see = command_line("python", "-m", "haq.evaluate", folder, *run.config.trust_words())
             raise ValueError(f"{folder} is finished; see it with {see}")
         with follow_loading(output.notes, "loading network and data, calibrating") as follow:
             task = run.build(**follow)
@@ -155,10 +156,10 @@ def _carry_out(task: SearchTask, run: SearchRun, workers: WorkersConfig, output:
         with working(task.problem.evaluator, workers.workers, workers.ray):
             result, policy = search(output.notes, task, run)
     except (ConnectionError, ChildProcessError) as error:
-        raise type(error)(f"{error}; what was found is kept, go on with: {_go_on(run.folder)}") from None
+        raise type(error)(f"{error}; what was found is kept, go on with: {run.go_on}") from None
     except KeyboardInterrupt:
-        say(output.results, f"\nInterrupted. What was found so far is kept in {run.folder}; go on with")
-        say(output.results, f"  {_go_on(run.folder)}", wrap=False)
+        say(output.results, f"\nInterrupted. What was found so far is kept in {run.folder}; go on with", wrap=False)
+        say(output.results, f"  {run.go_on}", wrap=False)
         return EXIT_INTERRUPTED
     finally:
         run.close()
@@ -194,11 +195,12 @@ def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict
     tables.print_result(output.results, task, policy, result)
     if "verified" in result:
         say(output.results, _verdict(result["verified"]), wrap=False)
-    following = [["finetune", folder], ["report", folder]]
+    trusting = task.config.trust_words()
+    following = [["finetune", folder, *trusting], ["report", folder]]
     if task.config.finetune_epochs:
-        following[0] = ["evaluate", folder]
+        following[0] = ["evaluate", folder, *trusting]
     if task.problem.objective.attacked:
-        following.append(["robustness", folder, "--attacks", "full"])
+        following.append(["robustness", folder, "--attacks", "full", *trusting])
     tables.print_next(output.notes, folder, following)
     output.print_json(result)
 
@@ -214,8 +216,8 @@ def _verdict(verified: dict[str, Any]) -> str:
     return f"Verified by the full suite on {verified['images']} test images: {worst} right in the worst case, {verdict}."
 
 
-def _go_on(folder: Path) -> str:
-    return command_line("python", "-m", "haq.search", "--resume", folder)
+def _go_on(folder: Path, config: SearchConfig) -> str:
+    return command_line("python", "-m", "haq.search", "--resume", folder, *config.trust_words())
 
 
 if __name__ == "__main__":

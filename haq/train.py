@@ -18,16 +18,17 @@ from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, check_images, parse_eps
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
-from haq.console.options import flag, option, options_of, output_options, setting
+from haq.console.options import flag, option, options_of, output_options, setting, trust_option
 from haq.console.output import Output
 from haq.console.progress import progress
 from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
 from haq.problem.chance import is_chance, with_error
 from haq.store.units import percent
-from haq.study.config import FOLDERS, LINEAR, AnotherScheme, check_rate, read_channels
+from haq.study.config import FOLDERS, LINEAR, AnotherScheme, check_rate, known_schemes, read_channels, scheme_parts
 from haq.training.adversaries import STEPS, Adversary
 from haq.training.config import OPTIMIZERS
+from hw_models import trust
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,6 +95,7 @@ class TrainOptions(AnotherScheme):
         group=QUANTIZATION,
         metavar="NAME",
         default_words="in float",
+        names=lambda: known_schemes(),
     )
     bits: str = setting(
         "4/4", "weight/activation bits of a quantized network, 1 to 8 or float", group=QUANTIZATION, metavar="W/A"
@@ -253,6 +255,7 @@ class TrainOptions(AnotherScheme):
 @option("--out", FILE, "checkpoint to write, .safetensors", group=FOLDERS)
 @flag("--resume", "go on with a training that was interrupted, exactly", group=FOLDERS)
 @option("--log", FOLDER, "write TensorBoard events there", group=FOLDERS)
+@trust_option()
 @output_options(json=None)
 def cli(given: dict[str, Any], out: Path | None, resume: bool, log: Path | None) -> int:
     """Train a network."""
@@ -339,6 +342,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         networks.save_checkpoint(network, out, notes)
         state.path.unlink(missing_ok=True)
     source = networks.name_of_checkpoint(network.name, out)
+    trusting = trust.trust_words(name for name in scheme_parts(options.scheme or LINEAR) if ":" in name)
     _print_outcome(output, options, outcome)
     for name, value in accuracies.items():
         images = len(getattr(dataset, name))
@@ -355,10 +359,10 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         say(
             output.results,
             f"accuracy on the test split, worst of clean and {attacked[0]}: {percent(attacked[1])} (a cheap attack, not an "
-            f"evaluation: {command_line('python', '-m', 'haq.robustness', source)})",
+            f"evaluation: {command_line('python', '-m', 'haq.robustness', source, *trusting)})",
             wrap=False,
         )
-    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)")
+    say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)", wrap=False)
     say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data)
     return 0
 

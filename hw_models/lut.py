@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hw_models.cost import CostTable, Floats, check_batch
+from hw_models.files import quoted, read_bytes
 from hw_models.storage import BITS, storage_bytes
 from hw_models.workload import Workload
 
@@ -27,7 +30,10 @@ SECONDS = {"latency_s": 1.0, "latency_ms": 1e-3, "latency_us": 1e-6, "latency_ns
 JOULES = {"energy_j": 1.0, "energy_mj": 1e-3, "energy_uj": 1e-6, "energy_nj": 1e-9, "energy_pj": 1e-12}
 ALIASES = {"weight_bits": "w_bits", "wbits": "w_bits", "activation_bits": "a_bits", "abits": "a_bits"}
 KEYS = ("layer", "w_bits", "a_bits")
-MOST = 64 * 1024**2  # bytes of a table
+KNOWN = {*KEYS, *SECONDS, *JOULES, "batch"}
+MOST = 4 * 1024**2  # bytes of a table: two thousand layers
+MOST_COLUMNS, MOST_BATCH, LONGEST = 10, 2**16, 200
+LEAST_COST, MOST_COST = 1e-30, 1e30  # in the unit of its column
 ACCEPTED = f"{', '.join(KEYS)}, and {' or '.join((*SECONDS, *JOULES))}; batch may be added"
 
 
@@ -82,31 +88,34 @@ def load_lookup_table(path: Path) -> LookupTarget:
 
     Raises ValueError naming the line, the layer and the bits of what is wrong, twice there or missing.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no table {path}")
-    if path.stat().st_size > MOST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes and was not read; a table has at most {MOST:,}")
-    header, lines = _read_lines(path)
+    rows = _rows(path)
+    header = [_column(cell) for cell in next(rows, [])]
     latency = next((name for name in header if name in SECONDS), None)
     energy = next((name for name in header if name in JOULES), None)
     wrong = [c for c in header if c not in (*KEYS, "batch", latency, energy)]
     missing = [c for c in KEYS if c not in header]
     if missing or wrong or not (latency or energy) or len(set(header)) < len(header):
-        raise ValueError(f"{path}: the first line must name the columns {ACCEPTED}; it is {', '.join(header) or 'empty'}")
+        raise ValueError(f"{path}: the first line must name the columns {ACCEPTED}; it is {_described(header)}")
     values: dict[str, dict[str, Floats]] = {name: {} for name in (latency, energy) if name}
     batches = set()
-    for number, line in enumerate(lines, 2):
+    for number, line in enumerate(rows, 2):
+        where = f"{path}, row {number}: "
         if len(line) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(line)} cells, the first line has {len(header)}")
-        row = dict(zip(header, (cell.strip() for cell in line), strict=True))
-        w = _integer(row["w_bits"], f"{path}, row {number}: w_bits", BITS)
-        a = _integer(row["a_bits"], f"{path}, row {number}: a_bits", BITS)
-        batches.add(_integer(row.get("batch", "1"), f"{path}, row {number}: batch", None))
+            raise ValueError(f"{where}{len(line)} cells, the first line has {len(header)}")
+        row = {name: cell.strip() for name, cell in zip(header, line, strict=True)}
+        layer = row["layer"]
+        w = _integer(where, "w_bits", row["w_bits"], BITS)
+        a = _integer(where, "a_bits", row["a_bits"], BITS)
+        batches.add(_integer(where, "batch", row.get("batch", "1"), MOST_BATCH))
         for column, table in values.items():
-            cells = table.setdefault(row["layer"], np.full((BITS, BITS), np.nan))
-            if not np.isnan(cells[w - 1, a - 1]):
-                raise ValueError(f"{path}, row {number}: layer {row['layer']!r} at w{w}/a{a} is there twice")
-            cells[w - 1, a - 1] = _positive(row[column], f"{path}, row {number}: {column}")
+            if layer not in table:
+                _check_layer(where, layer)
+                table[layer] = np.full((BITS, BITS), np.nan)
+            if not np.isnan(table[layer][w - 1, a - 1]):
+                raise ValueError(f"{where}layer {quoted(layer)} at w{w}/a{a} is there twice")
+            table[layer][w - 1, a - 1] = _positive(where, column, row[column])
     if not batches:
         raise ValueError(f"{path} has no rows below its first line")
     if len(batches) > 1:
@@ -121,16 +130,30 @@ def load_lookup_table(path: Path) -> LookupTarget:
     )
 
 
-def _read_lines(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the names of the columns, and the cells of each row below them."""
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            lines = [line for line in csv.reader(file, strict=True) if line]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a table of comma-separated values: {error}") from error
-    if not lines:
-        return [], []
-    return [_column(cell) for cell in lines[0]], lines[1:]
+def _rows(path: Path) -> Iterator[list[str]]:
+    """Read one row after the other, empty ones left out."""
+    try:
+        text = read_bytes(path, MOST).decode("utf-8")
+        yield from filter(None, csv.reader(io.StringIO(text, newline=""), strict=True))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a table of comma-separated values: byte {error.start} is no text") from None
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a table of comma-separated values: {error}") from None
+
+
+def _described(header: list[str]) -> str:
+    """Name the columns of a first line; nothing of one that has none of a table's, for the file may be anything."""
+    if not header:
+        return "empty"
+    if not KNOWN & set(header):
+        return "something else"
+    return ", ".join(name if name in KNOWN else quoted(name[:20]) for name in header[:MOST_COLUMNS])
+
+
+def _check_layer(where: str, cell: str) -> None:
+    """Raise ValueError for a name that no layer has."""
+    if len(cell) > LONGEST or not cell.isprintable():
+        raise ValueError(f"{where}layer is {quoted(cell)}; it must be the name of a layer, at most {LONGEST} characters")
 
 
 def _column(cell: str) -> str:
@@ -138,22 +161,21 @@ def _column(cell: str) -> str:
     return ALIASES.get(name, name)
 
 
-def _integer(cell: str, where: str, largest: int | None) -> int:
-    if cell.isdecimal() and int(cell) >= 1 and (largest is None or int(cell) <= largest):
+def _integer(where: str, column: str, cell: str, largest: int) -> int:
+    if cell.isascii() and cell.isdecimal() and len(cell) <= 10 and 1 <= int(cell) <= largest:
         return int(cell)
-    accepted = "of 1 or more"
-    if largest is not None:
-        accepted = f"from 1 to {largest}"
-    raise ValueError(f"{where} is {cell!r}; it must be an integer {accepted}")
+    raise ValueError(f"{where}{column} is {quoted(cell[:20])}; it must be an integer from 1 to {largest:,}")
 
 
-def _positive(cell: str, where: str) -> float:
-    try:
-        value = float(cell)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{where} is {cell!r}; it must be a positive number")
+def _positive(where: str, column: str, cell: str) -> float:
+    value = math.nan
+    if "_" not in cell:
+        with suppress(ValueError):
+            value = float(cell)
+    if not LEAST_COST <= value <= MOST_COST:
+        raise ValueError(
+            f"{where}{column} is {quoted(cell[:20])}; it must be a positive number, from {LEAST_COST:g} to {MOST_COST:g}"
+        )
     return value
 
 
@@ -166,7 +188,7 @@ def _check_complete(path: Path, cells: dict[str, Floats]) -> None:
     if len(holes) > 1:
         others = f"; {len(holes) - 1} other layers have holes too"
     missing = _some([f"w{w}/a{a}" for w, a in pairs], 4)
-    raise ValueError(f"{path} lacks {len(pairs)} of 64 pairs of bits for layer {name!r}: {missing}{others}")
+    raise ValueError(f"{path} lacks {len(pairs)} of 64 pairs of bits for layer {quoted(name)}: {missing}{others}")
 
 
 def _some(words: Sequence[str], most: int, of: int | None = None) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from hw_models.cost import CostTable, Floats, Integers, check_batch
 from hw_models.storage import storage_bytes
 from hw_models.workload import Workload
+
+# What a number of a machine may be; far beyond any that is built, and small enough that no product of them overflows.
+MOST_COUNT, MOST_CAPACITY = 2**16, 2**40
+CAPACITIES = ("_bytes", "_entries", "_planes")  # the ends of the names of what has a capacity
+SMALLEST, LARGEST = 1e-9, 1e9
 
 
 class Machine(BaseModel):
@@ -17,10 +23,29 @@ class Machine(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str
-    name: str = Field(min_length=1)
-    description: str
+    name: str = Field(min_length=1, max_length=100)
+    description: str = Field(max_length=1000)
     clock_mhz: float = Field(gt=0, allow_inf_nan=False)
     batch: int = Field(gt=0, description="images per batch")
+
+    @field_validator("*")
+    @classmethod
+    def _check_bounds(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what no machine has, and with which integers would overflow; of text, what steers a terminal."""
+        name = str(info.field_name)
+        if isinstance(value, str):
+            value = " ".join(value.split())
+            if not value.isprintable():
+                raise ValueError("Input should be text that can be printed")
+        elif isinstance(value, int):
+            most = MOST_COUNT
+            if name.endswith(CAPACITIES):
+                most = MOST_CAPACITY
+            if abs(value) > most:
+                raise ValueError(f"Input should be at most {most:,}")
+        elif isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+            raise ValueError(f"Input should be from {SMALLEST:g} to {LARGEST:g}")
+        return value
 
     @property
     def provenance(self) -> str:

@@ -14,7 +14,8 @@ A package offers more in its pyproject.toml, and need not import this module:
     [project.entry-points."haq.solvers"]
     annealing = "my_package.annealing:Annealing"
 
-Listing imports nothing, and neither does this module: no torch, no NumPy.
+Listing imports nothing, and neither does this module: no torch, no NumPy. Whose names `module:Name` are imported at all is
+the rule of `hw_models.trust`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
-from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from hw_models import trust
 
 Thing = TypeVar("Thing")
 BUILT_IN = "built in"
+MOST_SHOWN = 200  # characters of a name in a message
 
 
 class Row(NamedTuple):
@@ -133,15 +135,19 @@ class Registry(Generic[Thing]):
         if points:
             module, attribute = points[0].module, points[0].attr
             return _import(module, attribute, f"{self.kind} {name!r} of {_origin(points[0])}")
-        if modules and _is_module_name(name) and not self._is_form(name):
+        if modules and self.is_code(name):
             try:
                 return import_by_name(name, self.kind)
             except _NoModuleError as error:
                 raise ValueError(printable(f"{error}; {self._known(name, modules)}")) from error
-        sentence = f"unknown {self.kind} {name!r}; {self._known(name, modules)}"
-        if not modules and _is_module_name(name) and not self._is_form(name):
+        sentence = f"unknown {self.kind} {name[:MOST_SHOWN]!r}; {self._known(name[:MOST_SHOWN], modules)}"
+        if not modules and self.is_code(name):
             sentence += "; a module is only imported if you name it yourself, never because a file does"
         raise ValueError(printable(sentence))
+
+    def is_code(self, name: str) -> bool:
+        """Say whether a name would be imported as `module:Name`: no registered one, and no other form of a name."""
+        return _is_module_name(name) and name not in self and not self._is_form(name)
 
     def _own(self, name: str) -> Any:
         place, _ = self._builtin[name]
@@ -152,7 +158,7 @@ class Registry(Generic[Thing]):
         return getattr(importlib.import_module(module), attribute)
 
     def _installed(self) -> tuple[EntryPoint, ...]:
-        return _entry_points(self.group, tuple(sys.path))
+        return _entry_points(self.group, tuple(sys.path), _here())
 
     def _is_form(self, name: str) -> bool:
         before = name.partition(":")[0]
@@ -189,17 +195,19 @@ def import_by_name(name: str, kind: str) -> Any:
         What has that name.
 
     Raises:
-        ValueError: For what is no such name, for a module of Python itself, for one that isn't there, and for one without
-            that attribute, naming the close ones.
+        ValueError: For what is no such name, for a module of Python itself, for one that isn't there, for one without that
+            attribute, naming the close ones, and within a command for one that wasn't typed.
         ImportError: For a module that fails while it is imported, with the reason.
     """
     module_name, _, attribute = name.partition(":")
     if not _is_module_name(name):
         raise ValueError(f"{name!r} is no known {kind}, and no module:Name either")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:
+    if trust.of_python_itself(name):
         raise ValueError(f"{name!r} is of Python itself, where there is no {kind}; give module:Name")
+    trust.allow(name, kind)
+    # At the end: what lies in the current folder takes the place of nothing that is installed.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     # The file may be younger than what Python remembers of the folder.
     importlib.invalidate_caches()
     try:
@@ -209,53 +217,6 @@ def import_by_name(name: str, kind: str) -> Any:
             sentence = f"{kind} {name!r} is no known name, and no module {error.name!r} can be imported"
             raise _NoModuleError(sentence) from error
         raise
-
-
-def code_of(module_name: str) -> list[Path]:
-    """List the files and folders that an import of a module of somebody's own takes code from; nothing is imported.
-
-    Args:
-        module_name: The module, with dots for what is in a package.
-
-    Returns:
-        What belongs to the module and to each package that it is in, as it is named; links aren't followed. Nothing, if
-        there is no such module at all.
-
-    Raises:
-        ValueError: If only an import could tell where the code is.
-    """
-    # The same folders as `import_by_name` looks into.
-    folders = list(sys.path)
-    if os.getcwd() not in folders:
-        folders.insert(0, os.getcwd())
-    importlib.invalidate_caches()
-    found: list[Path] = []
-    parts = module_name.split(".")
-    for number, part in enumerate(parts, start=1):
-        name = ".".join(parts[:number])
-        spec = PathFinder.find_spec(part, folders) or _spec_of_others(name, folders)
-        if spec is None and number == 1 and name not in sys.modules:
-            return []
-        inside = list(getattr(spec, "submodule_search_locations", None) or [])
-        origin = getattr(spec, "origin", None)
-        if not origin and not inside:
-            raise ValueError(f"only an import of {name} could tell where its code is")
-        found += [Path(place).absolute() for place in (origin, *inside) if place]
-        # A package that is imported already may have changed where its modules are looked for.
-        folders = list(getattr(sys.modules.get(name), "__path__", inside))
-        found += [Path(folder).absolute() for folder in folders]
-    return found
-
-
-def _spec_of_others(name: str, folders: list[str]) -> ModuleSpec | None:
-    """Ask the finders that others put beside Python's own, as packages do that were installed to be worked on."""
-    where = folders if "." in name else None
-    for finder in sys.meta_path:
-        find = getattr(finder, "find_spec", None)
-        if find is not None and (spec := find(name, where, None)) is not None:
-            made: ModuleSpec = spec
-            return made
-    return None
 
 
 def printable(text: str) -> str:
@@ -303,12 +264,12 @@ def _import(module_name: str, attribute: str, what: str) -> Any:
 
 # Reading what all packages offer takes milliseconds, once for every folder that Python looks into.
 @functools.cache
-def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+def _entry_points(group: str, path: tuple[str, ...], here: str) -> tuple[EntryPoint, ...]:
     try:
         points = list(entry_points(group=group))
     except Exception:
         points = _of_sound_packages(group)
-    sound = [point for point in points if _is_sound(point)]
+    sound = [point for point in points if _is_sound(point) and _is_installed(point, here)]
     return tuple(sorted(sound, key=lambda point: (point.name, point.value)))
 
 
@@ -336,6 +297,19 @@ def _is_sound(point: EntryPoint) -> bool:
     except Exception:
         _warn_of(f"{point.name!r} of {_origin(point)} is left out: it stands for {point.value!r}, which is no module:Name")
         return False
+
+
+def _is_installed(point: EntryPoint, here: str) -> bool:
+    """Say whether an entry point is of an installed package, not of something that lies in the current folder."""
+    return point.dist is None or os.path.realpath(str(point.dist.locate_file(""))) != here
+
+
+def _here() -> str:
+    """Return the current folder; empty text if somebody deleted it."""
+    try:
+        return os.path.realpath(os.curdir)
+    except OSError:
+        return ""
 
 
 def _name_of(package: Distribution) -> str:

@@ -18,6 +18,7 @@ def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, ND
     """Count the bytes of every layer's parameters at every weight width, arrays of shape (layers, 8), by what they are.
 
     weights      at their bits, padded to a byte per layer; for k-means, the indices of the codebook
+                 (none where the weight is an earlier layer's: see `untied_bytes`)
     codebooks    k-means: 2^bits float32 values per layer (Han et al., ICLR 2016), no more than the layer has weights
     scales       float32: one per output channel for the weights (not for k-means), one per layer for its input
     zero_points  affine: a byte beside every scale
@@ -26,9 +27,9 @@ def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, ND
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r} of storing weights; known: {', '.join(SCHEMES)}")
     widths = np.arange(1, BITS + 1)
-    weights = np.array([layer.weights for layer in workload.layers])[:, None]
+    weights = np.array([layer.own_weights for layer in workload.layers])[:, None]
     channels = np.array([layer.out_channels for layer in workload.layers])[:, None]
-    biases = np.array([layer.out_channels * layer.bias for layer in workload.layers])[:, None]
+    biases = np.array([layer.own_biases for layer in workload.layers])[:, None]
     zero = np.zeros((len(workload), BITS), np.int64)
     scales = zero + 1 + channels
     zero_points = zero
@@ -51,10 +52,32 @@ def storage_bytes(workload: Workload, scheme: str = "linear") -> NDArray[np.floa
     """Sum the bytes of every layer's parameters over `storage_parts`.
 
     They have shape (layers, 8, 8) as in a cost table, and are the same at every activation width. What belongs to no layer is
-    `float_bytes`.
+    `float_bytes`. A weight that several layers have counts at the first of them: right where all have the same width, and
+    `untied_bytes` is what is missing where they don't.
     """
     total = np.sum(list(storage_parts(workload, scheme).values()), axis=0)
     return np.repeat(total[:, :, None], BITS, axis=2).astype(np.float64)
+
+
+def untied_bytes(workload: Workload, w_bits: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Count the bytes of weights that `storage_bytes` leaves out because an earlier layer has them, at another width.
+
+    A weight that several layers have is stored once for each width that it is used at.
+
+    Args:
+        workload: The layers.
+        w_bits: Weight widths, integers of shape (..., layers).
+
+    Returns:
+        Bytes, shape (...).
+    """
+    total = np.zeros(w_bits.shape[:-1], np.int64)
+    for group in workload.tied_weights:
+        for place, index in enumerate(group[1:], 1):
+            width = w_bits[..., index].astype(np.int64)
+            stored = (w_bits[..., group[:place]] == width[..., None]).any(-1)
+            total += np.where(stored, 0, -(-workload.layers[index].weights * width // 8))
+    return total
 
 
 def float_bytes(workload: Workload) -> int:

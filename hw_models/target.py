@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from pydantic import ValidationError
 
 from hw_models.cost import CostTable
+from hw_models.files import parse_yaml, quoted, read_text
 from hw_models.lut import load_lookup_table
 from hw_models.machine import Machine
 from hw_models.registry import Registry, Row, printable, requires
@@ -34,7 +34,7 @@ HARDWARE_MODELS: Registry[type[Machine]] = Registry(
     check=requires("model_validate", "model_fields", "provenance", "cost_table"),
 )
 
-MOST = 256 * 1024  # bytes of a file that describes hardware
+MOST = 64 * 1024  # bytes of a file that describes hardware
 
 
 class Target(Protocol):
@@ -196,7 +196,7 @@ def _load_shipped(name: str) -> Target:
 
 
 def _describe_shipped(name: str) -> str:
-    return str(yaml.safe_load(_shipped(name))["description"])
+    return str(parse_yaml(_shipped(name))["description"])
 
 
 # Targets themselves, and classes or functions that make one without arguments.
@@ -213,39 +213,38 @@ TARGETS: Registry[Target | Callable[[], Target]] = Registry(
 
 
 def _read(path: Path) -> str:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no hardware file {path}")
-    if path.stat().st_size > MOST:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes and was not read; a hardware file has at most {MOST:,}")
-    return path.read_text(encoding="utf-8")
+    return read_text(path, MOST)
 
 
 def _parse(text: str, where: str) -> Target:
     try:
-        content: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply to be hardware") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not YAML as hardware is described in: {error}") from error
     kind = None
     if isinstance(content, dict):
         kind = content.get("model")
     if not isinstance(kind, str) or kind not in HARDWARE_MODELS:
         accepted = printable(", ".join(HARDWARE_MODELS))
-        raise ValueError(f"{where}: key 'model' is {kind!r}; accepted: {accepted}")
+        raise ValueError(f"{where}: key 'model' is {quoted(kind)}; accepted: {accepted}")
     model = HARDWARE_MODELS.get(kind, modules=False)
     try:
-        return _made(where, model.model_validate(content))
+        made = model.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{where}: {_wrong_key(error, model)}") from error
+    return _made(where, made)
 
 
 def _wrong_key(error: ValidationError, model: type[Machine]) -> str:
     """Say which key of a hardware file is wrong, and what is accepted."""
     first = error.errors()[0]
-    key = ".".join(map(str, first["loc"]))
+    key = quoted(".".join(map(str, first["loc"])))
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; accepted: {', '.join(model.model_fields)}"
+        return f"unknown key {key}; accepted: {', '.join(model.model_fields)}"
     if first["type"] == "missing":
-        return f"key {key!r} is missing"
-    return f"key {key!r} is {first['input']!r}: {first['msg']}"
+        return f"key {key} is missing"
+    if not first["loc"]:
+        return str(first["ctx"]["error"])
+    return f"key {key} is {quoted(first['input'])}: {first['msg'].removeprefix('Value error, ')}"

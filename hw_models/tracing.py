@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hw_models.workload import Buffer, Call, Layer, Size, Workload
+from hw_models.products import base_name, is_product, product_macs
+from hw_models.workload import Buffer, Call, Layer, Size, Unpriced, Workload
 
 PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
+OURS = ("aten::", "prim::", "prims::")  # torch's own operations, which are known by name
 
 
 def trace(network: nn.Module, *example: Any) -> Workload:
     """Run a network once on an example and record its layers.
 
-    Conv1d, Conv2d and Linear are recorded where they are called; what is never called is left out. The network comes back
-    in the mode it was in.
+    Conv1d, Conv2d and Linear are recorded where they are called; what is never called is left out. A module with several
+    names is one layer, called by its first one. Layers with the same weight say so: it is stored once. All other products,
+    such as those of attention, are listed with their MACs in `unpriced`. The network comes back in the mode it was in.
 
     Args:
         network: The network.
@@ -31,29 +36,67 @@ def trace(network: nn.Module, *example: Any) -> Workload:
         The layers in the order of their first call, with their sizes per image.
 
     Raises:
-        ValueError: If there is no such layer, listing the modules found; and, naming it, for a convolution or matrix product
-            with trained weights that is none of these: it would be priced at nothing.
+        ValueError: If there is no such layer, listing the modules found; and, naming it, for a convolution or a recurrent
+            layer that is none of these, and for a product with trained weights outside of them.
     """
     if not example or not isinstance(example[0], Tensor) or example[0].dim() == 0 or len(example[0]) == 0:
         raise ValueError("trace needs an example input: a tensor whose first dimension is a batch of at least one")
     recorder = _Recorder(network, example)
-    with _evaluating(network), recorder.hooked(), torch.no_grad(), recorder:
-        network(*example)
+    try:
+        with _evaluating(network), recorder.hooked(), torch.no_grad(), recorder:
+            network(*example)
+    except Exception:
+        if recorder.refused is None:
+            raise
+    if recorder.refused is not None:
+        raise recorder.refused  # as it was: what ran the network may have wrapped or caught it
     if not recorder.calls:
         kinds = sorted({type(m).__name__ for m in network.modules() if not list(m.children())})
         raise ValueError(
             f"{type(network).__name__} calls no Conv1d, Conv2d or Linear layer, so there is nothing to quantize; "
             f"it is made of {', '.join(kinds)}"
         )
-    layers = tuple(_layer(name, network.get_submodule(name), tuple(calls)) for name, calls in recorder.calls.items())
-    # A weight that two layers share is stored once, and belongs to the first.
-    inside = {id(p) for name in recorder.calls for p in network.get_submodule(name).parameters(recurse=False)}
+    layers = _tied(network, [_layer(n, network.get_submodule(n), tuple(calls)) for n, calls in recorder.calls.items()])
+    inside = _inside(network, recorder.calls)
+    # A weight that a layer stores at few bits and, say, an embedding reads in float is there twice.
+    twice = {id(p): p.numel() for m in recorder.others for p in m.parameters(recurse=False) if id(p) in inside}
     return Workload(
         layers,
         other_parameters=sum(p.numel() for p in network.parameters() if id(p) not in inside),
-        other_values=sum(b.numel() for b in network.buffers() if b.is_floating_point()),
+        other_values=sum(b.numel() for b in network.buffers() if b.is_floating_point()) + sum(twice.values()),
         buffers=recorder.buffers(),
+        unpriced=recorder.unpriced(),
     )
+
+
+def _inside(network: nn.Module, names: Iterable[str]) -> set[int]:
+    """The identities of the parameters that are weights and biases of layers, or that these are computed from."""
+    found = set()
+    for name in names:
+        layer = network.get_submodule(name)
+        found |= {id(p) for part, p in layer.named_parameters(recurse=False) if part.startswith(("weight", "bias"))}
+        if parametrize.is_parametrized(layer):
+            found |= {id(p) for p in layer.parametrizations.parameters()}  # type: ignore[union-attr]
+    return found
+
+
+def _tied(network: nn.Module, layers: list[Layer]) -> tuple[Layer, ...]:
+    """Say of each layer which one before it has the same weight, and which one the same bias."""
+    first: dict[object, str] = {}
+    made = []
+    for layer in layers:
+        owners: dict[str, Any] = {}
+        for part in ("weight", "bias"):
+            tensor = network.get_submodule(layer.name)._parameters.get(part)
+            if tensor is None:
+                continue  # computed from others: nobody else's
+            # The same numbers in memory, whatever they are called.
+            same = (_storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            owner = first.setdefault(same, layer.name)
+            if owner != layer.name:
+                owners[f"{part}_of"] = owner
+        made.append(replace(layer, **owners))
+    return tuple(made)
 
 
 @contextmanager
@@ -67,27 +110,36 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Recorder(TorchDispatchMode):
-    """Watches a forward pass: layers through hooks, every operation's inputs and outputs through torch's dispatcher."""
+@dataclass
+class _Visit:
+    """A call of a layer that is under way: what depends on its input, and the MACs of the products with that."""
 
-    # Operations that multiply by weights, and would be priced at nothing if no layer owned them.
-    PRODUCTS = (
-        *("convolution", "linear", "mm", "addmm", "bmm", "baddbmm"),
-        *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),
-    )
+    dependent: set[int]
+    macs: dict[str, int] = field(default_factory=dict)
+
+
+class _Recorder(TorchDispatchMode):
+    """Watches a forward pass: modules through hooks, every operation's inputs and outputs through torch's dispatcher."""
+
+    # Operations that have weights and aren't counted.
     RECURRENT = ("rnn", "lstm", "gru")
+    FUSED = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
     # Beside the pointwise operations, those that can write their result over their input.
     IN_PLACE = ("batch_norm", "clone", "hardswish", "prelu", "threshold")
 
     def __init__(self, network: nn.Module, example: tuple[Any, ...]) -> None:
         super().__init__()
-        self.names: dict[nn.Module, str] = {
-            module: name for name, module in network.named_modules() if isinstance(module, PRICED)
-        }
+        self.names: dict[nn.Module, str] = {module: name for name, module in network.named_modules()}
         self.calls: dict[str, list[Call]] = {}
+        self.refused: ValueError | None = None
+        self.others: list[nn.Module] = []  # modules called that are no layers
         self.batch = len(example[0])
         self._owners = {_storage(p): name for name, p in network.named_parameters()}
-        self._inside = 0
+        self._modules: list[str] = []  # those under way, the innermost last
+        self._visits: list[_Visit] = []  # the layers under way
+        self._unpriced: dict[tuple[str, str], int] = {}  # module and operation -> MACs of the batch
+        # Products of broadcast tensors, element by element, by what holds them: a matrix product if they are then summed.
+        self._spread: dict[int, tuple[torch.Size, list[int], list[str]]] = {}
         self._operation = 0
         # The number of the buffer that a storage holds now; a storage that was freed may come back as another buffer.
         self._holds: dict[int, int] = {}
@@ -102,26 +154,40 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        handles = [module.register_forward_pre_hook(self._enter) for module in self.names]
-        handles += [module.register_forward_hook(self._leave) for module in self.names]
+        handles = []
+        for module in self.names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            # First of all, so that what other hooks make a weight of belongs to the layer.
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._inside += 1
-        calls = self.calls.setdefault(self.names[module], [])
-        if (buffer := self._holds.get(_storage(inputs[0]))) is not None:
-            self._readers[buffer].add(list(self.calls).index(self.names[module]))
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self.names[module]
+        self._modules.append(name)
+        if not isinstance(module, PRICED):
+            self.others.append(module)
+            return
+        inputs = _tensors((args, kwargs))
+        self._visits.append(_Visit({_storage(tensor) for tensor in inputs}))
+        calls = self.calls.setdefault(name, [])
+        if inputs and (buffer := self._holds.get(_storage(inputs[0]))) is not None:
+            self._readers[buffer].add(list(self.calls).index(name))
         calls.append(Call((0, 0), (0, 0)))  # keeps the place of a layer whose forward calls another
 
-    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        self._inside -= 1
-        source: Tensor = inputs[0]
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        name = self._modules.pop()
+        if not isinstance(module, PRICED):
+            return
+        visit = self._visits.pop()
+        source, output = _tensors((args, kwargs))[0], _tensors(result)[0]
         if isinstance(module, nn.Linear):
-            rows = source.shape[:-1].numel() // self.batch
+            rows = -(-source.shape[:-1].numel() // self.batch)
             call = Call((rows, 1), (rows, 1))
         else:
             spatial = 1
@@ -130,18 +196,34 @@ class _Recorder(TorchDispatchMode):
             # Images folded into the batch (patches, frames) count as more rows of positions.
             images = 1
             if output.dim() == spatial + 2:
-                images = output.shape[0] // self.batch
+                images = -(-output.shape[0] // self.batch)
             before = (1, *source.shape[-spatial:])[-2:]
             after = (1, *output.shape[-spatial:])[-2:]
             call = Call((before[0] * images, before[1]), (after[0] * images, after[1]))
-        self.calls[self.names[module]][-1] = call
+        self.calls[name][-1] = call
+        # What a subclass computes beyond its own product is priced nowhere.
+        further = sum(visit.macs.values()) - self.batch * _layer(name, module, (call,)).macs
+        if further > 0:
+            self._list(name, ", ".join(visit.macs), further)
+        if self._visits:
+            self._visits[-1].dependent.add(_storage(output))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = [_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        name = func._schema.name.removeprefix("aten::")
-        if not self._inside:
-            self._check_priced(name, inputs)
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():
+            # Here alone do operations come that are made of others, such as `matmul`.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        tensors = _tensors((args, kwargs))
+        inputs = [_storage(tensor) for tensor in tensors]
+        name = base_name(func._schema.name)
+        if self._visits:
+            self._note_inside(func, inputs, args, kwargs, result)
+        else:
+            self._note_outside(func, tensors, args, kwargs, result)
         self._operation += 1
         read = [self._holds[storage] for storage in inputs if storage in self._holds]
         for buffer in read:
@@ -154,20 +236,94 @@ class _Recorder(TorchDispatchMode):
                 made = self._new(tensor)
                 if torch.Tag.pointwise in func.tags or any(word in name for word in self.IN_PLACE):
                     self._overwrites += [(self._operation, b, made) for b in read]
+        if name == "mul":
+            self._note_spread(tensors, result)
         return result
 
-    def _check_priced(self, name: str, inputs: list[int]) -> None:
-        base = name.rstrip("_")
-        product = base in self.PRODUCTS or any(word in base for word in self.RECURRENT)
-        weights = [self._owners[storage] for storage in inputs if storage in self._owners]
-        if product and (weights or base == "convolution"):
-            owner = "a function"
+    def _note_inside(self, func: Any, inputs: list[int], args: Any, kwargs: Any, result: Any) -> None:
+        """Count a product in a layer, unless it only makes a weight, such as that of spectral normalization."""
+        visit = self._visits[-1]
+        if visit.dependent.isdisjoint(inputs):
+            visit.dependent -= {_storage(tensor) for tensor in _tensors(result)}
+            return
+        visit.dependent |= {_storage(tensor) for tensor in _tensors(result)}
+        name = base_name(func._schema.name)
+        if is_product(name):
+            visit.macs[name] = visit.macs.get(name, 0) + (product_macs(func, args, kwargs, result) or 0)
+        elif self._is_closed(name):
+            self._refuse(name, [self._owners[storage] for storage in inputs if storage in self._owners])
+
+    def _note_outside(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any, result: Any) -> None:
+        """List a product that no layer owns; refuse one with trained weights, and one that isn't counted."""
+        name = base_name(func._schema.name)
+        weights = [self._owners[_storage(t)] for t in tensors if _storage(t) in self._owners]
+        macs = None
+        if is_product(name):
+            macs = product_macs(func, args, kwargs, result)
+            if weights or macs is None or name.endswith("convolution"):
+                self._refuse(name, weights)
+        elif name in ("sum", "mean") and tensors:
+            macs, weights = self._summed(tensors[0], args)
+            name = f"mul, {name}"
             if weights:
-                owner = f"the layer of {weights[0]!r}"
-            raise ValueError(
-                f"{owner} computes {base!r}, which has no cost model; "
-                f"priced are the modules {', '.join(kind.__name__ for kind in PRICED)}"
-            )
+                self._refuse(name, weights)
+        elif self._is_closed(name):
+            self._refuse(name, weights)
+        elif not func._schema.name.startswith(OURS):
+            # A library's own operation on two matrices, such as a deformable convolution, may be a product.
+            matrices = [t for t in tensors if t.dim() > 1 and t.is_floating_point()]
+            if len(matrices) > 1:
+                name = func._schema.name
+                macs = product_macs(func, tuple(matrices), {}, result)
+                if any(_storage(t) in self._owners for t in matrices):
+                    self._refuse(name, weights)
+        if macs:
+            self._list(self._modules[-1], name, macs)
+
+    def _is_closed(self, name: str) -> bool:
+        return name in self.FUSED or any(word in name for word in self.RECURRENT)
+
+    def _note_spread(self, tensors: list[Tensor], result: Tensor) -> None:
+        """Keep in mind a product of two tensors that both have dimensions which the other lacks or has in common."""
+        self._spread.pop(_storage(result), None)
+        if len(tensors) != 2:
+            return
+        left, right = ((1,) * (result.dim() - t.dim()) + tuple(t.shape) for t in tensors)
+        common = [d for d in range(result.dim()) if left[d] > 1 and right[d] > 1]
+        if common and left != right:
+            weights = [self._owners[_storage(t)] for t in tensors if _storage(t) in self._owners]
+            self._spread[_storage(result)] = (result.shape, common, weights)
+
+    def _summed(self, source: Tensor, args: Any) -> tuple[int, list[str]]:
+        """The MACs of a sum over what two tensors that were multiplied have in common, and the weights among them."""
+        shape, common, weights = self._spread.get(_storage(source), (None, [], []))
+        if shape != source.shape:
+            return 0, []
+        dims = list(range(source.dim()))
+        if len(args) > 1 and args[1] is not None and args[1] != []:
+            dims = [d % source.dim() for d in args[1]]
+        if set(common).isdisjoint(dims):
+            return 0, []
+        return source.numel(), weights
+
+    def _refuse(self, name: str, weights: list[str]) -> None:
+        owner = "a function"
+        if weights:
+            owner = f"the layer of {weights[0]!r}"
+        self.refused = ValueError(
+            f"{owner} computes {name!r}, which has no cost model; "
+            f"priced are the modules {', '.join(kind.__name__ for kind in PRICED)}"
+        )
+        raise self.refused
+
+    def _list(self, module: str, operation: str, macs: int) -> None:
+        if operation.startswith("_scaled_dot_product"):
+            operation = "scaled_dot_product_attention"  # whichever of its kernels this machine has
+        self._unpriced[module, operation] = self._unpriced.get((module, operation), 0) + macs
+
+    def unpriced(self) -> tuple[Unpriced, ...]:
+        """List the products outside of layers, those of an operation in a module together."""
+        return tuple(Unpriced(name, of, -(-macs // self.batch)) for (name, of), macs in self._unpriced.items())
 
     def _new(self, tensor: Tensor) -> int:
         buffer = len(self._elements)
@@ -202,8 +358,14 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
+    if tensor.layout != torch.strided:
+        return -id(tensor)  # sparse: several storages
     identity: int = tensor.untyped_storage()._cdata
     return identity
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _layer(name: str, module: nn.Module, calls: tuple[Call, ...]) -> Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from hw_models.notebook import html_table
 
@@ -46,7 +47,8 @@ class Layer:
     """One quantizable operation.
 
     Sizes are per image, (height, width); a Conv1d has height 1; `padding` is that of the top and left. A layer that is
-    called twice has two `calls`.
+    called twice has two `calls`. `weight_of` and `bias_of` name the earlier layer whose weight, or bias, it has too; empty
+    for its own.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Layer:
     groups: int
     bias: bool
     calls: tuple[Call, ...]
+    weight_of: str = ""
+    bias_of: str = ""
 
     @property
     def weights(self) -> int:
@@ -70,6 +74,25 @@ class Layer:
     def parameters(self) -> int:
         """Weights and biases."""
         return self.weights + self.out_channels * self.bias
+
+    @property
+    def own_weights(self) -> int:
+        """Weights that no earlier layer has, without bias."""
+        if self.weight_of:
+            return 0
+        return self.weights
+
+    @property
+    def own_biases(self) -> int:
+        """Biases that no earlier layer has."""
+        if self.bias_of or not self.bias:
+            return 0
+        return self.out_channels
+
+    @property
+    def own_parameters(self) -> int:
+        """Weights and biases that no earlier layer has."""
+        return self.own_weights + self.own_biases
 
     @property
     def macs(self) -> int:
@@ -109,18 +132,33 @@ class Buffer:
     readers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Unpriced:
+    """Products that no cost model prices: those of one operation of torch in one module, with their MACs per image.
+
+    `name` is the module's, empty for the network itself.
+    """
+
+    name: str
+    operation: str
+    macs: int
+
+
 @dataclass(frozen=True, repr=False)
 class Workload:
     """The layers of a network at one input shape, in the order of their first call.
 
     `other_parameters` counts what is in no layer (norms, embeddings, layers never called), `other_values` the floating-point
-    buffers (running means and variances): these stay in float. `buffers` are the activations, for the peak of memory.
+    buffers (running means and variances) and what is read of a layer's weights in float: these stay in float. `buffers` are
+    the activations, for the peak of memory. `unpriced` lists the products outside of layers (attention, computed weights):
+    no cost has them.
     """
 
     layers: tuple[Layer, ...]
     other_parameters: int = 0
     other_values: int = 0
     buffers: tuple[Buffer, ...] = ()
+    unpriced: tuple[Unpriced, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,13 +167,43 @@ class Workload:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates per image."""
+        """Multiply-accumulates of the layers per image."""
         return sum(layer.macs for layer in self.layers)
 
     @property
+    def unpriced_share(self) -> float:
+        """The part of all multiply-accumulates, from 0 to 1, that is in no layer and so in no cost."""
+        unpriced = sum(product.macs for product in self.unpriced)
+        return unpriced / max(1, unpriced + self.macs)
+
+    @property
+    def unpriced_words(self) -> str:
+        """Say which share of the MACs isn't priced, by operation and module; empty if there is none."""
+        if not self.unpriced:
+            return ""
+        parts: dict[str, list[Unpriced]] = {}
+        for product in sorted(self.unpriced, key=lambda product: -product.macs):
+            parts.setdefault(product.operation, []).append(product)
+        words = []
+        for operation, products in parts.items():
+            where = products[0].name or "the network itself"
+            if len(products) > 1:
+                where += f" and {len(products) - 1} more"
+            words.append(f"{operation} {sum(product.macs for product in products) / 1e6:.3g} M in {where}")
+        return f"{100 * self.unpriced_share:.1f} % of the MACs ({', '.join(words)})"
+
+    @property
     def parameters(self) -> int:
-        """All parameters of the network."""
-        return sum(layer.parameters for layer in self.layers) + self.other_parameters
+        """All parameters of the network; what layers share counts once."""
+        return sum(layer.own_parameters for layer in self.layers) + self.other_parameters
+
+    @cached_property
+    def tied_weights(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that have one weight together, by their indices."""
+        groups: dict[str, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            groups.setdefault(layer.weight_of or layer.name, []).append(index)
+        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
     def __len__(self) -> int:
         """Count the layers."""
@@ -143,7 +211,10 @@ class Workload:
 
     def __repr__(self) -> str:
         """Say on one line how large it is."""
-        return f"Workload({len(self)} layers, {self.macs:,} MACs per image, {self.parameters:,} parameters)"
+        unpriced = ""
+        if self.unpriced:
+            unpriced = f", not priced: {100 * self.unpriced_share:.1f} % of the MACs"
+        return f"Workload({len(self)} layers, {self.macs:,} MACs per image, {self.parameters:,} parameters{unpriced})"
 
     def _repr_html_(self) -> str:
         rows = [(layer.name, layer.kind, layer.shape, f"{layer.macs:,}", f"{layer.parameters:,}") for layer in self.layers]

@@ -44,9 +44,6 @@ def quantized_input(scheme: Scheme, layer: SchemeLayer, x: Tensor, bits: int, mo
         if mode == "hard":
             slope = torch.zeros_like(x)
         elif mode == "bpda-soft":
-            # A copy, since without gradients a scheme's result may lie in memory that its next call
-            # writes over.
-            value = value.clone()
             slope = _smoothed_slope(scheme, layer, x, bits)
     made: Tensor = _Replace.apply(x, value, slope)
     return made
@@ -57,7 +54,7 @@ def _smoothed_slope(scheme: Scheme, layer: SchemeLayer, x: Tensor, bits: int) ->
     step = scheme.activation_step(layer, bits)
     for share in HALF_WINDOWS:
         half = step * share
-        above = scheme.activation(layer, x + half, bits).clone()
+        above = scheme.activation(layer, x + half, bits)
         below = scheme.activation(layer, x - half, bits)
         slope += (above - below) / (2 * half * len(HALF_WINDOWS))
     return slope

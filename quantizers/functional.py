@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_BITS = 8
 WIDTHS = range(1, MAX_BITS + 1)
 # Elements that are divided, rounded, clamped and multiplied while they are in the processor's
 # cache.
 BLOCK = 1 << 18
+PLAIN_TYPES = (Tensor, nn.Parameter)
 # Learned steps and clips are used as max(|s|, FLOOR): whatever an optimizer makes of them, they are
 # positive.
 FLOOR = 1e-8
@@ -126,8 +130,8 @@ def fake_quantize(
         signed: Whether the integers are.
         zero_point: The integer that stands for real 0; must broadcast against x. None: 0.
         narrow: As in `integer_range`.
-        reuse: With gradients disabled, the result may lie in memory that the thread's next call
-            with it writes over.
+        reuse: With gradients disabled, the result may lie in memory that the thread uses again
+            once nothing refers to the result any more.
 
     Returns:
         Real values on the grid, of x's shape and type.
@@ -165,13 +169,65 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Say whether autograd records what is computed from these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Say whether autograd is to record what is computed from these tensors.
+
+    `torch.jit.trace` can't write down gradients of our own, and checks what it traced without any:
+    a traced network has none at its roundings, and a warning says so.
+    """
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        return True
+    warnings.warn("a traced network isn't one to train: its roundings have no gradient", torch.jit.TracerWarning, stacklevel=2)
+    return False
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """Compute an autograd function.
+
+    Args:
+        function: Its class.
+        *arguments: What its `forward` takes after the context.
+
+    Returns:
+        Its result. Where nothing is differentiated it is computed in torch's own operations, which
+        `torch.jit.trace` can write down.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    made: Tensor
+    if differentiated(*tensors):
+        made = function.apply(*arguments)
+    else:
+        made = function.forward(_NoContext(), *arguments)
+    return made
+
+
+class _NoContext:
+    """What stands for an autograd function's context where there is no backward pass."""
+
+    needs_input_grad = (False,) * 8
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Save nothing."""
+
+
+def followed(*tensors: Tensor) -> bool:
+    """Say whether more than torch's plain arithmetic happens with these tensors.
+
+    That is where the compiler, `torch.jit.trace`, a transform such as `vmap`, or a mode such as
+    `FakeTensorMode` looks on, and with tensors of a class of their own. Results that were kept, or
+    that are written in pieces, would be wrong there, or an error.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(tensor) not in PLAIN_TYPES for tensor in tensors)
 
 
 def blockwise(*tensors: Tensor) -> bool:
-    """Say whether `blocks` divides tensors like these: autograd and the compiler can't follow results written in pieces."""
-    return tensors[0].numel() > BLOCK and not torch.compiler.is_compiling() and not differentiated(*tensors)
+    """Say whether `blocks` divides tensors like these: autograd can't follow results that are written in pieces."""
+    return tensors[0].numel() > BLOCK and not differentiated(*tensors) and not followed(*tensors)
 
 
 def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -214,6 +270,7 @@ def rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, reu
     return made
 
 
+REUSED = {torch.float32: "float32", torch.float64: "float64"}  # types that NumPy has, too
 _local = threading.local()
 
 
@@ -225,17 +282,21 @@ def result_like(x: Tensor, reuse: bool) -> Tensor:
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     # With gradients enabled, a layer whose input needs none keeps it all the same, for the gradient
     # of its weight.
-    if not reuse or x.device.type != "cpu" or not dense or torch.is_grad_enabled():
+    if not reuse or x.device.type != "cpu" or not dense or x.dtype not in REUSED or torch.is_grad_enabled():
         return torch.empty_like(x)
-    kept: Tensor | None = getattr(_local, "kept", None)
-    if (
-        kept is None
-        or kept.numel() < x.numel()
-        or kept.dtype != x.dtype
-        or kept.is_inference() != torch.is_inference_mode_enabled()
-    ):
-        kept = _local.kept = torch.empty(x.numel(), dtype=x.dtype)
-    return kept.as_strided(x.shape, x.stride())
+    # The tensor that was given out last refers to an array of ours, which dies with the last view of
+    # it, wherever that is: in a layer around this one, in what a layer returned, in a hook, in
+    # another thread.
+    given = getattr(_local, "given", None)
+    if given is not None and given() is not None:
+        return torch.empty_like(x)
+    memory: np.ndarray | None = getattr(_local, "memory", None)
+    if memory is None or memory.nbytes < x.nbytes:
+        memory = _local.memory = torch.empty(x.nbytes, dtype=torch.uint8).numpy()
+    strides = [step * x.itemsize for step in x.stride()]
+    array: np.ndarray = np.ndarray(tuple(x.shape), REUSED[x.dtype], memory, strides=strides)
+    _local.given = weakref.ref(array)
+    return torch.from_numpy(array)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -318,8 +379,7 @@ def _next_float(value: float, towards: float) -> float:
 
 def positive(x: Tensor) -> Tensor:
     """Compute max(|x|, FLOOR) with the gradient of |x|, 1 at zero: below the floor too, so that what fell there can leave."""
-    made: Tensor = _Positive.apply(x)
-    return made
+    return applied(_Positive, x)
 
 
 class _Positive(torch.autograd.Function):

@@ -6,22 +6,34 @@ Scales are found by the smallest squared error, the largest value, a percentile,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
 
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
-SAMPLES = 1 << 16  # activations kept per layer
+SAMPLES = 1 << 16  # activations of a batch that are looked at, and of all batches that a scheme is shown, per layer
+# Activations that are kept per layer at most: more are thinned, by a number that the sizes of layers
+# are rarely multiples of, so that every channel keeps its share.
+MOST_SAMPLES = 16 * SAMPLES
+THINNING = 11
+BATCH = 64  # images of a Dataset that are put together
+PIECES = 64  # tensors in which they are kept at most
 CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into the cache
 BINS = 2048
 PERCENTILE = 0.9999
 RULES = ("mse", "max", "percentile", "kl")
 
 Batches = Iterable[Any] | Tensor
+ACCEPTED = "give a tensor of inputs (N, ...), or an iterable of such tensors or of pairs (inputs, labels)"
 
 
 def fit_weight_scales(weight: Tensor, rule: str = "mse", power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -231,24 +243,53 @@ def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
 class Observer:
     """What a layer's input looked like: a sample of its values, its largest magnitude and whether it was ever negative."""
 
-    def __init__(self) -> None:
-        """Have seen nothing yet."""
+    def __init__(self, layer: str = "") -> None:
+        """Have seen nothing yet of a layer, whose name is for messages."""
+        self.layer = layer
         self.values: list[Tensor] = []
         self.largest, self.signed = 0.0, False
+        # Of the values that batches give, every so manyth is kept.
+        self._every, self._given, self._kept = 1, 0, 0
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Look at a layer's input: a forward pre-hook. Raises ValueError for one that isn't finite."""
-        values = inputs[0].detach()
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> None:
+        """Look at a layer's input: a forward pre-hook, with keywords or without.
+
+        Args:
+            module: The layer.
+            inputs: What it is called with.
+            named: And by which keywords.
+
+        Raises:
+            ValueError: For an input that isn't finite, or is no tensor.
+        """
+        values = first_input(module, inputs, named or {})
+        if not isinstance(values, Tensor):
+            raise ValueError(f"layer {self.layer!r} is called with {type(values).__name__}: only tensors can be quantized")
+        values = values.detach()
         if values.numel() == 0:
             return
         low, high = float(values.min()), float(values.max())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
-            raise ValueError("an activation that isn't finite appeared during calibration")
+            raise ValueError(f"an activation that isn't finite appeared during calibration, at layer {self.layer!r}")
         self.largest, self.signed = max(self.largest, -low, high), self.signed or low < 0
         # A contiguous view in memory order, then every n-th value: an odd stride meets all channels
         # alike.
         flat = values.reshape(-1)
-        self.values.append(flat[:: max(1, flat.numel() // SAMPLES) | 1][:SAMPLES].float())
+        self._keep(flat[:: max(1, flat.numel() // SAMPLES) | 1][:SAMPLES])
+
+    def _keep(self, values: Tensor) -> None:
+        """Add values of a batch to the sample."""
+        taken = values[-self._given % self._every :: self._every]
+        self._given += len(values)
+        self._kept += len(taken)
+        # A copy: the network, or whoever gives the batches, may write over the values next.
+        self.values.append(taken.to(torch.float32, copy=True))
+        if self._kept > MOST_SAMPLES:
+            self.values = [torch.cat(self.values)[::THINNING].clone()]
+            self._every *= THINNING
+            self._kept = len(self.values[0])
+        elif len(self.values) > PIECES:
+            self.values = [torch.cat(self.values)]
 
     def sample(self) -> Tensor:
         """Return a sample of all values that were seen, float32."""
@@ -256,38 +297,145 @@ class Observer:
         return values[:: max(1, values.numel() // SAMPLES) | 1]
 
 
-def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Observer]:
+def input_name(kind: type[nn.Module]) -> str:
+    """Return what the forward of a class of modules calls its first input; nothing if it has none."""
+    return next(iter(list(inspect.signature(kind.forward).parameters)[1:]), "")
+
+
+def first_input(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Find the first input of a call, as hooks see it: given by its place or by its name.
+
+    Args:
+        module: What is called.
+        inputs: The inputs by place.
+        named: The inputs by name.
+
+    Returns:
+        The input; None if there is none.
+    """
+    if inputs:
+        return inputs[0]
+    name = getattr(module, "input_name", None) or input_name(type(module))
+    return named.get(name, next(iter(named.values()), None))
+
+
+def observe(
+    network: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Batches,
+    first_pass: AbstractContextManager[object] | None = None,
+) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
+
+    Afterwards every module is in the mode in which it was before. The batches stay as they are.
 
     Args:
         network: The network.
         layers: Modules of it, by name.
-        batches: One tensor (one batch), or an iterable of tensors or of (inputs, labels).
+        batches: One tensor (one batch), a pair (inputs, labels) of tensors, a Dataset, or an iterable of
+            tensors or of such pairs. Inputs of a floating type are taken in that of the network.
+        first_pass: Within what the first batch is run.
 
     Returns:
         An observer by layer; one that is never called has seen nothing.
 
     Raises:
-        ValueError: If there are no images, or for an activation that isn't finite.
+        ValueError: If there are no images, for batches that the network can't be called with, or for
+            an activation that isn't finite.
     """
-    observers = {name: Observer() for name in layers}
-    handles = [module.register_forward_pre_hook(observers[name]) for name, module in layers.items()]
+    observers = {name: Observer(name) for name in layers}
+    modes = [(module, module.training) for module in network.modules()]
     training, seen = network.training, 0
-    if isinstance(batches, Tensor):
-        batches = [batches]
+    handles = []
     try:
+        for name, module in layers.items():
+            handles.append(module.register_forward_pre_hook(observers[name], with_kwargs=True))
         network.eval()
         with torch.no_grad():
-            for batch in batches:
-                inputs = batch
-                if isinstance(batch, list | tuple):
-                    inputs = batch[0]
-                network(inputs)
-                seen += len(inputs)
+            for batch in _batches(batches):
+                inputs = _inputs(batch, network)
+                with first_pass or nullcontext():
+                    _call(network, inputs)
+                first_pass = None
+                seen += _count(inputs)
     finally:
+        # Modules that do something of their own when the mode changes are told first.
         network.train(training)
+        for module, mode in modes:
+            module.training = mode
         for handle in handles:
             handle.remove()
     if not seen:
         raise ValueError("calibration needs at least one image; `calibrate` gave none")
     return observers
+
+
+def _batches(calibrate: Any) -> Iterable[Any]:
+    """Return what to go through: batches of inputs, or of (inputs, labels)."""
+    if isinstance(calibrate, Tensor) or _is_pair(calibrate):
+        return [calibrate]
+    if isinstance(calibrate, Dataset) and not isinstance(calibrate, IterableDataset):
+        return DataLoader(calibrate, BATCH)
+    if isinstance(calibrate, str | bytes | Mapping | np.ndarray) or not _is_iterable(calibrate):
+        raise ValueError(f"`calibrate` is {_described(calibrate)}; {ACCEPTED}")
+    iterable: Iterable[Any] = calibrate
+    return iterable
+
+
+def _is_pair(calibrate: Any) -> bool:
+    """Say whether two tensors are inputs and their labels, which have fewer dimensions, and not two batches of inputs."""
+    if not isinstance(calibrate, list | tuple) or len(calibrate) != 2:
+        return False
+    inputs, labels = calibrate
+    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
+        return False
+    return 0 < labels.dim() < inputs.dim() and len(labels) == len(inputs)
+
+
+def _is_iterable(value: Any) -> bool:
+    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+
+
+def _inputs(batch: Any, network: nn.Module) -> Any:
+    """Return a batch's inputs, of the network's floating type, as copies: a network may change them in place."""
+    inputs = batch
+    if isinstance(batch, list | tuple):
+        if not batch:
+            raise ValueError(f"`calibrate` gave an empty {type(batch).__name__}; {ACCEPTED}")
+        inputs = batch[0]
+    if isinstance(inputs, np.ndarray | str | bytes):
+        raise ValueError(f"`calibrate` gave {_described(inputs)}; {ACCEPTED}")
+    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
+
+    def taken(value: Tensor) -> Tensor:
+        if value.is_floating_point() and len(kinds) == 1:
+            value = value.to(next(iter(kinds)))
+        return value.clone()
+
+    return tree_map_only(Tensor, taken, inputs)
+
+
+def _call(network: nn.Module, inputs: Any) -> None:
+    try:
+        network(inputs)
+    except (ValueError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a network raises for inputs that aren't its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({reason}); {ACCEPTED}, "
+            "as the network takes them"
+        ) from error
+
+
+def _count(inputs: Any) -> int:
+    """Return how many images there are in a batch's inputs."""
+    if isinstance(inputs, Tensor) and inputs.dim():
+        return len(inputs)
+    return 1
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"a {type(value).__name__} of type {value.dtype} and shape {tuple(value.shape)}"
+    return f"of type {type(value).__name__}"

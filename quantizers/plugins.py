@@ -22,7 +22,7 @@ def installed(group: str) -> list[EntryPoint]:
         points = list(entry_points(group=group))
     except Exception:
         points = _of_sound_packages(group)
-    sound = [point for point in points if _is_sound(point)]
+    sound = [point for point in points if _is_sound(point) and _is_installed(point)]
     return sorted(sound, key=lambda point: (point.name, point.value))
 
 
@@ -84,9 +84,9 @@ def names_a_module(name: str) -> bool:
 
 
 def look_into_current_folder() -> None:
-    """Let modules of the current folder be imported, as with `python -m`."""
+    """Let modules of the current folder be imported too; none takes the place of an installed one."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     # A file may be younger than what Python remembers of the folder.
     importlib.invalidate_caches()
 
@@ -145,6 +145,15 @@ def _is_sound(point: EntryPoint) -> bool:
     except Exception:
         _warn_of(f"{point.name!r} of {origin(point)} is left out: it stands for {point.value!r}, which is no module:Name")
         return False
+
+
+def _is_installed(point: EntryPoint) -> bool:
+    """Say whether an entry point is of an installed package, not of something that lies in the current folder."""
+    try:
+        here = os.path.realpath(os.curdir)
+    except OSError:  # somebody deleted it
+        return True
+    return point.dist is None or os.path.realpath(str(point.dist.locate_file(""))) != here
 
 
 def _name_of(package: Distribution) -> str:

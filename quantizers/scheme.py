@@ -101,8 +101,11 @@ class Scheme:
     learned: ClassVar[tuple[str, ...]] = ()
     # The share of the weights' learning rate at which these are to be trained.
     learned_rate: ClassVar[float] = 1.0
-    # Tensors of the layer, beside its weight, that the quantized weight depends on.
-    of_weight: ClassVar[tuple[str, ...]] = ()
+    # Tensors of the layer, beside its weight, that the quantized weight depends on; what is learned
+    # besides is of the quantized input. None: both depend on any of those that `start` makes.
+    of_weight: ClassVar[tuple[str, ...] | None] = None
+    # Whether a gradient reaches the layer's float weight.
+    trains_weight: ClassVar[bool] = True
     # Whether activations need `calibrate` to have seen the layer's input, at some widths at least
     # (`needs_data_at`).
     needs_data: ClassVar[bool] = True
@@ -209,7 +212,12 @@ class Scheme:
         raise NotImplementedError
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
-        """Return the layer's weight as real values on the grid of so many bits, with the gradient that training uses."""
+        """Return the layer's weight as real values on the grid of so many bits, with the gradient that training uses.
+
+        Without gradients it must depend on nothing but the weight, the tensors that `start` made, the
+        scheme's options, and the layer's `training` and `signed`: as long as these stay the same, it
+        is computed once.
+        """
         raise NotImplementedError
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:

@@ -30,6 +30,7 @@ from haq.attacks.classifier import Classifier
 from haq.attacks.masking import Check, Labelled, MaskingChecks
 from haq.attacks.suite import suite
 from haq.attacks.threat_model import ThreatModel
+from haq.data.labels import class_numbers
 from haq.store.files import ROBUSTNESS_SCHEMA
 
 _PLAIN = (bool, int, float, str, tuple, Q.Scheme)  # attributes of modules that say how they compute
@@ -79,9 +80,14 @@ class Assessment:
     @property
     def verdict(self) -> str:
         """What the number is, in words."""
-        if self.masked:
-            return "upper bound: gradients are masked"
-        return "worst case over all attacks"
+        failed = {check.name for check in self.checks if not check.passed}
+        if not failed:
+            return "worst case over all attacks"
+        if masking.FOLLOWED in failed:
+            return "upper bound: no attack that was asked for follows gradients"
+        if failed == {masking.ENOUGH}:
+            return "upper bound: plain PGD finds more than the attacks that were asked for"
+        return "upper bound: gradients are masked"
 
     def summary(self) -> dict[str, Any]:
         """Return all but images, for JSON."""
@@ -106,7 +112,7 @@ def assess(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
+    eps: float | str = 8 / 255,
     norm: str = "linf",
     attacks: str = "standard",
     mean: Sequence[float] = (0.0,),
@@ -123,8 +129,8 @@ def assess(
     Args:
         network: Takes images minus mean, over std, and returns logits; or a `Classifier`, which has that inside.
         images: Float (N, C, H, W) in [0, 1].
-        labels: int64 (N,).
-        eps: How far an attacker may go.
+        labels: Class numbers, integers of any type, (N,).
+        eps: How far an attacker may go: a number, or a text such as "8/255".
         norm: In which norm: `linf` or `l2`.
         attacks: `quick`, `standard`, `full`, names of attacks (`haq.attacks.ATTACKS`), or both, divided by commas.
         mean: Of every channel, on the scale of images in [0, 1].
@@ -143,11 +149,11 @@ def assess(
         ValueError: For images outside [0, 1], labels that don't fit, an eps on another scale, outputs that are probabilities
             or not finite, and a network that answers the same images differently from pass to pass.
     """
-    threat = ThreatModel(eps, norm)
+    threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
     victim = _classifier(network, mean, std, requantize)
     others = {name: _classifier(source, mean, std, requantize) for name, source in (sources or {}).items()}
     images = images.to(victim.device)
-    labels = labels.to(victim.device)
+    labels = class_numbers(labels, "`labels`").to(victim.device)
     classes, spread = _check_input(victim, images, labels)
     plan = suite(attacks, victim, threat, classes, sources=others, backward=backward)
     clean = torch.cat([victim.right(x, y) for x, y in batches(images, labels)])
@@ -177,9 +183,12 @@ def assess(
     checking = MaskingChecks(victim, threat, backward, classes, seed, progress, finished)
     curve = checking.curve(first, factors, curve_passes)
     left = {attack.name: finished.right[attack.name] for attack in plan}
+    suite_left = masking.left_right(list(left), left, clean)
     checks = (
         *masking.compare_kinds(plan, left, clean),
         checking.convergence(first, steps),
+        checking.enough(suite_left[:few], curve),
+        *checking.members(first, suite_left[:few], curve_passes),
         checking.unbounded(first, curve_passes),
         checking.monotone(curve),
         checking.zero_gradients(given),
@@ -193,7 +202,7 @@ def assess(
         classes=classes,
         seed=seed,
         clean=share(clean),
-        worst=share(masking.left_right(list(left), left, clean)),
+        worst=share(suite_left),
         attacks={name: share(mask) for name, mask in left.items()},
         checks=checks,
         curve=tuple(curve),
@@ -224,8 +233,6 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
     x = images[: batch_size(images)]
     runs = masking.repeat(victim, x)
     classes = _check_logits(runs)
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels are int64, not {labels.dtype}")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes")
     if runs[0].min() >= 0 and bool(((runs[0].sum(1) - 1).abs() < 1e-5).all()):
@@ -236,9 +243,19 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
             f"the network answers the same images differently from pass to pass (by {spread:.2g} of its logits' size): take "
             "the randomness out, attacks would have to average over it"
         )
-    if not victim(x[:1].clone().requires_grad_()).requires_grad:
-        raise ValueError("no gradient passes through the network, not even zeros: something in it detaches its input")
+    _check_gradient(victim, x[:1])
     return classes, spread
+
+
+def _check_gradient(victim: Classifier, image: Tensor) -> None:
+    image = image.clone().requires_grad_()
+    logits = victim(image)
+    if not logits.requires_grad:
+        raise ValueError("no gradient passes through the network, not even zeros: something in it detaches its input")
+    try:
+        torch.autograd.grad(logits.sum(), image)
+    except RuntimeError as error:
+        raise ValueError(f"no gradient passes through the network: {str(error).splitlines()[0]}") from error
 
 
 def _check_images(images: Tensor) -> None:

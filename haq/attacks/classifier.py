@@ -15,7 +15,8 @@ import quantizers as Q
 class Classifier(nn.Module):
     """A network with its normalisation inside: takes images (N, C, H, W) in [0, 1], returns logits (N, classes).
 
-    The network is copied, in evaluation mode and without gradients of its parameters.
+    The network is copied, in evaluation mode and without gradients of its parameters. Where a pixel's gradient is NaN,
+    attacks see none: one such pixel would end them all.
     """
 
     mean: Tensor
@@ -40,7 +41,7 @@ class Classifier(nn.Module):
             memory_format: In which the network takes its input.
         """
         super().__init__()
-        self.network = copy.deepcopy(network)
+        self.network = Q.copy_network(network)
         device = torch.device("cpu")
         for parameter in network.parameters():
             device = parameter.device
@@ -63,10 +64,21 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(_without_nan)
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the same, with gradients as they are."""
         if self.requantize:
             x = Q.fake_quantize(x, x.new_tensor(1 / 255), 8, False)
         x = ((x - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        logits: Tensor = self.network(x)
+        logits = self.network(x)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"the network's outputs are logits (images, two classes or more), not a {type(logits).__name__}")
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # what attacks compute with
         return logits
 
     def twin(self) -> Classifier:
@@ -77,8 +89,13 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def right(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Return which images are classified as labelled, (N,) of bool."""
-        return self(x).argmax(1) == labels
+        """Return which images are classified as labelled, (N,) of bool; an answer with NaN is wrong."""
+        logits = self(x)
+        return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
+def _without_nan(gradient: Tensor) -> Tensor:
+    return gradient.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 class TwinnedClassifier(nn.Module):
@@ -96,6 +113,62 @@ class TwinnedClassifier(nn.Module):
             logits = self.network(x)
         made: Tensor = _BorrowedGradient.apply(logits, self.twin(x))
         return made
+
+
+class JoinedMembers(nn.Module):
+    """The sum of the logits of a network's members: of all parts of it, none within another, that answer with as many."""
+
+    def __init__(self, network: Classifier, names: Sequence[str]) -> None:
+        """Keep the network, and the names of its members."""
+        super().__init__()
+        self.network = network
+        self.names = list(names)
+
+    @classmethod
+    def of(cls, network: Classifier, example: Tensor, classes: int) -> JoinedMembers | None:
+        """Find the members of a network.
+
+        Args:
+            network: The network.
+            example: Images in [0, 1], float (N, C, H, W).
+            classes: How many logits it returns.
+
+        Returns:
+            The sum; None where there are less than two members.
+        """
+        shapes: dict[str, set[Any]] = {}
+
+        def watch(name: str) -> Any:
+            def note(module: nn.Module, given: Any, made: Any) -> None:
+                shapes.setdefault(name, set()).add(getattr(made, "shape", None))
+
+            return note
+
+        parts = [(name, part) for name, part in network.network.named_modules() if name]
+        handles = [part.register_forward_hook(watch(name)) for name, part in parts]
+        try:
+            with torch.no_grad():
+                network(example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        answering = [name for name, found in shapes.items() if found == {(len(example), classes)}]
+        outer = [name for name in answering if not any(name.startswith(f"{other}.") for other in answering)]
+        if len(outer) < 2:
+            return None
+        return cls(network, outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum (N, classes) of all members' logits, of images (N, C, H, W) in [0, 1]."""
+        logits: list[Tensor] = []
+        parts = [self.network.network.get_submodule(name) for name in self.names]
+        handles = [part.register_forward_hook(lambda part, given, made: logits.append(made)) for part in parts]
+        try:
+            self.network(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack(logits).sum(0)
 
 
 class _BorrowedGradient(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -264,9 +265,16 @@ class Square(EvaluationAttack):
         return FORWARD_ONLY * self.budget.queries
 
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Search, as pyautoattack does."""
+        """Search, as pyautoattack does; its l2 version does so on square images of certain sizes only."""
+        fold = Fold.of(images) if self.threat.norm == "l2" else None
+        if fold is None:
+            return self._search(self.victim, images, labels)
+        found = self._search(lambda x: self.victim(fold.open(x)), fold.close(images), labels)
+        return fold.open(found)
+
+    def _search(self, model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> Tensor:
         attack = SquareAttack(
-            self.victim,
+            model,
             norm=NORMS[self.threat.norm],
             eps=self.threat.eps,
             n_queries=self.budget.queries,
@@ -276,6 +284,69 @@ class Square(EvaluationAttack):
         with torch.no_grad():
             found: Tensor = attack.perturb(images, labels)
         return found
+
+
+class Fold:
+    """Images laid into a square: long ones in strips, one below the other, with grey where nothing is left.
+
+    Distances (l2) are those of the images.
+    """
+
+    def __init__(self, size: tuple[int, int], strips: int, side: int) -> None:
+        """Keep the sizes.
+
+        Args:
+            size: Height and width of the images, upright or not.
+            strips: How many the longer side is cut into.
+            side: Of the square.
+        """
+        self.size = size
+        self.strips = strips
+        self.side = side
+
+    @classmethod
+    def of(cls, images: Tensor) -> Fold | None:
+        """Choose a fold for images (N, C, H, W), or None if pyautoattack's Square takes them as they are."""
+        height, width = images.shape[2:]
+        short, long = sorted((height, width))
+        strips = max(1, round(math.sqrt(long / short)))
+        side = max(short * strips, math.ceil(long / strips))
+        while not _takes(side):
+            side += 1
+        if height == width == side:
+            return None
+        return cls((height, width), strips, side)
+
+    def close(self, images: Tensor) -> Tensor:
+        """Lay images (N, C, H, W) into squares (N, C, side, side)."""
+        if self.size[0] > self.size[1]:
+            images = images.mT
+        rows = images.new_full((*images.shape[:2], self.side, self.side), 0.5)
+        for number, strip in enumerate(self._strips(images)):
+            top = number * strip.shape[2]
+            rows[:, :, top : top + strip.shape[2], : strip.shape[3]] = strip
+        return rows
+
+    def open(self, squares: Tensor) -> Tensor:
+        """Take images out of squares."""
+        short, long = sorted(self.size)
+        length = math.ceil(long / self.strips)
+        strips = [squares[:, :, number * short : (number + 1) * short, :length] for number in range(self.strips)]
+        images = torch.cat(strips, 3)[..., :long]
+        if self.size[0] > self.size[1]:
+            images = images.mT
+        return images.contiguous()
+
+    def _strips(self, images: Tensor) -> tuple[Tensor, ...]:
+        return images.split(math.ceil(images.shape[3] / self.strips), 3)
+
+
+def _takes(side: int) -> bool:
+    """Tell whether pyautoattack's Square lays its first squares (l2) within images of a size."""
+    square = side // 5
+    if square < 2:
+        return square == 1
+    return (side - 5 * square) // 2 + side // square * square <= side
 
 
 class Transfer(EvaluationAttack):

@@ -19,14 +19,17 @@ Gradient = Callable[[Tensor], Tensor]  # of inputs: of the same shape
 
 
 def input_gradient(module: nn.Module, loss: Loss) -> Gradient:
-    """Make a function of the inputs: the gradient of a loss of the outputs. No parameter's gradient is touched."""
+    """Make a function of the inputs: the gradient of a loss of the outputs, 0 where it is NaN.
+
+    No parameter's gradient is touched.
+    """
 
     def gradient(x: Tensor) -> Tensor:
         # Whoever calls may have switched gradients off, and in a thread of its own they have their own switch.
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().requires_grad_()
             (found,) = torch.autograd.grad(loss(module(x)), x)
-        return found
+        return found.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
     return gradient
 

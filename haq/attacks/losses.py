@@ -63,8 +63,10 @@ def temperatures(model: nn.Module, images: Tensor) -> Tensor:
     return (grid[torch.stack(norms).argmax(0)] / spread).to(images.dtype)
 
 
-def zero_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Tell whose loss has a gradient that is zero at every pixel.
+def zero_gradients(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Tell whose loss has a gradient that is zero at every pixel, or NaN at any.
 
     Args:
         model: Takes images, returns logits (N, classes).
@@ -78,4 +80,4 @@ def zero_gradients(model: nn.Module, images: Tensor, labels: Tensor, loss: Calla
     x = images.detach().clone().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss(model(x), labels).sum(), x)
-    return gradient.flatten(1).abs().amax(1) == 0
+    return ~(gradient.flatten(1).abs().amax(1) > 0)

@@ -14,13 +14,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import quantizers as Q
 from haq.attacks.base import BLACK, NOISE, WHITE, EvaluationAttack
 from haq.attacks.batches import batch_size, batches_where, share
 from haq.attacks.bookkeeping import FinishedAttacks, PassProgress
-from haq.attacks.classifier import Classifier
+from haq.attacks.classifier import Classifier, JoinedMembers
 from haq.attacks.evaluation_attacks import noise, pgd, training_mode
 from haq.attacks.losses import cross_entropy, dlr_loss, zero_gradients
 from haq.attacks.threat_model import ThreatModel
@@ -35,6 +35,12 @@ CURVE = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of eps; `qui
 CURVE_STEPS = 20
 CURVE_IMAGES = {"quick": 200, "standard": 500, "full": 1000}
 DRAWS = 10  # of noise, without bounds
+STEPS = "steps "  # begins the names of figures of PGD at the eps that is asked for
+
+
+FOLLOWED = "an attack follows gradients"
+ENOUGH = "the attacks find what plain PGD finds"
+MEMBERS = "the attacks find what PGD on its members finds"
 
 
 class Check(NamedTuple):
@@ -75,6 +81,7 @@ def compare_kinds(plan: Sequence[EvaluationAttack], right: Mapping[str, Tensor],
         yield Check("many steps are at least as strong as one", many <= once + SLACK, figures)
     names = {kind: [attack.name for attack in plan if attack.knows == kind] for kind in (WHITE, BLACK, NOISE)}
     if not names[WHITE]:
+        yield Check(FOLLOWED, False, f"none of {', '.join(right)} does")
         return
     by_gradients = left_right(names[WHITE], right, clean)
     weaker = {BLACK: "gradients find what black boxes and transfer find", NOISE: "gradients find what noise finds"}
@@ -125,7 +132,9 @@ class MaskingChecks:
     progress: PassProgress
     finished: FinishedAttacks
 
-    def accuracy(self, given: Labelled, eps: float, steps: int, *, noisy: bool = False) -> float:
+    def accuracy(
+        self, given: Labelled, eps: float, steps: int, *, noisy: bool = False, model: nn.Module | None = None
+    ) -> float:
         """Measure accuracy under PGD in another ball or with other steps.
 
         Args:
@@ -133,10 +142,13 @@ class MaskingChecks:
             eps: The size of the ball.
             steps: Of PGD.
             noisy: Whether noise is tried as well.
+            model: What PGD follows the gradients of; None: the victim.
 
         Returns:
             The share that is left right, 0..1.
         """
+        if model is None:
+            model = self.victim
         right = given.clean.clone()
         threat = ThreatModel(eps, self.threat.norm)
         mode = training_mode(self.backward)
@@ -144,7 +156,7 @@ class MaskingChecks:
             x, y = given.images[index], given.labels[index]
             with torch.random.fork_rng(), Q.backward_mode(self.victim.network, mode):
                 torch.manual_seed(self.seed + number)
-                tried = [pgd(self.victim, x, y, threat, steps=steps)]
+                tried = [pgd(model, x, y, threat, steps=steps)]
                 if noisy:
                     tried.append(noise(self.victim, x, y, threat, DRAWS))
             for found in tried:
@@ -186,11 +198,51 @@ class MaskingChecks:
         accuracies = []
         for count in (steps, 2 * steps):
             measure = partial(self.accuracy, given, self.threat.eps, count)
-            accuracies.append(self.finished.figure(f"steps {count}", measure))
+            accuracies.append(self.finished.figure(f"{STEPS}{count}", measure))
         self.progress.end()
         once, twice = accuracies
         figures = f"{percent(once, 1)} after {steps}, {percent(twice, 1)} after {2 * steps}, of {len(given.images)} images"
         return Check("twice the steps change nothing", once - twice <= CHANGED + ROUNDING, figures)
+
+    def enough(self, suite: Tensor, curve: Sequence[tuple[float, float]]) -> Check:
+        """Check that PGD of the curve and of `convergence`, on these images, finds no more than all attacks together.
+
+        Args:
+            suite: Which of the first images all attacks left right, (N,) of bool.
+            curve: What `curve` found on them.
+
+        Returns:
+            The check.
+        """
+        left = share(suite)
+        within = [value for eps, value in curve if eps <= self.threat.eps * (1 + ROUNDING)]
+        least = min(*within, *(value for name, value in self.finished.figures.items() if name.startswith(STEPS)))
+        figures = f"{percent(left, 1)} left by all attacks, {percent(least, 1)} by plain PGD, of {len(suite)} images"
+        return Check(ENOUGH, left - least <= ROUNDING, figures)
+
+    def members(self, given: Labelled, suite: Tensor, passes: float) -> Iterator[Check]:
+        """Check that PGD on the sum of all members' logits finds no more, where the network is of several.
+
+        A vote hides its members' gradients: there is none where one member is sure of its answer.
+
+        Args:
+            given: The images.
+            suite: Which of them all attacks left right, (N,) of bool.
+            passes: What it costs.
+
+        Yields:
+            The check, for a network of members.
+        """
+        joined = JoinedMembers.of(self.victim, given.images[:1], self.classes)
+        if joined is None:
+            return
+        self.progress.begin("its members", passes)
+        measure = partial(self.accuracy, given, self.threat.eps, CURVE_STEPS, model=joined)
+        found = self.finished.figure("members", measure)
+        self.progress.end()
+        left = share(suite)
+        figures = f"{percent(left, 1)} left by all attacks, {percent(found, 1)} by that, of {len(suite)} images"
+        yield Check(MEMBERS, left - found <= ROUNDING, figures)
 
     def unbounded(self, given: Labelled, passes: float) -> Check:
         """Check that everything can be fooled where any image is allowed; `passes` is what that costs."""
@@ -214,14 +266,14 @@ class MaskingChecks:
     def zero_gradients(self, given: Labelled) -> Check:
         """Check, as AutoAttack does, that no gradient of the DLR loss is zero everywhere: it saturates for nobody.
 
-        With two classes it is the cross-entropy's.
+        With two classes it is the cross-entropy's. NaN counts as zero.
         """
         loss = dlr_loss if self.classes >= 3 else cross_entropy
         mode = training_mode(self.backward)
         without = 0
         for index in batches_where(given.clean, given.images):
             with Q.backward_mode(self.victim.network, mode):
-                zero = zero_gradients(self.victim, given.images[index], given.labels[index], loss)
+                zero = zero_gradients(self.victim.logits, given.images[index], given.labels[index], loss)
             without += int(zero.sum())
         count = max(int(given.clean.sum()), 1)
         return Check("no gradient is zero", without == 0, f"{percent(without / count, 1)} of images without any")

@@ -38,12 +38,12 @@ class ProxyAttack:
         check_steps(self.steps)
 
     @classmethod
-    def of(cls, network: Network, eps: float, steps: int = PROXY_STEPS, seed: int = 0) -> ProxyAttack:
+    def of(cls, network: Network, eps: float | str, steps: int = PROXY_STEPS, seed: int = 0) -> ProxyAttack:
         """Make the attack for inputs that `network.preprocess` made of uint8 images.
 
         Args:
             network: The network, with its mean and standard deviation.
-            eps: The largest change of a pixel, on the scale of images in [0, 1].
+            eps: The largest change of a pixel, on the scale of images in [0, 1]; a number or a text such as "8/255".
             steps: Of the attack.
             seed: Of its random starts.
 

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from haq.store.files import quoted
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -35,23 +37,34 @@ def parse_eps(text: str, most: float = 1.0) -> float:
     Raises:
         ValueError: For anything else, and for what isn't above 0 and at most `most`.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", str(text))
+    return check_eps(_number(text), text, most)
+
+
+def _number(given: object) -> float:
+    """Return a number, or the one that a text says."""
     try:
+        if isinstance(given, bool):
+            raise TypeError
+        if not isinstance(given, str):
+            return float(given)  # type: ignore[arg-type]
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", given)
         if match is None:
             raise ValueError
         eps = float(match[1])
         if match[2]:
             eps /= float(match[2])
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"eps {text!r} is not understood: give a fraction such as 8/255, or a decimal such as 0.03") from None
-    return check_eps(eps, text, most)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"eps {quoted(given)} is not understood: give a fraction such as 8/255, or a decimal such as 0.03"
+        ) from None
+    return eps
 
 
-def check_eps(eps: float, text: object = None, most: float = 1.0) -> float:
-    """Return eps as it is, if it can be the size of a perturbation.
+def check_eps(eps: object, text: object = None, most: float = 1.0) -> float:
+    """Return the number, if it can be the size of a perturbation.
 
     Args:
-        eps: The number.
+        eps: A number, or a text as `parse_eps` reads it.
         text: What was given for it, for the message.
         most: The largest that is allowed.
 
@@ -62,6 +75,7 @@ def check_eps(eps: float, text: object = None, most: float = 1.0) -> float:
         ValueError: Unless it is above 0 and at most `most`.
     """
     given = eps if text is None else text
+    eps = _number(eps)
     if most > 1 and not 0 < eps < math.inf:
         raise ValueError(f"eps must be above 0 and finite, not {given}")
     if not 0 < eps <= most:
@@ -84,7 +98,7 @@ class ThreatModel:
     """What an attacker may do: change an image x in [0, 1] to any x' in [0, 1] with ||x' - x|| <= eps.
 
     Attributes:
-        eps: The size of the ball, above 0; in linf at most 1.
+        eps: The size of the ball, above 0; in linf at most 1. May be given as a text, "8/255".
         norm: `linf` or `l2`.
 
     Raises:
@@ -98,8 +112,10 @@ class ThreatModel:
         """Check both."""
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
-        if not 0 < self.eps < math.inf or (self.norm == "linf" and self.eps > 1):
+        eps = _number(self.eps)
+        if not 0 < eps < math.inf or (self.norm == "linf" and eps > 1):
             raise ValueError(f"eps is {self.eps!r}; images are in [0, 1], so it is above 0 and at most 1: 8/255, not 8")
+        object.__setattr__(self, "eps", eps)
 
     def sizes(self, change: Tensor) -> Tensor:
         """Return the norm of each image's change, (N,)."""
@@ -138,11 +154,11 @@ class PerturbationBall:
     high: Tensor
 
     @classmethod
-    def of(cls, network: Network, eps: float) -> PerturbationBall:
+    def of(cls, network: Network, eps: float | str) -> PerturbationBall:
         """Make the ball in the input space of a network that takes (image - mean) / std."""
         import torch
 
-        check_eps(eps)
+        eps = check_eps(eps)
         mean = torch.tensor(network.mean).view(-1, 1, 1)
         std = torch.tensor(network.std).view(-1, 1, 1)
         # Computed as `Network.preprocess` does it, so that black and white are exactly the bounds.

@@ -16,7 +16,8 @@ from click.core import ParameterSource
 
 from haq.console.options import ARGUMENTS, COMMON, Argument, Option
 from haq.console.output import VERBOSITY
-from haq.console.values import did_you_mean, name_of, option_strings
+from haq.console.values import TextType, did_you_mean, name_of, option_strings
+from hw_models import trust
 
 HELP = {"help_option_names": ["-h", "--help"]}
 DEFINITION = re.compile(r"(\S+(?: \S+)*) {2,}(\S.*)")  # a line of a list: a term, some blanks, its meaning
@@ -99,6 +100,15 @@ class Command(_Page):
                     given[param.field] = value
             ctx.params["given"] = given
         return super().invoke(ctx)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the words, and remember what code they name: it may be imported, and none that only a file names."""
+        left = super().parse_args(ctx, args)
+        for param in self.params:
+            is_typed = ctx.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT
+            if is_typed and isinstance(param.type, TextType) and param.type.names is not None:
+                trust.trust(*trust.names_in(str(ctx.params.get(str(param.name)))))
+        return left
 
 
 class Group(_Page, click.Group):
@@ -218,7 +228,7 @@ def call(cli: click.Command, words: Sequence[str] | None, program: str) -> int:
         words = sys.argv[1:]
         mark = TYPED
     try:
-        with cli.make_context(program, [str(word) for word in words], obj=mark) as context:
+        with trust.command(), cli.make_context(program, [str(word) for word in words], obj=mark) as context:
             return int(cli.invoke(context) or 0)
     except click.exceptions.Exit as end:
         return end.exit_code

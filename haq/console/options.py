@@ -3,7 +3,7 @@
 An option and its default have one home: a field of a pydantic model.
 
     from haq.console.commands import command, main_of
-    from haq.console.options import argument, flag, option, options_of, output_options, setting
+    from haq.console.options import argument, flag, option, options_of, output_options, setting, trust_option
     from haq.console.values import FOLDER
 
     class TrainConfig(BaseModel):
@@ -15,6 +15,7 @@ An option and its default have one home: a field of a pydantic model.
     @argument("run", FOLDER, "the folder of a finished search")     # RUN
     @option("--out", FOLDER, "folder to write", group="Output", default_words="one under runs/")
     @flag("--resume", "go on with what was interrupted", group="Output")
+    @trust_option()                              # --trust: for every command on a run, a checkpoint or another file
     @output_options()                            # --json, -q, -v
     def cli(given: dict[str, Any], run: Path, out: Path | None, resume: bool, as_json: bool) -> int:
         config = TrainConfig(**given)            # `given` holds what the user gave, by field, and nothing else
@@ -50,12 +51,14 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 from haq.console.output import VERBOSITY
-from haq.console.values import FILE, INTEGER, NUMBER, Names, TextType
+from haq.console.values import FILE, INTEGER, NUMBER, TEXT, Names, TextType
+from hw_models import trust
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
 COMMON = "General"  # the group of --json, -q, -v and --help
+CODE = "Code of others"  # the group of --trust
 ARGUMENTS = "Arguments"
 
 
@@ -305,6 +308,29 @@ def output_options(
         return function
 
     return decorate
+
+
+def trust_option() -> Decorator:
+    """Give a command --trust, for code that only a file names; the command's function needn't know of it.
+
+    Returns:
+        The decorator.
+    """
+
+    def remember(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> None:
+        trust.trust(*names)
+
+    return click.option(
+        "--trust",
+        cls=Option,
+        type=TEXT,
+        metavar="MODULE:NAME",
+        multiple=True,
+        expose_value=False,
+        callback=remember,
+        group=CODE,
+        help="let code be imported that only a file names, such as a run or a checkpoint; may be given several times",
+    )
 
 
 def verbosity_options() -> list[click.Parameter]:

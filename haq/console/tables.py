@@ -6,7 +6,6 @@ codes from it, and control characters are shown by their escapes.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from haq.store.shell import command_line as command_line
 from hw_models.registry import printable
 
 GAP = 2  # characters between columns; 1 where a table fits only so
@@ -32,19 +32,16 @@ def plain(value: Any) -> Text:
 
 
 def say(console: Console, sentence: str, *, wrap: bool = True) -> None:
-    """Print a sentence that may name files.
+    """Print a sentence that may name files, whose line breaks are none of ours.
 
     Args:
         console: Where to.
-        sentence: What to print, as it is.
+        sentence: What to print, as it is; before it there may be empty lines.
         wrap: Whether it is broken at the console's width. False for what is copied, such as a command or a path.
     """
-    console.print(plain(sentence), soft_wrap=not wrap, highlight=False)
-
-
-def command_line(*words: Any) -> str:
-    """Write a command such that a shell reads the words back as they are."""
-    return shlex.join(str(word) for word in words)
+    line = sentence.lstrip("\n")
+    above = sentence[: len(sentence) - len(line)]
+    console.print(Text(above + printable(line)), soft_wrap=not wrap, highlight=False)
 
 
 def say_next(console: Console, *words: Any, hint: str = "") -> None:
@@ -55,7 +52,7 @@ def say_next(console: Console, *words: Any, hint: str = "") -> None:
         words: The command, word by word.
         hint: What is added behind it.
     """
-    text = Text.assemble("Next: ", (printable(command_line(*words)), "bold"), printable(hint))
+    text = Text.assemble("Next: ", (command_line(*words), "bold"), printable(hint))
     console.print(text, soft_wrap=True, highlight=False)
 
 

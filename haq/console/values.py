@@ -19,7 +19,7 @@ class TextType(click.ParamType):
     name = "text"
 
     def __init__(self, names: Names | None = None) -> None:
-        """Complete values to some names, if there are any."""
+        """Complete values to some names, if there are any; whoever types one that is code may have it imported."""
         self.names = names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,6 +29,27 @@ from haq.deployment.program import (
 from haq.store.units import percent
 from hw_models.tvm_cpu.conv import Conv, fma, zero_point
 
+OUTPUT_SHARE = 0.02  # of the largest output: what may be between outputs that were computed from the same integers
+
+
+def check_images(images: Array, shape: tuple[int, int, int], taker: str = "the program takes images") -> None:
+    """Raise ValueError unless images are what a network takes.
+
+    Args:
+        images: What was given.
+        shape: Channels, height and width of an image.
+        taker: How the message begins.
+
+    Raises:
+        ValueError: Unless they are finite, float32 and (N, *shape).
+    """
+    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
+        sizes = ", ".join(map(str, shape))
+        raise ValueError(f"{taker} (N, {sizes}), not {images.dtype} of {images.shape}; they must be float32")
+    if not np.isfinite(images).all():
+        worst = int(np.flatnonzero(~np.isfinite(images).reshape(len(images), -1).all(1))[0])
+        raise ValueError(f"{taker} of finite numbers; image {worst} has NaN or infinity")
+
 
 def run(
     program: Program, images: Array, given: Mapping[str, Array] | None = None
@@ -46,12 +66,11 @@ def run(
         convolution step.
 
     Raises:
-        ValueError: For images of another shape than the program's.
+        ValueError: For images of another shape than the program's, not of float32, or with NaN or infinity in them.
     """
     height, width, channels = program.values[program.input].shape
-    if images.ndim != 4 or images.shape[1:] != (channels, height, width):
-        raise ValueError(f"the program takes images (N, {channels}, {height}, {width}), not {images.shape}")
-    held: dict[str, Array] = {program.input: np.ascontiguousarray(images.transpose(0, 2, 3, 1), np.float32)}
+    check_images(images, (channels, height, width))
+    held: dict[str, Array] = {program.input: np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
     entered: dict[str, NDArray[np.int16]] = {}
     for step in program.steps:
         representation = program.values[step.input].representation
@@ -66,7 +85,7 @@ def run(
         if isinstance(step, Convolution | FloatConvolution):
             if isinstance(representation, Codes):
                 entered[step.name] = _first(x)
-                if given is not None:
+                if given is not None and step.name in given:
                     x = _last(given[step.name].reshape(entered[step.name].shape)).astype(np.int16)
             sums = _layer_sums(step, x, representation)
         elif isinstance(step, Pool):
@@ -160,11 +179,13 @@ class Comparison:
     """What `compare` found.
 
     `same_answers` is the share of images with the same largest output, `output_difference` the largest between outputs.
+    `fault` says, in words that continue "it", where they differ by more than rounding; nothing if they don't.
     """
 
     layers: tuple[LayerDifference, ...]
     same_answers: float
     output_difference: float
+    fault: str = ""
 
     @property
     def values(self) -> int:
@@ -203,7 +224,7 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
 
     The integers are in the layers' own shapes. For images of float64 all but the quantized weights is computed in float64.
     """
-    network = copy.deepcopy(network).eval()
+    network = Q.copy_network(network).eval()
     if images.dtype == torch.float64:
         for layer in Q.quant_layers(network).values():
             layer.weight = nn.Parameter(layer.quantized_weight())
@@ -247,15 +268,58 @@ def compare(network: nn.Module, program: Program, images: Tensor) -> Comparison:
     Returns:
         What differs, by layer and in the answers.
     """
+    plain = images.float().numpy()
+    if not len(plain):
+        raise ValueError("a program is compared on images, and there are none")
+    outputs, entered = run(program, plain)
     expected, before = fake_quantized(network, images)
-    outputs, entered = run(program, images.float().numpy())
-    _, alone = run(program, images.float().numpy(), before)
+    outputs_alone, alone = run(program, plain, before)
     layers = []
     for name, q in before.items():
+        if name not in entered:
+            continue
         gap = np.abs(entered[name].reshape(q.shape) - q)
         own = np.abs(alone[name].reshape(q.shape) - q)
         counts = (int((gap > 0).sum()), int(gap.max()), int((own > 0).sum()), int(own.max()))
         layers.append(LayerDifference(name, q.size, *counts))
     real = expected.numpy().reshape(outputs.shape)
     same = outputs.argmax(1) == real.argmax(1)
-    return Comparison(tuple(layers), float(same.mean()), float(np.abs(outputs - real).max()))
+    fault = _fault(program, layers, set(before), set(entered))
+    apart = float(np.abs(outputs_alone - real).max())
+    if not fault and not apart <= OUTPUT_SHARE * float(np.abs(real).max()):
+        fault = f"gives outputs that are off by {apart:.3g} where every layer gets the same integers"
+    return Comparison(tuple(layers), float(same.mean()), float(np.abs(outputs - real).max()), fault)
+
+
+def _fault(program: Program, layers: list[LayerDifference], expected: set[str], entered: set[str]) -> str:
+    """Say which layer gets other integers than in the network, by more than its own rounding."""
+    for name in sorted(expected ^ entered):
+        if name in entered:
+            return f"rounds what enters layer {name!r}, which the network doesn't"
+        return f"doesn't round what enters layer {name!r}, which the network does"
+    inputs = {step.name: step.input for step in program.steps if isinstance(step, Convolution | FloatConvolution)}
+    for layer in layers:
+        codes = program.values[inputs[layer.layer]].representation
+        assert isinstance(codes, Codes)
+        if layer.own_largest > codes.one_step:
+            return f"gives layer {layer.layer!r} integers that are off by up to {layer.own_largest}, from the same ones before"
+    return ""
+
+
+def check(network: nn.Module, program: Program, images: Tensor) -> None:
+    """Check that a program computes what its network does, but for rounding.
+
+    Args:
+        network: The quantized network.
+        program: Its program.
+        images: Images (N, C, H, W) to compare on.
+
+    Raises:
+        ValueError: Naming the layer, if it doesn't.
+    """
+    found = compare(network, program, images)
+    if found.fault:
+        # Sums that nearly cancel lose digits in the network's own float32.
+        found = compare(network, program, images.double())
+    if found.fault:
+        raise ValueError(f"{type(network).__name__} can't be deployed: its integer program {found.fault}")

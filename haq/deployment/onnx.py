@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph, Node, Shape
-from haq.deployment.interpreter import fake_quantized
+from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 from haq.store.files import write
 from haq.store.units import percent
@@ -30,6 +31,8 @@ OPSET = 17
 IR_VERSION = 8
 QONNX_DOMAIN = "qonnx.custom_op.general"
 BATCH = 64
+CHECKED = 4  # images on which a file is compared before it is put in its place
+INPUT = ":input"  # ends the names of tensors that enter layers
 
 Array = NDArray[Any]
 
@@ -79,6 +82,7 @@ class Verification:
     same_answers        the share of images with the same largest output
     output_difference   the largest difference of outputs, and `largest_output` the largest output there is
     values, different   how many integers enter layers, and how many of them are others; by how many steps at most (`steps`)
+    fault               in words that continue "it", where the file differs by more than rounding; nothing if it doesn't
     """
 
     flavour: str
@@ -89,6 +93,7 @@ class Verification:
     values: int
     different: int
     steps: int
+    fault: str = ""
 
     def __str__(self) -> str:
         """Describe it in a sentence."""
@@ -118,39 +123,76 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
         What differs.
 
     Raises:
-        ValueError: Without images.
+        ValueError: Without images, for NaN or infinity in them, and for a file that isn't ONNX.
         ImportError: Naming what to install.
     """
     if not len(images):
         raise ValueError("a file is verified on images, and there are none")
     images = images.float()
-    model = _package("onnx").load(str(path))
+    if not images.isfinite().all():
+        raise ValueError("a file is verified on images of finite numbers, and these have NaN or infinity")
+    model = _read_model(path)
     flavour = "onnx"
     make_runner = _onnx_runner
     if any(opset.domain == QONNX_DOMAIN for opset in model.opset_import):
         flavour = "qonnx"
         make_runner = _qonnx_runner
     run = make_runner(model)
-    scales = {}
+    inputs = {}
     for name, layer in Q.quant_layers(network).items():
         if layer.activation_bits is not None:
-            scales[name] = integer_activations(name, layer).scale
+            inputs[name] = integer_activations(name, layer)
+    rounded = {output for node in model.graph.node for output in node.output if output.endswith(INPUT)}
     same = values = different = steps = 0
     worst = largest = 0.0
+    fault = ""
     for batch in images.split(BATCH):
         expected, integers = fake_quantized(network, batch)
-        outputs, entered = run(batch.numpy(), [f"{name}:input" for name in integers])
+        other = {f"{name}{INPUT}" for name in integers} ^ rounded
+        fault = fault or _other_layers(other, rounded)
+        names = [name for name in integers if f"{name}{INPUT}" in rounded]
+        outputs, entered = run(batch.numpy(), [f"{name}{INPUT}" for name in names])
         real = expected.numpy()
         outputs = outputs.reshape(real.shape)
         same += int((outputs.argmax(1) == real.argmax(1)).reshape(len(real), -1).all(1).sum())
         worst = max(worst, float(np.abs(outputs - real).max()))
         largest = max(largest, float(np.abs(real).max()))
-        for (name, q), x in zip(integers.items(), entered, strict=True):
-            gap = np.abs(np.rint(x / np.float32(scales[name.partition("@")[0]])).astype(int).reshape(q.shape) - q)
+        equal = np.ones(len(real), bool)  # images all of whose integers were the same so far
+        for name, x in zip(names, entered, strict=True):
+            codes, q = inputs[name.partition("@")[0]], integers[name]
+            gap = np.abs(np.rint(x / np.float32(codes.scale)).astype(int).reshape(q.shape) - q)
             values += q.size
             different += int((gap > 0).sum())
             steps = max(steps, int(gap.max()))
-    return Verification(flavour, len(images), same / len(images), worst, largest, values, different, steps)
+            of_image = gap.reshape(len(gap), -1).max(1)
+            most = int(of_image[equal].max(initial=0))
+            if most > codes.one_step:
+                fault = fault or f"gives layer {name!r} integers that are off by up to {most}, from the same ones before"
+            equal &= of_image == 0
+        apart = float(np.abs(outputs - real)[equal].max(initial=0))
+        if not apart <= OUTPUT_SHARE * np.abs(real).max():
+            fault = fault or f"gives outputs that are off by {apart:.3g} where every layer gets the same integers"
+    return Verification(flavour, len(images), same / len(images), worst, largest, values, different, steps, fault)
+
+
+def _other_layers(other: set[str], rounded: set[str]) -> str:
+    """Say which of some tensors enters a layer otherwise than in the network."""
+    for tensor in sorted(other):
+        name = tensor.removesuffix(INPUT)
+        if tensor in rounded:
+            return f"rounds what enters layer {name!r}, which the network doesn't"
+        return f"doesn't round what enters layer {name!r}, which the network does"
+    return ""
+
+
+def _read_model(path: str | Path) -> Any:
+    package = _package("onnx")
+    try:
+        return package.load(str(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # those of protobuf, which is onnx's affair
+        raise ValueError(f"{path} is not a file of ONNX: {error}") from error
 
 
 # The outputs for images, and the tensors of these names.
@@ -340,7 +382,7 @@ class _Writer:
     def _activation(self, step: str, name: str, layer: Q.QuantLayer, source: str, w_bits: int, linear: bool) -> str:
         """Write what enters a layer: codes times their scale."""
         codes = integer_activations(name, layer)
-        made = f"{step}:input"
+        made = f"{step}{INPUT}"
         scale = self._constant(f"{step}:input_scale", codes.scale)
         if self.qonnx:
             return self._quant(source, made, scale, codes.bits, codes.signed, codes.narrow and codes.signed)
@@ -393,7 +435,7 @@ class OnnxExporter(Exporter):
 
     name = "onnx"
     summary = SUMMARIES["onnx"]
-    output = "onnx.onnx"
+    output = "network.onnx"
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
@@ -410,12 +452,22 @@ class OnnxExporter(Exporter):
         options: Mapping[str, Any],
         on_progress: OnProgress,
     ) -> None:
-        """Write a network; see `Exporter.export`."""
-        export(graph, network, path, flavour=self.name)
+        """Write a network, if the file computes what it does; see `Exporter.export`."""
+        with tempfile.TemporaryDirectory() as place:
+            made = Path(place, "network.onnx")
+            export(graph, network, made, flavour=self.name)
+            self._check(network, made, images[:CHECKED])
+            write(path, made.read_bytes())
+
+    def _check(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
+        found = verify(path, network, images)
+        if found.fault:
+            raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
+        return found
 
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Run the file on some test images; see `Exporter.compare`."""
-        found = verify(path, network, samples.compared)
+        found = self._check(network, path, samples.compared)
         same = round(found.same_answers * found.images)
         others = f"{found.different:,}"
         if found.different:
@@ -435,4 +487,4 @@ class QonnxExporter(OnnxExporter):
 
     name = "qonnx"
     summary = SUMMARIES["qonnx"]
-    output = "qonnx.onnx"
+    output = "network-qonnx.onnx"

@@ -50,6 +50,13 @@ class Codes:
         return Q.integer_range(self.bits, self.signed, self.narrow)
 
     @property
+    def one_step(self) -> int:
+        """By how much neighbours differ: signs are -1 and 1."""
+        if self.bits == 1 and self.signed:
+            return 2
+        return 1
+
+    @property
     def unit(self) -> float:
         """The real value of 1."""
         return self.scale

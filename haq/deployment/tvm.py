@@ -1,19 +1,17 @@
 """A program of integers as machine code: one library whose functions go over arenas of memory, one for each type of number.
 
-What is written is a folder of three files:
-
-    network.so        the code; `calls` in order, each with the input, the output and all arenas
-    network.json      the sizes of the arenas, the calls, what the network is and what it was compiled for
-    constants.npz     the arenas of constants: weights and factors
-
-`Deployed` runs it. The code of a network reads and writes nothing but these arrays.
+What is written is a folder of three files (`haq.deployment.folder`). `Deployed` runs it: the `calls` of its description in
+order, each with the input, the output and all arenas. The code of a network reads and writes nothing but these arrays.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,8 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq.deployment import folder as folders
 from haq.deployment import interpreter
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.folder import CONSTANT, CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
 from haq.deployment.program import (
@@ -44,6 +44,7 @@ from haq.deployment.program import (
     Value,
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
+from haq.store import npz
 from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, steps
 from hw_models.tvm_cpu.builder import Code
@@ -53,15 +54,10 @@ if TYPE_CHECKING:
     from hw_models.tvm_cpu.kernel import Kernel
     from hw_models.tvm_cpu.target import CpuTarget
 
-FORMAT = "haq-deployed-2"
-LIBRARY = "network.so"
-DESCRIPTION = "network.json"
-CONSTANTS = "constants.npz"
 ALIGNMENT = 64  # bytes, of everything that kernels look at
 TOGETHER = 8  # steps in a function: one of all of them takes long to compile
-INPUT = "input"
-OUTPUT = "output"
 TIMED = 200  # calls
+CHECKED = 8  # images on which a network is compared before it is compiled, and its code afterwards
 
 Layer = tuple[Conv, int, int, bool]
 
@@ -290,7 +286,7 @@ def plan(made: list[Part], program: Program, *, reuse: bool = True) -> Plan:
             elif name in part.constants:
                 start = fixed.take(math.prod(shape), dtype)
                 contents.append((dtype, start, part.constants[name]))
-                here[name] = f"const_{dtype}", start, shape, dtype
+                here[name] = f"{CONSTANT}{dtype}", start, shape, dtype
             else:
                 start = memory.take(math.prod(shape), dtype)
                 own.append((start, math.prod(shape), dtype))
@@ -302,9 +298,9 @@ def plan(made: list[Part], program: Program, *, reuse: bool = True) -> Plan:
                 start, shape, dtype = held[value]
                 memory.give(start, math.prod(shape), dtype)
         places.append(here)
-    constants = {f"const_{dtype}": np.zeros(size, dtype) for dtype, size in fixed.sizes.items()}
+    constants = {f"{CONSTANT}{dtype}": np.zeros(size, dtype) for dtype, size in fixed.sizes.items()}
     for dtype, start, array in contents:
-        constants[f"const_{dtype}"][start : start + array.size] = array.reshape(-1)
+        constants[f"{CONSTANT}{dtype}"][start : start + array.size] = array.reshape(-1)
     arenas = {f"work_{dtype}": (dtype, size) for dtype, size in memory.sizes.items()}
     arenas |= {name: (str(array.dtype), array.size) for name, array in constants.items()}
     return Plan(places, arenas, constants)
@@ -359,13 +355,13 @@ def compile_program(
     on_progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     folder.mkdir(parents=True, exist_ok=True)
-    # Written last: until then the folder isn't taken for a network, nor for the one it held before.
-    (folder / DESCRIPTION).unlink(missing_ok=True)
+    # The description is written last: until then the folder isn't taken for a network, nor for the one it held before.
+    for name in (DESCRIPTION, LIBRARY, CONSTANTS):
+        (folder / name).unlink(missing_ok=True)  # it may be a link to somewhere
     module.export_library(str(folder / LIBRARY))
     np.savez(folder / CONSTANTS, **planned.constants)  # type: ignore[arg-type]
     step_names = [{"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made]
     content = {
-        "format": FORMAT,
         **notes,
         "target": target.cpu.target,
         "threads": target.cpu.threads,
@@ -380,7 +376,7 @@ def compile_program(
             if value in program.values
         },
     }
-    (folder / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    folders.write(folder, content)
     on_progress(1, 1, "")
     return Deployed(folder)
 
@@ -394,42 +390,23 @@ class Deployed:
     """A compiled network.
 
     Called with images (N, C, H, W) of float32, it returns outputs (N, classes), or (N, C, H, W): as a torch tensor if it was
-    given one, else as a NumPy array.
+    given one, else as a NumPy array. Several threads may call it; their images are computed one after the other.
 
-    Raises FileNotFoundError and ValueError for a folder that isn't one, and for a machine that can't run its code. What it
-    loads is a library, and thus code: load nothing that you wouldn't run.
+    Raises FileNotFoundError and ValueError for a folder that isn't one or is damaged, and for a machine that can't run its
+    code. What it loads is a library, and thus code: load nothing that you wouldn't run.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Load a folder."""
-        import tvm
-
-        from hw_models.tvm_cpu.target import check_runs_here
-
+        """Check a folder, and load what is in it."""
         self.folder = Path(folder)
-        path = self.folder / DESCRIPTION
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{self.folder} has no {DESCRIPTION}: python -m haq.deploy RUN --to tvm writes such a folder"
-            )
-        try:
-            self.description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if self.description.get("format") != FORMAT:
-            found = str(self.description.get("format"))[:40]
-            raise ValueError(f"{path} is of format {found!r}, not {FORMAT!r}: deploy the run again")
-        check_runs_here(self.description["target"], json.dumps(self.description["target"]))
-        tvm.get_global_func("runtime.config_threadpool")(1, self.description["threads"])
-        library = tvm.runtime.load_module(str(self.folder / LIBRARY))
-        self._calls = [library[name] for name in self.description["calls"]]
-        with np.load(self.folder / CONSTANTS, allow_pickle=False) as constants:
-            self._arrays = {
-                name: tvm.runtime.tensor(constants[name] if name in constants else np.zeros(math.prod(shape), dtype))
-                for name, shape, dtype in self.description["arguments"]
-            }
+        self.description = folders.read(self.folder)
+        self._calls = _load_calls(self.folder, self.description)
+        self._arrays = _load_arrays(self.folder, self.description)
         self._shapes = {name: tuple(shape) for name, shape, _ in self.description["arguments"]}
         self._arguments = list(self._arrays.values())
+        self._input = np.from_dlpack(self._arrays[INPUT]).reshape(self._shapes[INPUT])
+        self._output = np.from_dlpack(self._arrays[OUTPUT]).reshape(self._shapes[OUTPUT])
+        self._lock = threading.Lock()  # the arrays hold one image at a time
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -438,21 +415,22 @@ class Deployed:
         return channels, height, width
 
     def __call__(self, images: Any) -> Any:
-        """Compute the outputs of images; ValueError unless they are float32 of the network's shape."""
-        if isinstance(images, torch.Tensor):
-            return torch.from_numpy(self._outputs(images.detach().numpy()))
-        return self._outputs(np.asarray(images))
+        """Compute the outputs of images; ValueError unless they are finite, float32 and of the network's shape."""
+        if not isinstance(images, torch.Tensor):
+            return self._outputs(np.asarray(images))
+        if images.dtype != torch.float32 or images.layout != torch.strided or images.is_meta:
+            raise ValueError(f"the network takes dense float32 images, not {images.dtype} ({images.layout}, {images.device})")
+        outputs = self._outputs(images.detach().cpu().resolve_neg().numpy())
+        return torch.from_numpy(outputs).to(images.device)
 
     def _outputs(self, given: NDArray[Any]) -> NDArray[np.float32]:
-        if given.ndim != 4 or given.shape[1:] != self.input_shape or given.dtype != np.float32:
-            shape = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"the network takes float32 images (N, {shape}), not {given.dtype} of {given.shape}")
-        found = []
-        for image in given:
-            self._arrays[INPUT].copyfrom(np.ascontiguousarray(image).reshape(-1))
-            self.run()
-            found.append(self._arrays[OUTPUT].numpy().copy())
-        made = np.array(found, np.float32).reshape(-1, *self._shapes[OUTPUT])
+        interpreter.check_images(given, self.input_shape, "the network takes float32 images")
+        made = np.empty((len(given), *self._shapes[OUTPUT]), np.float32)
+        for number, image in enumerate(given):
+            with self._lock:
+                self._input[...] = image
+                self.run()
+                made[number] = self._output
         # Inside, channels are last.
         made = np.ascontiguousarray(made.transpose(0, 3, 1, 2))
         if made.shape[2:] == (1, 1):
@@ -460,7 +438,7 @@ class Deployed:
         return made
 
     def run(self) -> None:
-        """Compute the output of the image that the input buffer holds: what is timed."""
+        """Compute the output of the image that the input buffer holds: what is timed, by one thread and no other at work."""
         for call in self._calls:
             call(*self._arguments)
 
@@ -469,6 +447,52 @@ class Deployed:
         arena, start, shape = self.description["values"][name]
         values: NDArray[Any] = self._arrays[arena].numpy()[start : start + math.prod(shape)].reshape(shape)
         return values
+
+
+def _load_calls(folder: Path, description: Mapping[str, Any]) -> list[Any]:
+    """Load the functions of a folder that was checked, from a copy.
+
+    What becomes of the folder afterwards is nothing to a process that runs its network: a library that is written over in its
+    place would end it, and one of the same path isn't loaded anew.
+    """
+    import tvm
+
+    from hw_models.tvm_cpu.target import check_runs_here
+
+    path = folder / LIBRARY
+    check_runs_here(description["target"], json.dumps(description["target"]))
+    try:
+        tvm.get_global_func("runtime.config_threadpool")(1, description["threads"])
+        with tempfile.TemporaryDirectory() as place:
+            copy = shutil.copy(path, place)
+            library = tvm.runtime.load_module(copy)
+        return [library[name] for name in description["calls"]]
+    except Exception as error:
+        # Errors of TVM, of the system's loader, and of a folder for copies that no code may run from.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path} can't be loaded, from a copy in {tempfile.gettempdir()}: {reason}") from error
+
+
+def _load_arrays(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the arenas of a folder that was checked, with its constants in them."""
+    import tvm
+
+    arguments = description["arguments"]
+    names = {name for name, _, _ in arguments if name.startswith(CONSTANT)}
+    path = folder / CONSTANTS
+    try:
+        constants = npz.read(path, names, description["files"][CONSTANTS]["bytes"])
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    arrays = {}
+    for name, shape, dtype in arguments:
+        content: NDArray[Any] = np.zeros(math.prod(shape), dtype)
+        if name in names:
+            if constants[name].shape != content.shape or constants[name].dtype != content.dtype:
+                raise ValueError(f"{path} has {name!r} of another size or type than {DESCRIPTION} says")
+            content = constants[name]
+        arrays[name] = tvm.runtime.tensor(content)
+    return arrays
 
 
 def compile_network(
@@ -502,14 +526,32 @@ def compile_network(
         What was written, loaded.
 
     Raises:
-        ValueError: Naming the layer and the reason, before anything is compiled, for what no kernel covers.
+        ValueError: Naming the layer and the reason, before anything is compiled, for what no kernel covers, and for a
+            network whose integers would be others than in PyTorch by more than rounding.
     """
     from hw_models import load_target
 
     program = lower(graph, network, images)
+    interpreter.check(network, program, images[:CHECKED])
     measured: Any = load_target("cpu", threads=threads, target=target, cold=cold, progress=on_progress)
     notes = {"policy": Q.get_policy(network).to_dict(), "schemes": Q.scheme_records(network), **(notes or {})}
-    return compile_program(program, measured, folder, notes, reuse=reuse, on_progress=on_progress)
+    deployed = compile_program(program, measured, folder, notes, reuse=reuse, on_progress=on_progress)
+    _check_compiled(deployed, program, images[:CHECKED].numpy())
+    return deployed
+
+
+def _check_compiled(deployed: Deployed, program: Program, images: NDArray[Any]) -> None:
+    """Raise ValueError, and take the folder's description away, unless code computes what its program says, bit for bit."""
+    if any(isinstance(step, FloatConvolution) for step in program.steps):
+        return  # which add in an order of their own
+    expected, _ = interpreter.run(program, images)
+    unequal = int((deployed(images) != expected).sum())
+    if unequal:
+        (deployed.folder / DESCRIPTION).unlink()
+        raise ValueError(
+            f"{deployed.folder} isn't a network: {unequal:,} of {expected.size:,} outputs of the compiled code are other than "
+            "the integer program's; this is a mistake of haq's or of the compiler's"
+        )
 
 
 class TvmExporter(Exporter):
@@ -544,6 +586,8 @@ class TvmExporter(Exporter):
         answers = _answers(network, deployed, samples)
         program = lower(graph, network, samples.calibration)
         comparison = interpreter.compare(network, program, samples.compared)
+        if comparison.fault:
+            self._refuse(network, program, samples.compared, path)
         reference, _ = interpreter.run(program, samples.compared.numpy())
         unequal = int((deployed(samples.compared.numpy()) != reference).sum())
         rows = [("same answer as in PyTorch", f"{answers.same:,} of {answers.count:,} test images")]
@@ -551,15 +595,23 @@ class TvmExporter(Exporter):
             before = answers.right_in_torch / answers.count
             rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
         processor = deployed.description["machine"]["processor"]
+        latency_s = _latency_s(deployed)
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
         rows += [
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
             ("  other than in PyTorch", of_own),
             ("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}"),
             ("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}"),
-            ("latency, measured", f"{1e6 * _latency_s(deployed):.1f} us ({processor}, median of {TIMED})"),
+            ("latency, measured", f"{1e6 * latency_s:.1f} us ({processor}, median of {TIMED})"),
         ]
-        return Verdict(answers.same == answers.count, tuple(rows))
+        return Verdict(answers.same == answers.count, tuple(rows), latency_s, deployed.description["machine"])
+
+    def _refuse(self, network: nn.Module, program: Program, images: Tensor, path: Path) -> None:
+        try:
+            interpreter.check(network, program, images)
+        except ValueError:
+            (path / DESCRIPTION).unlink()
+            raise
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from haq.data.loading import call_with
 from haq.networks import NETWORKS, pytorchcv, timm, torchvision
 from haq.networks.network import Network
 from haq.networks.zoo import LIBRARIES
+from hw_models import trust
 
 _MODULES = {"timm": timm, "torchvision": torchvision, "pytorchcv": pytorchcv}
-# Functions that the user has named in this process: a checkpoint may name them again.
-_named: set[str] = set()
 
 
 def names_of(library: str, containing: str = "") -> list[str]:
@@ -62,9 +62,7 @@ def build(name: str, classes: int | None = None, pretrained: bool = True) -> Net
     if name in NETWORKS:
         return _call(name, NETWORKS.get(name, modules=False), classes, pretrained)
     if ":" in name:
-        function = NETWORKS.get(name)
-        _named.add(name)
-        return _call(name, function, classes, pretrained)
+        return _call(name, NETWORKS.get(name), classes, pretrained)
     for library in LIBRARIES:
         if f"{library}:{name}" in names_of(library):
             return _MODULES[library].build(name, classes, pretrained)
@@ -91,12 +89,30 @@ def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
         ValueError: For a name that there isn't, and for a function of somebody's own that the user hasn't named himself.
         ImportError: For a library that isn't installed, with what to install.
     """
-    if is_own_function(name) and name not in _named:
-        raise ValueError(
-            f"{path} is of network {name[:80]!r}, a function of somebody's own, and a function is never called because a "
-            f"file says so: name it yourself, as {name[:80]}@{path}"
-        )
+    if NETWORKS.is_code(name):
+        trust.check(name, f"{path} names network", f", or name it yourself, as {name[:80]}@{path}")
     return build(name, classes, pretrained=False)
+
+
+def shapes_of(name: str, classes: int | None) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes of the tensors of a network of ours or of a library, without the memory for them.
+
+    Args:
+        name: The name, which may be a file's.
+        classes: The number of outputs; None for the network's own.
+
+    Returns:
+        Shapes by name; None for a network of somebody else, and for one that can't be made without memory.
+    """
+    library, _, model = name.partition(":")
+    if not (library in LIBRARIES and model) and name not in NETWORKS and ":" in name:
+        return None
+    try:
+        with torch.device("meta"):
+            state = build(name, classes, pretrained=False).module.state_dict()
+    except (RuntimeError, NotImplementedError):
+        return None
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Network:

@@ -15,7 +15,6 @@ import json
 import math
 import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,16 +27,26 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.networks.building import build_as_file_says
+from haq.networks.building import build_as_file_says, shapes_of
 from haq.networks.network import Network, output_count
-from haq.store.files import check_file, check_schema, quoted, write
+from haq.store import torch_files
+from haq.store.files import check_file, check_schema, kind_of, quoted, write
+from hw_models import trust
+from hw_models.registry import printable
 from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class
 
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
 QUANTIZED_FORMAT = "haq-network-2"
 QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
-MOST_PIXELS = 2**24  # of an image that a checkpoint says its network takes
-MOST_NOTE = 2**24  # characters of what a header says
+MOST_AREA, MOST_VALUES = (
+    800 * 800,
+    3 * 800 * 800,
+)  # of an image that a checkpoint says its network takes: the largest of timm's
+MOST_CLASSES = 2**17
+MOST_NOTE, MOST_SHORT_NOTE = 2**21, 1000  # characters of policy and schemes in a header, and of what else is read of it
+MOST_HEADER = 2**24  # bytes of a header: the names and shapes of tensors, and notes
+MOST_FILE = 2**40
+MOST_VALUE = 1e6  # of a mean or a deviation
 RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure")
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
 FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
@@ -45,6 +54,11 @@ STEPS = ("_scale", "_clip")  # the ends of the names of tensors whose values are
 # Attributes of layers that training alone depends on, and that the shapes of tensors tell already.
 UNSIGNED = {"training", "inplace", "momentum"}
 UNSIGNED |= {"in_channels", "out_channels", "in_features", "out_features", "num_features"}
+# Under which names training scripts save a state dict beside other things, and what wrappers put before the names in it.
+STATE_KEYS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("module.", "_orig_mod.")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_UNREADABLE = (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError)
 # What goes wrong while a network is made from what a file says.
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError)
 
@@ -229,12 +243,53 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
         tensors: Those of the file, by name.
         path: The file, for messages.
     """
-    state = float_tensors(tensors)
-    _check_shapes(path, _shapes(state), _shapes(module.state_dict()))
+    expected = module.state_dict()
+    state = unwrapped(float_tensors(tensors), expected)
+    _check_shapes(path, _shapes(state), _shapes(expected))
+    for key, value in state.items():
+        is_float = expected[key].is_floating_point()
+        if is_float != (value.dtype in FLOATS) or (not is_float and value.dtype != expected[key].dtype):
+            raise ValueError(f"{path} holds {key} as {value.dtype}; the network has it as {expected[key].dtype}")
     bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        raise ValueError(f"{path} holds values that are not finite in {', '.join(bad[:3])}")
+        raise ValueError(f"{path} holds values that are not finite in {', '.join(map(printable, bad[:3]))}")
+    negative = [key for key, value in state.items() if key.endswith("running_var") and (value < 0).any()]
+    if negative:
+        raise ValueError(f"{path} holds negative values in {printable(negative[0])}, a variance")
     module.load_state_dict(state)
+
+
+def check_can_be_of(path: Path, given: Mapping[str, Any], name: str, classes: int | None) -> None:
+    """Raise ValueError if tensors are of another network than a name says, before one is made a thousand times as large.
+
+    Args:
+        path: Their file, for messages.
+        given: The tensors by name, or their shapes.
+        name: The network's.
+        classes: The number of outputs; None for the network's own.
+    """
+    expected = shapes_of(name, classes)
+    if expected is not None:
+        state = unwrapped(float_tensors(given), expected)
+        _check_shapes(path, {key: tuple(getattr(one, "shape", one)) for key, one in state.items()}, expected)
+
+
+def unwrapped(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what DataParallel and torch.compile put before every name of a state dict.
+
+    Args:
+        state: The state dict.
+        expected: That of the network, whose own names may begin so.
+
+    Returns:
+        The state dict under the names of the network.
+    """
+    while not set(state) & set(expected):
+        prefixes = [prefix for prefix in WRAPPERS if all(key.startswith(prefix) for key in state)]
+        if not prefixes or not state:
+            break
+        state = {key.removeprefix(prefixes[0]): value for key, value in state.items()}
+    return state
 
 
 def float_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,14 +302,13 @@ def read_header(path: Path) -> Header:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is truncated or of another kind.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+    _check_there(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             notes = file.metadata() or {}
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    except _UNREADABLE as error:
+        raise _unreadable(path) from error
     return Header(path, notes, shapes)
 
 
@@ -263,27 +317,52 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises FileNotFoundError if there is no such file, ValueError if it is truncated, of another kind, or holds code.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+    _check_there(path)
+    if path.suffix != ".safetensors":
+        return _read_torch(path), {}
     try:
-        if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below in our own words
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with safetensors.safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except _UNREADABLE as error:
+        raise _unreadable(path) from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a torch file: a state dict, or one within what training scripts save."""
+    try:
+        state = torch_files.load(path, MOST_FILE)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors (code, perhaps) and was not opened; save its state_dict()"
         ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as a checkpoint: {error}") from error
+    for _ in STATE_KEYS:
+        inside = [key for key in STATE_KEYS if isinstance(state, dict) and isinstance(state.get(key), dict)]
+        if inside:
+            state = state[inside[0]]
+    if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds no state dict of tensors but {type(state).__name__}")
-    return dict(state), {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{path} holds no state dict: its key {quoted(key)} is a {kind_of(key)}, not the name of a tensor"
+            )
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} holds no state dict of tensors: {quoted(key)} is {kind_of(value)}")
+    return dict(state)
+
+
+def _check_there(path: Path) -> None:
+    """Raise an error unless a path is a checkpoint that can be opened: an ordinary file, its header of a size that is read."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    check_file(path, MOST_FILE)
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > min(MOST_HEADER, path.stat().st_size):
+            raise _unreadable(path)
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -361,13 +440,29 @@ def _policy_and_schemes(header: Header) -> tuple[Q.BitPolicy, dict[str, Q.Scheme
     """Read the bits and schemes of a header. Raises ValueError for what are none."""
     try:
         for name in ("policy", "schemes"):
-            if len(header.notes[name]) > MOST_NOTE:
-                raise ValueError(f"its {name} has {len(header.notes[name]):,} characters")
+            _check_length(header, name, MOST_NOTE)
         policy = Q.BitPolicy.from_dict(json.loads(header.notes["policy"]))
-        schemes = Q.schemes_from_records(json.loads(header.notes["schemes"]))
+        records = json.loads(header.notes["schemes"])
+        _import_trusted_schemes(header.path, records)
+        schemes = Q.schemes_from_records(records)
+    except trust.UntrustedError:
+        raise
     except _WRONG as error:
         raise ValueError(f"{header.path} has a header without bits and schemes: {_short(error)}") from error
     return policy, schemes
+
+
+def _import_trusted_schemes(path: Path, records: object) -> None:
+    """Make the schemes known that records name as `module:Name`, as far as whoever runs this has named them too."""
+    if not isinstance(records, Mapping):
+        return
+    for record in records.values():
+        if not isinstance(record, Mapping):
+            continue
+        name = record.get("name")
+        if isinstance(name, str) and ":" in name and name not in Q.Scheme.known:
+            trust.check(name, f"{path} names scheme")
+            Q.Scheme.named(name)
 
 
 def _named_module(header: Header) -> nn.Module:
@@ -385,26 +480,54 @@ def _named_module(header: Header) -> nn.Module:
 def _named_network(header: Header) -> Network:
     """Build the network that a header names, with random weights, in the size that it says."""
     classes, shape, mean, std = _images(header)
-    network = build_as_file_says(header.path, header.notes.get("network", ""), classes)
+    name = header.notes.get("network", "")
+    check_can_be_of(header.path, header.shapes, name, classes)
+    network = build_as_file_says(header.path, name, classes)
     return replace(network, input_shape=shape, mean=mean, std=std)
 
 
 def _images(header: Header) -> tuple[int | None, tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
     """Read classes, image size (C, H, W), mean and deviation. Raises ValueError unless they can be of the file's tensors."""
     try:
+        for name in ("classes", "input_shape", "mean", "std"):
+            _check_length(header, name, MOST_SHORT_NOTE)
         classes = None
         if "classes" in header.notes:
             classes = int(header.notes["classes"])
-        shape = json.loads(header.notes["input_shape"])
-        mean, std = (tuple(float(value) for value in json.loads(header.notes[key])) for key in ("mean", "std"))
-        fits = len(shape) == 3 and all(isinstance(n, int) and n > 0 for n in shape) and math.prod(shape) <= MOST_PIXELS
+        shape, mean, std = (json.loads(header.notes[key]) for key in ("input_shape", "mean", "std"))
+        if not _is_shape(shape):
+            raise ValueError(f"images of {quoted(header.notes['input_shape'])}, at most 3x800x800 are accepted")
         # No network tells more classes apart than one of its tensors has rows.
-        fits = fits and (classes is None or any(classes in rows for rows in header.shapes.values()))
-        if not fits or not all(map(math.isfinite, (*mean, *std))) or 0 in std:
-            raise ValueError(f"{classes} classes, images of {shape}, mean {mean} and deviation {std}")
+        tensors = [rows for rows in header.shapes.values() if 0 not in rows]
+        if classes is not None and not (0 < classes <= MOST_CLASSES and any(classes in rows for rows in tensors)):
+            raise ValueError(f"{quoted(classes)} classes")
+        if not _are_numbers(mean, shape[0]):
+            raise ValueError(f"mean {quoted(header.notes['mean'])}; one finite number is accepted, or one a channel")
+        if not _are_numbers(std, shape[0]) or min(std) <= 0:
+            raise ValueError(f"std {quoted(header.notes['std'])}; one number above 0 is accepted, or one a channel")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{header.path} has a header that describes no network of its tensors: {_short(error)}") from error
-    return classes, (shape[0], shape[1], shape[2]), mean, std
+    return classes, (shape[0], shape[1], shape[2]), tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _check_length(header: Header, name: str, most: int) -> None:
+    """Raise ValueError for a note that is longer than any of ours."""
+    if len(header.notes.get(name, "")) > most:
+        raise ValueError(f"its {name} has {len(header.notes[name]):,} characters, at most {most:,} are read")
+
+
+def _is_shape(value: object) -> bool:
+    """Say whether a value is the size of images (C, H, W) that a network may take."""
+    if not isinstance(value, list) or len(value) != 3 or not all(type(size) is int and size > 0 for size in value):
+        return False
+    return math.prod(value) <= MOST_VALUES and math.prod(value[1:]) <= MOST_AREA
+
+
+def _are_numbers(values: object, channels: int) -> bool:
+    """Say whether values are finite numbers, one for all channels or one for each."""
+    if not isinstance(values, list) or len(values) not in (1, channels):
+        return False
+    return all(type(value) in (int, float) and abs(value) < MOST_VALUE for value in values)
 
 
 def _header_of_any(path: Path) -> Header:
@@ -469,12 +592,13 @@ def _check_meaning(qnetwork: nn.Module, state: Mapping[str, Tensor]) -> None:
 def _first(names: list[str]) -> str:
     if not names:
         return ""
-    return f" (such as {names[0]})"
+    return f" (such as {printable(names[0][:100])})"
 
 
 def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return printable(" ".join(str(error).split())[:200])
 
 
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    return ValueError(f"{path} can't be read as a checkpoint: it is truncated or of another kind ({error})")
+def _unreadable(path: Path) -> ValueError:
+    # What the library says of a file may be what stands in it.
+    return ValueError(f"{path} can't be read as a checkpoint: it is truncated or of another kind")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from haq import data
 from haq.networks import CHECKPOINT_ENDINGS, DEFAULT
 from haq.networks.building import build, is_own_function
-from haq.networks.checkpoint import float_tensors, load_checkpoint, load_state, read_state
+from haq.networks.checkpoint import (
+    MOST_CLASSES,
+    check_can_be_of,
+    float_tensors,
+    load_checkpoint,
+    load_state,
+    read_state,
+)
 from haq.networks.network import Network, output_count
 
 
@@ -35,7 +44,7 @@ def load(name: str = DEFAULT, *, classes: int | None = None, pretrained: bool = 
     base, path = _split(name)
     if base:
         network = _with_weights(base, Path(path), classes)
-    elif name.endswith(CHECKPOINT_ENDINGS) or Path(name).is_file():
+    elif name.endswith(CHECKPOINT_ENDINGS) or _is_file(Path(name)):
         network = load_checkpoint(Path(name))
     else:
         network = build(name, classes, pretrained)
@@ -75,18 +84,38 @@ def _split(name: str) -> tuple[str, str]:
     return base, path
 
 
+def _is_file(path: Path) -> bool:
+    """Say whether there is a file, or what is no ordinary one and will be refused; a folder may be called like a network."""
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:  # too long a name
+        return False
+
+
 def _with_weights(base: str, path: Path, classes: int | None) -> Network:
     """Build a named network with the weights of a checkpoint or of a plain state dict."""
     tensors, notes = read_state(path)
+    if not classes:
+        classes = _classes_of(path, float_tensors(tensors), notes)
     state = float_tensors(tensors)
-    if not classes and notes.get("classes", "").isdecimal():
-        classes = int(notes["classes"])
-    elif not classes:
-        # The last tensor of a classifier has one entry (or row) per class.
-        classes = list(state.values())[-1].shape[0]
+    check_can_be_of(path, state, base, classes)
     network = build(base, classes, pretrained=False)
     load_state(network.module, state, path)
     return replace(network, name=f"{base}@{path}", origin=str(path))
+
+
+def _classes_of(path: Path, state: Mapping[str, Tensor], notes: Mapping[str, str]) -> int:
+    """Tell how many classes a network tells apart by the note in its checkpoint, or by the last of its tensors."""
+    # The last tensor of a classifier has one entry (or row) per class.
+    rows = [tensor.shape[0] for tensor in state.values() if tensor.dim() and tensor.numel()]
+    if not rows:
+        raise ValueError(f"{path} holds no tensor with a value: it can't be the weights of a network")
+    said = notes.get("classes", "")
+    if len(said) < 10 and said.isdecimal() and int(said) in rows:
+        return int(said)
+    if rows[-1] > MOST_CLASSES:
+        raise ValueError(f"{path} ends with a tensor of {rows[-1]:,} rows; a network has at most {MOST_CLASSES:,} classes")
+    return rows[-1]
 
 
 def _check_types(network: Network) -> None:

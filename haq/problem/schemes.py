@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import hw_models
 import quantizers as Q
+from hw_models import trust
 from hw_models.storage import FLOAT_BYTES
 
 WIDTHS = range(1, Q.MAX_BITS + 1)
@@ -34,7 +35,7 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Sch
         ImportError: For a scheme of somebody else's that can't be imported.
     """
     if not isinstance(scheme, Mapping):
-        return dict.fromkeys(names, Q.Scheme.named(scheme))
+        return dict.fromkeys(names, _named(scheme))
     found: dict[str, Q.Scheme] = dict.fromkeys(names, Q.Scheme.named("linear"))
     shared: dict[str, Q.Scheme] = {}
     for name, chosen in scheme.items():
@@ -43,10 +44,17 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Sch
             raise ValueError(f"`scheme` names {name!r}, which is no layer of the workload; close: {', '.join(close)}")
         if isinstance(chosen, str):
             if chosen not in shared:
-                shared[chosen] = Q.Scheme.named(chosen)
+                shared[chosen] = _named(chosen)
             chosen = shared[chosen]
         found[name] = chosen
     return found
+
+
+def _named(scheme: str | Q.Scheme) -> Q.Scheme:
+    """Find a scheme by name; within a command, `module:Name` is only imported if it was typed."""
+    if isinstance(scheme, str) and ":" in scheme and scheme not in Q.Scheme.known:
+        trust.allow(scheme, "scheme")
+    return Q.Scheme.named(scheme)
 
 
 def describe_schemes(schemes: Mapping[str, Q.Scheme]) -> str:

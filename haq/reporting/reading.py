@@ -23,6 +23,7 @@ from haq.store.records import (
     RobustnessRecord,
     SweepRecord,
 )
+from haq.store.shell import command_line
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ def _check_found(folder: Path, result: ResultRecord, policy: list[tuple[int, int
     found = result.policy.widths()
     for layer, widths in zip(problem.layers, policy, strict=True):
         if found.get(layer.name) != widths:
+            again = command_line("python", "-m", "haq.finetune", folder)
             raise ValueError(
                 f"{folder / POLICY} is not the policy that {folder / RESULT} was measured of (layer {layer.name[:60]!r} has "
-                f"other bits): put {POLICY} back as it was, or use python -m haq.finetune {folder}, which measures it"
+                f"other bits): put {POLICY} back as it was, or use {again}, which measures it"
             )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from haq.reporting.drawing import Picture
+from haq.store.shell import command_line
 
 ESTIMATED = "Estimated means computed by a model of the hardware: nothing of it was run there."
 
@@ -111,4 +111,4 @@ def configuration(
 
 def resume_command(module: str, folder: Path) -> str:
     """Write the command that goes on with a run or a sweep, quoted for a shell."""
-    return shlex.join(["python", "-m", module, "--resume", str(folder)])
+    return command_line("python", "-m", module, "--resume", folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from haq.store import torch_files
 from haq.store.files import check_file, write
 
 MOST = 2**30  # bytes that are read
@@ -52,9 +52,7 @@ class Checkpoint:
             return None
         check_file(self.path, most)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about foreign pickles, which are refused in our own words
-                content: dict[str, Any] = torch.load(self.path, weights_only=True)
+            content: dict[str, Any] = torch_files.load(self.path, most)
             asked = dict(content["asked"])
         except Exception as error:
             raise ValueError(f"{self.path} can't be resumed from ({type(error).__name__}); delete it to start anew") from error

@@ -10,14 +10,15 @@ import errno
 import json
 import os
 import re
-import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from haq.store.units import describe_bytes
+from hw_models.files import check_file as check_file
+from hw_models.files import kind_of as kind_of
+from hw_models.files import parse_yaml
+from hw_models.files import quoted as quoted
+from hw_models.files import read_text as read_text
 
 CONFIG, PROBLEM, HISTORY, POLICY, RESULT = "config.yaml", "problem.json", "history.csv", "policy.json", "result.json"
 SWEEP, LOCK, SENSITIVITY, REPORT = "sweep.json", ".lock", "sensitivity.json", "report.html"
@@ -38,44 +39,11 @@ WRITTEN = (LOCK, PART, ".json", ".npz", ".png")  # what is put into a folder tha
 LEFTOVERS = {LOCK, f"{CONFIG}{PART}", f"{SWEEP}{PART}"}
 
 
-def check_file(path: Path, most: int) -> None:
-    """Raise an error unless a path is a file of at most `most` bytes.
-
-    Raises:
-        FileNotFoundError: If there is nothing.
-        ValueError: For a file that has more bytes, a folder, or a pipe, which would be waited for.
-    """
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}") from None
-    if stat.S_ISDIR(found.st_mode):
-        raise ValueError(f"{path} is a folder and was not read; a file of at most {describe_bytes(most)} is expected there")
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError(
-            f"{path} is no ordinary file (a pipe or a device) and was not read; "
-            f"a file of at most {describe_bytes(most)} is expected there"
-        )
-    if found.st_size > most:
-        raise ValueError(
-            f"{path} has {describe_bytes(found.st_size)} and was not read; at most {describe_bytes(most)} are expected there"
-        )
-
-
-def read_text(path: Path, most: int) -> str:
-    """Read a text file of at most `most` bytes, with its line ends as they are."""
-    check_file(path, most)
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
-
-
 def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
     """Read an object from a JSON file, which is to be `what`."""
     text = read_text(path, MOST_JSON)
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_twice)
     except RecursionError:
         raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
     except ValueError as error:
@@ -86,14 +54,12 @@ def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
 
 
 def read_yaml(path: Path, what: str = "YAML") -> dict[str, Any]:
-    """Read a mapping from a YAML file, which is to be `what`; plain data only, without aliases."""
+    """Read a mapping from a YAML file, which is to be `what`; plain data only, see `hw_models.files`."""
     text = read_text(path, MOST_CONFIG)
     try:
-        content = yaml.load(text, _PlainLoader)
-    except RecursionError:
-        raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date of month 13
-        raise ValueError(f"{path} is not {what}: {_one_line(error)}") from error
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not {what}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not {what}: it must be a mapping, not a {kind_of(content)}")
     return content
@@ -162,52 +128,16 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def quoted(value: object) -> str:
-    """Write a value of a file into a message: only text and numbers, and not all of them if they are long."""
-    if value is None:
-        return "nothing"
-    if not isinstance(value, (str, int, float)):
-        return f"a {kind_of(value)}"
-    if isinstance(value, int) and abs(value) >= 10**40:
-        return "a huge number"
-    text = repr(value)
-    if len(text) > 60:
-        return f"{text[:57]}..."
-    return text
-
-
-def kind_of(value: object) -> str:
-    """Name the kind of a value as a user of YAML and JSON would."""
-    return _KINDS.get(type(value), type(value).__name__)
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: nothing of ours has any, and a few lines of them can stand for more text than any memory holds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*), which no file of a run has")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
-        for key, _ in node.value:
-            word = (key.tag, str(key.value))
-            if word in seen:
-                raise yaml.YAMLError(f"{quoted(key.value)} is given twice, the second time in line {key.start_mark.line + 1}")
-            seen.add(word)
-        return super().construct_mapping(node, deep)
-
-
-_KINDS: dict[type, str] = {
-    dict: "mapping",
-    list: "list",
-    str: "text",
-    bool: "truth value",
-    int: "whole number",
-    float: "number",
-    type(None): "nothing",
-}
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of JSON, in which a key that is there twice would count once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{quoted(name)} is there twice")
+            seen.add(name)
+    return made
 
 
 def _one_line(error: BaseException) -> str:

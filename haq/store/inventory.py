@@ -23,7 +23,8 @@ class RunSummary:
     Attributes:
         folder: Where it is.
         kind: "search" or "sweep".
-        state: finished, interrupted, running (a process holds its lock) or damaged; `reason` says why the last.
+        state: finished, interrupted, running (not finished, and a process holds its lock) or damaged; `reason` says why it
+            is that.
         settings: What was asked for, by the names of a search's options; of a sweep, lists parted by commas.
         config: The file of a run that says what it was asked for.
         sweep: The file of a sweep.
@@ -141,7 +142,7 @@ def summarize(folder: Path, *, held: bool = False) -> RunSummary:
         found = read(folder)
     except (ValueError, OSError) as error:
         found = {"state": DAMAGED, "reason": " ".join(str(error).split())}
-    if running:
+    if running and found["state"] != FINISHED:  # what holds a finished run, such as a backup, doesn't search
         found["state"] = RUNNING
     return RunSummary(folder, kind, **found)
 

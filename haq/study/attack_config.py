@@ -12,7 +12,7 @@ from haq.attacks.base import ATTACK_BUDGETS, BACKWARD, AttackBudget, effort_of
 from haq.attacks.suite import check_names
 from haq.attacks.threat_model import DEFAULT_EPS, NORMS, ThreatModel, parse_eps
 from haq.console.options import setting
-from haq.study.config import AnotherScheme
+from haq.study.config import AnotherScheme, known_schemes
 
 ATTACKER = "The attacker"
 COMPARED = "What is compared"
@@ -74,6 +74,7 @@ class AttackConfig(AnotherScheme):
         group=COMPARED,
         metavar="NAME",
         default_words="the run's own; of a model linear",
+        names=lambda: known_schemes(),
     )
 
     @field_validator("norm")

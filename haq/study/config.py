@@ -22,7 +22,8 @@ from haq.problem import KINDS, OBJECTIVES
 from haq.solvers import ENVS, SOLVERS
 from haq.store import files
 from haq.store.units import UNITS
-from hw_models.registry import Registry, code_of
+from hw_models import trust
+from hw_models.registry import Registry
 
 SEARCHED = "What is searched"
 HARDWARE = "Hardware and budget"
@@ -99,7 +100,7 @@ class SearchConfig(_Config):
         "rpc:HOST:PORT (measured there) or module:Name",
         group=HARDWARE,
         metavar="NAME",
-        names=lambda: _target_names(),
+        names=lambda: target_names(),
     )
     metric: str = setting(
         "latency", "what is limited: latency, energy or storage", group=HARDWARE, metavar="NAME", names=lambda: UNITS
@@ -114,7 +115,7 @@ class SearchConfig(_Config):
         "single layers others. First and last layer stay linear unless they are named",
         group=SEARCHED,
         metavar="NAME",
-        names=lambda: _scheme_names(),
+        names=lambda: known_schemes(),
     )
     solver: str = setting(
         "ddpg",
@@ -242,8 +243,7 @@ class SearchConfig(_Config):
         """
         if file is not None:
             config = cls.from_file(file).replace(**given)
-            # Code is the user's own where it is named on the command line.
-            config.check_code(file, leave_out=given)
+            config.check_code(file)
             return config
         if "eps" in given:
             _check_attacked(given.get("objective", cls.default("objective")), given["eps"])
@@ -313,30 +313,34 @@ class SearchConfig(_Config):
             found["hw"] = Path(self.hw.removeprefix("lut:"))
         return found
 
-    def modules(self) -> list[tuple[str, str]]:
-        """List the modules of the user's own that are named as module:Name, each with the field that names it."""
+    def code(self) -> list[tuple[str, str]]:
+        """List the fields that name code of somebody's own, each with the `module:Name` in it."""
         names = {
             "network": [self.network.rpartition("@")[0] or self.network],
             "data": [self.data],
             "hw": [self.hw],
             "solver": [self.solver],
             "objective": [self.objective],
-            "scheme": [self.scheme_names()[0], *self.scheme_names()[1].values()],
+            "scheme": scheme_parts(self.scheme),
         }
-        return [(field, name.partition(":")[0]) for field, given in names.items() for name in given if ":" in name]
+        return [(field, name) for field, given in names.items() for name in given if _is_code(field, name)]
 
-    def check_code(self, source: Path, leave_out: Iterable[str] = ()) -> None:
-        """Raise ValueError if a file names code that lies in its own folder: whoever sent the file may have sent the code.
-
-        Nothing is imported. The folder of a sweep is its searches' own, too.
+    def check_code(self, source: Path) -> None:
+        """Raise ValueError if a file names code that nobody has named who runs this; nothing is imported.
 
         Args:
             source: The file, the config.yaml of a run or the sweep.json of a sweep.
-            leave_out: Fields whose values aren't from the file.
         """
-        for field, module in self.modules():
-            if field not in leave_out:
-                _check_place(source, f"{field} {getattr(self, field)}", module)
+        _check_code(source, self.code())
+
+    def trust_words(self, scheme: str | None = None) -> list[str]:
+        """Write the options that let a command on a run of this import the code that it names, word by word.
+
+        With a scheme, also those for a network of the run that was fine-tuned with that one.
+        """
+        code = [name for _, name in self.code()]
+        code += [name for name in scheme_parts(scheme or LINEAR) if _is_code("scheme", name)]
+        return trust.trust_words(code)
 
     def bit_range(self) -> tuple[int, int]:
         """Return the smallest and the largest width. Raises ValueError if that isn't what `bits` says."""
@@ -402,7 +406,7 @@ class SweepConfig(_Config):
         group=HARDWARE,
         metavar="NAME,NAME",
         default_words="edge,cloud",
-        names=lambda: _target_names(),
+        names=lambda: target_names(),
     )
     budgets: tuple[str, ...] = setting(
         ("0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"),
@@ -491,10 +495,8 @@ class SweepConfig(_Config):
         if file is None:
             return cls(**own, settings=SearchConfig.from_options({**shared, "finetune_epochs": 0}))
         earlier = cls.from_file(file)
-        settings = earlier.settings.replace(**shared)
-        # Code is the user's own where it is named on the command line.
-        config = earlier.replace(**own, settings=settings)
-        config.check_code(file, leave_out=given)
+        config = earlier.replace(**own, settings=earlier.settings.replace(**shared))
+        config.check_code(file)
         return config
 
     @classmethod
@@ -528,18 +530,19 @@ class SweepConfig(_Config):
         lists = {name: tuple(content[name]) for name in ("hw", "budgets", "solvers")}
         return cls(settings=SearchConfig.read(content["settings"]), seeds=content["seeds"], **lists)
 
-    def check_code(self, source: Path, leave_out: Iterable[str] = ()) -> None:
-        """Raise ValueError if a file names code that lies in its own folder; see `SearchConfig.check_code`.
+    def code(self) -> list[tuple[str, str]]:
+        """List the fields that name code of somebody's own, each with the `module:Name` in it."""
+        own = {"hw": self.hw, "solver": self.solvers}
+        named = [(field, name) for field, given in own.items() for name in given if _is_code(field, name)]
+        return [*self.settings.code(), *named]
 
-        Args:
-            source: The file, the sweep.json of a sweep.
-            leave_out: Fields of the sweep or of its searches whose values aren't from the file.
-        """
-        self.settings.check_code(source, leave_out)
-        for field, values in (("hw", self.hw), ("solvers", self.solvers)):
-            for value in values:
-                if field not in leave_out and ":" in value:
-                    _check_place(source, f"{field} {value}", value.partition(":")[0])
+    def check_code(self, source: Path) -> None:
+        """Raise ValueError if a file names code that nobody has named who runs this; see `SearchConfig.check_code`."""
+        _check_code(source, self.code())
+
+    def trust_words(self) -> list[str]:
+        """Write the options that let a command on this sweep import the code that it names, word by word."""
+        return trust.trust_words(name for _, name in self.code())
 
     def words(self) -> list[str]:
         """Write the command that asks for this, word by word; options of the runs that are as they come are left out."""
@@ -564,7 +567,7 @@ class AnotherScheme(_Config):
         group=SEARCHED,
         metavar="NAME",
         default_words="the run's own",
-        names=lambda: _scheme_names(),
+        names=lambda: known_schemes(),
     )
 
     @field_validator("scheme")
@@ -728,22 +731,43 @@ def _schema_of(path: Path) -> str:
         return ""
 
 
-def _check_place(source: Path, what: str, module: str) -> None:
-    """Raise ValueError if the code of a module, which a file names, may lie in the folder of that file."""
-    try:
-        places = code_of(module)
-    except ValueError as error:
-        raise ValueError(f"{source} names {what}, and {error}: it was not run; name it yourself if you trust it") from None
-    own = {source.absolute().parent, source.parent.resolve(), source.resolve().parent}
-    own |= {folder.parent for folder in own if (folder.parent / files.SWEEP).exists()}
-    for place in places:
-        # A link in the folder that leads out of it was sent along too.
-        for path in (place, place.parent.resolve() / place.name, place.resolve()):
-            if own & {path, *path.parents}:
-                raise ValueError(
-                    f"{source} names {what}, which is code in the run's own folder, and was not run: "
-                    "move it out of there if you trust it"
-                )
+def scheme_parts(text: str) -> list[str]:
+    """List the schemes that a value of --scheme names: of all layers, and of single ones."""
+    of_all, layers = read_scheme(text)
+    return [of_all, *layers.values()]
+
+
+def _is_code(field: str, name: str) -> bool:
+    """Say whether the value of a field would be imported as `module:Name`; nothing is imported of what it names."""
+    if ":" not in name:
+        return False
+    if field == "hw":
+        import hw_models
+
+        return hw_models.TARGETS.is_code(name)
+    if field == "scheme":
+        return True
+    registries: dict[str, Registry[Any]] = {
+        "network": networks.NETWORKS,
+        "data": data.DATASETS,
+        "solver": SOLVERS,
+        "objective": OBJECTIVES,
+    }
+    return registries[field].is_code(name)
+
+
+def _check_code(source: Path, code: Iterable[tuple[str, str]]) -> None:
+    """Raise ValueError for the first `module:Name` of some fields that nobody has named who runs this."""
+    for field, name in code:
+        if not (field == "scheme" and is_known_scheme(name)):
+            trust.check(name, f"{source} names {field}")
+
+
+def is_known_scheme(name: str) -> bool:
+    """Say whether a scheme is imported already, as it is only once somebody has named it who runs this."""
+    import quantizers as Q
+
+    return name in Q.Scheme.known
 
 
 def _check_attacked(objective: str, eps: str) -> None:
@@ -784,14 +808,16 @@ def _wanted(model: type[BaseModel], name: str) -> str:
     return f"an integer of at least {least}"
 
 
-def _target_names() -> Iterable[str]:
+def target_names() -> Iterable[str]:
+    """List hardware targets, for a shell to complete."""
     # Hardware models compute with NumPy, which nobody needs who doesn't ask for a target.
     import hw_models
 
     return (*hw_models.target_names(), *hw_models.MEASURED)
 
 
-def _scheme_names() -> Iterable[str]:
+def known_schemes() -> Iterable[str]:
+    """List schemes, for a shell to complete."""
     import quantizers as Q
 
     return Q.scheme_names()

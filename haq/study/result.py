@@ -53,9 +53,12 @@ def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | Non
     """Price a policy in every metric (seconds, joules, bytes); None where the target has no such metric."""
     if policy is None:
         # 32 bits for each weight and bias; no simulated target computes in float.
-        in_float = float(sum(4 * layer.parameters for layer in problem.workload.layers))
+        in_float = float(sum(4 * layer.own_parameters for layer in problem.workload.layers))
         return {"latency_s": None, "energy_j": None, "storage_bytes": in_float}
-    prices = problem.table.price(*problem.bit_arrays(policy))._asdict()
+    w, a = problem.bit_arrays(policy)
+    if not problem.table.supported[range(len(w)), w - 1, a - 1].all():
+        return dict.fromkeys(COST_KEYS.values())  # such as uniform 8 bits, where the target can't do them
+    prices = problem.table.price(w, a)._asdict()
     found: dict[str, float | None] = {}
     for metric, key in COST_KEYS.items():
         found[key] = None

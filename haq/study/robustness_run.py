@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import queue
-import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +18,12 @@ from haq.deployment.graph import capture
 from haq.store.files import ROBUSTNESS, ROBUSTNESS_SCHEMA
 from haq.store.records import DeployedRecord, RobustnessRecord
 from haq.study.attack_config import AttackConfig
-from haq.study.comparison import ComparedNetworks, ComparisonSpec, gather
+from haq.study.comparison import ComparedNetworks, ComparisonSpec
 from haq.study.task import CALIBRATION
+from haq.study.workers.processes import Crew
 
 FLOAT = "float"
 DEPLOYED_BATCH = 500  # images at a time, through the integer program
-NEWS_S = 0.2  # seconds between looks at what workers are doing
 
 OnProgress = Callable[[str, float, float, str], None]  # network, passes done, passes in all, and what is being done
 
@@ -88,12 +81,12 @@ def examine_all(
         What was found, by network.
 
     Raises:
-        ChildProcessError: If a worker was killed.
+        ChildProcessError: If workers were killed again and again.
     """
     names = list(compared.networks)
     if min(workers, len(names)) == 1:
         return {name: examine(task, compared, name, on_progress) for name in names}
-    return _in_workers(task, names, min(workers, len(names)), on_progress)
+    return _in_workers(task, compared, min(workers, len(names)), on_progress)
 
 
 def examine(task: RobustnessTask, compared: ComparedNetworks, name: str, on_progress: OnProgress) -> Examined:
@@ -205,63 +198,27 @@ def collect(task: RobustnessTask, compared: ComparedNetworks, found: Mapping[str
     return RobustnessRecord.from_dict(content, "the result")
 
 
-def _in_workers(task: RobustnessTask, names: list[str], workers: int, on_progress: OnProgress) -> dict[str, Examined]:
-    """Attack networks in processes of their own, which load them again."""
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    news = context.Queue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (task, news, stop))
+def _in_workers(
+    task: RobustnessTask, compared: ComparedNetworks, workers: int, on_progress: OnProgress
+) -> dict[str, Examined]:
+    """Attack networks in processes of their own. What one that dies had finished is kept, and another goes on from there."""
+    crew = Crew(_attacking, (task, compared), workers, on_progress)
     try:
-        waiting = {name: pool.submit(_attack_in_worker, name) for name in names}
-        while not all(future.done() for future in waiting.values()):
-            with suppress(queue.Empty):
-                on_progress(*news.get(timeout=NEWS_S))
-            for future in waiting.values():
-                if future.done():
-                    future.result()  # raises what it raised
-        while not news.empty():
-            on_progress(*news.get())
-        return {name: future.result() for name, future in waiting.items()}
-    except BrokenProcessPool:
+        waiting = {crew.submit(name): name for name in compared.networks}
+        found = {}
+        while waiting:
+            for done in crew.wait(waiting):
+                found[waiting.pop(done)] = done.result()
+        return {name: found[name] for name in compared.networks}
+    except ChildProcessError as error:
         raise ChildProcessError(
-            f"a worker was killed, perhaps for want of memory; finished attacks are kept in {task.folder}: the same "
-            "command with fewer --workers goes on from there"
+            f"{error}; finished attacks are kept in {task.folder}: the same command goes on from there"
         ) from None
     finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        crew.close()
 
 
-class _Worker(NamedTuple):
-    """What a worker process has: the networks, and its ways to the process that started it."""
-
-    task: RobustnessTask
-    compared: ComparedNetworks
-    news: Any
-    stop: Any
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(task: RobustnessTask, news: Any, stop: Any) -> None:
-    global _worker
-    # Ctrl-C reaches every process; the first one tells the others, by `stop`, what to do.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _attacking(tell: OnProgress, task: RobustnessTask, compared: ComparedNetworks) -> Callable[[str], Examined]:
+    """Return what a process does with a network."""
     torch.set_num_threads(1)
-    _worker = _Worker(task, gather(task.spec), news, stop)
-
-
-def _attack_in_worker(name: str) -> Examined:
-    assert _worker is not None
-    return examine(_worker.task, _worker.compared, name, _report_from_worker)
-
-
-def _report_from_worker(*progress: Any) -> None:
-    assert _worker is not None
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)  # nobody waits for an answer
-    if _worker.stop.is_set():
-        raise InterruptedError("stopped")
-    _worker.news.put(progress)
+    return lambda name: examine(task, compared, name, tell)

@@ -23,7 +23,6 @@ import importlib.util
 import json
 import logging
 import os
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +43,7 @@ from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT
 from haq.store.history import HistoryRow
 from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
+from haq.store.shell import command_line
 from haq.study.task import (
     LoadedNetwork,
     SearchConfig,
@@ -54,6 +54,7 @@ from haq.study.task import (
     machine_signature,
     versions,
 )
+from hw_models import trust
 
 logger = logging.getLogger("haq")
 
@@ -122,7 +123,7 @@ class SearchRun:
     @property
     def go_on(self) -> str:
         """Return the command that goes on with the search."""
-        return shlex.join(["python", "-m", "haq.search", "--resume", str(self.folder)])
+        return command_line("python", "-m", "haq.search", "--resume", self.folder, *self.config.trust_words())
 
     def build(self, **callbacks: Any) -> SearchTask:
         """Load what this run was asked for, where it began.
@@ -374,7 +375,7 @@ class SearchRun:
         """
         if result.policy is not None:
             measured = Q.BitPolicy(result.policy.widths())
-            remedy = f"use python -m haq.finetune {self.folder}, which measures it"
+            remedy = f"use {self._finetune_command}, which measures it"
             check_same_policy(self.folder / POLICY, policy, self.folder / RESULT, measured, remedy)
 
     def load_problem(self) -> ProblemRecord:
@@ -417,10 +418,12 @@ class SearchRun:
         held = sum(tensor.numel() * tensor.element_size() for tensor in task.network.module.state_dict().values())
         files.check_file(path, 4 * held + 2**24)
         header = networks.read_header(path)
-        remedy = f"delete it and use python -m haq.finetune {self.folder}"
+        remedy = f"delete it and use {self._finetune_command}"
         if header.notes.get("format") != networks.QUANTIZED_FORMAT:
             try:
                 networks.load_quantized(path, task.network.module)  # says what it is, or of which version
+            except trust.UntrustedError:
+                raise
             except ValueError as error:
                 raise ValueError(f"{path} is not a checkpoint of this run ({error}): {remedy}") from error
             raise ValueError(f"{path} is not a checkpoint of this run: {remedy}")
@@ -429,12 +432,18 @@ class SearchRun:
         try:
             qnetwork = networks.load_quantized(path, task.network.module)
             self.check_policy(Q.get_policy(qnetwork), task, path)
+        except trust.UntrustedError:
+            raise
         except ValueError as error:
             raise ValueError(f"{path} doesn't hold the network of this run ({error}): {remedy}") from error
         if name == CHECKPOINT:
-            remedy = f"delete {path} and use python -m haq.finetune {self.folder}"
+            remedy = f"delete {path} and use {self._finetune_command}"
             check_same_policy(self.folder / POLICY, self.load_policy(), path, Q.get_policy(qnetwork), remedy)
         return qnetwork
+
+    @property
+    def _finetune_command(self) -> str:
+        return command_line("python", "-m", "haq.finetune", self.folder)
 
     def _state(self, name: str) -> Path:
         return self.folder / CHECKPOINT.parent / f"{name}.state"
@@ -520,7 +529,7 @@ def check_unused(folder: Path) -> None:
     if _holds_something(folder):
         remedy = ""
         if (folder / CONFIG).is_file() and not (folder / RESULT).is_file():
-            remedy = f"go on with it by --resume {folder}, or "
+            remedy = f"go on with it by {command_line('--resume', folder)}, or "
         raise ValueError(f"{folder} is in use and is not overwritten: {remedy}name another with --out")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder: name another with --out")

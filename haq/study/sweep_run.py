@@ -12,21 +12,17 @@ nor the number of processes does anything to it.
 
 from __future__ import annotations
 
-import multiprocessing
-import shlex
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import quantizers as Q
 from haq.problem.budget import OutOfReach
-from haq.problem.evaluator import Evaluation, one_thread
+from haq.problem.evaluator import one_thread
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
 from haq.solvers.base import Session, Trial
@@ -34,11 +30,12 @@ from haq.solvers.sensitivity import by_evaluation, by_hessian
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
+from haq.store.shell import command_line
 from haq.study import result as summary
 from haq.study.config import MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
-from haq.study.workers.processes import live_with_parent
+from haq.study.workers.processes import Crew
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
 ORPHAN_S = 60.0  # a worker whose sweep was killed ends after the evaluation it is at; its search is waited for
@@ -200,9 +197,9 @@ def read(folder: Path) -> SweepRecord:
     return record
 
 
-def go_on(folder: Path) -> str:
-    """Return the command that goes on with a sweep."""
-    return shlex.join(["python", "-m", "haq.sweep", "--resume", str(folder)])
+def go_on(folder: Path, asked: SweepConfig | SearchConfig) -> str:
+    """Return the command that goes on with a sweep, which was asked for in that way."""
+    return command_line("python", "-m", "haq.sweep", "--resume", folder, *asked.trust_words())
 
 
 def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
@@ -299,8 +296,8 @@ def run_all(
         ray: The address of a Ray cluster.
 
     Raises:
-        ChildProcessError: If a process was killed. What the first failing search raises is raised too; the others stop after
-            the evaluation they are at, and can be continued.
+        ChildProcessError: If processes are killed again and again. What the first failing search raises is raised too; the
+            others are stopped, and can be continued.
     """
     if ray is not None:
         _run_on_cluster(folder, context, cells, kind, workers, on_search, ray)
@@ -342,75 +339,37 @@ def _run_in_processes(
     workers: int,
     on_search: Callable[[SweepCell], None],
 ) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    stop = spawn.Event()
-    known = context.first.problem.evaluator.cache, context.first.measured
-    given = folder, context.sweep, kind, torch.get_num_threads(), known, stop
-    pool = ProcessPoolExecutor(min(workers, len(cells)), spawn, _start_worker, given)
+    there = context, kind, context.first.problem.evaluator.cache, context.first.measured
+    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)))
     try:
-        waiting = {pool.submit(_search_in_worker, cell): cell for cell in cells}
-        for done in as_completed(waiting):
-            done.result()
-            on_search(waiting[done])
-    except BrokenProcessPool:
-        raise ChildProcessError("a worker was killed, perhaps for want of memory: go on with fewer") from None
+        waiting = {crew.submit(cell): cell for cell in cells}
+        while waiting:
+            for done in crew.wait(waiting):
+                cell = waiting.pop(done)
+                done.result()
+                on_search(cell)
     finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+        crew.close()
 
 
-class _Worker(NamedTuple):
-    """What a process of `run_all` keeps from search to search."""
-
-    folder: Path
-    kind: str
-    context: SweepContext
-    stop: Any
-
-
-_worker: _Worker | None = None
-
-
-def _start_worker(
-    folder: Path,
-    sweep: SweepConfig,
-    kind: str,
-    threads: int,
-    known: tuple[dict[Q.BitPolicy, Evaluation], dict[Q.BitPolicy | None, dict[str, float]]],
-    stop: Any,
-) -> None:
-    global _worker
-    live_with_parent()
+def _searching(tell: Any, folder: Path, there: Any, threads: int) -> Callable[[SweepCell], None]:
+    """Return what a process does with a search: one that was begun is gone on with."""
     torch.set_num_threads(threads)
-    context = SweepContext.load(sweep)
-    context.first.problem.evaluator.cache.update(known[0])
-    context.first.measured.update(known[1])
-    _worker = _Worker(folder, kind, context, stop)
-
-
-def _search_in_worker(cell: SweepCell) -> None:
-    assert _worker is not None
-    stop = _worker.stop
-
-    def on_evaluation() -> None:
-        if stop.is_set():
-            raise InterruptedError("stopped")
-
-    search(_worker.folder / cell.folder, _worker.context.task(cell, _worker.folder, _worker.kind), on_evaluation)
+    return lambda cell: _search_there(there, cell, folder / cell.folder, lambda: None)
 
 
 def _search_there(given: Any, cell: SweepCell, folder: Path, on_evaluation: Callable[[], None]) -> None:
-    """A search on another machine, in a folder that was begun here."""
+    """A search in another process or on another machine."""
     context, kind, cache, judged = given
     context.first.problem.evaluator.cache.update(cache)
     context.first.measured.update(judged)
     search(folder, context.task(cell, folder.parent, kind), on_evaluation)
 
 
-def finish(
+def collect(
     folder: Path, context: SweepContext, cells: Sequence[SweepCell], sensitivities: Sensitivities | None
 ) -> FinishedSweepRecord:
-    """Put together what a sweep found, from its runs, and write it.
+    """Put together what a sweep found, from its runs.
 
     Args:
         folder: The sweep's.
@@ -455,7 +414,6 @@ def finish(
     }
     record = SweepRecord.from_dict(content)
     assert isinstance(record, FinishedSweepRecord)
-    record.write(folder / SWEEP)
     return record
 
 
@@ -564,7 +522,7 @@ def pareto(cells: Sequence[tuple[float, float]]) -> list[bool]:
 @contextmanager
 def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
     """Open the run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
-    with writing(folder, go_on(folder.parent), wait_s=ORPHAN_S):
+    with writing(folder, go_on(folder.parent, task.config), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():
             run = SearchRun.load(folder)
             run.check(task, same_versions=True)

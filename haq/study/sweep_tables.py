@@ -42,8 +42,10 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
     results_in = "nothing is written (--dry-run)"
     if folder is not None:
         results_in = str(folder)
-    rows = {
-        "network": f"{task.network.name}: {len(workload)} quantizable layers, {workload.macs / 1e6:.2f} M MACs",
+    rows = {"network": f"{task.network.name}: {len(workload)} quantizable layers, {workload.macs / 1e6:.2f} M MACs"}
+    if workload.unpriced:
+        rows["not priced"] = workload.unpriced_words
+    rows |= {
         "data": task.dataset.describe(),
         "scheme": scheme_words(task.problem),
         "metric": f"{sweep.settings.metric}, as a fraction of uniform 8 bits",

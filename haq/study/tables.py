@@ -43,12 +43,14 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
     free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
     pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
     low, high = problem.bits
-    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of uniform 8 bits"
+    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of {problem.reference_words}"
     results_in = "nothing is written (--dry-run)"
     if folder is not None:
         results_in = str(folder)
-    rows = {
-        "network": _network_words(task),
+    rows = {"network": _network_words(task)}
+    if unpriced := problem.workload.unpriced_words:
+        rows["not priced"] = unpriced
+    rows |= {
         "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
@@ -173,7 +175,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
         Column("layer", [*names, "total, mean"]),
         Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
         Column("activ.\nbits", [*(f"{bits}{mark}" for bits, mark in zip(a, marks, strict=True)), f"{a.mean():.1f}"], "right"),
-        Column("before,\n8/8", [f"{cost / size:.4g}" for cost in (*before, before.sum())], "right"),
+        Column("before,\n8/8", [*_before(problem, size), f"{before.sum() / size:.4g}"], "right"),
         Column("after", [f"{cost / size:.4g}" for cost in (*after, after.sum())], "right"),
         Column("share\nbefore", [*shares, ""], "right"),
     ]
@@ -185,6 +187,17 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     if problem.pinned:
         caption = f"{PINNED_MARK} fixed"
     print_columns(console, title, columns, totals=1, caption=caption)
+
+
+def _before(problem: Problem, size: float) -> list[str]:
+    """What each layer costs at 8/8, in units of a size."""
+    cells = []
+    for cost, supported in zip(problem.cost[:, 7, 7], problem.table.supported[:, 7, 7], strict=True):
+        cell = NOTHING
+        if supported:
+            cell = f"{cost / size:.4g}"
+        cells.append(cell)
+    return cells
 
 
 class PolicyTable:

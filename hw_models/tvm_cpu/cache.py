@@ -7,10 +7,12 @@ written first stands. The lock between reading and renaming is the operating sys
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,14 +41,23 @@ class TimingCache:
     """
 
     def __init__(self, key: Key, notice: Notice = warn) -> None:
-        """Find the file, and check that it can be written."""
+        """Find the file; where it can't be written, a copy for as long as this process lives takes its place."""
         self.key = dict(key)
         self._notice = notice
         name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = cache_folder() / f"timings-{name}.json"
         # Now, and not after minutes of measuring: can it be written?
-        with self._locked():
-            pass
+        try:
+            with self._locked():
+                pass
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            notice(f"measured times can't be kept in {self.path.parent} ({reason}): they are lost when this process ends")
+            kept = self.path
+            self.path = Path(_own_folder().name) / kept.name
+            if not self.path.exists():
+                with contextlib.suppress(OSError):
+                    self.path.write_bytes(kept.read_bytes())
 
     def read(self) -> dict[str, Timing]:
         """Read what is on disk; nothing if there is no file or none to be trusted."""
@@ -61,10 +72,15 @@ class TimingCache:
             self.path.unlink(missing_ok=True)
             return {}
 
-    def save(self, timings: Mapping[str, Timing]) -> dict[str, Timing]:
-        """Add timings to the file; returns all of it. What another process wrote first stands."""
+    def save(self, timings: Mapping[str, Timing], *, replacing: bool = False) -> dict[str, Timing]:
+        """Add timings to the file; returns all of it.
+
+        What another process wrote first stands, unless these are `replacing` it.
+        """
         with self._locked():
             merged = {**timings, **self.read()}
+            if replacing:
+                merged |= timings
             partial = self.path.with_suffix(f".{os.getpid()}.part")
             partial.write_text(json.dumps({"key": self.key, "timings": merged}, indent=0), encoding="utf-8")
             partial.replace(self.path)
@@ -83,15 +99,24 @@ class TimingCache:
             yield
 
 
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is deleted when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="haq-")
+
+
 def _checked(content: Any, key: Mapping[str, str | int]) -> dict[str, Timing]:
     """The timings of a file. Raises ValueError and the like with the reason if they are not what was measured here."""
     if content["key"] != key:
         different = sorted(name for name in {*key, *content["key"]} if content["key"].get(name) != key.get(name))
         raise ValueError(f"they were measured with another {' and '.join(different)}")
     timings = {}
-    for kernel, (median, spread, repeats) in content["timings"].items():
+    for kernel, (median, spread, repeats, *marks) in content["timings"].items():
         numbers = all(type(value) in (float, int) and math.isfinite(value) for value in (median, spread, repeats))
         if not (numbers and median > 0 and spread >= 0 and repeats >= 1):
             raise ValueError(f"the time of {kernel!r} is {median!r}")
-        timings[kernel] = Timing(float(median), float(spread), int(repeats))
+        trusted = marks or [True]  # files of earlier versions have no mark
+        if trusted not in ([True], [False]):
+            raise ValueError(f"the mark of {kernel!r} is {marks!r}")
+        timings[kernel] = Timing(float(median), float(spread), int(repeats), bool(trusted[0]))
     return timings

@@ -32,6 +32,7 @@ BATCH = 16  # kernels compiled as one module
 READING_MS = 1  # of one reading at least: as many calls as that takes
 KERNEL_S = 0.03  # of all readings of one kernel, within the bounds on their number
 ROUNDS = (3, 15)
+REFERENCE_ROUNDS = 5
 COLD_ROUNDS = 5
 # Until an RPC server has to answer a new client. It starts a process for each, and a small board takes its time to import TVM.
 ANSWER_S = 60.0
@@ -39,11 +40,12 @@ FLUSH_BYTES = 64 << 20  # written before each cold reading; more than the caches
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: median and interquartile range of the rounds."""
+    """Seconds of one call: median and interquartile range of the rounds; not `trusted` if the machine was busy meanwhile."""
 
     median_s: float
     spread_s: float
     repeats: int
+    trusted: bool = True
 
 
 class BuildError(ValueError):
@@ -299,16 +301,7 @@ class _Timer:
 
 
 def _time(place: Here | Board, modules: list[tuple[Any, Names]], cold: bool) -> dict[Kernel, Timing]:
-    buffers = _Buffers(place.device())
-    # `arguments` has the functions in the same order.
-    timers = {
-        kernel: [
-            _Timer(place, module, function, [buffers.get(*argument) for argument in arguments], cold)
-            for function, arguments in zip(functions, kernel.arguments().values(), strict=True)
-        ]
-        for module, names in modules
-        for kernel, functions in names.items()
-    }
+    timers = _timers(place, modules, cold)
     rounds = {kernel: _rounds(parts, cold) for kernel, parts in timers.items()}
     readings: dict[Kernel, list[float]] = {kernel: [] for kernel in timers}
     for number in range(max(rounds.values())):
@@ -320,6 +313,44 @@ def _time(place: Here | Board, modules: list[tuple[Any, Names]], cold: bool) -> 
         low, median, high = np.percentile(seconds, (25, 50, 75))
         timings[kernel] = Timing(float(median), float(high - low), len(seconds))
     return timings
+
+
+def _timers(place: Here | Board, modules: list[tuple[Any, Names]], cold: bool) -> dict[Kernel, list[_Timer]]:
+    """Make the timers of every kernel's functions."""
+    buffers = _Buffers(place.device())
+    # `arguments` has the functions in the same order.
+    return {
+        kernel: [
+            _Timer(place, module, function, [buffers.get(*argument) for argument in arguments], cold)
+            for function, arguments in zip(functions, kernel.arguments().values(), strict=True)
+        ]
+        for module, names in modules
+        for kernel, functions in names.items()
+    }
+
+
+class Reference:
+    """A kernel that is timed again and again, to tell a busy machine by: calling it returns the seconds that it takes now."""
+
+    def __init__(self, kernel: Kernel, cpu: Cpu, session: Board | None = None) -> None:
+        """Compile and load it.
+
+        Args:
+            kernel: Which one.
+            cpu: What to compile for.
+            session: The board to run on; None is this machine.
+        """
+        self._place = session or Here()
+        library, names = _compile([kernel], cpu)
+        with self._place.watched():
+            self._place.function("runtime.config_threadpool")(1, cpu.threads)
+            self._module = self._place.load(library, cpu)
+            ((_, self._timers),) = _timers(self._place, [(self._module, names)], cold=False).items()
+
+    def __call__(self) -> float:
+        """Time it."""
+        with self._place.watched():
+            return float(np.median([sum(timer.read() for timer in self._timers) for _ in range(REFERENCE_ROUNDS)]))
 
 
 def _rounds(timers: list[_Timer], cold: bool) -> int:

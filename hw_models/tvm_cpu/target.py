@@ -7,10 +7,10 @@ import importlib.util
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,15 @@ from hw_models.storage import BITS, storage_bytes
 from hw_models.tvm_cpu.cache import Notice, TimingCache, warn
 from hw_models.tvm_cpu.choose import Choice, Pair, choose, uncovered
 from hw_models.tvm_cpu.conv import Conv
-from hw_models.tvm_cpu.measure import Board, Progress, Say, Timing, measure
+from hw_models.tvm_cpu.measure import Board, Progress, Reference, Say, Timing, measure
+from hw_models.tvm_cpu.trusted import SAMPLE, Trusted
 from hw_models.workload import Workload
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
     from hw_models.tvm_cpu.kernel import Kernel
 
+REFERENCE_CONV = Conv(32, 32, (16, 16), (16, 16), (3, 3), padding=(1, 1))  # what a busy machine is told by
 LOCAL = "cpu"
 REMOTE = "rpc:"
 # What these targets are, for a list of them.
@@ -45,8 +47,8 @@ class CpuTarget:
 
     Each distinct layer shape is measured once, at batch 1 unless told otherwise, and a cell of the cost table is the time of
     the fastest kernel for those bits or wider, so latency never falls with more bits. Activations are taken as unsigned. The
-    times are kept in a cache, layer by layer. `progress(done, total, note)` is told of the shapes done and of what is being
-    done, `notice` of a cache that can't be trusted.
+    times are kept in a cache, layer by layer, and a few of them are checked at every start. `progress(done, total, note)` is
+    told of the shapes done and of what is being done, `notice` of a cache and of times that can't be trusted.
     """
 
     cpu: Cpu
@@ -56,6 +58,10 @@ class CpuTarget:
     cold: bool = False
     progress: Progress | None = field(default=None, compare=False)
     notice: Notice = field(default=warn, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs: not what shows progress in this one."""
+        return {**self.__dict__, "progress": None, "notice": warn}
 
     @property
     def name(self) -> str:
@@ -110,13 +116,24 @@ class CpuTarget:
             images = check_batch(batch)
         chosen = self.choices(workload, batch=images)
         latency = np.zeros((len(workload), BITS, BITS))
+        doubtful = []
         for index, layer in enumerate(workload.layers):
-            for call in layer.calls:
-                for (w, a), choice in chosen[Conv.of(layer, call, images)].items():
+            choices = [chosen[Conv.of(layer, call, images)] for call in layer.calls]
+            for pairs in choices:
+                for (w, a), choice in pairs.items():
                     latency[index, w - 1, a - 1] += choice.timing.median_s
+            if not all(choice.timing.trusted for pairs in choices for choice in pairs.values()):
+                doubtful.append(layer.name)
+        provenance = self.provenance
+        if doubtful:
+            provenance += f", the machine being busy in {len(doubtful)} of {len(workload)} layers"
+            self.notice(
+                f"the times of {len(doubtful)} of {len(workload)} layers on {self.name} are not trusted ({doubtful[0]!r} is "
+                "the first): the machine was busy while they were measured; the next start measures them again"
+            )
         return CostTable(
             target=self.name,
-            provenance=self.provenance,
+            provenance=provenance,
             workload=workload,
             batch=images,
             latency_s=latency,
@@ -128,13 +145,46 @@ class CpuTarget:
         """Find the fastest kernel of every distinct layer shape at each (weight bits, activation bits)."""
         candidates = self._candidates(workload, batch)
         chosen: dict[Conv, dict[Pair, Choice]] = {}
-        with self._timings() as timings:
+        with self._trusted() as trusted:
+            before = {}  # what the cache has of earlier, by shape
             for conv, (layer, kernels) in candidates.items():
+                before[conv] = [kernel for kernel in kernels if trusted.from_before(kernel)]
                 say = partial(self._say, len(chosen), len(candidates), layer)
                 say("")
-                chosen[conv] = choose(kernels, partial(timings, say))
+                chosen[conv] = choose(kernels, partial(trusted.timings, say))
+            for conv in self._outdated(trusted, {conv: chosen[conv] for conv, some in before.items() if some}):
+                layer, kernels = candidates[conv]
+                trusted.forget(kernels)
+                say = partial(self._say, len(chosen), len(candidates), layer)
+                chosen[conv] = choose(kernels, partial(trusted.timings, say))
+            for some in before.values():
+                trusted.settle(some)
+            if trusted.unchecked:
+                self.notice(f"the machine is busy: what was measured before on {self.name} could not be checked")
         self._say(len(chosen), len(candidates), "", "")
         return chosen
+
+    def _outdated(self, trusted: Trusted, kept: Mapping[Conv, Mapping[Pair, Choice]]) -> list[Conv]:
+        """Check what the cache had: time a few kernels again, and a kernel of every shape if one of these is off.
+
+        All kernels of a shape were measured together, so one tells whether the machine was busy then.
+        """
+        convs = list(kept)
+        if not convs:
+            return []
+
+        def differing(some: list[Conv]) -> list[Conv]:
+            kernels = {kept[conv][BITS, BITS].kernel: conv for conv in some}
+            say = partial(self._say, 0, len(some), "what was measured before")
+            return [kernels[kernel] for kernel in trusted.differing(say, list(kernels))]
+
+        if trusted.was_slow():
+            return differing(convs)
+        sample = convs[:: -(-len(convs) // SAMPLE)]
+        found = differing(sample)
+        if found:
+            found += differing([conv for conv in convs if conv not in sample])
+        return found
 
     def fastest(self, wanted: Iterable[tuple[Conv, int, int, bool]]) -> dict[tuple[Conv, int, int, bool], Choice]:
         """Find the fastest kernel for layers whose bits are settled.
@@ -147,7 +197,8 @@ class CpuTarget:
 
         distinct = list(dict.fromkeys(wanted))
         chosen: dict[tuple[Conv, int, int, bool], Choice] = {}
-        with self._timings() as timings:
+        with self._trusted() as trusted:
+            timings = trusted.timings
             for layer in distinct:
                 say = partial(self._say, len(chosen), len(distinct), "kernels")
                 say("choosing")
@@ -166,23 +217,27 @@ class CpuTarget:
             self.progress(done, total, f"{doing} {what}".strip())
 
     @contextmanager
-    def _timings(self) -> Iterator[Callable[[Say, list[Kernel]], dict[Kernel, Timing]]]:
-        """A function that has kernels measured, unless they are in the cache."""
-        cache = TimingCache(self.key, self.notice)
-        known = cache.read()
+    def _trusted(self) -> Iterator[Trusted]:
+        """What has kernels measured, unless they are in the cache."""
+        from hw_models.tvm_cpu import kernels
+
         with ExitStack() as stack:
-            board: Board | None = None  # connected to when there is something to measure
 
-            def timings(say: Say, kernels: list[Kernel]) -> dict[Kernel, Timing]:
-                nonlocal board
-                if missing := [kernel for kernel in kernels if _text(kernel) not in known]:
-                    if self.board and board is None:
-                        board = stack.enter_context(Board(*self.board))
-                    measured = measure(missing, self.cpu, say=say, session=board, cold=self.cold)
-                    known.update(cache.save({_text(kernel): timing for kernel, timing in measured.items()}))
-                return {kernel: known[_text(kernel)] for kernel in kernels}
+            @cache
+            def session() -> Board | None:
+                """The board, connected to when there is something to measure."""
+                if self.board is None:
+                    return None
+                return stack.enter_context(Board(*self.board))
 
-            yield timings
+            def measured(say: Say, some: list[Kernel]) -> Mapping[Kernel, Timing]:
+                return measure(some, self.cpu, say=say, session=session(), cold=self.cold)
+
+            def reference() -> Callable[[], float]:
+                kernel = kernels.candidates(REFERENCE_CONV, BITS, BITS, False, self.cpu)[0]
+                return Reference(kernel, self.cpu, session())
+
+            yield Trusted(TimingCache(self.key, self.notice), _text, measured, reference)
 
     def _candidates(self, workload: Workload, batch: int) -> dict[Conv, tuple[str, Sequence[Kernel]]]:
         """Of every distinct shape, the first layer that has it and all kernels that may be the fastest for some bits."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantizers.functional import along_channels, relative_error_up_to_a_factor, sign
+from quantizers.functional import along_channels, applied, relative_error_up_to_a_factor, sign
 from quantizers.observers import Observer
 from quantizers.scheme import Scheme, SchemeLayer
 from quantizers.schemes.linear import Linear
@@ -103,8 +103,7 @@ def binarize(x: Tensor, estimator: str = "clipped", *, random: bool = False) -> 
         ValueError: For an unknown estimator.
     """
     known_name("estimator", estimator, ESTIMATORS)
-    result: Tensor = _Binarized.apply(x, estimator, random and estimator == "stochastic", None)
-    return result
+    return applied(_Binarized, x, estimator, random and estimator == "stochastic", None)
 
 
 def known_name(what: str, value: str, choices: Iterable[str]) -> None:
@@ -190,8 +189,7 @@ class Binary(Scheme, name="binary"):
         weight, alpha = layer.weight, None
         if self.scaling == "xnor":
             alpha = along_channels(weight.detach().flatten(1).abs().mean(1), weight)
-        result: Tensor = _Binarized.apply(weight, self.weight_estimator, self._random(layer, self.weight_estimator), alpha)
-        return result
+        return applied(_Binarized, weight, self.weight_estimator, self._random(layer, self.weight_estimator), alpha)
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input's signs; at more bits the input on its grid."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantizers.functional import (
     MAX_BITS,
     WIDTHS,
+    applied,
     blocks,
     blockwise,
     computed_in,
@@ -50,6 +51,7 @@ class DoReFa(Scheme, name="dorefa"):
     """
 
     summary: ClassVar[str] = "weights through tanh into -1..1, inputs clipped to 0..1; for training (Zhou et al. 2016)"
+    of_weight: ClassVar[tuple[str, ...]] = ()
     needs_data: ClassVar[bool] = False
     for_training: ClassVar[bool] = True
     has_integer_weights: ClassVar[bool] = True
@@ -104,15 +106,14 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     """Compute the weights of `DoReFa`, with their gradient."""
     w = weight.to(computed_in(weight))
     if bits == 1:
-        made: Tensor = _SignTimesMean.apply(w)
-        return made.to(weight.dtype)
+        return applied(_SignTimesMean, w).to(weight.dtype)
     levels = integer_range(bits, False)[1]
     squashed = torch.tanh(w)
     largest = w.new_ones(())
     if w.numel():
         largest = squashed.abs().max()
     squashed = squashed / (2 * torch.where(largest > 0, largest, 1)) + 0.5
-    codes: Tensor = _Round.apply(squashed * levels)
+    codes = applied(_Round, squashed * levels)
     return (2 * (codes / levels) - 1).to(weight.dtype)
 
 
@@ -158,7 +159,9 @@ class _SignTimesMean(torch.autograd.Function):
 
 def _unit_range(x: Tensor, levels: int, reuse: bool = False) -> Tensor:
     wide = x.to(computed_in(x))
-    made = result_like(wide, reuse and blockwise(wide))
+    if not blockwise(wide):
+        return wide.clamp(0, 1).mul_(levels).round_().div_(levels).to(x.dtype)
+    made = result_like(wide, reuse)
     for source, target in blocks(wide, made):
         torch.clamp(source, 0, 1, out=target).mul_(levels).round_().div_(levels)
     return made.to(x.dtype)

@@ -52,6 +52,7 @@ class KMeans(Linear, name="kmeans"):
     learned: ClassVar[tuple[str, ...]] = ("codebook",)
     learned_rate: ClassVar[float] = 0.1  # a centroid's gradient is the sum over its weights
     of_weight: ClassVar[tuple[str, ...]] = ("codebook", "codebook_border", "zeros_kept")
+    trains_weight: ClassVar[bool] = False
     has_integer_weights: ClassVar[bool] = False
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ class KMeans(Linear, name="kmeans"):
         weight = layer.weight.detach()
         codebook = row(tensor_of(layer, "codebook"), bits)
         # The gradient of picking is the sum over those that were picked: equation 3.
-        shared = codebook.index_select(0, assignment(layer, bits).flatten().int()).view(weight.shape)
+        shared = codebook.index_select(0, _kept_assignment(layer, bits).flatten().int()).view(weight.shape)
         shared = torch.where(tensor_of(layer, "zeros_kept") & (weight == 0), 0, shared)
         return shared.to(weight.dtype)
 
@@ -108,17 +109,24 @@ class KMeans(Linear, name="kmeans"):
 def assignment(layer: SchemeLayer, bits: int) -> Tensor:
     """Find the index into the codebook of every weight of a layer: uint8, of the weight's shape.
 
-    Kept zeros have an index too, which means nothing. It is found again only if the float weight or
-    the borders have changed.
+    Kept zeros have an index too, which means nothing.
     """
-    weight, borders = layer.weight.detach(), tensor_of(layer, "codebook_border")
+    return _kept_assignment(layer, bits).clone()
+
+
+def _kept_assignment(layer: SchemeLayer, bits: int) -> Tensor:
+    """Return the indices, which nobody may change: found again only if the float weight or the borders have changed."""
+
+    def sources() -> tuple[Tensor, Tensor]:
+        return layer.weight.detach(), tensor_of(layer, "codebook_border")
 
     def find() -> Tensor:
+        weight, borders = sources()
         values = weight.reshape(-1).to(borders.dtype)
         inner = row(borders, bits)[: 2**bits - 1]
         return torch.bucketize(values, inner, out_int32=True).to(torch.uint8).view(weight.shape)
 
-    return layer.cache.get(("index", bits), (weight, borders), find)
+    return layer.cache.get(("index", bits), sources, find)
 
 
 def cluster(values: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:

@@ -13,6 +13,7 @@ from quantizers.functional import (
     MAX_BITS,
     WIDTHS,
     along_channels,
+    applied,
     computed_in,
     differentiated,
     inside,
@@ -198,8 +199,7 @@ def learned_step(x: Tensor, step: Tensor, low: int, high: int, offset: Tensor | 
     """
     if offset is None and not differentiated(x, step):
         return rounded(x, step, low, high, rescale=True, reuse=reuse)
-    made: Tensor = _LearnedStep.apply(x, step, offset, low, high)
-    return made
+    return applied(_LearnedStep, x, step, offset, low, high)
 
 
 class _LearnedStep(torch.autograd.Function):

@@ -29,6 +29,7 @@ from haq.console import errors
 from haq.store.files import MOST_HISTORY
 from haq.store.records import PolicyRecord, ResultRecord
 from haq.study import solving
+from hw_models import trust
 from tests.commands.test_robustness_command import MODULE, TINY
 from tests.conftest import enter
 
@@ -389,7 +390,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "config: code in the run's own folder",
         "evaluate deploy robustness",
         _in_own_folder,
-        "code in the run's own folder, and was not run",
+        "names network run.evil:network, and code is never called because a file says so: add --trust run.evil:network if",
     ),
     (
         "config: signature of other types",
@@ -716,6 +717,78 @@ def test_it_is_refused_in_one_sentence_and_left_as_it_was(
         assert sentence in refused(command, capsys), command
     assert not Path("outside").exists() or Path("outside").read_text() == "years of work"
     assert not Path("elsewhere").exists() or not list(Path("elsewhere").iterdir())
+
+
+CANARY = "from pathlib import Path\nPath('executed').touch()\ndef main(*given, **options):\n    raise SystemExit\n"
+CODE = ("canary:main", "run.canary:main", "pytest:main", "torch.distributed.run:main", "antigravity:fly")
+COMMANDS["config"] = lambda: search.main(["--config", "run/config.yaml", "--dry-run"])
+COMMANDS["sweep config"] = lambda: sweep.main(["--config", "swept/sweep.json", "--dry-run"])
+
+
+@pytest.fixture
+def canary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code in the current folder and in the run's that tells when it is imported, and nobody who has named it."""
+    for folder in (".", "run"):
+        Path(folder, "canary.py").write_text(CANARY)
+        Path(folder, "conftest.py").write_text(CANARY)
+        Path(folder, "__main__.py").write_text(CANARY)
+    Path("run/__init__.py").touch()
+    monkeypatch.setattr(trust, "_named", {"small_job:network", "small_job:splits"})
+
+
+@pytest.mark.usefixtures("place", "canary")
+@pytest.mark.parametrize("field", ["network", "data", "hw", "solver", "objective", "scheme"])
+def test_code_that_only_a_run_names_is_never_called(field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("run/config.yaml").read_text()
+    given = {"network": [f"{name}@run/policy.json" for name in CODE], "scheme": [f"stem={name}" for name in CODE]}
+    result = Path("run/result.json").read_text()
+    for name, value in zip(CODE, given.get(field, CODE), strict=True):
+        Path("run/config.yaml").write_text(before)
+        _config(**{field: value})
+        commands = ["config"]
+        if name == "canary:main":
+            commands = ["config", "evaluate", "finetune", "deploy", "robustness", "resume"]
+        for command in commands:
+            Path("run/result.json").write_text(result)
+            if command == "resume":
+                _unfinished()
+            assert f"run/config.yaml names {field} {name}, " in refused(command, capsys), command
+
+
+@pytest.mark.usefixtures("place", "canary")
+def test_looking_at_a_run_imports_nothing() -> None:
+    code = dict.fromkeys(("network", "data", "hw", "solver", "scheme"), "canary:main")
+    _config(**code)
+    for command in ("show", "compare", "report"):
+        assert errors.run_command(COMMANDS[command]) == 0
+    assert not Path("executed").exists()
+
+
+@pytest.mark.usefixtures("place", "canary")
+@pytest.mark.parametrize("asked", [{"hw": ["edge", "canary:main"]}, {"solvers": ["canary:main"]}, {"settings": "canary:main"}])
+def test_code_that_only_a_sweep_names_is_never_called(asked: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    if "settings" in asked:
+        asked = {"settings": {**json.loads(Path("swept/sweep.json").read_text())["asked"]["settings"], "data": "canary:main"}}
+    _swept(**asked)
+    for command in ("sweep", "sweep config"):
+        assert "canary:main, and code is never called because a file says so: add --trust canary:main" in refused(
+            command, capsys
+        )
+
+
+@pytest.mark.usefixtures("place", "canary")
+def test_code_that_is_trusted_is_called(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(trust, "_named", set())
+    assert "names network small_job:network, " in refused("evaluate", capsys)
+    one = ["--trust", "small_job:network"]
+    assert errors.run_command(lambda: evaluate.main(["run", *one])) == errors.EXIT_BAD_INPUT
+    assert "names data small_job:splits, " in capsys.readouterr().err
+    assert errors.run_command(lambda: evaluate.main(["run", *one, "--trust", "small_job:splits"])) == 0
+    # Commands that are printed to be pasted carry what they need.
+    _unfinished()
+    capsys.readouterr()
+    assert errors.run_command(COMMANDS["show"]) == 0
+    assert "haq.search --resume run --trust small_job:network --trust small_job:splits" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("place")

@@ -54,6 +54,7 @@ def deploy(
     for result in (found, compare(quantized, program, x.double())):
         assert result.own < max(2, 1e-4 * result.values)
         assert all(layer.own_largest <= 1 for layer in result.layers)
+        assert not result.fault
         # Nothing differs but what a tie made, and what lies behind it.
         assert result.own or equal(result)
     return program, found

@@ -3,14 +3,22 @@ milliseconds."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from experiments import agreement, haq_tables
+import hw_models
+from experiments import agreement, fuzz, haq_tables
 from haq import data, networks
+from hw_models import trust
 from tests.conftest import images, small_network
 
 
@@ -55,3 +63,40 @@ def test_agreement_on_photographs(tmp_path: Path) -> None:
         assert round(row.test * len(test) / 100) == row.top1
     fractions = {row.policy: row.fraction for row in study.rows}
     assert fractions["uniform 4 bits"] >= fractions["ilp at 4 bits"]
+
+
+def test_a_few_files_that_nobody_vouches_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trust, "_named", set(fuzz.OWN))
+    (tmp_path / "canary.py").write_text(fuzz.CANARY)
+    (tmp_path / "sound").mkdir()
+    hardware = [Path(shutil.copy(path, "sound")) for path in Path(hw_models.__file__).parent.glob("targets/e*.yaml")]
+    torch.save(fuzz.network().module.state_dict(), "sound/own.pt")
+    kinds = [
+        fuzz.Kind("hardware", hardware, fuzz.read_hardware),
+        fuzz.Kind("torch file", [Path("sound/own.pt")], fuzz.read_checkpoint),
+    ]
+    fuzz.fuzz(kinds, 8, seed=0)
+    for kind in kinds:
+        assert {outcome.verdict for outcome in kind.outcomes} <= {"read", "refused"}, kind.outcomes
+
+
+def test_the_fuzzer_notices_what_must_not_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "canary.py").write_text(fuzz.CANARY)
+    path = tmp_path / "any"
+
+    def told(read: Callable[[Path], object]) -> str:
+        return fuzz.read_in_child(fuzz.Kind("any", [path], read), path).verdict
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert told(lambda path: None) == "read"
+    assert told(lambda path: path.read_text()) == "refused"
+    assert told(lambda path: {}["x"]) == "TRACEBACK"  # type: ignore[index]
+    assert told(lambda path: os.kill(os.getpid(), signal.SIGSEGV)) == "killed"
+    assert told(lambda path: b"x" * (600 * 10**6)) == "MEMORY"
+    assert told(lambda path: os.system("true")) == "CODE"
+    assert told(lambda path: importlib.import_module("canary")) == "CODE"
+    (tmp_path / "executed").unlink()
+    monkeypatch.setattr(fuzz, "CPU_S", 0.01)
+    assert told(lambda path: all(range(1, 10**7))) == "SLOW"

@@ -1,4 +1,5 @@
-"""A cost table holds every layer at every pair of bits, prices thousands of policies at once, and never a zero or a NaN."""
+"""A cost table holds every layer at every pair of bits, prices thousands of policies at once, has no cost of 0, and knows
+which pairs the target can't do."""
 
 from __future__ import annotations
 
@@ -105,13 +106,35 @@ def test_a_metric_that_is_missing_lists_those_there_are(network: nn.Module) -> N
 def test_a_cost_that_is_not_a_positive_number_is_refused(network: nn.Module) -> None:
     workload = workload_of(network, 1, 8, 8)
     good = np.ones((5, 8, 8))
-    for value in (0.0, -1.0, np.nan, np.inf):
+    for value in (0.0, -1.0, -np.inf):
         bad = good.copy()
         bad[2, 3, 3] = value
         with pytest.raises(ValueError, match="'pointwise'"):
             CostTable("mine", "measured", workload, 1, bad, None, good)
     with pytest.raises(ValueError, match="shape"):
         CostTable("mine", "measured", workload, 1, good[:3], None, good)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, 1e9])
+def test_a_pair_without_a_sane_cost_is_one_that_the_target_can_not_do(network: nn.Module, value: float) -> None:
+    """A table of energies of about 1 J says by `value` that one layer can't be done at w8/a8."""
+    workload = workload_of(network, 1, 8, 8)
+    energy = np.ones((5, 8, 8))
+    energy[2, 7, 7] = value
+    table = CostTable("mine", "measured", workload, 1, np.ones((5, 8, 8)), energy, np.ones((5, 8, 8)))
+    assert np.argwhere(~table.supported).tolist() == [[2, 7, 7]]
+    assert all(np.isnan(table.metric(metric)[2, 7, 7]) for metric in table.metrics)
+    eights = np.full((3, 5), 8)
+    with pytest.raises(ValueError, match="mine can't do layer 'pointwise' at w8/a8"):
+        table.price(eights, eights)
+    eights[:, 2] = 7
+    assert table.price(eights, eights).energy_j == pytest.approx([5, 5, 5])
+    assert "at w8/a8 latency not supported" in repr(table)
+    assert "<td>5</td><td>5</td>" in table._repr_html_()  # the least and the most, of what can be done
+    energy[2] = value
+    if value > 1e9 or np.isnan(value):  # a layer that always takes 1e9 J is dear, and that is all
+        with pytest.raises(ValueError, match="not a positive number for 'pointwise', whatever the pair"):
+            CostTable("mine", "measured", workload, 1, np.ones((5, 8, 8)), energy, np.ones((5, 8, 8)))
 
 
 def test_an_empty_network_is_refused() -> None:

@@ -109,6 +109,14 @@ GOOD = "layer,w_bits,a_bits,latency_s"
         ("layer,w_bits,a_bits", ["stem,1,1"], "must name the columns"),
         ("layer,w_bits,w_bits,a_bits,latency_s", ["stem,1,1,1,1"], "must name the columns"),
         ("", [], "must name the columns .*; it is empty"),
+        ("root:x:0:0,secret", ["more"], "must name the columns .*; it is something else$"),
+        (f"layer,w_bits,a_bits,{'s' * 99}", [], "it is layer, w_bits, a_bits, 's{20}'$"),
+        (GOOD, [f"stem,{'9' * 5000},1,1"], "w_bits is '9{20}'; it must be an integer from 1 to 8"),
+        (GOOD, ["stem,1,1,1e-320"], "it must be a positive number, from 1e-30 to 1e.30"),
+        (GOOD, ["stem,1,1,1_0"], "latency_s is '1_0'"),
+        (GOOD, ["\x1b[31m,1,1,1"], r"row 2: layer is '\\x1b\[31m'; it must be the name of a layer"),
+        (GOOD, [f"{'x' * 300},1,1,1"], "at most 200 characters"),
+        (f"{GOOD},batch", ["stem,1,1,1,99999999"], "batch is '99999999'; it must be an integer from 1 to 65,536"),
     ],
 )
 def test_a_wrong_table_says_what_is_wrong(header: str, lines: list[str], message: str, tmp_path: Path) -> None:

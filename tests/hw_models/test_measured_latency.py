@@ -4,14 +4,17 @@ measured is kept through kills, damage and other processes, and never used for a
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import pickle
 import platform
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -67,6 +70,7 @@ def counted(stand_ins: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {kernel: seconds(kernel) for kernel in kernels}
 
     monkeypatch.setattr(targets, "measure", fake)
+    monkeypatch.setattr(targets, "Reference", lambda *_: lambda: 1e-4)
     return measured
 
 
@@ -139,6 +143,33 @@ def test_more_bits_never_cost_less(seed: int) -> None:
 
 
 # The cache
+
+
+def test_a_cache_that_cannot_be_written_is_gone_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TimingCache(KEY).save({"a": GOOD})
+    locked = TimingCache._locked
+
+    def read_only(self: TimingCache) -> Any:
+        if self.path.is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.path))
+        return locked(self)
+
+    monkeypatch.setattr(TimingCache, "_locked", read_only)
+    told: list[str] = []
+    cache = TimingCache(KEY, told.append)
+    assert len(told) == 1
+    assert f"can't be kept in {cache_folder()} (Read-only file system)" in told[0]
+    assert cache.read() == {"a": GOOD}
+    assert cache.save({"b": GOOD}) == TimingCache(KEY, told.append).read() == {"a": GOOD, "b": GOOD}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert TimingCache({**KEY, "threads": 7}, told.append).save({"c": GOOD}) == {"c": GOOD}
+
+
+def test_a_target_is_sent_without_what_shows_its_progress_here() -> None:
+    lock = threading.Lock()
+    target = targets.CpuTarget(None, "a processor", "", progress=lambda *news: lock.acquire())
+    assert pickle.loads(pickle.dumps(target)) == target
 
 
 def test_the_cache_returns_what_was_saved() -> None:
@@ -275,6 +306,7 @@ from tests.hw_models.stand_in_kernels import candidates
 from tests.hw_models.test_measured_latency import seconds
 kernels.candidates = candidates
 targets.measure = lambda some, cpu, **_: {kernel: seconds(kernel) for kernel in some}
+targets.Reference = lambda *_: lambda: 1e-4
 def progress(done, total, note):
     if done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -286,8 +318,10 @@ def test_a_killed_measurement_goes_on_where_it_was(counted: list[str], network: 
     process = python(KILLED)
     assert process.wait() == -signal.SIGKILL
     hw_models.load_target("cpu").cost_table(workload(network))
-    _, _, *others = (Conv.of(layer).in_channels for layer in workload(network).layers)
-    assert {name.split()[0] for name in counted} == {str(channels) for channels in others}
+    first, second, *others = (Conv.of(layer) for layer in workload(network).layers)
+    checked = [f"{conv.in_channels} int8 4x4" for conv in (first, second)]  # one kernel of each shape that was measured
+    assert counted[-2:] == checked
+    assert {name.split()[0] for name in counted[:-2]} == {str(conv.in_channels) for conv in others}
 
 
 def test_refused_targets(stand_ins: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,77 @@ def test_a_wrong_file_names_the_key_the_value_and_what_is_accepted(tmp_path: Pat
     mine.write_text((FOLDER / "bitfusion.yaml").read_text(encoding="utf-8").replace("fusion_bits: 8", "fusion_bits: 12"))
     with pytest.raises(ValueError, match=r"'fusion_bits' is 12: Input should be 8 or 16"):
         hw_models.load_target(str(mine))
+
+
+ALIASES = "a: &a [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("", ALIASES, r"it has an alias \(\*\) or an anchor \(&\) in line 1"),
+        ("name: edge", "name: &x edge", "anchor"),
+        ("model: bismo", "model: [bismo]", "key 'model' is a list; accepted: bismo"),
+        ("model: bismo", "model: {}", "key 'model' is a mapping"),
+        ("model: bismo", "model: !!set {bismo}", r"it has a tag \(!\) in line 3"),
+        ("name: edge", "name: !!binary aGVsbG8=", "tag"),
+        ("name: edge", "name: ~", "'name' is nothing"),
+        ("array_rows: 8", "array_rows: 1.0e+30", "'array_rows' is 1e.30: Input should be a valid integer"),
+        ("array_rows: 8", f"array_rows: 1{'0' * 30}", "at most 65,536"),
+        ("array_rows: 8", f"array_rows: 1{'0' * 5000}", "isn't written in decimal digits, at most 40 of them"),
+        ("batch: 1 ", "batch: 010 ", "isn't written in decimal digits"),
+        ("clock_mhz: 200", "clock_mhz: 1:30", "isn't written in decimal digits"),
+        ("clock_mhz: 200", "clock_mhz: .inf", "'clock_mhz' is inf"),
+        ("clock_mhz: 200", "clock_mhz: 1.0e-300", "from 1e-09 to 1e.09"),
+        ("batch: 1 ", "batch: true ", "'batch' is True"),
+        ("name: edge", 'name: "\\e[31mred"', r"'name' is '\\x1b\[31mred': Input should be text that can be printed"),
+        ("name: edge", "name: a\u202eb", r"a\\u202eb"),
+        ("name: edge", f"name: {'x' * 101}", "at most 100 characters"),
+        ("batch: 1 ", "clock_mhz: 1\nbatch: 1 ", "'clock_mhz' is given twice, the second time in line 15"),
+        ("batch: 1 ", "1: 1\nbatch: 1 ", "a key in line 15 is no text"),
+        ("batch: 1 ", "a: " + "[" * 3000, "nested too deeply in line 15"),
+        ("batch: 1 ", "a: \0", r"the character U\+0000"),
+        ("batch: 1 ", "a: %secret", r"line 15: found character something that cannot start any token$"),
+        ("batch: 1 ", "a: " + "x" * 70_000, "was not read; at most 65.5 kB"),
+    ],
+)
+def test_yaml_is_plain_and_every_number_has_bounds(before: str, after: str, message: str, tmp_path: Path) -> None:
+    text = (FOLDER / "edge.yaml").read_text(encoding="utf-8")
+    assert before in text
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message) as caught:
+        hw_models.load_target(str(mine))
+    assert str(caught.value).isprintable()
+
+
+def test_no_number_within_bounds_overflows(tmp_path: Path, network: nn.Module) -> None:
+    workload = hw_models.trace(network, torch.zeros(1, 1, 8, 8))
+    mine = tmp_path / "mine.yaml"
+    for name in ("edge", "bismo-overlay"):
+        content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+        for key in [key for key, value in content.items() if isinstance(value, int) and key != "fusion_bits"]:
+            most = 2**40 if key.endswith(("_bytes", "_entries", "_planes")) else 2**16
+            mine.write_text(yaml.safe_dump({**content, key: most}))
+            try:
+                table = hw_models.load_target(str(mine)).cost_table(workload)
+            except ValueError:
+                continue
+            assert table.latency_s is not None
+            assert (table.latency_s > 0).all()
+
+
+def test_only_ordinary_files_are_read(tmp_path: Path) -> None:
+    """A pipe would be waited for; what the kernel makes up, such as the environment, is nobody's to read."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "environ.yaml").symlink_to("/proc/self/environ")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name, message in (("pipe", "is no ordinary file"), ("zero", "is no ordinary file"), ("environ", "'model' is nothing")):
+        for form in (f"{tmp_path}/{name}.yaml", f"lut:{tmp_path}/{name}.yaml"):
+            with pytest.raises(ValueError, match=f"{message}|it is empty$"):
+                hw_models.load_target(form)
 
 
 def test_unknown_targets_name_the_close_ones() -> None:

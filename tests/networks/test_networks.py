@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
+import zipfile
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 import hw_models
 from haq import data, networks, training
-from haq.networks import building, zoo
+from haq.networks import zoo
+from hw_models import trust
 
 
 def test_the_default_network() -> None:
@@ -130,6 +136,132 @@ def test_bad_checkpoints_are_refused_with_the_reason(tmp_path: Path) -> None:
         networks.load("nowhere.safetensors")
 
 
+def _bare(network: networks.Network) -> dict[str, torch.Tensor]:
+    return dict(network.module.state_dict())
+
+
+def _put(key: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda state: {**state, key: change(state[key])}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"epoch": 3, "model_state_dict": state},
+        lambda state: {"state_dict": state, "optimizer": {"lr": 0.1}},
+        lambda state: {"model": {"state_dict": state}},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+        lambda state: {key: nn.Parameter(value, requires_grad=False) for key, value in state.items()},
+        _put("stem.weight", lambda x: x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)),
+        _put("stem.weight", torch.Tensor.double),
+    ],
+)
+def test_what_training_scripts_save_is_accepted(wrap: Callable[[Any], object], tmp_path: Path) -> None:
+    network = networks.load("mobilenet-mini", pretrained=False)
+    torch.save(wrap(_bare(network)), tmp_path / "net.pt")
+    assert networks.load(f"mobilenet-mini@{tmp_path}/net.pt").signature() == network.signature()
+
+
+BIG = torch.zeros(10**6)
+
+
+def _laughs(state: object) -> object:
+    """Lists within lists, each twice: few bytes, and 2 ** 50 ways through them."""
+    made: list[Any] = []
+    for _ in range(50):
+        made = [made, made]
+    return {"a": made}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda state: dict(enumerate(state.values())), "its key 0 is a whole number, not the name of a tensor"),
+        (lambda state: {"a": {"b": 1}}, "no state dict of tensors: 'a' is mapping"),
+        (_laughs, "'a' is list"),
+        (_put("stem.weight", lambda x: x.to("meta")), "it holds a meta tensor"),
+        (_put("stem.weight", torch.Tensor.to_sparse), "it holds a sparse tensor"),
+        (_put("stem.weight", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)), "quantized tensor|was not opened"),
+        (_put("stem.weight", lambda x: torch.zeros(1).expand(10**6, 10**6)), r"a tensor that repeats its values"),
+        (lambda state: {str(key): BIG[key:] for key in range(20)}, "its tensors are several times as large as the file"),
+        (_put("stem.weight", lambda x: x.to(torch.complex64)), r"holds stem\.weight as torch\.complex64; the network has"),
+        (_put("stem.weight", lambda x: x > 0), r"holds stem\.weight as torch\.bool"),
+        (_put("stem.weight", lambda x: x.to(torch.int8)), r"holds stem\.weight as torch\.int8"),
+        (_put("stem.weight", lambda x: x.to(torch.float8_e4m3fn)), r"holds stem\.weight as torch\.float8_e4m3fn"),
+        (_put("stem_norm.running_var", torch.neg), r"negative values in stem_norm\.running_var, a variance"),
+        (_put("stem_norm.num_batches_tracked", torch.Tensor.float), r"num_batches_tracked as torch\.float32"),
+        (lambda state: {"a": torch.tensor(1.0)}, "no tensor with a value"),
+        (lambda state: {"a": torch.zeros(10**9, 0)}, "no tensor with a value"),
+        (lambda state: {**state, "z": torch.zeros(10**6, dtype=torch.int8)}, "ends with a tensor of 1,000,000 rows"),
+        (lambda state: [], "no state dict of tensors but list"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_what_is_no_state_dict_is_refused(make: Callable[[Any], object], message: str, tmp_path: Path) -> None:
+    torch.save(make(_bare(networks.load("mobilenet-mini", pretrained=False))), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        networks.load(f"mobilenet-mini@{tmp_path}/net.pt")
+    assert str(caught.value).isprintable()
+
+
+def test_nothing_is_unpacked_that_a_checkpoint_says_is_larger_than_it(tmp_path: Path) -> None:
+    path, packed = tmp_path / "net.pt", tmp_path / "packed.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for entry in file.infolist():
+            other.writestr(entry.filename, file.read(entry.filename))
+    with pytest.raises(ValueError, match="it is compressed, which nothing is that torch.save writes"):
+        networks.load(f"mobilenet-mini@{packed}")
+    for new_format in (True, False):
+        torch.save({"a": torch.zeros(10**6)}, path, _use_new_zipfile_serialization=new_format)
+        content = path.read_bytes().replace((10**6).to_bytes(4, "little"), (2 * 10**9).to_bytes(4, "little"))
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="truncated or of another kind"):
+            networks.load(f"mobilenet-mini@{path}")
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors", "somewhere"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    for given in (str(path), f"mobilenet-mini@{path}"):
+        with pytest.raises(ValueError, match="is no ordinary file"):
+            networks.load(given)
+
+
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ({"mean": "[0, 0, 0]"}, r"mean '\[0, 0, 0\]'; one finite number is accepted, or one a channel"),
+        ({"std": "[]"}, r"std '\[\]'; one number above 0 is accepted"),
+        ({"std": "[-1]"}, r"std '\[-1\]'; one number above 0 is accepted"),
+        ({"std": "[true]"}, "std"),
+        ({"std": "[NaN]"}, "std"),
+        ({"mean": "[" * 900}, "describes no network of its tensors"),
+        ({"mean": f"[0{',0' * 1000}]"}, "its mean has 2,003 characters, at most 1,000 are read"),
+        ({"input_shape": "[1, 4096, 4096]"}, r"images of '\[1, 4096, 4096\]', at most 3x800x800 are accepted"),
+        ({"input_shape": "[true, 28, 28]"}, "images of"),
+        ({"input_shape": f"[1, 1, {'9' * 900}]"}, "images of '.1, 1, 9+[.]{3}, at most"),
+        ({"network": "timm:vit_giant_patch14_224"}, "is a checkpoint of another network"),
+        ({"network": "timm:hf-hub:a/b"}, "timm has no 'hf-hub:a/b'"),
+        (
+            {"network": "pytest:main"},
+            "names network pytest:main, and code is never called because a file says so: add --trust",
+        ),
+        ({"network": "x" * 5000}, "^unknown network 'x{200}'; did you mean"),
+    ],
+)
+def test_a_header_that_can_be_of_no_network_is_refused(notes: dict[str, str], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    networks.save_checkpoint(networks.load("mobilenet-mini", pretrained=False), path)
+    tensors, held = networks.read_state(path)
+    path.write_bytes(safetensors.torch.save(tensors, {**held, **notes}))
+    with pytest.raises(ValueError, match=message) as caught:
+        networks.load(str(path))
+    assert len(str(caught.value)) < 900
+
+
 @pytest.mark.parametrize(
     ("name", "close"),
     [
@@ -230,7 +362,7 @@ def test_a_checkpoint_calls_no_function_that_the_user_has_not_named(tmp_path: Pa
     path = Path("net.safetensors")
     networks.save_checkpoint(network, path)
     assert networks.load("net.safetensors").signature() == network.signature()
-    monkeypatch.setattr(building, "_named", set())
+    monkeypatch.setattr(trust, "_named", set())
     with pytest.raises(ValueError, match=r"never called because a file says so.*named_network:good@net\.safetensors"):
         networks.load("net.safetensors")
     assert networks.load("named_network:good@net.safetensors").signature() == network.signature()

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from haq.study.config import SearchConfig, SweepCell, SweepConfig, WorkersConfig, read_scheme
+from hw_models import trust
 
 
 @pytest.mark.parametrize(
@@ -143,32 +144,6 @@ def test_who_works() -> None:
     ]
 
 
-def _touch(*names: str) -> None:
-    for name in names:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).touch()
-
-
-def _link() -> None:
-    _touch("runs/evil/code_x.py")
-    Path("mine.py").symlink_to("runs/evil/code_x.py")
-
-
-def _link_of_a_folder() -> None:
-    _touch("runs/evil/code_x.py")
-    Path("mine").symlink_to("runs/evil")
-
-
-def _link_out() -> None:
-    _touch("elsewhere.py", "runs/evil/config.yaml")
-    Path("runs/evil/code_x.py").symlink_to("../../elsewhere.py")
-
-
-def _folder_on_the_path() -> None:
-    _touch("runs/evil/code_x.py")
-    sys.path.append("runs/evil")
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The current folder, with the folder of a run in it; afterwards the path is as before."""
@@ -178,57 +153,51 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("runs/evil/config.yaml").touch()
 
 
-@pytest.mark.parametrize(
-    ("make", "module"),
-    [
-        (lambda: _touch("runs/evil/code_x.py"), "runs.evil.code_x"),
-        (lambda: _touch("runs/__init__.py", "runs/evil/code_x.py"), "runs.evil.code_x"),
-        (lambda: _touch("runs/evil/code_x.pyc"), "runs.evil.code_x"),
-        (lambda: _touch("runs/evil/code_x.abi3.so"), "runs.evil.code_x"),
-        (lambda: _touch("runs/evil/__init__.py"), "runs.evil"),
-        (lambda: _touch("runs/evil/a/b/code_x.py"), "runs.evil.a.b.code_x"),
-        (_link, "mine"),
-        (_link_of_a_folder, "mine.code_x"),
-        (_link_out, "runs.evil.code_x"),
-        (_folder_on_the_path, "code_x"),
-    ],
-)
-def test_code_in_the_folder_of_a_run_is_found_without_an_import(here: None, make: Any, module: str) -> None:
-    make()
+FIELDS = ("network", "data", "hw", "solver", "objective", "scheme")
+
+
+@pytest.mark.parametrize("module", ["runs.evil.code_x", "canary", "torch.distributed.run", "pytest", "not.there"])
+def test_code_that_only_a_file_names_is_refused_without_an_import(
+    here: None, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it lies: in the run's folder, in the current one, where packages are installed, or nowhere."""
+    for file in ("runs/evil/code_x.py", "canary.py"):
+        Path(file).write_text("raise SystemExit('code that a file names was run')")
+    source = Path("runs/evil/config.yaml")
+    name = f"{module}:S"
     before = set(sys.modules)
-    for field in ("network", "data", "hw", "solver", "objective", "scheme"):
-        with pytest.raises(ValueError, match=f"names {field} {module}:S.* code in the run's own folder, and was not run"):
-            SearchConfig(**{field: f"{module}:S"}).check_code(Path("runs/evil/config.yaml"))
-    for scheme in (f"{module}:S,stem=lsq", f"stem={module}:S,hidden=json:S", f"json:S,stem={module}:S"):
-        with pytest.raises(ValueError, match="code in the run's own folder"):
-            SearchConfig(scheme=scheme).check_code(Path("runs/evil/config.yaml"))
-    sweep = Path("runs/evil/sweep.json")
-    for config in (SweepConfig(hw=("edge", f"{module}:S")), SweepConfig(solvers=(f"{module}:S", "ilp"))):
-        with pytest.raises(ValueError, match=f"{module}:S, which is code in the run's own folder"):
-            config.check_code(sweep)
-        config.check_code(sweep, leave_out=("hw", "solvers"))
-    # What is the user's own is named on the command line.
-    SearchConfig(solver=f"{module}:S").check_code(Path("runs/evil/config.yaml"), leave_out=("solver",))
-    # A link to the file changes nothing.
-    Path("linked.yaml").symlink_to("runs/evil/config.yaml")
-    with pytest.raises(ValueError, match="code in the run's own folder"):
-        SearchConfig(solver=f"{module}:S").check_code(Path("linked.yaml"))
+    asked: list[SearchConfig | SweepConfig] = [SearchConfig(**{field: name}) for field in FIELDS]
+    schemes = (f"{name},stem=lsq", f"stem={name},hidden=json:S", f"lsq,stem={name}")
+    asked += [SearchConfig(scheme=scheme) for scheme in schemes]
+    asked += [SearchConfig(network=f"{name}@net.pt"), SweepConfig(hw=("edge", name)), SweepConfig(solvers=(name, "ilp"))]
+    asked.append(SweepConfig(settings=SearchConfig(data=name)))
+    for config in asked:
+        with pytest.raises(trust.UntrustedError, match=rf"^{source} names \w+ {name}, and code is .* add --trust {name} if"):
+            config.check_code(source)
+        # A command to be pasted doesn't ask for trust in what nobody has named.
+        assert config.trust_words() == []
     assert set(sys.modules) == before
+    # Whoever names it himself may have it, and that very name alone.
+    monkeypatch.setattr(trust, "_named", {name})
+    assert all(config.trust_words() == ["--trust", name] for config in asked)
+    for config in asked[:-4]:
+        if config.to_dict()["scheme"] != schemes[1]:
+            config.check_code(source)
+    with pytest.raises(trust.UntrustedError):
+        SearchConfig(solver=f"{name}2").check_code(source)
 
 
-def test_code_beside_a_run_is_the_users_but_for_that_of_its_sweep(here: None) -> None:
-    _touch("runs/mine.py", "package/__init__.py", "package/part.py")
-    config = SearchConfig(solver="runs.mine:S", hw="package.part:Board", network="timm:x", data="images:photographs")
-    config.check_code(Path("runs/evil/config.yaml"))
-    _touch("runs/sweep.json")
-    with pytest.raises(ValueError, match=r"names solver runs.mine:S, which is code in the run's own folder"):
-        config.check_code(Path("runs/evil/config.yaml"))
-
-
-def test_code_that_only_an_import_could_find_is_refused(here: None) -> None:
-    _touch("package/__init__.py")
-    with pytest.raises(ValueError, match=r"solver package.part:S, and only an import of package.part could tell"):
-        SearchConfig(solver="package.part:S").check_code(Path("runs/evil/config.yaml"))
+def test_names_that_are_no_code_need_no_trust() -> None:
+    for given in (
+        {"network": "timm:x", "data": "images:photographs", "hw": "lut:a.csv", "scheme": "lsq,stem=pact"},
+        {"network": "a:b/c.pt", "data": "imagefolder:x.y", "hw": "rpc:board:9090"},
+        {"network": "mobilenet-mini@x.pt", "hw": "mine.yaml"},
+    ):
+        SearchConfig(**given).check_code(Path("config.yaml"))
+        assert SearchConfig(**given).trust_words() == []
+    # Code of Python itself is never what is meant, whoever names it.
+    with pytest.raises(ValueError, match="names solver os:system, which is of Python itself, and code is never called"):
+        SearchConfig(solver="os:system").check_code(Path("config.yaml"))
 
 
 def test_an_attack_that_is_given_beside_a_file(here: None) -> None:

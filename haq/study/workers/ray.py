@@ -12,6 +12,8 @@ import math
 import os
 import queue
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +35,20 @@ from haq.study.task import versions
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
 FULL = 60.0  # seconds without a worker after which it is told that there is none
+GET_S = 60.0  # seconds in which what a worker has found comes here
+ASK_S = 20.0  # seconds in which a head answers
+# Where Ray has none of these names, and where there is no address, `ray.init` says what is wrong.
+ASK = """
+import sys
+try:
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray._raylet import GcsClient
+    address = canonicalize_bootstrap_address(sys.argv[1])
+except Exception:
+    sys.exit(0)
+if address is not None:
+    GcsClient(address=address)
+"""
 PATIENCE = 10  # times in a row that workers may be lost before anything is done
 
 
@@ -59,6 +75,10 @@ def connected(address: str) -> Iterator[None]:
             raise ValueError(f"--ray is {address!r}: {remedy}")
         if not _answers(host, int(port)):
             raise ConnectionError(f"no Ray head answers at {address}: start one (ray start --head), or {remedy}")
+    if address != "local" and not _is_head(address):
+        raise ConnectionError(f"what answers at {address} is no Ray head, or one of another version: {remedy}")
+    # A cluster that is made here would wait for ever if one of its first workers were killed while it starts.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
@@ -164,10 +184,11 @@ class Crew:
                     self._welcome(reference)
                 else:
                     yield self._next(reference)
-            except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError) as error:
-                self._lose(reference, error)
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from None
+            except self._ray.exceptions.RayError as error:
+                # Its process or its machine is gone, wherever in its life that was.
+                self._lose(reference, error)
 
     def _grow(self) -> None:
         """Start workers on processors that have none; sometimes."""
@@ -198,7 +219,7 @@ class Crew:
             self._running[yielded] = key, worker
 
     def _welcome(self, reference: Any) -> None:
-        there, here = self._ray.get(reference), versions()
+        there, here = self._ray.get(reference, timeout=GET_S), versions()
         worker = self._starting.pop(reference)
         other = [f"{name} {there.get(name)}, not {here[name]}" for name in here if there.get(name) != here[name]]
         if not other:
@@ -213,7 +234,7 @@ class Crew:
     def _next(self, yielded: Any) -> tuple[Any, Any, bool]:
         key, worker = self._running[yielded]
         try:
-            found = self._ray.get(next(yielded))
+            found = self._ray.get(next(yielded), timeout=GET_S)
         except StopIteration:
             del self._running[yielded]
             self._load[worker] -= 1
@@ -225,13 +246,14 @@ class Crew:
         """Give what a lost worker was at to others."""
         lost = self._starting.pop(reference, None) or self._running[reference][1]
         self._load.pop(lost, None)
+        self._ray.kill(lost)  # it may live, and hold its processor
         again = [(yielded, key) for yielded, (key, worker) in self._running.items() if worker == lost]
         for yielded, _ in again:
             del self._running[yielded]
         self._queue.extendleft(key for _, key in reversed(again))
         self._losses += 1
         if self._losses == PATIENCE:
-            reason = str(error).strip().splitlines()[-1]
+            reason = " ".join(str(error).split())[-200:]
             raise ChildProcessError(f"workers of the Ray cluster were lost {PATIENCE} times in a row ({reason})")
 
 
@@ -357,6 +379,19 @@ def _write(folder: Path, contents: dict[str, bytes]) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         store_files.write(path, content)
+
+
+def _is_head(address: str) -> bool:
+    """Tell whether the head of a Ray cluster is at an address.
+
+    Ray itself would ask anything there again and again for minutes, and can't be interrupted meanwhile; so it is another
+    process that asks.
+    """
+    try:
+        asked = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, timeout=ASK_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
 
 
 def _answers(host: str, port: int) -> bool:
