@@ -57,8 +57,8 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str) ->
     points = 100 * standard_error(accuracy, count)
     return (
         f"WARNING: the float network's accuracy is {percent(accuracy)} (standard error {points:.2f} points) on {count:,} "
-        f"images of the {split} split, and guessing gives {percent(guessing)}: it isn't trained for these classes, or "
-        "is given other images than it was trained on (see --mean and --std)"
+        f"images of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these classes, or "
+        "be given other images than it was trained on (see --mean and --std)"
     )
 
 
