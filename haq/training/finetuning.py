@@ -155,8 +155,8 @@ def finetune(
 def hold_out(split: Split) -> tuple[Split, Split]:
     """Divide images into those that are trained on and those by which the training is judged.
 
-    These are a twentieth, of every class its share, and always the same: at most MOST_HELD, and of few images at least FEW_HELD
-    as far as that is no more than a quarter.
+    These are a twentieth, of every class its share, and always the same: at most MOST_HELD, and of few images at least
+    FEW_HELD as far as that is no more than a quarter.
 
     Returns:
         The images to train on, and those held out.
