@@ -19,6 +19,7 @@ Step = tuple[Observation, float, bool, bool, dict[str, Any]]
 Judge = Callable[[BitPolicy], Any]  # what it returns has accuracy and loss
 
 REWARD_SCALE = 10  # per unit of accuracy (HAQ's equation 3)
+SHOWN = 60  # characters of a wrong action in a message
 SATURATED = 0.99  # an action beyond it lies at a bound
 
 
@@ -101,6 +102,35 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
             "saturated": saturated,
         }
         return self._observe(), reward, True, False, info
+
+
+def checked_action(action: Any, size: int, step: int) -> Array:
+    """Return an action as floats within the box -1..1; entries beyond it are put onto its bounds.
+
+    Args:
+        action: What an agent gives.
+        size: How many entries it must have.
+        step: Of the episode, from 0, for messages.
+
+    Returns:
+        Shape (size,).
+
+    Raises:
+        ValueError: Naming the action, for anything but so many finite numbers.
+    """
+    try:
+        given = np.asarray(action)
+        fits = given.shape == (size,) and given.dtype.kind in "fiu" and bool(np.isfinite(given).all())
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        shown = " ".join(repr(action).split())
+        if len(shown) > SHOWN:
+            shown = f"{shown[:SHOWN]}..."
+        raise ValueError(
+            f"the action of step {step} is {shown}; it must be {size} finite numbers from -1 to 1, shape ({size},)"
+        )
+    return np.clip(given.astype(float), -1, 1)
 
 
 def unit_box(size: int) -> spaces.Space[Observation]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.base import SATURATED, Array, Judge, Observation, PolicyEnv, SearchProblem, Step, scale_columns, unit_box
+from envs.base import (
+    SATURATED,
+    Array,
+    Judge,
+    Observation,
+    PolicyEnv,
+    SearchProblem,
+    Step,
+    checked_action,
+    scale_columns,
+    unit_box,
+)
 
 WEIGHTS, ACTIVATIONS = 0, 1
 
@@ -58,11 +69,11 @@ class HaqEnv(PolicyEnv):
         self._start()
 
     def step(self, action: NDArray[np.float32]) -> Step:
-        """Give the next operand its bits."""
+        """Give the next operand its bits. Raises ValueError, changing nothing, for anything but one finite number."""
         if len(self._actions) >= 2 * len(self.free):
             raise RuntimeError("the episode is over: call reset()")
         layer, operand = divmod(len(self._actions), 2)
-        asked = float(np.clip(np.asarray(action, float), -1, 1)[0])
+        asked = float(checked_action(action, 1, len(self._actions))[0])
         bits = round(self._low - 0.5 + (asked + 1) / 2 * (self._high - self._low + 1))
         self._bits[self.free[layer], operand] = np.clip(bits, self._low, self._high)
         self._actions.append(asked)

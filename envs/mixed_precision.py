@@ -5,7 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.base import SATURATED, Array, Judge, Observation, PolicyEnv, SearchProblem, Step, scale_columns, unit_box
+from envs.base import (
+    SATURATED,
+    Array,
+    Judge,
+    Observation,
+    PolicyEnv,
+    SearchProblem,
+    Step,
+    checked_action,
+    scale_columns,
+    unit_box,
+)
 from envs.plan import Plan
 
 TINY = 1e-12
@@ -111,10 +122,13 @@ class MixedPrecisionEnv(PolicyEnv):
         self._start()
 
     def step(self, action: NDArray[np.float32]) -> Step:
-        """Decide the bits of the next layer, or of layers that are tied."""
+        """Decide the bits of the next layer, or of layers that are tied.
+
+        Raises ValueError, changing nothing, for anything but two finite numbers.
+        """
         if self._step >= len(self.decisions):
             raise RuntimeError("the episode is over: call reset()")
-        asked = np.clip(np.asarray(action, float), -1, 1)
+        asked = checked_action(action, 2, self._step)
         option = self._choose(asked)
         decision = self.decisions[self._step]
         self._pairs[self.free[self._step]] = decision.pairs[option]

@@ -11,8 +11,8 @@ file on. The network has five small layers and the images are noise, so that a j
 of any.
 
 With --worker-kills it is the workers of a search that are killed, one of them at a time, at moments from 0 to 10 s after the
-first of them was there (most of that time they start). Nothing goes on with the search: it must end by itself, with the bytes of
-one that nothing disturbed.
+first of them was there (most of that time they start). Nothing goes on with the search: it must end by itself, with the bytes
+of one that nothing disturbed.
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ ON = "--network small_job:network --data small_job:splits"
 SEARCH = f"haq.search {ON} --hw edge --budget 0.6 --evaluations 45 --finetune-epochs 2 --out run"
 TRAIN = f"haq.train {ON} --epochs 12 --batch-size 16 --out run/network.safetensors"
 RESUMED = "haq.search --resume run"
-WORKED = f"haq.search {ON} --hw edge --budget 0.6 --solver random --seed 1 --evaluations 400 --finetune-epochs 0 --out run"
+WORKED = f"haq.search {ON} --hw edge --budget 0.6 --solver random --seed 1 --evaluations 80 --finetune-epochs 0 --out run"
 WORKERS = {"processes": "--workers 2", "ray": "--workers 2 --ray local"}
-TITLES = ("multiprocessing.spawn", "default_worker.py", "ray::")  # of processes that are workers, or will be
 LATEST = 10.0  # seconds after the first worker is there, to the last moment at which one is killed
 PATIENCE = 300.0  # seconds until a search is taken to hang
 
@@ -234,21 +233,32 @@ def tried(name: str, kills: int, times: int, place: Path, draws: random.Random, 
     return tally
 
 
-def workers_of(pid: int) -> list[int]:
+def is_worker(words: list[str], by: str) -> bool:
+    """Whether a command line is of a worker, or of what will be one when it has started."""
+    if by == "processes":
+        return any("multiprocessing.spawn" in word for word in words)
+    # Ray has other processes whose names are like those of workers, or that are told how workers are called.
+    if words[0].startswith(("ray::IDLE", "ray::_Evaluator")):
+        return True
+    is_python = Path(words[0]).name.startswith("python")
+    return is_python and any(word.endswith("default_worker.py") for word in words)
+
+
+def workers_of(pid: int, by: str) -> list[int]:
     """List the workers among the processes that a process has started, and that those have."""
-    parents, titles = {}, {}
+    parents, words = {}, {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            titles[int(path.name)] = (path / "cmdline").read_text()
+            words[int(path.name)] = (path / "cmdline").read_text().split("\0")
         except OSError:
             continue  # it has ended
     found = []
-    for one in parents:
+    for one in words:
         above = one
         while above in parents and above != pid:
             above = parents[above]
-        if above == pid and any(title in titles[one] for title in TITLES):
+        if above == pid and is_worker(words[one], by):
             found.append(one)
     return found
 
@@ -257,12 +267,12 @@ def disturbed(folder: Path, by: str, moment: float, draws: random.Random) -> boo
     """Search, and kill a worker at a moment. Returns whether there was one then; TimeoutExpired for a search that hangs."""
     process = start(f"{WORKED} {WORKERS[by]}", folder)
     try:
-        while process.poll() is None and not workers_of(process.pid):
+        while process.poll() is None and not workers_of(process.pid, by):
             time.sleep(0.01)
         with suppress(subprocess.TimeoutExpired):
             process.wait(moment)
         killed = False
-        if found := workers_of(process.pid):
+        if found := workers_of(process.pid, by):
             with suppress(ProcessLookupError):
                 os.kill(draws.choice(found), signal.SIGKILL)
                 killed = True
@@ -281,7 +291,7 @@ def disturb(by: str, kills: int, place: Path, draws: random.Random, say: Callabl
         kills: How many searches.
         place: An empty folder.
         draws: What moments are drawn from.
-        say: Is told every difference, and every search that hangs or fails.
+        say: Is told how every search ended.
 
     Returns:
         What was counted.
@@ -300,11 +310,13 @@ def disturb(by: str, kills: int, place: Path, draws: random.Random, say: Callabl
                 tally.endings += 1
                 same = endings(folder, RUN) == expected
                 tally.same += same
+                verdict = "the same bytes"
                 if not same:
-                    say(f"{by}: other bytes after a worker was killed at {moment:.2f} s")
+                    verdict = "OTHER BYTES"
+                say(f"{by}: a worker was killed at {moment:.2f} s: ended, {verdict}")
         except (subprocess.TimeoutExpired, ChildProcessError) as error:
             tally.moments.append(moment)
-            say(str(error))
+            say(f"{by}: a worker was killed at {moment:.2f} s: {error}")
         shutil.rmtree(folder)
     return tally
 

@@ -237,30 +237,33 @@ def torch_layer(layer: Int8Layer, engine: str) -> Rival:
     zeros = torch.zeros(conv.out_channels, dtype=torch.int64)
     scale, bias = torch.from_numpy(layer.scale), torch.from_numpy(layer.real_bias)
     weights = torch.from_numpy(layer.weights)
+
+    def read(image: NDArray[Any]) -> Tensor:
+        if layer.linear:
+            return torch._make_per_tensor_quantized_tensor(torch.from_numpy(image.reshape(-1, conv.in_channels)), 1.0, 0)
+        x = torch.from_numpy(image.reshape(layer.sizes[0])).permute(0, 3, 1, 2)
+        return torch._make_per_tensor_quantized_tensor(x, 1.0, 0).contiguous(memory_format=torch.channels_last)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if layer.linear:
             weights = weights[:, :, 0, 0]
-            x = torch.from_numpy(layer.image.reshape(-1, conv.in_channels))
-        else:
-            x = torch.from_numpy(layer.image).permute(0, 3, 1, 2)  # channels last
         quantized = torch._make_per_channel_quantized_tensor(weights.contiguous(), scale, zeros, 0)
-        example = torch._make_per_tensor_quantized_tensor(x, 1.0, 0)
+        inputs = {"x": read(layer.image)}
         if layer.linear:
             packed = torch.ops.quantized.linear_prepack(quantized, bias)
             operator: Any = torch.ops.quantized.linear.default
         else:
-            example = example.contiguous(memory_format=torch.channels_last)
             options = list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
             packed = torch.ops.quantized.conv2d_prepack(quantized, bias, *options)
             operator = torch.ops.quantized.conv2d.new
-    inputs = {"x": example}
 
     def call() -> Tensor:
         made: Tensor = operator(inputs["x"], packed, 1.0, 128)
         return made
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
+        inputs["x"] = read(value)
         made = call().int_repr()
         if not layer.linear:
             made = made.permute(0, 2, 3, 1)
@@ -274,20 +277,21 @@ def torch_float_layer(layer: Int8Layer) -> Rival:
     conv = layer.conv
     bias = torch.from_numpy(layer.real_bias)
     weights = torch.from_numpy(layer.weights.astype(np.float32) * layer.scale[:, None, None, None])
-    x = torch.from_numpy(layer.image.astype(np.float32))
+    x = torch.from_numpy(layer.image.astype(np.float32))  # a copy, which `run` writes to
     if layer.linear:
-        weights, x = weights[:, :, 0, 0].contiguous(), x.reshape(-1, conv.in_channels)
+        weights, seen = weights[:, :, 0, 0].contiguous(), x.reshape(-1, conv.in_channels)
 
         def call() -> Tensor:
-            return F.linear(x, weights, bias)
+            return F.linear(seen, weights, bias)
     else:
         weights = weights.contiguous(memory_format=torch.channels_last)
-        x = x.permute(0, 3, 1, 2)
+        seen = x.permute(0, 3, 1, 2)
 
         def call() -> Tensor:
-            return F.conv2d(x, weights, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+            return F.conv2d(seen, weights, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
+        x.copy_(torch.from_numpy(value.reshape(tuple(x.shape)).astype(np.float32)))
         return call().numpy()
 
     return Rival("torch float32", run, call)
@@ -321,7 +325,7 @@ def _torch_rival(name: str, network: Callable[[Tensor], Tensor], images: Tensor)
 
     def run(value: NDArray[Any]) -> NDArray[Any]:
         channels_last.copy_(torch.from_numpy(value))
-        return call().numpy()
+        return np.array(call().numpy())  # a network may return its input
 
     call()
     return Rival(name, run, call)

@@ -13,11 +13,12 @@ on this one. What was written is run on test images beside the network in PyTorc
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
@@ -27,19 +28,22 @@ from haq.console.progress import follow_loading
 from haq.console.tables import command_line, key_table, say
 from haq.console.values import FOLDER, TextType
 from haq.deployment import EXPORTERS
+from haq.store.units import UNITS, percent
 from haq.study.config import MEASURED, AnotherScheme, SearchConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from haq.deployment.exporter import Exporter, Samples
+    from haq.deployment.exporter import Exporter, Samples, Verdict
     from haq.deployment.tvm import Deployed
+    from haq.store.records import ProblemRecord
     from haq.study.search_run import SearchRun
     from haq.study.task import LoadedNetwork
 
 TUNED = {True: "fine-tuned", False: "not fine-tuned"}
 COMPARED = 200  # test images whose integers are compared layer by layer
 BATCH = 250  # test images at once
+LATENCY_APART = 0.2  # beyond which a measured latency is said to be other than the run's
 WRITTEN = "What is written"  # the heading of options
 
 
@@ -174,14 +178,78 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
         say(output.results, f"written: {path} ({TUNED[tuned]})", wrap=False)
         with output.notes.status("comparing with the network in PyTorch"):
             verdict = exporter.compare(network, graph, samples, path)
-    output.results.print(key_table(verdict.rows))
+    latency = _compare_latency(run, verdict)
+    output.results.print(key_table([*verdict.rows, *latency.rows]))
+    if latency.warning:
+        say(output.results, latency.warning)
     output.print_json(
         {"written": str(path), "exporter": to, "fine_tuned": tuned, "same_answers": verdict.same_answers}
-        | {"compared": dict(verdict.rows)}
+        | {"compared": dict([*verdict.rows, *latency.rows]), "latency_s": verdict.latency_s}
+        | {"predicted_latency_s": latency.predicted_s, "latency_warning": latency.warning}
     )
     if not verdict.same_answers:
         return 1
     return 0
+
+
+class _ComparedLatency(NamedTuple):
+    """What a run predicted of the latency, a line about it, and what is to be said if the measured one is far off."""
+
+    predicted_s: float | None = None
+    rows: tuple[tuple[str, str], ...] = ()
+    warning: str = ""
+
+
+def _compare_latency(run: SearchRun, verdict: Verdict) -> _ComparedLatency:
+    """Hold a measured latency against what the run's costs said of its policy."""
+    from haq.store.files import CONFIG, PROBLEM
+    from haq.store.records import ConfigRecord, ProblemRecord
+
+    if verdict.latency_s is None or not (run.folder / PROBLEM).exists():
+        return _ComparedLatency()
+    problem = ProblemRecord.read(run.folder / PROBLEM)
+    predicted = _predicted_latency_s(run, problem)
+    if predicted is None:
+        return _ComparedLatency()
+    target = problem.target
+    kind = target.provenance.split(" ")[0]
+    where = target.name
+    if target.provenance != kind:
+        where = f"{target.name}, {target.provenance}"
+    rows = ((f"latency, {kind} by the run", f"{1e6 * predicted:.1f} us ({where})"),)
+    apart = verdict.latency_s / predicted - 1
+    if abs(apart) <= LATENCY_APART:
+        return _ComparedLatency(predicted, rows)
+    above = "above"
+    if apart < 0:
+        above = "below"
+    warning = (
+        f"The latency that was measured here, {1e6 * verdict.latency_s:.1f} us, is {percent(abs(apart))} {above} the "
+        f"{1e6 * predicted:.1f} us that the run has for this policy, {kind} for {target.name}"
+    )
+    if kind != "measured":
+        return _ComparedLatency(predicted, rows, f"{warning}: that is other hardware than this machine.")
+    if ConfigRecord.read(run.folder / CONFIG).signature.get("machine") != json.dumps(verdict.machine):
+        return _ComparedLatency(predicted, rows, f"{warning}, on another machine, with other options or versions than here.")
+    return _ComparedLatency(
+        predicted, rows, f"{warning} on this machine: it was busy then or is now, and the policy may be chosen by wrong times."
+    )
+
+
+def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None:
+    """Return what a run has for the latency of its policy; None where it has nothing."""
+    policy = run.load_policy()
+    if problem.metric != "latency":
+        if not run.finished or not run.is_found(run.load_result(), policy):
+            return None
+        return run.load_result().found.cost("latency")
+    total = 0.0
+    for layer in problem.layers:
+        w, a = policy[layer.name]
+        if w is None or a is None:
+            return None  # costs are told from 1 to 8 bits
+        total += layer.cost[w - 1][a - 1]
+    return total * UNITS["latency"][problem.unit]
 
 
 def _options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) -> dict[str, Any]:

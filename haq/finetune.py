@@ -1,7 +1,8 @@
 """Train the quantized network of a run back to its accuracy.
 
-The network keeps the bits that the search found. It is written into the run's folder in place of an earlier one, and what it
-is worth into the run's result.
+The network keeps the bits that the search found. A part of the train split is held out: by it the network is judged after
+every epoch, and the best is kept, which may be the one before. It is written into the run's folder, unless the one that was
+fine-tuned earlier is better, and what it is worth into the run's result.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     import quantizers as Q
     from haq.store.checkpoint import Checkpoint
+    from haq.study.search_run import SearchRun
     from haq.study.task import SearchTask
     from haq.training.config import OnOutcome, Outcome
 
@@ -88,6 +90,9 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         result["tuning"] = summary.tuning_entry(outcomes[-1], config.epochs)
+        earlier = _better_earlier(run, task, tuned, outcomes[-1])
+        if earlier is not None:
+            tuned, result["tuning"]["earlier"] = earlier
         run.save_checkpoint(tuned, task)
         # It was another network that was verified.
         result.pop("verified", None)
@@ -101,6 +106,32 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     tables.print_next(output.notes, folder, [["evaluate", folder, *run.config.trust_words(config.scheme)]])
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
+
+
+def _better_earlier(run: SearchRun, task: SearchTask, tuned: nn.Module, outcome: Outcome) -> tuple[nn.Module, float] | None:
+    """Return the network that was fine-tuned earlier, with its accuracy, if the new one doesn't beat it on the same images.
+
+    Args:
+        run: Whose folder holds it.
+        task: The search.
+        tuned: The new one.
+        outcome: How that was judged.
+    """
+    from haq import training
+    from haq.study.comparison import has_schemes, schemes_in
+    from haq.study.task import adversary_of
+
+    try:
+        earlier = run.load_checkpoint(task)
+    except ValueError:
+        return None  # it is of another policy, or damaged: it is replaced
+    if earlier is None or not has_schemes(earlier, schemes_in(tuned)):
+        return None
+    held = training.hold_out(task.dataset.train)[1]
+    judged = training.judge_of(task.network, held, adversary_of(task.config))(earlier)
+    if outcome.best.beats(judged):
+        return None
+    return earlier, judged.accuracy
 
 
 def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]) -> dict[str, Any]:

@@ -47,8 +47,11 @@ def cli(runs: tuple[Path, ...], out: Path | None) -> int:
     except ImportError as error:
         raise ImportError(f"reports need altair, vl-convert-python and jinja2 ({error}): pip install 'haq[report]'") from error
     content = page.render(sources).encode()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write(out, content)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write(out, content)
+    except OSError as error:
+        raise ValueError(f"{out} can't be written ({error.strerror}): name a file in another place with --out") from error
     console = Output.open().notes
     unfinished = [str(run) for run, source in zip(runs, sources, strict=True) if not source.finished]
     if unfinished:

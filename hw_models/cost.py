@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,8 +169,8 @@ class CostTable:
                 return None
             return table.reshape(-1).take(cell).sum(-1)
 
-        stored = total(self.storage_bytes)
-        if np.isnan(stored).any():  # type: ignore[arg-type]
+        stored: Any = total(self.storage_bytes)
+        if np.isnan(stored).any():
             first = tuple(np.argwhere(~self.supported.reshape(-1).take(cell))[0])
             w_first, a_first = np.broadcast_arrays(w, a)
             name = self.workload.names[first[-1]]
@@ -180,7 +180,7 @@ class CostTable:
         return Costs(
             total(self.latency_s),  # type: ignore[arg-type]
             total(self.energy_j),  # type: ignore[arg-type]
-            stored,  # type: ignore[arg-type]
+            stored,
             total(self.cycles),  # type: ignore[arg-type]
         )
 

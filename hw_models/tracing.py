@@ -18,6 +18,7 @@ from hw_models.products import base_name, is_product, product_macs
 from hw_models.workload import Buffer, Call, Layer, Size, Unpriced, Workload
 
 PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
+OURS = ("aten::", "prim::", "prims::")  # torch's own operations, which are known by name
 
 
 def trace(network: nn.Module, *example: Any) -> Workload:
@@ -84,7 +85,7 @@ def _tied(network: nn.Module, layers: list[Layer]) -> tuple[Layer, ...]:
     first: dict[object, str] = {}
     made = []
     for layer in layers:
-        owners = {}
+        owners: dict[str, Any] = {}
         for part in ("weight", "bias"):
             tensor = network.get_submodule(layer.name)._parameters.get(part)
             if tensor is None:
@@ -266,18 +267,21 @@ class _Recorder(TorchDispatchMode):
             name = f"mul, {name}"
             if weights:
                 self._refuse(name, weights)
-        elif self._is_closed(name) or self._is_foreign(func, tensors):
+        elif self._is_closed(name):
             self._refuse(name, weights)
+        elif not func._schema.name.startswith(OURS):
+            # A library's own operation on two matrices, such as a deformable convolution, may be a product.
+            matrices = [t for t in tensors if t.dim() > 1 and t.is_floating_point()]
+            if len(matrices) > 1:
+                name = func._schema.name
+                macs = product_macs(func, tuple(matrices), {}, result)
+                if any(_storage(t) in self._owners for t in matrices):
+                    self._refuse(name, weights)
         if macs:
             self._list(self._modules[-1], name, macs)
 
     def _is_closed(self, name: str) -> bool:
         return name in self.FUSED or any(word in name for word in self.RECURRENT)
-
-    def _is_foreign(self, func: Any, tensors: list[Tensor]) -> bool:
-        """Whether a library's own operation has a matrix of trained weights, such as a deformable convolution."""
-        ours = func._schema.name.startswith(("aten::", "prim::", "prims::"))
-        return not ours and any(t.dim() > 1 and _storage(t) in self._owners for t in tensors)
 
     def _note_spread(self, tensors: list[Tensor], result: Tensor) -> None:
         """Keep in mind a product of two tensors that both have dimensions which the other lacks or has in common."""
@@ -295,7 +299,7 @@ class _Recorder(TorchDispatchMode):
         shape, common, weights = self._spread.get(_storage(source), (None, [], []))
         if shape != source.shape:
             return 0, []
-        dims = range(source.dim())
+        dims = list(range(source.dim()))
         if len(args) > 1 and args[1] is not None and args[1] != []:
             dims = [d % source.dim() for d in args[1]]
         if set(common).isdisjoint(dims):

@@ -16,6 +16,7 @@ from quantizers.binary_training import (
     split_parameters,
     two_stages,
 )
+from quantizers.copying import copy_network
 from quantizers.defensive import (
     ConvexAdd,
     Wiring,
@@ -30,6 +31,7 @@ from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.folding import fold_batch_norm
 from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from quantizers.left_in_float import LeftInFloat
 from quantizers.network import (
     activation_scales,
     backward_mode,
@@ -73,6 +75,7 @@ __all__ = [
     "IntegerWeights",
     "KMeans",
     "LSQPlus",
+    "LeftInFloat",
     "Linear",
     "MainSubsidiary",
     "QuantConv1d",
@@ -93,6 +96,7 @@ __all__ = [
     "binarize",
     "boosting",
     "clip_weights",
+    "copy_network",
     "dequantize",
     "draw_amplification",
     "ends",

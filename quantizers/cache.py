@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,13 +48,15 @@ class TensorCache:
         Returns:
             The tensor, which nobody may change.
         """
-        if not all(_comparable(source) for source in sources()):
+        now = sources()
+        if followed(*now):
             return make()
         what, bits = key
         kept = self._kept.get(what)
-        if kept is None or not kept.is_of(sources(), settings):
-            kept = _Kept(sources(), settings)
-            self._kept[what] = kept
+        if kept is None or not kept.is_of(now, settings):
+            if not all(_comparable(source) for source in now):
+                return make()
+            kept = self._kept[what] = _Kept(now, settings)
         found = kept.results.get(bits)
         if found is not None:
             return found
@@ -81,14 +82,17 @@ class _Kept:
     def __init__(self, sources: Sequence[Tensor], settings: tuple[Any, ...]) -> None:
         self.results: dict[int, Tensor] = {}
         self._settings = settings
-        self._forms = [_form(source) for source in sources]
-        self._copies = [_bits(source).copy(order="K") for source in sources]
+        with torch.inference_mode(False):
+            self._copies = [(_form(source), _bits(source).clone()) for source in sources]
 
     def is_of(self, sources: Sequence[Tensor], settings: tuple[Any, ...]) -> bool:
         """Say whether results made of these would be the same."""
-        if settings != self._settings or [_form(source) for source in sources] != self._forms:
+        if settings != self._settings or len(sources) != len(self._copies):
             return False
-        return all(np.array_equal(_bits(source), copy) for source, copy in zip(sources, self._copies, strict=True))
+        for source, (form, copy) in zip(sources, self._copies, strict=True):
+            if _form(source) != form or not torch.equal(_bits(source), copy):
+                return False
+        return True
 
 
 def _comparable(source: Tensor) -> bool:
@@ -97,15 +101,15 @@ def _comparable(source: Tensor) -> bool:
     On an accelerator the processor would wait for the answer at every layer, which takes longer
     than to quantize a weight there.
     """
-    strided = source.device.type == "cpu" and source.layout == torch.strided
-    return strided and not source.is_complex() and not followed(source)
+    return source.is_cpu and source.layout == torch.strided and not source.is_complex()
 
 
 def _form(source: Tensor) -> tuple[Any, ...]:
-    # Strides are part of it: what is computed from a weight of other strides can differ in the last bit.
-    return source.dtype, source.shape, source.stride()
+    # Strides are part of it: what is computed from a weight of other strides can differ in the last
+    # bit.
+    return source.dtype, source.device, source.shape, source.stride()
 
 
-def _bits(source: Tensor) -> np.ndarray:
+def _bits(source: Tensor) -> Tensor:
     """Return a tensor's memory as integers, by which -0.0 is not 0.0, and NaN is NaN."""
-    return source.detach().view(INTEGERS[source.itemsize]).numpy()
+    return source.view(INTEGERS[source.itemsize])

@@ -36,6 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from quantizers.files import written_beside
 from quantizers.layers import QuantLayer, float_class
+from quantizers.observers import first_input
 from quantizers.policy import QUANTIZABLE
 
 SIZE = 32  # positions per axis that a convolution is measured on where no example says how many it has
@@ -498,11 +499,13 @@ def _watched(
 ) -> Iterator[None]:
     """Tell `seen` of every call of a module of these kinds, within a `with`; the network is in evaluation mode."""
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, given, result: seen(name, module, given, result)
+    def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        return lambda module, given, named, result: seen(name, module, (first_input(module, given, named),), result)
 
     modes = [(module, module.training) for module in network.modules()]
-    handles = [m.register_forward_hook(watch(name)) for name, m in network.named_modules() if isinstance(m, kinds)]
+    handles = [
+        m.register_forward_hook(watch(name), with_kwargs=True) for name, m in network.named_modules() if isinstance(m, kinds)
+    ]
     try:
         network.eval()
         with torch.inference_mode(False), torch.no_grad():

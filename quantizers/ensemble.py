@@ -65,7 +65,9 @@ class Ensemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the probabilities of the classes for a batch."""
         shares = self.alphas / self.alphas.sum()
-        return torch.stack([share * self._vote(member(x)) for share, member in zip(shares, self.members, strict=True)]).sum(0)
+        # Every member gets a copy: one that changes its input in place would change that of the next.
+        votes = [share * self._vote(member(x.clone())) for share, member in zip(shares, self.members, strict=True)]
+        return torch.stack(votes).sum(0)
 
     def _vote(self, logits: Tensor) -> Tensor:
         if self.vote == "soft":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.utils._pytree import tree_map_only
 
+from quantizers.copying import copy_network, make_plain
+from quantizers.observers import first_input
 from quantizers.policy import QUANTIZABLE
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
     """Make a copy of a network, in evaluation mode, without the batch norms that directly follow a convolution or Linear.
@@ -21,7 +25,8 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
 
     What follows what is seen in one forward pass on `example`; a layer or norm that is called twice
     is left alone. A folded norm becomes an Identity; one of somebody else's class (with an
-    activation inside, say) stays, and does nothing but its other work.
+    activation inside, say) stays, and does nothing but its other work. Where a folded layer's
+    weight was computed from others (weight_norm, prune, parametrizations), it is a parameter now.
 
     Args:
         network: The network; it is left alone.
@@ -34,17 +39,17 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
         ValueError: If the copy doesn't compute the same on `example`, which happens if a layer's
             output is used elsewhere than in its norm.
     """
-    made = copy.deepcopy(network).eval()
-    before = made(*example)
+    made = copy_network(network).eval()
+    before = made(*_copied(example))
     pairs = _pairs(made, example)
     for layer, norm in pairs:
         _fold(layer, norm)
-    parents = [(parent, name, child) for parent in made.modules() for name, child in parent.named_children()]
     folded = {norm for _, norm in pairs}
-    for parent, name, child in parents:
-        if child in folded and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            setattr(parent, name, nn.Identity())
-    after = made(*example)
+    for parent in list(made.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in folded and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+                setattr(parent, name, nn.Identity())
+    after = made(*_copied(example))
     for old, new in zip(_tensors(before), _tensors(after), strict=True):
         if not torch.allclose(old, new, rtol=1e-3, atol=1e-4 * float(old.abs().max().clamp_min(1))):
             worst = float((old - new).abs().max())
@@ -57,20 +62,27 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
 
 def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module, _BatchNorm]]:
     calls: dict[nn.Module, int] = {}
-    outputs: list[tuple[Tensor, nn.Module]] = []  # kept alive, so that an address stays one tensor's
+    # With the number of times that something wrote to it: a ReLU in place stands between the two.
+    outputs: list[tuple[Tensor, int, nn.Module]] = []
     pairs: list[tuple[nn.Module, _BatchNorm]] = []
 
-    def seen(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        if isinstance(module, _BatchNorm):
-            pairs.extend((layer, module) for tensor, layer in outputs if tensor is inputs[0])
-        else:
-            outputs.append((output, module))
+    def before(module: _BatchNorm, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = first_input(module, inputs, named)
+        pairs.extend((layer, module) for tensor, writes, layer in outputs if tensor is given and tensor._version == writes)
 
-    kinds = (*QUANTIZABLE, _BatchNorm)
-    handles = [module.register_forward_hook(seen) for module in network.modules() if isinstance(module, kinds)]
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if not isinstance(module, _BatchNorm):
+            outputs.append((output, output._version, module))
+
+    handles = []
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if isinstance(module, (*QUANTIZABLE, _BatchNorm)):
+            handles.append(module.register_forward_hook(after))
     try:
-        network(*example)
+        network(*_copied(example))
     finally:
         for handle in handles:
             handle.remove()
@@ -79,6 +91,8 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
 
 
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+    make_plain(layer)
+    make_plain(norm)
     fuse: Any = fuse_conv_bn_weights
     if isinstance(layer, nn.Linear):
         fuse = fuse_linear_bn_weights
@@ -94,11 +108,21 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
             parameter.fill_(value)
 
 
+def _copied(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy inputs for one pass: a network may normalise them in place."""
+    copied: tuple[Any, ...] = tree_map_only(Tensor, torch.clone, example)
+    return copied
+
+
 def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors of whatever a network returns."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts: list[Any] = []
     if isinstance(output, dict):
         parts = list(output.values())
     elif isinstance(output, list | tuple):
         parts = list(output)
-    else:
-        parts = [output]
-    return [part for part in parts if isinstance(part, Tensor)]
+    elif is_dataclass(output):
+        parts = list(vars(output).values())
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -270,7 +270,7 @@ def rounded(x: Tensor, scale: Tensor, low: Any, high: Any, *, rescale: bool, reu
     return made
 
 
-REUSED = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+REUSED = {torch.float32: "float32", torch.float64: "float64"}  # types that NumPy has, too
 _local = threading.local()
 
 

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
-from quantizers.functional import MAX_BITS, differentiated, followed
+from quantizers.copying import class_on
+from quantizers.functional import MAX_BITS, differentiated
+from quantizers.observers import input_name
 from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme, started
 
@@ -18,8 +21,14 @@ ERRORS = ("weight_error", "activation_error")
 PLAIN_OPTIONS = (bool, int, float, str, type(None))  # types of values that nobody can change in place
 # What a layer has that the float layer hasn't, beside its scheme's tensors.
 OWN_ATTRIBUTES = frozenset(
-    ("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache")
+    (
+        *("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache"),
+        *("resting", "name_in_network"),
+    )
 )
+# The parameters from which a weight is computed where it isn't one itself (weight_norm,
+# spectral_norm, prune).
+WEIGHTS = ("weight", "weight_orig", "weight_g", "weight_v")
 
 
 class QuantLayer(nn.Module):
@@ -34,6 +43,9 @@ class QuantLayer(nn.Module):
         backward_mode: What the gradient does at the quantized input (`quantizers.backward_mode`).
         signed: Whether the input was negative during calibration; True if it wasn't seen.
         calibrated: Whether the input was seen.
+        name_in_network: What the policy calls it.
+        resting: Names of parameters that take part in nothing at the present bits, and therefore
+            require no gradient until they do (`set_policy`).
     """
 
     scheme: Scheme
@@ -45,6 +57,8 @@ class QuantLayer(nn.Module):
     backward_mode: str = "ste"
     state_names: tuple[str, ...]
     cache: TensorCache
+    name_in_network: str
+    resting: set[str]
     # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
     activation_scale: Tensor
@@ -53,19 +67,21 @@ class QuantLayer(nn.Module):
     weight_error: Tensor
     activation_error: Tensor
 
-    def start_quantizing(self, scheme: Scheme) -> bool:
+    def start_quantizing(self, scheme: Scheme, name: str) -> bool:
         """Take a scheme and its tensors; bits stay float.
 
         Args:
             scheme: The scheme.
+            name: What the policy calls the layer.
 
         Returns:
             Whether the scheme has no errors of its own, so that they must be measured.
         """
-        self.scheme = scheme
+        self.scheme, self.name_in_network = scheme, name
         self.weight_bits = self.activation_bits = None
         self.signed, self.calibrated = True, False
         self.cache = TensorCache()
+        self.resting = set()
         tensors = started(scheme, self)
         lacking = [name for name in ERRORS if name not in tensors]
         for name in lacking:
@@ -78,18 +94,38 @@ class QuantLayer(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
         return bool(lacking)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with its input and its weight at their bits."""
+        return self._apply_weight(self._quantized_input(input), self._weight_to_use())
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
         bits = self.activation_bits
-        if bits is not None:
-            if self.backward_mode == "ste" or not differentiated(x):
-                x = self.scheme.activation(self, x, bits)
-            else:
-                x = quantized_input(self.scheme, self, x, bits, self.backward_mode)
-        return self._apply_weight(x, self._weight_to_use())
+        if bits is None:
+            return x
+        if not self.calibrated and self.scheme.needs_data_at(None, bits):
+            raise ValueError(f"layer {self.name_in_network!r}: {no_scale(bits)}")
+        if self.backward_mode == "ste" or not differentiated(x):
+            return self.scheme.activation(self, x, bits)
+        return quantized_input(self.scheme, self, x, bits, self.backward_mode)
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a layer by itself")
+
+    def idle_parameters(self) -> list[str]:
+        """Name the parameters that take part in nothing at the present bits."""
+        scheme = self.scheme
+        idle: list[str] = []
+        for name in scheme.learned:
+            of_both = scheme.of_weight is None
+            of_weight = of_both or name in scheme.of_weight  # type: ignore[operator]
+            by_weight = self.weight_bits is not None and of_weight
+            by_activation = self.activation_bits is not None and (of_both or not of_weight)
+            if not by_weight and not by_activation:
+                idle.append(name)
+        if self.weight_bits is not None and not scheme.trains_weight:
+            names = [name for name, _ in self.named_parameters()]
+            idle += [name for name in names if name in WEIGHTS or name.startswith("parametrizations.weight.")]
+        return idle
 
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.
@@ -114,9 +150,6 @@ class QuantLayer(nn.Module):
         bits, scheme = self.weight_bits, self.scheme
         if bits is None:
             return self.weight
-        settings = self._settings()
-        if settings is None:
-            return scheme.weight(self, bits)
         of_weight = scheme.of_weight
         if of_weight is None:
             of_weight = self.state_names
@@ -124,19 +157,28 @@ class QuantLayer(nn.Module):
         def sources() -> list[Tensor]:
             return [self.weight, *(getattr(self, name) for name in of_weight)]
 
-        if differentiated(*sources()):
+        settings = self._settings()
+        if settings is None or (torch.is_grad_enabled() and differentiated(*sources())):
             return scheme.weight(self, bits)
         return self.cache.get(("weight", bits), sources, lambda: scheme.weight(self, bits), settings)
 
     def _settings(self) -> tuple[Any, ...] | None:
         """Return what the quantized weight depends on beside tensors; None if nobody can tell whether it is what it was."""
         # A property in place of the weight (`torch.nn.utils.parametrize`) computes it whenever it is read.
-        if followed() or hasattr(type(self), "weight"):
+        if torch.compiler.is_compiling() or hasattr(type(self), "weight"):
             return None
         options = vars(self.scheme)
         if not all(isinstance(value, PLAIN_OPTIONS) for value in options.values()):
             return None
         return type(self.scheme), self.training, self.signed, *options.items()
+
+    def __getstate__(self) -> Any:
+        """Copy and pickle a weight that was computed from others as a value without a past, since torch copies no other."""
+        inherited = getattr(super(), "__getstate__", self.__dict__.copy)  # object has one from Python 3.11 on
+        state = inherited()
+        if isinstance(state, dict):
+            state = {key: _without_past(value) for key, value in state.items()}
+        return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -148,6 +190,20 @@ class QuantLayer(nn.Module):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in self.state_names]
+
+
+def _without_past(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return value
+
+
+def no_scale(bits: int | None) -> str:
+    """Say why a layer that calibration never reached can't have activations of so many bits."""
+    return (
+        f"its input has no scale for {bits} bits, since calibration saw none of it: quantize the network anew and give "
+        "`calibrate` inputs that reach it"
+    )
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
@@ -172,24 +228,52 @@ class QuantLinear(QuantLayer, nn.Linear):
 
 
 class _QuantCustom(QuantLayer):
-    """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place."""
+    """A Conv1d, Conv2d or Linear subclass of somebody else's: its own forward is called with the quantized weight in place.
+
+    Attributes:
+        input_name: What its own forward calls its input.
+    """
+
+    input_name: str
 
     def _weight_to_use(self) -> Tensor:
         # Somebody else's forward may change the weight in place, or hand it on.
         return self.quantized_weight()
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        parameter = self._parameters.pop("weight")
-        object.__setattr__(self, "weight", weight)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Compute the layer with its input, whatever its class calls it, and its weight at their bits.
+
+        What else its class takes is passed on as it is.
+        """
+        if not inputs and self.input_name in named:
+            inputs = (named.pop(self.input_name),)
+        x, *others = inputs
+        return self._own_forward(self._weight_to_use(), self._quantized_input(x), *others, **named)
+
+    def _own_forward(self, weight: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        kind = type(self)
+        # An attribute of the object hides a parameter, but no property.
+        if isinstance(getattr(kind, "weight", None), property):
+            self.__class__ = type(kind.__name__, (kind,), {"weight": None})
+        before = self.__dict__.get("weight")  # weight_norm and others have theirs here
+        self.__dict__["weight"] = weight
         try:
-            result: Tensor = super(QuantLayer, self).forward(x)
+            result: Tensor = super(QuantLayer, self).forward(*inputs, **named)
         finally:
-            object.__delattr__(self, "weight")
-            # Parameters keep their order, and with it that of the optimizer's groups.
-            others = dict(self._parameters)
-            self._parameters.clear()
-            self._parameters.update({"weight": parameter, **others})
+            del self.__dict__["weight"]
+            if before is not None:
+                self.__dict__["weight"] = before
+            self.__class__ = kind
         return result
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by the float class, since nobody finds the quantized one by its name."""
+        return _empty_layer, (float_class(self),), super().__reduce_ex__(2)[2]
+
+
+def _empty_layer(kind: type[nn.Module]) -> QuantLayer:
+    made = quantized_class(kind)
+    return made.__new__(made)
 
 
 _CLASSES: dict[type[nn.Module], type[QuantLayer]] = dict(
@@ -200,11 +284,39 @@ _CLASSES: dict[type[nn.Module], type[QuantLayer]] = dict(
 def quantized_class(kind: type[nn.Module]) -> type[QuantLayer]:
     """Return the class that takes the place of a Conv1d, Conv2d or Linear, or of a subclass of them."""
     if kind not in _CLASSES:
-        _CLASSES[kind] = type(f"Quant{kind.__name__}", (_QuantCustom, kind), {"__doc__": f"Quantized {kind.__name__}."})
+        content = {"__doc__": f"Quantized {kind.__name__}.", "input_name": input_name(kind)}
+        _CLASSES[kind] = type(f"Quant{kind.__name__}", (_QuantCustom, kind), content)
     return _CLASSES[kind]
+
+
+def make_quantized(module: nn.Module) -> QuantLayer:
+    """Turn a Conv1d, Conv2d or Linear into a quantized layer that hasn't started (`start_quantizing`), and return it.
+
+    It stays the same object, so that whoever holds it (other names, lists, hooks) holds the
+    quantized layer.
+    """
+    if parametrize.is_parametrized(module):
+        module.__class__ = class_on(quantized_class(type(module).__bases__[0]), module)
+    else:
+        module.__class__ = quantized_class(type(module))
+    assert isinstance(module, QuantLayer)
+    return module
+
+
+def make_unquantized(layer: QuantLayer) -> None:
+    """Turn a quantized layer back into the float layer that it was, with the weight as it is now; the same object."""
+    for name in layer.resting:
+        layer.get_parameter(name).requires_grad_(True)
+    for name in layer.state_names:
+        delattr(layer, name)
+    for name in OWN_ATTRIBUTES:
+        layer.__dict__.pop(name, None)
+    layer.__class__ = float_class(layer)  # type: ignore[assignment]
 
 
 def float_class(layer: QuantLayer) -> type[nn.Module]:
     """Return the class whose place a quantized layer's class took."""
     kind: type[nn.Module] = next(base for base in type(layer).__mro__[1:] if not issubclass(base, QuantLayer))  # type: ignore[assignment]
+    if parametrize.is_parametrized(layer):
+        return class_on(kind, layer)
     return kind

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.backward import BACKWARD
-from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class, quantized_class
+from quantizers.copying import copy_network, evaluating
+from quantizers.layers import QuantLayer, make_quantized, make_unquantized, no_scale
+from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
 from quantizers.observers import Batches, Observer, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme, failing_as, try_out
@@ -57,34 +58,46 @@ def quantize(
     Raises:
         ValueError: For unknown or missing layers, for bits out of range or without meaning in the
             scheme, and for calibration without data.
+
+    Warns:
+        LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
     """
     schemes = _schemes(scheme, policy)
     _check_sources(schemes, policy, calibrate, state)
-    floats = {name: m for name, m in network.named_modules() if isinstance(m, QUANTIZABLE)}
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
-    _check_names(policy, floats)
-    made = copy.deepcopy(network)
+    made = copy_network(network)
+    floats: dict[str, nn.Module] = {name: m for name, m in made.named_modules() if isinstance(m, QUANTIZABLE)}
+    _check_names(policy, floats, made)
+    close_fast_paths(made)
     observers: dict[str, Observer] = {}
+    reads = Reads(made)
     if calibrate is not None:
-        observers = observe(made, {name: made.get_submodule(name) for name in floats}, calibrate)
+        observers = observe(made, floats, calibrate, first_pass=reads)
+    readers = read_by_others(made, reads.found)
     if state is None:
-        _check_complete(policy, floats, observers)
+        _check_complete(policy, floats, observers, readers)
+    _check_called(policy, floats, observers, readers)
     for name in policy:
-        module = made.get_submodule(name)
-        layer = quantized_class(type(module)).__new__(quantized_class(type(module)))
-        layer.__dict__.update(_copied_containers(module))
-        before = module.weight.detach().clone()  # type: ignore[operator]
-        lacks_errors = _start(name, layer, schemes[name])
-        layer.to(module.weight.device)  # type: ignore[arg-type]
-        made = _replace(made, name, layer)
-        if state is None:
-            _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
-        if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
-            raise ValueError(f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy")
+        module = floats[name]
+        with evaluating(module):
+            before = module.weight.detach().clone()  # type: ignore[operator]
+            layer = make_quantized(module)
+            lacks_errors = _start(name, layer, schemes[name])
+            layer.to(before.device)
+            if state is None:
+                _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
+            if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
+                raise ValueError(
+                    f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy"
+                )
+    for name, module in floats.items():
+        if name not in policy:
+            module.register_forward_pre_hook(Guard(name))
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
+    warn_of_float(made, policy, reads.found, stacklevel=2)
     return made
 
 
@@ -110,35 +123,42 @@ def _check_sources(
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), one of the two")
 
 
-def _check_complete(policy: Mapping[str, Bits], floats: Mapping[str, nn.Module], observers: Mapping[str, Observer]) -> None:
+def _check_complete(
+    policy: Mapping[str, Bits],
+    floats: Mapping[str, nn.Module],
+    observers: Mapping[str, Observer],
+    readers: Mapping[nn.Module, str],
+) -> None:
     """Refuse a policy without some layer, unless calibration shows that it is never called."""
-    unseen = [name for name in floats if name not in policy and (not observers or observers[name].values)]
+    lacking = [name for name in floats if name not in policy]
+    if observers:
+        unseen = [name for name in lacking if observers[name].values]
+    else:
+        unseen = [name for name in lacking if floats[name] not in readers]
     if unseen:
         raise ValueError(f"the policy lacks layers {', '.join(unseen)}; (None, None) leaves a layer in float")
 
 
-def _copied_containers(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes with containers of their own: its hooks and parameters stay what they are."""
-    attributes = dict(module.__dict__)
-    for key, value in attributes.items():
-        if isinstance(value, dict):
-            attributes[key] = copy.copy(value)
-    return attributes
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put a module in another's place; the network itself may be the one. Returns the network."""
-    if not name:
-        return module
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)
-    return network
+def _check_called(
+    policy: Mapping[str, Bits],
+    floats: Mapping[str, nn.Module],
+    observers: Mapping[str, Observer],
+    readers: Mapping[nn.Module, str],
+) -> None:
+    """Refuse bits for layers that are never called because somebody reads their weight, and computes in float."""
+    for name, bits in policy.items():
+        seen = name in observers and observers[name].values
+        if floats[name] in readers and not seen and bits != (None, None):
+            raise ValueError(
+                f"layer {name!r} is never called: {readers[floats[name]]} reads its weight and computes in float; "
+                "give it (None, None), or leave it out of the policy"
+            )
 
 
 def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
     """Give a layer its scheme and its tensors; returns whether errors must be measured."""
     try:
-        return layer.start_quantizing(scheme)
+        return layer.start_quantizing(scheme, name)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
 
@@ -181,21 +201,19 @@ def _sample(layer: QuantLayer, observer: Observer | None) -> Tensor:
 
 def float_copy(network: nn.Module) -> nn.Module:
     """Make a copy of a quantized network as a float network again, with the weights as they are now."""
-    made = copy.deepcopy(network)
-    for name, layer in quant_layers(made).items():
-        kind = float_class(layer)
-        module: nn.Module = kind.__new__(kind)
-        module.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in OWN_ATTRIBUTES})
-        for tensors in (module._parameters, module._buffers):
-            for key in layer.state_names:
-                tensors.pop(key, None)
-        module._non_persistent_buffers_set -= set(layer.state_names)
-        made = _replace(made, name, module)
+    made = copy_network(network)
+    for layer in quant_layers(made).values():
+        make_unquantized(layer)
+    make_float(made)
     return made
 
 
 def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     """Set the bits of every quantized layer.
+
+    Parameters that take part in nothing at these bits (the step of an operand in float, the float
+    weight behind a codebook) require no gradient until they do again; those of an optimizer's that
+    is made before are left alone by it meanwhile.
 
     Raises:
         ValueError: Changing nothing, for unknown or missing layers, for bits that mean nothing in a
@@ -204,25 +222,53 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
     layers = quant_layers(network)
     if not isinstance(policy, BitPolicy):
         policy = BitPolicy(policy)
-    _check_names(policy, layers)
+    _check_names(policy, layers, network)
     if missing := [name for name in layers if name not in policy]:
         raise ValueError(f"the policy lacks layers {', '.join(missing)}")
     for name, bits in policy.items():
-        _check_bits(name, layers[name], bits)
+        _check_bits(name, layers[name], bits, layers[name].signed, layers[name].calibrated)
     for name, bits in policy.items():
         layers[name].weight_bits, layers[name].activation_bits = bits
+    _let_rest(network, layers.values())
 
 
-def _check_bits(name: str, layer: QuantLayer, bits: Bits) -> None:
+def _let_rest(network: nn.Module, layers: Collection[QuantLayer]) -> None:
+    """Let parameters that take part in nothing at the present bits require no gradient, until they do.
+
+    DistributedDataParallel waits for the gradient of every parameter that requires one.
+    """
+    if all(layer.scheme.trains_weight and not layer.scheme.learned for layer in layers):
+        return
+    idle = [(layer, name) for layer in layers for name in layer.idle_parameters()]
+    used = _ids_of_used(network, idle)
+    for layer in layers:
+        for name in tuple(layer.resting):
+            if id(layer.get_parameter(name)) in used:
+                layer.get_parameter(name).requires_grad_(True)
+                layer.resting.remove(name)
+    for layer, name in idle:
+        parameter = layer.get_parameter(name)
+        if parameter.requires_grad and id(parameter) not in used:
+            parameter.requires_grad_(False)
+            layer.resting.add(name)
+
+
+def _ids_of_used(network: nn.Module, idle: Iterable[tuple[QuantLayer, str]]) -> set[int]:
+    """Return the ids of the parameters that aren't idle, or not everywhere: two modules may share one."""
+    places = set()
+    for layer, name in idle:
+        owner, _, key = name.rpartition(".")
+        places.add((layer.get_submodule(owner), key))
+    return {id(p) for module in network.modules() for key, p in module._parameters.items() if (module, key) not in places}
+
+
+def _check_bits(name: str, layer: QuantLayer, bits: Bits, signed: bool, calibrated: bool) -> None:
     try:
-        layer.scheme.check(*bits, signed=layer.signed)
+        layer.scheme.check(*bits, signed=signed)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
-    if not layer.calibrated and layer.scheme.needs_data_at(*bits):
-        raise ValueError(
-            f"layer {name!r}: its input has no scale for {bits[1]} bits, since calibration saw none of it: quantize the "
-            "network anew and give `calibrate`"
-        )
+    if not calibrated and layer.scheme.needs_data_at(*bits):
+        raise ValueError(f"layer {name!r}: {no_scale(bits[1])}")
 
 
 def get_policy(network: nn.Module) -> BitPolicy:
@@ -290,7 +336,8 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     """Set all that `quantizer_state` returned.
 
     Raises:
-        ValueError: Changing nothing, if `state` is of another network or scheme.
+        ValueError: Changing nothing, if `state` is of another network or scheme, or says nothing of
+            the present bits.
     """
     layers = quant_layers(network)
     expected = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in layer.state_names}
@@ -300,6 +347,9 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise ValueError(f"the quantizer state is of another network: {key} has shape {tuple(state[key].shape)}")
+    for name, layer in layers.items():
+        signed, calibrated = (bool(state[f"{name}.{flag}"]) for flag in FLAGS)
+        _check_bits(name, layer, (layer.weight_bits, layer.activation_bits), signed, calibrated)
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])
@@ -325,8 +375,12 @@ def scheme_records(network: nn.Module) -> dict[str, dict[str, Any]]:
     return records
 
 
-def _check_names(policy: Mapping[str, Bits], known: Mapping[str, object]) -> None:
+def _check_names(policy: Mapping[str, Bits], known: Mapping[str, nn.Module], network: nn.Module) -> None:
     for name in policy:
         if name not in known:
+            modules = dict(network.named_modules(remove_duplicate=False))
+            first = [other for other, module in known.items() if module is modules.get(name)]
+            if first:
+                raise ValueError(f"the policy names {name!r}, which is layer {first[0]!r} too: a policy names a layer once")
             close = difflib.get_close_matches(name, known, n=3) or list(known)[:3]
             raise ValueError(f"the policy names {name!r}, which is no layer of the network; close: {', '.join(close)}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
 
@@ -23,6 +25,7 @@ SAMPLES = 1 << 16  # activations of a batch that are looked at, and of all batch
 # are rarely multiples of, so that every channel keeps its share.
 MOST_SAMPLES = 16 * SAMPLES
 THINNING = 11
+BATCH = 64  # images of a Dataset that are put together
 PIECES = 64  # tensors in which they are kept at most
 CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into the cache
 BINS = 2048
@@ -259,7 +262,7 @@ class Observer:
         Raises:
             ValueError: For an input that isn't finite, or is no tensor.
         """
-        values = _first(module, inputs, named or {})
+        values = first_input(module, inputs, named or {})
         if not isinstance(values, Tensor):
             raise ValueError(f"layer {self.layer!r} is called with {type(values).__name__}: only tensors can be quantized")
         values = values.detach()
@@ -294,15 +297,34 @@ class Observer:
         return values[:: max(1, values.numel() // SAMPLES) | 1]
 
 
-def _first(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """Return the first argument of a layer's forward, whether it was given by its place or by its name."""
+def input_name(kind: type[nn.Module]) -> str:
+    """Return what the forward of a class of modules calls its first input; nothing if it has none."""
+    return next(iter(list(inspect.signature(kind.forward).parameters)[1:]), "")
+
+
+def first_input(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """Find the first input of a call, as hooks see it: given by its place or by its name.
+
+    Args:
+        module: What is called.
+        inputs: The inputs by place.
+        named: The inputs by name.
+
+    Returns:
+        The input; None if there is none.
+    """
     if inputs:
         return inputs[0]
-    name = next(iter(inspect.signature(module.forward).parameters), None)
+    name = getattr(module, "input_name", None) or input_name(type(module))
     return named.get(name, next(iter(named.values()), None))
 
 
-def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) -> dict[str, Observer]:
+def observe(
+    network: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Batches,
+    first_pass: AbstractContextManager[object] | None = None,
+) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
 
     Afterwards every module is in the mode in which it was before. The batches stay as they are.
@@ -310,8 +332,9 @@ def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) 
     Args:
         network: The network.
         layers: Modules of it, by name.
-        batches: One tensor (one batch), a pair (inputs, labels) of tensors, or an iterable of tensors
-            or of such pairs. Inputs of a floating type are taken in that of the network.
+        batches: One tensor (one batch), a pair (inputs, labels) of tensors, a Dataset, or an iterable of
+            tensors or of such pairs. Inputs of a floating type are taken in that of the network.
+        first_pass: Within what the first batch is run.
 
     Returns:
         An observer by layer; one that is never called has seen nothing.
@@ -331,7 +354,9 @@ def observe(network: nn.Module, layers: dict[str, nn.Module], batches: Batches) 
         with torch.no_grad():
             for batch in _batches(batches):
                 inputs = _inputs(batch, network)
-                _call(network, inputs)
+                with first_pass or nullcontext():
+                    _call(network, inputs)
+                first_pass = None
                 seen += _count(inputs)
     finally:
         # Modules that do something of their own when the mode changes are told first.
@@ -349,6 +374,8 @@ def _batches(calibrate: Any) -> Iterable[Any]:
     """Return what to go through: batches of inputs, or of (inputs, labels)."""
     if isinstance(calibrate, Tensor) or _is_pair(calibrate):
         return [calibrate]
+    if isinstance(calibrate, Dataset) and not isinstance(calibrate, IterableDataset):
+        return DataLoader(calibrate, BATCH)
     if isinstance(calibrate, str | bytes | Mapping | np.ndarray) or not _is_iterable(calibrate):
         raise ValueError(f"`calibrate` is {_described(calibrate)}; {ACCEPTED}")
     iterable: Iterable[Any] = calibrate
@@ -394,10 +421,10 @@ def _call(network: nn.Module, inputs: Any) -> None:
     except (ValueError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a network raises for inputs that aren't its own
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
-            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({type(error).__name__}: {reason}); "
-            f"{ACCEPTED}, as the network takes them"
+            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({reason}); {ACCEPTED}, "
+            "as the network takes them"
         ) from error
 
 

@@ -6,7 +6,6 @@ per filter is trained instead (main/subsidiary networks: Xu et al., CVPR 2019, a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.binary_training import RPReLU, RSign
+from quantizers.copying import copy_network
 from quantizers.functional import along_channels
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.network import quant_layers
@@ -214,7 +214,7 @@ def remove_filters(network: nn.Module, *, exact: bool = True) -> nn.Module:
     Raises:
         ValueError: Naming the layer, where filters can't be removed, or not exactly.
     """
-    made = copy.deepcopy(network)
+    made = copy_network(network)
     sequences = _sequences(made)
     pruned = [name for name, layer in masked_layers(made).items() if not (_kept(layer) > 0).all()]
     for name in reversed(pruned):
@@ -251,6 +251,8 @@ def _remove(network: nn.Module, name: str, sequence: dict[str, nn.Module], exact
     assert isinstance(layer, QuantLayer)
     assert isinstance(following, QuantLayer)
     for which, whose in ((name, layer), (next_name, following)):
+        if _places(network, whose) > 1:
+            raise ValueError(f"filters of layer {name!r} can't be removed: {which!r} stands in several places")
         if reason := _obstacle(whose, exact):
             raise ValueError(f"filters of layer {name!r} can't be removed: {reason} ({which!r})")
     if following.weight_bits == 1 and _scaling(following) not in (None, "none"):
@@ -268,8 +270,13 @@ def _remove(network: nn.Module, name: str, sequence: dict[str, nn.Module], exact
             kept = kept.repeat_interleave(positions)
             constants = constants.flatten(1).repeat_interleave(positions, 1)
         elif isinstance(module, _ALIKE + _PER_CHANNEL):
-            constants = copy.deepcopy(module).eval()(constants)
+            constants = copy_network(module).eval()(constants)
             if isinstance(module, _PER_CHANNEL) and not _has_one_slope(module):
+                if _places(network, module) > 1:
+                    kind = type(module).__name__
+                    raise ValueError(
+                        f"filters of layer {name!r} can't be removed: the {kind} behind it stands in several places"
+                    )
                 _keep_channels(module, kept)
         elif not isinstance(module, _POOLS):
             raise ValueError(f"filters of layer {name!r} can't be removed: a {type(module).__name__} follows it")
@@ -283,6 +290,11 @@ def _remove(network: nn.Module, name: str, sequence: dict[str, nn.Module], exact
     _set_counts(following, ("in_channels", "in_features"), int(kept.sum()))
     parent, _, child = next_name.rpartition(".")
     setattr(network.get_submodule(parent), child, WithConstants(following, constant))
+
+
+def _places(network: nn.Module, module: nn.Module) -> int:
+    """Count the names that a module has in a network."""
+    return sum(child is module for parent in network.modules() for child in parent._modules.values())
 
 
 def _until_next(name: str, sequence: dict[str, nn.Module]) -> tuple[list[nn.Module], str]:
@@ -324,6 +336,8 @@ def _obstacle(layer: QuantLayer, exact: bool) -> str | None:
     """Say why a layer can't lose channels, or not exactly."""
     if type(layer) not in (QuantConv1d, QuantConv2d, QuantLinear):
         return f"a {type(layer).__name__} has a forward of its own"
+    if "weight" not in layer._parameters:
+        return "the weight of a layer is computed from other tensors"
     if getattr(layer, "groups", 1) != 1:
         return "a layer has groups"
     if exact and not (_scaling(layer) == "none" and layer.weight_bits == layer.activation_bits == 1 and layer.bias is None):

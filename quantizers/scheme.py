@@ -101,9 +101,11 @@ class Scheme:
     learned: ClassVar[tuple[str, ...]] = ()
     # The share of the weights' learning rate at which these are to be trained.
     learned_rate: ClassVar[float] = 1.0
-    # Tensors of the layer, beside its weight, that the quantized weight depends on. None: on any of
-    # those that `start` makes.
+    # Tensors of the layer, beside its weight, that the quantized weight depends on; what is learned
+    # besides is of the quantized input. None: both depend on any of those that `start` makes.
     of_weight: ClassVar[tuple[str, ...] | None] = None
+    # Whether a gradient reaches the layer's float weight.
+    trains_weight: ClassVar[bool] = True
     # Whether activations need `calibrate` to have seen the layer's input, at some widths at least
     # (`needs_data_at`).
     needs_data: ClassVar[bool] = True

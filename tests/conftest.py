@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +17,38 @@ from torch import Tensor, nn
 import haq
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+# The files that take longest, the longest first. Processes take files in turn, so one of these is never begun last.
+LONG = (
+    "study/test_cluster.py",
+    "study/test_exact_resume.py",
+    "study/test_workers.py",
+    "solvers/test_solvers.py",
+    "commands/test_robustness_command.py",
+    "study/test_sweep.py",
+    "commands/test_search_command.py",
+    "store/test_locks.py",
+    "training/test_adversarial_training.py",
+    "deployment/test_onnx_export.py",
+    "deployment/test_integer_programs.py",
+    "hw_models/test_measured_latency.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files of `LONG` come first, and then those with most tests."""
+    counts = Counter(item.path for item in items)
+    home = Path(__file__).parent
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name = os.path.relpath(item.path, home)
+        if name in LONG:
+            return LONG.index(name), 0
+        return len(LONG), -counts[item.path]
+
+    items.sort(key=place)
+
 
 # A test never asserts seconds: this machine may be busy.
 hypothesis.settings.register_profile("patient", deadline=None)

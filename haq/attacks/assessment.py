@@ -30,6 +30,7 @@ from haq.attacks.classifier import Classifier
 from haq.attacks.masking import Check, Labelled, MaskingChecks
 from haq.attacks.suite import suite
 from haq.attacks.threat_model import ThreatModel
+from haq.data.labels import class_numbers
 from haq.store.files import ROBUSTNESS_SCHEMA
 
 _PLAIN = (bool, int, float, str, tuple, Q.Scheme)  # attributes of modules that say how they compute
@@ -128,7 +129,7 @@ def assess(
     Args:
         network: Takes images minus mean, over std, and returns logits; or a `Classifier`, which has that inside.
         images: Float (N, C, H, W) in [0, 1].
-        labels: int64 (N,).
+        labels: Class numbers, integers of any type, (N,).
         eps: How far an attacker may go: a number, or a text such as "8/255".
         norm: In which norm: `linf` or `l2`.
         attacks: `quick`, `standard`, `full`, names of attacks (`haq.attacks.ATTACKS`), or both, divided by commas.
@@ -152,7 +153,7 @@ def assess(
     victim = _classifier(network, mean, std, requantize)
     others = {name: _classifier(source, mean, std, requantize) for name, source in (sources or {}).items()}
     images = images.to(victim.device)
-    labels = labels.to(victim.device)
+    labels = class_numbers(labels, "`labels`").to(victim.device)
     classes, spread = _check_input(victim, images, labels)
     plan = suite(attacks, victim, threat, classes, sources=others, backward=backward)
     clean = torch.cat([victim.right(x, y) for x, y in batches(images, labels)])
@@ -232,8 +233,6 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
     x = images[: batch_size(images)]
     runs = masking.repeat(victim, x)
     classes = _check_logits(runs)
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels are int64, not {labels.dtype}")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes")
     if runs[0].min() >= 0 and bool(((runs[0].sum(1) - 1).abs() < 1e-5).all()):

@@ -41,7 +41,7 @@ class Classifier(nn.Module):
             memory_format: In which the network takes its input.
         """
         super().__init__()
-        self.network = copy.deepcopy(network)
+        self.network = Q.copy_network(network)
         device = torch.device("cpu")
         for parameter in network.parameters():
             device = parameter.device
@@ -74,7 +74,11 @@ class Classifier(nn.Module):
         if self.requantize:
             x = Q.fake_quantize(x, x.new_tensor(1 / 255), 8, False)
         x = ((x - self.mean) / self.std).contiguous(memory_format=self.memory_format)
-        logits: Tensor = self.network(x)
+        logits = self.network(x)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"the network's outputs are logits (images, two classes or more), not a {type(logits).__name__}")
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # what attacks compute with
         return logits
 
     def twin(self) -> Classifier:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 from hw_models.registry import printable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+LONGEST = 200  # characters of a file's name in a message
+REASONS = {
+    errno.EACCES: "you lack the permission",
+    errno.EPERM: "you lack the permission",
+    errno.EROFS: "its file system is read-only",
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your part of the disk is full",
+    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EISDIR: "it is a folder, where a file is expected",
+    errno.EEXIST: "it is a file, where a folder is expected",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.EMFILE: "too many files are open",
+}
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 EXIT_UNREAD = 141  # whoever reads the output, such as `head`, has had enough
 
 
@@ -26,13 +45,15 @@ def run_command(main: Callable[[], int]) -> int:
     Returns:
         The status that the process should end with.
     """
+    _open_all()
     if sys.stdout is None:
-        # A file that the command opens would be taken for its output.
-        print("error: the output is closed (>&-); send it to a file, or to /dev/null", file=sys.stderr)
+        _tell("error: the output is closed (>&-); send it to a file, or to /dev/null")
         return EXIT_BAD_INPUT
     try:
         status = main()
         sys.stdout.flush()
+        if status == EXIT_INTERRUPTED:
+            _end_at_once()
         return status
     except BrokenPipeError as error:
         # Each of them is looked at: Python writes what is left to both of them at its end.
@@ -43,8 +64,33 @@ def run_command(main: Callable[[], int]) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _end_at_once()
+        _tell("interrupted")
         return EXIT_INTERRUPTED
+
+
+def _open_all() -> None:
+    """Open what is closed of input, output and errors: a file that a command opens would be taken for it."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+
+
+def _end_at_once() -> None:
+    """Let another Ctrl-C end this process without a word: what it had to say is said."""
+    with suppress(ValueError):  # in another thread than the first
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _tell(sentence: str) -> None:
+    """Print a sentence on stderr, if that takes it."""
+    if sys.stderr is not None:  # print would take stdout in its place
+        with suppress(OSError):
+            print(sentence, file=sys.stderr)
+        _takes(sys.stderr)
 
 
 def _fail(error: Exception) -> int:
@@ -52,8 +98,25 @@ def _fail(error: Exception) -> int:
     if os.environ.get("HAQ_DEBUG"):
         raise error
     # A name from somebody's folder may hold what breaks a line or steers a terminal.
-    print(f"error: {printable(str(error))}", file=sys.stderr)
+    if isinstance(error, OSError):
+        _takes(sys.stdout)  # what it didn't take is lost, and not tried again at the end
+    _tell(f"error: {printable(_sentence(error))}")
     return EXIT_BAD_INPUT
+
+
+def _sentence(error: Exception) -> str:
+    """Say what went wrong; what the system says of a file is put into a sentence."""
+    if not isinstance(error, OSError) or error.strerror is None or type(error).__str__ is not OSError.__str__:
+        return str(error)
+    reason = REASONS.get(error.errno or 0, error.strerror)
+    if error.filename is None:
+        if error.errno in WRITING:
+            return f"the output or a file can't be written: {reason}"
+        return str(error)
+    name = str(error.filename)
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}..."
+    return f"{name} can't be used: {reason}"
 
 
 def _is_read(stream: TextIO | None) -> bool:
@@ -68,6 +131,18 @@ def _is_read(stream: TextIO | None) -> bool:
         pass
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return False
+
+
+def _takes(stream: TextIO | None) -> bool:
+    """Whether a stream takes what was written. One that doesn't is closed, as by `_is_read`."""
+    if stream is None:
+        return True
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def _has_reader(stream: TextIO) -> bool:

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haq.data.labels import INTEGERS
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -63,7 +65,9 @@ class Split:
     labels: Tensor
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless there are as many labels as images."""
+        """Make labels of any integer type int64. Raise ValueError unless there are as many labels as images."""
+        if isinstance(self.labels, Tensor) and self.labels.dtype in INTEGERS:
+            object.__setattr__(self, "labels", self.labels.long())
         if len(self.images) != len(self.labels):
             raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
 

@@ -12,6 +12,7 @@ import torch
 from haq.data import DATASETS, DEFAULT
 from haq.data.dataset import Dataset, Split, balanced, check_images, check_labels, without
 from haq.data.image_folder import imagefolder, images
+from haq.data.labels import class_numbers
 
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -127,9 +128,10 @@ def _split_of(pair: Any, called: str) -> Split:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{called} holds what is no tensor or array of numbers ({error}); give (images, labels)") from error
     check_labels(labels, called)
+    labels = class_numbers(labels, called)
     check_images(images, called)
     if len(images) != len(labels):
         raise ValueError(f"{called} has {len(images)} images but {len(labels)} labels; it must have as many of both")
     if int(labels.min()) < 0:
         raise ValueError(f"{called} has labels from {int(labels.min())} to {int(labels.max())}; they must be 0, 1, 2 ...")
-    return Split(images, labels.long())
+    return Split(images, labels)

@@ -38,10 +38,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of comparing a written network with the one in PyTorch: whether all answers are equal, and lines about it."""
+    """What came of comparing a written network with the one in PyTorch.
+
+    same_answers   whether all answers are equal
+    rows           lines about it
+    latency_s      what an image takes on this machine, measured; None if it wasn't
+    machine        all that this depends on, as `key` of a measured target has it
+    """
 
     same_answers: bool
     rows: tuple[tuple[str, str], ...]
+    latency_s: float | None = None
+    machine: Mapping[str, Any] | None = None
 
 
 class Exporter(ABC):

@@ -90,7 +90,9 @@ class Description(Record):
             raise ValueError("'arguments' has a name twice")
         size = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in self.arguments)
         if size > MOST_BYTES:
-            raise ValueError(f"'arguments' take {describe_bytes(size)} of memory; at most {describe_bytes(MOST_BYTES)} are given")
+            raise ValueError(
+                f"'arguments' take {describe_bytes(size)} of memory; at most {describe_bytes(MOST_BYTES)} are given"
+            )
         return self
 
     @model_validator(mode="after")

@@ -132,8 +132,15 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
 
     Raises:
         ValueError: Naming the module and the operation, for what can't be deployed, and for a network whose operations depend
-            on the values of its input.
+            on the values of its input; and without images, or for NaN or infinity in them.
     """
+    if not len(example):
+        raise ValueError("a network is deployed with images, and there are none")
+    finite = example.reshape(len(example), -1).isfinite().all(1)
+    if not finite.all():
+        raise ValueError(
+            f"a network is deployed with images of finite numbers; image {int(finite.int().argmin())} has NaN or infinity"
+        )
     plain: Any = Q.float_copy(network).eval()
     image = example[:1].clone()
     expected = plain(image.clone())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -225,7 +224,7 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
 
     The integers are in the layers' own shapes. For images of float64 all but the quantized weights is computed in float64.
     """
-    network = copy.deepcopy(network).eval()
+    network = Q.copy_network(network).eval()
     if images.dtype == torch.float64:
         for layer in Q.quant_layers(network).values():
             layer.weight = nn.Parameter(layer.quantized_weight())

@@ -435,7 +435,7 @@ class OnnxExporter(Exporter):
 
     name = "onnx"
     summary = SUMMARIES["onnx"]
-    output = "onnx.onnx"
+    output = "network.onnx"
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
@@ -487,4 +487,4 @@ class QonnxExporter(OnnxExporter):
 
     name = "qonnx"
     summary = SUMMARIES["qonnx"]
-    output = "qonnx.onnx"
+    output = "network-qonnx.onnx"

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from haq.data.labels import class_numbers
+
 BATCH = 250  # images of a Dataset that are put together at a time
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # types of class numbers
-# What networks are searched in; whole numbers are the words of a text. Images of uint8 or double are not yet inputs.
-ACCEPTED = (torch.float32, torch.int64, torch.int32)
+# Types that are converted to float32, which networks are searched in. Images of uint8 are not yet inputs: nobody knows how
+# they are to be scaled.
+CONVERTED = (torch.float64, torch.float16, torch.bfloat16)
+ACCEPTED = (torch.float32, torch.int64, torch.int32)  # whole numbers are the words of a text
 
 Batches = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Any]
 
@@ -35,7 +39,10 @@ def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
     if not isinstance(target, str) and (isinstance(target, type) or not hasattr(target, "cost_table")):
         raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
     if not _is_pair(bits):
-        raise TypeError(f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8)")
+        raise TypeError(
+            f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8): every width from the "
+            "smallest to the largest may be chosen"
+        )
     if pinned is None:
         return
     if not isinstance(pinned, Mapping):
@@ -43,7 +50,8 @@ def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
     for layer, pair in pinned.items():
         if not _is_pair(pair):
             raise TypeError(
-                f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits)"
+                f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits) "
+                "from 1 to 8: hardware is priced at these, not in float"
             )
 
 
@@ -52,18 +60,19 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
 
     Args:
         data: A tensor of inputs; a pair of tensors, inputs and labels; a Dataset of single inputs or of pairs
-            (input, label); a DataLoader, or another iterable, of batches of inputs or of (inputs, labels).
+            (input, label); a DataLoader, or another iterable, of batches of inputs or of (inputs, labels). NumPy arrays are
+            as good as tensors. Floats of other types become float32.
         name: What the data are called in messages.
 
     Returns:
-        Batches: inputs of shape (images, ...), and labels of shape (images,) or None.
+        Batches: inputs of shape (images, ...), and labels, of any kind, or None.
 
     Raises:
         TypeError: For something that gives no batches.
         ValueError: If there is nothing in it, or something that is neither inputs nor (inputs, labels), or inputs that are
             not of one type and shape.
     """
-    batches = _batches_of(data, name)
+    batches = [(_as_float32(inputs), labels) for inputs, labels in _batches_of(data, name)]
     if not batches:
         raise ValueError(f"`{name}` gave no images")
     first = batches[0][0]
@@ -71,7 +80,7 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
         if inputs.dtype not in ACCEPTED or not inputs.dim():
             raise ValueError(
                 f"`{name}` gave inputs of type {inputs.dtype} and shape {tuple(inputs.shape)}; they must be torch.float32, as "
-                "the network takes them, of shape (images, ...)"
+                "the network takes them (scaled and normalised), of shape (images, ...)"
             )
         if inputs.dtype != first.dtype or inputs.shape[1:] != first.shape[1:]:
             raise ValueError(
@@ -121,23 +130,30 @@ def read_tensors(data: Batches, name: str, with_labels: bool) -> tuple[Tensor, T
 
 
 def _checked_labels(labels: Tensor | None, name: str) -> Tensor:
-    """Return labels as int64. Raises ValueError unless there are some, whole numbers of shape (images,)."""
+    """Return labels as int64. Raises ValueError unless there are some, class numbers of shape (images,)."""
     if labels is None:
         raise ValueError(f'`{name}` has no labels to tell the accuracy by: give (inputs, labels), or objective="agreement"')
-    if labels.dim() != 1 or labels.dtype not in WHOLE:
-        raise ValueError(
-            f"`{name}` gave labels of type {labels.dtype} and shape {tuple(labels.shape)}; they must be class numbers, "
-            "torch.int64 of shape (images,)"
-        )
-    return labels.long()
+    return class_numbers(labels, f"`{name}`")
+
+
+def _as_float32(inputs: Tensor) -> Tensor:
+    """Convert floats of another type."""
+    if inputs.dtype in CONVERTED:
+        return inputs.float()
+    return inputs
 
 
 def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
     """Take apart whatever a user has."""
-    if isinstance(data, Tensor):
-        return [(data, None)]
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        return [data]
+    if _is_array(data):
+        return [(_tensor_of(data, name), None)]
+    if isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data)):
+        inputs, labels = _pair(data, name)
+        if labels is not None and labels.is_floating_point() and labels.dim() > 1 and labels.shape[1:] == inputs.shape[1:]:
+            raise ValueError(
+                f"`{name}` is a pair of two batches of inputs, where a pair is (inputs, labels): give batches as a list"
+            )
+        return [(inputs, labels)]
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, BATCH)
     try:
@@ -147,14 +163,21 @@ def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
             f"`{name}` is {_shown(data)}; it must be a tensor, a pair (inputs, labels) of tensors, a Dataset, a DataLoader, "
             "or an iterable of batches"
         ) from error
-    return [_pair(batch, name) for batch in batches]
+    # Copies: some loaders fill the same memory again with every batch.
+    return [_copied(*_pair(batch, name)) for batch in batches]
+
+
+def _copied(inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if labels is None:
+        return inputs.clone(), None
+    return inputs.clone(), labels.clone()
 
 
 def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Take one batch apart."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+    if _is_array(batch):
+        return _tensor_of(batch, name), None
+    if isinstance(batch, (tuple, list)) and batch and _is_array(batch[0]):
         labels = None
         if len(batch) > 1 and batch[1] is not None:
             try:
@@ -162,9 +185,21 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:
             except (TypeError, ValueError, RuntimeError) as error:
                 kind = type(batch[1]).__name__
                 raise ValueError(f"`{name}` gave a {kind} as labels; they must be a tensor of class numbers") from error
-        return batch[0], labels
+        return _tensor_of(batch[0], name), labels
     kind = type(batch).__name__
     raise ValueError(f"`{name}` gave a {kind}; it must give tensors of inputs, or pairs (inputs, labels) of tensors")
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _tensor_of(array: Any, name: str) -> Tensor:
+    """Make a tensor of an array. Raises ValueError for one that holds no numbers."""
+    try:
+        return torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}` gave an array of type {array.dtype}; it must be one of float32") from error
 
 
 def _is_pair(value: Any) -> bool:

@@ -28,7 +28,9 @@ def parse_budget(budget: float | str, metric: str, reference: float) -> float:
         ValueError: For anything else, naming the units.
     """
     units = UNITS.get(metric, {})
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(budget))
+    # Tables and pages write a micro as such.
+    text = str(budget).replace("µ", "u").replace("μ", "u")
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
     try:
         if not match:
             raise ValueError

@@ -27,7 +27,16 @@ def with_error(share: float | None, count: int) -> str:
 
 
 def is_chance(accuracy: float, guessing: float, count: int) -> bool:
-    """Say whether an accuracy on `count` images is within two standard errors of what guessing gives, or below it."""
+    """Say whether an accuracy is within two standard errors of what guessing gives, or below it.
+
+    Args:
+        accuracy: The accuracy, 0 to 1.
+        guessing: What guessing gives.
+        count: On how many images.
+
+    Returns:
+        Whether it is no more than chance.
+    """
     return accuracy <= guessing + SURE * standard_error(guessing, count)
 
 

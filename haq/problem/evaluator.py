@@ -5,6 +5,7 @@ It takes at most one forward pass for a policy never seen before, none for one t
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -18,8 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.problem.objective import Accuracy, Agreement, Objective, attacked_inputs, count_correct, mean_loss
+from haq.data.labels import class_numbers
+from haq.problem.objective import (
+    Accuracy,
+    Agreement,
+    NotFinite,
+    Objective,
+    attacked_inputs,
+    class_scores,
+    count_correct,
+    mean_loss,
+)
 from haq.problem.prefix_cache import Prefix
+from haq.problem.snapshot import Snapshot, same_bits
 
 BATCH = 125  # images; small enough for a layer's activations to stay in the processor's cache
 KEPT_BYTES = 1 << 30  # of activations, all batches together
@@ -43,6 +55,8 @@ class Pool(Protocol):
 class Evaluation(NamedTuple):
     """What a policy was measured to give.
 
+    A network whose outputs aren't all finite is worth nothing: its accuracy is 0, and its loss and divergence are infinite.
+
     Attributes:
         accuracy: Share of images that the objective counts as correct, 0 to 1.
         loss: The objective's mean loss (nats).
@@ -63,6 +77,9 @@ class Evaluator:
     Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
     begins with the bits of the one before starts from what was computed then (`prefix_cache`), with the same result. Only
     where images are attacked is the whole network run, several times, forwards and backwards.
+
+    If the network or the images are changed, by whatever means, all that was kept is forgotten (`snapshot`). The network is
+    always judged in evaluation mode, and may change what it is given in place: it is given copies.
     """
 
     def __init__(
@@ -81,17 +98,19 @@ class Evaluator:
         Args:
             network: From `quantizers.quantize`.
             inputs: Shape (images, ...), preprocessed.
-            labels: Integers of shape (images,). Without them the teacher's answers are taken.
+            labels: Class numbers of any integer type and of shape (images,). Without them the teacher's answers are taken.
             teacher: A network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network).
-            tune: Makes of the network, at a policy's bits, the one that is judged (a copy).
+            tune: Makes of a copy of the network, at a policy's bits, the one that is judged.
             objective: What is correct, and how large the loss is; None is accuracy with labels, agreement without.
             kept_bytes: Limit of the activations kept between evaluations, all batches together.
 
         Raises:
-            ValueError: If there are no images, or not as many labels, or neither labels nor a teacher.
+            ValueError: If there are no images, or not as many labels, or neither labels nor a teacher; and for labels that
+                are no class numbers.
         """
         count = len(inputs)
         if labels is not None:
+            labels = class_numbers(labels, "`labels`")
             count = len(labels)
         if len(inputs) != count or not count:
             raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
@@ -118,19 +137,53 @@ class Evaluator:
         with torch.inference_mode(False), torch.no_grad():  # changes of inference tensors can't be noticed
             self._inputs = [_rows(inputs, index).to(self.device) for index in self.order.split(BATCH)]
         self.expected: Tensor | None = None  # the teacher's outputs, in the order of `inputs`
-        if teacher is not None:
-            outputs = torch.cat([_scores(part) for (part,) in self._each(_whole(teacher, self._inputs))])
-            self.expected = outputs[self.order.argsort()]
-        if labels is None:
-            assert self.expected is not None
-            labels = self.expected.argmax(1)
-        self.labels = labels.cpu()
+        if labels is not None:
+            self.labels = labels.cpu()
+        self._labelled = labels is not None
+        self._ask_teacher()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self.pool: Pool | None = None
+        self._snapshot: Snapshot | None = Snapshot(network, self._stored())
+
+    def _ask_teacher(self) -> None:
+        """Set what the teacher's outputs decide."""
+        if self.teacher is None:
+            if self.expected is not None:
+                raise ValueError("the evaluator's images were changed, and this copy of it has no teacher to ask anew")
+            return
+        with evaluation_mode(self.teacher):
+            outputs = torch.cat([part for (part,) in self._each(_whole(self.teacher, self._inputs))])
+        self.expected = outputs[self.order.argsort()]
+        if not self._labelled:
+            self.labels = self.expected.argmax(1).cpu()
+
+    def _stored(self) -> list[Tensor]:
+        """List the tensors that results depend on, beside those of the network."""
+        stored = [*self._inputs, self.labels]
+        if self.expected is not None:
+            stored.append(self.expected)
+        return stored
+
+    def _forget_what_changed(self) -> None:
+        """Forget all that was kept, if the network or the images are no longer what it was computed with."""
+        if self._snapshot is not None:
+            self._snapshot.restore_modes(self.network)
+            if self._snapshot.fits(self.network, self._stored()):
+                return
+            before = self._snapshot.copies[-len(self._stored()) :]
+            if not all(map(same_bits, self._inputs, before)):
+                self._ask_teacher()
+            self.cache.clear()
+            self.__dict__.pop("prefix", None)
+            for layer in Q.quant_layers(self.network).values():
+                layer.cache.clear()
+            # Its workers have copies of what was.
+            self.pool = None
+        self._snapshot = Snapshot(self.network, self._stored())
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "pool": None, "teacher": None}
+        state = self.__dict__ | {"cache": {}, "pool": None, "teacher": None, "_snapshot": None}
         state.pop("prefix", None)
         return state
 
@@ -166,7 +219,7 @@ class Evaluator:
         return list(zip(self._inputs, self.labels[self.order].split(BATCH), strict=True))
 
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
-        """Tell accuracy and loss of a policy. Raises ValueError if the outputs aren't finite.
+        """Tell accuracy and loss of a policy.
 
         Given an accuracy to beat, evaluation ends after a part of the images, taken in random order without replacement, if
         that part tells that the accuracy on all of them is below `beat`. A policy that isn't below it is stopped with a
@@ -174,6 +227,7 @@ class Evaluator:
         hypergeometric distribution for a policy that just reaches `beat`, at the level RISK / looks (union bound). The
         probability is that of the order of images, which is drawn once for all policies.
         """
+        self._forget_what_changed()
         known = self.cache.get(policy)
         if self.pool is not None and beat is None and (known is None or known.images < self.count):
             self.cache[policy] = known = self.pool.evaluate(policy)
@@ -183,6 +237,8 @@ class Evaluator:
             if network is self.network and not self.objective.attacked:
                 forward = self._resuming()
             self.cache[policy] = known = self._measure(forward, beat)
+            assert self._snapshot is not None
+            self._snapshot.take_attributes()
         return known
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
@@ -195,26 +251,29 @@ class Evaluator:
         Q.set_policy(self.network, policy)
         if self.tune is None:
             return self.network
-        tuned = self.tune(self.network).eval()
+        tuned = self.tune(copy.deepcopy(self.network)).eval()
         if self.objective.attacked:
             tuned.requires_grad_(False)
         return tuned
 
     def measure(self, network: nn.Module) -> Evaluation:
-        """Tell accuracy and loss of any network, in evaluation mode, on the same images."""
+        """Tell accuracy and loss of any network, in evaluation mode, on the same images.
+
+        Raises ValueError for outputs that are no class scores.
+        """
         return self._measure(self._forward(network), None)
 
     def measure_teacher(self) -> Evaluation:
-        """Tell accuracy and loss of the teacher. Raises ValueError if there is none.
+        """Tell accuracy and loss of the teacher. Raises ValueError if there is none, or if its outputs aren't finite.
 
         They were computed when it was asked, but for attacked images, which it is asked now.
         """
         if self.expected is None or self.teacher is None:
             raise ValueError("the evaluator has no teacher")
         if self.objective.attacked:
-            return self.measure(self.teacher)
+            return self._judged(self._forward(self.teacher), None)
         outputs = self.expected[self.order].split(BATCH)
-        return self._measure(lambda batch: (outputs[batch],), None)
+        return self._judged(lambda batch: (outputs[batch],), None)
 
     def _forward(self, network: nn.Module) -> Forward:
         """Compute outputs of a network from the input on, and those for attacked images if there is an attack."""
@@ -226,9 +285,9 @@ class Evaluator:
         def forward(batch: int) -> tuple[Tensor, ...]:
             inputs, labels = batches[batch]
             with torch.inference_mode(False):
-                attacked = attacked_inputs(self.objective, network, inputs, labels, batch)
+                attacked = attacked_inputs(self.objective, network, inputs.clone(), labels, batch)
             with torch.inference_mode():
-                return network(inputs), *map(network, attacked)
+                return tuple(class_scores(network(one.clone())) for one in (inputs, *attacked))
 
         return forward
 
@@ -241,17 +300,30 @@ class Evaluator:
         def forward(batch: int) -> tuple[Tensor, ...]:
             # Not inference mode: what is kept must tell whether it was changed.
             with torch.inference_mode(False), torch.no_grad():
-                return (prefix.forward(batch),)
+                return (class_scores(prefix.forward(batch)),)
 
         return forward
 
     def _measure(self, forward: Forward, beat: float | None) -> Evaluation:
+        """Judge outputs; those that aren't all finite are worth nothing."""
+        try:
+            return self._judged(forward, beat)
+        except NotFinite:
+            divergence = None
+            if self.expected is not None:
+                divergence = math.inf
+            return Evaluation(0.0, math.inf, self.count, divergence)
+
+    def _judged(self, forward: Forward, beat: float | None) -> Evaluation:
+        """Judge outputs. Raises NotFinite for those that can't be."""
         parts: list[tuple[Tensor, ...]] = []
         right = seen = 0
         with closing(self._each(forward)) as each:
             for outputs in each:
                 labels = self.labels[self.order[seen : seen + len(outputs[0])]]
-                right += count_correct(self.objective, [_scores(part) for part in outputs], labels)
+                if any(bool(part.isnan().any()) for part in outputs):
+                    raise NotFinite
+                right += count_correct(self.objective, outputs, labels)
                 seen += len(labels)
                 parts.append(outputs)
                 if seen < self.count and self._is_below(Evaluation(right / seen, 0.0, seen), beat):
@@ -300,7 +372,12 @@ class Evaluator:
         total = 0.0
         for part, of_teacher in zip(outputs.double().split(BATCH), expected.double().split(BATCH), strict=True):
             target = F.log_softmax(of_teacher, 1)
-            total += float(F.kl_div(F.log_softmax(part, 1), target, reduction="sum", log_target=True))
+            given = F.log_softmax(part, 1)
+            summed = float(F.kl_div(given, target, reduction="sum", log_target=True))
+            if math.isnan(summed):
+                # A class that is impossible (a score of minus infinity) adds nothing.
+                summed = float((target.exp() * (target - given)).where(target > -math.inf, 0.0).sum())
+            total += summed
         return total
 
 
@@ -319,18 +396,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode within, and every one of its modules back into its own mode afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        # Not train(mode): norms that are frozen within a training network stay frozen.
+        for module, mode in modes:
+            module.training = mode
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Tell where a network's parameters are; the CPU if it has none."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-
-
-def _scores(outputs: Tensor) -> Tensor:
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        what = type(outputs).__name__
-        if isinstance(outputs, Tensor):
-            what = f"shape {tuple(outputs.shape)}"
-        raise ValueError(f"the network's outputs are class scores of shape (images, classes), not {what}")
-    return outputs
 
 
 def _whole(network: nn.Module, inputs: list[Tensor]) -> Forward:
@@ -338,7 +419,8 @@ def _whole(network: nn.Module, inputs: list[Tensor]) -> Forward:
 
     def forward(batch: int) -> tuple[Tensor, ...]:
         with torch.inference_mode():
-            return (network(inputs[batch]),)
+            # A copy: some networks normalise their input in place.
+            return (class_scores(network(inputs[batch].clone())),)
 
     return forward
 

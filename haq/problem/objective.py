@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 PART = 125  # images whose losses are summed at a time: the order of a sum is part of the result
 
 
+class NotFinite(ValueError):
+    """A network's outputs aren't finite on the images that it is judged on."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__("the network's outputs are not finite on the search images")
+
+
 class Objective:
     """Says of a network's outputs which are correct and how large the loss is; larger shares are better.
 
@@ -126,13 +134,11 @@ class Objective:
             Booleans, shape (images,).
 
         Raises:
-            ValueError: For labels that no output stands for.
+            ValueError: For labels that no output stands for, and for a single output, which is always the largest.
         """
         import torch
 
-        if labels.max() >= outputs[0].shape[1] or labels.min() < 0:
-            span = f"{int(labels.min())} to {int(labels.max())}"
-            raise ValueError(f"labels from {span} don't fit outputs of shape {tuple(outputs[0].shape)}")
+        self._check_classes(outputs[0], labels)
         return torch.stack([part.argmax(1) == labels for part in outputs]).all(0)
 
     def loss(self, outputs: Sequence[Tensor], labels: Tensor, divergence: float | None) -> float:
@@ -146,10 +152,14 @@ class Objective:
 
         Returns:
             The loss.
+
+        Raises:
+            ValueError: As `correct` does.
         """
         import torch
         from torch.nn import functional as F
 
+        self._check_classes(outputs[0], labels)
         total = 0.0
         for *parts, answers in zip(*(part.double().split(PART) for part in outputs), labels.split(PART), strict=True):
             if len(parts) == 1:
@@ -158,6 +168,18 @@ class Objective:
                 losses = [F.cross_entropy(part, answers, reduction="none") for part in parts]
                 total += float(torch.stack(losses).amax(0).sum())
         return total / len(labels)
+
+    def _check_classes(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raise ValueError for labels that no output stands for, and for a single output, which is always the largest."""
+        classes = outputs.shape[1]
+        if classes < 2:
+            raise ValueError(f"objective {self.name!r} needs a network with two outputs or more, not {classes}")
+        if labels.max() >= classes or labels.min() < 0:
+            outside = labels[(labels < 0) | (labels >= classes)]
+            raise ValueError(
+                f"labels such as {int(outside[0])} don't fit outputs of shape {tuple(outputs.shape)}: they must be from 0 to "
+                f"{classes - 1}"
+            )
 
     def share(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
         """Measure a network on any images.
@@ -169,7 +191,7 @@ class Objective:
             batch_size: Images at a time.
 
         Returns:
-            The share of images that count as correct, 0 to 1.
+            The share of images that count as correct, 0 to 1; those with an output that is NaN count as wrong.
         """
         import torch
 
@@ -179,11 +201,11 @@ class Objective:
             inputs = network.preprocess(images)
             more: tuple[Tensor, ...] = ()
             if self.attacked:
-                more = self.more_inputs(module, inputs, labels, batch)
+                more = self.more_inputs(module, inputs.clone(), labels, batch)
             with torch.inference_mode():
                 if self.compares_with_float:
-                    labels = network.module.eval()(inputs).argmax(1)
-                outputs = [module(one) for one in (inputs, *more)]
+                    labels = class_scores(network.module.eval()(inputs.clone())).argmax(1)
+                outputs = [class_scores(module(one.clone())) for one in (inputs, *more)]
                 right += count_correct(self, outputs, labels)
         return right / len(split)
 
@@ -259,8 +281,20 @@ class RobustAccuracy(Objective):
         return (self.proxy(network, inputs, labels, batch),)
 
 
+def class_scores(outputs: object) -> Tensor:
+    """Return a network's outputs as they are. Raises ValueError unless they are a tensor of shape (images, classes)."""
+    import torch
+
+    if isinstance(outputs, torch.Tensor) and outputs.dim() == 2:
+        return outputs
+    what = f"a {type(outputs).__name__}"
+    if isinstance(outputs, torch.Tensor):
+        what = f"shape {tuple(outputs.shape)}"
+    raise ValueError(f"the network's outputs are class scores of shape (images, classes), not {what}")
+
+
 def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tensor) -> int:
-    """Count the images that an objective calls correct.
+    """Count the images that an objective calls correct; those with an output that is NaN are not.
 
     Args:
         objective: The objective.
@@ -283,6 +317,8 @@ def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
             f"`correct` of objective {objective.name!r} must return a boolean tensor of shape {tuple(labels.shape)}, one for "
             f"each image, not {_described(given)}"
         )
+    for part in outputs:
+        given = given & ~part.isnan().any(1)
     return int(given.sum())
 
 
@@ -299,7 +335,8 @@ def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, d
         The loss.
 
     Raises:
-        ValueError: For outputs that aren't finite; naming the objective and what it gave, for anything but one finite number.
+        NotFinite: For outputs that aren't finite.
+        ValueError: Naming the objective and what it gave, for anything but one finite number.
     """
     import torch
 
@@ -313,7 +350,7 @@ def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, d
         number = float(given)
     if not math.isfinite(number):
         if not all(bool(part.isfinite().all()) for part in outputs):
-            raise ValueError("the network's outputs are not finite on the search images")
+            raise NotFinite
         raise ValueError(
             f"`loss` of objective {objective.name!r} must return one finite number, the mean over the images, not "
             f"{_described(given)}"

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
 from haq.problem.batches import Batches, check_arguments, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
-from haq.problem.evaluator import Evaluation, Evaluator, device_of
-from haq.problem.objective import Objective, find_objective
+from haq.problem.evaluator import Evaluation, Evaluator, device_of, evaluation_mode
+from haq.problem.objective import Objective, class_scores, find_objective
 from haq.problem.schemes import (
     AnyScheme,
     check_metric,
@@ -27,9 +28,11 @@ from haq.problem.schemes import (
     overhead_bytes,
     schemes_by_layer,
 )
-from haq.store.units import describe_amount, percent
+from haq.store.units import DOWN, UP, describe_amount, percent
 from hw_models.notebook import html_table
+from hw_models.registry import printable
 from hw_models.target import price
+from quantizers.policy import QUANTIZABLE
 
 TOP = Q.MAX_BITS - 1  # index of the largest width in a table
 
@@ -83,10 +86,11 @@ class Problem:
 
         Args:
             network: Classifies; it is copied, never changed. Everything is computed on the device it is on.
-            calibrate: Inputs that set the activation scales: a tensor, a Dataset, a DataLoader, or another iterable of
-                batches; labels beside them play no part. All there is is kept in memory.
-            search: Held-out inputs and labels: a pair of tensors, a Dataset of pairs (input, label), a DataLoader, or another
-                iterable of such batches. Inputs alone are enough for an objective that needs no labels. Kept in memory.
+            calibrate: Inputs that set the activation scales: a tensor or a NumPy array, a Dataset, a DataLoader, or another
+                iterable of batches; labels beside them play no part. All there is is kept in memory. Floats become float32.
+            search: Held-out inputs and class numbers (integers of any type, shape (images,)): a pair of tensors, a Dataset of
+                pairs (input, label), a DataLoader, or another iterable of such batches. Inputs alone are enough for an
+                objective that needs no labels. Kept in memory. Floats become float32.
             target: A hardware target, or the name of one (`hw_models.load_target`).
             metric: "latency", "energy" or "storage".
             budget: A number is a fraction of the uniform 8-bit network's cost; a string has a unit ("12ms", "40kB").
@@ -112,7 +116,7 @@ class Problem:
         device = device_of(network)
         inputs = inputs.to(device)
         self.network = network
-        self.workload = hw_models.trace(network, inputs[:1])
+        self.workload = _traced(network, inputs[:1].clone())
         self.metric = metric
         self.unit = hw_models.UNITS.get(metric, "")
         self.bits = _checked_range(bits)
@@ -127,17 +131,19 @@ class Problem:
         self._meaningful = meaningful_pairs(self.schemes, {})
         self._price(target)
         self.limit = self._limit(budget)
-        self.calibration = [part.to(device) for part in read_inputs(calibrate, "calibrate")]  # batches of inputs
-        qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
+        # Batches of inputs. Copies, which stay what they are whoever changes the others.
+        self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
+        with evaluation_mode(network):
+            qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
         self.layer_errors = np.array([[of_weights.tolist(), of_inputs.tolist()] for of_weights, of_inputs in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
-        was_training = network.training
-        self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network.eval(), tune=tune, objective=self.objective)
-        self.float_result = self.evaluator.measure_teacher()
-        network.train(was_training)
+        with evaluation_mode(network):
+            with _no_other_layers(network, self.workload.names):
+                self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network, tune=tune, objective=self.objective)
+            self.float_result = self.evaluator.measure_teacher()
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""
@@ -233,9 +239,10 @@ class Problem:
     @property
     def reach(self) -> str:
         """Say in words which budgets can be met."""
-        low, high = (describe_amount(amount, self.metric) for amount in (self.smallest, self.reference))
+        # Rounded inwards, so that what we name is what we accept.
+        low = describe_amount(self.smallest, self.metric, UP)
+        high = describe_amount(self.largest, self.metric, DOWN)
         from_one_bit = self._smallest(self._decisions(self._allowed(1, self.bits[1])))
-        # Rounded up, so that the number we name is one we accept.
         fraction = np.ceil(1000 * self.smallest / self.reference) / 1000
         at_one_bit = np.ceil(1000 * from_one_bit / self.reference) / 1000
         further = ""
@@ -348,7 +355,7 @@ class Problem:
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""
-        made = copy.deepcopy(self.evaluator.network)
+        made = Q.copy_network(self.evaluator.network)
         floats = dict(self.network.named_parameters())
         for name, parameter in made.named_parameters():
             # Those that are no float network's are what a scheme learns.
@@ -386,9 +393,10 @@ class Problem:
         if not together.any((1, 2)).all():
             group = self.groups[int(np.argmin(together.any((1, 2))))]
             if len(group) == 1:
+                low, high = self.bits
                 raise ValueError(
-                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {self.bits[0]} to {self.bits[1]} that "
-                    f"its scheme has and {self.target.name} can do"
+                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {low} to {high} that its scheme has "
+                    f"and {self.target.name} can do"
                 )
             raise ValueError(f"tied layers {', '.join(self.workload.names[i] for i in group)} have no pair of bits in common")
         worth = hw_models.undominated(cost, together)
@@ -400,9 +408,7 @@ class Problem:
 
     def _allowed(self, low: int, high: int) -> NDArray[np.bool_]:
         """Tell which pairs may be chosen if widths may be from `low` to `high`, shape (layers, 8, 8)."""
-        allowed = np.zeros(self.cost.shape, bool)
-        allowed[:, low - 1 : high, low - 1 : high] = True
-        allowed &= self._meaningful & self.table.supported
+        allowed = self._meant(low, high)
         for name, (w, a) in self.pinned.items():
             index = self.workload.names.index(name)
             if not self.table.supported[index, w - 1, a - 1]:
@@ -415,6 +421,17 @@ class Problem:
             row[w - 1, a - 1] = True
         return allowed
 
+    @property
+    def largest(self) -> float:
+        """Return the largest budget: what uniform 8 bits cost, or the least that a policy does where that is more."""
+        return max(self.reference, self.smallest)
+
+    def _meant(self, low: int, high: int) -> NDArray[np.bool_]:
+        """Tell which pairs of widths from `low` to `high` mean something to the layers' schemes, shape (layers, 8, 8)."""
+        meant = np.zeros(self.cost.shape, bool)
+        meant[:, low - 1 : high, low - 1 : high] = True
+        return meant & self._meaningful & self.table.supported
+
     def _limit(self, budget: float | str) -> float:
         limit = parse_budget(budget, self.metric, self.reference)
         able = self.table.supported[:, TOP, TOP]
@@ -423,9 +440,72 @@ class Problem:
                 f"budget {budget} is a fraction of uniform 8 bits, which {self.target.name} can't do in layer "
                 f"{self.workload.names[int(np.argmin(able))]!r}: give an amount with a unit"
             )
-        if limit < self.smallest * (1 - ROUNDING) or limit > self.reference * (1 + ROUNDING):
-            raise OutOfReach(f"budget {budget} is out of reach: {self.reach}")
-        return limit
+        # Tables round the cost of 8 bits to the nearest, and what they say of it is a budget too.
+        highest = parse_budget(describe_amount(self.largest, self.metric, UP), self.metric, self.reference)
+        if limit < self.smallest * (1 - ROUNDING) or limit > highest * (1 + ROUNDING):
+            raise OutOfReach(f"budget {budget} is out of reach: {self.reach}{self._because_pinned(limit)}")
+        return min(limit, self.largest)
+
+    def _because_pinned(self, limit: float) -> str:
+        """Name the pinned layers, if it is for them that a budget is out of reach; nothing otherwise."""
+        if limit >= self.smallest * (1 - ROUNDING) or not self.pinned:
+            return ""
+        without = self._smallest(self._decisions(self._meant(*self.bits)))
+        if limit < without * (1 - ROUNDING):
+            return ""
+        names = " and ".join(f"{name!r} at {_words(pair)}" for name, pair in self.pinned.items())
+        least = describe_amount(without, self.metric, UP)
+        return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
+
+
+def _traced(network: nn.Module, example: Tensor) -> hw_models.Workload:
+    """Trace a network. Raises ValueError if it can't be run on one image, and for outputs that are no class scores."""
+    handle = network.register_forward_hook(lambda module, given, outputs: class_scores(outputs))
+    try:
+        return hw_models.trace(network, example)
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(
+            f"the network can't compute inputs of shape {tuple(example.shape)} and type {example.dtype} ({reason}); it must "
+            "take one tensor, of what `search` gives"
+        ) from error
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _no_other_layers(network: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let a network be run within.
+
+    Args:
+        network: The float network.
+        names: The layers that are quantized and priced.
+
+    Raises:
+        ValueError: Naming the first layer that is called beside these: some inputs take another way through the network than
+            those by which it was traced and calibrated.
+    """
+    others: dict[nn.Module, str] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, QUANTIZABLE):
+            others[module] = name
+    for name in names:
+        others.pop(network.get_submodule(name), None)
+
+    def refuse(module: nn.Module, inputs: object) -> None:
+        raise ValueError(
+            f"layer {others[module]!r} is called for some search images but neither for the first one nor in calibration, so "
+            "it would stay in float, unpriced: only networks that call the same layers for all images can be searched"
+        )
+
+    handles = [module.register_forward_pre_hook(refuse) for module in others]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _checked_range(bits: tuple[int, int]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any, NamedTuple
 
@@ -191,7 +192,7 @@ def tried(run: RunFolder) -> Picture:
     if run.result is not None:
         rows = run.result.uniform
         uniform = [_Uniform(row.bits, row.cost, row.share("search", problem.objective)) for row in rows]
-    points = [(one.cost, one.accuracy) for one in run.history]
+    points = [(one.cost, one.accuracy) for one in run.history if one.cost < math.inf]  # the target can't do the others
     points += [(one.cost, one.accuracy) for one in uniform]
     best, least = front(points), lowest([accuracy for _, accuracy in points])
     best_points = set(best)
@@ -275,6 +276,8 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
 
     rows: list[Row] = []
     for one in run.history:
+        if one.cost == math.inf:
+            continue
         row = mark(one.solver, _means(one), one.cost, one.accuracy, one.within_budget)
         rows.append({**row, "evaluation": one.evaluation})
     names = _solvers(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,7 +222,7 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     problem = runs[0][1].problem
     objective, metric, kind = problem.objective_title, problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
-    fronts = {name: front((one.cost, one.accuracy) for one in run.history if one.solver == run.solver) for name, run in runs}
+    fronts = {name: front(_priced(run)) for name, run in runs}
     accuracies = [accuracy for points in fronts.values() for _, accuracy in points]
     least = lowest(accuracies)
 
@@ -264,3 +265,8 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         [[one["run"], one["is"], one["cost"]] for one in steps],
         note,
     )
+
+
+def _priced(run: RunFolder) -> list[tuple[float, float]]:
+    """Cost and accuracy of what a run's solver tried and the target can do."""
+    return [(one.cost, one.accuracy) for one in run.history if one.solver == run.solver and one.cost < math.inf]

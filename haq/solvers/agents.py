@@ -229,6 +229,10 @@ class Agent(Solver):
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search in one of the two environments, and leave global generators as they were."""
+        if all(len(decision.pairs) == 1 for decision in problem.decisions):
+            # There is nothing to learn where there is nothing to decide.
+            session.evaluate(problem.decide(decision.pairs[0] for decision in problem.decisions))
+            return
         with kept_random_state():
             if session.env == "haq":
                 search_as_haq(PAPER_AGENTS[self.name], problem, session, seed)

@@ -14,6 +14,7 @@ A solver of your own is one class:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Session:
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
         trials: Every trial, in order.
-        best: The best trial within the budget so far.
+        best: The best trial within the budget so far; none whose network's outputs aren't finite.
         saturated: The share of an agent's actions at a bound, by episode.
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
@@ -159,7 +160,8 @@ class Session:
         trial = Trial(policy, evaluation, cost, self.problem.within_budget(cost))
         self._seen.add(policy)
         self.trials.append(trial)
-        if trial.feasible and (self.best is None or trial.rank < self.best.rank):
+        # A network whose outputs aren't finite (an infinite loss) is worth nothing, whatever it costs.
+        if trial.feasible and math.isfinite(trial.loss) and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
         self.on_trial(trial)
         return evaluation
@@ -248,6 +250,11 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         if error is session.failure or _is_ours(found):
             raise
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
+    if session.best is None and any(trial.feasible for trial in session.trials):
+        raise ValueError(
+            f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "
+            "all: choose more bits or a larger budget"
+        )
     if session.best is None:
         raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     return session.best

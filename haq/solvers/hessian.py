@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+import quantizers as Q
 
 BATCH = 32  # images whose activations are kept for their gradients
 DRAWS = 16  # Rademacher vectors for each batch
@@ -48,7 +49,7 @@ def curvature(
     Returns:
         The average traces by layer.
     """
-    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = Q.copy_network(network).eval().requires_grad_(False)
     layers = {name: network.get_submodule(name) for name in names}
     weights = [layer.get_parameter("weight").requires_grad_() for layer in layers.values()]
     inputs: list[tuple[tuple[str, int], Tensor]] = []  # of one forward pass: layer and call, and what came in
@@ -78,7 +79,7 @@ def curvature(
         for part in (part for batch in images for part in batch.split(BATCH)):
             inputs.clear()
             calls.clear()
-            outputs = network(part)
+            outputs = network(part.clone())  # some networks normalise their input in place
             p = outputs.detach().softmax(1)
             count += len(part)
             for key, seen in inputs:

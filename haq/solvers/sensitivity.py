@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,12 +84,22 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
             break
         if base is None:
             base = loss(highest)
+        if math.isinf(base):
+            break  # nothing can be told from outputs that aren't finite
         decision, operand, bits = item
         loss_increases[decision, operand, bits - 1] = max(loss(changed(item)) - base, LEAST)
+    _bound(loss_increases)
     kind = "loss"
     if divergence or problem.objective.compares_with_float:
         kind = "kl"
     return _sensitivities(problem, kind, loss_increases)
+
+
+def _bound(loss_increases: NDArray[np.float64]) -> None:
+    """Make infinite increases, those of outputs that aren't finite, larger than all others together, in place."""
+    infinite = np.isinf(loss_increases)
+    if infinite.any():
+        loss_increases[infinite] = 1.0 + np.nansum(np.where(infinite, 0.0, loss_increases))
 
 
 def evaluations_for_all(problem: Problem) -> int:

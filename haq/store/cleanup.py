@@ -52,7 +52,8 @@ FILES = (
     SWEEP_PICTURE,
     REPORT,
 )
-PATTERNS = (*FILES, *(f"{name}{PART}" for name in FILES), "events.*", "onnx.onnx", "qonnx.onnx")
+EXPORTED = ("network.onnx", "network-qonnx.onnx", "onnx.onnx", "qonnx.onnx")  # the last two by earlier versions
+PATTERNS = (*FILES, *(f"{name}{PART}" for name in FILES), "events.*", *EXPORTED)
 FOLDERS = (CHECKPOINT.parent.name, ROBUSTNESS.name, "deployed")
 # What can be made again by haq.search, haq.finetune and haq.robustness, and is most of a run's bytes. A fine-tuning's state
 # is not among them: it may be one that somebody means to go on with.

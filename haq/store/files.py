@@ -43,7 +43,7 @@ def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:
     """Read an object from a JSON file, which is to be `what`."""
     text = read_text(path, MOST_JSON)
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_without_twice)
     except RecursionError:
         raise ValueError(f"{path} is not {what}: it is nested too deeply") from None
     except ValueError as error:
@@ -126,6 +126,18 @@ def write(path: Path, content: str | bytes) -> None:
 def is_full(error: BaseException) -> bool:
     """Tell whether an error says that the disk, or what one may use of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _without_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of JSON, in which a key that is there twice would count once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{quoted(name)} is there twice")
+            seen.add(name)
+    return made
 
 
 def _one_line(error: BaseException) -> str:

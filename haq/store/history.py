@@ -20,7 +20,9 @@ _BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
-_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, 1e30), "divergence": (-1e-3, 1e30)}
+# Where a network's outputs weren't finite these are infinite, and the accuracy is 0.
+_MAYBE_INFINITE = ("loss", "divergence")
+_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, math.inf), "divergence": (-1e-3, 1e30)}
 
 
 class HistoryRow(NamedTuple):
@@ -182,7 +184,7 @@ def _number(column: str, text: str) -> float:
     if len(text) <= 40:
         with suppress(ValueError):
             value = float(text)
-    if low <= value <= high:
+    if low <= value <= high or (value == math.inf and column in _MAYBE_INFINITE):
         return value
     accepted = "a number from 0"
     if high == 1:

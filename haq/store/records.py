@@ -479,6 +479,7 @@ class TuningRecord(Record):
     diverged: bool = False
     before: Share
     best: Share
+    earlier: Share | None = None  # of the network that was fine-tuned earlier, where that one was kept
 
 
 class ResultRecord(FileRecord):

@@ -6,7 +6,6 @@ quantized checkpoint holds.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -157,7 +156,7 @@ def fault_of(module: nn.Module, policy: Mapping[str, tuple[int | None, int | Non
 
 def with_policy(module: nn.Module, policy: Q.BitPolicy) -> nn.Module:
     """Return a copy of a quantized network at other bits."""
-    made = copy.deepcopy(module)
+    made = Q.copy_network(module)
     Q.set_policy(made, policy)
     return made
 

@@ -175,7 +175,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
         Column("layer", [*names, "total, mean"]),
         Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
         Column("activ.\nbits", [*(f"{bits}{mark}" for bits, mark in zip(a, marks, strict=True)), f"{a.mean():.1f}"], "right"),
-        Column("before,\n8/8", [f"{cost / size:.4g}" for cost in (*before, before.sum())], "right"),
+        Column("before,\n8/8", [*_before(problem, size), f"{before.sum() / size:.4g}"], "right"),
         Column("after", [f"{cost / size:.4g}" for cost in (*after, after.sum())], "right"),
         Column("share\nbefore", [*shares, ""], "right"),
     ]
@@ -187,6 +187,17 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     if problem.pinned:
         caption = f"{PINNED_MARK} fixed"
     print_columns(console, title, columns, totals=1, caption=caption)
+
+
+def _before(problem: Problem, size: float) -> list[str]:
+    """What each layer costs at 8/8, in units of a size."""
+    cells = []
+    for cost, supported in zip(problem.cost[:, 7, 7], problem.table.supported[:, 7, 7], strict=True):
+        cell = NOTHING
+        if supported:
+            cell = f"{cost / size:.4g}"
+        cells.append(cell)
+    return cells
 
 
 class PolicyTable:
@@ -259,6 +270,12 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     ended = ""
     if tuning.get("diverged"):
         ended = "; it ended early, since its loss was no number any more"
+    if tuning.get("earlier") is not None:
+        earlier = with_error(tuning["earlier"], tuning["images"])
+        return (
+            f"Fine-tuning did not help, {judged}: {best} is no better than the network that was fine-tuned earlier "
+            f"({earlier}), which was kept{ended}."
+        )
     if tuning["kept"]:
         return (
             f"Fine-tuning, {judged}: {before} before, {best} after epoch {tuning['kept']} of {tuning['epochs']}, whose "

@@ -35,8 +35,11 @@ class Judgement(NamedTuple):
     loss: float
 
     def beats(self, other: Judgement) -> bool:
-        """Say whether this is the better one of two: of more accuracy, or of as much with less loss."""
-        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+        """Say whether this is the better one of two: of less loss, and no less accurate.
+
+        The loss comes first: among a few hundred answers, one more or less is chance.
+        """
+        return self.loss < other.loss and self.accuracy >= other.accuracy
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import quantizers as Q
 from haq.attacks.proxy import ProxyAttack
 from haq.data import UNLABELLED, Split
 from haq.data.dataset import batch_count, stratified, without
@@ -119,7 +119,7 @@ def finetune(
     if learning_rate is None:
         learning_rate = rate_for(TUNING_RATE, steps or epochs * batch_count(len(trained_on), TUNING_BATCH))
     config = dataclasses.replace(config, learning_rate=learning_rate)
-    tuned = copy.deepcopy(qnetwork)
+    tuned = Q.copy_network(qnetwork)
     keep_frozen(network.module, tuned)
     small = max(network.input_shape[1:]) <= SMALL
     with torch.random.fork_rng(devices=[]), one_thread() if small else nullcontext():
@@ -148,7 +148,7 @@ def finetune(
     if outcome is not None:
         on_outcome(dataclasses.replace(outcome, images=len(held)))
         if not outcome.kept:
-            return copy.deepcopy(qnetwork).eval()
+            return Q.copy_network(qnetwork).eval()
     return tuned
 
 
@@ -207,8 +207,8 @@ def judge_of(network: Network, held: Split, adversary: Adversary | None = None) 
                     answers = module(attacked)
                 correct &= answers.argmax(1) == labels
             right += int(correct.sum())
-            logs = [F.log_softmax(outputs.double(), 1) for outputs in (answers, expected)]
-            total += float(F.kl_div(*logs, reduction="sum", log_target=True))
+            log_answers, log_expected = (F.log_softmax(outputs.double(), 1) for outputs in (answers, expected))
+            total += float(F.kl_div(log_answers, log_expected, reduction="sum", log_target=True))
         if not math.isfinite(total):
             return Judgement(0.0, math.inf)
         return Judgement(right / len(held), total / len(held))

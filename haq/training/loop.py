@@ -181,15 +181,11 @@ class Training:
             Q.load_quantizer_state(self.module, content["quantizers"])
 
     def consider(self, judgement: Judgement) -> None:
-        """Note what the module is worth now, and keep it if that is the most so far.
-
-        It must be no worse than the network before in either way: a few images may be answered rightly by chance.
-        """
+        """Note what the module is worth now; keep it if it beats the network before, and its loss is the least so far."""
         self.judged.append(judgement)
-        least = self.least
-        if least is not None and (judgement.accuracy < least.accuracy or not judgement.loss < least.loss):
+        if self.least is not None and not judgement.beats(self.least):
             return
-        if self.kept == 0 or judgement.beats(self.judged[self.kept - 1]):
+        if self.kept == 0 or judgement.loss < self.judged[self.kept - 1].loss:
             self.kept = len(self.judged)
             self.best = self.tensors()
 

@@ -7,10 +7,12 @@ written first stands. The lock between reading and renaming is the operating sys
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,14 +41,23 @@ class TimingCache:
     """
 
     def __init__(self, key: Key, notice: Notice = warn) -> None:
-        """Find the file, and check that it can be written."""
+        """Find the file; where it can't be written, a copy for as long as this process lives takes its place."""
         self.key = dict(key)
         self._notice = notice
         name = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = cache_folder() / f"timings-{name}.json"
         # Now, and not after minutes of measuring: can it be written?
-        with self._locked():
-            pass
+        try:
+            with self._locked():
+                pass
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            notice(f"measured times can't be kept in {self.path.parent} ({reason}): they are lost when this process ends")
+            kept = self.path
+            self.path = Path(_own_folder().name) / kept.name
+            if not self.path.exists():
+                with contextlib.suppress(OSError):
+                    self.path.write_bytes(kept.read_bytes())
 
     def read(self) -> dict[str, Timing]:
         """Read what is on disk; nothing if there is no file or none to be trusted."""
@@ -86,6 +97,12 @@ class TimingCache:
             else:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a folder that is deleted when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="haq-")
 
 
 def _checked(content: Any, key: Mapping[str, str | int]) -> dict[str, Timing]:

@@ -59,6 +59,10 @@ class CpuTarget:
     progress: Progress | None = field(default=None, compare=False)
     notice: Notice = field(default=warn, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give what another process needs: not what shows progress in this one."""
+        return {**self.__dict__, "progress": None, "notice": warn}
+
     @property
     def name(self) -> str:
         """What `load_target` is given."""
@@ -125,7 +129,7 @@ class CpuTarget:
             provenance += f", the machine being busy in {len(doubtful)} of {len(workload)} layers"
             self.notice(
                 f"the times of {len(doubtful)} of {len(workload)} layers on {self.name} are not trusted ({doubtful[0]!r} is "
-                "the first): the machine was busy while they were measured; start again when it isn't, and they are measured anew"
+                "the first): the machine was busy while they were measured; the next start measures them again"
             )
         return CostTable(
             target=self.name,
@@ -151,7 +155,8 @@ class CpuTarget:
             for conv in self._outdated(trusted, {conv: chosen[conv] for conv, some in before.items() if some}):
                 layer, kernels = candidates[conv]
                 trusted.forget(kernels)
-                chosen[conv] = choose(kernels, partial(trusted.timings, partial(self._say, len(chosen), len(candidates), layer)))
+                say = partial(self._say, len(chosen), len(candidates), layer)
+                chosen[conv] = choose(kernels, partial(trusted.timings, say))
             for some in before.values():
                 trusted.settle(some)
             if trusted.unchecked:

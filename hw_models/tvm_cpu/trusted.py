@@ -82,9 +82,8 @@ class Trusted:
         """
         found = self._measured(say, kernels)
         self.unchecked = not all(timing.trusted for timing in found.values())
-        return [
-            kernel for kernel, timing in found.items() if timing.trusted and not _alike(timing, self._known[self._text(kernel)])
-        ]
+        trusted = {kernel: timing for kernel, timing in found.items() if timing.trusted}
+        return [kernel for kernel, timing in trusted.items() if not _alike(timing, self._known[self._text(kernel)])]
 
     def settle(self, kernels: Iterable[Kernel]) -> None:
         """Take what the cache has of these kernels for checked."""

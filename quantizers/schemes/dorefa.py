@@ -159,7 +159,9 @@ class _SignTimesMean(torch.autograd.Function):
 
 def _unit_range(x: Tensor, levels: int, reuse: bool = False) -> Tensor:
     wide = x.to(computed_in(x))
-    made = result_like(wide, reuse and blockwise(wide))
+    if not blockwise(wide):
+        return wide.clamp(0, 1).mul_(levels).round_().div_(levels).to(x.dtype)
+    made = result_like(wide, reuse)
     for source, target in blocks(wide, made):
         torch.clamp(source, 0, 1, out=target).mul_(levels).round_().div_(levels)
     return made.to(x.dtype)

@@ -52,6 +52,7 @@ class KMeans(Linear, name="kmeans"):
     learned: ClassVar[tuple[str, ...]] = ("codebook",)
     learned_rate: ClassVar[float] = 0.1  # a centroid's gradient is the sum over its weights
     of_weight: ClassVar[tuple[str, ...]] = ("codebook", "codebook_border", "zeros_kept")
+    trains_weight: ClassVar[bool] = False
     has_integer_weights: ClassVar[bool] = False
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:

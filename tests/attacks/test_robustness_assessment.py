@@ -18,6 +18,8 @@ from haq.attacks import base, masking
 from haq.attacks.assessment import Assessment, assess
 from haq.attacks.base import AttackBudget, EvaluationAttack
 from haq.attacks.classifier import Classifier
+from haq.attacks.evaluation_attacks import Fold
+from haq.attacks.threat_model import ThreatModel
 from tests.conftest import brightest, fitted, fitted_network, images, small_network
 
 SHORT = AttackBudget(steps=10, restarts=1, apgd=10, targets=2, queries=60, draws=5)
@@ -217,6 +219,100 @@ def test_weak_attacks_that_beat_gradients_are_noticed(weaker: str, name: str) ->
     assert check(fine, name).passed
 
 
+@pytest.mark.parametrize("attacks", ["noise", "noise,square", "transfer-same"])
+def test_what_no_attack_with_gradients_was_asked_of_is_an_upper_bound(attacks: str) -> None:
+    """Whatever the other checks say: noise leaves what PGD does not."""
+    network = fitted_network()
+    found = assess(network, X[:30], Y[:30], eps=0.1, attacks=attacks, sources={"same": network})
+    one = check(found, "an attack follows gradients")
+    assert not one.passed
+    assert one.figures == f"none of {attacks.replace(',', ', ')} does"
+    assert found.masked
+    assert found.verdict == "upper bound: no attack that was asked for follows gradients"
+
+
+def test_a_suite_that_plain_pgd_beats_is_an_upper_bound() -> None:
+    """The curve goes further within eps than a single step does."""
+    found = assess(fitted_network(), X[:30], Y[:30], eps=0.1, attacks="fgsm")
+    one = check(found, "the attacks find what plain PGD finds")
+    assert not one.passed
+    assert min(value for eps, value in found.curve if eps <= 0.1) < found.worst
+    assert found.masked
+    assert found.verdict == "upper bound: plain PGD finds more than the attacks that were asked for"
+    # That a whole suite passes is told by `test_honest_networks_pass_every_check`.
+
+
+class Vote(nn.Module):
+    """Three networks, each of which has a vote, with the gradient of its own sharp softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(fitted_network(seed) for seed in (0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = 0
+        for member in self.members:
+            soft = (4 * member(x)).softmax(1)
+            hard = nn.functional.one_hot(soft.argmax(1), 4)
+            made = made + hard + soft - soft.detach()
+        return made  # type: ignore[return-value]
+
+
+def test_a_vote_that_hides_its_members_is_noticed() -> None:
+    """Where members are sure of their answers their votes have no slope; PGD on the sum of their logits isn't stopped."""
+    found = assess(Vote().eval(), X, Y, eps=0.1, attacks="pgd")
+    one = check(found, "the attacks find what PGD on its members finds")
+    assert not one.passed
+    assert found.masked
+    alone = assess(fitted_network(), X[:10], Y[:10], eps=0.1, attacks="pgd")
+    assert not [one for one in alone.checks if "members" in one.name]
+
+
+class Broken(torch.autograd.Function):
+    """The identity, with NaN in its gradient: at one pixel, or at all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pixels: int) -> Tensor:
+        ctx.pixels = pixels
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone()
+        gradient.flatten(1)[:, : ctx.pixels] = math.nan
+        return gradient, None
+
+
+@pytest.mark.parametrize("pixels", [1, 64])
+def test_gradients_of_nan_end_no_suite_and_are_noticed(pixels: int) -> None:
+    """Attacks leave such pixels where they are, and the number is stamped."""
+    network = Before(fitted_network(), before=lambda x: Broken.apply(x, pixels))
+    found = assess(network, X[:30], Y[:30], eps=0.1, attacks="fgsm,pgd,apgd-ce")
+    assert not check(found, "no gradient is zero").passed
+    assert found.masked
+    if pixels == 1:
+        assert found.worst < found.clean - 0.5
+
+
+@pytest.mark.parametrize("eps", ["0.1", " 1e-1", "25.5/255", np.float64(0.1)])
+def test_eps_may_be_a_text(eps: Any) -> None:
+    found = assess(fitted_network(), X[:20], Y[:20], eps=eps, attacks="fgsm")
+    assert found.summary() == assess(fitted_network(), X[:20], Y[:20], eps=0.1, attacks="fgsm").summary()
+
+
+@pytest.mark.parametrize("size", [(24, 24), (14, 14), (24, 32), (40, 12), (4, 4), (1, 64), (7, 3), (1, 1)])
+def test_square_takes_images_of_every_size(size: tuple[int, int]) -> None:
+    """In l2 they are laid into squares that the library takes, and come out as they were."""
+    x = torch.rand(3, 2, *size)
+    fold = Fold.of(x)
+    assert fold is not None
+    assert torch.equal(fold.open(fold.close(x)), x)
+    network = Before(nn.Flatten(), after=lambda z: torch.stack([z.mean(1), 0.5 + 0 * z.mean(1)], 1)).eval()
+    found = assess(network, x, (x.mean((1, 2, 3)) < 0.5).long(), eps=0.5, norm="l2", attacks="square")
+    assert ThreatModel(0.5, "l2").within(x, found.examples)
+    assert Fold.of(torch.rand(1, 1, 28, 28)) is None
+
+
 class Pocket(nn.Module):
     """Answers 0, but 1 where the mean of an image is close to a value: what overshoots it does not find it."""
 
@@ -286,10 +382,10 @@ def test_randomness_off_the_images_is_noticed() -> None:
 
 
 def test_honest_networks_pass_every_check() -> None:
-    """All eight, and the number is called by its name."""
+    """All nine, and the number is called by its name."""
     found = assess(fitted_network(), X, Y, eps=0.1, attacks="quick")
     assert [one.name for one in found.checks if not one.passed] == []
-    assert len(found.checks) == 8
+    assert len(found.checks) == 9
     assert not found.masked
     assert found.verdict == "worst case over all attacks"
 
@@ -461,8 +557,12 @@ def detached() -> nn.Module:
         ({"images": X[:0], "labels": Y[:0]}, "at least one; got"),
         ({"labels": Y[:10] + 3}, "labels reach from 4 to 6, the network has 4 classes"),
         ({"labels": Y[:10] - 4}, "labels reach from -3 to -1"),
-        ({"labels": Y[:10].float()}, "labels are int64, not torch.float32"),
+        ({"labels": Y[:10].float()}, "`labels` has labels of type torch.float32 .* integers of shape"),
         ({"eps": 8}, r"eps is 8; images are in \[0, 1\], so it is above 0 and at most 1: 8/255, not 8"),
+        ({"eps": "8"}, r"eps is '8'; images are in \[0, 1\]"),
+        ({"eps": "a lot"}, "eps 'a lot' is not understood: give a fraction such as 8/255"),
+        ({"eps": True}, "eps True is not understood"),
+        ({"network": Before(small_network(), after=lambda z: (z,))}, "logits .images, two classes or more.*, not a tuple"),  # type: ignore[arg-type,return-value]
         ({"norm": "l0"}, "unknown norm 'l0'; known: linf, l2"),
         ({"attacks": "cw"}, "unknown attack 'cw'"),
         ({"backward": "none"}, "unknown backward mode 'none'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import quantizers as Q
 from haq import networks, robustness, search
 from haq.attacks import base
 from haq.console.errors import run_command
-from haq.study import robustness_run
 from haq.study.comparison import ComparisonSpec, gather
 from tests.conftest import enter, images
 
@@ -163,12 +162,9 @@ def test_unknown_attacks_are_refused_before_anything_is_trained(capsys: pytest.C
     assert not Path("run/robustness").exists()
 
 
-def killed(*given: object) -> None:
-    os._exit(9)
-
-
 def test_a_killed_worker_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(robustness_run, "_attacking", killed)
+    resource_tracker.ensure_running()
+    monkeypatch.setattr(spawn, "_python_exe", b"/bin/false")
     assert call("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--workers", "2", "--out", "o") == 2
     err = capsys.readouterr().err
     assert "a worker was killed" in err

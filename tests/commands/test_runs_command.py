@@ -17,6 +17,7 @@ import yaml
 
 from haq import runs, search, sweep
 from haq.console import errors
+from haq.store import lock
 from haq.study.search_run import SearchRun
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
@@ -136,6 +137,24 @@ def test_a_list_as_json_agrees_with_the_files(capsys: pytest.CaptureFixture[str]
         "swept": "finished",
         "torn": "damaged",
     }
+
+
+def test_no_nones_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("runs/a", "runs/b", "runs/cut", "runs/swept", "runs/swept/sensitivity"):
+        assert runs.main(["show", folder]) == 0
+        out = capsys.readouterr().out
+        assert not re.search("none|null|[{}]", out, re.IGNORECASE), out
+    assert runs.main(["show", "runs/swept"]) == 0
+    assert "hw edge,cloud, budgets 0.6, solvers ilp,random, seeds 1" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_finished_run_is_finished_whoever_holds_its_lock(capsys: pytest.CaptureFixture[str]) -> None:
+    with lock.writing(Path("runs/b"), ""), lock.writing(Path("runs/cut"), ""), lock.writing(Path("runs/swept"), ""):
+        assert runs.main(["list", "--json"]) == 0
+        states = {Path(run["folder"]).name: run["state"] for run in json.loads(capsys.readouterr().out)}
+        assert runs.main(["prune", "--checkpoints"]) == 0
+        assert "left alone: runs/b, it is being written" in capsys.readouterr().out
+    assert (states["b"], states["cut"], states["swept"]) == ("finished", "running", "finished")
 
 
 def test_a_sweep_is_listed_with_its_searches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,11 +70,11 @@ def test_a_scheme_from_end_to_end(name: str, capsys: pytest.CaptureFixture[str])
 
     if deployable:
         assert call(deploy.main, "run", "--to", "onnx") in (0, 1)
-        assert Path("run/onnx.onnx").is_file()
+        assert Path("run/network.onnx").is_file()
     else:
         assert call(deploy.main, "run", "--to", "onnx") == 2
         assert f"scheme '{name}'" in capsys.readouterr().err
-        assert not Path("run/onnx.onnx").exists()
+        assert not Path("run/network.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 import yaml
 
 import quantizers as Q
-from haq import evaluate, finetune, report, search
+from haq import evaluate, finetune, report, runs, search
 from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.store.history import COLUMNS
 from haq.study.config import SearchConfig
@@ -58,6 +61,24 @@ def call(main: Any, *arguments: str) -> int:
 def history(folder: Path) -> list[dict[str, str]]:
     with (folder / "history.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_printed_commands_work_whatever_the_folder_is_called(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("p q/[red]r[/] n;x[/b]", "-it's"):
+        asked = [*SMALL, "--solver", "random", "--evaluations", "4", "--finetune-epochs", "0", "--out", name]
+        assert call(search.main, *asked) == 0
+        out = capsys.readouterr().out
+        assert f"Written: {name} (policy.json" in out
+        assert call(runs.main, "show", "--", name) == 0
+        out += "".join(f"Next: {line[7:]}" for line in capsys.readouterr().out.splitlines(True) if line[:7] == "go on  ")
+        commands = [shlex.split(line[6:]) for line in out.splitlines() if line.startswith("Next: ")]
+        assert {words[2] for words in commands} == {"haq.finetune", "haq.report"}
+        for _, _, module, *words in commands:
+            context = importlib.import_module(module).cli.make_context(module, words)
+            (folder,) = [value for value in context.params.values() if value in (Path(name), (Path(name),))]
+            assert folder
 
 
 def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
@@ -227,6 +248,32 @@ def test_a_history_that_was_changed_is_noticed(capsys: pytest.CaptureFixture[str
     Path("run/history.csv").write_text("".join(text))
     assert call(search.main, "--resume", "run") == 2
     assert "can't be resumed" in capsys.readouterr().err
+
+
+ATTENDING = """
+
+class Attending(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix = small_network(), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        rows = self.mix(x[:, 0])
+        return self.inner((rows @ rows.transpose(1, 2))[:, None])
+
+def attending():
+    return Network("attending", Attending(), (1, 8, 8))
+"""
+
+
+def test_a_plan_says_which_share_of_the_work_has_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("attending_job.py").write_text(MODULE + ATTENDING)
+    asked = ["--network", "attending_job:attending", "--data", "attending_job:splits", "--budget", "0.9"]
+    assert call(search.main, *asked, "--finetune-epochs", "0", "--evaluations", "5", "--dry-run") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"not priced [0-9.]+ % of the MACs \(bmm 0.000512 M in the network itself\)", out)
+    assert call(search.main, *QUICK, "--dry-run") == 0
+    assert "not priced" not in capsys.readouterr().out
 
 
 def test_a_dry_run_says_it_all_and_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -63,3 +66,39 @@ def test_commands_are_quoted_and_never_broken() -> None:
     shown = console(20)
     say_next(shown, *words)
     assert text(shown) == f"Next: {command_line(*words)}\n"
+
+
+NAMES = [
+    "x[/b]",
+    "[red]m[/]",
+    "p q/r n",
+    "a;b&c|d",
+    "it's",
+    'a "b"',
+    "$HOME `id` $(id) !1 ~ * ?",
+    "n" * 3000,
+    "#x",
+    "a=b",
+    "日本",
+]
+STEERING = ["a\nb", "\x1b[31mred", "\u202eback", "a\u00a0b", "tab\tend\\", "it's\r\x07", "\udcff"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *STEERING, "-rf", "--out"])
+def test_a_shell_reads_back_any_name(name: str) -> None:
+    shown = console(40)
+    say_next(shown, "printf", r"%s\0", Path(name))
+    line = text(shown).removeprefix("Next: ")
+    assert line.count("\n") == 1
+    assert line.rstrip("\n").isprintable()
+    read = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    assert os.path.normpath(os.fsdecode(read[:-1])) == name
+    if name in NAMES:
+        assert shlex.split(line)[2] == name
+    assert not read.startswith(b"-")
+
+
+def test_a_sentence_is_one_line_whatever_name_it_has() -> None:
+    shown = console(40)
+    say(shown, f"\nKept in {Path('a') / STEERING[0]} {NAMES[0]} {NAMES[1]} :dog:", wrap=False)
+    assert text(shown) == f"\nKept in a/a\\nb {NAMES[0]} {NAMES[1]} :dog:\n"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import deploy, networks, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
+from haq.deployment import folder as folders
 from haq.deployment import interpreter
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
@@ -173,6 +177,158 @@ def test_a_run_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("run/config.yaml").write_text(yaml.safe_dump(config))
     assert run_command(lambda: deploy.main(["run"])) == EXIT_BAD_INPUT
     assert "the network (small_job:network) is no longer what run began with" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small compiled network."""
+    network, images = small()
+    folder = tmp_path_factory.mktemp("written") / "deployed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
+        deploy.to_tvm(quantized, images, folder)
+    return folder
+
+
+def test_threads_do_not_mix_their_images(written: Path) -> None:
+    deployed = deploy.load(written)
+    images = [torch.full((1, 3, 16, 16), value) for value in (-1.0, -0.3, 0.3, 1.0)]
+    expected = [deployed(image) for image in images]
+    assert not torch.equal(expected[0], expected[1])
+
+    def ask(number: int) -> bool:
+        return all(torch.equal(deployed(images[number % 4]), expected[number % 4]) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(8)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused(written: Path, value: float) -> None:
+    """By the code, by the integer program, and where either is made or compared."""
+    network, images = small()
+    bad = images.clone()
+    bad[2, 1, 3, 3] = value
+    deployed = deploy.load(written)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
+    program = lower(capture(quantized, images), quantized, images)
+    for call in (
+        lambda: deployed(bad),
+        lambda: deployed(bad.numpy()),
+        lambda: interpreter.run(program, bad.numpy()),
+        lambda: interpreter.compare(quantized, program, bad),
+        lambda: deploy.to_tvm(quantized, bad, written.parent / "never"),
+    ):
+        with pytest.raises(ValueError, match=r"of finite numbers; image 2 has NaN or infinity$"):
+            call()
+    assert not (written.parent / "never").exists()
+
+
+def test_images_of_other_layouts_are_taken_and_of_other_types_refused(written: Path) -> None:
+    _, images = small()
+    deployed = deploy.load(written)
+    expected = deployed(images)
+    last = images.to(memory_format=torch.channels_last)
+    assert torch.equal(deployed(last), expected)
+    assert torch.equal(deployed(images.clone().requires_grad_()), expected)
+    assert np.array_equal(deployed(images.numpy()[::-1]), expected.numpy()[::-1])
+    assert np.array_equal(deployed(np.asfortranarray(images.numpy())), expected.numpy())
+    assert deployed(images[:0]).shape == (0, 5)
+    for other in (
+        images.double(),
+        images.half(),
+        images.bfloat16(),
+        images.to_sparse(),
+        images.to("meta"),
+        images.numpy().astype(">f4"),
+        images.numpy().astype(np.float64),
+        images.tolist(),
+        images[0],
+        images[..., :15],
+        None,
+    ):
+        with pytest.raises(ValueError, match="the network takes"):
+            deployed(other)
+
+
+def test_a_network_that_is_written_over_goes_on_as_it_was(written: Path, tmp_path: Path) -> None:
+    """The library is loaded from a copy, and another one of the same path is loaded anew."""
+    folder = tmp_path / "deployed"
+    shutil.copytree(written, folder)
+    network, images = small()
+    before = deploy.load(folder)
+    expected = before(images)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data.mul_(-1)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
+    after = deploy.to_tvm(quantized, images, folder)
+    program = lower(capture(quantized, images), quantized, images)
+    assert np.array_equal(after(images.numpy()), interpreter.run(program, images.numpy())[0])
+    (folder / "network.so").write_bytes(b"")
+    assert torch.equal(before(images), expected)
+    with pytest.raises(ValueError, match=r"network.so has 0 bytes, not the [\d,]+ that were written"):
+        deploy.load(folder)
+
+
+def test_a_library_that_is_none_is_refused(written: Path, tmp_path: Path) -> None:
+    """As somebody made it who described it, too."""
+    folder = tmp_path / "deployed"
+    shutil.copytree(written, folder)
+    content = json.loads((folder / "network.json").read_text())
+    for entry in ("files", "sha256", "format"):
+        del content[entry]
+    folders.write(folder, content | {"calls": ["no_such"]})
+    with pytest.raises(ValueError, match=r"network.so can't be loaded, from a copy in .*: "):
+        deploy.load(folder)
+    folders.write(folder, content | {"target": {"kind": "abacus"}})
+    with pytest.raises(ValueError, match='Target kind "abacus" is not defined'):
+        deploy.load(folder)
+    (folder / "network.so").write_bytes(b"no library")
+    folders.write(folder, content)
+    with pytest.raises(ValueError, match=r"network.so can't be loaded, from a copy in .*: "):
+        deploy.load(folder)
+    np.savez(folder / "constants.npz", const_int8=np.zeros(3, np.int8))
+    shutil.copy(written / "network.so", folder)
+    folders.write(folder, content)
+    with pytest.raises(ValueError, match=r"constants.npz"):
+        deploy.load(folder)
+
+
+class Reused(nn.Module):
+    """A layer that is called twice, the second time without what its quantization does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, 1, 1)
+        self.last = nn.Linear(3 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_what_is_off_by_more_than_rounding_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever mistake it comes from: here one of the lowering, which forgets a bias, and doubles a scale."""
+    torch.manual_seed(0)
+    network, images = Reused().eval(), torch.randn(8, 3, 8, 8)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=images).eval()
+    graph = capture(quantized, images)
+    wrong = copy.deepcopy(quantized)
+    wrong.first.bias.data += 1
+    with pytest.raises(ValueError, match=r"its integer program gives layer 'last' integers that are off by up to \d+"):
+        interpreter.check(quantized, lower(graph, wrong, images), images)
+    wrong = copy.deepcopy(quantized)
+    wrong.last.bias.data += 1
+    with pytest.raises(ValueError, match="its integer program gives outputs that are off by 1"):
+        interpreter.check(quantized, lower(graph, wrong, images), images)
+    wrong = Q.quantize(network, {"first": (4, 4), "last": (4, None)}, calibrate=images).eval()
+    with pytest.raises(ValueError, match="rounds what enters layer 'last', which the network doesn't"):
+        interpreter.check(wrong, lower(graph, quantized, images), images)
+    monkeypatch.setattr("haq.deployment.tvm.lower", lambda graph, network, images: lower(graph, wrong, images))
+    with pytest.raises(ValueError, match="doesn't round what enters layer 'last', which the network does"):
+        deploy.to_tvm(quantized, images, tmp_path / "deployed")
+    assert not (tmp_path / "deployed").exists()
 
 
 def test_bad_folders_and_images(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import quantizers as Q
 from haq import deploy, networks, search
@@ -204,3 +206,67 @@ def test_a_file_of_networks_is_needed_by_no_exporter(tmp_path: Path) -> None:
     for name, network in (("one", qnetwork), ("two", again)):
         onnx.export(capture(network, images(1)), network, tmp_path / f"{name}.onnx")
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
+TIMED = """
+from haq.deployment.exporter import Exporter, Verdict
+
+class Timed(Exporter):
+    name, summary, output = "timed", "nothing, but so fast", "timed.txt"
+    latency_s, machine = 0.0, {"processor": "Z80"}
+    def check(self, network):
+        pass
+    def export(self, network, graph, images, path, *, notes, options, on_progress):
+        path.write_text("")
+    def compare(self, network, graph, samples, path):
+        return Verdict(True, (), self.latency_s, self.machine)
+"""
+
+
+@pytest.mark.parametrize(
+    ("factor", "provenance", "machine", "words"),
+    [
+        (1.1, "estimated", None, ""),
+        (
+            0.5,
+            "estimated",
+            None,
+            "is 50.00 % below the {} that the run has for this policy, estimated for edge: that is",
+        ),
+        (1.5, "measured on Z80", "Z80", "is 50.00 % above the {} that the run has for this policy, measured for edge on this"),
+        (1.5, "measured on Z81", "Z81", "measured for edge, on another machine"),
+        (0.85, "measured on Z80", "Z80", ""),
+    ],
+)
+def test_a_latency_far_from_the_runs_is_said(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    factor: float,
+    provenance: str,
+    machine: str | None,
+    words: str,
+) -> None:
+    """Beyond 20 %, with what is estimated and what measured, and where."""
+    enter(tmp_path, monkeypatch, MODULE)
+    shutil.copytree(finished / "run", tmp_path / "run")
+    (tmp_path / "timed_job.py").write_text(TIMED)
+    monkeypatch.delitem(sys.modules, "timed_job", raising=False)
+    import timed_job  # type: ignore[import-not-found]
+
+    problem = json.loads(Path("run/problem.json").read_text())
+    predicted = json.loads(Path("run/result.json").read_text())["found"]["latency_s"]
+    problem["target"]["provenance"] = provenance
+    Path("run/problem.json").write_text(json.dumps(problem))
+    if machine is not None:
+        config = yaml.safe_load(Path("run/config.yaml").read_text())
+        config["signature"]["machine"] = json.dumps({"processor": machine})
+        Path("run/config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(timed_job.Timed, "latency_s", factor * predicted)
+    assert call("--to", "timed_job:Timed") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    kind = provenance.split()[0]
+    assert f"latency, {kind} by the run {1e6 * predicted:.1f} us (edge" in printed
+    assert ("The latency that was measured here" in printed) == bool(words)
+    assert words.format(f"{1e6 * predicted:.1f} us") in printed

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import quantizers as Q
 from haq import networks
 from haq.deployment.graph import capture
-from haq.deployment.onnx import FLAVOURS, Verification, export, verify
+from haq.deployment.onnx import FLAVOURS, OnnxExporter, Verification, export, verify
 from tests.conftest import images, small_network
 
 onnx = pytest.importorskip("onnx")
@@ -55,6 +57,7 @@ def exported(network: nn.Module, policy: Any, x: Tensor, path: Path, scheme: Any
         print(found[-1])
         assert found[-1].flavour == flavour
         assert found[-1].images == len(x)
+        assert not found[-1].fault
     assert not list(path.glob("*.part"))
     return found
 
@@ -297,3 +300,31 @@ def test_an_unknown_flavour_and_a_missing_package(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ImportError, match=rf"the package {name.partition('.')[0]}: pip install 'haq\[onnx\]'"):
             export(graph, quantized, tmp_path / "net.onnx", flavour=flavour)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_network_is_not_put_in_its_place(tmp_path: Path) -> None:
+    """Whatever mistake it comes from: a layer's own numbers, where what enters it is the same, tell; so do images of NaN."""
+    network, x = sequence(nn.Conv2d(3, 3, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 4)), torch.rand(4, 3, 8, 8)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=x)
+    wrong = copy.deepcopy(quantized)
+    wrong[0].bias.data += 1
+    graph, path = capture(quantized, x), tmp_path / "net.onnx"
+    path.write_text("the one before")
+    given: dict[str, Any] = {"notes": {}, "options": {}, "on_progress": lambda *told: None}
+    with patch("haq.deployment.onnx.export", lambda graph, network, path, flavour: export(graph, wrong, path)):
+        with pytest.raises(ValueError, match=r"as a file of onnx it gives layer '3' integers that are off by up to \d+, from"):
+            OnnxExporter().export(quantized, graph, x, path, **given)
+        wrong[0].bias.data -= 1
+        wrong[3].bias.data += 1
+        with pytest.raises(ValueError, match="as a file of onnx it gives outputs that are off by 1"):
+            OnnxExporter().export(quantized, graph, x, path, **given)
+        wrong = Q.quantize(network, {"0": (4, 4), "3": (4, None)}, calibrate=x)
+        with pytest.raises(ValueError, match="doesn't round what enters layer '3', which the network does"):
+            OnnxExporter().export(quantized, graph, x, path, **given)
+    assert path.read_text() == "the one before"
+    OnnxExporter().export(quantized, graph, x, path, **given)
+    with pytest.raises(ValueError, match="images of finite numbers, and these have NaN or infinity"):
+        verify(path, quantized, x / 0)
+    path.write_text("the one before")
+    with pytest.raises(ValueError, match="is not a file of ONNX"):
+        verify(path, quantized, x)

@@ -165,6 +165,40 @@ def test_a_finished_episode_must_be_reset() -> None:
         env.step(np.zeros(2, np.float32))
 
 
+@both
+@pytest.mark.parametrize(
+    "wrong",
+    [np.nan, np.inf, -np.inf, "scalar", "none", "short", "long", "row", "words", "bool", "complex", "object", "ragged"],
+)
+def test_an_action_that_is_none_is_named_at_its_step(name: str, wrong: Any) -> None:
+    env = make(PROBLEM, name).unwrapped
+    size = env.action_space.shape[0]  # type: ignore[index]
+    right = np.full(size, 0.25, np.float32)
+    actions: dict[Any, Any] = {
+        "scalar": 0.5,
+        "none": None,
+        "short": right[1:],
+        "long": np.append(right, right),
+        "row": right[None],
+        "words": ["0.5"] * size,
+        "bool": [True] * size,
+        "complex": right + 0j,
+        "object": [None] * size,
+        "ragged": [[0.5], 0.5, [0.1, 0.2]],
+    }
+    action = actions.get(wrong, np.append(right[1:], np.float32(wrong) if isinstance(wrong, float) else 0))
+    env.reset()
+    env.step(right)
+    with pytest.raises(ValueError, match=rf"^the action of step 1 is .*; it must be {size} finite numbers from -1 to 1"):
+        env.step(action)
+    # It is as if nothing had been asked.
+    untouched = make(PROBLEM, name).unwrapped
+    untouched.reset()
+    untouched.step(right)
+    for again in ([1] * size, np.full(size, 7.0)):
+        assert np.array_equal(env.step(again)[0], untouched.step(np.clip(again, -1, 1))[0])
+
+
 def test_nothing_to_decide_is_an_error(network: nn.Module) -> None:
     problem = make_problem(network, 1.0)
     problem.decisions = [Decision((i,), np.array([[8, 8]]), np.ones(1)) for i in range(5)]

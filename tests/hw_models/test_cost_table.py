@@ -1,4 +1,5 @@
-"""A cost table holds every layer at every pair of bits, prices thousands of policies at once, never a zero, and says which pairs the target can't do."""
+"""A cost table holds every layer at every pair of bits, prices thousands of policies at once, has no cost of 0, and knows
+which pairs the target can't do."""
 
 from __future__ import annotations
 

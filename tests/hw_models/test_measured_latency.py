@@ -4,14 +4,17 @@ measured is kept through kills, damage and other processes, and never used for a
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import pickle
 import platform
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -140,6 +143,33 @@ def test_more_bits_never_cost_less(seed: int) -> None:
 
 
 # The cache
+
+
+def test_a_cache_that_cannot_be_written_is_gone_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TimingCache(KEY).save({"a": GOOD})
+    locked = TimingCache._locked
+
+    def read_only(self: TimingCache) -> Any:
+        if self.path.is_relative_to(tmp_path):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.path))
+        return locked(self)
+
+    monkeypatch.setattr(TimingCache, "_locked", read_only)
+    told: list[str] = []
+    cache = TimingCache(KEY, told.append)
+    assert len(told) == 1
+    assert f"can't be kept in {cache_folder()} (Read-only file system)" in told[0]
+    assert cache.read() == {"a": GOOD}
+    assert cache.save({"b": GOOD}) == TimingCache(KEY, told.append).read() == {"a": GOOD, "b": GOOD}
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert TimingCache({**KEY, "threads": 7}, told.append).save({"c": GOOD}) == {"c": GOOD}
+
+
+def test_a_target_is_sent_without_what_shows_its_progress_here() -> None:
+    lock = threading.Lock()
+    target = targets.CpuTarget(None, "a processor", "", progress=lambda *news: lock.acquire())
+    assert pickle.loads(pickle.dumps(target)) == target
 
 
 def test_the_cache_returns_what_was_saved() -> None:

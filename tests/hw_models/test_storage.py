@@ -63,7 +63,64 @@ def test_what_stays_in_float() -> None:
 def test_weights_that_two_layers_share_are_stored_once() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     network[1].weight = network[0].weight
-    assert trace(network, 6).other_parameters == 0
+    workload = trace(network, 6)
+    assert workload.other_parameters == 0
+    assert workload.parameters == sum(p.numel() for p in network.parameters()) == 36 + 6 + 6
+    assert [layer.own_parameters for layer in workload.layers] == [42, 6]
+    for target in hw_models.target_names():
+        table = hw_models.load_target(target).cost_table(workload)
+        alone = hw_models.load_target(target).cost_table(trace(nn.Linear(6, 6), 6))
+        # Beside the weight, each has its scales and its bias.
+        assert table.storage_bytes[1] == pytest.approx(alone.storage_bytes[0] - -(-36 * np.arange(1, 9) // 8)[:, None])
+        assert (table.latency_s[0] == table.latency_s[1]).all()  # computed twice
+    assert hw_models.storage_parts(workload, "kmeans")["codebooks"][1].tolist() == [0] * 8
+    network[1].bias = network[0].bias
+    assert trace(network, 6).parameters == 42
+
+
+def test_a_shared_weight_is_stored_once_for_every_width_that_it_is_used_at() -> None:
+    network = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    for index in (1, 3):
+        network[index].weight = network[0].weight
+    workload = trace(network, 6)
+    assert workload.tied_weights == ((0, 1, 3),)
+    table = hw_models.load_target("edge").cost_table(workload)
+    scales_and_biases = 4 * (4 * (4 * (6 + 1) + 4 * 6) // 4)
+
+    def stored(*w_bits: int) -> float:
+        costs = table.price(np.array([w_bits]), np.full((1, 4), 8))
+        assert costs.storage_bytes is not None
+        return float(costs.storage_bytes[0]) - scales_and_biases
+
+    assert stored(8, 8, 8, 8) == 36 + 36
+    assert stored(4, 4, 8, 4) == 18 + 36
+    assert stored(4, 8, 8, 4) == 18 + 36 + 36
+    assert stored(8, 4, 8, 4) == 36 + 18 + 36
+    assert stored(2, 4, 8, 8) == 9 + 18 + 36 + 36
+
+
+def test_weights_that_share_memory_are_one_and_those_of_another_module_are_counted() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.hidden, self.head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.head(self.hidden(self.words(x)))
+            return result
+
+    network = Tied()
+    workload = hw_models.trace(network, torch.zeros(1, 3, dtype=torch.long))
+    assert workload.parameters == sum(p.numel() for p in network.parameters())
+    assert hw_models.float_bytes(workload) == 4 * 60  # looked up in float, beside what the head stores
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight.data = first.weight.data
+    assert trace(nn.Sequential(first, second), 6).parameters == 48
+    normed = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
+    assert trace(normed, 6).parameters == 42
+    first.gain = nn.Parameter(torch.ones(3))
+    assert trace(first, 6).parameters == 45
 
 
 class Residual(nn.Module):

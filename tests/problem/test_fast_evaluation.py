@@ -19,6 +19,9 @@ from haq.solvers import sensitivity
 from haq.solvers.base import Session
 from tests.conftest import images, make_problem, small_network
 
+# One of the networks has attention, which stays in float.
+pytestmark = pytest.mark.filterwarnings("ignore::quantizers.LeftInFloat")
+
 
 class Branched(nn.Module):
     """What makes keeping activations hard: residual sums, a branch that lives long, views, operations in place, a layer

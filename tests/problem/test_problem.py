@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import haq
 import quantizers as Q
-from haq.problem.budget import parse_budget
+from haq.problem.budget import OutOfReach, parse_budget
 from haq.problem.evaluator import Evaluator
 from haq.problem.problem import describe_amount
-from tests.conftest import images, make_problem
+from tests.conftest import images, make_problem, small_network
 
 
 def test_fractions_and_amounts(problem: haq.Problem, network: nn.Module) -> None:
@@ -36,6 +42,46 @@ def test_the_smallest_budget_that_is_named_is_accepted(network: nn.Module) -> No
         make_problem(network, 0.001)
     named = str(error.value).partition("(")[2].partition(" of")[0]
     assert make_problem(network, named).budget == pytest.approx(float(named))
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["latency", "storage"]), st.floats(-9, 9), st.integers(0, 2**32 - 1))
+def test_every_bound_that_is_named_is_accepted(metric: str, magnitude: float, seed: int) -> None:
+    one = copy.copy(of_metric(metric))
+    one.cost = one.cost * 10**magnitude * np.random.default_rng(seed).uniform(0.5, 1.5, (len(one.workload), 1, 1))
+    one.reference = float(one.cost[:, 7, 7].sum())
+    one._choose()
+    for asked in (0.5 * one.smallest / one.reference, 2.0):
+        with pytest.raises(OutOfReach) as error:
+            one._limit(asked)
+        bounds = re.search(r"can be from (.*?) \((.*?) of uniform 8 bits\) to (.*?) \(", str(error.value))
+        assert bounds is not None
+        for words in bounds.groups():
+            assert one.smallest * (1 - 1e-9) <= one._limit(words) <= one.reference
+    # What tables say of 8 bits is accepted as well, and is no more than they cost.
+    for words in (describe_amount(one.reference, metric), describe_amount(one.reference, metric).replace("us", "µs")):
+        assert one._limit(words) <= one.reference
+    with pytest.raises(OutOfReach):
+        one._limit(describe_amount(one.reference * 1.002, metric))
+
+
+@functools.cache
+def of_metric(metric: str) -> haq.Problem:
+    inputs = images(8)
+    return haq.Problem(small_network(), inputs, (inputs, torch.zeros(8).long()), "edge", metric, 1.0, pinned={})
+
+
+def test_layers_are_named_if_the_budget_is_out_of_reach_because_they_are_pinned(network: nn.Module) -> None:
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    with pytest.raises(
+        OutOfReach, match=r"for the pinned layers, 'stem' at 8/8 and 'classifier' at 8/8: without them"
+    ) as error:
+        haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.3)
+    named = str(error.value).rpartition(" from ")[2]
+    assert haq.Problem(network, inputs, (inputs, labels), "edge", budget=named, pinned={}).budget < 0.3
+    for budget in (0.001, 2.0):  # out of reach in any case
+        with pytest.raises(OutOfReach, match=r"out of reach: ((?!pinned).)*$"):
+            haq.Problem(network, inputs, (inputs, labels), "edge", budget=budget)
 
 
 def test_one_bit_is_named_where_it_would_reach_further(network: nn.Module) -> None:
@@ -136,7 +182,7 @@ def test_tied_layers_take_the_same_bits(network: nn.Module) -> None:
     ],
 )
 def test_bad_input_is_named(network: nn.Module, change: dict[str, Any], message: str) -> None:
-    given = {
+    options = {
         "calibrate": images(8),
         "search": (images(8), torch.zeros(8, dtype=torch.long)),
         "target": "edge",
@@ -144,7 +190,7 @@ def test_bad_input_is_named(network: nn.Module, change: dict[str, Any], message:
         **change,
     }
     with pytest.raises(ValueError, match=message):
-        haq.Problem(network, **given)
+        haq.Problem(network, **options)
 
 
 def test_loaders_are_taken_as_well(network: nn.Module) -> None:

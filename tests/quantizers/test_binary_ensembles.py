@@ -62,6 +62,15 @@ def test_soft_votes_count_confidence_and_hard_ones_heads() -> None:
     assert soft.cost_factor == 3
 
 
+def test_members_that_change_their_input_leave_it_to_the_others() -> None:
+    x = images(4).flatten(1)
+    linear = nn.Linear(64, 3)
+    shifted = nn.Sequential(nn.Threshold(0.5, 0.0, inplace=True), linear)
+    expected = Q.Ensemble([nn.Sequential(nn.Threshold(0.5, 0.0), linear), linear])(x)
+    assert torch.equal(Q.Ensemble([shifted, linear])(x), expected)
+    assert torch.equal(x, images(4).flatten(1))
+
+
 def test_votes_are_weighted_and_only_their_ratio_counts() -> None:
     members, x = [Says(1.0, 0.0), Says(0.0, 1.0), Says(0.0, 1.0)], torch.zeros(1, 1)
     for factor in (1.0, 0.01):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
+from quantizers.functional import BLOCK
 from tests.conftest import images, small_network
 
 
@@ -172,6 +176,109 @@ def test_subclasses_keep_their_own_forward() -> None:
     assert isinstance(copy.deepcopy(qnetwork)[0], PaddedConv)
 
 
+class Gained(nn.Linear):
+    """A subclass with a name of its own for its input, and with another argument."""
+
+    def forward(self, rows: Tensor, gain: float = 1.0) -> Tensor:
+        return gain * F.linear(rows, self.weight, self.bias)
+
+
+class ByName(nn.Module):
+    """Calls its layers by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), Gained(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(input=self.conv(input=x)).mean((2, 3))
+        result: Tensor = self.out(gain=2.0, rows=rows)
+        return result
+
+
+def test_layers_can_be_called_by_keyword() -> None:
+    network, x = ByName().eval(), images(4)
+    qnetwork = quantized(network, 8, 8)
+    torch.testing.assert_close(qnetwork(x), network(x), atol=0.05, rtol=0.05)
+    layer, rows = qnetwork.out, torch.ones(2, 4)
+    assert torch.equal(layer(rows, 2.0), layer(gain=2.0, rows=rows))
+    assert not torch.equal(layer(rows, 2.0), layer(rows=rows))
+    assert isinstance(Q.fold_batch_norm(network, x).norm, nn.Identity)
+    assert set(Q.error_amplification(network, x, x + 0.1)) == {"conv", "out"}
+
+
+def test_any_layer_can_be_pickled() -> None:
+    x = images(4)
+    networks = (ByName(), nn.Sequential(PaddedConv(1, 3, 3), nn.Flatten(), nn.Linear(192, 2)))
+    for network in networks:
+        qnetwork = quantized(network.eval())
+        file = io.BytesIO()
+        torch.save(qnetwork, file)
+        file.seek(0)
+        for again in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(qnetwork))):
+            assert torch.equal(again(x), qnetwork(x))
+            assert Q.get_policy(again) == Q.get_policy(qnetwork)
+            assert torch.equal(Q.float_copy(again)(x), network(x))
+
+
+class Shared(nn.Module):
+    """Holds one layer under three names, in a list, a dict and a function's arguments, and uses all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.modules_by_name = nn.ModuleDict({"third": self.first})
+        self.in_list, self.in_dict = [self.first], {"layer": (self.first,)}
+        self.in_function = functools.partial(self.apply_layer, self.first)
+        self.myself = [self]
+
+    def apply_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = layer(x)
+        return result
+
+    def users(self) -> list[nn.Module]:
+        held = [self.in_list[0], self.in_dict["layer"][0], self.in_function.args[0]]
+        return [self.first, self.second, self.modules_by_name["third"], *held]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.users():
+            x = layer(x)
+        return self.in_function(x)
+
+
+def test_a_layer_is_quantized_wherever_it_is_held() -> None:
+    network, x = Shared(), torch.randn(16, 8)
+    qnetwork = Q.quantize(network, {"first": (2, 2)}, calibrate=x)
+    twin = copy.deepcopy(qnetwork)
+    Q.set_policy(twin, {"first": (8, 8)})
+    for made, bits in ((qnetwork, 2), (twin, 8), (pickle.loads(pickle.dumps(qnetwork)), 2)):
+        assert Q.get_policy(made) == {"first": (bits, bits)}
+        assert isinstance(made.first, Q.QuantLinear)
+        assert all(user is made.first for user in made.users())
+        assert made.myself[0] is made
+    again = Q.quantize(network, {"first": (2, 2)}, state=Q.quantizer_state(qnetwork))
+    again.load_state_dict(qnetwork.state_dict(), strict=True)
+    assert torch.equal(again(x), qnetwork(x))
+    plain = Q.float_copy(qnetwork)
+    assert all(type(user) is nn.Linear for user in plain.users())
+    assert torch.equal(plain(x), network(x))
+    for wrong in (
+        lambda: Q.set_policy(qnetwork, {"second": (2, 2)}),
+        lambda: Q.quantize(network, {"second": (2, 2)}, calibrate=x),
+    ):
+        with pytest.raises(ValueError, match="the policy names 'second', which is layer 'first' too"):
+            wrong()
+
+
+def test_layers_that_share_a_weight_go_on_sharing_it() -> None:
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    network[2].weight = network[0].weight
+    qnetwork = Q.quantize(network, {"0": (2, 4), "2": (8, 8)}, calibrate=torch.randn(16, 8))
+    assert qnetwork[0].weight is qnetwork[2].weight
+    assert Q.float_copy(qnetwork)[0].weight.requires_grad
+
+
 def test_a_channel_of_zeros_stays_zero() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
     with torch.no_grad():
@@ -265,6 +372,42 @@ def test_memory_that_is_used_again_changes_no_result() -> None:
     smaller = inputs[0][:, :, :100]  # not dense
     with torch.no_grad():
         assert torch.equal(layer(smaller), expected[0][:, :, :100])
+
+
+class Nested(nn.Linear):
+    """A layer with layers of its own, which all read one input, and which hands its input on."""
+
+    def __init__(self) -> None:
+        super().__init__(512, 8)
+        self.inner = nn.Linear(512, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x) + F.linear(x, self.weight, self.bias), x
+
+
+@pytest.mark.parametrize("scheme", ["linear", "lsq", "pact", "dorefa"])
+def test_memory_in_use_is_nobody_elses(scheme: str) -> None:
+    """Nested layers, a layer that returns its input, a hook that keeps it, and other threads."""
+    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
+    assert x.numel() > BLOCK
+    layer = Q.quantize(Nested(), {"": (8, 8), "inner": (2, 2)}, calibrate=x, scheme=scheme)
+    kept: list[Tensor] = []
+    layer.register_forward_hook(lambda _, __, output: kept.append(output[1][:3]))
+    results, handed = zip(*(layer(part) for part in (x, -x)), strict=True)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            kept.clear()
+            again = [layer(part) for part in (x, -x)]
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(context()(layer), x / 3).result()
+            for index, (result, given) in enumerate(again):
+                torch.testing.assert_close(result, results[index])
+                assert torch.equal(given, handed[index])
+                assert torch.equal(kept[index], handed[index][:3])
+    with torch.no_grad():  # memory that nothing refers to any more is used again
+        places = {layer.inner.scheme.activation(layer.inner, x, 2).data_ptr() for _ in range(3)}
+    kept.clear()
+    assert len(places) == 1
 
 
 def test_a_scheme_without_activation_scales_is_named(network: nn.Module) -> None:

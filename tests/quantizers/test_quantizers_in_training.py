@@ -4,6 +4,7 @@ folded, turned back into float, and for every compact network of three libraries
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -92,6 +94,28 @@ def test_folding_batch_norm_changes_nothing_but_the_layers() -> None:
     assert torch.allclose(folded(inputs), network(inputs), atol=1e-4)
     assert folded.stem.bias is not None
     assert isinstance(network.norm, nn.BatchNorm2d)
+
+
+def test_folding_leaves_the_example_and_what_stands_between_alone() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3)
+            self.last_norm = nn.BatchNorm2d(2)
+            self.last_norm.running_mean.fill_(0.3)
+            self.same, self.held = self.norm, [self.norm]
+
+        def forward(self, x: Tensor) -> dict[str, tuple[Tensor]]:
+            x = self.held[0](self.conv(x.sub_(0.5).mul_(2)))
+            return {"maps": (self.last_norm(self.last(x).relu_()),)}
+
+    network, inputs = InPlace().eval(), images(4)
+    folded = Q.fold_batch_norm(network, inputs)
+    assert torch.equal(inputs, images(4))
+    assert isinstance(folded.norm, nn.Identity)
+    assert isinstance(folded.same, nn.Identity)
+    assert isinstance(folded.last_norm, nn.BatchNorm2d)
+    torch.testing.assert_close(folded(images(4))["maps"][0], network(images(4))["maps"][0])
 
 
 def test_folding_is_refused_where_it_would_change_the_result() -> None:
@@ -241,6 +265,44 @@ def test_two_processes_train_as_one(scheme: str, tmp_path: Path) -> None:
     assert "equal" in results[0][0]
 
 
+WIDTHS: list[tuple[int | None, int | None]] = [(4, 4), (4, None), (None, 4), (None, None)]
+
+
+@pytest.mark.parametrize("scheme", ["linear", "dorefa", "pact", "lsq", "lsqplus", "kmeans"])
+def test_a_parameter_requires_a_gradient_only_where_it_gets_one(scheme: str) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter that requires one."""
+    inputs = torch.randn(8, 6)
+    qnetwork = Q.quantize(
+        nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), {"0": (4, 4), "1": (4, 4)}, calibrate=inputs, scheme=scheme
+    )
+    everything = {name for name, _ in qnetwork.named_parameters()}
+    met = set()
+    for bits in [*WIDTHS, (4, 4)]:
+        Q.set_policy(qnetwork, {"0": bits, "1": (4, 4)})
+        qnetwork.zero_grad()
+        qnetwork(inputs).square().sum().backward()
+        requiring = {name for name, p in qnetwork.named_parameters() if p.requires_grad}
+        assert requiring == set(gradients(qnetwork))
+        met |= requiring
+    assert met == everything - ({"1.weight"} if scheme == "kmeans" else set())
+    assert all(p.requires_grad for p in Q.float_copy(qnetwork).parameters())
+
+
+def test_parameters_that_rest_wake_as_they_were() -> None:
+    inputs = torch.randn(8, 6)
+    network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False), nn.Linear(6, 2))
+    network[1].weight = network[0].weight
+    qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, 4, 4), calibrate=inputs, scheme="kmeans")
+    assert not qnetwork[0].weight.requires_grad
+    qnetwork[2].codebook.requires_grad_(False)  # somebody freezes it
+    Q.set_policy(qnetwork, {"0": (4, 4), "1": (None, 4), "2": (None, 4)})
+    assert qnetwork[0].weight.requires_grad  # the other layer uses it
+    assert qnetwork[2].weight.requires_grad
+    Q.set_policy(qnetwork, Q.BitPolicy.uniform(network, 4, 4))
+    assert not qnetwork[0].weight.requires_grad
+    assert not qnetwork[2].codebook.requires_grad
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_compiled_networks_give_the_same() -> None:
@@ -250,6 +312,42 @@ def test_compiled_networks_give_the_same() -> None:
     with torch.no_grad():
         assert torch.allclose(compiled(inputs), network(inputs), atol=1e-4)
     assert step(compiled, inputs).item() == pytest.approx(step(network, inputs).item(), abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("scheme", ["linear", "lsq", "lsqplus", "pact", "dorefa", "kmeans", "binary"])
+def test_traced_networks_give_the_same(scheme: str) -> None:
+    """With gradients and without, and whatever is kept already."""
+    bits = 4
+    if scheme == "binary":
+        bits = 1
+    network = Q.quantize(nn.Sequential(nn.Conv2d(1, 2, 3)), {"0": (bits, bits)}, calibrate=images(8), scheme=scheme)
+    x = images(BLOCK // 64 + 1)  # so large that it is quantized in pieces
+    with torch.no_grad():
+        expected = network(x)
+        traced = torch.jit.trace(network, images(2))
+        torch.jit.save(torch.jit.trace(network, x), io.BytesIO())
+    with pytest.warns(torch.jit.TracerWarning, match="no gradient"):
+        learning = torch.jit.trace(network, x)
+    with torch.no_grad():
+        assert torch.equal(traced(x), expected)
+        assert torch.equal(learning(x), expected)
+        network[0].weight.data.mul_(-1)  # the traced networks have the same weights: nothing that was kept is in them
+        assert torch.equal(traced(x), network(x))
+        assert torch.equal(learning(x), network(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_networks_give_the_same() -> None:
+    network, x = quantized().eval(), images(2)
+    with torch.no_grad():
+        expected = network(x)
+    exported = torch.export.export(network, (x,)).module()
+    assert torch.equal(exported(x), expected)
+    followed = make_fx(network)(x)
+    assert torch.equal(followed(x), expected)
+    network.stem.weight.data.mul_(-1)
+    assert torch.equal(followed(x), network(x))
 
 
 COMPACT = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -206,6 +208,23 @@ def test_the_front_is_what_nothing_beats() -> None:
     assert front(points) == [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (5.0, 0.95)]
     kept = [one for one, best in zip(points, sweep_run.pareto(points), strict=True) if best]
     assert sorted(kept) == front(points)
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(Path("run"))
+
+    def read_only(path: Path, content: bytes) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{path}.part")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.files, "write", read_only)
+        told = refused(capsys, "run")
+    assert "\n" not in told
+    assert "run/report.html can't be written (Read-only file system): name a file in another place with --out" in told
+    assert "--out can't" not in refused(capsys, "run", "--out", "run/config.yaml/page.html")
+    assert call("run", "--out", "page.html") == 0
 
 
 def test_torch_is_not_imported(made: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import json
 import random
@@ -422,3 +423,21 @@ def test_asking_for_given_widths_gives_them() -> None:
             w, a = policy[env.next_layer()]
             _, _, done, _, info = env.step(env.action_for(w, a))
         assert info["policy"] == policy
+
+
+@pytest.mark.parametrize("env", ["plan", "haq"])
+@pytest.mark.parametrize("name", list(SOLVERS))
+def test_where_nothing_is_left_to_decide_the_only_policy_is_found(name: str, env: str) -> None:
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    one_layer = haq.Problem(tiny, inputs, (inputs, labels), "edge", budget=1.0)
+    for problem in (one_layer, only_eight_bits()):
+        found, tried = run(name, problem, 5, env=env)
+        assert found.policy == problem.uniform(8)
+        assert [trial.policy for trial in tried] == [found.policy]
+
+
+@functools.cache
+def only_eight_bits() -> haq.Problem:
+    inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
+    return haq.Problem(small_network(), inputs, (inputs, labels), "edge", budget=1.0, bits=(8, 8), pinned={})

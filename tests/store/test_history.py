@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_rows_are_added_and_a_line_that_has_no_end_does_not_count(tmp_path: Path
     assert path.read_text() == HEADER + "".join(row.line() for row in rows)
 
 
+def test_what_is_worth_nothing_has_an_infinite_loss(tmp_path: Path) -> None:
+    row = ROW._replace(accuracy=0.0, loss=math.inf, divergence=math.inf)
+    history.write(tmp_path / "history.csv", [row])
+    assert history.read(tmp_path / "history.csv") == [row]
+
+
 @pytest.mark.parametrize(
     ("column", "value", "sentence"),
     [
@@ -66,6 +73,8 @@ def test_rows_are_added_and_a_line_that_has_no_end_does_not_count(tmp_path: Path
         ("activation_bits", "8-8", "activation bits of 2 layers, the network has 3"),
         ("accuracy", "1.5", "the accuracy is '1.5', not a number from 0 to 1"),
         ("loss", "nan", "the loss is 'nan', not a number from 0"),
+        ("loss", "-inf", "the loss is '-inf', not a number from 0"),
+        ("cost", "inf", "the cost is 'inf', not a number from 0"),
         ("cost", "much", "the cost is 'much', not a number from 0"),
         ("within_budget", "yes", "within_budget is 'yes', not 0 or 1"),
         ("divergence", "-1", "the divergence is '-1', not a number from 0"),

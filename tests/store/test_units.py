@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haq.store.units import best_unit, describe_amount, describe_bytes, percent
+from haq.store.units import DOWN, UP, best_unit, describe_amount, describe_bytes, percent
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,14 @@ from haq.store.units import best_unit, describe_amount, describe_bytes, percent
 )
 def test_amounts_have_the_unit_that_reads_best(amount: float, metric: str, words: str) -> None:
     assert describe_amount(amount, metric) == words
+
+
+def test_bounds_are_rounded_to_their_side() -> None:
+    assert describe_amount(1.67761e-3, "latency", UP) == "1.678 ms"
+    assert describe_amount(1.67761e-3, "latency", DOWN) == "1.677 ms"
+    assert describe_amount(45_600.0, "storage", UP) == describe_amount(45_600.0, "storage", DOWN) == "45.6 kB"
+    assert describe_amount(999.96e-6, "latency", UP) == "1000 us"
+    assert describe_amount(0.0, "storage", UP) == "0 B"
 
 
 def test_of_binary_units_only_those_that_are_asked_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -170,6 +171,19 @@ def test_an_address_without_a_cluster_is_refused_in_one_sentence(
     assert call(search.main, *QUICK, "--out", "run", "--ray", address) == 2
     err = capsys.readouterr().err
     assert reason in err
+    assert err.count("\n") == 1
+
+
+def test_what_is_no_ray_head_is_told_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "ASK_S", 0.1)  # it is the same with 20 s, later
+    monkeypatch.setattr("ray.init", lambda **options: pytest.fail("Ray is asked, which takes minutes"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert call(search.main, *QUICK, "--out", "run", "--ray", address) == 2
+    err = capsys.readouterr().err
+    assert f"what answers at {address} is no Ray head" in err
     assert err.count("\n") == 1
 
 

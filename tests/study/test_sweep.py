@@ -12,6 +12,7 @@ import pytest
 from haq import evaluate, finetune, search, sweep
 from haq.console import errors
 from haq.problem.evaluator import Evaluator
+from haq.reporting import pictures
 from haq.study import sweep_run
 from haq.study.config import read_budgets
 from haq.study.search_run import SearchRun
@@ -153,6 +154,33 @@ def test_an_interrupted_sweep_goes_on_as_if_nothing_had_happened(
     whole, cut = files("whole"), files("cut")
     assert whole.keys() == cut.keys()
     assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+def test_a_sweep_is_finished_last_and_what_lacks_is_made_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*QUICK[:4], "--hw", "edge", "--budgets", "0.6", "--solvers", "random", "--evaluations", "4"]
+    save = pictures.save
+
+    def killed(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pictures, "save", killed)
+    assert call(sweep.main, *arguments, "--out", "run") == errors.EXIT_INTERRUPTED
+    assert not json.loads(Path("run/sweep.json").read_text())["finished"]
+    monkeypatch.setattr(pictures, "save", save)
+    capsys.readouterr()
+    assert call(sweep.main, "--resume", "run") == 0
+    assert "uniform 8 bits" in capsys.readouterr().out
+    assert Path("run/sweep.png").is_file()
+    kept = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    # As versions before left it, which wrote the picture after the file that says that all is there.
+    Path("run/sweep.png").unlink()
+    assert call(sweep.main, "--resume", "run") == 0
+    assert "uniform 8 bits" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == kept
+    assert call(sweep.main, "--resume", "run") == 2
+    assert "is finished" in capsys.readouterr().err
 
 
 def test_a_worker_that_fails_says_why_and_the_rest_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

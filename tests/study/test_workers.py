@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def test_every_solver_finds_the_same_with_any_number_of_workers() -> None:
     problem = make_problem(small_network())
     asked = [("random", "plan"), ("evolution", "plan"), ("ilp", "plan"), ("ddpg", "plan"), ("sac", "haq")]
     alone = [rows(problem, solver, env=env) for solver, env in asked]
-    for count in (1, 3):
+    for count, some in ((1, 3), (3, 5)):  # agents learn again each time, so that one number must do for them
         with working(problem.evaluator, count):
-            assert [rows(problem, solver, env=env) for solver, env in asked] == alone
+            assert [rows(problem, solver, env=env) for solver, env in asked[:some]] == alone[:some]
     assert problem.evaluator.pool is None
 
 
@@ -87,8 +88,14 @@ def test_a_single_batch_has_the_threads_of_this_process_since_sums_depend_on_the
         torch.set_num_threads(before)
 
 
-def test_a_killed_worker_loses_nothing() -> None:
+def test_workers_that_die_as_they_start_are_stopped_or_are_killed_lose_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     problem = make_problem(small_network())
+    problem.evaluator.ballast = torch.zeros(100_000)  # type: ignore[attr-defined]  # more than fits into a pipe
+    monkeypatch.setattr(processes, "LOOK_S", 0.1)
+    monkeypatch.setattr(processes, "STOPPED", 2)
+    dies_first(monkeypatch, tmp_path)
     alone = rows(problem, "random", 30)
     problem.evaluator.cache.clear()
     kept: Rows = []
@@ -97,9 +104,9 @@ def test_a_killed_worker_loses_nothing() -> None:
         count = len(kept) + 1
         kept.append((count, found.evaluation, found.cost, found.policy))
         if count in (3, 11):
-            for process in multiprocessing.active_children():
+            for process in multiprocessing.active_children()[:1]:
                 assert process.pid is not None
-                os.kill(process.pid, signal.SIGKILL)
+                os.kill(process.pid, {3: signal.SIGSTOP, 11: signal.SIGKILL}[count])
 
     with working(problem.evaluator, 2):
         session = Session(problem, 30, on_trial)
@@ -107,16 +114,36 @@ def test_a_killed_worker_loses_nothing() -> None:
     assert kept == alone
 
 
+def dies_first(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the first process that is started die before it has read anything."""
+    resource_tracker.ensure_running()
+    program = folder / "program"
+    program.write_text(f'#!/bin/sh\nmkdir {folder}/dead 2>/dev/null && exit 1\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(spawn, "_python_exe", os.fsencode(program))
+
+
 def test_workers_that_are_killed_again_and_again_are_given_up_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(small_network())
-    monkeypatch.setattr(processes, "_evaluating", _dying)
+    problem.evaluator.ballast = torch.zeros(100_000)  # type: ignore[attr-defined]
+    resource_tracker.ensure_running()
+    monkeypatch.setattr(spawn, "_python_exe", b"/bin/false")
     with working(problem.evaluator, 1), pytest.raises(ChildProcessError, match="killed 3 times in a row") as raised:
         problem.evaluate(problem.uniform(4))
     assert "\n" not in str(raised.value)
+    assert not multiprocessing.active_children()
 
 
-def _dying(*given: object) -> None:
-    os._exit(1)
+class _Odd(Exception):
+    """An error that doesn't come back from a pickle."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words() -> None:
+    found = processes._outcome(lambda key: (_ for _ in ()).throw(_Odd(3, "no such layer")), None)
+    assert str(found[1]) == "_Odd: no such layer"
 
 
 def test_what_goes_wrong_there_is_told_here() -> None:

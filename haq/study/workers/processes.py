@@ -67,8 +67,11 @@ class Crew:
         self._news: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         # Without a name, so that nothing is left of it, whoever is killed.
         self._handover = tempfile.TemporaryFile()  # noqa: SIM115
-        cloudpickle.dump((begin, given), self._handover)
-        self._handover.flush()
+        try:
+            cloudpickle.dump((begin, given), self._handover)
+            self._handover.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
         self._tasks: queue.PriorityQueue[Task] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._closed = threading.Event()

@@ -37,15 +37,15 @@ GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and h
 FULL = 60.0  # seconds without a worker after which it is told that there is none
 GET_S = 60.0  # seconds in which what a worker has found comes here
 ASK_S = 20.0  # seconds in which a head answers
-# Where Ray has none of these names, and where there is no address yet, `ray.init` says what is wrong.
+# Where Ray has none of these names, and where there is no address, `ray.init` says what is wrong.
 ASK = """
 import sys
 try:
     from ray._private.services import canonicalize_bootstrap_address
     from ray._raylet import GcsClient
-except ImportError:
+    address = canonicalize_bootstrap_address(sys.argv[1])
+except Exception:
     sys.exit(0)
-address = canonicalize_bootstrap_address(sys.argv[1])
 if address is not None:
     GcsClient(address=address)
 """
@@ -77,6 +77,8 @@ def connected(address: str) -> Iterator[None]:
             raise ConnectionError(f"no Ray head answers at {address}: start one (ray start --head), or {remedy}")
     if address != "local" and not _is_head(address):
         raise ConnectionError(f"what answers at {address} is no Ray head, or one of another version: {remedy}")
+    # A cluster that is made here would wait for ever if one of its first workers were killed while it starts.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:

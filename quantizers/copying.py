@@ -1,0 +1,92 @@
+"""Copies of networks, and weights that are computed from other tensors (weight_norm, prune, parametrizations)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+Network = TypeVar("Network", bound=nn.Module)
+# Hooks that compute a layer's tensor before every call of it.
+COMPUTING = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+
+
+def copy_network(network: Network) -> Network:
+    """Make a copy of a network, whatever was computed with it before.
+
+    `copy.deepcopy` refuses results of calculations that gradients go through, such as a weight that
+    weight_norm, spectral_norm or prune has computed. In the copy they are values without a past,
+    and these weights are computed anew.
+    """
+    with _WithoutPast():
+        made = copy.deepcopy(network)
+    for module in made.modules():
+        _compute_again(module)
+    return made
+
+
+class _WithoutPast(TorchFunctionMode):
+    """Within a `with`, deep copies of results of calculations hold their values, and nothing of how they came about."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _compute_again(module: nn.Module) -> None:
+    """Let the hooks of a module compute its tensors, which may be older than what they are computed from."""
+    training = module.training
+    module.training = False  # spectral_norm goes on with its iteration in training
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, COMPUTING):
+            hook(module, ())
+    module.training = training
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode within a `with`; then every module has its own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        # Not train(mode): norms that are frozen within a training network stay frozen.
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def class_on(base: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    """Make the class of a parametrized module anew, on another base.
+
+    A parametrized tensor is a property of a class that torch makes for this one module, on top of
+    the module's own class.
+    """
+    content = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{base.__name__}", (base,), content)
+
+
+def make_plain(module: nn.Module) -> None:
+    """Make tensors of a module that are computed from others parameters of their own, with the values that they have now."""
+    if parametrize.is_parametrized(module):
+        # Copies of a module share its class, from which torch removes the property.
+        module.__class__ = class_on(type(module).__bases__[0], module)
+        for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+        elif isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
