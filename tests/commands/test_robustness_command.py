@@ -76,7 +76,7 @@ def test_a_run_is_compared_with_float_uniform_bits_and_a_defence(capsys: pytest.
         assert sum(attack.startswith("transfer-") for attack in one["attacks"]) == 1
         assert one["worst"] <= min(one["attacks"].values())
         assert one["worst"] <= one["clean"]
-        assert len(one["checks"]) == 8
+        assert len(one["checks"]) == 9
         assert one["masked"] == any(not check["passed"] for check in one["checks"])
         assert ("upper bound: gradients are masked" in one["verdict"]) == one["masked"]
         if name != "float":
