@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -25,7 +26,12 @@ def copy_network(network: Network) -> Network:
     `copy.deepcopy` refuses results of calculations that gradients go through, such as a weight that
     weight_norm, spectral_norm or prune has computed. In the copy they are values without a past,
     and these weights are computed anew.
+
+    Raises ValueError, naming the tensor, for a lazy module that has no shape yet.
     """
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} has no shape yet, since its layer is lazy: call the network once on inputs first")
     with _WithoutPast():
         made = copy.deepcopy(network)
     for module in made.modules():
