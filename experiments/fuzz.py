@@ -55,7 +55,7 @@ OWN = ("experiments.fuzz:network", "experiments.fuzz:splits")  # the run's, whic
 CODE = ("canary:main", "canary:Canary", "antigravity:fly", "pytest:main", "torch.distributed.run:main", "os:system")
 FORBIDDEN = ("canary", "antigravity", "this", "turtledemo", "torch.distributed.run", "idlelib", "pytest")
 STARTED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect")
-HOSTILE = (
+HOSTILE: tuple[Any, ...] = (
     *CODE,
     *("", " ", "x" * 5000, "[/bold]", "[red]x", "\x1b[31m", "a\nb", "a\u202eb", "\ud7ff", "../../etc/passwd"),
     *("/proc/self/environ", "lut:/proc/self/environ", "imagefolder:/", "/dev/zero"),
@@ -140,7 +140,9 @@ def changed(content: bytes, draw: Callable[[Any], Any]) -> bytes:
 def replaced(value: Any, draw: Callable[[Any], Any]) -> Any:
     """Put something hostile in place of a value somewhere in plain data, or take it away."""
     for _ in range(draw(st.integers(1, 3))):
-        place, holder, key = value, None, None
+        place: Any = value
+        holder: Any = None
+        key: Any = None
         while isinstance(place, (dict, list)) and place and draw(st.integers(0, 5)):
             holder = place
             key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
@@ -333,7 +335,6 @@ def change_one(kind: Kind, draw: Callable[[Any], Any], place: Path) -> Path:
 def read_in_child(kind: Kind, path: Path) -> Outcome:
     """Read an input in a process of its own, and tell what became of it."""
     told, tell = os.pipe()
-    before = _memory(1)
     child = os.fork()
     if not child:
         os.close(told)
@@ -342,9 +343,9 @@ def read_in_child(kind: Kind, path: Path) -> Outcome:
     with os.fdopen(told, "rb") as pipe:
         content = pipe.read()
     _, status, used = os.wait4(child, 0)
-    verdict, sentence = ("killed", f"signal {os.WTERMSIG(status)}") if os.WIFSIGNALED(status) else ("CRASH", "no word")
+    verdict, sentence, before = "KILLED", f"status {status}", used.ru_maxrss * 1024
     with suppress(EOFError, pickle.UnpicklingError):
-        verdict, sentence = pickle.loads(content)
+        verdict, sentence, before = pickle.loads(content)
     cpu_s = used.ru_utime + used.ru_stime
     grown = max(0, used.ru_maxrss * 1024 - before)
     if Path("executed").exists():
@@ -358,8 +359,10 @@ def read_in_child(kind: Kind, path: Path) -> Outcome:
 
 def _read(kind: Kind, path: Path, tell: int) -> None:
     """Read an input within limits, tell what became of it, and end the process."""
-    used = _memory(0)
-    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, used + HEADROOM))
+    # What a fork shares is only counted once it is used.
+    before = _memory(1)
+    most = _memory(0) + HEADROOM
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     signal.alarm(WALL_S)
     noticed: list[str] = []
 
@@ -382,7 +385,7 @@ def _read(kind: Kind, path: Path, tell: int) -> None:
             verdict, sentence = "TRACEBACK", "".join(traceback.format_exception(error)[-3:])
     if noticed:
         verdict, sentence = "CODE", "; ".join(noticed)
-    os.write(tell, pickle.dumps((verdict, sentence[:3000])))
+    os.write(tell, pickle.dumps((verdict, sentence[:3000], before)))
     os._exit(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,14 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 Network = TypeVar("Network", bound=nn.Module)
-# Hooks that compute a layer's tensor before every call of it.
-COMPUTING = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 def copy_network(network: Network) -> Network:
@@ -54,7 +53,7 @@ def _compute_again(module: nn.Module) -> None:
     training = module.training
     module.training = False  # spectral_norm goes on with its iteration in training
     for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, COMPUTING):
+        if isinstance(hook, WeightNorm | SpectralNorm) or _prunes(hook):
             hook(module, ())
     module.training = training
 
@@ -89,10 +88,17 @@ def make_plain(module: nn.Module) -> None:
         module.__class__ = class_on(type(module).__bases__[0], module)
         for name in list(module.parametrizations):  # type: ignore[arg-type, union-attr]
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    for hook in list(module._forward_pre_hooks.values()):
+    for key, hook in list(module._forward_pre_hooks.items()):
         if isinstance(hook, WeightNorm):
             remove_weight_norm(module, hook.name)
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
-        elif isinstance(hook, prune.BasePruningMethod):
-            prune.remove(module, hook._tensor_name)
+        elif _prunes(hook):
+            hook.remove(module)
+            del module._forward_pre_hooks[key]
+
+
+def _prunes(hook: object) -> bool:
+    """Say whether a hook is one of `torch.nn.utils.prune`, which is not imported where nothing is pruned."""
+    prune = sys.modules.get("torch.nn.utils.prune")
+    return prune is not None and isinstance(hook, prune.BasePruningMethod)

@@ -487,10 +487,9 @@ def _no_other_layers(network: nn.Module, names: Iterable[str]) -> Iterator[None]
         ValueError: Naming the first layer that is called beside these: some inputs take another way through the network than
             those by which it was traced and calibrated.
     """
-    others: dict[nn.Module, str] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, QUANTIZABLE):
-            others[module] = name
+    others: dict[nn.Module, str] = {
+        module: name for name, module in network.named_modules() if isinstance(module, QUANTIZABLE)
+    }
     for name in names:
         others.pop(network.get_submodule(name), None)
 

@@ -42,7 +42,7 @@ TUNING_RATE = 0.005
 SMALL = 64  # pixels; a small batch of images up to this size is done sooner by one thread than by several
 NORM_BATCH = 500
 JUDGED_BATCH = 250
-MOST_HELD = 1000  # images that are held out: a tenth, no more than this
+MOST_HELD = 1000  # images that are held out: a twentieth, no more than this
 FEW_HELD = 32  # as far as that is no more than a quarter
 
 
@@ -158,14 +158,14 @@ def finetune(
 def hold_out(split: Split) -> tuple[Split, Split]:
     """Divide images into those that are trained on and those by which the training is judged.
 
-    These are a tenth, of every class its share, and always the same: at most MOST_HELD, and of few images at least FEW_HELD
-    as far as that is no more than a quarter.
+    These are a twentieth, of every class its share, and always the same: at most MOST_HELD, and of few images at least
+    FEW_HELD as far as that is no more than a quarter.
 
     Returns:
         The images to train on, and those held out.
     """
     count = len(split)
-    held = min(MOST_HELD, max(count // 10, min(FEW_HELD, count // 4), 1))
+    held = min(MOST_HELD, max(count // 20, min(FEW_HELD, count // 4), 1))
     chosen = stratified(split.labels, held)
     return split.subset(without(count, chosen)), split.subset(chosen)
 

@@ -336,7 +336,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "config: Python's tags",
         "resume evaluate show",
         _put("run/config.yaml", "!!python/object/apply:os.mkdir [executed]"),
-        "could not determine a constructor",
+        "it has a tag (!) in line 1, which no file of ours has",
     ),
     ("config: a bomb of aliases", "resume deploy compare", _put("run/config.yaml", ALIASES + "schema: *i\n"), "alias"),
     ("config: a list", "resume finetune", _put("run/config.yaml", "- haq-run-2\n"), "must be a mapping, not a list"),

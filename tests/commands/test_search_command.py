@@ -130,8 +130,9 @@ def test_the_job_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
     checkpoint = run / "checkpoint" / "quantized.safetensors"
     before = checkpoint.read_bytes()
     assert call(finetune.main, "run", "--epochs", "2") == 0
-    assert checkpoint.read_bytes() != before
-    assert "fine-tuned" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert ("did not help" in told) == (checkpoint.read_bytes() == before)
+    assert "fine-tuned" in told
     assert call(evaluate.main, "run", "--json") == 0
     tuned = json.loads(capsys.readouterr().out)
     assert tuned["found"] == result["found"]
@@ -474,3 +475,19 @@ def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_written(
     assert call(search.main, *QUICK, "--solver", solver, "--seed", str(2**32), "--out", "run") == 2
     assert "--seed is 4294967296; it must be an integer from 0 to 4294967295" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_worse_fine_tuning_replaces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The network before, or the one that was fine-tuned earlier, is what evaluate and deploy find."""
+    assert call(search.main, *SMALL, "--solver", "greedy", "--finetune-epochs", "3", "--out", "run") == 0
+    (network,) = Path("run/checkpoint").glob("*.safetensors")
+    before = network.read_bytes()
+    result = json.loads(Path("run/result.json").read_text())
+    assert "Fine-tuning" in capsys.readouterr().out
+    assert call(finetune.main, "run", "--epochs", "1", "--learning-rate", "9.0") == 0
+    assert "Fine-tuning did not help" in capsys.readouterr().out
+    assert network.read_bytes() == before
+    again = json.loads(Path("run/result.json").read_text())
+    assert again["finetuned"] == result["finetuned"]
+    assert again["tuning"]["kept"] == 0
+    assert again["tuning"]["earlier"] >= result["tuning"]["before"]
