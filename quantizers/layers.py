@@ -272,7 +272,7 @@ class _QuantCustom(QuantLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by the float class, since nobody finds the quantized one by its name."""
-        return _empty_layer, (float_class(self),), super().__reduce_ex__(2)[2]
+        return _empty_layer, (float_class(self),), self.__getstate__()
 
 
 def _empty_layer(kind: type[nn.Module]) -> QuantLayer:
