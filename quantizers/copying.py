@@ -31,7 +31,7 @@ def copy_network(network: Network) -> Network:
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
             raise ValueError(f"{name!r} has no shape yet, since its layer is lazy: call the network once on inputs first")
-    with _WithoutPast():
+    with torch.inference_mode(False), _WithoutPast():
         made = copy.deepcopy(network)
     for module in made.modules():
         _compute_again(module)
@@ -94,7 +94,7 @@ def make_plain(module: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
         elif _prunes(hook):
-            hook.remove(module)
+            hook.remove(module)  # type: ignore[attr-defined]
             del module._forward_pre_hooks[key]
 
 

@@ -211,7 +211,7 @@ def test_layers_can_be_called_by_keyword() -> None:
 class OnlyByName(nn.Linear):
     """Takes its input by keyword only."""
 
-    def forward(self, *, rows: Tensor) -> Tensor:
+    def forward(self, *, rows: Tensor) -> Tensor:  # type: ignore[override]
         return F.linear(rows, self.weight, self.bias)
 
 

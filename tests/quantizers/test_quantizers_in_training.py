@@ -346,6 +346,23 @@ def test_traced_networks_give_the_same(scheme: str) -> None:
         assert torch.equal(learning(x), network(x))
 
 
+def test_what_is_quantized_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        network = Q.quantize(small_network(), Q.BitPolicy.uniform(small_network(), 4, 4), scheme="lsq", calibrate=images(8))
+    before = network.stem.weight.detach().clone()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    network(images(8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(network.stem.weight, before)
+    assert not any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def test_a_compiled_network_is_named() -> None:
+    compiled = torch.compile(small_network(), backend="eager")
+    with pytest.raises(ValueError, match="the network is compiled: quantize what was compiled"):
+        Q.quantize(compiled, {}, calibrate=images(8))
+
+
 class Padded(nn.Conv2d):
     """A layer with a forward of its own."""
 
