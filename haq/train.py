@@ -349,7 +349,9 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         say(output.results, f"accuracy on the {name} split: {with_error(value, images)} of {images:,} images")
     labels = dataset.test.labels
     guessing = max(1 / len(dataset.classes), float(labels.bincount().max()) / len(labels))
-    if is_chance(accuracies["test"], guessing, len(labels)):
+    if guessing == 1:
+        say(output.results, "WARNING: all images of the test split are of one class, so that accuracy says nothing")
+    elif is_chance(accuracies["test"], guessing, len(labels)):
         say(
             output.results,
             f"WARNING: that is no more than guessing gives ({percent(guessing)}): the network learned nothing. Try another "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,6 +42,9 @@ def trace(network: nn.Module, *example: Any) -> Workload:
     """
     if not example or not isinstance(example[0], Tensor) or example[0].dim() == 0 or len(example[0]) == 0:
         raise ValueError("trace needs an example input: a tensor whose first dimension is a batch of at least one")
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} has no shape yet, since its layer is lazy: call the network once on inputs first")
     recorder = _Recorder(network, example)
     try:
         with _evaluating(network), recorder.hooked(), torch.no_grad(), recorder:

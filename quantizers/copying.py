@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -24,8 +25,13 @@ def copy_network(network: Network) -> Network:
     `copy.deepcopy` refuses results of calculations that gradients go through, such as a weight that
     weight_norm, spectral_norm or prune has computed. In the copy they are values without a past,
     and these weights are computed anew.
+
+    Raises ValueError, naming the tensor, for a lazy module that has no shape yet.
     """
-    with _WithoutPast():
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} has no shape yet, since its layer is lazy: call the network once on inputs first")
+    with torch.inference_mode(False), _WithoutPast():
         made = copy.deepcopy(network)
     for module in made.modules():
         _compute_again(module)
@@ -88,7 +94,7 @@ def make_plain(module: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
         elif _prunes(hook):
-            hook.remove(module)
+            hook.remove(module)  # type: ignore[attr-defined]
             del module._forward_pre_hooks[key]
 
 

@@ -72,7 +72,8 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
-        if not isinstance(module, _BatchNorm):
+        # A Linear's outputs are its last dimension, a norm's channels the second.
+        if not isinstance(module, _BatchNorm) and not (isinstance(module, nn.Linear) and output.dim() != 2):
             outputs.append((output, output._version, module))
 
     handles = []

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
 from quantizers.copying import class_on
-from quantizers.functional import MAX_BITS, differentiated
+from quantizers.functional import MAX_BITS, differentiated, followed
 from quantizers.observers import input_name
 from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme, started
@@ -133,7 +133,9 @@ class QuantLayer(nn.Module):
         It is a tensor of the caller's own, but for a weight in float, which is the layer's.
         """
         made = self._kept_weight()
-        if self.weight_bits is None or made.requires_grad:
+        # Nothing is kept where somebody looks on; `torch.jit.trace` does so twice, with gradients and
+        # without, and wants the same operations both times.
+        if self.weight_bits is None or made.requires_grad or followed(made):
             return made
         return made.clone()
 
@@ -245,10 +247,12 @@ class _QuantCustom(QuantLayer):
 
         What else its class takes is passed on as it is.
         """
+        weight = self._weight_to_use()
         if not inputs and self.input_name in named:
-            inputs = (named.pop(self.input_name),)
+            named[self.input_name] = self._quantized_input(named[self.input_name])
+            return self._own_forward(weight, **named)
         x, *others = inputs
-        return self._own_forward(self._weight_to_use(), self._quantized_input(x), *others, **named)
+        return self._own_forward(weight, self._quantized_input(x), *others, **named)
 
     def _own_forward(self, weight: Tensor, *inputs: Any, **named: Any) -> Tensor:
         kind = type(self)
@@ -268,7 +272,7 @@ class _QuantCustom(QuantLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle by the float class, since nobody finds the quantized one by its name."""
-        return _empty_layer, (float_class(self),), super().__reduce_ex__(2)[2]
+        return _empty_layer, (float_class(self),), self.__getstate__()
 
 
 def _empty_layer(kind: type[nn.Module]) -> QuantLayer:

@@ -62,10 +62,26 @@ def quantize(
     Warns:
         LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
     """
-    schemes = _schemes(scheme, policy)
+    # What is made in inference mode can't be trained, ever.
+    with torch.inference_mode(False):
+        made, reads = _quantized(network, policy, _schemes(scheme, policy), calibrate, state)
+    warn_of_float(made, policy, reads, stacklevel=2)
+    return made
+
+
+def _quantized(
+    network: nn.Module,
+    policy: Mapping[str, Bits],
+    schemes: Mapping[str, Scheme],
+    calibrate: Batches | None,
+    state: Mapping[str, Tensor] | None,
+) -> tuple[nn.Module, dict[str, str]]:
+    """Return the quantized copy of a network, and the functions that read weights past their layers (`Reads`)."""
     _check_sources(schemes, policy, calibrate, state)
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
+    if hasattr(network, "_orig_mod"):
+        raise ValueError("the network is compiled: quantize what was compiled (its `_orig_mod`), and compile the result")
     made = copy_network(network)
     floats: dict[str, nn.Module] = {name: m for name, m in made.named_modules() if isinstance(m, QUANTIZABLE)}
     _check_names(policy, floats, made)
@@ -97,8 +113,7 @@ def quantize(
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
-    warn_of_float(made, policy, reads.found, stacklevel=2)
-    return made
+    return made, reads.found
 
 
 def _schemes(scheme: Schemes, policy: Mapping[str, Bits]) -> dict[str, Scheme]:

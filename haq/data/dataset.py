@@ -313,9 +313,33 @@ def check_images(images: Tensor, called: str) -> None:
         raise ValueError(f"{called} has images of type {images.dtype}; they must be torch.uint8 (0 to 255) or torch.float32")
     if images.dim() != 4:
         raise ValueError(f"{called} has images of shape {tuple(images.shape)}; it must be (images, channels, height, width)")
+    if images.dtype != torch.uint8 and images.numel():
+        ends = torch.stack(images.aminmax())
+        if not ends.isfinite().all():
+            raise ValueError(f"{called} has images with values that are not finite (NaN or infinity): mend or leave them out")
 
 
-def balanced(labels: Tensor, skip: int, take: int) -> Tensor:
+def for_search(labels: Tensor, take: int, called: str) -> Tensor:
+    """Choose images of a train split that become the search split: of every class as many, but never more than half of it.
+
+    Args:
+        labels: The class of every image, int64 (N,).
+        take: How many of each class, at least one.
+        called: What they belong to, for messages.
+
+    Returns:
+        Their indices, in an order that never changes.
+
+    Raises:
+        ValueError: If no class has two images.
+    """
+    chosen = balanced(labels, 0, max(1, take), share=0.5)
+    if not len(chosen):
+        raise ValueError(f"{called} has no class with two images, one of which could be held out for the search: add images")
+    return chosen
+
+
+def balanced(labels: Tensor, skip: int, take: int, share: float = 1.0) -> Tensor:
     """Choose items of every class, in a random order that never changes.
 
     NumPy's RandomState is used because its stream is frozen: a split must be the same under every version.
@@ -324,6 +348,7 @@ def balanced(labels: Tensor, skip: int, take: int) -> Tensor:
         labels: The class of every item, int64 (N,).
         skip: How many items of each class are left out first.
         take: How many of each class are then taken, as far as there are.
+        share: The largest share of a class that is taken.
 
     Returns:
         Their indices.
@@ -332,7 +357,8 @@ def balanced(labels: Tensor, skip: int, take: int) -> Tensor:
     chosen = []
     for label in range(int(labels.max()) + 1):
         of_class = random.permutation(np.flatnonzero(labels.numpy() == label))
-        chosen.append(of_class[skip : skip + take])
+        most = min(take, int(share * len(of_class)))
+        chosen.append(of_class[skip : skip + most])
     return torch.from_numpy(random.permutation(np.concatenate(chosen)))
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from haq.data.dataset import SPLIT_SEED, UNLABELLED, Dataset, ImageFiles, Split, balanced, without
+from haq.data.dataset import SPLIT_SEED, UNLABELLED, Dataset, ImageFiles, Split, for_search, without
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MOST_SEARCHED = 2000  # images of the search split
 # What file managers and storage boxes put beside photographs; so do names that begin with a dot.
 JUNK = ("__MACOSX", "@eaDir", "__pycache__", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
@@ -47,7 +47,7 @@ def imagefolder(path: Path, image_size: int) -> Dataset:
         empty = train_folder / classes[counts.index(0)]
         raise ValueError(f"{empty} holds no image ending in {', '.join(IMAGE_ENDINGS)}: add some, or remove the folder")
     count = min(MOST_SEARCHED, len(everything) // 5) // len(classes)
-    search = balanced(everything.labels, 0, max(1, count))
+    search = for_search(everything.labels, count, str(train_folder))
     train = without(len(everything), search)
     test = _split(test_folder, classes, image_size)
     return Dataset(f"imagefolder:{path}", classes, everything.subset(train), everything.subset(search), test, str(path))

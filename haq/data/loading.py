@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from haq.data import DATASETS, DEFAULT
-from haq.data.dataset import Dataset, Split, balanced, check_images, check_labels, without
+from haq.data.dataset import Dataset, Split, check_images, check_labels, for_search, without
 from haq.data.image_folder import imagefolder, images
 from haq.data.labels import class_numbers
 
@@ -113,7 +113,7 @@ def _from_dict(name: str, made: Any) -> Dataset:
     classes = tuple(str(i) for i in range(int(max(split.labels.max() for split in splits.values())) + 1))
     if "search" not in splits:
         everything = splits["train"]
-        held = balanced(everything.labels, 0, max(1, len(everything) // 5 // len(classes)))
+        held = for_search(everything.labels, len(everything) // 5 // len(classes), f"the train split of {name}")
         splits["search"] = everything.subset(held)
         splits["train"] = everything.subset(without(len(everything), held))
     return Dataset(name, classes, splits["train"], splits["search"], splits["test"], "your function")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from haq.data.loading import call_with
 from haq.networks import NETWORKS, pytorchcv, timm, torchvision
@@ -121,6 +122,9 @@ def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Ne
     if classes:
         options["classes"] = classes
     made = call_with(name, function, **options)
+    module = getattr(made, "module", made)
+    if isinstance(module, nn.Module) and any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        raise ValueError(f"{name} has lazy layers, which have no shape yet: call the network once before it is returned")
     if isinstance(made, Network):
         return replace(made, name=name)
     if not isinstance(made, nn.Module):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from quantizers.copying import evaluating
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -106,10 +108,8 @@ def output_count(network: Network) -> int:
 
     Raises ValueError for a network that doesn't return class scores of shape (batch, classes).
     """
-    training = network.module.training
-    with torch.inference_mode():
-        output = network.module.eval()(torch.zeros(1, *network.input_shape))
-    network.module.train(training)
+    with torch.inference_mode(), evaluating(network.module):
+        output = network.module(torch.zeros(1, *network.input_shape))
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise ValueError(f"{network.name} returns {type(output).__name__}, not class scores of shape (batch, classes)")
     return output.shape[1]

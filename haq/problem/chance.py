@@ -62,13 +62,22 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str) ->
     )
 
 
-def few_sentence(count: int, split: str) -> str:
-    """Warn of few images; nothing for enough of them."""
+def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
+    """Warn of few images; nothing for enough of them.
+
+    Args:
+        count: The number of images.
+        split: What they are called.
+        measured: What is measured on them.
+
+    Returns:
+        One sentence or nothing.
+    """
     if count >= FEW:
         return ""
     points = 100 * standard_error(0.5, count)
     return (
-        f"WARNING: the {split} split has {count} images, so one of them moves accuracy by {100 / count:.1f} points, and its "
+        f"WARNING: the {split} split has {count} images, so one of them moves {measured} by {100 / count:.1f} points, and its "
         f"standard error is up to {points:.1f}: smaller differences say nothing"
     )
 
@@ -76,7 +85,10 @@ def few_sentence(count: int, split: str) -> str:
 def doubts(problem: Problem) -> list[str]:
     """List what must be said of the accuracies of a problem before they are believed: sentences, none if all is well."""
     evaluator = problem.evaluator
-    sentences = [few_sentence(evaluator.count, "search")]
+    measured = "accuracy"
+    if problem.objective.name == "agreement":
+        measured = "agreement"
+    sentences = [few_sentence(evaluator.count, "search", measured)]
     scores = evaluator.expected
     # Of an objective of somebody's own nobody knows what guessing gives.
     if problem.objective.name in ("accuracy", "accuracy+robust") and scores is not None:

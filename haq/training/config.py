@@ -109,7 +109,13 @@ class TrainConfig:
     adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
-        """Check the optimizer's name and the batch size."""
+        """Check the numbers and the optimizer's name."""
+        if self.steps is None and self.epochs < 0:
+            raise ValueError(f"epochs is {self.epochs!r}; it must be at least 0")
+        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+            raise ValueError(f"steps is {self.steps!r}; it must be an integer of at least 1, or None for whole epochs")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be a number, not below 0")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size!r}; it must be at least 2, since norms need two images")
         if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:

@@ -16,8 +16,10 @@ import quantizers as Q
 from haq.attacks.proxy import ProxyAttack
 from haq.data import UNLABELLED, Split
 from haq.data.dataset import batch_count, stratified, without
+from haq.data.labels import class_numbers
 from haq.networks import Network
 from haq.problem.evaluator import one_thread
+from haq.problem.objective import class_scores
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary
 from haq.training.config import (
@@ -101,6 +103,7 @@ def finetune(
     """
     if len(split) < 3:
         raise ValueError(f"fine-tuning takes at least 3 images, there are {len(split)}")
+    class_numbers(split.labels, "what is fine-tuned on")
     keep_best = keep_best and penalty is None
     trained_on, held = split, split
     if keep_best:
@@ -196,8 +199,8 @@ def judge_of(network: Network, held: Split, adversary: Adversary | None = None) 
         for number, (images, labels) in enumerate(held.batches(JUDGED_BATCH)):
             inputs = network.preprocess(images)
             with torch.no_grad():
-                expected = teacher(inputs)
-                answers = module(inputs)
+                # Copies, since a network may change its input in place.
+                expected, answers = (class_scores(one(inputs.clone())) for one in (teacher, module))
             if not is_labelled:
                 labels = expected.argmax(1)
             correct = answers.argmax(1) == labels
@@ -310,11 +313,11 @@ class _Statistics:
         self.squares = torch.zeros_like(self.mean)  # of the distances from the mean, summed
         self.images = 0
         self.momentum = norm.momentum
-        self.hook = norm.register_forward_pre_hook(self.look)
+        self.hook = norm.register_forward_pre_hook(self.look, with_kwargs=True)
 
-    def look(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def look(self, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """Add a batch, and let the norm see this batch as it does in training."""
-        (x, *_) = inputs
+        (x, *_) = (*inputs, *named.values())
         self.calls += 1
         if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
             # It sees every image by itself, and its statistics are the mean of theirs.

@@ -19,7 +19,9 @@ from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.data.dataset import batch_count
+from haq.data.labels import class_numbers
 from haq.networks import Network
+from haq.problem.objective import class_scores
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import TrainingAttack
 from haq.training.config import (
@@ -363,7 +365,7 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
         inputs = training.network.preprocess(augment(images, training.generator))
         loss_of: Loss
         if training.teacher is None:
-            loss_of = functools.partial(F.cross_entropy, target=labels)
+            loss_of = functools.partial(distance_from_labels, labels=labels)
         else:
             inputs = mix(inputs, training.generator)
             loss_of = distance_from(training.teacher, inputs)
@@ -403,6 +405,8 @@ def train_step(training: Training, inputs: Tensor, loss_of: Loss) -> float:
         loss = loss + training.config.penalty(module)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the training loss is {loss.item()} in epoch {training.epoch + 1}: lower the learning rate")
+    if not loss.requires_grad:
+        raise ValueError("there is nothing to train: all parameters that the network computes with are frozen")
     for optimizer in training.optimizers:
         optimizer.zero_grad()
     loss.backward()
@@ -476,13 +480,20 @@ def mix(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=order)
 
 
+def distance_from_labels(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Compute the cross entropy of outputs. Raises ValueError for what are no class scores, or none of these classes."""
+    scores = class_scores(outputs)
+    return F.cross_entropy(scores, class_numbers(labels, "what is trained on", scores.shape[1]))
+
+
 def distance_from(teacher: nn.Module, inputs: Tensor) -> Loss:
     """Make the loss of outputs: their distance from the teacher's on these inputs, in nats."""
     with torch.no_grad():
-        targets = F.log_softmax(teacher(inputs), dim=1)
+        # A copy, here and below: a network may change its input in place.
+        targets = F.log_softmax(class_scores(teacher(inputs.clone())), dim=1)
 
     def distance(outputs: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(outputs, dim=1), targets, reduction="batchmean", log_target=True)
+        return F.kl_div(F.log_softmax(class_scores(outputs), dim=1), targets, reduction="batchmean", log_target=True)
 
     return distance
 
@@ -505,7 +516,8 @@ def agreement(network: Network, split: Split, module: nn.Module, batch_size: int
     same = 0
     for images, _ in split.batches(batch_size):
         inputs = network.preprocess(images)
-        same += int((module(inputs).argmax(1) == network.module(inputs).argmax(1)).sum())
+        answers, expected = (class_scores(one(inputs.clone())).argmax(1) for one in (module, network.module))
+        same += int((answers == expected).sum())
     return same / len(split)
 
 
@@ -521,9 +533,13 @@ def accuracy(network: Network, split: Split, module: nn.Module | None = None, ba
 
     Returns:
         The share of the images, 0..1.
+
+    Raises:
+        ValueError: For labels that are no class numbers, and outputs that are no class scores.
     """
     module = (module or network.module).eval()
+    class_numbers(split.labels, "what accuracy is measured on")
     correct = 0
     for images, labels in split.batches(batch_size):
-        correct += int((module(network.preprocess(images)).argmax(1) == labels).sum())
+        correct += int((class_scores(module(network.preprocess(images))).argmax(1) == labels).sum())
     return correct / len(split)

@@ -361,6 +361,14 @@ GOOD = (grey(40), of_classes(40))
         ({"test": (grey(4), -of_classes(4))}, r"the test split of .* has labels from -3 to 0; they must be 0, 1, 2 \.\.\."),
         ({"test": (grey(4, torch.int64), of_classes(4))}, "the test split of .* has images of type torch.int64; they must be"),
         ({"test": (grey(4)[:, 0], of_classes(4))}, r"the test split of .* has images of shape \(4, 8, 8\); it must be"),
+        (
+            {"test": (grey(4).float() / torch.arange(4).view(-1, 1, 1, 1), of_classes(4))},
+            "the test split of .* has images with values that are not finite",
+        ),
+        (
+            {"train": (grey(4), of_classes(4)), "test": (grey(4), of_classes(4))},
+            "the train split of .* has no class with two images",
+        ),
         ({"test": grey(4)}, r"the test split of .* is a Tensor; it must be \(images, labels\)"),
         ({"test": (["a"], ["b"])}, "the test split of .* holds what is no tensor or array of numbers"),
     ],

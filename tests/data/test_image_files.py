@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from haq import data
-from haq.data.dataset import ORIENTATIONS, batch_count, read_image, stratified
+from haq.data.dataset import ORIENTATIONS, batch_count, for_search, read_image, stratified
 
 RAMP = np.tile(np.linspace(0, 255, 8).astype(np.uint8), (8, 1))
 GREY = Image.fromarray(RAMP)
@@ -136,6 +136,30 @@ def test_classes_without_images_and_pipes_are_refused(tmp_path: Path) -> None:
     for form in ("imagefolder", "images"):
         with pytest.raises(ValueError, match=r"a\.jpg is named like an image and is no readable file \(a pipe"):
             data.load(f"{form}:{tmp_path}")
+
+
+def test_a_class_of_few_images_keeps_half_of_them_for_training(tmp_path: Path) -> None:
+    for name, count in (("cat", 25), ("dog", 3), ("owl", 1)):
+        photographs(tmp_path / "train" / name, count)
+        photographs(tmp_path / "val" / name, 1)
+    dataset = data.load(f"imagefolder:{tmp_path}", image_size=8)
+    assert dataset.search.labels.bincount().tolist() == [1, 1]
+    assert dataset.train.labels.bincount().tolist() == [24, 2, 1]
+    assert for_search(torch.tensor([0] * 40 + [1] * 4), 4, "it").sort().values[-2:].min() >= 40
+
+
+def test_a_folder_of_one_image_in_each_class_is_refused(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        photographs(tmp_path / part / "cat", 1)
+    with pytest.raises(ValueError, match="train has no class with two images, one of which could be held out for the search"):
+        data.load(f"imagefolder:{tmp_path}")
+
+
+def test_every_format_that_is_read_is_found(tmp_path: Path) -> None:
+    for ending in ("gif", "tif", "TIFF", "bmp", "webp", "jpg"):
+        GREY.save(tmp_path / f"a.{ending}")
+    dataset = data.load(f"images:{tmp_path}", image_size=8)
+    assert sum(len(split) for split in (dataset.train, dataset.search, dataset.test)) == 6
 
 
 @pytest.mark.parametrize(

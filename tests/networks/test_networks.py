@@ -82,6 +82,13 @@ def test_preprocessing() -> None:
         network.preprocess(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 
 
+def test_counting_outputs_leaves_every_module_in_its_mode() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
+    module[0].eval()
+    assert networks.output_count(networks.Network("n", module, (1, 2, 2))) == 3
+    assert [part.training for part in module.modules()] == [True, False, True, True]
+
+
 def test_a_checkpoint_brings_its_network_back(tmp_path: Path) -> None:
     network = networks.load("mobilenet-mini", classes=4, pretrained=False)
     path = tmp_path / "mine.safetensors"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import hw_models
 import quantizers as Q
 from quantizers.functional import BLOCK
 from tests.conftest import images, small_network
@@ -205,6 +206,50 @@ def test_layers_can_be_called_by_keyword() -> None:
     assert not torch.equal(layer(rows, 2.0), layer(rows=rows))
     assert isinstance(Q.fold_batch_norm(network, x).norm, nn.Identity)
     assert set(Q.error_amplification(network, x, x + 0.1)) == {"conv", "out"}
+
+
+class OnlyByName(nn.Linear):
+    """Takes its input by keyword only."""
+
+    def forward(self, *, rows: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(rows, self.weight, self.bias)
+
+
+def test_a_layer_may_take_keywords_only() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = OnlyByName(64, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.out(rows=x.flatten(1))
+            return result
+
+    network, x = Network(), images(4)
+    torch.testing.assert_close(quantized(network, 8, 8)(x), network(x), atol=0.05, rtol=0.05)
+
+
+def test_lazy_layers_are_named() -> None:
+    network, x = nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), images(4)
+    for refused in (lambda: quantized(network), lambda: Q.fold_batch_norm(network, x), lambda: hw_models.trace(network, x)):
+        with pytest.raises(ValueError, match=r"'1.weight' has no shape yet, since its layer is lazy: call the network once"):
+            refused()
+    network(x)
+    assert quantized(network)(x).shape == (4, 4)
+
+
+class Rebuilt(nn.Linear):
+    """Says by itself how it is pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rebuilt, (self.in_features, self.out_features), self.__dict__
+
+
+def test_a_layer_that_pickles_in_its_own_way_keeps_its_bits() -> None:
+    qnetwork = quantized(nn.Sequential(nn.Flatten(), Rebuilt(64, 2)), 2, 2)
+    for again in (copy.deepcopy(qnetwork), pickle.loads(pickle.dumps(qnetwork))):
+        assert Q.get_policy(again) == Q.get_policy(qnetwork)
+        assert torch.equal(again(images(4)), qnetwork(images(4)))
 
 
 def test_any_layer_can_be_pickled() -> None:

@@ -134,6 +134,15 @@ def test_folding_is_refused_where_it_would_change_the_result() -> None:
         Q.fold_batch_norm(Forked(), torch.randn(1, 1, 4, 4))
 
 
+@pytest.mark.parametrize("width", [3, 5])
+def test_a_norm_over_tokens_is_left_alone(width: int) -> None:
+    """A Linear's outputs are its last dimension, the channels of a norm the second, be they as many or not."""
+    network = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(3)).eval()
+    network[1].running_mean.normal_()
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(Q.fold_batch_norm(network, x)(x), network(x))
+
+
 def test_a_norm_with_an_activation_inside_keeps_it() -> None:
     network = networks.load("timm:mobilenetv2_050", pretrained=False).module
     for module in network.modules():
@@ -335,6 +344,37 @@ def test_traced_networks_give_the_same(scheme: str) -> None:
         network[0].weight.data.mul_(-1)  # the traced networks have the same weights: nothing that was kept is in them
         assert torch.equal(traced(x), network(x))
         assert torch.equal(learning(x), network(x))
+
+
+def test_what_is_quantized_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        network = Q.quantize(small_network(), Q.BitPolicy.uniform(small_network(), 4, 4), scheme="lsq", calibrate=images(8))
+    before = network.stem.weight.detach().clone()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    network(images(8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(network.stem.weight, before)
+    assert not any(tensor.is_inference() for tensor in (*network.parameters(), *network.buffers()))
+
+
+def test_a_compiled_network_is_named() -> None:
+    compiled = torch.compile(small_network(), backend="eager")
+    with pytest.raises(ValueError, match="the network is compiled: quantize what was compiled"):
+        Q.quantize(compiled, {}, calibrate=images(8))
+
+
+class Padded(nn.Conv2d):
+    """A layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_subclasses_are_traced_with_gradients_too() -> None:
+    """The check that torch makes runs without gradients, and must find the same operations."""
+    network = Q.quantize(nn.Sequential(Padded(1, 2, 3)), {"0": (4, 4)}, calibrate=images(8))
+    assert torch.equal(torch.jit.trace(network, images(2))(images(4)), network(images(4)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -91,11 +91,11 @@ def test_images_are_held_out_by_class_and_always_the_same() -> None:
     x = torch.arange(400.0).view(-1, 1, 1, 1)
     split = data.Split(x, torch.arange(400).div(100, rounding_mode="floor"))
     kept, held = training.hold_out(split)
-    assert held.labels.bincount().tolist() == [10] * 4
+    assert held.labels.bincount().tolist() == [8] * 4
     seen = torch.cat([part.images[torch.arange(len(part))].flatten() for part in (kept, held)])
     assert torch.equal(seen.sort().values, x.flatten())
     assert torch.equal(training.hold_out(split)[1].labels, held.labels)
-    sizes = {3: 1, 8: 2, 128: 32, 200: 32, 8000: 800, 20_000: 1000}
+    sizes = {3: 1, 8: 2, 128: 32, 200: 32, 8000: 400, 30_000: 1000}
     for count, expected in sizes.items():
         many = data.Split(torch.zeros(count, 1, 1, 1), torch.zeros(count, dtype=torch.long))
         assert len(training.hold_out(many)[1]) == expected
@@ -181,6 +181,87 @@ def test_data_sets_of_one_image_are_refused(count: int) -> None:
         training.fit(network_of(module), answered(module, 1), training.TrainConfig(1, 0.1, 0))
     with pytest.raises(ValueError, match="batch_size is 1; it must be at least 2"):
         training.TrainConfig(1, 0.1, 0, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it must be an integer of at least 1"),
+        ({"steps": 2.5}, "steps is 2.5; it must be an integer"),
+        ({"epochs": -1}, "epochs is -1; it must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a number"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(option: dict[str, float], message: str) -> None:
+    module = small_network()
+    with pytest.raises(ValueError, match=message):
+        tuned(module, answered(module, 8), **option)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.arange(8.0), "class numbers, integers of shape"),
+        (torch.eye(8).long(), "class numbers, integers of shape"),
+        (torch.arange(8)[:, None], "class numbers, integers of shape"),
+        (torch.arange(8), "has the label 4; with 4 classes labels must be from 0 to 3"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, message: str) -> None:
+    network = network_of(small_network())
+    split = data.Split(images(8), labels)
+    with pytest.raises(ValueError, match=message):
+        training.fit(network, split, training.TrainConfig(1, 0.1, 0))
+    if labels.dim() == 2 or labels.is_floating_point():
+        with pytest.raises(ValueError, match=message):
+            training.accuracy(network, split)
+        with pytest.raises(ValueError, match=message):
+            tuned(network.module, split)
+
+
+def test_outputs_that_are_no_class_scores_are_refused() -> None:
+    class Aided(nn.Module):
+        """Has a second output in training, as networks with auxiliary heads have."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, CLASSES)
+
+        def forward(self, x: torch.Tensor) -> object:
+            scores = self.layer(x.flatten(1))
+            if self.training:
+                return scores, scores
+            return scores
+
+    module = Aided().eval()
+    split = answered(module, 40)
+    assert training.accuracy(network_of(module), split) == 1
+    with pytest.raises(ValueError, match="outputs are class scores of shape .*, not a tuple"):
+        tuned(module, split)
+    with pytest.raises(ValueError, match="outputs are class scores of shape .*, not a tuple"):
+        training.fit(network_of(module), split, training.TrainConfig(1, 0.1, 0))
+
+
+def test_where_all_is_frozen_there_is_nothing_to_train() -> None:
+    module = small_network().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train: all parameters"):
+        training.fit(network_of(module), answered(module, 8), training.TrainConfig(1, 0.1, 0))
+
+
+def test_a_network_that_changes_its_input_is_judged_on_what_it_was_given() -> None:
+    class Centring(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = small_network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rest(x.sub_(0.5))  # type: ignore[no-any-return]
+
+    module = Centring().eval()
+    split = data.Split(images(40), torch.zeros(40).long())
+    assert training.agreement(network_of(module), split, copy.deepcopy(module)) == 1
+    judgement = training.judge_of(network_of(module), split)(copy.deepcopy(module))
+    assert judgement == Judgement(1.0, 0.0)
 
 
 def test_few_steps_have_a_lower_rate() -> None:
@@ -272,6 +353,20 @@ def test_every_kind_of_norm_is_known(norm: nn.Module, changes: bool | None) -> N
     if changes:
         expected = values(module, split).mean(1).float()
     torch.testing.assert_close(norm.running_mean, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_norms_may_be_called_by_keyword() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=x)  # type: ignore[no-any-return]
+
+    module, split = Network(), data.Split(images(33), torch.zeros(33).long())
+    training.refresh_norms(network_of(module), module, split)
+    torch.testing.assert_close(module.norm.running_mean, split.images[torch.arange(33)].mean((0, 2, 3)))
 
 
 def test_norms_of_vectors_too() -> None:
