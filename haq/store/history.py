@@ -180,11 +180,13 @@ def _widths(operand: str, text: str, layers: int | None) -> tuple[int, ...]:
 
 def _number(column: str, text: str) -> float:
     low, high = _LIMITS[column]
+    if text == str(math.inf) and column in _MAYBE_INFINITE:
+        return math.inf
     value = math.nan
     if len(text) <= 40:
         with suppress(ValueError):
             value = float(text)
-    if low <= value <= high or (value == math.inf and column in _MAYBE_INFINITE):
+    if low <= value <= high:
         return value
     accepted = "a number from 0"
     if high == 1:

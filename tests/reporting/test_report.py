@@ -584,7 +584,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     (
         "config.yaml",
         lambda p: p.write_text("!!python/object/apply:os.system ['touch hacked']"),
-        "run/config.yaml is not the configuration of a run: could not determine a constructor",
+        "run/config.yaml is not the configuration of a run: it has a tag (!) in line 1",
     ),
     (
         "config.yaml",
