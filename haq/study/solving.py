@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -439,13 +438,13 @@ def check_count(name: str, number: Any) -> None:
         name: What it is called.
         number: The number.
     """
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ValueError(f"{name} is {number!r}; it must be an integer of at least 1")
 
 
 def check_seed(seed: Any) -> None:
     """Raise ValueError unless a seed is an integer that every generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < MOST_SEEDS:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < MOST_SEEDS:
         raise ValueError(f"seed is {seed!r}; it must be an integer from 0 to {MOST_SEEDS - 1}")
 
 
