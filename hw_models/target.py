@@ -85,7 +85,11 @@ def price(target: Target, workload: Workload, batch: int | None = None) -> CostT
         raise ValueError(printable(f"`cost_table` of {what} must return a hw_models.CostTable, not {type(table).__name__}"))
     if table.workload.names != workload.names:
         raise ValueError(printable(f"`cost_table` of {what} must return the table of the workload that it is given"))
-    return table
+    if _is_ours(target):
+        return table
+    # A copy: a target may go on writing into its table.
+    arrays = {name: getattr(table, name) for name in ("latency_s", "energy_j", "storage_bytes", "cycles", "bound")}
+    return replace(table, **{name: array.copy() for name, array in arrays.items() if array is not None})
 
 
 def _foreign_table(target: Target, what: str, workload: Workload, batch: int | None) -> object:

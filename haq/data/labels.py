@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def class_numbers(labels: Any, called: str, classes: int | None = None) -> Tenso
             class.
     """
     try:
-        numbers = torch.as_tensor(labels)
+        numbers = torch.as_tensor(native(labels))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{called} has labels in a {type(labels).__name__} that is no array of numbers; they must be class numbers, "
@@ -45,3 +46,13 @@ def class_numbers(labels: Any, called: str, classes: int | None = None) -> Tenso
                 f"{called} has the label {int(outside[0])}; with {classes} classes labels must be from 0 to {classes - 1}"
             )
     return numbers
+
+
+def native(array: Any) -> Any:
+    """Return an array with the bytes and the order in which torch takes it, and anything else as it is."""
+    if not isinstance(array, np.ndarray):
+        return array
+    # Flipped and read-only ones and those of another machine's byte order are no tensors.
+    if array.dtype.isnative and array.flags.writeable and min(array.strides, default=0) >= 0:
+        return array
+    return array.astype(array.dtype.newbyteorder("="), order="C")

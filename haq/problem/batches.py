@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from haq.data.labels import class_numbers
+from haq.data.labels import class_numbers, native
+from quantizers.policy import QUANTIZABLE
 
 BATCH = 250  # images of a Dataset that are put together at a time
 # Types that are converted to float32, which networks are searched in. Images of uint8 are not yet inputs: nobody knows how
@@ -22,12 +25,13 @@ ACCEPTED = (torch.float32, torch.int64, torch.int32)  # whole numbers are the wo
 Batches = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Any]
 
 
-def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
+def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: Any) -> None:
     """Check that what a problem is given is of the right type, before anything is computed.
 
     Args:
         network: The float network.
         target: The hardware, or its name.
+        metric: The name of what is limited.
         bits: Smallest and largest width.
         pinned: Pairs of bits by layer name, or None.
 
@@ -36,8 +40,11 @@ def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network is {_shown(network)}; it must be a torch.nn.Module")
+    _check_network(network)
     if not isinstance(target, str) and (isinstance(target, type) or not hasattr(target, "cost_table")):
         raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
+    if not isinstance(metric, str):
+        raise TypeError(f"metric is {_shown(metric)}; it must be 'latency', 'energy' or 'storage'")
     if not _is_pair(bits):
         raise TypeError(
             f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8): every width from the "
@@ -52,6 +59,39 @@ def check_arguments(network: Any, target: Any, bits: Any, pinned: Any) -> None:
             raise TypeError(
                 f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits) "
                 "from 1 to 8: hardware is priced at these, not in float"
+            )
+
+
+def _check_network(network: nn.Module) -> None:
+    """Raise ValueError for a network that is compiled, or not made of numbers in float32."""
+    for name, module in network.named_modules():
+        called = "the network"
+        if name:
+            called = f"the network's part {name!r}"
+        if hasattr(module, "_orig_mod") or (not name and isinstance(module, torch.jit.ScriptModule)):
+            raise ValueError(f"{called} is compiled (torch.compile or torch.jit): give the module that it was made of")
+        for parameter in module.parameters(recurse=False):
+            if is_lazy(parameter) or parameter.is_meta:
+                raise ValueError(f"{called} has parameters without numbers: run it on some images, and train it, first")
+            if isinstance(module, QUANTIZABLE) and parameter.dtype in CONVERTED:
+                raise ValueError(f"{called} is of type {parameter.dtype}; it must be of torch.float32: call network.float()")
+
+
+def check_alike(calibrate: list[Tensor], inputs: Tensor) -> None:
+    """Check that what scales are calibrated with is of the kind that policies are judged on.
+
+    Args:
+        calibrate: Batches of inputs; other heights, widths or lengths are fine.
+        inputs: Those of `search`.
+
+    Raises:
+        ValueError: Naming both shapes, if single inputs were given for batches of them, or otherwise other dimensions.
+    """
+    for part in calibrate:
+        if part.dim() != inputs.dim():
+            raise ValueError(
+                f"`calibrate` gave inputs of shape {tuple(part.shape)}, and `search` of {tuple(inputs.shape)}; both must be "
+                "batches of the same kind of inputs"
             )
 
 
@@ -155,7 +195,7 @@ def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
             )
         return [(inputs, labels)]
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, BATCH)
+        data = DataLoader(data, BATCH, collate_fn=functools.partial(_collated, name=name))
     try:
         batches = iter(data)
     except TypeError as error:
@@ -165,6 +205,17 @@ def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
         ) from error
     # Copies: some loaders fill the same memory again with every batch.
     return [_copied(*_pair(batch, name)) for batch in batches]
+
+
+def _collated(samples: list[Any], name: str) -> Any:
+    """Put images together. Raises ValueError for those that make no batch."""
+    try:
+        return default_collate(samples)
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"`{name}` is a Dataset whose entries make no batch ({reason}); they must be tensors or arrays of one shape"
+        ) from error
 
 
 def _copied(inputs: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -181,10 +232,11 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:
         labels = None
         if len(batch) > 1 and batch[1] is not None:
             try:
-                labels = torch.as_tensor(batch[1])
+                labels = torch.as_tensor(native(batch[1]))
             except (TypeError, ValueError, RuntimeError) as error:
                 kind = type(batch[1]).__name__
                 raise ValueError(f"`{name}` gave a {kind} as labels; they must be a tensor of class numbers") from error
+            labels = _dense(labels, name)
         return _tensor_of(batch[0], name), labels
     kind = type(batch).__name__
     raise ValueError(f"`{name}` gave a {kind}; it must give tensors of inputs, or pairs (inputs, labels) of tensors")
@@ -195,11 +247,19 @@ def _is_array(value: Any) -> bool:
 
 
 def _tensor_of(array: Any, name: str) -> Tensor:
-    """Make a tensor of an array. Raises ValueError for one that holds no numbers."""
+    """Make a tensor of an array. Raises ValueError for one that holds no numbers, or none in memory."""
     try:
-        return torch.as_tensor(array)
+        tensor = torch.as_tensor(native(array))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"`{name}` gave an array of type {array.dtype}; it must be one of float32") from error
+    return _dense(tensor, name)
+
+
+def _dense(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor. Raises ValueError for one that isn't whole and in memory."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+        raise ValueError(f"`{name}` gave a sparse, nested or meta tensor; it must be a dense one, with its numbers in memory")
+    return tensor
 
 
 def _is_pair(value: Any) -> bool:

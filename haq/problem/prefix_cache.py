@@ -133,9 +133,15 @@ def _cut(network: nn.Module) -> tuple[list[fx.GraphModule], list[list[QuantLayer
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            nodes = list(_Tracer().trace(network).nodes)
+            # A copy: a network that keeps what it computed would keep what stands for a tensor here.
+            traced = copy.deepcopy(network)
+            nodes = list(_Tracer().trace(traced).nodes)
     except Exception as error:  # whatever a network's code raises when it is called with something that isn't a tensor
         raise ValueError(f"torch.fx doesn't follow the network: {error}") from error
+    for node in nodes:
+        # A tensor that the network's code makes by itself.
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            setattr(network, str(node.target), getattr(traced, str(node.target)))
     inside = {node: _quant_layers(network, node) for node in nodes}
     calls = [place for place, node in enumerate(nodes) if inside[node]]
     reached = {layer for place in calls for layer in inside[nodes[place]]}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq.problem.batches import Batches, check_arguments, read_inputs, read_tensors
+from haq.problem.batches import Batches, check_alike, check_arguments, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
 from haq.problem.evaluator import Evaluation, Evaluator, device_of, evaluation_mode
@@ -34,6 +36,7 @@ from hw_models.registry import printable
 from hw_models.target import price
 from quantizers.policy import QUANTIZABLE
 
+REPEATED = 1e-3  # of an output's size: what it may differ by from call to call, in sums of another order
 TOP = Q.MAX_BITS - 1  # index of the largest width in a table
 
 
@@ -110,7 +113,7 @@ class Problem:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
             ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
         """
-        check_arguments(network, target, bits, pinned)
+        check_arguments(network, target, metric, bits, pinned)
         self.objective = find_objective(objective)
         inputs, labels = read_tensors(search, "search", self.objective.needs_labels)
         device = device_of(network)
@@ -133,6 +136,7 @@ class Problem:
         self.limit = self._limit(budget)
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
         self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
+        check_alike(self.calibration, inputs)
         with evaluation_mode(network):
             qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
@@ -460,19 +464,23 @@ class Problem:
 
 def _traced(network: nn.Module, example: Tensor) -> hw_models.Workload:
     """Trace a network. Raises ValueError if it can't be run on one image, and for outputs that are no class scores."""
-    handle = network.register_forward_hook(lambda module, given, outputs: class_scores(outputs))
     try:
-        return hw_models.trace(network, example)
-    except ValueError:
-        raise
+        with evaluation_mode(network), torch.no_grad():
+            outputs, again = (network(example.clone()) for _ in range(2))
     except Exception as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ValueError(
             f"the network can't compute inputs of shape {tuple(example.shape)} and type {example.dtype} ({reason}); it must "
             "take one tensor, of what `search` gives"
         ) from error
-    finally:
-        handle.remove()
+    first, second = class_scores(outputs).double(), class_scores(again).double()
+    if (second - first).norm() > REPEATED * first.norm():
+        warnings.warn(
+            "the network answers the same image differently from call to call (randomness, or something it keeps): what is "
+            "measured of a policy is then chance in part",
+            stacklevel=3,
+        )
+    return hw_models.trace(network, example)
 
 
 @contextmanager

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import haq
+import hw_models
 from haq.problem.evaluator import Evaluator
 from tests.conftest import brightest, images, small_network
 
@@ -30,10 +32,30 @@ def refilled() -> Iterator[tuple[Tensor, Tensor]]:
         yield memory.copy_(part), labels.copy_(of_part)
 
 
+class Compiled(nn.Module):
+    """Has what `torch.compile` makes: the network it was made of under this name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._orig_mod = small_network()
+
+
+class Uneven(Dataset[tuple[Tensor, int]]):
+    """Images of several sizes."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(1, 8 + index, 8), 0
+
+
 SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "labels int32": lambda: {"search": (X, Y.int())},
     "labels uint16": lambda: {"search": (X, Y.to(torch.uint16))},
     "all NumPy": lambda: {"search": (X.numpy(), Y.numpy().astype("uint8")), "calibrate": FEW.numpy()},
+    "another byte order": lambda: {"search": (X.numpy().astype(">f4"), Y.numpy().astype(">i8"))},
+    "flipped twice": lambda: {"search": (X.flip(0).numpy()[::-1], Y.flip(0).numpy()[::-1])},
     "NumPy batches": lambda: {"search": [(X.numpy(), Y.tolist())], "calibrate": [FEW.numpy()]},
     "float64": lambda: {"search": (X.numpy().astype(float), Y), "calibrate": FEW.double()},
     "calibrate with labels": lambda: {"calibrate": (FEW, torch.zeros(16))},
@@ -68,11 +90,20 @@ def test_halves_become_float32() -> None:
         ({"calibrate": [{"x": FEW}]}, ValueError, "gave a dict"),
         ({"bits": [4, 6, 8]}, TypeError, r"bits is \[4, 6, 8\]; it must be a pair .*: every width from the"),
         ({"pinned": {"stem": (None, None)}}, TypeError, r"'stem' has \(None, None\); .* from 1 to 8: .* not in float"),
-        (
-            {"network": small_network().double()},
-            ValueError,
-            r"can't compute inputs of shape \(1, 1, 8, 8\) and type torch.float32",
-        ),
+        ({"search": (X[:, :, :4].permute(0, 2, 3, 1), Y)}, ValueError, r"can't compute inputs of shape \(1, 4, 8, 1\)"),
+        ({"search": (X[0], Y[:1])}, ValueError, r"can't compute inputs of shape \(1, 8, 8\)"),
+        ({"calibrate": list(FEW)}, ValueError, r"`calibrate` gave inputs of shape \(1, 8, 8\), and `search` of"),
+        ({"search": (X.to_sparse(), Y)}, ValueError, "`search` gave a sparse, nested or meta tensor"),
+        ({"search": (X.to("meta"), Y)}, ValueError, "a sparse, nested or meta tensor"),
+        ({"search": (X, Y.to("meta"))}, ValueError, "a sparse, nested or meta tensor"),
+        ({"search": Uneven()}, ValueError, "a Dataset whose entries make no batch .* of one shape"),
+        ({"network": small_network().double()}, ValueError, "is of type torch.float64; .* call network.float()"),
+        ({"metric": ["latency"]}, TypeError, r"metric is \['latency'\]; it must be 'latency', 'energy' or 'storage'"),
+        ({"network": small_network().half()}, ValueError, "is of type torch.float16"),
+        ({"network": small_network().to("meta")}, ValueError, "has parameters without numbers"),
+        ({"network": nn.Sequential(nn.Flatten(), nn.LazyLinear(4))}, ValueError, "'1' has parameters without numbers"),
+        ({"network": Compiled()}, ValueError, "the network is compiled"),
+        ({"network": nn.Sequential(Compiled())}, ValueError, "part '0' is compiled"),
     ],
 )
 def test_what_means_nothing_is_one_sentence(change: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -182,3 +213,50 @@ def test_a_layer_that_only_other_images_reach_is_named() -> None:
         problem(TakesOneOfTwo().eval(), search=(search, brightest(search)), calibrate=FEW - 2)
     with pytest.raises(ValueError, match="'?bright'?"):
         problem(TakesOneOfTwo().eval(), search=(search, brightest(search)), calibrate=FEW)
+
+
+class Keeps(nn.Module):
+    """Takes off the mean of what it gave before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.mean = small_network(), torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.mean(0)
+        return y - self.mean
+
+
+def test_a_network_that_keeps_what_it_gave_is_judged_with_a_warning() -> None:
+    network = Keeps().eval()
+    with pytest.warns(UserWarning, match="answers the same image differently from call to call"):
+        given = problem(network)
+    given.evaluate(given.uniform(8))
+    assert type(given.evaluator.network.mean) is Tensor  # what follows the network leaves nothing behind
+
+
+def test_chance_in_a_network_is_said() -> None:
+    with pytest.warns(UserWarning, match="differently from call to call"):
+        problem(Gives(lambda y: nn.functional.dropout(y, 0.5)))
+
+
+class WritesOn:
+    """A target that goes on writing into the table that it gave."""
+
+    name, description = "writes-on", "for tests"
+
+    def cost_table(self, workload: hw_models.Workload, *, batch: int | None = None) -> hw_models.CostTable:
+        self.table = hw_models.load_target("edge").cost_table(workload, batch=batch)
+        return self.table
+
+
+def test_costs_stay_what_they_were() -> None:
+    target = WritesOn()
+    given = problem(target=target)
+    before = given.cost.copy()
+    for array in (target.table.latency_s, target.table.storage_bytes):
+        assert array is not None
+        array[:] = 1.0
+    assert np.array_equal(given.cost, before)
+    assert given.policy_cost(given.uniform(8)) == given.reference
