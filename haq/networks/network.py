@@ -112,7 +112,8 @@ def answer_to_zeros(network: Network) -> Any:
         size = "x".join(map(str, network.input_shape))
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{network.name} can't take images of {size}, which it or its file says that it takes: {type(error).__name__} ({reason})"
+            f"{network.name} can't take images of {size}, which it or its file says that it takes: "
+            f"{type(error).__name__} ({reason})"
         ) from error
     finally:
         network.module.train(training)

@@ -19,6 +19,7 @@ from haq import runs, search, sweep
 from haq.console import errors
 from haq.store import lock
 from haq.study.search_run import SearchRun
+from hw_models import trust
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
 
@@ -59,6 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     enter(tmp_path, monkeypatch, MODULE)
+    monkeypatch.setattr(trust, "_named", set())  # as in a process of its own
 
 
 def call(*arguments: str) -> int:

@@ -165,6 +165,7 @@ def test_code_that_only_a_file_names_is_refused_without_an_import(
         Path(file).write_text("raise SystemExit('code that a file names was run')")
     source = Path("runs/evil/config.yaml")
     name = f"{module}:S"
+    SearchConfig(hw="lut:a.csv").code()  # what is ours may be imported
     before = set(sys.modules)
     asked: list[SearchConfig | SweepConfig] = [SearchConfig(**{field: name}) for field in FIELDS]
     schemes = (f"{name},stem=lsq", f"stem={name},hidden=json:S", f"lsq,stem={name}")
