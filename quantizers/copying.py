@@ -88,7 +88,7 @@ def make_plain(module: nn.Module) -> None:
         elif isinstance(hook, SpectralNorm):
             remove_spectral_norm(module, hook.name)
         elif _prunes(hook):
-            hook.remove(module)
+            hook.remove(module)  # type: ignore[attr-defined]  # all that prune have it
             del module._forward_pre_hooks[key]
 
 
