@@ -71,6 +71,7 @@ def show_target(name: str, network: str | None, bits: str, batch: int | None, gi
         target = hw_models.load_target(name, **measuring, **follow)
         if network is not None:
             loaded = networks.load(network, pretrained=False)
+            networks.answer_to_zeros(loaded)
             workload = hw_models.trace(loaded.module, torch.zeros(1, *loaded.input_shape))
             table = price(target, workload, batch)
     if network is None:

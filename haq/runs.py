@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.console import Group as RenderGroup
@@ -23,10 +23,14 @@ from haq.console.output import Output
 from haq.console.tables import Column, command_line, key_table, new_table, plain, print_columns, say
 from haq.console.values import FOLDER, NUMBER
 from haq.store import cleanup
+from haq.store.files import CONFIG, SWEEP
 from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, RunSummary, file_sizes, find_runs, summarize
 from haq.store.records import Measurement
 from haq.store.units import NOTHING, describe_amount, describe_bytes, percent
 from hw_models.registry import printable
+
+if TYPE_CHECKING:
+    from haq.study.config import SearchConfig, SweepConfig
 
 HOME = Path("runs")
 # What accuracies must agree in to be compared; eps is of the attack of one of the objectives.
@@ -175,17 +179,14 @@ def describe(run: RunSummary) -> dict[str, Any]:
 def commands(run: RunSummary) -> dict[str, str]:
     """Return what to type to do the same again, and to go on, quoted for a shell."""
     found = {}
-    if run.config is not None:
-        from haq.study.config import SearchConfig
-
-        found["again"] = command_line(*SearchConfig.read(run.config.settings).words())
-    if run.sweep is not None:
-        from haq.study.config import SweepConfig
-
-        found["again"] = command_line(*SweepConfig.read(run.sweep.asked.to_dict()).words())
+    asked = _config(run)
+    if asked is not None:
+        found["again"] = command_line(*asked.words())
     following = _next_words(run)
     if following:
-        following += _trust_words(run)
+        # Listing the runs of a sweep needs no code.
+        if asked is not None and following[0] != "haq.runs":
+            following += asked.trust_words()
         found["go on"] = command_line("python", "-m", *following)
     return found
 
@@ -285,19 +286,20 @@ def _next_words(run: RunSummary) -> list[Any]:
     return []
 
 
-def _trust_words(run: RunSummary) -> list[str]:
-    """Return the options that let a command import the code that a run or sweep names; listing runs needs none."""
-    if run.kind == "sweep":
-        if run.sweep is None or run.state == FINISHED:
-            return []
-        from haq.study.config import SweepConfig
+def _config(run: RunSummary) -> SearchConfig | SweepConfig | None:
+    """Return what a run or sweep was asked for, checked; None if that isn't known. Raises ValueError naming the file."""
+    from haq.study.config import SearchConfig, SweepConfig
 
-        return SweepConfig.read(run.sweep.asked.to_dict()).trust_words()
-    if run.config is None:
-        return []
-    from haq.study.config import SearchConfig
-
-    return SearchConfig.read(run.config.settings).trust_words()
+    name = CONFIG
+    try:
+        if run.sweep is not None:
+            name = SWEEP
+            return SweepConfig.read(run.sweep.asked.to_dict())
+        if run.config is not None:
+            return SearchConfig.read(run.config.settings)
+    except ValueError as error:
+        raise ValueError(f"{run.folder / name}: {error}") from error
+    return None
 
 
 def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
@@ -315,6 +317,7 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
         if run.kind == "sweep":
             unit = "searches"
         yield "asked", _pairs(asked)
+        yield from _code(run)
         yield "signature", _pairs(run.signature)
         yield "versions", _pairs(run.versions)
         yield "done", f"{run.done} of {run.asked} {unit}"
@@ -323,6 +326,14 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
     elif run.search is not None:
         yield "best so far", f"{percent(run.search)} on the search split (measured)"
     yield "files", _sizes(run)
+
+
+def _code(run: RunSummary) -> Iterator[tuple[str, str]]:
+    """Yield the code that a run or sweep names, and what lets a command import it."""
+    config = _config(run)
+    if config is not None and config.code():
+        names = dict.fromkeys(name for _, name in config.code())
+        yield "code", printable(f"{', '.join(names)}: if you trust it, give --trust with each name to commands that use it")
 
 
 def _results(run: RunSummary) -> Iterator[tuple[str, str]]:

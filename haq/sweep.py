@@ -220,7 +220,7 @@ def _print_result(folder: Path, asked: SweepConfig, found: FinishedSweepRecord, 
     sweep_tables.print_result(output.results, found)
     say(output.notes, f"Written: {folder} ({SWEEP}, {SWEEP_PICTURE}, and a folder for each search)", wrap=False)
     finetune = ["haq.finetune", folder / found.found[0].runs[0].folder, *asked.trust_words()]
-    say_next(output.notes, "python", "-m", *finetune, hint=", or another of them")
+    say_next(output.notes, "python", "-m", *finetune, hint=" (with this search or another)")
     say_next(output.notes, "python", "-m", "haq.report", folder)
     output.print_json(found.to_dict())
 

@@ -88,7 +88,17 @@ def trust_words(names: Iterable[str]) -> list[str]:
 
     Code that nobody has named yet is left out: a command to be pasted is no place to learn of it.
     """
-    return [word for name in dict.fromkeys(names) if name in _named for word in ("--trust", name)]
+    return trust_options(name for name in names if name in _named)
+
+
+def trust_options(names: Iterable[str]) -> list[str]:
+    """Write --trust for each name, word by word, whether it was named before or not."""
+    return [word for name in dict.fromkeys(names) for word in ("--trust", name)]
+
+
+def may_be_trusted(name: str) -> bool:
+    """Say whether code was not named yet, and would be taken if it were."""
+    return name not in _named and len(name) <= LONGEST and not of_python_itself(name)
 
 
 @contextmanager

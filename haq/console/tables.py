@@ -50,9 +50,9 @@ def say_next(console: Console, *words: Any, hint: str = "") -> None:
     Args:
         console: Where to.
         words: The command, word by word.
-        hint: What is added behind it.
+        hint: What is said before it; behind it, it would be copied too.
     """
-    text = Text.assemble("Next: ", (command_line(*words), "bold"), printable(hint))
+    text = Text.assemble(f"Next{printable(hint)}: ", (command_line(*words), "bold"))
     console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lazy_loader
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from haq.networks.network import IMAGENET_MEAN as IMAGENET_MEAN
     from haq.networks.network import IMAGENET_STD as IMAGENET_STD
     from haq.networks.network import Network as Network
+    from haq.networks.network import answer_to_zeros as answer_to_zeros
     from haq.networks.network import output_count as output_count
     from haq.networks.zoo import LIBRARIES as LIBRARIES
     from haq.networks.zoo import import_zoo as import_zoo
@@ -40,6 +42,22 @@ def _lacking(thing: Any) -> str:
     if callable(thing):
         return ""
     return "a way to be called: it must be a function that returns an nn.Module or a haq.networks.Network"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split NAME@PATH into its two parts, at the first @; the first is empty for any other name, such as a path with an @."""
+    base, _, path = name.partition("@")
+    if not path or "/" in base or is_file(Path(name)):
+        return "", name
+    return base, path
+
+
+def is_file(path: Path) -> bool:
+    """Say whether there is a file, or what is no ordinary one and will be refused; a folder may be called like a network."""
+    try:
+        return path.exists() and not path.is_dir()
+    except OSError:  # too long a name
+        return False
 
 
 NETWORKS: Registry[Any] = Registry(
@@ -84,8 +102,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "loading": ["check_fits", "load", "name_of_checkpoint", "path_of_checkpoint"],
         "mobilenet_mini": ["Residual"],
-        "network": ["IMAGENET_MEAN", "IMAGENET_STD", "Network", "output_count"],
+        "network": ["IMAGENET_MEAN", "IMAGENET_STD", "Network", "answer_to_zeros", "output_count"],
         "zoo": ["LIBRARIES", "import_zoo"],
     },
 )
-__all__ += ["CHECKPOINT_ENDINGS", "DEFAULT", "NETWORKS"]
+__all__ += ["CHECKPOINT_ENDINGS", "DEFAULT", "NETWORKS", "is_file", "split_name"]

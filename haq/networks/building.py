@@ -92,7 +92,10 @@ def build_as_file_says(path: Path, name: str, classes: int | None) -> Network:
     """
     if NETWORKS.is_code(name):
         trust.check(name, f"{path} names network", f", or name it yourself, as {name[:80]}@{path}")
-    return build(name, classes, pretrained=False)
+    try:
+        return build(name, classes, pretrained=False)
+    except ValueError as error:
+        raise ValueError(f"{path} names a network that can't be built: {error}") from error
 
 
 def shapes_of(name: str, classes: int | None) -> dict[str, tuple[int, ...]] | None:

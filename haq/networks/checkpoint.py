@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq.networks import split_name
 from haq.networks.building import build_as_file_says, shapes_of
 from haq.networks.network import Network, output_count
 from haq.store import torch_files
@@ -46,7 +47,7 @@ MOST_CLASSES = 2**17
 MOST_NOTE, MOST_SHORT_NOTE = 2**21, 1000  # characters of policy and schemes in a header, and of what else is read of it
 MOST_HEADER = 2**24  # bytes of a header: the names and shapes of tensors, and notes
 MOST_FILE = 2**40
-MOST_VALUE = 1e6  # of a mean or a deviation
+MOST_VALUE = 1e6  # of a mean or a deviation; its inverse is the least of a deviation
 RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure")
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
 FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
@@ -268,7 +269,11 @@ def check_can_be_of(path: Path, given: Mapping[str, Any], name: str, classes: in
         name: The network's.
         classes: The number of outputs; None for the network's own.
     """
-    expected = shapes_of(name, classes)
+    _check_can_be(path, given, shapes_of(name, classes))
+
+
+def _check_can_be(path: Path, given: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]] | None) -> None:
+    """Raise ValueError unless tensors have the shapes that are expected, if those are known."""
     if expected is not None:
         state = unwrapped(float_tensors(given), expected)
         _check_shapes(path, {key: tuple(getattr(one, "shape", one)) for key, one in state.items()}, expected)
@@ -391,7 +396,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _description(network: Network) -> dict[str, str]:
     """Put what is needed to build a network again into text; of NAME@PATH, the name."""
     description = {
-        "network": network.name.rpartition("@")[0] or network.name,
+        "network": split_name(network.name)[0] or network.name,
         "input_shape": json.dumps(network.input_shape),
         "mean": json.dumps(network.mean),
         "std": json.dumps(network.std),
@@ -481,7 +486,13 @@ def _named_network(header: Header) -> Network:
     """Build the network that a header names, with random weights, in the size that it says."""
     classes, shape, mean, std = _images(header)
     name = header.notes.get("network", "")
-    check_can_be_of(header.path, header.shapes, name, classes)
+    if not name:
+        raise ValueError(f"{header.path} doesn't say which network it is of; name the network: NAME@{header.path}")
+    try:
+        expected = shapes_of(name, classes)
+    except ValueError as error:
+        raise ValueError(f"{header.path} names a network that can't be built: {error}") from error
+    _check_can_be(header.path, header.shapes, expected)
     network = build_as_file_says(header.path, name, classes)
     return replace(network, input_shape=shape, mean=mean, std=std)
 
@@ -494,6 +505,9 @@ def _images(header: Header) -> tuple[int | None, tuple[int, int, int], tuple[flo
         classes = None
         if "classes" in header.notes:
             classes = int(header.notes["classes"])
+        for name in ("input_shape", "mean", "std"):
+            if name not in header.notes:
+                raise ValueError(f"it has no {name}")
         shape, mean, std = (json.loads(header.notes[key]) for key in ("input_shape", "mean", "std"))
         if not _is_shape(shape):
             raise ValueError(f"images of {quoted(header.notes['input_shape'])}, at most 3x800x800 are accepted")
@@ -503,9 +517,9 @@ def _images(header: Header) -> tuple[int | None, tuple[int, int, int], tuple[flo
             raise ValueError(f"{quoted(classes)} classes")
         if not _are_numbers(mean, shape[0]):
             raise ValueError(f"mean {quoted(header.notes['mean'])}; one finite number is accepted, or one a channel")
-        if not _are_numbers(std, shape[0]) or min(std) <= 0:
+        if not _are_numbers(std, shape[0]) or min(std) < 1 / MOST_VALUE:
             raise ValueError(f"std {quoted(header.notes['std'])}; one number above 0 is accepted, or one a channel")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{header.path} has a header that describes no network of its tensors: {_short(error)}") from error
     return classes, (shape[0], shape[1], shape[2]), tuple(map(float, mean)), tuple(map(float, std))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from haq import data
-from haq.networks import CHECKPOINT_ENDINGS, DEFAULT
+from haq.networks import CHECKPOINT_ENDINGS, DEFAULT, is_file, split_name
 from haq.networks.building import build, is_own_function
 from haq.networks.checkpoint import (
     MOST_CLASSES,
@@ -41,10 +41,10 @@ def load(name: str = DEFAULT, *, classes: int | None = None, pretrained: bool = 
         FileNotFoundError: For missing weights.
         ImportError: For a library that isn't installed, with the extra to install.
     """
-    base, path = _split(name)
+    base, path = split_name(name)
     if base:
         network = _with_weights(base, Path(path), classes)
-    elif name.endswith(CHECKPOINT_ENDINGS) or _is_file(Path(name)):
+    elif name.endswith(CHECKPOINT_ENDINGS) or is_file(Path(name)):
         network = load_checkpoint(Path(name))
     else:
         network = build(name, classes, pretrained)
@@ -62,7 +62,7 @@ def name_of_checkpoint(network: str, path: Path) -> str:
     Returns:
         A name for `load` and for --network.
     """
-    base = _split(network)[0] or network
+    base = split_name(network)[0] or network
     if is_own_function(base):
         return f"{base}@{path}"
     return str(path)
@@ -70,26 +70,10 @@ def name_of_checkpoint(network: str, path: Path) -> str:
 
 def path_of_checkpoint(name: str) -> Path | None:
     """Return the file of a name that is PATH or NAME@PATH; None for one of a network without a file, or if there is none."""
-    path = Path(_split(name)[1])
+    path = Path(split_name(name)[1])
     if path.is_file():
         return path
     return None
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Split NAME@PATH into its two parts; the first is empty for any other name."""
-    base, _, path = name.rpartition("@")
-    if not base:
-        return "", name
-    return base, path
-
-
-def _is_file(path: Path) -> bool:
-    """Say whether there is a file, or what is no ordinary one and will be refused; a folder may be called like a network."""
-    try:
-        return path.exists() and not path.is_dir()
-    except OSError:  # too long a name
-        return False
 
 
 def _with_weights(base: str, path: Path, classes: int | None) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,13 +104,26 @@ class Network:
         return network
 
 
+def answer_to_zeros(network: Network) -> Any:
+    """Return what a network answers to an image of zeros. Raises ValueError if it fails on images of its input's size."""
+    try:
+        with torch.inference_mode(), evaluating(network.module):
+            return network.module(torch.zeros(1, *network.input_shape))
+    except Exception as error:
+        size = "x".join(map(str, network.input_shape))
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{network.name} can't take images of {size}, which it or its file says that it takes: "
+            f"{type(error).__name__} ({reason})"
+        ) from error
+
+
 def output_count(network: Network) -> int:
     """Count the classes that a network tells apart, by one forward pass of zeros.
 
     Raises ValueError for a network that doesn't return class scores of shape (batch, classes).
     """
-    with torch.inference_mode(), evaluating(network.module):
-        output = network.module(torch.zeros(1, *network.input_shape))
+    output = answer_to_zeros(network)
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise ValueError(f"{network.name} returns {type(output).__name__}, not class scores of shape (batch, classes)")
     return output.shape[1]

@@ -34,6 +34,7 @@ FOLDERS = "The run"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
+MOST_NAMED = 6  # names of code in a message
 RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
 
@@ -292,8 +293,9 @@ class SearchConfig(_Config):
                 raise ValueError(f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {known}")
             kind: Any = cls.model_fields[name].annotation
             if not isinstance(value, kind) or (isinstance(value, bool) and name != "cold"):
-                wanted = {str: "text", int: "an integer"}.get(kind, str(kind))
-                raise ValueError(f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {wanted}")
+                raise ValueError(
+                    f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {_wanted(cls, name)}"
+                )
         return cls(**content)
 
     @classmethod
@@ -304,8 +306,8 @@ class SearchConfig(_Config):
     def files(self) -> dict[str, Path]:
         """List the files and folders of the user's own that are named, by field."""
         found = {}
-        network = Path(self.network.rpartition("@")[2])
-        if "@" in self.network or network.suffix in networks.CHECKPOINT_ENDINGS:
+        network = Path(networks.split_name(self.network)[1])
+        if networks.split_name(self.network)[0] or network.suffix in networks.CHECKPOINT_ENDINGS:
             found["network"] = network
         if self.data.startswith(("imagefolder:", "images:")):
             found["data"] = Path(self.data.partition(":")[2])
@@ -316,7 +318,7 @@ class SearchConfig(_Config):
     def code(self) -> list[tuple[str, str]]:
         """List the fields that name code of somebody's own, each with the `module:Name` in it."""
         names = {
-            "network": [self.network.rpartition("@")[0] or self.network],
+            "network": [networks.split_name(self.network)[0] or self.network],
             "data": [self.data],
             "hw": [self.hw],
             "solver": [self.solver],
@@ -665,10 +667,10 @@ def read_channels(name: str, text: str | None) -> tuple[float, ...] | None:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         numbers = (math.nan,)
-    fits = all(map(math.isfinite, numbers))
+    fits = all(abs(number) < 1e6 for number in numbers)
     wanted = "numbers parted by commas, such as 0.485,0.456,0.406"
     if name == "std":
-        fits = fits and min(numbers) > 0
+        fits = fits and min(numbers) >= 1e-6
         wanted = "numbers above 0 parted by commas, such as 0.229,0.224,0.225"
     if not fits:
         raise ValueError(f"{option_name(name)} is {files.quoted(text)}; it must be {wanted}")
@@ -758,9 +760,13 @@ def _is_code(field: str, name: str) -> bool:
 
 def _check_code(source: Path, code: Iterable[tuple[str, str]]) -> None:
     """Raise ValueError for the first `module:Name` of some fields that nobody has named who runs this."""
-    for field, name in code:
-        if not (field == "scheme" and is_known_scheme(name)):
-            trust.check(name, f"{source} names {field}")
+    wanted = {name: field for field, name in code if not (field == "scheme" and is_known_scheme(name))}
+    for name, field in wanted.items():
+        remedy = ""
+        others = trust.trust_options(one for one in wanted if one != name and trust.may_be_trusted(one))
+        if others:
+            remedy = f", and {' '.join(others[: 2 * MOST_NAMED])}, which it names too"
+        trust.check(name, f"{source} names {field}", remedy)
 
 
 def is_known_scheme(name: str) -> bool:

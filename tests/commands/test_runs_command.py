@@ -19,6 +19,7 @@ from haq import runs, search, sweep
 from haq.console import errors
 from haq.store import lock
 from haq.study.search_run import SearchRun
+from hw_models import trust
 from tests.commands.test_robustness_command import MODULE
 from tests.conftest import enter
 
@@ -59,6 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     enter(tmp_path, monkeypatch, MODULE)
+    monkeypatch.setattr(trust, "_named", set())  # as in a process of its own
 
 
 def call(*arguments: str) -> int:
@@ -175,6 +177,13 @@ def test_where_there_are_none_it_says_so(capsys: pytest.CaptureFixture[str], mon
     assert json.loads(told(capsys, "list", "--json")) == []
 
 
+def test_a_setting_that_there_is_not_is_told_with_its_file(capsys: pytest.CaptureFixture[str]) -> None:
+    content = Path("runs/a/config.yaml").read_text()
+    Path("runs/a/config.yaml").write_text(content.replace("seed: 0", "color: red"))
+    assert call("show", "runs/a") == errors.EXIT_BAD_INPUT
+    assert capsys.readouterr().err.startswith("error: runs/a/config.yaml: unknown setting 'color'")
+
+
 def test_show_says_what_was_asked_and_found_and_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     out = told(capsys, "show", "runs/a")
     asked = (
@@ -185,6 +194,8 @@ def test_show_says_what_was_asked_and_found_and_the_commands(capsys: pytest.Capt
     assert "go on  python -m haq.evaluate runs/a\n" in out
     for word in ("finished", "evaluations 6", "torch", "signature", "history.csv", "checkpoint/", "finetuned", "holds"):
         assert word in " ".join(out.split())
+    code = "code small_job:network, small_job:splits: if you trust it, give --trust with each name"
+    assert all(code in " ".join(told(capsys, "show", run).split()) for run in ("runs/a", "runs/cut", "runs/swept"))
     assert "go on  python -m haq.finetune runs/b\n" in told(capsys, "show", "runs/b")
     assert "go on  python -m haq.search --resume runs/cut\n" in told(capsys, "show", "runs/cut")
     content = json.loads(told(capsys, "show", "runs/a", "--json"))

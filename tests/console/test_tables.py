@@ -68,6 +68,12 @@ def test_commands_are_quoted_and_never_broken() -> None:
     assert text(shown) == f"Next: {command_line(*words)}\n"
 
 
+def test_what_is_said_of_a_command_is_not_copied_with_it() -> None:
+    shown = console(20)
+    say_next(shown, "python", "-m", "haq.report", "a b", hint=" (with this run or another)")
+    assert text(shown) == "Next (with this run or another): python -m haq.report 'a b'\n"
+
+
 NAMES = [
     "x[/b]",
     "[red]m[/]",

@@ -7,6 +7,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 import hw_models
-from haq import data, networks, training
+from haq import data, hardware, networks, training
 from haq.networks import zoo
+from haq.study.config import SearchConfig
 from hw_models import trust
 
 
@@ -256,7 +258,13 @@ def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
             {"network": "pytest:main"},
             "names network pytest:main, and code is never called because a file says so: add --trust",
         ),
-        ({"network": "x" * 5000}, "^unknown network 'x{200}'; did you mean"),
+        (
+            {"network": "x" * 5000},
+            "net.safetensors names a network that can't be built: unknown network 'x{200}'; did you mean",
+        ),
+        ({"network": "\u202epytest:main"}, r"net.safetensors names a network that can't be built: unknown network '\\u202e"),
+        ({"network": ""}, "net.safetensors doesn't say which network it is of; name the network: NAME@"),
+        ({"std": "[1e-45]"}, "std '.1e-45.'; one number above 0 is accepted"),
     ],
 )
 def test_a_header_that_can_be_of_no_network_is_refused(notes: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -384,6 +392,31 @@ def test_names_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
         networks.names_of("tim")
     monkeypatch.setitem(sys.modules, "timm", None)
     assert networks.names_of("timm") == []
+
+
+def test_images_that_a_network_can_not_take_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    network = networks.load("mobilenet-mini", pretrained=False)
+    networks.save_checkpoint(replace(network, input_shape=(3, 28, 28)), path)
+    message = "^mobilenet-mini can't take images of 3x28x28, which it or its file says that it takes: RuntimeError"
+    with pytest.raises(ValueError, match=message):
+        networks.output_count(networks.load(str(path)))
+    with pytest.raises(ValueError, match=message):
+        hardware.main(["show", "edge", "--network", str(path)])
+
+
+def test_a_path_may_have_the_sign_that_parts_it_from_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = networks.load("mobilenet-mini", pretrained=False)
+    for path in ("a@b/x@y.safetensors", "x@y.safetensors"):
+        networks.save_checkpoint(network, Path(path))
+        for name in (path, str(tmp_path / path), f"mobilenet-mini@{path}"):
+            assert networks.load(name).signature() == network.signature()
+            asked = SearchConfig(network=name)
+            assert asked.files()["network"].samefile(path)
+            assert not asked.code()
+    for name in ("mine:net@a@b.pt", "mine:net@b/c@d.pt"):
+        assert SearchConfig(network=name).code() == [("network", "mine:net")]
 
 
 def test_checkpoints_are_named_such_that_any_process_can_load_them(tmp_path: Path) -> None:

@@ -165,6 +165,7 @@ def test_code_that_only_a_file_names_is_refused_without_an_import(
         Path(file).write_text("raise SystemExit('code that a file names was run')")
     source = Path("runs/evil/config.yaml")
     name = f"{module}:S"
+    SearchConfig(hw="lut:a.csv").code()  # what is ours may be imported
     before = set(sys.modules)
     asked: list[SearchConfig | SweepConfig] = [SearchConfig(**{field: name}) for field in FIELDS]
     schemes = (f"{name},stem=lsq", f"stem={name},hidden=json:S", f"lsq,stem={name}")
@@ -185,6 +186,15 @@ def test_code_that_only_a_file_names_is_refused_without_an_import(
             config.check_code(source)
     with pytest.raises(trust.UntrustedError):
         SearchConfig(solver=f"{name}2").check_code(source)
+
+
+def test_all_code_that_a_file_names_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SearchConfig(network="mine:net@a.pt", data="mine:data", solver="os:system", scheme="lsq,stem=mine:Scheme")
+    monkeypatch.setattr(trust, "_named", {"mine:data"})
+    with pytest.raises(trust.UntrustedError) as caught:
+        asked.check_code(Path("run/config.yaml"))
+    sentence = str(caught.value)
+    assert sentence.endswith("add --trust mine:net if you trust it, and --trust mine:Scheme, which it names too")
 
 
 def test_names_that_are_no_code_need_no_trust() -> None:
