@@ -34,7 +34,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +150,11 @@ class Known(haq.Problem):
 
     def check_policy(self, policy: object) -> None:
         """Take every policy: what is known has no pinned layers and no schemes."""
+
+    def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
+        """Add up what the layers cost; every pair can be done."""
+        w, a = self.bit_arrays(policy)
+        return float(self.cost[np.arange(len(w)), w - 1, a - 1].sum())
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
         """Everything is known already."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +21,10 @@ _BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
-# Where a network's outputs weren't finite these are infinite, and the accuracy is 0.
-_MAYBE_INFINITE = ("loss", "divergence")
-_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, math.inf), "divergence": (-1e-3, 1e30)}
+# Where a network's outputs weren't finite loss and divergence are infinite, and the accuracy is 0; the cost is infinite
+# where the hardware can't do a policy.
+_MAYBE_INFINITE = ("loss", "divergence", "cost")
+_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, sys.float_info.max), "divergence": (-1e-3, 1e30)}
 
 
 class HistoryRow(NamedTuple):

@@ -177,6 +177,7 @@ def test_printed_commands_are_quoted(place: Path, capsys: pytest.CaptureFixture[
         raise ValueError("enough")
 
     monkeypatch.setattr("haq.store.lock.writing", note)
+    monkeypatch.setattr("hw_models.trust._named", set())  # what other tests named
     Path("a run; rm").symlink_to("run")
     assert run_command(lambda: deploy.main(["a run; rm", "--to", "onnx"])) == EXIT_BAD_INPUT
     assert asked == ["python -m haq.deploy 'a run; rm' --to onnx"]
