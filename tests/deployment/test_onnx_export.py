@@ -104,7 +104,14 @@ def test_the_default_network_at_even_bits(bits: int, tmp_path: Path) -> None:
         assert result.different <= 1e-3 * result.values
 
 
-@pytest.mark.parametrize(("bits", "scheme"), [((8, 8), Q.Linear(calibration="max")), ((1, 1), "binary"), ((3, 2), "lsq")])
+@pytest.mark.parametrize(
+    ("bits", "scheme"),
+    [
+        ((8, 8), Q.Linear(calibration="max")),
+        pytest.param((1, 1), "binary", marks=pytest.mark.slow),
+        pytest.param((3, 2), "lsq", marks=pytest.mark.slow),
+    ],
+)
 def test_resnet18(bits: Bits, scheme: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = randomised(networks.load("torchvision:resnet18", pretrained=False).module)

@@ -379,7 +379,7 @@ def test_imagined_episodes_are_what_would_have_been_played() -> None:
         assert np.allclose(played.observations, episode.observations)
 
 
-@pytest.mark.parametrize("name", ["ddpg", "sac"])
+@pytest.mark.parametrize("name", ["ddpg", pytest.param("sac", marks=pytest.mark.slow)])
 def test_haqs_own_search_keeps_the_contract(name: str) -> None:
     problem = make_problem(small_network())
     found, tried = run(name, problem, 30, env="haq")
