@@ -84,7 +84,7 @@ def test_what_means_nothing_is_refused_before_anything_is_computed(options: dict
     network = Untouched()
     with pytest.raises(ValueError, match=message):
         haq.Problem(network, X, (X, brightest(X)), "edge", **options)
-    assert network.images == 1
+    assert network.images == 3  # the first image alone: can it be taken, does it give the same again, and the trace
 
 
 class OneSided(Q.Linear):  # without a name of its own, so that no other test finds it
