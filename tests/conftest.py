@@ -21,6 +21,7 @@ REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 # The files that take longest, the longest first. Processes take files in turn, so one of these is never begun last.
 LONG = (
     "study/test_cluster.py",
+    "deployment/test_deployment.py",
     "study/test_exact_resume.py",
     "study/test_workers.py",
     "solvers/test_solvers.py",
@@ -32,6 +33,11 @@ LONG = (
     "deployment/test_onnx_export.py",
     "deployment/test_integer_programs.py",
     "hw_models/test_measured_latency.py",
+    "store/test_full_disk.py",
+    "problem/test_robust_objective.py",
+    "solvers/test_sensitivities.py",
+    "reporting/test_report_in_a_browser.py",
+    "commands/test_moved_runs.py",
 )
 
 
