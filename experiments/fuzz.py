@@ -11,6 +11,7 @@ and when a program or a connection is started. Printed is what became of the inp
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -147,7 +148,7 @@ def replaced(value: Any, draw: Callable[[Any], Any]) -> Any:
             holder = place
             key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
             place = place[key]
-        new = draw(st.sampled_from(HOSTILE))
+        new = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # it may be changed in the next round
         if holder is None:
             return new if draw(st.booleans()) else value
         if draw(st.booleans()):
