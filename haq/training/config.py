@@ -29,17 +29,22 @@ class Judgement(NamedTuple):
     Attributes:
         accuracy: The share of them that it answers as it should, 0 to 1.
         loss: Its mean loss (nats).
+        images: How many they are; 0 if that plays no part.
     """
 
     accuracy: float
     loss: float
+    images: int = 0
 
     def beats(self, other: Judgement) -> bool:
-        """Say whether this is the better one of two: of less loss, and no less accurate.
+        """Say whether this is the better one of two: of less loss, and no less accurate by more than a standard error.
 
         The loss comes first: among a few hundred answers, one more or less is chance.
         """
-        return self.loss < other.loss and self.accuracy >= other.accuracy
+        margin = 0.0
+        if self.images:
+            margin = math.sqrt(other.accuracy * (1 - other.accuracy) / self.images)
+        return self.loss < other.loss and self.accuracy >= other.accuracy - margin
 
 
 @dataclass(frozen=True)

@@ -213,8 +213,8 @@ def judge_of(network: Network, held: Split, adversary: Adversary | None = None) 
             log_answers, log_expected = (F.log_softmax(outputs.double(), 1) for outputs in (answers, expected))
             total += float(F.kl_div(log_answers, log_expected, reduction="sum", log_target=True))
         if not math.isfinite(total):
-            return Judgement(0.0, math.inf)
-        return Judgement(right / len(held), total / len(held))
+            return Judgement(0.0, math.inf, len(held))
+        return Judgement(right / len(held), total / len(held), len(held))
 
     return judge
 

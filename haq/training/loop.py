@@ -219,7 +219,9 @@ class Training:
             return
         with state.fitting():
             self.load_tensors(content)
-            self.judged = [Judgement(float(accuracy), float(loss)) for accuracy, loss in content["judged"]]
+            self.judged = [
+                Judgement(float(accuracy), float(loss), int(images)) for accuracy, loss, images in content["judged"]
+            ]
             self.kept = content["kept"]
             self.best = content["best"]
             for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
