@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from haq.problem.chance import standard_error
 from haq.training.adversaries import Adversary
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Judgement(NamedTuple):
         """
         margin = 0.0
         if self.images:
-            margin = math.sqrt(other.accuracy * (1 - other.accuracy) / self.images)
+            margin = standard_error(other.accuracy, self.images)
         return self.loss < other.loss and self.accuracy >= other.accuracy - margin
 
 
