@@ -5,7 +5,6 @@ After every epoch the network is judged by the search split, which isn't trained
 
 from __future__ import annotations
 
-import copy
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -486,7 +485,7 @@ def _train(
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.
     if options.pretrained and adversary is None and not options.lipschitz:
-        untrained = copy.deepcopy(network.module)
+        untrained = Q.copy_network(network.module)
         before = judge(network.module)
     measured = "held-out accuracy"
     if adversary is not None:

@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quantizers.copying import evaluating
 from quantizers.files import written_beside
 from quantizers.layers import QuantLayer, float_class
-from quantizers.observers import first_input
+from quantizers.observers import Output, first_input
 from quantizers.policy import QUANTIZABLE
 
 SIZE = 32  # positions per axis that a convolution is measured on where no example says how many it has
@@ -132,17 +133,13 @@ class Wiring:
         calls: dict[str, int] = {}
         norms: dict[str, str] = {}
         lone: list[str] = []
-        # The tensors themselves are kept, since the id of one that is gone may come back; and their
-        # versions, since an activation that works in place gives the layer's own tensor to the
-        # norm, with other values.
-        made: dict[int, tuple[str, Tensor, int]] = {}
+        made: list[tuple[str, Output]] = []
 
         def seen(name: str, module: nn.Module, given: Any, result: Tensor) -> None:
             if isinstance(module, _BatchNorm):
-                source = made.get(id(given[0]))
-                if source is not None and source[2] == given[0]._version:
-                    norms[source[0]] = name
-                else:
+                sources = [layer for layer, output in made if output.is_unchanged(given[0])]
+                norms.update(dict.fromkeys(sources, name))
+                if not sources:
                     lone.append(name)
                 return
             shape = tuple(given[0].shape[1:])
@@ -150,7 +147,7 @@ class Wiring:
                 shape = shape[-1:]
             inputs[name] = max(shape, inputs.get(name, shape), key=math.prod)
             calls[name] = calls.get(name, 0) + 1
-            made[id(result)] = name, result, result._version
+            made.append((name, Output(result)))
 
         with _watched(network, (*QUANTIZABLE, _BatchNorm), seen):
             network(example[:1])
@@ -502,17 +499,12 @@ def _watched(
     def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         return lambda module, given, named, result: seen(name, module, (first_input(module, given, named),), result)
 
-    modes = [(module, module.training) for module in network.modules()]
     handles = [
         m.register_forward_hook(watch(name), with_kwargs=True) for name, m in network.named_modules() if isinstance(m, kinds)
     ]
     try:
-        network.eval()
-        with torch.inference_mode(False), torch.no_grad():
+        with evaluating(network), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
-        # Not train(mode): norms that are frozen within a training network stay frozen.
-        for module, mode in modes:
-            module.training = mode

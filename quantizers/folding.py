@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._pytree import tree_map_only
 
 from quantizers.copying import copy_network, make_plain
-from quantizers.observers import first_input
+from quantizers.observers import Output, first_input
 from quantizers.policy import QUANTIZABLE
 
 
@@ -62,19 +62,18 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
 
 def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module, _BatchNorm]]:
     calls: dict[nn.Module, int] = {}
-    # With the number of times that something wrote to it: a ReLU in place stands between the two.
-    outputs: list[tuple[Tensor, int, nn.Module]] = []
+    outputs: list[tuple[Output, nn.Module]] = []
     pairs: list[tuple[nn.Module, _BatchNorm]] = []
 
     def before(module: _BatchNorm, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         given = first_input(module, inputs, named)
-        pairs.extend((layer, module) for tensor, writes, layer in outputs if tensor is given and tensor._version == writes)
+        pairs.extend((layer, module) for made, layer in outputs if made.is_unchanged(given))
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1
         # A Linear's outputs are its last dimension, a norm's channels the second.
         if not isinstance(module, _BatchNorm) and not (isinstance(module, nn.Linear) and output.dim() != 2):
-            outputs.append((output, output._version, module))
+            outputs.append((Output(output), module))
 
     handles = []
     for module in network.modules():

@@ -111,21 +111,27 @@ class QuantLayer(nn.Module):
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         raise TypeError(f"{type(self).__name__} is not a layer by itself")
 
-    def idle_parameters(self) -> list[str]:
-        """Name the parameters that take part in nothing at the present bits."""
+    def idle_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that take part in nothing at the present bits, by name."""
         scheme = self.scheme
-        idle: list[str] = []
+        names: list[str] = []
         for name in scheme.learned:
             of_both = scheme.of_weight is None
             of_weight = of_both or name in scheme.of_weight  # type: ignore[operator]
             by_weight = self.weight_bits is not None and of_weight
             by_activation = self.activation_bits is not None and (of_both or not of_weight)
             if not by_weight and not by_activation:
-                idle.append(name)
-        if self.weight_bits is not None and not scheme.trains_weight:
-            names = [name for name, _ in self.named_parameters()]
-            idle += [name for name in names if name in WEIGHTS or name.startswith("parametrizations.weight.")]
-        return idle
+                names.append(name)
+        weight_is_idle = self.weight_bits is not None and not scheme.trains_weight
+        if weight_is_idle:
+            names += WEIGHTS
+        own = self._parameters
+        idle = {name: own[name] for name in names if own.get(name) is not None}
+        if weight_is_idle and "parametrizations" in self._modules:
+            for name, parameter in self.named_parameters():
+                if name.startswith("parametrizations.weight."):
+                    idle[name] = parameter
+        return idle  # type: ignore[return-value]
 
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -254,26 +254,35 @@ def _let_rest(network: nn.Module, layers: Collection[QuantLayer]) -> None:
     """
     if all(layer.scheme.trains_weight and not layer.scheme.learned for layer in layers):
         return
-    idle = [(layer, name) for layer in layers for name in layer.idle_parameters()]
+    idle = {layer: layer.idle_parameters() for layer in layers}
+    # To look through the whole network for who shares a parameter takes longer than all the rest.
+    if all(layer.resting <= idle[layer].keys() and not _any_requires_grad(idle[layer]) for layer in layers):
+        return
     used = _ids_of_used(network, idle)
     for layer in layers:
         for name in tuple(layer.resting):
-            if id(layer.get_parameter(name)) in used:
-                layer.get_parameter(name).requires_grad_(True)
+            parameter = layer.get_parameter(name)
+            if id(parameter) in used:
+                parameter.requires_grad_(True)
                 layer.resting.remove(name)
-    for layer, name in idle:
-        parameter = layer.get_parameter(name)
-        if parameter.requires_grad and id(parameter) not in used:
-            parameter.requires_grad_(False)
-            layer.resting.add(name)
+    tired = {(layer, name) for layer in layers for name, p in idle[layer].items() if p.requires_grad and id(p) not in used}
+    for layer, name in tired:
+        # Every layer that shares it notes it, so that any of them can wake it.
+        layer.resting.add(name)
+        idle[layer][name].requires_grad_(False)
 
 
-def _ids_of_used(network: nn.Module, idle: Iterable[tuple[QuantLayer, str]]) -> set[int]:
+def _any_requires_grad(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return any(parameter.requires_grad for parameter in parameters.values())
+
+
+def _ids_of_used(network: nn.Module, idle: Mapping[QuantLayer, Mapping[str, nn.Parameter]]) -> set[int]:
     """Return the ids of the parameters that aren't idle, or not everywhere: two modules may share one."""
     places = set()
-    for layer, name in idle:
-        owner, _, key = name.rpartition(".")
-        places.add((layer.get_submodule(owner), key))
+    for layer, parameters in idle.items():
+        for name in parameters:
+            owner, _, key = name.rpartition(".")
+            places.add((layer.get_submodule(owner), key))
     return {id(p) for module in network.modules() for key, p in module._parameters.items() if (module, key) not in places}
 
 

@@ -319,6 +319,22 @@ def first_input(module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, 
     return named.get(name, next(iter(named.values()), None))
 
 
+class Output:
+    """A layer's output, which tells whether a tensor that appears later is it, with the values that it had.
+
+    An activation that works in place gives the layer's own tensor to what follows. Torch counts
+    writes; those through `tensor.data` or NumPy it misses, and they are seen in the values.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Keep the tensor and a copy of its values."""
+        self._tensor, self._writes, self._values = tensor, tensor._version, tensor.clone()
+
+    def is_unchanged(self, tensor: Any) -> bool:
+        """Say whether a tensor is this output as the layer made it."""
+        return tensor is self._tensor and tensor._version == self._writes and torch.equal(tensor, self._values)
+
+
 def observe(
     network: nn.Module,
     layers: dict[str, nn.Module],

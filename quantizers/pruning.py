@@ -55,7 +55,8 @@ class MainSubsidiary(Binary, name="main-subsidiary"):
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight's signs, and zeros for filters that are off."""
-        return super().weight(layer, bits) * along_channels(_kept(layer), layer.weight)
+        weight = super().weight(layer, bits)
+        return weight * along_channels(_kept(layer), weight)
 
 
 def _kept(layer: SchemeLayer) -> Tensor:

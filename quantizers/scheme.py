@@ -214,6 +214,9 @@ class Scheme:
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the layer's weight as real values on the grid of so many bits, with the gradient that training uses.
 
+        `layer.weight` is to be read once: it may be computed whenever it is read
+        (`torch.nn.utils.parametrizations`), and `spectral_norm` goes on with its iteration then.
+
         Without gradients it must depend on nothing but the weight, the tensors that `start` made, the
         scheme's options, and the layer's `training` and `signed`: as long as these stay the same, it
         is computed once.

@@ -90,7 +90,7 @@ class KMeans(Linear, name="kmeans"):
         weight = layer.weight.detach()
         codebook = row(tensor_of(layer, "codebook"), bits)
         # The gradient of picking is the sum over those that were picked: equation 3.
-        shared = codebook.index_select(0, _kept_assignment(layer, bits).flatten().int()).view(weight.shape)
+        shared = codebook.index_select(0, _kept_assignment(layer, weight, bits).flatten().int()).view(weight.shape)
         shared = torch.where(tensor_of(layer, "zeros_kept") & (weight == 0), 0, shared)
         return shared.to(weight.dtype)
 
@@ -111,17 +111,17 @@ def assignment(layer: SchemeLayer, bits: int) -> Tensor:
 
     Kept zeros have an index too, which means nothing.
     """
-    return _kept_assignment(layer, bits).clone()
+    return _kept_assignment(layer, layer.weight.detach(), bits).clone()
 
 
-def _kept_assignment(layer: SchemeLayer, bits: int) -> Tensor:
-    """Return the indices, which nobody may change: found again only if the float weight or the borders have changed."""
+def _kept_assignment(layer: SchemeLayer, weight: Tensor, bits: int) -> Tensor:
+    """Return the indices of a layer's weight, which nobody may change: found again only if it or the borders have changed."""
 
     def sources() -> tuple[Tensor, Tensor]:
-        return layer.weight.detach(), tensor_of(layer, "codebook_border")
+        return weight, tensor_of(layer, "codebook_border")
 
     def find() -> Tensor:
-        weight, borders = sources()
+        borders = tensor_of(layer, "codebook_border")
         values = weight.reshape(-1).to(borders.dtype)
         inner = row(borders, bits)[: 2**bits - 1]
         return torch.bucketize(values, inner, out_int32=True).to(torch.uint8).view(weight.shape)

@@ -78,7 +78,8 @@ class Linear(Scheme, name="linear"):
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""
-        return fake_quantize(layer.weight, along_channels(row(layer.weight_scale, bits), layer.weight), bits, True)
+        weight = layer.weight
+        return fake_quantize(weight, along_channels(row(layer.weight_scale, bits), weight), bits, True)
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input on its grid; a scale that is trained gets LSQ's gradient."""

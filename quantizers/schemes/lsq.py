@@ -108,10 +108,11 @@ class LSQ(Scheme, name="lsq"):
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""
+        weight = layer.weight
         low, high = integer_range(bits, True, narrow=False)
         step = positive(row(layer.weight_scale, bits))
-        step = scaled_gradient(step, _factor(layer.weight.numel() // len(step), high))
-        return learned_step(layer.weight, along_channels(step, layer.weight), low, high)
+        step = scaled_gradient(step, _factor(weight.numel() // len(step), high))
+        return learned_step(weight, along_channels(step, weight), low, high)
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input on its grid."""

@@ -181,3 +181,20 @@ def test_norms_whose_weight_is_computed_are_folded() -> None:
         folded = Q.fold_batch_norm(network, PICTURES)
         assert isinstance(folded[1], nn.Identity)
         torch.testing.assert_close(folded(PICTURES), network(PICTURES), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["linear", "dorefa", "pact", "lsq", "lsqplus", "kmeans", "binary", "main-subsidiary"])
+def test_a_weight_is_computed_once_in_a_forward_pass(scheme: str) -> None:
+    """In training spectral_norm goes on with its iteration whenever the weight is read."""
+    bits = 4
+    if scheme in ("binary", "main-subsidiary"):
+        bits = 1
+    network = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 4)))
+    qnetwork = Q.quantize(network, {"0": (bits, bits)}, scheme=scheme, calibrate=ROWS).train()
+    computed = []
+    qnetwork[0].parametrizations.weight[0].register_forward_hook(lambda *call: computed.append(call))
+    qnetwork(ROWS)
+    assert len(computed) == 1
+    with torch.no_grad():
+        qnetwork(ROWS)
+    assert len(computed) == 2

@@ -159,6 +159,31 @@ def test_the_wiring_is_what_the_forward_pass_does() -> None:
         assert lipschitz_penalty(network, folded=True, norm="conv", example=wiring) > 0
 
 
+class Unseen(nn.Module):
+    """Works in place, in a way that torch doesn't count."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "data":
+            x.data.relu_()
+        else:
+            values = x.detach().numpy()
+            values[values < 0] = 0
+        return x
+
+
+@pytest.mark.parametrize("way", ["data", "numpy"])
+def test_an_activation_that_torch_does_not_see_stands_between_too(way: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), Unseen(way), nn.BatchNorm2d(4)).eval()
+    wiring = Wiring.of(network, images(3))
+    assert wiring.norms == {}
+    assert wiring.lone_norms == ("2",)
+    assert isinstance(Q.fold_batch_norm(network, images(3))[2], nn.BatchNorm2d)
+
+
 def test_folding_is_multiplying_the_weights_beforehand() -> None:
     network = Mixed().eval()
     by_hand = copy.deepcopy(network)

@@ -310,6 +310,11 @@ def test_parameters_that_rest_wake_as_they_were() -> None:
     Q.set_policy(qnetwork, Q.BitPolicy.uniform(network, 4, 4))
     assert not qnetwork[0].weight.requires_grad
     assert not qnetwork[2].codebook.requires_grad
+    Q.set_policy(qnetwork, {"0": (None, 4), "1": (4, 4), "2": (4, 4)})  # now the first layer wakes it
+    assert qnetwork[1].weight.requires_grad
+    Q.set_policy(qnetwork, Q.BitPolicy.uniform(network, 4, 4))
+    Q.set_policy(qnetwork.requires_grad_(True), Q.BitPolicy.uniform(network, 4, 4))  # the same bits again
+    assert not any(qnetwork[layer].weight.requires_grad for layer in range(3))
 
 
 @pytest.mark.slow
