@@ -22,7 +22,7 @@ from haq.console.output import Output
 from haq.console.progress import progress
 from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
-from haq.problem.chance import is_chance, with_error
+from haq.problem.chance import guessing_share, is_chance, with_error
 from haq.store.units import percent
 from haq.study.config import FOLDERS, LINEAR, AnotherScheme, check_rate, known_schemes, read_channels, scheme_parts
 from haq.training.adversaries import STEPS, Adversary
@@ -347,7 +347,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         images = len(getattr(dataset, name))
         say(output.results, f"accuracy on the {name} split: {with_error(value, images)} of {images:,} images")
     labels = dataset.test.labels
-    guessing = max(1 / len(dataset.classes), float(labels.bincount().max()) / len(labels))
+    guessing = guessing_share(labels, len(dataset.classes))
     if guessing == 1:
         say(output.results, "WARNING: all images of the test split are of one class, so that accuracy says nothing")
     elif is_chance(accuracies["test"], guessing, len(labels)):

@@ -125,13 +125,11 @@ class QuantLayer(nn.Module):
         weight_is_idle = self.weight_bits is not None and not scheme.trains_weight
         if weight_is_idle:
             names += WEIGHTS
-        own = self._parameters
-        idle = {name: own[name] for name in names if own.get(name) is not None}
+        own: dict[str, Any] = self._parameters
         if weight_is_idle and "parametrizations" in self._modules:
-            for name, parameter in self.named_parameters():
-                if name.startswith("parametrizations.weight."):
-                    idle[name] = parameter
-        return idle  # type: ignore[return-value]
+            own = dict(self.named_parameters())
+            names += [name for name in own if name.startswith("parametrizations.weight.")]
+        return {name: own[name] for name in names if own.get(name) is not None}
 
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.

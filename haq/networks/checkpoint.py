@@ -39,12 +39,12 @@ from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
 QUANTIZED_FORMAT = "haq-network-2"
 QUANTIZER = "quantizer/"  # what comes before the names of a quantization scheme's tensors
-MOST_AREA, MOST_VALUES = (
-    800 * 800,
-    3 * 800 * 800,
-)  # of an image that a checkpoint says its network takes: the largest of timm's
+# Of an image that a checkpoint says its network takes: the largest of timm's.
+MOST_AREA = 800 * 800
+MOST_VALUES = 3 * MOST_AREA
 MOST_CLASSES = 2**17
-MOST_NOTE, MOST_SHORT_NOTE = 2**21, 1000  # characters of policy and schemes in a header, and of what else is read of it
+MOST_NOTE = 2**21  # characters of policy and schemes in a header
+MOST_SHORT_NOTE = 1000  # characters of what else is read of it
 MOST_HEADER = 2**24  # bytes of a header: the names and shapes of tensors, and notes
 MOST_FILE = 2**40
 MOST_VALUE = 1e6  # of a mean or a deviation; its inverse is the least of a deviation

@@ -62,7 +62,7 @@ class Network:
             The network, of the same module.
 
         Raises:
-            ValueError: For as many numbers as there are no channels.
+            ValueError: For neither one number nor one for each channel.
         """
         channels = self.input_shape[0]
         for name, values in (("mean", mean), ("std", std)):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from haq.store.units import percent
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from haq.problem.problem import Problem
 
 FEW = 200  # images: of fewer, a single one moves an accuracy by more than half a point
@@ -24,6 +26,11 @@ def with_error(share: float | None, count: int) -> str:
     if share is None or count >= FEW:
         return percent(share)
     return f"{percent(share)} ± {100 * standard_error(share, count):.2f}"
+
+
+def guessing_share(labels: Tensor, classes: int) -> float:
+    """Return the share of images that guessing answers rightly: at random, or the class that most of them are of."""
+    return max(1 / classes, float(labels.bincount().max()) / len(labels))
 
 
 def is_chance(accuracy: float, guessing: float, count: int) -> bool:
@@ -94,6 +101,6 @@ def doubts(problem: Problem) -> list[str]:
     if problem.objective.name in ("accuracy", "accuracy+robust") and scores is not None:
         labels = evaluator.labels
         accuracy = float((scores.argmax(1).cpu() == labels).double().mean())
-        guessing = max(1 / scores.shape[1], float(labels.bincount().max()) / len(labels))
+        guessing = guessing_share(labels, scores.shape[1])
         sentences.append(chance_sentence(accuracy, guessing, evaluator.count, "search"))
     return [sentence for sentence in sentences if sentence]

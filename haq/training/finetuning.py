@@ -36,6 +36,7 @@ from haq.training.config import (
     rate_for,
 )
 from haq.training.loop import Judge, fit, is_frozen, running_norms
+from quantizers.observers import first_input
 
 TUNING_BATCH = 32  # images of a step: many small steps, since with few images it is their number that counts
 TUNING_RATE = 0.005
@@ -317,11 +318,13 @@ class _Statistics:
 
     def look(self, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         """Add a batch, and let the norm see this batch as it does in training."""
-        (x, *_) = (*inputs, *named.values())
+        x = first_input(norm, inputs, named)
         self.calls += 1
         if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
             # It sees every image by itself, and its statistics are the mean of theirs.
-            count = 1 if x.dim() == norm._get_no_batch_dim() else len(x)
+            count = len(x)
+            if x.dim() == norm._get_no_batch_dim():
+                count = 1
             self.images += count
             norm.momentum = count / self.images
             norm.train()
