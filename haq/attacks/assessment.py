@@ -32,6 +32,7 @@ from haq.attacks.suite import suite
 from haq.attacks.threat_model import ThreatModel
 from haq.data.labels import class_numbers
 from haq.store.files import ROBUSTNESS_SCHEMA
+from hw_models.registry import printable
 
 MOST_SEEDS = 2**32
 _PLAIN = (bool, int, float, str, tuple, Q.Scheme)  # attributes of modules that say how they compute
@@ -108,6 +109,8 @@ def _say_nothing(done: float, total: float, note: str) -> None:
     """Nobody follows the progress."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def assess(
     network: nn.Module | Classifier,
     images: Tensor,
@@ -129,7 +132,7 @@ def assess(
 
     Args:
         network: Takes images minus mean, over std, and returns logits; or a `Classifier`, which has that inside.
-        images: Float (N, C, H, W) in [0, 1]; for a network in float32 they become float32.
+        images: Float (N, C, H, W) in [0, 1], which become float32.
         labels: Class numbers, integers of any type, (N,).
         eps: How far an attacker may go: a number, or a text such as "8/255".
         norm: In which norm: `linf` or `l2`.
@@ -156,9 +159,7 @@ def assess(
     victim = _classifier(network, mean, std, requantize)
     others = {name: _classifier(source, mean, std, requantize) for name, source in (sources or {}).items()}
     _check_images(images)
-    images = images.to(victim.device)
-    if victim.dtype == torch.float32:
-        images = images.float()
+    images = images.detach().to(victim.device, torch.float32)
     labels = class_numbers(labels, "`labels`").to(victim.device)
     classes, spread = _check_input(victim, images, labels)
     plan = suite(attacks, victim, threat, classes, sources=others, backward=backward)
@@ -242,6 +243,8 @@ def _check_types(network: object, images: object, sources: object, seed: object)
 
 def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[int, float]:
     """Return the number of classes, and how much logits differ from pass to pass. Raise ValueError for nonsense."""
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images of shape {tuple(images.shape)} have no pixels")
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(f"give as many labels as images, at least one; got {tuple(labels.shape)} and {len(images)} images")
     least = float(images.min())
@@ -255,7 +258,7 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
             f"mean and std are of {victim.channels} channels, the images have {images.shape[1]}: give as many, or one"
         )
     x = images[: batch_size(images)]
-    runs = masking.repeat(victim, x)
+    runs = _first_answers(victim, x)
     classes = _check_logits(runs)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes")
@@ -271,6 +274,17 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
     return classes, spread
 
 
+def _first_answers(victim: Classifier, images: Tensor) -> list[Tensor]:
+    """Return the logits of several passes. Raises ValueError for a network that can't take such images."""
+    try:
+        return masking.repeat(victim, images)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever somebody's network raises
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(f"the network can't compute float32 images of shape {tuple(images.shape)} ({reason})") from error
+
+
 def _check_gradient(victim: Classifier, image: Tensor) -> None:
     image = image.clone().requires_grad_()
     logits = victim(image)
@@ -283,6 +297,8 @@ def _check_gradient(victim: Classifier, image: Tensor) -> None:
 
 
 def _check_images(images: Tensor) -> None:
+    if images.layout != torch.strided or images.is_nested or images.is_meta:
+        raise ValueError("images are a sparse, nested or meta tensor; they must be a dense one, with its numbers in memory")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images are float (N, C, H, W) in [0, 1], not {images.dtype} {tuple(images.shape)}: divide by 255")
 

@@ -68,11 +68,6 @@ class Classifier(nn.Module):
         return self.mean.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the network's parameters are of; float32 if it has none."""
-        return next((parameter.dtype for parameter in self.network.parameters()), torch.float32)
-
-    @property
     def channels(self) -> int:
         """How many channels have a mean and std of their own."""
         return max(self.mean.shape[1], self.std.shape[1])

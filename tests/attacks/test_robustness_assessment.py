@@ -294,9 +294,16 @@ def test_gradients_of_nan_end_no_suite_and_are_noticed(pixels: int) -> None:
         assert found.worst < found.clean - 0.5
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off(mode: Any) -> None:
+    with mode():
+        found = assess(fitted_network(), X[:20], Y[:20], eps=0.1, attacks="fgsm")
+    assert found.summary() == assess(fitted_network(), X[:20], Y[:20], eps=0.1, attacks="fgsm").summary()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_images_become_what_the_network_takes(dtype: torch.dtype) -> None:
-    given = X[:20].to(dtype)
+    given = X[:20].to(dtype).requires_grad_()
     found = assess(fitted_network(), given, Y[:20], eps=0.1, attacks="fgsm")
     assert found.summary() == assess(fitted_network(), given.float(), Y[:20], eps=0.1, attacks="fgsm").summary()
 
@@ -580,6 +587,9 @@ def detached() -> nn.Module:
         ({"sources": {"a": 3}}, "source 'a' is a int; it must be a torch.nn.Module"),
         ({"sources": [3]}, "sources are a list; they must map names to networks"),
         ({"images": X[:10].numpy()}, "images are a ndarray; they must be a torch.Tensor, float"),
+        ({"images": X[:10].to_sparse()}, "images are a sparse, nested or meta tensor; they must be a dense one"),
+        ({"images": X[:10, :, :0]}, r"images of shape \(10, 1, 0, 8\) have no pixels"),
+        ({"network": small_network().double()}, r"the network can't compute float32 images of shape .* \(RuntimeError: .*\)"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std are of 3 channels, the images have 1"),
         ({"mean": ()}, "mean is .*; it must be finite numbers, one for each channel or one for all"),
         ({"std": (math.nan,)}, "std is .nan,.; it must be finite numbers"),
