@@ -193,27 +193,37 @@ def print_costs(console: Console, network: str, target: hw_models.Target, costs:
 
 
 def _cost_columns(costs: hw_models.CostTable, pairs: Pairs) -> list[Column]:
-    from haq.store.units import best_unit
+    import numpy as np
+
+    from haq.store.units import NOTHING, best_unit
 
     columns = []
     for metric in ("latency", "energy"):
         if metric not in costs.metrics:
             continue
         values: np.ndarray[Any, Any] = costs.metric(metric)
-        unit, size = best_unit(float(values[:, pairs[0][0] - 1, pairs[0][1] - 1].max()), metric)
+        # Where the target can't do the first pair in any layer, by all that it can do.
+        first = values[:, pairs[0][0] - 1, pairs[0][1] - 1]
+        if np.isnan(first).all():
+            first = values
+        unit, size = best_unit(float(np.nanmax(first)), metric)
         for w, a in pairs:
             scaled = values[:, w - 1, a - 1] / size
-            cells = [f"{cost:.4g}" for cost in (*scaled, scaled.sum())]
+            cells = [f"{cost:.4g}".replace("nan", NOTHING) for cost in (*scaled, scaled.sum())]
             columns.append(Column(f"{unit} at\nw{w}/a{a}", cells, "right"))
     return columns
 
 
 def _bound_columns(costs: hw_models.CostTable, pairs: Pairs) -> list[Column]:
+    import numpy as np
+
     if costs.bound is None:
         return []
     columns = []
     for w, a in dict.fromkeys((pairs[0], pairs[-1])):
-        bounds = [costs.bounds[index] for index in costs.bound[:, w - 1, a - 1]]
+        bounds = [""] * len(costs.workload)
+        for layer in np.flatnonzero(costs.supported[:, w - 1, a - 1]):
+            bounds[layer] = costs.bounds[costs.bound[layer, w - 1, a - 1]]
         columns.append(Column(f"bound at\nw{w}/a{a}", [*bounds, ""]))
     return columns
 
@@ -225,6 +235,11 @@ def _total(costs: hw_models.CostTable, w: int, a: int) -> str:
     import hw_models
     from haq.store.units import describe_amount
 
+    supported = costs.supported[:, w - 1, a - 1]
+    if not supported.all():
+        layer = costs.workload.names[int(np.argmin(supported))]
+        unable = int((~supported).sum())
+        return f"w{w}/a{a}: {costs.target} can't do {unable} of {len(supported)} layers, {layer!r} is the first"
     widths = np.full((2, len(costs.workload)), [[w], [a]])
     total = costs.price(*widths)
     amounts = {"latency": total.latency_s, "energy": total.energy_j, "storage": total.storage_bytes}

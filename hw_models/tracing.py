@@ -49,7 +49,11 @@ def trace(network: nn.Module, *example: Any) -> Workload:
     try:
         with _evaluating(network), recorder.hooked(), torch.no_grad(), recorder:
             network(*example)
-    except Exception:
+    except Exception as error:
+        if recorder.refused is None and isinstance(error, NotImplementedError):
+            # Within torch.vmap and the like, tensors don't tell whose memory they are.
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{type(network).__name__} can't be traced: {reason}") from error
         if recorder.refused is None:
             raise
     if recorder.refused is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantizers.functional import followed
 
 Key = tuple[str, int]
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 class TensorCache:
@@ -83,14 +83,14 @@ class _Kept:
         self.results: dict[int, Tensor] = {}
         self._settings = settings
         with torch.inference_mode(False):
-            self._copies = [(_form(source), _bits(source).clone()) for source in sources]
+            self._copies = [(_form(source), as_integers(source).clone()) for source in sources]
 
     def is_of(self, sources: Sequence[Tensor], settings: tuple[Any, ...]) -> bool:
         """Say whether results made of these would be the same."""
         if settings != self._settings or len(sources) != len(self._copies):
             return False
         for source, (form, copy) in zip(sources, self._copies, strict=True):
-            if _form(source) != form or not torch.equal(_bits(source), copy):
+            if _form(source) != form or not torch.equal(as_integers(source), copy):
                 return False
         return True
 
@@ -110,6 +110,6 @@ def _form(source: Tensor) -> tuple[Any, ...]:
     return source.dtype, source.device, source.shape, source.stride()
 
 
-def _bits(source: Tensor) -> Tensor:
+def as_integers(source: Tensor) -> Tensor:
     """Return a tensor's memory as integers, by which -0.0 is not 0.0, and NaN is NaN."""
-    return source.view(INTEGERS[source.itemsize])
+    return source.view(WHOLE[source.itemsize])

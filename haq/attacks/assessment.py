@@ -32,7 +32,9 @@ from haq.attacks.suite import suite
 from haq.attacks.threat_model import ThreatModel
 from haq.data.labels import class_numbers
 from haq.store.files import ROBUSTNESS_SCHEMA
+from hw_models.registry import printable
 
+MOST_SEEDS = 2**32
 _PLAIN = (bool, int, float, str, tuple, Q.Scheme)  # attributes of modules that say how they compute
 
 
@@ -107,6 +109,8 @@ def _say_nothing(done: float, total: float, note: str) -> None:
     """Nobody follows the progress."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def assess(
     network: nn.Module | Classifier,
     images: Tensor,
@@ -121,14 +125,14 @@ def assess(
     backward: str = "ste",
     requantize: bool = False,
     seed: int = 0,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     on_progress: OnProgress = _say_nothing,
 ) -> Assessment:
     """Attack a classifier in every way that `attacks` names, and check the outcome for masked gradients.
 
     Args:
         network: Takes images minus mean, over std, and returns logits; or a `Classifier`, which has that inside.
-        images: Float (N, C, H, W) in [0, 1].
+        images: Float (N, C, H, W) in [0, 1], which become float32.
         labels: Class numbers, integers of any type, (N,).
         eps: How far an attacker may go: a number, or a text such as "8/255".
         norm: In which norm: `linf` or `l2`.
@@ -146,19 +150,24 @@ def assess(
         Accuracies, checks, and the worst images.
 
     Raises:
+        TypeError: For a network, images, sources or attacks of another type.
         ValueError: For images outside [0, 1], labels that don't fit, an eps on another scale, outputs that are probabilities
             or not finite, and a network that answers the same images differently from pass to pass.
     """
     threat = ThreatModel(eps, norm)  # type: ignore[arg-type]
+    _check_types(network, images, {} if sources is None else sources, seed)
     victim = _classifier(network, mean, std, requantize)
     others = {name: _classifier(source, mean, std, requantize) for name, source in (sources or {}).items()}
-    images = images.to(victim.device)
+    _check_images(images)
+    images = images.detach().to(victim.device, torch.float32)
     labels = class_numbers(labels, "`labels`").to(victim.device)
     classes, spread = _check_input(victim, images, labels)
     plan = suite(attacks, victim, threat, classes, sources=others, backward=backward)
     clean = torch.cat([victim.right(x, y) for x, y in batches(images, labels)])
     given = Labelled(images, labels, clean)
     asked = _asked(plan, victim, others, given, threat, attacks, backward, seed)
+    if folder is not None:
+        folder = Path(folder)
     finished = FinishedAttacks(folder, asked, images, clean)
 
     effort = effort_of(attacks)
@@ -219,9 +228,23 @@ def _classifier(network: nn.Module, mean: Sequence[float], std: Sequence[float],
     return Classifier(network, mean, std, requantize=requantize)
 
 
+def _check_types(network: object, images: object, sources: object, seed: object) -> None:
+    """Raise TypeError, in one sentence, for what is of another type, and ValueError for a seed that is none."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images are a {type(images).__name__}; they must be a torch.Tensor, float (N, C, H, W) in [0, 1]")
+    if not isinstance(sources, Mapping):
+        raise TypeError(f"sources are a {type(sources).__name__}; they must map names to networks")
+    for name, one in {"network": network, **{f"source {name!r}": one for name, one in sources.items()}}.items():
+        if not isinstance(one, nn.Module):
+            raise TypeError(f"{name} is a {type(one).__name__}; it must be a torch.nn.Module")
+    if isinstance(seed, bool) or not isinstance(seed, int) or abs(seed) >= MOST_SEEDS:
+        raise ValueError(f"seed is {seed!r}; it must be an integer below {MOST_SEEDS}")
+
+
 def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[int, float]:
     """Return the number of classes, and how much logits differ from pass to pass. Raise ValueError for nonsense."""
-    _check_images(images)
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images of shape {tuple(images.shape)} have no pixels")
     if len(images) == 0 or labels.shape != images.shape[:1]:
         raise ValueError(f"give as many labels as images, at least one; got {tuple(labels.shape)} and {len(images)} images")
     least = float(images.min())
@@ -230,8 +253,12 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
         raise ValueError(
             f"images reach from {least:.4g} to {most:.4g}; attacks need them in [0, 1]: divide by 255, and give mean and std"
         )
+    if victim.channels not in (1, images.shape[1]):
+        raise ValueError(
+            f"mean and std are of {victim.channels} channels, the images have {images.shape[1]}: give as many, or one"
+        )
     x = images[: batch_size(images)]
-    runs = masking.repeat(victim, x)
+    runs = _first_answers(victim, x)
     classes = _check_logits(runs)
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}, the network has {classes} classes")
@@ -247,6 +274,17 @@ def _check_input(victim: Classifier, images: Tensor, labels: Tensor) -> tuple[in
     return classes, spread
 
 
+def _first_answers(victim: Classifier, images: Tensor) -> list[Tensor]:
+    """Return the logits of several passes. Raises ValueError for a network that can't take such images."""
+    try:
+        return masking.repeat(victim, images)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever somebody's network raises
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(f"the network can't compute float32 images of shape {tuple(images.shape)} ({reason})") from error
+
+
 def _check_gradient(victim: Classifier, image: Tensor) -> None:
     image = image.clone().requires_grad_()
     logits = victim(image)
@@ -259,6 +297,8 @@ def _check_gradient(victim: Classifier, image: Tensor) -> None:
 
 
 def _check_images(images: Tensor) -> None:
+    if images.layout != torch.strided or images.is_nested or images.is_meta:
+        raise ValueError("images are a sparse, nested or meta tensor; they must be a dense one, with its numbers in memory")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images are float (N, C, H, W) in [0, 1], not {images.dtype} {tuple(images.shape)}: divide by 255")
 

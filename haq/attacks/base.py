@@ -206,5 +206,7 @@ def effort_of(names: str) -> str:
 
 
 def split_names(names: str) -> list[str]:
-    """Split names divided by commas, and leave out what is said twice."""
+    """Split names divided by commas, and leave out what is said twice. Raises TypeError for anything but a text."""
+    if not isinstance(names, str):
+        raise TypeError(f"attacks is {names!r}; it must be a text, names divided by commas, such as 'quick' or 'pgd,square'")
     return list(dict.fromkeys(name.strip() for name in names.split(",")))

@@ -39,6 +39,9 @@ class Classifier(nn.Module):
             std: Of every channel, likewise.
             requantize: Images are first rounded to 8 bits, as a camera or a file would, with the straight-through gradient.
             memory_format: In which the network takes its input.
+
+        Raises:
+            ValueError: For a mean and std that aren't finite numbers, and a std that isn't above 0.
         """
         super().__init__()
         self.network = Q.copy_network(network)
@@ -46,8 +49,10 @@ class Classifier(nn.Module):
         for parameter in network.parameters():
             device = parameter.device
             break
-        self.register_buffer("mean", torch.tensor(mean, device=device).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std, device=device).view(1, -1, 1, 1))
+        self.register_buffer("mean", _by_channel("mean", mean).to(device))
+        self.register_buffer("std", _by_channel("std", std).to(device))
+        if not (self.std > 0).all():
+            raise ValueError(f"std is {std!r}; it must be numbers above 0")
         self.requantize = requantize
         self.memory_format = memory_format
         self.eval().requires_grad_(False)
@@ -61,6 +66,11 @@ class Classifier(nn.Module):
     def device(self) -> torch.device:
         """Where the network is."""
         return self.mean.device
+
+    @property
+    def channels(self) -> int:
+        """How many channels have a mean and std of their own."""
+        return max(self.mean.shape[1], self.std.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, classes) of images (N, C, H, W) in [0, 1]."""
@@ -92,6 +102,17 @@ class Classifier(nn.Module):
         """Return which images are classified as labelled, (N,) of bool; an answer with NaN is wrong."""
         logits = self(x)
         return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
+def _by_channel(name: str, values: Sequence[float]) -> Tensor:
+    """Return numbers in the shape (1, channels, 1, 1). Raises ValueError unless they are finite numbers, one at least."""
+    try:
+        made = torch.as_tensor(values, dtype=torch.float32).detach().clone().view(1, -1, 1, 1)
+    except (TypeError, ValueError, RuntimeError):
+        made = torch.empty(1, 0, 1, 1)
+    if not made.numel() or not made.isfinite().all():
+        raise ValueError(f"{name} is {values!r}; it must be finite numbers, one for each channel or one for all")
+    return made
 
 
 def _without_nan(gradient: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _number(given: object) -> float:
             raise TypeError
         if not isinstance(given, str):
             return float(given)  # type: ignore[arg-type]
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", given)
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:/\s*([0-9.]+)\s*)?", given)
         if match is None:
             raise ValueError
         eps = float(match[1])
@@ -110,7 +110,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         """Check both."""
-        if self.norm not in NORMS:
+        if self.norm not in tuple(NORMS):
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
         eps = _number(self.eps)
         if not 0 < eps < math.inf or (self.norm == "linf" and eps > 1):

@@ -231,9 +231,14 @@ class Problem:
     @property
     def reference_words(self) -> str:
         """Say what `reference` is the cost of."""
-        if self.table.supported[:, TOP, TOP].all():
+        if self._does_8_bits:
             return "uniform 8 bits"
         return "8 bits, and the dearest pair where they can't be done"
+
+    @property
+    def _does_8_bits(self) -> bool:
+        """Whether the target can do 8 bits in every layer."""
+        return bool(self.table.supported[:, TOP, TOP].all())
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -252,6 +257,11 @@ class Problem:
         further = ""
         if at_one_bit < fraction:
             further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}"
+        if not self._does_8_bits:
+            # Fractions are no budgets then.
+            if further:
+                further = f"; bits 1:{self.bits[1]} would reach {describe_amount(from_one_bit, self.metric, UP)}"
+            return f"on {self.target.name}, {self.metric} can be from {low} to {high}{further}"
         least = f"{low} ({fraction:.3f} of uniform 8 bits)"
         return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
 
@@ -438,11 +448,12 @@ class Problem:
 
     def _limit(self, budget: float | str) -> float:
         limit = parse_budget(budget, self.metric, self.reference)
-        able = self.table.supported[:, TOP, TOP]
-        if not able.all() and limit != parse_budget(budget, self.metric, 2 * self.reference):
+        # An amount doesn't depend on what it is a fraction of.
+        if not self._does_8_bits and limit != parse_budget(budget, self.metric, 2 * self.reference):
+            layer = self.workload.names[int(np.argmin(self.table.supported[:, TOP, TOP]))]
             raise ValueError(
-                f"budget {budget} is a fraction of uniform 8 bits, which {self.target.name} can't do in layer "
-                f"{self.workload.names[int(np.argmin(able))]!r}: give an amount with a unit"
+                f"budget {budget} is a fraction of uniform 8 bits, which {self.target.name} can't do in layer {layer!r}: "
+                "give an amount with a unit"
             )
         # Tables round the cost of 8 bits to the nearest, and what they say of it is a budget too.
         highest = parse_budget(describe_amount(self.largest, self.metric, UP), self.metric, self.reference)

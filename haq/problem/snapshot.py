@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+from quantizers.cache import as_integers
+
 SET_ANEW = ("weight_bits", "activation_bits", "training")  # attributes that are set before every evaluation
 PLAIN = (bool, int, float, str, type(None))
 
@@ -67,8 +68,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
         return False
     one = one.detach()
     if one.is_floating_point():
-        whole = WHOLE[one.element_size()]
-        return torch.equal(one.view(whole), other.view(whole))
+        return torch.equal(as_integers(one), as_integers(other))
     return torch.equal(one, other)
 
 

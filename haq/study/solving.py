@@ -133,7 +133,7 @@ class Result:
             tuned = f"; fine-tuned {percent(self._finetuned_result.accuracy)}, kept: {self.kept}"
         return (
             f"Result({self.solver}: {self.problem.objective.name} {percent(self.trial.accuracy)} at {cost} "
-            f"({share:.3f} of uniform 8 bits), {self.session.used} evaluations; "
+            f"({share:.3f} of {self.problem.reference_words}), {self.session.used} evaluations; "
             f"float {percent(self.problem.float_accuracy)}{tuned})"
         )
 
@@ -254,7 +254,8 @@ class Result:
         self.finetuned = tuned
         self._finetuned_result = self.evaluate(tuned)
         # As trials are ranked; the cost is the same.
-        before, after = ((-one.accuracy, one.loss) for one in (self._kept_result, self._finetuned_result))
+        before = (-self._kept_result.accuracy, self._kept_result.loss)
+        after = (-self._finetuned_result.accuracy, self._finetuned_result.loss)
         if after < before:
             self._quantized = tuned
             self._kept_result = self._finetuned_result

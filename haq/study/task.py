@@ -298,6 +298,11 @@ def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], c
     """
     for name, value in now.items():
         if before.get(name) != value:
+            machine = name.replace("target", "machine")
+            if machine != name and machine in now and before.get(machine) == now[machine]:
+                raise ValueError(
+                    f"the {called[name]} has other times than {folder} began with, as they were measured anew: start a new run"
+                )
             raise ValueError(f"the {called[name]} is no longer what {folder} began with: put it back, or start a new run")
 
 

@@ -27,7 +27,7 @@ class Adversary:
             `free`: every batch is trained on `steps` times in a row, and the perturbation is moved by the gradient that
             moves the weights; there are as many times fewer epochs, so that it costs what ordinary training does (Shafahi et
             al., NeurIPS 2019).
-        eps: The largest change of a pixel, on the scale of images in [0, 1].
+        eps: The largest change of a pixel, on the scale of images in [0, 1]; may be given as a text, "8/255".
         steps: How many; None: 7 of pgd, 4 of free, 1 of rfgsm.
 
     Raises:
@@ -42,7 +42,7 @@ class Adversary:
         """Check everything."""
         if self.kind not in STEPS:
             raise ValueError(f"unknown adversary {self.kind!r}; known: {', '.join(STEPS)}")
-        check_eps(self.eps)
+        object.__setattr__(self, "eps", check_eps(self.eps))
         check_steps(self.count)
         if self.kind == "rfgsm" and self.count > 1:
             raise ValueError(f"rfgsm takes one gradient step, not {self.steps}: leave the number of steps out, or choose pgd")

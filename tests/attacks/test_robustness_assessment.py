@@ -294,7 +294,21 @@ def test_gradients_of_nan_end_no_suite_and_are_noticed(pixels: int) -> None:
         assert found.worst < found.clean - 0.5
 
 
-@pytest.mark.parametrize("eps", ["0.1", " 1e-1", "25.5/255", np.float64(0.1)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off(mode: Any) -> None:
+    with mode():
+        found = assess(fitted_network(), X[:20], Y[:20], eps=0.1, attacks="fgsm")
+    assert found.summary() == assess(fitted_network(), X[:20], Y[:20], eps=0.1, attacks="fgsm").summary()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_images_become_what_the_network_takes(dtype: torch.dtype) -> None:
+    given = X[:20].to(dtype).requires_grad_()
+    found = assess(fitted_network(), given, Y[:20], eps=0.1, attacks="fgsm")
+    assert found.summary() == assess(fitted_network(), given.float(), Y[:20], eps=0.1, attacks="fgsm").summary()
+
+
+@pytest.mark.parametrize("eps", ["0.1", " 1e-1", "1E-1", "25.5/255", np.float64(0.1)])
 def test_eps_may_be_a_text(eps: Any) -> None:
     found = assess(fitted_network(), X[:20], Y[:20], eps=eps, attacks="fgsm")
     assert found.summary() == assess(fitted_network(), X[:20], Y[:20], eps=0.1, attacks="fgsm").summary()
@@ -565,13 +579,28 @@ def detached() -> nn.Module:
         ({"network": Before(small_network(), after=lambda z: (z,))}, "logits .images, two classes or more.*, not a tuple"),  # type: ignore[arg-type,return-value]
         ({"norm": "l0"}, "unknown norm 'l0'; known: linf, l2"),
         ({"attacks": "cw"}, "unknown attack 'cw'"),
+        ({"norm": ["l2"]}, "unknown norm .'l2'.; known: linf, l2"),
+        ({"attacks": ["pgd"]}, "attacks is .'pgd'.; it must be a text, names divided by commas, such as 'quick'"),
+        ({"attacks": None}, "attacks is None; it must be a text"),
         ({"backward": "none"}, "unknown backward mode 'none'"),
+        ({"network": None}, "network is a NoneType; it must be a torch.nn.Module"),
+        ({"sources": {"a": 3}}, "source 'a' is a int; it must be a torch.nn.Module"),
+        ({"sources": [3]}, "sources are a list; they must map names to networks"),
+        ({"images": X[:10].numpy()}, "images are a ndarray; they must be a torch.Tensor, float"),
+        ({"images": X[:10].to_sparse()}, "images are a sparse, nested or meta tensor; they must be a dense one"),
+        ({"images": X[:10, :, :0]}, r"images of shape \(10, 1, 0, 8\) have no pixels"),
+        ({"network": small_network().double()}, r"the network can't compute float32 images of shape .* \(RuntimeError: .*\)"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean and std are of 3 channels, the images have 1"),
+        ({"mean": ()}, "mean is .*; it must be finite numbers, one for each channel or one for all"),
+        ({"std": (math.nan,)}, "std is .nan,.; it must be finite numbers"),
+        ({"std": (0.0,)}, "std is .0.0,.; it must be numbers above 0"),
+        ({"seed": None}, "seed is None; it must be an integer"),
     ],
 )
 def test_nonsense_is_refused_in_a_sentence(given: dict[str, Any], message: str) -> None:
     """Before any attack is run."""
     arguments = {"network": small_network(), "images": X[:10], "labels": Y[:10], "attacks": "fgsm", **given}
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         assess(arguments.pop("network"), arguments.pop("images"), arguments.pop("labels"), **arguments)
     assert "\n" not in str(error.value)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import hw_models
@@ -58,6 +60,27 @@ def test_show_prices_any_pair_of_bits_and_batch(capsys: pytest.CaptureFixture[st
 def test_show_a_measured_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     name = write(tmp_path / "t.csv", "layer,w_bits,a_bits,latency_ms", rows(LAYERS))
     assert "(measured)" in run(capsys, "show", name)
+
+
+def test_what_a_target_can_not_do_is_a_dash_and_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mine:
+        name = description = "mine"
+        provenance = "measured"
+
+        def cost_table(self, workload: hw_models.Workload, *, batch: int | None = None) -> hw_models.CostTable:
+            latency = np.full((len(workload), 8, 8), 2e-3)
+            latency[1:3, 7, 7] = np.nan
+            bound = np.zeros(latency.shape, int)
+            storage = hw_models.storage_bytes(workload)
+            return hw_models.CostTable("mine", "measured", workload, 1, latency, None, storage, bound=bound, bounds=("all",))
+
+    monkeypatch.setattr(hw_models, "load_target", lambda name, **options: Mine())
+    text = run(capsys, "show", "mine", "--network", "mobilenet-mini", "--bits", "8,4")
+    assert "nan" not in text.lower()
+    assert re.search(r"w8/a8: mine can't do 2 of \d+ layers, '.*' is the first", text)
+    assert "w4/a4: latency " in text
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 import hw_models
+from haq import search
 from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu import trusted as trust
 from hw_models.tvm_cpu.cache import TimingCache
 from hw_models.tvm_cpu.measure import Timing
+from tests.commands.test_search_command import MODULE, SMALL, call
+from tests.conftest import enter
 from tests.hw_models.stand_in_kernels import Spin, candidates
 
 
@@ -146,6 +149,21 @@ def test_a_shape_that_is_off_is_measured_again_by_itself(machine: Machine) -> No
     ratio = (table.metric("latency") / first.metric("latency"))[:, 7, 7]
     assert ratio == pytest.approx([0.5, 1, 1.3, 1, 1, 1])
     assert machine.told == []
+
+
+def test_a_run_does_not_go_on_with_other_times(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, monkeypatch, MODULE)
+    asked = [*SMALL, "--hw", "cpu", "--budget", "0.95", "--solver", "random", "--evaluations", "2", "--finetune-epochs", "0"]
+    assert call(search.main, *asked, "--out", "run") == 0
+    (tmp_path / "run" / "result.json").unlink()
+    trust._settled.clear()
+    machine.speed = {16: 2.0}
+    capsys.readouterr()
+    assert call(search.main, "--resume", "run") == 2
+    sentence = "the target (cpu) has other times than run began with, as they were measured anew: start a new run"
+    assert sentence in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_check_on_a_busy_machine_says_so_and_changes_nothing(machine: Machine) -> None:

@@ -247,3 +247,17 @@ def test_layers_called_by_keyword_or_by_two_names() -> None:
     assert workload.names == ("first",)
     assert [call.positions for call in workload.layers[0].calls] == [3, 3]
     assert workload.parameters == 72
+
+
+def test_a_network_that_hides_its_tensors_is_one_sentence() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.vmap(self.layer)(x)
+            return result
+
+    with pytest.raises(ValueError, match="^Mapped can't be traced: .*"):
+        hw_models.trace(Mapped(), torch.zeros(1, 3, 8))

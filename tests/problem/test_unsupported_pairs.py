@@ -54,6 +54,18 @@ def test_a_fraction_of_what_can_not_be_done_is_no_budget(network: nn.Module, val
     assert "of 8 bits, and the dearest pair where they can't be done" in repr(problem)
 
 
+def test_fractions_are_not_spoken_of_where_they_are_no_budgets(network: nn.Module) -> None:
+    target = Mine(math.nan, (POINTWISE, 7, 7))
+    problem = problem_on(network, target, budget="280ms", bits=(4, 8))
+    assert problem.reach == "on mine, latency can be from 176 ms to 312 ms; bits 1:8 would reach 131 ms"
+    for budget in ("176ms", "312ms"):
+        assert problem.on(target, budget).limit > 0
+    with pytest.raises(ValueError, match="^budget 3s is out of reach: on mine, latency can be from 176 ms to 312 ms; bits"):
+        problem.on(target, "3s")
+    found = haq.solve(problem, "random", evaluations=2, seed=0)
+    assert "of 8 bits, and the dearest pair where they can't be done)" in repr(found)
+
+
 @pytest.mark.parametrize("solver", ["random", "greedy", "ilp", "evolution", "ddpg"])
 def test_no_solver_returns_a_pair_that_can_not_be_done(network: nn.Module, solver: str) -> None:
     """Under a budget that everything would fit, were it not for the holes."""

@@ -321,6 +321,7 @@ def test_eps_is_written_as_people_write_it() -> None:
 
 def test_adversaries_that_are_none_are_refused() -> None:
     assert [Adversary(kind).count for kind in KINDS] == [7, 1, 4]
+    assert Adversary(eps="8 / 255") == Adversary()  # type: ignore[arg-type]
     for arguments, message in (
         (("fgsm",), "unknown adversary 'fgsm'; known: pgd, free, rfgsm"),
         (("pgd", 8.0), "eps is on the scale of images in .* not 8.0"),
