@@ -146,12 +146,18 @@ def replaced(value: Any, draw: Callable[[Any], Any]) -> Any:
         key: Any = None
         while isinstance(place, (dict, list)) and place and draw(st.integers(0, 5)):
             holder = place
-            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            keys: Any = range(len(place))
+            if isinstance(place, dict):
+                keys = sorted(place)
+            key = draw(st.sampled_from(keys))
             place = place[key]
         new = copy.deepcopy(draw(st.sampled_from(HOSTILE)))  # it may be changed in the next round
+        does_replace = draw(st.booleans())
         if holder is None:
-            return new if draw(st.booleans()) else value
-        if draw(st.booleans()):
+            if does_replace:
+                value = new
+            return value
+        if does_replace:
             holder[key] = new
         else:
             del holder[key]

@@ -341,15 +341,16 @@ def main(arguments: list[str] | None = None) -> int:
     for heading in ("kills", "endings", "the same to the last bit"):
         table.add_column(heading, justify="right")
     share, rest = divmod(options.kills, len(options.jobs))
+    jobs, workers = options.jobs, options.by
     if not options.kills:
-        options.jobs = []
+        jobs = []
     if not options.worker_kills:
-        options.by = []
+        workers = []
     tallies = []
     hung = 0
     with tempfile.TemporaryDirectory() as temporary, progress(console) as bar:
         bar_task = bar.add_task("kills", total=options.kills, note="")
-        for number, name in enumerate(options.jobs):
+        for number, name in enumerate(jobs):
             place = Path(temporary) / f"job{number}"
             place.mkdir()
             kills = share + (number < rest)
@@ -358,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
             moments = ", ".join(f"{moment:.1f}" for moment in tally.moments)
             table.add_row(name, moments, str(len(tally.moments)), str(tally.endings), str(tally.same))
             tallies.append(tally)
-        for by in options.by:
+        for by in workers:
             place = Path(temporary) / by
             place.mkdir()
             tally = disturb(by, options.worker_kills, place, draws, console.print)

@@ -116,16 +116,16 @@ def prune(folder: Path | None, unfinished: bool, checkpoints: bool, older_than: 
         if not reason and yes and not cleanup.remove(removal):
             reason = "it is in use"
         if reason:
-            say(console, printable(f"left alone: {removal.run.folder}, {reason}"), wrap=False)
+            say(console, f"left alone: {removal.run.folder}, {reason}", wrap=False)
             continue
         total += size
         does = "would delete"
         if yes:
             does = "deleted"
         files = f"{len(removal.paths)} files, {describe_bytes(size)}"
-        say(console, printable(f"{does}: {removal.run.folder}, {removal.what}, {files}"), wrap=False)
+        say(console, f"{does}: {removal.run.folder}, {removal.what}, {files}", wrap=False)
     if not total:
-        say(console, printable(f"nothing to delete in {folder}"))
+        say(console, f"nothing to delete in {folder}")
     elif yes:
         say(console, f"{describe_bytes(total)} deleted")
     else:
@@ -142,7 +142,7 @@ def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[P
         folders: Where they were looked for.
     """
     if not runs:
-        say(console, printable(f"no runs in {', '.join(map(str, folders))}; python -m haq.search --hw edge makes one"))
+        say(console, f"no runs in {', '.join(map(str, folders))}; python -m haq.search --hw edge makes one")
         return
     table = new_table()
     table.add_column("run", overflow="fold")
@@ -155,7 +155,7 @@ def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[P
     console.print(table)
     for run in runs:
         if run.reason:
-            say(console, printable(f"{run.folder}: {run.reason}"))
+            say(console, f"{run.folder}: {run.reason}")
     if any(run.search is not None for run in runs):
         say(console, ACCURACIES_ARE)
 
@@ -181,7 +181,7 @@ def commands(run: RunSummary) -> dict[str, str]:
     found = {}
     asked = _config(run)
     if asked is not None:
-        found["again"] = command_line(*asked.words())
+        found["again"] = asked.command()
     following = _next_words(run)
     if following:
         # Listing the runs of a sweep needs no code.

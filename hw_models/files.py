@@ -40,15 +40,15 @@ def check_file(path: Path, most: int) -> None:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
     if stat.S_ISDIR(found.st_mode):
-        raise ValueError(f"{path} is a folder and was not read; a file of at most {describe_bytes(most)} is expected there")
+        raise ValueError(f"{path} is a folder and was not read; a file is expected, of at most {describe_bytes(most)}")
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(
             f"{path} is no ordinary file (a pipe or a device) and was not read; "
-            f"a file of at most {describe_bytes(most)} is expected there"
+            f"a file is expected, of at most {describe_bytes(most)}"
         )
     if found.st_size > most:
         raise ValueError(
-            f"{path} has {describe_bytes(found.st_size)} and was not read; at most {describe_bytes(most)} are expected there"
+            f"{path} has {describe_bytes(found.st_size)} and was not read; at most {describe_bytes(most)} are accepted"
         )
 
 
@@ -78,7 +78,9 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
+        line = ""
+        if mark:
+            line = f"line {mark.line + 1}: "
         raise ValueError(f"{line}{_without_quotes(error.problem or error.context or 'it is damaged')}") from None
     except yaml.reader.ReaderError as error:
         raise ValueError(f"it has the character U+{int(error.character):04X}, which YAML doesn't take") from None
@@ -94,8 +96,9 @@ def quoted(value: object) -> str:
         return f"a {kind_of(value)}"
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a huge number"
-    # Text of megabytes isn't escaped for the few characters that are shown.
-    text = repr(value[:200]) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        value = value[:200]  # text of megabytes isn't escaped for the few characters that are shown
+    text = repr(value)
     if len(text) > 60:
         return f"{text[:57]}..."
     return text

@@ -35,7 +35,7 @@ class Machine(BaseModel):
         name = str(info.field_name)
         if isinstance(value, str):
             value = " ".join(value.split())
-            if not value.isprintable():
+            if not value.isprintable() or (name == "name" and not value):
                 raise ValueError("Input should be text that can be printed")
         elif isinstance(value, int):
             most = MOST_COUNT

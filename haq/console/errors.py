@@ -90,16 +90,16 @@ def _tell(sentence: str) -> None:
     if sys.stderr is not None:  # print would take stdout in its place
         with suppress(OSError):
             print(sentence, file=sys.stderr)
-        _takes(sys.stderr)
+        _flush(sys.stderr)
 
 
 def _fail(error: Exception) -> int:
     """Say what went wrong; the error itself is raised if somebody wants to see where."""
     if os.environ.get("HAQ_DEBUG"):
         raise error
-    # A name from somebody's folder may hold what breaks a line or steers a terminal.
     if isinstance(error, OSError):
-        _takes(sys.stdout)  # what it didn't take is lost, and not tried again at the end
+        _flush(sys.stdout)
+    # A name from somebody's folder may hold what breaks a line or steers a terminal.
     _tell(f"error: {printable(_sentence(error))}")
     return EXIT_BAD_INPUT
 
@@ -133,16 +133,13 @@ def _is_read(stream: TextIO | None) -> bool:
     return False
 
 
-def _takes(stream: TextIO | None) -> bool:
-    """Whether a stream takes what was written. One that doesn't is closed, as by `_is_read`."""
-    if stream is None:
-        return True
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
+def _flush(stream: TextIO | None) -> None:
+    """Write out what a stream holds. What it doesn't take is lost, and not tried again at Python's end."""
+    if stream is not None:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _has_reader(stream: TextIO) -> bool:

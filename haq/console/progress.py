@@ -40,14 +40,14 @@ def progress(console: Console) -> Progress:
 def follow_training(bar: Progress) -> dict[str, Any]:
     """Make the callbacks by which `training.finetune` reports epoch, loss and steps to a progress bar."""
     task = bar.add_task("fine-tuning", total=None, note="")
+    accuracy = 0.0
 
     def on_epoch(epoch: int, loss: float) -> None:
-        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}, held-out {100 * accuracies[-1]:.1f} %")
-
-    accuracies = [0.0]
+        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}, held-out {100 * accuracy:.1f} %")
 
     def on_judged(epoch: int, judgement: tuple[float, float]) -> None:
-        accuracies.append(judgement[0])
+        nonlocal accuracy
+        accuracy = judgement[0]
 
     def on_step(step: int, steps: int) -> None:
         bar.update(task, completed=step, total=steps)

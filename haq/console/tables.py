@@ -164,7 +164,8 @@ def print_columns(
         table = new_table()
         if _width(part) > console.width >= _width(part, 1):
             table.padding = (0, 0, 0, 0)
-        are_names_wrapped = len(tables) > 1 and _width(part[:keys]) > console.width // 2
+        is_too_wide = len(tables) > 1 or _width(part, 1) > console.width
+        are_names_wrapped = is_too_wide and _width(part[:keys]) > console.width // 2
         is_alone = len(part) == keys + 1
         for index, column in enumerate(part):
             wraps = column.least is not None

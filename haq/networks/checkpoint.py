@@ -350,9 +350,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no state dict of tensors but {type(state).__name__}")
     for key, value in state.items():
         if not isinstance(key, str):
-            raise ValueError(
-                f"{path} holds no state dict: its key {quoted(key)} is a {kind_of(key)}, not the name of a tensor"
-            )
+            raise ValueError(f"{path} holds no state dict: one of its keys is {quoted(key)}, not the name of a tensor")
         if not isinstance(value, Tensor):
             raise ValueError(f"{path} holds no state dict of tensors: {quoted(key)} is {kind_of(value)}")
     return dict(state)

@@ -695,6 +695,8 @@ class FinishedSweepRecord(SweepRecord):
     @model_validator(mode="after")
     def _check_shares(self) -> FinishedSweepRecord:
         for split in SPLITS:
+            if not self.images.get(split):
+                raise ValueError(f"'images' says nothing of the {split} split; it must be a number above 0")
             self.of_float.share(split, self.objective)
             for row in self._judged():
                 row.share(split, self.objective)

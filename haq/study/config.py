@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -21,6 +20,7 @@ from haq.console.options import option_name, setting
 from haq.problem import KINDS, OBJECTIVES
 from haq.solvers import ENVS, SOLVERS
 from haq.store import files
+from haq.store.shell import command_line
 from haq.store.units import UNITS
 from hw_models import trust
 from hw_models.registry import Registry
@@ -379,7 +379,7 @@ class SearchConfig(_Config):
 
     def command(self) -> str:
         """Write the command that asks for this, quoted for a shell."""
-        return shlex.join(self.words())
+        return command_line(*self.words())
 
 
 class SweepCell(NamedTuple):
@@ -557,7 +557,7 @@ class SweepConfig(_Config):
 
     def command(self) -> str:
         """Write the command that asks for this, quoted for a shell."""
-        return shlex.join(self.words())
+        return command_line(*self.words())
 
 
 class AnotherScheme(_Config):

@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from haq.console.tables import Column, key_table, print_columns, say
+from haq.problem.chance import FEW, with_error
 from haq.store.records import (
+    SPLITS,
     FinishedSweepRecord,
     JudgedRecord,
     SpecialisationRecord,
@@ -15,11 +17,9 @@ from haq.store.records import (
     SweepPolicy,
     SweepTarget,
 )
-from haq.store.units import describe_amount, percent
+from haq.store.units import describe_amount
 from haq.study.sweep_run import SweepContext, shares_sensitivities
 from haq.study.tables import scheme_words
-
-SPLITS = ("search", "test")
 
 
 def print_plan(console: Console, context: SweepContext, folder: Path | None, workers: str) -> None:
@@ -95,7 +95,7 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
     ]
     for split in SPLITS:
         heading = f"{split}\n{sweep.objective}\n(measured)"
-        columns.append(Column(heading, [_share(row, split, sweep.objective) for row in rows], "right"))
+        columns.append(Column(heading, [_share(sweep, row, split) for row in rows], "right"))
     columns.append(Column("Pareto\nfront", [_mark(row.pareto) for row in rows]))
     title = f"{sweep.network} on {sweep.data}, {target.name}"
     print_columns(console, title, columns, keys=2, sections=sections, caption=_caption(sweep, target))
@@ -107,11 +107,15 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
     measured = objective
     if sweep.objective_is != objective:
         measured = f"{objective} ({sweep.objective_is})"
+    of_float = with_error(sweep.of_float.share("test", objective), sweep.images["test"])
+    errors = ""
+    if min(sweep.images[split] for split in SPLITS) < FEW:
+        errors = "; ± is the standard error in points"
     seeds = ""
     if sweep.asked.seeds > 1:
         seeds = "; means of several seeds, below them smallest and largest"
     return (
-        f"float: {percent(sweep.of_float.share('test', objective))} on the test split; {sizes} images; {measured} "
+        f"float: {of_float} on the test split; {sizes} images{errors}; {measured} "
         f"{sweep.accuracy_is}; cost {target.cost_is}{seeds}. *: nothing costs less and has a better test {objective}. "
         "Uniform policies keep the fixed layers' bits"
     )
@@ -120,7 +124,7 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
 def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special: SpecialisationRecord) -> None:
     policies = special.policies
     names = [f"{hw} by {policy.solver}" for hw, policy in policies.items()]
-    shares = [percent(policy.share("test", sweep.objective)) for policy in policies.values()]
+    shares = [with_error(policy.share("test", sweep.objective), sweep.images["test"]) for policy in policies.values()]
     columns = [Column("found for", names), Column(f"test\n{sweep.objective}\n(measured)", shares, "right")]
     for hw in policies:
         heading = f"\non {hw}\n({sweep.targets[hw].kind})"
@@ -131,12 +135,12 @@ def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special:
     print_columns(console, title, columns, caption=caption)
 
 
-def _share(row: JudgedRecord, split: str, objective: str) -> str:
+def _share(sweep: FinishedSweepRecord, row: JudgedRecord, split: str) -> str:
     """A share; of several seeds their mean, below it the smallest and the largest."""
-    share = percent(row.share(split, objective))
+    share = with_error(row.share(split, sweep.objective), sweep.images[split])
     if not isinstance(row, SweepFound) or len(row.runs) == 1:
         return share
-    low, high = row.spread(split, objective)
+    low, high = row.spread(split, sweep.objective)
     return f"{share}\n{100 * low:.2f}–{100 * high:.2f}"
 
 

@@ -44,6 +44,15 @@ def test_a_wide_table_is_broken_and_nothing_is_left_out(width: int) -> None:
     assert (tables == 1) == (width == 120)
 
 
+def test_long_names_are_wrapped_and_leave_what_is_said_of_them_whole() -> None:
+    shown = console(80)
+    rows = [Column(name, ["PASS"], "right") for name in ("float", "uniform 8", "found", "defensive")]
+    print_columns(shown, "checks", [Column("what should hold", ["a name that is longer than half of the console is"]), *rows])
+    lines = text(shown).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split()[-4:] == ["PASS"] * 4 for line in lines)
+
+
 def test_names_are_shown_as_they_are() -> None:
     for width in (200, 60):
         shown = console(width)

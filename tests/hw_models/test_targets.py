@@ -98,6 +98,7 @@ ALIASES = "a: &a [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n" + "".join(
         ("batch: 1 ", "batch: true ", "'batch' is True"),
         ("name: edge", 'name: "\\e[31mred"', r"'name' is '\\x1b\[31mred': Input should be text that can be printed"),
         ("name: edge", "name: a\u202eb", r"a\\u202eb"),
+        ("name: edge", 'name: "\\L\\P"', "Input should be text that can be printed"),
         ("name: edge", f"name: {'x' * 101}", "at most 100 characters"),
         ("batch: 1 ", "clock_mhz: 1\nbatch: 1 ", "'clock_mhz' is given twice, the second time in line 15"),
         ("batch: 1 ", "1: 1\nbatch: 1 ", "a key in line 15 is no text"),

@@ -186,7 +186,8 @@ def _laughs(state: object) -> object:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda state: dict(enumerate(state.values())), "its key 0 is a whole number, not the name of a tensor"),
+        (lambda state: dict(enumerate(state.values())), "one of its keys is 0, not the name of a tensor"),
+        (lambda state: {(1, 2): torch.zeros(1)}, "one of its keys is a tuple, not the name of a tensor"),
         (lambda state: {"a": {"b": 1}}, "no state dict of tensors: 'a' is mapping"),
         (_laughs, "'a' is list"),
         (_put("stem.weight", lambda x: x.to("meta")), "it holds a meta tensor"),

@@ -102,6 +102,8 @@ def test_a_sweep_is_read_as_what_it_is(tmp_path: Path) -> None:
         SweepRecord.from_dict(sweep(objective="agreement"))
     with pytest.raises(ValueError, match="'network' is missing"):
         SweepRecord.from_dict({key: value for key, value in sweep().items() if key != "network"})
+    with pytest.raises(ValueError, match="'images' says nothing of the test split"):
+        SweepRecord.from_dict(sweep(images={"search": 4, "test": 0}))
 
 
 def test_a_policy_has_one_encoding() -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from haq import evaluate, finetune, search, sweep
 from haq.console import errors
 from haq.problem.evaluator import Evaluator
 from haq.reporting import pictures
-from haq.study import sweep_run
+from haq.store.records import FinishedSweepRecord, SweepRecord
+from haq.study import sweep_run, sweep_tables
 from haq.study.config import read_budgets
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, call, history
 from tests.conftest import enter
+from tests.store.test_records import sweep as sweep_content
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
 QUICK = [*SMALL, "--hw", "edge,cloud,bitfusion", "--budgets", "0.5:0.98:0.24", "--evaluations", "40"]
@@ -99,6 +103,17 @@ def test_a_sweep_from_end_to_end(capsys: pytest.CaptureFixture[str], recwarn: py
     assert one == other
     assert call(sweep.main, "--resume", "all") == 2
     assert "is finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("images", "shares"), [(100, "90.00 % ± 3.00 80.00 % ± 4.00"), (200, "90.00 % 80.00 %")])
+def test_accuracies_of_few_images_stand_with_their_error(images: int, shares: str) -> None:
+    record = SweepRecord.from_dict(sweep_content(images={"test": images, "search": images}))
+    assert isinstance(record, FinishedSweepRecord)
+    written = io.StringIO()
+    sweep_tables.print_result(Console(file=written, width=150), record)
+    shown = " ".join(written.getvalue().split())
+    assert shares in shown
+    assert ("± is the standard error" in shown) == ("±" in shares)
 
 
 def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ STOPPED = 10  # looks after which a worker that somebody has stopped is taken fo
 WAKE_S = 0.2  # seconds between two looks at what else than its tasks a crew has to see to
 END_S = 10.0  # seconds in which a process that was killed is gone
 
-Task = tuple[float, Any, "Future[Any]"]
+Task = tuple[int, Any, "Future[Any]"]  # its number, by which earlier ones go first
 
 
 class Crew:
