@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 # are divided into equal parts, and products between parts are left out.
 MOST_INPUTS = 1 << 13
 ENOUGH = 4  # patches per input of an output, before any position is left out
-CHUNK = 1 << 21  # numbers of patches that are unfolded at once
+MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
+CHUNK = 1 << 20  # numbers of patches that are unfolded at once
 PRODUCTS = (torch.conv1d, torch.conv2d, F.linear)
 
 
@@ -76,39 +77,23 @@ class InputMoments:
             ValueError: Naming the layer, if its class doesn't multiply by its weight as we know it.
         """
         operand = self._operand(module, inputs, named or {})
-        rows, positions = operand.rows, operand.positions
-        if rows.numel() == 0 or operand.count == 0:
+        count = operand.images * operand.positions
+        if not count or not self.inputs:
             return
-        self.images += operand.images
-        step = self._step(operand.count, positions)
-        chosen = torch.arange(-self._seen % step, operand.count, step, device=rows.device)
-        self._seen += operand.count
-        self._weight += step * len(chosen)
-        self.patches += len(chosen)
-        for some in chosen.split(max(1, CHUNK // (self.groups * self.parts * self.inputs))):
-            self._add(self._patches(operand, some), step)
+        self.images += operand.shown
+        step = operand.stride(self._step(count))
+        for patches in operand.patches(step, self._seen, self.groups, CHUNK):
+            split = patches.unflatten(2, (self.parts, self.inputs)).transpose(1, 2).flatten(0, 1)
+            self.patches += split.shape[1]
+            self._weight += step * split.shape[1]
+            self._add(split, step)
+        self._seen += count
 
-    def _step(self, count: int, positions: int) -> int:
-        """Return the distance of the positions that are taken of `count`, so that unfolding costs as much as the layer."""
+    def _step(self, count: int) -> int:
+        """Return of how many positions one is taken, so that unfolding costs as much as the layer, with so many in this batch."""
         k = self.inputs * self.parts
         ratio = -(-k * self.groups // self._shape[0])
-        step = max(1, min(ratio, (self._seen + count) // (ENOUGH * k)))
-        while math.gcd(step, positions) > 1:
-            step += 1
-        return step
-
-    def _patches(self, operand: _Operand, chosen: Tensor) -> Tensor:
-        """Return patches (groups x parts, patches, inputs) at some positions, in float32 or better."""
-        if operand.offsets is None:
-            taken = operand.rows[chosen]
-        else:
-            taken = operand.rows[(operand.starts(chosen)[:, None] + operand.offsets).flatten()]
-        if taken.dtype not in (torch.float32, torch.float64):
-            taken = taken.float()
-        kernel = math.prod(self._shape[2:])
-        taken = taken.view(len(chosen), kernel, self.groups, self._shape[1]).permute(2, 0, 1, 3)
-        split = taken.reshape(self.groups, len(chosen), self.parts, self.inputs)
-        return split.transpose(1, 2).reshape(-1, len(chosen), self.inputs)
+        return max(1, min(ratio, (self._seen + count) // (ENOUGH * k)))
 
     def _add(self, patches: Tensor, share: int) -> None:
         if self._shift.numel() == 0:
@@ -208,61 +193,98 @@ class _Intercept(TorchFunctionMode):
 
 
 class _Operand:
-    """Where the patches of an input lie.
+    """What a layer multiplies its weight with, and where its patches lie.
 
     Attributes:
-        rows: The input's positions, padding included, as rows of channels.
-        images: How many images.
-        positions: How many patches an image has.
-        count: How many patches there are.
-        offsets: The rows of a patch, from its first one; None where a patch is one row.
+        shown: How many images were given.
+        images: How many there are to choose from; every row of a Linear's input is one.
+        positions: How many patches one of these has.
     """
 
-    offsets: Tensor | None
-
     def __init__(self, found: _Found, shape: tuple[int, ...]) -> None:
-        if len(shape) == 2:
-            x = found.x
-            self.rows = x.reshape(-1, shape[1])
-            self.images = 1
-            if x.dim() > 1:
-                self.images = len(x)
-            self.count = len(self.rows)
-            self.positions = max(1, self.count // max(1, self.images))
-            self.offsets = None
-        else:
-            self._unfold(found, shape)
-
-    def _unfold(self, found: _Found, shape: tuple[int, ...]) -> None:
-        x, sizes = found.x, len(shape) - 2
-        if x.dim() == sizes + 1:
+        """Take an input as it is given to torch, and the weight's shape."""
+        x, spatial = found.x, len(shape) - 2
+        if x.dim() == spatial + 1:
             x = x[None]
-        kernel, stride, dilation = shape[2:], _each(found.stride, sizes), _each(found.dilation, sizes)
-        x = F.pad(x, _padding(found.padding, kernel, dilation))
-        sides = x.shape[2:]
-        outputs = [
-            (side - step * (length - 1) - 1) // jump + 1
-            for side, step, length, jump in zip(sides, dilation, kernel, stride, strict=True)
-        ]
-        self.images, self.positions = len(x), math.prod(outputs)
-        self.count = self.images * self.positions
-        self.rows = x.movedim(1, -1).reshape(-1, x.shape[1])
-        self.offsets = None
-        if kernel != (1,) * sizes or outputs != list(sides):
-            self._sides, self._outputs, self._stride = sides, outputs, stride
-            self.offsets = torch.zeros(1, dtype=torch.long, device=x.device)
-            for side, length, step in zip(sides, kernel, dilation, strict=True):
-                along = step * torch.arange(length, device=x.device)
-                self.offsets = (self.offsets[:, None] * side + along).flatten()
+        if x.dtype not in (torch.float32, torch.float64):
+            x = x.float()
+        self.shown = len(x)
+        if not spatial:
+            x = x.reshape(-1, shape[1])
+        self._x, self._kernel = x, shape[2:]
+        self._stride, self._dilation = _each(found.stride, spatial), _each(found.dilation, spatial)
+        self._padding = _padding(found.padding, self._kernel, self._dilation)
+        self._sides = [side + sum(pad) for side, pad in zip(x.shape[2:], self._padding, strict=True)]
+        self._outputs = []
+        for side, length, jump, step in zip(self._sides, self._kernel, self._stride, self._dilation, strict=True):
+            self._outputs.append((side - step * (length - 1) - 1) // jump + 1)
+        self.images, self.positions = len(x), math.prod(self._outputs)
 
-    def starts(self, chosen: Tensor) -> Tensor:
-        """Return the first row of the patches at some positions."""
-        image, position = chosen // self.positions, chosen % self.positions
-        row, factor = image * math.prod(self._sides), 1
-        for side, count, jump in zip(reversed(self._sides), reversed(self._outputs), reversed(self._stride), strict=True):
-            row = row + position % count * (jump * factor)
-            position, factor = position // count, factor * side
-        return row
+    def stride(self, step: int) -> int:
+        """Return the next number that has no factor in common with a row of the output, so that all its columns are met."""
+        while self._outputs and math.gcd(step, self._outputs[-1]) > 1:
+            step += 1
+        return step
+
+    def patches(self, step: int, seen: int, groups: int, most: int) -> Iterator[Tensor]:
+        """Unfold every so manyth patch.
+
+        Args:
+            step: Of how many patches one is taken: of every image if it has many positions, else of
+                the images.
+            seen: How many patches there were before, so that others are taken than of the last batch.
+            groups: The layer's.
+            most: How many numbers are unfolded at once, about.
+
+        Yields:
+            Patches (groups, patches, inputs), memory of the caller's own.
+        """
+        x, positions = self._x, torch.arange(self.positions, device=self._x.device)
+        if self.positions >= MANY_POSITIONS * step:
+            positions = positions[seen % step :: step]
+        else:
+            x = x[seen % step :: step]
+        size = x.shape[1] * math.prod(self._kernel)
+        for some in x.split(max(1, most // (size * len(positions)))):
+            for here in positions.split(max(1, most // size)):
+                yield self._unfolded(some, here, groups)
+
+    def _unfolded(self, x: Tensor, positions: Tensor, groups: int) -> Tensor:
+        starts, offsets = self._places(positions)
+        kernel, channels = len(offsets), x.shape[1] // groups
+        if kernel == 1 and not any(map(any, self._padding)):
+            if x.dim() == 2:
+                flat = x[:, :, None]
+            else:
+                flat = x.flatten(2)
+            if len(positions) < self.positions or list(x.shape[2:]) != self._outputs:
+                flat = flat[:, :, starts]
+            taken = flat.unflatten(1, (groups, channels)).permute(1, 0, 3, 2)
+        elif channels == 1:
+            padded = F.pad(x, [amount for pad in reversed(self._padding) for amount in pad]).flatten(2)
+            taken = padded[:, :, (starts[:, None] + offsets).flatten()].unflatten(2, (len(starts), kernel)).movedim(0, 1)
+        else:
+            # Rows of channels are gathered fastest.
+            padded = x.new_zeros(len(x), *self._sides, x.shape[1])
+            inner = [slice(pad[0], pad[0] + side) for pad, side in zip(self._padding, x.shape[2:], strict=True)]
+            padded[(slice(None), *inner)] = x.movedim(1, -1)
+            images = math.prod(self._sides) * torch.arange(len(x), device=x.device)
+            places = images[:, None, None] + starts[:, None] + offsets
+            taken = padded.flatten(0, -2)[places.flatten()].view(len(x), len(starts), kernel, groups, channels)
+            taken = taken.permute(3, 0, 1, 2, 4)
+        return taken.reshape(groups, len(x) * len(starts), kernel * channels).clone(memory_format=torch.contiguous_format)
+
+    def _places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where patches begin in a padded image, and where their numbers lie from there."""
+        starts, factor = torch.zeros_like(positions), 1
+        offsets = torch.zeros_like(positions[:1])
+        for dim in reversed(range(len(self._sides))):
+            starts = starts + positions % self._outputs[dim] * (self._stride[dim] * factor)
+            positions = positions // self._outputs[dim]
+            along = factor * self._dilation[dim] * torch.arange(self._kernel[dim], device=positions.device)
+            offsets = (along[:, None] + offsets).flatten()
+            factor *= self._sides[dim]
+        return starts, offsets
 
 
 def _each(value: Any, sizes: int) -> tuple[int, ...]:
@@ -275,16 +297,14 @@ def _each(value: Any, sizes: int) -> tuple[int, ...]:
     return given
 
 
-def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """Return a convolution's padding as F.pad takes it: the last dimension first, before and after."""
+def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return a convolution's padding before and after, for every spatial dimension."""
     if padding == "valid":
         padding = 0
+    if padding != "same":
+        return [(amount, amount) for amount in _each(padding, len(kernel))]
     made = []
-    if padding == "same":
-        for length, step in zip(reversed(kernel), reversed(dilation), strict=True):
-            total = step * (length - 1)
-            made += [total // 2, total - total // 2]
-        return made
-    for amount in reversed(_each(padding, len(kernel))):
-        made += [amount, amount]
+    for length, step in zip(kernel, dilation, strict=True):
+        total = step * (length - 1)
+        made.append((total // 2, total - total // 2))
     return made
