@@ -185,6 +185,14 @@ def test_all_images_at_once_and_batch_by_batch_are_the_same(monkeypatch: pytest.
     assert told == [(0, 3, "layers"), (1, 3, "layers"), (2, 3, "layers"), (3, 3, "layers")]
 
 
+def test_quantize_corrects_sequentially_if_it_is_asked_to() -> None:
+    network, x = chain(), images(3, seed=5)
+    by_hand = Q.quantize(network, LOW, calibrate=images(), correction="analytic")
+    Q.correct_bias(by_hand, network, images())
+    at_once = Q.quantize(network, LOW, calibrate=iter([images()]), correction="sequential")
+    assert torch.equal(at_once(x), by_hand(x))
+
+
 def test_a_layer_that_is_called_twice_is_corrected_over_both() -> None:
     torch.manual_seed(0)
     network = Twice().eval()
@@ -313,7 +321,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(key: str, value: Tensor,
 
 def test_bad_input_is_named() -> None:
     network = chain()
-    with pytest.raises(ValueError, match="unknown correction 'analytical'; it can be 'analytic', or None"):
+    with pytest.raises(ValueError, match="unknown correction 'analytical'; it can be 'analytic', 'sequential', or None"):
         Q.quantize(network, LOW, calibrate=images(), correction="analytical")
     with pytest.raises(ValueError, match="correction='analytic' needs inputs to look at: give `calibrate`"):
         Q.quantize(network, {name: (w, None) for name, (w, _) in LOW.items()}, correction="analytic")
