@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantizers.functional import WIDTHS, integer_range
+from quantizers.functional import WIDTHS, fake_quantize, integer_range
 from quantizers.moments import InputMoments
 
 # An error that is a multiple of the output itself counts so much more than one that isn't: it has the
@@ -25,7 +25,7 @@ CHUNK = 1 << 16  # float32 numbers with which all temporaries fit into the cache
 
 
 class OutputErrors:
-    """The squared errors of a layer's output that scales of its weight leave, once the bias is corrected.
+    """The squared errors of a layer's output that scales of its weight leave.
 
     For the error dw of an output channel's weights it is dw^T C dw, and GAIN_WEIGHT times the part
     of it that is a multiple of the output: (dw^T C w)^2 / (w^T C w). Where an output has many
@@ -33,15 +33,9 @@ class OutputErrors:
     Review 2011) and the diagonal of what that leaves out.
     """
 
-    def __init__(self, weight: Tensor, moments: InputMoments, correction: bool) -> None:
-        """Take a weight, float32 or float64, and what its layer's input was like.
-
-        Args:
-            weight: The weight (C_out, ...).
-            moments: Of the layer's patches.
-            correction: Whether a correction of the bias follows.
-        """
-        covariance = moments.covariance(correction)
+    def __init__(self, weight: Tensor, moments: InputMoments) -> None:
+        """Take a weight (C_out, ...), and what its layer's input was like."""
+        covariance = moments.covariance()
         self._parts, self._groups = moments.parts, moments.groups
         self._rows = moments.grouped(weight.to(covariance))
         self._pull = self._rows @ covariance
@@ -109,8 +103,8 @@ def _approximation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return factor, rest.clamp_min(0)[..., None]
 
 
-def output_scales(weight: Tensor, moments: InputMoments, correction: bool = True, power_of_two: bool = False) -> Tensor:
-    """Find the scales of a weight that change the layer's output least, once the bias is corrected (`OutputErrors`).
+def output_scales(weight: Tensor, moments: InputMoments, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Find the scales of a weight that change the layer's output least (`OutputErrors`).
 
     Clipping points from the largest magnitude downwards are tried, then those around the best of
     them; at one bit multiples of mean |w|.
@@ -118,14 +112,15 @@ def output_scales(weight: Tensor, moments: InputMoments, correction: bool = True
     Args:
         weight: The weight (C_out, ...), finite.
         moments: What the layer's input was like.
-        correction: Whether a correction of the bias follows.
         power_of_two: Whether scales are rounded to powers of two.
 
     Returns:
-        Scales (8, C_out), 1 for a channel of zeros.
+        Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of
+        the whole tensor (8,), both float32.
     """
-    magnitudes = weight.detach().flatten(1).abs().float()
-    errors = OutputErrors(weight.detach(), moments, correction)
+    weight = weight.detach()
+    magnitudes = weight.flatten(1).abs().float()
+    errors = OutputErrors(weight, moments)
     live = magnitudes.amax(1) > 0
     made = []
     for bits in WIDTHS:
@@ -139,7 +134,21 @@ def output_scales(weight: Tensor, moments: InputMoments, correction: bool = True
             around = torch.stack([2 ** scale.log2().floor(), 2 ** scale.log2().ceil()])
             scale = _best(around, errors.of(around, bits))[0]
         made.append(torch.where(live, scale, 1.0))
-    return torch.stack(made)
+    scales = torch.stack(made)
+    return scales, _relative_errors(weight, scales)
+
+
+def _relative_errors(weight: Tensor, scales: Tensor) -> Tensor:
+    """Return sum (w - w^)^2 / sum w^2 of a whole weight at widths 1..8, with scales (8, C_out)."""
+    rows = weight.flatten(1).float()
+    left = rows.new_zeros(len(scales), dtype=torch.float64)
+    count = max(1, CHUNK // max(1, rows.shape[1]))
+    for some, steps in zip(rows.split(count), scales.split(count, 1), strict=True):
+        for index, bits in enumerate(WIDTHS):
+            quantized = fake_quantize(some, steps[index][:, None], bits, True)
+            left[index] += torch.sub(some, quantized, out=quantized).square_().sum(dtype=torch.float64)
+    energy = rows.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
+    return (left / energy).float()
 
 
 def _search(errors: OutputErrors, unit: Tensor, bits: int, least: float, most: float) -> Tensor:

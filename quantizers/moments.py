@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 # Inputs of one output up to which all their products are kept (float32, 268 MB); beyond it they
 # are divided into equal parts, and products between parts are left out.
 MOST_INPUTS = 1 << 13
+MOST_BYTES = 1 << 30  # of all layers' sums that are held at a time
 ENOUGH = 4  # patches per input of an output, before any position is left out
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
 CHUNK = 1 << 20  # numbers of patches that are unfolded at once
@@ -39,16 +40,21 @@ class InputMoments:
 
     Attributes:
         layer: The layer's name, for messages.
+        centred: Whether a correction of the bias follows, which takes away the mean of errors:
+            `covariance` is Cov then, and H otherwise.
         groups: Convolution groups.
         parts: In how many parts inputs of an output are divided (`MOST_INPUTS`), mostly 1.
         inputs: Inputs of an output in one part.
         patches: How many patches went into the sums.
         images: How many images they are of.
+        is_product: False if the layer was called and called neither F.linear nor torch's convolution
+            with a weight of its shape, so that nobody knows what its weight is multiplied with.
     """
 
-    def __init__(self, layer: str, module: nn.Module) -> None:
+    def __init__(self, layer: str, module: nn.Module, centred: bool = True) -> None:
         """Have seen nothing yet of a Conv1d, Conv2d or Linear, which has its name for messages."""
-        self.layer = layer
+        self.layer, self.centred = layer, centred
+        self.is_product = True
         self._shape = tuple(module.weight.shape)  # type: ignore[operator, arg-type]
         self.groups: int = getattr(module, "groups", 1)  # type: ignore[assignment]
         k = math.prod(self._shape[1:])
@@ -72,11 +78,12 @@ class InputMoments:
             module: The layer.
             inputs: What it is called with.
             named: And by which keywords.
-
-        Raises:
-            ValueError: Naming the layer, if its class doesn't multiply by its weight as we know it.
         """
         operand = self._operand(module, inputs, named or {})
+        if operand is None:
+            self.is_product = False
+            self.images += 1
+            return
         count = operand.images * operand.positions
         if not count or not self.inputs:
             return
@@ -104,25 +111,26 @@ class InputMoments:
         self._sum += share * centred.sum(1, keepdim=True, dtype=torch.float64)
         self._squares.baddbmm_(centred.mT, centred, alpha=share)
 
+    def suffice(self) -> bool:
+        """Say whether there were as many patches as inputs of an output, so that every direction can be known."""
+        return self.is_product and self.patches >= self.inputs * self.parts
+
     def mean(self) -> Tensor:
         """Return the mean patch (groups x parts, inputs), in the order of `grouped`, float64."""
         return (self._shift + self._sum / self._weight).squeeze(1)
 
-    def covariance(self, centred: bool = True) -> Tensor:
-        """Return E[p p^T] - E[p] E[p]^T (groups x parts, inputs, inputs), in the order of `grouped`.
-
-        Args:
-            centred: Whether a correction of the bias follows; False: E[p p^T].
+    def covariance(self) -> Tensor:
+        """Return the second moment, Cov or H (`centred`), (groups x parts, inputs, inputs), in the order of `grouped`.
 
         Raises:
-            ValueError: Naming the layer, if nothing was seen of it, or if a product is beyond float32.
+            ValueError: Naming the layer, if nothing is known of it, or if a product is beyond float32.
         """
         if not self.patches:
             raise ValueError(f"layer {self.layer!r} was never called during calibration: calibrate with inputs that reach it")
         moved = self._sum / self._weight
         made = self._squares / self._weight
         made -= (moved.mT @ moved).to(made.dtype)
-        if not centred:
+        if not self.centred:
             mean = self.mean()[:, None].to(made.dtype)
             made += mean.mT @ mean
         if not made.isfinite().all():
@@ -146,16 +154,59 @@ class InputMoments:
         split = rows.unflatten(0, (self.groups, self.parts)).movedim((0, 1), (-4, -2))
         return split.reshape(shape).movedim(-1, len(before) + 1).contiguous()
 
-    def _operand(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> _Operand:
+    def _operand(self, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> _Operand | None:
+        """Return what a layer multiplies its weight with; None if nobody knows."""
         try:
             with _Intercept(self._shape):
                 module.forward(*inputs, **named)
         except _Found as found:
             return _Operand(found, self._shape)
-        raise ValueError(
-            f"layer {self.layer!r} of class {type(module).__name__} calls neither F.linear nor torch's convolution with a weight "
-            f"of its shape {self._shape}, so that nobody knows what its weight is multiplied with"
-        )
+        return None
+
+
+class Passes:
+    """Moments of many layers, of as many at a time as memory allows; for the others, images go through the network again."""
+
+    def __init__(self, moments: Mapping[str, InputMoments], batches: object, most_bytes: int = MOST_BYTES) -> None:
+        """Divide moments, in the order in which they will be taken.
+
+        Raises ValueError if that takes more than one pass over an iterator, which can be gone through
+        once.
+        """
+        self._passes: list[dict[str, InputMoments]] = [{}]
+        held = 0
+        for name, layer in moments.items():
+            held += layer.bytes
+            if held > most_bytes and self._passes[-1]:
+                self._passes.append({})
+                held = layer.bytes
+            self._passes[-1][name] = layer
+        if len(self._passes) > 1 and isinstance(batches, Iterator):
+            total = sum(layer.bytes for layer in moments.values())
+            raise ValueError(
+                f"the second moments of all layers' inputs take {total / 1e9:.1f} GB, more than the {most_bytes / 1e9:.1f} GB that "
+                f"are held at a time, so that images are looked at {len(self._passes)} times: give `calibrate` as a list of "
+                "batches, a DataLoader or a Dataset, not an iterator"
+            )
+
+    def hooks(self) -> dict[str, InputMoments]:
+        """Return the pre-hooks of the pass that is next, or has been last."""
+        return self._passes[0]
+
+    def take(self, name: str, look: Callable[[dict[str, InputMoments]], object]) -> InputMoments | None:
+        """Return a layer's moments, and hold them no longer.
+
+        Args:
+            name: The layer.
+            look: Runs the network over all images with such pre-hooks; called if a further pass is due.
+
+        Returns:
+            Its moments; None if it has none.
+        """
+        if len(self._passes) > 1 and name in self._passes[1]:
+            self._passes.pop(0)
+            look(self.hooks())
+        return self.hooks().pop(name, None)
 
 
 class _Found(Exception):  # noqa: N818  (it ends a forward pass early, and is no error)

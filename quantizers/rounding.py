@@ -11,7 +11,6 @@ from torch import Tensor
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, refuse_infinite, sign
 from quantizers.moments import InputMoments
 
-ROUNDINGS = ("nearest", "gptq")
 BLOCK = 32  # inputs whose errors reach the inputs behind the block together
 MOST_VALUES = 1 << 23  # weights times widths that are rounded at once, float32
 LARGEST_OFFSET = 127
@@ -23,7 +22,6 @@ def gptq(
     scales: Tensor,
     moments: InputMoments,
     *,
-    correction: bool = True,
     act_order: bool = True,
     damping: float = 0.01,
     widths: Iterable[int] = WIDTHS,
@@ -45,7 +43,6 @@ def gptq(
         weight: The weight (C_out, ...).
         scales: Its scales at widths 1..8, (8, C_out).
         moments: What its input was like.
-        correction: Whether a correction of the bias follows, which takes away the error's mean.
         act_order: Whether inputs that vary most come first, while others can still make up for
             them; False: in the order in which they lie.
         damping: What is added to the diagonal of C, as a multiple of its mean.
@@ -68,7 +65,7 @@ def gptq(
     made = torch.zeros(MAX_BITS, *weight.shape, dtype=torch.int8, device=weight.device)
     if not widths or not weight.numel():
         return made
-    covariance = moments.covariance(correction)
+    covariance = moments.covariance()
     rows = moments.grouped(weight.detach().to(covariance))
     steps = scales.detach().to(covariance).unflatten(1, (moments.groups, -1)).movedim(1, 0)
     steps = steps.repeat_interleave(moments.parts, 0)[:, [bits - 1 for bits in widths]]
@@ -85,9 +82,18 @@ def gptq(
 
 
 def refuse_few_patches(moments: InputMoments) -> None:
-    """Raise ValueError, saying how many images would be enough, for fewer patches than inputs of an output."""
+    """Raise ValueError, saying how many images would be enough, for fewer patches than inputs of an output.
+
+    So few leave directions in which nothing is known of an error, and rounding would put as much of
+    it there as it can.
+    """
+    if not moments.is_product:
+        raise ValueError(
+            f"layer {moments.layer!r} calls neither F.linear nor torch's convolution with a weight of its shape, so that GPTQ "
+            "can't know what its weight is multiplied with: round it to nearest"
+        )
     needed = moments.inputs * moments.parts
-    if moments.patches >= needed:
+    if moments.suffice():
         return
     images = needed
     if moments.patches:

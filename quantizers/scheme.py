@@ -205,6 +205,10 @@ class Scheme:
         """Say whether these widths need calibration data: in most schemes, wherever activations are quantized."""
         return self.needs_data and activation_bits is not None
 
+    def needs_moments(self) -> bool:
+        """Say whether `calibrate` wants the second moments of the layer's patches (`Observer.moments`)."""
+        return False
+
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return the tensors that a layer holds for this scheme, before calibration.
 

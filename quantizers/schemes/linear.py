@@ -20,7 +20,7 @@ from quantizers.functional import (
     scaled_gradient,
     with_value,
 )
-from quantizers.observers import RULES, Observer, fit_activation_scales, fit_weight_scales
+from quantizers.observers import WEIGHT_RULES, Observer, fit_activation_scales, fit_weight_scales
 from quantizers.scheme import Scheme, SchemeLayer
 
 
@@ -38,7 +38,9 @@ class Linear(Scheme, name="linear"):
         calibration: How scales are found: `mse` (smallest squared error, over clipping points),
             `max` (largest magnitude), `percentile` (the 99.99th of magnitudes) or `kl` (smallest
             Kullback-Leibler divergence of histograms: Migacz, "8-bit Inference with TensorRT", GTC
-            2017; activations only, weights take the maximum). At one bit it is always `mse`.
+            2017; activations only, weights take the maximum), at one bit always `mse`; or `output`
+            (weights: smallest squared error of the layer's output, which needs `calibrate`, and is
+            `mse` where that never reaches the layer; activations: `mse`).
         power_of_two: Whether scales are rounded to powers of two, for hardware that shifts.
     """
 
@@ -52,8 +54,12 @@ class Linear(Scheme, name="linear"):
 
     def __post_init__(self) -> None:
         """Raise ValueError for a rule that there isn't."""
-        if self.calibration not in RULES:
-            raise ValueError(f"unknown calibration {self.calibration!r}; known: {', '.join(RULES)}")
+        if self.calibration not in WEIGHT_RULES:
+            raise ValueError(f"unknown calibration {self.calibration!r}; known: {', '.join(WEIGHT_RULES)}")
+
+    def needs_moments(self) -> bool:
+        """Say whether scales of weights depend on what the layer's output loses."""
+        return self.calibration == "output"
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return scales and errors of 1."""
@@ -67,7 +73,10 @@ class Linear(Scheme, name="linear"):
 
     def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
         """Find the scales of the weights, and of the input if it was seen."""
-        scale, error = fit_weight_scales(layer.weight, self.calibration, self.power_of_two)
+        moments = None
+        if observer is not None:
+            moments = observer.moments
+        scale, error = fit_weight_scales(layer.weight, self.calibration, self.power_of_two, moments)
         layer.weight_scale.copy_(scale)
         layer.weight_error.copy_(error)
         if observer is not None:
@@ -75,7 +84,10 @@ class Linear(Scheme, name="linear"):
 
     def _calibrate_activations(self, layer: SchemeLayer, observer: Observer) -> None:
         sample, largest, signed = observer.sample(), observer.largest, observer.signed
-        scale, error = fit_activation_scales(sample, largest, signed, self.calibration, self.power_of_two)
+        rule = self.calibration
+        if rule == "output":
+            rule = "mse"
+        scale, error = fit_activation_scales(sample, largest, signed, rule, self.power_of_two)
         layer.activation_scale.copy_(scale)
         layer.activation_error.copy_(error)
         layer.activation_signed.fill_(signed)
