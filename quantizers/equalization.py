@@ -224,7 +224,7 @@ def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5) -> nn.Modul
 
 def _give_weights(network: nn.Module) -> list[Any]:
     """Give norms without a weight one of ones, for what they are divided by; returns them."""
-    given = []
+    given: list[Any] = []
     for module in network.modules():
         shape: Any = None
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -271,9 +271,10 @@ def _prepared(network: nn.Module, example: tuple[Any, ...], fold: bool = True) -
         # Where a layer's output is used beside its norm, norms stay and end the chains.
         with suppress(ValueError):
             made = fold_batch_norm(made, *example)
-    for module in made.modules():
-        if isinstance(module, QUANTIZABLE):
-            make_plain(module)
+    with torch.enable_grad():  # without it, torch makes buffers of them
+        for module in list(made.modules()):
+            if isinstance(module, QUANTIZABLE):
+                make_plain(module)
     return made, expected
 
 
@@ -288,12 +289,16 @@ def _wanted(graph: ChannelGraph, layers: Collection[str] | None) -> Tensor:
     if layers is None:
         if not possible.any():
             ends = "; ".join(f"{layer.name!r}: {layer.end or 'nothing reads it'}" for layer in list(graph.layers.values())[:3])
-            raise ValueError(f"nothing can be equalized: no layer's output reaches another layer alone ({ends or 'no layers'})")
+            raise ValueError(
+                f"nothing can be equalized: no layer's output reaches another layer alone ({ends or 'no layers'})"
+            )
         return possible
     chosen = torch.zeros_like(possible)
     for name in layers:
         if name not in graph.layers:
-            raise ValueError(f"layer {name!r} can't be equalized: the network calls no such layer; it has {_listed(graph.layers)}")
+            raise ValueError(
+                f"layer {name!r} can't be equalized: the network calls no such layer; it has {_listed(graph.layers)}"
+            )
         layer = graph.layers[name]
         if not possible[layer.outputs].any():
             reason = layer.end or "no layer reads it"
@@ -340,7 +345,7 @@ def _limits(graph: ChannelGraph, ranges: _Ranges) -> tuple[Tensor, list[Clip]]:
 def _magnitudes(network: nn.Module, layer: LayerChannels) -> Tensor:
     """Return the largest weight between each pair of channels: (C_out, C_in / groups)."""
     weight = network.get_parameter(layer.weight).detach().abs().double().cpu()
-    sizes = weight.flatten(2).amax(2) if weight.dim() > 2 else weight
+    sizes = weight.reshape(*weight.shape[:2], -1).amax(2)
     return torch.where(sizes > DEAD * sizes.max(), sizes, 0.0)
 
 
@@ -378,7 +383,7 @@ def _mean_range(ranges: list[Tensor]) -> Tensor:
 
 
 def _balanced(network: nn.Module, graph: ChannelGraph, wanted: Tensor, limits: Tensor) -> Tensor:
-    """Return the factors (count,) of channels after which the weights that compute a channel are as large as those that read it."""
+    """Return the factors (count,) after which weights that compute a channel are as large as those that read it."""
     balance = _Balance(network, graph)
     scales = torch.ones(graph.count, dtype=torch.float64)
     blocks = _blocks(balance, wanted)
@@ -410,7 +415,9 @@ def _blocks(balance: _Balance, wanted: Tensor) -> list[tuple[Tensor, list[str], 
     return [(torch.tensor(channels), list(by), list(to)) for (by, to), channels in groups.items()]
 
 
-def _smoothed(network: nn.Module, graph: ChannelGraph, ranges: _Ranges, wanted: Tensor, limits: Tensor, alpha: float) -> Tensor:
+def _smoothed(
+    network: nn.Module, graph: ChannelGraph, ranges: _Ranges, wanted: Tensor, limits: Tensor, alpha: float
+) -> Tensor:
     """Return the factors (count,) max |w|^(1 - alpha) / max |x|^alpha of channels; 1 where either is 0."""
     balance = _Balance(network, graph)
     ones = torch.ones(graph.count, dtype=torch.float64)
@@ -424,8 +431,15 @@ def _smoothed(network: nn.Module, graph: ChannelGraph, ranges: _Ranges, wanted: 
             groups = len(seen) // inputs.shape[1]
             inputs = inputs[:: len(inputs) // groups].flatten()
             values.scatter_reduce_(0, inputs, seen, "amax")
-    usable = wanted & (weights > 0) & (values > 0) & (limits > 0)
-    return torch.where(usable, torch.minimum(weights ** (1 - alpha) / values**alpha, limits), 1.0)
+    usable = wanted & (weights > 0) & (values > 0)
+    scales = torch.where(usable, weights ** (1 - alpha) / values**alpha, 1.0)
+    kept = usable & (limits == 0)
+    for channels, _, _ in _blocks(balance, wanted):
+        # Beside channels that keep their scale, the others' mean something only in relation to theirs.
+        known = channels[kept[channels]]
+        if len(known):
+            scales[channels] = scales[channels] / scales[known].log().mean().exp()
+    return torch.where(usable & ~kept, torch.minimum(scales, limits), 1.0)
 
 
 def _apply(network: nn.Module, graph: ChannelGraph, scales: Tensor) -> None:
@@ -489,25 +503,26 @@ def _takes_bias(network: nn.Module, layer: LayerChannels, biases: Counter[str]) 
 def _add_constant(network: nn.Module, layer: LayerChannels, by_channel: Tensor) -> None:
     """Add to a layer's bias what it computes of a constant per input channel."""
     weight = network.get_parameter(layer.weight)
-    sums = weight.double().flatten(2).sum(2) if weight.dim() > 2 else weight.double()
+    sums = weight.double().reshape(*weight.shape[:2], -1).sum(2)
     added = (sums * by_channel[layer.inputs].to(sums.device)).sum(1)
     if layer.bias:
         bias = network.get_parameter(layer.bias)
         bias.copy_(bias.double() + added)
         return
     module: Any = network.get_submodule(layer.name)
-    module.bias = nn.Parameter(added.to(weight.dtype), requires_grad=False)
+    module.bias = nn.Parameter(added.to(weight.dtype), weight.requires_grad)
     layer.bias = f"{layer.name}.bias".lstrip(".")
 
 
 def _check_same(made: nn.Module, expected: list[Tensor], example: tuple[Any, ...]) -> None:
     found = output_tensors(made(*copied_inputs(example)))
     for number, (old, new) in enumerate(zip(expected, found, strict=True)):
-        if not old.is_floating_point():
+        if not old.is_floating_point() or not old.numel():
             continue
-        size = float(old.abs().max().clamp_min(torch.finfo(old.dtype).tiny)) if old.numel() else 1.0
-        worst = float((old - new).abs().max()) / size if old.numel() else 0.0
-        if not worst <= max(TOLERANCE, ROUNDINGS * torch.finfo(old.dtype).eps):
+        kind = torch.finfo(old.dtype)
+        worst = float((old - new).abs().max() / old.abs().max().clamp_min(kind.tiny))
+        # Not a number is a difference, too.
+        if not worst <= max(TOLERANCE, ROUNDINGS * kind.eps):
             raise ValueError(
                 f"equalization changes what the network computes: output {number} by up to {worst:.3g} of its size; "
                 "does something in it depend on the size of values in a way that torch.export doesn't see?"

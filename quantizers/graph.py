@@ -241,7 +241,7 @@ class _Scales:
         return any(channel > FIXED and self.root(channel) not in self.ends for channel in channels.unique().tolist())
 
     def numbers(self) -> tuple[Tensor, int]:
-        """Number the sets that can be scaled from 1; returns the number of every channel, and how many there are, with FIXED."""
+        """Number the sets that can be scaled from 1; returns every channel's number, and how many there are, with FIXED."""
         made: dict[int, int] = {}
         table = torch.zeros(len(self.parents), dtype=torch.long)
         for channel in range(len(self.parents)):
@@ -259,9 +259,7 @@ class _Follower:
         signature = exported.graph_signature
         self.parameters: dict[str, tuple[str, Tensor]] = {}  # by the placeholder's name
         # One name for each tensor, whatever modules share it.
-        names: dict[Tensor, str] = {}
-        for name, parameter in network.named_parameters():
-            names[parameter] = name
+        names = {parameter: name for name, parameter in network.named_parameters()}
         every = dict(network.named_parameters(remove_duplicate=False))
         for placeholder, name in signature.inputs_to_parameters.items():
             if name in every:
@@ -304,7 +302,9 @@ class _Follower:
     def _result(self, node: fx.Node) -> Any:
         """Return labels of what an operation computes."""
         base = base_name(node)
-        first = self.labels.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        first = None
+        if node.args and isinstance(node.args[0], fx.Node):
+            first = self.labels.get(node.args[0])
         if node.target is operator.getitem and isinstance(first, list | tuple):
             return first[node.args[1]]  # type: ignore[index]
         follow = self._following(base)
@@ -374,9 +374,11 @@ class _Follower:
             return None
         if name not in self.layers:
             owner, _, key = name.rpartition(".")
-            made = LayerChannels(owner if key == "weight" else name, name, self.scales.make(len(weight)), torch.zeros(0))
-            made.inputs = self.scales.make(weight.shape[1]).expand(weight.shape[:2])
-            self.layers[name] = made
+            called = name
+            if key == "weight":
+                called = owner
+            inputs = self.scales.make(weight.shape[1]).expand(weight.shape[:2])
+            self.layers[name] = LayerChannels(called, name, self.scales.make(len(weight)), inputs)
         if why:
             self.scales.fix(self.layers[name].outputs, why)
             self.scales.fix(self.layers[name].inputs, why)
@@ -455,7 +457,9 @@ class _Follower:
         dims = given.get("dim")
         if dims is None or dims == []:
             dims = range(x.dim())
-        dims = [dim % x.dim() for dim in ([dims] if isinstance(dims, int) else dims)]
+        if isinstance(dims, int):
+            dims = [dims]
+        dims = [dim % x.dim() for dim in dims]
         return self._together(x, dims, _described(node)).reshape(node.meta["val"].shape)
 
     def _meet(self, node: fx.Node, given: dict[str, Any]) -> Tensor | None:
