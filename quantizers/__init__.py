@@ -46,8 +46,10 @@ from quantizers.network import (
     scheme_records,
     set_policy,
 )
+from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
+from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
 from quantizers.scheme import (
     IntegerActivations,
     IntegerWeights,
@@ -86,6 +88,8 @@ __all__ = [
     "QuantLinear",
     "RPReLU",
     "RSign",
+    "ReconstructedPart",
+    "Reconstruction",
     "Scheme",
     "SchemeLayer",
     "SchemeRow",
@@ -122,6 +126,8 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "quantizer_state",
+    "reconstruct",
+    "reestimate_norms",
     "remove_filters",
     "scheme_names",
     "scheme_records",
