@@ -47,8 +47,10 @@ from quantizers.network import (
     scheme_records,
     set_policy,
 )
+from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
+from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
 from quantizers.scheme import (
     IntegerActivations,
     IntegerWeights,
@@ -87,6 +89,8 @@ __all__ = [
     "QuantLinear",
     "RPReLU",
     "RSign",
+    "ReconstructedPart",
+    "Reconstruction",
     "Scheme",
     "SchemeLayer",
     "SchemeRow",
@@ -124,6 +128,8 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "quantizer_state",
+    "reconstruct",
+    "reestimate_norms",
     "remove_filters",
     "scheme_names",
     "scheme_records",

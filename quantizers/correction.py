@@ -214,7 +214,7 @@ def correct_bias(
         ValueError: For networks that aren't of the same layers, and for what is no input.
     """
     layers = {name: module for name, module in qnetwork.named_modules() if isinstance(module, QuantLayer)}
-    floats = _float_layers(network, layers)
+    floats = float_layers(network, layers)
     with torch.inference_mode(False), torch.no_grad(), evaluating(network), evaluating(qnetwork):
         inputs = collect(batches, network)
         expected = _mean_outputs(network, floats, inputs)
@@ -245,7 +245,7 @@ def _tailored(layer: QuantLayer) -> tuple[Any, ...]:
     return layer.tailored_for, layer.tailored, layer.tailored_shift, layer.tailored_offset
 
 
-def _float_layers(network: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, nn.Module]:
+def float_layers(network: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, nn.Module]:
     """Return the layers of a float network by the names of a quantized one. Raises ValueError if they aren't the same."""
     if not layers:
         raise ValueError("the network isn't quantized: give what `quantize` returned")
