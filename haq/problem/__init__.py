@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
 
-# What a solver can know of single layers.
-KINDS = ("loss", "kl", "hessian")
+# What a solver can know of single layers. The last two are computed, without an evaluation.
+KINDS = ("loss", "kl", "hessian", "gradient")
 lacking = requires("words", "needs_labels", "correct", "loss", "build")
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",

@@ -163,7 +163,7 @@ class SearchConfig(_Config):
     )
     sensitivity_kind: str = setting(
         "loss",
-        f"what solvers know of single layers: {', '.join(KINDS)}; the last costs no evaluation",
+        f"what solvers know of single layers: {', '.join(KINDS)}; the last two cost no evaluation",
         group=SOLVING,
         metavar="NAME",
         names=lambda: KINDS,

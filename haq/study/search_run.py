@@ -36,7 +36,7 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, signed
 from haq.solvers.base import Session, Trial, solve
-from haq.solvers.sensitivity import by_hessian
+from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
 from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
@@ -329,11 +329,10 @@ class SearchRun:
             if not source.exists():
                 source = Path(self.config.sensitivity)
             return task.read_sensitivities(source)
-        if self.config.sensitivity_kind != "hessian":
-            return None
-        measured = by_hessian(task.problem)
-        self.save_sensitivities(measured, task)
-        return measured
+        known = computed(task.problem, self.config.sensitivity_kind)
+        if known is not None:
+            self.save_sensitivities(known, task)
+        return known
 
     def save_sensitivities(self, measured: Sensitivities, task: SearchTask) -> None:
         """Write sensitivities, unless a solver before knew more of them."""

@@ -26,7 +26,7 @@ from haq.problem.evaluator import one_thread
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
 from haq.solvers.base import Session, Trial
-from haq.solvers.sensitivity import by_evaluation, by_hessian
+from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
@@ -241,9 +241,8 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
             on_evaluation(session.used)
 
         settings = context.sweep.settings
-        if settings.sensitivity_kind == "hessian":
-            measured = by_hessian(task.problem)
-        else:
+        measured = computed(task.problem, settings.sensitivity_kind)
+        if measured is None:
             session = Session(task.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
             others = [other.problem for other in context.tasks.values()]
             measured = by_evaluation(task.problem, session, 0, others)

@@ -16,7 +16,7 @@ from haq.problem.chance import FEW, doubts, with_error
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
-from haq.solvers.sensitivity import evaluations_for_all
+from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
 from haq.store.records import COST_KEYS, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
@@ -132,7 +132,7 @@ def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
         if known + 1 < needed:
             words += f", which has {known} of {needed - 1}: the rest is guessed from them"
         return words
-    if config.sensitivity_kind == "hessian":
+    if config.sensitivity_kind in COMPUTED:
         return "computed, without evaluations"
     words = "measured by each solver that needs them"
     if config.evaluations < needed:
