@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,16 @@ def follow_training(bar: Progress) -> dict[str, Any]:
         bar.update(task, completed=step, total=steps)
 
     return {"on_epoch": on_epoch, "on_step": on_step, "on_judged": on_judged}
+
+
+def follow_steps(bar: Progress, what: str) -> Callable[[int, int, str], None]:
+    """Make the callback by which calibration and reconstruction report how many of how many steps are done, and of what."""
+    line = bar.add_task(what, total=None, note="")
+
+    def on_progress(done: int, total: int, note: str) -> None:
+        bar.update(line, completed=done, total=total, note=note)
+
+    return on_progress
 
 
 @contextmanager

@@ -84,6 +84,8 @@ class Problem:
         objective: str | type[Objective] | Objective = "accuracy",
         scheme: AnyScheme = "linear",
         tune: Callable[[nn.Module], nn.Module] | None = None,
+        correction: str | None = "analytic",
+        rounding: str = "nearest",
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
 
@@ -108,6 +110,9 @@ class Problem:
                 mapping leaves out have the linear scheme.
             tune: What is done to the quantized network, at a policy's bits, before it is judged: takes it and returns a tuned
                 copy.
+            correction: Of what rounding weights adds to a layer's mean output: "analytic", or None; see `quantizers.quantize`.
+                Every evaluation and all sensitivities are of the corrected network.
+            rounding: Of weights, likewise: "nearest" or "gptq".
 
         Raises:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
@@ -138,7 +143,14 @@ class Problem:
         self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
         check_alike(self.calibration, inputs)
         with evaluation_mode(network):
-            qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
+            qnetwork = Q.quantize(
+                network,
+                self.uniform(Q.MAX_BITS),
+                scheme=self.schemes,
+                calibrate=self.calibration,
+                correction=correction,
+                rounding=rounding,
+            )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
