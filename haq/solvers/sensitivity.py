@@ -12,8 +12,8 @@ import quantizers as Q
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers.base import Session
-from haq.solvers.fisher import gradient_increases
 from haq.solvers.hessian import curvature
+from haq.solvers.layer_outputs import gradient_increases, remaining_errors
 
 # A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured. But for
 # one bit, where that error is far too kind.
@@ -124,23 +124,27 @@ def by_hessian(problem: Problem) -> Sensitivities:
 
     Dong et al., NeurIPS 2020, equation 2: the average Hessian trace of a layer's weight times the squared error of its
     quantization, |Q(W) - W|^2, and likewise for its input; halved, as in the second-order expansion of the loss, so that they
-    are nats. Traces are taken on the calibration images (`hessian.curvature`), errors as calibration found them.
+    are nats. Traces are taken on the calibration images (`hessian.curvature`), errors as calibration found them. Of the error
+    of a weight counts what correction and rounding leave of it in the layer's output (`layer_outputs.remaining_errors`).
     """
     layers = Q.quant_layers(problem.evaluator.network)
-    curvatures = curvature(problem.network, problem.workload.names, problem.calibration)
+    names = problem.workload.names
+    left = remaining_errors(problem.network, problem.evaluator.network, names, problem.calibration)
+    curvatures = curvature(problem.network, names, problem.calibration)
     halves = {}
-    for index, name in enumerate(problem.workload.names):
+    for index, name in enumerate(names):
         weight = layers[name].weight
         of_weight = curvatures[name].weight * float(weight.detach().double().square().sum())
         of_input = sum(trace * power for trace, power in curvatures[name].inputs)
         halves[name] = 0.5 * np.array([[of_weight], [of_input]]) * problem.layer_errors[index]
+        halves[name][0] *= left[name]
     return _of_layers(problem, "hessian", halves)
 
 
 def by_gradient(problem: Problem) -> Sensitivities:
     """Estimate sensitivities from gradients, as ModelOpt's auto_quantize does, which costs no evaluation.
 
-    See `fisher.gradient_increases`: on the calibration images, with one backward pass for each batch of them.
+    See `layer_outputs.gradient_increases`: on the calibration images, with one backward pass for each batch of them.
     """
     names = problem.workload.names
     return _of_layers(

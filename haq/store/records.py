@@ -482,6 +482,10 @@ class TuningRecord(Record):
     earlier: Share | None = None  # of the network that was fine-tuned earlier, where that one was kept
 
 
+# What the network is called that stands below the one that was found, by the method that made it.
+FINETUNED = {"train": "fine-tuned", "ptq": "after ptq"}
+
+
 class ReconstructionRecord(Record):
     """How a reconstruction (post-training quantization of one policy) was judged on images of the train split, held out."""
 

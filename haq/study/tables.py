@@ -18,7 +18,7 @@ from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
-from haq.store.records import COST_KEYS, share_key
+from haq.store.records import COST_KEYS, FINETUNED, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
 from haq.study.config import ADAROUND, SearchConfig
 from haq.study.result import cost_kind
@@ -308,10 +308,12 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
 def reconstruction_sentence(entry: Mapping[str, Any]) -> str:
     """Say whether a reconstruction helped (`haq.study.result.reconstruction_entry`)."""
     before, after = (with_error(entry[name], entry["images"]) for name in ("before", "after"))
+    how = f"{entry['calibration_images']:,} calibration images, no labels, seed {entry['seed']}, {entry['seconds']:.0f} s"
+    judged = f"on {entry['images']:,} train images that were held out"
+    divergences = f"{entry['divergence_before']:.4f} and {entry['divergence_after']:.4f} nats"
     sentence = (
-        f"Post-training quantization, {entry['calibration_images']:,} calibration images without labels, seed "
-        f"{entry['seed']}, {entry['seconds']:.0f} s; on {entry['images']:,} train images that were held out: {before} before, {after} after, "
-        f"divergence from float {entry['divergence_before']:.4f} and {entry['divergence_after']:.4f} nats"
+        f"Post-training quantization ({how}), {judged}: {before} before, {after} after, divergence from the float network "
+        f"{divergences}"
     )
     if entry.get("earlier") is not None:
         earlier = with_error(entry["earlier"], entry["images"])
@@ -321,17 +323,10 @@ def reconstruction_sentence(entry: Mapping[str, Any]) -> str:
     return f"{sentence}; that is no better, and the network before was kept."
 
 
-def tuned_words(result: Mapping[str, Any]) -> str:
-    """Say how the network was made that stands below the one that was found."""
-    if result.get("finetuned_by") == "ptq":
-        return "after ptq"
-    return "fine-tuned"
-
-
 def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, Any]) -> None:
     """Print what was found beside the float network, uniform 8 bits and the rivals."""
     problem = task.problem
-    tuned = f"  {tuned_words(result)}"
+    tuned = f"  {FINETUNED[result.get('finetuned_by', 'train')]}"
     if result.get("finetuned_scheme"):
         tuned += f", {result['finetuned_scheme']}"
     rows: dict[str, Mapping[str, float | None] | None] = {

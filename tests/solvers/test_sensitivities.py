@@ -20,8 +20,8 @@ from haq.console.errors import EXIT_INTERRUPTED
 from haq.problem.sensitivity import KINDS, Sensitivities, signed
 from haq.solvers import SOLVERS, greedy, ilp, sensitivity
 from haq.solvers.base import Session, solve
-from haq.solvers.fisher import gradient_increases
 from haq.solvers.hessian import curvature
+from haq.solvers.layer_outputs import gradient_increases
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, SMALL, call, history
 from tests.conftest import images, make_problem, small_network

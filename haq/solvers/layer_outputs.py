@@ -1,4 +1,4 @@
-"""How much a change of a layer's output changes the network's answers, from the gradients of a few backward passes."""
+"""How much quantization changes a layer's output, and what that does to the network's answers, by a few backward passes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Call:
 
     def end(self, output: Tensor) -> Tensor:
         """Keep the output; returns a copy, which what follows may overwrite."""
-        if not output.requires_grad:
+        if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()
         self.output = output
         return output.clone()
@@ -86,6 +86,61 @@ def gradient_increases(
     finally:
         Q.set_policy(qnetwork, policy)
     return {name: 0.5 * squares / (count * draws) for name, squares in total.items()}
+
+
+def remaining_errors(
+    network: nn.Module, qnetwork: nn.Module, names: Sequence[str], images: Iterable[Tensor]
+) -> dict[str, NDArray[np.float64]]:
+    """Tell what correction and rounding leave of the error that rounded weights make in their layer's output.
+
+    Args:
+        network: The float network.
+        qnetwork: The quantized one; its bits are in the end what they were.
+        names: Of the layers.
+        images: Batches of inputs (N, ...).
+
+    Returns:
+        By layer, shares of shape (8,): the squared error of its outputs, weights alone being quantized at widths 1..8, over
+        the same where they are rounded to nearest and biases are as they were; 1 where there is no error.
+    """
+    network = Q.copy_network(network).eval()
+    plain = Q.copy_network(qnetwork)
+    policy = Q.get_policy(qnetwork)
+    found, before = Q.quant_layers(qnetwork), Q.quant_layers(plain)
+    if all(layer.bias_shift is None and layer.weight_offset is None for layer in before.values()):
+        return {name: np.ones(Q.MAX_BITS) for name in names}
+    for layer in before.values():
+        layer.bias_shift = layer.weight_offset = None
+    calls: list[_Call] = []
+    for name in names:
+        _watch(network.get_submodule(name), name, calls)
+    errors = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
+    try:
+        for part in (part for batch in images for part in batch.split(BATCH)):
+            calls.clear()
+            with torch.no_grad():
+                network(part.clone())
+                for call in calls:
+                    for row, layer in enumerate((found[call.name], before[call.name])):
+                        errors[call.name][row] += _squared_errors(layer, call)
+    finally:
+        Q.set_policy(qnetwork, policy)
+    shares = {name: np.ones(Q.MAX_BITS) for name in names}
+    for name, (left, plainly) in errors.items():
+        np.divide(left, plainly, out=shares[name], where=plainly > 0)
+    return shares
+
+
+def _squared_errors(layer: Q.layers.QuantLayer, call: _Call) -> list[float]:
+    """Return the squared error of the output of one call at every width of the weights; 0 for a width that there isn't."""
+    errors = []
+    for bits in range(1, Q.MAX_BITS + 1):
+        error = 0.0
+        if layer.scheme.takes(bits, None, layer.signed):
+            layer.weight_bits, layer.activation_bits = bits, None
+            error = float((layer(*call.inputs, **call.named) - call.output).square().sum(dtype=torch.float64))
+        errors.append(error)
+    return errors
 
 
 def _watch(layer: nn.Module, name: str, calls: list[_Call]) -> None:
