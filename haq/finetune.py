@@ -102,13 +102,15 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         except KeyboardInterrupt:
             say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
-        result[tuned.kind] = tuned.entry
         network = tuned.network
         earlier = _better_earlier(run, task, tuned)
         if earlier is not None:
             network, tuned.entry["earlier"] = earlier
         else:
             result["finetuned_by"] = config.method
+            result.pop("tuning", None)
+            result.pop("reconstruction", None)
+        result[tuned.key] = tuned.entry
         run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)
@@ -126,11 +128,11 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
 
 
 class _Tuned(NamedTuple):
-    """A network after fine-tuning, how it was judged on held-out images, and what result.json says of that, under a key."""
+    """A network after fine-tuning, how it was judged on held-out images, and what result.json says of it, under a key."""
 
     network: nn.Module
     judged: Judgement
-    kind: str
+    key: str
     entry: dict[str, Any]
 
 
@@ -217,19 +219,10 @@ def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state:
 
 
 def _reconstruct(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, output: Output) -> _Tuned:
-    from haq import training
     from haq.study.result import reconstruction_entry
-    from haq.study.task import adversary_of
 
     with progress(output.notes) as bar:
-        found = training.reconstruct(
-            task.network,
-            task.problem.quantized(policy),
-            task.dataset.train,
-            seed=config.seed,
-            adversary=adversary_of(task.config),
-            on_progress=follow_steps(bar, "rounding"),
-        )
+        found = task.reconstruct(policy, config.seed, follow_steps(bar, "rounding"))
     return _Tuned(found.network, found.best, "reconstruction", reconstruction_entry(found, config.seed))
 
 

@@ -69,7 +69,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         outcomes: list[training.Outcome] = []
         network = task.problem.quantized(policy)
         if config.rounding == ADAROUND:
-            reconstructed = _reconstruct(bar, task, network)
+            reconstructed = task.reconstruct(policy, config.seed, follow_steps(bar, "rounding"))
             network = tuned = reconstructed.network
         if config.finetune_epochs:
             tuned = _finetune(bar, task, run, network, outcomes.append)
@@ -123,17 +123,6 @@ def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivi
     session = run.search(task, name, sensitivities, on_evaluation)
     bar.update(line, completed=session.used, total=session.used)
     return session
-
-
-def _reconstruct(bar: Progress, task: SearchTask, network: nn.Module) -> Reconstructed:
-    return training.reconstruct(
-        task.network,
-        network,
-        task.dataset.train,
-        seed=task.config.seed,
-        adversary=adversary_of(task.config),
-        on_progress=follow_steps(bar, "rounding"),
-    )
 
 
 def _finetune(

@@ -32,7 +32,7 @@ from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
 from haq.store.shell import command_line
 from haq.study import result as summary
-from haq.study.config import MEASURED, SearchConfig, SweepCell, SweepConfig
+from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
 from haq.study.workers.processes import Crew
@@ -270,7 +270,15 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
         if not run.finished:
             session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             assert session.best is not None
-            content = summary.collect(task, session.best.policy, None, {}, {name: session.used})
+            policy = session.best.policy
+            tuned, further = None, {}
+            if task.config.rounding == ADAROUND:
+                found = task.reconstruct(policy, task.config.seed)
+                tuned = found.network
+                run.save_checkpoint(tuned, task)
+                judged = summary.reconstruction_entry(found, task.config.seed)
+                further = {"reconstruction": judged, "finetuned_by": "ptq"}
+            content = summary.collect(task, policy, tuned, {}, {name: session.used}) | further
             run.save_result(ResultRecord.from_dict(content))
 
 

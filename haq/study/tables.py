@@ -59,7 +59,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "budget": f"{amounts} ({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "scheme": scheme_words(problem),
-        "weights": _rounding_words(task.config),
+        "weights": rounding_words(task.config),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
         "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
         "objective": problem.objective.words,
@@ -107,7 +107,7 @@ def scheme_words(problem: Problem) -> str:
     return words
 
 
-def _rounding_words(config: SearchConfig) -> str:
+def rounding_words(config: SearchConfig) -> str:
     """Say how weights are rounded, and what is done about it."""
     rounding = {"nearest": "to nearest", "gptq": "by GPTQ"}[config.searched_rounding]
     correction = "biases are not corrected"

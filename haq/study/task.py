@@ -25,6 +25,7 @@ from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.study.config import BEFORE, LINEAR, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
 
@@ -130,6 +131,17 @@ class SearchTask(LoadedNetwork):
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
+
+    def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: Q.OnProgress = Q.no_progress) -> Reconstructed:
+        """Correct biases and learn roundings for one policy (`haq.training.reconstruct`)."""
+        return training.reconstruct(
+            self.network,
+            self.problem.quantized(policy),
+            self.dataset.train,
+            seed=seed,
+            adversary=adversary_of(self.config),
+            on_progress=on_progress,
+        )
 
     def network_signature(self) -> dict[str, str]:
         """Tell what doesn't depend on the hardware: sensitivities belong to it."""
