@@ -17,6 +17,7 @@ from quantizers.binary_training import (
     two_stages,
 )
 from quantizers.copying import copy_network
+from quantizers.correction import Correction, correct_bias
 from quantizers.defensive import (
     ConvexAdd,
     Wiring,
@@ -69,6 +70,7 @@ __all__ = [
     "BitPolicy",
     "Bop",
     "ConvexAdd",
+    "Correction",
     "DoReFa",
     "Ensemble",
     "IntegerActivations",
@@ -97,6 +99,7 @@ __all__ = [
     "boosting",
     "clip_weights",
     "copy_network",
+    "correct_bias",
     "dequantize",
     "draw_amplification",
     "ends",

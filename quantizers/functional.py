@@ -416,6 +416,21 @@ class _ScaledGradient(torch.autograd.Function):
         return gradients[0] * ctx.factor, None
 
 
+def with_value(x: Tensor, value: Tensor) -> Tensor:
+    """Return a value in the place of x: what gradients reach it goes on to x."""
+    return applied(_WithValue, x, value)
+
+
+class _WithValue(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 def relative_error(x: Tensor, quantized: Tensor) -> Tensor:
     """Compute sum (x - x^)^2 / sum x^2 in float64; 0 where x is all zero."""
     x = x.double()

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
 from quantizers.copying import class_on
-from quantizers.functional import MAX_BITS, differentiated, followed
+from quantizers.functional import MAX_BITS, differentiated, followed, row
 from quantizers.observers import input_name
-from quantizers.policy import QUANTIZABLE
+from quantizers.policy import QUANTIZABLE, Bits
 from quantizers.scheme import Scheme, started
 
 ERRORS = ("weight_error", "activation_error")
@@ -23,9 +23,11 @@ PLAIN_OPTIONS = (bool, int, float, str, type(None))  # types of values that nobo
 OWN_ATTRIBUTES = frozenset(
     (
         *("scheme", "weight_bits", "activation_bits", "backward_mode", "signed", "calibrated", "state_names", "cache"),
-        *("resting", "name_in_network"),
+        *("resting", "name_in_network", "tailored_for", "tailored"),
     )
 )
+# Tensors that post-training quantization adds, where it was asked for; None elsewhere.
+FOUND_AFTER_TRAINING = ("bias_shift", "weight_offset", "tailored_shift", "tailored_offset")
 # The parameters from which a weight is computed where it isn't one itself (weight_norm,
 # spectral_norm, prune).
 WEIGHTS = ("weight", "weight_orig", "weight_g", "weight_v")
@@ -46,6 +48,13 @@ class QuantLayer(nn.Module):
         name_in_network: What the policy calls it.
         resting: Names of parameters that take part in nothing at the present bits, and therefore
             require no gradient until they do (`set_policy`).
+        bias_shift: What bias correction adds to the bias at each width of the weights, (8, C_out).
+        weight_offset: What is added to the weight's integers after rounding to nearest (GPTQ), int8,
+            (8, *weight.shape).
+        tailored_for: The bits of this layer in the one policy of the network that `tailored_shift`,
+            (C_out,), and `tailored_offset`, int8 of the weight's shape, were found for; either may
+            be None. They take the place of the other two where `tailored` says so.
+        tailored: Whether the network has that policy now (`set_policy`).
     """
 
     scheme: Scheme
@@ -59,6 +68,12 @@ class QuantLayer(nn.Module):
     cache: TensorCache
     name_in_network: str
     resting: set[str]
+    bias_shift: Tensor | None
+    weight_offset: Tensor | None
+    tailored_shift: Tensor | None
+    tailored_offset: Tensor | None
+    tailored_for: Bits | None
+    tailored: bool
     # Tensors of the linear scheme and its relatives.
     weight_scale: Tensor
     activation_scale: Tensor
@@ -82,6 +97,9 @@ class QuantLayer(nn.Module):
         self.signed, self.calibrated = True, False
         self.cache = TensorCache()
         self.resting = set()
+        self.tailored_for, self.tailored = None, False
+        for own in FOUND_AFTER_TRAINING:
+            self.register_buffer(own, None, persistent=False)
         tensors = started(scheme, self)
         lacking = [name for name in ERRORS if name not in tensors]
         for name in lacking:
@@ -131,6 +149,36 @@ class QuantLayer(nn.Module):
             names += [name for name in own if name.startswith("parametrizations.weight.")]
         return {name: own[name] for name in names if own.get(name) is not None}
 
+    def effective_bias(self) -> Tensor | None:
+        """Return the bias that the layer computes with at its present bits, corrections included; None if it has none."""
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        shift = self.shift_of_bias()
+        if shift is None:
+            return bias
+        if bias is None:
+            return shift.to(self.weight.dtype)
+        return bias + shift.to(bias.dtype)
+
+    def shift_of_bias(self) -> Tensor | None:
+        """Return what is added to the layer's bias at its present bits; None for nothing."""
+        if self._is_tailored() and self.tailored_shift is not None:
+            return self.tailored_shift
+        if self.bias_shift is None or self.weight_bits is None:
+            return None
+        return row(self.bias_shift, self.weight_bits)
+
+    def offset_of_rounding(self, bits: int) -> Tensor | None:
+        """Return what is added to the weight's integers after rounding to nearest, at a width; None for nothing."""
+        if self._is_tailored() and self.tailored_offset is not None and bits == self.weight_bits:
+            return self.tailored_offset
+        if self.weight_offset is None:
+            return None
+        return row(self.weight_offset, bits)
+
+    def _is_tailored(self) -> bool:
+        """Say whether the values that were found for one policy count; bits may have been set since, layer by layer."""
+        return self.tailored and self.tailored_for == (self.weight_bits, self.activation_bits)
+
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it: real values on the grid of its bits.
 
@@ -161,7 +209,8 @@ class QuantLayer(nn.Module):
             of_weight = self.state_names
 
         def sources() -> list[Tensor]:
-            return [self.weight, *(getattr(self, name) for name in of_weight)]
+            offsets = [offset for offset in (self.weight_offset, self.tailored_offset) if offset is not None]
+            return [self.weight, *(getattr(self, name) for name in of_weight), *offsets]
 
         settings = self._settings()
         if settings is None or (torch.is_grad_enabled() and differentiated(*sources())):
@@ -176,7 +225,7 @@ class QuantLayer(nn.Module):
         options = vars(self.scheme)
         if not all(isinstance(value, PLAIN_OPTIONS) for value in options.values()):
             return None
-        return type(self.scheme), self.training, self.signed, *options.items()
+        return type(self.scheme), self.training, self.signed, self._is_tailored(), *options.items()
 
     def __getstate__(self) -> Any:
         """Copy and pickle a weight that was computed from others as a value without a past, since torch copies no other."""
@@ -212,25 +261,46 @@ def no_scale(bits: int | None) -> str:
     )
 
 
+def tailor(layer: QuantLayer, *, shift: Tensor | None = None, offset: Tensor | None = None) -> None:
+    """Set what was found for the policy that a layer's network has now.
+
+    It counts until another policy is set, and again whenever this one is (`set_policy`). What isn't
+    given stays as it is, if it is of the same policy.
+
+    Args:
+        layer: The layer, at its bits in that policy.
+        shift: What is added to its bias, (C_out,).
+        offset: What is added to its weight's integers after rounding to nearest, of the weight's shape.
+    """
+    bits = (layer.weight_bits, layer.activation_bits)
+    if not layer.tailored or layer.tailored_for != bits:
+        layer.tailored_shift = layer.tailored_offset = None
+    layer.tailored_for, layer.tailored = bits, True
+    if shift is not None:
+        layer.tailored_shift = shift.detach().to(layer.weight).clone()
+    if offset is not None:
+        layer.tailored_offset = offset.detach().to(layer.weight.device, torch.int8, copy=True)
+
+
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """Conv1d whose input and weight are quantized to its bits."""
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.effective_bias())
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """Conv2d whose input and weight are quantized to its bits."""
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, self.effective_bias())
 
 
 class QuantLinear(QuantLayer, nn.Linear):
     """Linear whose input and weight are quantized to its bits."""
 
     def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, self.effective_bias())
 
 
 class _QuantCustom(QuantLayer):
@@ -260,17 +330,22 @@ class _QuantCustom(QuantLayer):
 
     def _own_forward(self, weight: Tensor, *inputs: Any, **named: Any) -> Tensor:
         kind = type(self)
+        values = {"weight": weight}
+        bias = self.effective_bias()
+        if bias is not None and self.shift_of_bias() is not None:
+            values["bias"] = bias
         # An attribute of the object hides a parameter, but no property.
-        if isinstance(getattr(kind, "weight", None), property):
-            self.__class__ = type(kind.__name__, (kind,), {"weight": None})
-        before = self.__dict__.get("weight")  # weight_norm and others have theirs here
-        self.__dict__["weight"] = weight
+        properties = [name for name in values if isinstance(getattr(kind, name, None), property)]
+        if properties:
+            self.__class__ = type(kind.__name__, (kind,), dict.fromkeys(properties))
+        before = {name: self.__dict__[name] for name in values if name in self.__dict__}  # weight_norm has its weight here
+        self.__dict__.update(values)
         try:
             result: Tensor = super(QuantLayer, self).forward(*inputs, **named)
         finally:
-            del self.__dict__["weight"]
-            if before is not None:
-                self.__dict__["weight"] = before
+            for name in values:
+                del self.__dict__[name]
+            self.__dict__.update(before)
             self.__class__ = kind
         return result
 
@@ -315,7 +390,7 @@ def make_unquantized(layer: QuantLayer) -> None:
     """Turn a quantized layer back into the float layer that it was, with the weight as it is now; the same object."""
     for name in layer.resting:
         layer.get_parameter(name).requires_grad_(True)
-    for name in layer.state_names:
+    for name in (*layer.state_names, *FOUND_AFTER_TRAINING):
         delattr(layer, name)
     for name in OWN_ATTRIBUTES:
         layer.__dict__.pop(name, None)

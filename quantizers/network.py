@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quantizers.backward import BACKWARD
 from quantizers.copying import copy_network, evaluating
-from quantizers.layers import QuantLayer, make_quantized, make_unquantized, no_scale
+from quantizers.correction import MeanInput, correct_weights
+from quantizers.functional import MAX_BITS
+from quantizers.layers import FOUND_AFTER_TRAINING, QuantLayer, make_quantized, make_unquantized, no_scale
 from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
-from quantizers.observers import Batches, Observer, observe
+from quantizers.observers import Batches, Observer, OnProgress, no_progress, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme, failing_as, try_out
 
 Schemes = str | Scheme | Mapping[str, str | Scheme]
 FLAGS = ("signed", "calibrated")  # of a layer, in the quantizer state
+TAILORED_FOR = "tailored_for"  # likewise, where there is one: two integers, 0 for float
+CORRECTIONS = (None, "analytic")
+ROUNDINGS = ("nearest", "gptq")
 
 
 def quant_layers(network: nn.Module) -> dict[str, QuantLayer]:
@@ -35,6 +41,9 @@ def quantize(
     scheme: Schemes = "linear",
     calibrate: Batches | None = None,
     state: Mapping[str, Tensor] | None = None,
+    correction: str | None = None,
+    rounding: str = "nearest",
+    on_progress: OnProgress = no_progress,
 ) -> nn.Module:
     """Make a copy of a network whose convolutions and linear layers compute at the bits of a policy.
 
@@ -51,33 +60,50 @@ def quantize(
             where the scheme needs no data at the policy's bits (`Scheme.needs_data_at`), as where
             all activations stay in float. Or instead
         state: What `quantizer_state` returned for the same network and scheme.
+        correction: "analytic" adds to biases what quantized weights take away from the mean of each
+            layer's outputs, for every width (`quantizers.correction`); None leaves biases alone.
+            `correct_bias` is the stronger correction of one policy.
+        rounding: How weights become integers: to the "nearest", or by "gptq".
+        on_progress: Is told how many of how many steps are done, in batches and layers.
 
     Returns:
         The quantized copy, in the mode (training or not) of the network.
 
     Raises:
         ValueError: For unknown or missing layers, for bits out of range or without meaning in the
-            scheme, and for calibration without data.
+            scheme, for calibration without data, and for a correction or rounding without it.
 
     Warns:
         LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
     """
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
-        made, reads = _quantized(network, policy, _schemes(scheme, policy), calibrate, state)
+        wanted = Wanted(_schemes(scheme, policy), correction, rounding)
+        made, reads = _quantized(network, policy, wanted, calibrate, state, on_progress)
     warn_of_float(made, policy, reads, stacklevel=2)
     return made
+
+
+class Wanted(NamedTuple):
+    """How a network is to be quantized: schemes by layer, and what `quantize` takes."""
+
+    schemes: Mapping[str, Scheme]
+    correction: str | None
+    rounding: str
 
 
 def _quantized(
     network: nn.Module,
     policy: Mapping[str, Bits],
-    schemes: Mapping[str, Scheme],
+    wanted: Wanted,
     calibrate: Batches | None,
     state: Mapping[str, Tensor] | None,
+    on_progress: OnProgress,
 ) -> tuple[nn.Module, dict[str, str]]:
     """Return the quantized copy of a network, and the functions that read weights past their layers (`Reads`)."""
+    schemes = wanted.schemes
     _check_sources(schemes, policy, calibrate, state)
+    _check_wanted(wanted, calibrate)
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
     if hasattr(network, "_orig_mod"):
@@ -88,13 +114,18 @@ def _quantized(
     close_fast_paths(made)
     observers: dict[str, Observer] = {}
     reads = Reads(made)
+    uncorrected: list[str] = []
+    means: dict[str, MeanInput] = {}
+    if wanted.correction is not None:
+        means = {name: MeanInput() for name in policy}
     if calibrate is not None:
-        observers = observe(made, floats, calibrate, first_pass=reads)
+        observers = observe(made, floats, calibrate, first_pass=reads, also=means, on_progress=on_progress)
     readers = read_by_others(made, reads.found)
     if state is None:
         _check_complete(policy, floats, observers, readers)
     _check_called(policy, floats, observers, readers)
-    for name in policy:
+    for done, name in enumerate(policy):
+        on_progress(done, len(policy), "layers")
         module = floats[name]
         with evaluating(module):
             before = module.weight.detach().clone()  # type: ignore[operator]
@@ -103,6 +134,8 @@ def _quantized(
             layer.to(before.device)
             if state is None:
                 _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
+                if name in means and not correct_weights(layer, means[name]):
+                    uncorrected.append(name)
             if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
                     f"layer {name!r}: scheme {layer.scheme.name!r} changes `layer.weight` in place: change a copy"
@@ -113,6 +146,12 @@ def _quantized(
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
+    if uncorrected:
+        warnings.warn(
+            f"{len(uncorrected)} layers stay without bias correction, since their outputs are more than the products of one "
+            f"input with their weight: {', '.join(uncorrected)}",
+            stacklevel=3,
+        )
     return made, reads.found
 
 
@@ -136,6 +175,18 @@ def _check_sources(
     needing = any(schemes[name].needs_data_at(*bits) for name, bits in policy.items())
     if calibrate is None and state is None and needing:
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), one of the two")
+
+
+def _check_wanted(wanted: Wanted, calibrate: Batches | None) -> None:
+    if wanted.correction not in CORRECTIONS:
+        raise ValueError(f"unknown correction {wanted.correction!r}; it can be 'analytic', or None")
+    if wanted.rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {wanted.rounding!r}; known: {', '.join(ROUNDINGS)}")
+    if calibrate is None and (wanted.correction is not None or wanted.rounding != "nearest"):
+        asked = f"rounding={wanted.rounding!r}"
+        if wanted.correction is not None:
+            asked = f"correction={wanted.correction!r}"
+        raise ValueError(f"{asked} needs inputs to look at: give `calibrate` (batches of inputs)")
 
 
 def _check_complete(
@@ -244,6 +295,10 @@ def set_policy(network: nn.Module, policy: Mapping[str, Bits]) -> None:
         _check_bits(name, layers[name], bits, layers[name].signed, layers[name].calibrated)
     for name, bits in policy.items():
         layers[name].weight_bits, layers[name].activation_bits = bits
+    # What was found for one whole policy means nothing in another.
+    tailored = all(layers[name].tailored_for == bits for name, bits in policy.items())
+    for layer in layers.values():
+        layer.tailored = tailored
     _let_rest(network, layers.values())
 
 
@@ -345,7 +400,7 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
     """Return every tensor of a quantized network's schemes: what its `state_dict` (the float network's) doesn't hold.
 
     Keys are the layer's name, a dot, and the tensor's; beside the scheme's there are `signed` and
-    `calibrated`.
+    `calibrated`, and what post-training quantization found (`bias_shift` and others), where it did.
     """
     state = {}
     for name, layer in quant_layers(network).items():
@@ -353,6 +408,12 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
             state[f"{name}.{key}"] = getattr(layer, key).detach().clone()
         for flag in FLAGS:
             state[f"{name}.{flag}"] = torch.tensor(getattr(layer, flag))
+        for key in FOUND_AFTER_TRAINING:
+            tensor = getattr(layer, key)
+            if tensor is not None:
+                state[f"{name}.{key}"] = tensor.detach().clone()
+        if layer.tailored_for is not None:
+            state[f"{name}.{TAILORED_FOR}"] = torch.tensor([bits or 0 for bits in layer.tailored_for])
     return state
 
 
@@ -366,7 +427,8 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     layers = quant_layers(network)
     expected = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in layer.state_names}
     flags = {f"{name}.{flag}": (layer, flag) for name, layer in layers.items() for flag in FLAGS}
-    if wrong := sorted((set(expected) | set(flags)) ^ set(state)):
+    found = {f"{name}.{key}" for name in layers for key in (*FOUND_AFTER_TRAINING, TAILORED_FOR)}
+    if wrong := sorted((set(expected) | set(flags)) ^ (set(state) - found)):
         raise ValueError(f"the quantizer state is of another network: {len(wrong)} names differ, such as {wrong[0]}")
     for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
@@ -374,11 +436,56 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     for name, layer in layers.items():
         signed, calibrated = (bool(state[f"{name}.{flag}"]) for flag in FLAGS)
         _check_bits(name, layer, (layer.weight_bits, layer.activation_bits), signed, calibrated)
+        _check_found(name, layer, state)
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(state[key])
     for key, (layer, flag) in flags.items():
         setattr(layer, flag, bool(state[key]))
+    for name, layer in layers.items():
+        _load_found(name, layer, state)
+    if layers:
+        set_policy(network, get_policy(network))
+
+
+def _check_found(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if what post-training quantization found is not of this layer."""
+    weight = layer.weight
+    channels = weight.shape[:1]
+    shapes = {
+        "bias_shift": (MAX_BITS, *channels),
+        "weight_offset": (MAX_BITS, *weight.shape),
+        "tailored_shift": tuple(channels),
+        "tailored_offset": tuple(weight.shape),
+        TAILORED_FOR: (2,),
+    }
+    for key, shape in shapes.items():
+        tensor = state.get(f"{name}.{key}")
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"the quantizer state is of another network: {name}.{key} has shape {tuple(tensor.shape)}")
+        is_float = key.endswith("shift")
+        if is_float != tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"the quantizer state is damaged: {name}.{key} holds {tensor.dtype}, or isn't finite")
+        if key.endswith("offset") and (tensor.dtype != torch.int8 or not layer.scheme.takes_offsets):
+            raise ValueError(f"the quantizer state is of another scheme: {name}.{key} is none of {layer.scheme.name!r}")
+    bits = state.get(f"{name}.{TAILORED_FOR}")
+    if bits is not None and not all(0 <= int(width) <= MAX_BITS for width in bits):
+        raise ValueError(f"the quantizer state is damaged: {name}.{TAILORED_FOR} is {bits.tolist()}")
+
+
+def _load_found(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> None:
+    for key in FOUND_AFTER_TRAINING:
+        tensor = state.get(f"{name}.{key}")
+        if tensor is not None:
+            tensor = tensor.detach().to(layer.weight.device, copy=True)
+        setattr(layer, key, tensor)
+    layer.tailored_for = None
+    bits = state.get(f"{name}.{TAILORED_FOR}")
+    if bits is not None:
+        of_weight, of_activation = (int(width) or None for width in bits)
+        layer.tailored_for = (of_weight, of_activation)
 
 
 def scheme_records(network: nn.Module) -> dict[str, dict[str, Any]]:

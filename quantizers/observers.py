@@ -7,7 +7,7 @@ Scales are found by the smallest squared error, the largest value, a percentile,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,13 @@ PERCENTILE = 0.9999
 RULES = ("mse", "max", "percentile", "kl")
 
 Batches = Iterable[Any] | Tensor
+OnProgress = Callable[[int, int, str], None]  # how many are done, of how many, of what
+
+
+def no_progress(*told: object) -> None:
+    """Tell nobody."""
+
+
 ACCEPTED = "give a tensor of inputs (N, ...), or an iterable of such tensors or of pairs (inputs, labels)"
 
 
@@ -340,6 +347,8 @@ def observe(
     layers: dict[str, nn.Module],
     batches: Batches,
     first_pass: AbstractContextManager[object] | None = None,
+    also: Mapping[str, Callable[..., None]] | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
 
@@ -351,6 +360,8 @@ def observe(
         batches: One tensor (one batch), a pair (inputs, labels) of tensors, a Dataset, or an iterable of
             tensors or of such pairs. Inputs of a floating type are taken in that of the network.
         first_pass: Within what the first batch is run.
+        also: What else looks at the inputs of a layer, by name: further pre-hooks.
+        on_progress: Is told how many of how many batches are done, where their number is known.
 
     Returns:
         An observer by layer; one that is never called has seen nothing.
@@ -366,14 +377,19 @@ def observe(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(observers[name], with_kwargs=True))
+            if also and name in also:
+                handles.append(module.register_forward_pre_hook(also[name], with_kwargs=True))
         network.eval()
         with torch.no_grad():
-            for batch in _batches(batches):
+            every = _batches(batches)
+            for done, batch in enumerate(every, 1):
                 inputs = _inputs(batch, network)
                 with first_pass or nullcontext():
                     _call(network, inputs)
                 first_pass = None
                 seen += _count(inputs)
+                if isinstance(every, Sized):
+                    on_progress(done, len(every), "batches")
     finally:
         # Modules that do something of their own when the mode changes are told first.
         network.train(training)
@@ -410,6 +426,17 @@ def _is_pair(calibrate: Any) -> bool:
 
 def _is_iterable(value: Any) -> bool:
     return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+
+
+def collect(batches: Batches, network: nn.Module) -> list[Any]:
+    """Return the inputs of all batches as a list, as `observe` gives them to a network, to go through several times.
+
+    Raises ValueError if there are none, or for what is no input.
+    """
+    inputs = [_inputs(batch, network) for batch in _batches(batches)]
+    if not sum(map(_count, inputs)):
+        raise ValueError("calibration needs at least one image; `calibrate` gave none")
+    return inputs
 
 
 def _inputs(batch: Any, network: nn.Module) -> Any:

@@ -59,6 +59,9 @@ class SchemeLayer(Protocol):
     def quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it."""
 
+    def offset_of_rounding(self, bits: int) -> Tensor | None:
+        """Return what is added to the weight's integers after rounding to nearest, at a width; None for nothing."""
+
 
 class IntegerWeights(NamedTuple):
     """A layer's weights as integers: codes times scale is what the layer computes with."""
@@ -116,6 +119,9 @@ class Scheme:
     narrow: ClassVar[bool] = True
     # Whether training moves the distance between levels (a step, or the clip that it follows from).
     trains_step: ClassVar[bool] = False
+    # Whether `weight` adds the layer's `offset_of_rounding` to the integers that rounding to nearest
+    # gives, so that another rounding can be chosen.
+    takes_offsets: ClassVar[bool] = False
     # Whether it means little for a network that wasn't trained with it: what its policies are worth
     # untrained says little.
     for_training: ClassVar[bool] = False

@@ -50,6 +50,7 @@ class KMeans(Linear, name="kmeans"):
     keep_zeros: bool = True
     summary: ClassVar[str] = "every weight is one of 2^b values that training moves; saves storage only (Han et al. 2016)"
     learned: ClassVar[tuple[str, ...]] = ("codebook",)
+    takes_offsets: ClassVar[bool] = False
     learned_rate: ClassVar[float] = 0.1  # a centroid's gradient is the sum over its weights
     of_weight: ClassVar[tuple[str, ...]] = ("codebook", "codebook_border", "zeros_kept")
     trains_weight: ClassVar[bool] = False

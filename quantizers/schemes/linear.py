@@ -11,11 +11,14 @@ from torch import Tensor
 from quantizers.functional import (
     MAX_BITS,
     along_channels,
+    dequantize,
     differentiated,
     fake_quantize,
     integer_range,
+    quantize_tensor,
     row,
     scaled_gradient,
+    with_value,
 )
 from quantizers.observers import RULES, Observer, fit_activation_scales, fit_weight_scales
 from quantizers.scheme import Scheme, SchemeLayer
@@ -43,6 +46,7 @@ class Linear(Scheme, name="linear"):
     power_of_two: bool = False
     summary: ClassVar[str] = "evenly spaced levels, scales from calibration data (the default)"
     of_weight: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    takes_offsets: ClassVar[bool] = True
     has_integer_weights: ClassVar[bool] = True
     has_integer_activations: ClassVar[bool] = True
 
@@ -79,7 +83,14 @@ class Linear(Scheme, name="linear"):
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""
         weight = layer.weight
-        return fake_quantize(weight, along_channels(row(layer.weight_scale, bits), weight), bits, True)
+        scale = along_channels(row(layer.weight_scale, bits), weight)
+        made = fake_quantize(weight, scale, bits, True)
+        offset = layer.offset_of_rounding(bits)
+        if offset is None:
+            return made
+        low, high = integer_range(bits, True)
+        integers = quantize_tensor(weight.detach(), scale, bits, True).add_(offset).clamp_(low, high)
+        return with_value(made, dequantize(integers, scale.detach()))
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input on its grid; a scale that is trained gets LSQ's gradient."""
