@@ -67,18 +67,18 @@ def follow_steps(bar: Progress, what: str) -> Callable[[int, int, str], None]:
 
 @contextmanager
 def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
-    """Say that something is loading, and show a bar with time left while kernels are compiled and measured.
+    """Say that something is loading, and show a bar with time left while kernels are measured, or a network is calibrated.
 
     Args:
         console: Where it is shown.
         what: What is being done: "loading network and data".
 
     Yields:
-        The callbacks `progress` and `notice` of `hw_models.load_target`.
+        The callbacks `progress` and `notice` of `hw_models.load_target`; the first is also one of `quantizers.quantize`.
     """
     status = console.status(what)
     bar = progress(console)
-    task = bar.add_task("kernels", total=None, note="")
+    task = bar.add_task("steps", total=None, note="")
 
     def on_progress(done: int, total: int, note: str) -> None:
         # There is one live display at a time.

@@ -34,6 +34,7 @@ from haq.store.units import DOWN, UP, describe_amount, percent
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
+from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
 
 REPEATED = 1e-3  # of an output's size: what it may differ by from call to call, in sums of another order
@@ -86,6 +87,7 @@ class Problem:
         tune: Callable[[nn.Module], nn.Module] | None = None,
         correction: str | None = "analytic",
         rounding: str = "nearest",
+        on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
 
@@ -113,6 +115,7 @@ class Problem:
             correction: Of what rounding weights adds to a layer's mean output: "analytic", or None; see `quantizers.quantize`.
                 Every evaluation and all sensitivities are of the corrected network.
             rounding: Of weights, likewise: "nearest" or "gptq".
+            on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
@@ -150,6 +153,7 @@ class Problem:
                 calibrate=self.calibration,
                 correction=correction,
                 rounding=rounding,
+                on_progress=on_progress,
             )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)

@@ -55,6 +55,7 @@ from haq.study.task import (
     versions,
 )
 from hw_models import trust
+from quantizers.observers import no_progress
 
 logger = logging.getLogger("haq")
 
@@ -149,7 +150,7 @@ class SearchRun:
                 f"{self.folder} began with latencies measured with {name} {before.get(name)}, here it is {now.get(name)}: "
                 "go on where it began, or start a new run"
             )
-        return SearchTask.build(self.config, target)
+        return SearchTask.build(self.config, target, callbacks.get("progress", no_progress))
 
     def load_network(self) -> LoadedNetwork:
         """Load the network and data that this run was asked for; ValueError or FileNotFoundError if they aren't here."""

@@ -28,6 +28,7 @@ from haq.training.adversaries import Adversary
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
+from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images of the train split
 
@@ -91,12 +92,15 @@ class SearchTask(LoadedNetwork):
     measured: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, config: SearchConfig, target: hw_models.Target | None = None) -> SearchTask:
+    def build(
+        cls, config: SearchConfig, target: hw_models.Target | None = None, on_progress: OnProgress = no_progress
+    ) -> SearchTask:
         """Load network and data and put the problem together.
 
         Args:
             config: What is asked for.
             target: The hardware, if it is loaded already.
+            on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
             ValueError, FileNotFoundError, ImportError: As the parts do.
@@ -125,6 +129,7 @@ class SearchTask(LoadedNetwork):
             tune=tuning,
             correction=correction_of(config),
             rounding=config.searched_rounding,
+            on_progress=on_progress,
         )
         return SearchTask(config, network, dataset, problem)
 
@@ -132,7 +137,7 @@ class SearchTask(LoadedNetwork):
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
 
-    def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: Q.OnProgress = Q.no_progress) -> Reconstructed:
+    def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress) -> Reconstructed:
         """Correct biases and learn roundings for one policy (`haq.training.reconstruct`)."""
         return training.reconstruct(
             self.network,

@@ -16,6 +16,7 @@ from haq.problem.evaluator import one_thread
 from haq.training.adversaries import Adversary
 from haq.training.config import Judgement
 from haq.training.finetuning import hold_out, judge_of
+from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images
 
@@ -54,7 +55,7 @@ def reconstruct(
     *,
     seed: int,
     adversary: Adversary | None = None,
-    on_progress: Q.OnProgress = Q.no_progress,
+    on_progress: OnProgress = no_progress,
 ) -> Reconstructed:
     """Correct the biases and learn the roundings of a copy of a quantized network at its bits (`quantizers.reconstruct`).
 
