@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from quantizers.backward import BACKWARD
 from quantizers.copying import copy_network, evaluating
-from quantizers.correction import MeanInput, correct_weights
+from quantizers.correction import MeanInput, correct_bias, correct_weights
 from quantizers.functional import MAX_BITS
 from quantizers.layers import FOUND_AFTER_TRAINING, QuantLayer, make_quantized, make_unquantized, no_scale
 from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
-from quantizers.observers import Batches, Observer, OnProgress, no_progress, observe
+from quantizers.observers import Batches, Observer, OnProgress, collect, no_progress, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.scheme import Scheme, failing_as, try_out
 
 Schemes = str | Scheme | Mapping[str, str | Scheme]
 FLAGS = ("signed", "calibrated")  # of a layer, in the quantizer state
 TAILORED_FOR = "tailored_for"  # likewise, where there is one: two integers, 0 for float
-CORRECTIONS = (None, "analytic")
+CORRECTIONS = (None, "analytic", "sequential")
 ROUNDINGS = ("nearest", "gptq")
 
 
@@ -61,8 +61,8 @@ def quantize(
             all activations stay in float. Or instead
         state: What `quantizer_state` returned for the same network and scheme.
         correction: "analytic" adds to biases what quantized weights take away from the mean of each
-            layer's outputs, for every width (`quantizers.correction`); None leaves biases alone.
-            `correct_bias` is the stronger correction of one policy.
+            layer's outputs, for every width; "sequential" does that too, and then corrects the biases
+            once more for this policy (`correct_bias`); None leaves biases alone.
         rounding: How weights become integers: to the "nearest", or by "gptq".
         on_progress: Is told how many of how many steps are done, in batches and layers.
 
@@ -79,7 +79,11 @@ def quantize(
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
         wanted = Wanted(_schemes(scheme, policy), correction, rounding)
+        if correction == "sequential" and calibrate is not None:
+            calibrate = [(inputs,) for inputs in collect(calibrate, network)]  # to go through it again
         made, reads = _quantized(network, policy, wanted, calibrate, state, on_progress)
+        if correction == "sequential" and calibrate is not None:
+            correct_bias(made, network, calibrate, on_progress=on_progress)
     warn_of_float(made, policy, reads, stacklevel=2)
     return made
 
@@ -179,7 +183,7 @@ def _check_sources(
 
 def _check_wanted(wanted: Wanted, calibrate: Batches | None) -> None:
     if wanted.correction not in CORRECTIONS:
-        raise ValueError(f"unknown correction {wanted.correction!r}; it can be 'analytic', or None")
+        raise ValueError(f"unknown correction {wanted.correction!r}; it can be 'analytic', 'sequential', or None")
     if wanted.rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {wanted.rounding!r}; known: {', '.join(ROUNDINGS)}")
     if calibrate is None and (wanted.correction is not None or wanted.rounding != "nearest"):
