@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What a solver can know of single layers. The last two are computed, without an evaluation.
 KINDS = ("loss", "kl", "hessian", "gradient")
 # What calibration does about the errors of rounding weights, and how it rounds them (`quantizers.quantize`).
-CORRECTIONS = ("analytic", "none")
+CORRECTIONS = ("analytic",)
 ROUNDINGS = ("nearest", "gptq")
 lacking = requires("words", "needs_labels", "correct", "loss", "build")
 OBJECTIVES: Registry[type[Objective]] = Registry(

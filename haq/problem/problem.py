@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq.problem.batches import Batches, check_alike, check_arguments, read_inputs, read_tensors
+from haq.problem.batches import Batches, check_alike, check_arguments, check_quantization, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
 from haq.problem.evaluator import Evaluation, Evaluator, device_of, evaluation_mode
@@ -122,6 +122,7 @@ class Problem:
             ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
         """
         check_arguments(network, target, metric, bits, pinned)
+        check_quantization(correction, rounding)
         self.objective = find_objective(objective)
         inputs, labels = read_tensors(search, "search", self.objective.needs_labels)
         device = device_of(network)

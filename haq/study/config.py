@@ -39,8 +39,9 @@ RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
 ADAROUND = "adaround"  # what rounds the weights of a single policy, with GPTQ for those that are searched
 METHODS = ("train", "ptq")  # of fine-tuning
+NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
-BEFORE = {"correction": "none", "rounding": "nearest"}
+BEFORE = {"correction": NONE, "rounding": "nearest"}
 
 
 _Same = TypeVar("_Same", bound="_Config")
@@ -135,7 +136,7 @@ class SearchConfig(_Config):
         "of what rounding weights adds to a layer's mean output: analytic, or none",
         group=SEARCHED,
         metavar="NAME",
-        names=lambda: CORRECTIONS,
+        names=lambda: (*CORRECTIONS, NONE),
     )
     solver: str = setting(
         "ddpg",
@@ -241,8 +242,8 @@ class SearchConfig(_Config):
     @field_validator("correction")
     @classmethod
     def _check_correction(cls, name: str) -> str:
-        if name not in CORRECTIONS:
-            raise ValueError(f"unknown correction {name!r}; it can be {', '.join(CORRECTIONS)}")
+        if name not in (*CORRECTIONS, NONE):
+            raise ValueError(f"unknown correction {name!r}; it can be {', '.join((*CORRECTIONS, NONE))}")
         return name
 
     @property

@@ -20,7 +20,7 @@ from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
 from haq.store.records import COST_KEYS, FINETUNED, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
-from haq.study.config import ADAROUND, SearchConfig
+from haq.study.config import ADAROUND, NONE, SearchConfig
 from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
 from hw_models.notebook import html_table
@@ -111,7 +111,7 @@ def rounding_words(config: SearchConfig) -> str:
     """Say how weights are rounded, and what is done about it."""
     rounding = {"nearest": "to nearest", "gptq": "by GPTQ"}[config.searched_rounding]
     correction = "biases are not corrected"
-    if config.correction != "none":
+    if config.correction != NONE:
         correction = f"biases get the {config.correction} correction"
     return f"rounded {rounding}, {correction}"
 

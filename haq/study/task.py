@@ -23,7 +23,7 @@ from haq.problem.problem import Problem
 from haq.problem.schemes import AnyScheme, describe_schemes, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
-from haq.study.config import BEFORE, LINEAR, SearchConfig
+from haq.study.config import BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
@@ -287,7 +287,7 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
 
 def correction_of(config: SearchConfig) -> str | None:
     """Return the correction that is asked for, as `quantizers.quantize` takes it."""
-    if config.correction == "none":
+    if config.correction == NONE:
         return None
     return config.correction
 

@@ -21,7 +21,7 @@ from haq.problem.sensitivity import KINDS, Sensitivities, signed
 from haq.solvers import SOLVERS, greedy, ilp, sensitivity
 from haq.solvers.base import Session, solve
 from haq.solvers.hessian import curvature
-from haq.solvers.layer_outputs import gradient_increases
+from haq.solvers.layer_outputs import gradient_increases, remaining_errors
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, SMALL, call, history
 from tests.conftest import images, make_problem, small_network
@@ -130,7 +130,8 @@ def test_zeros_stay_zero_and_every_call_counts() -> None:
     assert not network.layer.weight.grad
 
 
-def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: haq.Problem) -> None:
+def test_second_order_rises_are_half_the_trace_times_the_squared_error() -> None:
+    problem = make_problem(small_network(), correction=None)
     found = sensitivity.by_hessian(problem)
     layer = problem.evaluator.network.get_submodule("pointwise")
     bend = curvature(problem.network, problem.workload.names, problem.calibration)["pointwise"]
@@ -143,8 +144,32 @@ def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: 
     assert rises[0, 2] == pytest.approx(0.5 * bend.weight * (errors[0] - errors[1]), rel=1e-3)
     assert rises[1, 1] > rises[1, 3] > 0
     assert problem.evaluator.cache == {}  # not one policy was evaluated
-    again = sensitivity.by_hessian(make_problem(small_network()))
+    again = sensitivity.by_hessian(make_problem(small_network(), correction=None))
     assert np.array_equal(again.loss_increases, found.loss_increases)
+
+
+def test_of_an_error_that_is_corrected_counts_what_is_left_in_the_output() -> None:
+    network = small_network()
+    plain, corrected = (make_problem(network, correction=correction) for correction in (None, "analytic"))
+    layer = Q.quant_layers(corrected.evaluator.network)["hidden"]
+    names = corrected.workload.names
+    left = remaining_errors(network, corrected.evaluator.network, names, corrected.calibration)["hidden"]
+    seen: list[Tensor] = []
+    handle = network.get_submodule("hidden").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for part in corrected.calibration:
+            network(part)
+        handle.remove()
+        x = torch.cat(seen)
+        layer.weight_bits, layer.activation_bits = 3, None
+        change = layer(x) - network.get_submodule("hidden")(x)
+        # What was there before is what is left and the square of its mean, which was taken out.
+        assert left[2] == pytest.approx(float(change.square().sum() / (change - layer.bias_shift[2]).square().sum()), rel=1e-4)
+    assert left[2] < 1
+    assert all((share == 1).all() for share in remaining_errors(network, plain.evaluator.network, names, []).values())
+    rises = [sensitivity.by_hessian(problem).loss_increases[names.index("hidden"), :, 2] for problem in (plain, corrected)]
+    assert rises[1][0] < rises[0][0]
+    assert rises[1][1] == rises[0][1]
 
 
 # ---- gradients
