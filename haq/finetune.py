@@ -75,12 +75,12 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     from haq.study.search_run import SearchRun
     from haq.study.task import with_scheme
 
+    if resume and config.method != "train":
+        raise ValueError("--resume goes on with a training: leave it out, or choose --method train")
     run = SearchRun.load(folder)
     asked_for = ["--epochs", str(config.epochs)]
     if config.method != "train":
         asked_for = ["--method", config.method]
-    if resume and config.method != "train":
-        raise ValueError("--resume goes on with a training: leave it out, or choose --method train")
     again = command_line("python", "-m", "haq.finetune", folder, *asked_for, *run.config.trust_words())
     with writing(run.folder, again):
         result, policy = run.load_result().to_dict(), run.load_policy()
