@@ -153,6 +153,7 @@ def correct_weights(layer: QuantLayer, inputs: MeanInput) -> bool:
         return layer.bias_shift is not None
     finally:
         layer.weight_bits, layer.activation_bits = bits
+        layer.cache.clear()  # weights of widths that may never be asked for
 
 
 def _mean_output(layer: QuantLayer, maps: list[tuple[Tensor, int]]) -> Tensor:
