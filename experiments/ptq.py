@@ -19,7 +19,7 @@ from the divergence on the calibration images with one layer at a time at fewer 
 it, with the same memory as its limit. No method sees a label.
 
 Every other tool runs in an environment of its own, in a folder of --tools. The script says how one is made, and does without
-what isn't there. Tools quantize as they do by default or as their manuals advise (experiments/ptq_rivals.py says how in detail):
+what isn't there. Tools quantize as they do by default or as their manuals advise (in detail: experiments/ptq_rivals.py):
 
     MCT             Sony's model compression toolkit: symmetric thresholds by squared error, bias correction
     Brevitas        AMD's: scales by squared error, bias correction; and the same with GPTQ before it
@@ -27,8 +27,8 @@ what isn't there. Tools quantize as they do by default or as their manuals advis
     AIMET           Qualcomm's: tf_enhanced, then SeqMSE
 
 The divergence is Kullback and Leibler's from the float network's answers to the quantized one's, in nats, mean over images.
-Seconds are those of quantizing, calibration included, on one thread. Rows of methods that aren't asked for stay in the table
-as they were, if they were tested on as many images.
+Seconds are those of one CPU thread, for quantizing with calibration, without imports. Rows of methods that aren't asked for
+stay in the table as they were, if they were tested on as many images.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ class Study:
 
     def judge(self, logits: Tensor) -> tuple[float, float]:
         """Return accuracy (or agreement with the float network) in percent, and the divergence from it in nats."""
-        right = logits.argmax(1) == self.labels
-        return 100 * float(right.double().mean()), divergence(self.logits, logits)
+        assert self.labels is not None
+        right = (logits.argmax(1) == self.labels).double()
+        return 100 * float(right.mean()), divergence(self.logits, logits)
 
 
 class Row(NamedTuple):
@@ -207,14 +208,14 @@ def our_row(study: Study, name: str, column: Column) -> Row:
     recipe = recipes()[name]
     batches = study.calibrate.split(BATCH)
     note = ""
-    start = time.perf_counter()
+    start = time.process_time()
     if column.mixed:
         policy = allocated(study, recipe, column)
         note = " ".join(str(weights) for weights, _ in policy.values())
     else:
         policy = uniform(study.network, column.weights, column.activations)
     quantized = recipe(study.network, policy, batches)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     judged = study.judge(answers(quantized, study.test))
     return Row(study.name, len(study.test), name, column.name, *judged, seconds, note)
 
@@ -283,7 +284,7 @@ def rows_of_tool(study: Study, name: str, folder: Path) -> Iterator[Row]:
         for column in columns:
             yield row(column.name, None, None, None, "not installed")
         return
-    missing = {column.name for column in columns}
+    missing = [column.name for column in columns]
     with tempfile.TemporaryDirectory() as kept:
         job, errors = Path(kept) / "job.npz", Path(kept) / "errors.txt"
         write_job(job, study, columns)
@@ -293,26 +294,26 @@ def rows_of_tool(study: Study, name: str, folder: Path) -> Iterator[Row]:
             assert child.stdout is not None
             for line in child.stdout:
                 said = json.loads(line)
-                column = said["column"]
-                missing.remove(column)
+                name = said["column"]
+                missing.remove(name)
                 if "error" in said:
-                    yield row(column, None, None, None, said["error"])
+                    yield row(name, None, None, None, said["error"])
                     continue
-                logits = torch.from_numpy(np.load(Path(kept) / f"{column}.npy", allow_pickle=False))
+                logits = torch.from_numpy(np.load(Path(kept) / f"{name}.npy", allow_pickle=False))
                 note = ""
-                if column.startswith("average"):
+                if name.startswith("average"):
                     note = " ".join(map(str, said["bits"].values()))
-                yield row(column, *study.judge(logits), said["seconds"], note)
+                yield row(name, *study.judge(logits), said["seconds"], note)
         last = [line for line in errors.read_text(errors="replace").splitlines() if line.strip()][-1:]
-    for column in sorted(missing):
-        yield row(column, None, None, None, f"failed: {' '.join(last)}")
+    for name in missing:
+        yield row(name, None, None, None, f"failed: {' '.join(last)}")
 
 
 def write_job(path: Path, study: Study, columns: Sequence[Column]) -> None:
     """Write what a tool is asked for, to be read by `ptq_rivals.Job`."""
     steps, tensors = describe(study.network)
     tensors = {**tensors, "calibrate": study.calibrate, "test": study.test}
-    arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     np.savez(path, job=np.array(json.dumps({"steps": steps, "columns": columns})), **arrays)
 
 
@@ -387,7 +388,10 @@ def _add_module(add: Callable[..., None], name: str, module: nn.Module, inputs: 
     kinds = [kind for kind in OPTIONS if isinstance(module, getattr(nn, kind))]
     if not kinds:
         raise ValueError(f"{name}: no tool could be told what a {type(module).__name__} is")
-    add(name, kinds[0], inputs, **{option: getattr(module, option) for option in OPTIONS[kinds[0]]})
+    options = {option: getattr(module, option) for option in OPTIONS[kinds[0]]}
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        options["bias"] = module.bias is not None
+    add(name, kinds[0], inputs, **options)
     return {f"{name}.{key}": tensor.detach() for key, tensor in module.named_parameters()}
 
 
@@ -465,7 +469,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def save(folder: Path, about: str, rows: Sequence[Row]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     intro = (
-        f"Made by `experiments/{NAME}.py`, which says what is compared and how; every figure, and the bits where they are mixed, "
+        f"Made by `experiments/{NAME}.py`, which says what is compared and how; every figure, and bits where they are mixed, "
         f"are in `{NAME}.csv`.\n\n    {about}\n\n![Divergence from the float network by bits]({NAME}.png)"
     )
     parts = ["# Post-training quantization beside other tools", intro, *(made.markdown() for made in tables(rows))]
@@ -491,10 +495,11 @@ def load_rows(folder: Path | None) -> list[Row]:
         lines = list(csv.DictReader(file))
     made = []
     for line in lines:
-        figures = [None, None, None]
-        if line["divergence"]:
-            figures = [float(line[key]) for key in ("accuracy", "divergence", "seconds")]  # type: ignore[misc]
-        made.append(Row(line["network"], int(line["images"]), line["method"], line["column"], *figures, line["note"]))
+        accuracy, kl, seconds = (float(line[key] or "nan") for key in ("accuracy", "divergence", "seconds"))
+        row = Row(line["network"], int(line["images"]), line["method"], line["column"], accuracy, kl, seconds, line["note"])
+        if not line["divergence"]:
+            row = row._replace(accuracy=None, divergence=None, seconds=None)
+        made.append(row)
     return made
 
 
@@ -518,7 +523,7 @@ def main() -> int:
     parser.add_argument("--tools", type=Path, default=data.cache_folder() / "ptq-tools", help="folder of the environments")
     parser.add_argument("--all-test", action="store_true", help="test on the 10,000 images of Fashion-MNIST's test split")
     parser.add_argument("--residual", type=Path, default=data.cache_folder() / "ptq-residual.safetensors", metavar="FILE")
-    parser.add_argument("--quick", action="store_true", help="only see that it runs: ours on mini; saves nothing without --out")
+    parser.add_argument("--quick", action="store_true", help="only see that it runs; saves nothing unless --out is given")
     parser.add_argument("--out", type=Path, help="folder for the tables (default: docs/experiments)")
     options = parser.parse_args()
     out = shared.folder_for(options.out, options.quick, Path("docs/experiments"))

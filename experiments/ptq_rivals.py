@@ -3,9 +3,9 @@
     PYTHON -I experiments/ptq_rivals.py METHOD JOB.npz FOLDER
 
 Nothing of this project is imported here: an environment has the tool and what it needs. JOB.npz holds the network, its layers
-as JSON and their weights as arrays, the images for calibration and those for the test, and what is asked for (`ptq.write_job`).
-For every column a line of JSON is printed, {"column", "seconds", "bits"} or {"column", "error"}, and the answers to the test
-images are written to FOLDER/COLUMN.npy. The seconds are those of calibration and quantization, without imports and test.
+as JSON and their weights as arrays, the images for calibration and those for the test, and what is asked for
+(`ptq.write_job`). For every column a line of JSON is printed, {"column", "seconds", "bits"} or {"column", "error"}, and the
+answers to the test images are written to FOLDER/COLUMN.npy. Seconds are those of the CPU for calibration and quantization.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ Quantized = tuple[nn.Module, dict[str, int]]  # a network, and the bits of its l
 def mct(job: Job, column: Column) -> Quantized:
     """Symmetric thresholds by squared error, weights per channel, bias correction.
 
-    The target is that of IMX500, without its powers of two. Input and the last layer's input have 8 bits; logits aren't quantized.
+    The target is that of IMX500, without its powers of two. Input and the last layer's input have 8 bits; logits aren't
+    quantized.
     """
     toolkit = importlib.import_module("model_compression_toolkit")
     filters = importlib.import_module("model_compression_toolkit.core.common.network_editors")
@@ -130,7 +131,7 @@ def mct(job: Job, column: Column) -> Quantized:
         for batch in job.batches():
             yield [batch]
 
-    quantized, information = toolkit.ptq.pytorch_post_training_quantization(
+    quantized, _ = toolkit.ptq.pytorch_post_training_quantization(
         job.network(),
         images,
         target_resource_utilization=utilization,
@@ -164,9 +165,8 @@ def _mct_target(candidates: list[int], activations: int) -> Any:
     base, _, default = tpc.get_op_quantization_configs()
     default = default.clone_and_edit(activation_quantization_method=symmetric)
     base = base.clone_and_edit(activation_quantization_method=symmetric, activation_n_bits=activations)
-    options = []
-    for bits in sorted(set(candidates), reverse=True):
-        options.append(base.clone_and_edit(attr_to_edit={tpc.KERNEL_ATTR: {tpc.WEIGHTS_N_BITS: bits}}))
+    edits = [{tpc.KERNEL_ATTR: {tpc.WEIGHTS_N_BITS: bits}} for bits in sorted(set(candidates), reverse=True)]
+    options = [base.clone_and_edit(attr_to_edit=edit) for edit in edits]
     made = tpc.generate_tpc(default, options[0], options, "symmetric")
     names = schema.OperatorSetNames
     inner = schema.QuantizationConfigOptions(
@@ -224,6 +224,7 @@ def _brevitas(job: Job, column: Column, gptq: bool) -> Quantized:
             for batch in job.batches():
                 network(batch)
         if gptq:
+            network(job.calibrate[:BATCH])  # calibration leaves the weights' scales for the first pass after it
             _brevitas_rounding(network, job)
         with calibrate.bias_correction_mode(network):
             for batch in job.batches():
@@ -362,29 +363,31 @@ def answers(network: nn.Module, images: Tensor) -> np.ndarray[Any, Any]:
     return torch.cat([network(batch) for batch in images.split(TEST_BATCH)]).float().numpy()
 
 
+def results(job: Job, quantize: Callable[[Job, Column], Quantized], folder: Path) -> Iterator[dict[str, Any]]:
+    """Quantize and test for every column; yields what is printed, and leaves the answers in a folder."""
+    for column in job.columns:
+        start = time.process_time()
+        try:
+            quantized, bits = quantize(job, column)
+            seconds = time.process_time() - start
+            np.save(folder / f"{column.name}.npy", answers(quantized, job.test), allow_pickle=False)
+        except Exception as error:  # whatever a tool fails with belongs into its cell
+            words = " ".join(str(error).split())[:300]
+            yield {"column": column.name, "error": f"{type(error).__name__}: {words}"}
+            continue
+        yield {"column": column.name, "seconds": seconds, "bits": bits}
+
+
 def main(method: str, path: Path, folder: Path) -> None:
     # Tools print what they like; lines for the caller are written where nothing else is.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    job = Job(path)
     package, quantize = METHODS[method]
     import_tool(package)
-    for column in job.columns:
-        start = time.perf_counter()
-        try:
-            quantized, bits = quantize(job, column)
-            seconds = time.perf_counter() - start
-            np.save(folder / f"{column.name}.npy", answers(quantized, job.test), allow_pickle=False)
-            said: dict[str, Any] = {"column": column.name, "seconds": seconds, "bits": bits}
-        except Exception as error:  # whatever a tool fails with belongs into its cell
-            said = {"column": column.name, "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            if os.environ.get("PTQ_RIVALS_TRACE"):
-                import traceback
-
-                traceback.print_exc()
-        lines.write(json.dumps(said) + "\n")
+    for result in results(Job(path), quantize, folder):
+        lines.write(json.dumps(result) + "\n")
         lines.flush()
 
 
