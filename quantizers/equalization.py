@@ -146,7 +146,7 @@ def equalize(
     ReLU6 cuts off at one value for all channels. Where no output on the data comes near its bound
     (times `ROOM`), it becomes ReLU; outputs are then the same on inputs that don't exceed the data's
     largest value by more than this factor. Elsewhere `relu6` says what happens, exactly for all
-    inputs. (To let channels keep ReLU6 that are below its bound on the data isn't enough: on 30
+    inputs. (To let channels keep ReLU6 that are below its bound on the data isn't enough: ranges of 30
     images for EfficientNet-Lite0 it moved the outputs of others by 0.03 nats.)
 
     High-bias absorption (section 4.1.3): a channel that is at least c > 0 on all the data passes
@@ -506,7 +506,7 @@ def _smoothed(network: nn.Module, graph: ChannelGraph, ranges: _Ranges, wanted: 
         known = channels[kept[channels]]
         if len(known):
             scales[channels] = scales[channels] / scales[known].log().mean().exp()
-    return torch.where(kept, 1.0, scales)
+    return torch.where(usable & ~held, scales, 1.0)
 
 
 def _apply(network: nn.Module, graph: ChannelGraph, scales: Tensor) -> None:

@@ -288,6 +288,18 @@ def test_high_biases_are_absorbed() -> None:
     assert torch.equal(one[0].bias, other[0].bias)  # type: ignore[index, arg-type]
 
 
+def test_channels_that_the_data_never_reaches_keep_their_scale_at_relu6() -> None:
+    """They would be cut off elsewhere on other data."""
+    network = random(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)))
+    with torch.no_grad():
+        network[0].weight *= 20  # type: ignore[index, operator]
+        network[0].bias[0] = -200  # type: ignore[index, operator]
+    for by in ("weights", "activations"):
+        made = Q.equalize(network, IMAGES, by=by, relu6="keep", absorb=False)
+        assert type(made[1]) is nn.ReLU6  # type: ignore[index]
+        assert difference(network, made, 500 * OTHERS) < 1e-5
+
+
 def test_ranges_are_those_of_all_batches() -> None:
     network = random(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 5, 1)))
     assert isinstance(Q.equalize(network, 0.01 * IMAGES)[1], nn.ReLU)  # type: ignore[index]
