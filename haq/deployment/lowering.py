@@ -385,10 +385,11 @@ class _Lowering:
         return name
 
 
-def _bias(layer: nn.Module) -> NDArray[np.float64]:
-    if not isinstance(layer.bias, Tensor):
+def _bias(layer: Q.QuantLayer) -> NDArray[np.float64]:
+    bias = layer.effective_bias()
+    if bias is None:
         return np.zeros(1)
-    return layer.bias.detach().double().numpy()
+    return bias.detach().double().numpy()
 
 
 def _name(group: str, representation: Representation) -> str:

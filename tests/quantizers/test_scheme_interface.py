@@ -109,7 +109,7 @@ def check_activations(layer: Q.QuantLayer, bits: int) -> None:
         with pytest.raises(ValueError, match=f"^activations of scheme '{scheme.name}' have an offset$"):
             scheme.integer_activations(layer)
         return
-    scale, width, signed, narrow = scheme.integer_activations(layer)
+    scale, width, signed, narrow, zero_point = scheme.integer_activations(layer)
     assert width == bits
     low, high = Q.integer_range(bits, signed, narrow)
     with torch.no_grad():
