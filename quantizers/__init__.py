@@ -30,7 +30,7 @@ from quantizers.defensive import (
 )
 from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.equalization import ChannelClamp, equalize, smooth
-from quantizers.folding import fold_batch_norm
+from quantizers.folding import fold_batch_norm, fold_shifts
 from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.left_in_float import LeftInFloat
@@ -114,6 +114,7 @@ __all__ = [
     "fake_quantize",
     "float_copy",
     "fold_batch_norm",
+    "fold_shifts",
     "get_policy",
     "integer_range",
     "kept_share",

@@ -292,6 +292,10 @@ class _Fit:
 def importance_of_inputs(layer: nn.Module) -> Tensor | None:
     """Return what a convolution or linear layer makes of each input channel: the sum of squares of its weights.
 
+    Where channels stay apart (a convolution in groups), a small output may be made large again by
+    what follows, and a large one small. There channels differ less in what they weigh: w becomes
+    min(w, 16 median)^0.7, as did best with MobileNets and EfficientNets of 3 to 8 bits.
+
     Args:
         layer: The layer.
 
@@ -304,4 +308,7 @@ def importance_of_inputs(layer: nn.Module) -> Tensor | None:
     groups = getattr(layer, "groups", 1)
     inputs = weight.shape[1]
     squares = weight.detach().double().square().reshape(groups, -1, inputs, math.prod(weight.shape[2:]))
-    return squares.sum((1, 3)).reshape(-1)
+    sums = squares.sum((1, 3)).reshape(-1)
+    if groups == 1:
+        return sums
+    return sums.clamp(max=16 * float(sums.median())) ** 0.7

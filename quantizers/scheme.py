@@ -72,13 +72,12 @@ class IntegerWeights(NamedTuple):
 
 
 class IntegerActivations(NamedTuple):
-    """What enters a layer: integers q, scale (q - zero_point) is the real value."""
+    """What enters a layer: integers q, where scale (q - z) is the real value, with `Scheme.zero_point` as z."""
 
     scale: float
     bits: int
     signed: bool  # whether the integers are; not where there is a zero point
     narrow: bool  # whether -(2^(b-1) - 1) is the smallest signed integer, not -2^(b-1)
-    zero_point: int = 0  # from 0 to 2^b - 1: the integer that stands for real 0
 
 
 class SchemeRow(NamedTuple):
@@ -322,7 +321,7 @@ class Scheme:
         with torch.no_grad():
             scale = float(self.activation_step(layer, bits).float())
         signed = self.has_signed_inputs(layer, bits)
-        return IntegerActivations(scale, bits, signed, self.narrow or not signed, self.zero_point(layer, bits))
+        return IntegerActivations(scale, bits, signed, self.narrow or not signed)
 
     def quantization_errors(self, layer: SchemeLayer) -> tuple[Tensor, Tensor]:
         """Return the relative squared errors of a layer's weights and of its input at widths 1..8, two tensors (8,).

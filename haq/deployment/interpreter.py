@@ -227,6 +227,9 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
     network = Q.copy_network(network).eval()
     if images.dtype == torch.float64:
         for layer in Q.quant_layers(network).values():
+            bias = layer.effective_bias()
+            if bias is not None:
+                layer.bias = nn.Parameter(bias)
             layer.weight = nn.Parameter(layer.quantized_weight())
             layer.weight_bits = None
         network.double()

@@ -359,8 +359,9 @@ class _Writer:
         inputs = [source, weight]
         made = node.name
         bias = None
-        if isinstance(layer.bias, Tensor):
-            bias = layer.bias.detach().numpy()
+        real_bias = layer.effective_bias()
+        if real_bias is not None:
+            bias = real_bias.detach().float().numpy()
         # Between quantized layers, ONNX Runtime would round a layer's bias to multiples of both scales' product, which at few
         # bits is far off, and round its result in another way than is written. An addition in between keeps it from that.
         apart = layer.activation_bits is not None and (bias is not None or node.name in self.followed)

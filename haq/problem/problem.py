@@ -25,6 +25,7 @@ from haq.problem.schemes import (
     AnyScheme,
     check_metric,
     check_widths,
+    check_zero_points,
     meaningful_metrics,
     meaningful_pairs,
     overhead_bytes,
@@ -215,6 +216,7 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         self.target = target
+        check_zero_points(self.schemes, target)
         table = price(target, self.workload, self.batch)
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():

@@ -168,7 +168,10 @@ def test_all_bit_pairs_are_exact_on_random_shapes(w_bits: int) -> None:
     assert_exact(made)
 
 
-@pytest.mark.parametrize("w_bits", [1, 2, 4, 8])
+SLOWLY = [pytest.param(w_bits, marks=pytest.mark.slow) for w_bits in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("w_bits", [1, *SLOWLY])
 def test_zero_points_are_exact(w_bits: int) -> None:
     """What pads an image is the byte of real zero, and the sums are those of the bytes less it."""
     rng, cpu = np.random.default_rng(w_bits), Cpu.host()
