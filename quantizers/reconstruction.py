@@ -356,7 +356,7 @@ class _Rounding(Scheme):
     """
 
     def __init__(self, layer: QuantLayer, generator: torch.Generator) -> None:
-        """Begin so that h is the fraction of the weight, or half on the way to the level at which the layer has it now."""
+        """Begin so that h is the fraction of the weight, or nearer to the level at which the layer has it now."""
         assert layer.weight_bits is not None
         bits = layer.weight_bits
         self.inner, self.generator = layer.scheme, generator
@@ -377,7 +377,8 @@ class _Rounding(Scheme):
             now = (self.nearest + offset).clamp(low, high)
             self.lower = torch.where(now > ratio, now - self.step, now).clamp(low, high - self.step)
             fraction = ((ratio - self.lower) / self.step).clamp(0, 1)
-            fraction = torch.where(now == self.nearest, fraction, (fraction + (now - self.lower) / self.step) / 2)
+            chosen = (now - self.lower) / self.step
+            fraction = torch.where(now == self.nearest, fraction, (fraction + 2 * chosen) / 3)
         share = (fraction - GAMMA) / (ZETA - GAMMA)
         self.value = torch.logit(share).requires_grad_()
 
@@ -401,7 +402,7 @@ class _Rounding(Scheme):
 
 
 def _mixed(quantized: Tensor, floats: Tensor, generator: torch.Generator, share: float) -> Tensor:
-    """Return a tensor that has a share of DROP of its values of the second, drawn value by value, and else those of the first."""
+    """Return the first tensor with a share of its values, drawn one by one, from the second."""
     if share == 0:
         return quantized
     dropped = torch.rand(quantized.shape, generator=generator, device=quantized.device) < share
@@ -487,10 +488,13 @@ class _Learner:
         device = pieces[0].inputs.device
         generator = torch.Generator(device).manual_seed(self.seed)
         spread = {}
-        for name in self.layers:
+        starts = {}
+        for name, layer in self.layers.items():
             spread[name] = self._correct_mean(name, pieces)
+            start = layer.shift_of_bias()
+            assert start is not None
+            starts[name] = start
         roundings = {name: _Rounding(layer, generator) for name, layer in self.layers.items()}
-        starts = {name: layer.tailored_shift for name, layer in self.layers.items()}
         moves = {name: torch.zeros_like(start).requires_grad_() for name, start in starts.items()}
         values = [rounding.value for rounding in roundings.values()]
         optimizer = torch.optim.Adam(
