@@ -29,6 +29,7 @@ from quantizers.defensive import (
     spectral_norms,
 )
 from quantizers.ensemble import Ensemble, bagging, boosting
+from quantizers.equalization import equalize, smooth
 from quantizers.folding import fold_batch_norm
 from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
@@ -107,6 +108,7 @@ __all__ = [
     "dequantize",
     "draw_amplification",
     "ends",
+    "equalize",
     "error_amplification",
     "fake_quantize",
     "float_copy",
@@ -134,6 +136,7 @@ __all__ = [
     "scheme_rows",
     "schemes_from_records",
     "set_policy",
+    "smooth",
     "spectral_norms",
     "split_parameters",
     "two_stages",
