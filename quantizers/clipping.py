@@ -19,9 +19,9 @@ ONE_BIT = (0.5, 1.75)
 # neighbours of the best.
 COARSE = (16, 8)
 FINE = 2
-RANK = 64  # of what is kept of a covariance beside its diagonal
-DENSE = 128  # inputs up to which all of it is
-CHUNK = 1 << 16  # float32 numbers with which all temporaries fit into the cache
+RANK = 32  # of what is kept of a covariance beside its diagonal
+DENSE = 64  # inputs up to which all of it is
+CHUNK = 1 << 18  # float32 numbers of all candidates that are measured at once
 
 
 class OutputErrors:
