@@ -88,9 +88,8 @@ class OutputErrors:
 
 def _approximation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Return L (groups, k, RANK) and v (groups, k, 1), so that C is about L L^T + diag(v)."""
-    groups, k, _ = covariance.shape
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(k, RANK, generator=generator).to(covariance)
+    start = torch.randn(covariance.shape[1], RANK, generator=generator).to(covariance)
     basis = torch.linalg.qr(covariance @ start).Q
     seen = covariance @ basis
     # C is nearly singular in some directions, where float32 knows no better.

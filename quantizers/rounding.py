@@ -151,7 +151,17 @@ class _Grid:
 
 
 def _round_in_turn(rows: Tensor, grid: _Grid, order: Tensor, factor: Tensor) -> Tensor:
-    """Round weights (groups, channels, k) from the last input of an order to the first; integers (groups, widths, channels, k)."""
+    """Round weights from the last input of an order to the first, each making up for those before.
+
+    Args:
+        rows: The weights (groups, channels, k).
+        grid: Their levels.
+        order: The order of inputs (groups, k).
+        factor: L / diag(L) in that order (groups, k, k).
+
+    Returns:
+        Integers (groups, widths, channels, k).
+    """
     groups, channels, k = rows.shape
     shape = (groups, len(grid.widths), channels)
 
@@ -159,7 +169,8 @@ def _round_in_turn(rows: Tensor, grid: _Grid, order: Tensor, factor: Tensor) -> 
         return values.expand(shape).reshape(groups, -1)
 
     half, low, high = flat(grid.half), flat(grid.low), flat(grid.high)
-    inverse, times, plus = (flat(v) for v in (1 / (grid.scales * grid.times), grid.scales * grid.times, grid.scales * grid.plus))
+    step = grid.scales * grid.times
+    inverse, times, plus = flat(1 / step), flat(step), flat(grid.scales * grid.plus)
     # Inputs come first, so that one input of all channels and widths is one piece of memory.
     weights = torch.take_along_dim(rows, order[:, None], 2).mT
     weights = weights.repeat(1, 1, len(grid.widths))

@@ -63,13 +63,14 @@ def of_channels(moments: InputMoments, errors: Tensor) -> Tensor:
     grouped = moments.grouped(errors).double().flatten(1, -2)
     left = ((grouped @ moments.covariance().double()) * grouped).sum(2)
     left = left.unflatten(0, (moments.groups, moments.parts)).sum(1)
-    return left.view(moments.groups, *errors.shape[:-len(moments._shape)], -1).movedim(0, -2).flatten(-2)
+    return left.view(moments.groups, *errors.shape[: errors.dim() - len(moments._shape)], -1).movedim(0, -2).flatten(-2)
 
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_second_moments_tell_the_error_of_the_output(kind: str, centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments_module, "ENOUGH", 10**9)
+    monkeypatch.setattr(moments_module, "PLENTY", 10**9)
     monkeypatch.setattr(moments_module, "CHUNK", 500)
     layer, x = made(kind)
     moments = seen(layer, x, centred)
@@ -97,11 +98,12 @@ def test_positions_that_are_left_out_change_little_and_save_most(size: int, monk
     x = torch.randn(16384 // size**2, 6, size, size).cumsum(3) + 1
     part = seen(layer, x)
     monkeypatch.setattr(moments_module, "ENOUGH", 10**9)
+    monkeypatch.setattr(moments_module, "PLENTY", 10**9)
     every = seen(layer, x)
     assert part.patches < every.patches / 4
     assert part.patches >= 4 * part.inputs
     for one, other in ((part.covariance(), every.covariance()), (part.mean(), every.mean())):
-        assert (one - other).norm() < 0.15 * other.norm()
+        assert (one - other).norm() < 0.25 * other.norm()
 
 
 def by_inverse(w: Tensor, scale: float, bits: int, second: Tensor, act_order: bool) -> Tensor:
@@ -148,9 +150,10 @@ def test_integers_are_those_of_the_paper(kind: str, act_order: bool) -> None:
         nearest = moments.grouped(quantized(layer, scales, torch.zeros_like(offsets), bits))
         for group in range(moments.groups):
             for channel in range(found.shape[1]):
-                expected = by_inverse(
-                    weights[group, channel], float(scale[group, channel]), bits, second[group], act_order
-                ) * scale[group, channel].double()
+                expected = (
+                    by_inverse(weights[group, channel], float(scale[group, channel]), bits, second[group], act_order)
+                    * scale[group, channel].double()
+                )
                 if torch.equal(found[group, channel], nearest[group, channel]):
                     loss, least = (
                         (weights[group, channel] - q) @ second[group] @ (weights[group, channel] - q)
