@@ -19,9 +19,9 @@ ONE_BIT = (0.5, 1.75)
 # neighbours of the best.
 COARSE = (16, 8)
 FINE = 2
-RANK = 64  # of what is kept of a covariance beside its diagonal
-DENSE = 128  # inputs up to which all of it is
-CHUNK = 1 << 16  # float32 numbers with which all temporaries fit into the cache
+RANK = 32  # of what is kept of a covariance beside its diagonal
+DENSE = 64  # inputs up to which all of it is
+CHUNK = 1 << 18  # float32 numbers of all candidates that are measured at once
 
 
 class OutputErrors:
@@ -88,9 +88,8 @@ class OutputErrors:
 
 def _approximation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Return L (groups, k, RANK) and v (groups, k, 1), so that C is about L L^T + diag(v)."""
-    groups, k, _ = covariance.shape
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(k, RANK, generator=generator).to(covariance)
+    start = torch.randn(covariance.shape[1], RANK, generator=generator).to(covariance)
     basis = torch.linalg.qr(covariance @ start).Q
     seen = covariance @ basis
     # C is nearly singular in some directions, where float32 knows no better.

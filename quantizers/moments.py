@@ -15,7 +15,10 @@ from torch.overrides import TorchFunctionMode
 # are divided into equal parts, and products between parts are left out.
 MOST_INPUTS = 1 << 13
 MOST_BYTES = 1 << 30  # of all layers' sums that are held at a time
-ENOUGH = 4  # patches per input of an output, before any position is left out
+# Patches per input of an output that there must be before any is left out; and beyond which most are.
+ENOUGH = 4
+PLENTY = 1024
+SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small products of groups than in a large one
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
 CHUNK = 1 << 20  # numbers of patches that are unfolded at once
 PRODUCTS = (torch.conv1d, torch.conv2d, F.linear)
@@ -31,9 +34,9 @@ class InputMoments:
     Cov = H - E[p] E[p]^T what is left of it once the bias is corrected.
 
     Unfolding a convolution with k inputs per output costs k / (outputs of a group) times the
-    convolution itself. Where that is more than one, every so manyth position of the output is
-    taken, as soon as there have been 4 k patches: a stride that shares no factor with the output's
-    size, so that all rows and columns are met. A patch counts for those that it stands for.
+    convolution itself. Where that is more than one, every so manyth patch is taken, as soon as
+    there have been 4 k of them, and fewer still beyond 1024 k: of every so manyth image every so
+    manyth position of the output. A patch counts for those that it stands for.
 
     Sums are taken in float32 of patches from which the first batch's mean is subtracted, so that a
     mean that is large beside the deviation costs no digits.
@@ -52,7 +55,13 @@ class InputMoments:
     """
 
     def __init__(self, layer: str, module: nn.Module, centred: bool = True) -> None:
-        """Have seen nothing yet of a Conv1d, Conv2d or Linear, which has its name for messages."""
+        """Have seen nothing yet of a layer.
+
+        Args:
+            layer: Its name, for messages.
+            module: A Conv1d, Conv2d or Linear.
+            centred: Whether a correction of the bias follows.
+        """
         self.layer, self.centred = layer, centred
         self.is_product = True
         self._shape = tuple(module.weight.shape)  # type: ignore[operator, arg-type]
@@ -88,8 +97,9 @@ class InputMoments:
         if not count or not self.inputs:
             return
         self.images += operand.shown
-        step = operand.stride(self._step(count))
-        for patches in operand.patches(step, self._seen, self.groups, CHUNK):
+        strides = operand.strides(self._step(count))
+        step = math.prod(strides)
+        for patches in operand.patches(strides, self._seen, self.groups, CHUNK):
             split = patches.unflatten(2, (self.parts, self.inputs)).transpose(1, 2).flatten(0, 1)
             self.patches += split.shape[1]
             self._weight += step * split.shape[1]
@@ -97,10 +107,13 @@ class InputMoments:
         self._seen += count
 
     def _step(self, count: int) -> int:
-        """Return of how many positions one is taken, so that unfolding costs as much as the layer, with so many in this batch."""
+        """Return of how many patches one is taken, with so many in this batch: unfolding shall cost as much as the layer."""
         k = self.inputs * self.parts
+        seen = self._seen + count
         ratio = -(-k * self.groups // self._shape[0])
-        return max(1, min(ratio, (self._seen + count) // (ENOUGH * k)))
+        if self.groups > 1:
+            ratio *= SMALL_PRODUCTS
+        return max(1, min(ratio, seen // (ENOUGH * k)), seen // (PLENTY * k))
 
     def _add(self, patches: Tensor, share: int) -> None:
         if self._shift.numel() == 0:
@@ -167,12 +180,25 @@ class InputMoments:
 class Passes:
     """Moments of many layers, of as many at a time as memory allows; for the others, images go through the network again."""
 
-    def __init__(self, moments: Mapping[str, InputMoments], batches: object, most_bytes: int = MOST_BYTES) -> None:
-        """Divide moments, in the order in which they will be taken.
+    def __init__(
+        self,
+        moments: Mapping[str, InputMoments],
+        batches: object,
+        look: Callable[[Mapping[str, InputMoments]], None],
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        """Divide moments among passes.
 
-        Raises ValueError if that takes more than one pass over an iterator, which can be gone through
-        once.
+        Args:
+            moments: By layer, in the order in which they will be taken.
+            batches: What the network is run over.
+            look: Runs the network over it, with such pre-hooks, in a pass after the first.
+            most_bytes: What the sums may take at a time, unless it is one layer's.
+
+        Raises:
+            ValueError: For more than one pass over an iterator, which can be gone through once.
         """
+        self._look = look
         self._passes: list[dict[str, InputMoments]] = [{}]
         held = 0
         for name, layer in moments.items():
@@ -184,32 +210,24 @@ class Passes:
         if len(self._passes) > 1 and isinstance(batches, Iterator):
             total = sum(layer.bytes for layer in moments.values())
             raise ValueError(
-                f"the second moments of all layers' inputs take {total / 1e9:.1f} GB, more than the {most_bytes / 1e9:.1f} GB that "
-                f"are held at a time, so that images are looked at {len(self._passes)} times: give `calibrate` as a list of "
-                "batches, a DataLoader or a Dataset, not an iterator"
+                f"the second moments of all layers' inputs take {total / 1e9:.1f} GB, more than the {most_bytes / 1e9:.1f} GB "
+                f"that are held at a time, so that images are looked at {len(self._passes)} times: give `calibrate` as a list "
+                "of batches, a DataLoader or a Dataset, not an iterator"
             )
 
     def hooks(self) -> dict[str, InputMoments]:
         """Return the pre-hooks of the pass that is next, or has been last."""
         return self._passes[0]
 
-    def take(self, name: str, look: Callable[[dict[str, InputMoments]], object]) -> InputMoments | None:
-        """Return a layer's moments, and hold them no longer.
-
-        Args:
-            name: The layer.
-            look: Runs the network over all images with such pre-hooks; called if a further pass is due.
-
-        Returns:
-            Its moments; None if it has none.
-        """
+    def take(self, name: str) -> InputMoments | None:
+        """Return a layer's moments, and hold them no longer; None if it has none. A further pass is made if it is due."""
         if len(self._passes) > 1 and name in self._passes[1]:
             self._passes.pop(0)
-            look(self.hooks())
+            self._look(self.hooks())
         return self.hooks().pop(name, None)
 
 
-class _Found(Exception):  # noqa: N818  (it ends a forward pass early, and is no error)
+class _Found(Exception):
     """What a layer multiplies its weight with."""
 
     def __init__(self, x: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1) -> None:
@@ -271,18 +289,25 @@ class _Operand:
             self._outputs.append((side - step * (length - 1) - 1) // jump + 1)
         self.images, self.positions = len(x), math.prod(self._outputs)
 
-    def stride(self, step: int) -> int:
-        """Return the next number that has no factor in common with a row of the output, so that all its columns are met."""
-        while self._outputs and math.gcd(step, self._outputs[-1]) > 1:
-            step += 1
-        return step
+    def strides(self, step: int) -> tuple[int, int]:
+        """Divide a step among images and positions: of how many images, and of how many positions of these, one is taken.
 
-    def patches(self, step: int, seen: int, groups: int, most: int) -> Iterator[Tensor]:
+        That of positions has no factor in common with a row of the output, so that all its columns are
+        met.
+        """
+        of_images = min(math.isqrt(step), self.images)
+        of_positions = -(-step // of_images)
+        if self.positions < MANY_POSITIONS * of_positions:
+            return step, 1
+        while math.gcd(of_positions, self._outputs[-1]) > 1:
+            of_positions += 1
+        return of_images, of_positions
+
+    def patches(self, strides: tuple[int, int], seen: int, groups: int, most: int) -> Iterator[Tensor]:
         """Unfold every so manyth patch.
 
         Args:
-            step: Of how many patches one is taken: of every image if it has many positions, else of
-                the images.
+            strides: Of how many images, and of how many positions, one is taken.
             seen: How many patches there were before, so that others are taken than of the last batch.
             groups: The layer's.
             most: How many numbers are unfolded at once, about.
@@ -290,12 +315,12 @@ class _Operand:
         Yields:
             Patches (groups, patches, inputs), memory of the caller's own.
         """
-        x, positions = self._x, torch.arange(self.positions, device=self._x.device)
-        if self.positions >= MANY_POSITIONS * step:
-            positions = positions[seen % step :: step]
-        else:
-            x = x[seen % step :: step]
+        of_images, of_positions = strides
+        x = self._x[seen % of_images :: of_images]
+        positions = torch.arange(seen % of_positions, self.positions, of_positions, device=x.device)
         size = x.shape[1] * math.prod(self._kernel)
+        if not len(x) or not len(positions):
+            return
         for some in x.split(max(1, most // (size * len(positions)))):
             for here in positions.split(max(1, most // size)):
                 yield self._unfolded(some, here, groups)
@@ -317,8 +342,9 @@ class _Operand:
         else:
             # Rows of channels are gathered fastest.
             padded = x.new_zeros(len(x), *self._sides, x.shape[1])
-            inner = [slice(pad[0], pad[0] + side) for pad, side in zip(self._padding, x.shape[2:], strict=True)]
-            padded[(slice(None), *inner)] = x.movedim(1, -1)
+            inside = [slice(pad[0], pad[0] + side) for pad, side in zip(self._padding, x.shape[2:], strict=True)]
+            place = (slice(None), *inside)
+            padded[place] = x.movedim(1, -1)
             images = math.prod(self._sides) * torch.arange(len(x), device=x.device)
             places = images[:, None, None] + starts[:, None] + offsets
             taken = padded.flatten(0, -2)[places.flatten()].view(len(x), len(starts), kernel, groups, channels)

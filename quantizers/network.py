@@ -128,12 +128,7 @@ def _quantized(
     means: dict[str, MeanInput] = {}
     if wanted.correction is not None:
         means = {name: MeanInput() for name in policy}
-    passes = _passes(wanted, policy, floats, calibrate)
-
-    def look_again(hooks: dict[str, InputMoments]) -> None:
-        assert calibrate is not None
-        observe(made, {key: floats[key] for key in hooks}, calibrate, also=(hooks,), on_progress=on_progress)
-
+    passes = _passes(made, wanted, floats, calibrate)
     if calibrate is not None:
         also = (means, passes.hooks())
         observers = observe(made, floats, calibrate, first_pass=reads, also=also, on_progress=on_progress)
@@ -150,7 +145,7 @@ def _quantized(
             lacks_errors = _start(name, layer, schemes[name])
             layer.to(before.device)
             if state is None:
-                moments = passes.take(name, look_again)
+                moments = passes.take(name)
                 _calibrate(name, layer, observers.get(name), policy[name], lacks_errors, moments)
                 if wanted.roundings[name] == "gptq":
                     _round(layer, moments, policy[name])
@@ -166,13 +161,17 @@ def _quantized(
     if state is not None:
         load_quantizer_state(made, state)
     set_policy(made, policy)
+    _warn_of_uncorrected(uncorrected)
+    return made, reads.found
+
+
+def _warn_of_uncorrected(uncorrected: list[str]) -> None:
     if uncorrected:
         warnings.warn(
             f"{len(uncorrected)} layers stay without bias correction, since their outputs are more than the products of one "
             f"input with their weight: {', '.join(uncorrected)}",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return made, reads.found
 
 
 def _schemes(scheme: Schemes, policy: Mapping[str, Bits]) -> dict[str, Scheme]:
@@ -198,14 +197,19 @@ def _roundings(rounding: Roundings, policy: Mapping[str, Bits]) -> dict[str, str
     return dict(rounding)
 
 
-def _passes(wanted: Wanted, policy: Mapping[str, Bits], floats: Mapping[str, nn.Module], calibrate: Batches | None) -> Passes:
+def _passes(made: nn.Module, wanted: Wanted, floats: Mapping[str, nn.Module], calibrate: Batches | None) -> Passes:
     """Return the second moments that schemes and roundings ask for."""
     moments = {}
     if calibrate is not None:
-        for name in policy:
+        for name in wanted.schemes:
             if wanted.schemes[name].needs_moments() or wanted.roundings[name] == "gptq":
                 moments[name] = InputMoments(name, floats[name], centred=wanted.correction is not None)
-    return Passes(moments, calibrate)
+
+    def look(hooks: Mapping[str, InputMoments]) -> None:
+        assert calibrate is not None
+        observe(made, {name: floats[name] for name in hooks}, calibrate, also=(hooks,))
+
+    return Passes(moments, calibrate, look)
 
 
 def _check_sources(

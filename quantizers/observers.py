@@ -413,9 +413,8 @@ def observe(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(observers[name], with_kwargs=True))
-            for hooks in also:
-                if name in hooks:
-                    handles.append(module.register_forward_pre_hook(hooks[name], with_kwargs=True))
+            others = [hooks[name] for hooks in also if name in hooks]
+            handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for hook in others]
         network.eval()
         with torch.no_grad():
             every = _batches(batches)

@@ -49,9 +49,8 @@ def gptq(
         widths: The widths for which there shall be offsets.
 
     Returns:
-        Offsets, int8 (8, *weight.shape): the weight's integers at width b are
-        clamp(round(weight / scale) + offset[b - 1]), or clamp(sign(weight) + offset[0]) at 1 bit.
-        Zeros at widths that weren't asked for.
+        Offsets, int8 (8, *weight.shape): what must be added to the weight's integers at width b, rounded
+        to nearest and clamped (`quantize_tensor`). Zeros at widths that weren't asked for.
 
     Raises:
         ValueError: For fewer patches than inputs of an output, for a weight or moments that aren't
@@ -142,21 +141,27 @@ class _Grid:
         self.times, self.half, self.low, self.high, self.plus = scales.new_tensor(rows).T[:, None, :, None]
 
     def nearest(self, rows: Tensor) -> Tensor:
-        """Return weights (groups, channels, k) as integers (groups, widths, channels, k) that aren't clamped."""
+        """Return weights (groups, channels, k) as integers (groups, widths, channels, k)."""
         made = (rows[:, None] / self.scales[..., None]).round_()
         for index, bits in enumerate(self.widths):
             if bits == 1:
                 made[:, index] = sign(rows)
-        return made
-
-    def clamped(self, integers: Tensor) -> Tensor:
-        """Return integers (groups, widths, channels, k) within their widths."""
         high = self.high * self.times + self.plus
-        return integers.clamp(-high[..., None], high[..., None])
+        return made.clamp_(-high[..., None], high[..., None])
 
 
 def _round_in_turn(rows: Tensor, grid: _Grid, order: Tensor, factor: Tensor) -> Tensor:
-    """Round weights (groups, channels, k) from the last input of an order to the first; integers (groups, widths, channels, k)."""
+    """Round weights from the last input of an order to the first, each making up for those before.
+
+    Args:
+        rows: The weights (groups, channels, k).
+        grid: Their levels.
+        order: The order of inputs (groups, k).
+        factor: L / diag(L) in that order (groups, k, k).
+
+    Returns:
+        Integers (groups, widths, channels, k).
+    """
     groups, channels, k = rows.shape
     shape = (groups, len(grid.widths), channels)
 
@@ -164,9 +169,8 @@ def _round_in_turn(rows: Tensor, grid: _Grid, order: Tensor, factor: Tensor) -> 
         return values.expand(shape).reshape(groups, -1)
 
     half, low, high = flat(grid.half), flat(grid.low), flat(grid.high)
-    inverse, times, plus = (
-        flat(v) for v in (1 / (grid.scales * grid.times), grid.scales * grid.times, grid.scales * grid.plus)
-    )
+    step = grid.scales * grid.times
+    inverse, times, plus = flat(1 / step), flat(step), flat(grid.scales * grid.plus)
     # Inputs come first, so that one input of all channels and widths is one piece of memory.
     weights = torch.take_along_dim(rows, order[:, None], 2).mT
     weights = weights.repeat(1, 1, len(grid.widths))
@@ -203,10 +207,9 @@ def _kept_offsets(rows: Tensor, grid: _Grid, chosen: Tensor, covariance: Tensor,
     Returns:
         Offsets of the shape of `chosen`.
     """
-    unclamped = grid.nearest(rows)
-    nearest = grid.clamped(unclamped)
+    nearest = grid.nearest(rows)
     # An offset that int8 doesn't hold stands for nothing.
-    chosen = torch.where((chosen - unclamped).abs() <= LARGEST_OFFSET, chosen, nearest)
+    chosen = torch.where((chosen - nearest).abs() <= LARGEST_OFFSET, chosen, nearest)
     scales = grid.scales[..., None]
     first, second = rows[:, None] - scales * nearest, rows[:, None] - scales * chosen
     # x^T C x - y^T C y = (x - y)^T C (x + y)
@@ -215,4 +218,4 @@ def _kept_offsets(rows: Tensor, grid: _Grid, chosen: Tensor, covariance: Tensor,
     gain = terms.sum(3).unflatten(0, (-1, parts)).sum(1)
     doubt = terms.abs_().sum(3).unflatten(0, (-1, parts)).sum(1)
     better = (gain > TOLERANCE * doubt).repeat_interleave(parts, 0)[..., None]
-    return torch.where(better & (chosen != nearest), chosen - unclamped, 0).to(torch.int8)
+    return torch.where(better, chosen - nearest, 0).to(torch.int8)

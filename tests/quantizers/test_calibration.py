@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from quantizers import observers
-from quantizers.observers import Observer
+from quantizers.clipping import OutputErrors
+from quantizers.moments import InputMoments
+from quantizers.observers import Observer, fit_weight_scales
 from tests.conftest import images, small_network
 
 POLICY = {"a": (4, 4), "b": (4, 4)}
@@ -198,3 +200,89 @@ def test_words_and_networks_of_dicts_are_handed_on() -> None:
     ]
     assert same(states[0], states[1])
     assert same(states[0], states[2])
+
+
+def output_errors(layer: nn.Module, x: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What a layer's outputs lose by channel once the bias is corrected, and what of it is a multiple of the output."""
+    weight = layer.weight.detach()
+    quantized = Q.fake_quantize(weight, scales[bits - 1].view(-1, *[1] * (weight.dim() - 1)), bits, True)
+    results = []
+    for values in (weight, quantized):
+        y = torch.func.functional_call(layer, {"weight": values}, x).detach().double()
+        y = y.movedim(1, -1).flatten(0, -2)
+        results.append(y - y.mean(0))
+    y, left = results[0], results[0] - results[1]
+    return left.square().mean(0), (left * y).mean(0).square() / y.square().mean(0)
+
+
+LAYERS = {
+    "dense": lambda: nn.Conv2d(8, 6, 3, padding=1),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8),
+    "pointwise": lambda: nn.Conv2d(8, 6, 1),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_scales_by_the_output_lose_less_of_it_than_by_any_other_rule(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    x = torch.randn(20, 8, 8, 8).cumsum(1).relu()
+    moments = InputMoments("layer", layer)
+    moments(layer, (x,))
+    found, errors = fit_weight_scales(layer.weight, "output", moments=moments)
+    assert (errors[1:].diff() < 0).all()
+    for bits in range(1, 9):
+        left, along = output_errors(layer, x, found, bits)
+        rules = ["max"]
+        if kind != "depthwise":  # of so few weights, one may be rounded better by chance
+            rules.append("mse")
+        for rule in rules:
+            scales, _ = fit_weight_scales(layer.weight, rule)
+            other, other_along = output_errors(layer, x, scales, bits)
+            # Multiples of the output count ten times more.
+            assert (left + 10 * along).sum() <= (other + 10 * other_along).sum() * 1.02, (rule, bits)
+            if bits in (2, 3) and kind != "depthwise":
+                assert (left + 10 * along).sum() < 0.95 * (other + 10 * other_along).sum(), (rule, bits)
+
+
+def test_errors_of_outputs_with_many_inputs_are_nearly_the_true_ones() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 40)
+    # A few directions hold most of the variance, as in networks.
+    x = torch.randn(2000, 300) @ (torch.randn(300, 300) * torch.logspace(0, -2, 300)[:, None])
+    moments = InputMoments("layer", layer)
+    moments(layer, (x,))
+    measure = OutputErrors(layer.weight.detach(), moments)
+    scales = torch.rand(5, 40) * 0.02 + 0.01
+    for bits in (2, 3, 4):
+        found = measure.of(scales, bits)
+        for index in range(5):
+            left, along = output_errors(layer, x, scales[index].expand(8, -1), bits)
+            expected = (left + 10 * along).float()
+            assert ((found[index] - expected).abs() / expected).median() < 0.1
+
+
+def test_without_inputs_the_output_rule_is_that_of_the_weights_own_error() -> None:
+    network = nn.Sequential(nn.Linear(6, 4))
+    policy = {"0": (3, None)}
+    states = [Q.quantizer_state(Q.quantize(network, policy, scheme=Q.Linear(calibration=rule))) for rule in ("mse", "output")]
+    assert same(*states)
+    seen = Q.quantizer_state(Q.quantize(network, policy, scheme=Q.Linear(calibration="output"), calibrate=torch.randn(50, 6)))
+    assert not torch.equal(seen["0.weight_scale"], states[0]["0.weight_scale"])
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_scales_by_the_output_are_positive_whatever_the_layer_is_like(power_of_two: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 5)
+    layer.weight.data[1] = 0
+    for x in (torch.zeros(10, 8), torch.ones(10, 8), torch.randn(10, 8), torch.randn(1, 8)):
+        moments = InputMoments("layer", layer)
+        moments(layer, (x,))
+        scales, errors = fit_weight_scales(layer.weight, "output", power_of_two, moments)
+        assert scales.dtype == errors.dtype == torch.float32
+        assert (scales > 0).all()
+        assert scales.isfinite().all()
+        assert (scales[:, 1] == 1).all()
+        if power_of_two:
+            assert torch.equal(scales, 2 ** scales.log2().round())
