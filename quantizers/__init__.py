@@ -29,6 +29,7 @@ from quantizers.defensive import (
     spectral_norms,
 )
 from quantizers.ensemble import Ensemble, bagging, boosting
+from quantizers.equalization import equalize, smooth
 from quantizers.folding import fold_batch_norm
 from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
@@ -46,8 +47,10 @@ from quantizers.network import (
     scheme_records,
     set_policy,
 )
+from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
+from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
 from quantizers.scheme import (
     IntegerActivations,
     IntegerWeights,
@@ -86,6 +89,8 @@ __all__ = [
     "QuantLinear",
     "RPReLU",
     "RSign",
+    "ReconstructedPart",
+    "Reconstruction",
     "Scheme",
     "SchemeLayer",
     "SchemeRow",
@@ -103,6 +108,7 @@ __all__ = [
     "dequantize",
     "draw_amplification",
     "ends",
+    "equalize",
     "error_amplification",
     "fake_quantize",
     "float_copy",
@@ -122,12 +128,15 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "quantizer_state",
+    "reconstruct",
+    "reestimate_norms",
     "remove_filters",
     "scheme_names",
     "scheme_records",
     "scheme_rows",
     "schemes_from_records",
     "set_policy",
+    "smooth",
     "spectral_norms",
     "split_parameters",
     "two_stages",

@@ -40,7 +40,7 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
             output is used elsewhere than in its norm.
     """
     made = copy_network(network).eval()
-    before = made(*copied(example))
+    before = made(*copied_inputs(example))
     pairs = _pairs(made, example)
     for layer, norm in pairs:
         _fold(layer, norm)
@@ -49,8 +49,8 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if child in folded and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
                 setattr(parent, name, nn.Identity())
-    after = made(*copied(example))
-    for old, new in zip(tensors_of(before), tensors_of(after), strict=True):
+    after = made(*copied_inputs(example))
+    for old, new in zip(output_tensors(before), output_tensors(after), strict=True):
         if not torch.allclose(old, new, rtol=1e-3, atol=1e-4 * float(old.abs().max().clamp_min(1))):
             worst = float((old - new).abs().max())
             raise ValueError(
@@ -82,7 +82,7 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
         if isinstance(module, (*QUANTIZABLE, _BatchNorm)):
             handles.append(module.register_forward_hook(after))
     try:
-        network(*copied(example))
+        network(*copied_inputs(example))
     finally:
         for handle in handles:
             handle.remove()
@@ -108,12 +108,12 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
             parameter.fill_(value)
 
 
-def copied(example: Any) -> Any:
+def copied_inputs(example: Any) -> Any:
     """Copy inputs for one pass: a network may normalise them in place."""
     return tree_map_only(Tensor, torch.clone, example)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
+def output_tensors(output: Any) -> list[Tensor]:
     """Return the tensors of whatever a network returns."""
     if isinstance(output, Tensor):
         return [output]
@@ -124,4 +124,4 @@ def tensors_of(output: Any) -> list[Tensor]:
         parts = list(output)
     elif is_dataclass(output):
         parts = list(vars(output).values())
-    return [tensor for part in parts for tensor in tensors_of(part)]
+    return [tensor for part in parts for tensor in output_tensors(part)]

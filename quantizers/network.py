@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from quantizers.backward import BACKWARD
 from quantizers.copying import copy_network, evaluating
 from quantizers.correction import MeanInput, correct_bias, correct_weights
-from quantizers.functional import MAX_BITS
+from quantizers.functional import MAX_BITS, WIDTHS
 from quantizers.layers import FOUND_AFTER_TRAINING, QuantLayer, make_quantized, make_unquantized, no_scale
 from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
+from quantizers.moments import InputMoments, Passes
 from quantizers.observers import Batches, Observer, OnProgress, collect, no_progress, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
+from quantizers.rounding import gptq
 from quantizers.scheme import Scheme, failing_as, try_out
 
 Schemes = str | Scheme | Mapping[str, str | Scheme]
+Roundings = str | Mapping[str, str]
 FLAGS = ("signed", "calibrated")  # of a layer, in the quantizer state
 TAILORED_FOR = "tailored_for"  # likewise, where there is one: two integers, 0 for float
 CORRECTIONS = (None, "analytic", "sequential")
@@ -42,7 +45,7 @@ def quantize(
     calibrate: Batches | None = None,
     state: Mapping[str, Tensor] | None = None,
     correction: str | None = None,
-    rounding: str = "nearest",
+    rounding: Roundings = "nearest",
     on_progress: OnProgress = no_progress,
 ) -> nn.Module:
     """Make a copy of a network whose convolutions and linear layers compute at the bits of a policy.
@@ -63,7 +66,9 @@ def quantize(
         correction: "analytic" adds to biases what quantized weights take away from the mean of each
             layer's outputs, for every width; "sequential" does that too, and then corrects the biases
             once more for this policy (`correct_bias`); None leaves biases alone.
-        rounding: How weights become integers: to the "nearest", or by "gptq".
+        rounding: How weights become integers: to the "nearest", or by "gptq" (`quantizers.rounding`),
+            for every width; or one per layer of the policy, by name. Layers that calibration never
+            reaches are rounded to nearest.
         on_progress: Is told how many of how many steps are done, in batches and layers.
 
     Returns:
@@ -71,14 +76,15 @@ def quantize(
 
     Raises:
         ValueError: For unknown or missing layers, for bits out of range or without meaning in the
-            scheme, for calibration without data, and for a correction or rounding without it.
+            scheme, for calibration without data, for a correction or rounding without it, and for
+            GPTQ with too few images, saying how many are enough.
 
     Warns:
         LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
     """
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
-        wanted = Wanted(_schemes(scheme, policy), correction, rounding)
+        wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy))
         if correction == "sequential" and calibrate is not None:
             calibrate = [(inputs,) for inputs in collect(calibrate, network)]  # to go through it again
         made, reads = _quantized(network, policy, wanted, calibrate, state, on_progress)
@@ -89,11 +95,11 @@ def quantize(
 
 
 class Wanted(NamedTuple):
-    """How a network is to be quantized: schemes by layer, and what `quantize` takes."""
+    """How a network is to be quantized: schemes and roundings by layer, and the correction."""
 
     schemes: Mapping[str, Scheme]
     correction: str | None
-    rounding: str
+    roundings: Mapping[str, str]
 
 
 def _quantized(
@@ -122,8 +128,15 @@ def _quantized(
     means: dict[str, MeanInput] = {}
     if wanted.correction is not None:
         means = {name: MeanInput() for name in policy}
+    passes = _passes(wanted, policy, floats, calibrate)
+
+    def look_again(hooks: dict[str, InputMoments]) -> None:
+        assert calibrate is not None
+        observe(made, {key: floats[key] for key in hooks}, calibrate, also=(hooks,), on_progress=on_progress)
+
     if calibrate is not None:
-        observers = observe(made, floats, calibrate, first_pass=reads, also=means, on_progress=on_progress)
+        also = (means, passes.hooks())
+        observers = observe(made, floats, calibrate, first_pass=reads, also=also, on_progress=on_progress)
     readers = read_by_others(made, reads.found)
     if state is None:
         _check_complete(policy, floats, observers, readers)
@@ -137,7 +150,10 @@ def _quantized(
             lacks_errors = _start(name, layer, schemes[name])
             layer.to(before.device)
             if state is None:
-                _calibrate(name, layer, observers.get(name), policy[name], lacks_errors)
+                moments = passes.take(name, look_again)
+                _calibrate(name, layer, observers.get(name), policy[name], lacks_errors, moments)
+                if wanted.roundings[name] == "gptq":
+                    _round(layer, moments, policy[name])
                 if name in means and not correct_weights(layer, means[name]):
                     uncorrected.append(name)
             if not torch.allclose(layer.weight, before, rtol=0, atol=0, equal_nan=True):
@@ -168,6 +184,32 @@ def _schemes(scheme: Schemes, policy: Mapping[str, Bits]) -> dict[str, Scheme]:
     return {name: Scheme.named(chosen) for name, chosen in scheme.items()}
 
 
+def _roundings(rounding: Roundings, policy: Mapping[str, Bits]) -> dict[str, str]:
+    """Return how the weights of every layer of a policy are rounded."""
+    if not isinstance(rounding, Mapping):
+        rounding = dict.fromkeys(policy, rounding)
+    if differing := sorted(set(rounding) ^ set(policy)):
+        raise ValueError(
+            f"`rounding` must name the policy's layers, and only those; {differing[0]!r} is in one of the two only"
+        )
+    for chosen in rounding.values():
+        if chosen not in ROUNDINGS:
+            raise ValueError(f"unknown rounding {chosen!r}; known: {', '.join(ROUNDINGS)}")
+    return dict(rounding)
+
+
+def _passes(
+    wanted: Wanted, policy: Mapping[str, Bits], floats: Mapping[str, nn.Module], calibrate: Batches | None
+) -> Passes:
+    """Return the second moments that schemes and roundings ask for."""
+    moments = {}
+    if calibrate is not None:
+        for name in policy:
+            if wanted.schemes[name].needs_moments() or wanted.roundings[name] == "gptq":
+                moments[name] = InputMoments(name, floats[name], centred=wanted.correction is not None)
+    return Passes(moments, calibrate)
+
+
 def _check_sources(
     schemes: Mapping[str, Scheme],
     policy: Mapping[str, Bits],
@@ -184,10 +226,17 @@ def _check_sources(
 def _check_wanted(wanted: Wanted, calibrate: Batches | None) -> None:
     if wanted.correction not in CORRECTIONS:
         raise ValueError(f"unknown correction {wanted.correction!r}; it can be 'analytic', 'sequential', or None")
-    if wanted.rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {wanted.rounding!r}; known: {', '.join(ROUNDINGS)}")
-    if calibrate is None and (wanted.correction is not None or wanted.rounding != "nearest"):
-        asked = f"rounding={wanted.rounding!r}"
+    rounded = [name for name, rounding in wanted.roundings.items() if rounding != "nearest"]
+    for name in rounded:
+        scheme = wanted.schemes[name]
+        if not scheme.takes_offsets:
+            able = [known for known, kind in Scheme.known.items() if kind.takes_offsets]
+            raise ValueError(
+                f"layer {name!r}: weights of scheme {scheme.name!r} can't be rounded by {wanted.roundings[name]!r}: give "
+                f"rounding='nearest', or a scheme with integers to choose between ({', '.join(able)})"
+            )
+    if calibrate is None and (wanted.correction is not None or rounded):
+        asked = "rounding='gptq'"
         if wanted.correction is not None:
             asked = f"correction={wanted.correction!r}"
         raise ValueError(f"{asked} needs inputs to look at: give `calibrate` (batches of inputs)")
@@ -234,17 +283,37 @@ def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
 
 
 @torch.no_grad()
-def _calibrate(name: str, layer: QuantLayer, observer: Observer | None, bits: Bits, lacks_errors: bool) -> None:
-    """Set a layer's scheme's tensors from what an observer saw."""
+def _round(layer: QuantLayer, moments: InputMoments | None, bits: Bits) -> None:
+    """Set a layer's `weight_offset` by GPTQ, if calibration reached the layer."""
+    if moments is None or not moments.images:
+        return
+    if bits[0] is None and not moments.suffice():
+        return
+    scheme = layer.scheme
+    widths = [width for width in WIDTHS if scheme.takes(width, None, layer.signed)]
+    scales = layer.weight.new_ones(MAX_BITS, layer.weight.shape[0])
+    for width in widths:
+        scales[width - 1] = scheme.weight_step(layer, width)
+    layer.weight_offset = gptq(layer.weight, scales, moments, widths=widths)
+
+
+@torch.no_grad()
+def _calibrate(
+    name: str, layer: QuantLayer, observer: Observer | None, bits: Bits, lacks_errors: bool, moments: InputMoments | None
+) -> None:
+    """Set a layer's scheme's tensors from what an observer and moments saw."""
     if observer is not None and not observer.values:
         observer = None
     if observer is None and layer.scheme.needs_data_at(*bits):
         raise ValueError(f"layer {name!r} was never called during calibration, so its input has no scale")
     if observer is not None:
         layer.signed, layer.calibrated = observer.signed, True
+        observer.moments = moments
     try:
         with failing_as(layer.scheme, "calibrate"):
             layer.scheme.calibrate(layer, observer)
+        if observer is not None:
+            observer.moments = None  # which is large
         layer.weight_bits, layer.activation_bits = bits
         try_out(layer, layer.scheme, _sample(layer, observer))
         layer.weight_bits = layer.activation_bits = None

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from quantizers.clipping import output_scales
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
+from quantizers.histogram import Histogram, importance_of_inputs
+from quantizers.moments import InputMoments
 
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
 SAMPLES = 1 << 16  # activations of a batch that are looked at, and of all batches that a scheme is shown, per layer
@@ -31,6 +34,7 @@ CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into t
 BINS = 2048
 PERCENTILE = 0.9999
 RULES = ("mse", "max", "percentile", "kl")
+WEIGHT_RULES = (*RULES, "output")
 
 Batches = Iterable[Any] | Tensor
 OnProgress = Callable[[int, int, str], None]  # how many are done, of how many, of what
@@ -43,17 +47,21 @@ def no_progress(*told: object) -> None:
 ACCEPTED = "give a tensor of inputs (N, ...), or an iterable of such tensors or of pairs (inputs, labels)"
 
 
-def fit_weight_scales(weight: Tensor, rule: str = "mse", power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def fit_weight_scales(
+    weight: Tensor, rule: str = "mse", power_of_two: bool = False, moments: InputMoments | None = None
+) -> tuple[Tensor, Tensor]:
     """Find per-channel symmetric scales of a weight for widths 1..8, and the error each leaves.
 
     Rule `mse` minimises the error over clipping points max|w| * k / 80; `max` and `kl` take max|w|,
     `percentile` the 99.99th of |w|. At one bit the scale is mean |w|, which is optimal (Rastegari
-    et al. 2016, equation 6).
+    et al. 2016, equation 6). Rule `output` minimises the error of the layer's output
+    (`quantizers.clipping`); where nothing is known of the layer's input it is `mse`.
 
     Args:
         weight: A weight (C_out, ...).
-        rule: One of `RULES`.
+        rule: One of `WEIGHT_RULES`.
         power_of_two: Whether scales are rounded to powers of two.
+        moments: What the layer's input was like, for rule `output`.
 
     Returns:
         Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of
@@ -63,6 +71,10 @@ def fit_weight_scales(weight: Tensor, rule: str = "mse", power_of_two: bool = Fa
         ValueError: For a weight that isn't finite.
     """
     refuse_infinite(weight)
+    if rule == "output":
+        if moments is not None and moments.patches and weight.numel():
+            return output_scales(weight, moments, power_of_two)
+        rule = "mse"
     channels = _Channels(weight.detach().flatten(1).double(), rule)
     scales, errors = [], []
     for bits in WIDTHS:
@@ -248,13 +260,25 @@ def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
 
 
 class Observer:
-    """What a layer's input looked like: a sample of its values, its largest magnitude and whether it was ever negative."""
+    """What a layer's input looked like.
+
+    Attributes:
+        values: A sample of its values, in pieces.
+        low: The smallest of all values that were seen, 0 if none was below.
+        high: The largest of them, likewise.
+        largest: The largest magnitude.
+        signed: Whether any was negative.
+        histogram: All values, counted; each channel weighs what the layer makes of it.
+        moments: The second moments of its patches, where a scheme asks for them (`Scheme.needs_moments`).
+    """
 
     def __init__(self, layer: str = "") -> None:
         """Have seen nothing yet of a layer, whose name is for messages."""
         self.layer = layer
+        self.moments: InputMoments | None = None
         self.values: list[Tensor] = []
-        self.largest, self.signed = 0.0, False
+        self.low, self.high, self.largest, self.signed = 0.0, 0.0, 0.0, False
+        self.histogram: Histogram | None = None
         # Of the values that batches give, every so manyth is kept.
         self._every, self._given, self._kept = 1, 0, 0
 
@@ -278,7 +302,11 @@ class Observer:
         low, high = float(values.min()), float(values.max())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"an activation that isn't finite appeared during calibration, at layer {self.layer!r}")
+        self.low, self.high = min(self.low, low), max(self.high, high)
         self.largest, self.signed = max(self.largest, -low, high), self.signed or low < 0
+        if self.histogram is None:
+            self.histogram = Histogram(importance_of_inputs(module))
+        self.histogram.add(values, max(-low, high), channel_dimension(module))
         # A contiguous view in memory order, then every n-th value: an odd stride meets all channels
         # alike.
         flat = values.reshape(-1)
@@ -302,6 +330,14 @@ class Observer:
         """Return a sample of all values that were seen, float32."""
         values = torch.cat(self.values)
         return values[:: max(1, values.numel() // SAMPLES) | 1]
+
+
+def channel_dimension(layer: nn.Module) -> int:
+    """Return which dimension of a convolution's or linear layer's input its channels are, counted from the last, -1."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() > 2:
+        return 1 - weight.dim()
+    return -1
 
 
 def input_name(kind: type[nn.Module]) -> str:
@@ -347,7 +383,7 @@ def observe(
     layers: dict[str, nn.Module],
     batches: Batches,
     first_pass: AbstractContextManager[object] | None = None,
-    also: Mapping[str, Callable[..., None]] | None = None,
+    also: Iterable[Mapping[str, Callable[..., None]]] = (),
     on_progress: OnProgress = no_progress,
 ) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
@@ -360,7 +396,7 @@ def observe(
         batches: One tensor (one batch), a pair (inputs, labels) of tensors, a Dataset, or an iterable of
             tensors or of such pairs. Inputs of a floating type are taken in that of the network.
         first_pass: Within what the first batch is run.
-        also: What else looks at the inputs of a layer, by name: further pre-hooks.
+        also: What else looks at the inputs of layers: further pre-hooks by name.
         on_progress: Is told how many of how many batches are done, where their number is known.
 
     Returns:
@@ -377,8 +413,9 @@ def observe(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(observers[name], with_kwargs=True))
-            if also and name in also:
-                handles.append(module.register_forward_pre_hook(also[name], with_kwargs=True))
+            for hooks in also:
+                if name in hooks:
+                    handles.append(module.register_forward_pre_hook(hooks[name], with_kwargs=True))
         network.eval()
         with torch.no_grad():
             every = _batches(batches)

@@ -72,12 +72,13 @@ class IntegerWeights(NamedTuple):
 
 
 class IntegerActivations(NamedTuple):
-    """What enters a layer: integers times a scale."""
+    """What enters a layer: integers q, scale (q - zero_point) is the real value."""
 
     scale: float
     bits: int
-    signed: bool
+    signed: bool  # whether the integers are; not where there is a zero point
     narrow: bool  # whether -(2^(b-1) - 1) is the smallest signed integer, not -2^(b-1)
+    zero_point: int = 0  # from 0 to 2^b - 1: the integer that stands for real 0
 
 
 class SchemeRow(NamedTuple):
@@ -115,6 +116,9 @@ class Scheme:
     # Whether weights, and activations, are integers times a scale: what can be deployed.
     has_integer_weights: ClassVar[bool] = False
     has_integer_activations: ClassVar[bool] = False
+    # Whether signed inputs have zero points: what hardware must be able to do
+    # (`hw_models.Target.zero_points`).
+    has_zero_points: ClassVar[bool] = False
     # Whether signed integers of activations leave out the smallest, -2^(b-1).
     narrow: ClassVar[bool] = True
     # Whether training moves the distance between levels (a step, or the clip that it follows from).
@@ -205,6 +209,10 @@ class Scheme:
         """Say whether these widths need calibration data: in most schemes, wherever activations are quantized."""
         return self.needs_data and activation_bits is not None
 
+    def needs_moments(self) -> bool:
+        """Say whether `calibrate` wants the second moments of the layer's patches (`Observer.moments`)."""
+        return False
+
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return the tensors that a layer holds for this scheme, before calibration.
 
@@ -258,6 +266,10 @@ class Scheme:
         """Say whether the integers of a layer's input are signed: where calibration saw a negative one."""
         return layer.signed
 
+    def zero_point(self, layer: SchemeLayer, bits: int) -> int:
+        """Return the integer that stands for real 0 in a layer's input: 0, in most schemes."""
+        return 0
+
     def integer_weight_bits(self, bits: int) -> int:
         """Return how many bits the integers of weights of a width take in two's complement.
 
@@ -298,7 +310,7 @@ class Scheme:
         return IntegerWeights(codes.reshape(real.shape).to(torch.int8), scale[:, 0].double(), stored)
 
     def integer_activations(self, layer: SchemeLayer) -> IntegerActivations:
-        """Return how a layer's input, at its present width, is integers times a scale.
+        """Return how a layer's input, at its present width, is integers times a scale, with a zero point.
 
         Raises:
             ValueError: With the reason, without the layer's name, where it isn't.
@@ -310,7 +322,7 @@ class Scheme:
         with torch.no_grad():
             scale = float(self.activation_step(layer, bits).float())
         signed = self.has_signed_inputs(layer, bits)
-        return IntegerActivations(scale, bits, signed, self.narrow or not signed)
+        return IntegerActivations(scale, bits, signed, self.narrow or not signed, self.zero_point(layer, bits))
 
     def quantization_errors(self, layer: SchemeLayer) -> tuple[Tensor, Tensor]:
         """Return the relative squared errors of a layer's weights and of its input at widths 1..8, two tensors (8,).
