@@ -198,9 +198,7 @@ def _roundings(rounding: Roundings, policy: Mapping[str, Bits]) -> dict[str, str
     return dict(rounding)
 
 
-def _passes(
-    wanted: Wanted, policy: Mapping[str, Bits], floats: Mapping[str, nn.Module], calibrate: Batches | None
-) -> Passes:
+def _passes(wanted: Wanted, policy: Mapping[str, Bits], floats: Mapping[str, nn.Module], calibrate: Batches | None) -> Passes:
     """Return the second moments that schemes and roundings ask for."""
     moments = {}
     if calibrate is not None:

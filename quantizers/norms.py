@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from quantizers.copying import evaluating
 from quantizers.correction import distance
-from quantizers.folding import copied
+from quantizers.folding import copied_inputs
 from quantizers.network import float_copy
 from quantizers.observers import Batches, collect, first_input
 
@@ -81,7 +81,7 @@ def reestimate_norms(
         try:
             called = _in_order_of_call(qnetwork, norms, inputs[0])
             for norm in called:
-                take_statistics(qnetwork, [norm], map(copied, inputs))
+                take_statistics(qnetwork, [norm], map(copied_inputs, inputs))
             is_kept = keep_worse or distance(qnetwork, network, inputs) <= before
         finally:
             if not is_kept:
@@ -113,7 +113,7 @@ def _in_order_of_call(network: nn.Module, norms: list[_NormBase], inputs: Any) -
 
     handles = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
-        network(copied(inputs))
+        network(copied_inputs(inputs))
     finally:
         for handle in handles:
             handle.remove()

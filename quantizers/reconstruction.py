@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from quantizers.copying import evaluating
 from quantizers.correction import distance, float_layers
-from quantizers.folding import copied
+from quantizers.folding import copied_inputs
 from quantizers.functional import along_channels, integer_range, quantize_tensor
 from quantizers.layers import QuantLayer, tailor
 from quantizers.network import quant_layers
@@ -256,7 +256,7 @@ class _Trace:
             handles.append(module.register_forward_hook(self._leave))
         try:
             with torch.no_grad():
-                network(copied(inputs))
+                network(copied_inputs(inputs))
         finally:
             for handle in handles:
                 handle.remove()
@@ -619,7 +619,7 @@ def _captured(network: nn.Module, module: nn.Module, calls: int, inputs: Any) ->
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     try:
-        network(copied(inputs))
+        network(copied_inputs(inputs))
     except _Reached:
         pass
     finally:

@@ -164,7 +164,9 @@ def _round_in_turn(rows: Tensor, grid: _Grid, order: Tensor, factor: Tensor) -> 
         return values.expand(shape).reshape(groups, -1)
 
     half, low, high = flat(grid.half), flat(grid.low), flat(grid.high)
-    inverse, times, plus = (flat(v) for v in (1 / (grid.scales * grid.times), grid.scales * grid.times, grid.scales * grid.plus))
+    inverse, times, plus = (
+        flat(v) for v in (1 / (grid.scales * grid.times), grid.scales * grid.times, grid.scales * grid.plus)
+    )
     # Inputs come first, so that one input of all channels and widths is one piece of memory.
     weights = torch.take_along_dim(rows, order[:, None], 2).mT
     weights = weights.repeat(1, 1, len(grid.widths))
