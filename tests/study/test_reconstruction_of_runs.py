@@ -23,6 +23,7 @@ from tests.study.test_quantization_of_runs import JOB, QUICK, call, result, same
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(tmp_path, monkeypatch, MODULE.replace('("train", 64)', '("train", 200)'))
     trust("small_job:network", "small_job:splits")
+    monkeypatch.setattr("haq.training.reconstruction.ITERATIONS", 12)
 
 
 def kept_or_not(monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
@@ -82,10 +83,6 @@ def test_it_is_the_same_again_and_only_what_is_better_is_kept(
     assert call(finetune.main, "run", "--epochs", "1") == 0
     assert "earlier" in result("run")["tuning"]
     assert result("run")["finetuned_by"] == "ptq"
-    kept_or_not(monkeypatch, True)
-    assert call(finetune.main, "run", "--epochs", "1") == 0
-    assert result("run")["finetuned_by"] == "train"
-    assert "reconstruction" not in result("run") or result("run")["reconstruction"] is None
 
 
 def test_a_search_ends_with_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +98,11 @@ def test_a_search_ends_with_it(capsys: pytest.CaptureFixture[str], monkeypatch: 
         task.network.module, task.problem.uniform(8), calibrate=task.calibration(), correction="analytic", rounding="gptq"
     )
     assert same(task.problem.evaluator.network, expected)
+
+
+@pytest.mark.slow  # what a search does is tested above
+def test_so_does_every_search_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_or_not(monkeypatch, True)
     sweeping = [*JOB, "--hw", "edge", "--budgets", "0.6", "--solvers", "random", "--evaluations", "2"]
     assert call(sweep.main, *sweeping, "--bits", "3:4", "--rounding", "adaround", "--out", "all") == 0
     assert result("all/edge-0.6-random-seed0")["finetuned_by"] == "ptq"
