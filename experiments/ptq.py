@@ -77,6 +77,7 @@ def mixed(*averages: int) -> tuple[Column, ...]:
     return tuple(Column(f"average {bits}", bits, 8, True) for bits in averages)
 
 
+QUICK = ("W4A8", "average 4")
 COLUMNS = {"mini": (*UNIFORM, *mixed(5, 4, 3)), "residual": (*UNIFORM, *mixed(4, 3)), "lite0": UNIFORM}
 
 
@@ -264,6 +265,12 @@ TOOLS = {
 }
 
 
+def columns_of(method: str, columns: Sequence[Column]) -> list[Column]:
+    """Choose what a method is asked for: most tools have no mixed precision for a limit of memory."""
+    mixes = method not in TOOLS or TOOLS[method].mixes
+    return [column for column in columns if mixes or not column.mixed]
+
+
 def python_of(tool: Tool, folder: Path) -> Path:
     return folder / tool.environment / "bin" / "python"
 
@@ -277,7 +284,7 @@ def how_to_install(tool: Tool, folder: Path) -> str:
 def rows_of_tool(study: Study, name: str, folder: Path) -> Iterator[Row]:
     """Let a tool quantize a study's network in its environment; yields a row for every column, one by one."""
     tool = TOOLS[name]
-    columns = [column for column in study.columns if tool.mixes or not column.mixed]
+    columns = columns_of(name, study.columns)
     row = functools.partial(Row, study.name, len(study.test), name)
     python = python_of(tool, folder)
     if not python.is_file():
@@ -546,13 +553,16 @@ def main() -> int:
     given = sys.argv[1:]
     about = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{''.join(f' {word}' for word in given)}"
     rows = load_rows(out)
+    wanted = {name: COLUMNS[name] for name in chosen}
+    if options.quick:
+        wanted = {name: tuple(column for column in COLUMNS[name] if column.name in QUICK) for name in chosen}
     with progress(console) as bar:
-        task = bar.add_task("cells", total=len(methods) * sum(len(COLUMNS[name]) for name in chosen), note="")
-        for network in chosen:
+        total = sum(len(columns_of(method, columns)) for columns in wanted.values() for method in methods)
+        task = bar.add_task("cells", total=total, note="")
+        for network, columns in wanted.items():
             bar.update(task, note=f"{network}: loading")
             study = makers[network]()
-            if options.quick:
-                study.columns = (UNIFORM[2], mixed(4)[0])
+            study.columns = columns
             for method in methods:
                 made = []
                 for row in rows_of(study, method, options.tools):

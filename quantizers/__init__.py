@@ -29,7 +29,7 @@ from quantizers.defensive import (
     spectral_norms,
 )
 from quantizers.ensemble import Ensemble, bagging, boosting
-from quantizers.equalization import equalize, smooth
+from quantizers.equalization import ChannelClamp, equalize, smooth
 from quantizers.folding import fold_batch_norm
 from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
@@ -72,6 +72,7 @@ __all__ = [
     "Binary",
     "BitPolicy",
     "Bop",
+    "ChannelClamp",
     "ConvexAdd",
     "Correction",
     "DoReFa",

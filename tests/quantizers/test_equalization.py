@@ -191,8 +191,7 @@ def test_outputs_stay(name: str, by: str) -> None:
     assert difference(network, made, IMAGES) < 1e-5
     assert all(torch.equal(value, kept[key]) for key, value in network.state_dict().items())
     exact = Q.equalize(network, IMAGES, by=by, absorb=False)
-    if name != "inverted residuals":  # whose ReLU6 depends on the data
-        assert difference(network, exact, 10 * OTHERS) < 1e-5
+    assert difference(network, exact, OTHERS) < 1e-5
     before = layers_of(Q.fold_batch_norm(network, IMAGES))
     moved = [not torch.equal(before[key].weight, layer.weight) for key, layer in layers_of(exact).items()]  # type: ignore[arg-type]
     assert sum(moved) >= 2
@@ -238,13 +237,20 @@ def test_relu6_becomes_relu_only_where_that_changes_nothing() -> None:
     assert isinstance(Q.equalize(network, small)[1], nn.ReLU)  # type: ignore[index]
     with torch.no_grad():
         network[0].weight[:4] *= 20  # type: ignore[index, operator]
-    made = Q.equalize(network, IMAGES)
-    assert type(made[1]) is nn.ReLU6  # type: ignore[index]
-    reached = network[:2](IMAGES).amax((0, 2, 3)) >= 6  # type: ignore[index]
-    assert reached.any()
-    assert not reached.all()
-    same = (made[0].weight == network[0].weight).flatten(1).all(1)  # type: ignore[index]
-    assert torch.equal(same, reached)
+    with pytest.raises(ValueError, match=r"nothing can be equalized: outputs reach the bound of a ReLU6 \('1'\)"):
+        Q.equalize(network, IMAGES, relu6="keep")
+    with pytest.raises(ValueError, match=r"'0' can't be equalized: outputs reach the bound"):
+        Q.equalize(network, IMAGES, layers=["0"], relu6="keep")
+    made = Q.equalize(network, small, batches=IMAGES)
+    assert difference(network, made, 100 * OTHERS) < 1e-5
+    assert not torch.equal(made[0].weight, network[0].weight)  # type: ignore[index, arg-type]
+    assert isinstance(made[1], Q.ChannelClamp)  # type: ignore[index]
+    # A hook would be lost.
+    network[1].register_forward_hook(lambda module, inputs, output: 2 * output)  # type: ignore[index]
+    with pytest.raises(ValueError, match="has no hooks"):
+        Q.equalize(network, small)
+    with pytest.raises(ValueError, match="unknown choice 'relu' for `relu6`; known: keep, clamp"):
+        Q.equalize(network, IMAGES, relu6="relu")
 
 
 def test_a_relu6_called_twice_may_mean_two_things() -> None:
@@ -257,9 +263,11 @@ def test_a_relu6_called_twice_may_mean_two_things() -> None:
             return self.last(self.act(self.two(self.act(self.one(x)))))
 
     network = random(Twice)
-    made = Q.equalize(network, IMAGES)
-    assert difference(network, made, IMAGES) < 1e-5
-    assert not torch.equal(made.one.weight, network.one.weight)  # type: ignore[arg-type]
+    made = Q.equalize(network, 0.01 * IMAGES)
+    assert difference(network, made, 0.01 * IMAGES) < 1e-5
+    assert isinstance(made.act, nn.ReLU)
+    with pytest.raises(ValueError, match="if it is called once"):
+        Q.equalize(network, 10 * IMAGES)
 
 
 def test_high_biases_are_absorbed() -> None:
@@ -280,11 +288,23 @@ def test_high_biases_are_absorbed() -> None:
     assert torch.equal(one[0].bias, other[0].bias)  # type: ignore[index, arg-type]
 
 
+def test_channels_that_the_data_never_reaches_keep_their_scale_at_relu6() -> None:
+    """They would be cut off elsewhere on other data."""
+    network = random(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1)))
+    with torch.no_grad():
+        network[0].weight *= 20  # type: ignore[index, operator]
+        network[0].bias[0] = -200  # type: ignore[index, operator]
+    for by in ("weights", "activations"):
+        made = Q.equalize(network, IMAGES, by=by, relu6="keep", absorb=False)
+        assert type(made[1]) is nn.ReLU6  # type: ignore[index]
+        assert difference(network, made, 500 * OTHERS) < 1e-5
+
+
 def test_ranges_are_those_of_all_batches() -> None:
     network = random(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 5, 1)))
-    made = Q.equalize(network, 0.01 * IMAGES[:1], batches=[(0.01 * IMAGES, torch.zeros(8)), (3 * IMAGES, torch.zeros(8))])
-    assert type(made[1]) is nn.ReLU6  # type: ignore[index]
-    assert difference(network, made, 3 * IMAGES) < 1e-5
+    assert isinstance(Q.equalize(network, 0.01 * IMAGES)[1], nn.ReLU)  # type: ignore[index]
+    batches = [(0.01 * IMAGES, torch.zeros(8)), (9 * IMAGES, torch.zeros(8))]
+    assert isinstance(Q.equalize(network, 0.01 * IMAGES[:1], batches=batches)[1], Q.ChannelClamp)  # type: ignore[index]
 
 
 class Tied(nn.Module):
@@ -314,6 +334,21 @@ def test_shared_layers_and_hooks() -> None:
     for name, why in (("hooked", "sin"), ("read", "weight"), ("middle", "weight")):
         with pytest.raises(ValueError, match=f"'{name}' can't be equalized.*{why}"):
             Q.equalize(network, x, layers=[name])
+
+
+class Doubling(nn.Linear):
+    """A subclass that does more than its layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * F.linear(x.flatten(1), self.weight, self.bias)
+
+
+def test_layers_of_other_classes() -> None:
+    network = random(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Doubling(144, 6), nn.ReLU(), Doubling(6, 3)))
+    with torch.no_grad():
+        network[2].bias += 100  # type: ignore[index, operator]
+    for by in ("weights", "activations"):
+        assert difference(network, Q.equalize(network, IMAGES, by=by), IMAGES) < 1e-5
 
 
 def test_dead_channels_keep_their_scale() -> None:
@@ -359,6 +394,10 @@ def test_what_cannot_be_done_is_said() -> None:
         Q.equalize(Choosing(), x)
     with pytest.raises(ValueError, match="needs an example"):
         Q.equalize(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="this one is empty"):
+        Q.equalize(nn.Linear(4, 4), x[:0])
+    with pytest.raises(ValueError, match="aren't finite"):
+        Q.equalize(nn.Linear(4, 4), x / 0)
     with pytest.raises(ValueError, match="unknown aim 'size'; known: weights, activations"):
         Q.equalize(nn.Linear(4, 4), x, by="size")
     chain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
