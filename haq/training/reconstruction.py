@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from haq.networks import Network
 from haq.problem.evaluator import one_thread
 from haq.training.adversaries import Adversary
 from haq.training.config import Judgement
-from haq.training.finetuning import hold_out, judge_of
+from haq.training.finetuning import SMALL, hold_out, judge_of
 from quantizers.observers import OnProgress, no_progress
+from quantizers.reconstruction import ITERATIONS
 
 CALIBRATION = 512  # images
 
@@ -83,11 +85,12 @@ def reconstruct(
     images = network.preprocess(trained_on.images[chosen])
     judge = judge_of(network, held, adversary)
     found = Q.copy_network(qnetwork).eval()
-    with one_thread():
+    small = max(network.input_shape[1:]) <= SMALL
+    with one_thread() if small else nullcontext():
         before = judge(found)
         Q.correct_bias(found, network.module, images)
         with torch.enable_grad():
-            Q.reconstruct(found, network.module, images, seed=seed, on_progress=on_progress)
+            Q.reconstruct(found, network.module, images, iterations=ITERATIONS, seed=seed, on_progress=on_progress)
         after = judge(found)
     kept = after.beats(before)
     if not kept:
