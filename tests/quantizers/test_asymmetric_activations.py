@@ -216,10 +216,10 @@ def test_signed_inputs_lose_less_with_a_zero_point(activation: nn.Module, bits: 
     # The image is unsigned, and stays what it is.
     assert torch.equal(layers[True]["stem"].activation_scale, layers[False]["stem"].activation_scale)
     assert layers[True]["stem"].activation_zero_point.eq(0).all()
-    codes = layers[True]["body"].scheme.integer_activations(layers[True]["body"])
-    assert not codes.signed
-    assert codes.zero_point > 0 or bits == 3
-    assert layers[True]["stem"].scheme.integer_activations(layers[True]["stem"]).zero_point == 0
+    body, stem = layers[True]["body"], layers[True]["stem"]
+    assert not body.scheme.integer_activations(body).signed
+    assert body.scheme.zero_point(body, bits) > 0 or bits == 3
+    assert stem.scheme.zero_point(stem, bits) == 0
 
 
 @pytest.mark.parametrize("rule", ["mse", "max", "percentile", "kl"])
