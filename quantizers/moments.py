@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 # are divided into equal parts, and products between parts are left out.
 MOST_INPUTS = 1 << 13
 MOST_BYTES = 1 << 30  # of all layers' sums that are held at a time
-# Patches per input of an output that there must be before any is left out; and beyond which most are.
+# Patches per input of an output that there must be before any is left out, and how many in any case; and
+# beyond which most are.
 ENOUGH = 4
+LEAST_PATCHES = 256
 PLENTY = 1024
 SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small products of groups than in a large one
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
@@ -35,7 +37,7 @@ class InputMoments:
 
     Unfolding a convolution with k inputs per output costs k / (outputs of a group) times the
     convolution itself. Where that is more than one, every so manyth patch is taken, as soon as
-    there have been 4 k of them, and fewer still beyond 1024 k: of every so manyth image every so
+    there have been 4 k of them (and 256), and fewer still beyond 1024 k: of every so manyth image every so
     manyth position of the output. A patch counts for those that it stands for.
 
     Sums are taken in float32 of patches from which the first batch's mean is subtracted, so that a
@@ -113,7 +115,7 @@ class InputMoments:
         ratio = -(-k * self.groups // self._shape[0])
         if self.groups > 1:
             ratio *= SMALL_PRODUCTS
-        return max(1, min(ratio, seen // (ENOUGH * k)), seen // (PLENTY * k))
+        return max(1, min(ratio, seen // max(ENOUGH * k, LEAST_PATCHES)), seen // (PLENTY * k))
 
     def _add(self, patches: Tensor, share: int) -> None:
         if self._shift.numel() == 0:
