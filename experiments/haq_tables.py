@@ -128,8 +128,8 @@ class Result(NamedTuple):
     policy: str
 
 
-def residual(epochs: int, dataset: data.Dataset) -> networks.Network:
-    """The larger network, trained: dense 3x3 convolutions, which a BitFusion array can do something with at fewer bits."""
+def untrained_residual() -> networks.Network:
+    """The larger network: dense 3x3 convolutions, which a BitFusion array can do something with at fewer bits."""
 
     def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
@@ -146,7 +146,12 @@ def residual(epochs: int, dataset: data.Dataset) -> networks.Network:
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)),
         )
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network = networks.Network("residual", module, (1, 28, 28))
+    return networks.Network("residual", module, (1, 28, 28))
+
+
+def residual(epochs: int, dataset: data.Dataset) -> networks.Network:
+    """The larger network, trained."""
+    network = untrained_residual()
     training.fit(network, dataset.train, training.TrainConfig(epochs, RATE, seed=0))
     return network
 

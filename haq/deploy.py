@@ -284,7 +284,7 @@ def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tup
         of_tuned = {name: layer.scheme for name, layer in Q.quant_layers(tuned).items()}
         if scheme is None or of_tuned == schemes:
             return tuned.eval(), True
-    return Q.quantize(loaded.network.module, policy, scheme=schemes, calibrate=loaded.calibration()).eval(), False
+    return loaded.quantized(policy, schemes), False
 
 
 def _samples(loaded: LoadedNetwork) -> Samples:

@@ -1,21 +1,24 @@
-"""Train the quantized network of a run back to its accuracy.
+"""Train the quantized network of a run back to its accuracy, or find better biases and roundings for it without training.
 
 The network keeps the bits that the search found. A part of the train split is held out: by it the network is judged after
 every epoch, and the best is kept, which may be the one before. It is written into the run's folder, unless the one that was
 fine-tuned earlier is better, and what it is worth into the run's result.
+
+With --method ptq nothing is trained and no labels are needed: biases are corrected layer by layer, then roundings are learned
+block by block, in minutes.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from haq.console.commands import command, main_of
 from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.console.options import argument, flag, options_of, output_options, trust_option
 from haq.console.output import Output
-from haq.console.progress import follow_loading, follow_training, progress
+from haq.console.progress import follow_loading, follow_steps, follow_training, progress
 from haq.console.tables import command_line, say
 from haq.console.values import FOLDER
 from haq.study.config import TUNING, FinetuneConfig
@@ -27,13 +30,18 @@ if TYPE_CHECKING:
     from haq.store.checkpoint import Checkpoint
     from haq.study.search_run import SearchRun
     from haq.study.task import SearchTask
-    from haq.training.config import OnOutcome, Outcome
+    from haq.training.config import Judgement, Outcome
 
 
 @command(
     "finetune",
     __doc__,
-    examples=("haq finetune RUN --epochs 20", "haq finetune RUN --scheme lsq", "haq finetune RUN --epochs 20 --resume"),
+    examples=(
+        "haq finetune RUN --epochs 20",
+        "haq finetune RUN --method ptq",
+        "haq finetune RUN --scheme lsq",
+        "haq finetune RUN --epochs 20 --resume",
+    ),
 )
 @argument("run", FOLDER, "the folder of a finished search")
 @options_of(FinetuneConfig)
@@ -67,8 +75,13 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
     from haq.study.search_run import SearchRun
     from haq.study.task import with_scheme
 
+    if resume and config.method != "train":
+        raise ValueError("--resume goes on with a training: leave it out, or choose --method train")
     run = SearchRun.load(folder)
-    again = command_line("python", "-m", "haq.finetune", folder, "--epochs", config.epochs, *run.config.trust_words())
+    asked_for = ["--epochs", str(config.epochs)]
+    if config.method != "train":
+        asked_for = ["--method", config.method]
+    again = command_line("python", "-m", "haq.finetune", folder, *asked_for, *run.config.trust_words())
     with writing(run.folder, again):
         result, policy = run.load_result().to_dict(), run.load_policy()
         with follow_loading(output.notes, "loading network and data") as follow:
@@ -76,46 +89,60 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             run.check(task)
             result |= _measured_anew(task, policy, result)
             task = with_scheme(task, config.scheme)
-        asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
-        state = run.checkpoint("finetune", task, **asked)
-        if state.path.exists() and not resume:
-            raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
-        if resume and not state.path.exists():
-            say(output.notes, "no epoch of an interrupted fine-tuning is there: it begins anew")
-        outcomes: list[Outcome] = []
-        try:
-            tuned = _finetune(task, policy, config, state, output, outcomes.append)
-        except KeyboardInterrupt:
+        state: Checkpoint | None = None
+        kept = f"\nInterrupted; {folder} is as it was."
+        if config.method == "train":
             kept = f"\nInterrupted; {folder} is as it was, but for what the finished epochs gave. Go on with --resume."
+            state = _state(run, task, policy, config, output, resume=resume)
+        try:
+            if state is not None:
+                tuned = _train(task, policy, config, state, output)
+            else:
+                tuned = _reconstruct(task, policy, config, output)
+        except KeyboardInterrupt:
             say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
-        result["tuning"] = summary.tuning_entry(outcomes[-1], config.epochs)
-        earlier = _better_earlier(run, task, tuned, outcomes[-1])
+        network = tuned.network
+        earlier = _better_earlier(run, task, tuned)
         if earlier is not None:
-            tuned, result["tuning"]["earlier"] = earlier
-        run.save_checkpoint(tuned, task)
+            network, tuned.entry["earlier"] = earlier
+        else:
+            result["finetuned_by"] = config.method
+            result.pop("tuning", None)
+            result.pop("reconstruction", None)
+        result[tuned.key] = tuned.entry
+        run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)
-        result["finetuned"] = summary.entry(task, policy, tuned)
+        result["finetuned"] = summary.entry(task, policy, network)
         result.pop("finetuned_scheme", None)
         if config.scheme is not None:
             result["finetuned_scheme"] = config.scheme
         run.save_result(ResultRecord.from_dict(result))
-        run.drop_checkpoint("finetune")
+        if state is not None:
+            run.drop_checkpoint("finetune")
     tables.print_result(output.results, task, policy, result)
     tables.print_next(output.notes, folder, [["evaluate", folder, *run.config.trust_words(config.scheme)]])
     output.print_json(result)
     return 0 if result["budget"]["holds"] else 1
 
 
-def _better_earlier(run: SearchRun, task: SearchTask, tuned: nn.Module, outcome: Outcome) -> tuple[nn.Module, float] | None:
+class _Tuned(NamedTuple):
+    """A network after fine-tuning, how it was judged on held-out images, and what result.json says of it, under a key."""
+
+    network: nn.Module
+    judged: Judgement
+    key: str
+    entry: dict[str, Any]
+
+
+def _better_earlier(run: SearchRun, task: SearchTask, tuned: _Tuned) -> tuple[nn.Module, float] | None:
     """Return the network that was fine-tuned earlier, with its accuracy, if the new one doesn't beat it on the same images.
 
     Args:
         run: Whose folder holds it.
         task: The search.
         tuned: The new one.
-        outcome: How that was judged.
     """
     from haq import training
     from haq.study.comparison import has_schemes, schemes_in
@@ -125,11 +152,11 @@ def _better_earlier(run: SearchRun, task: SearchTask, tuned: nn.Module, outcome:
         earlier = run.load_checkpoint(task)
     except ValueError:
         return None  # it is of another policy, or damaged: it is replaced
-    if earlier is None or not has_schemes(earlier, schemes_in(tuned)):
+    if earlier is None or not has_schemes(earlier, schemes_in(tuned.network)):
         return None
     held = training.hold_out(task.dataset.train)[1]
     judged = training.judge_of(task.network, held, adversary_of(task.config))(earlier)
-    if outcome.best.beats(judged):
+    if tuned.judged.beats(judged):
         return None
     return earlier, judged.accuracy
 
@@ -155,28 +182,48 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
     }
 
 
-def _finetune(
-    task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output, on_outcome: OnOutcome
-) -> nn.Module:
-    import quantizers as Q
+def _state(
+    run: SearchRun, task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, output: Output, *, resume: bool
+) -> Checkpoint:
+    """Return where a training keeps what it goes on with; ValueError if there is something and it isn't to be gone on with."""
+    asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
+    state = run.checkpoint("finetune", task, **asked)
+    if state.path.exists() and not resume:
+        raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
+    if resume and not state.path.exists():
+        say(output.notes, "no epoch of an interrupted fine-tuning is there: it begins anew")
+    return state
+
+
+def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output) -> _Tuned:
     from haq import training
+    from haq.study.result import tuning_entry
     from haq.study.task import adversary_of
 
-    network = task.problem.evaluator.network
-    Q.set_policy(network, policy)
+    outcomes: list[Outcome] = []
     with progress(output.notes) as bar:
-        return training.finetune(
+        network = training.finetune(
             task.network,
-            network,
+            task.problem.quantized(policy),
             task.dataset.train,
             epochs=config.epochs,
             seed=config.seed,
             learning_rate=config.learning_rate,
             adversary=adversary_of(task.config),
             state=state,
-            on_outcome=on_outcome,
+            on_outcome=outcomes.append,
             **follow_training(bar),
         )
+    outcome = outcomes[-1]
+    return _Tuned(network, outcome.best, "tuning", tuning_entry(outcome, config.epochs))
+
+
+def _reconstruct(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, output: Output) -> _Tuned:
+    from haq.study.result import reconstruction_entry
+
+    with progress(output.notes) as bar:
+        found = task.reconstruct(policy, config.seed, follow_steps(bar, "rounding"))
+    return _Tuned(found.network, found.best, "reconstruction", reconstruction_entry(found, config.seed))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
 
     find_solver(config.solver)
     with follow_loading(output.notes, "loading network and data, calibrating") as follow:
-        task = SearchTask.build(config, load_target(config, **follow))
+        task = SearchTask.build(config, load_target(config, **follow), follow["progress"])
     if config.sensitivity is not None:
         kind = task.read_sensitivities(Path(config.sensitivity)).kind
         task = dataclasses.replace(task, config=config.replace(sensitivity_kind=kind))

@@ -27,6 +27,8 @@ class Machine(BaseModel):
     description: str = Field(max_length=1000)
     clock_mhz: float = Field(gt=0, allow_inf_nan=False)
     batch: int = Field(gt=0, description="images per batch")
+    # Bit-serial and fused multipliers, as their papers define them, take unsigned integers or two's complement.
+    zero_points: bool = Field(default=False, description="whether it takes zero points of unsigned activations off its sums")
 
     @field_validator("*")
     @classmethod

@@ -55,6 +55,8 @@ class Target(Protocol):
         """Whether its costs are "estimated" or "measured", and how."""
         ...
 
+    # Whether it computes with activations that have zero points is an attribute, `zero_points`; a target without it doesn't.
+
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
         """Price every layer at every pair of widths; a batch of None is the target's own."""
         ...

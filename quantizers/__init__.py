@@ -29,7 +29,8 @@ from quantizers.defensive import (
     spectral_norms,
 )
 from quantizers.ensemble import Ensemble, bagging, boosting
-from quantizers.folding import fold_batch_norm
+from quantizers.equalization import ChannelClamp, equalize, smooth
+from quantizers.folding import fold_batch_norm, fold_shifts
 from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.left_in_float import LeftInFloat
@@ -46,8 +47,10 @@ from quantizers.network import (
     scheme_records,
     set_policy,
 )
+from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
+from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
 from quantizers.scheme import (
     IntegerActivations,
     IntegerWeights,
@@ -69,6 +72,7 @@ __all__ = [
     "Binary",
     "BitPolicy",
     "Bop",
+    "ChannelClamp",
     "ConvexAdd",
     "Correction",
     "DoReFa",
@@ -86,6 +90,8 @@ __all__ = [
     "QuantLinear",
     "RPReLU",
     "RSign",
+    "ReconstructedPart",
+    "Reconstruction",
     "Scheme",
     "SchemeLayer",
     "SchemeRow",
@@ -103,10 +109,12 @@ __all__ = [
     "dequantize",
     "draw_amplification",
     "ends",
+    "equalize",
     "error_amplification",
     "fake_quantize",
     "float_copy",
     "fold_batch_norm",
+    "fold_shifts",
     "get_policy",
     "integer_range",
     "kept_share",
@@ -122,12 +130,15 @@ __all__ = [
     "quantize",
     "quantize_tensor",
     "quantizer_state",
+    "reconstruct",
+    "reestimate_norms",
     "remove_filters",
     "scheme_names",
     "scheme_records",
     "scheme_rows",
     "schemes_from_records",
     "set_policy",
+    "smooth",
     "spectral_norms",
     "split_parameters",
     "two_stages",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.copying import evaluating
-from quantizers.folding import copied, tensors_of
+from quantizers.folding import copied_inputs, output_tensors
 from quantizers.functional import MAX_BITS, WIDTHS
 from quantizers.layers import QuantLayer, tailor
 from quantizers.observers import Batches, OnProgress, collect, first_input, no_progress
@@ -153,6 +153,7 @@ def correct_weights(layer: QuantLayer, inputs: MeanInput) -> bool:
         return layer.bias_shift is not None
     finally:
         layer.weight_bits, layer.activation_bits = bits
+        layer.cache.clear()  # weights of widths that may never be asked for
 
 
 def _mean_output(layer: QuantLayer, maps: list[tuple[Tensor, int]]) -> Tensor:
@@ -214,7 +215,7 @@ def correct_bias(
         ValueError: For networks that aren't of the same layers, and for what is no input.
     """
     layers = {name: module for name, module in qnetwork.named_modules() if isinstance(module, QuantLayer)}
-    floats = _float_layers(network, layers)
+    floats = float_layers(network, layers)
     with torch.inference_mode(False), torch.no_grad(), evaluating(network), evaluating(qnetwork):
         inputs = collect(batches, network)
         expected = _mean_outputs(network, floats, inputs)
@@ -245,7 +246,7 @@ def _tailored(layer: QuantLayer) -> tuple[Any, ...]:
     return layer.tailored_for, layer.tailored, layer.tailored_shift, layer.tailored_offset
 
 
-def _float_layers(network: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, nn.Module]:
+def float_layers(network: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, nn.Module]:
     """Return the layers of a float network by the names of a quantized one. Raises ValueError if they aren't the same."""
     if not layers:
         raise ValueError("the network isn't quantized: give what `quantize` returned")
@@ -282,7 +283,7 @@ def _mean_outputs(network: nn.Module, layers: Mapping[str, nn.Module], inputs: l
     handles = [layers[name].register_forward_hook(looking(mean)) for name, mean in means.items()]
     try:
         for batch in inputs:
-            network(copied(batch))
+            network(copied_inputs(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -317,7 +318,7 @@ def _correct_on_the_way(
 
     handles = [layer.register_forward_hook(correcting(name), prepend=True) for name, layer in layers.items()]
     try:
-        qnetwork(copied(inputs))
+        qnetwork(copied_inputs(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -356,8 +357,8 @@ def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> floa
     count = 0
     are_scores = True
     for batch in inputs:
-        expected = tensors_of(network(copied(batch)))
-        given = tensors_of(qnetwork(copied(batch)))
+        expected = output_tensors(network(copied_inputs(batch)))
+        given = output_tensors(qnetwork(copied_inputs(batch)))
         are_scores = are_scores and len(expected) == 1 and expected[0].dim() == 2 and expected[0].shape[1] > 1
         for one, other in zip(expected, given, strict=True):
             one, other = one.double(), other.double()

@@ -1,12 +1,14 @@
-"""Batch norm folded into the convolution or linear layer before it, as an explicit step before quantization."""
+"""Explicit steps before quantization: batch norms folded into the layer before, shifts of activations into that behind."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._pytree import tree_map_only
@@ -14,6 +16,10 @@ from torch.utils._pytree import tree_map_only
 from quantizers.copying import copy_network, make_plain
 from quantizers.observers import Output, first_input
 from quantizers.policy import QUANTIZABLE
+
+# What makes activations unsigned: a little more than the least that they give.
+SHIFTS: dict[type[nn.Module], float] = {nn.SiLU: 0.2785, nn.GELU: 0.1701, nn.Hardswish: 0.3751, nn.Mish: 0.3089}
+SAME = 1e-5  # of the largest output: what float networks may differ by that compute the same
 
 
 @torch.inference_mode(False)
@@ -40,7 +46,7 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
             output is used elsewhere than in its norm.
     """
     made = copy_network(network).eval()
-    before = made(*copied(example))
+    before = made(*copied_inputs(example))
     pairs = _pairs(made, example)
     for layer, norm in pairs:
         _fold(layer, norm)
@@ -49,8 +55,8 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if child in folded and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
                 setattr(parent, name, nn.Identity())
-    after = made(*copied(example))
-    for old, new in zip(tensors_of(before), tensors_of(after), strict=True):
+    after = made(*copied_inputs(example))
+    for old, new in zip(output_tensors(before), output_tensors(after), strict=True):
         if not torch.allclose(old, new, rtol=1e-3, atol=1e-4 * float(old.abs().max().clamp_min(1))):
             worst = float((old - new).abs().max())
             raise ValueError(
@@ -82,7 +88,7 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
         if isinstance(module, (*QUANTIZABLE, _BatchNorm)):
             handles.append(module.register_forward_hook(after))
     try:
-        network(*copied(example))
+        network(*copied_inputs(example))
     finally:
         for handle in handles:
             handle.remove()
@@ -108,12 +114,12 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
             parameter.fill_(value)
 
 
-def copied(example: Any) -> Any:
+def copied_inputs(example: Any) -> Any:
     """Copy inputs for one pass: a network may normalise them in place."""
     return tree_map_only(Tensor, torch.clone, example)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
+def output_tensors(output: Any) -> list[Tensor]:
     """Return the tensors of whatever a network returns."""
     if isinstance(output, Tensor):
         return [output]
@@ -124,4 +130,178 @@ def tensors_of(output: Any) -> list[Tensor]:
         parts = list(output)
     elif is_dataclass(output):
         parts = list(vars(output).values())
-    return [tensor for part in parts for tensor in tensors_of(part)]
+    return [tensor for part in parts for tensor in output_tensors(part)]
+
+
+class Shifted(nn.Module):
+    """An activation plus a constant that makes it unsigned, with the padding of the layers that read it.
+
+    Attributes:
+        activation: The activation.
+        shift: The constant.
+        padding: What is put around the result, of that constant, as `torch.nn.functional.pad` takes it.
+    """
+
+    def __init__(self, activation: nn.Module, shift: float, padding: tuple[int, ...]) -> None:
+        """Take an activation and what is done to its result."""
+        super().__init__()
+        self.activation, self.shift, self.padding = activation, shift, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the activation, and shift and pad it."""
+        made: Tensor = self.activation(x) + self.shift
+        if any(self.padding):
+            made = F.pad(made, self.padding, value=self.shift)
+        return made
+
+    def extra_repr(self) -> str:
+        """Return the shift and the padding."""
+        return f"shift={self.shift:g}, padding={self.padding}"
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
+    """Make a copy of a network, in evaluation mode, in which activations that are a little negative are unsigned.
+
+        y = f(x) + c          b' = b - sum_k W_k c
+
+    with c = -min f for SiLU, GELU, Hardswish, Mish and ELU, and padding of c in place of zeros.
+    Quantized symmetrically such an activation wastes half of its levels on a few negative values:
+    "shift negative correction" of Habi et al., "HPTQ: Hardware-Friendly Post Training Quantization"
+    (arXiv 2109.09113). Where hardware has zero points, `Linear(asymmetric=True)` does as
+    well, and keeps real 0 exact.
+
+    What reads an activation is seen in one forward pass on `example`. It is left alone unless all
+    that reads it are convolutions and linear layers that are called once, with the same padding, and
+    unless the network computes the same on `example` with the shift: where it is added up or
+    multiplied besides, it doesn't.
+
+    Args:
+        network: The network; it is left alone.
+        *example: Its inputs.
+
+    Returns:
+        The copy. A shifted activation is a `Shifted`; its layers pad no more, and have a bias.
+    """
+    made = copy_network(network).eval()
+    before = output_tensors(made(*copied_inputs(example)))
+    for activation, layers in _readers(made, example):
+        shift, padding = _shift_of(activation), _common_padding(layers)
+        if shift is None or padding is None:
+            continue
+        kept = [(layer, layer.bias, getattr(layer, "padding", None)) for layer in layers]
+        shifted = Shifted(activation, shift, padding)
+        _replace(made, activation, shifted)
+        for layer in layers:
+            _take_off(layer, shift)
+        after = _tried(made, example)
+        if after is not None and _are_same(before, after):
+            before = after
+            continue
+        _replace(made, shifted, activation)
+        for layer, bias, own in kept:
+            layer.bias = bias
+            if own is not None:
+                layer.padding = own
+    return made
+
+
+def _readers(network: nn.Module, example: tuple[Any, ...]) -> Iterator[tuple[nn.Module, list[Any]]]:
+    """Return the activations that are called once, each with the layers that read it and are called once."""
+    calls: dict[nn.Module, int] = {}
+    outputs: list[tuple[Output, nn.Module]] = []
+    readers: dict[nn.Module, list[Any]] = {}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        given = first_input(module, inputs, named)
+        for made, activation in outputs:
+            if made.is_unchanged(given):
+                readers.setdefault(activation, []).append(module)
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if isinstance(output, Tensor):
+            outputs.append((Output(output), module))
+
+    handles = []
+    for module in network.modules():
+        if isinstance(module, QUANTIZABLE):
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        elif _shift_of(module) is not None:
+            handles.append(module.register_forward_hook(after))
+    try:
+        network(*copied_inputs(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for activation, layers in readers.items():
+        if all(calls[module] == 1 for module in (activation, *layers)):
+            yield activation, layers
+
+
+def _shift_of(module: nn.Module) -> float | None:
+    """Return what makes an activation unsigned; None if it is another, or one that is below any bound."""
+    if type(module) is nn.ELU:
+        return float(module.alpha)
+    return SHIFTS.get(type(module))
+
+
+def _common_padding(layers: list[Any]) -> tuple[int, ...] | None:
+    """Return the zeros that all of some layers put around their input, as `pad` takes them; None if they differ."""
+    found = {_zeros_around(layer) for layer in layers}
+    if len(found) == 1:
+        return found.pop()
+    return None
+
+
+def _zeros_around(layer: Any) -> tuple[int, ...] | None:
+    """Return the zeros that a layer puts around its input; None for a class that may do so in a way of its own."""
+    if isinstance(layer, nn.Linear) or layer.padding_mode != "zeros" or layer.padding in ("valid", 0):
+        return ()
+    sides: list[int] = []
+    for axis in reversed(range(len(layer.kernel_size))):
+        if layer.padding == "same":
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [layer.padding[axis]] * 2
+    if not any(sides):
+        return ()
+    if type(layer) not in QUANTIZABLE:
+        return None
+    return tuple(sides)
+
+
+def _take_off(layer: Any, shift: float) -> None:
+    """Take a constant that all inputs of a layer have too much off its bias; zeros around them are put elsewhere."""
+    make_plain(layer)
+    sums = layer.weight.double().flatten(1).sum(1) * shift
+    bias = -sums
+    if layer.bias is not None:
+        bias = layer.bias.double() - sums
+    layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+    if _zeros_around(layer):
+        layer.padding = (0,) * len(layer.kernel_size)
+
+
+def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
+def _tried(network: nn.Module, example: tuple[Any, ...]) -> list[Tensor] | None:
+    """Return what a network computes; None where an activation that is padded now has the wrong size for somebody else."""
+    try:
+        return output_tensors(network(*copied_inputs(example)))
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _are_same(before: list[Tensor], after: list[Tensor]) -> bool:
+    if [x.shape for x in before] != [x.shape for x in after]:
+        return False
+    return all(torch.allclose(x, y, rtol=0, atol=SAME * float(x.abs().max())) for x, y in zip(before, after, strict=True))

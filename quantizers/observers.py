@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from quantizers.clipping import output_scales
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
+from quantizers.histogram import Histogram, importance_of_inputs
 from quantizers.moments import InputMoments
 
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
@@ -259,9 +260,15 @@ def kl_threshold(counts: Tensor, largest: float, levels: int) -> Tensor:
 
 
 class Observer:
-    """What a layer's input looked like: a sample of its values, its largest magnitude and whether it was ever negative.
+    """What a layer's input looked like.
 
     Attributes:
+        values: A sample of its values, in pieces.
+        low: The smallest of all values that were seen, 0 if none was below.
+        high: The largest of them, likewise.
+        largest: The largest magnitude.
+        signed: Whether any was negative.
+        histogram: All values, counted; each channel weighs what the layer makes of it.
         moments: The second moments of its patches, where a scheme asks for them (`Scheme.needs_moments`).
     """
 
@@ -270,7 +277,8 @@ class Observer:
         self.layer = layer
         self.moments: InputMoments | None = None
         self.values: list[Tensor] = []
-        self.largest, self.signed = 0.0, False
+        self.low, self.high, self.largest, self.signed = 0.0, 0.0, 0.0, False
+        self.histogram: Histogram | None = None
         # Of the values that batches give, every so manyth is kept.
         self._every, self._given, self._kept = 1, 0, 0
 
@@ -294,7 +302,11 @@ class Observer:
         low, high = float(values.min()), float(values.max())
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"an activation that isn't finite appeared during calibration, at layer {self.layer!r}")
+        self.low, self.high = min(self.low, low), max(self.high, high)
         self.largest, self.signed = max(self.largest, -low, high), self.signed or low < 0
+        if self.histogram is None:
+            self.histogram = Histogram(importance_of_inputs(module))
+        self.histogram.add(values, max(-low, high), channel_dimension(module))
         # A contiguous view in memory order, then every n-th value: an odd stride meets all channels
         # alike.
         flat = values.reshape(-1)
@@ -318,6 +330,14 @@ class Observer:
         """Return a sample of all values that were seen, float32."""
         values = torch.cat(self.values)
         return values[:: max(1, values.numel() // SAMPLES) | 1]
+
+
+def channel_dimension(layer: nn.Module) -> int:
+    """Return which dimension of a convolution's or linear layer's input its channels are, counted from the last, -1."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() > 2:
+        return 1 - weight.dim()
+    return -1
 
 
 def input_name(kind: type[nn.Module]) -> str:

@@ -72,11 +72,11 @@ class IntegerWeights(NamedTuple):
 
 
 class IntegerActivations(NamedTuple):
-    """What enters a layer: integers times a scale."""
+    """What enters a layer: integers q, where scale (q - z) is the real value, with `Scheme.zero_point` as z."""
 
     scale: float
     bits: int
-    signed: bool
+    signed: bool  # whether the integers are; not where there is a zero point
     narrow: bool  # whether -(2^(b-1) - 1) is the smallest signed integer, not -2^(b-1)
 
 
@@ -115,6 +115,9 @@ class Scheme:
     # Whether weights, and activations, are integers times a scale: what can be deployed.
     has_integer_weights: ClassVar[bool] = False
     has_integer_activations: ClassVar[bool] = False
+    # Whether signed inputs have zero points: what hardware must be able to do
+    # (`hw_models.Target.zero_points`).
+    has_zero_points: ClassVar[bool] = False
     # Whether signed integers of activations leave out the smallest, -2^(b-1).
     narrow: ClassVar[bool] = True
     # Whether training moves the distance between levels (a step, or the clip that it follows from).
@@ -262,6 +265,10 @@ class Scheme:
         """Say whether the integers of a layer's input are signed: where calibration saw a negative one."""
         return layer.signed
 
+    def zero_point(self, layer: SchemeLayer, bits: int) -> int:
+        """Return the integer that stands for real 0 in a layer's input: 0, in most schemes."""
+        return 0
+
     def integer_weight_bits(self, bits: int) -> int:
         """Return how many bits the integers of weights of a width take in two's complement.
 
@@ -302,7 +309,7 @@ class Scheme:
         return IntegerWeights(codes.reshape(real.shape).to(torch.int8), scale[:, 0].double(), stored)
 
     def integer_activations(self, layer: SchemeLayer) -> IntegerActivations:
-        """Return how a layer's input, at its present width, is integers times a scale.
+        """Return how a layer's input, at its present width, is integers times a scale, with a zero point.
 
         Raises:
             ValueError: With the reason, without the layer's name, where it isn't.

@@ -145,12 +145,22 @@ def problem(network: nn.Module) -> haq.Problem:
     return make_problem(network)
 
 
-def make_problem(network: nn.Module, budget: float | str = 0.6, metric: str = "latency") -> haq.Problem:
+def make_problem(
+    network: nn.Module, budget: float | str = 0.6, metric: str = "latency", correction: str | None = "analytic"
+) -> haq.Problem:
     """The network's own float predictions are the labels: float accuracy is 1, and every bit taken away can be seen."""
     inputs = images(96)
     with torch.inference_mode():
         labels = network(inputs).argmax(1).clone()
-    return haq.Problem(network, calibrate=images(32, 1), search=(inputs, labels), target="edge", metric=metric, budget=budget)
+    return haq.Problem(
+        network,
+        calibrate=images(32, 1),
+        search=(inputs, labels),
+        target="edge",
+        metric=metric,
+        budget=budget,
+        correction=correction,
+    )
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,20 +55,30 @@ def follow_training(bar: Progress) -> dict[str, Any]:
     return {"on_epoch": on_epoch, "on_step": on_step, "on_judged": on_judged}
 
 
+def follow_steps(bar: Progress, what: str) -> Callable[[int, int, str], None]:
+    """Make the callback by which calibration and reconstruction report how many of how many steps are done, and of what."""
+    line = bar.add_task(what, total=None, note="")
+
+    def on_progress(done: int, total: int, note: str) -> None:
+        bar.update(line, completed=done, total=total, note=note)
+
+    return on_progress
+
+
 @contextmanager
 def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
-    """Say that something is loading, and show a bar with time left while kernels are compiled and measured.
+    """Say that something is loading, and show a bar with time left while kernels are measured, or a network is calibrated.
 
     Args:
         console: Where it is shown.
         what: What is being done: "loading network and data".
 
     Yields:
-        The callbacks `progress` and `notice` of `hw_models.load_target`.
+        The callbacks `progress` and `notice` of `hw_models.load_target`; the first is also one of `quantizers.quantize`.
     """
     status = console.status(what)
     bar = progress(console)
-    task = bar.add_task("kernels", total=None, note="")
+    task = bar.add_task("steps", total=None, note="")
 
     def on_progress(done: int, total: int, note: str) -> None:
         # There is one live display at a time.

@@ -27,7 +27,7 @@ from haq.deployment.program import (
     Value,
 )
 from haq.store.units import percent
-from hw_models.tvm_cpu.conv import Conv, fma, zero_point
+from hw_models.tvm_cpu.conv import Conv, fma
 
 OUTPUT_SHARE = 0.02  # of the largest output: what may be between outputs that were computed from the same integers
 
@@ -76,7 +76,7 @@ def run(
         representation = program.values[step.input].representation
         x = held[step.input]
         if isinstance(representation, Codes):
-            x = x.astype(np.int16) - zero_point(representation.bits, representation.signed)
+            x = x.astype(np.int16) - representation.zero
         if isinstance(step, Quantize):
             codes = program.values[step.output].representation
             assert isinstance(codes, Codes)
@@ -151,7 +151,7 @@ def _to_codes(ratio: Array, codes: Codes) -> NDArray[np.uint8]:
         q: Array = np.where(ratio >= 0, 1, -1)
     else:
         q = np.rint(ratio).clip(*codes.range)
-    made: NDArray[np.uint8] = (q + zero_point(codes.bits, codes.signed)).astype(np.uint8)
+    made: NDArray[np.uint8] = (q + codes.zero).astype(np.uint8)
     return made
 
 
@@ -227,6 +227,9 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
     network = Q.copy_network(network).eval()
     if images.dtype == torch.float64:
         for layer in Q.quant_layers(network).values():
+            bias = layer.effective_bias()
+            if bias is not None:
+                layer.bias = nn.Parameter(bias)
             layer.weight = nn.Parameter(layer.quantized_weight())
             layer.weight_bits = None
         network.double()

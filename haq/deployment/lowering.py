@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -62,7 +62,9 @@ def integer_activations(name: str, layer: Q.QuantLayer) -> Codes:
     times a scale.
     """
     try:
-        return Codes(*layer.scheme.integer_activations(layer))
+        codes = Codes(*layer.scheme.integer_activations(layer))
+        assert layer.activation_bits is not None
+        return replace(codes, zero_point=layer.scheme.zero_point(layer, layer.activation_bits))
     except ValueError as reason:
         raise ValueError(f"layer {name!r} can't be deployed: {reason}") from reason
 
@@ -385,10 +387,11 @@ class _Lowering:
         return name
 
 
-def _bias(layer: nn.Module) -> NDArray[np.float64]:
-    if not isinstance(layer.bias, Tensor):
+def _bias(layer: Q.QuantLayer) -> NDArray[np.float64]:
+    bias = layer.effective_bias()
+    if bias is None:
         return np.zeros(1)
-    return layer.bias.detach().double().numpy()
+    return bias.detach().double().numpy()
 
 
 def _name(group: str, representation: Representation) -> str:

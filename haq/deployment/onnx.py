@@ -22,6 +22,7 @@ from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Ve
 from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
+from haq.deployment.program import Codes
 from haq.store.files import write
 from haq.store.units import percent
 
@@ -358,8 +359,9 @@ class _Writer:
         inputs = [source, weight]
         made = node.name
         bias = None
-        if isinstance(layer.bias, Tensor):
-            bias = layer.bias.detach().numpy()
+        real_bias = layer.effective_bias()
+        if real_bias is not None:
+            bias = real_bias.detach().float().numpy()
         # Between quantized layers, ONNX Runtime would round a layer's bias to multiples of both scales' product, which at few
         # bits is far off, and round its result in another way than is written. An addition in between keeps it from that.
         apart = layer.activation_bits is not None and (bias is not None or node.name in self.followed)
@@ -385,7 +387,7 @@ class _Writer:
         made = f"{step}{INPUT}"
         scale = self._constant(f"{step}:input_scale", codes.scale)
         if self.qonnx:
-            return self._quant(source, made, scale, codes.bits, codes.signed, codes.narrow and codes.signed)
+            return self._quant(source, made, scale, codes, codes.narrow and codes.signed)
         if codes.bits == 1 and codes.signed:
             zero = self._constant("zero", 0)
             minus = self._constant(f"{step}:minus_input_scale", -codes.scale)
@@ -394,10 +396,11 @@ class _Writer:
         dtype: np.dtype[Any] = np.dtype(np.uint8)
         if codes.signed:
             dtype = np.dtype(np.int8)
-        zero = self._constant(f"zero_{dtype}", 0, dtype)
+        zero = self._constant(f"zero_{dtype}_{codes.zero_point}", codes.zero_point, dtype)
         integers = self._op("QuantizeLinear", [source, scale, zero], f"{step}:integers")
-        if codes.range != (np.iinfo(dtype).min, np.iinfo(dtype).max):
-            low, high = (self._constant(f"{dtype}_{bound}", bound, dtype) for bound in codes.range)
+        bounds = [bound + codes.zero_point for bound in codes.range]
+        if bounds != [np.iinfo(dtype).min, np.iinfo(dtype).max]:
+            low, high = (self._constant(f"{dtype}_{bound}", bound, dtype) for bound in bounds)
             integers = self._op("Clip", [integers, low, high], f"{step}:clipped")
         # Where ONNX Runtime sees DequantizeLinear, it makes float weights 8 bits wide, and adds a linear layer's products by
         # pairs: on x86 without VNNI in 16 bits, too few for weights of 8 bits, unless inputs are unsigned and of less.
@@ -405,6 +408,9 @@ class _Writer:
         if w_bits and not narrow:
             return self._op("DequantizeLinear", [integers, scale, zero], made)
         real = self._op("Cast", [integers], f"{step}:real", to=self.onnx.TensorProto.FLOAT)
+        if codes.zero_point:
+            zero = self._constant(f"zero_{codes.zero_point}", codes.zero_point)
+            real = self._op("Sub", [real, zero], f"{step}:centred")
         return self._op("Mul", [real, scale], made)
 
     def _weight(self, name: str, layer: Q.QuantLayer) -> tuple[str, int]:
@@ -417,16 +423,17 @@ class _Writer:
             each = scales.astype(np.float32).reshape(-1, *[1] * (q.ndim - 1))
             real = self._constant(f"{name}.weight", q * each)
             scale = self._constant(f"{name}:weight_scale", each)
-            return self._quant(real, made, scale, bits, True, int(q.min()) > -(2 ** (bits - 1))), bits
+            return self._quant(real, made, scale, Codes(1.0, bits, True), int(q.min()) > -(2 ** (bits - 1))), bits
         zeros = self._constant(f"{name}:weight_zero", np.zeros(len(q)), np.int8)
         scale = self._constant(f"{name}:weight_scale", scales)
         return self._op("DequantizeLinear", [self._constant(f"{name}.weight", q, np.int8), scale, zeros], made, axis=0), bits
 
-    def _quant(self, source: str, made: str, scale: str, bits: int, signed: bool, narrow: bool) -> str:
-        if bits == 1 and signed:
+    def _quant(self, source: str, made: str, scale: str, codes: Codes, narrow: bool) -> str:
+        if codes.bits == 1 and codes.signed:
             return self._op("BipolarQuant", [source, scale], made, domain=QONNX_DOMAIN)
-        inputs = [source, scale, self._constant("zero", 0), self._constant(f"bits_{bits}", bits)]
-        attributes = {"signed": int(signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
+        zero = self._constant(f"zero_{codes.zero_point}", codes.zero_point)
+        inputs = [source, scale, zero, self._constant(f"bits_{codes.bits}", codes.bits)]
+        attributes = {"signed": int(codes.signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return self._op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
 
 

@@ -2,7 +2,8 @@
 
 A value is an array of (images, height, width, channels) in one of three representations:
 
-    Codes   bytes, as in `hw_models.tvm_cpu.conv`: the few-bit integers q that enter a layer; real value q scale
+    Codes   bytes, as in `hw_models.tvm_cpu.conv`: the few-bit integers q that enter a layer; real value q scale. Where a
+            scheme's integers have a zero point, q is what lies between the two
     Fixed   int32, real value i step: what is added up, or pooled, before it is quantized
     Float   float32: the network's input and output, and what enters and leaves layers that the policy leaves in float
 
@@ -30,24 +31,31 @@ from numpy.typing import NDArray
 
 import quantizers as Q
 from haq.deployment.graph import Shape, Window
-from hw_models.tvm_cpu.conv import Conv
+from hw_models.tvm_cpu.conv import Conv, zero_point
 
 Array: TypeAlias = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Bytes q + zero_point(bits, signed). `narrow`: the smallest signed integer is -(2^(b-1) - 1), not -2^(b-1)."""
+    """Bytes q + zero. `narrow`: the smallest signed integer is -(2^(b-1) - 1), not -2^(b-1)."""
 
     scale: float
     bits: int
     signed: bool
     narrow: bool = True
+    zero_point: int = 0  # of unsigned bytes
+
+    @property
+    def zero(self) -> int:
+        """The byte of real zero."""
+        return self.zero_point or zero_point(self.bits, self.signed)
 
     @property
     def range(self) -> tuple[int, int]:
-        """The smallest and the largest integer."""
-        return Q.integer_range(self.bits, self.signed, self.narrow)
+        """The smallest and the largest q."""
+        low, high = Q.integer_range(self.bits, self.signed, self.narrow)
+        return low - self.zero_point, high - self.zero_point
 
     @property
     def one_step(self) -> int:
@@ -63,9 +71,11 @@ class Codes:
 
     @property
     def kind(self) -> str:
-        """Its name in the name of a value: s4, u8."""
+        """Its name in the name of a value: s4, u8, u8z12."""
         if self.signed:
             return f"s{self.bits}"
+        if self.zero_point:
+            return f"u{self.bits}z{self.zero_point}"
         return f"u{self.bits}"
 
     @property
@@ -169,9 +179,10 @@ class Quantize:
 class Convolution:
     """acc = int32 sums of weights (C_out, C_in / groups, kh, kw) and activations q of `conv`, whose batch is 1 for one image.
 
-    `weights` are int8 of `w_bits` bits in two's complement (one bit: -1 and +1), `input` is Codes of a_bits and signed. A
-    linear layer is a 1x1 convolution on (1, 1); of a flattened map its channels are in order of (height, width, channels).
-    `name` is the layer's; of a later call of the same layer name@2, name@3.
+    `weights` are int8 of `w_bits` bits in two's complement (one bit: -1 and +1), `input` is Codes of a_bits and signed, with
+    any zero point: what pads an image has q = 0. A linear layer is a 1x1 convolution on (1, 1); of a flattened map its
+    channels are in order of (height, width, channels). `name` is the layer's; of a later call of the same layer name@2,
+    name@3.
     """
 
     name: str

@@ -48,7 +48,7 @@ from haq.store import npz
 from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, steps
 from hw_models.tvm_cpu.builder import Code
-from hw_models.tvm_cpu.conv import Conv, zero_point
+from hw_models.tvm_cpu.conv import Conv
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.kernel import Kernel
@@ -121,7 +121,9 @@ def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int
 
 def _convolution(step: Convolution, values: Mapping[str, Value], chosen: Kernel) -> Part:
     epilogue, names = _epilogue(step.epilogue, values)
-    kernel = replace(chosen, epilogue=epilogue)
+    codes = values[step.input].representation
+    assert isinstance(codes, Codes)
+    kernel = replace(chosen, epilogue=epilogue, zero=codes.zero_point)
     constants = kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
     return Part(step.name, kernel, {**names, "input": step.input}, constants)
 
@@ -143,7 +145,7 @@ def _real(step: FloatConvolution, source: Value) -> Part:
     codes = source.representation
     assert isinstance(codes, Codes)
     epilogue = builder.Epilogue((builder.Output("float"),))
-    code = steps.Elementwise(source.shape, "uint8", epilogue, zero_point(codes.bits, codes.signed))
+    code = steps.Elementwise(source.shape, "uint8", epilogue, codes.zero)
     channels = source.shape[2]
     factors = np.full(channels, codes.scale), np.zeros(channels)
     names = {"input": step.input, "output0": f"{step.name}:real"}
@@ -194,7 +196,7 @@ def _output(representation: Representation, factor: float) -> builder.Output:
         return builder.Output("float", factor)
     if representation.signed and representation.bits == 1:
         return builder.Output("sign", factor)
-    return builder.Output("codes", factor, *representation.range, zero_point(representation.bits, representation.signed))
+    return builder.Output("codes", factor, *representation.range, representation.zero)
 
 
 class Memory:

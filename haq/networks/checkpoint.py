@@ -597,8 +597,16 @@ def _check_meaning(qnetwork: nn.Module, state: Mapping[str, Tensor]) -> None:
                     tensor = tensor.abs()
                 if not (tensor > 0).all():
                     raise ValueError(f"{name} has the value {tensor.min().item():g}; a scale must be above 0")
+            if key == "activation_zero_point" and not _are_zero_points(tensor):
+                raise ValueError(f"{name} has a zero point that is no integer from 0 to 2^b - 1 of its width b")
             if key == "activation_signed" and not ((tensor == 0) | (tensor == 1)).all():
                 raise ValueError(f"{name} is {tensor.flatten()[0].item():g}; it must be 0 or 1")
+
+
+def _are_zero_points(tensor: Tensor) -> bool:
+    """Say whether a tensor has an integer for each width, of those that the width has."""
+    most = 2.0 ** torch.arange(1, Q.MAX_BITS + 1) - 1
+    return bool(((tensor == tensor.round()) & (tensor >= 0) & (tensor <= most)).all())
 
 
 def _first(names: list[str]) -> str:

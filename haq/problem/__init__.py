@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
 
-# What a solver can know of single layers.
-KINDS = ("loss", "kl", "hessian")
+# What a solver can know of single layers. The last two are computed, without an evaluation.
+KINDS = ("loss", "kl", "hessian", "gradient")
+# What calibration does about the errors of rounding weights, and how it rounds them (`quantizers.quantize`).
+CORRECTIONS = ("analytic",)
+ROUNDINGS = ("nearest", "gptq")
 lacking = requires("words", "needs_labels", "correct", "loss", "build")
 OBJECTIVES: Registry[type[Objective]] = Registry(
     "objective",
@@ -44,7 +47,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "problem": ["Problem"],
     },
 )
-__all__ += ["KINDS", "OBJECTIVES"]
+__all__ += ["CORRECTIONS", "KINDS", "OBJECTIVES", "ROUNDINGS"]
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from haq.data.labels import class_numbers, native
+from haq.problem import CORRECTIONS, ROUNDINGS
 from quantizers.policy import QUANTIZABLE
 
 BATCH = 250  # images of a Dataset that are put together at a time
@@ -60,6 +61,14 @@ def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: A
                 f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits) "
                 "from 1 to 8: hardware is priced at these, not in float"
             )
+
+
+def check_quantization(correction: Any, rounding: Any) -> None:
+    """Raise ValueError, naming what is accepted, for a correction or rounding of weights that every policy can't have."""
+    if correction not in (None, *CORRECTIONS):
+        raise ValueError(f"unknown correction {correction!r}; it can be {', '.join(map(repr, CORRECTIONS))}, or None")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; it can be {', '.join(map(repr, ROUNDINGS))}")
 
 
 def _check_network(network: nn.Module) -> None:

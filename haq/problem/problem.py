@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq.problem.batches import Batches, check_alike, check_arguments, read_inputs, read_tensors
+from haq.problem.batches import Batches, check_alike, check_arguments, check_quantization, read_inputs, read_tensors
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
 from haq.problem.evaluator import Evaluation, Evaluator, device_of, evaluation_mode
@@ -25,6 +25,7 @@ from haq.problem.schemes import (
     AnyScheme,
     check_metric,
     check_widths,
+    check_zero_points,
     meaningful_metrics,
     meaningful_pairs,
     overhead_bytes,
@@ -34,6 +35,7 @@ from haq.store.units import DOWN, UP, describe_amount, percent
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
+from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
 
 REPEATED = 1e-3  # of an output's size: what it may differ by from call to call, in sums of another order
@@ -84,6 +86,9 @@ class Problem:
         objective: str | type[Objective] | Objective = "accuracy",
         scheme: AnyScheme = "linear",
         tune: Callable[[nn.Module], nn.Module] | None = None,
+        correction: str | None = "analytic",
+        rounding: str = "nearest",
+        on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
 
@@ -108,12 +113,17 @@ class Problem:
                 mapping leaves out have the linear scheme.
             tune: What is done to the quantized network, at a policy's bits, before it is judged: takes it and returns a tuned
                 copy.
+            correction: Of what rounding weights adds to a layer's mean output: "analytic", or None; see `quantizers.quantize`.
+                Every evaluation and all sensitivities are of the corrected network.
+            rounding: Of weights, likewise: "nearest" or "gptq".
+            on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
             OutOfReach: A ValueError, for a budget out of reach, naming the reachable range.
             ValueError: For whatever can't be, such as a width that means nothing in a scheme; before anything is computed.
         """
         check_arguments(network, target, metric, bits, pinned)
+        check_quantization(correction, rounding)
         self.objective = find_objective(objective)
         inputs, labels = read_tensors(search, "search", self.objective.needs_labels)
         device = device_of(network)
@@ -138,7 +148,15 @@ class Problem:
         self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
         check_alike(self.calibration, inputs)
         with evaluation_mode(network):
-            qnetwork = Q.quantize(network, self.uniform(Q.MAX_BITS), scheme=self.schemes, calibrate=self.calibration)
+            qnetwork = Q.quantize(
+                network,
+                self.uniform(Q.MAX_BITS),
+                scheme=self.schemes,
+                calibrate=self.calibration,
+                correction=correction,
+                rounding=rounding,
+                on_progress=on_progress,
+            )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
@@ -198,6 +216,7 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         self.target = target
+        check_zero_points(self.schemes, target)
         table = price(target, self.workload, self.batch)
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():

@@ -112,6 +112,18 @@ def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
             )
 
 
+def check_zero_points(schemes: Mapping[str, Q.Scheme], target: hw_models.Target) -> None:
+    """Raise ValueError, naming scheme, layer and target, for inputs with zero points on hardware that has none."""
+    if getattr(target, "zero_points", False) is True:
+        return
+    for name, scheme in schemes.items():
+        if scheme.has_zero_points:
+            raise ValueError(
+                f"scheme {scheme.name!r} of layer {name!r} gives signed inputs zero points, and hardware target "
+                f"{target.name!r} computes without any: choose a target that has them, such as cpu, or scheme linear"
+            )
+
+
 def takes(scheme: Q.Scheme, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
     """Say whether a pair of widths means something in a scheme; see `Scheme.check`.
 

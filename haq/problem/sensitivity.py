@@ -28,7 +28,8 @@ class Sensitivities:
 
     Attributes:
         kind: "loss": the increase of the loss that policies are judged by. "kl": that of the Kullback-Leibler
-            divergence of the outputs from the float network's. "hessian": its second-order estimate (`by_hessian`).
+            divergence of the outputs from the float network's. "hessian", "gradient": its second-order estimates
+            (`by_hessian`, `by_gradient`).
         loss_increases: Nats, shape (decisions, 2, 8), of weights and of activations at widths 1..8 with all else at
             `base`; NaN where unknown.
         layers: The names of each decision's layers.

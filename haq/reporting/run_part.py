@@ -6,7 +6,7 @@ from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount
 from haq.reporting.reading import RunFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
-from haq.store.records import COST_KEYS, ROBUST, Measurement, ResultRecord, objective_title
+from haq.store.records import COST_KEYS, FINETUNED, ROBUST, Measurement, ResultRecord, objective_title
 from haq.store.units import NOTHING, percent
 
 ACCURACY = "accuracy"
@@ -89,7 +89,7 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
         judged(f"Found by {result.solver}", result.found),
     ]
     if result.finetuned:
-        label = "Fine-tuned"
+        label = FINETUNED[result.finetuned_by].capitalize()
         if result.finetuned_scheme:
             label = f"Fine-tuned with {result.finetuned_scheme}"
         facts.append(judged(label, result.finetuned))
@@ -147,7 +147,7 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
         ("float", result.of_float, ""),
         ("uniform 8 bits", result.uniform8, ""),
         (f"found by {result.solver}", result.found, _count(result, result.solver)),
-        ("fine-tuned", result.finetuned, ""),
+        (FINETUNED[result.finetuned_by], result.finetuned, ""),
     ]
     measured += [(f"found by {name}", row, _count(result, name)) for name, row in result.rivals.items()]
     rows = []

@@ -58,7 +58,18 @@ SOLVERS: Registry[type[Solver]] = Registry(
 
 __getattr__, _, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["agents", "base", "evolution", "exhaustive", "greedy", "hessian", "ilp", "random_search", "sensitivity"],
+    submodules=[
+        "agents",
+        "base",
+        "evolution",
+        "exhaustive",
+        "fisher",
+        "greedy",
+        "hessian",
+        "ilp",
+        "random_search",
+        "sensitivity",
+    ],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
 __all__ += ["ENVS", "SOLVERS"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,15 +80,11 @@ def curvature(
             inputs.clear()
             calls.clear()
             outputs = network(part.clone())  # some networks normalise their input in place
-            p = outputs.detach().softmax(1)
             count += len(part)
             for key, seen in inputs:
                 power[key] += float(seen.detach().double().square().sum())
                 entries[key] += int(seen.count_nonzero())
-            for _ in range(draws):
-                signs = (2 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
-                drawn = p.sqrt() * signs
-                drawn = drawn - p * drawn.sum(1, keepdim=True)
+            for drawn in draw_cotangents(outputs, draws, generator):
                 sources = [*weights, *(seen for _, seen in inputs)]
                 gradients = torch.autograd.grad(outputs, sources, drawn, retain_graph=True, materialize_grads=True)
                 for name, gradient in zip(layers, gradients, strict=False):
@@ -102,3 +98,21 @@ def curvature(
         )
         for name, weight in zip(layers, weights, strict=True)
     }
+
+
+def draw_cotangents(outputs: Tensor, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw vectors v = L s at the outputs, of which the mean of v v^T is diag p - p p^T (see `curvature`).
+
+    Args:
+        outputs: Class scores (images, classes); p is their softmax.
+        draws: How many.
+        generator: Draws the Rademacher vectors s.
+
+    Yields:
+        Vectors of the shape of the outputs.
+    """
+    p = outputs.detach().softmax(1)
+    for _ in range(draws):
+        signs = (2 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
+        drawn = p.sqrt() * signs
+        yield drawn - p * drawn.sum(1, keepdim=True)

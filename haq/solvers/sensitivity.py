@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers.base import Session
 from haq.solvers.hessian import curvature
+from haq.solvers.layer_outputs import gradient_increases, remaining_errors
 
 # A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured. But for
 # one bit, where that error is far too kind.
@@ -34,9 +35,8 @@ def measure(problem: Problem, session: Session, keep: int) -> NDArray[np.float64
         Nats, shape (decisions, 8, 8).
     """
     if session.sensitivities is None:
-        if session.sensitivity_kind == "hessian":
-            session.sensitivities = by_hessian(problem)
-        else:
+        session.sensitivities = computed(problem, session.sensitivity_kind)
+        if session.sensitivities is None:
             session.sensitivities = by_evaluation(problem, session, keep)
         session.on_sensitivities(session.sensitivities)
     return session.sensitivities.table(problem)
@@ -124,21 +124,53 @@ def by_hessian(problem: Problem) -> Sensitivities:
 
     Dong et al., NeurIPS 2020, equation 2: the average Hessian trace of a layer's weight times the squared error of its
     quantization, |Q(W) - W|^2, and likewise for its input; halved, as in the second-order expansion of the loss, so that they
-    are nats. Traces are taken on the calibration images (`hessian.curvature`), errors as calibration found them.
+    are nats. Traces are taken on the calibration images (`hessian.curvature`), errors as calibration found them. Of the error
+    of a weight counts what correction and rounding leave of it in the layer's output (`layer_outputs.remaining_errors`).
     """
     layers = Q.quant_layers(problem.evaluator.network)
-    curvatures = curvature(problem.network, problem.workload.names, problem.calibration)
+    names = problem.workload.names
+    left = remaining_errors(problem.network, problem.evaluator.network, names, problem.calibration)
+    curvatures = curvature(problem.network, names, problem.calibration)
     halves = {}
-    for index, name in enumerate(problem.workload.names):
+    for index, name in enumerate(names):
         weight = layers[name].weight
         of_weight = curvatures[name].weight * float(weight.detach().double().square().sum())
         of_input = sum(trace * power for trace, power in curvatures[name].inputs)
         halves[name] = 0.5 * np.array([[of_weight], [of_input]]) * problem.layer_errors[index]
-    loss_increases = np.array([sum(halves[name] for name in names) for names in decided_layers(problem)])
+        halves[name][0] *= left[name]
+    return _of_layers(problem, "hessian", halves)
+
+
+def by_gradient(problem: Problem) -> Sensitivities:
+    """Estimate sensitivities from gradients, as ModelOpt's auto_quantize does, which costs no evaluation.
+
+    See `layer_outputs.gradient_increases`: on the calibration images, with one backward pass for each batch of them.
+    """
+    names = problem.workload.names
+    return _of_layers(
+        problem, "gradient", gradient_increases(problem.network, problem.evaluator.network, names, problem.calibration)
+    )
+
+
+COMPUTED: dict[str, Callable[[Problem], Sensitivities]] = {"hessian": by_hessian, "gradient": by_gradient}
+
+
+def computed(problem: Problem, kind: str) -> Sensitivities | None:
+    """Compute the sensitivities of a kind that costs no evaluation; None for the other kinds."""
+    compute = COMPUTED.get(kind)
+    if compute is None:
+        return None
+    return compute(problem)
+
+
+def _of_layers(problem: Problem, kind: str, losses: dict[str, NDArray[np.float64]]) -> Sensitivities:
+    """Make sensitivities of what every layer's operand alone, at widths 1..8, adds to the loss: nats (2, 8) by layer."""
+    loss_increases = np.array([sum(losses[name] for name in names) for names in decided_layers(problem)])
+    _bound(loss_increases)
     # What the base leaves is no increase.
     highest = largest_widths(problem)[:, :, None] - 1
     loss_increases = np.maximum(loss_increases - np.take_along_axis(loss_increases, highest, 2), LEAST)
-    return _sensitivities(problem, "hessian", loss_increases)
+    return _sensitivities(problem, kind, loss_increases)
 
 
 def _sensitivities(problem: Problem, kind: str, loss_increases: NDArray[np.float64]) -> Sensitivities:

@@ -482,6 +482,25 @@ class TuningRecord(Record):
     earlier: Share | None = None  # of the network that was fine-tuned earlier, where that one was kept
 
 
+# What the network is called that stands below the one that was found, by the method that made it.
+FINETUNED = {"train": "fine-tuned", "ptq": "after ptq"}
+
+
+class ReconstructionRecord(Record):
+    """How a reconstruction (post-training quantization of one policy) was judged on images of the train split, held out."""
+
+    images: Count
+    calibration_images: Count
+    seed: Count
+    seconds: Annotated[float, Field(ge=0)]
+    kept: bool  # whether what was found is kept, and not the network before
+    before: Share
+    after: Share
+    divergence_before: float  # nats
+    divergence_after: float
+    earlier: Share | None = None  # of the network that was fine-tuned earlier, where that one was kept
+
+
 class ResultRecord(FileRecord):
     """result.json: what a finished search found. Costs are in seconds, joules and bytes, accuracies are shares."""
 
@@ -511,7 +530,9 @@ class ResultRecord(FileRecord):
     found: Measurement
     finetuned: Measurement | None
     finetuned_scheme: str | None = None  # if that isn't the run's own
+    finetuned_by: Literal["train", "ptq"] = "train"
     tuning: TuningRecord | None = None
+    reconstruction: ReconstructionRecord | None = None
     rivals: Annotated[dict[str, Measurement], Field(max_length=MOST)]
     rival_policies: Annotated[dict[str, PolicyRecord], Field(max_length=MOST)] = {}
     verified: AttackedRecord | None = None

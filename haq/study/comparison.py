@@ -220,12 +220,7 @@ class _RunNetworks:
         if spec.scheme is not None:
             config = config.replace(scheme=spec.scheme)
         self.schemes = schemes_of(config, list(self.policy))
-        self.plain = Q.quantize(
-            self.loaded.network.module,
-            self.policy,
-            scheme=self.schemes,
-            calibrate=self.loaded.calibration(),
-        )
+        self.plain = self.loaded.quantized(self.policy, self.schemes)
 
     def gather(self) -> ComparedNetworks:
         """Put everything together."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
 from haq.console.options import option_name, setting
-from haq.problem import KINDS, OBJECTIVES
+from haq.problem import CORRECTIONS, KINDS, OBJECTIVES, ROUNDINGS
 from haq.solvers import ENVS, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
@@ -37,6 +37,11 @@ MOST_BUDGETS = 1000
 MOST_NAMED = 6  # names of code in a message
 RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
+ADAROUND = "adaround"  # what rounds the weights of a single policy, with GPTQ for those that are searched
+METHODS = ("train", "ptq")  # of fine-tuning
+NONE = "none"  # no correction
+# How runs were quantized before these settings were there: such a run goes on as it began.
+BEFORE = {"correction": NONE, "rounding": "nearest"}
 
 
 _Same = TypeVar("_Same", bound="_Config")
@@ -118,6 +123,21 @@ class SearchConfig(_Config):
         metavar="NAME",
         names=lambda: known_schemes(),
     )
+    rounding: str = setting(
+        "nearest",
+        "of weights: nearest; gptq, so that a layer's output changes least; or adaround, which is gptq in the search, and "
+        "learned block by block for the policy that was found",
+        group=SEARCHED,
+        metavar="NAME",
+        names=lambda: (*ROUNDINGS, ADAROUND),
+    )
+    correction: str = setting(
+        "analytic",
+        "of what rounding weights adds to a layer's mean output: analytic, or none",
+        group=SEARCHED,
+        metavar="NAME",
+        names=lambda: (*CORRECTIONS, NONE),
+    )
     solver: str = setting(
         "ddpg",
         "a name as `haq list solvers` shows them, or module:Name",
@@ -163,7 +183,7 @@ class SearchConfig(_Config):
     )
     sensitivity_kind: str = setting(
         "loss",
-        f"what solvers know of single layers: {', '.join(KINDS)}; the last costs no evaluation",
+        f"what solvers know of single layers: {', '.join(KINDS)}; the last two cost no evaluation",
         group=SOLVING,
         metavar="NAME",
         names=lambda: KINDS,
@@ -211,6 +231,27 @@ class SearchConfig(_Config):
         if name not in KINDS:
             raise ValueError(f"unknown kind of sensitivities {name!r}; it can be {', '.join(KINDS)}")
         return name
+
+    @field_validator("rounding")
+    @classmethod
+    def _check_rounding(cls, name: str) -> str:
+        if name not in (*ROUNDINGS, ADAROUND):
+            raise ValueError(f"unknown rounding {name!r}; it can be {', '.join((*ROUNDINGS, ADAROUND))}")
+        return name
+
+    @field_validator("correction")
+    @classmethod
+    def _check_correction(cls, name: str) -> str:
+        if name not in (*CORRECTIONS, NONE):
+            raise ValueError(f"unknown correction {name!r}; it can be {', '.join((*CORRECTIONS, NONE))}")
+        return name
+
+    @property
+    def searched_rounding(self) -> str:
+        """Return the rounding with which policies are evaluated."""
+        if self.rounding == ADAROUND:
+            return "gptq"
+        return self.rounding
 
     @model_validator(mode="after")
     def _check_together(self) -> SearchConfig:
@@ -279,7 +320,7 @@ class SearchConfig(_Config):
         """Make a configuration of what stands in a file.
 
         Args:
-            content: Values by the names of the fields; those that are absent have their defaults.
+            content: Values by the names of the fields; those that are absent have their defaults, but for those of `BEFORE`.
 
         Returns:
             The configuration.
@@ -296,7 +337,7 @@ class SearchConfig(_Config):
                 raise ValueError(
                     f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {_wanted(cls, name)}"
                 )
-        return cls(**content)
+        return cls(**{**BEFORE, **content})
 
     @classmethod
     def default(cls, name: str) -> Any:
@@ -437,6 +478,8 @@ class SweepConfig(_Config):
         "mean",
         "std",
         "scheme",
+        "rounding",
+        "correction",
         "objective",
         "eps",
         "metric",
@@ -583,12 +626,29 @@ class AnotherScheme(_Config):
 class FinetuneConfig(AnotherScheme):
     """How what a run found is fine-tuned: the options of `haq finetune`."""
 
+    method: str = setting(
+        "train",
+        "train, or ptq: biases are corrected and roundings learned from a few images, without labels, in minutes",
+        group=TUNING,
+        metavar="NAME",
+        names=lambda: METHODS,
+    )
     epochs: int = setting(20, "passes over the train images", group=TUNING)
     learning_rate: float | None = setting(None, "at its highest", group=TUNING, metavar="RATE", default_words=RATE_WORDS)
     seed: int = setting(0, "of the order of images", group=TUNING)
 
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r} of fine-tuning; it can be {', '.join(METHODS)}")
+        return name
+
     @model_validator(mode="after")
     def _check_numbers(self) -> FinetuneConfig:
+        of_training = [name for name in ("epochs", "learning_rate") if name in self.model_fields_set]
+        if self.method != "train" and of_training:
+            raise ValueError(f"{option_name(of_training[0])} is of training: leave it out, or choose --method train")
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
         check_rate(self.learning_rate)

@@ -12,6 +12,7 @@ from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, share_key
 from haq.study.task import SearchTask, threads
 from haq.training.config import Outcome
+from haq.training.reconstruction import Reconstructed
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -142,6 +143,21 @@ def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
         "diverged": outcome.diverged,
         "before": outcome.before.accuracy,
         "best": outcome.best.accuracy,
+    }
+
+
+def reconstruction_entry(found: Reconstructed, seed: int) -> dict[str, Any]:
+    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`)."""
+    return {
+        "images": found.before.images,
+        "calibration_images": found.calibration_images,
+        "seed": seed,
+        "seconds": found.seconds,
+        "kept": found.kept,
+        "before": found.before.accuracy,
+        "after": found.after.accuracy,
+        "divergence_before": found.before.loss,
+        "divergence_after": found.after.loss,
     }
 
 

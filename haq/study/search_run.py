@@ -36,7 +36,7 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, signed
 from haq.solvers.base import Session, Trial, solve
-from haq.solvers.sensitivity import by_hessian
+from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
 from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
@@ -55,6 +55,7 @@ from haq.study.task import (
     versions,
 )
 from hw_models import trust
+from quantizers.observers import no_progress
 
 logger = logging.getLogger("haq")
 
@@ -149,7 +150,7 @@ class SearchRun:
                 f"{self.folder} began with latencies measured with {name} {before.get(name)}, here it is {now.get(name)}: "
                 "go on where it began, or start a new run"
             )
-        return SearchTask.build(self.config, target)
+        return SearchTask.build(self.config, target, callbacks.get("progress", no_progress))
 
     def load_network(self) -> LoadedNetwork:
         """Load the network and data that this run was asked for; ValueError or FileNotFoundError if they aren't here."""
@@ -329,11 +330,10 @@ class SearchRun:
             if not source.exists():
                 source = Path(self.config.sensitivity)
             return task.read_sensitivities(source)
-        if self.config.sensitivity_kind != "hessian":
-            return None
-        measured = by_hessian(task.problem)
-        self.save_sensitivities(measured, task)
-        return measured
+        known = computed(task.problem, self.config.sensitivity_kind)
+        if known is not None:
+            self.save_sensitivities(known, task)
+        return known
 
     def save_sensitivities(self, measured: Sensitivities, task: SearchTask) -> None:
         """Write sensitivities, unless a solver before knew more of them."""

@@ -16,16 +16,18 @@ from torch import nn
 import quantizers as Q
 from haq import training
 from haq.attacks.threat_model import parse_eps
-from haq.console.progress import Live, follow_training
+from haq.console.progress import Live, follow_steps, follow_training
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers.base import Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
 from haq.store.units import percent
 from haq.study import result as summary
+from haq.study.config import ADAROUND
 from haq.study.picture import save_picture
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask, adversary_of
+from haq.training.reconstruction import Reconstructed
 
 logger = logging.getLogger("haq")
 RIVALS = ("greedy", "ilp")
@@ -63,13 +65,25 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         found = _solve_all(bar, task, run, (config.solver, *rivals))
         policy = found.policies[config.solver]
         tuned = None
+        reconstructed: Reconstructed | None = None
         outcomes: list[training.Outcome] = []
+        network = task.problem.quantized(policy)
+        if config.rounding == ADAROUND:
+            reconstructed = task.reconstruct(policy, config.seed, follow_steps(bar, "rounding"))
+            network = tuned = reconstructed.network
         if config.finetune_epochs:
-            tuned = _finetune(bar, task, run, policy, outcomes.append)
+            tuned = _finetune(bar, task, run, network, outcomes.append)
+        if tuned is not None:
+            run.save_checkpoint(tuned, task)
         policies = {name: found.policies[name] for name in rivals}
         result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
+        if reconstructed is not None:
+            result["reconstruction"] = summary.reconstruction_entry(reconstructed, config.seed)
+            result["finetuned_by"] = "ptq"
         for outcome in outcomes:
             result["tuning"] = summary.tuning_entry(outcome, config.finetune_epochs)
+            if outcome.kept:
+                result["finetuned_by"] = "train"
         if task.problem.objective.attacked:
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
@@ -112,12 +126,10 @@ def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivi
 
 
 def _finetune(
-    bar: Progress, task: SearchTask, run: SearchRun, policy: Q.BitPolicy, on_outcome: training.OnOutcome
+    bar: Progress, task: SearchTask, run: SearchRun, network: nn.Module, on_outcome: training.OnOutcome
 ) -> nn.Module:
     config = task.config
-    network = task.problem.evaluator.network
-    Q.set_policy(network, policy)
-    tuned = training.finetune(
+    return training.finetune(
         task.network,
         network,
         task.dataset.train,
@@ -125,12 +137,10 @@ def _finetune(
         seed=config.seed,
         learning_rate=config.learning_rate,
         adversary=adversary_of(config),
-        state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=policy),
+        state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=Q.get_policy(network)),
         on_outcome=on_outcome,
         **follow_training(bar),
     )
-    run.save_checkpoint(tuned, task)
-    return tuned
 
 
 def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -> dict[str, Any]:

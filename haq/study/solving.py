@@ -350,7 +350,7 @@ def solve(
         ahead: How many policies agents and evolution choose before they learn what the first of them is worth, so that workers
             have something to do; the result depends on it.
         sensitivities: What is known of single layers, such as an earlier result's `sensitivities`; or the kind that is to be
-            measured: "loss", "kl", or "hessian", which costs no evaluation.
+            measured: "loss" or "kl", or "hessian" or "gradient", which cost no evaluation.
         env: The environment of agents: "plan", or "haq" for that of HAQ's paper.
         workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
 

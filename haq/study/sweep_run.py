@@ -26,13 +26,13 @@ from haq.problem.evaluator import one_thread
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
 from haq.solvers.base import Session, Trial
-from haq.solvers.sensitivity import by_evaluation, by_hessian
+from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
 from haq.store.shell import command_line
 from haq.study import result as summary
-from haq.study.config import MEASURED, SearchConfig, SweepCell, SweepConfig
+from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
 from haq.study.workers.processes import Crew
@@ -241,9 +241,8 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
             on_evaluation(session.used)
 
         settings = context.sweep.settings
-        if settings.sensitivity_kind == "hessian":
-            measured = by_hessian(task.problem)
-        else:
+        measured = computed(task.problem, settings.sensitivity_kind)
+        if measured is None:
             session = Session(task.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
             others = [other.problem for other in context.tasks.values()]
             measured = by_evaluation(task.problem, session, 0, others)
@@ -271,7 +270,15 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
         if not run.finished:
             session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             assert session.best is not None
-            content = summary.collect(task, session.best.policy, None, {}, {name: session.used})
+            policy = session.best.policy
+            tuned, further = None, {}
+            if task.config.rounding == ADAROUND:
+                found = task.reconstruct(policy, task.config.seed)
+                tuned = found.network
+                run.save_checkpoint(tuned, task)
+                judged = summary.reconstruction_entry(found, task.config.seed)
+                further = {"reconstruction": judged, "finetuned_by": "ptq"}
+            content = summary.collect(task, policy, tuned, {}, {name: session.used}) | further
             run.save_result(ResultRecord.from_dict(content))
 
 

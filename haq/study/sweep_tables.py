@@ -19,7 +19,7 @@ from haq.store.records import (
 )
 from haq.store.units import describe_amount
 from haq.study.sweep_run import SweepContext, shares_sensitivities
-from haq.study.tables import scheme_words
+from haq.study.tables import rounding_words, scheme_words
 
 
 def print_plan(console: Console, context: SweepContext, folder: Path | None, workers: str) -> None:
@@ -48,6 +48,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
     rows |= {
         "data": task.dataset.describe(),
         "scheme": scheme_words(task.problem),
+        "weights": rounding_words(task.config),
         "metric": f"{sweep.settings.metric}, as a fraction of uniform 8 bits",
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",

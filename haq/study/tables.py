@@ -16,10 +16,11 @@ from haq.problem.chance import FEW, doubts, with_error
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
-from haq.solvers.sensitivity import evaluations_for_all
+from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
-from haq.store.records import COST_KEYS, share_key
+from haq.store.records import COST_KEYS, FINETUNED, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
+from haq.study.config import ADAROUND, NONE, SearchConfig
 from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
 from hw_models.notebook import html_table
@@ -58,6 +59,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "budget": f"{amounts} ({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "scheme": scheme_words(problem),
+        "weights": rounding_words(task.config),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
         "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
         "objective": problem.objective.words,
@@ -105,6 +107,15 @@ def scheme_words(problem: Problem) -> str:
     return words
 
 
+def rounding_words(config: SearchConfig) -> str:
+    """Say how weights are rounded, and what is done about it."""
+    rounding = {"nearest": "to nearest", "gptq": "by GPTQ"}[config.searched_rounding]
+    correction = "biases are not corrected"
+    if config.correction != NONE:
+        correction = f"biases get the {config.correction} correction"
+    return f"rounded {rounding}, {correction}"
+
+
 def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, list[int]]:
     """List, by scheme, the weight widths that may be chosen although no integers of 8 bits hold them."""
     found: dict[str, set[int]] = {}
@@ -132,7 +143,7 @@ def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
         if known + 1 < needed:
             words += f", which has {known} of {needed - 1}: the rest is guessed from them"
         return words
-    if config.sensitivity_kind == "hessian":
+    if config.sensitivity_kind in COMPUTED:
         return "computed, without evaluations"
     words = "measured by each solver that needs them"
     if config.evaluations < needed:
@@ -148,9 +159,14 @@ def _evaluations_words(task: SearchTask, workers: str) -> str:
 
 
 def _finetuning_words(task: SearchTask) -> str:
+    rounding = ""
+    if task.config.rounding == ADAROUND:
+        rounding = "biases and roundings of the policy that was found, without labels"
     if not task.config.finetune_epochs:
-        return "none"
-    words = f"{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train images"
+        return rounding or "none"
+    if rounding:
+        rounding += "; then "
+    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train images"
     if adversary_of(task.config):
         words += f", against R+FGSM at eps {task.config.eps}"
     return words
@@ -252,6 +268,8 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
         say(console, _rivals_sentence(task.problem.objective, result))
+    if result.get("reconstruction"):
+        say(console, reconstruction_sentence(result["reconstruction"]))
     if result.get("tuning"):
         say(console, tuning_sentence(result["tuning"]))
     print_doubts(console, task)
@@ -287,10 +305,28 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     )
 
 
+def reconstruction_sentence(entry: Mapping[str, Any]) -> str:
+    """Say whether a reconstruction helped (`haq.study.result.reconstruction_entry`)."""
+    before, after = (with_error(entry[name], entry["images"]) for name in ("before", "after"))
+    how = f"{entry['calibration_images']:,} calibration images, no labels, seed {entry['seed']}, {entry['seconds']:.0f} s"
+    judged = f"on {entry['images']:,} train images that were held out"
+    divergences = f"{entry['divergence_before']:.4f} and {entry['divergence_after']:.4f} nats"
+    sentence = (
+        f"Post-training quantization ({how}), {judged}: {before} before, {after} after, divergence from the float network "
+        f"{divergences}"
+    )
+    if entry.get("earlier") is not None:
+        earlier = with_error(entry["earlier"], entry["images"])
+        return f"{sentence}; the network that was fine-tuned earlier ({earlier}) is no worse, and was kept."
+    if entry["kept"]:
+        return f"{sentence}."
+    return f"{sentence}; that is no better, and the network before was kept."
+
+
 def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, Any]) -> None:
     """Print what was found beside the float network, uniform 8 bits and the rivals."""
     problem = task.problem
-    tuned = "  fine-tuned"
+    tuned = f"  {FINETUNED[result.get('finetuned_by', 'train')]}"
     if result.get("finetuned_scheme"):
         tuned += f", {result['finetuned_scheme']}"
     rows: dict[str, Mapping[str, float | None] | None] = {

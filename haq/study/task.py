@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
@@ -23,10 +23,12 @@ from haq.problem.problem import Problem
 from haq.problem.schemes import AnyScheme, describe_schemes, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
-from haq.study.config import LINEAR, SearchConfig
+from haq.study.config import BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
+from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images of the train split
 
@@ -65,6 +67,17 @@ class LoadedNetwork:
         """Preprocess images of the train split (N, C, H, W), of all classes, that set the activation scales."""
         return self.network.preprocess(self.dataset.train.images[self.dataset.fair(CALIBRATION)])
 
+    def quantized(self, policy: Q.BitPolicy, schemes: Mapping[str, Q.Scheme]) -> nn.Module:
+        """Quantize the network as the search does: with the same calibration, correction and rounding."""
+        return Q.quantize(
+            self.network.module,
+            policy,
+            scheme=schemes,
+            calibrate=self.calibration(),
+            correction=correction_of(self.config),
+            rounding=self.config.searched_rounding,
+        ).eval()
+
 
 @dataclass(frozen=True)
 class SearchTask(LoadedNetwork):
@@ -79,12 +92,15 @@ class SearchTask(LoadedNetwork):
     measured: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
-    def build(cls, config: SearchConfig, target: hw_models.Target | None = None) -> SearchTask:
+    def build(
+        cls, config: SearchConfig, target: hw_models.Target | None = None, on_progress: OnProgress = no_progress
+    ) -> SearchTask:
         """Load network and data and put the problem together.
 
         Args:
             config: What is asked for.
             target: The hardware, if it is loaded already.
+            on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
             ValueError, FileNotFoundError, ImportError: As the parts do.
@@ -111,12 +127,26 @@ class SearchTask(LoadedNetwork):
             objective=objective,
             scheme=scheme,
             tune=tuning,
+            correction=correction_of(config),
+            rounding=config.searched_rounding,
+            on_progress=on_progress,
         )
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
+
+    def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress) -> Reconstructed:
+        """Correct biases and learn roundings for one policy (`haq.training.reconstruct`)."""
+        return training.reconstruct(
+            self.network,
+            self.problem.quantized(policy),
+            self.dataset.train,
+            seed=seed,
+            adversary=adversary_of(self.config),
+            on_progress=on_progress,
+        )
 
     def network_signature(self) -> dict[str, str]:
         """Tell what doesn't depend on the hardware: sensitivities belong to it."""
@@ -153,15 +183,21 @@ class SearchTask(LoadedNetwork):
         return {**self.network_signature(), "target": costs, **machine_signature(self.problem.target)}
 
     def _schemes_signature(self) -> dict[str, str]:
-        """Tell how layers are quantized, where it isn't the linear scheme everywhere."""
+        """Tell how layers are quantized, where it isn't the linear scheme, rounded to nearest, without correction."""
         others = {
             name: {"name": scheme.name, "options": scheme.options()}
             for name, scheme in self.problem.schemes.items()
             if scheme != Q.Linear()
         }
-        if not others:
-            return {}
-        return {"scheme": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]}
+        found = {}
+        if others:
+            found["scheme"] = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]
+        # Nothing for what runs had before they could have anything else: their signatures stay what they are.
+        for name, before in BEFORE.items():
+            value = getattr(self.config, name)
+            if value != before:
+                found[name] = value
+        return found
 
 
 def check_scale(dataset: data.Dataset, mean: str | None, std: str | None) -> None:
@@ -247,6 +283,13 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
     of_all, named = config.scheme_names()
     ends = dict.fromkeys(Q.ends(layer_names), LINEAR)
     return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names)
+
+
+def correction_of(config: SearchConfig) -> str | None:
+    """Return the correction that is asked for, as `quantizers.quantize` takes it."""
+    if config.correction == NONE:
+        return None
+    return config.correction
 
 
 def with_scheme(task: SearchTask, scheme: str | None) -> SearchTask:

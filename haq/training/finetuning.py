@@ -35,8 +35,8 @@ from haq.training.config import (
     no_step,
     rate_for,
 )
-from haq.training.loop import Judge, fit, is_frozen, running_norms
-from quantizers.observers import first_input
+from haq.training.loop import Judge, fit
+from quantizers.norms import is_frozen, running_norms, take_statistics
 
 TUNING_BATCH = 32  # images of a step: many small steps, since with few images it is their number that counts
 TUNING_RATE = 0.005
@@ -284,73 +284,9 @@ def refresh_norms(network: Network, module: nn.Module, split: Split, images: int
         ValueError: If a norm sees a single value of each channel, so that there is no variance.
     """
     module.eval()
-    gathered = [_Statistics(norm) for norm in running_norms(module) if not is_frozen(norm)]
+    norms = [norm for norm in running_norms(module) if not is_frozen(norm)]
     chosen = stratified(split.labels, min(images, len(split)))
     parts = math.ceil(len(chosen) / NORM_BATCH)
-    try:
-        for part in range(parts):
-            # Batches of the same size, for what a norm sees depends on how the one before it sees its batch.
-            index = chosen[part::parts]
-            module(network.preprocess(split.images[index]))
-        for statistics in gathered:
-            statistics.finish()
-    finally:
-        for statistics in gathered:
-            statistics.hook.remove()
-            statistics.norm.momentum = statistics.momentum
-        module.eval()
-
-
-class _Statistics:
-    """The mean and variance of all that a norm has seen, batch by batch."""
-
-    def __init__(self, norm: nn.modules.batchnorm._NormBase) -> None:
-        """Look at every input of a norm from now on."""
-        self.norm = norm
-        self.calls = 0
-        self.seen = 0  # values of each channel
-        assert norm.running_mean is not None
-        self.mean = torch.zeros_like(norm.running_mean, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.mean)  # of the distances from the mean, summed
-        self.images = 0
-        self.momentum = norm.momentum
-        self.hook = norm.register_forward_pre_hook(self.look, with_kwargs=True)
-
-    def look(self, norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        """Add a batch, and let the norm see this batch as it does in training."""
-        x = first_input(norm, inputs, named)
-        self.calls += 1
-        if isinstance(norm, nn.modules.instancenorm._InstanceNorm):
-            # It sees every image by itself, and its statistics are the mean of theirs.
-            count = len(x)
-            if x.dim() == norm._get_no_batch_dim():
-                count = 1
-            self.images += count
-            norm.momentum = count / self.images
-            norm.train()
-            return
-        count = x.numel() // x.shape[1]
-        of_batch = torch.var_mean(x.float(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
-        variance, mean = (values.double() for values in of_batch)
-        total = self.seen + count
-        apart = mean - self.mean
-        self.mean += apart * count / total
-        self.squares += variance * count + apart.square() * self.seen * count / total
-        self.seen = total
-        self._set(mean, variance)
-
-    def finish(self) -> None:
-        """Give the norm the statistics of everything."""
-        if isinstance(self.norm, nn.modules.instancenorm._InstanceNorm) or not self.calls:
-            return
-        if self.seen < 2:
-            raise ValueError("a batch norm sees one value of each channel, which has no variance: give at least 2 images")
-        self._set(self.mean, self.squares / (self.seen - 1))
-        if self.norm.num_batches_tracked is not None:
-            self.norm.num_batches_tracked.fill_(self.calls)
-
-    def _set(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.norm.running_mean is not None
-        assert self.norm.running_var is not None
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(variance)
+    # Batches of the same size, for what a norm sees depends on how the one before it sees its batch.
+    batches = (network.preprocess(split.images[chosen[part::parts]]) for part in range(parts))
+    take_statistics(module, norms, batches)

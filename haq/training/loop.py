@@ -35,6 +35,7 @@ from haq.training.config import (
     no_judgement,
     no_step,
 )
+from quantizers.norms import is_frozen, running_norms
 
 WARMUP_STEPS = 200  # at most; a tenth of all steps where that is fewer
 Judge = Callable[[nn.Module], Judgement]  # of a network, on images that it isn't trained on
@@ -431,18 +432,6 @@ def set_learning_rate(training: Training) -> None:
     for optimizer, peaks in zip(training.optimizers, training.peaks, strict=True):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * rate
-
-
-def running_norms(module: nn.Module) -> list[nn.modules.batchnorm._NormBase]:
-    """Return the norms of a module that keep running statistics: batch norms, and instance norms that are told to."""
-    norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
-    return [norm for norm in norms if norm.running_mean is not None]
-
-
-def is_frozen(norm: nn.modules.batchnorm._NormBase) -> bool:
-    """Say whether a norm's statistics are to stay: it is trained in nothing else either, or its momentum is 0."""
-    parameters = list(norm.parameters(recurse=False))
-    return norm.momentum == 0 or (bool(parameters) and not any(one.requires_grad for one in parameters))
 
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:

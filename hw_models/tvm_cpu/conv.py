@@ -7,6 +7,7 @@ signed ones, and travel as bytes q + zero point, channels last, so that what pad
     unsigned, b bits        0..2^b - 1             0             q
     signed, b >= 2 bits     -2^(b-1)..2^(b-1)-1    128           q + 128
     signed, 1 bit           -1, +1                 1             0 or 2 (padding, real zero, is 1)
+    asymmetric, b bits      -z..2^b - 1 - z        z             0..2^b - 1 (padding is z)
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from hw_models.tvm_cpu.cpu import Cpu
 class Kernel(Code):
     """One way to compute a layer, for weights and activations of at most these bits.
 
-    `input` are bytes (batch, height, width, channels); `constants` makes the buffers that come from the weights.
+    `input` are bytes (batch, height, width, channels); `constants` makes the buffers that come from the weights. `zero` is
+    the byte of real zero among unsigned ones: the sums are those of the bytes less that.
     """
 
     conv: Conv
@@ -26,6 +27,7 @@ class Kernel(Code):
     signed: bool
     cpu: Cpu
     epilogue: Epilogue = field(default=Epilogue(), kw_only=True)
+    zero: int = field(default=0, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -83,7 +85,7 @@ class Kernel(Code):
 
     @property
     def _zero(self) -> int:
-        return zero_point(self.a_bits, self.signed)
+        return self.zero or zero_point(self.a_bits, self.signed)
 
     @property
     def _padded_size(self) -> tuple[int, int]:

@@ -65,6 +65,11 @@ class Direct(Kernel):
         return self.signed and self.a_bits == 1
 
     @property
+    def _biased(self) -> bool:
+        """Whether bytes are those of two's complement with the sign turned."""
+        return self.signed and not self._bipolar
+
+    @property
     def _inputs(self) -> int:
         return self.conv.in_channels // self.conv.groups
 
@@ -131,7 +136,7 @@ class Direct(Kernel):
         if self.how == "float":
             return False
         if self.how == "bits":
-            return self._bipolar and not self._border  # which includes it
+            return self.zero != 0 or (self._bipolar and not self._border)  # which includes it
         return self._zero != 0 or self.cpu.dot == "sdot"
 
     def arguments(self) -> dict[str, list[Argument]]:
@@ -206,6 +211,8 @@ class Direct(Kernel):
                 made["initial"] = by_group(np.full(conv.out_channels, conv.taps))
             elif self._bipolar:
                 made["initial"] = by_group(-weights.sum((1, 2, 3)))
+            elif self.zero:
+                made["initial"] = by_group(-self.zero * weights.sum((1, 2, 3)))
             if self._border:
                 border, made["rows"], made["columns"] = border_sums(conv, weights)
                 made["border"] = by_group(border) + made.pop("initial")
@@ -247,7 +254,7 @@ class Direct(Kernel):
             self._pad(b, buffers, self.conv.groups, self._chunk)
 
     def _pack(self, b: Builder, buffers: dict[str, Any]) -> None:
-        """Bytes to planes of bits: a word for each plane of 32 channels. Padding has no bits set."""
+        """Bytes to planes of bits: a word for each plane of 32 channels. Padding has the bits of zero set."""
         conv = self.conv
         T = b.T
         height, width = conv.input_size
@@ -257,11 +264,13 @@ class Direct(Kernel):
         source = buffers["input"]
         planes = buffers["planes"]
         no_bits = 0  # a byte without any
-        if self._zero == 128:
+        if self._biased:
             no_bits = 128
 
         def clear(at: Any, count: int) -> None:
-            if count:
+            if count and self.zero:
+                self._fill_with_zero(b, planes, at, count // (self._chunks * self.a_bits))
+            elif count:
                 with b.loop(count) as index:
                     T.buffer_store(planes, b.const(0, "uint32"), [at + index])
 
@@ -289,10 +298,27 @@ class Direct(Kernel):
                                 done += size
                         self._words(b, b.vector(some, 0, WORD), planes, to + whole * self.a_bits)
 
+    def _fill_with_zero(self, b: Builder, planes: Any, at: Any, count: int) -> None:
+        """Write the bits of a zero point into the channels of so many groups of pixels; those that don't exist have none."""
+        whole, rest = divmod(self._inputs, WORD)
+
+        def chunk(start: Any, word: int) -> None:
+            for plane in range(self.a_bits):
+                bits = word * (self.zero >> plane & 1)
+                b.T.buffer_store(planes, b.const(bits, "uint32"), [start + plane])
+
+        with b.loop(count) as group:
+            start = at + group * self._chunks * self.a_bits
+            if whole:
+                with b.loop(whole) as index:
+                    chunk(start + index * self.a_bits, 2**WORD - 1)
+            if rest:
+                chunk(start + whole * self.a_bits, 2**rest - 1)
+
     def _words(self, b: Builder, x: Any, planes: Any, at: Any) -> None:
         """Write the bits of 32 bytes, a word for each plane."""
         T = b.T
-        if self._zero == 128:
+        if self._biased:
             x = x ^ b.splat(128, "uint8", WORD)
         for plane in range(self.a_bits):
             position = plane
@@ -596,7 +622,9 @@ class Direct(Kernel):
             return start + raw
         if self._row_sums:
             total = buffers["row_sums"][at * conv.groups + group]
-            return (raw << b.splat(1, "int32")) - b.T.broadcast(total, LANES)
+            raw = (raw << b.splat(1, "int32")) - b.T.broadcast(total, LANES)
+        if self._initial:
+            raw = raw + b.vector(buffers["initial"], lane, LANES)
         return raw
 
 

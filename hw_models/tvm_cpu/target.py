@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -46,9 +46,10 @@ class CpuTarget:
     """A processor on which kernels are measured, one thread by default. Energy is not measured.
 
     Each distinct layer shape is measured once, at batch 1 unless told otherwise, and a cell of the cost table is the time of
-    the fastest kernel for those bits or wider, so latency never falls with more bits. Activations are taken as unsigned. The
-    times are kept in a cache, layer by layer, and a few of them are checked at every start. `progress(done, total, note)` is
-    told of the shapes done and of what is being done, `notice` of a cache and of times that can't be trusted.
+    the fastest kernel for those bits or wider, so latency never falls with more bits. Activations are taken as unsigned;
+    those with a zero point are, but for the number that the kernel's sums begin at. The times are kept in a cache, layer by
+    layer, and a few of them are checked at every start. `progress(done, total, note)` is told of the shapes done and of what
+    is being done, `notice` of a cache and of times that can't be trusted.
     """
 
     cpu: Cpu
@@ -56,6 +57,7 @@ class CpuTarget:
     features: str
     board: tuple[str, int] | None = None
     cold: bool = False
+    zero_points: ClassVar[bool] = True
     progress: Progress | None = field(default=None, compare=False)
     notice: Notice = field(default=warn, compare=False)
 

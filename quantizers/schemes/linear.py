@@ -21,7 +21,10 @@ from quantizers.functional import (
     with_value,
 )
 from quantizers.observers import WEIGHT_RULES, Observer, fit_activation_scales, fit_weight_scales
-from quantizers.scheme import Scheme, SchemeLayer
+from quantizers.scheme import Scheme, SchemeLayer, tensor_of
+
+OUTPUT = "output"  # a rule for what the layer's output loses
+ZERO = "activation_zero_point"
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,28 @@ class Linear(Scheme, name="linear"):
     calibration data are. Gradients are straight-through (Bengio et al. 2013).
 
     A layer's tensors: weight_scale (8, C_out), activation_scale (8,), activation_signed (), and the
-    relative squared errors weight_error (8,), activation_error (8,).
+    relative squared errors weight_error (8,), activation_error (8,); with `asymmetric`
+    activation_zero_point (8,), too.
 
     Attributes:
         calibration: How scales are found: `mse` (smallest squared error, over clipping points),
-            `max` (largest magnitude), `percentile` (the 99.99th of magnitudes) or `kl` (smallest
+            `max` (largest magnitude), `percentile` (the 99.99th of magnitudes), `kl` (smallest
             Kullback-Leibler divergence of histograms: Migacz, "8-bit Inference with TensorRT", GTC
-            2017; activations only, weights take the maximum), at one bit always `mse`; or `output`
-            (weights: smallest squared error of the layer's output, which needs `calibrate`, and is
-            `mse` where that never reaches the layer; activations: `mse`).
+            2017; activations only, weights take the maximum), at one bit always `mse`; or `output`,
+            the smallest squared error of the layer's output. For weights that needs `calibrate`, and
+            is `mse` where calibration never reaches the layer; of activations it counts all values
+            that calibration sees, not a sample, each weighted by its channel (`quantizers.histogram`).
         power_of_two: Whether scales are rounded to powers of two, for hardware that shifts.
+        asymmetric: Whether signed inputs have a zero point z for each width, x^ = s (q - z) with
+            integers q and z in 0..2^b - 1, in which real 0 is exact: for activations that are a
+            little negative, such as those of SiLU, Hardswish and GELU (Jacob et al., CVPR 2018,
+            section 2.1). Unsigned inputs are as they are without it, and so is one signed bit,
+            which stands for -s and s.
     """
 
     calibration: str = "mse"
     power_of_two: bool = False
+    asymmetric: bool = False
     summary: ClassVar[str] = "evenly spaced levels, scales from calibration data (the default)"
     of_weight: ClassVar[tuple[str, ...]] = ("weight_scale",)
     takes_offsets: ClassVar[bool] = True
@@ -53,23 +64,34 @@ class Linear(Scheme, name="linear"):
     has_integer_activations: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rule that there isn't."""
+        """Raise ValueError for a rule that there isn't, or that finds no zero points."""
         if self.calibration not in WEIGHT_RULES:
             raise ValueError(f"unknown calibration {self.calibration!r}; known: {', '.join(WEIGHT_RULES)}")
+        if self.asymmetric and self.calibration == "kl":
+            others = ", ".join(rule for rule in WEIGHT_RULES if rule != "kl")
+            raise ValueError(f"calibration 'kl' finds no zero points for asymmetric inputs; those that do: {others}")
 
     def needs_moments(self) -> bool:
         """Say whether scales of weights depend on what the layer's output loses."""
-        return self.calibration == "output"
+        return self.calibration == OUTPUT
+
+    @property
+    def has_zero_points(self) -> bool:  # type: ignore[override]
+        """Whether signed inputs have zero points."""
+        return self.asymmetric
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
-        """Return scales and errors of 1."""
-        return {
+        """Return scales and errors of 1, and zero points of 0."""
+        tensors = {
             "weight_scale": torch.ones(MAX_BITS, layer.weight.shape[0]),
             "activation_scale": torch.ones(MAX_BITS),
             "activation_signed": torch.ones(()),
             "weight_error": torch.ones(MAX_BITS),
             "activation_error": torch.ones(MAX_BITS),
         }
+        if self.asymmetric:
+            tensors[ZERO] = torch.zeros(MAX_BITS)
+        return tensors
 
     def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
         """Find the scales of the weights, and of the input if it was seen."""
@@ -83,14 +105,21 @@ class Linear(Scheme, name="linear"):
             self._calibrate_activations(layer, observer)
 
     def _calibrate_activations(self, layer: SchemeLayer, observer: Observer) -> None:
-        sample, largest, signed = observer.sample(), observer.largest, observer.signed
-        rule = self.calibration
-        if rule == "output":
-            rule = "mse"
-        scale, error = fit_activation_scales(sample, largest, signed, rule, self.power_of_two)
+        layer.activation_signed.fill_(observer.signed)
+        asymmetric = self.asymmetric and observer.signed
+        if self.calibration == OUTPUT or asymmetric:
+            assert observer.histogram is not None
+            grids = observer.histogram.grids(
+                observer.low, observer.high, self.calibration, asymmetric=asymmetric, power_of_two=self.power_of_two
+            )
+            scale, error = grids.scales, grids.errors
+            if asymmetric:
+                tensor_of(layer, ZERO).copy_(grids.zero_points)
+        else:
+            sample, largest, signed = observer.sample(), observer.largest, observer.signed
+            scale, error = fit_activation_scales(sample, largest, signed, self.calibration, self.power_of_two)
         layer.activation_scale.copy_(scale)
         layer.activation_error.copy_(error)
-        layer.activation_signed.fill_(signed)
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""
@@ -106,10 +135,27 @@ class Linear(Scheme, name="linear"):
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input on its grid; a scale that is trained gets LSQ's gradient."""
-        scale, signed = row(layer.activation_scale, bits), layer.signed
+        scale, signed = row(layer.activation_scale, bits), self.has_signed_inputs(layer, bits)
+        zero_point = None
+        if self._has_zero_point(layer, bits):
+            zero_point = row(tensor_of(layer, ZERO), bits)
         if differentiated(scale) and x.numel():
             scale = scaled_gradient(scale, (x[0].numel() * integer_range(bits, signed)[1]) ** -0.5)
-        return fake_quantize(x, scale, bits, signed, reuse=True)
+        return fake_quantize(x, scale, bits, signed, zero_point=zero_point, reuse=True)
+
+    def _has_zero_point(self, layer: SchemeLayer, bits: int) -> bool:
+        """Say whether a layer's input has a zero point: where it is signed, of two bits or more."""
+        return self.asymmetric and layer.signed and bits > 1
+
+    def has_signed_inputs(self, layer: SchemeLayer, bits: int) -> bool:
+        """Say whether the integers of a layer's input are signed: with a zero point they aren't."""
+        return layer.signed and not self._has_zero_point(layer, bits)
+
+    def zero_point(self, layer: SchemeLayer, bits: int) -> int:
+        """Return the integer that stands for real 0."""
+        if not self._has_zero_point(layer, bits):
+            return 0
+        return int(row(tensor_of(layer, ZERO), bits))
 
     def activation_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the input's scale."""
@@ -118,3 +164,12 @@ class Linear(Scheme, name="linear"):
     def weight_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the scale of each output channel."""
         return row(layer.weight_scale, bits)
+
+
+@dataclass(frozen=True)
+class AsymmetricLinear(Linear, name="linear-asymmetric"):
+    """Linear whose signed inputs have zero points, by a name of its own for the command line."""
+
+    calibration: str = OUTPUT
+    asymmetric: bool = True
+    summary: ClassVar[str] = "linear with zero points for signed inputs, for activations such as SiLU and Hardswish"

@@ -76,8 +76,7 @@ def assert_same(network: nn.Module, images: Tensor, folder: Path) -> deploy.Depl
         name = getattr(step, "layer", None)
         if name is not None and isinstance(program.values[step.input].representation, Codes):
             codes = program.values[step.input].representation
-            zero = 0 if not codes.signed else 1 if codes.bits == 1 else 128
-            found = deployed.value(step.input).astype(int) - zero
+            found = deployed.value(step.input).astype(int) - codes.zero
             assert np.array_equal(found.transpose(2, 0, 1), entered[step.name][-1].reshape(found.transpose(2, 0, 1).shape))
     assert interpreter.compare(network, program, images).same_answers == 1
     return deployed

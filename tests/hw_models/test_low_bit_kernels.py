@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -54,7 +55,8 @@ def codes(kernel: Kernel, rng: np.random.Generator) -> Codes:
     inputs = conv.in_channels // conv.groups
     weights = draw(weight_range(kernel.w_bits), kernel.w_bits, True, (conv.out_channels, inputs, *conv.kernel))
     shape = (conv.batch, *conv.input_size, conv.in_channels)
-    return weights, draw(activation_range(kernel.a_bits, kernel.signed), kernel.a_bits, kernel.signed, shape)
+    activations = draw(activation_range(kernel.a_bits, kernel.signed), kernel.a_bits, kernel.signed, shape)
+    return weights, activations - kernel.zero
 
 
 def buffers(kernel: Kernel, drawn: Codes, multiplier: object = 1.0, offset: object = 0.0) -> dict[str, np.ndarray]:
@@ -65,7 +67,8 @@ def buffers(kernel: Kernel, drawn: Codes, multiplier: object = 1.0, offset: obje
         made[name][:] = 77
     channels = kernel.conv.out_channels
     made |= kernel.constants(weights, np.full(channels, multiplier, np.float32), np.full(channels, offset, np.float32))
-    made["input"] = (activations + zero_point(kernel.a_bits, kernel.signed)).astype(np.uint8).reshape(-1)
+    zero = kernel.zero or zero_point(kernel.a_bits, kernel.signed)
+    made["input"] = (activations + zero).astype(np.uint8).reshape(-1)
     return made
 
 
@@ -163,6 +166,32 @@ def test_all_bit_pairs_are_exact_on_random_shapes(w_bits: int) -> None:
             made.append(Direct(conv, w_bits, a_bits, signed, cpu, "packed", tile, epilogue=SUMS))
         made += candidates(random_conv(rng, depthwise=True), w_bits, a_bits, signed, cpu, epilogue=SUMS, tiles=1)
     assert_exact(made)
+
+
+SLOWLY = [pytest.param(w_bits, marks=pytest.mark.slow) for w_bits in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("w_bits", [1, *SLOWLY])
+def test_zero_points_are_exact(w_bits: int) -> None:
+    """What pads an image is the byte of real zero, and the sums are those of the bytes less it."""
+    rng, cpu = np.random.default_rng(w_bits), Cpu.host()
+    made: list[Kernel] = []
+    for a_bits in (2, 3, 4, 8):
+        for conv in (random_conv(rng), random_conv(rng, depthwise=True)):
+            made += candidates(conv, w_bits, a_bits, False, cpu, epilogue=SUMS, tiles=1)
+        made.append(Direct(random_conv(rng), w_bits, a_bits, False, cpu, "bits", (1, 3, 1), epilogue=SUMS))
+    # 128 is what signed bytes have.
+    zeros = [int(rng.choice([1, 2**a_bits - 1, 2 ** (a_bits - 1)])) for a_bits in (kernel.a_bits for kernel in made)]
+    assert_exact([dataclasses.replace(kernel, zero=zero) for kernel, zero in zip(made, zeros, strict=True)])
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "two threads"])
+def test_zero_points_without_the_instructions_that_help(name: str) -> None:
+    cpu = Cpu.host(2)
+    if name in OTHERS:
+        cpu = Cpu.of(OTHERS[name])
+    kernels_for_unsigned = [kernel for kernel in _some(cpu) if not kernel.signed]
+    assert_exact([dataclasses.replace(kernel, zero=2**kernel.a_bits - 1) for kernel in kernels_for_unsigned])
 
 
 @pytest.mark.parametrize("signed", [False, True])

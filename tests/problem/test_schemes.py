@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,7 @@ def test_policies_are_judged_by_networks_of_the_scheme(scheme: Any) -> None:
     by_layer = scheme
     if isinstance(scheme, dict):
         by_layer = dict.fromkeys(problem.workload.names, "linear") | scheme
-    qnetwork = Q.quantize(problem.network, policy, scheme=by_layer, calibrate=images(64, 1))
+    qnetwork = Q.quantize(problem.network, policy, scheme=by_layer, calibrate=images(64, 1), correction="analytic")
     with torch.no_grad():
         right = (qnetwork(X).argmax(1) == brightest(X)).float().mean().item()
     assert problem.evaluate(policy).accuracy == pytest.approx(right)
@@ -163,3 +166,34 @@ def test_a_pickled_evaluator_knows_its_scheme() -> None:
     problem = searched("kmeans")
     copy: Evaluator = cloudpickle.loads(cloudpickle.dumps(problem.evaluator))
     assert copy.evaluate(problem.uniform(3)) == problem.evaluate(problem.uniform(3))
+
+
+def test_zero_points_need_a_target_that_has_them(tmp_path: Path) -> None:
+    sentence = (
+        "scheme 'linear-asymmetric' of layer 'stem' gives signed inputs zero points, and hardware target 'edge' computes "
+        "without any: choose a target that has them, such as cpu, or scheme linear"
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        searched("linear-asymmetric")
+    with pytest.raises(ValueError, match="scheme 'linear' of layer 'hidden' gives signed inputs zero points"):
+        searched({"hidden": Q.Linear(asymmetric=True)})
+    shipped = resources.files("hw_models").joinpath("targets/edge.yaml").read_text()
+    (tmp_path / "affine.yaml").write_text(f"{shipped}\nzero_points: true\n")
+    target = hw_models.load_target(str(tmp_path / "affine.yaml"))
+    network, x = small_network(), images(32) - 0.3
+    labels = network(x).argmax(1)
+    problem = haq.Problem(network, calibrate=x, search=(x, labels), target=target, scheme="linear-asymmetric")
+    assert problem.evaluate(problem.uniform(8)).accuracy > 0.9
+    assert float(Q.quant_layers(problem.evaluator.network)["stem"].activation_zero_point[3]) > 0
+    with pytest.raises(ValueError, match="hardware target 'bitfusion' computes without any"):
+        problem.on("bitfusion", 0.6)
+    edge: Any = hw_models.load_target("edge")
+    assert edge.zero_points is False
+
+
+def test_targets_with_zero_points() -> None:
+    from hw_models.lut import LookupTarget
+    from hw_models.tvm_cpu.target import CpuTarget
+
+    assert CpuTarget.zero_points
+    assert LookupTarget.zero_points

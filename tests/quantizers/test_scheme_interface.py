@@ -112,11 +112,12 @@ def check_activations(layer: Q.QuantLayer, bits: int) -> None:
     scale, width, signed, narrow = scheme.integer_activations(layer)
     assert width == bits
     low, high = Q.integer_range(bits, signed, narrow)
+    zero_point = scheme.zero_point(layer, bits)
     with torch.no_grad():
         levels = scheme.activation(layer, torch.linspace(-40, 40, 30_001).view(1, -1, 1, 1), bits).unique()
     codes = levels / scale
     assert torch.allclose(codes, codes.round(), atol=1e-4)
-    assert [codes.min().round().item(), codes.max().round().item()] == [low, high]
+    assert [codes.min().round().item(), codes.max().round().item()] == [low - zero_point, high - zero_point]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -21,6 +21,7 @@ from haq.problem.sensitivity import KINDS, Sensitivities, signed
 from haq.solvers import SOLVERS, greedy, ilp, sensitivity
 from haq.solvers.base import Session, solve
 from haq.solvers.hessian import curvature
+from haq.solvers.layer_outputs import gradient_increases, remaining_errors
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, SMALL, call, history
 from tests.conftest import images, make_problem, small_network
@@ -129,7 +130,8 @@ def test_zeros_stay_zero_and_every_call_counts() -> None:
     assert not network.layer.weight.grad
 
 
-def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: haq.Problem) -> None:
+def test_second_order_rises_are_half_the_trace_times_the_squared_error() -> None:
+    problem = make_problem(small_network(), correction=None)
     found = sensitivity.by_hessian(problem)
     layer = problem.evaluator.network.get_submodule("pointwise")
     bend = curvature(problem.network, problem.workload.names, problem.calibration)["pointwise"]
@@ -142,8 +144,100 @@ def test_second_order_rises_are_half_the_trace_times_the_squared_error(problem: 
     assert rises[0, 2] == pytest.approx(0.5 * bend.weight * (errors[0] - errors[1]), rel=1e-3)
     assert rises[1, 1] > rises[1, 3] > 0
     assert problem.evaluator.cache == {}  # not one policy was evaluated
-    again = sensitivity.by_hessian(make_problem(small_network()))
+    again = sensitivity.by_hessian(make_problem(small_network(), correction=None))
     assert np.array_equal(again.loss_increases, found.loss_increases)
+
+
+def test_of_an_error_that_is_corrected_counts_what_is_left_in_the_output() -> None:
+    network = small_network()
+    plain, corrected = (make_problem(network, correction=correction) for correction in (None, "analytic"))
+    layer = Q.quant_layers(corrected.evaluator.network)["hidden"]
+    names = corrected.workload.names
+    left = remaining_errors(network, corrected.evaluator.network, names, corrected.calibration)["hidden"]
+    seen: list[Tensor] = []
+    handle = network.get_submodule("hidden").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for part in corrected.calibration:
+            network(part)
+        handle.remove()
+        x = torch.cat(seen)
+        layer.weight_bits, layer.activation_bits = 3, None
+        change = layer(x) - network.get_submodule("hidden")(x)
+        # What was there before is what is left and the square of its mean, which was taken out.
+        assert left[2] == pytest.approx(float(change.square().sum() / (change - layer.bias_shift[2]).square().sum()), rel=1e-4)
+    assert left[2] < 1
+    assert all((share == 1).all() for share in remaining_errors(network, plain.evaluator.network, names, []).values())
+    rises = [sensitivity.by_hessian(problem).loss_increases[names.index("hidden"), :, 2] for problem in (plain, corrected)]
+    assert rises[1][0] < rises[0][0]
+    assert rises[1][1] == rises[0][1]
+
+
+# ---- gradients
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, between them what overwrites its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(torch.relu_(self.layer(x)))
+        return result
+
+
+def quantized_twice() -> tuple[Twice, nn.Module, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    network = Twice().double().eval()
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).double()
+    x = torch.randn(6, 5, generator=generator).double()
+    return network, Q.quantize(network, {"layer": (8, 8)}, calibrate=x), x
+
+
+@pytest.mark.parametrize(("operand", "pair"), [(0, (3, None)), (1, (None, 3))])
+def test_gradients_tell_the_divergence_to_second_order(operand: int, pair: tuple[int | None, int | None]) -> None:
+    network, qnetwork, x = quantized_twice()
+    found = gradient_increases(network, qnetwork, ["layer"], [x[:4], x[4:]], draws=1000)["layer"]
+    with torch.no_grad():
+        first = network.layer(x)
+        hidden, p = first.relu(), network(x).softmax(1)
+        Q.set_policy(qnetwork, {"layer": pair})
+        changes = [qnetwork.layer(x) - first, qnetwork.layer(hidden) - network.layer(hidden)]
+        # What the outputs change by, to first order.
+        d = (changes[0] * (first > 0)) @ network.layer.weight.T + changes[1]
+        exact = 0.5 * ((p * d.square()).sum(1) - (p * d).sum(1).square()).mean()
+    assert found[operand, 2] == pytest.approx(float(exact), rel=0.1)
+
+
+def test_gradients_leave_the_networks_as_they_were_and_know_widths_that_a_scheme_lacks() -> None:
+    network, qnetwork, x = quantized_twice()
+    before = {name: tensor.clone() for name, tensor in qnetwork.state_dict().items()}
+    again = [gradient_increases(network, qnetwork, ["layer"], [x])["layer"] for _ in range(2)]
+    assert np.array_equal(*again)
+    assert (again[0][:, 1] > again[0][:, 7]).all()
+    assert Q.get_policy(qnetwork) == {"layer": (8, 8)}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in qnetwork.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    without_1_bit = Q.quantize(network, {"layer": (4, 4)}, scheme="lsq", calibrate=x)
+    unknown = np.isnan(gradient_increases(network, without_1_bit, ["layer"], [x])["layer"])
+    assert unknown[0].tolist() == [True] + 7 * [False]
+
+
+def test_gradients_of_tied_layers_add_up_and_cost_no_evaluation() -> None:
+    network = small_network()
+    problem = make_problem(network)
+    found = sensitivity.by_gradient(problem)
+    alone = gradient_increases(network, problem.evaluator.network, problem.workload.names, problem.calibration)
+    rises = found.loss_increases[found.layers.index(("pointwise",))]
+    assert rises[:, 2] == pytest.approx(alone["pointwise"][:, 2] - alone["pointwise"][:, 7])
+    assert problem.evaluator.cache == {}
+    both = ("pointwise", "hidden")
+    tied = haq.Problem(network, images(32, 1), images(8), "edge", objective="agreement", tied=[both])
+    of_both = sensitivity.by_gradient(tied)
+    rises = of_both.loss_increases[of_both.layers.index(both)]
+    assert rises[0, 2] == pytest.approx(sum(alone[name][0, 2] - alone[name][0, 7] for name in both))
 
 
 # ---- kinds
@@ -172,7 +266,7 @@ def test_a_file_gives_back_what_was_measured(kind: str, tmp_path: Path) -> None:
     session = Session(problem, 30, sensitivity_kind=kind)
     table = sensitivity.measure(problem, session, keep=1)
     assert session.sensitivities is not None
-    assert session.used == (0 if kind == "hessian" else 29)
+    assert session.used == (0 if kind in sensitivity.COMPUTED else 29)
     kept = signed(session.sensitivities, {"network": "n", "data": "d"})
     kept.to_json(tmp_path / "a.json")
     read = Sensitivities.from_json(tmp_path / "a.json")
@@ -283,5 +377,5 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 
 def test_kinds_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(search.main, "--sensitivity-kind", "hesse") == 2
-    assert "unknown kind of sensitivities 'hesse'; it can be loss, kl, hessian" in capsys.readouterr().err
+    assert "unknown kind of sensitivities 'hesse'; it can be loss, kl, hessian, gradient" in capsys.readouterr().err
     assert {"ilp", "greedy"} <= set(SOLVERS)

@@ -1,0 +1,193 @@
+"""How much quantization changes a layer's output, and what that does to the network's answers, by a few backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import quantizers as Q
+from haq.solvers.hessian import BATCH, draw_cotangents
+
+DRAWS = 1  # vectors, and backward passes, for each batch
+
+
+class _Call:
+    """One call of a layer: what it was called with, and its output."""
+
+    def __init__(self, name: str, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.name = name
+        # Copies: whoever else reads a tensor may overwrite it.
+        self.inputs, self.named = tree_map_only(Tensor, lambda x: x.detach().clone(), (inputs, named))
+        self.output: Tensor
+
+    def end(self, output: Tensor) -> Tensor:
+        """Keep the output; returns a copy, which what follows may overwrite."""
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()
+        self.output = output
+        return output.clone()
+
+
+def gradient_increases(
+    network: nn.Module,
+    qnetwork: nn.Module,
+    names: Sequence[str],
+    images: Iterable[Tensor],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, NDArray[np.float64]]:
+    """Estimate what quantizing one operand of one layer costs, for all layers and widths in the same backward pass.
+
+    The score of ModelOpt's auto_quantize (NVIDIA): to second order, the divergence KL(p || q) of the outputs is
+    1/2 d^T (diag p - p p^T) d, d being their change. With L L^T = diag p - p p^T as in `hessian.curvature` and a Rademacher
+    vector s, that is 1/2 E[(s^T L^T d)^2], and s^T L^T d = sum_i g_i dy_i for a change dy of one layer's output, g = J^T L s
+    being what a backward pass gives there. No labels are needed, and the layer's output is changed as it really is: with its
+    correction, and its rounding.
+
+    Args:
+        network: The float network.
+        qnetwork: The quantized one; its bits are in the end what they were.
+        names: Of the layers.
+        images: Batches of inputs (N, ...). A layer's output is taken to go through the images in its first dimension.
+        draws: Vectors for each batch.
+        seed: Of the vectors.
+
+    Returns:
+        By layer, nats of shape (2, 8): its weight (0) or its input (1) alone at widths 1..8; NaN for a width that its scheme
+        doesn't have.
+    """
+    network = Q.copy_network(network).eval().requires_grad_(False)
+    qlayers = Q.quant_layers(qnetwork)
+    policy = Q.get_policy(qnetwork)
+    calls: list[_Call] = []
+    for name in names:
+        _watch(network.get_submodule(name), name, calls)
+    generator = torch.Generator().manual_seed(seed)
+    total = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
+    count = 0
+    try:
+        for part in (part for batch in images for part in batch.split(BATCH)):
+            calls.clear()
+            with torch.enable_grad():
+                outputs = network(part.clone())  # some networks normalise their input in place
+            count += len(part)
+            gradients = _gradients(outputs, calls, draws, generator)
+            with torch.no_grad():
+                for name in names:
+                    own = [index for index, call in enumerate(calls) if call.name == name]
+                    _add(total[name], qlayers[name], [calls[i] for i in own], [gradients[i] for i in own], len(part))
+    finally:
+        Q.set_policy(qnetwork, policy)
+    return {name: 0.5 * squares / (count * draws) for name, squares in total.items()}
+
+
+def remaining_errors(
+    network: nn.Module, qnetwork: nn.Module, names: Sequence[str], images: Iterable[Tensor]
+) -> dict[str, NDArray[np.float64]]:
+    """Tell what correction and rounding leave of the error that rounded weights make in their layer's output.
+
+    Args:
+        network: The float network.
+        qnetwork: The quantized one; its bits are in the end what they were.
+        names: Of the layers.
+        images: Batches of inputs (N, ...).
+
+    Returns:
+        By layer, shares of shape (8,): the squared error of its outputs, weights alone being quantized at widths 1..8, over
+        the same where they are rounded to nearest and biases are as they were; 1 where there is no error.
+    """
+    network = Q.copy_network(network).eval()
+    plain = Q.copy_network(qnetwork)
+    policy = Q.get_policy(qnetwork)
+    found, before = Q.quant_layers(qnetwork), Q.quant_layers(plain)
+    if all(layer.bias_shift is None and layer.weight_offset is None for layer in before.values()):
+        return {name: np.ones(Q.MAX_BITS) for name in names}
+    for layer in before.values():
+        layer.bias_shift = layer.weight_offset = None
+    calls: list[_Call] = []
+    for name in names:
+        _watch(network.get_submodule(name), name, calls)
+    errors = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
+    try:
+        for part in (part for batch in images for part in batch.split(BATCH)):
+            calls.clear()
+            with torch.no_grad():
+                network(part.clone())
+                for call in calls:
+                    for row, layer in enumerate((found[call.name], before[call.name])):
+                        errors[call.name][row] += _squared_errors(layer, call)
+    finally:
+        Q.set_policy(qnetwork, policy)
+    shares = {name: np.ones(Q.MAX_BITS) for name in names}
+    for name, (left, plainly) in errors.items():
+        np.divide(left, plainly, out=shares[name], where=plainly > 0)
+    return shares
+
+
+def _squared_errors(layer: Q.layers.QuantLayer, call: _Call) -> list[float]:
+    """Return the squared error of the output of one call at every width of the weights; 0 for a width that there isn't."""
+    errors = []
+    for bits in range(1, Q.MAX_BITS + 1):
+        error = 0.0
+        if layer.scheme.takes(bits, None, layer.signed):
+            layer.weight_bits, layer.activation_bits = bits, None
+            error = float((layer(*call.inputs, **call.named) - call.output).square().sum(dtype=torch.float64))
+        errors.append(error)
+    return errors
+
+
+def _watch(layer: nn.Module, name: str, calls: list[_Call]) -> None:
+    """Add every call of a layer to a list."""
+    begun: list[_Call] = []
+
+    def before(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        begun.append(_Call(name, inputs, named))
+
+    def after(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        call = begun.pop()
+        calls.append(call)
+        return call.end(output)
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    layer.register_forward_hook(after)
+
+
+def _gradients(outputs: Tensor, calls: list[_Call], draws: int, generator: torch.Generator) -> list[Tensor]:
+    """Return what backward passes give at the output of every call, each (draws, ...)."""
+    sources = [call.output for call in calls]
+    passes = [
+        torch.autograd.grad(outputs, sources, drawn, retain_graph=True, materialize_grads=True)
+        for drawn in draw_cotangents(outputs, draws, generator)
+    ]
+    return [torch.stack(of_call) for of_call in zip(*passes, strict=True)]
+
+
+def _add(
+    total: NDArray[np.float64], layer: Q.layers.QuantLayer, calls: list[_Call], gradients: list[Tensor], images: int
+) -> None:
+    """Add the squares of (sum_i g_i dy_i) over some images, at every width of each operand, to a layer's total."""
+    for operand in (0, 1):
+        for bits in range(1, Q.MAX_BITS + 1):
+            pair: list[int | None] = [None, None]
+            pair[operand] = bits
+            if not layer.scheme.takes(*pair, layer.signed):
+                total[operand, bits - 1] = np.nan
+                continue
+            layer.weight_bits, layer.activation_bits = pair
+            summed: Tensor | float = 0.0
+            for call, gradient in zip(calls, gradients, strict=True):
+                change = layer(*call.inputs, **call.named) - call.output.detach()
+                # One change of the weight changes all calls of an image together.
+                product = (gradient * change).reshape(len(gradient), images, -1)
+                summed = summed + product.sum(2, dtype=torch.float64)
+            squares = torch.as_tensor(summed).square().sum()
+            if not squares.isfinite():
+                squares = squares.new_tensor(torch.inf)
+            total[operand, bits - 1] += float(squares)
