@@ -22,6 +22,7 @@ LEAST_PATCHES = 256
 PLENTY = 1024
 SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small products of groups than in a large one
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
+LARGE = 256  # inputs for which it pays to leave out what follows from symmetry
 CHUNK = 1 << 20  # numbers of patches that are unfolded at once
 PRODUCTS = (torch.conv1d, torch.conv2d, F.linear)
 
@@ -71,6 +72,10 @@ class InputMoments:
         k = math.prod(self._shape[1:])
         self.parts = next(parts for parts in range(1, k + 1) if k % parts == 0 and k // parts <= MOST_INPUTS)
         self.inputs = k // self.parts
+        # Sums are symmetric: a quarter of a large one is left out.
+        self._half = self.inputs
+        if self.inputs >= LARGE:
+            self._half = self.inputs // 2
         self.patches = self.images = 0
         self._seen = 0  # patches, those that were left out included
         self._weight = 0  # patches that those in the sums stand for
@@ -122,9 +127,13 @@ class InputMoments:
             self._shift = patches.mean(1, keepdim=True)
             self._sum = torch.zeros_like(self._shift, dtype=torch.float64)
             self._squares = patches.new_zeros(len(patches), self.inputs, self.inputs)
-        centred = patches.sub_(self._shift)
+        centred = patches - self._shift
         self._sum += share * centred.sum(1, keepdim=True, dtype=torch.float64)
-        self._squares.baddbmm_(centred.mT, centred, alpha=share)
+        half = self._half
+        self._squares[:, :half].baddbmm_(centred[..., :half].mT, centred, alpha=share)
+        if half < self.inputs:
+            rest = centred[..., half:]
+            self._squares[:, half:, half:].baddbmm_(rest.mT, rest, alpha=share)
 
     def suffice(self) -> bool:
         """Say whether there were as many patches as inputs of an output, so that every direction can be known."""
@@ -143,7 +152,9 @@ class InputMoments:
         if not self.patches:
             raise ValueError(f"layer {self.layer!r} was never called during calibration: calibrate with inputs that reach it")
         moved = self._sum / self._weight
+        half = self._half
         made = self._squares / self._weight
+        made[:, half:, :half] = made[:, :half, half:].mT
         made -= (moved.mT @ moved).to(made.dtype)
         if not self.centred:
             mean = self.mean()[:, None].to(made.dtype)
@@ -315,7 +326,7 @@ class _Operand:
             most: How many numbers are unfolded at once, about.
 
         Yields:
-            Patches (groups, patches, inputs), memory of the caller's own.
+            Patches (groups, patches, inputs), which may lie in the input's memory.
         """
         of_images, of_positions = strides
         x = self._x[seen % of_images :: of_images]
@@ -351,7 +362,7 @@ class _Operand:
             places = images[:, None, None] + starts[:, None] + offsets
             taken = padded.flatten(0, -2)[places.flatten()].view(len(x), len(starts), kernel, groups, channels)
             taken = taken.permute(3, 0, 1, 2, 4)
-        return taken.reshape(groups, len(x) * len(starts), kernel * channels).clone(memory_format=torch.contiguous_format)
+        return taken.reshape(groups, len(x) * len(starts), kernel * channels)
 
     def _places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return where patches begin in a padded image, and where their numbers lie from there."""

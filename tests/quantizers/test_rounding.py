@@ -72,6 +72,7 @@ def test_second_moments_tell_the_error_of_the_output(kind: str, centred: bool, m
     monkeypatch.setattr(moments_module, "ENOUGH", 10**9)
     monkeypatch.setattr(moments_module, "PLENTY", 10**9)
     monkeypatch.setattr(moments_module, "CHUNK", 500)
+    monkeypatch.setattr(moments_module, "LARGE", 20)
     layer, x = made(kind)
     moments = seen(layer, x, centred)
     error = torch.randn_like(layer.weight)
