@@ -1,4 +1,4 @@
-"""What quantization costs a training step and an inference pass, beside Brevitas and torch.ao, in the same run on one thread.
+"""What quantization costs: a training step and an inference pass beside Brevitas and torch.ao, and calibration.
 
     OMP_NUM_THREADS=1 python -m experiments.quantizer_speed
 
@@ -13,7 +13,10 @@ it anew, which costs the float network up to 40 % of its pass, and the others mo
 happened to leave: ratios of that column have come out between 0.8 and 1.4 for the same code. Between steps, as in validation
 between epochs, every process keeps its memory, and what remains is what quantization costs: the bar is on that column.
 
-The last line is the time of `set_policy` on the same calibrated network, for which the bar is a millisecond.
+Then comes the time of `set_policy` on the same calibrated network, for which the bar is a millisecond, and that of
+calibration by each rule and of GPTQ, for all widths, beside the forward pass over the images (EfficientNet-Lite0's layers
+with random weights, 30 images; `--calibration` prints nothing else). The bar of rule `output` is a second per million
+weights.
 
 Brevitas is installed for this benchmark only: pip install -c constraints.txt -e ".[zoo]" brevitas
 """
@@ -24,6 +27,7 @@ import copy
 import importlib
 import multiprocessing
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -40,6 +44,7 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from haq import networks
+from quantizers.observers import WEIGHT_RULES
 
 ROUNDS, BITS = 15, 4
 # What is measured, in this order: inference in a process that hasn't trained, steps, and inference between them.
@@ -98,6 +103,50 @@ def main() -> None:
     console = Console(width=127)
     console.print(table)
     console.print(f"set_policy: {1e3 * policy:.2f} ms (bar 1 ms)")
+    console.print(calibration_table())
+
+
+def calibration_table() -> Table:
+    """Measure what calibration of all widths takes beside the forward pass, once for each way."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images = torch.randn(30, 3, 224, 224)
+    network = Q.fold_batch_norm(networks.load("timm:tf_efficientnet_lite0", pretrained=False).module.eval(), images[:2])
+    policy = Q.BitPolicy.uniform(network, w=BITS, a=8)
+    weights = sum(layer.weight.numel() for layer in Q.quant_layers(Q.quantize(network, policy, calibrate=images[:2])).values())
+    *others, last = policy
+
+    def pass_only() -> None:
+        with torch.no_grad():
+            for batch in images.split(10):
+                network(batch)
+
+    def calibrate(rule: str, rounding: str = "nearest") -> None:
+        # The last layer has one patch per image: too few for GPTQ.
+        roundings = {**dict.fromkeys(others, rounding), last: "nearest"}
+        Q.quantize(network, policy, scheme=Q.Linear(rule), calibrate=images.split(10), rounding=roundings)
+
+    forward = min(seconds_of(pass_only) for _ in range(3))
+    ways = [(rule, "nearest") for rule in WEIGHT_RULES] + [("output", "gptq")]
+    table = Table(title=f"calibration of 8 widths, {weights / 1e6:.2f} million weights, 30 images", box=box.SIMPLE_HEAD)
+    for heading in ("rule", "rounding"):
+        table.add_column(heading)
+    for heading in ("s beside the forward pass", "s per million weights"):
+        table.add_column(heading, justify="right")
+    for rule, rounding in track(ways, "calibrating"):
+        taken = seconds_of(calibrate, rule, rounding) - forward
+        each = f"{taken / weights * 1e6:.2f}"
+        if (rule, rounding) == ("output", "nearest"):
+            each += ", bar 1"
+        table.add_row(rule, rounding, f"{taken:.2f}", each)
+    return table
+
+
+def seconds_of(run: Callable[..., object], *arguments: object) -> float:
+    """Return the processor time of a call."""
+    start = time.process_time()
+    run(*arguments)
+    return time.process_time() - start
 
 
 def contend(name: str, connection: Connection) -> None:
@@ -213,4 +262,7 @@ def brevitas(network: nn.Module) -> nn.Module:
 
 
 if __name__ == "__main__":
-    main()
+    if "--calibration" in sys.argv:
+        Console(width=127).print(calibration_table())
+    else:
+        main()

@@ -15,10 +15,10 @@ GAIN_WEIGHT = 10.0
 # multiples of the mean magnitude the scale lies.
 LEAST_CLIPS = (0.3, 0.44, 0.58, 0.65, 0.72, 0.79, 0.86)
 ONE_BIT = (0.5, 1.75)
-# Candidates that are evenly spaced, at widths up to 4 and above; then, so often, two more halfway to the
-# neighbours of the best.
-COARSE = (16, 8)
-FINE = 2
+# Candidates that are evenly spaced, at 2 to 4 bits and at other widths, where little depends on them; then, so
+# often, two more halfway to the neighbours of the best.
+COARSE = (16, 6)
+FINE = (2, 1)
 RANK = 32  # of what is kept of a covariance beside its diagonal
 DENSE = 64  # inputs up to which all of it is
 CHUNK = 1 << 18  # float32 numbers of all candidates that are measured at once
@@ -152,14 +152,15 @@ def _relative_errors(weight: Tensor, scales: Tensor) -> Tensor:
 
 def _search(errors: OutputErrors, unit: Tensor, bits: int, least: float, most: float) -> Tensor:
     """Return the best multiples of a unit between two numbers, coarse steps first."""
-    count = COARSE[bits > 4]
+    others = bits not in (2, 3, 4)
+    count = COARSE[others]
     shares = torch.linspace(most, least, count, device=unit.device)
     if bits == 1:
         shares = torch.cat([torch.ones_like(shares[:1]), shares])
     distance = (most - least) / (count - 1)
     candidates = shares[:, None] * unit
     best, error = _best(candidates, errors.of(candidates, bits))
-    for _ in range(FINE):
+    for _ in range(FINE[others]):
         distance /= 2
         around = torch.stack([best + distance * unit, best - distance * unit])
         if bits > 1:

@@ -15,11 +15,14 @@ from torch.overrides import TorchFunctionMode
 # are divided into equal parts, and products between parts are left out.
 MOST_INPUTS = 1 << 13
 MOST_BYTES = 1 << 30  # of all layers' sums that are held at a time
-# Patches per input of an output that there must be before any is left out; and beyond which most are.
+# Patches per input of an output that there must be before any is left out, and how many in any case; and
+# beyond which most are.
 ENOUGH = 4
+LEAST_PATCHES = 256
 PLENTY = 1024
 SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small products of groups than in a large one
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
+LARGE = 256  # inputs for which it pays to leave out what follows from symmetry
 CHUNK = 1 << 20  # numbers of patches that are unfolded at once
 PRODUCTS = (torch.conv1d, torch.conv2d, F.linear)
 
@@ -35,7 +38,7 @@ class InputMoments:
 
     Unfolding a convolution with k inputs per output costs k / (outputs of a group) times the
     convolution itself. Where that is more than one, every so manyth patch is taken, as soon as
-    there have been 4 k of them, and fewer still beyond 1024 k: of every so manyth image every so
+    there have been 4 k of them (and 256), and fewer still beyond 1024 k: of every so manyth image every so
     manyth position of the output. A patch counts for those that it stands for.
 
     Sums are taken in float32 of patches from which the first batch's mean is subtracted, so that a
@@ -69,6 +72,10 @@ class InputMoments:
         k = math.prod(self._shape[1:])
         self.parts = next(parts for parts in range(1, k + 1) if k % parts == 0 and k // parts <= MOST_INPUTS)
         self.inputs = k // self.parts
+        # Sums are symmetric: a quarter of a large one is left out.
+        self._half = self.inputs
+        if self.inputs >= LARGE:
+            self._half = self.inputs // 2
         self.patches = self.images = 0
         self._seen = 0  # patches, those that were left out included
         self._weight = 0  # patches that those in the sums stand for
@@ -113,16 +120,20 @@ class InputMoments:
         ratio = -(-k * self.groups // self._shape[0])
         if self.groups > 1:
             ratio *= SMALL_PRODUCTS
-        return max(1, min(ratio, seen // (ENOUGH * k)), seen // (PLENTY * k))
+        return max(1, min(ratio, seen // max(ENOUGH * k, LEAST_PATCHES)), seen // (PLENTY * k))
 
     def _add(self, patches: Tensor, share: int) -> None:
         if self._shift.numel() == 0:
             self._shift = patches.mean(1, keepdim=True)
             self._sum = torch.zeros_like(self._shift, dtype=torch.float64)
             self._squares = patches.new_zeros(len(patches), self.inputs, self.inputs)
-        centred = patches.sub_(self._shift)
+        centred = patches - self._shift
         self._sum += share * centred.sum(1, keepdim=True, dtype=torch.float64)
-        self._squares.baddbmm_(centred.mT, centred, alpha=share)
+        half = self._half
+        self._squares[:, :half].baddbmm_(centred[..., :half].mT, centred, alpha=share)
+        if half < self.inputs:
+            rest = centred[..., half:]
+            self._squares[:, half:, half:].baddbmm_(rest.mT, rest, alpha=share)
 
     def suffice(self) -> bool:
         """Say whether there were as many patches as inputs of an output, so that every direction can be known."""
@@ -141,7 +152,9 @@ class InputMoments:
         if not self.patches:
             raise ValueError(f"layer {self.layer!r} was never called during calibration: calibrate with inputs that reach it")
         moved = self._sum / self._weight
+        half = self._half
         made = self._squares / self._weight
+        made[:, half:, :half] = made[:, :half, half:].mT
         made -= (moved.mT @ moved).to(made.dtype)
         if not self.centred:
             mean = self.mean()[:, None].to(made.dtype)
@@ -313,7 +326,7 @@ class _Operand:
             most: How many numbers are unfolded at once, about.
 
         Yields:
-            Patches (groups, patches, inputs), memory of the caller's own.
+            Patches (groups, patches, inputs), which may lie in the input's memory.
         """
         of_images, of_positions = strides
         x = self._x[seen % of_images :: of_images]
@@ -349,7 +362,7 @@ class _Operand:
             places = images[:, None, None] + starts[:, None] + offsets
             taken = padded.flatten(0, -2)[places.flatten()].view(len(x), len(starts), kernel, groups, channels)
             taken = taken.permute(3, 0, 1, 2, 4)
-        return taken.reshape(groups, len(x) * len(starts), kernel * channels).clone(memory_format=torch.contiguous_format)
+        return taken.reshape(groups, len(x) * len(starts), kernel * channels)
 
     def _places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return where patches begin in a padded image, and where their numbers lie from there."""

@@ -41,7 +41,7 @@ LAYERS = {
 }
 
 
-def made(kind: str, seed: int = 0, count: int = 8) -> tuple[nn.Module, Tensor]:
+def made(kind: str, seed: int = 0, count: int = 8) -> tuple[Any, Tensor]:
     """Make a layer and inputs of it that vary together and have a large mean."""
     torch.manual_seed(seed)
     layer = LAYERS[kind]()
@@ -59,11 +59,11 @@ def seen(layer: nn.Module, x: Tensor, centred: bool = True) -> InputMoments:
 
 
 def of_channels(moments: InputMoments, errors: Tensor) -> Tensor:
-    """Compute e^T C e for errors of a weight (..., *weight.shape), by output channel, in float64."""
-    grouped = moments.grouped(errors).double().flatten(1, -2)
+    """Compute e^T C e for errors of a weight, by output channel, in float64."""
+    grouped = moments.grouped(errors).double()
     left = ((grouped @ moments.covariance().double()) * grouped).sum(2)
     left = left.unflatten(0, (moments.groups, moments.parts)).sum(1)
-    return left.view(moments.groups, *errors.shape[: errors.dim() - len(moments._shape)], -1).movedim(0, -2).flatten(-2)
+    return left.flatten()
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -72,6 +72,7 @@ def test_second_moments_tell_the_error_of_the_output(kind: str, centred: bool, m
     monkeypatch.setattr(moments_module, "ENOUGH", 10**9)
     monkeypatch.setattr(moments_module, "PLENTY", 10**9)
     monkeypatch.setattr(moments_module, "CHUNK", 500)
+    monkeypatch.setattr(moments_module, "LARGE", 20)
     layer, x = made(kind)
     moments = seen(layer, x, centred)
     error = torch.randn_like(layer.weight)
@@ -103,7 +104,7 @@ def test_positions_that_are_left_out_change_little_and_save_most(size: int, monk
     assert part.patches < every.patches / 4
     assert part.patches >= 4 * part.inputs
     for one, other in ((part.covariance(), every.covariance()), (part.mean(), every.mean())):
-        assert (one - other).norm() < 0.25 * other.norm()
+        assert (one - other).norm() < 0.4 * other.norm()
 
 
 def by_inverse(w: Tensor, scale: float, bits: int, second: Tensor, act_order: bool) -> Tensor:
