@@ -175,9 +175,10 @@ def _add(
     """Add the squares of (sum_i g_i dy_i) over some images, at every width of each operand, to a layer's total."""
     for operand in (0, 1):
         for bits in range(1, Q.MAX_BITS + 1):
-            pair: list[int | None] = [None, None]
-            pair[operand] = bits
-            if not layer.scheme.takes(*pair, layer.signed):
+            pair: tuple[int | None, int | None] = (bits, None)
+            if operand == 1:
+                pair = (None, bits)
+            if not layer.scheme.takes(pair[0], pair[1], layer.signed):
                 total[operand, bits - 1] = np.nan
                 continue
             layer.weight_bits, layer.activation_bits = pair

@@ -102,6 +102,9 @@ class SearchTask(LoadedNetwork):
             target: The hardware, if it is loaded already.
             on_progress: Told how many of how many steps of calibration are done.
 
+        Returns:
+            What is searched.
+
         Raises:
             ValueError, FileNotFoundError, ImportError: As the parts do.
         """
@@ -138,7 +141,16 @@ class SearchTask(LoadedNetwork):
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
 
     def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress) -> Reconstructed:
-        """Correct biases and learn roundings for one policy (`haq.training.reconstruct`)."""
+        """Correct biases and learn roundings for one policy (`haq.training.reconstruct`).
+
+        Args:
+            policy: The policy.
+            seed: Of all that is random.
+            on_progress: Told how many of how many parts are done.
+
+        Returns:
+            The better network, reconstructed or not, and how both were judged.
+        """
         return training.reconstruct(
             self.network,
             self.problem.quantized(policy),
