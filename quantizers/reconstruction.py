@@ -40,6 +40,9 @@ ZETA, GAMMA = 1.1, -0.1
 WARM_START = 0.2  # share of the iterations in which nothing pulls towards 0 and 1
 FIRST_BETA, LAST_BETA = 20.0, 2.0
 PULL = 5.0  # weight of the regulariser's mean, where the part's error before is 1
+# Weight of the weights' own squared error, where a channel has as many weights as it is seen to have
+# outputs, all images and places counted. With few of them, rounding would follow their accidents.
+RIDGE = 0.5
 MOST_VALUES = 1 << 21  # inputs and outputs of a part in a step, if these are at least
 LEAST_BATCH = 4  # images
 MOST_LAYERS = 8  # of a block
@@ -54,7 +57,8 @@ class ReconstructedPart:
         name: The module's name.
         layers: Names of its quantized layers.
         before: The relative squared error of its outputs on the calibration images, with the inputs
-            that it has in the quantized network.
+            that it has in the quantized network; NaN for a layer that needs more than one input, or
+            makes something else of some images than of all, which is left as it was.
         after: The same afterwards.
         is_kept: Whether what was learned is kept: only where the error is smaller.
     """
@@ -364,7 +368,8 @@ class _Rounding(Scheme):
         if bits == 1:
             self.step = 2
         self.nearest = quantize_tensor(weight, self.scale, bits, True)
-        ratio = (weight / self.scale).clamp(low, high)
+        self.ratio = ratio = (weight / self.scale).clamp(low, high)
+        self.least = (self.nearest - ratio).square().mean().clamp_min(1e-12)
         self.lower = ratio.floor().clamp(max=high - self.step)
         if bits == 1:
             self.lower = torch.full_like(ratio, low)
@@ -390,6 +395,10 @@ class _Rounding(Scheme):
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the quantized input."""
         return self.inner.activation(layer, x, bits)
+
+    def moved(self) -> Tensor:
+        """Return the squared error of the weights as a multiple of that of rounding to nearest."""
+        return (self.lower + self.step * self.up() - self.ratio).square().mean() / self.least
 
     def offset(self) -> Tensor:
         """Return the integers that were learned minus those of rounding to nearest."""
@@ -424,6 +433,8 @@ class _Learner:
         pieces = self._gather(inputs)
         if not pieces:
             done: list[ReconstructedPart] = []
+            if not self.part.singles:
+                return [ReconstructedPart(self.part.names[0], tuple(self.layers), math.nan, math.nan, False)]
             for single in self.part.singles:
                 if self.layers.keys() & set(single.layers):
                     done += _Learner(self.qnetwork, self.network, single, self.seed).learn(inputs, iterations)
@@ -475,13 +486,16 @@ class _Learner:
         """Learn rounding and shifts, and tailor the layers to them."""
         device = pieces[0].inputs.device
         generator = torch.Generator(device).manual_seed(self.seed)
-        spread = {}
-        starts = {}
+        spread: dict[str, float] = {}
+        freedom: dict[str, float] = {}
+        starts: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            spread[name] = self._correct_mean(name, pieces)
+            expected = self._correct_mean(name, pieces)
+            spread[name] = expected.spread()
+            freedom[name] = layer.weight[0].numel() / expected.count
             start = layer.shift_of_bias()
             assert start is not None
-            starts[name] = start
+            starts[name] = start.float()
         roundings = {name: _Rounding(layer) for name, layer in self.layers.items()}
         moves = {name: torch.zeros_like(start).requires_grad_() for name, start in starts.items()}
         values = [rounding.value for rounding in roundings.values()]
@@ -504,6 +518,8 @@ class _Learner:
                 made = _run(self.modules, piece.inputs[rows])
                 loss = (made - piece.targets[rows]).float().square().mean() / unit
                 loss = loss + _pull(roundings.values(), step / iterations)
+                for name, rounding in roundings.items():
+                    loss = loss + RIDGE * freedom[name] * rounding.moved()
                 optimizer.zero_grad()
                 loss.backward(inputs=[*values, *moves.values()])
                 optimizer.param_groups[1]["lr"] = SHIFT_RATE * (1 + math.cos(math.pi * step / iterations)) / 2
@@ -514,8 +530,8 @@ class _Learner:
             self._correct_mean(next(iter(self.layers)), pieces)
 
     @torch.no_grad()
-    def _correct_mean(self, name: str, pieces: Sequence[_Piece]) -> float:
-        """Shift a layer's bias so that the mean of its outputs is the float layer's; returns the spread of these."""
+    def _correct_mean(self, name: str, pieces: Sequence[_Piece]) -> _Outputs:
+        """Shift a layer's bias so that the mean of its outputs is the float layer's; returns these."""
         layer, of = self.layers[name], self.network.get_submodule(name)
         is_linear = isinstance(layer, nn.Linear)
         found, expected = _Outputs(is_linear), _Outputs(is_linear)
@@ -530,7 +546,7 @@ class _Learner:
         if before is not None:
             shift = shift + before
         tailor(layer, shift=shift)
-        return expected.spread()
+        return expected
 
 
 def _batch(piece: _Piece) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -206,9 +207,11 @@ def test_a_part_that_gets_worse_is_left_as_it_was(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(qnetwork(images()), before)
 
 
-def spoiled(layer: Q.QuantLayer) -> float:
+def spoiled(layer: Q.QuantLayer) -> reconstruction._Outputs:
     reconstruction.tailor(layer, shift=torch.full((len(layer.weight),), 100.0))
-    return 1.0
+    outputs = reconstruction._Outputs(is_linear=True)
+    outputs._add(layer, None, torch.ones(4, 4))
+    return outputs
 
 
 def test_nothing_is_kept_if_the_network_gets_worse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +285,53 @@ def test_images_of_several_sizes_and_layouts() -> None:
     result = Q.reconstruct(qnetwork, of, batches, iterations=25)
     assert result.is_kept
     assert result.after < 0.8 * result.before
+
+
+class Gated(nn.Linear):
+    """A layer with two inputs."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * gate
+
+
+class WithGate(nn.Module):
+    """A layer that needs two inputs, and one that doesn't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.plain = Gated(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.plain(self.gated(x, x.sigmoid()))
+        return result
+
+
+def test_a_layer_with_two_inputs_is_left_as_it_was_and_named() -> None:
+    torch.manual_seed(0)
+    of = WithGate().eval()
+    inputs = images(64, (8,))
+    qnetwork = quantized(of, inputs)
+    result = Q.reconstruct(qnetwork, of, inputs, iterations=10)
+    gated, plain = result.parts
+    assert (gated.name, plain.name) == ("gated", "plain")
+    assert math.isnan(gated.before)
+    assert not gated.is_kept
+    assert qnetwork.gated.tailored_offset is None
+
+
+def test_few_images_leave_weights_nearer_to_their_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a channel has as many weights as it has outputs, rounding doesn't follow the accidents of these."""
+    torch.manual_seed(0)
+    of = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    inputs = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    others = torch.randn(500, 32, generator=torch.Generator().manual_seed(2))
+    left = []
+    for ridge in (0.0, 2.0):
+        monkeypatch.setattr(reconstruction, "RIDGE", ridge)
+        qnetwork = quantized(of, inputs)
+        Q.reconstruct(qnetwork, of, inputs, iterations=100)
+        left.append(off(qnetwork, of, others))
+    assert left[1] < left[0]
 
 
 def test_float_layers_are_left_out_and_one_bit_is_a_sign() -> None:
