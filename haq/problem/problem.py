@@ -26,6 +26,7 @@ from haq.problem.schemes import (
     check_metric,
     check_widths,
     check_zero_points,
+    linear_for,
     meaningful_metrics,
     meaningful_pairs,
     overhead_bytes,
@@ -110,7 +111,8 @@ class Problem:
             objective: What policies are judged by: a name of `haq.problem.OBJECTIVES`, `module:Name`, or an objective, such as
                 `haq.problem.objective.RobustAccuracy(attack)`.
             scheme: How values become few-bit ones: a name or a scheme for all layers, or one by layer name; layers that such a
-                mapping leaves out have the linear scheme.
+                mapping leaves out have the linear scheme. The name "linear" stands for `Linear(calibration="output")`, and
+                for `Linear()` where weights are rounded to nearest without correction.
             tune: What is done to the quantized network, at a policy's bits, before it is judged: takes it and returns a tuned
                 copy.
             correction: Of what rounding weights adds to a layer's mean output: "analytic", or None; see `quantizers.quantize`.
@@ -138,7 +140,7 @@ class Problem:
         self.groups = self._groups(tied)
         if metric == "storage":
             self.groups = joined(self.groups, self.workload.tied_weights)
-        self.schemes = schemes_by_layer(scheme, self.workload.names)
+        self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
         check_widths(self.schemes, self.bits, self.pinned)
         check_metric(self.schemes, metric)
         self._meaningful = meaningful_pairs(self.schemes, {})

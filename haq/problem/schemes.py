@@ -18,14 +18,17 @@ WIDTHS = range(1, Q.MAX_BITS + 1)
 COMPUTED = ("latency", "energy")  # metrics that are those of integer arithmetic
 
 AnyScheme = str | Q.Scheme | Mapping[str, str | Q.Scheme]
+LINEAR = Q.Linear(calibration="output")  # what the name "linear" stands for
+PLAIN_LINEAR = Q.Linear()  # and where weights are rounded to nearest and nothing is corrected
 
 
-def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Scheme]:
+def schemes_by_layer(scheme: AnyScheme, names: Sequence[str], linear: Q.Scheme = LINEAR) -> dict[str, Q.Scheme]:
     """Find the scheme of every layer.
 
     Args:
         scheme: A name or a scheme for all layers, or one by layer; layers that a mapping leaves out have the linear one.
         names: The layers.
+        linear: The linear one.
 
     Returns:
         A scheme by layer; layers that are given the same name share one.
@@ -35,8 +38,8 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Sch
         ImportError: For a scheme of somebody else's that can't be imported.
     """
     if not isinstance(scheme, Mapping):
-        return dict.fromkeys(names, _named(scheme))
-    found: dict[str, Q.Scheme] = dict.fromkeys(names, Q.Scheme.named("linear"))
+        return dict.fromkeys(names, _named(scheme, linear))
+    found: dict[str, Q.Scheme] = dict.fromkeys(names, linear)
     shared: dict[str, Q.Scheme] = {}
     for name, chosen in scheme.items():
         if name not in found:
@@ -44,14 +47,23 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str]) -> dict[str, Q.Sch
             raise ValueError(f"`scheme` names {name!r}, which is no layer of the workload; close: {', '.join(close)}")
         if isinstance(chosen, str):
             if chosen not in shared:
-                shared[chosen] = _named(chosen)
+                shared[chosen] = _named(chosen, linear)
             chosen = shared[chosen]
         found[name] = chosen
     return found
 
 
-def _named(scheme: str | Q.Scheme) -> Q.Scheme:
+def linear_for(correction: str | None, rounding: str) -> Q.Scheme:
+    """Return the linear scheme that goes with a correction and a rounding."""
+    if correction is None and rounding == "nearest":
+        return PLAIN_LINEAR
+    return LINEAR
+
+
+def _named(scheme: str | Q.Scheme, linear: Q.Scheme) -> Q.Scheme:
     """Find a scheme by name; within a command, `module:Name` is only imported if it was typed."""
+    if scheme == linear.name:
+        return linear
     if isinstance(scheme, str) and ":" in scheme and scheme not in Q.Scheme.known:
         trust.allow(scheme, "scheme")
     return Q.Scheme.named(scheme)

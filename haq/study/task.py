@@ -20,7 +20,7 @@ from haq.attacks.threat_model import parse_eps
 from haq.problem import OBJECTIVES
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
-from haq.problem.schemes import AnyScheme, describe_schemes, schemes_by_layer
+from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.study.config import BEFORE, LINEAR, NONE, SearchConfig
@@ -294,7 +294,8 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
     """
     of_all, named = config.scheme_names()
     ends = dict.fromkeys(Q.ends(layer_names), LINEAR)
-    return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names)
+    linear = linear_for(correction_of(config), config.searched_rounding)
+    return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names, linear)
 
 
 def correction_of(config: SearchConfig) -> str | None:
