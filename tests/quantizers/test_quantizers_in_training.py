@@ -96,6 +96,34 @@ def test_folding_batch_norm_changes_nothing_but_the_layers() -> None:
     assert isinstance(network.norm, nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_folded_layers_are_trained_as_their_weights_were(linear: bool, trained: bool) -> None:
+    """A new bias takes after the weights; one that the layer had stays as it was."""
+    without: nn.Module = nn.Conv2d(1, 2, 3, bias=False)
+    norm: nn.Module = nn.BatchNorm2d(2)
+    inputs = images(4)
+    if linear:
+        without, norm = nn.Linear(8, 2, bias=False), nn.BatchNorm1d(2)
+        inputs = torch.randn(4, 8)
+    without.weight.requires_grad_(trained)
+    network = nn.Sequential(without, norm).eval()
+    folded = Q.fold_batch_norm(network, inputs)
+    assert folded[0].weight.requires_grad == trained
+    assert folded[0].bias.requires_grad == trained
+    without.bias = nn.Parameter(torch.zeros(2), not trained)
+    folded = Q.fold_batch_norm(network, inputs)
+    assert folded[0].bias.requires_grad == (not trained)
+
+
+def test_layers_behind_a_folded_shift_are_trained_as_their_weights_were() -> None:
+    network = nn.Sequential(nn.Linear(8, 4), nn.SiLU(), nn.Linear(4, 4, bias=False), nn.SiLU(), nn.Linear(4, 2, bias=False))
+    network[2].weight.requires_grad_(False)
+    folded = Q.fold_shifts(network, torch.randn(4, 8))
+    assert not folded[2].bias.requires_grad
+    assert folded[4].bias.requires_grad
+
+
 def test_folding_leaves_the_example_and_what_stands_between_alone() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
