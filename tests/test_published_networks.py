@@ -250,7 +250,7 @@ def families() -> Iterator[Any]:
         yield pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("row", once())
+@pytest.mark.parametrize("row", list(once()))
 def test_exact_counts(row: Row) -> None:
     published = PUBLISHED[row.network]
     trained = sum(parameter.numel() for parameter in build(row.name).parameters() if parameter.requires_grad)
@@ -303,7 +303,7 @@ def test_depthwise_share(name: str) -> None:
     assert round(100 * depthwise / PUBLISHED[NETWORK_OF[name]].macs, 1) == percent
 
 
-@pytest.mark.parametrize("name", families())
+@pytest.mark.parametrize("name", list(families()))
 def test_another_counter_agrees(name: str) -> None:
     # Torch counts what its operators do, not what modules say they are; two operations are one multiply-accumulate.
     side = PUBLISHED[NETWORK_OF[name]].side
