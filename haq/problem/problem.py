@@ -30,6 +30,7 @@ from haq.problem.schemes import (
     meaningful_metrics,
     meaningful_pairs,
     overhead_bytes,
+    roundings_by_layer,
     schemes_by_layer,
 )
 from haq.store.units import DOWN, UP, describe_amount, percent
@@ -54,6 +55,7 @@ class Problem:
         network: The float network that was given.
         workload: Its layers.
         schemes: The quantization scheme of every layer, by name.
+        roundings: How the weights of every layer are rounded, "nearest" or "gptq", by name.
         target: The hardware target.
         table: Its cost table for the workload.
         cost: Costs in the metric's unit, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1]; for a
@@ -117,7 +119,8 @@ class Problem:
                 copy.
             correction: Of what rounding weights adds to a layer's mean output: "analytic", or None; see `quantizers.quantize`.
                 Every evaluation and all sensitivities are of the corrected network.
-            rounding: Of weights, likewise: "nearest" or "gptq".
+            rounding: Of weights, likewise: "nearest", or "gptq" in all layers that it means something in and for which
+                `calibrate` has enough images (`roundings`).
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -149,6 +152,7 @@ class Problem:
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
         self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
         check_alike(self.calibration, inputs)
+        self.roundings = roundings_by_layer(rounding, self.schemes, self.workload, sum(map(len, self.calibration)))
         with evaluation_mode(network):
             qnetwork = Q.quantize(
                 network,
@@ -156,7 +160,7 @@ class Problem:
                 scheme=self.schemes,
                 calibrate=self.calibration,
                 correction=correction,
-                rounding=rounding,
+                rounding=self.roundings,
                 on_progress=on_progress,
             )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}

@@ -53,6 +53,36 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str], linear: Q.Scheme =
     return found
 
 
+def roundings_by_layer(
+    rounding: str, schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload, images: int
+) -> dict[str, str]:
+    """Tell how the weights of every layer are rounded.
+
+    Args:
+        rounding: What is asked for, "nearest" or "gptq".
+        schemes: A scheme by layer.
+        workload: The layers.
+        images: How many images there are for calibration.
+
+    Returns:
+        A rounding by layer: "nearest" where the scheme has no integers to choose between, and where there are fewer patches
+        of the input than GPTQ needs, one for each input of an output.
+
+    Raises:
+        ValueError: For "gptq" where no layer's scheme has integers to choose between.
+    """
+    if rounding == "gptq" and not any(schemes[layer.name].takes_offsets for layer in workload.layers):
+        names = ", ".join(dict.fromkeys(scheme.name for scheme in schemes.values()))
+        raise ValueError(f"rounding 'gptq' means nothing to scheme {names}: choose nearest, or the linear scheme")
+    found = dict.fromkeys(workload.names, "nearest")
+    for layer in workload.layers:
+        inputs = layer.in_channels // layer.groups * layer.kernel[0] * layer.kernel[1]
+        patches = images * sum(call.positions for call in layer.calls)
+        if schemes[layer.name].takes_offsets and patches >= inputs:
+            found[layer.name] = rounding
+    return found
+
+
 def linear_for(correction: str | None, rounding: str) -> Q.Scheme:
     """Return the linear scheme that goes with a correction and a rounding."""
     if correction is None and rounding == "nearest":

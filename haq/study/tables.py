@@ -20,7 +20,7 @@ from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
 from haq.store.records import COST_KEYS, FINETUNED, share_key
 from haq.store.units import NOTHING, best_unit, describe_amount, percent
-from haq.study.config import ADAROUND, NONE, SearchConfig
+from haq.study.config import ADAROUND, NONE
 from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of
 from hw_models.notebook import html_table
@@ -59,7 +59,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "budget": f"{amounts} ({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "scheme": scheme_words(problem),
-        "weights": rounding_words(task.config),
+        "weights": rounding_words(problem.roundings, task.config.correction),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
         "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
         "objective": problem.objective.words,
@@ -107,13 +107,17 @@ def scheme_words(problem: Problem) -> str:
     return words
 
 
-def rounding_words(config: SearchConfig) -> str:
-    """Say how weights are rounded, and what is done about it."""
-    rounding = {"nearest": "to nearest", "gptq": "by GPTQ"}[config.searched_rounding]
-    correction = "biases are not corrected"
-    if config.correction != NONE:
-        correction = f"biases get the {config.correction} correction"
-    return f"rounded {rounding}, {correction}"
+def rounding_words(roundings: Mapping[str, str], correction: str) -> str:
+    """Say how weights are rounded, by layer, and what is done about it."""
+    nearest = [name for name, rounding in roundings.items() if rounding == "nearest"]
+    words = "rounded to nearest"
+    if len(nearest) < len(roundings):
+        words = "rounded by GPTQ"
+        if nearest:
+            words += f" ({', '.join(nearest)} to nearest: too few calibration images, or no integers to choose between)"
+    if correction == NONE:
+        return f"{words}, biases are not corrected"
+    return f"{words}, biases get the {correction} correction"
 
 
 def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, list[int]]:

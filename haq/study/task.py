@@ -20,7 +20,7 @@ from haq.attacks.threat_model import parse_eps
 from haq.problem import OBJECTIVES
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
-from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, schemes_by_layer
+from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.study.config import BEFORE, LINEAR, NONE, SearchConfig
@@ -69,13 +69,15 @@ class LoadedNetwork:
 
     def quantized(self, policy: Q.BitPolicy, schemes: Mapping[str, Q.Scheme]) -> nn.Module:
         """Quantize the network as the search does: with the same calibration, correction and rounding."""
+        images = self.calibration()
+        workload = hw_models.trace(self.network.module, images[:1].clone())
         return Q.quantize(
             self.network.module,
             policy,
             scheme=schemes,
-            calibrate=self.calibration(),
+            calibrate=images,
             correction=correction_of(self.config),
-            rounding=self.config.searched_rounding,
+            rounding=roundings_by_layer(self.config.searched_rounding, schemes, workload, len(images)),
         ).eval()
 
 

@@ -198,3 +198,16 @@ def test_targets_with_zero_points() -> None:
 
     assert CpuTarget.zero_points
     assert LookupTarget.zero_points
+
+
+def test_layers_that_gptq_cannot_round_are_rounded_to_nearest() -> None:
+    problem = searched({"hidden": "kmeans"}, rounding="gptq")
+    assert problem.roundings["hidden"] == "nearest"
+    assert "gptq" in problem.roundings.values()
+    layers = Q.quant_layers(problem.evaluator.network)
+    for name, rounding in problem.roundings.items():
+        assert (layers[name].weight_offset is not None) == (rounding == "gptq")
+    few = haq.Problem(fitted_network(), images(1, 1), (X, brightest(X)), "edge", "storage", 0.7, rounding="gptq")
+    assert "nearest" in few.roundings.values()
+    with pytest.raises(ValueError, match="rounding .gptq. means nothing to scheme kmeans: choose nearest"):
+        searched(dict.fromkeys(problem.workload.names, "kmeans"), rounding="gptq")

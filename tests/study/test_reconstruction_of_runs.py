@@ -94,7 +94,7 @@ def test_a_search_ends_with_it(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert both["reconstruction"]["kept"]
     assert both["tuning"]["before"] == both["reconstruction"]["after"]
     task = SearchRun.load(Path("run")).build()
-    expected = task.quantized(task.problem.uniform(8), Q.Linear("output"))
+    expected = task.quantized(task.problem.uniform(8), task.problem.schemes)
     assert same(task.problem.evaluator.network, expected)
 
 
