@@ -81,6 +81,7 @@ def class_on(base: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     return type(f"Parametrized{base.__name__}", (base,), content)
 
 
+@torch.enable_grad()  # without gradients, torch makes buffers of them, or parameters that aren't trained
 def make_plain(module: nn.Module) -> None:
     """Make tensors of a module that are computed from others parameters of their own, with the values that they have now."""
     if parametrize.is_parametrized(module):

@@ -305,10 +305,9 @@ def _prepared(network: nn.Module, example: tuple[Any, ...], fold: bool = True) -
         # Where a layer's output is used beside its norm, norms stay and end the chains.
         with suppress(ValueError):
             made = fold_batch_norm(made, *example)
-    with torch.enable_grad():  # without it, torch makes buffers of them
-        for module in list(made.modules()):
-            if isinstance(module, QUANTIZABLE):
-                make_plain(module)
+    for module in list(made.modules()):
+        if isinstance(module, QUANTIZABLE):
+            make_plain(module)
     return made, expected
 
 

@@ -103,7 +103,9 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     if isinstance(layer, nn.Linear):
         fuse = fuse_linear_bn_weights
     mean, var = norm.running_mean, norm.running_var
+    learns_bias = _learns_bias(layer)
     layer.weight, layer.bias = fuse(layer.weight, layer.bias, mean, var, norm.eps, norm.weight, norm.bias)
+    layer.bias.requires_grad_(learns_bias)
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
     mean.zero_()
@@ -112,6 +114,15 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     for parameter, value in ((norm.weight, 1.0), (norm.bias, 0.0)):
         if parameter is not None:
             parameter.fill_(value)
+
+
+def _learns_bias(layer: nn.Module) -> bool:
+    """Say whether a layer's folded bias requires gradients: as the bias before did, and a new one as the weights do."""
+    bias = layer.bias
+    if bias is None:
+        bias = layer.weight
+    assert isinstance(bias, Tensor)
+    return bias.requires_grad
 
 
 def copied_inputs(example: Any) -> Any:
@@ -299,7 +310,7 @@ def _take_off(layer: Any, shift: float) -> None:
     bias = -sums
     if layer.bias is not None:
         bias = layer.bias.double() - sums
-    layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+    layer.bias = nn.Parameter(bias.to(layer.weight.dtype), _learns_bias(layer))
     if _zeros_around(layer):
         layer.padding = (0,) * len(layer.kernel_size)
 

@@ -20,11 +20,16 @@ REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 # The files that take longest, the longest first. Processes take files in turn, so one of these is never begun last.
 LONG = (
-    "study/test_cluster.py",
-    "deployment/test_deployment.py",
     "study/test_exact_resume.py",
-    "study/test_workers.py",
+    "deployment/test_deployment.py",
+    "study/test_cluster.py",
     "solvers/test_solvers.py",
+    "study/test_workers.py",
+    "commands/test_hostile_runs.py",
+    "attacks/test_robustness_assessment.py",
+    "commands/test_command_line.py",
+    "quantizers/test_quantizers_in_training.py",
+    "test_published_networks.py",
     "commands/test_robustness_command.py",
     "study/test_sweep.py",
     "commands/test_search_command.py",

@@ -46,7 +46,7 @@ class Numbered(Dataset[Any]):
 def test_the_main_job_in_ten_lines(tmp_path: Path) -> None:
     net, train, held_out = fitted_network(), loader(400, 1), loader(150, 2)
 
-    problem = haq.Problem(net, calibrate=train, search=held_out, target="edge", budget=0.5)
+    problem = haq.Problem(net, calibrate=train, search=held_out, target="edge", budget=0.3, bits=(1, 8))
     result = haq.solve(problem, "greedy", evaluations=40, seed=0)
     table = result.table()
     figure = result.plot()

@@ -6,6 +6,7 @@ norm's and biases too. Networks and images are on the meta device, where tensors
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -226,7 +227,30 @@ def trace(name: str, side: int | None = None, batch: int = 1) -> Workload:
     return hw_models.trace(build(name), torch.zeros(batch, 3, side, side, device="meta"))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def once() -> Iterator[Any]:
+    """Give each published network's first row; other builds of it, by other libraries, are slow tests."""
+    seen: set[str] = set()
+    for row in ROWS:
+        marks = []
+        if row.network in seen:
+            marks = [pytest.mark.slow]
+        seen.add(row.network)
+        yield pytest.param(row, id=row.name, marks=marks)
+
+
+def families() -> Iterator[Any]:
+    """Give one build of each published network; where another of its family came before, the test is slow."""
+    seen: set[str] = set()
+    for network, name in {row.network: row.name for row in ROWS}.items():
+        family = network.split()[0]
+        marks = []
+        if family in seen:
+            marks = [pytest.mark.slow]
+        seen.add(family)
+        yield pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("row", list(once()))
 def test_exact_counts(row: Row) -> None:
     published = PUBLISHED[row.network]
     trained = sum(parameter.numel() for parameter in build(row.name).parameters() if parameter.requires_grad)
@@ -279,12 +303,13 @@ def test_depthwise_share(name: str) -> None:
     assert round(100 * depthwise / PUBLISHED[NETWORK_OF[name]].macs, 1) == percent
 
 
-@pytest.mark.parametrize("name", {row.network: row.name for row in ROWS}.values())
+@pytest.mark.parametrize("name", list(families()))
 def test_another_counter_agrees(name: str) -> None:
     # Torch counts what its operators do, not what modules say they are; two operations are one multiply-accumulate.
     side = PUBLISHED[NETWORK_OF[name]].side
+    module = build(name)  # before, since loading may call it
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        build(name)(torch.zeros(3, 3, side, side, device="meta"))
+        module(torch.zeros(3, 3, side, side, device="meta"))
     assert counter.get_total_flops() == 2 * 3 * trace(name).macs
 
 

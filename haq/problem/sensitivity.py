@@ -80,7 +80,9 @@ class Sensitivities:
             ValueError: Naming the first difference and what to do.
         """
         remedy = "measure them anew, without --sensitivity"
-        for name in sorted(set(signature) | set(self.signature)):
+        # What is more than another setting is named first.
+        others = (set(signature) | set(self.signature)) - {"data", "network"}
+        for name in ("data", "network", *sorted(others)):
             before = self.signature.get(name)
             now = signature.get(name)
             if before != now:

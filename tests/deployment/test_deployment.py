@@ -82,7 +82,11 @@ def assert_same(network: nn.Module, images: Tensor, folder: Path) -> deploy.Depl
     return deployed
 
 
-@pytest.mark.parametrize(("w", "a"), [(8, 8), (1, 1), (2, 2), (1, 4), (5, 3)])
+# Between these widths the same kernels are compiled for other bits.
+OTHERS = [pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("w", "a"), [(8, 8), (1, 1), (5, 3), *OTHERS])
 def test_every_operation(w: int, a: int, tmp_path: Path) -> None:
     network, images = small()
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=w, a=a), calibrate=images).eval()

@@ -165,6 +165,7 @@ def test_norms_are_folded_into_them(name: str) -> None:
     assert isinstance(folded[1], nn.Identity)
     torch.testing.assert_close(folded(PICTURES), expected, atol=1e-4, rtol=1e-4)
     assert type(folded[0]) is nn.Conv2d
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in (folded[0].weight, folded[0].bias))
     assert torch.equal(network(PICTURES), expected)
 
 

@@ -96,6 +96,34 @@ def test_folding_batch_norm_changes_nothing_but_the_layers() -> None:
     assert isinstance(network.norm, nn.BatchNorm2d)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_folded_layers_are_trained_as_their_weights_were(linear: bool, trained: bool) -> None:
+    """A new bias takes after the weights; one that the layer had stays as it was."""
+    without: nn.Module = nn.Conv2d(1, 2, 3, bias=False)
+    norm: nn.Module = nn.BatchNorm2d(2)
+    inputs = images(4)
+    if linear:
+        without, norm = nn.Linear(8, 2, bias=False), nn.BatchNorm1d(2)
+        inputs = torch.randn(4, 8)
+    without.weight.requires_grad_(trained)
+    network = nn.Sequential(without, norm).eval()
+    folded = Q.fold_batch_norm(network, inputs)
+    assert folded[0].weight.requires_grad == trained
+    assert folded[0].bias.requires_grad == trained
+    without.bias = nn.Parameter(torch.zeros(2), not trained)
+    folded = Q.fold_batch_norm(network, inputs)
+    assert folded[0].bias.requires_grad == (not trained)
+
+
+def test_layers_behind_a_folded_shift_are_trained_as_their_weights_were() -> None:
+    network = nn.Sequential(nn.Linear(8, 4), nn.SiLU(), nn.Linear(4, 4, bias=False), nn.SiLU(), nn.Linear(4, 2, bias=False))
+    network[2].weight.requires_grad_(False)
+    folded = Q.fold_shifts(network, torch.randn(4, 8))
+    assert not folded[2].bias.requires_grad
+    assert folded[4].bias.requires_grad
+
+
 def test_folding_leaves_the_example_and_what_stands_between_alone() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
@@ -261,7 +289,8 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("scheme", ["linear", "lsq"])
+# With lsq, parameters of the quantizers are trained too.
+@pytest.mark.parametrize("scheme", ["lsq", pytest.param("linear", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(scheme: str, tmp_path: Path) -> None:
     """DistributedDataParallel over gloo: the gradients of two halves are those of the whole batch."""
     script, root = tmp_path / "train.py", str(Path(__file__).parents[2])
@@ -395,20 +424,24 @@ def test_exported_networks_give_the_same() -> None:
     assert torch.equal(followed(x), network(x))
 
 
+# One of each kind of block; the others, of the same families, are slow tests.
 COMPACT = [
-    *("timm:mobilenetv1_100", "timm:mobilenetv2_100", "timm:mobilenetv3_large_100", "timm:mobilenetv3_small_100"),
-    *("timm:efficientnet_b0", "timm:semnasnet_100", "timm:mnasnet_100", "timm:resnet18", "timm:ghostnet_100"),
-    *("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large", "torchvision:mobilenet_v3_small"),
-    *("torchvision:squeezenet1_0", "torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5"),
-    *("torchvision:shufflenet_v2_x1_0", "torchvision:mnasnet1_0", "torchvision:efficientnet_b0", "torchvision:resnet18"),
-    *("pytorchcv:mobilenet_w1", "pytorchcv:mobilenetv2_w1", "pytorchcv:mobilenetv3_large_w1", "pytorchcv:squeezenet_v1_0"),
-    *("pytorchcv:squeezenet_v1_1", "pytorchcv:shufflenet_g3_w1", "pytorchcv:shufflenetv2_w1", "pytorchcv:mnasnet_b1"),
-    *("pytorchcv:efficientnet_b0", "pytorchcv:espnetv2_wd2", "pytorchcv:proxylessnas_mobile", "pytorchcv:nasnet_4a1056"),
-    *("pytorchcv:igcv3_w1", "pytorchcv:fdmobilenet_w1", "pytorchcv:menet108_8x1_g3", "efficientnet-lite0"),
+    *("timm:mobilenetv3_small_100", "timm:resnet18", "timm:ghostnet_100", "torchvision:mobilenet_v2"),
+    *("torchvision:squeezenet1_1", "torchvision:shufflenet_v2_x0_5", "pytorchcv:shufflenet_g3_w1", "pytorchcv:espnetv2_wd2"),
+    *("pytorchcv:menet108_8x1_g3", "efficientnet-lite0"),
+]
+OTHERS = [
+    *("timm:mobilenetv1_100", "timm:mobilenetv2_100", "timm:mobilenetv3_large_100", "timm:efficientnet_b0"),
+    *("timm:semnasnet_100", "timm:mnasnet_100", "torchvision:mobilenet_v3_large", "torchvision:mobilenet_v3_small"),
+    *("torchvision:squeezenet1_0", "torchvision:shufflenet_v2_x1_0", "torchvision:mnasnet1_0", "torchvision:efficientnet_b0"),
+    *("torchvision:resnet18", "pytorchcv:mobilenet_w1", "pytorchcv:mobilenetv2_w1", "pytorchcv:mobilenetv3_large_w1"),
+    *("pytorchcv:squeezenet_v1_0", "pytorchcv:squeezenet_v1_1", "pytorchcv:shufflenetv2_w1", "pytorchcv:mnasnet_b1"),
+    *("pytorchcv:efficientnet_b0", "pytorchcv:proxylessnas_mobile", "pytorchcv:nasnet_4a1056", "pytorchcv:igcv3_w1"),
+    "pytorchcv:fdmobilenet_w1",
 ]
 
 
-@pytest.mark.parametrize("name", COMPACT)
+@pytest.mark.parametrize("name", [*COMPACT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_every_compact_network_is_quantized_and_trained_one_step(name: str) -> None:
     torch.manual_seed(0)
     network = networks.load(name, pretrained=False)

@@ -112,7 +112,7 @@ def test_a_machine_that_joins_is_used_and_one_that_leaves_is_not_missed(nodes: A
 
 
 def test_a_sweep_on_the_cluster_writes_what_one_process_writes(nodes: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*QUICK[:4], "--hw", "edge,cloud", "--budgets", "0.6", "--solvers", "ilp,ddpg", "--evaluations", "12"]
+    arguments = [*QUICK[:4], "--hw", "edge", "--budgets", "0.6", "--solvers", "ilp,ddpg", "--evaluations", "12"]
     assert call(sweep.main, *arguments, "--out", "here") == 0
     # One is killed once the first search streams its history.
     watcher = threading.Thread(target=lambda: [wait_for(lambda: _streamed(Path("there"))), kill_a_worker()])
@@ -128,6 +128,7 @@ def _streamed(folder: Path) -> bool:
     return any(len(history(path.parent)) > 1 for path in folder.glob("*seed0/history.csv"))
 
 
+@pytest.mark.slow  # a sweep on the cluster, above, consists of searches
 def test_the_search_command_on_the_cluster(nodes: Any) -> None:
     assert call(search.main, *QUICK, "--out", "alone") == 0
     assert call(search.main, *QUICK, "--out", "there", "--ray", nodes.address) == 0
