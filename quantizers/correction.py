@@ -377,7 +377,9 @@ def _check_comparable(expected: list[Tensor], given: list[Tensor]) -> None:
     if shapes != others:
         raise ValueError(f"the float network's outputs have shapes {shapes}, the quantized one's {others}: it is another one")
     if not all(bool(one.isfinite().all()) for one in expected):
-        raise ValueError("the float network's outputs on the calibration images aren't finite: look at the images and the weights")
+        raise ValueError(
+            "the float network's outputs on the calibration images aren't finite: look at the images and the weights"
+        )
 
 
 def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> float:
