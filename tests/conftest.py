@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import haq
+import quantizers as Q
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
@@ -151,9 +152,16 @@ def problem(network: nn.Module) -> haq.Problem:
 
 
 def make_problem(
-    network: nn.Module, budget: float | str = 0.6, metric: str = "latency", correction: str | None = "analytic"
+    network: nn.Module,
+    budget: float | str = 0.6,
+    metric: str = "latency",
+    correction: str | None = None,
+    scheme: str | Q.Scheme = "linear",
 ) -> haq.Problem:
-    """The network's own float predictions are the labels: float accuracy is 1, and every bit taken away can be seen."""
+    """The network's own float predictions are the labels: float accuracy is 1, and every bit taken away can be seen.
+
+    With corrected biases so small a network would lose nothing at most policies, and solvers would have nothing to learn.
+    """
     inputs = images(96)
     with torch.inference_mode():
         labels = network(inputs).argmax(1).clone()
@@ -165,6 +173,7 @@ def make_problem(
         metric=metric,
         budget=budget,
         correction=correction,
+        scheme=scheme,
     )
 
 

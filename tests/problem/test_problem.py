@@ -123,7 +123,7 @@ def test_evaluation_equals_the_straightforward_way(problem: haq.Problem, network
         labels = network(inputs).argmax(1)
         for bits in (8, 3, 5):
             policy = problem.policy([bits] * 5, [bits] * 5)
-            qnetwork = Q.quantize(network, policy, scheme=Q.Linear("output"), calibrate=images(32, 1), correction="analytic")
+            qnetwork = Q.quantize(network, policy, calibrate=images(32, 1))
             outputs = qnetwork(inputs)
             result = problem.evaluate(policy)
             assert result.accuracy == pytest.approx((outputs.argmax(1) == labels).float().mean().item())

@@ -82,7 +82,10 @@ def test_accuracy_and_loss_are_those_of_their_definitions(network: nn.Module) ->
     problem = robust(network)
     inputs, labels = labelled(network)
     for policy in (problem.uniform(3), problem.uniform(6), None):
-        judged = network if policy is None else Q.quantize(network, policy, calibrate=CALIBRATION, correction="analytic")
+        judged = network
+        if policy is not None:
+            scheme = Q.Linear("output")
+            judged = Q.quantize(network, policy, scheme=scheme, calibrate=CALIBRATION, correction="analytic")
         result = problem.float_result if policy is None else problem.evaluate(policy)
         accuracy, loss = by_hand(judged, problem.evaluator, inputs, labels, EPS)
         # Computed in pixels, a value may round the other way, and a gradient near 0 have another sign.

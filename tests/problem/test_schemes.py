@@ -16,7 +16,7 @@ import haq
 import hw_models
 import quantizers as Q
 from haq.problem.evaluator import Evaluator
-from haq.problem.schemes import describe_schemes
+from haq.problem.schemes import describe_schemes, schemes_by_layer
 from haq.study.config import SearchConfig
 from haq.study.result import costs
 from haq.study.task import schemes_of
@@ -38,6 +38,7 @@ def test_policies_are_judged_by_networks_of_the_scheme(scheme: Any) -> None:
     by_layer = scheme
     if isinstance(scheme, dict):
         by_layer = dict.fromkeys(problem.workload.names, "linear") | scheme
+    by_layer = schemes_by_layer(by_layer, problem.workload.names)
     qnetwork = Q.quantize(problem.network, policy, scheme=by_layer, calibrate=images(64, 1), correction="analytic")
     with torch.no_grad():
         right = (qnetwork(X).argmax(1) == brightest(X)).float().mean().item()

@@ -40,7 +40,8 @@ def unlabelled(network: nn.Module, search: object, **options: object) -> haq.Pro
 
 @torch.inference_mode()
 def by_hand(network: nn.Module, problem: haq.Problem, policy: Q.BitPolicy, inputs: Tensor) -> tuple[float, float]:
-    quantized = Q.quantize(network, policy, calibrate=images(32, 1), correction="analytic")(inputs).double()
+    given = {"scheme": Q.Linear("output"), "calibrate": images(32, 1), "correction": "analytic"}
+    quantized = Q.quantize(network, policy, **given)(inputs).double()
     expected = network(inputs).double()
     p, q = F.softmax(expected, 1), F.softmax(quantized, 1)
     divergence = (p * (p.log() - q.log())).sum(1).mean()

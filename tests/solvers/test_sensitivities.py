@@ -150,7 +150,8 @@ def test_second_order_rises_are_half_the_trace_times_the_squared_error() -> None
 
 def test_of_an_error_that_is_corrected_counts_what_is_left_in_the_output() -> None:
     network = small_network()
-    plain, corrected = (make_problem(network, correction=correction) for correction in (None, "analytic"))
+    scheme = Q.Linear("output")
+    plain, corrected = (make_problem(network, correction=correction, scheme=scheme) for correction in (None, "analytic"))
     layer = Q.quant_layers(corrected.evaluator.network)["hidden"]
     names = corrected.workload.names
     left = remaining_errors(network, corrected.evaluator.network, names, corrected.calibration)["hidden"]
@@ -234,7 +235,7 @@ def test_gradients_of_tied_layers_add_up_and_cost_no_evaluation() -> None:
     assert rises[:, 2] == pytest.approx(alone["pointwise"][:, 2] - alone["pointwise"][:, 7])
     assert problem.evaluator.cache == {}
     both = ("pointwise", "hidden")
-    tied = haq.Problem(network, images(32, 1), images(8), "edge", objective="agreement", tied=[both])
+    tied = haq.Problem(network, images(32, 1), images(8), "edge", objective="agreement", tied=[both], correction=None)
     of_both = sensitivity.by_gradient(tied)
     rises = of_both.loss_increases[of_both.layers.index(both)]
     assert rises[0, 2] == pytest.approx(sum(alone[name][0, 2] - alone[name][0, 7] for name in both))

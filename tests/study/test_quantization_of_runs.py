@@ -15,6 +15,7 @@ import haq
 import quantizers as Q
 from haq import deploy, evaluate, finetune, search, sweep
 from haq.console.errors import run_command
+from haq.problem.schemes import linear_for
 from haq.study.comparison import ComparisonSpec, gather
 from haq.study.config import SearchConfig
 from haq.study.search_run import SearchRun
@@ -57,7 +58,8 @@ def test_a_problem_is_of_the_corrected_network_unless_it_is_told_otherwise() -> 
     corrected = haq.Problem(network, **given)
     plain = haq.Problem(network, **given, correction=None)
     for problem, correction in ((corrected, "analytic"), (plain, None)):
-        expected = Q.quantize(network, problem.uniform(8), calibrate=given["calibrate"], correction=correction)
+        scheme = linear_for(correction, "nearest")
+        expected = Q.quantize(network, problem.uniform(8), scheme=scheme, calibrate=given["calibrate"], correction=correction)
         assert same(problem.evaluator.network, expected)
     assert corrected.evaluate(corrected.uniform(3)) != plain.evaluate(plain.uniform(3))
     for wrong, message in (

@@ -35,7 +35,7 @@ def test_a_network_is_reconstructed_and_everything_after_takes_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept_or_not(monkeypatch, True)
-    assert call(search.main, *QUICK, "--bits", "2:4", "--out", "run") == 0
+    assert call(search.main, *QUICK, "--bits", "2:4", "--correction", "none", "--out", "run") == 0
     found = result("run")
     capsys.readouterr()
     assert call(finetune.main, "run", "--method", "ptq") == 0
@@ -94,9 +94,7 @@ def test_a_search_ends_with_it(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert both["reconstruction"]["kept"]
     assert both["tuning"]["before"] == both["reconstruction"]["after"]
     task = SearchRun.load(Path("run")).build()
-    expected = Q.quantize(
-        task.network.module, task.problem.uniform(8), calibrate=task.calibration(), correction="analytic", rounding="gptq"
-    )
+    expected = task.quantized(task.problem.uniform(8), Q.Linear("output"))
     assert same(task.problem.evaluator.network, expected)
 
 
