@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from quantizers.copying import evaluating
 from quantizers.folding import copied_inputs, output_tensors
 from quantizers.functional import MAX_BITS, WIDTHS
-from quantizers.layers import QuantLayer, tailor
-from quantizers.observers import Batches, OnProgress, collect, first_input, no_progress
+from quantizers.layers import QuantLayer, float_class, tailor
+from quantizers.observers import Batches, OnProgress, called, collect, first_input, no_progress
+from quantizers.policy import QUANTIZABLE
 
 TOLERANCE = 1e-4  # of the outputs' size: what a layer may compute otherwise for being no sum of products
 MOST_BYTES = 1 << 30  # of the largest output of a layer, for which all images are taken through the network together
@@ -113,7 +114,8 @@ def _channels_last(module: nn.Module, output: Tensor) -> Tensor:
     channel = -1
     if not isinstance(module, nn.Linear):
         channel = 1 - module.weight.dim()  # type: ignore[union-attr,operator]
-    return output.movedim(channel, -1).flatten(0, -2)
+    last = output.movedim(channel, -1)
+    return last.reshape(-1, last.shape[-1])
 
 
 @torch.no_grad()
@@ -142,6 +144,8 @@ def correct_weights(layer: QuantLayer, inputs: MeanInput) -> bool:
     try:
         layer.activation_bits = None
         layer.weight_bits = None
+        if not _is_linear(layer, maps):
+            return False
         expected = _mean_output(layer, maps)
         for width in WIDTHS:
             if layer.scheme.takes(width, None, layer.signed):
@@ -154,6 +158,25 @@ def correct_weights(layer: QuantLayer, inputs: MeanInput) -> bool:
     finally:
         layer.weight_bits, layer.activation_bits = bits
         layer.cache.clear()  # weights of widths that may never be asked for
+
+
+def _is_linear(layer: QuantLayer, maps: list[tuple[Tensor, int]]) -> bool:
+    """Say whether a layer is linear in its input, so that mean inputs give mean outputs; torch's own layers are.
+
+    That of somebody else's class is asked for f(x) + f(-x) = 2 f(0), which a ReLU in it breaks.
+    """
+    if float_class(layer) in QUANTIZABLE:
+        return True
+    for inputs, _ in maps:
+        x = inputs.to(layer.weight.dtype)
+        above, below, middle = layer.forward(x), layer.forward(-x), layer.forward(torch.zeros_like(x))
+        if not isinstance(above, Tensor):
+            return False
+        size = above.abs().max() + below.abs().max()
+        room = max(TOLERANCE, 8 * torch.finfo(above.dtype).eps)
+        if not (above + below - 2 * middle).abs().max() <= room * size:
+            return False
+    return True
 
 
 def _mean_output(layer: QuantLayer, maps: list[tuple[Tensor, int]]) -> Tensor:
@@ -273,17 +296,21 @@ def _mean_outputs(network: nn.Module, layers: Mapping[str, nn.Module], inputs: l
     order = itertools.count()
 
     def looking(mean: MeanOutput) -> Any:
-        def look(module: nn.Module, given: Any, output: Tensor) -> None:
+        def look(module: nn.Module, given: Any, output: Any) -> None:
+            # A layer of somebody else's class that returns more than one tensor stays as it is.
+            if not isinstance(output, Tensor):
+                return
             if not mean.calls:
                 mean.first = next(order)
             mean.add(module, output)
 
         return look
 
-    handles = [layers[name].register_forward_hook(looking(mean)) for name, mean in means.items()]
+    # Before other hooks, which may make something else of an output: it is the layer's that is corrected.
+    handles = [layers[name].register_forward_hook(looking(mean), prepend=True) for name, mean in means.items()]
     try:
         for batch in inputs:
-            network(copied_inputs(batch))
+            called(network, copied_inputs(batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -308,15 +335,17 @@ def _correct_on_the_way(
     errors = {}
 
     def correcting(name: str) -> Any:
-        def correct(layer: QuantLayer, given: Any, output: Tensor) -> Tensor:
+        def correct(layer: QuantLayer, given: Any, named: Any, output: Tensor) -> Tensor:
             mean = MeanOutput()
             mean.add(layer, output)
             errors[name] = _shift(layer, mean.mean(), expected[name].mean())
-            return layer.forward(*given)
+            return layer.forward(*given, **named)
 
         return correct
 
-    handles = [layer.register_forward_hook(correcting(name), prepend=True) for name, layer in layers.items()]
+    handles = []
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_hook(correcting(name), prepend=True, with_kwargs=True))
     try:
         qnetwork(copied_inputs(inputs))
     finally:
@@ -341,6 +370,18 @@ def _shift(layer: QuantLayer, given: Tensor | None, expected: Tensor | None) -> 
     return float(lack.abs().max())
 
 
+def _check_comparable(expected: list[Tensor], given: list[Tensor]) -> None:
+    if not expected:
+        raise ValueError("the float network returns no tensor, so that nothing can be compared with it")
+    shapes, others = [tuple(one.shape) for one in expected], [tuple(other.shape) for other in given]
+    if shapes != others:
+        raise ValueError(f"the float network's outputs have shapes {shapes}, the quantized one's {others}: it is another one")
+    if not all(bool(one.isfinite().all()) for one in expected):
+        raise ValueError(
+            "the float network's outputs on the calibration images aren't finite: look at the images and the weights"
+        )
+
+
 def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> float:
     """Tell how far a quantized network's outputs are from the float network's.
 
@@ -352,13 +393,18 @@ def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> floa
     Returns:
         For class scores, (N, classes), the mean Kullback-Leibler divergence, in nats; for other
         outputs the squared error as a share of their squares. Infinite for outputs that aren't finite.
+
+    Raises:
+        ValueError: For inputs that the networks can't be called with, for a float network whose outputs
+            aren't finite, and for outputs that can't be compared.
     """
     divergence = error = energy = 0.0
     count = 0
     are_scores = True
     for batch in inputs:
-        expected = output_tensors(network(copied_inputs(batch)))
-        given = output_tensors(qnetwork(copied_inputs(batch)))
+        expected = output_tensors(called(network, copied_inputs(batch)))
+        given = output_tensors(called(qnetwork, copied_inputs(batch)))
+        _check_comparable(expected, given)
         are_scores = are_scores and len(expected) == 1 and expected[0].dim() == 2 and expected[0].shape[1] > 1
         for one, other in zip(expected, given, strict=True):
             one, other = one.double(), other.double()

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves
 
 from quantizers.copying import copy_network, make_plain
-from quantizers.folding import copied_inputs, fold_batch_norm, output_tensors
+from quantizers.folding import called_with, copied_inputs, fold_batch_norm, output_tensors
 from quantizers.graph import FIXED, ChannelGraph, Clip, LayerChannels, capture
 from quantizers.layers import QuantLayer
 from quantizers.observers import Batches, _batches, _inputs, first_input, observe
@@ -108,6 +108,8 @@ def _dim(layer: nn.Module) -> int:
 
 
 def _by_channel(values: Tensor, dim: int, what: str) -> Tensor:
+    if not bool(values.isfinite().all()):
+        raise ValueError("an activation that isn't finite appeared on the batches that show ranges: look at the images")
     rows = values.detach().movedim(dim, 0).flatten(1)
     return getattr(rows, what)(1)  # type: ignore[no-any-return]
 
@@ -178,6 +180,8 @@ def equalize(
     """
     if by not in AIMS:
         raise ValueError(f"unknown aim {by!r}; known: {', '.join(AIMS)}")
+    if isinstance(layers, str) or (layers is not None and not len(layers)):
+        raise ValueError(f"`layers` must be a collection of names of layers, at least one, or None for all; it is {layers!r}")
     if relu6 not in CLIPS:
         raise ValueError(f"unknown choice {relu6!r} for `relu6`; known: {', '.join(CLIPS)}")
     made, expected = _prepared(network, example)
@@ -225,7 +229,7 @@ def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5) -> nn.Modul
             norm can be smoothed, and if the copy's outputs on the first batch differ from the
             network's by more than 1e-5 of their size.
     """
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, not {alpha!r}")
     given = iter(_batches(batches))
     first = next(given, None)
@@ -294,7 +298,7 @@ def _prepared(network: nn.Module, example: tuple[Any, ...], fold: bool = True) -
     if any(not tensor.numel() for tensor in tree_leaves(example) if isinstance(tensor, Tensor)):
         raise ValueError("equalization needs an example of at least one image; this one is empty")
     made = copy_network(network).eval()
-    expected = output_tensors(made(*copied_inputs(example)))
+    expected = output_tensors(called_with(made, example))
     if not all(bool(tensor.isfinite().all()) for tensor in expected):
         raise ValueError("the network's outputs on the example aren't finite, so that they can't be compared")
     if fold:

@@ -130,6 +130,19 @@ def copied_inputs(example: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, example)
 
 
+def called_with(network: nn.Module, example: tuple[Any, ...]) -> Any:
+    """Return what a network makes of an example; raises ValueError, saying why, if it can't take it."""
+    if not example:
+        raise ValueError("an example is needed: give the network's inputs, of at least one image")
+    try:
+        return network(*copied_inputs(example))
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a network raises for inputs that aren't its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"the network can't be called with the example ({reason}): give the inputs that it takes") from error
+
+
 def output_tensors(output: Any) -> list[Tensor]:
     """Return the tensors of whatever a network returns."""
     if isinstance(output, Tensor):
@@ -194,9 +207,14 @@ def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
 
     Returns:
         The copy. A shifted activation is a `Shifted`; its layers pad no more, and have a bias.
+
+    Raises:
+        ValueError: For an example that the network can't be called with, or whose outputs aren't finite.
     """
     made = copy_network(network).eval()
-    before = output_tensors(made(*copied_inputs(example)))
+    before = output_tensors(called_with(made, example))
+    if not all(bool(tensor.isfinite().all()) for tensor in before):
+        raise ValueError("the network's outputs on the example aren't finite, so that they can't be compared")
     for activation, layers in _readers(made, example):
         shift, padding = _shift_of(activation), _common_padding(layers)
         if shift is None or padding is None:

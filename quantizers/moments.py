@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 MOST_INPUTS = 1 << 13
 MOST_BYTES = 1 << 30  # of all layers' sums that are held at a time
 # Patches per input of an output that there must be before any is left out, and how many in any case; and
-# beyond which most are.
+# beyond which most are. Of few patches all count: what gains on a share of them could lose on the whole.
 ENOUGH = 4
-LEAST_PATCHES = 256
+LEAST_PATCHES = 2048
 PLENTY = 1024
 SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small products of groups than in a large one
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out

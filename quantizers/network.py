@@ -323,6 +323,8 @@ def _calibrate(
             with failing_as(layer.scheme, "measure_errors"):
                 layer.scheme.measure_errors(layer, observer)
     except ValueError as reason:
+        if str(reason).startswith(f"layer {name!r}"):
+            raise
         raise ValueError(f"layer {name!r}: {reason}") from reason
 
 
@@ -538,6 +540,8 @@ def _check_found(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> N
         tensor = state.get(f"{name}.{key}")
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"the quantizer state is damaged: {name}.{key} is a {type(tensor).__name__} and no tensor")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"the quantizer state is of another network: {name}.{key} has shape {tuple(tensor.shape)}")
         is_float = key.endswith("shift")

@@ -421,7 +421,7 @@ def observe(
             for done, batch in enumerate(every, 1):
                 inputs = _inputs(batch, network)
                 with first_pass or nullcontext():
-                    _call(network, inputs)
+                    called(network, inputs)
                 first_pass = None
                 seen += _count(inputs)
                 if isinstance(every, Sized):
@@ -494,9 +494,10 @@ def _inputs(batch: Any, network: nn.Module) -> Any:
     return tree_map_only(Tensor, taken, inputs)
 
 
-def _call(network: nn.Module, inputs: Any) -> None:
+def called(network: nn.Module, inputs: Any) -> Any:
+    """Return what a network makes of a batch's inputs. Raises ValueError, saying what they are, if it can't take them."""
     try:
-        network(inputs)
+        return network(inputs)
     except (ValueError, MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a network raises for inputs that aren't its own

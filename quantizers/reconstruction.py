@@ -135,7 +135,7 @@ def reconstruct(
         ValueError: For an unknown method; for a network without quantized weights; for layers whose
             scheme can't round otherwise than to the nearest level; without inputs.
     """
-    _check(qnetwork, network, method, iterations)
+    _check(qnetwork, network, method, iterations, seed)
     layers = quant_layers(qnetwork)
     inputs = _in_small_batches(collect(batches, qnetwork))
     saved = {name: _Found.of(layer) for name, layer in layers.items()}
@@ -176,11 +176,13 @@ def _distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> flo
     return distance(qnetwork, network, inputs)
 
 
-def _check(qnetwork: nn.Module, network: nn.Module, method: str, iterations: int) -> None:
+def _check(qnetwork: nn.Module, network: nn.Module, method: str, iterations: int, seed: int) -> None:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a positive integer, not {iterations!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, not {seed!r}")
     layers = quant_layers(qnetwork)
     float_layers(network, layers)
     quantized = {name: layer for name, layer in layers.items() if layer.weight_bits is not None}

@@ -97,6 +97,7 @@ def test_positions_that_are_left_out_change_little_and_save_most(size: int, monk
     torch.manual_seed(0)
     layer = nn.Conv2d(6, 2, 3, padding=1, groups=2)
     x = torch.randn(16384 // size**2, 6, size, size).cumsum(3) + 1
+    monkeypatch.setattr(moments_module, "LEAST_PATCHES", 256)
     part = seen(layer, x)
     monkeypatch.setattr(moments_module, "ENOUGH", 10**9)
     monkeypatch.setattr(moments_module, "PLENTY", 10**9)
@@ -320,3 +321,22 @@ def test_what_cannot_be_rounded_is_one_sentence(arguments: dict[str, Any], messa
     layer = nn.Linear(8, 3)
     with pytest.raises(ValueError, match="damping must be positive"):
         gptq(layer.weight, torch.ones(8, 3), seen(layer, torch.randn(64, 8)), damping=0.0)
+
+
+def test_no_layer_loses_by_gptq_on_all_images_where_they_are_few() -> None:
+    """Were only a share of the patches looked at, channels could lose on the others."""
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(4, 8, 3, groups=2, padding=1), torch.rand(40, 4, 9, 9)
+    network = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    policy = Q.BitPolicy.uniform(network, w=3, a=None)
+    errors = []
+    for rounding in ("gptq", "nearest"):
+        made = Q.quantize(network, policy, calibrate=images, rounding=rounding)[0]  # type: ignore[index]
+        of_widths = []
+        for width in range(1, 9):
+            made.weight_bits = width
+            with torch.no_grad():
+                of_widths.append((made(images) - layer(images)).double().square().mean((0, 2, 3)))
+        errors.append(torch.stack(of_widths))
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+    assert (errors[0] < errors[1]).any()
