@@ -62,6 +62,7 @@ from haq.console.errors import run_command
 from haq.console.progress import progress
 from haq.console.tables import say
 from haq.solvers import ilp
+from quantizers.reconstruction import ITERATIONS
 
 NAME = "ptq"
 CHILD = Path(ptq_rivals.__file__)
@@ -177,41 +178,69 @@ def lite0() -> Study:
 
 # Ours
 
+SCHEME = Q.Linear(calibration="output")
 # Takes a float network, a policy and batches for calibration; returns the quantized network.
 Recipe = Callable[[nn.Module, Q.BitPolicy, Sequence[Tensor]], nn.Module]
 
 
-def recipes() -> dict[str, Recipe]:
-    """Return our rows: what is quantized how."""
+def plain(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
+    """Scales by the squared error of weights and inputs, and nothing else."""
+    return Q.quantize(network, policy, scheme=Q.Linear(calibration="mse"), calibrate=batches)
 
-    def plain(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
-        return Q.quantize(network, policy, scheme=Q.Linear(calibration="mse"), calibrate=batches)
 
-    def largest(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
-        return Q.quantize(network, policy, scheme=Q.Linear(calibration="max"), calibrate=batches)
+def corrected(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
+    """Scales by the error of outputs, and biases corrected for every width: what searches evaluate."""
+    return Q.quantize(network, policy, scheme=SCHEME, calibrate=batches, correction="analytic")
 
-    def analytic(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
-        return Q.quantize(network, policy, calibrate=batches, correction="analytic")
 
-    def sequential(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
-        return Q.quantize(network, policy, calibrate=batches, correction="sequential")
+def by_gptq(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
+    """The same with GPTQ, where there are images enough for it."""
+    images = sum(map(len, batches))
+    roundings = dict.fromkeys(policy, "gptq")
+    for name in policy:
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.Linear) and layer.in_features > images:
+            roundings[name] = "nearest"
+    return Q.quantize(network, policy, scheme=SCHEME, calibrate=batches, correction="analytic", rounding=roundings)
 
+
+def sequential(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
+    """The same with biases corrected for the policy."""
+    quantized = by_gptq(network, policy, batches)
+    Q.correct_bias(quantized, network, batches)
+    return quantized
+
+
+def learned(network: nn.Module, policy: Q.BitPolicy, batches: Sequence[Tensor]) -> nn.Module:
+    """The same with rounding learned layer by layer, in fewer steps where there are few images for many weights."""
+    quantized = sequential(network, policy, batches)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    iterations = ITERATIONS
+    if weights > 1000 * sum(map(len, batches)):
+        iterations //= 5
+    Q.reconstruct(quantized, network, batches, method="adaround", iterations=iterations)
+    Q.correct_bias(quantized, network, batches)
+    return quantized
+
+
+def recipes() -> dict[str, tuple[Recipe, Recipe]]:
+    """Return our rows: how a network is quantized, and how for measuring which layers bear fewer bits."""
     return {
-        "ours: mse": plain,
-        "ours: max": largest,
-        "ours: mse, analytic": analytic,
-        "ours: mse, sequential": sequential,
+        "ours: mse": (plain, plain),
+        "ours: analytic": (corrected, corrected),
+        "ours: GPTQ, sequential": (sequential, by_gptq),
+        "ours: AdaRound": (learned, by_gptq),
     }
 
 
 def our_row(study: Study, name: str, column: Column) -> Row:
     """Quantize a study's network by one of our recipes, and test it."""
-    recipe = recipes()[name]
+    recipe, measured = recipes()[name]
     batches = study.calibrate.split(BATCH)
     note = ""
     start = time.process_time()
     if column.mixed:
-        policy = allocated(study, recipe, column)
+        policy = allocated(study, measured, column)
         note = " ".join(str(weights) for weights, _ in policy.values())
     else:
         policy = uniform(study.network, column.weights, column.activations)

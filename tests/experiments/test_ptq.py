@@ -103,7 +103,7 @@ def test_ours(method: str) -> None:
 
 def test_what_is_kept_and_what_is_made_anew(tmp_path: Path) -> None:
     first = [
-        ptq.our_row(study(), "ours: max", COLUMNS[0]),
+        ptq.our_row(study(), "ours: analytic", COLUMNS[0]),
         ptq.Row("mini", 40, "MCT", "W4A8", None, None, None, "not installed"),
     ]
     ptq.save(tmp_path, "words", first)
