@@ -23,7 +23,7 @@ from haq.problem.problem import Problem
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
-from haq.study.config import BEFORE, LINEAR, NONE, SearchConfig
+from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
@@ -136,6 +136,8 @@ class SearchTask(LoadedNetwork):
             rounding=config.searched_rounding,
             on_progress=on_progress,
         )
+        if config.rounding == ADAROUND:
+            _check_adaround(problem)
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
@@ -298,6 +300,16 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
     ends = dict.fromkeys(Q.ends(layer_names), LINEAR)
     linear = linear_for(correction_of(config), config.searched_rounding)
     return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names, linear)
+
+
+def _check_adaround(problem: Problem) -> None:
+    """Raise ValueError, before a search begins, for layers whose rounding can't be learned afterwards."""
+    for name, scheme in problem.schemes.items():
+        if not scheme.takes_offsets:
+            raise ValueError(
+                f"rounding 'adaround' means nothing to scheme {scheme.name!r} of layer {name!r}: choose --rounding nearest or "
+                "gptq, or --scheme linear"
+            )
 
 
 def correction_of(config: SearchConfig) -> str | None:

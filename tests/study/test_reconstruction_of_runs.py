@@ -125,3 +125,9 @@ def test_training_starts_from_what_the_search_judged() -> None:
     assert judged[0] == expected
     with torch.no_grad():
         assert judged[0].loss > 0
+
+
+def test_schemes_whose_rounding_cannot_be_learned_are_refused_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(search.main, *QUICK, "--scheme", "lsq", "--rounding", "adaround", "--out", "refused") == 2
+    assert "rounding 'adaround' means nothing to scheme 'lsq' of layer" in " ".join(capsys.readouterr().err.split())
+    assert not Path("refused").exists()
