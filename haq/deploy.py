@@ -281,8 +281,9 @@ def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tup
     schemes = schemes_of(config, list(policy))
     tuned = run.load_checkpoint(loaded)
     if tuned is not None:
-        of_tuned = {name: layer.scheme for name, layer in Q.quant_layers(tuned).items()}
-        if scheme is None or of_tuned == schemes:
+        # Options can't be given here, so that schemes are the same if their names are.
+        of_tuned = {name: layer.scheme.name for name, layer in Q.quant_layers(tuned).items()}
+        if scheme is None or of_tuned == {name: given.name for name, given in schemes.items()}:
             return tuned.eval(), True
     return loaded.quantized(policy, schemes), False
 

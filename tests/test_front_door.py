@@ -46,7 +46,7 @@ class Numbered(Dataset[Any]):
 def test_the_main_job_in_ten_lines(tmp_path: Path) -> None:
     net, train, held_out = fitted_network(), loader(400, 1), loader(150, 2)
 
-    problem = haq.Problem(net, calibrate=train, search=held_out, target="edge", budget=0.3, bits=(1, 8))
+    problem = haq.Problem(net, calibrate=train, search=held_out, target="edge", budget=0.5, correction=None)
     result = haq.solve(problem, "greedy", evaluations=40, seed=0)
     table = result.table()
     figure = result.plot()
@@ -406,7 +406,8 @@ def test_fine_tuning_again_never_makes_it_worse() -> None:
     # Two bits cost so much that fine-tuning wins something back.
     x = images(96)
     search = (x, brightest(x))
-    problem = haq.Problem(fitted_network(), images(32, 1), search, target="edge", budget=1.0, bits=(2, 2))
+    given = {"target": "edge", "budget": 1.0, "bits": (2, 2), "correction": None}
+    problem = haq.Problem(fitted_network(), images(32, 1), search, **given)
     result = haq.solve(problem, "random", evaluations=1)
     first = result.finetune(loader(400, 1), epochs=4)
     assert result.quantized is first
