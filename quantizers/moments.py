@@ -18,7 +18,8 @@ MOST_BYTES = 1 << 30  # of all layers' sums that are held at a time
 # Patches per input of an output that there must be before any is left out, and how many in any case; and
 # beyond which most are. Of few patches all count: what gains on a share of them could lose on the whole.
 ENOUGH = 4
-LEAST_PATCHES = 2048
+LEAST_PATCHES = 2048  # which all count where weights are rounded by them
+LEAST_FOR_SCALES = 256  # likewise where only scales are found by them: one number a channel
 PLENTY = 1024
 SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small products of groups than in a large one
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
@@ -38,8 +39,9 @@ class InputMoments:
 
     Unfolding a convolution with k inputs per output costs k / (outputs of a group) times the
     convolution itself. Where that is more than one, every so manyth patch is taken, as soon as
-    there have been 4 k of them (and 256), and fewer still beyond 1024 k: of every so manyth image every so
-    manyth position of the output. A patch counts for those that it stands for.
+    there have been 4 k of them (and 2048, or 256 for scales alone), and fewer still beyond 1024 k: of
+    every so manyth image every so manyth position of the output. A patch counts for those that it
+    stands for.
 
     Sums are taken in float32 of patches from which the first batch's mean is subtracted, so that a
     mean that is large beside the deviation costs no digits.
@@ -57,15 +59,19 @@ class InputMoments:
             with a weight of its shape, so that nobody knows what its weight is multiplied with.
     """
 
-    def __init__(self, layer: str, module: nn.Module, centred: bool = True) -> None:
+    def __init__(self, layer: str, module: nn.Module, centred: bool = True, rounds: bool = True) -> None:
         """Have seen nothing yet of a layer.
 
         Args:
             layer: Its name, for messages.
             module: A Conv1d, Conv2d or Linear.
             centred: Whether a correction of the bias follows.
+            rounds: Whether weights are rounded by it, and not only their scales found.
         """
         self.layer, self.centred = layer, centred
+        self._least = LEAST_FOR_SCALES
+        if rounds:
+            self._least = LEAST_PATCHES
         self.is_product = True
         self._shape = tuple(module.weight.shape)  # type: ignore[operator, arg-type]
         self.groups: int = getattr(module, "groups", 1)  # type: ignore[assignment]
@@ -120,7 +126,7 @@ class InputMoments:
         ratio = -(-k * self.groups // self._shape[0])
         if self.groups > 1:
             ratio *= SMALL_PRODUCTS
-        return max(1, min(ratio, seen // max(ENOUGH * k, LEAST_PATCHES)), seen // (PLENTY * k))
+        return max(1, min(ratio, seen // max(ENOUGH * k, self._least)), seen // (PLENTY * k))
 
     def _add(self, patches: Tensor, share: int) -> None:
         if self._shift.numel() == 0:

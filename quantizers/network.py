@@ -203,7 +203,8 @@ def _passes(made: nn.Module, wanted: Wanted, floats: Mapping[str, nn.Module], ca
     if calibrate is not None:
         for name in wanted.schemes:
             if wanted.schemes[name].needs_moments() or wanted.roundings[name] == "gptq":
-                moments[name] = InputMoments(name, floats[name], centred=wanted.correction is not None)
+                centred, rounds = wanted.correction is not None, wanted.roundings[name] == "gptq"
+                moments[name] = InputMoments(name, floats[name], centred, rounds)
 
     def look(hooks: Mapping[str, InputMoments]) -> None:
         assert calibrate is not None
