@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantizers.copying import evaluating
 from quantizers.folding import copied_inputs, output_tensors
-from quantizers.functional import MAX_BITS, WIDTHS
+from quantizers.functional import MAX_BITS, WIDTHS, computed_in
 from quantizers.layers import QuantLayer, float_class, tailor
 from quantizers.observers import Batches, OnProgress, called, collect, first_input, no_progress
 from quantizers.policy import QUANTIZABLE
@@ -50,7 +50,7 @@ class MeanInput:
         x = _images(module, x.detach())
         if not len(x):
             return
-        total = x.sum(0, dtype=torch.float64)
+        total = x.sum(0, dtype=computed_in(x)).double()  # images of one batch are few: float32 will do
         if total.shape in self.sums:
             self.sums[total.shape] += total
             self.counts[total.shape] += len(x)

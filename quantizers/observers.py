@@ -299,7 +299,7 @@ class Observer:
         values = values.detach()
         if values.numel() == 0:
             return
-        low, high = float(values.min()), float(values.max())
+        low, high = (float(end) for end in torch.aminmax(values))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError(f"an activation that isn't finite appeared during calibration, at layer {self.layer!r}")
         self.low, self.high = min(self.low, low), max(self.high, high)
