@@ -572,7 +572,7 @@ def base_name(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return getattr(node.target, "__name__", str(node.target))
-    name: str = schema.name.rpartition("::")[2]
+    name: str = schema.name.removeprefix("aten::")  # somebody else's "relu" is another operation
     if name.endswith("_") and not name.endswith("__"):
         return name[:-1]
     return name

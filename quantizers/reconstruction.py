@@ -109,8 +109,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Learn the rounding of a quantized network's weights, and shifts of its biases, for the policy that it has now.
 
-    ReconstructedPart after part, in the order of calls: inputs are those of the quantized network so far, and
-    what is aimed at are the float network's outputs. It begins with the rounding and the biases that
+    Part after part, in the order of calls: inputs are those of the quantized network so far, and what
+    is aimed at are the float network's outputs. It begins with the rounding and the biases that
     the network has. What is found counts as long as the network has this policy (`layers.tailor`).
     No labels are needed.
 

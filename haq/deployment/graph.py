@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from hw_models.workload import Size, end_padding
+from quantizers import graph as captured
 
 Shape = tuple[int, int, int]
 
@@ -269,7 +270,7 @@ class _Reader:
         target: Any = operation.target
         base = _base(operation)
         in_place = target._schema.name.endswith("_")
-        arguments = _arguments(operation)
+        arguments = captured.arguments(operation)
         source = next(iter(operation.args), None)
         if base in NOTHING and isinstance(source, fx.Node) and source.meta["val"].dtype == operation.meta["val"].dtype:
             self.names[operation] = self._name(operation, source)
@@ -282,7 +283,7 @@ class _Reader:
         before = self._name(operation, source)
         read = getattr(self, f"_read_{KINDS[base]}")
         name = operation.name
-        fields: dict[str, Any] = {"inputs": (before,), "module": _module(operation)[0]}
+        fields: dict[str, Any] = {"inputs": (before,), "module": captured.module_of(operation)[0]}
         fields |= read(operation, arguments)
         self._hold(operation, Node(name, KINDS[base], shape=_shape(operation), **fields))
         if base == "mean" and not arguments["keepdim"]:
@@ -311,7 +312,7 @@ class _Reader:
         return self.names[tensor]
 
     def _refusal(self, operation: fx.Node, why: str = "") -> ValueError:
-        module, kind = _module(operation)
+        module, kind = captured.module_of(operation)
         where = "the network"
         if module:
             where = f"layer {module!r} ({kind})"
@@ -324,7 +325,7 @@ class _Reader:
             tensor = self.constants.get(weight.name)
         names = [name for name, layer in self.layers.items() if layer.weight is tensor]
         if len(names) > 1:  # layers that share one weight
-            names = [name for name in names if name == _module(operation)[0]]
+            names = [name for name in names if name == captured.module_of(operation)[0]]
         if len(names) != 1:
             raise self._refusal(operation, "with a weight that is no quantized layer's own")
         return names[0]
@@ -341,7 +342,7 @@ class _Reader:
         top, left = _pair(padding)
         if given["input"] in self.pads:
             # What a layer does to its own input, it does when it is quantized already, and zeros are zeros then.
-            if not f"{_module(given['input'])[0]}.".startswith(f"{module}."):
+            if not f"{captured.module_of(given['input'])[0]}.".startswith(f"{module}."):
                 raise self._refusal(given["input"], "in another place than in the layer that it is for")
             pads = self.pads[given["input"]]
             left += pads[0]
@@ -435,25 +436,6 @@ def _base(operation: fx.Node) -> str:
         return ""
     name: str = schema.name
     return name.removeprefix("aten::").removesuffix("_")
-
-
-def _arguments(operation: fx.Node) -> dict[str, Any]:
-    """Return all arguments of an operation by name, defaults included."""
-    target: Any = operation.target
-    schema = target._schema.arguments
-    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    given |= {argument.name: value for argument, value in zip(schema, operation.args, strict=False)}
-    return {**given, **operation.kwargs}
-
-
-def _module(operation: fx.Node) -> tuple[str, str]:
-    """Return the dotted name and the class of the innermost module an operation is in."""
-    stack = list(operation.meta.get("nn_module_stack", {}).values())
-    if not stack:
-        return "", ""
-    name, kind = stack[-1]
-    # The second call of a module is marked with @1.
-    return str(name).partition("@")[0], str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def _four(tensor: fx.Node) -> tuple[int, int, int, int]:
