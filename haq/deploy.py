@@ -28,6 +28,7 @@ from haq.console.progress import follow_loading
 from haq.console.tables import command_line, key_table, say
 from haq.console.values import FOLDER, TextType
 from haq.deployment import EXPORTERS
+from haq.store.records import FINETUNED
 from haq.store.units import UNITS, percent
 from haq.study.config import MEASURED, AnotherScheme, SearchConfig
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from haq.study.search_run import SearchRun
     from haq.study.task import LoadedNetwork
 
-TUNED = {True: "fine-tuned", False: "not fine-tuned"}
 COMPARED = 200  # test images whose integers are compared layer by layer
 BATCH = 250  # test images at once
 LATENCY_APART = 0.2  # beyond which a measured latency is said to be other than the run's
@@ -175,7 +175,10 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
                 options=options,
                 on_progress=follow["progress"],
             )
-        say(output.results, f"written: {path} ({TUNED[tuned]})", wrap=False)
+        how = "not fine-tuned"
+        if tuned:
+            how = FINETUNED[run.load_result().finetuned_by]
+        say(output.results, f"written: {path} ({how})", wrap=False)
         with output.notes.status("comparing with the network in PyTorch"):
             verdict = exporter.compare(network, graph, samples, path)
     latency = _compare_latency(run, verdict)

@@ -22,6 +22,7 @@ from quantizers.observers import Batches, OnProgress, called, collect, first_inp
 from quantizers.policy import QUANTIZABLE
 
 TOLERANCE = 1e-4  # of the outputs' size: what a layer may compute otherwise for being no sum of products
+SAME_WEIGHT = 1e-5  # what weights may differ by, all together, that were computed anew
 MOST_BYTES = 1 << 30  # of the largest output of a layer, for which all images are taken through the network together
 Shape = tuple[int, ...]
 
@@ -270,7 +271,18 @@ def _tailored(layer: QuantLayer) -> tuple[Any, ...]:
 
 
 def float_layers(network: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[str, nn.Module]:
-    """Return the layers of a float network by the names of a quantized one. Raises ValueError if they aren't the same."""
+    """Find the layers of the float network that a quantized one was made of.
+
+    Args:
+        network: The float network.
+        layers: The quantized layers by name.
+
+    Returns:
+        The float layers by the same names.
+
+    Raises:
+        ValueError: Naming the first layer that isn't there, or whose weight or bias has other values.
+    """
     if not layers:
         raise ValueError("the network isn't quantized: give what `quantize` returned")
     modules = dict(network.named_modules())
@@ -286,8 +298,31 @@ def float_layers(network: nn.Module, layers: Mapping[str, QuantLayer]) -> dict[s
             raise ValueError(
                 f"the float network has no layer {name!r} of {tuple(layer.weight.shape)} weights: it is another one"
             )
+        if not _has_values_of(module, layer):
+            raise ValueError(
+                f"layer {name!r} has another weight or bias in the float network: give the very network that was given to "
+                "`quantize` (what equalize, smooth or fold_batch_norm returned), or for one that was trained since then "
+                "`float_copy` of the quantized one"
+            )
         floats[name] = module
     return floats
+
+
+def _has_values_of(module: nn.Module, layer: QuantLayer) -> bool:
+    """Say whether a float layer has the weight and the bias of a quantized one, up to how weights that are computed round."""
+    for name in ("weight", "bias"):
+        one, other = getattr(module, name, None), getattr(layer, name, None)
+        if one is None or other is None:
+            if one is not other:
+                return False
+            continue
+        if one.shape != other.shape:
+            return False
+        one, other = one.detach().to(other), other.detach()
+        most = SAME_WEIGHT * other.abs().sum()
+        if not (torch.equal(one, other) or (one - other).abs().sum() <= most):
+            return False
+    return True
 
 
 def _mean_outputs(network: nn.Module, layers: Mapping[str, nn.Module], inputs: list[Any]) -> dict[str, MeanOutput]:

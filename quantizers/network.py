@@ -187,11 +187,15 @@ def _roundings(rounding: Roundings, policy: Mapping[str, Bits]) -> dict[str, str
     """Return how the weights of every layer of a policy are rounded."""
     if not isinstance(rounding, Mapping):
         rounding = dict.fromkeys(policy, rounding)
-    if differing := sorted(set(rounding) ^ set(policy)):
-        raise ValueError(
-            f"`rounding` must name the policy's layers, and only those; {differing[0]!r} is in one of the two only"
-        )
+    for name in rounding:
+        if name not in policy:
+            raise ValueError(f"`rounding` names {name!r}, which is no layer of the policy")
+    for name in policy:
+        if name not in rounding:
+            raise ValueError(f"`rounding` lacks layer {name!r}: name every layer of the policy, or give one rounding for all")
     for chosen in rounding.values():
+        if chosen in ("adaround", "brecq"):
+            raise ValueError(f"rounding {chosen!r} is learned for one policy: call `reconstruct` with what `quantize` returns")
         if chosen not in ROUNDINGS:
             raise ValueError(f"unknown rounding {chosen!r}; known: {', '.join(ROUNDINGS)}")
     return dict(rounding)

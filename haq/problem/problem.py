@@ -24,6 +24,7 @@ from haq.problem.objective import Objective, class_scores, find_objective
 from haq.problem.schemes import (
     AnyScheme,
     check_metric,
+    check_rounding,
     check_widths,
     check_zero_points,
     linear_for,
@@ -144,6 +145,7 @@ class Problem:
         if metric == "storage":
             self.groups = joined(self.groups, self.workload.tied_weights)
         self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        check_rounding(rounding, self.schemes, self.pinned)
         check_widths(self.schemes, self.bits, self.pinned)
         check_metric(self.schemes, metric)
         self._meaningful = meaningful_pairs(self.schemes, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,21 @@ def schemes_by_layer(scheme: AnyScheme, names: Sequence[str], linear: Q.Scheme =
     return found
 
 
+def check_rounding(rounding: str, schemes: Mapping[str, Q.Scheme], pinned: Collection[str]) -> None:
+    """Raise ValueError for GPTQ where no layer that is searched has a scheme with integers to choose between.
+
+    Args:
+        rounding: What is asked for.
+        schemes: A scheme by layer.
+        pinned: The layers that aren't searched.
+    """
+    searched = {name: scheme for name, scheme in schemes.items() if name not in pinned}
+    if rounding != "gptq" or not searched or any(scheme.takes_offsets for scheme in searched.values()):
+        return
+    names = ", ".join(dict.fromkeys(scheme.name for scheme in searched.values()))
+    raise ValueError(f"rounding 'gptq' means nothing to scheme {names}: choose nearest, or the linear scheme")
+
+
 def roundings_by_layer(
     rounding: str, schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload, images: int
 ) -> dict[str, str]:
@@ -67,13 +82,7 @@ def roundings_by_layer(
     Returns:
         A rounding by layer: "nearest" where the scheme has no integers to choose between, and where there are fewer patches
         of the input than GPTQ needs, one for each input of an output.
-
-    Raises:
-        ValueError: For "gptq" where no layer's scheme has integers to choose between.
     """
-    if rounding == "gptq" and not any(schemes[layer.name].takes_offsets for layer in workload.layers):
-        names = ", ".join(dict.fromkeys(scheme.name for scheme in schemes.values()))
-        raise ValueError(f"rounding 'gptq' means nothing to scheme {names}: choose nearest, or the linear scheme")
     found = dict.fromkeys(workload.names, "nearest")
     for layer in workload.layers:
         inputs = layer.in_channels // layer.groups * layer.kernel[0] * layer.kernel[1]

@@ -48,7 +48,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
     rows |= {
         "data": task.dataset.describe(),
         "scheme": scheme_words(task.problem),
-        "weights": rounding_words(task.problem.roundings, task.config.correction),
+        "weights": rounding_words(task.problem, task.config.correction),
         "metric": f"{sweep.settings.metric}, as a fraction of uniform 8 bits",
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",

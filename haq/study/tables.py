@@ -59,7 +59,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "budget": f"{amounts} ({describe_amount(problem.reference, problem.metric)})",
         "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
         "scheme": scheme_words(problem),
-        "weights": rounding_words(problem.roundings, task.config.correction),
+        "weights": rounding_words(problem, task.config.correction),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
         "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
         "objective": problem.objective.words,
@@ -107,17 +107,21 @@ def scheme_words(problem: Problem) -> str:
     return words
 
 
-def rounding_words(roundings: Mapping[str, str], correction: str) -> str:
-    """Say how weights are rounded, by layer, and what is done about it."""
-    nearest = [name for name, rounding in roundings.items() if rounding == "nearest"]
+def rounding_words(problem: Problem, correction: str) -> str:
+    """Say how weights are rounded, and why some layers' are rounded otherwise, and what is done about it."""
     words = "rounded to nearest"
-    if len(nearest) < len(roundings):
+    if "gptq" in problem.roundings.values():
         words = "rounded by GPTQ"
-        if nearest:
-            words += f" ({', '.join(nearest)} to nearest: too few calibration images, or no integers to choose between)"
+        nearest = [name for name, rounding in problem.roundings.items() if rounding == "nearest"]
+        few = [name for name in nearest if problem.schemes[name].takes_offsets]
+        fixed = [name for name in nearest if name not in few]
+        if few:
+            words += f"; to nearest, for too few calibration images: {', '.join(few)}"
+        if fixed:
+            words += f"; to nearest, by their scheme: {', '.join(fixed)}"
     if correction == NONE:
-        return f"{words}, biases are not corrected"
-    return f"{words}, biases get the {correction} correction"
+        return f"{words}; biases are not corrected"
+    return f"{words}; biases get the {correction} correction"
 
 
 def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, list[int]]:

@@ -121,6 +121,8 @@ class SearchTask(LoadedNetwork):
         scheme: AnyScheme = LINEAR
         if config.scheme != LINEAR:
             scheme = schemes_of(config, hw_models.trace(network.module, search[0][0][:1]).names)
+            if config.rounding == ADAROUND:
+                _check_adaround(scheme)
         problem = Problem(
             network.module,
             calibrate=loaded.calibration(),
@@ -136,8 +138,6 @@ class SearchTask(LoadedNetwork):
             rounding=config.searched_rounding,
             on_progress=on_progress,
         )
-        if config.rounding == ADAROUND:
-            _check_adaround(problem)
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
@@ -302,13 +302,13 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
     return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names, linear)
 
 
-def _check_adaround(problem: Problem) -> None:
+def _check_adaround(schemes: Mapping[str, Q.Scheme]) -> None:
     """Raise ValueError, before a search begins, for layers whose rounding can't be learned afterwards."""
-    for name, scheme in problem.schemes.items():
+    for name, scheme in schemes.items():
         if not scheme.takes_offsets:
             raise ValueError(
-                f"rounding 'adaround' means nothing to scheme {scheme.name!r} of layer {name!r}: choose --rounding nearest or "
-                "gptq, or --scheme linear"
+                f"rounding 'adaround' means nothing to scheme {scheme.name!r} of layer {name!r}: choose another "
+                "--rounding, or --scheme linear"
             )
 
 

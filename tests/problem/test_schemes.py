@@ -210,4 +210,7 @@ def test_layers_that_gptq_cannot_round_are_rounded_to_nearest() -> None:
     few = haq.Problem(fitted_network(), images(1, 1), (X, brightest(X)), "edge", "storage", 0.7, rounding="gptq")
     assert "nearest" in few.roundings.values()
     with pytest.raises(ValueError, match="rounding .gptq. means nothing to scheme kmeans: choose nearest"):
-        searched(dict.fromkeys(problem.workload.names, "kmeans"), rounding="gptq")
+        searched("kmeans", rounding="gptq")
+    ends = dict.fromkeys(Q.ends(problem.workload.names), "linear")
+    with pytest.raises(ValueError, match="rounding .gptq. means nothing to scheme kmeans"):
+        searched(dict.fromkeys(problem.workload.names, "kmeans") | ends, rounding="gptq")

@@ -208,8 +208,7 @@ def test_a_correction_that_makes_outputs_worse_is_not_kept(monkeypatch: pytest.M
     before = {name: copy.deepcopy(qnetwork.get_submodule(name).tailored_shift) for name in LOW}
     distances = iter([1.0, 2.0])
     monkeypatch.setattr("quantizers.correction.distance", lambda *given: next(distances))
-    network[7].bias.data += 1
-    result = Q.correct_bias(qnetwork, network, images())
+    result = Q.correct_bias(qnetwork, network, images(seed=9))  # which would find other shifts
     assert not result.kept
     for name in LOW:
         assert torch.equal(qnetwork.get_submodule(name).tailored_shift, before[name])

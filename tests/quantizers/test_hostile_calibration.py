@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -184,3 +185,49 @@ def test_a_state_of_lists_is_refused() -> None:
     state: dict[str, Any] = {**Q.quantizer_state(made), "0.bias_shift": [1, 2]}
     with pytest.raises(ValueError, match="is a list and no tensor"):
         Q.load_quantizer_state(made, state)
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(64, 3)]
+    parts[1].running_var.fill_(0.3)
+    return nn.Sequential(*parts).eval()
+
+
+@pytest.mark.parametrize("change", ["equalized", "folded", "bias alone", "without bias"])
+def test_another_float_network_than_the_quantized_one_was_made_of_is_refused(change: str) -> None:
+    """Its outputs may be the same, but not those of its layers, which reconstruction aims at."""
+    network, x = chain(), torch.rand(16, 3, 4, 4)
+    made = copy.deepcopy(network)
+    if change == "equalized":
+        made = Q.equalize(network, x)
+    elif change == "folded":
+        made = Q.fold_batch_norm(network, x)
+    elif change == "bias alone":
+        made[0].bias.data += 1
+    else:
+        made[0].bias = None
+    policy = Q.BitPolicy.uniform(made, 4, 4)
+    qnetwork = Q.quantize(made, policy, calibrate=x)
+    for call in (Q.correct_bias, Q.reconstruct):
+        with pytest.raises(ValueError, match="layer '0' has another weight or bias in the float network"):
+            call(qnetwork, network, x)
+    assert Q.correct_bias(qnetwork, made, x).kept
+    with torch.no_grad():
+        qnetwork[3].weight += 0.1
+    with pytest.raises(ValueError, match="layer '3' has another weight"):
+        Q.correct_bias(qnetwork, made, x)
+    Q.correct_bias(qnetwork, Q.float_copy(qnetwork), x)
+
+
+def test_roundings_by_layer_name_what_is_wrong() -> None:
+    network, x = chain(), torch.rand(80, 3, 4, 4)
+    policy = Q.BitPolicy.uniform(network, 4, 4)
+    for rounding, message in (
+        ({"typo": "gptq", "0": "gptq", "3": "gptq", "5": "gptq"}, "`rounding` names 'typo', which is no layer of the policy"),
+        ({"0": "gptq"}, "`rounding` lacks layer '3'"),
+        ("adaround", "rounding 'adaround' is learned for one policy: call `reconstruct`"),
+        ("brecq", "rounding 'brecq' is learned for one policy"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Q.quantize(network, policy, calibrate=x, rounding=rounding)

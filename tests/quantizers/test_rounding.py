@@ -304,7 +304,7 @@ class Wordy(nn.Linear):
     [
         ({"rounding": "up"}, "unknown rounding 'up'; known: nearest, gptq"),
         ({"rounding": {"0": "up"}}, "unknown rounding 'up'; known: nearest, gptq"),
-        ({"rounding": {"other": "gptq"}}, "`rounding` must name the policy's layers, and only those; '0'"),
+        ({"rounding": {"other": "gptq"}}, "`rounding` names 'other', which is no layer of the policy"),
         ({"rounding": "gptq", "scheme": "dorefa"}, r"layer '0': weights of scheme 'dorefa' can't be .* \(linear"),
         ({"rounding": "gptq", "scheme": "kmeans"}, r"layer '0': weights of scheme 'kmeans' can't be .*nearest"),
         ({"rounding": "gptq", "calibrate": None}, "rounding='gptq' needs inputs to look at"),

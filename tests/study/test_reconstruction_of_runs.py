@@ -61,6 +61,8 @@ def test_a_network_is_reconstructed_and_everything_after_takes_it(
     assert again["reconstruction"] == entry
     assert call(deploy.main, "run", "--to", "onnx", "--json") == 0
     assert json.loads(capsys.readouterr().out)["same_answers"]
+    assert call(deploy.main, "run", "--to", "onnx") == 0
+    assert "(after ptq)" in capsys.readouterr().out
     assert call(report.main, "run") == 0
     assert "After ptq" in Path("run/report.html").read_text()
 
@@ -89,7 +91,7 @@ def test_a_search_ends_with_it(capsys: pytest.CaptureFixture[str], monkeypatch: 
     kept_or_not(monkeypatch, True)
     asked = [*QUICK, "--bits", "3:4", "--rounding", "adaround"]
     assert call(search.main, *asked, "--finetune-epochs", "1", "--out", "run") == 0
-    assert "rounded by GPTQ, biases get the analytic correction" in " ".join(capsys.readouterr().out.split())
+    assert "rounded by GPTQ; biases get the analytic correction" in " ".join(capsys.readouterr().out.split())
     both = result("run")
     assert both["reconstruction"]["kept"]
     assert both["tuning"]["before"] == both["reconstruction"]["after"]
