@@ -185,7 +185,7 @@ def to_device(structure: Any, device: torch.device | str) -> Any:
     if isinstance(structure, Tensor):
         return structure.to(device)
     if isinstance(structure, PackedSequence):
-        return structure.to(torch.device(device))
+        return structure.to(torch.device(device))  # type: ignore[arg-type]  # its annotations know dtypes alone
     if _is_array(structure):
         return torch.as_tensor(structure).to(device)
     if not _parts(structure) and callable(getattr(structure, "to", None)):
