@@ -284,13 +284,20 @@ class Dataset:
             f"{len(self.search):,} search / {len(self.test):,} test {what}, disjoint{by_group}, split seed {SPLIT_SEED}"
         )
 
+    @property
+    def has_targets(self) -> bool:
+        """Say whether samples have targets, labels or other ones."""
+        targets = self.search.take(torch.arange(1))[1]
+        if isinstance(targets, Tensor) and not self.classes and targets.tolist() == [UNLABELLED]:
+            return False
+        return targets is not None
+
     def _classes_words(self) -> str:
         if self.classes:
             return f"{len(self.classes)} classes"
-        targets = self.search.take(torch.arange(1))[1]
-        if targets is None or (isinstance(targets, Tensor) and targets.tolist() == [UNLABELLED]):
-            return "no labels"
-        return "targets that are no classes"
+        if self.has_targets:
+            return "targets that are no classes"
+        return "no labels"
 
     def fair(self, count: int) -> Tensor:
         """Return indices of `count` train samples, of every class as many, in an order that never changes.

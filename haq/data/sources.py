@@ -44,7 +44,7 @@ from haq.data.structures import (
     rows,
     without_files,
 )
-from quantizers.calling import map_tensors, targets_of
+from quantizers.calling import leaves, map_tensors, targets_of
 
 BATCH = 250  # samples of a data set that are put together at a time, where nobody says otherwise
 PROBED = 8  # samples that are read twice, to see whether they are the same
@@ -103,6 +103,13 @@ class Source(ABC):
     def known_labels(self) -> Tensor | None:
         """Return class numbers if they are at hand."""
         return self.__dict__.get("labels")
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Say whether any samples can be put into one batch: those at both ends and in the middle are of the same shapes."""
+        ends = [self.take(torch.tensor([number])) for number in (0, self.count // 2, self.count - 1)]
+        shapes = {tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves(batch)) for batch in ends}
+        return len(shapes) == 1 and divides(ends[0])
 
     @cached_property
     def nbytes(self) -> int:
