@@ -163,7 +163,7 @@ class Problem:
         if samples is not None:
             samples = samples.to(device)
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
-        self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), forward, device)
+        self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), network, forward, device)
         self.network = network
         example = _example(samples, self.calibration)
         self.workload = _traced(network, example, self.objective, forward)
@@ -560,23 +560,26 @@ def _read_search(
     if isinstance(search, Samples):
         return search
     batches = read_any(search, "search")
-    if batches is None or (objective.takes_scores and forward is None and _is_plain(batches)):
-        if objective.takes_scores:
-            inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
-            if labels is None:
-                return KeptSamples([inputs])
-            return KeptSamples([(inputs, labels)])
+    if objective.takes_scores and forward is None and _is_plain(batches or [search], network):
+        inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
+        if labels is None:
+            return KeptSamples([inputs])
+        return KeptSamples([(inputs, labels)])
+    if batches is None:
         batches = [search]
     batches = [_as_float32(batch) for batch in batches]
     if objective.needs_labels and any(targets_of(batch, network) is None for batch in batches):
-        raise ValueError(f"`search` has no targets, which objective {objective.name!r} needs: give batches (inputs, targets)")
+        raise ValueError(
+            f"`search` has no targets, which objective {objective.name!r} needs, beside what the network takes: give batches "
+            "(inputs, targets), of several inputs ((one, other), targets)"
+        )
     return KeptSamples(batches)
 
 
-def _read_calibration(calibrate: Any, forward: Forward | None, device: torch.device) -> list[Any]:
+def _read_calibration(calibrate: Any, network: nn.Module, forward: Forward | None, device: torch.device) -> list[Any]:
     """Read batches that set the scales, on a device; those of plain tensors without their targets."""
     batches = read_any(calibrate, "calibrate")
-    if batches is None or (forward is None and _is_plain(batches)):
+    if batches is None or (forward is None and _is_plain(batches, network)):
         return [part.to(device, copy=True) for part in read_inputs(batches or calibrate, "calibrate")]
     return [to_device(map_tensors(_as_float32(batch), torch.clone), device) for batch in batches]
 
@@ -602,12 +605,16 @@ def _check_same_kind(calibration: list[Any], example: Any, network: nn.Module) -
         check_alike(given, wanted)
 
 
-def _is_plain(batches: list[Any]) -> bool:
-    """Say whether batches are tensors of inputs, perhaps with targets that are no structure."""
+def _is_plain(batches: list[Any], network: nn.Module) -> bool:
+    """Say whether batches are tensors of inputs, perhaps with targets that are no structure, for a network that takes one."""
     if not batches:
         return True
     first = batches[0]
     if isinstance(first, Mapping):
+        return False
+    # Arrays of other byte orders are no tensors yet.
+    of_tensors = isinstance(first, list | tuple) and all(isinstance(part, Tensor) for part in first)
+    if of_tensors and isinstance(inputs_of(first, network), tuple):
         return False
     inputs, targets = first, None
     if isinstance(first, list | tuple):
