@@ -577,7 +577,7 @@ def _plain_order(loader: DataLoader[Any]) -> Tensor | None:
     return None
 
 
-def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
+def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any], ahead: int = AHEAD) -> Iterator[Any]:
     """Yield what a function makes of each part, in order; a thread makes the next ones while one is looked at.
 
     One thread alone, as data sets of others may not be made for several.
@@ -585,6 +585,7 @@ def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any
     Args:
         make: The function.
         parts: What it is given; the thread goes through them too.
+        ahead: How many are made in advance.
     """
     following = iter(parts)
     end = object()
@@ -596,7 +597,7 @@ def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any
         return make(part)
 
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[Any]] = deque(thread.submit(one) for _ in range(AHEAD))
+        waiting: deque[Future[Any]] = deque(thread.submit(one) for _ in range(ahead))
         try:
             while True:
                 made = waiting.popleft().result()
