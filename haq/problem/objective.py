@@ -270,34 +270,6 @@ class Objective:
             raise ValueError(f"objective {self.name!r} has no distance between outputs: give it a loss")
         return self.distribution.divergence(outputs, expected)
 
-    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network on any samples.
-
-        Args:
-            network: The float network, which preprocesses the inputs.
-            split: The samples.
-            module: The network that is measured; it is put into evaluation mode.
-            batch_size: Samples at a time.
-
-        Returns:
-            The objective's value. Of class scores it is the share of samples that count as correct; those with an output that
-            is NaN count as wrong.
-        """
-        import torch
-
-        module.eval()
-        right = 0
-        for batch, (images, labels) in enumerate(split.batches(batch_size)):
-            inputs = network.preprocess(images)
-            more: tuple[Tensor, ...] = ()
-            if self.attacked:
-                more = self.more_inputs(module, inputs.clone(), labels, batch)
-            with torch.inference_mode():
-                if self.compares_with_float:
-                    labels = self.read(network.run(network.module.eval(), inputs)).argmax(1)
-                outputs = [self.read(network.run(module, one)) for one in (inputs, *more)]
-                right += count_correct(self, outputs, labels)
-        return right / len(split)
 
 
 class ValueObjective(Objective):
@@ -355,29 +327,6 @@ class ValueObjective(Objective):
             raise ValueError(f"objective {self.name!r} has no loss that can be trained: give it one (loss=)")
         return losses.mean()
 
-    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network on any samples; see `Objective.measure`."""
-        import torch
-
-        from haq.problem.tally import ValueTally
-        from quantizers.calling import count_of, to_device
-
-        module.eval()
-        tally = ValueTally(self)
-        for batch, (inputs, targets) in enumerate(split.batches(batch_size)):
-            inputs = network.preprocess(inputs)
-            more: tuple[Any, ...] = ()
-            if self.attacked:
-                more = self.more_inputs(module, inputs.clone(), targets, batch)
-            with torch.inference_mode():
-                if self.compares_with_float:
-                    targets = network.run(network.module.eval(), inputs)
-                outputs = tuple(network.run(module, one, targets) for one in (inputs, *more))
-                try:
-                    tally.add(outputs, to_device(targets, network.device), None, count_of(inputs))
-                except NotFinite:
-                    return self.worst
-        return tally.result().accuracy
 
 
 class MetricObjective(ValueObjective):
@@ -422,9 +371,6 @@ class BlackBox(Objective):
 
         return Gaussian()
 
-    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network, on whatever samples it knows of itself; see `Objective.measure`."""
-        return value_of(self, module.eval())
 
 
 class Accuracy(Objective):
