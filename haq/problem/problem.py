@@ -19,6 +19,7 @@ import hw_models
 import quantizers as Q
 from haq.problem.batches import (
     Batches,
+    Owned,
     check_alike,
     check_arguments,
     check_quantization,
@@ -578,6 +579,8 @@ def _read_search(
 
 def _read_calibration(calibrate: Any, network: nn.Module, forward: Forward | None, device: torch.device) -> list[Any]:
     """Read batches that set the scales, on a device; those of plain tensors without their targets."""
+    if isinstance(calibrate, Owned):
+        return [to_device(batch, device) for batch in calibrate]
     batches = read_any(calibrate, "calibrate")
     if batches is None or (forward is None and _is_plain(batches, network)):
         return [part.to(device, copy=True) for part in read_inputs(batches or calibrate, "calibrate")]

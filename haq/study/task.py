@@ -20,6 +20,7 @@ from haq.attacks.threat_model import parse_eps
 from haq.data.memory import allowed_bytes
 from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
+from haq.problem.batches import Owned
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
@@ -172,7 +173,7 @@ class SearchTask(LoadedNetwork):
                 _check_adaround(scheme)
         problem = Problem(
             network.module,
-            calibrate=calibration,
+            calibrate=owned(calibration),
             search=search,
             target=target or load_target(config),
             metric=config.metric,
@@ -262,6 +263,13 @@ class SearchTask(LoadedNetwork):
             if value != before:
                 found[name] = value
         return found
+
+
+def owned(calibration: Any) -> Owned:
+    """Return what `LoadedNetwork.calibration` returned as batches that needn't be copied."""
+    if isinstance(calibration, Tensor):
+        return Owned([calibration])
+    return Owned(calibration)
 
 
 def _count(calibration: Any) -> int:
