@@ -56,6 +56,22 @@ def percent(share: float | None, digits: int = 2) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def worst_of(unit: str, higher_is_better: bool) -> float:
+    """Return the value of a network whose outputs aren't finite: no sample is answered rightly, or it is infinite."""
+    if not higher_is_better:
+        return math.inf
+    if unit == PERCENT:
+        return 0.0
+    return -math.inf
+
+
+def finite(value: float | None) -> float | None:
+    """Return a value as JSON holds it: None where it is infinite or no number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value
+
+
 def show(value: float | None, unit: str, digits: int = 2) -> str:
     """Write an objective's value: 92.50 %, 28.41 dB, 0.0123; a dash where there is none.
 
