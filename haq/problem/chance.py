@@ -1,16 +1,20 @@
-"""What can be believed of an accuracy: how far chance moves it, and whether guessing would do as well."""
+"""What can be believed of an accuracy: how far chance moves it, and whether guessing would do as well.
+
+Of values that are no shares of samples only the standard error is told, where it is known.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from haq.store.units import percent
+from haq.store.units import percent, show
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from haq.problem.problem import Problem
+    from haq.store.records import JudgingRecord
 
 FEW = 200  # images: of fewer, a single one moves an accuracy by more than half a point
 SURE = 2.0  # standard errors
@@ -26,6 +30,26 @@ def with_error(share: float | None, count: int) -> str:
     if share is None or count >= FEW:
         return percent(share)
     return f"{percent(share)} ± {100 * standard_error(share, count):.2f}"
+
+
+def value_with_error(judging: JudgingRecord, value: float | None, count: int, error: float | None = None) -> str:
+    """Write an objective's value, with its standard error where it is known and the value is of few samples.
+
+    Args:
+        judging: What the value is of. Of a share of samples the standard error follows from the share.
+        value: The value.
+        count: On how many samples.
+        error: The standard error of another value.
+
+    Returns:
+        Words such as 91.67 % ± 4.89 or 28.41 dB ± 0.3.
+    """
+    if judging.counts_samples:
+        return with_error(value, count)
+    words = judging.show(value)
+    if error is None or count >= FEW:
+        return words
+    return f"{words} ± {show(judging.plotted(error), '')}"
 
 
 def guessing_share(labels: Tensor, classes: int) -> float:

@@ -59,6 +59,11 @@ def share_key(split: str, objective: str) -> str:
     return f"{split}_{objective}"
 
 
+def error_key(key: str) -> str:
+    """Name the key under which files hold the standard error of the value under another key."""
+    return f"{key}_error"
+
+
 def objective_title(objective: str) -> str:
     """Name an objective in a word or two, as pages and tables call it."""
     if objective == ROBUST:
@@ -239,6 +244,31 @@ class JudgingRecord(Record):
         return plotted(value, self.objective_unit)
 
 
+class ObjectiveRecord(JudgingRecord):
+    """What policies are judged by, alone."""
+
+    objective: str
+
+    @classmethod
+    def of(cls, objective: Any, samples_are: str = "images") -> ObjectiveRecord:
+        """Make the record of a `haq.Objective`; `samples_are` is what the samples that it judges are called."""
+        return cls(
+            objective=objective.name,
+            objective_title_is=objective.title,
+            objective_unit=objective.unit,
+            higher_is_better=objective.higher_is_better,
+            counts_samples=objective.takes_scores and objective.unit == PERCENT,
+            samples_are=samples_are,
+        )
+
+    def differences(self) -> dict[str, Any]:
+        """Return what isn't as it is for accuracy: the fields that files have beside the objective's name."""
+        found = self.model_dump(exclude_defaults=True, exclude={"objective"})
+        if self.objective_title_is == objective_title(self.objective):
+            del found["objective_title_is"]
+        return found
+
+
 class Measurement(RootModel[Values]):
     """What one network was measured to give and what it costs: values by split and objective, costs by metric."""
 
@@ -251,6 +281,10 @@ class Measurement(RootModel[Values]):
     def entry(self, split: str, objective: str) -> Any:
         """Return what the file has of an objective on a split; ValueError if there is no such key."""
         return _entry_of(self.root, share_key(split, objective))
+
+    def error(self, split: str, objective: str) -> float | None:
+        """Return the standard error of a value, where it is known."""
+        return _error_of(self.root, share_key(split, objective))
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -549,6 +583,10 @@ class JudgedRecord(Record):
     def entry(self, split: str, objective: str) -> Any:
         """Return what the file has of an objective on a split; ValueError if there is no such key."""
         return _entry_of(self.model_extra or {}, share_key(split, objective))
+
+    def error(self, split: str, objective: str) -> float | None:
+        """Return the standard error of a value, where it is known."""
+        return _error_of(self.model_extra or {}, share_key(split, objective))
 
 
 class UniformResult(JudgedRecord):
@@ -922,3 +960,10 @@ def _entry_of(values: Mapping[str, Any], key: str) -> Any:
     if key not in values:
         raise ValueError(f"{key!r} is missing")
     return values[key]
+
+
+def _error_of(values: Mapping[str, Any], key: str) -> float | None:
+    error = values.get(error_key(key))
+    if isinstance(error, bool) or not isinstance(error, (int, float)):
+        return None
+    return float(error)
