@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from haq.store.units import percent, show
+from haq.store.units import PERCENT, percent, plotted, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,13 +93,14 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str) ->
     )
 
 
-def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
-    """Warn of few images; nothing for enough of them.
+def few_sentence(count: int, split: str, measured: str = "accuracy", samples_are: str = "images") -> str:
+    """Warn of a share of few samples; nothing for enough of them.
 
     Args:
-        count: The number of images.
-        split: What they are called.
+        count: The number of samples.
+        split: What their split is called.
         measured: What is measured on them.
+        samples_are: What they are called.
 
     Returns:
         One sentence or nothing.
@@ -108,21 +109,32 @@ def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
         return ""
     points = 100 * standard_error(0.5, count)
     return (
-        f"WARNING: the {split} split has {count} images, so one of them moves {measured} by {100 / count:.1f} points, and its "
-        f"standard error is up to {points:.1f}: smaller differences say nothing"
+        f"WARNING: the {split} split has {count} {samples_are}, so one of them moves {measured} by {100 / count:.1f} points, "
+        f"and its standard error is up to {points:.1f}: smaller differences say nothing"
+    )
+
+
+def error_sentence(problem: Problem) -> str:
+    """Warn of a value, no share, that is of few samples, with its standard error; nothing where that isn't known."""
+    count, error, objective = problem.evaluator.count, problem.float_result.error, problem.objective
+    if count >= FEW or error is None:
+        return ""
+    number = show(plotted(error, objective.unit), "")
+    return (
+        f"WARNING: the search split has {count} {problem.samples_are}, and the standard error of the float network's "
+        f"{objective.title} is {number}: smaller differences say little"
     )
 
 
 def doubts(problem: Problem) -> list[str]:
-    """List what must be said of the accuracies of a problem before they are believed: sentences, none if all is well."""
-    evaluator = problem.evaluator
-    measured = "accuracy"
-    if problem.objective.name == "agreement":
-        measured = "agreement"
-    sentences = [few_sentence(evaluator.count, "search", measured)]
+    """List what must be said of the values of a problem before they are believed: sentences, none if all is well."""
+    evaluator, objective = problem.evaluator, problem.objective
+    if not objective.takes_scores or objective.unit != PERCENT:
+        return [sentence for sentence in [error_sentence(problem)] if sentence]
+    sentences = [few_sentence(evaluator.count, "search", objective.title, problem.samples_are)]
     scores = evaluator.expected
     # Of an objective of somebody's own nobody knows what guessing gives.
-    if problem.objective.name in ("accuracy", "accuracy+robust") and scores is not None:
+    if objective.name in ("accuracy", "accuracy+robust") and scores is not None:
         labels = evaluator.labels
         accuracy = float((scores.argmax(1).cpu() == labels).double().mean())
         guessing = guessing_share(labels, scores.shape[1])

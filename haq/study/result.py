@@ -9,8 +9,9 @@ from torch import nn
 import quantizers as Q
 from haq.problem.problem import Problem
 from haq.store.files import RESULT_SCHEMA
-from haq.store.records import COST_KEYS, share_key
-from haq.study.task import SearchTask, threads
+from haq.store.records import COST_KEYS, error_key, share_key
+from haq.store.units import finite
+from haq.study.task import SearchTask, objective_of, threads
 from haq.training.config import Outcome
 from haq.training.reconstruction import Reconstructed
 
@@ -25,8 +26,8 @@ def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None
             are fine-tuned as far as every policy of the search was.
 
     Returns:
-        Shares of the objective (and of what is measured beside it) by split, and costs: seconds, joules, bytes; None where the
-        target has no such metric.
+        Values of the objective (and of what is measured beside it) by split, and costs: seconds, joules, bytes; None where
+        the target has no such metric, and for values that are infinite.
     """
     if module is not None:
         return measure(task, module) | costs(task.problem, policy)
@@ -38,16 +39,21 @@ def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None
     return task.measured[policy] | costs(task.problem, policy)
 
 
-def measure(task: SearchTask, module: nn.Module) -> dict[str, float]:
+def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
     """Measure a network on the search split, exactly as policies were judged, and on the test split."""
     objective = task.problem.objective
-    shares: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            shares[share_key(name, other.name)] = other.measure(task.network, split, module)
-    shares[share_key("search", objective.name)] = task.problem.evaluator.measure(module.eval()).accuracy
-    shares[share_key("test", objective.name)] = objective.measure(task.network, task.dataset.test, module)
-    return shares
+            values[share_key(name, other.name)] = other.measure(task.network, split, module)
+    key = share_key("search", objective.name)
+    judged = task.problem.evaluator.measure(module.eval())
+    values[key] = finite(judged.accuracy)
+    if judged.error is not None:
+        values[error_key(key)] = finite(judged.error)
+    tested = objective.measure(task.network, task.dataset.test, module)
+    values[share_key("test", objective.name)] = finite(tested)
+    return values
 
 
 def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | None]:
@@ -107,6 +113,7 @@ def collect(
         tuned = entry(task, policy, finetuned)
     return {
         "schema": RESULT_SCHEMA,
+        **objective_of(problem).differences(),
         "network": task.network.name,
         "data": task.dataset.name,
         "target": problem.target.name,
@@ -179,7 +186,7 @@ def _uniform(task: SearchTask, bits: int, policy: Q.BitPolicy) -> dict[str, Any]
     """Tell what a uniform policy costs and gives on the search split."""
     key = share_key("search", task.problem.objective.name)
     if policy in task.measured:
-        share = task.measured[policy][key]
+        value = task.measured[policy][key]
     else:
-        share = task.problem.evaluate(policy).accuracy
-    return {"bits": bits, "cost": task.problem.policy_cost(policy), key: share}
+        value = finite(task.problem.evaluate(policy).accuracy)
+    return {"bits": bits, "cost": task.problem.policy_cost(policy), key: value}

@@ -21,7 +21,7 @@ from haq.problem.sensitivity import Sensitivities
 from haq.solvers.base import Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
-from haq.store.units import percent
+from haq.store.units import show
 from haq.study import result as summary
 from haq.study.config import ADAROUND
 from haq.study.picture import save_picture
@@ -61,7 +61,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
     """
     config = task.config
     rivals = rivals_of(config.solver)
-    with Live(console) as bar:
+    with Live(console, task.problem.objective.title) as bar:
         found = _solve_all(bar, task, run, (config.solver, *rivals))
         policy = found.policies[config.solver]
         tuned = None
@@ -108,17 +108,17 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
 
 def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
-    evaluations = task.config.evaluations
+    evaluations, unit = task.config.evaluations, task.problem.objective.unit
     line = bar.add_task(name, total=evaluations)
 
     def on_evaluation(count: int, trial: Trial, best: Trial | None) -> None:
         share = f"{trial.cost / task.problem.limit:.3f}"
         best_so_far = "none within it"
         if best is not None:
-            best_so_far = percent(best.accuracy)
-        accuracy = percent(trial.accuracy)
-        bar.update(line, completed=count, accuracy=accuracy, cost=share, best=best_so_far)
-        logger.info(f"{name} {count}/{evaluations}: {accuracy} at {share} of the budget; best so far: {best_so_far}")
+            best_so_far = show(best.value, unit)
+        value = show(trial.value, unit)
+        bar.update(line, completed=count, accuracy=value, cost=share, best=best_so_far)
+        logger.info(f"{name} {count}/{evaluations}: {value} at {share} of the budget; best so far: {best_so_far}")
 
     session = run.search(task, name, sensitivities, on_evaluation)
     bar.update(line, completed=session.used, total=session.used)

@@ -34,7 +34,7 @@ from haq.store.shell import command_line
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
-from haq.study.task import SearchTask, check_signature, objective_of, check_versions, load_target, threads, versions
+from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
 from haq.study.workers.processes import Crew
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
@@ -449,7 +449,9 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
             for cell, result in results.items()
             if (cell.hw, cell.budget, cell.solver) == (hw, budget, solver)
         ]
-        means = {key: _mean([run[key] for run in runs]) for key in ("cost", "fraction", *_judged(runs[0], search_key, test_key))}
+        means = {
+            key: _mean([run[key] for run in runs]) for key in ("cost", "fraction", *_judged(runs[0], search_key, test_key))
+        }
         limit = problem.on(problem.target, budget).limit
         found.append({"budget": budget, "solver": solver, "limit": limit, **means, "runs": runs})
     rows: list[dict[str, Any]] = [*uniform, *found]

@@ -113,6 +113,8 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
     errors = ""
     if min(sweep.images[split] for split in SPLITS) < FEW:
         errors = errors_words(sweep, [sweep.of_float.error(split, sweep.objective) for split in SPLITS])
+    if errors:
+        errors = f"; {errors}"
     seeds = ""
     if sweep.asked.seeds > 1:
         seeds = "; means of several seeds, below them smallest and largest"
