@@ -208,7 +208,8 @@ def compare(runs: Sequence[RunSummary]) -> dict[str, Any]:
         runs: At least two.
 
     Returns:
-        Plain data: what `compare --json` prints; `order` has the runs by what they found on the test split, the best one first.
+        Plain data: what `compare --json` prints. Its `order` has the runs by what they found on the test split, the best one
+        first.
     """
     asked = [_terms(run) for run in runs]
     names = dict.fromkeys(name for one in asked for name in one)

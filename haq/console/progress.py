@@ -125,9 +125,9 @@ class Live(Progress):
 
     def __init__(self, console: Console, title: str = "accuracy") -> None:
         """Show the table on a console; `title` is what the objective is called."""
-        super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
         self.headings = list(self.COLUMNS)
         self.headings[self.headings.index("accuracy")] = title
+        super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
 
     def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
         """Add a line; its fields are empty until they are updated."""
