@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from haq.store.units import PERCENT, percent, plotted, show
+from haq.store.units import PERCENT, percent, show_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +47,9 @@ def value_with_error(judging: JudgingRecord, value: float | None, count: int, er
     if judging.counts_samples:
         return with_error(value, count)
     words = judging.show(value)
-    if error is None or count >= FEW:
+    if not error or count >= FEW:  # of the float network held against itself there is none
         return words
-    return f"{words} ± {show(judging.plotted(error), '')}"
+    return f"{words} ± {show_error(error, judging.objective_unit)}"
 
 
 def guessing_share(labels: Tensor, classes: int) -> float:
@@ -117,9 +117,11 @@ def few_sentence(count: int, split: str, measured: str = "accuracy", samples_are
 def error_sentence(problem: Problem) -> str:
     """Warn of a value, no share, that is of few samples, with its standard error; nothing where that isn't known."""
     count, error, objective = problem.evaluator.count, problem.float_result.error, problem.objective
-    if count >= FEW or error is None:
+    if count >= FEW or not error:
         return ""
-    number = show(plotted(error, objective.unit), "")
+    number = show_error(error, objective.unit)
+    if objective.unit == PERCENT:
+        number += " points"
     return (
         f"WARNING: the search split has {count} {problem.samples_are}, and the standard error of the float network's "
         f"{objective.title} is {number}: smaller differences say little"

@@ -230,7 +230,10 @@ def _tried_says(run: RunFolder) -> str:
     if run.best is not None:
         found = f"{problem.show(run.best.accuracy)} at {amount(run.best.cost, metric)}"
         says += f"The best of {run.best.solver} within the budget, ringed, has {found}; "
-    return says + f"float has {problem.show(problem.float_value)} on the same {problem.images:,} {problem.samples_are}."
+    says += f"float has {problem.show(problem.float_value)}"
+    if problem.images:
+        says += f" on the same {problem.samples_words}"
+    return f"{says}."
 
 
 def _tried_note(problem: ProblemRecord, uniform: bool, beyond: int, edge: float) -> str:

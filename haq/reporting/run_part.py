@@ -184,10 +184,12 @@ def _provenance(run: RunFolder) -> Section:
     meaning = ESTIMATED
     if target.provenance.startswith("measured"):
         meaning = MEASURED
+    size = ""
+    if problem.images:
+        size = f" ({problem.samples_words})"
     sentences = [
-        f"{begin(problem.objective_title)}: {where}, with PyTorch and fake-quantized networks. The search split "
-        f"({problem.images:,} {problem.samples_are}) is what policies are chosen by; no search and no training sees the test "
-        "split.",
+        f"{begin(problem.objective_title)}: {where}, with PyTorch and fake-quantized networks. The search split{size} is what "
+        "policies are chosen by; no search and no training sees the test split.",
         f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. {meaning}",
         "Storage: counted from the bits, with all that comes with the weights.",
     ]

@@ -379,7 +379,7 @@ class ProblemRecord(FileRecord, JudgingRecord):
     network: str
     origin: str
     data: str
-    images: Count
+    images: Count  # samples
     target: TargetRecord
     metric: Metric
     unit: str
@@ -391,6 +391,13 @@ class ProblemRecord(FileRecord, JudgingRecord):
     objective_is: str  # what it measures, in words
     of_float: float | None = Field(alias="float")
     layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
+
+    @property
+    def samples_words(self) -> str:
+        """Say on how many samples policies are judged; nothing of an objective that is given none."""
+        if not self.images:
+            return ""
+        return f"{self.images:,} {self.samples_are}"
 
     @property
     def float_value(self) -> float:

@@ -92,6 +92,13 @@ def show(value: float | None, unit: str, digits: int = 2) -> str:
     return percent(value, digits)
 
 
+def show_error(error: float, unit: str) -> str:
+    """Write the standard error of a value, to follow the value and ±: in points for shares, with two digits for others."""
+    if unit == PERCENT:
+        return f"{100 * error:.2f}"
+    return _number(error, 2)
+
+
 def show_difference(better_by: float, unit: str, higher_is_better: bool = True) -> str:
     """Say how far a value is from another, to be followed by what the other is of: "0.70 points below", "as good as".
 

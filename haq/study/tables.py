@@ -411,7 +411,9 @@ def _cost_cell(row: Mapping[str, float | None], metric: str) -> str:
 def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
     """Say below a table of results on how many samples they stand, and where they were measured."""
     objective, judging = task.problem.objective, objective_of(task.problem)
-    parts = [f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search {judging.samples_are}"]
+    parts = []
+    if task.problem.evaluator.count:
+        parts.append(f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search {judging.samples_are}")
     if min(len(task.dataset.test), len(task.dataset.search)) < FEW:
         known = [result["float"].get(error_key(share_key(split, objective.name))) for split in SPLITS]
         if errors := errors_words(judging, known):
