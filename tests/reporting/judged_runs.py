@@ -101,11 +101,10 @@ def write_sweep(folder: Path, judged: Judged) -> Path:
         for budget in (0.3, 0.5, 0.7):
             for solver, less in (("ilp", 0.0), ("ddpg", 0.02)):
                 accuracy = 0.9 - 0.3 * (0.8 - budget) ** 2 - less - 0.01 * number
-                runs = [
-                    {"seed": seed, "folder": f"{hw}-{budget}-{solver}-{seed}", "evaluations": 9, "cost": budget, "policy": policy}
-                    | {"fraction": budget, **values(accuracy + 0.01 - 0.02 * seed)}
-                    for seed in range(2)
-                ]
+                runs = []
+                for seed in range(2):
+                    one = {"seed": seed, "folder": f"{hw}-{budget}-{solver}-{seed}", "evaluations": 9, "policy": policy}
+                    runs.append({**one, "cost": budget, "fraction": budget, **values(accuracy + 0.01 - 0.02 * seed)})
                 row = {"budget": str(budget), "solver": solver, "limit": budget, "cost": budget, "fraction": budget}
                 found.append({**row, **values(accuracy), "runs": runs, "pareto": solver == "ilp"})
         uniform = [
