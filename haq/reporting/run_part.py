@@ -6,10 +6,9 @@ from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount
 from haq.reporting.reading import RunFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
-from haq.store.records import COST_KEYS, FINETUNED, ROBUST, Measurement, ResultRecord, objective_title
+from haq.store.records import COST_KEYS, FINETUNED, ROBUST, JudgingRecord, Measurement, ResultRecord
 from haq.store.units import NOTHING, begin, percent
 
-ACCURACY = "accuracy"
 MEASURED = "Measured means timed layer by layer; the whole network may take more or less than their sum."
 
 
@@ -119,17 +118,17 @@ def _facts_so_far(run: RunFolder) -> list[Fact]:
 
 def _results(run: RunFolder, result: ResultRecord) -> Table:
     """Make the table that the search prints."""
-    columns = [("test", result.objective), ("search", result.objective)]
-    if result.objective != ACCURACY and result.found.has("test", ACCURACY):
-        # Plain accuracy beside what policies were judged by, where it was measured too.
-        columns.insert(0, ("test", ACCURACY))
+    columns: list[tuple[str, JudgingRecord]] = [("test", result), ("search", result)]
+    if result.objective.endswith(ROBUST) and result.found.has("test", result.plain.objective):
+        # Without attacks, beside the worst case.
+        columns.insert(0, ("test", result.plain))
     metrics = [name for name in COST_KEYS if result.uniform8.cost(name) is not None]
     kinds = dict.fromkeys(metrics, run.problem.target.provenance.split(" ")[0])
     if "storage" in kinds:
         kinds["storage"] = "counted"
     head = [
         "policy",
-        *(f"{split} {_title(result, objective)} (measured)" for split, objective in columns),
+        *(f"{split} {judging.objective_title} (measured)" for split, judging in columns),
         *(f"{name} ({kind})" for name, kind in kinds.items()),
         "evaluations",
     ]
@@ -143,26 +142,15 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
     rows = []
     for label, row, evaluations in measured:
         if row is not None:
-            values = [_value(result, row, split, objective) for split, objective in columns]
+            values = [judging.show(judging.value(row, split)) for split, judging in columns]
             rows.append([label, *values, *(_cost(row, name) for name in metrics), evaluations])
     note = f"{run.problem.data}. {begin(result.objective_title)} {result.accuracy_is}; cost {result.cost_is}."
-    if result.objective == ROBUST:
-        note += f" Worst case: {run.problem.objective_is}, right both times; a cheap attack, no evaluation of robustness."
+    if result.objective.endswith(ROBUST):
+        both = ""
+        if result.counts_samples:
+            both = ", right both times"
+        note += f" Worst case: {run.problem.objective_is}{both}; a cheap attack, no evaluation of robustness."
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
-
-
-def _title(result: ResultRecord, objective: str) -> str:
-    """Name the run's objective, or another that was measured beside it, which is one of class scores."""
-    if objective == result.objective:
-        return result.objective_title
-    return objective_title(objective)
-
-
-def _value(result: ResultRecord, row: Measurement, split: str, objective: str) -> str:
-    """Write a value of the run's objective, or a share of another that was measured beside it."""
-    if objective == result.objective:
-        return result.show(result.value(row, split))
-    return percent(row.entry(split, objective))
 
 
 def _count(result: ResultRecord, solver: str) -> str:

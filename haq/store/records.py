@@ -34,7 +34,8 @@ MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
 SPLITS = ("search", "test")
-ROBUST = "accuracy+robust"  # the objective whose images are attacked
+ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
+WORST_CASE = "worst-case "  # before its title
 SAME = 1e-6  # the relative difference of two costs that are the same but for rounding
 COST_KEYS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
 
@@ -66,8 +67,8 @@ def error_key(key: str) -> str:
 
 def objective_title(objective: str) -> str:
     """Name an objective in a word or two, as pages and tables call it."""
-    if objective == ROBUST:
-        return "worst-case accuracy"
+    if objective.endswith(ROBUST):
+        return f"{WORST_CASE}{objective.removesuffix(ROBUST)}"
     return objective
 
 
@@ -184,6 +185,13 @@ class JudgingRecord(Record):
     def objective_title(self) -> str:
         """Name the objective in a word or two."""
         return self.objective_title_is or objective_title(self.objective)
+
+    @property
+    def plain(self) -> ObjectiveRecord:
+        """Return the record of the same objective without attacks: itself, if there are none."""
+        fields = {name: getattr(self, name) for name in JudgingRecord.model_fields}
+        fields["objective_title_is"] = self.objective_title.removeprefix(WORST_CASE)
+        return ObjectiveRecord(objective=self.objective.removesuffix(ROBUST), **fields)
 
     @property
     def worst(self) -> float:

@@ -12,7 +12,7 @@ from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, error_key, share_key
 from haq.store.units import finite
 from haq.study.task import SearchTask, objective_of, threads
-from haq.training.config import Outcome
+from haq.training.config import Judgement, Outcome
 from haq.training.reconstruction import Reconstructed
 
 
@@ -45,7 +45,7 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            values[share_key(name, other.name)] = other.measure(task.network, split, module)
+            values[share_key(name, other.name)] = finite(other.measure(task.network, split, module))
     key = share_key("search", objective.name)
     judged = task.problem.evaluator.measure(module.eval())
     values[key] = finite(judged.accuracy)
@@ -140,29 +140,81 @@ def collect(
     }
 
 
-def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
-    """Tell as plain data how a fine-tuning was judged on the images that it held out (`haq.store.records.TuningRecord`)."""
+def tuning_entry(outcome: Outcome, epochs: int, problem: Problem | None = None) -> dict[str, Any]:
+    """Tell as plain data how a fine-tuning was judged on the samples that it held out (`haq.store.records.TuningRecord`).
+
+    Args:
+        outcome: What it came to.
+        epochs: How many were asked for.
+        problem: What the network is of; None: classification of images.
+
+    Returns:
+        The data.
+    """
     assert outcome.before is not None
     return {
+        **_judged_by(problem, outcome.best),
         "images": outcome.images,
         "epochs": epochs,
         "kept": outcome.kept,
         "diverged": outcome.diverged,
-        "before": outcome.before.accuracy,
-        "best": outcome.best.accuracy,
+        "before": finite(outcome.before.accuracy),
+        "best": finite(outcome.best.accuracy),
     }
 
 
-def reconstruction_entry(found: Reconstructed, seed: int) -> dict[str, Any]:
-    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`)."""
+def _judged_by(problem: Problem | None, judgement: Judgement) -> dict[str, Any]:
+    """Tell what networks were judged by while they were trained: of class scores by agreement, which needn't be said.
+
+    Args:
+        problem: What the network is of; None: classification of images.
+        judgement: Of one network.
+
+    Returns:
+        The fields of `haq.store.records.JudgingRecord` that aren't as they are for agreement.
+    """
+    if problem is None or problem.objective.takes_scores:
+        return {}
+    record = objective_of(problem)
+    higher = getattr(judgement, "higher_is_better", record.higher_is_better)
+    if higher != record.higher_is_better:
+        # Without targets there is no value but the loss, the distance from the float network's outputs.
+        changes = {"objective": "divergence", "objective_title_is": "", "objective_unit": _divergence_unit(problem)}
+        record = record.model_copy(update={**changes, "higher_is_better": higher})
+    return {"objective": record.objective, **record.differences()}
+
+
+def _divergence_unit(problem: Problem) -> str:
+    distribution = problem.objective.distribution
+    if distribution is None:
+        return ""
+    return distribution.unit
+
+
+def reconstruction_entry(found: Reconstructed, seed: int, problem: Problem | None = None) -> dict[str, Any]:
+    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`).
+
+    Args:
+        found: What it came to.
+        seed: Its seed.
+        problem: What the network is of; None: classification of images.
+
+    Returns:
+        The data.
+    """
+    unit = {}
+    if problem is not None and _divergence_unit(problem) != "nats":
+        unit["divergence_unit"] = _divergence_unit(problem)
     return {
+        **_judged_by(problem, found.before),
+        **unit,
         "images": found.before.images,
         "calibration_images": found.calibration_images,
         "seed": seed,
         "seconds": found.seconds,
         "kept": found.kept,
-        "before": found.before.accuracy,
-        "after": found.after.accuracy,
+        "before": finite(found.before.accuracy),
+        "after": finite(found.after.accuracy),
         "divergence_before": found.before.loss,
         "divergence_after": found.after.loss,
     }
