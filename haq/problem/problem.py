@@ -47,7 +47,7 @@ from haq.problem.schemes import (
     roundings_by_layer,
     schemes_by_layer,
 )
-from haq.store.units import DOWN, UP, describe_amount, percent
+from haq.store.units import DOWN, UP, describe_amount, show
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
@@ -216,7 +216,7 @@ class Problem:
         low, high = self.bits
         return (
             f"Problem({len(self.workload)} layers on {self.target.name}, {self._budget_words()}, bits {low}:{high}, "
-            f"scheme {schemes}, objective {self.objective.name}, float {percent(self.float_accuracy)})"
+            f"scheme {schemes}, objective {self.objective.name}, float {show(self.float_accuracy, self.objective.unit)})"
         )
 
     def _repr_html_(self) -> str:
@@ -229,8 +229,8 @@ class Problem:
             "budget": self._budget_words(),
             "bits": f"{low} to {high}",
             "scheme": schemes,
-            "objective": f"{self.objective.words}, on {self.evaluator.count:,} images",
-            "float network": percent(self.float_accuracy),
+            "objective": f"{self.objective.words}{self.count_words(', on ')}",
+            "float network": show(self.float_accuracy, self.objective.unit),
         }
         if self.workload.unpriced:
             rows["not priced"] = self.workload.unpriced_words
@@ -239,7 +239,7 @@ class Problem:
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
         """Put the same problem on another target, within another budget.
 
-        Both share what a policy's accuracy depends on (the network, the images, the scales) and everything evaluated.
+        Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
 
         Args:
             target: A hardware target, or the name of one.
@@ -326,6 +326,20 @@ class Problem:
             return f"on {self.target.name}, {self.metric} can be from {low} to {high}{further}"
         least = f"{low} ({fraction:.3f} of uniform 8 bits)"
         return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
+
+    @property
+    def samples_are(self) -> str:
+        """Name what policies are judged on: images, or samples where inputs are anything else."""
+        inputs = inputs_of(self.calibration[0], self.network)
+        if isinstance(inputs, Tensor) and inputs.dim() == 4 and (inputs.is_floating_point() or inputs.dtype == torch.uint8):
+            return "images"
+        return "samples"
+
+    def count_words(self, before: str, split: str = "") -> str:
+        """Say on how many samples policies are judged, with words before and their split; nothing if there are none."""
+        if not self.evaluator.count:
+            return ""
+        return f"{before}{self.evaluator.count:,} {split}{self.samples_are}"
 
     @property
     def float_accuracy(self) -> float:
