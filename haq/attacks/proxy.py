@@ -28,7 +28,16 @@ class Attackable(Protocol):
     """An objective, as far as an attack looks at it (`haq.problem.objective.Objective`)."""
 
     def attacked_loss(self, network: nn.Module, inputs: Tensor, targets: Any) -> Callable[[Any], Tensor]:
-        """Make the loss that an attack raises, a function of the network's outputs."""
+        """Make the loss that an attack raises.
+
+        Args:
+            network: The network that is attacked.
+            inputs: As they are without an attack.
+            targets: Of the batch; None where nobody knows them.
+
+        Returns:
+            A function of the network's outputs that returns a scalar.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +135,8 @@ class ProxyAttack:
             raise ValueError(f"the attack is of images of {channels} channels, not {inputs.shape[1]}")
         if bool((inputs < ball.low - TOLERANCE).any()) or bool((inputs > ball.high + TOLERANCE).any()):
             raise ValueError(
-                f"inputs from {float(inputs.min()):.4g} to {float(inputs.max()):.4g} leave the range of images that the attack "
-                f"is of, {float(ball.low.min()):.4g} to {float(ball.high.max()):.4g}: give the ball of their range "
+                f"inputs from {float(inputs.min()):.4g} to {float(inputs.max()):.4g} leave the range of images that the "
+                f"attack is of, {float(ball.low.min()):.4g} to {float(ball.high.max()):.4g}: give the ball of their range "
                 "(haq.attacks.threat_model.PerturbationBall)"
             )
 

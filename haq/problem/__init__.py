@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
 
-from hw_models.registry import Registry, requires
+from hw_models.registry import BUILT_IN, Registry, Row, requires
 
 if TYPE_CHECKING:
     from haq.problem.chance import standard_error as standard_error
@@ -30,7 +30,12 @@ class Objectives(Registry["type[Objective] | Objective"]):
         """Say whether a name would be imported; see `Registry.is_code`."""
         return super().is_code(name.removesuffix(ROBUST))
 
-    def read(self, thing: object) -> object:
+    def rows(self) -> list[Row]:
+        """List what can be given; see `Registry.rows`."""
+        line = "any of these: the worst of images as they are and under a cheap attack"
+        return [*super().rows(), Row(f"NAME{ROBUST}", BUILT_IN, line)]
+
+    def read(self, thing: Any) -> Any:
         """Return the objective that a thing of somebody's stands for; the thing itself where it stands for none."""
         from haq.problem.given import read_objective
 
@@ -71,7 +76,6 @@ OBJECTIVES = Objectives(
         "cosine": ("haq.problem.metrics:Cosine", "embeddings: cosine similarity to the float network's, without targets"),
     },
     check=lacking,
-    forms={f"NAME{ROBUST}": "any of these, the worst of images as they are and under a cheap attack"},
 )
 
 __getattr__, _, __all__ = lazy_loader.attach(

@@ -160,9 +160,9 @@ class Evaluator:
         batch = to_device(next(iter(self.samples)), self.device)
         with torch.inference_mode(), evaluation_mode(teacher):
             outputs = self._answer(teacher, batch)
-        targets = self._targets(batch)
-        if self.objective.compares_with_float:
-            targets = outputs
+        targets = outputs
+        if not self.objective.compares_with_float:
+            targets = self._targets(batch)
         self.objective.look_at(outputs, targets)
 
     def _targets(self, batch: Any) -> Any:

@@ -60,23 +60,25 @@ class _Given(Objective):
         self.unit = said.get("unit") or ""
         self.higher_is_better = said["higher_is_better"]
         self.own_loss = said.get("loss")
-        self.seen: Distribution | None = said.get("distribution")
-        self.is_said = self.seen is not None
+        self.said: Distribution | None = said.get("distribution")
+        self.seen: Distribution | None = None
+        self.was_seen = False
 
     @property
     def distribution(self) -> Distribution | None:
         """Return what outputs say of answers; numbers, until they were looked at."""
         from haq.problem.distribution import Gaussian
 
-        if self.seen is None and not self.is_said:
+        if self.said is not None:
+            return self.said
+        if not self.was_seen:
             return Gaussian()
         return self.seen
 
     def look_at(self, outputs: Any, targets: Any) -> None:
         """See what the float network's outputs say of answers."""
-        if not self.is_said:
-            self.seen = seen_distribution(outputs, targets)
-            self.is_said = True
+        self.seen = seen_distribution(outputs, targets)
+        self.was_seen = True
 
     def needing(self, needs_targets: bool) -> None:
         """Say whether it needs targets; without them the float network's outputs are in their place."""
@@ -153,9 +155,9 @@ def objective(
     whether larger values are better.
 
     Args:
-        given: One of three. A function of (outputs, targets) that returns a value for every sample, a tensor of shape
-            (samples,), of which the mean counts. A function of a network, in evaluation mode, that returns one number. A metric
-            of torchmetrics.
+        given: A function of (outputs, targets) that returns a value for every sample, a tensor of shape (samples,), of which
+            the mean counts. Or a function of a network, in evaluation mode, that returns one number. Or a metric of
+            torchmetrics.
         name: What it is called; the function's own name, if nothing else is said.
         unit: What is shown behind a value, such as "dB"; "%" for shares from 0 to 1, which are shown in percent.
         title: What it is called in sentences and on the axes of plots.
@@ -163,8 +165,8 @@ def objective(
         loss: A function of (outputs, targets) that returns a loss for every sample of which a gradient can be taken, smaller
             being better. Policies of the same value are told apart by it, attacks raise it, and training lowers it.
         needs_targets: Whether samples must have targets. Otherwise `targets` are the float network's outputs.
-        distribution: What outputs say of answers (`haq.problem.distribution`), by which their distance from the float network's
-            is told. None: scores of classes, where targets are class numbers that fit, and otherwise numbers.
+        distribution: What outputs say of answers (`haq.problem.distribution`), by which their distance from the float
+            network's is told. None: scores of classes, where targets are class numbers that fit, and otherwise numbers.
 
     Returns:
         The objective.
@@ -195,11 +197,8 @@ def objective(
             f"objective {said['name']!r} doesn't say whether larger values are better: give haq.objective({called}, "
             f"higher_is_better=True) or False{own}"
         )
-    for function in (said["loss"],):
-        if function is not None and not callable(function):
-            raise ValueError(
-                f"the loss of objective {said['name']!r} must be a function of (outputs, targets), not {function!r}"
-            )
+    if said["loss"] is not None and not callable(said["loss"]):
+        raise ValueError(f"the loss of objective {said['name']!r} must be a function of (outputs, targets), not {loss!r}")
     made = kind(given, said)
     if kind is not FromNetwork:
         made.needing(needs_targets)
@@ -234,8 +233,8 @@ def robust(given: AnyObjective, proxy: ProxyAttack | None = None) -> Objective:
 
     Args:
         given: The objective, in any form; see `haq.problem.objective.find_objective`.
-        proxy: The attack, such as `haq.attacks.proxy.ProxyAttack.of(network, "8/255")` for a `haq.networks.Network`. Without it
-            the objective only says what it is.
+        proxy: The attack, such as `haq.attacks.proxy.ProxyAttack.of(network, "8/255")` for a `haq.networks.Network`. Without
+            it the objective only says what it is.
 
     Returns:
         The objective, called NAME+robust.
@@ -323,8 +322,8 @@ def _needed(given: Any) -> int:
         parameters = inspect.signature(called).parameters.values()
     except (TypeError, ValueError):
         raise ValueError(
-            f"it can't be told which arguments function {_called(given)} takes: give a function of (outputs, targets), or of a "
-            "network"
+            f"it can't be told which arguments function {_called(given)} takes: give a function of (outputs, targets), or of "
+            "a network"
         ) from None
     count = 0
     for parameter in parameters:

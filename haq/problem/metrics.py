@@ -52,8 +52,8 @@ class Top5(Objective):
         classes = outputs[0].shape[1]
         if classes <= BEST:
             raise ValueError(
-                f"objective {self.name!r} needs a network with {BEST + 1} outputs or more, not {classes}, of which the label is "
-                "always among the five best"
+                f"objective {self.name!r} needs a network with {BEST + 1} outputs or more, not {classes}, of which the label "
+                "is always among the five best"
             )
         return torch.stack([(part.topk(BEST, 1).indices == labels[:, None]).any(1) for part in outputs]).all(0)
 
@@ -275,8 +275,8 @@ class MeanIoU(MetricObjective):
         scores = floats_of(self, outputs)
         if scores.dim() < 3 or scores.shape[1] < 2:
             raise ValueError(
-                f"objective {self.name!r} takes scores of two classes or more for every pixel, (N, classes, H, W), not outputs "
-                f"of shape {tuple(scores.shape)}"
+                f"objective {self.name!r} takes scores of two classes or more for every pixel, (N, classes, H, W), not "
+                f"outputs of shape {tuple(scores.shape)}"
             )
         classes = integers_of(self, targets)
         if classes.dim() == scores.dim() and classes.shape[1] == 1:
@@ -339,7 +339,8 @@ class MeanAP(MetricObjective):
         wanted = self._dicts(targets, "targets", (what, "labels"))
         if len(answers) != len(wanted):
             raise ValueError(
-                f"objective {self.name!r} takes a dict for each image: there are {len(answers)} outputs and {len(wanted)} targets"
+                f"objective {self.name!r} takes a dict for each image: there are {len(answers)} outputs and {len(wanted)} "
+                "targets"
             )
         super().update(metric, answers, wanted)
 
@@ -359,8 +360,8 @@ class MeanAP(MetricObjective):
             for key in keys:
                 if not isinstance(one.get(key), Tensor):
                     raise ValueError(
-                        f"objective {self.name!r} takes {called} that are {known}: a dict of {', '.join(map(str, one))} has no "
-                        f"tensor {key!r}"
+                        f"objective {self.name!r} takes {called} that are {known}: a dict of {', '.join(map(str, one))} has "
+                        f"no tensor {key!r}"
                     )
         return list(given)
 
@@ -402,8 +403,8 @@ class F1(MetricObjective):
         scores, _ = self.scores(outputs, targets)
         if not self.probabilities and scores.numel() > 16 and scores.min() >= 0 and scores.max() <= 1:
             raise ValueError(
-                f"objective {self.name!r} takes scores before the sigmoid, and the float network's outputs are all from 0 to 1: "
-                "give haq.problem.metrics.F1(probabilities=True) if it ends in one"
+                f"objective {self.name!r} takes scores before the sigmoid, and the float network's outputs are all from 0 to "
+                "1: give haq.problem.metrics.F1(probabilities=True) if it ends in one"
             )
 
     def metric_for(self, outputs: Any, targets: Any) -> Metric:
@@ -438,14 +439,14 @@ class F1(MetricObjective):
 
     def scores(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """Return scores and labels of one shape. Raises ValueError unless labels are 0 and 1."""
-        if isinstance(targets, Tensor) and isinstance(outputs, Tensor) and targets.dim() == 1 < outputs.dim() != 1:
-            if outputs.shape[1] > 1:
-                raise ValueError(
-                    f"objective {self.name!r} is of labels of which several may be right, targets of shape "
-                    f"{tuple(outputs.shape)}, not {tuple(targets.shape)}: for class numbers give a metric, such as "
-                    f"torchmetrics.F1Score('multiclass', num_classes={outputs.shape[1]})"
-                )
-        scores, labels = numbers_of(self, outputs, targets)
+        scores = floats_of(self, outputs)
+        if isinstance(targets, Tensor) and targets.dim() == 1 and scores.dim() == 2 and scores.shape[1] > 1:
+            raise ValueError(
+                f"objective {self.name!r} is of labels of which several may be right, targets of shape {tuple(scores.shape)}, "
+                f"not {tuple(targets.shape)}: for class numbers give a metric, such as torchmetrics.F1Score('multiclass', "
+                f"num_classes={scores.shape[1]})"
+            )
+        scores, labels = numbers_of(self, scores, targets)
         wrong = labels[(labels != 0) & (labels != 1)]
         if len(wrong):
             raise ValueError(f"objective {self.name!r} takes targets of 0 and 1, not {float(wrong[0]):.4g}")
@@ -517,7 +518,8 @@ class Perplexity(MetricObjective):
         scores = floats_of(self, outputs)
         if scores.dim() != 3:
             raise ValueError(
-                f"objective {self.name!r} takes scores of tokens of shape (N, T, V), not outputs of shape {tuple(scores.shape)}"
+                f"objective {self.name!r} takes scores of tokens of shape (N, T, V), not outputs of shape "
+                f"{tuple(scores.shape)}"
             )
         tokens = integers_of(self, targets)
         if tokens.shape != scores.shape[:2]:
@@ -608,7 +610,16 @@ def _proper(tensor: Tensor) -> list[int]:
 
 
 def squared_errors(objective: Any, outputs: Any, targets: Any) -> Tensor:
-    """Tell the mean squared error of every sample; see `numbers_of`."""
+    """Tell the mean squared error of every sample.
+
+    Args:
+        objective: As `numbers_of` takes it.
+        outputs: Likewise.
+        targets: Likewise.
+
+    Returns:
+        Shape (samples,).
+    """
     given, wanted = numbers_of(objective, outputs, targets)
     return (given - wanted).square().reshape(len(given), -1).mean(1)
 
@@ -643,7 +654,7 @@ def check_range(objective: Any, classes: Tensor, count: int, ignored: int, shape
     if len(outside):
         first = int(outside[0])
         raise ValueError(
-            f"objective {objective.name!r}: targets such as {first} don't fit outputs of shape {shape}: they must be from 0 to "
-            f"{count - 1}, or {ignored} where nothing counts; if {first} means that, give haq.problem.metrics."
+            f"objective {objective.name!r}: targets such as {first} don't fit outputs of shape {shape}: they must be from 0 "
+            f"to {count - 1}, or {ignored} where nothing counts; if {first} means that, give haq.problem.metrics."
             f"{type(objective).__name__}(ignore_index={first})"
         )

@@ -849,7 +849,7 @@ def described(given: object) -> str:
     """Say in a few words what was given."""
     import torch
 
-    if isinstance(given, list | tuple) and given:
+    if isinstance(given, list | tuple) and given and isinstance(given[0], torch.Tensor | Mapping):
         return printable(f"a {type(given).__name__} of {len(given)}, the first {described(given[0])}")
     if isinstance(given, Mapping):
         return printable(f"a {type(given).__name__} of {', '.join(map(str, given))}"[:120])
@@ -974,7 +974,8 @@ def attacked_by(objective: Objective, proxy: ProxyAttack | None) -> Objective:
     has_loss = not isinstance(plain, MetricObjective) or type(plain).losses is not MetricObjective.losses
     if not plain.takes_scores and plain.distribution is None and (isinstance(plain, BlackBox) or not has_loss):
         raise ValueError(
-            f"objective {plain.name!r} can't be attacked: it has no loss, and no distance between outputs, that an attack could raise"
+            f"objective {plain.name!r} can't be attacked: it has no loss, and no distance between outputs, that an attack "
+            "could raise"
         )
     made = copy.copy(plain)
     made.name = f"{plain.name}{ROBUST}"
