@@ -125,13 +125,7 @@ class Objective:
     @classmethod
     def check_labels(cls, dataset: Dataset) -> None:
         """Raise ValueError if labels are needed and a data set has none."""
-        if not cls.needs_labels or dataset.classes:
-            return
-        if cls.takes_scores:
-            measured = "accuracy"
-            if not cls.name.startswith("accuracy"):
-                measured = cls.title
-            raise ValueError(f"{dataset.name} has no labels to tell the {measured} by: search with --objective agreement")
+        check_targets(cls, dataset)
 
     def more_inputs(self, network: nn.Module, inputs: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, ...]:
         """Make further versions of a batch's inputs by which a network is judged too; asked only where `attacked` is True.
@@ -605,6 +599,28 @@ def class_scores(outputs: object) -> Tensor:
     raise ValueError(f"the network's outputs are class scores of shape (images, classes), not {what}")
 
 
+def check_targets(objective: Objective | type[Objective], dataset: Dataset) -> None:
+    """Raise ValueError if a data set hasn't the targets that an objective needs, naming what can be searched for instead."""
+    if not objective.needs_labels or (objective.takes_scores and dataset.classes):
+        return
+    measured = objective.title
+    if objective.name.startswith("accuracy"):
+        measured = "accuracy"
+    if not dataset.has_targets:
+        instead = "agreement"
+        if not objective.takes_scores:
+            instead = "cosine"
+        what = "labels"
+        if not objective.takes_scores:
+            what = "targets"
+        raise ValueError(f"{dataset.name} has no {what} to tell the {measured} by: search with --objective {instead}")
+    if objective.takes_scores:
+        raise ValueError(
+            f"{dataset.name} has targets that are no classes to tell the {measured} by: search with an --objective that is of "
+            "them, as `haq list objectives` shows"
+        )
+
+
 def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tensor) -> int:
     """Count the images that an objective calls correct; those with an output that is NaN are not.
 
@@ -924,7 +940,7 @@ def build_objective(name: str, network: Network, dataset: Dataset, eps: float) -
         if issubclass(found, Objective):
             return found.build(network, dataset, eps)
         found = find_objective(found)
-    found.check_labels(dataset)
+    check_targets(found, dataset)
     if is_without_attack(found):
         return under_attack(found, network, dataset, eps)
     return found
