@@ -39,7 +39,8 @@ def import_declared(module: str) -> Any:
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _DECLARED.append(library)
-    for loaded in [name for name in sys.modules if name.partition(".")[0] in LIBRARIES]:
+    half_loaded = (*LIBRARIES, module.partition(".")[0])
+    for loaded in [name for name in sys.modules if name.partition(".")[0] in half_loaded]:
         del sys.modules[loaded]
     return importlib.import_module(module)
 

@@ -6,6 +6,7 @@ sentence says what to give instead of the name, such as `haq.problem.metrics.Psn
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,14 @@ BEST = 5  # answers among which a label must be
 EMBEDDINGS = ("sentence_embedding", "embeddings", "text_embeds", "image_embeds", "pooler_output", "last_hidden_state")
 
 
-def import_torchmetrics() -> Any:
-    """Import torchmetrics, on torch builds without torchvision's compiled operators as well.
+def import_torchmetrics(module: str = "torchmetrics") -> Any:
+    """Import a module of torchmetrics, on torch builds without torchvision's compiled operators as well.
 
     Raises ImportError, with what to install, if it isn't there.
     """
     try:
-        return import_declared("torchmetrics")
+        import_declared("torchmetrics")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed: pip install torchmetrics") from error
 
@@ -112,7 +114,7 @@ class R2(MetricObjective):
 
     def metric(self) -> Metric:
         """Make the metric."""
-        return import_torchmetrics().R2Score()
+        return import_torchmetrics("torchmetrics.regression").R2Score()
 
     def update(self, metric: Metric, outputs: Any, targets: Any) -> None:
         """Give a batch to the metric, with answers in rows."""
@@ -183,7 +185,7 @@ class Psnr(_OfPictures, MetricObjective):
     def metric_for(self, outputs: Any, targets: Any) -> Metric:
         """Make the metric for pictures of the range of these."""
         _, wanted = self.pictures(outputs, targets)
-        return import_torchmetrics().PeakSignalNoiseRatio(data_range=self.range_of(wanted))
+        return import_torchmetrics("torchmetrics.image").PeakSignalNoiseRatio(data_range=self.range_of(wanted))
 
     def update(self, metric: Metric, outputs: Any, targets: Any) -> None:
         """Give a batch to the metric."""
@@ -205,17 +207,14 @@ class Ssim(_OfPictures, _OfNumbers):
 
     def values(self, outputs: Any, targets: Any) -> Tensor:
         """Tell every picture's similarity."""
-        import_torchmetrics()
-        from torchmetrics.functional.image import structural_similarity_index_measure
-
         given, wanted = self.pictures(outputs, targets)
         if given.dim() != 4 or min(given.shape[2:]) < self.least:
             raise ValueError(
                 f"objective {self.name!r} takes pictures (N, C, H, W) of {self.least} pixels or more in height and width, not "
                 f"{tuple(given.shape)}"
             )
-        found = structural_similarity_index_measure(given, wanted, reduction="none", data_range=self.range_of(wanted))
-        assert isinstance(found, Tensor)
+        similarity = import_torchmetrics("torchmetrics.functional.image").structural_similarity_index_measure
+        found = similarity(given, wanted, reduction="none", data_range=self.range_of(wanted))
         return found.reshape(len(given))
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
@@ -256,10 +255,8 @@ class MeanIoU(MetricObjective):
     def metric_for(self, outputs: Any, targets: Any) -> Metric:
         """Make the metric for as many classes as there are scores."""
         scores, _ = self.maps(outputs, targets)
-        import_torchmetrics()
-        from torchmetrics.classification import MulticlassJaccardIndex
-
-        return MulticlassJaccardIndex(scores.shape[1], ignore_index=self.ignore_index)
+        metrics = import_torchmetrics("torchmetrics.classification")
+        return metrics.MulticlassJaccardIndex(scores.shape[1], ignore_index=self.ignore_index)
 
     def update(self, metric: Metric, outputs: Any, targets: Any) -> None:
         """Give a batch to the metric."""
@@ -318,11 +315,9 @@ class MeanAP(MetricObjective):
 
     def metric(self) -> Metric:
         """Make the metric. Raises ImportError, with what to install, if pycocotools or torchvision isn't there."""
-        import_torchmetrics()
-        from torchmetrics.detection import MeanAveragePrecision
-
+        metrics = import_torchmetrics("torchmetrics.detection")
         try:
-            made = MeanAveragePrecision(**self.options)
+            made = metrics.MeanAveragePrecision(**self.options)
         except ModuleNotFoundError as error:
             raise ImportError(
                 f"objective {self.name!r} needs pycocotools and torchvision: pip install 'haq[detection]'"
@@ -410,12 +405,10 @@ class F1(MetricObjective):
     def metric_for(self, outputs: Any, targets: Any) -> Metric:
         """Make the metric for as many labels as there are scores."""
         scores, _ = self.scores(outputs, targets)
-        import_torchmetrics()
-        from torchmetrics.classification import BinaryF1Score, MultilabelF1Score
-
+        metrics = import_torchmetrics("torchmetrics.classification")
         if scores.dim() < 2 or scores.shape[1] == 1:
-            return BinaryF1Score()
-        return MultilabelF1Score(scores.shape[1])
+            return metrics.BinaryF1Score()
+        return metrics.MultilabelF1Score(scores.shape[1])
 
     def update(self, metric: Metric, outputs: Any, targets: Any) -> None:
         """Give a batch to the metric: 1 for every label that is answered."""
@@ -499,10 +492,7 @@ class Perplexity(MetricObjective):
 
     def metric(self) -> Metric:
         """Make the metric."""
-        import_torchmetrics()
-        from torchmetrics.text import Perplexity as Metric
-
-        return Metric(ignore_index=self.ignore_index)
+        return import_torchmetrics("torchmetrics.text").Perplexity(ignore_index=self.ignore_index)
 
     def update(self, metric: Metric, outputs: Any, targets: Any) -> None:
         """Give a batch to the metric."""

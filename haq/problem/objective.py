@@ -404,7 +404,7 @@ class ValueObjective(Objective):
         """Measure a network on any samples; see `Objective.measure`."""
         import torch
 
-        from haq.problem.tally import ValueTally
+        from haq.problem import ValueTally
         from quantizers.calling import count_of, to_device
 
         module.eval()
