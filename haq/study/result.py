@@ -8,6 +8,7 @@ from torch import nn
 
 import quantizers as Q
 from haq.problem.problem import Problem
+from haq.problem.tally import measure as measure_on
 from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, share_key
 from haq.study.task import SearchTask, threads
@@ -44,9 +45,9 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float]:
     shares: dict[str, float] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            shares[share_key(name, other.name)] = other.measure(task.network, split, module)
+            shares[share_key(name, other.name)] = measure_on(other, task.network, split, module)
     shares[share_key("search", objective.name)] = task.problem.evaluator.measure(module.eval()).accuracy
-    shares[share_key("test", objective.name)] = objective.measure(task.network, task.dataset.test, module)
+    shares[share_key("test", objective.name)] = measure_on(objective, task.network, task.dataset.test, module)
     return shares
 
 
