@@ -98,8 +98,10 @@ def few_of_numbers(problem: Problem) -> str:
     known = "how far chance moves it isn't known"
     if problem.float_result.error is not None:
         known = f"the standard error of the float network's is {problem.float_result.error:.2g}"
-    return f"WARNING: the search split has {count} samples, by which {title} is told, and {known}: smaller differences say "
+    return (
+        f"WARNING: the search split has {count} samples, by which {title} is told, and {known}: smaller differences say "
         "nothing"
+    )
 
 
 def doubts(problem: Problem) -> list[str]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from haq.attacks.proxy import ProxyAttack
-    from haq.data import Dataset, Split
+    from haq.data import Dataset
     from haq.networks import Network
     from haq.problem.distribution import Distribution
 
