@@ -18,8 +18,18 @@ from haq.data import UNLABELLED, Split
 from haq.data.dataset import batch_count, stratified, without
 from haq.data.labels import class_numbers
 from haq.networks import Network
+from haq.problem.chance import standard_error
 from haq.problem.evaluator import one_thread
-from haq.problem.objective import class_scores
+from haq.problem.objective import (
+    BlackBox,
+    MetricObjective,
+    NotFinite,
+    Objective,
+    ValueObjective,
+    attacked_inputs,
+    value_of,
+)
+from haq.problem.tally import ValueTally
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary
 from haq.training.config import (
