@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,22 +238,9 @@ def user_loss(loss: UserLoss, outputs: Any, targets: Any) -> Tensor:
     return given
 
 
-def network_inputs(network: Network, inputs: Any, goal: Goal) -> Any:
-    """Turn the inputs of a batch into what a network takes, on its device; what is no image stays as it is.
-
-    Args:
-        network: The network.
-        inputs: As the data gives them.
-        goal: Images of classification must have the shape that the network was made for.
-
-    Returns:
-        The inputs.
-    """
-    if isinstance(inputs, Tensor):
-        is_image = goal.is_classification and inputs.dim() == IMAGE_DIMS
-        if is_image or inputs.dtype == torch.uint8:
-            inputs = network.preprocess(inputs)
-    return to_device(inputs, network.device)
+def network_inputs(network: Network, inputs: Any) -> Any:
+    """Turn the inputs of a batch, as the data gives them, into what a network takes, on its device."""
+    return to_device(network.preprocess(inputs), network.device)
 
 
 class Called(nn.Module):
@@ -275,6 +262,12 @@ class Called(nn.Module):
     def forward(self, inputs: Any) -> Any:
         """Compute the outputs."""
         return self.network.run(self.module, inputs, self.targets)
+
+    def given(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[Any]:
+        """Yield the inputs of batches, as the network takes them; it is called with their targets meanwhile."""
+        for inputs, targets in batches:
+            self.targets = targets
+            yield network_inputs(self.network, inputs)
 
 
 def in_evaluation(network: Network, module: nn.Module, inputs: Any, targets: Any) -> Any:

@@ -19,6 +19,7 @@ from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.data.dataset import batch_count
+from haq.data.sources import Stream
 from haq.data.labels import class_numbers
 from haq.networks import Network
 from haq.problem.objective import Objective, class_scores
@@ -102,7 +103,7 @@ def fit(
     goal = Goal(objective, loss, config.auxiliary)
     if teacher is not None:
         goal.check_teacher()
-    training = Training(network, module or network.module, teacher, config, len(split), goal)
+    training = Training(network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size))
     training.least = before
     if state is not None:
         training.restore(state)
@@ -132,6 +133,13 @@ def fit(
         return None
     stopped = training.is_stale and training.epoch < training.epochs
     return Outcome(0, before, tuple(training.judged), training.kept, diverged, stopped)
+
+
+def batches_in(split: Split, size: int) -> int:
+    """Count the batches that samples are trained on in; those that come in batches of their own stay in them."""
+    if isinstance(split.source, Stream):
+        return sum(math.ceil(count / size) for count in split.source.sizes())
+    return batch_count(len(split), size)
 
 
 class Training:
@@ -164,6 +172,7 @@ class Training:
         config: TrainConfig,
         images: int,
         goal: Goal | None = None,
+        batches: int | None = None,
     ) -> None:
         """Make everything that a training begins with.
 
@@ -174,6 +183,7 @@ class Training:
             config: How.
             images: How many samples there are.
             goal: What is minimised; None: of classification.
+            batches: Of an epoch; None: as many as there are of so many samples.
         """
         self.network = network
         self.goal = goal or Goal()
@@ -203,7 +213,7 @@ class Training:
             self.replays = config.adversary.replays
             passes = config.adversary.passes(config.epochs)
 
-        self.steps_per_epoch = batch_count(images, config.batch_size) * self.replays
+        self.steps_per_epoch = (batches or batch_count(images, config.batch_size)) * self.replays
         self.steps = config.steps or passes * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
         self.schedule = Schedule(self.optimizers, config, Length(self.steps, self.epochs))
@@ -236,10 +246,16 @@ class Training:
             What the module returns.
         """
         if self.half is None:
-            return self.network.run(module, inputs, targets)
+            return self._run(module, inputs, targets)
         with torch.autocast(self.network.device.type, self.half):
-            outputs = self.network.run(module, inputs, targets)
+            outputs = self._run(module, inputs, targets)
         return as_float32(outputs)
+
+    def _run(self, module: nn.Module, inputs: Any, targets: Any) -> Any:
+        if module is self.module and isinstance(inputs, Tensor) and self.network.forward is None:
+            # No copy, as the teacher is given: nobody looks at them afterwards but an adversary, at their gradient.
+            return module(inputs)
+        return self.network.run(module, inputs, targets)
 
     def tensors(self) -> dict[str, Any]:
         """Copy all tensors of the module."""
@@ -274,6 +290,7 @@ class Training:
         state.write(
             {
                 "epoch": self.epoch,
+                "step": self.step,
                 **self.tensors(),
                 "judged": [tuple(judgement) for judgement in self.judged],
                 "kept": self.kept,
@@ -314,7 +331,7 @@ class Training:
             if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
                 raise TypeError("the epoch is no number")
         self.epoch = epoch
-        self.step = epoch * self.steps_per_epoch
+        self.step = content.get("step", epoch * self.steps_per_epoch)
 
     def finish(self) -> None:
         """Leave the module ready for use, as it was at its best if it was judged."""
@@ -532,7 +549,7 @@ def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, L
     is_of_images = goal.looks_at_images(inputs)
     if is_of_images:
         inputs = augment(inputs, generator)
-    inputs = network_inputs(network, inputs, goal)
+    inputs = network_inputs(network, inputs)
     targets = to_device(targets, network.device)
     if training.teacher is not None and goal.loss is None:
         if is_of_images:
@@ -661,7 +678,7 @@ def agreement(network: Network, split: Split, module: nn.Module, batch_size: int
     goal = Goal()
     same = 0
     for images, targets in split.batches(batch_size):
-        inputs = network_inputs(network, images, goal)
+        inputs = network_inputs(network, images)
         answers, expected = (goal.read(network.run(one, inputs, targets)).argmax(1) for one in (module, network.module))
         same += int((answers == expected).sum())
     return same / len(split)
@@ -688,6 +705,6 @@ def accuracy(network: Network, split: Split, module: nn.Module | None = None, ba
     goal = Goal()
     correct = 0
     for images, labels in split.batches(batch_size):
-        scores = goal.read(network.run(module, network_inputs(network, images, goal), labels))
+        scores = goal.read(network.run(module, network_inputs(network, images), labels))
         correct += int((scores.argmax(1).cpu() == labels).sum())
     return correct / len(split)
