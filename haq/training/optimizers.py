@@ -177,6 +177,7 @@ class Schedule:
         if made is lr_scheduler.OneCycleLR and {"epochs", "steps_per_epoch"} <= set(given):
             del arguments["total_steps"]
         try:
+            _try_out(made, arguments, self.optimizers[number])
             return made(self.optimizers[number], **arguments)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -247,6 +248,19 @@ class Schedule:
             if isinstance(milestones, Counter):
                 state = {**state, "milestones": Counter(state["milestones"])}
             scheduler.load_state_dict(state)
+
+
+def _try_out(made: Callable[..., LRScheduler], arguments: dict[str, Any], like: Optimizer) -> None:
+    """Take two steps of a scheduler on an optimizer of nothing: some look at their arguments only then."""
+    groups = [{**group, "params": [torch.zeros(1, requires_grad=True)]} for group in like.param_groups]
+    optimizer = torch.optim.SGD(groups, lr=0.0)
+    scheduler = made(optimizer, **arguments)
+    for _ in range(2):
+        optimizer.step()
+        if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(0.0)
+        else:
+            scheduler.step()
 
 
 def share_of_peak(schedule: str, step: int, steps: int) -> float:
