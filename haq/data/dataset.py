@@ -345,6 +345,9 @@ def _bits(tensor: Tensor) -> bytes:
 
 
 def _pair(batch: Batch) -> tuple[Any, Any]:
+    # What is a tuple of inputs, and what a list of samples, was told when the samples were read.
+    if isinstance(batch, tuple) and len(batch) > 1:
+        return batch[0], batch[1]
     return inputs_of(batch), targets_of(batch)
 
 

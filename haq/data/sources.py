@@ -341,6 +341,7 @@ class Stream(Source):
 
     def _read(self, most: int) -> None:
         once = iter(self.data) is self.data
+        self.__dict__["nbytes"] = 0
         size = 0
         numbers: list[Tensor] | None = []
         for given in self.data:
@@ -354,6 +355,7 @@ class Stream(Source):
                     numbers = None
                 else:
                     numbers.append(found.clone())
+            self.__dict__["nbytes"] += bytes_of(batch)
             if self.given is None:
                 continue
             size += bytes_of(batch)

@@ -496,7 +496,10 @@ def _named_network(header: Header) -> Network:
 
 
 def _images(header: Header) -> tuple[int | None, tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
-    """Read classes, image size (C, H, W) or (), mean and deviation. Raises ValueError unless they can be of the file's tensors."""
+    """Read classes, image size (C, H, W) or (), mean and deviation.
+
+    Raises ValueError unless they can be of the file's tensors.
+    """
     try:
         for name in ("classes", "input_shape", "mean", "std"):
             _check_length(header, name, MOST_SHORT_NOTE)
