@@ -38,6 +38,11 @@ class Network:
         """Return where the network's parameters are; the CPU if it has none."""
         return device_of(self.module)
 
+    def to(self, device: torch.device | str) -> Network:
+        """Move the module to a device, in place; returns the network."""
+        self.module.to(device)
+        return self
+
     def run(self, module: nn.Module, inputs: Any, targets: Any = None) -> Any:
         """Compute the outputs of a module of this network's kind.
 
@@ -61,11 +66,13 @@ class Network:
             images: Images (N, C, H, W), uint8 or float. Grey images are repeated over three channels.
 
         Returns:
-            Inputs (N, C, H, W), float32.
+            Inputs (N, C, H, W), float32, on the network's device.
 
         Raises:
             ValueError: For images of a shape that the network wasn't made for.
         """
+        # As bytes they are moved four times as fast.
+        images = to_device(images, self.device)
         if images.dtype != torch.uint8:
             self._check_shape(images)
             return images.float()
@@ -73,8 +80,8 @@ class Network:
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
         self._check_shape(images)
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return ((images.float() / 255 - mean) / std).contiguous(memory_format=self.memory_format)
 
     def normalized(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
@@ -110,7 +117,7 @@ class Network:
         digest = hashlib.sha256()
         for key, tensor in sorted(self.module.state_dict().items()):
             digest.update(key.encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def ordered(self) -> Network:
@@ -122,7 +129,8 @@ class Network:
             network.module.to(memory_format=memory_format)  # type: ignore[call-overload]
             try:
                 with torch.inference_mode():
-                    network.module(torch.zeros(1, *self.input_shape).contiguous(memory_format=memory_format))
+                    zeros = torch.zeros(1, *self.input_shape, device=self.device)
+                    network.module(zeros.contiguous(memory_format=memory_format))
                 break
             except RuntimeError:
                 # Some networks flatten with `view`, which needs the ordinary order. Any other fault shows when it is used.
@@ -134,7 +142,7 @@ def answer_to_zeros(network: Network) -> Any:
     """Return what a network answers to an image of zeros. Raises ValueError if it fails on images of its input's size."""
     try:
         with torch.inference_mode(), evaluating(network.module):
-            return network.module(torch.zeros(1, *network.input_shape))
+            return network.module(torch.zeros(1, *network.input_shape, device=network.device))
     except Exception as error:
         size = "x".join(map(str, network.input_shape))
         reason = " ".join(str(error).split())[:200]

@@ -176,7 +176,7 @@ def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
         "command": sweep.command(),
         "asked": sweep.to_dict(),
         "signature": context.signature(),
-        "versions": versions(),
+        "versions": versions(context.first.network.device),
     }
     SweepRecord.from_dict(content).write(folder / SWEEP)
 
@@ -217,7 +217,7 @@ def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
     called = {name: name for name in signature}
     called |= {"network": f"network ({settings.network})", "data": f"data ({settings.data})"}
     check_signature(folder, record.signature, signature, called)
-    check_versions(folder, record.versions)
+    check_versions(folder, record.versions, context.first.network.device)
 
 
 def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Callable[[int], None]) -> Sensitivities:
@@ -412,7 +412,7 @@ def collect(
         "objective_is": task.problem.objective.words,
         "metric": task.problem.metric,
         "unit": task.problem.unit,
-        "accuracy_is": f"measured on {threads()}",
+        "accuracy_is": f"measured on {threads(task.network.device)}",
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
