@@ -186,14 +186,8 @@ def _state(
     run: SearchRun, task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, output: Output, *, resume: bool
 ) -> Checkpoint:
     """Return where a training keeps what it goes on with; ValueError if there is something and it isn't to be gone on with."""
-    asked = {
-        "epochs": config.epochs,
-        "learning rate": config.learning_rate,
-        "seed": config.seed,
-        "policy": policy,
-        **_mixed(config),
-    }
-    state = run.checkpoint("finetune", task, **asked)
+    asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
+    state = run.checkpoint("finetune", task, **asked, **_mixed(config))
     if state.path.exists() and not resume:
         raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
     if resume and not state.path.exists():
