@@ -51,6 +51,16 @@ class ComparisonSpec:
     device: str | None = None
 
     @property
+    def device_name(self) -> str:
+        """Where networks are run."""
+        if self.device is not None:
+            return self.device
+        run = self.run
+        if run is not None:
+            return run.config.device
+        return CPU
+
+    @property
     def run(self) -> SearchRun | None:
         """The run, if it is one."""
         folder = Path(self.source)
@@ -322,7 +332,7 @@ class _RunNetworks:
 
 
 def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
-    device = find_device(spec.device or CPU)
+    device = find_device(spec.device_name)
     network = networks.load(spec.source)
     dataset = data.load(spec.data or data.DEFAULT, image_size=network.input_shape[-1])
     networks.check_fits(network, dataset)

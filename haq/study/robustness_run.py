@@ -16,6 +16,7 @@ from haq.attacks.assessment import Assessment, assess
 from haq.attacks.base import effort_of
 from haq.deployment import interpreter, lowering
 from haq.deployment.graph import capture
+from haq.problem.device import spread
 from haq.store.files import ROBUSTNESS, ROBUSTNESS_SCHEMA
 from haq.store.records import DeployedRecord, RobustnessRecord
 from haq.study.attack_config import AttackConfig
@@ -205,7 +206,7 @@ def _in_workers(
     task: RobustnessTask, compared: ComparedNetworks, workers: int, on_progress: OnProgress
 ) -> dict[str, Examined]:
     """Attack networks in processes of their own. What one that dies had finished is kept, and another goes on from there."""
-    crew = Crew(_attacking, (task, compared), workers, on_progress)
+    crew = Crew(_attacking, (task, compared), workers, on_progress, spread(task.spec.device_name))
     try:
         waiting = {crew.submit(name): name for name in compared.networks}
         found = {}

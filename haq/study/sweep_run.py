@@ -22,6 +22,7 @@ import torch
 
 import quantizers as Q
 from haq.problem.budget import OutOfReach
+from haq.problem.device import kind_of, spread
 from haq.problem.evaluator import one_thread
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
@@ -335,7 +336,8 @@ def _run_on_cluster(
             if not run.finished:
                 left[cell] = run.folder
         with ray_workers.connected(address):
-            ray_workers.run_folders(there, _search_there, left, workers, on_search)
+            kind_of_device = kind_of(context.sweep.settings.device)
+            ray_workers.run_folders(there, _search_there, left, workers, on_search, kind_of_device)
 
 
 def _run_in_processes(
@@ -347,7 +349,8 @@ def _run_in_processes(
     on_search: Callable[[SweepCell], None],
 ) -> None:
     there = context, kind, context.first.problem.evaluator.cache, context.first.measured
-    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)))
+    devices = spread(context.sweep.settings.device)
+    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)), devices=devices)
     try:
         waiting = {crew.submit(cell): cell for cell in cells}
         while waiting:
