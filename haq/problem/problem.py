@@ -31,6 +31,7 @@ from haq.problem.batches import (
 )
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
+from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
@@ -110,6 +111,7 @@ class Problem:
         rounding: str = "nearest",
         forward: Forward | None = None,
         memory: str | int | None = None,
+        device: str | torch.device | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -118,7 +120,7 @@ class Problem:
         and targets may be of any structure of tensors. A tuple of inputs, and a mapping, are given to the network one by one.
 
         Args:
-            network: Any; it is copied, never changed. Everything is computed on the device it is on.
+            network: Any; it is copied, never changed.
             calibrate: Inputs that set the activation scales: a tensor or a NumPy array, a Dataset, a DataLoader, or another
                 iterable of batches; targets beside them play no part. All there is is kept in memory. Floats become float32.
             search: Held-out inputs and targets, for classification class numbers (integers of any type, shape (samples,)): a
@@ -149,6 +151,7 @@ class Problem:
                 batch is as the loader gives it, on the network's device.
             memory: How much the samples of `search` may take in memory, such as "4GB", or bytes; None: a quarter of the
                 machine's. What doesn't fit is read anew for every policy, in advance.
+            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -159,6 +162,7 @@ class Problem:
         check_quantization(correction, rounding)
         self.objective = find_objective(objective)
         self.forward = forward
+        network = _on_device(network, device)
         device = device_of(network)
         samples = _read_search(search, network, self.objective, forward, memory)
         if samples is not None:
@@ -166,7 +170,7 @@ class Problem:
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
         self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), network, forward, device)
         self.network = network
-        example = _example(samples, self.calibration)
+        example = to_device(_example(samples, self.calibration), device)
         self.workload = _traced(network, example, self.objective, forward)
         if forward is None:
             _check_same_kind(self.calibration, example, network)
@@ -686,6 +690,16 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
     if isinstance(example, Tensor) and forward is None:
         return hw_models.trace(network, example.clone())
     return hw_models.trace(network, batch, forward=lambda module, given: outputs_of(module, given, forward))
+
+
+def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """Return a network itself, or a copy of it on another device. Raises ValueError for one that isn't here."""
+    if device is None:
+        return network
+    found = find_device(device, "`device`")
+    if found == device_of(network):
+        return network
+    return Q.copy_network(network).to(found)
 
 
 def _only(**options: Any) -> Any:

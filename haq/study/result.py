@@ -127,7 +127,7 @@ def collect(
         "objective_is": problem.objective.words,
         "finetune_steps": task.config.finetune_steps,
         "sensitivity_kind": task.config.sensitivity_kind,
-        "accuracy_is": f"measured on {threads()}",
+        "accuracy_is": f"measured on {threads(task.network.device)}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": budget_used(problem, policy),
         "float": entry(task, None),
