@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from haq.attacks.proxy import ProxyAttack
-    from haq.data import Dataset, Split
+    from haq.data import Dataset
     from haq.networks import Network
     from haq.problem.distribution import Distribution
 
@@ -271,7 +271,6 @@ class Objective:
         return self.distribution.divergence(outputs, expected)
 
 
-
 class ValueObjective(Objective):
     """Gives every sample a value; the mean over all samples is what a policy is worth.
 
@@ -328,7 +327,6 @@ class ValueObjective(Objective):
         return losses.mean()
 
 
-
 class MetricObjective(ValueObjective):
     """Has a metric of torchmetrics, over all samples at once, for its value."""
 
@@ -370,7 +368,6 @@ class BlackBox(Objective):
         from haq.problem.distribution import Gaussian
 
         return Gaussian()
-
 
 
 class Accuracy(Objective):
