@@ -273,6 +273,18 @@ def test_a_search_from_the_command_line_for_the_lowest_loss(capsys: pytest.Captu
     assert run.result.show(found) in capsys.readouterr().out
 
 
+def test_percents_that_are_no_shares_are_refused_before_the_search() -> None:
+    class Hundred(Squared):
+        unit = "%"
+        higher_is_better = True
+
+        def values(self, outputs: Any, targets: Any) -> Tensor:
+            return 100.0 * super().values(outputs, targets).exp()
+
+    with pytest.raises(ValueError, match="objective 'Hundred' has the unit '%' and gave 100 for the float network: .* divide"):
+        haq.Problem(fitted_network(), images(32, 1), images(40, 3), "edge", budget=0.7, objective=Hundred())
+
+
 def test_what_guessing_gives_is_said_of_shares_alone() -> None:
     x = images(64, 3)
     few = haq.Problem(fitted_network(), images(32, 1), (x, brightest(x)), "edge", budget=0.7, objective=Squared())
