@@ -52,11 +52,13 @@ def cli(
     options = part_of(given, SearchConfig)
     output = Output.open(as_json)
     if resume is not None:
+        device = options.pop("device", None)
         if options or out or config or dry_run:
             raise ValueError(
-                "--resume RUN goes on with what the run was asked for: no other option but --workers, --ray and --json goes"
+                "--resume RUN goes on with what the run was asked for: no other option but --device, --workers, --ray and "
+                "--json goes"
             )
-        return resume_search(resume, workers, output)
+        return resume_search(resume, workers, output, device)
     asked = SearchConfig.from_options(options, config)
     return run_search(asked, workers, output, out=out, dry_run=dry_run)
 
@@ -93,21 +95,24 @@ def run_search(
         return _carry_out(task, SearchRun.create(folder, task), workers, output)
 
 
-def resume_search(folder: Path, workers: WorkersConfig, output: Output) -> int:
+def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: str | None = None) -> int:
     """Go on with a search that was interrupted; arguments and exit status are those of `run_search`.
 
     Args:
         folder: The folder of the run.
         workers: Who evaluates policies.
         output: Where to print.
+        device: Where networks are run: one of the kind that the run began on; None for that itself.
 
     Returns:
         The exit status.
     """
     from haq.store.lock import writing
     from haq.study.search_run import SearchRun
+    from haq.study.task import check_same_kind
 
-    run = SearchRun.load(folder)
+    check_same_kind(folder, SearchRun.load(folder).config.device, device)
+    run = SearchRun.load(folder, device)
     with writing(run.folder, run.go_on):
         if run.finished:
             # It may have been killed just before it did so itself.
@@ -155,7 +160,7 @@ def _carry_out(task: SearchTask, run: SearchRun, workers: WorkersConfig, output:
     from haq.study.workers.processes import working
 
     try:
-        with working(task.problem.evaluator, workers.workers, workers.ray):
+        with working(task.problem.evaluator, workers.workers, workers.ray, task.config.device):
             result, policy = search(output.notes, task, run)
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; what was found is kept, go on with: {run.go_on}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from haq.problem.objective import BlackBox
 from haq.store.units import PERCENT, percent, show_error
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def few_sentence(count: int, split: str, measured: str = "accuracy", samples_are
     Returns:
         One sentence or nothing.
     """
-    if count >= FEW:
+    if count >= FEW or not count:
         return ""
     points = 100 * standard_error(0.5, count)
     return (
@@ -131,6 +132,11 @@ def error_sentence(problem: Problem) -> str:
 def doubts(problem: Problem) -> list[str]:
     """List what must be said of the values of a problem before they are believed: sentences, none if all is well."""
     evaluator, objective = problem.evaluator, problem.objective
+    if isinstance(objective, BlackBox):
+        return [
+            f"NOTE: objective {objective.name!r} is given the network itself, so every policy's network is run as a whole "
+            "(nothing that its first layers computed is reused), and no evaluation ends early"
+        ]
     if not objective.takes_scores or objective.unit != PERCENT:
         return [sentence for sentence in [error_sentence(problem)] if sentence]
     sentences = [few_sentence(evaluator.count, "search", objective.title, problem.samples_are)]

@@ -19,15 +19,19 @@ import hw_models
 import quantizers as Q
 from haq.problem.batches import (
     Batches,
+    Owned,
     check_alike,
     check_arguments,
     check_quantization,
+    gathered,
+    gathered_calibration,
     read_any,
     read_inputs,
     read_tensors,
 )
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
+from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
@@ -106,6 +110,8 @@ class Problem:
         correction: str | None = "analytic",
         rounding: str = "nearest",
         forward: Forward | None = None,
+        memory: str | int | None = None,
+        device: str | torch.device | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -114,7 +120,7 @@ class Problem:
         and targets may be of any structure of tensors. A tuple of inputs, and a mapping, are given to the network one by one.
 
         Args:
-            network: Any; it is copied, never changed. Everything is computed on the device it is on.
+            network: Any; it is copied, never changed.
             calibrate: Inputs that set the activation scales: a tensor or a NumPy array, a Dataset, a DataLoader, or another
                 iterable of batches; targets beside them play no part. All there is is kept in memory. Floats become float32.
             search: Held-out inputs and targets, for classification class numbers (integers of any type, shape (samples,)): a
@@ -143,6 +149,9 @@ class Problem:
                 `calibrate` has enough images (`roundings`).
             forward: Computes outputs of (network, batch), where that takes more than calling the network with the inputs; the
                 batch is as the loader gives it, on the network's device.
+            memory: How much the samples of `search` may take in memory, such as "4GB", or bytes; None: a quarter of the
+                machine's. What doesn't fit is read anew for every policy, in advance.
+            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -153,14 +162,15 @@ class Problem:
         check_quantization(correction, rounding)
         self.objective = find_objective(objective)
         self.forward = forward
+        network = _on_device(network, device)
         device = device_of(network)
-        samples = _read_search(search, network, self.objective, forward)
+        samples = _read_search(search, network, self.objective, forward, memory)
         if samples is not None:
             samples = samples.to(device)
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
-        self.calibration = _read_calibration(calibrate, forward, device)
+        self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), network, forward, device)
         self.network = network
-        example = _example(samples, self.calibration)
+        example = to_device(_example(samples, self.calibration), device)
         self.workload = _traced(network, example, self.objective, forward)
         if forward is None:
             _check_same_kind(self.calibration, example, network)
@@ -553,7 +563,9 @@ def _check_share(objective: Objective, value: float) -> None:
         )
 
 
-def _read_search(search: Any, network: nn.Module, objective: Objective, forward: Forward | None) -> Samples | None:
+def _read_search(
+    search: Any, network: nn.Module, objective: Objective, forward: Forward | None, memory: str | int | None
+) -> Samples | None:
     """Read what policies are judged on.
 
     Args:
@@ -561,6 +573,7 @@ def _read_search(search: Any, network: nn.Module, objective: Objective, forward:
         network: What it is for.
         objective: What policies are judged by.
         forward: As `Problem` takes it.
+        memory: Likewise.
 
     Returns:
         The samples, with their targets if the objective needs them; None if there are none and the objective needs none.
@@ -572,24 +585,32 @@ def _read_search(search: Any, network: nn.Module, objective: Objective, forward:
         return search
     if search is None and isinstance(objective, BlackBox):
         return None
+    search = gathered(search, "search", memory)
+    if isinstance(search, Samples):
+        return search
     batches = read_any(search, "search")
-    if batches is None or (objective.takes_scores and forward is None and _is_plain(batches)):
-        if objective.takes_scores:
-            inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
-            if labels is None:
-                return KeptSamples([inputs])
-            return KeptSamples([(inputs, labels)])
+    if objective.takes_scores and forward is None and _is_plain(batches or [search], network):
+        inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
+        if labels is None:
+            return KeptSamples([inputs])
+        return KeptSamples([(inputs, labels)])
+    if batches is None:
         batches = [search]
     batches = [_as_float32(batch) for batch in batches]
     if objective.needs_labels and any(targets_of(batch, network) is None for batch in batches):
-        raise ValueError(f"`search` has no targets, which objective {objective.name!r} needs: give batches (inputs, targets)")
+        raise ValueError(
+            f"`search` has no targets, which objective {objective.name!r} needs, beside what the network takes: give batches "
+            "(inputs, targets), of several inputs ((one, other), targets)"
+        )
     return KeptSamples(batches)
 
 
-def _read_calibration(calibrate: Any, forward: Forward | None, device: torch.device) -> list[Any]:
+def _read_calibration(calibrate: Any, network: nn.Module, forward: Forward | None, device: torch.device) -> list[Any]:
     """Read batches that set the scales, on a device; those of plain tensors without their targets."""
+    if isinstance(calibrate, Owned):
+        return [to_device(batch, device) for batch in calibrate]
     batches = read_any(calibrate, "calibrate")
-    if batches is None or (forward is None and _is_plain(batches)):
+    if batches is None or (forward is None and _is_plain(batches, network)):
         return [part.to(device, copy=True) for part in read_inputs(batches or calibrate, "calibrate")]
     return [to_device(map_tensors(_as_float32(batch), torch.clone), device) for batch in batches]
 
@@ -615,12 +636,16 @@ def _check_same_kind(calibration: list[Any], example: Any, network: nn.Module) -
         check_alike(given, wanted)
 
 
-def _is_plain(batches: list[Any]) -> bool:
-    """Say whether batches are tensors of inputs, perhaps with targets that are no structure."""
+def _is_plain(batches: list[Any], network: nn.Module) -> bool:
+    """Say whether batches are tensors of inputs, perhaps with targets that are no structure, for a network that takes one."""
     if not batches:
         return True
     first = batches[0]
     if isinstance(first, Mapping):
+        return False
+    # Arrays of other byte orders are no tensors yet.
+    of_tensors = isinstance(first, list | tuple) and all(isinstance(part, Tensor) for part in first)
+    if of_tensors and isinstance(inputs_of(first, network), tuple):
         return False
     inputs, targets = first, None
     if isinstance(first, list | tuple):
@@ -675,6 +700,16 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
     if isinstance(example, Tensor) and forward is None:
         return hw_models.trace(network, example.clone())
     return hw_models.trace(network, batch, forward=lambda module, given: outputs_of(module, given, forward))
+
+
+def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """Return a network itself, or a copy of it on another device. Raises ValueError for one that isn't here."""
+    if device is None:
+        return network
+    found = find_device(device, "`device`")
+    if found == device_of(network):
+        return network
+    return Q.copy_network(network).to(found)
 
 
 def _only(**options: Any) -> Any:

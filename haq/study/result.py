@@ -8,6 +8,7 @@ from torch import nn
 
 import quantizers as Q
 from haq.problem.problem import Problem
+from haq.problem.tally import measure as measure_on
 from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, error_key, share_key
 from haq.store.units import finite
@@ -45,13 +46,13 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            values[share_key(name, other.name)] = finite(other.measure(task.network, split, module))
+            values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module))
     key = share_key("search", objective.name)
     judged = task.problem.evaluator.measure(module.eval())
     values[key] = finite(judged.accuracy)
     if judged.error is not None:
         values[error_key(key)] = finite(judged.error)
-    tested = objective.measure(task.network, task.dataset.test, module)
+    tested = measure_on(objective, task.network, task.dataset.test, module)
     values[share_key("test", objective.name)] = finite(tested)
     return values
 
@@ -126,7 +127,7 @@ def collect(
         "objective_is": problem.objective.words,
         "finetune_steps": task.config.finetune_steps,
         "sensitivity_kind": task.config.sensitivity_kind,
-        "accuracy_is": f"measured on {threads()}",
+        "accuracy_is": f"measured on {threads(task.network.device)}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": budget_used(problem, policy),
         "float": entry(task, None),

@@ -315,7 +315,7 @@ class Result:
             "finetuned": tuned,
             "quantized_is": self.kept,
             "budget": budget_used(problem, self.policy),
-            "versions": versions(),
+            "versions": versions(problem.evaluator.device),
         }
 
     def _rows(self) -> Iterator[HistoryRow]:

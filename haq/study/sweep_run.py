@@ -22,6 +22,7 @@ import torch
 
 import quantizers as Q
 from haq.problem.budget import OutOfReach
+from haq.problem.device import kind_of, spread
 from haq.problem.evaluator import one_thread
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
@@ -176,7 +177,7 @@ def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
         "command": sweep.command(),
         "asked": sweep.to_dict(),
         "signature": context.signature(),
-        "versions": versions(),
+        "versions": versions(context.first.network.device),
     }
     SweepRecord.from_dict(content).write(folder / SWEEP)
 
@@ -217,7 +218,7 @@ def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
     called = {name: name for name in signature}
     called |= {"network": f"network ({settings.network})", "data": f"data ({settings.data})"}
     check_signature(folder, record.signature, signature, called)
-    check_versions(folder, record.versions)
+    check_versions(folder, record.versions, context.first.network.device)
 
 
 def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Callable[[int], None]) -> Sensitivities:
@@ -335,7 +336,8 @@ def _run_on_cluster(
             if not run.finished:
                 left[cell] = run.folder
         with ray_workers.connected(address):
-            ray_workers.run_folders(there, _search_there, left, workers, on_search)
+            kind_of_device = kind_of(context.sweep.settings.device)
+            ray_workers.run_folders(there, _search_there, left, workers, on_search, kind_of_device)
 
 
 def _run_in_processes(
@@ -347,7 +349,8 @@ def _run_in_processes(
     on_search: Callable[[SweepCell], None],
 ) -> None:
     there = context, kind, context.first.problem.evaluator.cache, context.first.measured
-    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)))
+    devices = spread(context.sweep.settings.device)
+    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)), devices=devices)
     try:
         waiting = {crew.submit(cell): cell for cell in cells}
         while waiting:
@@ -413,7 +416,7 @@ def collect(
         "objective_is": task.problem.objective.words,
         "metric": task.problem.metric,
         "unit": task.problem.unit,
-        "accuracy_is": f"measured on {threads()}",
+        "accuracy_is": f"measured on {threads(task.network.device)}",
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
