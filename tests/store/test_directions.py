@@ -222,9 +222,9 @@ def test_files_of_earlier_versions_are_of_accuracy() -> None:
 def test_how_a_training_was_judged_is_told_in_its_unit() -> None:
     judged = {"objective": "nll", "objective_unit": "nats", "higher_is_better": False, "counts_samples": False}
     judged |= {"samples_are": "samples", "images": 50}
-    tuning = {**judged, "epochs": 3, "kept": 2, "before": 0.8, "best": 0.5}
+    tuning = {**judged, "epochs": 3, "kept": 2, "before": 0.8, "before_error": 0.0312, "best": 0.5}
     sentence = tables.tuning_sentence(tuning)
-    assert "on 50 train samples that were held out: 0.8 nats before, 0.5 nats after epoch 2 of 3" in sentence
+    assert "on 50 train samples that were held out: 0.8 nats ± 0.031 before, 0.5 nats after epoch 2 of 3" in sentence
     entry = {**judged, "calibration_images": 32, "seed": 0, "seconds": 1.0, "kept": True, "before": 0.8, "after": 0.7}
     entry |= {"divergence_before": 0.02, "divergence_after": 0.01, "divergence_unit": ""}
     sentence = tables.reconstruction_sentence(entry)
