@@ -110,7 +110,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             result["finetuned_by"] = config.method
             result.pop("tuning", None)
             result.pop("reconstruction", None)
-        result[tuned.key] = tuned.entry
+        result[tuned.key] = summary.judged_by(task.problem, tuned.judged) | tuned.entry
         run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)

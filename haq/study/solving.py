@@ -472,15 +472,10 @@ def _warn_if_vain(outcome: Outcome) -> None:
 
 
 def _entry(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as plain data, null for what is infinite; a standard error only where it is known."""
-    entry = {
-        "accuracy": finite(evaluation.accuracy),
-        "loss": finite(evaluation.loss),
-        "images": evaluation.images,
-        "divergence": finite(evaluation.divergence),
-    }
-    if evaluation.error is not None:
-        entry["error"] = finite(evaluation.error)
+    """Return an evaluation as plain data, null for what is infinite."""
+    entry = evaluation._asdict()
+    for name in ("accuracy", "loss", "divergence", "error"):
+        entry[name] = finite(entry[name])
     return entry
 
 
