@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import haq
-import quantizers as Q
 from haq.attacks.proxy import AttackedNetwork, ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
 from haq.problem import KINDS
@@ -260,8 +259,10 @@ def test_the_error_of_a_mean_is_its_standard_error() -> None:
 def test_losses_are_told_by_sample_and_can_be_trained(name: str, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
     given = task(name)
     objective = find_objective(name)
+    assert isinstance(objective, ValueObjective)
     outputs = given.network(given.inputs)
     found = objective.losses(outputs, given.targets)
+    assert found is not None
     assert torch.allclose(found, loss(outputs, given.targets))
     trained = objective.training_loss(outputs, given.targets)
     assert trained.item() == pytest.approx(float(found.mean().detach()))
@@ -333,6 +334,7 @@ def test_a_function_of_outputs_and_targets() -> None:
     assert isinstance(objective.distribution, Gaussian)
     told = haq.objective(worst_difference, name="worst", unit="dB", title="Worst of All", higher_is_better=True)
     assert (told.name, told.unit, told.title, told.higher_is_better) == ("worst", "dB", "Worst of All", True)
+    assert isinstance(told, ValueObjective)
     assert told.losses(given.targets, given.targets) is None
     with_loss = haq.objective(worst_difference, loss=lambda outputs, targets: (outputs - targets).square().mean(1))
     outputs = given.network(given.inputs)
