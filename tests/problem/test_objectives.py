@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -15,16 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import haq
+from haq import search
 from haq.attacks.proxy import AttackedNetwork, ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
-from haq.problem import KINDS
+from haq.console.errors import EXIT_BAD_INPUT, run_command
+from haq.networks.zoo import import_declared
+from haq.problem import KINDS, OBJECTIVES
 from haq.problem.chance import doubts
 from haq.problem.distribution import Categorical, Gaussian
 from haq.problem.given import robust
 from haq.problem.metrics import F1, MeanAP, MeanIoU, Perplexity, Psnr, import_torchmetrics
-from haq.problem.objective import find_objective
+from haq.problem.objective import ValueObjective, find_objective
 from haq.solvers import SOLVERS
-from tests.conftest import brightest, fitted_network, images
+from tests.conftest import brightest, enter, fitted_network, images
 
 COUNT = 24
 
@@ -304,6 +309,51 @@ def test_embeddings_are_held_against_those_of_the_float_network() -> None:
     assert found.value == pytest.approx(float(by_hand), rel=1e-5)
     assert found.loss == pytest.approx(1 - float(by_hand), rel=1e-4)
     assert found.value < 1
+
+
+def hugging_face() -> Any:
+    """transformers, which needs torchvision's operators to be declared as torchmetrics does."""
+    import_declared("torchvision")
+    return pytest.importorskip("transformers")
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def test_outputs_of_hugging_face_that_are_classes() -> None:
+    transformers = hugging_face()
+    config = transformers.BertConfig(vocab_size=11, max_position_embeddings=8, num_labels=3, **SMALL)
+    network: Any = seeded(lambda: transformers.BertForSequenceClassification(config))
+    inputs = {"input_ids": ids(), "attention_mask": (ids(1) > 2).long()}
+    with torch.no_grad():
+        labels = noisy(network(**inputs).logits).argmax(1)
+    problem = haq.Problem(network, [inputs], [inputs | {"labels": labels}], "edge", budget=0.9, pinned={})
+    policy = problem.uniform(2)
+    with torch.no_grad():
+        answers = problem.quantized(policy)(**inputs).logits.argmax(1)
+    by_hand = import_torchmetrics().Accuracy("multiclass", num_classes=3)(answers, labels)
+    assert problem.evaluate(policy).value == pytest.approx(float(by_hand))
+    embeddings = haq.Problem(network.bert, [inputs], [inputs], "edge", budget=0.9, pinned={}, objective="cosine")
+    policy = embeddings.uniform(2)
+    with torch.no_grad():
+        both = [one(**inputs).pooler_output for one in (embeddings.quantized(policy), network.bert)]
+    assert embeddings.evaluate(policy).value == pytest.approx(float(F.cosine_similarity(*both).mean()), rel=1e-5)
+
+
+def test_the_perplexity_of_a_causal_model_of_hugging_face_is_that_of_its_own_loss() -> None:
+    transformers = hugging_face()
+    config = transformers.LlamaConfig(vocab_size=11, max_position_embeddings=8, **SMALL)
+    network = seeded(lambda: transformers.LlamaForCausalLM(config))
+    inputs = {"input_ids": ids()}
+    labels = ids().masked_fill(ids(1) < 2, -100)
+    problem = haq.Problem(network, [inputs], [inputs | {"labels": labels}], "edge", budget=0.9, objective="perplexity")
+    for policy in (problem.uniform(3, keep_pinned=True), problem.uniform(8)):
+        with torch.no_grad():
+            loss = problem.quantized(policy)(**inputs, labels=labels).loss
+        assert problem.evaluate(policy).value == pytest.approx(math.exp(float(loss)), rel=1e-4)
+    result = haq.solve(problem, "random", evaluations=4)
+    within = [trial.evaluation.value for trial in result.session.trials if problem.within_budget(trial.cost)]
+    assert result.trial.evaluation.value == min(within)
 
 
 # What a user gives.
@@ -595,6 +645,131 @@ def test_what_cannot_be_attacked_is_refused() -> None:
         problem_of(given._replace(inputs=3 * given.inputs), objective=robust("mse", attack()))
     with pytest.raises(ValueError, match="'mse\\+robust' is of attacked inputs already"):
         robust(robust("mse", attack()), attack())
+
+
+# The command line.
+
+JOB = """
+import torch
+from tests.problem.test_objectives import images, noisy, rows
+
+def network():
+    return rows(2)
+
+def splits(x, answers):
+    pairs = [(one, noisy(rows(2)(answer)).detach()) for one, answer in zip(x.split(24), answers.split(24))]
+    return dict(zip(("train", "search", "test"), pairs))
+
+def data():
+    return splits(images(72), images(72))
+
+def bytes():
+    x = (255 * images(72)).to(torch.uint8)
+    return splits(x, x / 255)
+
+def unlabelled():
+    return dict(zip(("train", "search", "test"), images(72).split(24)))
+
+def score(outputs, targets):
+    return (outputs - targets).abs().amax(1)
+
+score.higher_is_better = False
+score.unit = "V"
+
+def evaluate(network):
+    x, y = data()["search"]
+    with torch.no_grad():
+        return float((network(x) - y).square().mean())
+
+evaluate.higher_is_better = False
+
+def aimless(outputs, targets):
+    return outputs[:, 0]
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    enter(tmp_path, monkeypatch, JOB)
+    return tmp_path
+
+
+def run(objective: str, data: str = "data", *more: str) -> int:
+    given = {"--network": "small_job:network", "--data": f"small_job:{data}", "--objective": objective, "--out": "run"}
+    given |= {"--hw": "edge", "--budget": "0.9", "--solver": "random", "--evaluations": "3", "--finetune-epochs": "0"}
+    words = [word for pair in given.items() for word in pair]
+    return run_command(lambda: search.main([*words, *more]))
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "title"),
+    [
+        ("mse", "data", "mean squared error"),
+        ("small_job:score", "data", "score"),
+        ("small_job:evaluate", "data", "evaluate"),
+        ("small_job:score+robust", "bytes", "worst-case score"),
+    ],
+)
+def test_objectives_from_the_command_line(
+    job: Path, capsys: pytest.CaptureFixture[str], objective: str, data: str, title: str
+) -> None:
+    assert run(objective, data) == 0, capsys.readouterr().err
+    said = " ".join(capsys.readouterr().out.split())
+    assert title in said
+    assert "accuracy" not in said
+    record = json.loads((job / "run" / "problem.json").read_text())
+    assert not record["higher_is_better"]
+    assert record.get("objective_title_is", record["objective"]) == title
+
+
+TASK_JOB = """
+from tests.problem.test_objectives import task
+
+given = task(NAME)
+
+def network():
+    return given.network
+
+def data():
+    return dict.fromkeys(("train", "search", "test"), (given.inputs, given.targets))
+"""
+
+
+@pytest.mark.parametrize("name", ["miou", *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS if name != "miou")])
+def test_every_task_from_the_command_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, monkeypatch, TASK_JOB.replace("NAME", repr(name)))
+    given = task(name)
+    assert run(given.objective) == 0, capsys.readouterr().err
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    found = haq.load(tmp_path / "run", given.network)
+    by_hand = float(given.value(outputs_of(found, given.inputs), given.targets))
+    for split in ("search", "test"):
+        assert record["found"][split] == pytest.approx(by_hand, rel=1e-4), record
+
+
+def test_what_the_command_line_refuses(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for objective, data, message in (
+        ("small_job:aimless", "data", "objective 'aimless' doesn't say whether larger values are better"),
+        ("mse", "unlabelled", "has no targets to tell the mean squared error by: search with --objective cosine"),
+        ("top5", "data", "has targets that are no classes to tell the top-5 accuracy by"),
+        ("mse+robust", "data", "taken as they are, so the range that an attack must stay in isn't known"),
+        ("map+robust", "bytes", "objective 'map' can't be attacked"),
+        ("f1", "data", "'f1' takes targets of 0 and 1"),
+    ):
+        assert run(objective, data) == EXIT_BAD_INPUT
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_all_are_listed() -> None:
+    rows = {row.name: row.line for row in OBJECTIVES.rows()}
+    assert {"mse", "miou", "NAME+robust"} <= set(rows)
+    for name in OBJECTIVES.names():
+        kind = OBJECTIVES.get(name)
+        assert kind.name == name
+        assert kind.title
+    assert OBJECTIVES.get("psnr+robust").attacked
 
 
 # Solvers, sensitivities, workers.
