@@ -187,7 +187,8 @@ class SearchConfig(_Config):
     objective: str = setting(
         "accuracy",
         "what a policy is judged by, as `haq list objectives` shows them: accuracy; on images without labels, agreement with "
-        "the float network; accuracy+robust, right both as images are and under a cheap attack; or module:Name",
+        "the float network; accuracy+robust, right both as images are and under a cheap attack; or module:Name, which may be "
+        "a metric of torchmetrics or a function of (outputs, targets), or of a network, with an attribute higher_is_better",
         group=SEARCHED,
         metavar="NAME",
         spellings=("--reward",),
