@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 import haq
 import quantizers as Q
+from haq.attacks import ATTACKS
 from haq.attacks.assessment import assess
+from haq.attacks.base import AttackBudget, AttackSetup
+from haq.attacks.classifier import Classifier
 from haq.attacks.proxy import ProxyAttack
+from haq.attacks.threat_model import ThreatModel
 from haq.networks import Network
 from haq.problem.device import available, check_device_name, find_device
 from haq.problem.objective import RobustAccuracy
@@ -91,7 +95,7 @@ def test_a_device_without_its_number_is_the_first() -> None:
 def test_the_network_that_is_given_stays_where_it_is() -> None:
     network = fitted_network()
     problem = haq.Problem(
-        network, calibrate=images(8, 1), search=(SAMPLES, LABELS), target="edge", device="second", correction=None
+        network, calibrate=images(8, 1), search=(SAMPLES, LABELS), target="edge", device="second", scheme="pact"
     )
     assert {parameter.device.type for parameter in network.parameters()} == {"cpu"}
     assert problem.evaluator.device == SECOND
@@ -103,7 +107,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no correction": {"correction": None},
     "kmeans": {"scheme": "kmeans", "metric": "storage"},
     "lsq": {"scheme": "lsq"},
-    "lsq with offsets": {"scheme": "lsqplus"},
+    "lsqplus": {"scheme": "lsqplus", "metric": "storage"},
     "pact": {"scheme": "pact"},
     "dorefa": {"scheme": "dorefa"},
     "binary": {"scheme": "binary", "bits": (1, 8)},
@@ -111,7 +115,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+LONG = ("no correction", "kmeans", "binary", "gptq")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in SETTINGS])
 def test_calibration_and_evaluation_are_those_of_the_cpu(name: str) -> None:
     here, there = of_both(lambda device: make_problem(device, **SETTINGS[name]))
     assert_same(Q.quantizer_state(here.evaluator.network), Q.quantizer_state(there.evaluator.network))
@@ -154,20 +161,37 @@ def test_a_search_under_attack_finds_what_it_finds_on_the_cpu() -> None:
     assert here == there
 
 
-def test_attacks_find_what_they_find_on_the_cpu() -> None:
-    x, y = SAMPLES[:12], LABELS[:12]
-    for norm in ("linf", "l2"):
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_assessment_finds_what_it_finds_on_the_cpu(norm: str) -> None:
+    x, y = SAMPLES[:6], LABELS[:6]
 
-        def attacked(device: torch.device, norm: str = norm) -> Any:
-            problem = make_problem(device, correction=None)
-            network = problem.quantized(problem.uniform(4))
-            sources = {"twin": Q.float_copy(network)}
-            return assess(
-                network, x, y, eps=0.1, norm=norm, attacks="quick,pgd-dlr,pgd-temperature,pgd-bpda-soft", sources=sources
-            )
+    def attacked(device: torch.device) -> Any:
+        problem = make_problem(device, scheme="pact")
+        network = problem.quantized(problem.uniform(4))
+        attacks = "quick,pgd-dlr,pgd-temperature,pgd-bpda-soft"
+        return assess(network, x, y, eps=0.1, norm=norm, attacks=attacks, sources={"twin": Q.float_copy(network)})
 
-        here, there = of_both(attacked)
-        assert here.attacks == there.attacks
-        assert here.curve == there.curve
-        assert here.checks == there.checks
-        assert torch.equal(here.examples, there.examples)
+    here, there = of_both(attacked)
+    assert here.attacks == there.attacks
+    assert here.curve == there.curve
+    assert here.checks == there.checks
+    assert torch.equal(here.examples, there.examples)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_every_attack_makes_of_images_what_it_makes_on_the_cpu(norm: str) -> None:
+    budget = AttackBudget(steps=2, restarts=2, apgd=3, targets=1, queries=5, draws=2)
+
+    def attacked(device: torch.device) -> dict[str, Tensor]:
+        network = fitted_network()
+        network = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), scheme="pact", calibrate=images(24, 1))
+        victim = Classifier(network.to(device))
+        setup = AttackSetup(victim, ThreatModel(0.1, norm), budget, 4, {"twin": Classifier(fitted_network().to(device))})
+        made = {}
+        for name in ATTACKS:
+            for attack in ATTACKS.get(name).make(name, setup):
+                made[attack.name] = attack.run(SAMPLES[:6].to(device), LABELS[:6].to(device), 0)
+        return made
+
+    assert_same(*of_both(attacked))
