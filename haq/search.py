@@ -1,8 +1,8 @@
 """Find bits for every layer under a hardware budget.
 
-A solver chooses the width of weights and activations, layer by layer; the policy with the best accuracy whose cost is within
-the budget is kept, fine-tuned and compared with what other solvers find in as many evaluations. All of it goes to a folder,
-from which a search that was interrupted goes on.
+A solver chooses the width of weights and activations, layer by layer; the policy with the best accuracy, or whatever else
+--objective names, whose cost is within the budget is kept, fine-tuned and compared with what other solvers find in as many
+evaluations. All of it goes to a folder, from which a search that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
 
 def _check_suite(task: SearchTask) -> None:
     """Raise ImportError before the search, rather than after it, if what verifies its outcome is missing."""
-    if task.problem.objective.attacked:
+    from haq.study.search_steps import can_be_verified
+
+    if can_be_verified(task.problem.objective):
         import haq.attacks.evaluation_attacks  # noqa: F401
 
 
@@ -195,6 +197,7 @@ def _describe_workers(workers: WorkersConfig, config: SearchConfig) -> str:
 
 def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict[str, Any], policy: Any) -> None:
     from haq.study import tables
+    from haq.study.search_steps import can_be_verified
 
     folder = run.folder
     tables.print_result(output.results, task, policy, result)
@@ -204,7 +207,7 @@ def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict
     following = [["finetune", folder, *trusting], ["report", folder]]
     if task.config.finetune_epochs:
         following[0] = ["evaluate", folder, *trusting]
-    if task.problem.objective.attacked:
+    if can_be_verified(task.problem.objective):
         following.append(["robustness", folder, "--attacks", "full", *trusting])
     tables.print_next(output.notes, folder, following)
     output.print_json(result)

@@ -98,7 +98,7 @@ class Network:
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
         self._check_shape(images)
-        return self._scaled(images).contiguous(memory_format=self.memory_format)
+        return self._scaled(images.contiguous(memory_format=self.memory_format))
 
     def _scaled(self, images: Tensor) -> Tensor:
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)

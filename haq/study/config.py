@@ -918,11 +918,9 @@ def _wanted(model: type[BaseModel], name: str) -> str:
     field = model.model_fields[name]
     if field.annotation in (bool, bool | None):
         return "true or false"
-    if field.annotation == (int | None):
-        return "an integer"
     if field.annotation in (float, float | None):
         return "a number"
-    if field.annotation is not int:
+    if field.annotation not in (int, int | None):
         return "text"
     least = next((one.ge for one in field.metadata if hasattr(one, "ge")), None)
     if least is None:

@@ -53,6 +53,7 @@ from haq.study.task import (
     check_versions,
     load_target,
     machine_signature,
+    objective_of,
     versions,
 )
 from hw_models import trust
@@ -233,10 +234,11 @@ class SearchRun:
         path = self.folder / HISTORY
         self._expected = []
         if path.exists():
-            self._expected = history.read(path, len(problem.workload))
+            self._expected = history.read(path, len(problem.workload), history.Limits.of(objective_of(problem)))
+        higher, count = problem.objective.higher_is_better, problem.evaluator.count
         for row in self._expected:
             policy = problem.policy(row.weight_bits, row.activation_bits)
-            evaluation = Evaluation(row.accuracy, row.loss, problem.evaluator.count, row.divergence)
+            evaluation = Evaluation(row.accuracy, row.loss, count, row.divergence, higher)
             problem.evaluator.cache[policy] = evaluation
         # Without the line that was being written when the run was killed.
         history.write(path, self._expected)

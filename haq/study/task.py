@@ -20,6 +20,7 @@ from haq.attacks.threat_model import parse_eps
 from haq.data.memory import allowed_bytes
 from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
+from haq.problem.batches import Owned
 from haq.problem.device import CPU, describe_device, find_device, kind_of
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
@@ -27,6 +28,8 @@ from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
+from haq.store.records import ObjectiveRecord
+from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.reconstruction import Reconstructed
@@ -133,11 +136,11 @@ class SearchTask(LoadedNetwork):
 
     Attributes:
         problem: What is searched.
-        measured: Shares on the search and the test split by policy (None: the float network), as far as they were measured.
+        measured: Values on the search and the test split by policy (None: the float network), as far as they were measured.
     """
 
     problem: Problem
-    measured: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
+    measured: dict[Q.BitPolicy | None, dict[str, float | None]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -174,7 +177,7 @@ class SearchTask(LoadedNetwork):
                 _check_adaround(scheme)
         problem = Problem(
             network.module,
-            calibrate=calibration,
+            calibrate=owned(calibration),
             search=search,
             target=target or load_target(config),
             metric=config.metric,
@@ -266,6 +269,13 @@ class SearchTask(LoadedNetwork):
         return found
 
 
+def owned(calibration: Any) -> Owned:
+    """Return what `LoadedNetwork.calibration` returned as batches that needn't be copied."""
+    if isinstance(calibration, Tensor):
+        return Owned([calibration])
+    return Owned(calibration)
+
+
 def _count(calibration: Any) -> int:
     """Count the samples that set the activation scales."""
     if isinstance(calibration, Tensor):
@@ -307,6 +317,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
     target = problem.target
     return {
         "schema": PROBLEM_SCHEMA,
+        **objective_of(problem).differences(),
         "network": network or type(problem.network).__name__,
         "origin": origin,
         "data": data,
@@ -326,7 +337,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
         "scheme": describe_schemes(problem.schemes),
         "objective": problem.objective.name,
         "objective_is": problem.objective.words,
-        "float": problem.float_accuracy,
+        "float": finite(problem.float_accuracy),
         "layers": [
             {
                 "name": layer.name,
@@ -339,6 +350,11 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
             for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
         ],
     }
+
+
+def objective_of(problem: Problem) -> ObjectiveRecord:
+    """Return the record of what policies of a problem are judged by: how values are shown, and which are better."""
+    return ObjectiveRecord.of(problem.objective, problem.samples_are)
 
 
 def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.Scheme]:
