@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import haq
-import quantizers as Q
-from haq.attacks.proxy import AttackedNetwork, ProxyAttack
-from haq.attacks.threat_model import PerturbationBall
-from haq.problem import KINDS, OBJECTIVES
-from haq.problem.chance import doubts
-from haq.problem.distribution import Bernoulli, Categorical, Gaussian
-from haq.problem.given import robust
-from haq.problem.metrics import F1, MeanAP, MeanIoU, Perplexity, Psnr, import_torchmetrics
-from haq.problem.objective import BlackBox, Objective, ValueObjective, find_objective
-from haq.solvers import SOLVERS
-from tests.conftest import brightest, fitted_network, images
+from haq.problem.metrics import import_torchmetrics
+from tests.conftest import images
 
 COUNT = 24
 
