@@ -144,6 +144,7 @@ def _finetune(
         epochs=config.finetune_epochs,
         seed=config.seed,
         learning_rate=config.learning_rate,
+        amp=config.amp,
         adversary=adversary_of(config),
         state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=Q.get_policy(network)),
         on_outcome=on_outcome,

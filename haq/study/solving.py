@@ -401,7 +401,7 @@ def solve(
                 on_trial(trial)
 
         session = Session(problem, evaluations, follow, given, kind, env=base.check_env(env), ahead=ahead)
-        with working(problem.evaluator, workers):
+        with working(problem.evaluator, workers, device=problem.evaluator.device.type):
             base.solve(found, session, seed)
     return Result(problem, name, seed, session)
 
