@@ -137,6 +137,7 @@ def _finetune(
         seed=config.seed,
         learning_rate=config.learning_rate,
         adversary=adversary_of(config),
+        objective=task.problem.objective,
         state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=Q.get_policy(network)),
         on_outcome=on_outcome,
         **follow_training(bar),

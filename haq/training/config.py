@@ -20,6 +20,7 @@ OPTIMIZERS = ("sgd", "adam")  # beside those of torch, by the names of their cla
 SCHEDULES = ("cosine", "linear", "step", "constant")  # of the learning rate; beside those of torch
 AUXILIARY = 0.3  # weight of an auxiliary output's loss (Szegedy et al., "Going deeper with convolutions", CVPR 2015)
 
+SHARE_OF_USUAL = 0.3  # of the learning rate that an optimizer of torch has by default, for fine-tuning
 ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
 
 OnEpoch = Callable[[int, float], None]  # epochs done, and the mean loss of the last

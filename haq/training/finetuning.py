@@ -35,6 +35,7 @@ from haq.problem.tally import ValueTally
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary
 from haq.training.config import (
+    SHARE_OF_USUAL,
     Judgement,
     OnEpoch,
     OnJudged,
@@ -60,7 +61,6 @@ NORM_BATCH = 500
 JUDGED_BATCH = 250
 JUDGED_VALUES = 2**24  # of the inputs that are judged at a time, where they are no images of classes
 SGD = "sgd"
-SHARE_OF_USUAL = 0.3  # of the learning rate that an optimizer of torch has by default, for fine-tuning
 MOST_HELD = 1000  # images that are held out: a twentieth, no more than this
 FEW_HELD = 32  # as far as that is no more than a quarter
 
@@ -557,8 +557,9 @@ def refresh_norms(network: Network, module: nn.Module, split: Split, images: int
     norms = [norm for norm in running_norms(module) if not is_frozen(norm)]
     if not norms:
         return
-    for_norms = Called(network, module)
-    take_statistics(for_norms, norms, for_norms.given(some_batches(split, images, NORM_BATCH)))
+    caller = Called(network, module)
+    batches = caller.given(some_batches(split, images, NORM_BATCH))
+    take_statistics(caller, norms, batches, forward=lambda called, inputs: called(inputs))
 
 
 def some_batches(split: Split, count: int, size: int) -> Iterator[tuple[Any, Any]]:

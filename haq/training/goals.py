@@ -15,6 +15,7 @@ from haq.networks import Network
 from haq.problem.distribution import MAIN, main_output
 from haq.problem.objective import Objective, class_scores
 from haq.training.config import AUXILIARY
+from hw_models.registry import import_by_name
 from quantizers.calling import map_tensors, to_device
 from quantizers.copying import evaluating
 
@@ -207,6 +208,22 @@ def _distance_of_scores(read: Callable[[Any], Tensor], expected: Any) -> Callabl
         return F.kl_div(F.log_softmax(read(outputs), dim=1), targets, reduction="batchmean", log_target=True)
 
     return distance
+
+
+def named_loss(name: str | None) -> UserLoss | None:
+    """Import a loss that the user named, `module:function`; None for None.
+
+    Raises ValueError for what can't be found, and for what is no function.
+    """
+    if name is None:
+        return None
+    found = import_by_name(name, "loss")
+    if isinstance(found, type):
+        found = found()  # such as torch.nn:SmoothL1Loss
+    if not callable(found):
+        raise ValueError(f"loss {name!r} is a {type(found).__name__}; it must be a function of (outputs, targets)")
+    made: UserLoss = found
+    return made
 
 
 def user_loss(loss: UserLoss, outputs: Any, targets: Any) -> Tensor:
