@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import haq
 import quantizers as Q
 from haq import data, networks, train, training
 from haq.console.errors import run_command
@@ -340,6 +341,29 @@ def test_classification_by_name_is_classification() -> None:
     assert found[0][2] == found[1][2]
     for one, other in zip(found[0][:2], found[1][:2], strict=True):
         assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_result_is_finetuned_by_its_objective(task: str) -> None:
+    """Of any structure: what comes out is better on the samples that were searched on."""
+    network, split, objective = learned(task)
+    batches = list(split.batches(16))
+    problem = haq.Problem(
+        network.module,
+        [inputs for inputs, _ in batches] if task in ("tensor", "segmentation", "metric") else batches,
+        batches,
+        "edge",
+        budget=1.0,
+        bits=(2, 3),
+        pinned={},
+        objective=objective,
+    )
+    result = haq.solve(problem, "random", evaluations=1)
+    before = result.evaluate(result.quantized)
+    tuned = result.finetune(batches, epochs=6, learning_rate=0.02, batch_size=16)
+    after = result.evaluate(tuned)
+    assert after.score > before.score
+    assert result.quantized is tuned
 
 
 # Auxiliary outputs.
