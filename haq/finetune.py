@@ -80,7 +80,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
 
     if resume and config.method != "train":
         raise ValueError("--resume goes on with a training: leave it out, or choose --method train")
-    run = SearchRun.load(folder)
+    run = SearchRun.load(folder, config.device)
     asked_for = ["--epochs", str(config.epochs)]
     if config.method != "train":
         asked_for = ["--method", config.method]

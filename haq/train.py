@@ -25,10 +25,13 @@ from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
 from haq.problem import OBJECTIVES
 from haq.problem.chance import guessing_share, is_chance, with_error
-from haq.store.units import percent
+from haq.problem.device import CPU, WRITTEN, find_device
+from haq.store.units import PERCENT, percent, show
 from haq.study.config import (
+    DEVICE_KINDS,
     FOLDERS,
     LINEAR,
+    WORK,
     AnotherScheme,
     check_name,
     check_rate,
@@ -61,7 +64,7 @@ REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
 ACCURACY = "accuracy"
 # What a training was before there was a choice: such a one can still be gone on with.
-BEFORE = {"objective": ACCURACY, "loss": None, "schedule": SCHEDULES[0], "patience": None, "amp": False}
+BEFORE = {"objective": ACCURACY, "loss": None, "schedule": SCHEDULES[0], "patience": None, "amp": False, "device": CPU}
 BATCH = 128  # images of a step
 STEPS_OF_EPOCH = 10  # at least, of few images: these are what trains
 LEAST_BATCH = 16
@@ -196,6 +199,7 @@ class TrainOptions(AnotherScheme):
     )
     seed: int = setting(0, "of everything random but the data's splits", group=TRAINING, metavar="N")
     amp: bool = setting(False, "in mixed precision, float16 or bfloat16 where that does no harm", group=TRAINING)
+    device: str = setting(CPU, f"where networks are run: {WRITTEN}", group=WORK, metavar="NAME", names=lambda: DEVICE_KINDS)
 
     @field_validator("optimizer")
     @classmethod
@@ -276,6 +280,7 @@ class TrainOptions(AnotherScheme):
         adversary = self.adversary()
         if adversary is not None:
             asked |= {"eps": self.eps or DEFAULT_EPS, "attack_steps": adversary.count}
+        # What was trained before there was a choice was trained so, and can be gone on with.
         for name, before in BEFORE.items():
             if asked[name] == before:
                 del asked[name]
@@ -311,9 +316,11 @@ class TrainOptions(AnotherScheme):
                 words += [f"--{name}", getattr(self, name)]
         if self.patience is not None:
             words += ["--patience", self.patience]
+        words += ["--epochs", self.epochs, "--learning-rate", asked["learning_rate"], "--batch-size", asked["batch_size"]]
         if self.amp:
             words.append("--amp")
-        words += ["--epochs", self.epochs, "--learning-rate", asked["learning_rate"], "--batch-size", asked["batch_size"]]
+        if self.device != CPU:
+            words += ["--device", self.device]
         return [*words, "--seed", self.seed, "--out", out.name]
 
 
@@ -457,9 +464,9 @@ def measured(objective: Objective, network: Network, split: Split) -> float:
 
 def shown(objective: Objective, value: float, count: int) -> str:
     """Write the value of an objective, with its unit; of a share of few samples with its standard error."""
-    if objective.unit == "%":
+    if objective.takes_scores and objective.unit == PERCENT:
         return with_error(value, count)
-    return f"{value:.4g} {objective.unit}".rstrip()
+    return show(value, objective.unit)
 
 
 def _of(split: Split) -> str:
@@ -503,6 +510,7 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network, Objective]:
     from haq.problem.objective import build_objective
     from haq.study.task import check_scale
 
+    device = find_device(options.device)
     dataset = data.load(options.data)
     # What is only a function isn't of classes.
     takes_scores = getattr(OBJECTIVES.get(options.objective), "takes_scores", False)
@@ -524,6 +532,7 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network, Objective]:
             )
         for split in (dataset.train, dataset.test):
             check_images(split, dataset.name)
+    network = network.to(device)
     objective = build_objective(options.objective, network, dataset, parse_eps(options.eps or DEFAULT_EPS))
     if objective.compares_with_float and options.loss is None:
         raise ValueError(

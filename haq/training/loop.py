@@ -548,7 +548,7 @@ def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, L
     network, goal, generator = training.network, training.goal, training.generator
     is_of_images = goal.looks_at_images(inputs)
     if is_of_images:
-        inputs = augment(inputs, generator)
+        inputs = augment(to_device(inputs, network.device), generator)
     inputs = network_inputs(network, inputs)
     targets = to_device(targets, network.device)
     if training.teacher is not None and goal.loss is None:
