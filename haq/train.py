@@ -456,10 +456,11 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
 def measured(objective: Objective, network: Network, split: Split) -> float:
     """Measure a network on samples by an objective."""
     from haq import training
+    from haq.problem.tally import measure
 
     if objective.name == ACCURACY:
         return training.accuracy(network, split)
-    return objective.measure(network, split, network.module)
+    return measure(objective, network, split, network.module)
 
 
 def shown(objective: Objective, value: float, count: int) -> str:

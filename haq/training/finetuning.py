@@ -140,7 +140,7 @@ def finetune(
             images of unknown range, and a state of something else.
     """
     goal = Goal(objective, loss)
-    check_samples(split, goal)
+    check_samples(network, split, goal)
     keep_best = keep_best and penalty is None
     trained_on, held = split, split
     if keep_best:
@@ -197,11 +197,20 @@ def finetune(
     return tuned
 
 
-def check_samples(split: Split, goal: Goal) -> None:
-    """Raise ValueError for samples that can't be fine-tuned on, and for an objective that has nothing to fine-tune by."""
+def check_samples(network: Network, split: Split, goal: Goal) -> None:
+    """Check that samples can be fine-tuned on.
+
+    Args:
+        network: The float network.
+        split: The samples.
+        goal: What is minimised.
+
+    Raises:
+        ValueError: For too few of them, labels that are no classes, and an objective that has nothing to fine-tune by.
+    """
     if len(split) < 3:
         raise ValueError(f"fine-tuning takes at least 3 images, there are {len(split)}")
-    goal.check_teacher()
+    goal.check_teacher(network, split)
     labels = split.labels
     if labels is None:
         labels = split.targets
@@ -291,7 +300,7 @@ def judge_of(
         ValueError: If the objective has no distance between outputs, and there is no loss.
     """
     goal = Goal(objective, loss)
-    goal.check_teacher()
+    goal.check_teacher(network, held)
     if goal.is_classification:
         return _judge_of_scores(network, held, adversary, goal)
     return _judge_of_values(network, held, goal)
@@ -305,7 +314,7 @@ def _judge_of_scores(network: Network, held: Split, adversary: Adversary | None,
         proxy = ProxyAttack.of(network, adversary.eps)
     objective = goal.objective
     own_correct: Objective | None = None
-    if objective is not None and type(objective).correct not in (Objective.correct,):
+    if objective is not None and type(objective).correct is not Objective.correct:
         own_correct = objective
     labels_known = classes_of_targets(held)
     # Without labels, or where all are the same, they tell nothing.
@@ -377,22 +386,25 @@ def _judge_of_values(network: Network, held: Split, goal: Goal) -> Judge:
         for number, (given, targets) in enumerate(held.batches(size)):
             inputs = network_inputs(network, given)
             targets = to_device(targets, network.device)
+            with torch.no_grad():
+                expected = objective.read(network.run(teacher, inputs, targets))
+            wanted = objective.aligned(inputs, targets)
+            if objective.compares_with_float:
+                wanted = expected
             versions = (inputs,)
             if objective.attacked:
-                versions = (inputs, *attacked_inputs(objective, module, inputs, targets, number))
+                attacked = attacked_inputs(objective, Called(network, module, targets), inputs, wanted, number)
+                versions = (inputs, *attacked)
             with torch.no_grad():
-                expected = network.run(teacher, inputs, targets)
-                outputs = tuple(network.run(module, one, targets) for one in versions)
+                returned = [network.run(module, one, targets) for one in versions]
+                outputs = tuple(map(objective.read, returned))
                 count = count_of(inputs)
-                if tally is not None:
-                    answers = targets
-                    if objective.compares_with_float:
-                        answers = expected
-                    try:
-                        tally.add(outputs, answers, None, count)
-                    except NotFinite:
-                        return worthless(objective, len(held))
-                losses.add(outputs[-1], targets, count)
+                try:
+                    if tally is not None:
+                        tally.add(outputs, wanted, None, count)
+                except NotFinite:
+                    return worthless(objective, len(held))
+                losses.add(returned[-1], targets, count)
                 if objective.distribution is not None:
                     divergences.append(objective.divergence(outputs[-1], expected).double().cpu())
         divergence = math.nan
@@ -429,6 +441,8 @@ def _judged(objective: Objective, module: nn.Module, tally: ValueTally | None, l
         value = value_of(objective, module)
     else:
         value, higher = loss, False
+    if math.isnan(value):
+        return worthless(objective, count)
     if math.isnan(loss):
         loss = -objective.signed(value)
     return Judgement(value, loss, count, higher, error)

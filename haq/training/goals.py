@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from haq.data import Split
 from haq.data.labels import class_numbers
 from haq.networks import Network
 from haq.problem.distribution import MAIN, main_output
@@ -62,8 +63,23 @@ class Goal:
         if targets is None:
             raise ValueError(f"training by objective {self.name!r} takes targets, and the data has none: give (inputs, targets)")
 
-    def check_teacher(self) -> None:
-        """Raise ValueError if there is nothing by which outputs can be held against a teacher's, and no loss either."""
+    def check_teacher(self, network: Network, split: Split) -> None:
+        """Check that outputs can be held against a teacher's, or that there is a loss.
+
+        Args:
+            network: The teacher, at whose outputs an objective that doesn't know them yet looks.
+            split: The samples.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        objective = self.objective
+        if objective is not None and type(objective).look_at is not Objective.look_at:
+            inputs, targets = split.take(torch.arange(1))
+            inputs = network_inputs(network, inputs)
+            targets = to_device(targets, network.device)
+            outputs = in_evaluation(network, network.module, inputs, targets)
+            objective.look_at(objective.read(outputs), objective.aligned(inputs, targets))
         if self.loss is None and self.objective is not None and self.objective.distribution is None:
             raise ValueError(
                 f"objective {self.name!r} has no distance between a network's outputs and the float network's, which "
@@ -81,6 +97,12 @@ class Goal:
         if hasattr(outputs, "keys"):
             outputs = main_output(outputs)
         return class_scores(outputs)
+
+    def aligned(self, inputs: Any, targets: Any) -> Any:
+        """Return targets in the places that outputs are held against; a loss of the user's gets them as they are."""
+        if self.objective is None or self.loss is not None:
+            return targets
+        return self.objective.aligned(inputs, targets)
 
     def from_targets(self, outputs: Any, targets: Any, usual: Callable[[], Any]) -> Tensor:
         """Compute the loss of outputs by targets.
@@ -123,7 +145,13 @@ class Goal:
             return _distance_of_scores(lambda outputs: self.read(self.divided(outputs, lambda: expected)[0]), expected)
         objective = self.objective
         assert objective is not None
-        return lambda outputs: objective.divergence(self.divided(outputs, lambda: expected)[0], expected).mean()
+        wanted = objective.read(expected)
+
+        def distance(outputs: Any) -> Tensor:
+            main, _ = self.divided(outputs, lambda: expected)
+            return objective.divergence(objective.read(main), wanted).mean()
+
+        return distance
 
     @property
     def _is_usual_distance(self) -> bool:

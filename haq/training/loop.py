@@ -102,7 +102,7 @@ def fit(
         raise ValueError(f"patience is {config.patience}, but nothing is held out by which epochs could be judged")
     goal = Goal(objective, loss, config.auxiliary)
     if teacher is not None:
-        goal.check_teacher()
+        goal.check_teacher(network, split)
     training = Training(network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size))
     training.least = before
     if state is not None:
@@ -558,9 +558,10 @@ def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, L
             expected = training.outputs(training.teacher, inputs, targets)
         return inputs, targets, goal.from_teacher(expected)
     goal.check_targets(targets)
+    wanted = goal.aligned(inputs, targets)
 
     def loss_of(outputs: Any) -> Tensor:
-        return goal.from_targets(outputs, targets, lambda: in_evaluation(network, training.module, inputs, targets))
+        return goal.from_targets(outputs, wanted, lambda: in_evaluation(network, training.module, inputs, targets))
 
     return inputs, targets, loss_of
 
