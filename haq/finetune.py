@@ -139,9 +139,7 @@ class _Tuned(NamedTuple):
     entry: dict[str, Any]
 
 
-def _better_earlier(
-    run: SearchRun, task: SearchTask, tuned: _Tuned, config: FinetuneConfig
-) -> tuple[nn.Module, float] | None:
+def _better_earlier(run: SearchRun, task: SearchTask, tuned: _Tuned, config: FinetuneConfig) -> tuple[nn.Module, float] | None:
     """Return the network that was fine-tuned earlier, with its value, if the new one doesn't beat it on the same samples.
 
     Args:

@@ -40,7 +40,7 @@ from haq.study.config import (
     scheme_parts,
 )
 from haq.training.adversaries import STEPS, Adversary
-from haq.training.config import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule, usual_rate
+from haq.training.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
 
 if TYPE_CHECKING:
@@ -394,7 +394,6 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     """
     import torch
 
-    from haq import training
     from haq.store.checkpoint import Checkpoint
     from haq.store.lock import check_can_be_made, holding
 
@@ -414,7 +413,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
         _check_unused(out, state, resume)  # another process may have begun meanwhile
         outcome = _train(network, dataset, objective, options, state, output, log)
-        values = {name: measured(objective, network, getattr(dataset, name)) for name in ("search", "test")}
+        values = {name: _measured(objective, network, getattr(dataset, name)) for name in ("search", "test")}
         notes = {
             "trained_on": f"the train split of {dataset.describe()}",
             "command": command_line(*options.words(out, len(dataset.train))),
@@ -433,7 +432,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     _print_outcome(output, options, outcome)
     for name, value in values.items():
         split = getattr(dataset, name)
-        say(output.results, f"{objective.title} on the {name} split: {shown(objective, value, len(split))} {_of(split)}")
+        say(output.results, f"{objective.title} on the {name} split: {_shown(objective, value, len(split))} {_of(split)}")
     if objective.name == ACCURACY:
         _say_if_chance(output, dataset, values["test"])
     if attacked is not None:
@@ -453,7 +452,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     return 0
 
 
-def measured(objective: Objective, network: Network, split: Split) -> float:
+def _measured(objective: Objective, network: Network, split: Split) -> float:
     """Measure a network on samples by an objective."""
     from haq import training
     from haq.problem.tally import measure
@@ -463,7 +462,7 @@ def measured(objective: Objective, network: Network, split: Split) -> float:
     return measure(objective, network, split, network.module)
 
 
-def shown(objective: Objective, value: float, count: int) -> str:
+def _shown(objective: Objective, value: float, count: int) -> str:
     """Write the value of an objective, with its unit; of a share of few samples with its standard error."""
     if objective.takes_scores and objective.unit == PERCENT:
         return with_error(value, count)
@@ -573,9 +572,7 @@ def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.M
     calibrate: Any = [(inputs, targets)]
     if isinstance(inputs, Tensor) and network.forward is None:
         calibrate = inputs
-    return Q.quantize(
-        network.module, Q.BitPolicy(policy), scheme=schemes, calibrate=calibrate, forward=network.forward
-    )
+    return Q.quantize(network.module, Q.BitPolicy(policy), scheme=schemes, calibrate=calibrate, forward=network.forward)
 
 
 def _print_outcome(output: Output, options: TrainOptions, outcome: Outcome) -> None:
@@ -604,7 +601,7 @@ def _judge(network: Network, dataset: Dataset, objective: Objective, adversary: 
         if proxy is not None:
             value = worst_case(network, dataset.search, module, proxy)
         else:
-            value = measured(objective, replace(network, module=module), dataset.search)
+            value = _measured(objective, replace(network, module=module), dataset.search)
         return training.Judgement(value, -objective.signed(value), higher_is_better=objective.higher_is_better)
 
     return judge
@@ -677,7 +674,7 @@ def _train(
             values[epoch] = judgement.value
 
         def on_epoch(epoch: int, loss: float) -> None:
-            value = shown(objective, values[epoch], len(dataset.search))
+            value = _shown(objective, values[epoch], len(dataset.search))
             say(output.notes, f"epoch {epoch}/{epochs}: mean loss {loss:.4f}, {held_out} {value}")
             if events is not None:
                 events.add_scalar("loss", loss, epoch)

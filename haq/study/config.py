@@ -24,7 +24,8 @@ from haq.solvers import ENVS, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
 from haq.store.units import UNITS
-from haq.training.config import OPTIMIZERS, SCHEDULES, SHARE_OF_USUAL, check_optimizer, check_schedule
+from haq.training.config import SHARE_OF_USUAL
+from haq.training.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule
 from hw_models import trust
 from hw_models.registry import Registry
 

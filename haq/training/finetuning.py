@@ -17,14 +17,12 @@ import quantizers as Q
 from haq.attacks.proxy import ProxyAttack
 from haq.data import UNLABELLED, Split
 from haq.data.dataset import stratified, whole_groups, without
-from haq.data.sources import Stream
 from haq.data.labels import class_numbers
+from haq.data.sources import Stream
 from haq.networks import Network
-from haq.problem.chance import standard_error
 from haq.problem.evaluator import one_thread
 from haq.problem.objective import (
     BlackBox,
-    MetricObjective,
     NotFinite,
     Objective,
     ValueObjective,
@@ -47,10 +45,10 @@ from haq.training.config import (
     no_outcome,
     no_step,
     rate_for,
-    usual_rate,
 )
 from haq.training.goals import Called, Goal, UserLoss, network_inputs, user_loss
 from haq.training.loop import Judge, batches_in, fit
+from haq.training.optimizers import usual_rate
 from quantizers.calling import count_of, leaves, to_device
 from quantizers.norms import is_frozen, running_norms, take_statistics
 
@@ -241,7 +239,7 @@ def own_random(network: Network) -> list[torch.device]:
 
 
 def classes_of(split: Split) -> Tensor:
-    """Return the class of every sample, by which a part of them can be fair; all are of one where nobody knows without reading.
+    """Return the class of every sample, by which a part can be fair; one for all, where nobody knows without reading them.
 
     Returns:
         Integers, shape (samples,).

@@ -40,9 +40,7 @@ def given_to_tune(problem: Problem, loader: Any, loss: UserLoss | None) -> tuple
     if objective.takes_scores and is_of_images and loss is None and problem.forward is None:
         images, _ = read_tensors(loader, "loader", with_labels=False)
         if images.dim() != IMAGE_DIMS:
-            raise ValueError(
-                f"fine-tuning takes images (N, C, H, W), the loader gives inputs of shape {tuple(images.shape)}"
-            )
+            raise ValueError(f"fine-tuning takes images (N, C, H, W), the loader gives inputs of shape {tuple(images.shape)}")
         network = Network(name, problem.network, tuple(images.shape[1:]))
         return network, Split(images, images.new_zeros(len(images)).long()), None
     split = Split(source_of(loader, "`loader`", default_bytes()))

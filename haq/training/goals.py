@@ -61,7 +61,9 @@ class Goal:
                 "(loss=), a function of (outputs, targets)"
             )
         if targets is None:
-            raise ValueError(f"training by objective {self.name!r} takes targets, and the data has none: give (inputs, targets)")
+            raise ValueError(
+                f"training by objective {self.name!r} takes targets, and the data has none: give (inputs, targets)"
+            )
 
     def check_teacher(self, network: Network, split: Split) -> None:
         """Check that outputs can be held against a teacher's, or that there is a loss.
@@ -316,7 +318,17 @@ class Called(nn.Module):
 
 
 def in_evaluation(network: Network, module: nn.Module, inputs: Any, targets: Any) -> Any:
-    """Compute what a module returns in evaluation mode, in which it is meanwhile."""
+    """Compute what a module returns in evaluation mode, in which it is meanwhile.
+
+    Args:
+        network: Knows how it is called.
+        module: The module.
+        inputs: Of a batch, as the network takes them.
+        targets: Of the batch.
+
+    Returns:
+        Its outputs, without gradients.
+    """
     with torch.no_grad(), evaluating(module):
         return network.run(module, inputs, targets)
 

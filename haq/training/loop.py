@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.data.dataset import batch_count
-from haq.data.sources import Stream
 from haq.data.labels import class_numbers
+from haq.data.sources import Stream
 from haq.networks import Network
-from haq.problem.objective import Objective, class_scores
+from haq.problem.objective import Objective
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import TrainingAttack
 from haq.training.config import (
@@ -37,8 +36,9 @@ from haq.training.config import (
     no_step,
 )
 from haq.training.goals import Called, Goal, UserLoss, as_float32, in_evaluation, network_inputs
-from haq.training.optimizers import Length, Schedule, optimizer_class
-from quantizers.calling import count_of, device_of, to_device
+from haq.training.optimizers import optimizer_class
+from haq.training.schedules import Length, Schedule
+from quantizers.calling import count_of, to_device
 from quantizers.norms import is_frozen, running_norms
 
 Judge = Callable[[nn.Module], Judgement]  # of a network, on samples that it isn't trained on
@@ -103,7 +103,9 @@ def fit(
     goal = Goal(objective, loss, config.auxiliary)
     if teacher is not None:
         goal.check_teacher(network, split)
-    training = Training(network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size))
+    training = Training(
+        network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size)
+    )
     training.least = before
     if state is not None:
         training.restore(state)
@@ -216,7 +218,7 @@ class Training:
         self.steps_per_epoch = (batches or batch_count(images, config.batch_size)) * self.replays
         self.steps = config.steps or passes * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
-        self.schedule = Schedule(self.optimizers, config, Length(self.steps, self.epochs))
+        self.schedule = Schedule(self.optimizers, config.schedule, Length(self.steps, self.epochs))
         self.epoch = 0
         self.step = 0
         self.least: Judgement | None = None
@@ -314,7 +316,7 @@ class Training:
             return
         with state.fitting():
             self.load_tensors(content)
-            self.judged = [judgement_of(*kept) for kept in content["judged"]]
+            self.judged = [_judgement_of(*kept) for kept in content["judged"]]
             self.kept = content["kept"]
             self.best = content["best"]
             for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
@@ -399,7 +401,7 @@ def named_optimizer(name: str, groups: list[dict[str, Any]], rate: float) -> tor
         raise ValueError(f"optimizer {name!r} can't train this network ({reason})") from error
 
 
-def judgement_of(value: float, loss: float, images: int, higher_is_better: bool = True, error: Any = None) -> Judgement:
+def _judgement_of(value: float, loss: float, images: int, higher_is_better: bool = True, error: Any = None) -> Judgement:
     """Make a judgement of what a state keeps of it."""
     if error is not None:
         error = float(error)

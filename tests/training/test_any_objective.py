@@ -25,7 +25,8 @@ from haq.problem.objective import Accuracy, BlackBox, MetricObjective, Objective
 from haq.problem.tally import measure
 from haq.store.checkpoint import Checkpoint
 from haq.training.config import Judgement, Outcome
-from haq.training.optimizers import share_of_peak, torch_optimizers, torch_schedulers
+from haq.training.optimizers import SCHEDULES, torch_optimizers, torch_schedulers, usual_rate
+from haq.training.schedules import share_of_peak
 from tests.conftest import brightest, fitted_network, images, small_network
 
 COUNT = 96
@@ -262,8 +263,8 @@ def quantized(network: networks.Network, split: data.Split, bits: int = 2) -> nn
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_by_targets_betters_the_value(task: str) -> None:
-    kind, given, objective = TASKS[task]
-    network, split, _ = learned(task)
+    kind = TASKS[task][0]
+    network, split, objective = learned(task)
     before, after = (measure(objective, network, split, module) for module in (made(kind), network.module))
     assert objective.signed(after) > objective.signed(before) + 0.1
 
@@ -333,9 +334,7 @@ def test_classification_by_name_is_classification() -> None:
     found = []
     for objective in (None, Accuracy()):
         outcomes: list[Outcome] = []
-        tuned = training.finetune(
-            network, qnetwork, split, epochs=2, seed=0, objective=objective, on_outcome=outcomes.append
-        )
+        tuned = training.finetune(network, qnetwork, split, epochs=2, seed=0, objective=objective, on_outcome=outcomes.append)
         trained = small_network(1)
         training.fit(network, split, training.TrainConfig(2, 0.02, 0, batch_size=32), module=trained, objective=objective)
         found.append((tuned.state_dict(), trained.state_dict(), outcomes))
@@ -463,11 +462,19 @@ def test_a_loss_of_the_users_is_minimised_and_judges() -> None:
 
     def loss(outputs: TextOutput, targets: Tensor) -> Tensor:
         seen.append(type(outputs))
-        return F.cross_entropy(outputs.logits.transpose(1, 2), targets, ignore_index=-100)
+        return F.cross_entropy(outputs["logits"].transpose(1, 2), targets, ignore_index=-100)
 
     outcomes: list[Outcome] = []
     tuned = training.finetune(
-        network, qnetwork, split, epochs=6, seed=0, learning_rate=0.02, objective=objective, loss=loss, on_outcome=outcomes.append
+        network,
+        qnetwork,
+        split,
+        epochs=6,
+        seed=0,
+        learning_rate=0.02,
+        objective=objective,
+        loss=loss,
+        on_outcome=outcomes.append,
     )
     assert set(seen) == {TextOutput}
     assert outcomes[0].kept
@@ -547,7 +554,8 @@ def test_whole_groups_are_held_out() -> None:
     x, targets = regression()
     groups = torch.arange(COUNT) // 8
     kept, held = training.hold_out(data.Split(x, targets, groups))
-    assert kept.groups is not None and held.groups is not None
+    assert kept.groups is not None
+    assert held.groups is not None
     assert not set(kept.groups.tolist()) & set(held.groups.tolist())
     assert len(kept) + len(held) == COUNT
 
@@ -579,7 +587,7 @@ def test_early_stopping_stops() -> None:
 @pytest.mark.parametrize("name", [name for name in torch_optimizers() if name != "Muon"])
 def test_every_optimizer_of_torch_trains(name: str) -> None:
     module = made(Regressor)
-    config = training.TrainConfig(4, training.config.usual_rate(name), 0, batch_size=16, optimizer=name, schedule="constant")
+    config = training.TrainConfig(4, usual_rate(name), 0, batch_size=16, optimizer=name, schedule="constant")
     losses: list[float] = []
     training.fit(
         network_of(module),
@@ -628,7 +636,7 @@ def test_schedules_of_our_own() -> None:
     assert rates_of("linear")[8:][::8] == pytest.approx([0.075, 0.05, 0.025])
     assert rates_of("step")[8:][::8] == pytest.approx([0.1, 0.01, 0.001])
     assert rates_of("constant")[8:][::8] == pytest.approx([0.1, 0.1, 0.1])
-    for name in training.config.SCHEDULES:
+    for name in SCHEDULES:
         assert rates_of(name)[0] == pytest.approx(0.025)
         assert share_of_peak(name, 0, 10_000) == 1 / 200
 
@@ -790,9 +798,7 @@ def test_the_train_command_takes_an_objective(place: Path, capsys: pytest.Captur
     assert float(held_out[kept - 1]) == min(map(float, held_out))
 
 
-def test_the_train_command_takes_a_loss_patience_and_half_precision(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_train_command_takes_a_loss_patience_and_half_precision(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--loss", "own_job:absolute", "--patience", "2", "--amp", "--learning-rate", "3", "--optimizer", "RMSprop"]
     assert train.main([*ASKED, *options, "--epochs", "40", "--out", "a.safetensors"]) == 0
     captured = capsys.readouterr()
