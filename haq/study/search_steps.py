@@ -146,6 +146,7 @@ def _finetune(
         learning_rate=config.learning_rate,
         amp=config.amp,
         adversary=adversary_of(config),
+        objective=task.problem.objective,
         state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=Q.get_policy(network)),
         on_outcome=on_outcome,
         **follow_training(bar, _unit_of(task)),
