@@ -101,8 +101,8 @@ class Source(ABC):
 
     @property
     def known_labels(self) -> Tensor | None:
-        """Return class numbers if they are at hand."""
-        return self.__dict__.get("labels")
+        """Return class numbers if they are at hand without reading all samples; the same whatever was read before."""
+        return self.labels
 
     @cached_property
     def is_even(self) -> bool:
@@ -137,11 +137,6 @@ class Columns(Source):
     def labels(self) -> Tensor | None:
         """Return class numbers, if targets are such."""
         return class_numbers_in(targets_of(without_files(self.batch)), self.count)
-
-    @property
-    def known_labels(self) -> Tensor | None:
-        """Return class numbers: they are at hand."""
-        return self.labels
 
     def take(self, index: Tensor) -> Batch:
         """Return a batch of the samples of these indices."""
@@ -213,8 +208,9 @@ class Items(Source):
             size=self.size,
             workers=self.workers,
         )
-        if self.known_labels is not None:
-            made.__dict__["labels"] = self.known_labels[index]
+        labels = self.__dict__.get("labels")
+        if labels is not None:
+            made.__dict__["labels"] = labels[index]
         return made
 
     def kept(self, most: int) -> Source:
@@ -233,8 +229,8 @@ class Items(Source):
             if size > most:
                 return self
         made = Items(items, self.called, collate=self.collate, size=self.size)
-        if self.known_labels is not None:
-            made.__dict__["labels"] = self.known_labels
+        if "labels" in self.__dict__:
+            made.__dict__["labels"] = self.labels
         return made
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
@@ -248,6 +244,13 @@ class Items(Source):
         generator = torch.Generator().manual_seed(SEED)
         loader = DataLoader(self.dataset, batch_sampler=wanted, collate_fn=self._together, generator=generator, **self.workers)
         yield from loader
+
+    @property
+    def known_labels(self) -> Tensor | None:
+        """Return class numbers if samples are in memory, or the data set lists them."""
+        if self.is_kept or self._listed() is not None:
+            return self.labels
+        return None
 
     def check_same(self) -> None:
         """Raise ValueError, naming the data, if the first samples are others when they are read again."""

@@ -318,13 +318,14 @@ def test_what_can_be_gone_through_once_is_kept_or_refused() -> None:
         ({"train": (["a"], ["b"])}, "holds what is no tensor or array of numbers"),
         ({"train": X, "tests": X}, "returned dict; it must return a haq.data.Dataset, or a dict with train and test"),
         ({"train": X[:1]}, "has 1 samples; it takes two"),
+        ({"train": X, "test": X}, "search-images is 21; the search split is cut from .*, of 40 samples: it can be up to 20"),
         ({"train": X, "search": X}, "search-images is 5, and .* gives a search split of its own"),
     ],
 )
 def test_what_cannot_be_samples_is_one_sentence(made: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {}
-    if "search" in made:
-        options["search_images"] = 5
+    if "search-images is" in message:
+        options["search_images"] = int(message.split()[2].rstrip(",;"))
     with pytest.raises(ValueError, match=message) as error:
         load(made, monkeypatch, **options)
     assert "\n" not in str(error.value)
