@@ -783,7 +783,8 @@ def named(objective: Objective, method: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        if type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        is_ours = type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if is_ours and not hasattr(objective, "given"):
             raise
         raise ValueError(f"`{method}` of objective {objective.name!r} failed: {_reason(error)}") from error
 

@@ -293,6 +293,18 @@ def test_a_stream_that_changes_later_is_named(how: str) -> None:
         list(source)  # type: ignore[call-overload]
 
 
+class Broken(Pairs):
+    """Can't read a sample."""
+
+    def __getitem__(self, index: int) -> Any:
+        raise KeyError(f"no file {index}\n")
+
+
+def test_a_sample_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`search` raised KeyError for sample 0 .'no file 0.*: mend it"):
+        source_of(Broken(), "`search`", 10**6)
+
+
 def test_what_can_be_gone_through_once_is_kept_or_refused() -> None:
     assert source_of((batch for batch in X.split(6)), "it", 10**6).is_kept
     with pytest.raises(
