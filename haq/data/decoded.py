@@ -107,7 +107,7 @@ class DecodedImages:
             return
         try:
             with _one_makes:
-                if not self._is_there():
+                if not self._is_full and not self._is_there():
                     self._make()
             if self._is_full:
                 return
