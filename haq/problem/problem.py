@@ -31,7 +31,7 @@ from haq.problem.batches import (
 )
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
-from haq.problem.device import find_device
+from haq.problem.device import compute_exactly, find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
@@ -151,7 +151,8 @@ class Problem:
                 batch is as the loader gives it, on the network's device.
             memory: How much the samples of `search` may take in memory, such as "4GB", or bytes; None: a quarter of the
                 machine's. What doesn't fit is read anew for every policy, in advance.
-            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is.
+            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is. On a GPU float32
+                is computed as such from then on in this process, not as TF32.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -705,6 +706,7 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
 def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Module:
     """Return a network itself, or a copy of it on another device. Raises ValueError for one that isn't here."""
     if device is None:
+        compute_exactly(device_of(network))
         return network
     found = find_device(device, "`device`")
     if found == device_of(network):
