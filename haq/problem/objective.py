@@ -370,7 +370,6 @@ class ValueObjective(Objective):
         """
         return raised_loss(self, network, inputs, lambda outputs: self.losses(self.read(outputs), targets))
 
-
 class MetricObjective(ValueObjective):
     """Has a metric of torchmetrics, over all samples at once, for its value."""
 
