@@ -2,8 +2,8 @@
 
 There are four kinds. `Objective` itself is of class scores: which samples are answered rightly. A `ValueObjective` gives every
 sample a value, of which the mean counts. A `MetricObjective` has a metric of torchmetrics over all samples. A `BlackBox` is
-given the network, and returns a number. Those of other tasks than classification are in `haq.problem.metrics`, and what is made
-of a function or a metric of somebody's is in `haq.problem.given`.
+given the network, and returns a number. Those of other tasks than classification are in `haq.problem.metrics`, and what is
+made of a function or a metric of somebody's is in `haq.problem.given`.
 
 An objective of your own is one class:
 
