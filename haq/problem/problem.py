@@ -48,7 +48,7 @@ from haq.problem.schemes import (
     roundings_by_layer,
     schemes_by_layer,
 )
-from haq.store.units import DOWN, UP, describe_amount, show
+from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
@@ -214,6 +214,7 @@ class Problem:
                     qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
                 )
             self.float_result = self.evaluator.measure_teacher()
+        _check_share(self.objective, self.float_result.value)
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""
@@ -552,6 +553,15 @@ class Problem:
         names = " and ".join(f"{name!r} at {_words(pair)}" for name, pair in self.pinned.items())
         least = describe_amount(without, self.metric, UP)
         return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
+
+
+def _check_share(objective: Objective, value: float) -> None:
+    """Raise ValueError for a value that is no share, of an objective that says that its values are."""
+    if objective.unit == PERCENT and math.isfinite(value) and not 0 <= value <= 1:
+        raise ValueError(
+            f"objective {objective.name!r} has the unit '%' and gave {value:g} for the float network: values of that unit are "
+            "shares from 0 to 1, which are shown in percent; divide them by 100, or give another unit"
+        )
 
 
 def _read_search(

@@ -32,6 +32,7 @@ from haq.store.records import ObjectiveRecord
 from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
@@ -165,7 +166,9 @@ class SearchTask(LoadedNetwork):
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         tuning = None
         if config.finetune_steps:
-            tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed, config.learning_rate)
+            tuning = training.ShortTuning(
+                network, dataset.train, config.finetune_steps, config.seed, config.learning_rate, objective
+            )
         # It is sent to other processes, which have the network already.
         preprocess = replace(network, module=nn.Identity(), forward=None).preprocess
         search = samples_of(dataset.search, preprocess, allowed_bytes(config.memory))
@@ -197,13 +200,16 @@ class SearchTask(LoadedNetwork):
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
 
-    def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress) -> Reconstructed:
+    def reconstruct(
+        self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress, loss: UserLoss | None = None
+    ) -> Reconstructed:
         """Correct biases and learn roundings for one policy (`haq.training.reconstruct`).
 
         Args:
             policy: The policy.
             seed: Of all that is random.
             on_progress: Told how many of how many parts are done.
+            loss: By which networks are judged in place of the distance from the float network's outputs.
 
         Returns:
             The better network, reconstructed or not, and how both were judged.
@@ -214,6 +220,8 @@ class SearchTask(LoadedNetwork):
             self.dataset.train,
             seed=seed,
             adversary=adversary_of(self.config),
+            objective=self.problem.objective,
+            loss=loss,
             on_progress=on_progress,
         )
 
