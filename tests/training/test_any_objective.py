@@ -115,11 +115,11 @@ class Regressor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(6, 24)
-        self.second = nn.Linear(24, 24)
+        self.middle = nn.Linear(24, 24)
         self.last = nn.Linear(24, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.first(x).relu()).relu())
+        return self.last(self.middle(self.first(x).relu()).relu())
 
 
 class TwoInputs(Regressor):
@@ -139,13 +139,13 @@ class Segmenter(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(1, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
         self.aux = nn.Conv2d(8, 2, 1)
         self.last = nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.norm(self.first(x)).relu()
-        return {"out": self.last(self.second(x).relu()), "aux": self.aux(x)}
+        return {"out": self.last(self.middle(x).relu()), "aux": self.aux(x)}
 
 
 class TextOutput(dict):  # type: ignore[type-arg]
