@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import re
 import sys
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from haq import data, networks, train, training
+from haq import data, finetune, networks, search, train, training
 from haq.console.errors import run_command
 from haq.problem.distribution import Categorical
 from haq.problem.objective import Accuracy, BlackBox, MetricObjective, Objective, ValueObjective
@@ -849,3 +850,32 @@ def test_the_train_command_goes_on_exactly(killed: int, place: Path, monkeypatch
     assert train.main([*ASKED, *options, "--resume", "--out", "part.safetensors"]) == 0
     whole, part = (networks.read_state(Path(name))[0] for name in ("whole.safetensors", "part.safetensors"))
     assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+def test_the_finetune_command_takes_the_objective_of_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a loss, an optimizer and a schedule that are named; what it goes on with belongs to them."""
+    of_search = [*ASKED[:-2], "--hw", "edge", "--budget", "0.7", "--bits", "2:4", "--solver", "random", "--evaluations", "1"]
+    assert search.main([*of_search, "--finetune-epochs", "0", "--out", "run"]) == 0
+    training_options = ["--epochs", "3", "--optimizer", "AdamW", "--schedule", "linear", "--patience", "3", "--amp"]
+    capsys.readouterr()
+    assert finetune.main(["run", *training_options, "--loss", "own_job:absolute"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mean squared error measured on this machine" in printed
+    assert "accuracy" not in printed
+    tuning = json.loads(Path("run/result.json").read_text())["tuning"]
+    assert (tuning["images"], tuning["epochs"]) == (24, 3)
+    write = Checkpoint.write
+    with pytest.MonkeyPatch.context() as patch:
+
+        def write_and_die(self: Checkpoint, *rest: Any) -> None:
+            write(self, *rest)
+            raise RuntimeError
+
+        patch.setattr(Checkpoint, "write", write_and_die)
+        with pytest.raises(RuntimeError):
+            finetune.main(["run", *training_options])
+    assert run_command(lambda: finetune.main(["run", *training_options, "--optimizer", "RMSprop", "--resume"])) == 2
+    assert "optimizer was 'AdamW' and is 'RMSprop' now" in capsys.readouterr().err
+    assert finetune.main(["run", *training_options, "--resume"]) == 0
+    assert run_command(lambda: finetune.main(["run", "--method", "ptq", "--optimizer", "AdamW"])) == 2
+    assert "--optimizer is of training: leave it out" in capsys.readouterr().err
