@@ -291,7 +291,8 @@ def test_finetuning_at_few_bits_betters_the_value_on_held_out_samples(task: str)
 
 
 @pytest.mark.parametrize("task", ["tensor", "tuple", "dict"])
-def test_roundings_are_learned_for_any_structure(task: str) -> None:
+def test_roundings_are_learned_for_any_structure(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haq.training.reconstruction.ITERATIONS", 60)
     network, split, objective = learned(task)
     found = training.reconstruct(network, quantized(network, split, 3), split, seed=0, objective=objective)
     assert found.after.higher_is_better == objective.higher_is_better
