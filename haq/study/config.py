@@ -121,6 +121,15 @@ class SearchConfig(_Config):
         metavar="NUMBERS",
         default_words="the network's own; 1 for module:Name",
     )
+    forward: str | None = setting(
+        None,
+        "module:function of (network, batch) that computes the outputs, where that takes more than calling the network with "
+        "the inputs; a batch is (inputs, targets)",
+        group=SEARCHED,
+        metavar="NAME",
+        default_words="the network itself",
+        names=lambda: (),  # it is code, that whoever types it may have imported
+    )
     hw: str = setting(
         "edge",
         "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
@@ -402,6 +411,7 @@ class SearchConfig(_Config):
             "solver": [self.solver],
             "objective": [self.objective],
             "scheme": scheme_parts(self.scheme),
+            "forward": [self.forward or ""],
         }
         return [(field, name) for field, given in names.items() for name in given if _is_code(field, name)]
 
@@ -916,7 +926,7 @@ def _is_code(field: str, name: str) -> bool:
         import hw_models
 
         return hw_models.TARGETS.is_code(name)
-    if field == "scheme":
+    if field in ("scheme", "forward"):
         return True
     registries: dict[str, Registry[Any]] = {
         "network": networks.NETWORKS,

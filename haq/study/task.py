@@ -35,8 +35,9 @@ from haq.training.adversaries import Adversary
 from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
+from hw_models.registry import import_by_name
 from hw_models.tvm_cpu.target import CpuTarget
-from quantizers.calling import inputs_of, leaves
+from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images of the train split
@@ -61,6 +62,8 @@ class LoadedNetwork:
         """Load network and data, which need no hardware; raises what its parts raise."""
         device = find_device(config.device)
         network = networks.load(config.network).normalized(*config.normalization())
+        if config.forward is not None:
+            network = replace(network, forward=_named_forward(config.forward))
         most = allowed_bytes(config.memory)
         dataset = data.load(config.data, image_size=network.image_size, memory=most, search_images=config.search_images)
         # What is only a function isn't of classes.
@@ -74,6 +77,8 @@ class LoadedNetwork:
         network = self.network.signature()
         if any(self.config.normalization()):
             network += f", mean {self.network.mean}, std {self.network.std}"
+        if self.config.forward is not None:
+            network += f", called by {self.config.forward}"
         return {"network": network, "data": self.dataset.signature()}
 
     def calibration(self) -> Any:
@@ -289,6 +294,14 @@ def _count(calibration: Any) -> int:
     if isinstance(calibration, Tensor):
         return len(calibration)
     return sum(map(samples_in, calibration))
+
+
+def _named_forward(name: str) -> Forward:
+    """Import what calls the network. Raises ValueError for what can't be found, and for what is no function."""
+    found: Forward = import_by_name(name, "forward")
+    if not callable(found):
+        raise ValueError(f"forward {name!r} is a {type(found).__name__}; it must be a function of (network, batch)")
+    return found
 
 
 def check_scale(dataset: data.Dataset, mean: str | None, std: str | None) -> None:
