@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from quantizers import BitPolicy
 Array = NDArray[np.float64]
 Observation = NDArray[np.float32]
 Step = tuple[Observation, float, bool, bool, dict[str, Any]]
-Judge = Callable[[BitPolicy], Any]  # what it returns has accuracy and loss
+Judge = Callable[[BitPolicy], Any]  # what it returns has accuracy (the objective's value) and loss
 
 REWARD_SCALE = 10  # per unit of accuracy (HAQ's equation 3)
 SHOWN = 60  # characters of a wrong action in a message
@@ -93,7 +94,7 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
         """Have the policy judged that the pairs of bits of all decisions make, and end the episode."""
         policy = self.problem.decide(pairs)
         result = self.judge(policy)
-        reward = REWARD_SCALE * (result.accuracy - self.problem.float_accuracy)
+        reward = reward_of(self.problem, result)
         info = {
             "policy": policy,
             "accuracy": result.accuracy,
@@ -102,6 +103,30 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
             "saturated": saturated,
         }
         return self._observe(), reward, True, False, info
+
+
+def reward_of(problem: SearchProblem, result: Any) -> float:
+    """Return what an agent gets for a policy.
+
+    For a share, such as an accuracy, it is 10 times the difference from the float network's (HAQ, equation 3). Other values
+    may be of any size: there it is 10 x / (1 + |x|), x being the difference for the better as a part of the float network's
+    value.
+
+    Args:
+        problem: Its objective tells the unit and whether larger values are better; without one values are shares.
+        result: What the policy was judged: it has the value, as accuracy.
+
+    Returns:
+        The reward; 0 for a policy as good as the float network.
+    """
+    objective = getattr(problem, "objective", None)
+    if objective is None or (objective.unit == "%" and objective.higher_is_better):
+        return REWARD_SCALE * (result.accuracy - problem.float_accuracy)
+    if not math.isfinite(result.accuracy):
+        return -float(REWARD_SCALE)
+    better = float(objective.signed(result.accuracy) - objective.signed(problem.float_accuracy))
+    x = better / (abs(problem.float_accuracy) or 1.0)
+    return REWARD_SCALE * x / (1 + abs(x))
 
 
 def checked_action(action: Any, size: int, step: int) -> Array:

@@ -38,7 +38,8 @@ class HaqEnv(PolicyEnv):
     kernel, stride, size of the feature map, parameters, depthwise or not, weights or activations, last action.
 
     ## Rewards
-    0, and at the end of the episode 10 x (accuracy of the policy - accuracy of the float network) (equation 3).
+    0, and at the end of the episode 10 x (accuracy of the policy - accuracy of the float network) (equation 3). Of
+    an objective whose values are no shares see `envs.base.reward_of`.
 
     ## Starting state
     The weights of the first undecided layer.

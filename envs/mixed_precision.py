@@ -55,7 +55,7 @@ class MixedPrecisionEnv(PolicyEnv):
 
     ## Rewards
     0, and at the end of the episode 10 x (accuracy of the policy - accuracy of the float network): HAQ's equation 3 with
-    accuracies as fractions.
+    accuracies as fractions. Of an objective whose values are no shares see `envs.base.reward_of`.
 
     ## Starting state
     The first undecided layer, nothing spent but what the pinned layers cost.

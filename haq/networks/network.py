@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantizers.calling import Forward, call, device_of, map_tensors, to_device
 from quantizers.copying import evaluating
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -18,7 +19,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what it wants to see: images of `input_shape` (C, H, W), scaled to [0, 1], minus mean, over std."""
+    """A network and what it wants to see: images of `input_shape` (C, H, W), scaled to [0, 1], minus mean, over std.
+
+    With a `forward`, that computes its outputs of (module, batch), a batch being (inputs, targets) as the data set gives them.
+    """
 
     name: str
     module: nn.Module
@@ -27,6 +31,28 @@ class Network:
     std: tuple[float, ...] = (1.0,)
     origin: str = ""
     memory_format: torch.memory_format = torch.channels_last
+    forward: Forward | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the network's parameters are; the CPU if it has none."""
+        return device_of(self.module)
+
+    def run(self, module: nn.Module, inputs: Any, targets: Any = None) -> Any:
+        """Compute the outputs of a module of this network's kind.
+
+        Args:
+            module: The network's own, or a quantized one.
+            inputs: Of a batch, preprocessed, of any structure; the module is given copies of them, on the network's device.
+            targets: Of the batch, for a `forward` that looks at them.
+
+        Returns:
+            What the module, or `forward`, returns.
+        """
+        copied = map_tensors(to_device(inputs, self.device), torch.clone)
+        if self.forward is not None:
+            return self.forward(module, (copied, to_device(targets, self.device)))
+        return call(module, copied)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Turn images into what the network takes. Float images are taken as they are.

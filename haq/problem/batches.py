@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from haq.data.labels import class_numbers, native
 from haq.problem import CORRECTIONS, ROUNDINGS
+from quantizers.calling import map_tensors
 from quantizers.policy import QUANTIZABLE
 
 BATCH = 250  # images of a Dataset that are put together at a time
@@ -137,6 +138,40 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
                 f"{tuple(inputs.shape)} and {inputs.dtype}; all must be alike"
             )
     return batches
+
+
+def read_any(data: Any, name: str) -> list[Any] | None:
+    """List the batches of whatever a user has, of any structure, as they come.
+
+    Args:
+        data: See `read_batches`; entries of a batch may be of any structure. A mapping is one batch.
+        name: What the data are called in messages.
+
+    Returns:
+        The batches; None for what is one batch of tensors, a tensor or a pair of them.
+
+    Raises:
+        TypeError: For something that gives no batches.
+        ValueError: If there is nothing in it.
+    """
+    if _is_array(data) or (isinstance(data, tuple) and len(data) == 2 and all(map(_is_array, data))):
+        return None
+    if isinstance(data, Mapping) or (isinstance(data, tuple) and len(data) == 2):
+        return [data]
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = DataLoader(data, BATCH, collate_fn=functools.partial(_collated, name=name))
+    try:
+        batches = iter(data)
+    except TypeError as error:
+        raise TypeError(
+            f"`{name}` is {_shown(data)}; it must be a tensor, a pair (inputs, labels) of tensors, a Dataset, a DataLoader, "
+            "or an iterable of batches"
+        ) from error
+    # Copies: some loaders fill the same memory again with every batch.
+    found = [map_tensors(batch, torch.clone) for batch in batches]
+    if not found:
+        raise ValueError(f"`{name}` gave no images")
+    return found
 
 
 def read_inputs(data: Batches, name: str) -> list[Tensor]:

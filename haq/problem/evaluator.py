@@ -1,4 +1,4 @@
-"""Accuracy of a policy on held-out images, fast.
+"""What a policy is worth on held-out samples, fast.
 
 It takes at most one forward pass for a policy never seen before, none for one that was.
 """
@@ -8,38 +8,41 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import quantizers as Q
 from haq.data.labels import class_numbers
 from haq.problem.objective import (
     Accuracy,
     Agreement,
+    BlackBox,
     NotFinite,
     Objective,
+    ValueObjective,
     attacked_inputs,
-    class_scores,
-    count_correct,
-    mean_loss,
+    value_of,
 )
 from haq.problem.prefix_cache import Prefix
+from haq.problem.samples import BATCH as BATCH
+from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
 from haq.problem.snapshot import Snapshot, same_bits
+from haq.problem.tally import Evaluation as Evaluation
+from haq.problem.tally import ScoreTally, Tally, ValueTally, worthless
+from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
 
-BATCH = 125  # images; small enough for a layer's activations to stay in the processor's cache
-KEPT_BYTES = 1 << 30  # of activations, all batches together
+KEPT_BYTES = 1 << 30  # of activations, all batches together; and of the teacher's outputs
 RISK = 1e-3  # that an evaluation is stopped although the policy isn't below the accuracy to beat
-SHUFFLE_SEED = 0
 
-# Of a batch's number: class scores (images, classes), and, where they are attacked, those of the attacked images.
-Forward = Callable[[int], tuple[Tensor, ...]]
+# Of a batch's number and the batch: what the objective looks at of the outputs, and, where they are attacked, of those of the
+# attacked samples.
+Answers = Callable[[int, Any], tuple[Any, ...]]
 
 
 class Pool(Protocol):
@@ -52,126 +55,144 @@ class Pool(Protocol):
         """Wait for a policy's evaluation."""
 
 
-class Evaluation(NamedTuple):
-    """What a policy was measured to give.
-
-    A network whose outputs aren't all finite is worth nothing: its accuracy is 0, and its loss and divergence are infinite.
-
-    Attributes:
-        accuracy: Share of images that the objective counts as correct, 0 to 1.
-        loss: The objective's mean loss (nats).
-        images: The number of images that both stand on.
-        divergence: Where there is a teacher, the mean Kullback-Leibler divergence (nats) of its outputs from the network's, on
-            the images as they are.
-    """
-
-    accuracy: float
-    loss: float
-    images: int
-    divergence: float | None = None
-
-
 class Evaluator:
-    """Evaluates policies of one quantized network on one set of images, which it keeps in memory, where the network is.
+    """Evaluates policies of one quantized network on one set of samples, kept in memory, where the network is, or streamed.
 
     Weights are quantized once per (layer, bits) and scales calibrated once; the results are cached by policy. A policy that
     begins with the bits of the one before starts from what was computed then (`prefix_cache`), with the same result. Only
-    where images are attacked is the whole network run, several times, forwards and backwards.
+    where samples are attacked, streamed, or given by a `forward` is the whole network run.
 
-    If the network or the images are changed, by whatever means, all that was kept is forgotten (`snapshot`). The network is
+    If the network or the samples are changed, by whatever means, all that was kept is forgotten (`snapshot`). The network is
     always judged in evaluation mode, and may change what it is given in place: it is given copies.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        inputs: Tensor,
+        inputs: Tensor | Samples | None,
         labels: Tensor | None = None,
         *,
         teacher: nn.Module | None = None,
         tune: Callable[[nn.Module], nn.Module] | None = None,
         objective: Objective | None = None,
         kept_bytes: int = KEPT_BYTES,
+        forward: Forward | None = None,
     ) -> None:
-        """Take a network and the images that its policies are judged on.
+        """Take a network and the samples that its policies are judged on.
 
         Args:
             network: From `quantizers.quantize`.
-            inputs: Shape (images, ...), preprocessed.
-            labels: Class numbers of any integer type and of shape (images,). Without them the teacher's answers are taken.
-            teacher: A network; every evaluation then tells the Kullback-Leibler divergence KL(teacher || network).
+            inputs: Shape (samples, ...), preprocessed; or samples of any kind, with their targets. None is enough for an
+                objective that is given the network.
+            labels: Class numbers of any integer type and of shape (samples,). Without them the teacher's answers are taken.
+            teacher: A network; every evaluation then tells the divergence from its outputs.
             tune: Makes of a copy of the network, at a policy's bits, the one that is judged.
             objective: What is correct, and how large the loss is; None is accuracy with labels, agreement without.
             kept_bytes: Limit of the activations kept between evaluations, all batches together.
+            forward: Computes outputs of (network, batch), where that takes more than calling the network with the inputs.
 
         Raises:
-            ValueError: If there are no images, or not as many labels, or neither labels nor a teacher; and for labels that
+            ValueError: If there are no samples, or not as many labels, or neither labels nor a teacher; and for labels that
                 are no class numbers.
         """
-        count = len(inputs)
-        if labels is not None:
-            labels = class_numbers(labels, "`labels`")
-            count = len(labels)
-        if len(inputs) != count or not count:
-            raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
-        if labels is None and teacher is None:
-            raise ValueError("give labels or a teacher, or both")
+        samples = _samples_of(inputs, labels)
+        has_targets = labels is not None
+        if isinstance(inputs, Samples):
+            has_targets = targets_of(inputs.example(), network) is not None
         if objective is None:
             objective = Agreement()
-            if labels is not None:
+            if has_targets:
                 objective = Accuracy()
-        if labels is None and objective.attacked:
-            raise ValueError("an attack makes answers wrong, so it needs labels")
+        _check_given(objective, samples, has_targets, teacher is not None)
         self.network = network.eval()
         self.tune = tune
         self.objective = objective
         self.kept_bytes = kept_bytes
         self.teacher = teacher
+        self.forward = forward
         if objective.attacked:
             # Gradients go to the inputs alone, so that quantized weights are made once per width as they are without.
             network.requires_grad_(False)
-        self.count = count
         self.device = device_of(network)
-        # Whatever part of them is looked at first is a fair sample.
-        self.order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count))
-        with torch.inference_mode(False), torch.no_grad():  # changes of inference tensors can't be noticed
-            self._inputs = [_rows(inputs, index).to(self.device) for index in self.order.split(BATCH)]
-        self.expected: Tensor | None = None  # the teacher's outputs, in the order of `inputs`
-        if labels is not None:
-            self.labels = labels.cpu()
-        self._labelled = labels is not None
+        self.samples = samples
+        self.count = 0
+        self.order = torch.arange(0)
+        if samples is not None:
+            self.samples = samples.to(self.device)
+            self.count = samples.count
+            self.order = samples.order
+        self._asked = not has_targets and objective.takes_scores  # whether the teacher's answers are the labels
+        self.labels = torch.zeros(0, dtype=torch.long)  # of class scores, in the order in which samples were given
+        self.expected: Tensor | None = None  # the teacher's class scores, in the same order
+        self.outputs: list[Any] | None = None  # other outputs of the teacher, by batch
         self._ask_teacher()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self.pool: Pool | None = None
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
 
     def _ask_teacher(self) -> None:
-        """Set what the teacher's outputs decide."""
+        """Set what the teacher's outputs decide, and the labels."""
+        if self.teacher is None and (self.expected is not None or self.outputs is not None):
+            raise ValueError("the evaluator's samples were changed, and this copy of it has no teacher to ask anew")
+        if self.samples is None:
+            return
+        if self.objective.takes_scores:
+            self._read_scores()
+        elif self.teacher is not None and self.objective.distribution is not None:
+            self.outputs = self._kept_outputs(self.teacher)
+
+    def _read_scores(self) -> None:
+        """Set labels, and the teacher's class scores."""
+        back = self.order.argsort()
+        if not self._asked:
+            assert self.samples is not None
+            given = torch.cat([torch.as_tensor(targets_of(batch, self.network)).cpu() for batch in self.samples])[back]
+            self.labels = class_numbers(given, "`labels`")
         if self.teacher is None:
-            if self.expected is not None:
-                raise ValueError("the evaluator's images were changed, and this copy of it has no teacher to ask anew")
             return
         with evaluation_mode(self.teacher):
-            outputs = torch.cat([part for (part,) in self._each(_whole(self.teacher, self._inputs))])
-        self.expected = outputs[self.order.argsort()]
-        if not self._labelled:
-            self.labels = self.expected.argmax(1).cpu()
+            outputs = torch.cat([part.cpu() for _, (part,) in self._each(self._plainly(self.teacher))])
+        self.expected = outputs[back]
+        if self._asked:
+            self.labels = self.expected.argmax(1)
+
+    def _kept_outputs(self, teacher: nn.Module) -> list[Any] | None:
+        """Return the teacher's outputs by batch; None if they take more than `kept_bytes`, and are computed anew each time."""
+        kept: list[Any] = []
+        size = 0
+        with evaluation_mode(teacher), closing(self._each(self._plainly(teacher))) as each:
+            for _, (outputs,) in each:
+                size += sum(leaf.nbytes for leaf in leaves(outputs))
+                if size > self.kept_bytes:
+                    return None
+                kept.append(outputs)
+        return kept
 
     def _stored(self) -> list[Tensor]:
         """List the tensors that results depend on, beside those of the network."""
-        stored = [*self._inputs, self.labels]
+        stored = self._kept_samples()
+        stored.append(self.labels)
         if self.expected is not None:
             stored.append(self.expected)
+        if self.outputs is not None:
+            stored += leaves(self.outputs)
         return stored
 
+    def _kept_samples(self) -> list[Tensor]:
+        if self.samples is None:
+            return []
+        return list(self.samples.tensors())
+
     def _forget_what_changed(self) -> None:
-        """Forget all that was kept, if the network or the images are no longer what it was computed with."""
+        """Forget all that was kept, if the network or the samples are no longer what it was computed with."""
         if self._snapshot is not None:
             self._snapshot.restore_modes(self.network)
-            if self._snapshot.fits(self.network, self._stored()):
+            stored = self._stored()
+            if self._snapshot.fits(self.network, stored):
                 return
-            before = self._snapshot.copies[-len(self._stored()) :]
-            if not all(map(same_bits, self._inputs, before)):
+            before = self._snapshot.copies[-len(stored) :]
+            samples = self._kept_samples()
+            if not all(map(same_bits, samples, before[: len(samples)])):
                 self._ask_teacher()
             self.cache.clear()
             self.__dict__.pop("prefix", None)
@@ -183,16 +204,30 @@ class Evaluator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "pool": None, "teacher": None, "_snapshot": None}
+        state = self.__dict__ | {"cache": {}, "pool": None, "_snapshot": None}
+        if not self._asks_again:
+            state["teacher"] = None
         state.pop("prefix", None)
         return state
+
+    @property
+    def _asks_again(self) -> bool:
+        """Say whether the teacher's outputs are computed anew for every policy."""
+        if self.teacher is None or self.samples is None or self.objective.takes_scores:
+            return False
+        return self.outputs is None and self.objective.distribution is not None
 
     @functools.cached_property
     def prefix(self) -> Prefix | None:
         """Cut the network, so that a policy can start where it parts from the one before; None if that can't be done."""
+        if self.forward is not None or not isinstance(self.samples, KeptSamples):
+            return None
+        inputs = [inputs_of(batch, self.network) for batch in self.samples.batches]
+        if not all(isinstance(part, Tensor) for part in inputs):
+            return None
         try:
             with torch.inference_mode(False), torch.no_grad():
-                return Prefix(self.network, self._inputs, self.kept_bytes)
+                return Prefix(self.network, inputs, self.kept_bytes)
         except ValueError:
             return None  # then it is run as a whole, with the same result
 
@@ -200,7 +235,7 @@ class Evaluator:
     def one_batch(self) -> bool:
         """Say whether a single batch is evaluated by all threads, so that sums of floats depend on their number."""
         # Unless it is attacked: the sign of a gradient near 0 must not hang on it.
-        return len(self._inputs) == 1 and not self.objective.attacked
+        return self.samples is not None and len(self.samples) == 1 and not self.objective.attacked
 
     @property
     def worker_threads(self) -> int:
@@ -209,34 +244,40 @@ class Evaluator:
         One, unless sums of floats depend on their number. Then they are as many as here, so that results are those of this
         process.
         """
-        if self.one_batch or self.tune is not None:
+        if self.one_batch or self.tune is not None or isinstance(self.objective, BlackBox):
             return torch.get_num_threads()
         return 1
 
     @property
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """List inputs and labels, in the order in which they are looked at."""
-        return list(zip(self._inputs, self.labels[self.order].split(BATCH), strict=True))
+    def batches(self) -> list[tuple[Any, Any]]:
+        """List inputs and targets, in the order in which they are looked at."""
+        if self.samples is None:
+            return []
+        inputs = [inputs_of(batch, self.network) for batch in self.samples]
+        if self.objective.takes_scores:
+            return list(zip(inputs, self.labels[self.order].split(list(self.samples.sizes)), strict=True))
+        return [(one, targets_of(batch, self.network)) for one, batch in zip(inputs, self.samples, strict=True)]
 
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
-        """Tell accuracy and loss of a policy.
+        """Tell the value and the loss of a policy.
 
-        Given an accuracy to beat, evaluation ends after a part of the images, taken in random order without replacement, if
+        Given an accuracy to beat, evaluation ends after a part of the samples, taken in random order without replacement, if
         that part tells that the accuracy on all of them is below `beat`. A policy that isn't below it is stopped with a
         probability of at most `RISK`, all looks together: after each batch the number of right answers is held against its
         hypergeometric distribution for a policy that just reaches `beat`, at the level RISK / looks (union bound). The
-        probability is that of the order of images, which is drawn once for all policies.
+        probability is that of the order of samples, which is drawn once for all policies. Only where values are shares of
+        samples, and these are in a random order, does an evaluation end early.
         """
         self._forget_what_changed()
         known = self.cache.get(policy)
         if self.pool is not None and beat is None and (known is None or known.images < self.count):
             self.cache[policy] = known = self.pool.evaluate(policy)
-        if known is None or (known.images < self.count and not self._is_below(known, beat)):
+        if known is None or (known.images < self.count and not self._is_below(known.accuracy, known.images, beat)):
             network = self.prepared(policy)
-            forward = self._forward(network)
+            answers = self._answers(network)
             if network is self.network and not self.objective.attacked:
-                forward = self._resuming()
-            self.cache[policy] = known = self._measure(forward, beat)
+                answers = self._resuming()
+            self.cache[policy] = known = self._measure(network, answers, beat)
             assert self._snapshot is not None
             self._snapshot.take_attributes()
         return known
@@ -257,128 +298,216 @@ class Evaluator:
         return tuned
 
     def measure(self, network: nn.Module) -> Evaluation:
-        """Tell accuracy and loss of any network, in evaluation mode, on the same images.
+        """Tell the value and the loss of any network, in evaluation mode, on the same samples.
 
-        Raises ValueError for outputs that are no class scores.
+        Raises ValueError for outputs that the objective can't judge.
         """
-        return self._measure(self._forward(network), None)
+        return self._measure(network, self._answers(network), None)
 
     def measure_teacher(self) -> Evaluation:
-        """Tell accuracy and loss of the teacher. Raises ValueError if there is none, or if its outputs aren't finite.
+        """Tell the value and the loss of the teacher.
 
-        They were computed when it was asked, but for attacked images, which it is asked now.
+        Its outputs were computed when it was asked, but for those on attacked samples, which it is asked now.
+
+        Raises:
+            ValueError: If there is none, if its outputs aren't finite, or if the objective tells no finite number of it.
         """
-        if self.expected is None or self.teacher is None:
+        if self.teacher is None:
             raise ValueError("the evaluator has no teacher")
-        if self.objective.attacked:
-            return self._judged(self._forward(self.teacher), None)
-        outputs = self.expected[self.order].split(BATCH)
-        return self._judged(lambda batch: (outputs[batch],), None)
+        answers = self._answers(self.teacher)
+        if not self.objective.attacked and self.expected is not None:
+            of_batches = self.expected[self.order].split([*self.samples.sizes] if self.samples else [])
+            answers = lambda number, batch: (of_batches[number],)  # noqa: E731
+        elif not self.objective.attacked and self.outputs is not None:
+            kept = self.outputs
+            answers = lambda number, batch: (kept[number],)  # noqa: E731
+        with evaluation_mode(self.teacher):
+            result = self._judged(self.teacher, answers, None)
+        if not math.isfinite(result.accuracy) or not math.isfinite(result.loss):
+            raise ValueError(
+                f"objective {self.objective.name!r} gives no finite number for the float network on the search samples: value "
+                f"{result.accuracy}, loss {result.loss}"
+            )
+        return result
 
-    def _forward(self, network: nn.Module) -> Forward:
-        """Compute outputs of a network from the input on, and those for attacked images if there is an attack."""
-        if not self.objective.attacked:
-            return _whole(network, self._inputs)
-        with torch.inference_mode(False):  # inference tensors can't be kept for a gradient
-            batches = self.batches
+    def _answer(self, network: nn.Module, batch: Any) -> Any:
+        """Compute what the objective looks at of one batch's outputs."""
+        return self.objective.read(outputs_of(network, batch, self.forward))
 
-        def forward(batch: int) -> tuple[Tensor, ...]:
-            inputs, labels = batches[batch]
-            with torch.inference_mode(False):
-                attacked = attacked_inputs(self.objective, network, inputs.clone(), labels, batch)
+    def _plainly(self, network: nn.Module) -> Answers:
+        """Compute outputs of a network from the input on."""
+
+        def answers(number: int, batch: Any) -> tuple[Any, ...]:
             with torch.inference_mode():
-                return tuple(class_scores(network(one.clone())) for one in (inputs, *attacked))
+                return (self._answer(network, batch),)
 
-        return forward
+        return answers
 
-    def _resuming(self) -> Forward:
+    def _answers(self, network: nn.Module) -> Answers:
+        """Compute outputs of a network from the input on, and those for attacked samples if there is an attack."""
+        if not self.objective.attacked:
+            return self._plainly(network)
+        with torch.inference_mode(False):  # inference tensors can't be kept for a gradient
+            labels: list[Any] = []
+            if self.objective.takes_scores:
+                labels = [part for _, part in self.batches]
+
+        def answers(number: int, batch: Any) -> tuple[Any, ...]:
+            inputs = inputs_of(batch, self.network)
+            targets = targets_of(batch, self.network)
+            if labels:
+                targets = labels[number]
+            with torch.inference_mode(False):
+                attacked = attacked_inputs(self.objective, network, inputs.clone(), targets, number)
+            with torch.inference_mode():
+                versions = (inputs, *attacked)
+                return tuple(self.objective.read(call(network, one.clone())) for one in versions)
+
+        return answers
+
+    def _resuming(self) -> Answers:
         """Compute outputs of the quantized network by batch, from where its bits part from those before."""
         prefix = self.prefix
         if prefix is None:
-            return _whole(self.network, self._inputs)
+            return self._plainly(self.network)
 
-        def forward(batch: int) -> tuple[Tensor, ...]:
+        def answers(number: int, batch: Any) -> tuple[Any, ...]:
             # Not inference mode: what is kept must tell whether it was changed.
             with torch.inference_mode(False), torch.no_grad():
-                return (class_scores(prefix.forward(batch)),)
+                return (self.objective.read(prefix.forward(number)),)
 
-        return forward
+        return answers
 
-    def _measure(self, forward: Forward, beat: float | None) -> Evaluation:
+    def _measure(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
         """Judge outputs; those that aren't all finite are worth nothing."""
         try:
-            return self._judged(forward, beat)
+            return self._judged(network, answers, beat)
         except NotFinite:
-            divergence = None
-            if self.expected is not None:
-                divergence = math.inf
-            return Evaluation(0.0, math.inf, self.count, divergence)
+            has_teacher = self.expected is not None or self.outputs is not None or self._asks_again
+            return worthless(self.objective, self.count, has_teacher)
 
-    def _judged(self, forward: Forward, beat: float | None) -> Evaluation:
+    def _judged(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
         """Judge outputs. Raises NotFinite for those that can't be."""
-        parts: list[tuple[Tensor, ...]] = []
-        right = seen = 0
-        with closing(self._each(forward)) as each:
-            for outputs in each:
-                labels = self.labels[self.order[seen : seen + len(outputs[0])]]
-                if any(bool(part.isnan().any()) for part in outputs):
-                    raise NotFinite
-                right += count_correct(self.objective, outputs, labels)
-                seen += len(labels)
-                parts.append(outputs)
-                if seen < self.count and self._is_below(Evaluation(right / seen, 0.0, seen), beat):
+        if isinstance(self.objective, BlackBox):
+            return self._told(self.objective, network, answers)
+        tally: Tally = ScoreTally(self.objective, self.order, self.expected)
+        if isinstance(self.objective, ValueObjective):
+            tally = ValueTally(self.objective, self.order)
+        with closing(self._each(answers)) as each:
+            for number, (batch, outputs) in enumerate(each):
+                expected = self._expected(number, batch)
+                if self.objective.takes_scores:
+                    last = tally.seen + len(outputs[0])
+                    targets = self.labels[self.order[tally.seen : last]]
+                elif self.objective.compares_with_float:
+                    targets = expected
+                else:
+                    targets = targets_of(batch, self.network)
+                with torch.inference_mode():
+                    tally.add(outputs, targets, expected, samples_in(batch))
+                share = tally.share()
+                if tally.seen < self.count and share is not None and self._is_below(share, tally.seen, beat):
                     break
-        # Summed in the order in which the images were given.
-        looked_at = self.order[:seen]
-        back, index = looked_at.argsort(), looked_at.sort().values
-        outputs = tuple(torch.cat(part)[back] for part in zip(*parts, strict=True))
-        divergence = None
-        if self.expected is not None:
-            divergence = self._divergence(outputs[0], self.expected[index]) / seen
-        loss = mean_loss(self.objective, outputs, self.labels[index], divergence)
-        return Evaluation(right / seen, loss, seen, divergence)
+        return tally.result()
 
-    def _each(self, forward: Forward) -> Generator[tuple[Tensor, ...]]:
-        """Yield the outputs of every batch, in their order, in main memory.
+    def _told(self, objective: BlackBox, network: nn.Module, answers: Answers) -> Evaluation:
+        """Judge by an objective that is given the network; the divergence is told where there are samples to tell it by."""
+        value = value_of(objective, network)
+        if math.isinf(value):
+            return worthless(objective, self.count, self.outputs is not None or self._asks_again)
+        loss = -objective.signed(value)
+        divergence = None
+        if self.outputs is not None or self._asks_again:
+            parts: list[Tensor] = []
+            for number, (batch, outputs) in enumerate(self._each(answers)):
+                apart = objective.divergence(outputs[0], self._expected(number, batch))
+                parts.append(apart.detach().double().cpu())
+            divergence = float(torch.cat(parts).mean())
+            if not math.isfinite(divergence):
+                raise NotFinite
+            loss = divergence
+        return Evaluation(value, loss, self.count, divergence, objective.higher_is_better)
+
+    def _expected(self, number: int, batch: Any) -> Any:
+        """Return the teacher's outputs on a batch; None where nobody asks, or class scores are kept all together."""
+        if self.outputs is not None:
+            return self.outputs[number]
+        if not self._asks_again:
+            return None
+        assert self.teacher is not None
+        with torch.inference_mode(), evaluation_mode(self.teacher):
+            return self._answer(self.teacher, batch)
+
+    def _each(self, answers: Answers) -> Generator[tuple[Any, tuple[Any, ...]]]:
+        """Yield every batch and its outputs, in their order.
 
         Every thread takes whole batches: small networks spend much of their time waiting where all threads share one
         operation. What a result is doesn't depend on who was first.
         """
-        threads, batches = torch.get_num_threads(), range(len(self._inputs))
+        assert self.samples is not None
+        threads = torch.get_num_threads()
+        batches = enumerate(self.samples)
         if threads == 1 or self.one_batch or self.device.type != "cpu":
-            yield from (tuple(part.cpu() for part in forward(batch)) for batch in batches)
+            for number, batch in batches:
+                moved = batch
+                if not self.samples.is_kept:
+                    moved = to_device(batch, self.device)
+                yield moved, answers(number, moved)
             return
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        waiting: deque[tuple[Any, Future[tuple[Any, ...]]]] = deque()
+        # Of samples that are streamed only so many are in memory.
+        most = len(self.samples)
+        if not self.samples.is_kept:
+            most = 2 * threads
         try:
-            yield from pool.map(forward, batches)
+            for number, batch in batches:
+                waiting.append((batch, pool.submit(answers, number, batch)))
+                if len(waiting) >= most:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # threads made from now on would have taken over the pool's setting
 
-    def _is_below(self, part: Evaluation, beat: float | None) -> bool:
-        """Say whether the part of the images that was looked at tells that the accuracy on all of them is below `beat`."""
-        if beat is None:
+    def _is_below(self, share: float, seen: int, beat: float | None) -> bool:
+        """Say whether the part of the samples that was looked at tells that the share of all of them is below `beat`."""
+        if beat is None or self.samples is None or not self.samples.is_shuffled:
             return False
         from scipy.stats import hypergeom  # it takes half a second to import
 
         # Right answers that reach `beat`, which may be such a share itself, rounded.
         needed = min(max(math.ceil(beat * self.count - 1e-6), 0), self.count)
-        right, looks = round(part.accuracy * part.images), len(self._inputs) - 1
-        return bool(hypergeom.cdf(right, self.count, needed, part.images) <= RISK / looks)
+        right, looks = round(share * seen), len(self.samples) - 1
+        return bool(hypergeom.cdf(right, self.count, needed, seen) <= RISK / looks)
 
-    @staticmethod
-    def _divergence(outputs: Tensor, expected: Tensor) -> float:
-        """Sum KL(expected || outputs) over the images."""
-        total = 0.0
-        for part, of_teacher in zip(outputs.double().split(BATCH), expected.double().split(BATCH), strict=True):
-            target = F.log_softmax(of_teacher, 1)
-            given = F.log_softmax(part, 1)
-            summed = float(F.kl_div(given, target, reduction="sum", log_target=True))
-            if math.isnan(summed):
-                # A class that is impossible (a score of minus infinity) adds nothing.
-                summed = float((target.exp() * (target - given)).where(target > -math.inf, 0.0).sum())
-            total += summed
-        return total
+
+def _samples_of(inputs: Tensor | Samples | None, labels: Tensor | None) -> Samples | None:
+    """Make samples of tensors. Raises ValueError if there are none, or not as many labels as inputs."""
+    if not isinstance(inputs, Tensor):
+        return inputs
+    count = len(inputs)
+    if labels is not None:
+        labels = class_numbers(labels, "`labels`")
+        count = len(labels)
+    if len(inputs) != count or not count:
+        raise ValueError(f"evaluation needs as many images as labels, at least one; got {len(inputs)} and {count}")
+    if labels is None:
+        return KeptSamples([inputs])
+    return KeptSamples([(inputs, labels)])
+
+
+def _check_given(objective: Objective, samples: Samples | None, has_targets: bool, has_teacher: bool) -> None:
+    """Raise ValueError unless an evaluator is given what its objective needs."""
+    if samples is None and not isinstance(objective, BlackBox):
+        raise ValueError("evaluation needs samples, at least one")
+    if not has_targets and objective.attacked:
+        raise ValueError("an attack makes answers wrong, so it needs labels")
+    if not has_targets and not has_teacher and not isinstance(objective, BlackBox):
+        raise ValueError("give labels or a teacher, or both")
 
 
 @contextmanager
@@ -407,25 +536,3 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
         # Not train(mode): norms that are frozen within a training network stay frozen.
         for module, mode in modes:
             module.training = mode
-
-
-def device_of(network: nn.Module) -> torch.device:
-    """Tell where a network's parameters are; the CPU if it has none."""
-    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-
-
-def _whole(network: nn.Module, inputs: list[Tensor]) -> Forward:
-    """Compute outputs of a network by batch, from the input on."""
-
-    def forward(batch: int) -> tuple[Tensor, ...]:
-        with torch.inference_mode():
-            # A copy: some networks normalise their input in place.
-            return (class_scores(network(inputs[batch].clone())),)
-
-    return forward
-
-
-def _rows(inputs: Tensor, index: Tensor) -> Tensor:
-    """Take some of the images, in the memory order that they have."""
-    rows = torch.empty_like(inputs[: len(index)])
-    return torch.index_select(inputs, 0, index.to(inputs.device), out=rows)

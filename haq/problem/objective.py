@@ -1,5 +1,9 @@
 """What policies are judged by. Torch is imported only when something is computed.
 
+There are four kinds. `Objective` itself is of class scores: which samples are answered rightly. A `ValueObjective` gives every
+sample a value, of which the mean counts. A `MetricObjective` has a metric of torchmetrics over all samples. A `BlackBox` is
+given the network, and returns a number.
+
 An objective of your own is one class:
 
     class TopTwo(haq.Objective):
@@ -18,17 +22,22 @@ import math
 import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from haq.problem import OBJECTIVES, lacking
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torchmetrics import Metric
 
     from haq.attacks.proxy import ProxyAttack
     from haq.data import Dataset, Split
     from haq.networks import Network
+    from haq.problem.distribution import Distribution
+
+# What a user may give for an objective; see `find_objective`.
+AnyObjective = Any
 
 PART = 125  # images whose losses are summed at a time: the order of a sum is part of the result
 
@@ -50,8 +59,14 @@ class Objective:
     Attributes:
         name: What it is called in options and files.
         words: What it measures, in words.
+        title: What it is called in sentences and on the axes of plots, such as "accuracy" or "mIoU".
         short: What it is called at the head of a table's column.
-        needs_labels: Whether images must have labels.
+        unit: "%": values are shares, 0 to 1, which are shown in percent. Otherwise it is shown behind the value.
+        higher_is_better: Whether a larger value is better.
+        needs_labels: Whether samples must have targets; those of classification are labels.
+        takes_scores: Whether it is of class scores, shape (samples, classes), and labels.
+        distribution: What outputs say of answers, by which their distance from the float network's is told; None where they
+            can't be held against each other.
         compares_with_float: Whether labels are the float network's answers and the loss is the divergence from its
             outputs; the float network itself then has 1 and 0.
         attacked: Whether images are attacked too, by `proxy`.
@@ -59,12 +74,16 @@ class Objective:
         note: What must be said below a table of results.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     words: str = ""
-    short: ClassVar[str] = ""
-    needs_labels: ClassVar[bool] = True
-    compares_with_float: ClassVar[bool] = False
-    attacked: ClassVar[bool] = False
+    title: str = ""
+    short: str = ""
+    unit: str = "%"
+    higher_is_better: bool = True
+    needs_labels: bool = True
+    takes_scores: bool = True
+    compares_with_float: bool = False
+    attacked: bool = False
     proxy: ProxyAttack | None = None
     also: tuple[Objective, ...] = ()
     note: str = ""
@@ -74,10 +93,9 @@ class Objective:
         super().__init_subclass__()
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
-        if "words" not in cls.__dict__:
-            cls.words = cls.name
-        if "short" not in cls.__dict__:
-            cls.short = cls.name
+        for words in ("words", "title", "short"):
+            if words not in cls.__dict__:
+                setattr(cls, words, cls.name)
 
     def __repr__(self) -> str:
         """Say on one line what it measures."""
@@ -181,17 +199,86 @@ class Objective:
                 f"{classes - 1}"
             )
 
-    def share(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network on any images.
+    @property
+    def distribution(self) -> Distribution | None:
+        """Return what outputs say of answers: scores of classes."""
+        from haq.problem.distribution import Categorical
+
+        return Categorical()
+
+    @property
+    def worst(self) -> float:
+        """Return the value of a network whose outputs aren't finite."""
+        if self.unit == "%" and self.higher_is_better:
+            return 0.0
+        return self.signed(-math.inf)
+
+    def signed(self, value: float) -> float:
+        """Return a number that is larger for a better value; and back, a value for such a number."""
+        if self.higher_is_better:
+            return value
+        return -value
+
+    def read(self, outputs: Any) -> Any:
+        """Return what the objective looks at of a network's outputs: the class scores.
+
+        Raises ValueError for outputs that have none.
+        """
+        from haq.problem.distribution import main_output
+
+        if hasattr(outputs, "keys"):
+            outputs = main_output(outputs)
+        return class_scores(outputs)
+
+    def training_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Compute what training minimises: the mean cross-entropy.
 
         Args:
-            network: The float network, which preprocesses the images.
-            split: The images.
-            module: The network that is measured; it is put into evaluation mode.
-            batch_size: Images at a time.
+            outputs: Of the network in training mode.
+            targets: Labels, shape (samples,).
 
         Returns:
-            The share of images that count as correct, 0 to 1; those with an output that is NaN count as wrong.
+            A scalar that a gradient can be taken of.
+
+        Raises:
+            ValueError: For what are no class scores, and labels that no output stands for.
+        """
+        from torch.nn import functional as F
+
+        from haq.data.labels import class_numbers
+
+        scores = self.read(outputs)
+        return F.cross_entropy(scores, class_numbers(targets, "what is trained on", scores.shape[1]))
+
+    def divergence(self, outputs: Any, expected: Any) -> Tensor:
+        """Tell how far outputs are from the float network's, which fine-tuning with it as teacher minimises.
+
+        Args:
+            outputs: Of the network.
+            expected: Of the float network.
+
+        Returns:
+            Shape (samples,); a gradient can be taken.
+
+        Raises:
+            ValueError: For outputs that can't be held against each other.
+        """
+        if self.distribution is None:
+            raise ValueError(f"objective {self.name!r} has no distance between outputs: give it a loss")
+        return self.distribution.divergence(outputs, expected)
+
+    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+        """Measure a network on any samples.
+
+        Args:
+            network: The float network, which preprocesses the inputs.
+            split: The samples.
+            module: The network that is measured; it is put into evaluation mode.
+            batch_size: Samples at a time.
+
+        Returns:
+            The objective's value. Of class scores it is the share of samples that count as correct; those with an output that
+            is NaN count as wrong.
         """
         import torch
 
@@ -204,10 +291,137 @@ class Objective:
                 more = self.more_inputs(module, inputs.clone(), labels, batch)
             with torch.inference_mode():
                 if self.compares_with_float:
-                    labels = class_scores(network.module.eval()(inputs.clone())).argmax(1)
-                outputs = [class_scores(module(one.clone())) for one in (inputs, *more)]
+                    labels = self.read(network.run(network.module.eval(), inputs)).argmax(1)
+                outputs = [self.read(network.run(module, one)) for one in (inputs, *more)]
                 right += count_correct(self, outputs, labels)
         return right / len(split)
+
+
+class ValueObjective(Objective):
+    """Gives every sample a value; the mean over all samples is what a policy is worth.
+
+    A subclass has `values`; and `losses`, if the values themselves are no loss that a gradient can be taken of.
+    """
+
+    unit = ""
+    takes_scores = False
+
+    @property
+    def distribution(self) -> Distribution | None:
+        """Return what outputs say of answers: numbers."""
+        from haq.problem.distribution import Gaussian
+
+        return Gaussian()
+
+    def read(self, outputs: Any) -> Any:
+        """Return a network's outputs, as they are."""
+        return outputs
+
+    def values(self, outputs: Any, targets: Any) -> Tensor:
+        """Tell what every sample's answer is worth.
+
+        Args:
+            outputs: What the network returned for a batch, or `forward` did.
+            targets: The batch's targets, on the same device; those of an objective that compares with the float network are
+                its outputs.
+
+        Returns:
+            Shape (samples,).
+        """
+        raise NotImplementedError
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Tell the loss of every sample's answer, by which policies of the same value are told apart.
+
+        Args:
+            outputs: As in `values`.
+            targets: Likewise.
+
+        Returns:
+            Shape (samples,), of which a gradient can be taken in the outputs; smaller is better. None: the divergence from the
+            float network's outputs stands for it. If nothing else is said these are the values, where smaller ones are better.
+        """
+        if self.higher_is_better:
+            return None
+        return self.values(outputs, targets)
+
+    def training_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Compute what training minimises: the mean of the losses; see `Objective.training_loss`."""
+        losses = self.losses(outputs, targets)
+        if losses is None or not losses.requires_grad:
+            raise ValueError(f"objective {self.name!r} has no loss that can be trained: give it one (loss=)")
+        return losses.mean()
+
+    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+        """Measure a network on any samples; see `Objective.measure`."""
+        import torch
+
+        from haq.problem.tally import ValueTally
+        from quantizers.calling import count_of, to_device
+
+        module.eval()
+        tally = ValueTally(self)
+        for batch, (inputs, targets) in enumerate(split.batches(batch_size)):
+            inputs = network.preprocess(inputs)
+            more: tuple[Any, ...] = ()
+            if self.attacked:
+                more = self.more_inputs(module, inputs.clone(), targets, batch)
+            with torch.inference_mode():
+                if self.compares_with_float:
+                    targets = network.run(network.module.eval(), inputs)
+                outputs = tuple(network.run(module, one, targets) for one in (inputs, *more))
+                try:
+                    tally.add(outputs, to_device(targets, network.device), None, count_of(inputs))
+                except NotFinite:
+                    return self.worst
+        return tally.result().accuracy
+
+
+class MetricObjective(ValueObjective):
+    """Has a metric of torchmetrics, over all samples at once, for its value."""
+
+    def metric(self) -> Metric:
+        """Make the metric, with nothing in it. Its `compute` gives one number."""
+        raise NotImplementedError
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor | None:
+        """Leave the loss to the divergence from the float network's outputs; see `ValueObjective.losses`."""
+        return None
+
+
+class BlackBox(Objective):
+    """Is given a network, and returns what it is worth.
+
+    Nobody knows what it looks at. So the network is always run as a whole, no evaluation ends early, and there is no loss but
+    what the value lost.
+    """
+
+    unit = ""
+    needs_labels = False
+    takes_scores = False
+
+    def evaluate(self, network: nn.Module) -> float:
+        """Tell what a network, in evaluation mode, is worth."""
+        raise NotImplementedError
+
+    def training_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Raise ValueError: there is none."""
+        raise ValueError(f"objective {self.name!r} is given the network and has no loss that can be trained: give one (loss=)")
+
+    def read(self, outputs: Any) -> Any:
+        """Return a network's outputs, as they are."""
+        return outputs
+
+    @property
+    def distribution(self) -> Distribution | None:
+        """Return what outputs say of answers: numbers."""
+        from haq.problem.distribution import Gaussian
+
+        return Gaussian()
+
+    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+        """Measure a network, on whatever samples it knows of itself; see `Objective.measure`."""
+        return value_of(self, module.eval())
 
 
 class Accuracy(Objective):
@@ -241,6 +455,7 @@ class RobustAccuracy(Objective):
     """
 
     name = "accuracy+robust"
+    title = "worst-case accuracy"
     short = "worst case"
     attacked = True
 
@@ -310,7 +525,7 @@ def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
     """
     import torch
 
-    with _named(objective, "correct"):
+    with named(objective, "correct"):
         given = objective.correct(outputs, labels)
     if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != labels.shape:
         raise ValueError(
@@ -340,7 +555,7 @@ def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, d
     """
     import torch
 
-    with _named(objective, "loss"):
+    with named(objective, "loss"):
         given: object = objective.loss(outputs, labels, divergence)
     number = math.nan
     if isinstance(given, torch.Tensor):
@@ -378,7 +593,7 @@ def attacked_inputs(
     """
     import torch
 
-    with _named(objective, "more_inputs"):
+    with named(objective, "more_inputs"):
         given: object = objective.more_inputs(network, inputs, labels, batch)
     if not isinstance(given, tuple | list):
         given = (given,)
@@ -391,8 +606,77 @@ def attacked_inputs(
     return tuple(given)
 
 
+def per_sample(objective: ValueObjective, method: str, given: Any, count: int) -> Tensor:
+    """Check what an objective tells of every sample of a batch.
+
+    Args:
+        objective: The objective.
+        method: What was called, "values" or "losses".
+        given: What it returned.
+        count: The samples of the batch.
+
+    Returns:
+        Numbers, float64 of shape (samples,), on the CPU.
+
+    Raises:
+        ValueError: Naming the objective and what it gave, for anything but a tensor of this shape.
+    """
+    import torch
+
+    if not isinstance(given, torch.Tensor) or given.shape != (count,) or given.is_complex():
+        raise ValueError(
+            f"`{method}` of objective {objective.name!r} must return a tensor of shape ({count},), a number for each sample, "
+            f"not {_described(given)}"
+        )
+    return given.detach().double().cpu()
+
+
+def single_number(objective: Objective, method: str, given: Any) -> float:
+    """Check the value that an objective tells of a network.
+
+    Args:
+        objective: The objective.
+        method: What was called, "metric" or "evaluate".
+        given: What it returned.
+
+    Returns:
+        The number, which may be NaN or infinite.
+
+    Raises:
+        ValueError: Naming the objective and what it gave, for anything but one number.
+    """
+    import torch
+
+    if isinstance(given, torch.Tensor) and given.numel() == 1 and not given.is_complex():
+        return float(given)
+    if isinstance(given, numbers.Real) and not isinstance(given, bool):
+        return float(given)
+    raise ValueError(f"`{method}` of objective {objective.name!r} must return one number, not {_described(given)}")
+
+
+def value_of(objective: BlackBox, network: nn.Module) -> float:
+    """Tell what a network is worth by an objective that is given it.
+
+    Args:
+        objective: The objective.
+        network: In evaluation mode; it is put back into it, if it was left.
+
+    Returns:
+        The value; the worst there is, if it is NaN.
+
+    Raises:
+        ValueError: Naming the objective and what it gave, for anything but one number.
+    """
+    with named(objective, "evaluate"):
+        given = objective.evaluate(network)
+    value = single_number(objective, "evaluate", given)
+    if math.isnan(value):
+        return objective.worst
+    return value
+
+
 @contextmanager
-def _named(objective: Objective, method: str) -> Iterator[None]:
+def named(objective: Objective, method: str) -> Iterator[None]:
     """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
     try:
         yield
@@ -420,7 +704,7 @@ def _described(given: object) -> str:
     return printable(f"{type(given).__name__} {given!r}"[:80])
 
 
-def find_objective(objective: str | type[Objective] | Objective) -> Objective:
+def find_objective(objective: AnyObjective) -> Objective:
     """Return an objective that is given as a name, as `module:Name`, as a class or as itself.
 
     Raises:

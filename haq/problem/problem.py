@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,20 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
-from haq.problem.batches import Batches, check_alike, check_arguments, check_quantization, read_inputs, read_tensors
+from haq.problem.batches import (
+    Batches,
+    check_alike,
+    check_arguments,
+    check_quantization,
+    read_any,
+    read_inputs,
+    read_tensors,
+)
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
-from haq.problem.evaluator import Evaluation, Evaluator, device_of, evaluation_mode
-from haq.problem.objective import Objective, class_scores, find_objective
+from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
+from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
+from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
 from haq.problem.schemes import (
     AnyScheme,
     check_metric,
@@ -38,6 +48,7 @@ from haq.store.units import DOWN, UP, describe_amount, percent
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
+from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
 
@@ -70,6 +81,8 @@ class Problem:
             calibration, shape (layers, 2, 8).
         quantization_error: The same of every decision, the mean over its layers, shape (decisions, 2, 8).
         objective: What policies are judged by.
+        calibration: The batches that set the scales.
+        forward: Computes outputs of (network, batch); None: the network is called with the inputs.
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
     """
@@ -78,7 +91,7 @@ class Problem:
         self,
         network: nn.Module,
         calibrate: Batches,
-        search: Batches,
+        search: Batches | Samples | None,
         target: str | hw_models.Target,
         metric: str = "latency",
         budget: float | str = 0.5,
@@ -87,22 +100,27 @@ class Problem:
         pinned: Mapping[str, tuple[int, int]] | None = None,
         tied: Iterable[Iterable[str]] = (),
         batch: int | None = None,
-        objective: str | type[Objective] | Objective = "accuracy",
+        objective: AnyObjective = "accuracy",
         scheme: AnyScheme = "linear",
         tune: Callable[[nn.Module], nn.Module] | None = None,
         correction: str | None = "analytic",
         rounding: str = "nearest",
+        forward: Forward | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
 
+        A batch is a tensor of inputs, a pair (inputs, targets), or a mapping by the names of the network's arguments. Inputs
+        and targets may be of any structure of tensors. A tuple of inputs, and a mapping, are given to the network one by one.
+
         Args:
-            network: Classifies; it is copied, never changed. Everything is computed on the device it is on.
+            network: Any; it is copied, never changed. Everything is computed on the device it is on.
             calibrate: Inputs that set the activation scales: a tensor or a NumPy array, a Dataset, a DataLoader, or another
-                iterable of batches; labels beside them play no part. All there is is kept in memory. Floats become float32.
-            search: Held-out inputs and class numbers (integers of any type, shape (images,)): a pair of tensors, a Dataset of
-                pairs (input, label), a DataLoader, or another iterable of such batches. Inputs alone are enough for an
-                objective that needs no labels. Kept in memory. Floats become float32.
+                iterable of batches; targets beside them play no part. All there is is kept in memory. Floats become float32.
+            search: Held-out inputs and targets, for classification class numbers (integers of any type, shape (samples,)): a
+                pair of tensors, a Dataset of pairs (input, target), a DataLoader, or another iterable of such batches. Inputs
+                alone are enough for an objective that needs no targets, and None for one that is given the network. Kept in
+                memory. Floats become float32.
             target: A hardware target, or the name of one (`hw_models.load_target`).
             metric: "latency", "energy" or "storage".
             budget: A number is a fraction of the uniform 8-bit network's cost; a string has a unit ("12ms", "40kB").
@@ -111,8 +129,9 @@ class Problem:
                 bits.
             tied: Groups of layer names; the layers of a group take the same bits.
             batch: Images at a time on the target; None takes the target's own batch.
-            objective: What policies are judged by: a name of `haq.problem.OBJECTIVES`, `module:Name`, or an objective, such as
-                `haq.problem.objective.RobustAccuracy(attack)`.
+            objective: What policies are judged by: a name of `haq.problem.OBJECTIVES`, `module:Name`, an objective, such as
+                `haq.problem.objective.RobustAccuracy(attack)`, a metric of torchmetrics, a function of (outputs, targets) that
+                returns a value for every sample, or a function of the network that returns a number.
             scheme: How values become few-bit ones: a name or a scheme for all layers, or one by layer name; layers that such a
                 mapping leaves out have the linear scheme. The name "linear" stands for `Linear(calibration="output")`, and
                 for `Linear()` where weights are rounded to nearest without correction.
@@ -122,6 +141,8 @@ class Problem:
                 Every evaluation and all sensitivities are of the corrected network.
             rounding: Of weights, likewise: "nearest", or "gptq" in all layers that it means something in and for which
                 `calibrate` has enough images (`roundings`).
+            forward: Computes outputs of (network, batch), where that takes more than calling the network with the inputs; the
+                batch is as the loader gives it, on the network's device.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -131,11 +152,18 @@ class Problem:
         check_arguments(network, target, metric, bits, pinned)
         check_quantization(correction, rounding)
         self.objective = find_objective(objective)
-        inputs, labels = read_tensors(search, "search", self.objective.needs_labels)
+        self.forward = forward
         device = device_of(network)
-        inputs = inputs.to(device)
+        samples = _read_search(search, network, self.objective, forward)
+        if samples is not None:
+            samples = samples.to(device)
+        # Batches of inputs. Copies, which stay what they are whoever changes the others.
+        self.calibration = _read_calibration(calibrate, forward, device)
         self.network = network
-        self.workload = _traced(network, inputs[:1].clone())
+        example = _example(samples, self.calibration)
+        self.workload = _traced(network, example, self.objective, forward)
+        if forward is None:
+            _check_same_kind(self.calibration, example, network)
         self.metric = metric
         self.unit = hw_models.UNITS.get(metric, "")
         self.bits = _checked_range(bits)
@@ -151,10 +179,8 @@ class Problem:
         self._meaningful = meaningful_pairs(self.schemes, {})
         self._price(target)
         self.limit = self._limit(budget)
-        # Batches of inputs. Copies, which stay what they are whoever changes the others.
-        self.calibration = [part.to(device, copy=True) for part in read_inputs(calibrate, "calibrate")]
-        check_alike(self.calibration, inputs)
-        self.roundings = roundings_by_layer(rounding, self.schemes, self.workload, sum(map(len, self.calibration)))
+        count = sum(map(samples_in, self.calibration))
+        self.roundings = roundings_by_layer(rounding, self.schemes, self.workload, count)
         with evaluation_mode(network):
             qnetwork = Q.quantize(
                 network,
@@ -164,6 +190,7 @@ class Problem:
                 correction=correction,
                 rounding=self.roundings,
                 on_progress=on_progress,
+                **_only(forward=forward),
             )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
@@ -172,7 +199,9 @@ class Problem:
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
         with evaluation_mode(network):
             with _no_other_layers(network, self.workload.names):
-                self.evaluator = Evaluator(qnetwork, inputs, labels, teacher=network, tune=tune, objective=self.objective)
+                self.evaluator = Evaluator(
+                    qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
+                )
             self.float_result = self.evaluator.measure_teacher()
 
     def __repr__(self) -> str:
@@ -294,7 +323,7 @@ class Problem:
 
     @property
     def float_accuracy(self) -> float:
-        """Return what the objective calls accuracy of the float network, on the search images."""
+        """Return the objective's value of the float network, on the search samples."""
         return self.float_result.accuracy
 
     def uniform(self, bits: int, *, keep_pinned: bool = False) -> Q.BitPolicy:
@@ -391,7 +420,7 @@ class Problem:
         self.evaluator.expect(policies)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Tell accuracy and loss of a policy on the search images."""
+        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples."""
         return self.evaluator.evaluate(policy)
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
@@ -500,25 +529,140 @@ class Problem:
         return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
 
 
-def _traced(network: nn.Module, example: Tensor) -> hw_models.Workload:
-    """Trace a network. Raises ValueError if it can't be run on one image, and for outputs that are no class scores."""
+def _read_search(search: Any, network: nn.Module, objective: Objective, forward: Forward | None) -> Samples | None:
+    """Read what policies are judged on.
+
+    Args:
+        search: What a user has.
+        network: What it is for.
+        objective: What policies are judged by.
+        forward: As `Problem` takes it.
+
+    Returns:
+        The samples, with their targets if the objective needs them; None if there are none and the objective needs none.
+
+    Raises:
+        TypeError, ValueError: As `haq.problem.batches` does, and for missing targets.
+    """
+    if isinstance(search, Samples):
+        return search
+    if search is None and isinstance(objective, BlackBox):
+        return None
+    batches = read_any(search, "search")
+    if batches is None or (objective.takes_scores and forward is None and _is_plain(batches)):
+        if objective.takes_scores:
+            inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
+            if labels is None:
+                return KeptSamples([inputs])
+            return KeptSamples([(inputs, labels)])
+        batches = [search]
+    batches = [_as_float32(batch) for batch in batches]
+    if objective.needs_labels and any(targets_of(batch, network) is None for batch in batches):
+        raise ValueError(f"`search` has no targets, which objective {objective.name!r} needs: give batches (inputs, targets)")
+    return KeptSamples(batches)
+
+
+def _read_calibration(calibrate: Any, forward: Forward | None, device: torch.device) -> list[Any]:
+    """Read batches that set the scales, on a device; those of plain tensors without their targets."""
+    batches = read_any(calibrate, "calibrate")
+    if batches is None or (forward is None and _is_plain(batches)):
+        return [part.to(device, copy=True) for part in read_inputs(batches or calibrate, "calibrate")]
+    return [to_device(map_tensors(_as_float32(batch), torch.clone), device) for batch in batches]
+
+
+def _example(samples: Samples | None, calibration: list[Any]) -> Any:
+    """Return a batch by which the network is traced."""
+    if samples is None:
+        return KeptSamples(calibration[:1]).example()
+    return samples.example()
+
+
+def _check_same_kind(calibration: list[Any], example: Any, network: nn.Module) -> None:
+    """Raise ValueError unless batches that set scales are of the kind that policies are judged on."""
+    wanted = inputs_of(example, network)
+    given = [inputs_of(batch, network) for batch in calibration]
+    for inputs in given:
+        if isinstance(wanted, Tensor) != isinstance(inputs, Tensor):
+            raise ValueError(
+                f"`calibrate` gave a {type(inputs).__name__} of inputs, and `search` a {type(wanted).__name__}; both must be "
+                "batches of the same kind of inputs"
+            )
+    if isinstance(wanted, Tensor):
+        check_alike(given, wanted)
+
+
+def _is_plain(batches: list[Any]) -> bool:
+    """Say whether batches are tensors of inputs, perhaps with targets that are no structure."""
+    if not batches:
+        return True
+    first = batches[0]
+    if isinstance(first, Mapping):
+        return False
+    inputs, targets = first, None
+    if isinstance(first, list | tuple):
+        if not first:
+            return True
+        inputs = first[0]
+        if len(first) > 1:
+            targets = first[1]
+    structured = isinstance(inputs, list | tuple | Mapping) or isinstance(targets, Mapping)
+    if isinstance(targets, list | tuple) and targets:
+        structured = structured or isinstance(targets[0], Mapping | list | tuple | Tensor)
+    return not structured
+
+
+def _as_float32(batch: Any) -> Any:
+    """Convert floats of other types, which the network isn't of; arrays become tensors, and a list the tuple that it means."""
+
+    def converted(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.float()
+        return tensor
+
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    return map_tensors(batch, converted)
+
+
+def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forward | None) -> hw_models.Workload:
+    """Trace a network. Raises ValueError if it can't be run on one sample, and for outputs that the objective can't judge."""
+    example = inputs_of(batch, network)
     try:
         with evaluation_mode(network), torch.no_grad():
-            outputs, again = (network(example.clone()) for _ in range(2))
+            outputs, again = (outputs_of(network, batch, forward) for _ in range(2))
     except Exception as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        if not isinstance(example, Tensor) or forward is not None:
+            raise ValueError(
+                f"the network can't compute what `search` gives, inputs in a {type(example).__name__} ({reason}): give "
+                "batches (inputs, targets) of inputs as it takes them, or `forward`, a function of (network, batch)"
+            ) from error
         raise ValueError(
             f"the network can't compute inputs of shape {tuple(example.shape)} and type {example.dtype} ({reason}); it must "
             "take one tensor, of what `search` gives"
         ) from error
-    first, second = class_scores(outputs).double(), class_scores(again).double()
-    if (second - first).norm() > REPEATED * first.norm():
+    first, second = _flat(objective.read(outputs)), _flat(objective.read(again))
+    if len(first) == len(second) and (second - first).norm() > REPEATED * first.norm():
         warnings.warn(
             "the network answers the same image differently from call to call (randomness, or something it keeps): what is "
             "measured of a policy is then chance in part",
             stacklevel=3,
         )
-    return hw_models.trace(network, example)
+    if isinstance(example, Tensor) and forward is None:
+        return hw_models.trace(network, example.clone())
+    return hw_models.trace(network, batch, forward=lambda module, given: outputs_of(module, given, forward))
+
+
+def _only(**options: Any) -> Any:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _flat(outputs: Any) -> Tensor:
+    """Return all numbers of outputs in one row."""
+    found = [leaf.detach().double().flatten() for leaf in leaves(outputs) if leaf.is_floating_point()]
+    if not found:
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.cat(found)
 
 
 @contextmanager

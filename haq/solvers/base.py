@@ -48,7 +48,12 @@ class Trial:
 
     @property
     def accuracy(self) -> float:
-        """Return what the objective calls accuracy, 0 to 1."""
+        """Return the objective's value; of classification the accuracy, 0 to 1."""
+        return self.evaluation.accuracy
+
+    @property
+    def value(self) -> float:
+        """Return the objective's value."""
         return self.evaluation.accuracy
 
     @property
@@ -58,8 +63,8 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Sort better policies first: accuracy, then loss, then cost."""
-        return -self.accuracy, self.loss, self.cost
+        """Sort better policies first: the objective's value, then loss, then cost."""
+        return -self.evaluation.score, self.loss, self.cost
 
     def __repr__(self) -> str:
         """Say on one line how good it is, and whether it may be chosen."""

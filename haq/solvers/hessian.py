@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq.problem.distribution import Categorical, Distribution
+from haq.problem.samples import outputs_of, pieces
+from quantizers.calling import Forward
+from quantizers.observers import first_input
 
 BATCH = 32  # images whose activations are kept for their gradients
 DRAWS = 16  # Rademacher vectors for each batch
@@ -25,9 +29,16 @@ class Curvature(NamedTuple):
 
 
 def curvature(
-    network: nn.Module, names: Sequence[str], images: Iterable[Tensor], *, draws: int = DRAWS, seed: int = 0
+    network: nn.Module,
+    names: Sequence[str],
+    images: Iterable[Any],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+    distribution: Distribution | None = None,
+    forward: Forward | None = None,
 ) -> dict[str, Curvature]:
-    """Average Hessian traces of the layers `names` of a float network, over `images`: batches of inputs (N, ...).
+    """Average Hessian traces of the layers `names` of a float network, over `images`: batches of inputs.
 
     The loss is the cross-entropy with the network's own answers p = softmax(outputs), which needs no labels. Where it is taken
     its gradient in the outputs is zero, so its Hessian in anything before them is exactly J^T (diag p - p p^T) J, J being the
@@ -39,16 +50,21 @@ def curvature(
     Inputs that are exactly zero (after a ReLU, whole channels of them) are left out of the trace and of its average:
     quantized, they stay zero, however much they would matter.
 
+    Of outputs that are no scores of classes the loss is their divergence from what they are, as `distribution` tells it.
+
     Args:
         network: The float network.
         names: Of its layers.
-        images: Batches of inputs (N, ...).
+        images: Batches of inputs, as a loader gives them.
         draws: Vectors for each batch.
         seed: Of the vectors.
+        distribution: What outputs say of answers; None: scores of classes.
+        forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
 
     Returns:
         The average traces by layer.
     """
+    distribution = distribution or Categorical()
     network = Q.copy_network(network).eval().requires_grad_(False)
     layers = {name: network.get_submodule(name) for name in names}
     weights = [layer.get_parameter("weight").requires_grad_() for layer in layers.values()]
@@ -56,16 +72,19 @@ def curvature(
     calls: dict[str, int] = {}
 
     def watch(name: str) -> None:
-        def before(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def before(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             # A copy: this layer's input alone, whoever else reads or overwrites the tensor.
-            seen = arguments[0].clone()
+            given = first_input(layer, arguments, named)
+            seen = given.clone()
             if not seen.requires_grad:
                 seen.requires_grad_()
             calls[name] = calls.get(name, -1) + 1
             inputs.append(((name, calls[name]), seen))
-            return (seen, *arguments[1:])
+            if arguments:
+                return (seen, *arguments[1:]), named
+            return (), {key: seen if value is given else value for key, value in named.items()}
 
-        layers[name].register_forward_pre_hook(before)
+        layers[name].register_forward_pre_hook(before, with_kwargs=True)
 
     for name in layers:
         watch(name)
@@ -76,17 +95,18 @@ def curvature(
     entries: dict[tuple[str, int], int] = defaultdict(int)
     count = 0
     with torch.enable_grad():
-        for part in (part for batch in images for part in batch.split(BATCH)):
+        for part, images_of_part in (piece for batch in images for piece in pieces(batch, BATCH)):
             inputs.clear()
             calls.clear()
-            outputs = network(part.clone())  # some networks normalise their input in place
-            count += len(part)
+            outputs = outputs_of(network, part, forward)
+            answers = distribution.differentiated(outputs)
+            count += images_of_part
             for key, seen in inputs:
                 power[key] += float(seen.detach().double().square().sum())
                 entries[key] += int(seen.count_nonzero())
-            for drawn in draw_cotangents(outputs, draws, generator):
+            for drawn in distribution.cotangents(outputs, draws, generator):
                 sources = [*weights, *(seen for _, seen in inputs)]
-                gradients = torch.autograd.grad(outputs, sources, drawn, retain_graph=True, materialize_grads=True)
+                gradients = torch.autograd.grad(answers, sources, drawn, retain_graph=True, materialize_grads=True)
                 for name, gradient in zip(layers, gradients, strict=False):
                     of_weight[name] += float(gradient.double().square().sum()) / draws
                 for (key, seen), gradient in zip(inputs, gradients[len(weights) :], strict=True):
@@ -98,21 +118,3 @@ def curvature(
         )
         for name, weight in zip(layers, weights, strict=True)
     }
-
-
-def draw_cotangents(outputs: Tensor, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Draw vectors v = L s at the outputs, of which the mean of v v^T is diag p - p p^T (see `curvature`).
-
-    Args:
-        outputs: Class scores (images, classes); p is their softmax.
-        draws: How many.
-        generator: Draws the Rademacher vectors s.
-
-    Yields:
-        Vectors of the shape of the outputs.
-    """
-    p = outputs.detach().softmax(1)
-    for _ in range(draws):
-        signs = (2 * torch.randint(2, p.shape, generator=generator) - 1).to(p)
-        drawn = p.sqrt() * signs
-        yield drawn - p * drawn.sum(1, keepdim=True)

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import quantizers as Q
-from haq.solvers.hessian import BATCH, draw_cotangents
+from haq.problem.distribution import Categorical, Distribution
+from haq.problem.samples import outputs_of, pieces
+from haq.solvers.hessian import BATCH
+from quantizers.calling import Forward
 
 DRAWS = 1  # vectors, and backward passes, for each batch
 
@@ -38,10 +41,12 @@ def gradient_increases(
     network: nn.Module,
     qnetwork: nn.Module,
     names: Sequence[str],
-    images: Iterable[Tensor],
+    images: Iterable[Any],
     *,
     draws: int = DRAWS,
     seed: int = 0,
+    distribution: Distribution | None = None,
+    forward: Forward | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Estimate what quantizing one operand of one layer costs, for all layers and widths in the same backward pass.
 
@@ -55,14 +60,17 @@ def gradient_increases(
         network: The float network.
         qnetwork: The quantized one; its bits are in the end what they were.
         names: Of the layers.
-        images: Batches of inputs (N, ...). A layer's output is taken to go through the images in its first dimension.
+        images: Batches of inputs, as a loader gives them. A layer's output is taken to go through them in its first dimension.
         draws: Vectors for each batch.
         seed: Of the vectors.
+        distribution: What outputs say of answers, by which their divergence is told; None: scores of classes.
+        forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
 
     Returns:
         By layer, nats of shape (2, 8): its weight (0) or its input (1) alone at widths 1..8; NaN for a width that its scheme
         doesn't have.
     """
+    distribution = distribution or Categorical()
     network = Q.copy_network(network).eval().requires_grad_(False)
     qlayers = Q.quant_layers(qnetwork)
     policy = Q.get_policy(qnetwork)
@@ -73,23 +81,27 @@ def gradient_increases(
     total = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
     count = 0
     try:
-        for part in (part for batch in images for part in batch.split(BATCH)):
+        for part, images_of_part in (piece for batch in images for piece in pieces(batch, BATCH)):
             calls.clear()
             with torch.enable_grad():
-                outputs = network(part.clone())  # some networks normalise their input in place
-            count += len(part)
-            gradients = _gradients(outputs, calls, draws, generator)
+                outputs = outputs_of(network, part, forward)
+            count += images_of_part
+            gradients = _gradients(distribution, outputs, calls, draws, generator)
             with torch.no_grad():
                 for name in names:
                     own = [index for index, call in enumerate(calls) if call.name == name]
-                    _add(total[name], qlayers[name], [calls[i] for i in own], [gradients[i] for i in own], len(part))
+                    _add(total[name], qlayers[name], [calls[i] for i in own], [gradients[i] for i in own], images_of_part)
     finally:
         Q.set_policy(qnetwork, policy)
     return {name: 0.5 * squares / (count * draws) for name, squares in total.items()}
 
 
 def remaining_errors(
-    network: nn.Module, qnetwork: nn.Module, names: Sequence[str], images: Iterable[Tensor]
+    network: nn.Module,
+    qnetwork: nn.Module,
+    names: Sequence[str],
+    images: Iterable[Any],
+    forward: Forward | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Tell what correction and rounding leave of the error that rounded weights make in their layer's output.
 
@@ -97,7 +109,8 @@ def remaining_errors(
         network: The float network.
         qnetwork: The quantized one; its bits are in the end what they were.
         names: Of the layers.
-        images: Batches of inputs (N, ...).
+        images: Batches of inputs, as a loader gives them.
+        forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
 
     Returns:
         By layer, shares of shape (8,): the squared error of its outputs, weights alone being quantized at widths 1..8, over
@@ -116,10 +129,10 @@ def remaining_errors(
         _watch(network.get_submodule(name), name, calls)
     errors = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
     try:
-        for part in (part for batch in images for part in batch.split(BATCH)):
+        for part, _ in (piece for batch in images for piece in pieces(batch, BATCH)):
             calls.clear()
             with torch.no_grad():
-                network(part.clone())
+                outputs_of(network, part, forward)
                 for call in calls:
                     for row, layer in enumerate((found[call.name], before[call.name])):
                         errors[call.name][row] += _squared_errors(layer, call)
@@ -159,12 +172,15 @@ def _watch(layer: nn.Module, name: str, calls: list[_Call]) -> None:
     layer.register_forward_hook(after)
 
 
-def _gradients(outputs: Tensor, calls: list[_Call], draws: int, generator: torch.Generator) -> list[Tensor]:
+def _gradients(
+    distribution: Distribution, outputs: Any, calls: list[_Call], draws: int, generator: torch.Generator
+) -> list[Tensor]:
     """Return what backward passes give at the output of every call, each (draws, ...)."""
     sources = [call.output for call in calls]
+    answers = distribution.differentiated(outputs)
     passes = [
-        torch.autograd.grad(outputs, sources, drawn, retain_graph=True, materialize_grads=True)
-        for drawn in draw_cotangents(outputs, draws, generator)
+        torch.autograd.grad(answers, sources, drawn, retain_graph=True, materialize_grads=True)
+        for drawn in distribution.cotangents(outputs, draws, generator)
     ]
     return [torch.stack(of_call) for of_call in zip(*passes, strict=True)]
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem.distribution import Distribution
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers.base import Session
@@ -67,7 +68,10 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
         if not divergence:
             return result.loss
         if result.divergence is None:
-            raise ValueError("the evaluator has no teacher to tell the divergence from")
+            raise ValueError(
+                f"sensitivities of kind 'kl' need outputs to tell a divergence by, which objective {problem.objective.name!r} "
+                "doesn't have here: choose another kind"
+            )
         return result.divergence
 
     def changed(item: Operand) -> NDArray[np.int64]:
@@ -129,8 +133,9 @@ def by_hessian(problem: Problem) -> Sensitivities:
     """
     layers = Q.quant_layers(problem.evaluator.network)
     names = problem.workload.names
-    left = remaining_errors(problem.network, problem.evaluator.network, names, problem.calibration)
-    curvatures = curvature(problem.network, names, problem.calibration)
+    left = remaining_errors(problem.network, problem.evaluator.network, names, problem.calibration, problem.forward)
+    distribution = _distribution_of(problem, "hessian")
+    curvatures = curvature(problem.network, names, problem.calibration, distribution=distribution, forward=problem.forward)
     halves = {}
     for index, name in enumerate(names):
         weight = layers[name].weight
@@ -146,10 +151,26 @@ def by_gradient(problem: Problem) -> Sensitivities:
 
     See `layer_outputs.gradient_increases`: on the calibration images, with one backward pass for each batch of them.
     """
-    names = problem.workload.names
-    return _of_layers(
-        problem, "gradient", gradient_increases(problem.network, problem.evaluator.network, names, problem.calibration)
+    increases = gradient_increases(
+        problem.network,
+        problem.evaluator.network,
+        problem.workload.names,
+        problem.calibration,
+        distribution=_distribution_of(problem, "gradient"),
+        forward=problem.forward,
     )
+    return _of_layers(problem, "gradient", increases)
+
+
+def _distribution_of(problem: Problem, kind: str) -> Distribution:
+    """Return what outputs say of answers. Raises ValueError if they can't be held against each other."""
+    distribution = problem.objective.distribution
+    if distribution is None:
+        raise ValueError(
+            f"sensitivities of kind {kind!r} need outputs that can be held against the float network's, which objective "
+            f"{problem.objective.name!r} has none of: choose kind 'loss'"
+        )
+    return distribution
 
 
 COMPUTED: dict[str, Callable[[Problem], Sensitivities]] = {"hessian": by_hessian, "gradient": by_gradient}

@@ -44,9 +44,9 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float]:
     shares: dict[str, float] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            shares[share_key(name, other.name)] = other.share(task.network, split, module)
+            shares[share_key(name, other.name)] = other.measure(task.network, split, module)
     shares[share_key("search", objective.name)] = task.problem.evaluator.measure(module.eval()).accuracy
-    shares[share_key("test", objective.name)] = objective.share(task.network, task.dataset.test, module)
+    shares[share_key("test", objective.name)] = objective.measure(task.network, task.dataset.test, module)
     return shares
 
 

@@ -16,6 +16,7 @@ import haq
 import quantizers as Q
 from haq import data, evaluate, finetune, search, train
 from haq.console.errors import EXIT_BAD_INPUT, run_command
+from haq.problem import Evaluation
 from haq.study.config import SearchConfig
 from tests.conftest import images
 
@@ -60,7 +61,7 @@ def test_agreement_and_divergence_are_those_of_their_definitions(network: nn.Mod
 
 def test_the_float_network_agrees_with_itself(network: nn.Module) -> None:
     problem = unlabelled(network, images(300))
-    assert problem.float_result == (1.0, 0.0, 300, 0.0)
+    assert problem.float_result == Evaluation(1.0, 0.0, 300, 0.0)
     assert problem.float_accuracy == 1
 
 

@@ -87,7 +87,7 @@ def test_halves_become_float32() -> None:
         ({"search": ((X * 255).byte(), Y)}, ValueError, "inputs of type torch.uint8 .* must be torch.float32"),
         ({"search": (np.array([["a"]]), Y)}, ValueError, "an array of type <U1"),
         ({"calibrate": (FEW, FEW)}, ValueError, "a pair of two batches of inputs, .* give batches as a list"),
-        ({"calibrate": [{"x": FEW}]}, ValueError, "gave a dict"),
+        ({"calibrate": [{"x": FEW}]}, ValueError, "gave a dict of inputs, and `search` a Tensor"),
         ({"bits": [4, 6, 8]}, TypeError, r"bits is \[4, 6, 8\]; it must be a pair .*: every width from the"),
         ({"pinned": {"stem": (None, None)}}, TypeError, r"'stem' has \(None, None\); .* from 1 to 8: .* not in float"),
         ({"search": (X[:, :, :4].permute(0, 2, 3, 1), Y)}, ValueError, r"can't compute inputs of shape \(1, 4, 8, 1\)"),
@@ -150,7 +150,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("form", "words"),
     [
-        (lambda y: {"logits": y}, "a dict"),
+        (lambda y: {"logits": y[:, :, None]}, r"shape \(1, 4, 1\)"),
         (lambda y: (y, y), "a tuple"),
         (lambda y: [y], "a list"),
         (lambda y: y[:, :, None], r"shape \(1, 4, 1\)"),

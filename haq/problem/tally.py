@@ -1,0 +1,262 @@
+"""What is told of a policy while its outputs come in, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from haq.problem.objective import (
+    MetricObjective,
+    NotFinite,
+    Objective,
+    ValueObjective,
+    count_correct,
+    mean_loss,
+    named,
+    per_sample,
+    single_number,
+)
+from quantizers.calling import leaves
+
+BATCH = 125  # samples whose divergence is summed at a time: the order of a sum is part of the result
+
+
+class Evaluation(NamedTuple):
+    """What a policy was measured to give.
+
+    A network whose outputs aren't all finite is worth nothing: its value is the worst that there is (0 for a share), and its
+    loss and divergence are infinite.
+
+    Attributes:
+        accuracy: The objective's value; of classification the share of samples that count as correct, 0 to 1.
+        loss: The objective's mean loss (nats, for class scores).
+        images: The number of samples that both stand on.
+        divergence: Where there is a teacher, the mean divergence of the outputs from its own, on the samples as they are: of
+            Kullback and Leibler in nats, or what the objective's `distribution` says.
+        higher_is_better: Whether a larger value is better.
+        error: The standard error of a value that is a mean of values by sample, no shares; None where it isn't known.
+    """
+
+    accuracy: float
+    loss: float
+    images: int
+    divergence: float | None = None
+    higher_is_better: bool = True
+    error: float | None = None
+
+    @property
+    def value(self) -> float:
+        """Return the objective's value."""
+        return self.accuracy
+
+    @property
+    def score(self) -> float:
+        """Return a number that is larger for a better value."""
+        if self.higher_is_better:
+            return self.accuracy
+        return -self.accuracy
+
+
+def worthless(objective: Objective, count: int, has_teacher: bool) -> Evaluation:
+    """Return what a network whose outputs aren't finite is worth.
+
+    Args:
+        objective: What it is judged by.
+        count: The number of samples.
+        has_teacher: Whether a divergence is told.
+
+    Returns:
+        The worst value, and an infinite loss.
+    """
+    divergence = None
+    if has_teacher:
+        divergence = math.inf
+    return Evaluation(objective.worst, math.inf, count, divergence, objective.higher_is_better)
+
+
+class Tally(Protocol):
+    """Takes the outputs of one batch after the other."""
+
+    seen: int  # samples so far
+
+    def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
+        """Take the outputs of a batch.
+
+        Args:
+            outputs: Those of the batch as it is, and of every version of it that is attacked.
+            targets: Of the batch, on the same device.
+            expected: The teacher's outputs, if the divergence from them is to be told.
+            count: The number of samples.
+
+        Raises:
+            NotFinite: For outputs that are NaN.
+            ValueError: Naming the objective, for what it may not return.
+        """
+
+    def share(self) -> float | None:
+        """Return the share of samples so far that count as correct; None where values are no such thing."""
+
+    def result(self) -> Evaluation:
+        """Tell what all is worth that was taken."""
+
+
+class ScoreTally:
+    """Of class scores: which samples are answered rightly, and the mean loss.
+
+    Scores are kept, and summed in the end in the order in which the samples were given.
+    """
+
+    def __init__(self, objective: Objective, order: Tensor, expected: Tensor | None) -> None:
+        """Begin with nothing.
+
+        Args:
+            objective: Of class scores.
+            order: The place of every sample, as it was given, in the order in which they are looked at.
+            expected: The teacher's scores, in the order in which samples were given.
+        """
+        self.objective = objective
+        self.order = order
+        self.expected = expected
+        self.seen = 0
+        self.right = 0
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
+        """Take the scores of a batch, and its labels; see `Tally.add`."""
+        outputs = tuple(part.cpu() for part in outputs)
+        if any(bool(part.isnan().any()) for part in outputs):
+            raise NotFinite
+        self.right += count_correct(self.objective, outputs, targets)
+        self.seen += len(targets)
+        self.parts.append(outputs)
+        self.labels.append(targets)
+
+    def share(self) -> float | None:
+        """Return the share of samples so far that count as correct."""
+        return self.right / self.seen
+
+    def result(self) -> Evaluation:
+        """Tell what all is worth that was taken."""
+        looked_at = self.order[: self.seen]
+        back, index = looked_at.argsort(), looked_at.sort().values
+        outputs = tuple(torch.cat(part)[back] for part in zip(*self.parts, strict=True))
+        divergence = None
+        if self.expected is not None:
+            divergence = _divergence(outputs[0], self.expected[index]) / self.seen
+        loss = mean_loss(self.objective, outputs, torch.cat(self.labels)[back], divergence)
+        return Evaluation(self.right / self.seen, loss, self.seen, divergence)
+
+
+class ValueTally:
+    """Of values by sample, or of a metric; losses and divergences are kept by sample."""
+
+    def __init__(self, objective: ValueObjective, order: Tensor | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            objective: Gives every sample a value, or has a metric.
+            order: The place of every sample, as it was given, in the order in which they are looked at; None: in this order.
+        """
+        self.objective = objective
+        self.order = order
+        self.seen = 0
+        self.metric: Any = None
+        self.values: list[Tensor] = []
+        self.losses: list[Tensor] = []
+        self.divergences: list[Tensor] = []
+
+    def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
+        """Take the outputs of a batch; see `Tally.add`."""
+        objective = self.objective
+        for leaf in leaves(outputs):
+            if leaf.is_floating_point() and bool(leaf.isnan().any()):
+                raise NotFinite
+        if isinstance(objective, MetricObjective):
+            self._update(objective, outputs[0], targets)
+        else:
+            self.values.append(self._worst_of("values", outputs, targets, count, objective.higher_is_better))
+        with named(objective, "losses"):
+            first = objective.losses(outputs[0], targets)
+        if first is not None:
+            self.losses.append(self._worst_of("losses", outputs, targets, count, False))
+        if expected is not None and objective.distribution is not None:
+            # In float64, as sums of many small differences are.
+            apart = objective.divergence(outputs[0], expected)
+            self.divergences.append(apart.detach().double().cpu())
+        self.seen += count
+
+    def _update(self, objective: MetricObjective, outputs: Any, targets: Any) -> None:
+        with named(objective, "metric"):
+            if self.metric is None:
+                self.metric = objective.metric()
+                found = leaves(outputs)
+                if found:
+                    self.metric = self.metric.to(found[0].device)
+            self.metric.update(outputs, targets)
+
+    def _worst_of(self, method: str, outputs: tuple[Any, ...], targets: Any, count: int, higher: bool) -> Tensor:
+        """Tell by sample the worst of what its versions are worth."""
+        found: list[Tensor] = []
+        for one in outputs:
+            with named(self.objective, method):
+                given = getattr(self.objective, method)(one, targets)
+            found.append(per_sample(self.objective, method, given, count))
+        stacked = torch.stack(found)
+        if higher:
+            return stacked.amin(0)
+        return stacked.amax(0)
+
+    def share(self) -> float | None:
+        """Return nothing: values are no shares of samples."""
+        return None
+
+    def result(self) -> Evaluation:
+        """Tell what all is worth that was taken."""
+        objective = self.objective
+        error = None
+        if self.metric is not None:
+            with named(objective, "metric"):
+                given = self.metric.compute()
+            value = single_number(objective, "metric", given)
+        else:
+            values = self._in_order(self.values)
+            value = float(values.mean())
+            if len(values) > 1:
+                error = float(values.std() / len(values) ** 0.5)
+        divergence = None
+        if self.divergences:
+            divergence = float(self._in_order(self.divergences).mean())
+        loss = -objective.signed(value)
+        if self.losses:
+            loss = float(self._in_order(self.losses).mean())
+        elif divergence is not None:
+            loss = divergence
+        if math.isnan(value) or math.isnan(loss):
+            return worthless(objective, self.seen, divergence is not None)
+        return Evaluation(value, loss, self.seen, divergence, objective.higher_is_better, error)
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """Put what is told by sample into the order in which samples were given: that of a sum is part of the result."""
+        found = torch.cat(parts)
+        if self.order is None:
+            return found
+        return found[self.order[: len(found)].argsort()]
+
+
+def _divergence(outputs: Tensor, expected: Tensor) -> float:
+    """Sum KL(expected || outputs) over the samples."""
+    total = 0.0
+    for part, of_teacher in zip(outputs.double().split(BATCH), expected.double().split(BATCH), strict=True):
+        target = F.log_softmax(of_teacher, 1)
+        given = F.log_softmax(part, 1)
+        summed = float(F.kl_div(given, target, reduction="sum", log_target=True))
+        if math.isnan(summed):
+            # A class that is impossible (a score of minus infinity) adds nothing.
+            summed = float((target.exp() * (target - given)).where(target > -math.inf, 0.0).sum())
+        total += summed
+    return total
