@@ -390,7 +390,7 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network]:
     network = network.normalized(read_channels("mean", options.mean), read_channels("std", options.std))
     if data.has_any_size(options.data):
         with torch.random.fork_rng(devices=[]):
-            dataset = data.load(options.data, image_size=network.input_shape[-1])
+            dataset = data.load(options.data, image_size=network.image_size)
     networks.check_fits(network, dataset)
     check_scale(dataset, options.mean, options.std)
     if options.adversarial is not None:

@@ -49,9 +49,9 @@ def call(network: nn.Module, inputs: Any) -> Any:
     """
     inputs = _spreadable(inputs, network)
     if isinstance(inputs, Mapping):
-        if _takes(network, (), inputs):
+        if takes(network, (), inputs):
             return network(**inputs)
-    elif _is_tuple(inputs) and _takes(network, inputs, {}):
+    elif _is_tuple(inputs) and takes(network, inputs, {}):
         return network(*inputs)
     return network(inputs)
 
@@ -62,8 +62,8 @@ def inputs_of(batch: Any, network: nn.Module | None = None) -> Any:
     Args:
         batch: What a loader gave.
         network: What they are for. A mapping's key that its `forward` can't do without is an input,
-            whatever it is called; a list that its `forward` takes only as several arguments becomes a
-            tuple.
+            whatever it is called. Of tensors side by side, as many are inputs as `forward` can't do
+            without. A list that its `forward` takes only as several arguments becomes a tuple.
 
     Returns:
         The inputs, with tensors in place of arrays. One sample in each place (a detector's images) is
@@ -74,9 +74,10 @@ def inputs_of(batch: Any, network: nn.Module | None = None) -> Any:
         return as_tensors(_without(batch, _target_key(batch, network)))
     if not _is_sequence(batch) or not batch:
         return as_tensors(batch)
-    inputs = as_tensors(batch[0])
-    if len(batch) > 1 and _is_sequence(inputs):
-        targets = as_tensors(batch[1])
+    given, target = _divided(batch, network)
+    inputs = as_tensors(given)
+    if target is not None and _is_sequence(inputs):
+        targets = as_tensors(target)
         if _are_samples(inputs, targets):
             return list(inputs)
         if _are_together(inputs, targets):
@@ -95,8 +96,8 @@ def targets_of(batch: Any, network: nn.Module | None = None) -> Any:
     """
     if isinstance(batch, Mapping):
         return as_tensors(batch.get(_target_key(batch, network)))
-    if _is_sequence(batch) and len(batch) > 1:
-        return as_tensors(batch[1])
+    if _is_sequence(batch) and batch:
+        return as_tensors(_divided(batch, network)[1])
     return None
 
 
@@ -201,15 +202,17 @@ def device_of(network: nn.Module) -> torch.device:
     return tensor.device
 
 
-def _spreadable(inputs: Any, network: nn.Module) -> Any:
-    """Return a list as a tuple, if a network takes its elements, and takes no argument alone."""
-    if isinstance(inputs, list) and not _takes(network, (inputs,), {}) and _takes(network, tuple(inputs), {}):
-        return tuple(inputs)
-    return inputs
+def takes(network: nn.Module, arguments: tuple[Any, ...], named: Mapping[Any, Any]) -> bool:
+    """Say whether the signature of a network's `forward` has room for arguments.
 
+    Args:
+        network: The network.
+        arguments: Those by place.
+        named: Those by name.
 
-def _takes(network: nn.Module, arguments: tuple[Any, ...], named: Mapping[Any, Any]) -> bool:
-    """Say whether the signature of a network's `forward` has room for such arguments."""
+    Returns:
+        Whether they fit; True too for a `forward` whose signature can't be read.
+    """
     if not all(isinstance(name, str) for name in named):
         return False
     signature = _signature(network)
@@ -222,6 +225,13 @@ def _takes(network: nn.Module, arguments: tuple[Any, ...], named: Mapping[Any, A
     return True
 
 
+def _spreadable(inputs: Any, network: nn.Module) -> Any:
+    """Return a list as a tuple, if a network takes its elements, and takes no argument alone."""
+    if isinstance(inputs, list) and not takes(network, (inputs,), {}) and takes(network, tuple(inputs), {}):
+        return tuple(inputs)
+    return inputs
+
+
 def _signature(network: nn.Module) -> inspect.Signature | None:
     """Return the signature of a network's `forward`; None if it has none that can be read."""
     if isinstance(network, nn.DataParallel | DistributedDataParallel):
@@ -230,6 +240,20 @@ def _signature(network: nn.Module) -> inspect.Signature | None:
         return inspect.signature(getattr(network, "forward", network))
     except (TypeError, ValueError):
         return None
+
+
+def _divided(batch: list[Any] | tuple[Any, ...], network: nn.Module | None) -> tuple[Any, Any]:
+    """Return inputs and targets of a batch: the first two, or what is behind all arguments that a network needs."""
+    needed = 1
+    if network is not None and isinstance(batch[0], Tensor | np.ndarray) and not takes(network, (batch[0],), {}):
+        lengths = range(2, len(batch) + 1)
+        needed = next((length for length in lengths if takes(network, tuple(batch[:length]), {})), 1)
+    inputs = batch[0]
+    if needed > 1:
+        inputs = tuple(batch[:needed])
+    if len(batch) > needed:
+        return inputs, batch[needed]
+    return inputs, None
 
 
 def _target_key(batch: Mapping[Any, Any], network: nn.Module | None) -> str | None:

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quantizers.batches import Batches, called, collect, copied
+from quantizers.calling import Forward, call, leaves
 from quantizers.copying import evaluating
-from quantizers.folding import copied_inputs, output_tensors
 from quantizers.functional import MAX_BITS, WIDTHS, computed_in
 from quantizers.layers import QuantLayer, float_class, tailor
-from quantizers.observers import Batches, OnProgress, called, collect, first_input, no_progress
+from quantizers.observers import OnProgress, first_input, no_progress
 from quantizers.policy import QUANTIZABLE
 
 TOLERANCE = 1e-4  # of the outputs' size: what a layer may compute otherwise for being no sum of products
@@ -213,7 +214,12 @@ class Correction(NamedTuple):
 
 
 def correct_bias(
-    qnetwork: nn.Module, network: nn.Module, batches: Batches, *, on_progress: OnProgress = no_progress
+    qnetwork: nn.Module,
+    network: nn.Module,
+    batches: Batches,
+    *,
+    on_progress: OnProgress = no_progress,
+    forward: Forward | None = None,
 ) -> Correction:
     """Correct the biases of a quantized network for the policy that it has now, layer by layer.
 
@@ -230,6 +236,7 @@ def correct_bias(
         network: The float network that it was made of.
         batches: Inputs, as `quantize` takes them for `calibrate`.
         on_progress: Is told how many of how many layers are done.
+        forward: What runs a network on a batch, as in `quantize`.
 
     Returns:
         What it did. Where the network's outputs get further away from the float network's, nothing
@@ -241,24 +248,25 @@ def correct_bias(
     layers = {name: module for name, module in qnetwork.named_modules() if isinstance(module, QuantLayer)}
     floats = float_layers(network, layers)
     with torch.inference_mode(False), torch.no_grad(), evaluating(network), evaluating(qnetwork):
-        inputs = collect(batches, network)
-        expected = _mean_outputs(network, floats, inputs)
-        before = distance(qnetwork, network, inputs)
+        inputs = collect(batches, network, forward)
+        expected = _mean_outputs(network, floats, inputs, forward)
+        before = distance(qnetwork, network, inputs, forward)
         held = {layer: _tailored(layer) for layer in layers.values()}
         errors: dict[str, float] = {}
         order = sorted((name for name in expected if expected[name].calls), key=lambda name: expected[name].first)
         together = _together(inputs, [expected[name] for name in order])
         if together is not None:
-            errors = _correct_on_the_way(qnetwork, {name: layers[name] for name in order}, expected, together)
+            chosen = {name: layers[name] for name in order}
+            errors = _correct_on_the_way(qnetwork, chosen, expected, together, forward)
         else:
             for done, name in enumerate(order):
                 on_progress(done, len(order), "layers")
-                given = _mean_outputs(qnetwork, {name: layers[name]}, inputs)[name].mean()
+                given = _mean_outputs(qnetwork, {name: layers[name]}, inputs, forward)[name].mean()
                 errors[name] = _shift(layers[name], given, expected[name].mean())
         on_progress(len(order), len(order), "layers")
         for layer in layers.values():
             tailor(layer)
-        after = distance(qnetwork, network, inputs)
+        after = distance(qnetwork, network, inputs, forward)
         is_better = after <= before
         if not is_better:
             for layer, values in held.items():
@@ -325,7 +333,9 @@ def _has_values_of(module: nn.Module, layer: QuantLayer) -> bool:
     return True
 
 
-def _mean_outputs(network: nn.Module, layers: Mapping[str, nn.Module], inputs: list[Any]) -> dict[str, MeanOutput]:
+def _mean_outputs(
+    network: nn.Module, layers: Mapping[str, nn.Module], inputs: list[Any], forward: Forward | None
+) -> dict[str, MeanOutput]:
     """Run a network over all inputs, and return the mean outputs of some layers of it by name."""
     means = {name: MeanOutput() for name in layers}
     order = itertools.count()
@@ -345,7 +355,7 @@ def _mean_outputs(network: nn.Module, layers: Mapping[str, nn.Module], inputs: l
     handles = [layers[name].register_forward_hook(looking(mean), prepend=True) for name, mean in means.items()]
     try:
         for batch in inputs:
-            called(network, copied_inputs(batch))
+            called(network, copied(batch), forward)
     finally:
         for handle in handles:
             handle.remove()
@@ -364,7 +374,11 @@ def _together(inputs: list[Any], means: list[MeanOutput]) -> Tensor | None:
 
 
 def _correct_on_the_way(
-    qnetwork: nn.Module, layers: Mapping[str, QuantLayer], expected: Mapping[str, MeanOutput], inputs: Any
+    qnetwork: nn.Module,
+    layers: Mapping[str, QuantLayer],
+    expected: Mapping[str, MeanOutput],
+    inputs: Any,
+    forward: Forward | None,
 ) -> dict[str, float]:
     """Correct each layer in one forward pass, before its outputs go on to the next."""
     errors = {}
@@ -382,7 +396,7 @@ def _correct_on_the_way(
     for name, layer in layers.items():
         handles.append(layer.register_forward_hook(correcting(name), prepend=True, with_kwargs=True))
     try:
-        qnetwork(copied_inputs(inputs))
+        (forward or call)(qnetwork, copied(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -417,13 +431,14 @@ def _check_comparable(expected: list[Tensor], given: list[Tensor]) -> None:
         )
 
 
-def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> float:
+def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any], forward: Forward | None = None) -> float:
     """Tell how far a quantized network's outputs are from the float network's.
 
     Args:
         qnetwork: The quantized network.
         network: The float network.
-        inputs: Batches of inputs.
+        inputs: Batches of inputs, as `batches.collect` returns them.
+        forward: What runs a network on one of them, as in `quantize`.
 
     Returns:
         For class scores, (N, classes), the mean Kullback-Leibler divergence, in nats; for other
@@ -437,8 +452,8 @@ def distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> floa
     count = 0
     are_scores = True
     for batch in inputs:
-        expected = output_tensors(called(network, copied_inputs(batch)))
-        given = output_tensors(called(qnetwork, copied_inputs(batch)))
+        expected = leaves(called(network, copied(batch), forward))
+        given = leaves(called(qnetwork, copied(batch), forward))
         _check_comparable(expected, given)
         are_scores = are_scores and len(expected) == 1 and expected[0].dim() == 2 and expected[0].shape[1] > 1
         for one, other in zip(expected, given, strict=True):

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_leaves
 
+from quantizers.batches import Batches, batches_of, copied, prepared, running
+from quantizers.calling import Forward, device_of, leaves, to_device
 from quantizers.copying import copy_network, make_plain
-from quantizers.folding import called_with, copied_inputs, fold_batch_norm, output_tensors
+from quantizers.folding import called_with, fold_norms, outputs_of
 from quantizers.graph import FIXED, ChannelGraph, Clip, LayerChannels, capture
 from quantizers.layers import QuantLayer
-from quantizers.observers import Batches, _batches, _inputs, first_input, observe
+from quantizers.observers import first_input, observe
 from quantizers.policy import QUANTIZABLE
 
 TOLERANCE = 1e-5  # by which outputs may differ, of the size of the outputs
@@ -128,6 +129,7 @@ def equalize(
     by: str = "weights",
     relu6: str = "clamp",
     absorb: bool = True,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """Make a copy of a float network whose channels have even ranges, and that computes the same.
 
@@ -158,7 +160,7 @@ def equalize(
 
     Args:
         network: The float network; it is left alone.
-        *example: Its inputs, at least one image.
+        *example: Its inputs, at least one image; of any structure (`quantizers.calling`).
         batches: Inputs for the ranges of activations, as in `quantize`; None: the example is all.
         layers: Names of layers whose outputs are equalized, with what shares their scales; None:
             all that can be.
@@ -169,6 +171,8 @@ def equalize(
             pass, a `ChannelClamp`, which has a bound per channel; exporters may not know that. `keep`,
             and if it is called more often: it stays, and its channels keep their scale.
         absorb: Whether high biases are absorbed.
+        forward: `forward(network, *example)` runs the network on the example, and `forward(network, batch)`
+            on a batch, as in `quantize`; None: it is called with the inputs.
 
     Returns:
         The copy, in evaluation mode.
@@ -184,10 +188,12 @@ def equalize(
         raise ValueError(f"`layers` must be a collection of names of layers, at least one, or None for all; it is {layers!r}")
     if relu6 not in CLIPS:
         raise ValueError(f"unknown choice {relu6!r} for `relu6`; known: {', '.join(CLIPS)}")
-    made, expected = _prepared(network, example)
-    graph = capture(made, copied_inputs(example))
+    run = running(forward)
+    example = to_device(example, device_of(network))
+    made, expected = _prepared(network, example, run)
+    graph = capture(made, copied(example), forward)
     wanted = _wanted(graph, layers)
-    ranges = _watch(made, graph, example, batches)
+    ranges = _watch(made, graph, example, run, batches, forward)
     unclipped, clamped, held = _sorted_clips(made, graph, ranges, relu6 == "clamp")
     _check_held(graph, wanted, held, layers)
     if by == "weights":
@@ -198,13 +204,13 @@ def equalize(
     _replace_clips(made, unclipped, clamped, scales)
     if absorb:
         _absorb(made, graph, ranges, scales, wanted, [clip.node for clip in unclipped])
-    _check_same(made, expected, example)
+    _check_same(made, expected, example, run)
     return made
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5) -> nn.Module:
+def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5, forward: Forward | None = None) -> nn.Module:
     """Make a copy of a float network in which norms leave less to quantize, and the layers behind them more.
 
     SmoothQuant (Xiao et al., ICML 2023, equation 4): channel j of a norm's output is divided by s_j,
@@ -220,6 +226,7 @@ def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5) -> nn.Modul
         network: The float network; it is left alone.
         batches: Inputs for the ranges of activations, as in `quantize`.
         alpha: How much of the difficulty goes from activations to weights, 0 to 1.
+        forward: What runs the network on a batch, as in `quantize`.
 
     Returns:
         The copy, in evaluation mode.
@@ -231,16 +238,17 @@ def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5) -> nn.Modul
     """
     if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, not {alpha!r}")
-    given = iter(_batches(batches))
+    given = iter(batches_of(batches, network))
     first = next(given, None)
     if first is None:
         raise ValueError("smoothing needs at least one image; `batches` gave none")
-    example = (_inputs(first, network),)
-    made, expected = _prepared(network, example, fold=False)
+    example = (prepared(first, network, forward),)
+    run = running(forward)
+    made, expected = _prepared(network, example, run, fold=False)
     given_weights = _give_weights(made)
-    graph = capture(made, copied_inputs(example))
+    graph = capture(made, copied(example), forward)
     wanted = _behind_norms(graph)
-    ranges = _watch(made, graph, example, itertools.chain([first], given))
+    ranges = _watch(made, graph, example, run, itertools.chain([first], given), forward)
     unclipped, clamped, held = _sorted_clips(made, graph, ranges, False)
     scales = _smoothed(made, graph, ranges, wanted, held, alpha)
     _apply(made, graph, scales)
@@ -248,7 +256,7 @@ def smooth(network: nn.Module, batches: Batches, alpha: float = 0.5) -> nn.Modul
     for norm in given_weights:
         if bool((norm.weight == 1).all()):
             norm.weight = None
-    _check_same(made, expected, example)
+    _check_same(made, expected, example, run)
     return made
 
 
@@ -264,7 +272,7 @@ def _give_weights(network: nn.Module) -> list[Any]:
         elif isinstance(module, _NormBase):
             shape = module.num_features
         if shape is not None and module.weight is None:
-            module.weight = nn.Parameter(torch.ones(shape))
+            module.weight = nn.Parameter(torch.ones(shape, device=device_of(network)))
             given.append(module)
     return given
 
@@ -289,22 +297,22 @@ def _behind_norms(graph: ChannelGraph) -> Tensor:
     return found
 
 
-def _prepared(network: nn.Module, example: tuple[Any, ...], fold: bool = True) -> tuple[nn.Module, list[Tensor]]:
+def _prepared(network: nn.Module, example: tuple[Any, ...], run: Forward, fold: bool = True) -> tuple[nn.Module, list[Tensor]]:
     """Copy a network with its batch norms folded and its weights plain; returns it with the outputs that it must have."""
     if not example:
         raise ValueError("equalization needs an example: give the inputs of at least one image")
     if any(isinstance(module, QuantLayer) for module in network.modules()):
         raise ValueError("equalization is of float networks, before `quantize`; this one has quantized layers")
-    if any(not tensor.numel() for tensor in tree_leaves(example) if isinstance(tensor, Tensor)):
+    if any(not tensor.numel() for tensor in leaves(example)):
         raise ValueError("equalization needs an example of at least one image; this one is empty")
     made = copy_network(network).eval()
-    expected = output_tensors(called_with(made, example))
+    expected = called_with(made, example, run)
     if not all(bool(tensor.isfinite().all()) for tensor in expected):
         raise ValueError("the network's outputs on the example aren't finite, so that they can't be compared")
     if fold:
         # Where a layer's output is used beside its norm, norms stay and end the chains.
         with suppress(ValueError):
-            made = fold_batch_norm(made, *example)
+            made = fold_norms(copy_network(made), example, run)
     for module in list(made.modules()):
         if isinstance(module, QUANTIZABLE):
             make_plain(module)
@@ -348,13 +356,20 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:8]) + more
 
 
-def _watch(network: nn.Module, graph: ChannelGraph, example: tuple[Any, ...], batches: Batches | None) -> _Ranges:
+def _watch(
+    network: nn.Module,
+    graph: ChannelGraph,
+    example: Any,
+    run: Forward,
+    batches: Batches | None,
+    forward: Forward | None,
+) -> _Ranges:
     ranges = _Ranges(network, graph)
     try:
         if batches is None:
-            network(*copied_inputs(example))
+            outputs_of(network, example, run)
         else:
-            observe(network, {}, batches)
+            observe(network, {}, batches, forward=forward)
     finally:
         ranges.close()
     return ranges
@@ -584,8 +599,8 @@ def _add_constant(network: nn.Module, layer: LayerChannels, by_channel: Tensor) 
     layer.bias = f"{layer.name}.bias".lstrip(".")
 
 
-def _check_same(made: nn.Module, expected: list[Tensor], example: tuple[Any, ...]) -> None:
-    found = output_tensors(made(*copied_inputs(example)))
+def _check_same(made: nn.Module, expected: list[Tensor], example: Any, run: Forward) -> None:
+    found = outputs_of(made, example, run)
     for number, (old, new) in enumerate(zip(expected, found, strict=True)):
         if not old.is_floating_point() or not old.numel():
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
-from torch.utils._pytree import tree_map_only
 
+from quantizers.batches import Parts, copied, first_of, running
+from quantizers.calling import Forward, device_of, leaves, to_device
 from quantizers.copying import copy_network, make_plain
 from quantizers.observers import Output, first_input
 from quantizers.policy import QUANTIZABLE
@@ -24,19 +24,20 @@ SAME = 1e-5  # of the largest output: what float networks may differ by that com
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
+def fold_batch_norm(network: nn.Module, *example: Any, forward: Forward | None = None) -> nn.Module:
     """Make a copy of a network, in evaluation mode, without the batch norms that directly follow a convolution or Linear.
 
         w' = w gamma / sqrt(var + eps)          b' = (b - mean) gamma / sqrt(var + eps) + beta
 
-    What follows what is seen in one forward pass on `example`; a layer or norm that is called twice
+    What follows what is seen in one forward pass on the first sample of `example`; a layer or norm that is called twice
     is left alone. A folded norm becomes an Identity; one of somebody else's class (with an
     activation inside, say) stays, and does nothing but its other work. Where a folded layer's
     weight was computed from others (weight_norm, prune, parametrizations), it is a parameter now.
 
     Args:
         network: The network; it is left alone.
-        *example: Its inputs.
+        *example: Its inputs, of any structure (`quantizers.calling`).
+        forward: `forward(network, *example)` runs the network; None: it is called with the example.
 
     Returns:
         The copy.
@@ -46,8 +47,27 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
             output is used elsewhere than in its norm.
     """
     made = copy_network(network).eval()
-    before = made(*copied_inputs(example))
-    pairs = _pairs(made, example)
+    run = running(forward)
+    example = to_device(example, device_of(made))
+    return fold_norms(made, example, run)
+
+
+def fold_norms(made: nn.Module, example: Any, run: Forward) -> nn.Module:
+    """Fold batch norms as `fold_batch_norm` does, in place.
+
+    Args:
+        made: The network, in evaluation mode; it is of no use where this raises.
+        example: What `run` takes.
+        run: Runs the network on it.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If it doesn't compute the same on `example` afterwards.
+    """
+    before = outputs_of(made, example, run)
+    pairs = _pairs(made, first_of(made, example, run), run)
     for layer, norm in pairs:
         _fold(layer, norm)
     folded = {norm for _, norm in pairs}
@@ -55,8 +75,8 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
         for name, child in list(parent._modules.items()):
             if child in folded and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
                 setattr(parent, name, nn.Identity())
-    after = made(*copied_inputs(example))
-    for old, new in zip(output_tensors(before), output_tensors(after), strict=True):
+    after = outputs_of(made, example, run)
+    for old, new in zip(before, after, strict=True):
         if not torch.allclose(old, new, rtol=1e-3, atol=1e-4 * float(old.abs().max().clamp_min(1))):
             worst = float((old - new).abs().max())
             raise ValueError(
@@ -66,7 +86,7 @@ def fold_batch_norm(network: nn.Module, *example: Any) -> nn.Module:
     return made
 
 
-def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module, _BatchNorm]]:
+def _pairs(network: nn.Module, example: Any, run: Forward) -> list[tuple[nn.Module, _BatchNorm]]:
     calls: dict[nn.Module, int] = {}
     outputs: list[tuple[Output, nn.Module]] = []
     pairs: list[tuple[nn.Module, _BatchNorm]] = []
@@ -88,7 +108,7 @@ def _pairs(network: nn.Module, example: tuple[Any, ...]) -> list[tuple[nn.Module
         if isinstance(module, (*QUANTIZABLE, _BatchNorm)):
             handles.append(module.register_forward_hook(after))
     try:
-        network(*copied_inputs(example))
+        run(network, copied(example))
     finally:
         for handle in handles:
             handle.remove()
@@ -125,36 +145,43 @@ def _learns_bias(layer: nn.Module) -> bool:
     return bias.requires_grad
 
 
-def copied_inputs(example: Any) -> Any:
-    """Copy inputs for one pass: a network may normalise them in place."""
-    return tree_map_only(Tensor, torch.clone, example)
+def outputs_of(network: nn.Module, example: Any, run: Forward) -> list[Tensor]:
+    """Run a network on an example, part by part where its activations take much memory (`batches.Parts`).
+
+    Args:
+        network: The network.
+        example: What `run` takes.
+        run: Runs the network on it.
+
+    Returns:
+        All tensors of its outputs.
+    """
+    return [tensor for part in Parts(network, run).of(example) for tensor in leaves(run(network, copied(part)))]
 
 
-def called_with(network: nn.Module, example: tuple[Any, ...]) -> Any:
-    """Return what a network makes of an example; raises ValueError, saying why, if it can't take it."""
-    if not example:
+def called_with(network: nn.Module, example: Any, run: Forward) -> list[Tensor]:
+    """Run a network on an example of the user's, as `outputs_of` does.
+
+    Args:
+        network: The network.
+        example: What `run` takes.
+        run: Runs the network on it.
+
+    Returns:
+        All tensors of its outputs.
+
+    Raises:
+        ValueError: Saying why, if the network can't take it.
+    """
+    if not leaves(example):
         raise ValueError("an example is needed: give the network's inputs, of at least one image")
     try:
-        return network(*copied_inputs(example))
+        return outputs_of(network, example, run)
     except ValueError:
         raise
     except Exception as error:  # whatever a network raises for inputs that aren't its own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"the network can't be called with the example ({reason}): give the inputs that it takes") from error
-
-
-def output_tensors(output: Any) -> list[Tensor]:
-    """Return the tensors of whatever a network returns."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts: list[Any] = []
-    if isinstance(output, dict):
-        parts = list(output.values())
-    elif isinstance(output, list | tuple):
-        parts = list(output)
-    elif is_dataclass(output):
-        parts = list(vars(output).values())
-    return [tensor for part in parts for tensor in output_tensors(part)]
 
 
 class Shifted(nn.Module):
@@ -185,7 +212,7 @@ class Shifted(nn.Module):
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
+def fold_shifts(network: nn.Module, *example: Any, forward: Forward | None = None) -> nn.Module:
     """Make a copy of a network, in evaluation mode, in which activations that are a little negative are unsigned.
 
         y = f(x) + c          b' = b - sum_k W_k c
@@ -196,14 +223,15 @@ def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
     (arXiv 2109.09113). Where hardware has zero points, `Linear(asymmetric=True)` does as
     well, and keeps real 0 exact.
 
-    What reads an activation is seen in one forward pass on `example`. It is left alone unless all
+    What reads an activation is seen in one forward pass on the first sample of `example`. It is left alone unless all
     that reads it are convolutions and linear layers that are called once, with the same padding, and
     unless the network computes the same on `example` with the shift: where it is added up or
     multiplied besides, it doesn't.
 
     Args:
         network: The network; it is left alone.
-        *example: Its inputs.
+        *example: Its inputs, of any structure (`quantizers.calling`).
+        forward: `forward(network, *example)` runs the network; None: it is called with the example.
 
     Returns:
         The copy. A shifted activation is a `Shifted`; its layers pad no more, and have a bias.
@@ -212,10 +240,12 @@ def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
         ValueError: For an example that the network can't be called with, or whose outputs aren't finite.
     """
     made = copy_network(network).eval()
-    before = output_tensors(called_with(made, example))
+    run = running(forward)
+    example = to_device(example, device_of(made))
+    before = called_with(made, example, run)
     if not all(bool(tensor.isfinite().all()) for tensor in before):
         raise ValueError("the network's outputs on the example aren't finite, so that they can't be compared")
-    for activation, layers in _readers(made, example):
+    for activation, layers in _readers(made, first_of(made, example, run), run):
         shift, padding = _shift_of(activation), _common_padding(layers)
         if shift is None or padding is None:
             continue
@@ -224,7 +254,7 @@ def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
         _replace(made, activation, shifted)
         for layer in layers:
             _take_off(layer, shift)
-        after = _tried(made, example)
+        after = _tried(made, example, run)
         if after is not None and _are_same(before, after):
             before = after
             continue
@@ -236,7 +266,7 @@ def fold_shifts(network: nn.Module, *example: Any) -> nn.Module:
     return made
 
 
-def _readers(network: nn.Module, example: tuple[Any, ...]) -> Iterator[tuple[nn.Module, list[Any]]]:
+def _readers(network: nn.Module, example: Any, run: Forward) -> Iterator[tuple[nn.Module, list[Any]]]:
     """Return the activations that are called once, each with the layers that read it and are called once."""
     calls: dict[nn.Module, int] = {}
     outputs: list[tuple[Output, nn.Module]] = []
@@ -261,7 +291,7 @@ def _readers(network: nn.Module, example: tuple[Any, ...]) -> Iterator[tuple[nn.
         elif _shift_of(module) is not None:
             handles.append(module.register_forward_hook(after))
     try:
-        network(*copied_inputs(example))
+        run(network, copied(example))
     finally:
         for handle in handles:
             handle.remove()
@@ -322,10 +352,10 @@ def _replace(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def _tried(network: nn.Module, example: tuple[Any, ...]) -> list[Tensor] | None:
+def _tried(network: nn.Module, example: Any, run: Forward) -> list[Tensor] | None:
     """Return what a network computes; None where an activation that is padded now has the wrong size for somebody else."""
     try:
-        return output_tensors(network(*copied_inputs(example)))
+        return outputs_of(network, example, run)
     except (RuntimeError, ValueError):
         return None
 

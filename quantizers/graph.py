@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from quantizers.batches import running
+from quantizers.calling import Forward, count_of, first_sample, leaves, map_tensors
+
 FIXED = 0  # the label of what keeps its scale
 ZERO = -1  # of zeros that were put around a map, which have any scale
 
@@ -159,12 +162,13 @@ class ChannelGraph:
 
 
 @torch.no_grad()
-def capture(network: nn.Module, example: tuple[Any, ...]) -> ChannelGraph:
+def capture(network: nn.Module, example: tuple[Any, ...], forward: Forward | None = None) -> ChannelGraph:
     """Follow the channels of a float network in evaluation mode.
 
     Args:
         network: The network; it is left alone.
-        example: Its inputs; the graph is of the operations that it computes for these.
+        example: Its inputs, of any structure; the graph is of the operations that it computes for these.
+        forward: `forward(network, *example)` runs the network; None: it is called with the example.
 
     Returns:
         The graph.
@@ -172,23 +176,43 @@ def capture(network: nn.Module, example: tuple[Any, ...]) -> ChannelGraph:
     Raises:
         ValueError: For a network that torch.export can't follow, with its reason.
     """
-    return _Follower(network, _exported(network, example)).follow()
+    return _Follower(network, _exported(network, example, forward)).follow()
 
 
-def _exported(network: nn.Module, example: tuple[Any, ...]) -> Any:
+class _Runner(nn.Module):
+    """A network that is called with the tensors of an example, and returns those of its outputs: torch.export knows no others.
+
+    Its modules, parameters and buffers are the network's, by the same names.
+    """
+
+    def __init__(self, network: nn.Module, example: Any, run: Forward) -> None:
+        super().__init__()
+        for held in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[held] = network.__dict__[held]
+        # Not the network itself, which would be a part of this one.
+        self._run: Any = lambda given: run(network, given)
+        self._example = example
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        return leaves(self._run(map_tensors(self._example, lambda tensor: next(given))))
+
+
+def _exported(network: nn.Module, example: tuple[Any, ...], forward: Forward | None) -> Any:
     """Export a network for the first of a batch, or, if it doesn't take that, for the batch."""
-    first = tree_map_only(Tensor, _first, example)
-    try:
-        return torch.export.export(network, first, strict=False)
-    except Exception:  # whatever a network raises for a batch of one
-        pass
-    try:
-        return torch.export.export(network, example, strict=False)
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{type(network).__name__} can't be equalized: torch.export can't write down what it does ({reason})"
-        ) from error
+    attempts: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
+    if forward is None and all(isinstance(part, Tensor) for part in example):
+        attempts = [(network, tuple(map(_first, example))), (network, example)]
+    else:
+        for given in (first_sample(example, count_of(example)), example):
+            attempts.append((_Runner(network, given, running(forward)), tuple(leaves(given))))
+    reason = ""
+    for module, tensors in attempts:
+        try:
+            return torch.export.export(module, tensors, strict=False)
+        except Exception as error:  # whatever a network raises for a batch of one
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    raise ValueError(f"{type(network).__name__} can't be equalized: torch.export can't write down what it does ({reason})")
 
 
 def _first(tensor: Tensor) -> Tensor:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from quantizers.backward import BACKWARD
+from quantizers.batches import Batches, collect
+from quantizers.calling import Forward
 from quantizers.copying import copy_network, evaluating
 from quantizers.correction import MeanInput, correct_bias, correct_weights
 from quantizers.functional import MAX_BITS, WIDTHS
 from quantizers.layers import FOUND_AFTER_TRAINING, QuantLayer, make_quantized, make_unquantized, no_scale
 from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
 from quantizers.moments import InputMoments, Passes
-from quantizers.observers import Batches, Observer, OnProgress, collect, no_progress, observe
+from quantizers.observers import Observer, OnProgress, no_progress, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
 from quantizers.rounding import gptq
 from quantizers.scheme import Scheme, failing_as, try_out
@@ -47,6 +49,7 @@ def quantize(
     correction: str | None = None,
     rounding: Roundings = "nearest",
     on_progress: OnProgress = no_progress,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """Make a copy of a network whose convolutions and linear layers compute at the bits of a policy.
 
@@ -59,9 +62,12 @@ def quantize(
             that is called. (None, None) leaves one in float.
         scheme: A name (`Scheme.named`), a scheme with its options, such as
             Linear(calibration="kl"), or one per layer of the policy, by name.
-        calibrate: Inputs, as one tensor or an iterable of tensors or (inputs, labels). Not needed
-            where the scheme needs no data at the policy's bits (`Scheme.needs_data_at`), as where
-            all activations stay in float. Or instead
+        calibrate: Inputs, as one tensor or an iterable of tensors or (inputs, labels). Inputs may have
+            any structure: a tuple is spread over the network's arguments, a mapping over those by
+            name (`quantizers.calling`). Batches whose activations would take more than 256 MiB in
+            one module are gone through in parts (`quantizers.batches`). Not needed where the scheme
+            needs no data at the policy's bits (`Scheme.needs_data_at`), as where all activations stay
+            in float. Or instead
         state: What `quantizer_state` returned for the same network and scheme.
         correction: "analytic" adds to biases what quantized weights take away from the mean of each
             layer's outputs, for every width; "sequential" does that too, and then corrects the biases
@@ -70,6 +76,8 @@ def quantize(
             for every width; or one per layer of the policy, by name. Layers that calibration never
             reaches are rounded to nearest.
         on_progress: Is told how many of how many steps are done, in batches and layers.
+        forward: `forward(network, batch)` runs the network on a batch as it was given, labels included,
+            on the network's device. None: the network is called with the inputs.
 
     Returns:
         The quantized copy, in the mode (training or not) of the network.
@@ -84,22 +92,31 @@ def quantize(
     """
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
-        wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy))
+        wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy), forward)
         if correction == "sequential" and calibrate is not None:
-            calibrate = [(inputs,) for inputs in collect(calibrate, network)]  # to go through it again
+            calibrate = _kept(calibrate, network, forward)  # to go through it again
         made, reads = _quantized(network, policy, wanted, calibrate, state, on_progress)
         if correction == "sequential" and calibrate is not None:
-            correct_bias(made, network, calibrate, on_progress=on_progress)
+            correct_bias(made, network, calibrate, on_progress=on_progress, forward=forward)
     warn_of_float(made, policy, reads, stacklevel=2)
     return made
 
 
 class Wanted(NamedTuple):
-    """How a network is to be quantized: schemes and roundings by layer, and the correction."""
+    """How a network is to be quantized: schemes and roundings by layer, the correction, and what runs it."""
 
     schemes: Mapping[str, Scheme]
     correction: str | None
     roundings: Mapping[str, str]
+    forward: Forward | None = None
+
+
+def _kept(calibrate: Batches, network: nn.Module, forward: Forward | None) -> list[Any]:
+    """Return all batches as a list."""
+    parts = collect(calibrate, network, forward)
+    if forward is not None:
+        return parts
+    return [(inputs,) for inputs in parts]
 
 
 def _quantized(
@@ -131,7 +148,7 @@ def _quantized(
     passes = _passes(made, wanted, floats, calibrate)
     if calibrate is not None:
         also = (means, passes.hooks())
-        observers = observe(made, floats, calibrate, first_pass=reads, also=also, on_progress=on_progress)
+        observers = observe(made, floats, calibrate, reads, also, on_progress, wanted.forward)
     readers = read_by_others(made, reads.found)
     if state is None:
         _check_complete(policy, floats, observers, readers)
@@ -212,7 +229,7 @@ def _passes(made: nn.Module, wanted: Wanted, floats: Mapping[str, nn.Module], ca
 
     def look(hooks: Mapping[str, InputMoments]) -> None:
         assert calibrate is not None
-        observe(made, {name: floats[name] for name in hooks}, calibrate, also=(hooks,))
+        observe(made, {name: floats[name] for name in hooks}, calibrate, also=(hooks,), forward=wanted.forward)
 
     return Passes(moments, calibrate, look)
 

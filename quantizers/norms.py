@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from quantizers.batches import Batches, collect, copied
+from quantizers.calling import Forward, call
 from quantizers.copying import evaluating
 from quantizers.correction import distance
-from quantizers.folding import copied_inputs
 from quantizers.network import float_copy
-from quantizers.observers import Batches, collect, first_input
+from quantizers.observers import first_input
 
 
 def running_norms(network: nn.Module) -> list[_NormBase]:
@@ -37,7 +38,12 @@ def is_frozen(norm: _NormBase) -> bool:
 
 @torch.inference_mode(False)
 def reestimate_norms(
-    qnetwork: nn.Module, batches: Batches, *, network: nn.Module | None = None, keep_worse: bool = False
+    qnetwork: nn.Module,
+    batches: Batches,
+    *,
+    network: nn.Module | None = None,
+    keep_worse: bool = False,
+    forward: Forward | None = None,
 ) -> int:
     """Give norms with running statistics the mean and variance of what they see in the quantized network, in place.
 
@@ -54,6 +60,7 @@ def reestimate_norms(
         batches: Inputs, as `quantize` takes them for calibration; labels play no part.
         network: The float network; None: what `float_copy` makes of the quantized one.
         keep_worse: Whether the new statistics are kept in any case.
+        forward: What runs a network on a batch, as in `quantize`.
 
     Returns:
         How many norms have new statistics; 0 if they weren't kept.
@@ -71,18 +78,18 @@ def reestimate_norms(
     norms = [norm for norm in norms if not is_frozen(norm)]
     if not norms:
         raise ValueError("all norms of the network are frozen (no parameter requires a gradient, or momentum is 0)")
-    inputs = collect(batches, qnetwork)
+    inputs = collect(batches, qnetwork, forward)
     if network is None:
         network = float_copy(qnetwork)
     saved = [_tensors(norm) for norm in norms]
     is_kept = False
     with torch.no_grad(), evaluating(qnetwork), evaluating(network):
-        before = distance(qnetwork, network, inputs)
+        before = distance(qnetwork, network, inputs, forward)
         try:
-            called = _in_order_of_call(qnetwork, norms, inputs[0])
+            called = _in_order_of_call(qnetwork, norms, inputs[0], forward)
             for norm in called:
-                take_statistics(qnetwork, [norm], map(copied_inputs, inputs))
-            is_kept = keep_worse or distance(qnetwork, network, inputs) <= before
+                take_statistics(qnetwork, [norm], map(copied, inputs), forward)
+            is_kept = keep_worse or distance(qnetwork, network, inputs, forward) <= before
         finally:
             if not is_kept:
                 _restore(norms, saved)
@@ -103,7 +110,7 @@ def _restore(norms: list[_NormBase], saved: list[list[Tensor]]) -> None:
             buffer.copy_(tensor)
 
 
-def _in_order_of_call(network: nn.Module, norms: list[_NormBase], inputs: Any) -> list[_NormBase]:
+def _in_order_of_call(network: nn.Module, norms: list[_NormBase], inputs: Any, forward: Forward | None) -> list[_NormBase]:
     """Return the norms that a network calls, in the order of their first calls."""
     called: dict[_NormBase, None] = {}
 
@@ -113,7 +120,7 @@ def _in_order_of_call(network: nn.Module, norms: list[_NormBase], inputs: Any) -
 
     handles = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
-        network(copied_inputs(inputs))
+        (forward or call)(network, copied(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -121,7 +128,9 @@ def _in_order_of_call(network: nn.Module, norms: list[_NormBase], inputs: Any) -
 
 
 @torch.no_grad()
-def take_statistics(network: nn.Module, norms: Iterable[_NormBase], batches: Iterable[Any]) -> None:
+def take_statistics(
+    network: nn.Module, norms: Iterable[_NormBase], batches: Iterable[Any], forward: Forward | None = None
+) -> None:
     """Give some norms the mean and variance of all that they see in one pass, in place.
 
     While the pass lasts, a norm normalises each batch by that batch's own statistics, as in
@@ -131,13 +140,14 @@ def take_statistics(network: nn.Module, norms: Iterable[_NormBase], batches: Ite
         network: What the norms are in; every module is in evaluation mode meanwhile.
         norms: The norms.
         batches: Inputs of the network, which are left as they are only if the network leaves them so.
+        forward: What runs the network on each of them, as in `quantize`.
 
     Raises:
         ValueError: If a norm sees a single value of each channel, so that there is no variance.
     """
     with evaluating(network), _gathering(norms) as gathered:
         for inputs in batches:
-            network(inputs)
+            (forward or call)(network, inputs)
         for statistics in gathered:
             statistics.finish()
 

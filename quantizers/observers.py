@@ -7,16 +7,15 @@ Scales are found by the smallest squared error, the largest value, a percentile,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from quantizers.batches import Batches, Parts, batches_of, called, prepared
+from quantizers.calling import Forward
 from quantizers.clipping import output_scales
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
 from quantizers.histogram import Histogram, importance_of_inputs
@@ -28,7 +27,6 @@ SAMPLES = 1 << 16  # activations of a batch that are looked at, and of all batch
 # are rarely multiples of, so that every channel keeps its share.
 MOST_SAMPLES = 16 * SAMPLES
 THINNING = 11
-BATCH = 64  # images of a Dataset that are put together
 PIECES = 64  # tensors in which they are kept at most
 CACHED_VALUES = 1 << 15  # float64 numbers with which all temporaries fit into the cache
 BINS = 2048
@@ -36,15 +34,11 @@ PERCENTILE = 0.9999
 RULES = ("mse", "max", "percentile", "kl")
 WEIGHT_RULES = (*RULES, "output")
 
-Batches = Iterable[Any] | Tensor
 OnProgress = Callable[[int, int, str], None]  # how many are done, of how many, of what
 
 
 def no_progress(*told: object) -> None:
     """Tell nobody."""
-
-
-ACCEPTED = "give a tensor of inputs (N, ...), or an iterable of such tensors or of pairs (inputs, labels)"
 
 
 def fit_weight_scales(
@@ -385,19 +379,21 @@ def observe(
     first_pass: AbstractContextManager[object] | None = None,
     also: Iterable[Mapping[str, Callable[..., None]]] = (),
     on_progress: OnProgress = no_progress,
+    forward: Forward | None = None,
 ) -> dict[str, Observer]:
     """Run a network over calibration batches, in evaluation mode, and watch the inputs of some layers.
 
-    Afterwards every module is in the mode in which it was before. The batches stay as they are.
+    Afterwards every module is in the mode in which it was before. The batches stay as they are. Those
+    whose activations would take too much memory are gone through in parts (`batches.Parts`).
 
     Args:
         network: The network.
         layers: Modules of it, by name.
-        batches: One tensor (one batch), a pair (inputs, labels) of tensors, a Dataset, or an iterable of
-            tensors or of such pairs. Inputs of a floating type are taken in that of the network.
+        batches: As in `batches.batches_of`. Inputs of a floating type are taken in that of the network.
         first_pass: Within what the first batch is run.
         also: What else looks at the inputs of layers: further pre-hooks by name.
         on_progress: Is told how many of how many batches are done, where their number is known.
+        forward: What runs the network on a batch; None: `calling.call`, on its inputs.
 
     Returns:
         An observer by layer; one that is never called has seen nothing.
@@ -407,23 +403,19 @@ def observe(
             an activation that isn't finite.
     """
     observers = {name: Observer(name) for name in layers}
+    parts = Parts(network, forward)
     modes = [(module, module.training) for module in network.modules()]
     training, seen = network.training, 0
-    handles = []
     try:
-        for name, module in layers.items():
-            handles.append(module.register_forward_pre_hook(observers[name], with_kwargs=True))
-            others = [hooks[name] for hooks in also if name in hooks]
-            handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for hook in others]
         network.eval()
         with torch.no_grad():
-            every = _batches(batches)
+            every = batches_of(batches, network)
             for done, batch in enumerate(every, 1):
-                inputs = _inputs(batch, network)
-                with first_pass or nullcontext():
-                    called(network, inputs)
-                first_pass = None
-                seen += _count(inputs)
+                for part in parts.of(prepared(batch, network, forward)):
+                    with _watched(layers, (observers, *also)), first_pass or nullcontext():
+                        called(network, part, forward)
+                    first_pass = None
+                    seen += parts.count(part)
                 if isinstance(every, Sized):
                     on_progress(done, len(every), "batches")
     finally:
@@ -431,91 +423,20 @@ def observe(
         network.train(training)
         for module, mode in modes:
             module.training = mode
-        for handle in handles:
-            handle.remove()
     if not seen:
         raise ValueError("calibration needs at least one image; `calibrate` gave none")
     return observers
 
 
-def _batches(calibrate: Any) -> Iterable[Any]:
-    """Return what to go through: batches of inputs, or of (inputs, labels)."""
-    if isinstance(calibrate, Tensor) or _is_pair(calibrate):
-        return [calibrate]
-    if isinstance(calibrate, Dataset) and not isinstance(calibrate, IterableDataset):
-        return DataLoader(calibrate, BATCH)
-    if isinstance(calibrate, str | bytes | Mapping | np.ndarray) or not _is_iterable(calibrate):
-        raise ValueError(f"`calibrate` is {_described(calibrate)}; {ACCEPTED}")
-    iterable: Iterable[Any] = calibrate
-    return iterable
-
-
-def _is_pair(calibrate: Any) -> bool:
-    """Say whether two tensors are inputs and their labels, which have fewer dimensions, and not two batches of inputs."""
-    if not isinstance(calibrate, list | tuple) or len(calibrate) != 2:
-        return False
-    inputs, labels = calibrate
-    if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
-        return False
-    return 0 < labels.dim() < inputs.dim() and len(labels) == len(inputs)
-
-
-def _is_iterable(value: Any) -> bool:
-    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
-
-
-def collect(batches: Batches, network: nn.Module) -> list[Any]:
-    """Return the inputs of all batches as a list, as `observe` gives them to a network, to go through several times.
-
-    Raises ValueError if there are none, or for what is no input.
-    """
-    inputs = [_inputs(batch, network) for batch in _batches(batches)]
-    if not sum(map(_count, inputs)):
-        raise ValueError("calibration needs at least one image; `calibrate` gave none")
-    return inputs
-
-
-def _inputs(batch: Any, network: nn.Module) -> Any:
-    """Return a batch's inputs, of the network's floating type, as copies: a network may change them in place."""
-    inputs = batch
-    if isinstance(batch, list | tuple):
-        if not batch:
-            raise ValueError(f"`calibrate` gave an empty {type(batch).__name__}; {ACCEPTED}")
-        inputs = batch[0]
-    if isinstance(inputs, np.ndarray | str | bytes):
-        raise ValueError(f"`calibrate` gave {_described(inputs)}; {ACCEPTED}")
-    kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
-
-    def taken(value: Tensor) -> Tensor:
-        if value.is_floating_point() and len(kinds) == 1:
-            value = value.to(next(iter(kinds)))
-        return value.clone()
-
-    return tree_map_only(Tensor, taken, inputs)
-
-
-def called(network: nn.Module, inputs: Any) -> Any:
-    """Return what a network makes of a batch's inputs. Raises ValueError, saying what they are, if it can't take them."""
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module], hooks: Iterable[Mapping[str, Callable[..., None]]]) -> Iterator[None]:
+    """Let pre-hooks, by name, look at the inputs of layers within a `with`."""
+    handles = []
     try:
-        return network(inputs)
-    except (ValueError, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a network raises for inputs that aren't its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(
-            f"the network can't be called with what `calibrate` gave, {_described(inputs)} ({reason}); {ACCEPTED}, "
-            "as the network takes them"
-        ) from error
-
-
-def _count(inputs: Any) -> int:
-    """Return how many images there are in a batch's inputs."""
-    if isinstance(inputs, Tensor) and inputs.dim():
-        return len(inputs)
-    return 1
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor | np.ndarray):
-        return f"a {type(value).__name__} of type {value.dtype} and shape {tuple(value.shape)}"
-    return f"of type {type(value).__name__}"
+        for name, module in layers.items():
+            found = [by_name[name] for by_name in hooks if name in by_name]
+            handles += [module.register_forward_pre_hook(hook, with_kwargs=True) for hook in found]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -11,9 +11,10 @@ ICLR 2022) was tried: in so few steps it gains nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from quantizers.batches import BATCH as MOST_TOGETHER
+from quantizers.batches import Batches, collect, copied
+from quantizers.calling import Forward, call
 from quantizers.copying import evaluating
 from quantizers.correction import distance, float_layers
-from quantizers.folding import copied_inputs
 from quantizers.functional import along_channels, integer_range, quantize_tensor
 from quantizers.layers import QuantLayer, tailor
 from quantizers.network import quant_layers
-from quantizers.observers import BATCH as MOST_TOGETHER
-from quantizers.observers import Batches, OnProgress, Output, collect, first_input, no_progress
+from quantizers.observers import OnProgress, Output, first_input, no_progress
 from quantizers.scheme import Scheme, SchemeLayer
 
 METHODS = ("adaround", "brecq")
@@ -106,6 +108,7 @@ def reconstruct(
     iterations: int = ITERATIONS,
     seed: int = 0,
     on_progress: OnProgress = no_progress,
+    forward: Forward | None = None,
 ) -> Reconstruction:
     """Learn the rounding of a quantized network's weights, and shifts of its biases, for the policy that it has now.
 
@@ -127,6 +130,7 @@ def reconstruct(
         iterations: Steps of each part, of 32 images each.
         seed: Of all that is random.
         on_progress: Is told how many of how many parts are done.
+        forward: What runs a network on a batch, as in `quantize`.
 
     Returns:
         The errors of every part before and after, and what is kept.
@@ -137,22 +141,22 @@ def reconstruct(
     """
     _check(qnetwork, network, method, iterations, seed)
     layers = quant_layers(qnetwork)
-    inputs = _in_small_batches(collect(batches, qnetwork))
+    inputs = _in_small_batches(collect(batches, qnetwork, forward))
     saved = {name: _Found.of(layer) for name, layer in layers.items()}
     done: list[ReconstructedPart] = []
     is_kept = False
     with evaluating(qnetwork), evaluating(network), _straight_through(list(layers.values())):
-        before = _distance(qnetwork, network, inputs)
+        before = _distance(qnetwork, network, inputs, forward)
         try:
-            parts = _parts(qnetwork, inputs[0], method)
+            parts = _parts(qnetwork, inputs[0], method, forward)
             for number, modules in enumerate(parts):
                 on_progress(number, len(parts), "parts")
-                learner = _Learner(qnetwork, network, modules, seed + number)
+                learner = _Learner(qnetwork, network, modules, seed + number, forward)
                 done += learner.learn(inputs, iterations)
             on_progress(len(parts), len(parts), "parts")
             for layer in layers.values():
                 tailor(layer)
-            after = _distance(qnetwork, network, inputs)
+            after = _distance(qnetwork, network, inputs, forward)
             is_kept = after <= before
         finally:
             if not is_kept:
@@ -172,8 +176,8 @@ def _in_small_batches(batches: Sequence[Any]) -> list[Any]:
 
 
 @torch.no_grad()
-def _distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any]) -> float:
-    return distance(qnetwork, network, inputs)
+def _distance(qnetwork: nn.Module, network: nn.Module, inputs: list[Any], forward: Forward | None) -> float:
+    return distance(qnetwork, network, inputs, forward)
 
 
 def _check(qnetwork: nn.Module, network: nn.Module, method: str, iterations: int, seed: int) -> None:
@@ -246,7 +250,7 @@ class _Modules(NamedTuple):
 class _Trace:
     """What one pass shows of a network: calls in their order, and what directly follows a layer."""
 
-    def __init__(self, network: nn.Module, inputs: Any) -> None:
+    def __init__(self, network: nn.Module, inputs: Any, forward: Forward | None) -> None:
         """Run the network on inputs, in the mode in which it is."""
         self.names = {module: name for name, module in network.named_modules()}
         self.calls: dict[nn.Module, int] = {}
@@ -259,7 +263,7 @@ class _Trace:
             handles.append(module.register_forward_hook(self._leave))
         try:
             with torch.no_grad():
-                network(copied_inputs(inputs))
+                (forward or call)(network, copied(inputs))
         finally:
             for handle in handles:
                 handle.remove()
@@ -325,9 +329,9 @@ def _is_pointwise(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or any(base.__module__ in kinds for base in type(module).__mro__)
 
 
-def _parts(qnetwork: nn.Module, inputs: Any, method: str) -> list[_Modules]:
+def _parts(qnetwork: nn.Module, inputs: Any, method: str, forward: Forward | None) -> list[_Modules]:
     """Divide a quantized network into parts, in the order of calls."""
-    trace = _Trace(qnetwork, inputs)
+    trace = _Trace(qnetwork, inputs, forward)
     parts: list[_Modules] = []
 
     def learns(part: _Modules) -> bool:
@@ -419,8 +423,9 @@ class _Piece(NamedTuple):
 class _Learner:
     """Learns one part."""
 
-    def __init__(self, qnetwork: nn.Module, network: nn.Module, part: _Modules, seed: int) -> None:
+    def __init__(self, qnetwork: nn.Module, network: nn.Module, part: _Modules, seed: int, forward: Forward | None) -> None:
         self.qnetwork, self.network, self.part, self.seed = qnetwork, network, part, seed
+        self.forward = forward or call
         self.modules = [qnetwork.get_submodule(name) for name in part.names]
         self.float_modules = [network.get_submodule(name) for name in part.names]
         self.layers: dict[str, QuantLayer] = {}
@@ -439,7 +444,7 @@ class _Learner:
                 return [ReconstructedPart(self.part.names[0], tuple(self.layers), math.nan, math.nan, False)]
             for single in self.part.singles:
                 if self.layers.keys() & set(single.layers):
-                    done += _Learner(self.qnetwork, self.network, single, self.seed).learn(inputs, iterations)
+                    done += _Learner(self.qnetwork, self.network, single, self.seed, self.forward).learn(inputs, iterations)
             return done
         before = self._error(pieces)
         after = before
@@ -459,8 +464,8 @@ class _Learner:
         found: dict[torch.Size, list[_Piece]] = {}
         every = 1
         for number, batch in enumerate(batches):
-            calls = _captured(self.qnetwork, self.modules[0], self.part.calls, batch)
-            float_calls = _captured(self.network, self.float_modules[0], self.part.calls, batch)
+            calls = _captured(partial(self.forward, self.qnetwork), self.modules[0], self.part.calls, batch)
+            float_calls = _captured(partial(self.forward, self.network), self.float_modules[0], self.part.calls, batch)
             if number == 0:
                 if not all(_is_whole(self.modules[0], *call) for call in calls):
                     return []
@@ -614,7 +619,7 @@ class _Reached(BaseException):
     """Ends a pass where all has been seen."""
 
 
-def _captured(network: nn.Module, module: nn.Module, calls: int, inputs: Any) -> list[tuple[Tensor, Tensor]]:
+def _captured(network: Callable[[Any], Any], module: nn.Module, calls: int, inputs: Any) -> list[tuple[Tensor, Tensor]]:
     """Run a network until a module was called so often; returns copies of its inputs and outputs, call by call."""
     given: list[Tensor] = []
     made: list[Tensor] = []
@@ -629,7 +634,7 @@ def _captured(network: nn.Module, module: nn.Module, calls: int, inputs: Any) ->
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     try:
-        network(copied_inputs(inputs))
+        network(copied(inputs))
     except _Reached:
         pass
     finally:

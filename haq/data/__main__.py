@@ -48,7 +48,7 @@ def cli(name: str, network: str | None) -> int:
             dataset = load(name)
         else:
             loaded = networks.load(network)
-            dataset = load(name, image_size=loaded.input_shape[-1])
+            dataset = load(name, image_size=loaded.image_size)
             networks.check_fits(loaded, dataset)
         image = dataset.train.images[torch.arange(1)]
     say(output.results, dataset.describe())

@@ -8,40 +8,26 @@ trained on `train` has seen neither of the others.
 from __future__ import annotations
 
 import hashlib
-import threading
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from haq.data.image_files import ORIENTATIONS as ORIENTATIONS
+from haq.data.image_files import ImageFiles as ImageFiles
+from haq.data.image_files import read_image as read_image
 from haq.data.labels import INTEGERS
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from haq.data.sources import Columns, Source, Stream
+from haq.data.structures import Batch, length, pieces
+from quantizers.calling import inputs_of, leaves, targets_of
 
 SPLIT_SEED = 0
 UNLABELLED = -1
-_one_large = threading.Lock()
 COMPARED = 64  # images of each split whose values are compared
-MOST_PIXELS = 89_478_485  # of an image file: above it Pillow itself warns
-LARGE = 2**24  # pixels; of images above it one is decoded at a time
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # by content, whatever a file's name ends in
-ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
-ORIENTATIONS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
+FEW = 8  # of those that aren't in memory
 MOST_APART = 50.0  # times that values of two splits may differ on average: 0..1 and 0..255 are 255 times apart
 
 
@@ -57,144 +43,138 @@ class Images(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class Split:
-    """Images, uint8 of shape (N, C, H, W) (or float, taken as they are), and their labels, int64 of shape (N,)."""
+    """Samples: inputs and targets of any structure.
 
-    images: Images
-    labels: Tensor
+    Those of image classification are images, uint8 of shape (N, C, H, W) (or float, taken as they are), and labels, int64 of
+    shape (N,).
 
-    def __post_init__(self) -> None:
-        """Make labels of any integer type int64. Raise ValueError unless there are as many labels as images."""
-        if isinstance(self.labels, Tensor) and self.labels.dtype in INTEGERS:
-            object.__setattr__(self, "labels", self.labels.long())
-        if len(self.images) != len(self.labels):
-            raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
+    Attributes:
+        source: Where they come from.
+        groups: The group of every sample, int64 (N,), such as the person that a picture shows; None where there are no groups.
+    """
+
+    def __init__(self, images: Any, labels: Any = None, groups: Any = None) -> None:
+        """Take samples.
+
+        Args:
+            images: Inputs: a tensor, a structure of tensors and lists with an entry for each sample, or what gives images by
+                index. Or samples of any kind, without `labels` (`haq.data.sources`).
+            labels: Targets, likewise; labels of any integer type become int64. None: inputs alone.
+            groups: The group of every sample: numbers or names.
+
+        Raises:
+            ValueError: Unless there are as many labels as images, and as many groups.
+        """
+        source = images
+        if not isinstance(images, Source):
+            batch = images
+            if labels is not None:
+                if isinstance(labels, Tensor) and labels.dtype in INTEGERS:
+                    labels = labels.long()
+                if length(images) != length(labels):
+                    raise ValueError(f"{length(images)} images but {length(labels)} labels")
+                batch = (images, labels)
+            source = Columns(batch)
+        self.source: Source = source
+        self.groups = group_numbers(groups, len(self), source.called)
 
     def __len__(self) -> int:
-        """Count the images."""
-        return len(self.labels)
+        """Count the samples."""
+        return self.source.count
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels), in order, or shuffled by `generator`; a last single image joins the batch before it."""
+    def __repr__(self) -> str:
+        """Say how many samples there are, and where they are."""
+        return f"Split({len(self):,} samples, {type(self.source).__name__})"
+
+    @property
+    def images(self) -> Any:
+        """Return the inputs, which give those of some samples by index."""
+        batch = getattr(self.source, "batch", None)
+        if isinstance(batch, tuple) and batch:
+            return batch[0]
+        if isinstance(batch, Tensor):
+            return batch
+        return Inputs(self)
+
+    @property
+    def labels(self) -> Any:
+        """Return class numbers, int64 (N,), where targets are such; otherwise None.
+
+        Of samples that are neither in memory nor in files all are read for it, the first time.
+        """
+        return self.source.labels
+
+    @property
+    def targets(self) -> Any:
+        """Return all targets, if they are at hand in one piece; otherwise None."""
+        batch = getattr(self.source, "batch", None)
+        if isinstance(batch, tuple) and len(batch) > 1:
+            return batch[1]
+        return None
+
+    @property
+    def is_of_images(self) -> bool:
+        """Say whether inputs are images, (C, H, W) of uint8 or floats each."""
+        images = self.images
+        if isinstance(images, ImageFiles):
+            return True
+        if isinstance(images, Inputs):
+            images = self.take(torch.arange(1))[0]
+        return isinstance(images, Tensor) and images.dim() == 4 and (images.dtype == torch.uint8 or images.is_floating_point())
+
+    @property
+    def compared(self) -> int:
+        """Tell how many samples are looked at to see whether splits are alike: few, where each must be read for it."""
+        if self.source.is_kept:
+            return COMPARED
+        return FEW
+
+    def take(self, index: Tensor) -> tuple[Any, Any]:
+        """Return inputs and targets of the samples of these indices, in this order; targets are None where there are none."""
+        return _pair(self.source.take(index))
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Any, Any]]:
+        """Yield (inputs, targets), in order, or shuffled by `generator`; a last single sample joins the batch before it.
+
+        Samples that can't be put together otherwise, and those that are streamed and not in memory, stay in the batches and in
+        the order in which they are given.
+
+        Args:
+            size: Samples of a batch, at most.
+            generator: Shuffles.
+        """
+        if isinstance(self.source, Stream):
+            for batch in self.source.shuffled(generator):
+                yield from map(_pair, pieces(batch, length(batch), size))
+            return
         order = torch.arange(len(self))
         if generator is not None:
             order = torch.randperm(len(self), generator=generator)
-        count = batch_count(len(self), size)
-        for batch in range(count):
-            end = (batch + 1) * size
-            if batch + 1 == count:
-                end = len(self)
-            index = order[batch * size : end]
-            yield self.images[index], self.labels[index]
+        yield from map(_pair, self.source.batches(parts_of(order, size)))
 
     def subset(self, index: Tensor) -> Split:
-        """Take the images of these indices; files stay undecoded."""
-        if isinstance(self.images, ImageFiles):
-            return Split(self.images.subset(index), self.labels[index])
-        return Split(self.images[index], self.labels[index])
+        """Take the samples of these indices; files stay undecoded."""
+        made = Split(self.source.subset(index))
+        if self.groups is not None:
+            made.groups = self.groups[index]
+        return made
 
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """Image files, decoded when asked for: shorter side resized to `resize`, centre `size` x `size` kept."""
+class Inputs:
+    """The inputs of a split by index, without their targets."""
 
-    paths: tuple[Path, ...]
-    size: int
-    resize: int
+    def __init__(self, split: Split) -> None:
+        """Take the split."""
+        self.split = split
 
     def __len__(self) -> int:
-        """Count the files."""
-        return len(self.paths)
+        """Count the samples."""
+        return len(self.split)
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        """Decode the images of these indices: uint8 (N, 3, size, size). Raises ValueError for a file that can't be one."""
-        with warnings.catch_warnings():
-            # Of what Pillow warns of, too many pixels are an error here, and broken EXIF data are no fault of the picture.
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            with ThreadPoolExecutor() as pool:
-                return torch.stack(list(pool.map(lambda i: self._decode(self.paths[i]), index.tolist())))
-
-    def subset(self, index: Tensor) -> ImageFiles:
-        """Take the files of these indices."""
-        return ImageFiles(tuple(self.paths[i] for i in index.tolist()), self.size, self.resize)
-
-    def _decode(self, path: Path) -> Tensor:
-        image = read_image(path)
-        scale = self.resize / min(image.size)
-        width, height = (max(self.size, round(side * scale)) for side in image.size)
-        if width * height > MOST_PIXELS:
-            raise ValueError(
-                f"{path} is {image.width} x {image.height} pixels, too long a strip to be cut to {self.size} x {self.size}: "
-                "leave it out"
-            )
-        left = (width - self.size) // 2
-        top = (height - self.size) // 2
-        image = image.resize((width, height), _pillow().Resampling.BICUBIC)
-        image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _pillow() -> Any:
-    # It is needed only where images are files.
-    from PIL import Image
-
-    return Image
-
-
-def read_image(path: Path) -> Image:
-    """Read an image file as a viewer shows it: in RGB, upright, what is transparent on white, of an animation the first image.
-
-    Raises ValueError, in one sentence, for a file that isn't a readable image of at most MOST_PIXELS pixels.
-    """
-    # A pipe or a device would be waited for.
-    if not path.is_file():
-        raise ValueError(f"{path} is not a readable image: it is no regular file")
-    pillow = _pillow()
-    # Pillow raises its own errors for too many pixels, and almost any for a damaged file.
-    try:
-        with pillow.open(path, formats=FORMATS) as file:
-            pixels = file.width * file.height
-            if pixels > MOST_PIXELS:
-                raise pillow.DecompressionBombError(f"its {file.width} x {file.height} pixels are too many")
-            if pixels <= LARGE:
-                return _as_seen(file)
-            with _one_large:
-                return _as_seen(file)
-    except pillow.DecompressionBombError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is refused ({reason}): an image may have {MOST_PIXELS:,} pixels, make it smaller") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} is not a readable image: {reason or type(error).__name__}") from error
-
-
-def _as_seen(file: Any) -> Image:
-    """Decode an image to RGB, and turn it upright."""
-    pillow = _pillow()
-    file.load()
-    image = file
-    if file.mode == "I" or file.mode.startswith("I;16"):
-        # Pillow itself cuts values off at 255.
-        values = np.asarray(file)
-        if values.min() < 0 or values.max() > 65535 or (file.mode == "I" and file.format != "PNG"):
-            raise ValueError("its values are 32-bit integers of unknown range; save it with 8 or 16 bits")
-        image = pillow.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    elif file.mode == "F":
-        raise ValueError("its values are floats of unknown range; save it with 8 or 16 bits")
-    elif "A" in file.mode.upper().replace("LAB", "") or "transparency" in file.info:
-        layer = file.convert("RGBA")
-        image = pillow.new("RGB", file.size, "white")
-        image.paste(layer, mask=layer.getchannel("A"))
-    try:
-        orientation = file.getexif().get(ORIENTATION)
-    except Exception:
-        orientation = None  # damaged EXIF data: the picture is as it is
-    image = image.convert("RGB")
-    if orientation in ORIENTATIONS:
-        image = image.transpose(getattr(pillow.Transpose, ORIENTATIONS[orientation]))
-    made: Image = image
-    return made
+    def __getitem__(self, index: Tensor) -> Any:
+        """Return the inputs of the samples of these indices."""
+        return self.split.take(index)[0]
 
 
 @dataclass(frozen=True)
@@ -213,27 +193,64 @@ class Dataset:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the split, if one is empty, holds what is no data, or isn't like the train split."""
+        of_images = self.train.is_of_images
         for name in ("train", "search", "test"):
             called = f"the {name} split of {self.name}"
             split = getattr(self, name)
-            labels = split.labels
-            check_labels(labels, called)
-            if labels.dtype != torch.int64:
-                raise ValueError(f"{called} has labels of type {labels.dtype}; they must be torch.int64")
-            self._check_alike(split, called)
-            if self.classes and (labels.min() < 0 or labels.max() >= len(self.classes)):
+            if not len(split):
+                raise ValueError(f"{called} is empty; it must have at least one image")
+            labels = split.source.known_labels
+            if labels is None:
+                labels = split.targets
+            if self.classes and labels is not None:
+                check_labels(labels, called)
+                if labels.dtype != torch.int64:
+                    raise ValueError(f"{called} has labels of type {labels.dtype}; they must be torch.int64")
+            if of_images:
+                self._check_alike(split, called)
+            else:
+                self._check_same_kind(split, called)
+            if self.classes and labels is not None and (labels.min() < 0 or labels.max() >= len(self.classes)):
                 raise ValueError(
                     f"the {name} split of {self.name} has labels from {int(labels.min())} to {int(labels.max())}, "
                     f"outside its {len(self.classes)} classes"
                 )
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Raise ValueError if splits share a group, naming it."""
+        seen: dict[int, str] = {}
+        for name in ("train", "search", "test"):
+            groups = getattr(self, name).groups
+            if groups is None:
+                continue
+            for group in groups.unique().tolist():
+                if group in seen:
+                    raise ValueError(
+                        f"{self.name} has samples of one group (number {group}) in its {seen[group]} and in its {name} split; "
+                        "every group must be in one split only"
+                    )
+                seen[group] = name
+
+    def _check_same_kind(self, split: Split, called: str) -> None:
+        """Raise ValueError unless a split's samples have the structure and the types of the train split's."""
+        first, of_train = (part.take(torch.arange(1)) for part in (split, self.train))
+        kinds, kinds_of_train = ([f"{leaf.dim()}-d {leaf.dtype}" for leaf in leaves(one)] for one in (first, of_train))
+        if kinds != kinds_of_train:
+            raise ValueError(
+                f"{called} has batches of {', '.join(kinds) or 'no tensors'}, its train split of "
+                f"{', '.join(kinds_of_train) or 'no tensors'}; all splits must be alike"
+            )
+        for leaf in leaves(first):
+            if leaf.is_floating_point() and not leaf.isfinite().all():
+                raise ValueError(f"{called} has values that are not finite (NaN or infinity): mend or leave them out")
 
     def _check_alike(self, split: Split, called: str) -> None:
         """Raise ValueError unless a split's images are of the kind, the shape and about the scale of the train split's."""
         # A file is decoded when it is asked for; all of them are of one kind.
         if isinstance(split.images, ImageFiles) and isinstance(self.train.images, ImageFiles):
             return
-        few = split.images[torch.arange(min(COMPARED, len(split)))]
-        of_train = self.train.images[torch.arange(min(COMPARED, len(self.train)))]
+        few, of_train = (part.images[torch.arange(min(part.compared, len(part)))] for part in (split, self.train))
         check_images(few, called)
         if few.dtype != of_train.dtype:
             raise ValueError(
@@ -255,30 +272,127 @@ class Dataset:
 
     def describe(self) -> str:
         """Describe the splits in one line."""
-        classes = "no labels"
-        if self.classes:
-            classes = f"{len(self.classes)} classes"
+        what = "samples"
+        if self.train.is_of_images:
+            what = "images"
+        by_group = ""
+        if self.train.groups is not None:
+            count = sum(len(part.groups.unique()) for part in (self.train, self.search, self.test) if part.groups is not None)
+            by_group = f" by group ({count:,} groups)"
         return (
-            f"{self.name} ({self.origin}): {classes}, {len(self.train):,} train / "
-            f"{len(self.search):,} search / {len(self.test):,} test images, disjoint, split seed {SPLIT_SEED}"
+            f"{self.name} ({self.origin}): {self._classes_words()}, {len(self.train):,} train / "
+            f"{len(self.search):,} search / {len(self.test):,} test {what}, disjoint{by_group}, split seed {SPLIT_SEED}"
         )
 
+    @property
+    def has_targets(self) -> bool:
+        """Say whether samples have targets, labels or other ones."""
+        targets = self.search.take(torch.arange(1))[1]
+        if isinstance(targets, Tensor) and not self.classes and targets.tolist() == [UNLABELLED]:
+            return False
+        return targets is not None
+
+    def _classes_words(self) -> str:
+        if self.classes:
+            return f"{len(self.classes)} classes"
+        if self.has_targets:
+            return "targets that are no classes"
+        return "no labels"
+
     def fair(self, count: int) -> Tensor:
-        """Return indices of `count` train images, of every class as many, in an order that never changes."""
-        labels = self.train.labels
+        """Return indices of `count` train samples, of every class as many, in an order that never changes.
+
+        Where classes aren't known without reading all samples, they are drawn from all of them alike.
+        """
+        labels = self.train.source.known_labels
         classes = len(self.classes)
-        if not self.classes:
-            labels = torch.zeros_like(labels)
+        if not self.classes or labels is None:
+            labels = torch.zeros(len(self.train), dtype=torch.long)
             classes = 1
         return balanced(labels, 0, -(-count // classes))[:count]
 
     def signature(self) -> str:
-        """Hash the labels of every split and the first search images: what a resumed run compares."""
+        """Hash the targets of every split and the first search samples: what a resumed run compares."""
         digest = hashlib.sha256()
         for split in (self.train, self.search, self.test):
-            digest.update(split.labels.numpy().tobytes())
-        digest.update(self.search.images[torch.arange(min(64, len(self.search)))].numpy().tobytes())
+            digest.update(_signed_targets(split))
+        if isinstance(self.search.source, Stream):
+            return digest.hexdigest()[:16]
+        inputs, _ = self.search.take(torch.arange(min(64, len(self.search))))
+        for leaf in leaves(inputs):
+            digest.update(_bits(leaf))
         return digest.hexdigest()[:16]
+
+
+def _signed_targets(split: Split) -> bytes:
+    """Return what tells the targets of one split from those of another."""
+    if isinstance(split.source, Stream):
+        return repr((split.source.fingerprints, len(split))).encode()
+    labels = split.source.known_labels
+    if labels is not None:
+        return labels.numpy().tobytes()
+    if isinstance(split.source, Columns):
+        return b"".join(map(_bits, leaves(split.targets)))
+    few = split.take(torch.arange(min(64, len(split))))
+    return f"{len(split)}".encode() + b"".join(map(_bits, leaves(few)))
+
+
+def _bits(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous()
+    if values.dtype == torch.bfloat16:
+        values = values.view(torch.int16)
+    return values.numpy().tobytes()
+
+
+def _pair(batch: Batch) -> tuple[Any, Any]:
+    # What is a tuple of inputs, and what a list of samples, was told when the samples were read.
+    if isinstance(batch, tuple) and len(batch) > 1:
+        return batch[0], batch[1]
+    return inputs_of(batch), targets_of(batch)
+
+
+def group_numbers(groups: Any, count: int, called: str) -> Tensor | None:
+    """Number the groups of samples.
+
+    Args:
+        groups: A number or a name for every sample; None: there are no groups.
+        count: The number of samples.
+        called: What they are called in messages.
+
+    Returns:
+        Numbers, int64 (N,), the same for the same group, in whatever split; None if there are no groups.
+
+    Raises:
+        ValueError: If they are not as many as samples.
+    """
+    if groups is None:
+        return None
+    if isinstance(groups, Tensor) and groups.dtype == torch.int64 and groups.shape == (count,):
+        return groups
+    try:
+        names = np.asarray(groups)
+    except ValueError as error:
+        raise ValueError(f"{called} has groups that are no list of numbers or names ({error})") from error
+    if names.shape != (count,):
+        raise ValueError(f"{called} has {count:,} samples and groups of shape {names.shape}; it must have one for each sample")
+    if names.dtype.kind in "iu":
+        return torch.from_numpy(names.astype(np.int64))
+    # The same in every split, whatever other names there are.
+    different, places = np.unique(names, return_inverse=True)
+    numbers = [int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:7], "big") for name in different]
+    return torch.tensor(numbers)[torch.from_numpy(places)]
+
+
+def parts_of(order: Tensor, size: int) -> list[Tensor]:
+    """Divide indices into batches of `size`; a last single one joins the batch before it."""
+    parts = []
+    count = batch_count(len(order), size)
+    for batch in range(count):
+        end = (batch + 1) * size
+        if batch + 1 == count:
+            end = len(order)
+        parts.append(order[batch * size : end])
+    return parts
 
 
 def check_labels(labels: Tensor, called: str) -> None:
@@ -337,6 +451,66 @@ def for_search(labels: Tensor, take: int, called: str) -> Tensor:
     if not len(chosen):
         raise ValueError(f"{called} has no class with two images, one of which could be held out for the search: add images")
     return chosen
+
+
+def cut(split: Split, take: int, called: str) -> tuple[Split, Split]:
+    """Cut samples off a split for another one: of every class as many, or whole groups where there are groups.
+
+    The choice never changes.
+
+    Args:
+        split: The samples.
+        take: How many in all; of classes and groups about as many.
+        called: What they are called in messages.
+
+    Returns:
+        Those that were taken, and those that are left.
+
+    Raises:
+        ValueError: If nothing can be taken without leaving nothing.
+    """
+    count = len(split)
+    if split.groups is not None:
+        chosen = whole_groups(split.groups, take, called)
+    elif (labels := split.labels) is not None and int(labels.min()) >= 0:
+        classes = int(labels.max()) + 1
+        chosen = for_search(labels, take // classes, called)
+    else:
+        if count < 2:
+            raise ValueError(f"{called} has {count} samples; it takes two to hold one out for the search: add some")
+        random = np.random.RandomState(SPLIT_SEED).permutation(count)
+        chosen = torch.from_numpy(random[: min(max(1, take), count // 2)])
+    return split.subset(chosen), split.subset(without(count, chosen))
+
+
+def whole_groups(groups: Tensor, take: int, called: str) -> Tensor:
+    """Choose whole groups of samples at random, until there are enough samples.
+
+    Args:
+        groups: The group of every sample, int64 (N,).
+        take: How many samples are enough; at most half of all are taken, but one group at least.
+        called: What they are called in messages.
+
+    Returns:
+        The indices of the samples, ascending. The choice never changes.
+
+    Raises:
+        ValueError: If there is only one group.
+    """
+    names, counts = groups.unique(return_counts=True)
+    if len(names) < 2:
+        raise ValueError(f"{called} has samples of one group only; a group must be held out for the search: add others")
+    chosen: list[int] = []
+    size = 0
+    for number in np.random.RandomState(SPLIT_SEED).permutation(len(names)):
+        if size >= take:
+            break
+        if size + int(counts[number]) <= len(groups) // 2:
+            chosen.append(int(names[number]))
+            size += int(counts[number])
+    if not chosen:
+        chosen = [int(names[counts.argmin()])]
+    return torch.isin(groups, torch.tensor(chosen)).nonzero().flatten()
 
 
 def balanced(labels: Tensor, skip: int, take: int, share: float = 1.0) -> Tensor:

@@ -9,19 +9,23 @@ import numpy as np
 import torch
 
 from haq.data.dataset import SPLIT_SEED, UNLABELLED, Dataset, ImageFiles, Split, for_search, without
+from haq.data.memory import default_bytes
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MOST_SEARCHED = 2000  # images of the search split
+MOST_SEARCHED = 2000  # images of the search split, where nobody says otherwise
 # What file managers and storage boxes put beside photographs; so do names that begin with a dot.
 JUNK = ("__MACOSX", "@eaDir", "__pycache__", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db")
 
 
-def imagefolder(path: Path, image_size: int) -> Dataset:
+def imagefolder(path: Path, image_size: int, memory: int | None = None, searched: int | None = None) -> Dataset:
     """Load photographs that lie in PATH/train/CLASS/ and PATH/val/CLASS/; a part of `train` becomes the search split.
 
     Args:
         path: The folder.
         image_size: Height and width that images are brought to, in pixels.
+        memory: How many bytes the decoded images may take in memory, where they are kept once they are decoded; if that isn't
+            enough they are kept on disk. None: a quarter of the machine's memory.
+        searched: Images of the search split; None: a fifth, at most 2,000.
 
     Returns:
         The data set, decoded when it is used.
@@ -40,25 +44,30 @@ def imagefolder(path: Path, image_size: int) -> Dataset:
     unknown = sorted(set(_classes(test_folder)) - set(classes))
     if not classes or unknown:
         raise ValueError(f"{path}: classes {unknown or '(none)'} of val/ are not among the {len(classes)} of train/")
-    everything = _split(train_folder, classes, image_size)
+    if memory is None:
+        memory = default_bytes()
+    everything = _split(train_folder, classes, image_size, memory)
     counts = torch.bincount(everything.labels, minlength=len(classes)).tolist()
     if 0 in counts:
         # Left out, it would give other numbers to the classes after it.
         empty = train_folder / classes[counts.index(0)]
         raise ValueError(f"{empty} holds no image ending in {', '.join(IMAGE_ENDINGS)}: add some, or remove the folder")
-    count = min(MOST_SEARCHED, len(everything) // 5) // len(classes)
+    count = _held_out(searched, len(everything), path) // len(classes)
     search = for_search(everything.labels, count, str(train_folder))
     train = without(len(everything), search)
-    test = _split(test_folder, classes, image_size)
+    test = _split(test_folder, classes, image_size, memory)
     return Dataset(f"imagefolder:{path}", classes, everything.subset(train), everything.subset(search), test, str(path))
 
 
-def images(path: Path, image_size: int) -> Dataset:
+def images(path: Path, image_size: int, memory: int | None = None, searched: int | None = None) -> Dataset:
     """Load photographs in any layout of folders, without labels, cut into three splits at random.
 
     Args:
         path: The folder.
         image_size: Height and width that images are brought to, in pixels.
+        memory: How many bytes the decoded images may take in memory, where they are kept once they are decoded; if that isn't
+            enough they are kept on disk. None: a quarter of the machine's memory.
+        searched: Images of the search split; None: a fifth, at most 2,000.
 
     Returns:
         The data set, decoded when it is used.
@@ -70,15 +79,28 @@ def images(path: Path, image_size: int) -> Dataset:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder: images:PATH wants one with photographs, in folders of any kind")
     files = _images_of(path, path.rglob("*"))
-    held = min(MOST_SEARCHED, len(files) // 5)
-    if not held:
+    tested = min(MOST_SEARCHED, len(files) // 5)
+    if not tested:
         raise ValueError(
             f"{path} holds {len(files)} images ending in {', '.join(IMAGE_ENDINGS)}; three splits take at least 5"
         )
-    everything = Split(_files(files, image_size), torch.full((len(files),), UNLABELLED))
+    held = _held_out(searched, len(files) - tested, path, tested)
+    everything = Split(_files(files, image_size, memory), torch.full((len(files),), UNLABELLED))
     order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(files)))
-    search, test, train = (everything.subset(index) for index in order.split([held, held, len(files) - 2 * held]))
+    search, test, train = (everything.subset(index) for index in order.split([held, tested, len(files) - held - tested]))
     return Dataset(f"images:{path}", (), train, search, test, str(path))
+
+
+def _held_out(searched: int | None, count: int, path: Path, usual: int | None = None) -> int:
+    """Tell how many of so many images are held out for the search. Raises ValueError for more than half of them."""
+    if searched is None:
+        return usual or min(MOST_SEARCHED, count // 5)
+    if searched > count // 2:
+        raise ValueError(
+            f"--search-images is {searched:,}; the search split is cut from the train split, of which {path} has {count:,} "
+            f"images: it can be up to {count // 2:,}"
+        )
+    return searched
 
 
 def _is_junk(name: str) -> bool:
@@ -106,7 +128,7 @@ def _images_of(folder: Path, found: Iterable[Path]) -> list[Path]:
     return files
 
 
-def _split(folder: Path, classes: tuple[str, ...], image_size: int) -> Split:
+def _split(folder: Path, classes: tuple[str, ...], image_size: int, memory: int) -> Split:
     """List the images of a folder for each class."""
     files: list[Path] = []
     labels: list[int] = []
@@ -116,9 +138,12 @@ def _split(folder: Path, classes: tuple[str, ...], image_size: int) -> Split:
         labels += [label] * len(of_class)
     if not files:
         raise ValueError(f"{folder} holds no image ending in {', '.join(IMAGE_ENDINGS)}")
-    return Split(_files(files, image_size), torch.tensor(labels))
+    return Split(_files(files, image_size, memory), torch.tensor(labels))
 
 
-def _files(paths: list[Path], size: int) -> ImageFiles:
+def _files(paths: list[Path], size: int, memory: int | None) -> ImageFiles:
+    """List files whose images are kept once they are decoded, in memory if they take at most `memory` bytes."""
+    if memory is None:
+        memory = default_bytes()
     # 256/224 is the customary margin of ImageNet's evaluation.
-    return ImageFiles(tuple(paths), size, round(size * 256 / 224))
+    return ImageFiles(tuple(paths), size, round(size * 256 / 224)).keeping(memory)

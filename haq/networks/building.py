@@ -132,9 +132,15 @@ def _call(name: str, function: Any, classes: int | None, pretrained: bool) -> Ne
         return replace(made, name=name)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} returned {type(made).__name__}; it must return an nn.Module or a haq.networks.Network")
-    shape = getattr(made, "input_shape", None)
-    if not isinstance(shape, tuple) or len(shape) != 3:
-        raise ValueError(f"{name}: set module.input_shape = (channels, height, width), or return a haq.networks.Network")
+    # Without one the data set tells what goes in.
+    shape = getattr(made, "input_shape", ())
+    if not isinstance(shape, tuple) or not all(isinstance(side, int) for side in shape):
+        raise ValueError(
+            f"{name}: module.input_shape is {shape!r}; it must be (channels, height, width), or not be there if the network "
+            "takes something else than images"
+        )
+    if len(shape) != 3:
+        shape = ()
     return Network(name, made, shape, origin="your function")
 
 

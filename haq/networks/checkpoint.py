@@ -495,8 +495,11 @@ def _named_network(header: Header) -> Network:
     return replace(network, input_shape=shape, mean=mean, std=std)
 
 
-def _images(header: Header) -> tuple[int | None, tuple[int, int, int], tuple[float, ...], tuple[float, ...]]:
-    """Read classes, image size (C, H, W), mean and deviation. Raises ValueError unless they can be of the file's tensors."""
+def _images(header: Header) -> tuple[int | None, tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+    """Read classes, image size (C, H, W) or (), mean and deviation.
+
+    Raises ValueError unless they can be of the file's tensors.
+    """
     try:
         for name in ("classes", "input_shape", "mean", "std"):
             _check_length(header, name, MOST_SHORT_NOTE)
@@ -507,19 +510,22 @@ def _images(header: Header) -> tuple[int | None, tuple[int, int, int], tuple[flo
             if name not in header.notes:
                 raise ValueError(f"it has no {name}")
         shape, mean, std = (json.loads(header.notes[key]) for key in ("input_shape", "mean", "std"))
-        if not _is_shape(shape):
+        if shape != [] and not _is_shape(shape):
             raise ValueError(f"images of {quoted(header.notes['input_shape'])}, at most 3x800x800 are accepted")
         # No network tells more classes apart than one of its tensors has rows.
         tensors = [rows for rows in header.shapes.values() if 0 not in rows]
         if classes is not None and not (0 < classes <= MOST_CLASSES and any(classes in rows for rows in tensors)):
             raise ValueError(f"{quoted(classes)} classes")
-        if not _are_numbers(mean, shape[0]):
+        channels = 1
+        if shape:
+            channels = shape[0]
+        if not _are_numbers(mean, channels):
             raise ValueError(f"mean {quoted(header.notes['mean'])}; one finite number is accepted, or one a channel")
-        if not _are_numbers(std, shape[0]) or min(std) < 1 / MOST_VALUE:
+        if not _are_numbers(std, channels) or min(std) < 1 / MOST_VALUE:
             raise ValueError(f"std {quoted(header.notes['std'])}; one number above 0 is accepted, or one a channel")
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{header.path} has a header that describes no network of its tensors: {_short(error)}") from error
-    return classes, (shape[0], shape[1], shape[2]), tuple(map(float, mean)), tuple(map(float, std))
+    return classes, tuple(shape), tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _check_length(header: Header, name: str, most: int) -> None:

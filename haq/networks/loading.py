@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from haq.networks.checkpoint import (
     read_state,
 )
 from haq.networks.network import Network, output_count
+from quantizers.calling import leaves
+from quantizers.copying import evaluating
 
 
 def load(name: str = DEFAULT, *, classes: int | None = None, pretrained: bool = True) -> Network:
@@ -111,14 +114,47 @@ def _check_types(network: Network) -> None:
             )
 
 
-def check_fits(network: Network, dataset: data.Dataset) -> None:
-    """Raise ValueError unless a network's outputs are a data set's classes, where it has labels, and its input the images."""
+def check_fits(network: Network, dataset: data.Dataset, takes_scores: bool = True) -> None:
+    """Check that a network takes the samples of a data set, and tells its classes apart.
+
+    Args:
+        network: The network.
+        dataset: The data set.
+        takes_scores: Whether what it is judged by is of class scores; otherwise its outputs may be anything.
+
+    Raises:
+        ValueError: Unless its input is of the samples' shape, and its outputs are the classes, where there are labels.
+    """
+    if takes_scores:
+        _check_classes(network, dataset)
+    inputs, targets = dataset.search.take(torch.arange(1))
+    inputs = network.preprocess(inputs)
+    for leaf in leaves(inputs):
+        if leaf.is_floating_point() and not math.isfinite(float(leaf.sum())):
+            raise ValueError(f"the images of {dataset.name} hold values that are not finite")
+    if not takes_scores or not network.input_shape:
+        _check_runs(network, inputs, targets, dataset.name)
+
+
+def _check_runs(network: Network, inputs: Any, targets: Any, called: str) -> None:
+    """Raise ValueError, in one sentence, if a network fails on the samples of a data set."""
+    try:
+        with torch.inference_mode(), evaluating(network.module):
+            network.run(network.module, inputs, targets)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves(inputs))
+        raise ValueError(f"{network.name} can't take the samples of {called} ({shapes}): {reason}") from error
+
+
+def _check_classes(network: Network, dataset: data.Dataset) -> None:
+    """Raise ValueError unless a network's outputs are a data set's classes, where it has labels."""
+    if not network.input_shape:
+        # It says nothing of what it takes; its outputs are looked at when it is given samples.
+        return
     outputs = output_count(network)
     if dataset.classes and outputs != len(dataset.classes):
         raise ValueError(
             f"{network.name} tells {outputs} classes apart, {dataset.name} has {len(dataset.classes)}: accuracy would mean "
             "nothing. Train the network on this data set (python -m haq.train) or choose another data set"
         )
-    sample = network.preprocess(dataset.search.images[torch.arange(1)])
-    if not math.isfinite(float(sample.sum())):
-        raise ValueError(f"the images of {dataset.name} hold values that are not finite")

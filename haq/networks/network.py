@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from quantizers.calling import Forward, call, device_of, map_tensors, to_device
 from quantizers.copying import evaluating
 
+IMAGE_SIZE = 224  # of images that can be had in any size, for a network that takes any
+WORDS = (torch.int64, torch.int32)  # types of inputs that are words of a text
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -21,17 +23,25 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Network:
     """A network and what it wants to see: images of `input_shape` (C, H, W), scaled to [0, 1], minus mean, over std.
 
+    A network without an input shape, (), takes whatever the data set gives.
     With a `forward`, that computes its outputs of (module, batch), a batch being (inputs, targets) as the data set gives them.
     """
 
     name: str
     module: nn.Module
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     origin: str = ""
     memory_format: torch.memory_format = torch.channels_last
     forward: Forward | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Return height and width, in pixels, that images are brought to which can be had in any size."""
+        if self.input_shape:
+            return self.input_shape[-1]
+        return IMAGE_SIZE
 
     @property
     def device(self) -> torch.device:
@@ -54,11 +64,13 @@ class Network:
             return self.forward(module, (copied, to_device(targets, self.device)))
         return call(module, copied)
 
-    def preprocess(self, images: Tensor) -> Tensor:
+    def preprocess(self, images: Any) -> Any:
         """Turn images into what the network takes. Float images are taken as they are.
 
         Args:
-            images: Images (N, C, H, W), uint8 or float. Grey images are repeated over three channels.
+            images: Images (N, C, H, W), uint8 or float. Grey images are repeated over three channels. Inputs that are no
+                images, such as texts or several tensors, come back as they are, and so do images for a network without an
+                input shape, but for uint8, which is scaled.
 
         Returns:
             Inputs (N, C, H, W), float32.
@@ -66,6 +78,12 @@ class Network:
         Raises:
             ValueError: For images of a shape that the network wasn't made for.
         """
+        if not isinstance(images, Tensor):
+            return map_tensors(images, _as_float32)
+        if not self.input_shape:
+            return self._unshaped(images)
+        if images.dtype in WORDS:
+            return images
         if images.dtype != torch.uint8:
             self._check_shape(images)
             return images.float()
@@ -73,9 +91,19 @@ class Network:
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
         self._check_shape(images)
+        return self._scaled(images).contiguous(memory_format=self.memory_format)
+
+    def _scaled(self, images: Tensor) -> Tensor:
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
-        return ((images.float() / 255 - mean) / std).contiguous(memory_format=self.memory_format)
+        # In place: images that are streamed are scaled for every policy.
+        return images.float().div_(255).sub_(mean).div_(std)
+
+    def _unshaped(self, inputs: Tensor) -> Tensor:
+        """Preprocess inputs for a network that takes any shape."""
+        if inputs.dtype == torch.uint8 and inputs.dim() == 4:
+            return self._scaled(inputs)
+        return _as_float32(inputs)
 
     def normalized(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Network:
         """Return the network with another mean and standard deviation of its images, on the scale of images in [0, 1].
@@ -90,6 +118,9 @@ class Network:
         Raises:
             ValueError: For neither one number nor one for each channel.
         """
+        if not self.input_shape:
+            # Nobody knows how many channels there are.
+            return replace(self, mean=tuple(mean or self.mean), std=tuple(std or self.std))
         channels = self.input_shape[0]
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) not in (1, channels):
@@ -119,6 +150,8 @@ class Network:
         for memory_format in (torch.channels_last, torch.contiguous_format):
             network = replace(self, memory_format=memory_format)
             network.module.eval()
+            if not self.input_shape:
+                return replace(self, memory_format=torch.contiguous_format)
             network.module.to(memory_format=memory_format)  # type: ignore[call-overload]
             try:
                 with torch.inference_mode():
@@ -130,8 +163,20 @@ class Network:
         return network
 
 
+def _as_float32(tensor: Tensor) -> Tensor:
+    """Convert floats of another type; integers are words of a text."""
+    if tensor.is_floating_point():
+        return tensor.float()
+    return tensor
+
+
 def answer_to_zeros(network: Network) -> Any:
     """Return what a network answers to an image of zeros. Raises ValueError if it fails on images of its input's size."""
+    if not network.input_shape:
+        raise ValueError(
+            f"{network.name} doesn't say what it takes: set module.input_shape = (channels, height, width), or return a "
+            "haq.networks.Network"
+        )
     try:
         with torch.inference_mode(), evaluating(network.module):
             return network.module(torch.zeros(1, *network.input_shape))

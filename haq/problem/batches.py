@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from haq.data.dataset import Split
 from haq.data.labels import class_numbers, native
+from haq.data.memory import allowed_bytes
+from haq.data.sources import Stream, source_of
 from haq.problem import CORRECTIONS, ROUNDINGS
-from quantizers.calling import map_tensors
+from haq.problem.samples import COPIES, Samples, StreamedSamples
+from quantizers.calling import inputs_of, leaves, map_tensors
 from quantizers.policy import QUANTIZABLE
 
 BATCH = 250  # images of a Dataset that are put together at a time
@@ -140,6 +144,65 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
     return batches
 
 
+def gathered(data: Any, name: str, memory: str | int | None = None) -> Any:
+    """Read what isn't in memory into it, if it fits.
+
+    Data sets and loaders that shuffle are read in the order of the data set.
+
+    Args:
+        data: Whatever a user has; see `read_batches`.
+        name: What the data are called in messages.
+        memory: How many bytes they may take, or an amount such as "4GB"; None: a quarter of the machine's.
+
+    Returns:
+        What is in memory as it is; batches that were read, if they fit; otherwise samples that are streamed.
+
+    Raises:
+        TypeError: For something that gives no samples.
+        ValueError: If there is nothing in it, or something else each time, and for what can be read once only and doesn't fit.
+    """
+    if isinstance(data, (Samples, Mapping, tuple, list)) or _is_array(data):
+        return data
+    most = memory
+    if not isinstance(most, int):
+        most = allowed_bytes(most)
+    if isinstance(data, Split):
+        source = data.source
+    else:
+        source = source_of(data, f"`{name}`", most)
+    if not source.is_kept or source.nbytes * COPIES > most:
+        return StreamedSamples(source, functools.partial(_converted, name=name))
+    if isinstance(source, Stream):
+        return list(source)
+    return list(source.batches(torch.arange(source.count).split(source.size)))
+
+
+def gathered_calibration(data: Any, name: str, memory: str | int | None = None) -> Any:
+    """Read the samples that scales are calibrated with into memory; see `gathered`.
+
+    Raises:
+        ValueError: If they don't fit.
+    """
+    found = gathered(data, name, memory)
+    if isinstance(found, StreamedSamples):
+        raise ValueError(
+            f"`{name}` gives {found.count:,} samples, too many for the memory that they may take: a few hundred are enough, "
+            "such as torch.utils.data.Subset(dataset, range(512))"
+        )
+    return found
+
+
+def _converted(batch: Any, name: str) -> Any:
+    """Return a batch with floats of other types as float32. Raises ValueError for images that nobody has scaled."""
+    inputs = inputs_of(batch)
+    if isinstance(inputs, Tensor) and inputs.dtype not in (*ACCEPTED, *CONVERTED):
+        raise ValueError(
+            f"`{name}` gave inputs of type {inputs.dtype} and shape {tuple(inputs.shape)}; they must be torch.float32, as "
+            "the network takes them (scaled and normalised), of shape (images, ...)"
+        )
+    return map_tensors(batch, _as_float32)
+
+
 def read_any(data: Any, name: str) -> list[Any] | None:
     """List the batches of whatever a user has, of any structure, as they come.
 
@@ -171,6 +234,10 @@ def read_any(data: Any, name: str) -> list[Any] | None:
     found = [map_tensors(batch, torch.clone) for batch in batches]
     if not found:
         raise ValueError(f"`{name}` gave no images")
+    for batch in found:
+        if not leaves(inputs_of(batch)):
+            kind = type(batch).__name__
+            raise ValueError(f"`{name}` gave a {kind}; it must give tensors of inputs, or pairs (inputs, labels) of tensors")
     return found
 
 

@@ -32,7 +32,7 @@ from haq.problem.objective import (
 from haq.problem.prefix_cache import Prefix
 from haq.problem.samples import BATCH as BATCH
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
-from haq.problem.snapshot import Snapshot, same_bits
+from haq.problem.snapshot import Snapshot
 from haq.problem.tally import Evaluation as Evaluation
 from haq.problem.tally import ScoreTally, Tally, ValueTally, worthless
 from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
@@ -190,9 +190,7 @@ class Evaluator:
             stored = self._stored()
             if self._snapshot.fits(self.network, stored):
                 return
-            before = self._snapshot.copies[-len(stored) :]
-            samples = self._kept_samples()
-            if not all(map(same_bits, samples, before[: len(samples)])):
+            if not self._snapshot.holds(self._kept_samples(), len(stored)):
                 self._ask_teacher()
             self.cache.clear()
             self.__dict__.pop("prefix", None)

@@ -122,7 +122,10 @@ class Objective:
     @classmethod
     def check_labels(cls, dataset: Dataset) -> None:
         """Raise ValueError if labels are needed and a data set has none."""
-        if cls.needs_labels and not dataset.classes:
+        lacking = not dataset.classes
+        if not cls.takes_scores:
+            lacking = not dataset.has_targets
+        if cls.needs_labels and lacking:
             raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --objective agreement")
 
     def more_inputs(self, network: nn.Module, inputs: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, ...]:

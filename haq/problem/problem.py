@@ -22,6 +22,8 @@ from haq.problem.batches import (
     check_alike,
     check_arguments,
     check_quantization,
+    gathered,
+    gathered_calibration,
     read_any,
     read_inputs,
     read_tensors,
@@ -106,6 +108,7 @@ class Problem:
         correction: str | None = "analytic",
         rounding: str = "nearest",
         forward: Forward | None = None,
+        memory: str | int | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -143,6 +146,8 @@ class Problem:
                 `calibrate` has enough images (`roundings`).
             forward: Computes outputs of (network, batch), where that takes more than calling the network with the inputs; the
                 batch is as the loader gives it, on the network's device.
+            memory: How much the samples of `search` may take in memory, such as "4GB", or bytes; None: a quarter of the
+                machine's. What doesn't fit is read anew for every policy, in advance.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -154,11 +159,11 @@ class Problem:
         self.objective = find_objective(objective)
         self.forward = forward
         device = device_of(network)
-        samples = _read_search(search, network, self.objective, forward)
+        samples = _read_search(search, network, self.objective, forward, memory)
         if samples is not None:
             samples = samples.to(device)
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
-        self.calibration = _read_calibration(calibrate, forward, device)
+        self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), forward, device)
         self.network = network
         example = _example(samples, self.calibration)
         self.workload = _traced(network, example, self.objective, forward)
@@ -529,7 +534,9 @@ class Problem:
         return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
 
 
-def _read_search(search: Any, network: nn.Module, objective: Objective, forward: Forward | None) -> Samples | None:
+def _read_search(
+    search: Any, network: nn.Module, objective: Objective, forward: Forward | None, memory: str | int | None
+) -> Samples | None:
     """Read what policies are judged on.
 
     Args:
@@ -537,6 +544,7 @@ def _read_search(search: Any, network: nn.Module, objective: Objective, forward:
         network: What it is for.
         objective: What policies are judged by.
         forward: As `Problem` takes it.
+        memory: Likewise.
 
     Returns:
         The samples, with their targets if the objective needs them; None if there are none and the objective needs none.
@@ -548,6 +556,9 @@ def _read_search(search: Any, network: nn.Module, objective: Objective, forward:
         return search
     if search is None and isinstance(objective, BlackBox):
         return None
+    search = gathered(search, "search", memory)
+    if isinstance(search, Samples):
+        return search
     batches = read_any(search, "search")
     if batches is None or (objective.takes_scores and forward is None and _is_plain(batches)):
         if objective.takes_scores:

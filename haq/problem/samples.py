@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from quantizers.calling import Forward, call, count_of, first_sample, inputs_of, leaves, map_tensors, samples, to_device
+from haq.data.dataset import Split
+from haq.data.sources import Source, Stream, made_ahead
+from quantizers.calling import (
+    Forward,
+    call,
+    count_of,
+    first_sample,
+    inputs_of,
+    leaves,
+    map_tensors,
+    samples,
+    targets_of,
+    to_device,
+)
 
+COPIES = 3  # that are in memory at a time while samples are put together, and one is kept to notice changes
+CUT = 250  # samples that are preprocessed at a time
 BATCH = 125  # samples; small enough for a layer's activations to stay in the processor's cache
 SHUFFLE_SEED = 0
 
@@ -114,6 +129,94 @@ class KeptSamples(Samples):
         self.batches = [to_device(batch, device) for batch in self.batches]
         self._first = to_device(self._first, device)
         return self
+
+
+class StreamedSamples(Samples):
+    """Samples that are read, decoded or preprocessed anew for every policy, in advance.
+
+    Those that can be had by index and be put together come in the same order and in the same batches as `KeptSamples`, so that
+    results are the same to the last bit. Others come as they are given.
+    """
+
+    def __init__(self, source: Source, prepare: Callable[[Any], Any] | None = None) -> None:
+        """Take the samples.
+
+        Args:
+            source: Where they come from.
+            prepare: Turns a batch into one that the network takes, such as one of preprocessed images.
+        """
+        self.source = source
+        self.prepare = prepare
+        self.count = source.count
+        self.order = torch.arange(self.count)
+        self.parts: Sequence[Tensor] = []
+        if isinstance(source, Stream):
+            self.sizes = source.sizes()
+            return
+        size = source.size
+        if source.is_even:
+            self.is_shuffled = True
+            self.order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(self.count))
+            size = BATCH
+        self.parts = self.order.split(size)
+        self.sizes = [len(part) for part in self.parts]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches; a thread makes the next ones."""
+        batches: Iterator[Any] = self.source.batches(self.parts)
+        if isinstance(self.source, Stream):
+            batches = iter(self.source)
+        if self.prepare is None:
+            yield from batches
+            return
+        yield from made_ahead(self.prepare, batches)
+
+    def example(self) -> Any:
+        """Return a batch of the first sample."""
+        if isinstance(self.source, Stream):
+            batch = next(iter(self))
+            return next(pieces(batch, 1))[0]
+        batch = self.source.take(torch.arange(1))
+        if self.prepare is not None:
+            batch = self.prepare(batch)
+        return batch
+
+
+def samples_of(split: Split, preprocess: Callable[[Any], Any], most: int) -> Samples | list[Any]:
+    """Make what policies are judged on of the samples of a data set.
+
+    Args:
+        split: The samples.
+        preprocess: Turns inputs into what the network takes. It must be possible to send it to other processes.
+        most: How many bytes they may take in memory.
+
+    Returns:
+        Batches, preprocessed, if they fit as such, with the copies that are made of them; otherwise samples that are
+        preprocessed anew for every policy, and read anew if they don't fit as they came either.
+    """
+    prepare = Prepared(preprocess)
+    whole = prepare(next(iter(split.source.batches([torch.arange(1)]))))
+    size = sum(leaf.numel() * leaf.element_size() for leaf in leaves(whole)) * len(split)
+    in_memory = split.source.is_kept or not isinstance(split.source, Stream)
+    if in_memory and size * COPIES <= most:
+        return [prepare(batch) for batch in split.batches(CUT)]
+    return StreamedSamples(split.source, prepare)
+
+
+class Prepared:
+    """Preprocesses the inputs of a batch, and leaves its targets alone."""
+
+    def __init__(self, preprocess: Callable[[Any], Any]) -> None:
+        """Take what is done to inputs."""
+        self.preprocess = preprocess
+
+    def __call__(self, batch: Any) -> Any:
+        """Return the batch as (inputs, targets), or inputs alone where there are no targets."""
+        inputs = self.preprocess(inputs_of(batch))
+        targets = targets_of(batch)
+        if targets is None:
+            return inputs
+        return inputs, targets
 
 
 def outputs_of(network: nn.Module, batch: Any, forward: Forward | None = None) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from quantizers.cache import as_integers
 
 SET_ANEW = ("weight_bits", "activation_bits", "training")  # attributes that are set before every evaluation
+LARGE = 1 << 28  # bytes of tensors that are copied; of what is beyond it checksums are kept
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -22,7 +24,7 @@ class Snapshot:
     """
 
     def __init__(self, network: nn.Module, more: Sequence[Tensor] = ()) -> None:
-        """Copy all there is.
+        """Copy all there is; of large tensors (`LARGE`) a checksum is kept, or memory would be needed twice.
 
         Args:
             network: Its parameters and buffers are copied, those of quantizers among them.
@@ -56,6 +58,19 @@ class Snapshot:
             return False
         return _same([*_tensors(modules), *more], self.copies) and _same(_loose_tensors(modules), self.loose)
 
+    def holds(self, tensors: Sequence[Tensor], first: int) -> bool:
+        """Say whether some of the further tensors are what they were.
+
+        Args:
+            tensors: The tensors.
+            first: The place of the first of them, counted from the end of all that was copied.
+
+        Returns:
+            Whether all values are the same.
+        """
+        kept = self.copies[len(self.copies) - first :]
+        return all(map(_is_same, tensors, kept))
+
     def take_attributes(self) -> None:
         """Take plain attributes as they are now: a network may count its calls, or keep what it saw last."""
         self.attributes = _attributes(self.modules)
@@ -72,13 +87,46 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
-def _same(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
-    return len(tensors) == len(copies) and all(map(same_bits, tensors, copies))
+class _Checksum(NamedTuple):
+    """What is kept of a large tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    value: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Checksum:
+        """Compute it, of the values in their order."""
+        plain = tensor.detach()
+        if plain.dim() == 4 and not plain.is_contiguous():
+            plain = plain.permute(0, 2, 3, 1)  # channels last, as images are kept
+        content = plain.contiguous().view(-1).view(torch.uint8).numpy()
+        return cls(tensor.shape, tensor.dtype, zlib.crc32(content.tobytes()))
 
 
-def _copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _is_same(tensor: Tensor, kept: Tensor | _Checksum) -> bool:
+    if isinstance(kept, Tensor):
+        return same_bits(tensor, kept)
+    if tensor.shape != kept.shape or tensor.dtype != kept.dtype or tensor.device.type != "cpu":
+        return False
+    return _Checksum.of(tensor) == kept
+
+
+def _same(tensors: Sequence[Tensor], copies: Sequence[Tensor | _Checksum]) -> bool:
+    return len(tensors) == len(copies) and all(map(_is_same, tensors, copies))
+
+
+def _copied(tensors: Sequence[Tensor]) -> list[Tensor | _Checksum]:
+    kept: list[Tensor | _Checksum] = []
+    size = 0
     with torch.inference_mode(False), torch.no_grad():
-        return [tensor.detach().clone() for tensor in tensors]
+        for tensor in tensors:
+            size += tensor.nbytes
+            if size > LARGE and tensor.device.type == "cpu":
+                kept.append(_Checksum.of(tensor))
+            else:
+                kept.append(tensor.detach().clone())
+    return kept
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:

@@ -87,7 +87,9 @@ class ComparedNetworks:
             raise ValueError(
                 f"the images of {self.dataset.name} are {images.dtype}, of unknown range; attacks need uint8 images"
             )
-        channels = self.network.input_shape[0]
+        channels = images.shape[1]
+        if self.network.input_shape:
+            channels = self.network.input_shape[0]
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
         return (images.float() / 255).contiguous(), labels
@@ -320,7 +322,7 @@ class _RunNetworks:
 
 def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
     network = networks.load(spec.source)
-    dataset = data.load(spec.data or data.DEFAULT, image_size=network.input_shape[-1])
+    dataset = data.load(spec.data or data.DEFAULT, image_size=network.image_size)
     networks.check_fits(network, dataset)
     compared: dict[str, nn.Module] = {"float": network.module}
     notes = {"float": "as it was loaded"}

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from haq import data, networks
 from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
 from haq.console.options import option_name, setting
+from haq.data.memory import parse_bytes
 from haq.problem import CORRECTIONS, KINDS, OBJECTIVES, ROUNDINGS
 from haq.solvers import ENVS, SOLVERS
 from haq.store import files
@@ -84,6 +85,21 @@ class SearchConfig(_Config):
         group=SEARCHED,
         metavar="NAME",
         names=lambda: data.DATASETS.names(),
+    )
+    search_images: int | None = setting(
+        None,
+        "samples that policies are judged on, where they are cut from the train split",
+        group=SEARCHED,
+        least=1,
+        metavar="N",
+        default_words="a fifth of it; of photographs 2000 at most",
+    )
+    memory: str | None = setting(
+        None,
+        "that samples may take, such as 4GB or 500MB; what doesn't fit is read, or decoded, when it is needed",
+        group=SEARCHED,
+        metavar="AMOUNT",
+        default_words="a quarter of the machine's",
     )
     mean: str | None = setting(
         None,
@@ -259,6 +275,8 @@ class SearchConfig(_Config):
             raise ValueError(
                 f"--seed is {self.seed}; it must be an integer from 0 to {2**32 - 1}, which every generator takes"
             )
+        if self.memory is not None:
+            parse_bytes(self.memory)
         self.bit_range()
         self.scheme_names()
         self.normalization()

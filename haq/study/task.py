@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ import hw_models
 import quantizers as Q
 from haq import data, networks, training
 from haq.attacks.threat_model import parse_eps
+from haq.data.memory import allowed_bytes
+from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
+from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
@@ -28,6 +31,7 @@ from haq.training.adversaries import Adversary
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.tvm_cpu.target import CpuTarget
+from quantizers.calling import inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images of the train split
@@ -51,8 +55,11 @@ class LoadedNetwork:
     def load(cls, config: SearchConfig) -> LoadedNetwork:
         """Load network and data, which need no hardware; raises what its parts raise."""
         network = networks.load(config.network).normalized(*config.normalization())
-        dataset = data.load(config.data, image_size=network.input_shape[-1])
-        networks.check_fits(network, dataset)
+        most = allowed_bytes(config.memory)
+        dataset = data.load(config.data, image_size=network.image_size, memory=most, search_images=config.search_images)
+        # What is only a function isn't of classes.
+        takes_scores = getattr(OBJECTIVES.get(config.objective), "takes_scores", False)
+        networks.check_fits(network, dataset, takes_scores)
         check_scale(dataset, config.mean, config.std)
         return LoadedNetwork(config, network, dataset)
 
@@ -63,22 +70,59 @@ class LoadedNetwork:
             network += f", mean {self.network.mean}, std {self.network.std}"
         return {"network": network, "data": self.dataset.signature()}
 
-    def calibration(self) -> Tensor:
-        """Preprocess images of the train split (N, C, H, W), of all classes, that set the activation scales."""
-        return self.network.preprocess(self.dataset.train.images[self.dataset.fair(CALIBRATION)])
+    def calibration(self) -> Any:
+        """Preprocess samples of the train split, of all classes, that set the activation scales.
+
+        Returns:
+            Images (N, C, H, W), or a tensor of other inputs; a list of batches (inputs, targets), where inputs are of another
+            structure, or the network is called by a `forward`.
+        """
+        train = self.dataset.train
+        if isinstance(train.source, Stream):
+            return list(self._first_batches())
+        inputs, targets = train.take(self.dataset.fair(CALIBRATION))
+        inputs = self.network.preprocess(inputs)
+        if isinstance(inputs, Tensor) and self.network.forward is None:
+            return inputs
+        return [(inputs, targets)]
+
+    def _first_batches(self) -> Iterator[Any]:
+        """Yield preprocessed batches of samples that can't be had by index, in the order in which they come."""
+        seen = 0
+        for inputs, targets in self.dataset.train.batches(CALIBRATION):
+            yield self.network.preprocess(inputs), targets
+            seen += samples_in(inputs)
+            if seen >= CALIBRATION:
+                return
 
     def quantized(self, policy: Q.BitPolicy, schemes: Mapping[str, Q.Scheme]) -> nn.Module:
         """Quantize the network as the search does: with the same calibration, correction and rounding."""
         images = self.calibration()
-        workload = hw_models.trace(self.network.module, images[:1].clone())
+        workload = self.traced(images)
         return Q.quantize(
             self.network.module,
             policy,
             scheme=schemes,
             calibrate=images,
             correction=correction_of(self.config),
-            rounding=roundings_by_layer(self.config.searched_rounding, schemes, workload, len(images)),
+            rounding=roundings_by_layer(self.config.searched_rounding, schemes, workload, _count(images)),
+            **self._forward(),
         ).eval()
+
+    def traced(self, calibration: Any) -> hw_models.Workload:
+        """List the layers of the network, as it is run on the first sample of those that `calibration` returned."""
+        if isinstance(calibration, Tensor):
+            return hw_models.trace(self.network.module, calibration[:1].clone())
+        first = next(pieces(calibration[0], 1))[0]
+        if self.network.forward is not None:
+            return hw_models.trace(self.network.module, first, forward=self.network.forward)
+        return hw_models.trace(self.network.module, inputs_of(first, self.network.module))
+
+    def _forward(self) -> dict[str, Any]:
+        """Return the arguments that say how the network is called, if that isn't by its inputs."""
+        if self.network.forward is None:
+            return {}
+        return {"forward": self.network.forward}
 
 
 @dataclass(frozen=True)
@@ -117,15 +161,18 @@ class SearchTask(LoadedNetwork):
         tuning = None
         if config.finetune_steps:
             tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed, config.learning_rate)
-        search = [(network.preprocess(images), labels) for images, labels in dataset.search.batches(250)]
+        # It is sent to other processes, which have the network already.
+        preprocess = replace(network, module=nn.Identity(), forward=None).preprocess
+        search = samples_of(dataset.search, preprocess, allowed_bytes(config.memory))
+        calibration = loaded.calibration()
         scheme: AnyScheme = LINEAR
         if config.scheme != LINEAR:
-            scheme = schemes_of(config, hw_models.trace(network.module, search[0][0][:1]).names)
+            scheme = schemes_of(config, loaded.traced(calibration).names)
             if config.rounding == ADAROUND:
                 _check_adaround(scheme)
         problem = Problem(
             network.module,
-            calibrate=loaded.calibration(),
+            calibrate=calibration,
             search=search,
             target=target or load_target(config),
             metric=config.metric,
@@ -137,6 +184,7 @@ class SearchTask(LoadedNetwork):
             correction=correction_of(config),
             rounding=config.searched_rounding,
             on_progress=on_progress,
+            **loaded._forward(),
         )
         return SearchTask(config, network, dataset, problem)
 
@@ -216,6 +264,13 @@ class SearchTask(LoadedNetwork):
         return found
 
 
+def _count(calibration: Any) -> int:
+    """Count the samples that set the activation scales."""
+    if isinstance(calibration, Tensor):
+        return len(calibration)
+    return sum(map(samples_in, calibration))
+
+
 def check_scale(dataset: data.Dataset, mean: str | None, std: str | None) -> None:
     """Raise ValueError if a mean or deviation is given for images that are taken as they are.
 
@@ -226,8 +281,9 @@ def check_scale(dataset: data.Dataset, mean: str | None, std: str | None) -> Non
     """
     if mean is None and std is None:
         return
-    kind = dataset.search.images[torch.arange(1)].dtype
-    if kind != torch.uint8:
+    found = leaves(dataset.search.take(torch.arange(1))[0])
+    kind = found[0].dtype
+    if len(found) != 1 or kind != torch.uint8:
         raise ValueError(
             f"--mean and --std are of uint8 images; those of {dataset.name} are {kind}, and are taken as they are"
         )

@@ -125,7 +125,7 @@ def finetune(
     config = dataclasses.replace(config, learning_rate=learning_rate)
     tuned = Q.copy_network(qnetwork)
     keep_frozen(network.module, tuned)
-    small = max(network.input_shape[1:]) <= SMALL
+    small = max(network.input_shape[1:], default=0) <= SMALL
     with torch.random.fork_rng(devices=[]), one_thread() if small else nullcontext():
         # What the network itself draws (dropout) comes from the seed too, whatever was computed before.
         torch.manual_seed(seed)

@@ -85,7 +85,7 @@ def reconstruct(
     images = network.preprocess(trained_on.images[chosen])
     judge = judge_of(network, held, adversary)
     found = Q.copy_network(qnetwork).eval()
-    small = max(network.input_shape[1:]) <= SMALL
+    small = max(network.input_shape[1:], default=0) <= SMALL
     with one_thread() if small else nullcontext():
         before = judge(found)
         Q.correct_bias(found, network.module, images)

@@ -319,8 +319,10 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     network = networks.load("my_own_network:good")
     assert network.input_shape == (1, 2, 2)
     assert networks.output_count(network) == 3
+    shapeless = networks.load("my_own_network:shapeless")
+    assert shapeless.input_shape == ()
     with pytest.raises(ValueError, match=r"set module\.input_shape"):
-        networks.load("my_own_network:shapeless")
+        networks.output_count(shapeless)
     with pytest.raises(ValueError, match="returned int"):
         networks.load("my_own_network:wrong")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import haq
 import quantizers as Q
+from haq.problem import snapshot
 from haq.problem.evaluator import Evaluator
 from haq.problem.prefix_cache import Prefix
 from tests.conftest import images, make_problem, small_network
@@ -67,8 +68,10 @@ CHANGES: dict[str, Callable[[Evaluator], object]] = {
 }
 
 
+@pytest.mark.parametrize("large", [snapshot.LARGE, 100], ids=["copies", "checksums"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_after_a_change_nothing_is_as_before(name: str) -> None:
+def test_after_a_change_nothing_is_as_before(name: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "LARGE", large)
     network = small_network()
     if name == "loose tensor":
         network.hidden = Shifted()
