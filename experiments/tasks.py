@@ -26,31 +26,20 @@ Each task is there for the command line too, for example:
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from experiments import shared, task_data, task_networks
-from experiments.quantizer_accuracy import Table
+from experiments import task_data, task_networks
 from experiments.task_data import Parts
-from haq.console.errors import run_command
-from haq.console.progress import progress
-from haq.console.tables import say
-from haq.problem.metrics import import_torchmetrics
 from haq.problem.distribution import Bernoulli, Distribution
+from haq.problem.metrics import import_torchmetrics
 from haq.problem.objective import MetricObjective
 
 NAME = "tasks"
@@ -99,6 +88,7 @@ class Task:
         digits: Behind the point of a value that is shown.
         licence: Of weights, or what is trained on what.
         forward: Computes outputs of (network, batch), if that takes more than calling the network.
+        sensitivities: What the search knows of single layers, as `haq.solve` takes it.
         percent: Whether values are shares, which are shown in percent.
     """
 
@@ -111,12 +101,11 @@ class Task:
     licence: str
     forward: Callable[[nn.Module, Any], Any] | None = None
     percent: bool = False
+    sensitivities: str = "gradient"
 
     def problem(self, network: nn.Module, calibrate: Any, judged: Any) -> haq.Problem:
         """Put the task on the hardware, judged on some of its data."""
-        return haq.Problem(
-            network, calibrate, judged, TARGET, budget=BUDGET, objective=self.objective, forward=self.forward
-        )
+        return haq.Problem(network, calibrate, judged, TARGET, budget=BUDGET, objective=self.objective, forward=self.forward)
 
 
 HERE = "trained here"
@@ -190,3 +179,44 @@ TASKS = (
         f"{HERE} on Python's help (PSF licence)",
     ),
 )
+
+
+class Row(NamedTuple):
+    """One policy of one task, on the data of one seed."""
+
+    task: str
+    seed: int
+    policy: str
+    value: float
+    latency: float | None  # of uniform 8 bits'
+    bits: str = ""
+
+
+FLOAT, EIGHT, FOUR, FOUND = "float", "uniform 8", "uniform 4", "found"
+POLICIES = (FLOAT, EIGHT, FOUR, FOUND)
+
+
+def rows_of(name: str, seed: int, evaluations: int) -> list[Row]:
+    """Search on the data of a seed, and test what was found, and what it is held against, on others."""
+    torch.set_num_threads(1)
+    task = find(name)
+    network = task.network()
+    data = task.data(seed)
+    problem = task.problem(network, data["train"], data["search"])
+    found = haq.solve(problem, "ilp", evaluations=evaluations, seed=seed, sensitivities=task.sensitivities)
+    judge = task.problem(network, data["train"], data["test"])
+    made = [Row(name, seed, FLOAT, judge.float_result.value, None)]
+    for called, policy in ((EIGHT, uniform(problem, 8)), (FOUR, uniform(problem, 4)), (FOUND, found.policy)):
+        latency = problem.policy_cost(policy) / problem.reference
+        bits = " ".join(f"{weights}/{activations}" for weights, activations in policy.values())
+        made.append(Row(name, seed, called, judge.evaluate(policy).value, latency, bits))
+    return made
+
+
+def uniform(problem: haq.Problem, bits: int) -> Q.BitPolicy:
+    """The same bits everywhere but in the first and the last layer."""
+    return Q.BitPolicy({layer: problem.pinned.get(layer, (bits, bits)) for layer in problem.workload.names})
+
+
+def find(name: str) -> Task:
+    return next(task for task in TASKS if task.name == name)
