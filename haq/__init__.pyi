@@ -8,6 +8,7 @@ from . import problem as problem
 from . import solvers as solvers
 from . import training as training
 from .problem.evaluator import Evaluation as Evaluation
+from .problem.given import objective as objective
 from .problem.objective import Objective as Objective
 from .problem.problem import Problem as Problem
 from .problem.sensitivity import Sensitivities as Sensitivities

@@ -167,7 +167,7 @@ class Registry(Generic[Thing]):
     def _known(self, name: str, modules: bool) -> str:
         """Say which names are close to one that nothing has, and what can be given at all."""
         candidates = {known.partition(":")[0]: known for known in (*self.names(), *self._forms)}
-        close = difflib.get_close_matches(name.partition(":")[0], candidates, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(name.partition(":")[0], candidates, n=3, cutoff=0.41)
         meant = " or ".join(candidates[start] for start in close) or "one of these"
         ways = [*self.names(), *self._forms]
         if modules:

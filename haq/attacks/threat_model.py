@@ -181,7 +181,10 @@ def check_images(split: Split, name: str = "the data set") -> None:
     """Raise ValueError unless the images' range is known, in which an attack must stay."""
     import torch
 
-    dtype = split.images[torch.arange(1)].dtype
+    first = split.images[torch.arange(1)]
+    if not isinstance(first, torch.Tensor) or first.dim() != 4:
+        raise ValueError(f"the samples of {name} are no images, and an attack is of images: give uint8 images, from 0 to 255")
+    dtype = first.dtype
     if dtype != torch.uint8:
         raise ValueError(
             f"the images of {name} are {str(dtype).removeprefix('torch.')}, taken as they are, so the range that an attack "

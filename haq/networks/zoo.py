@@ -21,19 +21,26 @@ def import_zoo(module: str) -> Any:
     Raises ImportError, with what to install, if it isn't there.
     """
     try:
-        return importlib.import_module(module)
+        return import_declared(module)
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is not installed: pip install 'haq[zoo]'") from error
+
+
+def import_declared(module: str) -> Any:
+    """Import a module that imports torchvision, on torch builds without its compiled operators as well."""
+    try:
+        return importlib.import_module(module)
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
     # torchvision registers documentation for operators that a CPU-only torch build doesn't have: declare them. No
-    # classification network calls them.
+    # classification network calls them, and no metric does.
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _DECLARED.append(library)
-    for loaded in [name for name in sys.modules if name.partition(".")[0] in LIBRARIES]:
+    half_loaded = (*LIBRARIES, module.partition(".")[0])
+    for loaded in [name for name in sys.modules if name.partition(".")[0] in half_loaded]:
         del sys.modules[loaded]
     return importlib.import_module(module)
 

@@ -1,10 +1,11 @@
-"""What can be believed of an accuracy: how far chance moves it, and whether guessing would do as well."""
+"""What can be believed of a value: how far chance moves it, and whether guessing would do as well."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from haq.problem.objective import BlackBox
 from haq.store.units import percent
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
     Returns:
         One sentence or nothing.
     """
-    if count >= FEW:
+    if count >= FEW or not count:
         return ""
     points = 100 * standard_error(0.5, count)
     return (
@@ -89,16 +90,35 @@ def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
     )
 
 
+def few_of_numbers(problem: Problem) -> str:
+    """Warn of few samples where values are no shares of them; nothing for enough of them."""
+    count, title = problem.evaluator.count, problem.objective.title
+    if count >= FEW or not count:
+        return ""
+    known = "how far chance moves it isn't known"
+    if problem.float_result.error is not None:
+        known = f"the standard error of the float network's is {problem.float_result.error:.2g}"
+    return f"WARNING: the search split has {count} samples, by which {title} is told, and {known}: smaller differences say nothing"
+
+
 def doubts(problem: Problem) -> list[str]:
-    """List what must be said of the accuracies of a problem before they are believed: sentences, none if all is well."""
+    """List what must be said of the values of a problem before they are believed: sentences, none if all is well."""
     evaluator = problem.evaluator
+    objective = problem.objective
+    if isinstance(objective, BlackBox):
+        return [
+            f"NOTE: objective {objective.name!r} is given the network itself, so every policy's network is run as a whole "
+            "(nothing that its first layers computed is reused), and no evaluation ends early"
+        ]
+    if not objective.takes_scores:
+        return [sentence for sentence in (few_of_numbers(problem),) if sentence]
     measured = "accuracy"
-    if problem.objective.name == "agreement":
-        measured = "agreement"
+    if objective.name not in ("accuracy", "accuracy+robust"):
+        measured = objective.title
     sentences = [few_sentence(evaluator.count, "search", measured)]
     scores = evaluator.expected
     # Of an objective of somebody's own nobody knows what guessing gives.
-    if problem.objective.name in ("accuracy", "accuracy+robust") and scores is not None:
+    if objective.name in ("accuracy", "accuracy+robust") and scores is not None:
         labels = evaluator.labels
         accuracy = float((scores.argmax(1).cpu() == labels).double().mean())
         guessing = guessing_share(labels, scores.shape[1])

@@ -121,6 +121,7 @@ class Evaluator:
             self.samples = samples.to(self.device)
             self.count = samples.count
             self.order = samples.order
+        self._check_calls()
         self._asked = not has_targets and objective.takes_scores  # whether the teacher's answers are the labels
         self.labels = torch.zeros(0, dtype=torch.long)  # of class scores, in the order in which samples were given
         self.expected: Tensor | None = None  # the teacher's class scores, in the same order
@@ -130,6 +131,14 @@ class Evaluator:
         self.pool: Pool | None = None
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
 
+    def _check_calls(self) -> None:
+        """Raise ValueError if inputs are to be attacked, and a network is more than called with them."""
+        if self.objective.attacked and self.forward is not None and not isinstance(self.objective, BlackBox):
+            raise ValueError(
+                f"objective {self.objective.name!r} attacks images, which takes a network that is called with them alone: it "
+                "can't be had with `forward`"
+            )
+
     def _ask_teacher(self) -> None:
         """Set what the teacher's outputs decide, and the labels."""
         if self.teacher is None and (self.expected is not None or self.outputs is not None):
@@ -138,8 +147,27 @@ class Evaluator:
             return
         if self.objective.takes_scores:
             self._read_scores()
-        elif self.teacher is not None and self.objective.distribution is not None:
+            return
+        if self.teacher is None:
+            return
+        self._look_at(self.teacher)
+        if self.objective.distribution is not None or self.objective.compares_with_float:
             self.outputs = self._kept_outputs(self.teacher)
+
+    def _look_at(self, teacher: nn.Module) -> None:
+        """Show the objective the teacher's outputs on the first batch."""
+        assert self.samples is not None
+        batch = to_device(next(iter(self.samples)), self.device)
+        with torch.inference_mode(), evaluation_mode(teacher):
+            outputs = self._answer(teacher, batch)
+        targets = outputs
+        if not self.objective.compares_with_float:
+            targets = self._targets(batch)
+        self.objective.look_at(outputs, targets)
+
+    def _targets(self, batch: Any) -> Any:
+        """Return the targets of a batch, as the objective holds outputs against them."""
+        return self.objective.aligned(inputs_of(batch, self.network), targets_of(batch, self.network))
 
     def _read_scores(self) -> None:
         """Set labels, and the teacher's class scores."""
@@ -213,7 +241,9 @@ class Evaluator:
         """Say whether the teacher's outputs are computed anew for every policy."""
         if self.teacher is None or self.samples is None or self.objective.takes_scores:
             return False
-        return self.outputs is None and self.objective.distribution is not None
+        if self.outputs is not None:
+            return False
+        return self.objective.distribution is not None or self.objective.compares_with_float
 
     @functools.cached_property
     def prefix(self) -> Prefix | None:
@@ -254,7 +284,7 @@ class Evaluator:
         inputs = [inputs_of(batch, self.network) for batch in self.samples]
         if self.objective.takes_scores:
             return list(zip(inputs, self.labels[self.order].split(list(self.samples.sizes)), strict=True))
-        return [(one, targets_of(batch, self.network)) for one, batch in zip(inputs, self.samples, strict=True)]
+        return [(one, self._targets(batch)) for one, batch in zip(inputs, self.samples, strict=True)]
 
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
         """Tell the value and the loss of a policy.
@@ -352,11 +382,13 @@ class Evaluator:
 
         def answers(number: int, batch: Any) -> tuple[Any, ...]:
             inputs = inputs_of(batch, self.network)
-            targets = targets_of(batch, self.network)
             if labels:
                 targets = labels[number]
-            with torch.inference_mode(False):
-                attacked = attacked_inputs(self.objective, network, inputs.clone(), targets, number)
+            elif self.objective.compares_with_float:
+                targets = self._expected(number, batch)
+            else:
+                targets = self._targets(batch)
+            attacked = attacked_inputs(self.objective, network, inputs, targets, number)
             with torch.inference_mode():
                 versions = (inputs, *attacked)
                 return tuple(self.objective.read(call(network, one.clone())) for one in versions)
@@ -378,11 +410,14 @@ class Evaluator:
 
     def _measure(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
         """Judge outputs; those that aren't all finite are worth nothing."""
+        has_teacher = self.expected is not None or self.outputs is not None or self._asks_again
         try:
-            return self._judged(network, answers, beat)
+            found = self._judged(network, answers, beat)
         except NotFinite:
-            has_teacher = self.expected is not None or self.outputs is not None or self._asks_again
             return worthless(self.objective, self.count, has_teacher)
+        if math.isnan(found.accuracy) or math.isnan(found.loss) or math.isinf(found.accuracy):
+            return worthless(self.objective, self.count, has_teacher)
+        return found
 
     def _judged(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
         """Judge outputs. Raises NotFinite for those that can't be."""
@@ -400,7 +435,7 @@ class Evaluator:
                 elif self.objective.compares_with_float:
                     targets = expected
                 else:
-                    targets = targets_of(batch, self.network)
+                    targets = self._targets(batch)
                 with torch.inference_mode():
                     tally.add(outputs, targets, expected, samples_in(batch))
                 share = tally.share()
@@ -411,9 +446,9 @@ class Evaluator:
     def _told(self, objective: BlackBox, network: nn.Module, answers: Answers) -> Evaluation:
         """Judge by an objective that is given the network; the divergence is told where there are samples to tell it by."""
         value = value_of(objective, network)
-        if math.isinf(value):
-            return worthless(objective, self.count, self.outputs is not None or self._asks_again)
         loss = -objective.signed(value)
+        if not math.isfinite(value):
+            return Evaluation(value, loss, self.count, None, objective.higher_is_better)
         divergence = None
         if self.outputs is not None or self._asks_again:
             parts: list[Tensor] = []
@@ -502,7 +537,7 @@ def _check_given(objective: Objective, samples: Samples | None, has_targets: boo
     """Raise ValueError unless an evaluator is given what its objective needs."""
     if samples is None and not isinstance(objective, BlackBox):
         raise ValueError("evaluation needs samples, at least one")
-    if not has_targets and objective.attacked:
+    if not has_targets and objective.attacked and objective.needs_labels:
         raise ValueError("an attack makes answers wrong, so it needs labels")
     if not has_targets and not has_teacher and not isinstance(objective, BlackBox):
         raise ValueError("give labels or a teacher, or both")

@@ -18,13 +18,16 @@ An objective of your own is one class:
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from haq.problem import OBJECTIVES, lacking
+from haq.problem import OBJECTIVES, ROBUST, lacking
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
@@ -122,11 +125,7 @@ class Objective:
     @classmethod
     def check_labels(cls, dataset: Dataset) -> None:
         """Raise ValueError if labels are needed and a data set has none."""
-        lacking = not dataset.classes
-        if not cls.takes_scores:
-            lacking = not dataset.has_targets
-        if cls.needs_labels and lacking:
-            raise ValueError(f"{dataset.name} has no labels to tell the accuracy by: search with --objective agreement")
+        check_targets(cls, dataset)
 
     def more_inputs(self, network: nn.Module, inputs: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, ...]:
         """Make further versions of a batch's inputs by which a network is judged too; asked only where `attacked` is True.
@@ -140,9 +139,47 @@ class Objective:
             batch: Its number. With the other arguments it is all that the result may depend on.
 
         Returns:
-            Tensors of the shape of `inputs`.
+            Tensors of the shape of `inputs`; with a `proxy`, those by which it raises the loss.
         """
-        return ()
+        if self.proxy is None:
+            return ()
+        return (self.proxy.raise_loss(network, self.attacked_loss(network, inputs, labels), inputs, batch),)
+
+    def attacked_loss(self, network: nn.Module, inputs: Tensor, targets: Any) -> Callable[[Any], Tensor]:
+        """Make the loss that an attack on a batch raises: the cross-entropy, summed.
+
+        Args:
+            network: The network that is attacked.
+            inputs: As they are without an attack.
+            targets: Of the batch.
+
+        Returns:
+            A function of the network's outputs that returns a scalar.
+        """
+        from torch.nn import functional as F
+
+        labels = targets.to(inputs.device)
+        return lambda outputs: F.cross_entropy(self.read(outputs), labels, reduction="sum")
+
+    def aligned(self, inputs: Any, targets: Any) -> Any:
+        """Return the targets of a batch in the places that outputs are held against; as they are, if nothing else is said.
+
+        Args:
+            inputs: Of the batch.
+            targets: As the batch has them; None where it has none.
+        """
+        return targets
+
+    def look_at(self, outputs: Any, targets: Any) -> None:
+        """Look at a batch of the float network's outputs, before anything is judged.
+
+        Args:
+            outputs: As `read` returns them.
+            targets: Of the batch; None where it has none.
+
+        Raises:
+            ValueError: For outputs that the objective isn't of.
+        """
 
     def correct(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Say which images count as correct.
@@ -289,12 +326,13 @@ class Objective:
         right = 0
         for batch, (images, labels) in enumerate(split.batches(batch_size)):
             inputs = network.preprocess(images)
+            if self.compares_with_float:
+                with torch.no_grad():
+                    labels = self.read(network.run(network.module.eval(), inputs)).argmax(1)
             more: tuple[Tensor, ...] = ()
             if self.attacked:
-                more = self.more_inputs(module, inputs.clone(), labels, batch)
+                more = attacked_inputs(self, module, inputs, labels, batch)
             with torch.inference_mode():
-                if self.compares_with_float:
-                    labels = self.read(network.run(network.module.eval(), inputs)).argmax(1)
                 outputs = [self.read(network.run(module, one)) for one in (inputs, *more)]
                 right += count_correct(self, outputs, labels)
         return right / len(split)
@@ -350,42 +388,85 @@ class ValueObjective(Objective):
 
     def training_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Compute what training minimises: the mean of the losses; see `Objective.training_loss`."""
-        losses = self.losses(outputs, targets)
+        losses = self.losses(self.read(outputs), targets)
         if losses is None or not losses.requires_grad:
             raise ValueError(f"objective {self.name!r} has no loss that can be trained: give it one (loss=)")
         return losses.mean()
+
+    def attacked_loss(self, network: nn.Module, inputs: Tensor, targets: Any) -> Callable[[Any], Tensor]:
+        """Make the loss that an attack raises: the losses' sum, or that of the divergence from what the network said before.
+
+        See `Objective.attacked_loss`.
+        """
+        return raised_loss(self, network, inputs, lambda outputs: self.losses(self.read(outputs), targets))
 
     def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
         """Measure a network on any samples; see `Objective.measure`."""
         import torch
 
-        from haq.problem.tally import ValueTally
+        from haq.problem import ValueTally
         from quantizers.calling import count_of, to_device
 
         module.eval()
         tally = ValueTally(self)
         for batch, (inputs, targets) in enumerate(split.batches(batch_size)):
             inputs = network.preprocess(inputs)
+            answers = targets
+            if self.compares_with_float:
+                with torch.no_grad():
+                    answers = self.read(network.run(network.module.eval(), inputs, targets))
+            answers = self.aligned(inputs, to_device(answers, network.device))
             more: tuple[Any, ...] = ()
             if self.attacked:
-                more = self.more_inputs(module, inputs.clone(), targets, batch)
+                more = attacked_inputs(self, module, to_device(inputs, network.device), answers, batch)
             with torch.inference_mode():
-                if self.compares_with_float:
-                    targets = network.run(network.module.eval(), inputs)
-                outputs = tuple(network.run(module, one, targets) for one in (inputs, *more))
+                outputs = tuple(self.read(network.run(module, one, targets)) for one in (inputs, *more))
                 try:
-                    tally.add(outputs, to_device(targets, network.device), None, count_of(inputs))
+                    tally.add(outputs, answers, None, count_of(inputs))
                 except NotFinite:
                     return self.worst
-        return tally.result().accuracy
+        value = tally.result().accuracy
+        if math.isnan(value):
+            return self.worst
+        return value
 
 
 class MetricObjective(ValueObjective):
     """Has a metric of torchmetrics, over all samples at once, for its value."""
 
     def metric(self) -> Metric:
-        """Make the metric, with nothing in it. Its `compute` gives one number."""
+        """Make the metric, with nothing in it."""
         raise NotImplementedError
+
+    def metric_for(self, outputs: Any, targets: Any) -> Metric:
+        """Make the metric, with what isn't said of it taken from a batch's outputs and targets."""
+        return self.metric()
+
+    def update(self, metric: Metric, outputs: Any, targets: Any) -> None:
+        """Give a batch to the metric.
+
+        Args:
+            metric: The metric.
+            outputs: As `read` returns them.
+            targets: Of the batch.
+
+        Raises:
+            ValueError: Naming both, for what the metric doesn't take.
+        """
+        try:
+            metric.update(outputs, targets)
+        except Exception as error:
+            raise ValueError(
+                f"the metric of objective {self.name!r} doesn't take outputs, {described(outputs)}, with targets, "
+                f"{described(targets)}: {_reason(error)}"
+            ) from error
+
+    def compute(self, metric: Metric) -> Any:
+        """Tell the metric's value, one number. Raises ValueError if it can't be computed."""
+        try:
+            return metric.compute()
+        except Exception as error:
+            raise ValueError(f"the metric of objective {self.name!r} can't be computed: {_reason(error)}") from error
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Leave the loss to the divergence from the float network's outputs; see `ValueObjective.losses`."""
@@ -411,6 +492,10 @@ class BlackBox(Objective):
         """Raise ValueError: there is none."""
         raise ValueError(f"objective {self.name!r} is given the network and has no loss that can be trained: give one (loss=)")
 
+    def attacked_loss(self, network: nn.Module, inputs: Tensor, targets: Any) -> Callable[[Any], Tensor]:
+        """Make the loss that an attack raises: the divergence from what the network said before."""
+        return raised_loss(self, network, inputs, lambda outputs: None)
+
     def read(self, outputs: Any) -> Any:
         """Return a network's outputs, as they are."""
         return outputs
@@ -424,7 +509,10 @@ class BlackBox(Objective):
 
     def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
         """Measure a network, on whatever samples it knows of itself; see `Objective.measure`."""
-        return value_of(self, module.eval())
+        value = value_of(self, module.eval())
+        if math.isnan(value):
+            return self.worst
+        return value
 
 
 class Accuracy(Objective):
@@ -511,6 +599,28 @@ def class_scores(outputs: object) -> Tensor:
     raise ValueError(f"the network's outputs are class scores of shape (images, classes), not {what}")
 
 
+def check_targets(objective: Objective | type[Objective], dataset: Dataset) -> None:
+    """Raise ValueError if a data set hasn't the targets that an objective needs, naming what can be searched for instead."""
+    if not objective.needs_labels or (objective.takes_scores and dataset.classes):
+        return
+    measured = objective.title
+    if objective.name.startswith("accuracy"):
+        measured = "accuracy"
+    if not dataset.has_targets:
+        instead = "agreement"
+        if not objective.takes_scores:
+            instead = "cosine"
+        what = "labels"
+        if not objective.takes_scores:
+            what = "targets"
+        raise ValueError(f"{dataset.name} has no {what} to tell the {measured} by: search with --objective {instead}")
+    if objective.takes_scores:
+        raise ValueError(
+            f"{dataset.name} has targets that are no classes to tell the {measured} by: search with an --objective that is of "
+            "them, as `haq list objectives` shows"
+        )
+
+
 def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tensor) -> int:
     """Count the images that an objective calls correct; those with an output that is NaN are not.
 
@@ -529,15 +639,55 @@ def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
     import torch
 
     with named(objective, "correct"):
-        given = objective.correct(outputs, labels)
+        if _knows_one_version(objective, "correct"):
+            found = [objective.correct((part,), labels) for part in outputs]
+            given = functools.reduce(operator.and_, found)
+        else:
+            given = objective.correct(outputs, labels)
     if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != labels.shape:
         raise ValueError(
             f"`correct` of objective {objective.name!r} must return a boolean tensor of shape {tuple(labels.shape)}, one for "
-            f"each image, not {_described(given)}"
+            f"each image, not {described(given)}"
         )
     for part in outputs:
         given = given & ~part.isnan().any(1)
     return int(given.sum())
+
+
+def _knows_one_version(objective: Objective, method: str) -> bool:
+    """Say whether somebody's method was written for inputs that nobody attacks; the worst of its answers counts then."""
+    kind = type(objective)
+    attacks_itself = kind.more_inputs is not Objective.more_inputs
+    return objective.attacked and not attacks_itself and getattr(kind, method) is not getattr(Objective, method)
+
+
+def raised_loss(
+    objective: Objective, network: nn.Module, inputs: Tensor, losses: Callable[[Any], Tensor | None]
+) -> Callable[[Any], Tensor]:
+    """Make the loss that an attack on a batch raises.
+
+    Args:
+        objective: What tells the divergence.
+        network: The network that is attacked.
+        inputs: As they are without an attack.
+        losses: Of outputs: the loss of every sample, or None where there is no such thing. Then the divergence from the
+            network's own outputs without an attack stands for it.
+
+    Returns:
+        A function of the network's outputs that returns a scalar.
+    """
+    import torch
+
+    with torch.inference_mode(False), torch.no_grad():
+        before = objective.read(network(inputs.clone()))
+
+    def loss(outputs: Any) -> Tensor:
+        found = losses(outputs)
+        if found is None or not found.requires_grad:
+            found = objective.divergence(objective.read(outputs), before)
+        return found.sum()
+
+    return loss
 
 
 def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, divergence: float | None) -> float:
@@ -559,7 +709,11 @@ def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, d
     import torch
 
     with named(objective, "loss"):
-        given: object = objective.loss(outputs, labels, divergence)
+        given: object
+        if _knows_one_version(objective, "loss"):
+            given = max(objective.loss((part,), labels, divergence) for part in outputs)
+        else:
+            given = objective.loss(outputs, labels, divergence)
     number = math.nan
     if isinstance(given, torch.Tensor):
         if given.dim() == 0 and given.is_floating_point():
@@ -571,7 +725,7 @@ def mean_loss(objective: Objective, outputs: Sequence[Tensor], labels: Tensor, d
             raise NotFinite
         raise ValueError(
             f"`loss` of objective {objective.name!r} must return one finite number, the mean over the images, not "
-            f"{_described(given)}"
+            f"{described(given)}"
         )
     return number
 
@@ -596,15 +750,19 @@ def attacked_inputs(
     """
     import torch
 
-    with named(objective, "more_inputs"):
-        given: object = objective.more_inputs(network, inputs, labels, batch)
+    if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
+        raise ValueError(
+            f"objective {objective.name!r} attacks images, one tensor of floats, not inputs of {described(inputs)}"
+        )
+    with torch.inference_mode(False), named(objective, "more_inputs"):
+        given: object = objective.more_inputs(network, inputs.clone(), labels, batch)
     if not isinstance(given, tuple | list):
         given = (given,)
     for one in given:
         if not isinstance(one, torch.Tensor) or one.shape != inputs.shape:
             raise ValueError(
                 f"`more_inputs` of objective {objective.name!r} must return a tuple of tensors of shape "
-                f"{tuple(inputs.shape)}, not {_described(one)}"
+                f"{tuple(inputs.shape)}, not {described(one)}"
             )
     return tuple(given)
 
@@ -629,7 +787,7 @@ def per_sample(objective: ValueObjective, method: str, given: Any, count: int) -
     if not isinstance(given, torch.Tensor) or given.shape != (count,) or given.is_complex():
         raise ValueError(
             f"`{method}` of objective {objective.name!r} must return a tensor of shape ({count},), a number for each sample, "
-            f"not {_described(given)}"
+            f"not {described(given)}"
         )
     return given.detach().double().cpu()
 
@@ -654,7 +812,7 @@ def single_number(objective: Objective, method: str, given: Any) -> float:
         return float(given)
     if isinstance(given, numbers.Real) and not isinstance(given, bool):
         return float(given)
-    raise ValueError(f"`{method}` of objective {objective.name!r} must return one number, not {_described(given)}")
+    raise ValueError(f"`{method}` of objective {objective.name!r} must return one number, not {described(given)}")
 
 
 def value_of(objective: BlackBox, network: nn.Module) -> float:
@@ -665,17 +823,24 @@ def value_of(objective: BlackBox, network: nn.Module) -> float:
         network: In evaluation mode; it is put back into it, if it was left.
 
     Returns:
-        The value; the worst there is, if it is NaN.
+        The value, which may be NaN or infinite; under attack the worse of the two.
 
     Raises:
         ValueError: Naming the objective and what it gave, for anything but one number.
     """
+    values = [_told(objective, network)]
+    if objective.proxy is not None:
+        values.append(_told(objective, objective.proxy.attacking(network, objective)))
+    if any(map(math.isnan, values)):
+        return math.nan
+    return min(values, key=objective.signed)
+
+
+def _told(objective: BlackBox, network: nn.Module) -> float:
+    """Tell what a network is worth as it is."""
     with named(objective, "evaluate"):
         given = objective.evaluate(network)
-    value = single_number(objective, "evaluate", given)
-    if math.isnan(value):
-        return objective.worst
-    return value
+    return single_number(objective, "evaluate", given)
 
 
 @contextmanager
@@ -696,10 +861,14 @@ def _reason(error: Exception) -> str:
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def _described(given: object) -> str:
+def described(given: object) -> str:
     """Say in a few words what was given."""
     import torch
 
+    if isinstance(given, list | tuple) and given and isinstance(given[0], torch.Tensor | Mapping):
+        return printable(f"a {type(given).__name__} of {len(given)}, the first {described(given[0])}")
+    if isinstance(given, Mapping):
+        return printable(f"a {type(given).__name__} of {', '.join(map(str, given))}"[:120])
     if isinstance(given, torch.Tensor):
         if given.dim() == 0:
             return f"the {str(given.dtype).removeprefix('torch.')} {given.item()}"
@@ -708,11 +877,19 @@ def _described(given: object) -> str:
 
 
 def find_objective(objective: AnyObjective) -> Objective:
-    """Return an objective that is given as a name, as `module:Name`, as a class or as itself.
+    """Return the objective that is given, in whatever form.
+
+    Args:
+        objective: A name, `NAME+robust`, `module:Name`, an objective or a class of one, a metric of torchmetrics, a function
+            of (outputs, targets) that returns a value for every sample, or a function of a network that returns a number.
+
+    Returns:
+        The objective.
 
     Raises:
         ValueError: For an unknown name, naming the close ones; for a thing that is no objective, naming what it lacks; for a
-            class that can't be made, with the reason.
+            class that can't be made, with the reason; for what doesn't say whether larger values are better; and for what
+            attacks inputs without an attack.
         ImportError: For an objective of somebody else's that can't be imported.
     """
     found: object = objective
@@ -726,24 +903,105 @@ def find_objective(objective: AnyObjective) -> Objective:
         except Exception as error:
             reason = f"{_reason(error)}: give an instance, or a class without arguments"
             raise ValueError(f"objective {objective!r} can't be made ({reason})") from error
+    found = OBJECTIVES.read(found)
     if missing := lacking(found):
         raise ValueError(f"objective {objective!r} can't be used: it lacks {missing}")
-    return found  # type: ignore[return-value]
+    made: Objective = found  # type: ignore[assignment]
+    if is_without_attack(made):
+        raise ValueError(
+            f"objective={made.name!r} needs the attack that policies are judged under: give haq.problem.given.robust("
+            f"{made.name.removesuffix(ROBUST)!r}, haq.attacks.proxy.ProxyAttack.of(network, eps))"
+        )
+    return made
+
+
+def is_without_attack(objective: Objective) -> bool:
+    """Say whether an objective is of attacked inputs, and nobody has given the attack."""
+    return objective.attacked and objective.proxy is None and type(objective).more_inputs is Objective.more_inputs
 
 
 def build_objective(name: str, network: Network, dataset: Dataset, eps: float) -> Objective:
     """Make the objective of a name for a network and data set that are given by name; see `Objective.build`.
 
     Args:
-        name: A name, or `module:Name`.
+        name: A name, `NAME+robust`, or `module:Name`.
         network: What is searched for.
         dataset: What it is judged on.
         eps: As in `Objective.build`.
 
     Returns:
         The objective.
+
+    Raises:
+        ValueError: If the data set doesn't suit it.
     """
     found: type[Objective] | Objective = OBJECTIVES.get(name)
     if isinstance(found, type):
-        return found.build(network, dataset, eps)
+        if issubclass(found, Objective):
+            return found.build(network, dataset, eps)
+        found = find_objective(found)
+    check_targets(found, dataset)
+    if is_without_attack(found):
+        return under_attack(found, network, dataset, eps)
     return found
+
+
+def under_attack(objective: Objective, network: Network, dataset: Dataset, eps: float) -> Objective:
+    """Give an objective of attacked inputs its attack.
+
+    Args:
+        objective: From `OBJECTIVES.get("NAME+robust")`.
+        network: What is searched for.
+        dataset: What it is judged on.
+        eps: How far an attack may move a pixel, of 1.
+
+    Returns:
+        A copy.
+
+    Raises:
+        ValueError: For samples that are no images of known range.
+    """
+    from haq.attacks.proxy import ProxyAttack
+    from haq.attacks.threat_model import check_images
+
+    for split in (dataset.search, dataset.test):
+        check_images(split, dataset.name)
+    return attacked_by(objective, ProxyAttack.of(network, eps))
+
+
+def attacked_by(objective: Objective, proxy: ProxyAttack | None) -> Objective:
+    """Make of an objective the one of the worst of inputs as they are and attacked.
+
+    Args:
+        objective: The objective; or one of attacked inputs that has no attack yet.
+        proxy: The attack; None: it is still to be given.
+
+    Returns:
+        A copy, called NAME+robust.
+
+    Raises:
+        ValueError: If it is of attacked inputs already, and where an attack has nothing that it could raise.
+    """
+    plain = objective
+    if is_without_attack(objective):
+        (plain,) = objective.also
+    elif objective.attacked:
+        raise ValueError(f"objective {objective.name!r} is of attacked inputs already")
+    has_loss = not isinstance(plain, MetricObjective) or type(plain).losses is not MetricObjective.losses
+    if not plain.takes_scores and plain.distribution is None and (isinstance(plain, BlackBox) or not has_loss):
+        raise ValueError(
+            f"objective {plain.name!r} can't be attacked: it has no loss, and no distance between outputs, that an attack "
+            "could raise"
+        )
+    made = copy.copy(plain)
+    made.name = f"{plain.name}{ROBUST}"
+    made.title = f"worst-case {plain.title}"
+    made.short = "worst case"
+    made.attacked = True
+    made.proxy = proxy
+    made.also = (plain,)
+    made.words = f"{plain.words}, worst of clean and attacked"
+    if proxy is not None:
+        made.words = f"{plain.words}, worst of clean and {proxy}"
+        made.note = f"worst case: {made.words}, a cheap attack and no evaluation"
+    return made

@@ -165,7 +165,7 @@ class ValueTally:
         self.objective = objective
         self.order = order
         self.seen = 0
-        self.metric: Any = None
+        self.metrics: list[Any] = []  # one for every version of the inputs
         self.values: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.divergences: list[Tensor] = []
@@ -177,34 +177,40 @@ class ValueTally:
             if leaf.is_floating_point() and bool(leaf.isnan().any()):
                 raise NotFinite
         if isinstance(objective, MetricObjective):
-            self._update(objective, outputs[0], targets)
+            self._update(objective, outputs, targets)
         else:
-            self.values.append(self._worst_of("values", outputs, targets, count, objective.higher_is_better))
-        with named(objective, "losses"):
-            first = objective.losses(outputs[0], targets)
-        if first is not None:
-            self.losses.append(self._worst_of("losses", outputs, targets, count, False))
+            values = self._worst_of("values", outputs, targets, count, objective.higher_is_better)
+            if values is None:
+                raise ValueError(f"`values` of objective {objective.name!r} must return a tensor, not None")
+            self.values.append(values)
+        losses = self._worst_of("losses", outputs, targets, count, False)
+        if losses is not None:
+            self.losses.append(losses)
         if expected is not None and objective.distribution is not None:
             # In float64, as sums of many small differences are.
             apart = objective.divergence(outputs[0], expected)
             self.divergences.append(apart.detach().double().cpu())
         self.seen += count
 
-    def _update(self, objective: MetricObjective, outputs: Any, targets: Any) -> None:
+    def _update(self, objective: MetricObjective, outputs: tuple[Any, ...], targets: Any) -> None:
         with named(objective, "metric"):
-            if self.metric is None:
-                self.metric = objective.metric()
-                found = leaves(outputs)
-                if found:
-                    self.metric = self.metric.to(found[0].device)
-            self.metric.update(outputs, targets)
+            for number, one in enumerate(outputs):
+                if len(self.metrics) <= number:
+                    metric = objective.metric_for(one, targets)
+                    found = leaves(one)
+                    if found:
+                        metric = metric.to(found[0].device)
+                    self.metrics.append(metric)
+                objective.update(self.metrics[number], one, targets)
 
-    def _worst_of(self, method: str, outputs: tuple[Any, ...], targets: Any, count: int, higher: bool) -> Tensor:
-        """Tell by sample the worst of what its versions are worth."""
+    def _worst_of(self, method: str, outputs: tuple[Any, ...], targets: Any, count: int, higher: bool) -> Tensor | None:
+        """Tell by sample the worst of what its versions are worth; None if the objective tells nothing."""
         found: list[Tensor] = []
         for one in outputs:
             with named(self.objective, method):
                 given = getattr(self.objective, method)(one, targets)
+            if given is None:
+                return None
             found.append(per_sample(self.objective, method, given, count))
         stacked = torch.stack(found)
         if higher:
@@ -219,10 +225,8 @@ class ValueTally:
         """Tell what all is worth that was taken."""
         objective = self.objective
         error = None
-        if self.metric is not None:
-            with named(objective, "metric"):
-                given = self.metric.compute()
-            value = single_number(objective, "metric", given)
+        if isinstance(objective, MetricObjective):
+            value = self._worst_metric(objective)
         else:
             values = self._in_order(self.values)
             value = float(values.mean())
@@ -236,9 +240,18 @@ class ValueTally:
             loss = float(self._in_order(self.losses).mean())
         elif divergence is not None:
             loss = divergence
-        if math.isnan(value) or math.isnan(loss):
-            return worthless(objective, self.seen, divergence is not None)
         return Evaluation(value, loss, self.seen, divergence, objective.higher_is_better, error)
+
+    def _worst_metric(self, objective: MetricObjective) -> float:
+        """Tell the worst of the metrics of all versions of the inputs; NaN if there is one."""
+        values: list[float] = []
+        for metric in self.metrics:
+            with named(objective, "metric"):
+                given = objective.compute(metric)
+            values.append(single_number(objective, "metric", given))
+        if any(map(math.isnan, values)):
+            return math.nan
+        return min(values, key=objective.signed)
 
     def _in_order(self, parts: list[Tensor]) -> Tensor:
         """Put what is told by sample into the order in which samples were given: that of a sum is part of the result."""
