@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hw_models import example as examples
+from hw_models.example import Forward
 from hw_models.products import base_name, is_product, product_macs
 from hw_models.workload import Buffer, Call, Layer, Size, Unpriced, Workload
 
@@ -22,7 +24,7 @@ PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 OURS = ("aten::", "prim::", "prims::")  # torch's own operations, which are known by name
 
 
-def trace(network: nn.Module, *example: Any) -> Workload:
+def trace(network: nn.Module, *example: Any, forward: Forward | None = None) -> Workload:
     """Run a network once on an example and record its layers.
 
     Conv1d, Conv2d and Linear are recorded where they are called; what is never called is left out. A module with several
@@ -31,7 +33,10 @@ def trace(network: nn.Module, *example: Any) -> Workload:
 
     Args:
         network: The network.
-        example: Its inputs; the first one's leading dimension is the batch.
+        example: Its inputs, of any structure; the leading dimension of the first tensor is the batch. One
+            tuple or mapping is spread over the arguments that `forward` of the network has. Of inputs
+            that are a list of samples, such as a detector's images, the first is run.
+        forward: `forward(network, *example)` runs the network; None: it is called with the example.
 
     Returns:
         The layers in the order of their first call, with their sizes per image.
@@ -40,7 +45,8 @@ def trace(network: nn.Module, *example: Any) -> Workload:
         ValueError: If there is no such layer, listing the modules found; and, naming it, for a convolution or a recurrent
             layer that is none of these, and for a product with trained weights outside of them.
     """
-    if not example or not isinstance(example[0], Tensor) or example[0].dim() == 0 or len(example[0]) == 0:
+    example = examples.first_of_lists(example)
+    if examples.batch_of(example) == 0:
         raise ValueError("trace needs an example input: a tensor whose first dimension is a batch of at least one")
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
@@ -48,7 +54,7 @@ def trace(network: nn.Module, *example: Any) -> Workload:
     recorder = _Recorder(network, example)
     try:
         with _evaluating(network), recorder.hooked(), torch.no_grad(), recorder:
-            network(*example)
+            examples.run(network, example, forward)
     except Exception as error:
         if recorder.refused is None and isinstance(error, NotImplementedError):
             # Within torch.vmap and the like, tensors don't tell whose memory they are.
@@ -141,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         self.calls: dict[str, list[Call]] = {}
         self.refused: ValueError | None = None
         self.others: list[nn.Module] = []  # modules called that are no layers
-        self.batch = len(example[0])
+        self.batch = examples.batch_of(example)
         self._owners = {_storage(p): name for name, p in network.named_parameters()}
         self._modules: list[str] = []  # those under way, the innermost last
         self._visits: list[_Visit] = []  # the layers under way
@@ -156,9 +162,8 @@ class _Recorder(TorchDispatchMode):
         self._last: list[int] = []
         self._readers: list[set[int]] = []
         self._overwrites: list[tuple[int, int, int]] = []  # operation, buffer read, buffer written
-        for tensor in tree_leaves(example):
-            if isinstance(tensor, Tensor):
-                self._new(tensor)
+        for tensor in examples.tensors(example):
+            self._new(tensor)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

@@ -117,7 +117,9 @@ def _described_parts(value: Any) -> str:
 
 
 def prepared(batch: Any, network: nn.Module, forward: Forward | None = None) -> Any:
-    """Make of a batch what a network is run on, on its device, as copies: a network may change them in place.
+    """Make of a batch what a network is run on, on its device.
+
+    A network may change its inputs in place, so that it is to be run on copies (`copied`).
 
     Args:
         batch: What a loader gave.
@@ -133,7 +135,7 @@ def prepared(batch: Any, network: nn.Module, forward: Forward | None = None) -> 
     """
     device = device_of(network)
     if forward is not None:
-        return copied(to_device(as_tensors(batch), device))
+        return to_device(as_tensors(batch), device)
     first = batch
     if isinstance(batch, list | tuple):
         if not batch:
@@ -144,10 +146,9 @@ def prepared(batch: Any, network: nn.Module, forward: Forward | None = None) -> 
     kinds = {parameter.dtype for parameter in network.parameters() if parameter.is_floating_point()}
 
     def taken(value: Tensor) -> Tensor:
-        kind = value.dtype
         if value.is_floating_point() and len(kinds) == 1:
-            kind = next(iter(kinds))
-        return value.to(kind, copy=True)
+            return value.to(next(iter(kinds)))
+        return value
 
     return map_tensors(to_device(inputs_of(batch, network), device), taken)
 
@@ -238,7 +239,10 @@ def collect(batches: Batches, network: nn.Module, forward: Forward | None = None
         ValueError: If there are no samples, or for what is no input.
     """
     divider = Parts(network, forward)
-    parts = [part for batch in batches_of(batches, network) for part in divider.of(prepared(batch, network, forward))]
+    parts: list[Any] = []
+    for batch in batches_of(batches, network):
+        # Copies: a loader may write over what it gave.
+        parts += map(copied, divider.of(prepared(batch, network, forward)))
     if not sum(map(divider.count, parts)):
         raise ValueError("calibration needs at least one image; `calibrate` gave none")
     return parts

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quantizers.calling import Forward, call, count_of, first_sample
 from quantizers.copying import evaluating
 from quantizers.files import written_beside
 from quantizers.layers import QuantLayer, float_class
@@ -51,7 +52,7 @@ def lipschitz_penalty(
     *,
     folded: bool = False,
     norm: str = "reshaped",
-    example: Tensor | Wiring | None = None,
+    example: Any = None,
     iterations: int = 20,
 ) -> Tensor:
     """Compute (beta / 2) sum over layers of ||W W^T - I||_F^2, which is 0 where all weights are orthonormal.
@@ -127,8 +128,17 @@ class Wiring:
     lone_norms: tuple[str, ...]
 
     @classmethod
-    def of(cls, network: nn.Module, example: Tensor) -> Wiring:
-        """Look at one pass over the first image of a batch, in evaluation mode."""
+    def of(cls, network: nn.Module, example: Any, forward: Forward | None = None) -> Wiring:
+        """Look at one pass over the first image of a batch, in evaluation mode.
+
+        Args:
+            network: The network.
+            example: Its inputs, of any structure (`quantizers.calling`).
+            forward: What runs the network on them; None: `calling.call`.
+
+        Returns:
+            What the pass tells.
+        """
         inputs: dict[str, tuple[int, ...]] = {}
         calls: dict[str, int] = {}
         norms: dict[str, str] = {}
@@ -150,7 +160,7 @@ class Wiring:
             made.append((name, Output(result)))
 
         with _watched(network, (*QUANTIZABLE, _BatchNorm), seen):
-            network(example[:1])
+            (forward or call)(network, first_sample(example, count_of(example)))
         return cls(inputs, calls, norms, tuple(lone))
 
 
@@ -217,7 +227,7 @@ def operator_norm(
 
 def spectral_norms(
     network: nn.Module,
-    example: Tensor | Wiring | None = None,
+    example: Any = None,
     *,
     folded: bool = False,
     iterations: int = 1000,
@@ -267,7 +277,7 @@ def spectral_norms(
     return found
 
 
-def lipschitz_bound(network: nn.Module, example: Tensor | Wiring, *, iterations: int = 1000, seed: int = 0) -> float:
+def lipschitz_bound(network: nn.Module, example: Any, *, iterations: int = 1000, seed: int = 0) -> float:
     """Compute the product of the norms of all layers and batch norms: how much a chain can stretch a difference at most.
 
     Meant for chains at inference whose other modules don't stretch: ReLU, ReLU6, average pooling,
@@ -450,10 +460,10 @@ def _linear_part(layer: nn.Module, scale: Tensor | None) -> Callable[[Tensor], T
     return apply
 
 
-def _wiring(network: nn.Module, example: Tensor | Wiring | None) -> Wiring:
+def _wiring(network: nn.Module, example: Any) -> Wiring:
     if example is None:
         raise ValueError("give `example`, an input of the network: its pass shows input sizes and which norm follows what")
-    if isinstance(example, Tensor):
+    if not isinstance(example, Wiring):
         return Wiring.of(network, example)
     known = dict(network.named_modules())
     for name in (*example.inputs, *example.norms.values(), *example.lone_norms):

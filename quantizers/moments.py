@@ -25,6 +25,7 @@ SMALL_PRODUCTS = 3  # so many times longer a number takes in the many small prod
 MANY_POSITIONS = 8  # positions of an image that must remain of it; of images with fewer, some are left out
 LARGE = 256  # inputs for which it pays to leave out what follows from symmetry
 CHUNK = 1 << 20  # numbers of patches that are unfolded at once
+ROWS = 1024  # of a covariance that are computed at once
 PRODUCTS = (torch.conv1d, torch.conv2d, F.linear)
 
 
@@ -51,7 +52,8 @@ class InputMoments:
         centred: Whether a correction of the bias follows, which takes away the mean of errors:
             `covariance` is Cov then, and H otherwise.
         groups: Convolution groups.
-        parts: In how many parts inputs of an output are divided (`MOST_INPUTS`), mostly 1.
+        parts: In how many parts inputs of an output are divided, mostly 1: parts have no more than
+            MOST_INPUTS, and the sums of all parts take no more than MOST_BYTES.
         inputs: Inputs of an output in one part.
         patches: How many patches went into the sums.
         images: How many images they are of.
@@ -76,7 +78,8 @@ class InputMoments:
         self._shape = tuple(module.weight.shape)  # type: ignore[operator, arg-type]
         self.groups: int = getattr(module, "groups", 1)  # type: ignore[assignment]
         k = math.prod(self._shape[1:])
-        self.parts = next(parts for parts in range(1, k + 1) if k % parts == 0 and k // parts <= MOST_INPUTS)
+        most = min(MOST_INPUTS, MOST_BYTES // (4 * self.groups * max(1, k)))
+        self.parts = next((parts for parts in range(1, k + 1) if k % parts == 0 and k // parts <= most), max(1, k))
         self.inputs = k // self.parts
         # Sums are symmetric: a quarter of a large one is left out.
         self._half = self.inputs
@@ -161,11 +164,16 @@ class InputMoments:
         half = self._half
         made = self._squares / self._weight
         made[:, half:, :half] = made[:, :half, half:].mT
-        made -= (moved.mT @ moved).to(made.dtype)
-        if not self.centred:
-            mean = self.mean()[:, None].to(made.dtype)
-            made += mean.mT @ mean
-        if not made.isfinite().all():
+        mean = self.mean()[:, None].to(made.dtype)
+        is_finite = True
+        # Some rows at a time: all of them in float64 would take twice what the sums take.
+        for begin in range(0, self.inputs, ROWS):
+            rows = slice(begin, begin + ROWS)
+            made[:, rows] -= (moved[..., rows].mT @ moved).to(made.dtype)
+            if not self.centred:
+                made[:, rows] += mean[..., rows].mT @ mean
+            is_finite = is_finite and bool(made[:, rows].isfinite().all())
+        if not is_finite:
             raise ValueError(f"layer {self.layer!r}: products of its inputs are beyond {made.dtype}: scale its input down")
         return made
 

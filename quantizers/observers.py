@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantizers.batches import Batches, Parts, batches_of, called, prepared
+from quantizers.batches import Batches, Parts, batches_of, called, copied, prepared
 from quantizers.calling import Forward
 from quantizers.clipping import output_scales
 from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
@@ -413,7 +413,7 @@ def observe(
             for done, batch in enumerate(every, 1):
                 for part in parts.of(prepared(batch, network, forward)):
                     with _watched(layers, (observers, *also)), first_pass or nullcontext():
-                        called(network, part, forward)
+                        called(network, copied(part), forward)
                     first_pass = None
                     seen += parts.count(part)
                 if isinstance(every, Sized):
