@@ -317,7 +317,7 @@ def sentences(seed: int = 0) -> Parts:
     names = shuffled(list(topics()), seed)
     made, groups = [], []
     seen: set[str] = set()
-    for first, count in enumerate((32, 64, 128)):
+    for first, count in enumerate((32, 64, 96)):
         found = [sentence for sentence in shuffled(prose(names[first::3]), seed) if sentence not in seen]
         chosen = found[:count]
         seen.update(chosen)
