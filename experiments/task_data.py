@@ -111,7 +111,7 @@ def photographs(seed: int = 0) -> Parts:
 def faces(seed: int = 0) -> Parts:
     """Make the data of face detection: photographs of faces on photographs of foolbox's, with the float network's boxes.
 
-    The faces are the 100 of Labeled Faces in the Wild that scikit-image carries, grey and of 25 x 25 pixels, which are enlarged.
+    The faces are the 100 of Labeled Faces in the Wild that scikit-image carries, grey, of 25 x 25 pixels, and enlarged.
     """
     from experiments.task_networks import face_detector
 
@@ -300,13 +300,13 @@ def characters(seed: int = 0) -> Parts:
 
 def prose(names: Sequence[str]) -> list[str]:
     """List the sentences of topics: of 5 to 20 words, without examples of code."""
-    found = []
+    found = {}  # which keeps each once, in order
     for name in names:
         flat = " ".join(topics()[name].split())
         for sentence in re.split(r"(?<=[.:?]) ", flat):
             if re.fullmatch(r"[A-Z][A-Za-z ,'-]+[.?]", sentence) and 5 <= len(sentence.split()) <= 20:
-                found.append(sentence)
-    return list(dict.fromkeys(found))
+                found[sentence] = name
+    return list(found)
 
 
 def sentences(seed: int = 0) -> Parts:

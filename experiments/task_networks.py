@@ -1,17 +1,18 @@
 """The networks of experiments/tasks.py: those whose weights a package ships, and those that are trained here in a minute.
 
 Functions that take nothing return a network in evaluation mode, so that they can be given on a command line too:
-`--network experiments.task_networks:segmenter`. What is trained here is kept in the folder of downloaded data, under a name
-with a hash of the code that made it.
+`--network experiments.task_networks:segmenter`. What is trained here is kept in the folder of downloaded data.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ def classifier() -> nn.Module:
 class FaceDetector(nn.Module):
     """MTCNN: a network proposes windows at several scales, a second refines them, and a third decides.
 
-    Zhang et al., "Joint face detection and alignment using multitask cascaded convolutional networks", 2016. The three networks
-    and the arithmetic of boxes are facenet-pytorch's. Its own cascade fails where no window is left, which a network with few
-    bits may come to.
+    Zhang et al., "Joint face detection and alignment using multitask cascaded convolutional networks", 2016. The three
+    networks and the arithmetic of boxes are facenet-pytorch's. Its own cascade fails where no window is left, which a network
+    with few bits may come to.
     """
 
     SMALLEST = 20  # pixels, of a face
@@ -263,17 +264,19 @@ class Segmenter(nn.Module):
 
 
 def segmenter() -> nn.Module:
-    """Return the network that finds clothes, trained."""
+    """Return the network that finds clothes, trained: images (N, 1, H, W), values 0 to 1, to scores (N, 5, H, W)."""
+    return _trained(Segmenter, _scenes(), _cross_entropy, 600)
 
-    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        source = task_data.clothes("train")
-        while True:
-            yield task_data.scenes(source, 32, generator)
 
-    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(network(batch[0]), batch[1])
+def _scenes() -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    source = task_data.clothes("train")
+    while True:
+        yield task_data.scenes(source, 32, generator)
 
-    return _trained("segmenter", Segmenter, batches, loss, 600)
+
+def _cross_entropy(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(network(batch[0]), batch[1])
 
 
 # Super-resolution
@@ -306,18 +309,20 @@ def enlarged(images: Tensor) -> Tensor:
 
 
 def super_resolver() -> nn.Module:
-    """Return the network that doubles the resolution, trained."""
+    """Return the network that doubles the resolution, trained: (N, 3, H, W) to (N, 3, 2H, 2W), values 0 to 1."""
+    return _trained(SuperResolver, _patches(), _absolute, 1500)
 
-    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        small, large = task_data.patches(task_data.landscapes()[0], 250, generator)
-        while True:
-            index = torch.randint(len(small), (8,), generator=generator)
-            yield small[index], large[index]
 
-    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.l1_loss(network(batch[0]), batch[1])
+def _patches() -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    small, large = task_data.patches(task_data.landscapes()[0], 250, generator)
+    while True:
+        index = torch.randint(len(small), (8,), generator=generator)
+        yield small[index], large[index]
 
-    return _trained("super-resolver", SuperResolver, batches, loss, 1500)
+
+def _absolute(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.l1_loss(network(batch[0]), batch[1])
 
 
 # A language model
@@ -338,7 +343,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute (N, characters, width) from the same."""
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        query, key, value = qkv
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).flatten(2))
         return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
@@ -361,45 +367,64 @@ class TinyGPT(nn.Module):
 
 
 def tiny_gpt() -> nn.Module:
-    """Return the language model, trained."""
+    """Return the language model, trained: characters (N, length) to scores (N, length, alphabet)."""
+    return _trained(TinyGPT, _passages(), _cross_entropy_of_characters, 1000)
 
-    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        text = task_data.text(task_data.names_of_topics()[0])
-        while True:
-            yield task_data.passages(text, 24, generator)
 
-    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(network(batch[0]).flatten(0, 1), batch[1].flatten())
+def _passages() -> Batches:
+    generator = torch.Generator().manual_seed(0)
+    text = task_data.text(task_data.names_of_topics()[0])
+    while True:
+        yield task_data.passages(text, 24, generator)
 
-    return _trained("tiny-gpt", TinyGPT, batches, loss, 1000)
+
+def _cross_entropy_of_characters(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(network(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
 # Training
 
-Batches = Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+Batches = Iterator[tuple[Tensor, Tensor]]
 Loss = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
 RATE = 3e-3
 
 
-def _trained(name: str, build: Callable[[], nn.Module], batches: Batches, loss: Loss, steps: int) -> nn.Module:
-    """Return a trained network: its weights are read from a file, or trained now and written to it."""
-    code = Path(__file__).read_bytes() + Path(task_data.__file__).read_bytes()
-    file = cache_folder() / f"tasks-{name}-{hashlib.sha256(code).hexdigest()[:12]}.safetensors"
+def _trained(build: Callable[[], nn.Module], batches: Batches, loss: Loss, steps: int) -> nn.Module:
+    """Return a trained network: its weights are read from a file, or trained now and written to it.
+
+    The file's name has a hash of what the weights come from: the code of network, loss and training, and the first batch.
+
+    Args:
+        build: Makes the network: a class.
+        batches: Inputs and targets, without end.
+        loss: Of (network, batch).
+        steps: How many batches it is trained on.
+
+    Returns:
+        The network, in evaluation mode.
+    """
+    first = next(batches)
+    digest = hashlib.sha256(str(steps).encode())
+    for part in (build, loss, train):
+        digest.update(inspect.getsource(part).encode())
+    for tensor in first:
+        digest.update(tensor.numpy().tobytes())
+    file = cache_folder() / f"tasks-{build.__name__}-{digest.hexdigest()[:12]}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build()
     if file.is_file():
         network.load_state_dict(load_file(file))
         return network.eval()
-    train(network, batches(torch.Generator().manual_seed(0)), loss, steps)
+    train(network, itertools.chain([first], batches), loss, steps)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.part")
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
     save_file({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, partial)
     partial.replace(file)
     return network.eval()
 
 
-def train(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], loss: Loss, steps: int) -> None:
+def train(network: nn.Module, batches: Batches, loss: Loss, steps: int) -> None:
     """Train a network by AdamW, at a rate that rises for a tenth of the steps and then falls along a cosine to nothing."""
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), RATE, weight_decay=0.01)
@@ -411,8 +436,8 @@ def train(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], loss: Lo
         return 0.5 + 0.5 * math.cos(math.pi * (step - warm) / (steps - warm))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for _ in range(steps):
-        value = loss(network, next(batches))
+    for batch in itertools.islice(batches, steps):
+        value = loss(network, batch)
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
