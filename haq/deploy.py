@@ -139,7 +139,7 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
         folder: The run's folder.
         to: The name of an exporter.
         out: The file or folder to write; None for one in the run's folder.
-        given: The options that the user gave: scheme, threads, target and cold.
+        given: The options that the user gave: scheme, device, threads, target and cold.
         output: Where to print.
 
     Returns:
@@ -151,8 +151,8 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
 
     exporter = EXPORTERS.get(to)()
     options = _options_of_exporter(exporter, to, given)
-    scheme = AnotherScheme.model_validate({"scheme": given.get("scheme")}).scheme
-    run = SearchRun.load(folder)
+    asked = AnotherScheme.model_validate({"scheme": given.get("scheme"), "device": given.get("device")})
+    run = SearchRun.load(folder, asked.device)
     path = out or run.folder / exporter.output
     with ExitStack() as held:
         if path.resolve().is_relative_to(run.folder.resolve()):
@@ -161,7 +161,10 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
         with follow_loading(output.notes, "loading network and data") as follow:
             loaded = run.load_network()
             run.check(loaded)
-            network, tuned = _quantized(run, loaded, scheme)
+            network, tuned = _quantized(run, loaded, asked.scheme)
+            # It was quantized where the run was; what is written runs on processors, and is compared there.
+            network.cpu()
+            loaded.network.to("cpu")
             exporter.check(network)
             graph = capture(network, _images(loaded, "test", 1))
             samples = _samples(loaded)

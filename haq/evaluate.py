@@ -29,19 +29,21 @@ if TYPE_CHECKING:
 @output_options()
 def cli(run: Path, given: dict[str, Any], as_json: bool) -> int:
     """Measure what a run found."""
-    return run_evaluation(run, Output.open(as_json), AnotherScheme(**given).scheme)
+    asked = AnotherScheme(**given)
+    return run_evaluation(run, Output.open(as_json), asked.scheme, asked.device)
 
 
 main = main_of(cli)
 
 
-def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> int:
+def run_evaluation(folder: Path, output: Output, scheme: str | None = None, device: str | None = None) -> int:
     """Measure what a run found, and print it.
 
     Args:
         folder: The folder of a search.
         output: Where to print.
         scheme: The scheme that the found policy is applied with; None for the run's own. A fine-tuned network keeps its own.
+        device: Where networks are run; None for where the run's were.
 
     Returns:
         The exit status: 1 if what was found is not within the budget.
@@ -53,7 +55,7 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None) -> i
     from haq.study.search_run import SearchRun
     from haq.study.task import with_scheme
 
-    run = SearchRun.load(folder)
+    run = SearchRun.load(folder, device)
     policy = run.load_policy()
     found: ResultRecord | None = None
     earlier: dict[str, Any] = {"rival_policies": {}, "evaluations": {}}

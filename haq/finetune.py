@@ -77,7 +77,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
 
     if resume and config.method != "train":
         raise ValueError("--resume goes on with a training: leave it out, or choose --method train")
-    run = SearchRun.load(folder)
+    run = SearchRun.load(folder, config.device)
     asked_for = ["--epochs", str(config.epochs)]
     if config.method != "train":
         asked_for = ["--method", config.method]
@@ -187,12 +187,19 @@ def _state(
 ) -> Checkpoint:
     """Return where a training keeps what it goes on with; ValueError if there is something and it isn't to be gone on with."""
     asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
-    state = run.checkpoint("finetune", task, **asked)
+    state = run.checkpoint("finetune", task, **asked, **_mixed(config))
     if state.path.exists() and not resume:
         raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
     if resume and not state.path.exists():
         say(output.notes, "no epoch of an interrupted fine-tuning is there: it begins anew")
     return state
+
+
+def _mixed(config: FinetuneConfig) -> dict[str, Any]:
+    """Tell of mixed precision, where it is asked for: earlier versions had none to tell of."""
+    if not config.amp:
+        return {}
+    return {"amp": True}
 
 
 def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state: Checkpoint, output: Output) -> _Tuned:

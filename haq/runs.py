@@ -26,18 +26,18 @@ from haq.store import cleanup
 from haq.store.files import CONFIG, SWEEP
 from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, RunSummary, file_sizes, find_runs, summarize
 from haq.store.records import Measurement
-from haq.store.units import NOTHING, describe_amount, describe_bytes, percent
+from haq.store.units import NOTHING, describe_amount, describe_bytes, finite, show
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
     from haq.study.config import SearchConfig, SweepConfig
 
 HOME = Path("runs")
-# What accuracies must agree in to be compared; eps is of the attack of one of the objectives.
-TERMS = ("network", "data", "objective", "eps", "signature of network", "signature of data")
+# What values must agree in to be compared; eps is of the attack of one of the objectives.
+TERMS = ("network", "data", "objective", "unit", "direction", "eps", "signature of network", "signature of data")
 COLORS = {FINISHED: "green", INTERRUPTED: "yellow", RUNNING: "cyan", DAMAGED: "red"}
-ACCURACIES_ARE = (
-    "Accuracies are measured: on the search split, of what was found, or is the best within the budget so far; on the test "
+VALUES_ARE = (
+    " are measured: on the search split, of what was found, or is the best within the budget so far; on the test "
     "split, of what was found, fine-tuned if it was."
 )
 # Settings that a sweep asks for several of, and fine-tuning, which it never does.
@@ -151,13 +151,13 @@ def print_list(console: Console, runs: Sequence[RunSummary], folders: Sequence[P
     table.add_column("state", no_wrap=True)
     for run in runs:
         state = Text(run.state, COLORS[run.state])
-        table.add_row(_name_and_question(run), _progress(run), percent(run.search), percent(run.test), state)
+        table.add_row(_name_and_question(run), _progress(run), run.show(run.search), run.show(run.test), state)
     console.print(table)
     for run in runs:
         if run.reason:
             say(console, f"{run.folder}: {run.reason}")
     if any(run.search is not None for run in runs):
-        say(console, ACCURACIES_ARE)
+        say(console, f"{_values_of(runs)}{VALUES_ARE}")
 
 
 def describe(run: RunSummary) -> dict[str, Any]:
@@ -202,13 +202,14 @@ def print_run(console: Console, run: RunSummary) -> None:
 def compare(runs: Sequence[RunSummary]) -> dict[str, Any]:
     """Find what was asked differently and what came out, by run.
 
-    Accuracies are left out, and the reason is given, if they aren't of the same network, data and objective.
+    Values are left out, and the reason is given, if they aren't of the same network, data and objective.
 
     Args:
         runs: At least two.
 
     Returns:
-        Plain data: what `compare --json` prints.
+        Plain data: what `compare --json` prints. Its `order` has the runs by what they found on the test split, the best one
+        first.
     """
     asked = [_terms(run) for run in runs]
     names = dict.fromkeys(name for one in asked for name in one)
@@ -222,6 +223,7 @@ def compare(runs: Sequence[RunSummary]) -> dict[str, Any]:
         "differences": {name: [one.get(name) for one in asked] for name in differing},
         "comparable": not terms,
         "reason": reason,
+        **_judging(runs, not terms),
         "results": _outcomes(runs, not terms, "hw" not in differing and "metric" not in differing),
     }
 
@@ -234,10 +236,13 @@ def print_comparison(console: Console, content: Mapping[str, Any]) -> None:
             continue
         columns = [Column("", list(rows))]
         for index, name in enumerate(content["runs"]):
-            columns.append(Column(name, [_cell(label, cells[index]) for label, cells in rows.items()]))
+            cells = [_cell(label, values[index], content["objective_unit"]) for label, values in rows.items()]
+            columns.append(Column(name, cells))
         print_columns(console, title, columns)
     if not content["comparable"]:
-        say(console, f"Their accuracies can't be compared: {content['reason']}.")
+        say(console, f"Their {content['values']} can't be compared: {content['reason']}.")
+    if len(content["order"]) > 1:
+        say(console, f"By test {content['objective_title']}, the best one first: {', '.join(content['order'])}", wrap=False)
 
 
 def _name_and_question(run: RunSummary) -> RenderableType:
@@ -324,7 +329,7 @@ def _facts(run: RunSummary) -> Iterator[tuple[str, str]]:
     if run.result is not None:
         yield from _results(run)
     elif run.search is not None:
-        yield "best so far", f"{percent(run.search)} on the search split (measured)"
+        yield "best so far", f"{run.show(run.search)} on the search split (measured)"
     yield "files", _sizes(run)
 
 
@@ -354,8 +359,8 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
     }
     for name, row in measured.items():
         if row is not None:
-            search, test = (percent(row.share(split, result.objective)) for split in ("search", "test"))
-            yield name, f"{search} search, {test} test {result.objective} (measured)"
+            search, test = (result.show(result.value(row, split)) for split in ("search", "test"))
+            yield name, f"{search} search, {test} test {result.objective_title} (measured)"
 
 
 def _sizes(run: RunSummary) -> str:
@@ -391,7 +396,41 @@ def _terms(run: RunSummary) -> dict[str, Any]:
     """Return what a run was asked for, and what it began with, by name."""
     signature = {f"signature of {name}": value for name, value in run.signature.items()}
     versions = {f"version of {name}": value for name, value in run.versions.items()}
-    return {**run.settings, **signature, **versions}
+    judged = {"unit": run.objective_unit, "direction": "lower is better"}
+    if run.higher_is_better:
+        judged["direction"] = "higher is better"
+    return {**run.settings, **judged, **signature, **versions}
+
+
+def _judging(runs: Sequence[RunSummary], comparable: bool) -> dict[str, Any]:
+    """Tell what the values of runs are of, and which is better.
+
+    Args:
+        runs: The runs.
+        comparable: Their values can be put side by side.
+
+    Returns:
+        Title and unit of the objective, what its values are called, and the runs in their order; nothing of values that
+        aren't of one objective.
+    """
+    if not comparable:
+        return {"objective_title": "", "objective_unit": "", "values": _values_of(runs).lower(), "order": []}
+    first = runs[0]
+    tested = [run for run in runs if run.test is not None]
+    tested.sort(key=lambda run: run.test or 0.0, reverse=first.higher_is_better)
+    return {
+        "objective_title": first.objective_title,
+        "objective_unit": first.objective_unit,
+        "values": _values_of(runs).lower(),
+        "order": [str(run.folder) for run in tested],
+    }
+
+
+def _values_of(runs: Sequence[RunSummary]) -> str:
+    """Name the values of runs, at the beginning of a sentence."""
+    if all(run.objective_title == "accuracy" for run in runs):
+        return "Accuracies"
+    return "Values"
 
 
 def _outcomes(runs: Sequence[RunSummary], comparable: bool, same_unit: bool) -> dict[str, list[Any]]:
@@ -399,15 +438,15 @@ def _outcomes(runs: Sequence[RunSummary], comparable: bool, same_unit: bool) -> 
 
     Args:
         runs: The runs.
-        comparable: Their accuracies can be put side by side.
+        comparable: Their values can be put side by side.
         same_unit: Their costs are of one metric and target.
     """
     rows: dict[str, list[Any]] = {"state": [run.state for run in runs]}
     if comparable:
-        objective = runs[0].objective
-        rows[f"search {objective}, best within the budget"] = [run.search for run in runs]
-        rows[f"test {objective}, found"] = [_test_share(run, finetuned=False) for run in runs]
-        rows[f"test {objective}, fine-tuned"] = [_test_share(run, finetuned=True) for run in runs]
+        objective = runs[0].objective_title
+        rows[f"search {objective}, best within the budget"] = [finite(run.search) for run in runs]
+        rows[f"test {objective}, found"] = [finite(_tested(run, finetuned=False)) for run in runs]
+        rows[f"test {objective}, fine-tuned"] = [finite(_tested(run, finetuned=True)) for run in runs]
     costs: list[str | None] = []
     fractions: list[float | None] = []
     for run in runs:
@@ -425,7 +464,7 @@ def _outcomes(runs: Sequence[RunSummary], comparable: bool, same_unit: bool) -> 
     return rows
 
 
-def _test_share(run: RunSummary, *, finetuned: bool) -> float | None:
+def _tested(run: RunSummary, *, finetuned: bool) -> float | None:
     if run.result is None:
         return None
     row: Measurement | None = run.result.found
@@ -433,16 +472,17 @@ def _test_share(run: RunSummary, *, finetuned: bool) -> float | None:
         row = run.result.finetuned
     if row is None:
         return None
-    return row.share("test", run.result.objective)
+    return run.result.value(row, "test")
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, value: Any, unit: str) -> str:
+    """Write a cell of a comparison: the row's name, its value, and the unit of the objective."""
     if value is None:
         return NOTHING
     if not isinstance(value, float):
         return str(value)
     if name.startswith(("search ", "test ")):
-        return percent(value)
+        return show(value, unit)
     return f"{value:.4g}"
 
 

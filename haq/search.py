@@ -1,8 +1,8 @@
 """Find bits for every layer under a hardware budget.
 
-A solver chooses the width of weights and activations, layer by layer; the policy with the best accuracy whose cost is within
-the budget is kept, fine-tuned and compared with what other solvers find in as many evaluations. All of it goes to a folder,
-from which a search that was interrupted goes on.
+A solver chooses the width of weights and activations, layer by layer; the policy with the best accuracy, or whatever else
+--objective names, whose cost is within the budget is kept, fine-tuned and compared with what other solvers find in as many
+evaluations. All of it goes to a folder, from which a search that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ def cli(
     options = part_of(given, SearchConfig)
     output = Output.open(as_json)
     if resume is not None:
+        device = options.pop("device", None)
         if options or out or config or dry_run:
             raise ValueError(
-                "--resume RUN goes on with what the run was asked for: no other option but --workers, --ray and --json goes"
+                "--resume RUN goes on with what the run was asked for: no other option but --device, --workers, --ray and "
+                "--json goes"
             )
-        return resume_search(resume, workers, output)
+        return resume_search(resume, workers, output, device)
     asked = SearchConfig.from_options(options, config)
     return run_search(asked, workers, output, out=out, dry_run=dry_run)
 
@@ -93,21 +95,24 @@ def run_search(
         return _carry_out(task, SearchRun.create(folder, task), workers, output)
 
 
-def resume_search(folder: Path, workers: WorkersConfig, output: Output) -> int:
+def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: str | None = None) -> int:
     """Go on with a search that was interrupted; arguments and exit status are those of `run_search`.
 
     Args:
         folder: The folder of the run.
         workers: Who evaluates policies.
         output: Where to print.
+        device: Where networks are run: one of the kind that the run began on; None for that itself.
 
     Returns:
         The exit status.
     """
     from haq.store.lock import writing
     from haq.study.search_run import SearchRun
+    from haq.study.task import check_same_kind
 
-    run = SearchRun.load(folder)
+    check_same_kind(folder, SearchRun.load(folder).config.device, device)
+    run = SearchRun.load(folder, device)
     with writing(run.folder, run.go_on):
         if run.finished:
             # It may have been killed just before it did so itself.
@@ -143,7 +148,9 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
 
 def _check_suite(task: SearchTask) -> None:
     """Raise ImportError before the search, rather than after it, if what verifies its outcome is missing."""
-    if task.problem.objective.attacked:
+    from haq.study.search_steps import can_be_verified
+
+    if can_be_verified(task.problem.objective):
         import haq.attacks.evaluation_attacks  # noqa: F401
 
 
@@ -153,7 +160,7 @@ def _carry_out(task: SearchTask, run: SearchRun, workers: WorkersConfig, output:
     from haq.study.workers.processes import working
 
     try:
-        with working(task.problem.evaluator, workers.workers, workers.ray):
+        with working(task.problem.evaluator, workers.workers, workers.ray, task.config.device):
             result, policy = search(output.notes, task, run)
     except (ConnectionError, ChildProcessError) as error:
         raise type(error)(f"{error}; what was found is kept, go on with: {run.go_on}") from None
@@ -190,6 +197,7 @@ def _describe_workers(workers: WorkersConfig, config: SearchConfig) -> str:
 
 def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict[str, Any], policy: Any) -> None:
     from haq.study import tables
+    from haq.study.search_steps import can_be_verified
 
     folder = run.folder
     tables.print_result(output.results, task, policy, result)
@@ -199,7 +207,7 @@ def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict
     following = [["finetune", folder, *trusting], ["report", folder]]
     if task.config.finetune_epochs:
         following[0] = ["evaluate", folder, *trusting]
-    if task.problem.objective.attacked:
+    if can_be_verified(task.problem.objective):
         following.append(["robustness", folder, "--attacks", "full", *trusting])
     tables.print_next(output.notes, folder, following)
     output.print_json(result)

@@ -23,8 +23,19 @@ from haq.console.progress import progress
 from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
 from haq.problem.chance import guessing_share, is_chance, with_error
+from haq.problem.device import CPU, WRITTEN, find_device
 from haq.store.units import percent
-from haq.study.config import FOLDERS, LINEAR, AnotherScheme, check_rate, known_schemes, read_channels, scheme_parts
+from haq.study.config import (
+    DEVICE_KINDS,
+    FOLDERS,
+    LINEAR,
+    WORK,
+    AnotherScheme,
+    check_rate,
+    known_schemes,
+    read_channels,
+    scheme_parts,
+)
 from haq.training.adversaries import STEPS, Adversary
 from haq.training.config import OPTIMIZERS
 from hw_models import trust
@@ -143,6 +154,8 @@ class TrainOptions(AnotherScheme):
         None, "images of a step", group=TRAINING, metavar="N", default_words=f"{BATCH}, less of few images"
     )
     seed: int = setting(0, "of everything random but the data's splits", group=TRAINING, metavar="N")
+    amp: bool = setting(False, "in mixed precision, float16 or bfloat16 where that does no harm", group=TRAINING)
+    device: str = setting(CPU, f"where networks are run: {WRITTEN}", group=WORK, metavar="NAME", names=lambda: DEVICE_KINDS)
 
     @field_validator("optimizer")
     @classmethod
@@ -207,6 +220,10 @@ class TrainOptions(AnotherScheme):
         adversary = self.adversary()
         if adversary is not None:
             asked |= {"eps": self.eps or DEFAULT_EPS, "attack_steps": adversary.count}
+        # What was trained before there was a choice was trained so, and can be gone on with.
+        for name, before in (("amp", False), ("device", CPU)):
+            if asked[name] == before:
+                del asked[name]
         return asked
 
     def words(self, out: Path, images: int) -> list[Any]:
@@ -237,6 +254,10 @@ class TrainOptions(AnotherScheme):
         if self.optimizer != "sgd":
             words += ["--optimizer", self.optimizer]
         words += ["--epochs", self.epochs, "--learning-rate", asked["learning_rate"], "--batch-size", asked["batch_size"]]
+        if self.amp:
+            words.append("--amp")
+        if self.device != CPU:
+            words += ["--device", self.device]
         return [*words, "--seed", self.seed, "--out", out.name]
 
 
@@ -383,6 +404,7 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network]:
 
     from haq.study.task import check_scale
 
+    device = find_device(options.device)
     dataset = data.load(options.data)
     if not dataset.classes:
         raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --objective agreement needs none")
@@ -396,7 +418,7 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network]:
     if options.adversarial is not None:
         for split in (dataset.train, dataset.test):
             check_images(split, dataset.name)
-    return dataset, network
+    return dataset, network.to(device)
 
 
 def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.Module:

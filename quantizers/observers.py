@@ -150,7 +150,7 @@ def fit_activation_scales(
     """
     if largest <= 0:
         return torch.ones(MAX_BITS), torch.zeros(MAX_BITS)
-    magnitudes = _Magnitudes(sample.detach().abs().double(), largest, signed)
+    magnitudes = _Magnitudes(sample.detach().abs().double().cpu(), largest, signed)
     scales, errors = [], []
     for bits in WIDTHS:
         if bits == 1 and signed:

@@ -216,9 +216,9 @@ def assess(
         checks=checks,
         curve=tuple(curve),
         curve_images=few,
-        examples=finished.examples,
+        examples=finished.examples.cpu(),
         fooled_by=tuple(finished.fooled_by),
-        right=left,
+        right={name: mask.cpu() for name, mask in left.items()},
     )
 
 
@@ -355,7 +355,10 @@ def _asked(
         networks[name] = _signature(source)
     # What somebody else's attack finds may change with its file; ours are told by the schema.
     foreign = {attack.name: attack.code() for attack in plan if not type(attack).__module__.startswith("haq.")}
-    return json.dumps([ROBUSTNESS_SCHEMA, networks, data, asdict(threat), attacks, foreign, backward, seed, torch.__version__])
+    asked = [ROBUSTNESS_SCHEMA, networks, data, asdict(threat), attacks, foreign, backward, seed, torch.__version__]
+    if victim.device.type != "cpu":
+        asked.append(victim.device.type)
+    return json.dumps(asked)
 
 
 def _signature(classifier: Classifier) -> str:

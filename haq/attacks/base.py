@@ -8,12 +8,14 @@ from __future__ import annotations
 import abc
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from haq.attacks.classifier import Classifier
@@ -154,7 +156,8 @@ class EvaluationAttack(abc.ABC):
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return images that the victim should take for something else.
 
-        What is random is drawn from torch's global generator, which `run` seeds.
+        What is random is drawn from torch's global generator, which `run` seeds: the CPU's, so that it is the same on every
+        device (`torch.randn(images.shape).to(images.device)`).
 
         Args:
             images: In [0, 1], float (N, C, H, W). They must be left as they are.
@@ -180,10 +183,7 @@ class EvaluationAttack(abc.ABC):
         Raises:
             RuntimeError: For images that the threat model doesn't allow, which are a mistake of the attack's.
         """
-        import torch
-
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, images.device):
             found = self.perturb(images, labels).detach()
         if found.shape != images.shape:
             shapes = f"{tuple(found.shape)} for images of {tuple(images.shape)}"
@@ -191,6 +191,24 @@ class EvaluationAttack(abc.ABC):
         if not self.threat.within(images, found):
             raise RuntimeError(f"{self.name} left the ball: {self.threat}")
         return found
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators within, and put them back afterwards: the CPU's, and those of a device.
+
+    Args:
+        seed: The seed.
+        device: Where something may be drawn beside the CPU.
+    """
+    import torch
+
+    others = []
+    if device.type == "cuda":
+        others = [device]
+    with torch.random.fork_rng(others):
+        torch.manual_seed(seed)
+        yield
 
 
 def effort_of(names: str) -> str:

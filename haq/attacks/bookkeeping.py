@@ -48,7 +48,7 @@ class FinishedAttacks:
         self.right: dict[str, Tensor] = {}
         self.figures: dict[str, float] = {}
         self.examples = images.clone()
-        self.fooled_by = ["" if right else "nothing" for right in clean]
+        self.fooled_by = ["" if right else "nothing" for right in clean.tolist()]
         if self.path is not None and self.path.exists():
             try:
                 self._read(self.path)
@@ -63,11 +63,11 @@ class FinishedAttacks:
             right: Which images it left right, (N,) of bool.
             found: What it made of the images, (N, C, H, W).
         """
-        for i in range(len(right)):
+        for i, holds in enumerate(right.tolist()):
             if not self.fooled_by[i]:
                 # Those that hold keep the last that was tried.
                 self.examples[i] = found[i]
-                if not right[i]:
+                if not holds:
                     self.fooled_by[i] = name
         self.right[name] = right
         self._write()

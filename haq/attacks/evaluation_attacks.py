@@ -441,7 +441,7 @@ def noise(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel,
     for _ in range(draws):
         if not len(left):
             break
-        drawn = torch.randn_like(images[left])
+        drawn = gaussian(images[left])
         if threat.norm == "linf":
             drawn = torch.where(drawn >= 0, 1.0, -1.0)
         else:
@@ -450,6 +450,11 @@ def noise(model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel,
         with torch.no_grad():
             left = left[model(found[left]).argmax(1) == labels[left]]
     return found
+
+
+def gaussian(like: Tensor) -> Tensor:
+    """Draw normal numbers in the shape of a tensor; on the CPU, so that they are the same on every device."""
+    return torch.randn_like(like, device="cpu").to(like.device)
 
 
 def drawn_seed() -> int:
@@ -475,7 +480,15 @@ def run_foolbox(attack: Any, model: nn.Module, images: Tensor, labels: Tensor, e
     return found
 
 
-class _OnLoss:
+class _StartingAlike:
+    """foolbox's gradient attacks, which draw where the images are, from the same random starts on every device."""
+
+    def get_random_start(self, x0: Any, epsilon: float) -> Any:
+        start = super().get_random_start(eagerpy.astensor(x0.raw.cpu()), epsilon)  # type: ignore[misc]
+        return eagerpy.astensor(start.raw.to(x0.raw.device))
+
+
+class _OnLoss(_StartingAlike):
     """foolbox's gradient attacks on another loss."""
 
     def __init__(self, loss: Loss, scale: Tensor | float, steps: int) -> None:
@@ -506,7 +519,7 @@ class _Halfway:
 
     def get_random_start(self, x0: Any, epsilon: float) -> Any:
         x = x0.raw
-        return eagerpy.astensor(x + epsilon / 2 * self.unit(torch.randn_like(x)))
+        return eagerpy.astensor(x + epsilon / 2 * self.unit(gaussian(x)))
 
     def unit(self, drawn: Tensor) -> Tensor:
         """What is drawn, of size 1 in the norm."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.attacks.base import BLACK, NOISE, WHITE, EvaluationAttack
+from haq.attacks.base import BLACK, NOISE, WHITE, EvaluationAttack, seeded
 from haq.attacks.batches import batch_size, batches_where, share
 from haq.attacks.bookkeeping import FinishedAttacks, PassProgress
 from haq.attacks.classifier import Classifier, JoinedMembers
@@ -154,8 +154,7 @@ class MaskingChecks:
         mode = training_mode(self.backward)
         for number, index in enumerate(batches_where(given.clean, given.images)):
             x, y = given.images[index], given.labels[index]
-            with torch.random.fork_rng(), Q.backward_mode(self.victim.network, mode):
-                torch.manual_seed(self.seed + number)
+            with seeded(self.seed + number, x.device), Q.backward_mode(self.victim.network, mode):
                 tried = [pgd(model, x, y, threat, steps=steps)]
                 if noisy:
                     tried.append(noise(self.victim, x, y, threat, DRAWS))

@@ -17,9 +17,9 @@ WIDTH = 100  # characters
 class NotebookLive(Live):
     """A table that follows a search in the output of a notebook's cell. IPython is what shows it; nothing else is needed."""
 
-    def __init__(self) -> None:
-        """Prepare the table; nothing is shown before `start`."""
-        super().__init__(Console(file=io.StringIO(), width=WIDTH, force_jupyter=False))
+    def __init__(self, title: str = "accuracy") -> None:
+        """Prepare the table; nothing is shown before `start`. `title` is what the objective is called."""
+        super().__init__(Console(file=io.StringIO(), width=WIDTH, force_jupyter=False), title)
         self.disable = True  # rich itself shows nothing
         self._handle: Any = None
         self._shown = 0.0

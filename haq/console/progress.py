@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from haq.console.tables import say
+from haq.console.tables import plain, say
+from haq.store.units import PERCENT, show
 
 
 def progress(console: Console) -> Progress:
@@ -37,17 +38,25 @@ def progress(console: Console) -> Progress:
     )
 
 
-def follow_training(bar: Progress) -> dict[str, Any]:
-    """Make the callbacks by which `training.finetune` reports epoch, loss and steps to a progress bar."""
+def follow_training(bar: Progress, unit: str = PERCENT) -> dict[str, Any]:
+    """Make the callbacks by which `training.finetune` reports epoch, loss and steps to a progress bar.
+
+    Args:
+        bar: Where they are shown.
+        unit: Of what held-out samples are judged by.
+
+    Returns:
+        The callbacks, by their names.
+    """
     task = bar.add_task("fine-tuning", total=None, note="")
-    accuracy = 0.0
+    value = 0.0
 
     def on_epoch(epoch: int, loss: float) -> None:
-        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}, held-out {100 * accuracy:.1f} %")
+        bar.update(task, note=f"epoch {epoch}, loss {loss:.3f}, held-out {show(value, unit, 1)}")
 
     def on_judged(epoch: int, judgement: tuple[float, float]) -> None:
-        nonlocal accuracy
-        accuracy = judgement[0]
+        nonlocal value
+        value = judgement[0]
 
     def on_step(step: int, steps: int) -> None:
         bar.update(task, completed=step, total=steps)
@@ -101,7 +110,7 @@ def follow_loading(console: Console, what: str) -> Iterator[dict[str, Any]]:
 class Live(Progress):
     """A table that follows a search, with a line for each solver and for what comes after them.
 
-    Such later work has a `note`, which takes the place of an accuracy. Nothing is shown where the output isn't a terminal.
+    Such later work has a `note`, which takes the place of a value. Nothing is shown where the output isn't a terminal.
     """
 
     COLUMNS = {
@@ -114,8 +123,10 @@ class Live(Progress):
         "left": TimeRemainingColumn(),
     }
 
-    def __init__(self, console: Console) -> None:
-        """Show the table on a console."""
+    def __init__(self, console: Console, title: str = "accuracy") -> None:
+        """Show the table on a console; `title` is what the objective is called."""
+        self.headings = list(self.COLUMNS)
+        self.headings[self.headings.index("accuracy")] = title
         super().__init__(*self.COLUMNS.values(), console=console, disable=not console.is_terminal)
 
     def add_task(self, description: str, *arguments: Any, **fields: Any) -> TaskID:
@@ -126,7 +137,7 @@ class Live(Progress):
         """Put a heading above every column."""
         table = super().make_tasks_table(tasks)
         table.show_header = True
-        for heading, column in zip(self.COLUMNS, table.columns, strict=True):
-            column.header = heading
+        for heading, column in zip(self.headings, table.columns, strict=True):
+            column.header = plain(heading)
             column.no_wrap = True
         return table

@@ -9,26 +9,38 @@ import sys
 
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
-from haq.console.options import argument, option, output_options
+from haq.console.options import argument, flag, option, output_options
 from haq.console.output import Output
 from haq.console.tables import new_table, plain, say
 from haq.console.values import TEXT, TextType
 from haq.data import DATASETS
 
-NAME = TextType(lambda: ("list", *DATASETS.names()))
+CACHE = "cache"
+NAME = TextType(lambda: ("list", CACHE, *DATASETS.names()))
 
 
 @command(
     "data",
     __doc__,
-    examples=("haq data list", "haq data cifar10", "haq data imagefolder:cats --network timm:resnet18"),
+    examples=(
+        "haq data list",
+        "haq data cifar10",
+        "haq data imagefolder:cats --network timm:resnet18",
+        "haq data cache --clear",
+    ),
 )
-@argument("name", NAME, "a data set as `haq data list` shows them, module:Name, or list")
+@argument("name", NAME, "a data set as `haq data list` shows them, module:Name, list, or cache: decoded images that are kept")
 @option("--network", TEXT, "a network: images are brought to the size of its input, and must suit it", group="Images")
+@flag("--clear", "with cache: delete the decoded images", group="Images")
 @output_options(json=None)
-def cli(name: str, network: str | None) -> int:
+def cli(name: str, network: str | None, clear: bool) -> int:
     """Show one data set, or all of them."""
     output = Output.open()
+    if clear and name != CACHE:
+        raise ValueError(f"--clear goes with `haq data {CACHE}`, which shows the decoded images that are kept")
+    if name == CACHE:
+        _show_cache(output, clear)
+        return 0
     if name == "list":
         table = new_table()
         for heading in ("name", "from", "what it is"):
@@ -41,6 +53,7 @@ def cli(name: str, network: str | None) -> int:
 
     from haq import networks
     from haq.data import fetch, load
+    from quantizers.calling import leaves
 
     with output.notes.status("fetching"):
         fetch(name)
@@ -50,10 +63,30 @@ def cli(name: str, network: str | None) -> int:
             loaded = networks.load(network)
             dataset = load(name, image_size=loaded.image_size)
             networks.check_fits(loaded, dataset)
-        image = dataset.train.images[torch.arange(1)]
+        first, _ = dataset.train.take(torch.arange(1))
     say(output.results, dataset.describe())
-    say(output.results, f"images: {' x '.join(map(str, image.shape[1:]))}, {str(image.dtype).removeprefix('torch.')}")
+    called = "samples"
+    if dataset.train.is_of_images:
+        called = "images"
+    for leaf in leaves(first):
+        shape = " x ".join(map(str, leaf.shape[1:])) or "a number each"
+        say(output.results, f"{called}: {shape}, {str(leaf.dtype).removeprefix('torch.')}")
     return 0
+
+
+def _show_cache(output: Output, clear: bool) -> None:
+    """Say how much decoded images take in the cache folder; delete them if asked to."""
+    from haq.data import decoded
+    from haq.data.download import cache_folder
+    from haq.data.memory import show_bytes
+
+    files = decoded.kept_files()
+    folder = cache_folder() / decoded.FOLDER
+    if clear:
+        say(output.results, f"{show_bytes(decoded.clear())} freed in {folder}")
+        return
+    noun = "files" if len(files) != 1 else "file"
+    say(output.results, f"{len(files)} {noun} of decoded images, {show_bytes(sum(size for _, size in files))}, in {folder}")
 
 
 main = main_of(cli)

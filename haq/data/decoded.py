@@ -84,7 +84,7 @@ class DecodedImages:
         except (OSError, ValueError):
             return None
         values = np.array(images[place])
-        if sums[place] != zlib.crc32(values):
+        if sums[place] != _sum_of(values):
             return None
         return torch.from_numpy(values).permute(2, 0, 1)
 
@@ -105,7 +105,7 @@ class DecodedImages:
             with open(self.path, "r+b", buffering=0) as file:
                 # Not through the memory map: a full disk would end the process there.
                 os.pwrite(file.fileno(), values.tobytes(), SUM_BYTES * len(self.paths) + place * self.image_bytes)
-                os.pwrite(file.fileno(), np.uint32(zlib.crc32(values)).tobytes(), SUM_BYTES * place)
+                os.pwrite(file.fileno(), np.uint32(_sum_of(values)).tobytes(), SUM_BYTES * place)
         except OSError as error:
             self._stop(str(error))
 
@@ -159,6 +159,10 @@ class DecodedImages:
     def _stop(self, reason: str) -> None:
         self._is_full = True
         logger.warning("decoded images are not kept in %s (%s): they are decoded whenever they are needed", self.path, reason)
+
+
+def _sum_of(values: NDArray[np.uint8]) -> int:
+    return zlib.crc32(memoryview(values).cast("B"))
 
 
 def _stamp_of(path: Path) -> Stamp:

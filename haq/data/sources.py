@@ -190,9 +190,9 @@ class Items(Source):
         """
         self.dataset = dataset
         self.called = called
-        self.index = index
         if index is None:
-            self.index = torch.arange(len(dataset))
+            index = torch.arange(len(dataset))
+        self.index = index
         self.count = len(self.index)
         self.collate = collate
         self.size = size
@@ -287,10 +287,10 @@ class Items(Source):
             numbers = torch.as_tensor(listed)
         except (TypeError, ValueError, RuntimeError):
             return None
-        numbers = class_numbers_in(numbers, len(numbers))
-        if numbers is None:
+        classes = class_numbers_in(numbers, len(numbers))
+        if classes is None:
             return None
-        return numbers[self.index]
+        return classes[self.index]
 
     def _together(self, items: list[Any]) -> Batch:
         """Put samples together. Raises ValueError for those that make no batch."""
@@ -340,11 +340,12 @@ class Stream(Source):
             raise ValueError(f"{called} gave no samples")
 
     def _read(self, most: int) -> None:
-        once = iter(self.data) is self.data
+        batches = iter(self.data)
+        once = batches is self.data
         self.__dict__["nbytes"] = 0
         size = 0
         numbers: list[Tensor] | None = []
-        for given in self.data:
+        for given in batches:
             batch = normal(given, self.called)
             count = length(batch)
             self.counts.append(count)
@@ -520,13 +521,11 @@ def source_of(data: Any, called: str, most: int, *, is_pair: bool = False) -> So
         return _opened(Items(data, called), most)
     if isinstance(data, IterableDataset):
         data = DataLoader(data, BATCH)
-    try:
-        iter(data)
-    except TypeError as error:
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TypeError(
             f"{called} is {_shown(data)}; it must be a tensor, a pair (inputs, targets) of tensors, a Dataset, a DataLoader, "
             "or an iterable of batches"
-        ) from error
+        )
     return _together_if_possible(Stream(data, called, most))
 
 
@@ -554,7 +553,7 @@ def _of_loader(loader: DataLoader[Any], called: str, most: int) -> Source:
     index = _plain_order(loader)
     if index is None:
         return _together_if_possible(Stream(loader, called, most))
-    workers = {"num_workers": loader.num_workers}
+    workers: dict[str, Any] = {"num_workers": loader.num_workers}
     if loader.num_workers:
         workers |= {"worker_init_fn": loader.worker_init_fn, "multiprocessing_context": loader.multiprocessing_context}
     collate = loader.collate_fn
@@ -578,7 +577,7 @@ def _plain_order(loader: DataLoader[Any]) -> Tensor | None:
     return None
 
 
-def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
+def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any], ahead: int = AHEAD) -> Iterator[Any]:
     """Yield what a function makes of each part, in order; a thread makes the next ones while one is looked at.
 
     One thread alone, as data sets of others may not be made for several.
@@ -586,6 +585,7 @@ def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any
     Args:
         make: The function.
         parts: What it is given; the thread goes through them too.
+        ahead: How many are made in advance.
     """
     following = iter(parts)
     end = object()
@@ -597,7 +597,7 @@ def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any
         return make(part)
 
     with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[Any]] = deque(thread.submit(one) for _ in range(AHEAD))
+        waiting: deque[Future[Any]] = deque(thread.submit(one) for _ in range(ahead))
         try:
             while True:
                 made = waiting.popleft().result()

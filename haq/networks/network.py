@@ -48,6 +48,11 @@ class Network:
         """Return where the network's parameters are; the CPU if it has none."""
         return device_of(self.module)
 
+    def to(self, device: torch.device | str) -> Network:
+        """Move the module to a device, in place; returns the network."""
+        self.module.to(device)
+        return self
+
     def run(self, module: nn.Module, inputs: Any, targets: Any = None) -> Any:
         """Compute the outputs of a module of this network's kind.
 
@@ -73,11 +78,13 @@ class Network:
                 input shape, but for uint8, which is scaled.
 
         Returns:
-            Inputs (N, C, H, W), float32.
+            Inputs (N, C, H, W), float32, on the network's device.
 
         Raises:
             ValueError: For images of a shape that the network wasn't made for.
         """
+        # As bytes they are moved four times as fast.
+        images = to_device(images, self.device)
         if not isinstance(images, Tensor):
             return map_tensors(images, _as_float32)
         if not self.input_shape:
@@ -91,11 +98,11 @@ class Network:
         if images.shape[1] == 1 and channels > 1:
             images = images.expand(-1, channels, -1, -1)
         self._check_shape(images)
-        return self._scaled(images).contiguous(memory_format=self.memory_format)
+        return self._scaled(images.contiguous(memory_format=self.memory_format))
 
     def _scaled(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         # In place: images that are streamed are scaled for every policy.
         return images.float().div_(255).sub_(mean).div_(std)
 
@@ -141,7 +148,7 @@ class Network:
         digest = hashlib.sha256()
         for key, tensor in sorted(self.module.state_dict().items()):
             digest.update(key.encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def ordered(self) -> Network:
@@ -155,7 +162,8 @@ class Network:
             network.module.to(memory_format=memory_format)  # type: ignore[call-overload]
             try:
                 with torch.inference_mode():
-                    network.module(torch.zeros(1, *self.input_shape).contiguous(memory_format=memory_format))
+                    zeros = torch.zeros(1, *self.input_shape, device=self.device)
+                    network.module(zeros.contiguous(memory_format=memory_format))
                 break
             except RuntimeError:
                 # Some networks flatten with `view`, which needs the ordinary order. Any other fault shows when it is used.
@@ -179,7 +187,7 @@ def answer_to_zeros(network: Network) -> Any:
         )
     try:
         with torch.inference_mode(), evaluating(network.module):
-            return network.module(torch.zeros(1, *network.input_shape))
+            return network.module(torch.zeros(1, *network.input_shape, device=network.device))
     except Exception as error:
         size = "x".join(map(str, network.input_shape))
         reason = " ".join(str(error).split())[:200]

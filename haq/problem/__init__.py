@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from haq.problem.evaluator import Evaluation as Evaluation
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
-    from haq.problem.tally import ValueTally as ValueTally
 
 # What a solver can know of single layers. The last two are computed, without an evaluation.
 KINDS = ("loss", "kl", "hessian", "gradient")
@@ -81,13 +80,12 @@ OBJECTIVES = Objectives(
 
 __getattr__, _, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["budget", "chance", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity", "tally"],
+    submodules=["budget", "chance", "decision", "evaluator", "objective", "prefix_cache", "problem", "sensitivity"],
     submod_attrs={
         "chance": ["standard_error"],
         "evaluator": ["Evaluation"],
         "objective": ["Objective"],
         "problem": ["Problem"],
-        "tally": ["ValueTally"],
     },
 )
 __all__ += ["CORRECTIONS", "KINDS", "OBJECTIVES", "ROBUST", "ROUNDINGS"]

@@ -144,6 +144,10 @@ def read_batches(data: Batches, name: str) -> list[tuple[Tensor, Tensor | None]]
     return batches
 
 
+class Owned(list[Any]):
+    """Batches of inputs, as the network takes them, that nobody else changes: they need no copy."""
+
+
 def gathered(data: Any, name: str, memory: str | int | None = None) -> Any:
     """Read what isn't in memory into it, if it fits.
 

@@ -1,4 +1,7 @@
-"""What can be believed of a value: how far chance moves it, and whether guessing would do as well."""
+"""What can be believed of an accuracy: how far chance moves it, and whether guessing would do as well.
+
+Of values that are no shares of samples only the standard error is told, where it is known.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import math
 from typing import TYPE_CHECKING
 
 from haq.problem.objective import BlackBox
-from haq.store.units import percent
+from haq.store.units import PERCENT, percent, show_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from haq.problem.problem import Problem
+    from haq.store.records import JudgingRecord
 
 FEW = 200  # images: of fewer, a single one moves an accuracy by more than half a point
 SURE = 2.0  # standard errors
@@ -27,6 +31,26 @@ def with_error(share: float | None, count: int) -> str:
     if share is None or count >= FEW:
         return percent(share)
     return f"{percent(share)} ± {100 * standard_error(share, count):.2f}"
+
+
+def value_with_error(judging: JudgingRecord, value: float | None, count: int, error: float | None = None) -> str:
+    """Write an objective's value, with its standard error where it is known and the value is of few samples.
+
+    Args:
+        judging: What the value is of. Of a share of samples the standard error follows from the share.
+        value: The value.
+        count: On how many samples.
+        error: The standard error of another value.
+
+    Returns:
+        Words such as 91.67 % ± 4.89 or 28.41 dB ± 0.3.
+    """
+    if judging.counts_samples:
+        return with_error(value, count)
+    words = judging.show(value)
+    if not error or count >= FEW:  # of the float network held against itself there is none
+        return words
+    return f"{words} ± {show_error(error, judging.objective_unit)}"
 
 
 def guessing_share(labels: Tensor, classes: int) -> float:
@@ -70,13 +94,14 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str) ->
     )
 
 
-def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
-    """Warn of few images; nothing for enough of them.
+def few_sentence(count: int, split: str, measured: str = "accuracy", samples_are: str = "images") -> str:
+    """Warn of a share of few samples; nothing for enough of them.
 
     Args:
-        count: The number of images.
-        split: What they are called.
+        count: The number of samples.
+        split: What their split is called.
         measured: What is measured on them.
+        samples_are: What they are called.
 
     Returns:
         One sentence or nothing.
@@ -85,37 +110,36 @@ def few_sentence(count: int, split: str, measured: str = "accuracy") -> str:
         return ""
     points = 100 * standard_error(0.5, count)
     return (
-        f"WARNING: the {split} split has {count} images, so one of them moves {measured} by {100 / count:.1f} points, and its "
-        f"standard error is up to {points:.1f}: smaller differences say nothing"
+        f"WARNING: the {split} split has {count} {samples_are}, so one of them moves {measured} by {100 / count:.1f} points, "
+        f"and its standard error is up to {points:.1f}: smaller differences say nothing"
     )
 
 
-def few_of_numbers(problem: Problem) -> str:
-    """Warn of few samples where values are no shares of them; nothing for enough of them."""
-    count, title = problem.evaluator.count, problem.objective.title
-    if count >= FEW or not count:
+def error_sentence(problem: Problem) -> str:
+    """Warn of a value, no share, that is of few samples, with its standard error; nothing where that isn't known."""
+    count, error, objective = problem.evaluator.count, problem.float_result.error, problem.objective
+    if count >= FEW or not error:
         return ""
-    known = "how far chance moves it isn't known"
-    if problem.float_result.error is not None:
-        known = f"the standard error of the float network's is {problem.float_result.error:.2g}"
-    return f"WARNING: the search split has {count} samples, by which {title} is told, and {known}: smaller differences say nothing"
+    number = show_error(error, objective.unit)
+    if objective.unit == PERCENT:
+        number += " points"
+    return (
+        f"WARNING: the search split has {count} {problem.samples_are}, and the standard error of the float network's "
+        f"{objective.title} is {number}: smaller differences say little"
+    )
 
 
 def doubts(problem: Problem) -> list[str]:
     """List what must be said of the values of a problem before they are believed: sentences, none if all is well."""
-    evaluator = problem.evaluator
-    objective = problem.objective
+    evaluator, objective = problem.evaluator, problem.objective
     if isinstance(objective, BlackBox):
         return [
             f"NOTE: objective {objective.name!r} is given the network itself, so every policy's network is run as a whole "
             "(nothing that its first layers computed is reused), and no evaluation ends early"
         ]
-    if not objective.takes_scores:
-        return [sentence for sentence in (few_of_numbers(problem),) if sentence]
-    measured = "accuracy"
-    if objective.name not in ("accuracy", "accuracy+robust"):
-        measured = objective.title
-    sentences = [few_sentence(evaluator.count, "search", measured)]
+    if not objective.takes_scores or objective.unit != PERCENT:
+        return [sentence for sentence in [error_sentence(problem)] if sentence]
+    sentences = [few_sentence(evaluator.count, "search", objective.title, problem.samples_are)]
     scores = evaluator.expected
     # Of an objective of somebody's own nobody knows what guessing gives.
     if objective.name in ("accuracy", "accuracy+robust") and scores is not None:

@@ -174,7 +174,9 @@ class Evaluator:
         back = self.order.argsort()
         if not self._asked:
             assert self.samples is not None
-            given = torch.cat([torch.as_tensor(targets_of(batch, self.network)).cpu() for batch in self.samples])[back]
+            given = self.samples.labels()
+            if given is None:
+                given = torch.cat([torch.as_tensor(targets_of(batch, self.network)).cpu() for batch in self.samples])[back]
             self.labels = class_numbers(given, "`labels`")
         if self.teacher is None:
             return

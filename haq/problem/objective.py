@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torchmetrics import Metric
 
     from haq.attacks.proxy import ProxyAttack
-    from haq.data import Dataset, Split
+    from haq.data import Dataset
     from haq.networks import Network
     from haq.problem.distribution import Distribution
 
@@ -307,36 +307,6 @@ class Objective:
             raise ValueError(f"objective {self.name!r} has no distance between outputs: give it a loss")
         return self.distribution.divergence(outputs, expected)
 
-    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network on any samples.
-
-        Args:
-            network: The float network, which preprocesses the inputs.
-            split: The samples.
-            module: The network that is measured; it is put into evaluation mode.
-            batch_size: Samples at a time.
-
-        Returns:
-            The objective's value. Of class scores it is the share of samples that count as correct; those with an output that
-            is NaN count as wrong.
-        """
-        import torch
-
-        module.eval()
-        right = 0
-        for batch, (images, labels) in enumerate(split.batches(batch_size)):
-            inputs = network.preprocess(images)
-            if self.compares_with_float:
-                with torch.no_grad():
-                    labels = self.read(network.run(network.module.eval(), inputs)).argmax(1)
-            more: tuple[Tensor, ...] = ()
-            if self.attacked:
-                more = attacked_inputs(self, module, inputs, labels, batch)
-            with torch.inference_mode():
-                outputs = [self.read(network.run(module, one)) for one in (inputs, *more)]
-                right += count_correct(self, outputs, labels)
-        return right / len(split)
-
 
 class ValueObjective(Objective):
     """Gives every sample a value; the mean over all samples is what a policy is worth.
@@ -399,36 +369,6 @@ class ValueObjective(Objective):
         See `Objective.attacked_loss`.
         """
         return raised_loss(self, network, inputs, lambda outputs: self.losses(self.read(outputs), targets))
-
-    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network on any samples; see `Objective.measure`."""
-        import torch
-
-        from haq.problem import ValueTally
-        from quantizers.calling import count_of, to_device
-
-        module.eval()
-        tally = ValueTally(self)
-        for batch, (inputs, targets) in enumerate(split.batches(batch_size)):
-            inputs = network.preprocess(inputs)
-            answers = targets
-            if self.compares_with_float:
-                with torch.no_grad():
-                    answers = self.read(network.run(network.module.eval(), inputs, targets))
-            answers = self.aligned(inputs, to_device(answers, network.device))
-            more: tuple[Any, ...] = ()
-            if self.attacked:
-                more = attacked_inputs(self, module, to_device(inputs, network.device), answers, batch)
-            with torch.inference_mode():
-                outputs = tuple(self.read(network.run(module, one, targets)) for one in (inputs, *more))
-                try:
-                    tally.add(outputs, answers, None, count_of(inputs))
-                except NotFinite:
-                    return self.worst
-        value = tally.result().accuracy
-        if math.isnan(value):
-            return self.worst
-        return value
 
 
 class MetricObjective(ValueObjective):
@@ -506,13 +446,6 @@ class BlackBox(Objective):
         from haq.problem.distribution import Gaussian
 
         return Gaussian()
-
-    def measure(self, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
-        """Measure a network, on whatever samples it knows of itself; see `Objective.measure`."""
-        value = value_of(self, module.eval())
-        if math.isnan(value):
-            return self.worst
-        return value
 
 
 class Accuracy(Objective):

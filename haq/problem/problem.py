@@ -19,6 +19,7 @@ import hw_models
 import quantizers as Q
 from haq.problem.batches import (
     Batches,
+    Owned,
     check_alike,
     check_arguments,
     check_quantization,
@@ -30,6 +31,7 @@ from haq.problem.batches import (
 )
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
+from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
@@ -46,7 +48,7 @@ from haq.problem.schemes import (
     roundings_by_layer,
     schemes_by_layer,
 )
-from haq.store.units import DOWN, UP, describe_amount, percent
+from haq.store.units import DOWN, UP, describe_amount, show
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
@@ -109,6 +111,7 @@ class Problem:
         rounding: str = "nearest",
         forward: Forward | None = None,
         memory: str | int | None = None,
+        device: str | torch.device | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -117,7 +120,7 @@ class Problem:
         and targets may be of any structure of tensors. A tuple of inputs, and a mapping, are given to the network one by one.
 
         Args:
-            network: Any; it is copied, never changed. Everything is computed on the device it is on.
+            network: Any; it is copied, never changed.
             calibrate: Inputs that set the activation scales: a tensor or a NumPy array, a Dataset, a DataLoader, or another
                 iterable of batches; targets beside them play no part. All there is is kept in memory. Floats become float32.
             search: Held-out inputs and targets, for classification class numbers (integers of any type, shape (samples,)): a
@@ -148,6 +151,7 @@ class Problem:
                 batch is as the loader gives it, on the network's device.
             memory: How much the samples of `search` may take in memory, such as "4GB", or bytes; None: a quarter of the
                 machine's. What doesn't fit is read anew for every policy, in advance.
+            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -158,14 +162,15 @@ class Problem:
         check_quantization(correction, rounding)
         self.objective = find_objective(objective)
         self.forward = forward
+        network = _on_device(network, device)
         device = device_of(network)
         samples = _read_search(search, network, self.objective, forward, memory)
         if samples is not None:
             samples = samples.to(device)
         # Batches of inputs. Copies, which stay what they are whoever changes the others.
-        self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), forward, device)
+        self.calibration = _read_calibration(gathered_calibration(calibrate, "calibrate", memory), network, forward, device)
         self.network = network
-        example = _example(samples, self.calibration)
+        example = to_device(_example(samples, self.calibration), device)
         self.workload = _traced(network, example, self.objective, forward)
         if forward is None:
             _check_same_kind(self.calibration, example, network)
@@ -215,7 +220,7 @@ class Problem:
         low, high = self.bits
         return (
             f"Problem({len(self.workload)} layers on {self.target.name}, {self._budget_words()}, bits {low}:{high}, "
-            f"scheme {schemes}, objective {self.objective.name}, float {percent(self.float_accuracy)})"
+            f"scheme {schemes}, objective {self.objective.name}, float {show(self.float_accuracy, self.objective.unit)})"
         )
 
     def _repr_html_(self) -> str:
@@ -228,8 +233,8 @@ class Problem:
             "budget": self._budget_words(),
             "bits": f"{low} to {high}",
             "scheme": schemes,
-            "objective": f"{self.objective.words}, on {self.evaluator.count:,} images",
-            "float network": percent(self.float_accuracy),
+            "objective": f"{self.objective.words}{self.count_words(', on ')}",
+            "float network": show(self.float_accuracy, self.objective.unit),
         }
         if self.workload.unpriced:
             rows["not priced"] = self.workload.unpriced_words
@@ -238,7 +243,7 @@ class Problem:
     def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
         """Put the same problem on another target, within another budget.
 
-        Both share what a policy's accuracy depends on (the network, the images, the scales) and everything evaluated.
+        Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
 
         Args:
             target: A hardware target, or the name of one.
@@ -325,6 +330,20 @@ class Problem:
             return f"on {self.target.name}, {self.metric} can be from {low} to {high}{further}"
         least = f"{low} ({fraction:.3f} of uniform 8 bits)"
         return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
+
+    @property
+    def samples_are(self) -> str:
+        """Name what policies are judged on: images, or samples where inputs are anything else."""
+        inputs = inputs_of(self.calibration[0], self.network)
+        if isinstance(inputs, Tensor) and inputs.dim() == 4 and (inputs.is_floating_point() or inputs.dtype == torch.uint8):
+            return "images"
+        return "samples"
+
+    def count_words(self, before: str, split: str = "") -> str:
+        """Say on how many samples policies are judged, with words before and their split; nothing if there are none."""
+        if not self.evaluator.count:
+            return ""
+        return f"{before}{self.evaluator.count:,} {split}{self.samples_are}"
 
     @property
     def float_accuracy(self) -> float:
@@ -560,23 +579,28 @@ def _read_search(
     if isinstance(search, Samples):
         return search
     batches = read_any(search, "search")
-    if batches is None or (objective.takes_scores and forward is None and _is_plain(batches)):
-        if objective.takes_scores:
-            inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
-            if labels is None:
-                return KeptSamples([inputs])
-            return KeptSamples([(inputs, labels)])
+    if objective.takes_scores and forward is None and _is_plain(batches or [search], network):
+        inputs, labels = read_tensors(batches or search, "search", objective.needs_labels)
+        if labels is None:
+            return KeptSamples([inputs])
+        return KeptSamples([(inputs, labels)])
+    if batches is None:
         batches = [search]
     batches = [_as_float32(batch) for batch in batches]
     if objective.needs_labels and any(targets_of(batch, network) is None for batch in batches):
-        raise ValueError(f"`search` has no targets, which objective {objective.name!r} needs: give batches (inputs, targets)")
+        raise ValueError(
+            f"`search` has no targets, which objective {objective.name!r} needs, beside what the network takes: give batches "
+            "(inputs, targets), of several inputs ((one, other), targets)"
+        )
     return KeptSamples(batches)
 
 
-def _read_calibration(calibrate: Any, forward: Forward | None, device: torch.device) -> list[Any]:
+def _read_calibration(calibrate: Any, network: nn.Module, forward: Forward | None, device: torch.device) -> list[Any]:
     """Read batches that set the scales, on a device; those of plain tensors without their targets."""
+    if isinstance(calibrate, Owned):
+        return [to_device(batch, device) for batch in calibrate]
     batches = read_any(calibrate, "calibrate")
-    if batches is None or (forward is None and _is_plain(batches)):
+    if batches is None or (forward is None and _is_plain(batches, network)):
         return [part.to(device, copy=True) for part in read_inputs(batches or calibrate, "calibrate")]
     return [to_device(map_tensors(_as_float32(batch), torch.clone), device) for batch in batches]
 
@@ -602,12 +626,16 @@ def _check_same_kind(calibration: list[Any], example: Any, network: nn.Module) -
         check_alike(given, wanted)
 
 
-def _is_plain(batches: list[Any]) -> bool:
-    """Say whether batches are tensors of inputs, perhaps with targets that are no structure."""
+def _is_plain(batches: list[Any], network: nn.Module) -> bool:
+    """Say whether batches are tensors of inputs, perhaps with targets that are no structure, for a network that takes one."""
     if not batches:
         return True
     first = batches[0]
     if isinstance(first, Mapping):
+        return False
+    # Arrays of other byte orders are no tensors yet.
+    of_tensors = isinstance(first, list | tuple) and all(isinstance(part, Tensor) for part in first)
+    if of_tensors and isinstance(inputs_of(first, network), tuple):
         return False
     inputs, targets = first, None
     if isinstance(first, list | tuple):
@@ -662,6 +690,16 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
     if isinstance(example, Tensor) and forward is None:
         return hw_models.trace(network, example.clone())
     return hw_models.trace(network, batch, forward=lambda module, given: outputs_of(module, given, forward))
+
+
+def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Module:
+    """Return a network itself, or a copy of it on another device. Raises ValueError for one that isn't here."""
+    if device is None:
+        return network
+    found = find_device(device, "`device`")
+    if found == device_of(network):
+        return network
+    return Q.copy_network(network).to(found)
 
 
 def _only(**options: Any) -> Any:

@@ -65,6 +65,10 @@ class Samples(ABC):
         """List the tensors that are kept, changes of which change results."""
         return []
 
+    def labels(self) -> Tensor | None:
+        """Return the class of every sample as it was given, int64 (samples,), if all are at hand without reading samples."""
+        return None
+
     def to(self, device: torch.device | str) -> Samples:
         """Return the samples, with what is kept of them on a device."""
         return self
@@ -169,7 +173,12 @@ class StreamedSamples(Samples):
         if self.prepare is None:
             yield from batches
             return
-        yield from made_ahead(self.prepare, batches)
+        # One alone: as the network takes them they are large.
+        yield from made_ahead(self.prepare, batches, 1)
+
+    def labels(self) -> Tensor | None:
+        """Return the class of every sample, if that is known."""
+        return self.source.known_labels
 
     def example(self) -> Any:
         """Return a batch of the first sample."""

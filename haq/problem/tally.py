@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from haq.problem.objective import (
+    BlackBox,
     MetricObjective,
     NotFinite,
     Objective,
     ValueObjective,
+    attacked_inputs,
     count_correct,
     mean_loss,
     named,
     per_sample,
     single_number,
+    value_of,
 )
-from quantizers.calling import leaves
+from quantizers.calling import count_of, leaves, to_device
+
+if TYPE_CHECKING:
+    from haq.data import Split
+    from haq.networks import Network
 
 BATCH = 125  # samples whose divergence is summed at a time: the order of a sum is part of the result
 
@@ -127,7 +134,14 @@ class ScoreTally:
         self.labels: list[Tensor] = []
 
     def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
-        """Take the scores of a batch, and its labels; see `Tally.add`."""
+        """Take the scores of a batch, and its labels.
+
+        Args:
+            outputs: As in `Tally.add`.
+            targets: The labels.
+            expected: Plays no part: scores are kept, and held against all of the teacher's in the end.
+            count: The number of samples.
+        """
         outputs = tuple(part.cpu() for part in outputs)
         if any(bool(part.isnan().any()) for part in outputs):
             raise NotFinite
@@ -171,7 +185,14 @@ class ValueTally:
         self.divergences: list[Tensor] = []
 
     def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
-        """Take the outputs of a batch; see `Tally.add`."""
+        """Take the outputs of a batch.
+
+        Args:
+            outputs: As in `Tally.add`.
+            targets: Likewise.
+            expected: Likewise.
+            count: Likewise.
+        """
         objective = self.objective
         for leaf in leaves(outputs):
             if leaf.is_floating_point() and bool(leaf.isnan().any()):
@@ -259,6 +280,65 @@ class ValueTally:
         if self.order is None:
             return found
         return found[self.order[: len(found)].argsort()]
+
+
+def measure(objective: Objective, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+    """Measure a network on any samples.
+
+    Args:
+        objective: What it is judged by.
+        network: The float network, which preprocesses the inputs.
+        split: The samples; of those that an objective knows by itself there is none to say.
+        module: The network that is measured; it is put into evaluation mode.
+        batch_size: Samples at a time.
+
+    Returns:
+        The objective's value. Of class scores it is the share of samples that count as correct; those with an output that is
+        NaN count as wrong.
+    """
+    module.eval()
+    if isinstance(objective, BlackBox):
+        return _or_worst(objective, value_of(objective, module))
+    right = 0
+    tally: ValueTally | None = None
+    if isinstance(objective, ValueObjective):
+        tally = ValueTally(objective)
+    for batch, (given, targets) in enumerate(split.batches(batch_size)):
+        inputs = to_device(network.preprocess(given), network.device)
+        wanted = _wanted(objective, network, inputs, targets)
+        more: tuple[Tensor, ...] = ()
+        if objective.attacked:
+            more = attacked_inputs(objective, module, inputs, wanted, batch)
+        with torch.inference_mode():
+            outputs = tuple(objective.read(network.run(module, one, targets)) for one in (inputs, *more))
+            if tally is None:
+                right += count_correct(objective, outputs, wanted)
+                continue
+            try:
+                tally.add(outputs, wanted, None, count_of(inputs))
+            except NotFinite:
+                return objective.worst
+    if tally is None:
+        return right / len(split)
+    return _or_worst(objective, tally.result().accuracy)
+
+
+def _wanted(objective: Objective, network: Network, inputs: Any, targets: Any) -> Any:
+    """Return what a batch's outputs are held against, on the network's device: its targets, or the float network's outputs."""
+    if not objective.compares_with_float:
+        return objective.aligned(inputs, to_device(targets, network.device))
+    with torch.no_grad():
+        outputs = objective.read(network.run(network.module.eval(), inputs, targets))
+    if objective.takes_scores:
+        return outputs.argmax(1)
+    return outputs
+
+
+def _or_worst(objective: Objective, value: float) -> float:
+    """Return a value; the worst there is, if it is NaN."""
+    if math.isnan(value):
+        return objective.worst
+    return value
 
 
 def _divergence(outputs: Tensor, expected: Tensor) -> float:

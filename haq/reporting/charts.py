@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -14,23 +15,26 @@ from haq.reporting.drawing import (
     Row,
     amount,
     color_by,
+    edge_of,
+    edge_words,
     finished,
     front,
+    is_beyond,
     legend,
     level,
     limit,
-    lowest,
     micro,
     palette,
     plot,
     rounded,
     scale_of,
     shape_by,
+    within,
 )
 from haq.reporting.reading import RunFolder
 from haq.store.history import HistoryRow
 from haq.store.records import LayerRecord, ProblemRecord
-from haq.store.units import best_unit, percent
+from haq.store.units import begin, best_unit, percent
 
 LABELLED = 40  # layers, at most, whose bars have their bits written at them in full size
 OPERANDS = ("weights", "activations")
@@ -182,36 +186,36 @@ class _Uniform(NamedTuple):
 
     bits: int
     cost: float
-    accuracy: float
+    value: float
 
 
 def tried(run: RunFolder) -> Picture:
-    """Draw every policy tried, accuracy against cost, with the Pareto front, uniform policies, budget and float."""
+    """Draw every policy tried, its value against its cost, with the Pareto front, uniform policies, budget and float."""
     problem, objective = run.problem, run.problem.objective_title
     uniform: list[_Uniform] = []
     if run.result is not None:
-        rows = run.result.uniform
-        uniform = [_Uniform(row.bits, row.cost, row.share("search", problem.objective)) for row in rows]
+        uniform = [_Uniform(row.bits, row.cost, problem.value(row, "search")) for row in run.result.uniform]
     points = [(one.cost, one.accuracy) for one in run.history if one.cost < math.inf]  # the target can't do the others
-    points += [(one.cost, one.accuracy) for one in uniform]
-    best, least = front(points), lowest([accuracy for _, accuracy in points])
+    points += [(one.cost, one.value) for one in uniform]
+    best = front(points, problem.higher_is_better)
+    edge = edge_of(problem, [value for _, value in points])
     best_points = set(best)
-    lower = sum(accuracy < least for _, accuracy in points)
+    beyond = sum(is_beyond(problem, value, edge) for _, value in points)
     cells = []
     for one in run.history:
         on_front = ""
         if (one.cost, one.accuracy) in best_points:
             on_front = "yes"
         widths = [" ".join(map(str, bits)) for bits in (one.weight_bits, one.activation_bits)]
-        figures = [percent(one.accuracy), amount(one.cost, problem.metric), WITHIN[one.within_budget]]
+        figures = [problem.show(one.accuracy), amount(one.cost, problem.metric), WITHIN[one.within_budget]]
         cells.append([one.solver, str(one.evaluation), *figures, on_front, *widths])
     return Picture(
-        f"{objective.capitalize()} against {problem.metric}: every policy tried",
+        f"{begin(objective)} against {problem.metric}: every policy tried",
         _tried_says(run),
-        [_points(run, uniform, best, least)],
+        [_points(run, uniform, best, edge)],
         ["solver", "evaluation", objective, problem.metric, "budget", "Pareto front", "weight bits", "activation bits"],
         cells,
-        _tried_note(objective, bool(uniform), lower, least),
+        _tried_note(problem, bool(uniform), beyond, edge),
     )
 
 
@@ -224,29 +228,32 @@ def _tried_says(run: RunFolder) -> str:
         f"{amount(problem.limit, metric)} ({problem.cost_kind}). "
     )
     if run.best is not None:
-        found = f"{percent(run.best.accuracy)} at {amount(run.best.cost, metric)}"
+        found = f"{problem.show(run.best.accuracy)} at {amount(run.best.cost, metric)}"
         says += f"The best of {run.best.solver} within the budget, ringed, has {found}; "
-    return says + f"float has {percent(problem.float_share)} on the same {problem.images:,} images."
+    says += f"float has {problem.show(problem.float_value)}"
+    if problem.images:
+        says += f" on the same {problem.samples_words}"
+    return f"{says}."
 
 
-def _tried_note(objective: str, uniform: bool, lower: int, least: float) -> str:
+def _tried_note(problem: ProblemRecord, uniform: bool, beyond: int, edge: float) -> str:
     """Say how the chart of everything tried is to be read.
 
     Args:
-        objective: What accuracy is called.
+        problem: What is searched.
         uniform: There are uniform policies on it.
-        lower: How many marks are drawn at the lower edge.
-        least: What they are below.
+        beyond: How many marks are drawn at its worse edge.
+        edge: Where that is.
     """
     note = (
         "A filled mark is within the budget, an empty one above it. The line is the Pareto front: nothing tried costs less "
-        f"and is better. {objective.capitalize()} is measured on the search split, by which policies are chosen; what they "
-        "are worth is told by the test split."
+        f"and is better. {begin(problem.objective_title)} is measured on the search split, by which policies are chosen; what "
+        "they are worth is told by the test split."
     )
     if uniform:
         note += " Numbers are the bits of uniform policies (fixed layers keep theirs)."
-    if lower:
-        note += f" {lower:,} below {percent(least, 1)} are drawn at the lower edge."
+    if beyond:
+        note += f" {beyond:,} {edge_words(problem, edge, 'are')}."
     return note
 
 
@@ -254,25 +261,25 @@ def _solvers(run: RunFolder) -> list[str]:
     return list(dict.fromkeys(one.solver for one in run.history))
 
 
-def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, float]], least: float) -> dict[str, Any]:
+def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, float]], edge: float) -> dict[str, Any]:
     """Draw the chart of everything tried.
 
     Args:
         run: The run.
         uniform: Uniform policies.
         best: The Pareto front.
-        least: Where the scale begins.
+        edge: Where the scale ends on its worse side.
     """
     problem, objective = run.problem, run.problem.objective_title
     metric, kind = problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
 
-    def at(cost: float, accuracy: float) -> Row:
-        return {"x": rounded(cost / size), "y": rounded(100 * max(accuracy, least))}
+    def at(cost: float, value: float) -> Row:
+        return {"x": rounded(cost / size), "y": rounded(problem.plotted(within(problem, value, edge)))}
 
-    def mark(policy: str, mean: str, cost: float, accuracy: float, within: bool) -> Row:
-        words = {"is": percent(accuracy), "cost": amount(cost, metric), "within": WITHIN[within]}
-        return {"policy": policy, "mean": mean, **at(cost, accuracy), **words}
+    def mark(policy: str, mean: str, cost: float, value: float, holds: bool) -> Row:
+        words = {"is": problem.show(value), "cost": amount(cost, metric), "within": WITHIN[holds]}
+        return {"policy": policy, "mean": mean, **at(cost, value), **words}
 
     rows: list[Row] = []
     for one in run.history:
@@ -285,11 +292,11 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
     if uniform:
         names.append(UNIFORM)
         colors.append("var(--muted)")
-    for bits, cost, accuracy in uniform:
-        rows.append(mark(UNIFORM, str(bits), cost, accuracy, cost <= problem.limit * (1 + 1e-9)))
-    most = max([problem.float_share, *(accuracy for _, accuracy in best)])
+    for bits, cost, value in uniform:
+        rows.append(mark(UNIFORM, str(bits), cost, value, cost <= problem.limit * (1 + 1e-9)))
+    top = max([problem.float_value, *(value for _, value in best)], key=problem.score)
     x = alt.X("x:Q", title=f"{metric}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
-    y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
+    y = alt.Y("y:Q", title=problem.on_axis(f"{objective} on the search split"), scale=scale_of(problem, edge, top))
     marks = plot(rows).mark_point(size=55, strokeWidth=1.3)
     marks = marks.encode(
         x=x,
@@ -309,7 +316,7 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
     )
     steps = plot([at(*point) for point in best]).mark_line(interpolate="step-after", color="var(--ink)", strokeWidth=1.2)
     layers = [
-        *level(problem.float_share, "float", y),
+        *level(problem.float_value, "float", y, problem.objective_unit),
         *limit(problem.limit / size, "budget", x),
         steps.encode(x=x, y=y),
         marks,
@@ -324,48 +331,64 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
 
 
 def convergence(run: RunFolder) -> Picture:
-    """Draw the best accuracy within the budget so far, against evaluations, for each solver."""
-    objective = run.problem.objective_title
+    """Draw the best value within the budget so far, against evaluations, for each solver."""
+    problem, objective = run.problem, run.problem.objective_title
     solvers = _solvers(run)
     rises: list[Row] = []
     ends: list[Row] = []
+    values: list[float] = []
     says = []
     for solver in solvers:
         mine = [one for one in run.history if one.solver == solver]
-        best = -1.0
-        for one in mine:
-            if one.within_budget and one.accuracy > best:
-                best = one.accuracy
-                rises.append({"solver": solver, "evaluation": one.evaluation, "y": rounded(100 * best), "is": percent(best)})
-        if best < 0:
+        better = list(_records(problem, mine))
+        if not better:
             says.append(f"{solver}: nothing within the budget in {mine[-1].evaluation} evaluations")
-        else:
-            ends.append({**rises[-1], "evaluation": mine[-1].evaluation})
-            says.append(f"{solver}: {percent(best)}, first at evaluation {rises[-1]['evaluation']} of {mine[-1].evaluation}")
-    least = lowest([row["y"] / 100 for row in rises], 0.75)
-    most = max([run.problem.float_share, *(row["y"] / 100 for row in rises)])
+            continue
+        for one in better:
+            at = {"evaluation": one.evaluation, "y": rounded(problem.plotted(one.accuracy))}
+            rises.append({"solver": solver, **at, "is": problem.show(one.accuracy)})
+        values += [one.accuracy for one in better]
+        ends.append({**rises[-1], "evaluation": mine[-1].evaluation})
+        best = better[-1]
+        says.append(f"{solver}: {problem.show(best.accuracy)}, first at evaluation {best.evaluation} of {mine[-1].evaluation}")
+    edge = edge_of(problem, values, 0.75)
+    top = max([problem.float_value, *values], key=problem.score)
     longest = max(one.evaluation for one in run.history)
     x = alt.X("evaluation:Q", title="evaluation", scale=alt.Scale(domain=[0, rounded(1.02 * longest)], nice=False))
-    y = alt.Y("y:Q", title=f"best {objective} so far, %", scale=scale_of(least, most))
+    y = alt.Y("y:Q", title=problem.on_axis(f"best {objective} so far"), scale=scale_of(problem, edge, top))
     color = color_by("solver", solvers, palette(solvers))
     line = plot([*rises, *ends]).mark_line(interpolate="step-after", strokeWidth=1.6).encode(x=x, y=y, color=color)
     tooltip = ["solver:N", "evaluation:Q", alt.Tooltip("is:N", title=f"best {objective} (measured)")]
     marks = plot(rises).mark_point(size=50, filled=True, opacity=0.9)
     marks = marks.encode(x=x, y=y, color=color, shape=shape_by("solver", solvers), tooltip=tooltip)
+    moved = "raise"
+    if not problem.higher_is_better:
+        moved = "lower"
     note = (
-        f"{objective.capitalize()} on the search split (measured) of the best policy within the budget. Evaluations above it, "
-        "such as those that measure what single layers bear, raise no line."
+        f"{begin(objective)} on the search split (measured) of the best policy within the budget. Evaluations above it, such "
+        f"as those that measure what single layers bear, {moved} no line."
     )
-    if any(row["y"] / 100 < least for row in rises):
-        note += f" What is below {percent(least, 1)} is drawn at the lower edge."
+    if any(is_beyond(problem, value, edge) for value in values):
+        note += f" What is {edge_words(problem, edge, 'is')}."
+    of_float = level(problem.float_value, "float", y, problem.objective_unit)
     return Picture(
         "Convergence: the best so far",
         "; ".join(says) + ".",
-        [finished(alt.layer(*level(run.problem.float_share, "float", y), line, marks), 260)],
+        [finished(alt.layer(*of_float, line, marks), 260)],
         ["solver", "evaluation", f"best {objective} so far"],
         [[row["solver"], str(row["evaluation"]), row["is"]] for row in rises],
         note,
     )
+
+
+def _records(problem: ProblemRecord, rows: list[HistoryRow]) -> Iterator[HistoryRow]:
+    """Yield the evaluations within the budget that are better than all before them."""
+    best = -math.inf
+    for one in rows:
+        score = problem.score(one.accuracy)
+        if one.within_budget and score > best:
+            best = score
+            yield one
 
 
 def _means(one: HistoryRow) -> str:

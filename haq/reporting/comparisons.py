@@ -15,31 +15,34 @@ from haq.reporting.drawing import (
     Row,
     amount,
     color_by,
+    edge_of,
+    edge_words,
     finished,
     front,
+    is_beyond,
     level,
-    lowest,
     micro,
     palette,
     plot,
     rounded,
     scale_of,
     shape_by,
+    within,
 )
 from haq.reporting.reading import RunFolder
 from haq.store.records import FinishedSweepRecord, RobustnessRecord, SweepFound, SweepTarget, SweepUniform
-from haq.store.units import best_unit, percent
+from haq.store.units import begin, best_unit, percent
 
 YES_OR_NO = {True: "yes", False: "no"}
 
 
 def sweep(content: FinishedSweepRecord, target: SweepTarget) -> Picture:
-    """Draw test accuracy against the cost on one target of a sweep, with the Pareto front and uniform policies."""
+    """Draw test values against the cost on one target of a sweep, with the Pareto front and uniform policies."""
     metric, objective = content.metric, content.objective_title
-    least = lowest([row.share("test", content.objective) for row in target.found], 1.0)
+    edge = edge_of(content, [content.value(row, "test") for row in target.found], 1.0)
     solvers = list(dict.fromkeys(row.solver for row in target.found))
-    rows = [_of_search(content, row) for row in target.found]
-    rows += [_of_uniform(content, uniform, least) for uniform in target.uniform]
+    rows = [_of_search(content, row, edge) for row in target.found]
+    rows += [_of_uniform(content, uniform, edge) for uniform in target.uniform]
     cells = []
     for row in rows:
         front = ""
@@ -50,10 +53,10 @@ def sweep(content: FinishedSweepRecord, target: SweepTarget) -> Picture:
     return Picture(
         f"{target.name}: {objective} against {metric}",
         _sweep_says(content, target, sum(row["front"] == "yes" for row in rows)),
-        [_panel(content, target, rows, solvers, least)],
+        [_panel(content, target, rows, solvers, edge)],
         ["policy", "budget", f"{metric} ({target.kind})", "of uniform 8 bits", f"test {objective}", "seeds", "Pareto front"],
         cells,
-        _sweep_note(content, target, least),
+        _sweep_note(content, target, edge),
     )
 
 
@@ -61,72 +64,82 @@ def _sweep_says(content: FinishedSweepRecord, target: SweepTarget, on_front: int
     """Say what the chart of a sweep shows."""
     solvers = dict.fromkeys(row.solver for row in target.found)
     budgets = dict.fromkeys(row.budget for row in target.found)
-    best = max(target.found, key=lambda row: row.share("test", content.objective))
-    share = percent(best.share("test", content.objective))
-    of_float = percent(content.of_float.share("test", content.objective))
+    best = max(target.found, key=lambda row: content.score(content.value(row, "test")))
+    value = content.show(content.value(best, "test"))
+    of_float = content.show(content.value(content.of_float, "test"))
     return (
-        f"{', '.join(solvers)} at budgets {', '.join(budgets)}; {on_front} policies are on the Pareto front. The most "
-        f"accurate, by {best.solver} at budget {best.budget}, has {share} on the test split at {best.fraction:.3f} of "
-        f"uniform 8 bits; float has {of_float}."
+        f"{', '.join(solvers)} at budgets {', '.join(budgets)}; {on_front} policies are on the Pareto front. The best one, "
+        f"by {best.solver} at budget {best.budget}, has {value} on the test split at {best.fraction:.3f} of uniform 8 bits; "
+        f"float has {of_float}."
     )
 
 
-def _sweep_note(content: FinishedSweepRecord, target: SweepTarget, least: float) -> str:
+def _sweep_note(content: FinishedSweepRecord, target: SweepTarget, edge: float) -> str:
     """Say how the chart of a sweep is to be read."""
     note = "Ringed: on the Pareto front, nothing costs less and is better. Numbers are the bits of uniform policies."
-    lower = sum(uniform.share("test", content.objective) < least for uniform in target.uniform)
-    if lower:
-        note += f" {lower} of them, below {percent(least, 1)}, are drawn at the lower edge."
+    beyond = sum(is_beyond(content, content.value(uniform, "test"), edge) for uniform in target.uniform)
+    if beyond:
+        note += f" {beyond} of them, {edge_words(content, edge, ', are')}."
     if content.asked.seeds > 1:
         note += " Marks are means over the seeds, bars reach from the smallest to the largest."
-    return f"{note} {content.objective_title.capitalize()} is measured, cost is {target.cost_is}."
+    return f"{note} {begin(content.objective_title)} is measured, cost is {target.cost_is}."
 
 
-def _of_search(content: FinishedSweepRecord, row: SweepFound) -> Row:
-    share = row.share("test", content.objective)
-    low, high = row.spread("test", content.objective)
+def _of_search(content: FinishedSweepRecord, row: SweepFound, edge: float) -> Row:
+    value = content.value(row, "test")
+    low, high = content.spread(row, "test")
     seeds = "one"
     if len(row.runs) > 1:
-        seeds = f"{percent(low)} to {percent(high)}, {len(row.runs)} seeds"
+        seeds = f"{content.show(low)} to {content.show(high)}, {len(row.runs)} seeds"
     return {
         "policy": row.solver,
         "budget": row.budget,
         "label": "",
         "seeds": seeds,
-        "is": percent(share),
+        "is": content.show(value),
         "cost": amount(row.cost, content.metric),
         "front": YES_OR_NO[row.pareto],
         "x": rounded(row.fraction),
-        "y": rounded(100 * share),
-        "low": rounded(100 * low),
-        "high": rounded(100 * high),
+        **_places(content, {"y": value, "low": low, "high": high}, edge),
     }
 
 
-def _of_uniform(content: FinishedSweepRecord, row: SweepUniform, least: float) -> Row:
-    share = row.share("test", content.objective)
+def _places(content: FinishedSweepRecord, values: dict[str, float], edge: float) -> Row:
+    """Return where values are drawn, by the names of their fields; infinite ones at the edge."""
+    places: Row = {}
+    for name, value in values.items():
+        if math.isinf(value):
+            value = within(content, value, edge)
+        places[name] = rounded(content.plotted(value))
+    return places
+
+
+def _of_uniform(content: FinishedSweepRecord, row: SweepUniform, edge: float) -> Row:
+    value = content.value(row, "test")
     return {
         "policy": UNIFORM,
         "budget": "",
         "label": str(row.bits),
         "seeds": "",
-        "is": percent(share),
+        "is": content.show(value),
         "cost": amount(row.cost, content.metric),
         "front": YES_OR_NO[row.pareto],
         "x": rounded(row.fraction),
-        "y": rounded(100 * max(share, least)),
+        "y": rounded(content.plotted(within(content, value, edge))),
     }
 
 
 def _panel(
-    content: FinishedSweepRecord, target: SweepTarget, rows: list[Row], solvers: list[str], least: float
+    content: FinishedSweepRecord, target: SweepTarget, rows: list[Row], solvers: list[str], edge: float
 ) -> dict[str, Any]:
     objective, names = content.objective_title, [*solvers, UNIFORM]
-    of_float = content.of_float.share("test", content.objective)
+    of_float = content.value(content.of_float, "test")
     x = alt.X("x:Q", title=f"{content.metric}, fraction of uniform 8 bits ({target.kind})", scale=alt.Scale(zero=False))
-    scale = scale_of(least, max(of_float, *(row["y"] / 100 for row in rows)))
-    y = alt.Y("y:Q", title=f"test {objective}, % (measured)", scale=scale)
-    low = alt.Y("low:Q", title=f"test {objective}, % (measured)", scale=scale)
+    shown = [content.value(row, "test") for row in (*target.found, *target.uniform)]
+    scale = scale_of(content, edge, max([of_float, *shown], key=content.score))
+    title = f"{content.on_axis(f'test {objective}')} (measured)"
+    y = alt.Y("y:Q", title=title, scale=scale)
+    low = alt.Y("low:Q", title=title, scale=scale)
     color = color_by("policy", names, [*palette(solvers), "var(--muted)"])
     searched = plot([row for row in rows if row["policy"] != UNIFORM])
     tooltip = [
@@ -142,7 +155,7 @@ def _panel(
     rings = plot([row for row in rows if row["front"] == "yes"]).mark_point(size=200, strokeWidth=1.5, color="var(--ink)")
     return finished(
         alt.layer(
-            *level(of_float, "float", y),
+            *level(of_float, "float", y, content.objective_unit),
             searched.mark_line(strokeWidth=1.4).encode(x=x, y=y, color=color),
             searched.mark_rule(strokeWidth=1.5).encode(x=x, y=low, y2="high:Q", color=color),
             rings.encode(x=x, y=y),
@@ -222,21 +235,21 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     problem = runs[0][1].problem
     objective, metric, kind = problem.objective_title, problem.metric, problem.cost_kind
     unit, size = best_unit(problem.uniform8, metric)
-    fronts = {name: front(_priced(run)) for name, run in runs}
-    accuracies = [accuracy for points in fronts.values() for _, accuracy in points]
-    least = lowest(accuracies)
+    fronts = {name: front(_priced(run), problem.higher_is_better) for name, run in runs}
+    values = [value for points in fronts.values() for _, value in points]
+    edge = edge_of(problem, values)
 
-    def row(name: str, cost: float, accuracy: float) -> Row:
-        place = {"x": rounded(cost / size), "y": rounded(100 * max(accuracy, least))}
-        return {"run": name, **place, "is": percent(accuracy), "cost": amount(cost, metric)}
+    def row(name: str, cost: float, value: float) -> Row:
+        place = {"x": rounded(cost / size), "y": rounded(problem.plotted(within(problem, value, edge)))}
+        return {"run": name, **place, "is": problem.show(value), "cost": amount(cost, metric)}
 
     steps = [row(name, *point) for name, points in fronts.items() for point in points]
     found = [row(name, run.best.cost, run.best.accuracy) for name, run in runs if run.best is not None]
     says = "; ".join(f"{one['run']}: {one['is']} at {one['cost']}" for one in found) or "nothing yet"
     names = list(fronts)
     x = alt.X("x:Q", title=f"{metric}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
-    most = max([problem.float_share, *accuracies])
-    y = alt.Y("y:Q", title=f"{objective} on the search split, %", scale=scale_of(least, most))
+    top = max([problem.float_value, *values], key=problem.score)
+    y = alt.Y("y:Q", title=problem.on_axis(f"{objective} on the search split"), scale=scale_of(problem, edge, top))
     color, shape = color_by("run", names, palette(names)), shape_by("run", names)
     tooltip = [
         "run:N",
@@ -246,20 +259,20 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     marks = plot(steps).mark_point(size=35, filled=True)
     rings = plot(found).mark_point(size=230, strokeWidth=2)
     layers = alt.layer(
-        *level(problem.float_share, "float", y),
+        *level(problem.float_value, "float", y, problem.objective_unit),
         plot(steps).mark_line(interpolate="step-after", strokeWidth=1.4).encode(x=x, y=y, color=color),
         marks.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
         rings.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
     )
     note = (
         "Each line is the Pareto front of what a run's own solver tried, the large empty mark its best within its budget. "
-        f"{objective.capitalize()} is measured on the search split."
+        f"{begin(objective)} is measured on the search split."
     )
-    if any(accuracy < least for accuracy in accuracies):
-        note += f" What is below {percent(least, 1)} is drawn at the lower edge."
+    if any(is_beyond(problem, value, edge) for value in values):
+        note += f" What is {edge_words(problem, edge, 'is')}."
     return Picture(
         f"{problem.network} on {problem.target.name}: {objective} against {metric}",
-        f"The best within each budget: {says}. Float has {percent(problem.float_share)}.",
+        f"The best within each budget: {says}. Float has {problem.show(problem.float_value)}.",
         [finished(layers, 340)],
         ["run", f"{objective} (measured)", f"{metric} ({kind})"],
         [[one["run"], one["is"], one["cost"]] for one in steps],
@@ -268,5 +281,5 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
 
 
 def _priced(run: RunFolder) -> list[tuple[float, float]]:
-    """Cost and accuracy of what a run's solver tried and the target can do."""
+    """Cost and value of what a run's solver tried and the target can do."""
     return [(one.cost, one.accuracy) for one in run.history if one.solver == run.solver and one.cost < math.inf]

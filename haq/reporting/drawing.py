@@ -1,18 +1,20 @@
 """What all charts of a report are drawn with: colours, shapes, scales, and what a chart says to those who can't see it.
 
 Colours are names of the page's CSS variables, so that a chart is light, dark or printed with its page; whatever a colour
-tells, a shape, a side or an outline tells too. Accuracies come as shares and are drawn in percent.
+tells, a shape, a side or an outline tells too. Shares are drawn in percent, other values of objectives as they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
-from haq.store.units import describe_amount, percent
+from haq.store.records import JudgingRecord
+from haq.store.units import PERCENT, describe_amount, plotted, show
 
 Row = dict[str, Any]
 UNIFORM = "uniform bits"
@@ -117,18 +119,19 @@ def shape_by(field: str, names: Sequence[str]) -> alt.Shape:
     return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=shapes), legend=legend(names))
 
 
-def level(share: float, label: str, y: alt.Y) -> list[alt.Chart]:
+def level(value: float, label: str, y: alt.Y, unit: str = PERCENT) -> list[alt.Chart]:
     """Draw a level across a chart, with its name and value.
 
     Args:
-        share: Where.
+        value: Where.
         label: Its name.
         y: The axis that all layers of the chart share.
+        unit: Of the value.
 
     Returns:
         The layers.
     """
-    told = plot([{"y": rounded(100 * share), "label": f"{label} {percent(share)}"}])
+    told = plot([{"y": rounded(plotted(value, unit)), "label": f"{label} {show(value, unit)}"}])
     line = told.mark_rule(color="var(--muted)", strokeDash=[2, 3]).encode(y=y)
     text = told.mark_text(align="left", baseline="bottom", dx=4, dy=-3, fontSize=11, color="var(--muted)")
     return [line, text.encode(y=y, x=alt.value(0), text="label:N")]
@@ -151,27 +154,86 @@ def limit(value: float, label: str, x: alt.X) -> list[alt.Chart]:
     return [line, text.encode(x=x, y=alt.value("height"), text="label:N")]
 
 
-def lowest(shares: Sequence[float], quantile: float = 0.5) -> float:
-    """Say where the scale of a chart begins: what lies far below the rest would press the rest together."""
-    if not shares:
+def edge_of(judging: JudgingRecord, values: Iterable[float], quantile: float = 0.5) -> float:
+    """Say where the scale of a chart ends on its worse side: what is far worse than the rest would press the rest together.
+
+    Args:
+        judging: What the values are of.
+        values: What is drawn.
+        quantile: The share of values, the better ones, that are to have room.
+
+    Returns:
+        A value; what is worse is drawn there (`within`).
+    """
+    scores = sorted((judging.score(value) for value in values if math.isfinite(value)), reverse=True)
+    if not scores:
         return 0.0
-    ordered = sorted(shares, reverse=True)
-    top, typical = ordered[0], ordered[min(int(quantile * len(ordered)), len(ordered) - 1)]
-    return max(ordered[-1], top - max(0.02, 2 * (top - typical)))
+    top, typical = scores[0], scores[min(int(quantile * len(scores)), len(scores) - 1)]
+    least = 0.02  # two points
+    if judging.objective_unit != PERCENT:
+        least *= abs(top)
+    return judging.score(max(scores[-1], top - max(least, 2 * (top - typical))))
 
 
-def scale_of(least: float, most: float) -> alt.Scale:
-    """Make a scale of percents with a little room at both ends; what lies outside is drawn at its end."""
-    margin = max(0.05 * (most - least), 0.002)
-    return alt.Scale(domain=[rounded(100 * (least - margin)), rounded(100 * (most + 2 * margin))], nice=False, clamp=True)
+def is_beyond(judging: JudgingRecord, value: float, edge: float) -> bool:
+    """Tell whether a value is worse than all that a chart has room for."""
+    return judging.score(value) < judging.score(edge)
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Keep the (cost, accuracy) that no other is as good as in both and better in one, cheapest first."""
+def within(judging: JudgingRecord, value: float, edge: float) -> float:
+    """Return where a value is drawn: at the edge, if it is worse than that."""
+    return judging.score(max(judging.score(value), judging.score(edge)))
+
+
+def edge_words(judging: JudgingRecord, edge: float, are: str) -> str:
+    """Say what becomes of values that are worse than a chart has room for, to follow what they are of.
+
+    Args:
+        judging: What the values are of.
+        edge: Where its scale ends.
+        are: "are", or "is"; with a comma before it, if it follows one.
+
+    Returns:
+        Words such as "below 89.1 % are drawn at the lower edge".
+    """
+    beyond, side = "below", "lower"
+    if not judging.higher_is_better:
+        beyond, side = "above", "upper"
+    return f"{beyond} {judging.show(edge, 1)} {are} drawn at the {side} edge".replace(" ,", ",")
+
+
+def scale_of(judging: JudgingRecord, edge: float, best: float) -> alt.Scale:
+    """Make a scale of values with a little room at both ends; what lies outside is drawn at its end.
+
+    Args:
+        judging: What the values are of.
+        edge: Where it ends on its worse side.
+        best: The best value on it.
+
+    Returns:
+        The scale.
+    """
+    least = 0.002
+    if judging.objective_unit != PERCENT:
+        least = 0.005 * max(abs(edge), abs(best)) or 1.0
+    margin = max(0.05 * abs(best - edge), least)
+    low, high = edge - margin, best + 2 * margin
+    if not judging.higher_is_better:
+        low, high = best - 2 * margin, edge + margin
+        if best >= 0:
+            low = max(low, 0.0)  # an error isn't negative
+    return alt.Scale(domain=[rounded(judging.plotted(low)), rounded(judging.plotted(high))], nice=False, clamp=True)
+
+
+def front(points: Iterable[tuple[float, float]], higher_is_better: bool = True) -> list[tuple[float, float]]:
+    """Keep the (cost, value) that no other is as good as in both and better in one, cheapest first."""
+    sign = 1.0
+    if not higher_is_better:
+        sign = -1.0
     kept: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(set(points), key=lambda point: (point[0], -point[1])):
-        if not kept or accuracy > kept[-1][1]:
-            kept.append((cost, accuracy))
+    for cost, value in sorted(set(points), key=lambda point: (point[0], -sign * point[1])):
+        if not kept or sign * value > sign * kept[-1][1]:
+            kept.append((cost, value))
     return kept
 
 

@@ -9,7 +9,7 @@ from haq.reporting import comparisons
 from haq.reporting.drawing import Picture, amount
 from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
-from haq.store.units import NOTHING, percent
+from haq.store.units import NOTHING
 
 HEAD = ("folder", "state", "network", "target", "metric", "solver", "used of budget", "float", "found", "fine-tuned")
 NOTE = (
@@ -48,10 +48,10 @@ def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
         return _line_of_unfinished(source, name)
     result = source.result
     used, limit = (amount(value, result.budget.metric) for value in (result.budget.used, source.problem.limit))
-    of_float, found = (percent(row.share("test", result.objective)) for row in (result.of_float, result.found))
+    of_float, found = (result.show(result.value(row, "test")) for row in (result.of_float, result.found))
     tuned = NOTHING
     if result.finetuned is not None:
-        tuned = percent(result.finetuned.share("test", result.objective))
+        tuned = result.show(result.value(result.finetuned, "test"))
     return [name, "finished", *_problem_of(source), f"{used} of {limit}", of_float, found, tuned]
 
 
@@ -85,9 +85,9 @@ def _line_of_unfinished(source: RunFolder, name: str) -> list[str]:
     used, found = NOTHING, NOTHING
     if source.best is not None:
         used = amount(source.best.cost, problem.metric)
-        found = f"{percent(source.best.accuracy)} (search)"
+        found = f"{problem.show(source.best.accuracy)} (search)"
     limit = amount(problem.limit, problem.metric)
-    of_float = f"{percent(problem.float_share)} (search)"
+    of_float = f"{problem.show(problem.float_value)} (search)"
     return [name, "unfinished", *_problem_of(source), f"{used} of {limit}", of_float, found, NOTHING]
 
 
@@ -97,4 +97,5 @@ def _problem_of(run: RunFolder) -> list[str]:
 
 def _problem_key(run: tuple[str, RunFolder]) -> tuple[str, ...]:
     problem = run[1].problem
-    return problem.network, problem.data, problem.target.name, problem.metric, problem.objective
+    judged = problem.objective, problem.objective_unit, str(problem.higher_is_better)
+    return problem.network, problem.data, problem.target.name, problem.metric, *judged

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haq.store import files
-from haq.store.records import FinishedSweepRecord, PolicyRecord, ProblemRecord, RobustnessRecord, SweepTarget
-from haq.store.units import describe_amount
+from haq.store.records import (
+    FinishedSweepRecord,
+    JudgedRecord,
+    Measurement,
+    PolicyRecord,
+    ProblemRecord,
+    RobustnessRecord,
+    SweepTarget,
+)
+from haq.store.units import PERCENT, describe_amount
 from hw_models.storage import BITS
 
 if TYPE_CHECKING:
@@ -72,17 +81,26 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
 
 
 def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
-    """Draw test accuracy over cost, as a fraction of uniform 8 bits, a panel for each target.
+    """Draw test values over cost, as a fraction of uniform 8 bits, a panel for each target.
 
     Returns a figure; a notebook shows it, `save` writes it.
     """
     targets = [target for target in sweep.targets.values() if target.found]
     figure = _figure(5.2 * len(targets) + 0.8, 4.6)
-    lowest = min(run.share("test", sweep.objective) for found in sweep.found for run in found.runs)
+    judged: list[Measurement | JudgedRecord] = [sweep.of_float]
+    judged += [run for found in sweep.found for run in found.runs]
+    scores = [sweep.score(sweep.value(row, "test")) for row in judged]
+    worst = min((score for score in scores[1:] if math.isfinite(score)), default=scores[0])
+    spare = 0.02  # two points, within which a uniform policy that is worse is still drawn
+    if sweep.objective_unit != PERCENT:
+        spare = 0.1 * (max(scores) - worst)
+    where = "lower right"
+    if not sweep.higher_is_better:
+        where = "upper right"
     panels = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
     for axes, target in zip(panels, targets, strict=True):
         axes.axhline(
-            100 * sweep.of_float.share("test", sweep.objective),
+            sweep.plotted(sweep.value(sweep.of_float, "test")),
             color="black",
             linewidth=0.8,
             linestyle=":",
@@ -90,12 +108,12 @@ def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
         )
         for solver, color in zip(sweep.asked.solvers, COLORS, strict=False):
             _draw_solver(axes, sweep, target, solver, color)
-        _draw_uniform_and_front(axes, sweep, target, lowest - 0.02)
+        _draw_uniform_and_front(axes, sweep, target, worst - spare)
         axes.set_title(f"{target.name} ({target.kind})", fontsize=10)
         axes.set_xlabel(f"{sweep.metric}, fraction of uniform 8 bits", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(f"test {sweep.objective_title}, % (measured)", fontsize=9)
-    panels[0].legend(fontsize=8, frameon=False, loc="lower right")
+    panels[0].set_ylabel(f"{sweep.on_axis(f'test {sweep.objective_title}')} (measured)", fontsize=9)
+    panels[0].legend(fontsize=8, frameon=False, loc=where)
     return figure
 
 
@@ -164,30 +182,32 @@ def _widths(problem: ProblemRecord, policy: PolicyRecord) -> list[tuple[int, int
 def _draw_solver(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, solver: str, color: str) -> None:
     """Draw what a solver found: means over its seeds, with bars from the smallest to the largest."""
     rows = sorted((row for row in target.found if row.solver == solver), key=lambda row: row.fraction)
-    means = [100 * row.share("test", sweep.objective) for row in rows]
-    spreads = [row.spread("test", sweep.objective) for row in rows]
-    below = [mean - 100 * low for mean, (low, _) in zip(means, spreads, strict=True)]
-    above = [100 * high - mean for mean, (_, high) in zip(means, spreads, strict=True)]
+    means = [sweep.plotted(sweep.value(row, "test")) for row in rows]
+    spreads = [sweep.spread(row, "test") for row in rows]
+    below = [mean - sweep.plotted(low) for mean, (low, _) in zip(means, spreads, strict=True)]
+    above = [sweep.plotted(high) - mean for mean, (_, high) in zip(means, spreads, strict=True)]
     fractions = [row.fraction for row in rows]
     bars = [[max(0.0, size) for size in sizes] for sizes in (below, above)]  # a mean may be a rounding beyond an end
     axes.errorbar(fractions, means, bars, color=color, marker="o", markersize=4, linewidth=1.3, capsize=2, label=solver)
 
 
 def _draw_uniform_and_front(axes: Any, sweep: FinishedSweepRecord, target: SweepTarget, least: float) -> None:
-    """Draw uniform policies, but for those below a share, and ring what is on the Pareto front."""
-    shown = [row for row in target.uniform if row.share("test", sweep.objective) >= least]
+    """Draw uniform policies, but for those of a lower score than the least, and ring what is on the Pareto front."""
+    shown = [row for row in target.uniform if sweep.score(sweep.value(row, "test")) >= least]
     label = "uniform bits"
     if len(shown) < len(target.uniform):
         label = "uniform bits (some lie further down)"
+        if not sweep.higher_is_better:
+            label = "uniform bits (some lie further up)"
     fractions = [row.fraction for row in shown]
-    shares = [100 * row.share("test", sweep.objective) for row in shown]
-    axes.plot(fractions, shares, "x", color="#777777", label=label)
-    for row, fraction, share in zip(shown, fractions, shares, strict=True):
-        axes.annotate(str(row.bits), (fraction, share), (4, -9), textcoords="offset points", fontsize=7)
+    values = [sweep.plotted(sweep.value(row, "test")) for row in shown]
+    axes.plot(fractions, values, "x", color="#777777", label=label)
+    for row, fraction, value in zip(shown, fractions, values, strict=True):
+        axes.annotate(str(row.bits), (fraction, value), (4, -9), textcoords="offset points", fontsize=7)
     front = [row for row in [*target.found, *shown] if row.pareto]
     axes.plot(
         [row.fraction for row in front],
-        [100 * row.share("test", sweep.objective) for row in front],
+        [sweep.plotted(sweep.value(row, "test")) for row in front],
         "o",
         markersize=9,
         fillstyle="none",

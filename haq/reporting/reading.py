@@ -66,7 +66,8 @@ class RunFolder:
             weight_bits, activation_bits = zip(*self.policy, strict=True)
             of_policy = [row for row in mine if (row.weight_bits, row.activation_bits) == (weight_bits, activation_bits)]
             mine = of_policy or mine
-        return min(mine, key=lambda row: row.rank, default=None)
+        higher = self.problem.higher_is_better
+        return min(mine, key=lambda row: row.rank_by(higher), default=None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _read_run(folder: Path) -> RunFolder:
     problem = ProblemRecord.read(folder / PROBLEM)
     rows: list[HistoryRow] = []
     if os.path.lexists(folder / HISTORY):
-        rows = history.read(folder / HISTORY, len(problem.layers))
+        rows = history.read(folder / HISTORY, len(problem.layers), history.Limits.of(problem))
     policy, result, robustness = None, None, None
     if os.path.lexists(folder / POLICY):
         policy = _read_policy(folder / POLICY, problem)

@@ -6,10 +6,9 @@ from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount
 from haq.reporting.reading import RunFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
-from haq.store.records import COST_KEYS, FINETUNED, ROBUST, Measurement, ResultRecord, objective_title
-from haq.store.units import NOTHING, percent
+from haq.store.records import COST_KEYS, FINETUNED, ROBUST, JudgingRecord, Measurement, ResultRecord
+from haq.store.units import NOTHING, begin, percent
 
-ACCURACY = "accuracy"
 MEASURED = "Measured means timed layer by layer; the whole network may take more or less than their sum."
 
 
@@ -46,18 +45,18 @@ def of_run(run: RunFolder, name: str, anchor: str) -> Part:
 
 def _verdict(run: RunFolder, result: ResultRecord) -> str:
     metric, objective = run.problem.metric, result.objective_title
-    found, of_float = (row.share("test", result.objective) for row in (result.found, result.of_float))
+    found, of_float = (result.value(row, "test") for row in (result.found, result.of_float))
     budget, kind = result.budget, run.problem.cost_kind
     tuned = ""
     if result.finetuned:
-        tuned = f"; fine-tuned, {percent(result.finetuned.share('test', result.objective))}"
+        tuned = f"; fine-tuned, {result.show(result.value(result.finetuned, 'test'))}"
     verdict = "is EXCEEDED"
     if budget.holds:
         verdict = "holds"
     return (
-        f"The policy found by {result.solver} has {percent(found)} {objective} on the test split, {_points(found - of_float)} "
-        f"float{tuned} (measured). It takes {amount(budget.used, metric)} of {metric} ({kind}), {budget.used_fraction:.3f} of "
-        f"uniform 8 bits. The budget of {amount(budget.limit, metric)} {verdict}."
+        f"The policy found by {result.solver} has {result.show(found)} {objective} on the test split, "
+        f"{result.held_against(found, of_float)} float{tuned} (measured). It takes {amount(budget.used, metric)} of {metric} "
+        f"({kind}), {budget.used_fraction:.3f} of uniform 8 bits. The budget of {amount(budget.limit, metric)} {verdict}."
     )
 
 
@@ -67,25 +66,25 @@ def _so_far(run: RunFolder) -> str:
     words = f"This run is not finished: {done} of at most {asked} evaluations by {run.solver} are there."
     if run.best is None:
         return f"{words} None of them is within the budget yet."
-    metric = run.problem.metric
+    problem, metric = run.problem, run.problem.metric
     return (
-        f"{words} The best within the budget so far has {percent(run.best.accuracy)} on the search split (measured), float "
-        f"has {percent(run.problem.float_share)}; it takes {amount(run.best.cost, metric)} of at most "
-        f"{amount(run.problem.limit, metric)} {metric} ({run.problem.cost_kind})."
+        f"{words} The best within the budget so far has {problem.show(run.best.accuracy)} on the search split (measured), "
+        f"float has {problem.show(problem.float_value)}; it takes {amount(run.best.cost, metric)} of at most "
+        f"{amount(problem.limit, metric)} {metric} ({problem.cost_kind})."
     )
 
 
 def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
     metric, kind, budget = run.problem.metric, run.problem.cost_kind, result.budget
     objective = result.objective_title
-    of_float = result.of_float.share("test", result.objective)
+    of_float = result.value(result.of_float, "test")
 
     def judged(label: str, measured: Measurement) -> Fact:
-        share = measured.share("test", result.objective)
-        return Fact(label, percent(share), f"test {objective}, measured; {_points(share - of_float)} float")
+        value = result.value(measured, "test")
+        return Fact(label, result.show(value), f"test {objective}, measured; {result.held_against(value, of_float)} float")
 
     facts = [
-        Fact("Float", percent(of_float), f"test {objective}, measured"),
+        Fact("Float", result.show(of_float), f"test {objective}, measured"),
         judged(f"Found by {result.solver}", result.found),
     ]
     if result.finetuned:
@@ -108,38 +107,28 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
 
 
 def _facts_so_far(run: RunFolder) -> list[Fact]:
-    metric, objective = run.problem.metric, run.problem.objective_title
-    facts = [Fact("Float", percent(run.problem.float_share), f"search {objective}, measured")]
+    problem, metric, objective = run.problem, run.problem.metric, run.problem.objective_title
+    facts = [Fact("Float", problem.show(problem.float_value), f"search {objective}, measured")]
     if run.best is not None:
-        facts.append(Fact("Best so far", percent(run.best.accuracy), f"search {objective}, measured, by {run.solver}"))
+        facts.append(Fact("Best so far", problem.show(run.best.accuracy), f"search {objective}, measured, by {run.solver}"))
         facts.append(Fact(metric.capitalize(), amount(run.best.cost, metric), f"{run.problem.cost_kind}; within the budget"))
     facts.append(Fact("Budget", amount(run.problem.limit, metric), f"{metric}, at most"))
     return facts
 
 
-def _points(difference: float) -> str:
-    """Write a difference of two shares as a distance from the second: "0.70 points below"."""
-    words = f"{100 * abs(difference):.2f} points"
-    if words == "0.00 points":
-        return "as good as"
-    if difference < 0:
-        return f"{words} below"
-    return f"{words} above"
-
-
 def _results(run: RunFolder, result: ResultRecord) -> Table:
     """Make the table that the search prints."""
-    columns = [("test", result.objective), ("search", result.objective)]
-    if result.objective != ACCURACY and result.found.has("test", ACCURACY):
-        # Plain accuracy beside what policies were judged by, where it was measured too.
-        columns.insert(0, ("test", ACCURACY))
+    columns: list[tuple[str, JudgingRecord]] = [("test", result), ("search", result)]
+    if result.objective.endswith(ROBUST) and result.found.has("test", result.plain.objective):
+        # Without attacks, beside the worst case.
+        columns.insert(0, ("test", result.plain))
     metrics = [name for name in COST_KEYS if result.uniform8.cost(name) is not None]
     kinds = dict.fromkeys(metrics, run.problem.target.provenance.split(" ")[0])
     if "storage" in kinds:
         kinds["storage"] = "counted"
     head = [
         "policy",
-        *(f"{split} {objective_title(objective)} (measured)" for split, objective in columns),
+        *(f"{split} {judging.objective_title} (measured)" for split, judging in columns),
         *(f"{name} ({kind})" for name, kind in kinds.items()),
         "evaluations",
     ]
@@ -153,11 +142,14 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
     rows = []
     for label, row, evaluations in measured:
         if row is not None:
-            shares = [percent(row.share(split, objective)) for split, objective in columns]
-            rows.append([label, *shares, *(_cost(row, name) for name in metrics), evaluations])
-    note = f"{run.problem.data}. {result.objective_title.capitalize()} {result.accuracy_is}; cost {result.cost_is}."
-    if result.objective == ROBUST:
-        note += f" Worst case: {run.problem.objective_is}, right both times; a cheap attack, no evaluation of robustness."
+            values = [judging.show(judging.value(row, split)) for split, judging in columns]
+            rows.append([label, *values, *(_cost(row, name) for name in metrics), evaluations])
+    note = f"{run.problem.data}. {begin(result.objective_title)} {result.accuracy_is}; cost {result.cost_is}."
+    if result.objective.endswith(ROBUST):
+        both = ""
+        if result.counts_samples:
+            both = ", right both times"
+        note += f" Worst case: {run.problem.objective_is}{both}; a cheap attack, no evaluation of robustness."
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
 
 
@@ -180,13 +172,16 @@ def _provenance(run: RunFolder) -> Section:
     meaning = ESTIMATED
     if target.provenance.startswith("measured"):
         meaning = MEASURED
+    size = ""
+    if problem.images:
+        size = f" ({problem.samples_words})"
     sentences = [
-        f"{problem.objective_title.capitalize()}: {where}, with PyTorch and fake-quantized networks. The search split "
-        f"({problem.images:,} images) is what policies are chosen by; no search and no training sees the test split.",
+        f"{begin(problem.objective_title)}: {where}, with PyTorch and fake-quantized networks. The search split{size} is what "
+        "policies are chosen by; no search and no training sees the test split.",
         f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. {meaning}",
         "Storage: counted from the bits, with all that comes with the weights.",
     ]
-    if problem.objective != ACCURACY:
+    if problem.objective_is != problem.objective_title:
         sentences.insert(1, f"Policies are judged by: {problem.objective_is}.")
     return Section("What is estimated, what is measured", sentences=sentences)
 

@@ -10,7 +10,7 @@ from haq.reporting.overview import joint, line, listed
 from haq.reporting.reading import SweepFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
 from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord, SweepTarget
-from haq.store.units import percent
+from haq.store.units import begin
 
 # Settings that vary from search to search; and a sweep never fine-tunes.
 VARIED = ("hw", "budget", "solver", "seed", "finetune_epochs")
@@ -46,7 +46,8 @@ def _of_finished(sweep: FinishedSweepRecord, name: str, anchor: str) -> Part:
         True,
         [
             f"{searches} searches of {sweep.network} on {sweep.data}, for {sweep.metric}, by "
-            f"{', '.join(sweep.asked.solvers)}. Accuracies are of policies as they were found, without fine-tuning."
+            f"{', '.join(sweep.asked.solvers)}. {begin(sweep.objective_title)} is of policies as they were found, without "
+            "fine-tuning."
         ],
         _facts(sweep),
         sections,
@@ -76,15 +77,15 @@ def _of_begun(source: SweepFolder, name: str, anchor: str) -> Part:
 
 def _facts(sweep: FinishedSweepRecord) -> list[Fact]:
     """Tell what the float network has, and the best policy on each target."""
-    of_float = percent(sweep.of_float.share("test", sweep.objective))
+    of_float = sweep.show(sweep.value(sweep.of_float, "test"))
     facts = [Fact("Float", of_float, f"test {sweep.objective_title}, measured")]
     for target in sweep.targets.values():
         if not target.found:
             continue
-        best = min(target.found, key=lambda row: (-row.share("test", sweep.objective), row.fraction))
+        best = min(target.found, key=lambda row: (-sweep.score(sweep.value(row, "test")), row.fraction))
         cost = f"{best.fraction:.3f} of uniform 8 bits ({target.kind})"
         what = f"test {sweep.objective_title}, measured, by {best.solver} at {cost}"
-        facts.append(Fact(f"Best on {target.name}", percent(best.share("test", sweep.objective)), what))
+        facts.append(Fact(f"Best on {target.name}", sweep.show(sweep.value(best, "test")), what))
     return facts
 
 
@@ -112,7 +113,7 @@ def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> T
         fractions = {other: f"{policy.fractions[other]:.3f}" for other in names if other in policy.fractions}
         if name in fractions:
             fractions[name] += " *"
-        rows.append([name, policy.solver, percent(policy.share("test", sweep.objective)), *fractions.values()])
+        rows.append([name, policy.solver, sweep.show(sweep.value(policy, "test")), *fractions.values()])
     note = (
         f"{sweep.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
         "target's own policy, the best on the search split of those found for it."
@@ -125,7 +126,7 @@ def _provenance(sweep: FinishedSweepRecord) -> Section:
     what = ""
     if sweep.objective_is != sweep.objective_title:
         what = f" ({sweep.objective_is})"
-    sentences = [f"{sweep.objective_title.capitalize()}{what} is {sweep.accuracy_is}, on {sizes} images."]
+    sentences = [f"{begin(sweep.objective_title)}{what} is {sweep.accuracy_is}, on {sizes} {sweep.samples_are}."]
     sentences += [f"On {target.name}, {sweep.metric} is {target.cost_is}." for target in sweep.targets.values()]
     if any(target.kind == "estimated" for target in sweep.targets.values()):
         sentences.append(ESTIMATED)

@@ -26,7 +26,7 @@ from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
-from haq.store.units import describe_amount, percent
+from haq.store.units import PERCENT, describe_amount, show
 from hw_models.registry import printable
 
 
@@ -36,15 +36,19 @@ class Trial:
 
     Attributes:
         policy: The bits of every layer.
-        evaluation: What it was measured to give on the search images.
+        evaluation: What it was measured to give on the search samples.
         cost: What it costs, in the unit of the problem's metric.
         feasible: Whether that is within the budget.
+        title: What the objective is called.
+        unit: The objective's.
     """
 
     policy: Q.BitPolicy
     evaluation: Evaluation
     cost: float
     feasible: bool
+    title: str = "accuracy"
+    unit: str = PERCENT
 
     @property
     def accuracy(self) -> float:
@@ -71,7 +75,7 @@ class Trial:
         words = "within the budget"
         if not self.feasible:
             words = "over the budget"
-        return f"Trial(accuracy {percent(self.accuracy)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
+        return f"Trial({self.title} {show(self.value, self.unit)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
 
 
 @dataclass(repr=False)
@@ -114,7 +118,7 @@ class Session:
         found = "nothing within the budget yet"
         if self.best is not None:
             cost = describe_amount(self.best.cost, self.problem.metric)
-            found = f"best {percent(self.best.accuracy)} at {cost}"
+            found = f"best {show(self.best.value, self.best.unit)} at {cost}"
         return f"Session({self.used} of {self.evaluations} evaluations used, {found})"
 
     @property
@@ -162,7 +166,8 @@ class Session:
         """Evaluate a policy that is new, and make a trial of it."""
         evaluation = self.problem.evaluate(policy)
         cost = self.problem.policy_cost(policy)
-        trial = Trial(policy, evaluation, cost, self.problem.within_budget(cost))
+        objective = self.problem.objective
+        trial = Trial(policy, evaluation, cost, self.problem.within_budget(cost), objective.title, objective.unit)
         self._seen.add(policy)
         self.trials.append(trial)
         # A network whose outputs aren't finite (an infinite loss) is worth nothing, whatever it costs.

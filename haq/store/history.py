@@ -12,41 +12,93 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from haq.store import files
+from haq.store.units import PERCENT, worst_of
 from hw_models.storage import BITS
+
+if TYPE_CHECKING:
+    from haq.store.records import JudgingRecord
 
 _BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
-# Where a network's outputs weren't finite loss and divergence are infinite, and the accuracy is 0; the cost is infinite
-# where the hardware can't do a policy.
+# Where a network's outputs weren't finite loss and divergence are infinite, and the accuracy is 0, or infinite where it is no
+# share; the cost is infinite where the hardware can't do a policy.
 _MAYBE_INFINITE = ("loss", "divergence", "cost")
-_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, sys.float_info.max), "divergence": (-1e-3, 1e30)}
+_MOST = sys.float_info.max
+_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-1e-3, 1e30), "cost": (0.0, _MOST), "divergence": (-1e-3, 1e30)}
+
+
+class Limits(NamedTuple):
+    """What the values and losses of a history can be; the defaults are those of accuracy.
+
+    Attributes:
+        unit: The objective's; "%" for shares, 0 to 1.
+        higher_is_better: Its direction: what is worth nothing is infinitely low, or high.
+        counts_samples: Whether the value is a share of samples. Losses are those of class scores then, which aren't negative.
+    """
+
+    unit: str = PERCENT
+    higher_is_better: bool = True
+    counts_samples: bool = True
+
+    @classmethod
+    def of(cls, judging: JudgingRecord) -> Limits:
+        """Return those of what a record says policies are judged by."""
+        return cls(judging.objective_unit, judging.higher_is_better, judging.counts_samples)
+
+    def number(self, column: str, text: str) -> float:
+        """Read the number of a column; ValueError, saying what is accepted, for anything else."""
+        low, high = _LIMITS[column]
+        accepted = "a number from 0"
+        infinite = str(math.inf)
+        may_be_infinite = column in _MAYBE_INFINITE
+        if column == "accuracy":
+            worst = worst_of(self.unit, self.higher_is_better)
+            infinite, may_be_infinite = str(worst), math.isinf(worst)
+            accepted = "a number from 0 to 1"
+            if self.unit != PERCENT:
+                low, high, accepted = -_MOST, _MOST, "a number"
+        elif column == "loss" and not self.counts_samples:
+            low, high, accepted = -_MOST, _MOST, "a number"
+        if may_be_infinite and text == infinite:
+            return float(infinite)
+        value = math.nan
+        if len(text) <= 40:
+            with suppress(ValueError):
+                value = float(text)
+        if low <= value <= high:
+            return value
+        raise ValueError(f"the {column} is {text[:40]!r}, not {accepted}")
+
+
+SHARES = Limits()
 
 
 class HistoryRow(NamedTuple):
-    """One evaluation: accuracy is a share, loss and divergence are in nats, cost is in the metric's unit."""
+    """One evaluation: loss and divergence are in nats, cost is in the metric's unit."""
 
     solver: str
     evaluation: int  # of this solver, from 1
     weight_bits: tuple[int, ...]  # of each layer
     activation_bits: tuple[int, ...]
-    accuracy: float
+    accuracy: float  # the objective's value: a share for accuracy
     loss: float
     cost: float
     within_budget: bool
     divergence: float | None
 
     @classmethod
-    def parse(cls, line: str, layers: int | None = None) -> HistoryRow:
+    def parse(cls, line: str, layers: int | None = None, limits: Limits = SHARES) -> HistoryRow:
         """Read a line, without its end.
 
         Args:
             line: The line, a cell per column.
             layers: How many layers the network has; None if that isn't known.
+            limits: What its values can be.
 
         Returns:
             The row, which `line` writes again as it was.
@@ -64,12 +116,12 @@ class HistoryRow(NamedTuple):
             raise ValueError(f"the evaluation is {text['evaluation'][:40]!r}, not a number from 1")
         weight_bits = _widths("weight", text["weight_bits"], layers)
         activation_bits = _widths("activation", text["activation_bits"], layers)
-        accuracy = _number("accuracy", text["accuracy"])
-        loss = _number("loss", text["loss"])
-        cost = _number("cost", text["cost"])
+        accuracy = limits.number("accuracy", text["accuracy"])
+        loss = limits.number("loss", text["loss"])
+        cost = limits.number("cost", text["cost"])
         divergence = None
         if text["divergence"]:
-            divergence = _number("divergence", text["divergence"])
+            divergence = limits.number("divergence", text["divergence"])
         if text["within_budget"] not in ("0", "1"):
             raise ValueError(f"within_budget is {text['within_budget'][:40]!r}, not 0 or 1")
         return cls(
@@ -104,20 +156,27 @@ class HistoryRow(NamedTuple):
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Order rows, better ones first: by accuracy, then loss, then cost."""
-        return -self.accuracy, self.loss, self.cost
+        """Order rows, better ones first, where a higher value is better: by it, then loss, then cost."""
+        return self.rank_by(True)
+
+    def rank_by(self, higher_is_better: bool) -> tuple[float, float, float]:
+        """Order rows, better ones first: by the objective's value, of which direction, then loss, then cost."""
+        if higher_is_better:
+            return -self.accuracy, self.loss, self.cost
+        return self.accuracy, self.loss, self.cost
 
 
 COLUMNS = HistoryRow._fields
 HEADER = ",".join(COLUMNS) + "\n"
 
 
-def read(path: Path, layers: int | None = None) -> list[HistoryRow]:
+def read(path: Path, layers: int | None = None, limits: Limits = SHARES) -> list[HistoryRow]:
     """Read a history.
 
     Args:
         path: The file.
         layers: How many layers the network has; None if that isn't known.
+        limits: What its values can be.
 
     Returns:
         Its rows, in order.
@@ -137,7 +196,7 @@ def read(path: Path, layers: int | None = None) -> list[HistoryRow]:
     counts: dict[str, int] = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = HistoryRow.parse(line, layers)
+            row = HistoryRow.parse(line, layers, limits)
             _check_count(row, counts)
             rows.append(row)
         except ValueError as error:
@@ -178,19 +237,3 @@ def _widths(operand: str, text: str, layers: int | None) -> tuple[int, ...]:
     if layers is not None and len(widths) != layers:
         raise ValueError(f"{operand} bits of {len(widths)} layers, the network has {layers}")
     return widths
-
-
-def _number(column: str, text: str) -> float:
-    low, high = _LIMITS[column]
-    if text == str(math.inf) and column in _MAYBE_INFINITE:
-        return math.inf
-    value = math.nan
-    if len(text) <= 40:
-        with suppress(ValueError):
-            value = float(text)
-    if low <= value <= high:
-        return value
-    accepted = "a number from 0"
-    if high == 1:
-        accepted += " to 1"
-    raise ValueError(f"the {column} is {text[:40]!r}, not {accepted}")

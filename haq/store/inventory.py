@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from haq.store import history
-from haq.store.files import CONFIG, HISTORY, LEFTOVERS, LOCK, RESULT, SENSITIVITIES, SWEEP
+from haq.store.files import CONFIG, HISTORY, LEFTOVERS, LOCK, PROBLEM, RESULT, SENSITIVITIES, SWEEP
 from haq.store.lock import is_held
-from haq.store.records import ConfigRecord, FinishedSweepRecord, ResultRecord, SweepRecord
+from haq.store.records import (
+    ConfigRecord,
+    FinishedSweepRecord,
+    JudgingRecord,
+    ProblemRecord,
+    ResultRecord,
+    SweepRecord,
+    objective_title,
+)
+from haq.store.units import PERCENT, finite, show
 
 FINISHED, INTERRUPTED, RUNNING, DAMAGED = "finished", "interrupted", "running", "damaged"
 
@@ -31,8 +40,9 @@ class RunSummary:
         result: What a finished search found.
         done: Evaluations by the run's own solver; of a sweep, finished searches.
         asked: How many were asked for; of a sweep, at most, until it is finished: budgets may be out of reach.
-        search: Share of the objective on the search split: the best within the budget so far, or what was found.
-        test: Share on the test split of what was found, fine-tuned if it was.
+        judging: What says unit and direction of the objective; None where nothing has been said of it yet.
+        search: The objective's value on the search split: the best within the budget so far, or what was found.
+        test: Its value on the test split of what was found, fine-tuned if it was.
     """
 
     folder: Path
@@ -45,6 +55,7 @@ class RunSummary:
     result: ResultRecord | None = None
     done: int | None = None
     asked: int | None = None
+    judging: JudgingRecord | None = None
     search: float | None = None
     test: float | None = None
 
@@ -65,6 +76,29 @@ class RunSummary:
         """Name what policies are judged by."""
         return str(self.settings.get("objective", "accuracy"))
 
+    @property
+    def objective_title(self) -> str:
+        """Name what policies are judged by in a word or two."""
+        if self.judging is None:
+            return objective_title(self.objective)
+        return self.judging.objective_title
+
+    @property
+    def objective_unit(self) -> str:
+        """Return the objective's unit."""
+        if self.judging is None:
+            return PERCENT
+        return self.judging.objective_unit
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Return the objective's direction."""
+        return self.judging is None or self.judging.higher_is_better
+
+    def show(self, value: float | None) -> str:
+        """Write a value of the objective with its unit."""
+        return show(value, self.objective_unit)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: what `list --json` prints."""
         names = ("network", "data", "hw", "metric", "budget", "solver", "seed", "objective")
@@ -77,8 +111,11 @@ class RunSummary:
             "done": self.done,
             "asked": self.asked,
             "bytes": sum(size for _, size in file_sizes(self.folder)),
-            "search_accuracy": self.search,
-            "test_accuracy": self.test,
+            "search_accuracy": finite(self.search),
+            "test_accuracy": finite(self.test),
+            "objective_title": self.objective_title,
+            "objective_unit": self.objective_unit,
+            "higher_is_better": self.higher_is_better,
         }
 
 
@@ -158,40 +195,56 @@ def file_sizes(folder: Path) -> Iterator[tuple[Path, int]]:
 
 def _read_run(folder: Path) -> dict[str, Any]:
     config = ConfigRecord.read(folder / CONFIG)
+    result: ResultRecord | None = None
+    judging: JudgingRecord | None = None
+    if os.path.lexists(folder / RESULT):
+        judging = result = ResultRecord.read(folder / RESULT)
+    elif os.path.lexists(folder / PROBLEM):
+        judging = ProblemRecord.read(folder / PROBLEM)
     rows = []
     if (folder / HISTORY).exists():
-        rows = [row for row in history.read(folder / HISTORY) if row.solver == config.solver]
+        limits = history.SHARES
+        if judging is not None:
+            limits = history.Limits.of(judging)
+        rows = [row for row in history.read(folder / HISTORY, limits=limits) if row.solver == config.solver]
     found: dict[str, Any] = {
         "settings": config.settings,
         "config": config,
         "done": len(rows),
         "asked": config.evaluations,
+        "judging": judging,
     }
-    if not os.path.lexists(folder / RESULT):
-        best = max((row.accuracy for row in rows if row.within_budget), default=None)
-        return found | {"state": INTERRUPTED, "search": best}
-    result = ResultRecord.read(folder / RESULT)
-    return found | {
-        "state": FINISHED,
-        "result": result,
-        "search": result.found.share("search", result.objective),
-        "test": result.last.share("test", result.objective),
-    }
+    if result is not None:
+        return found | {
+            "state": FINISHED,
+            "result": result,
+            "search": result.value(result.found, "search"),
+            "test": result.value(result.last, "test"),
+        }
+    within = [row for row in rows if row.within_budget]
+    best = None
+    if within:
+        direction = judging is None or judging.higher_is_better
+        best = min(within, key=lambda row: row.rank_by(direction)).accuracy
+    return found | {"state": INTERRUPTED, "search": best}
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
     sweep = SweepRecord.read(folder / SWEEP)
     asked = sweep.asked
     state = INTERRUPTED
+    judging: JudgingRecord | None = None
     # What draws nothing has one seed; no more is said of it here, where the solvers aren't loaded.
     most = len(asked.hw) * len(asked.budgets) * len(asked.solvers) * asked.seeds
     if isinstance(sweep, FinishedSweepRecord):
         state = FINISHED
+        judging = sweep
         most = sum(len(found.runs) for found in sweep.found)
     lists = {"hw": asked.hw, "budget": asked.budgets, "solver": asked.solvers}
     return {
         "settings": {**asked.settings, **{name: ",".join(values) for name, values in lists.items()}},
         "sweep": sweep,
+        "judging": judging,
         "state": state,
         "done": sum((inside / RESULT).is_file() for inside in folder.iterdir() if inside.is_dir()),
         "asked": most,

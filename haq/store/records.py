@@ -20,20 +20,22 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator, model_validator
 
 from haq.store import files
 from haq.store.files import kind_of, quoted
+from haq.store.units import PERCENT, held_against, plotted, show, worst_of
 from hw_models.storage import BITS
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
 SPLITS = ("search", "test")
-ROBUST = "accuracy+robust"  # the objective whose images are attacked
+ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
+WORST_CASE = "worst-case "  # before its title
 SAME = 1e-6  # the relative difference of two costs that are the same but for rounding
 COST_KEYS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
 
@@ -50,17 +52,23 @@ Texts = Annotated[dict[str, str], Field(max_length=MOST)]
 Names = Annotated[list[str], Field(max_length=MOST)]
 Counts = Annotated[dict[str, Count], Field(max_length=MOST)]
 Shares = Annotated[dict[str, Share | None], Field(max_length=MOST)]
+Values = Annotated[dict[str, float | None], Field(max_length=MOST)]
 
 
 def share_key(split: str, objective: str) -> str:
-    """Name the key under which files hold the share of an objective on a split: "search_accuracy"."""
+    """Name the key under which files hold the value of an objective on a split: "search_accuracy"."""
     return f"{split}_{objective}"
+
+
+def error_key(key: str) -> str:
+    """Name the key under which files hold the standard error of the value under another key."""
+    return f"{key}_error"
 
 
 def objective_title(objective: str) -> str:
     """Name an objective in a word or two, as pages and tables call it."""
-    if objective == ROBUST:
-        return "worst-case accuracy"
+    if objective.endswith(ROBUST):
+        return f"{WORST_CASE}{objective.removesuffix(ROBUST)}"
     return objective
 
 
@@ -152,8 +160,125 @@ class FileRecord(Record):
         files.check_schema(source, content.get("schema"), cls.SCHEMA, cls.WHAT, cls.REMEDY)
 
 
-class Measurement(RootModel[Annotated[dict[str, float | None], Field(max_length=MOST)]]):
-    """What one network was measured to give and what it costs: shares by split and objective, costs by metric."""
+class JudgingRecord(Record):
+    """What policies are judged by, beside the other fields of a record. The defaults are those of accuracy.
+
+    Attributes:
+        objective: Its name, under which files hold values.
+        objective_title_is: What sentences and axes call it, if that isn't its name.
+        objective_unit: "%" for shares, 0 to 1; or what is shown behind a value.
+        higher_is_better: Its direction.
+        counts_samples: Whether the value is the share of samples that are answered rightly, which chance moves as it does
+            counts.
+        samples_are: What samples are called, several of them.
+    """
+
+    if TYPE_CHECKING:
+        objective: str  # where it stands in a file is told by each record
+    objective_title_is: str = ""
+    objective_unit: str = PERCENT
+    higher_is_better: bool = True
+    counts_samples: bool = True
+    samples_are: str = "images"
+
+    @property
+    def objective_title(self) -> str:
+        """Name the objective in a word or two."""
+        return self.objective_title_is or objective_title(self.objective)
+
+    @property
+    def plain(self) -> ObjectiveRecord:
+        """Return the record of the same objective without attacks: itself, if there are none."""
+        fields = {name: getattr(self, name) for name in JudgingRecord.model_fields}
+        fields["objective_title_is"] = self.objective_title.removeprefix(WORST_CASE)
+        return ObjectiveRecord(objective=self.objective.removesuffix(ROBUST), **fields)
+
+    @property
+    def worst(self) -> float:
+        """Return the value of a network whose outputs aren't finite; files have null for one that is infinite."""
+        return worst_of(self.objective_unit, self.higher_is_better)
+
+    def value(self, row: Measurement | JudgedRecord, split: str) -> float:
+        """Return the objective's value in what was measured on a split.
+
+        Args:
+            row: What was measured.
+            split: "search" or "test".
+
+        Returns:
+            The value, a share for the unit "%"; an infinite one of a network whose outputs weren't finite.
+
+        Raises:
+            ValueError: If there is none, or one that can't be.
+        """
+        return self.checked(row.entry(split, self.objective), share_key(split, self.objective))
+
+    def checked(self, value: Any, key: str) -> float:
+        """Return a value as a file has it, once it can be one of the objective; ValueError, naming its key, if it can't."""
+        if value is None and math.isinf(self.worst):
+            return self.worst
+        accepted, least, most = "a number", -math.inf, math.inf
+        if self.objective_unit == PERCENT:
+            accepted, least, most = "a share from 0 to 1", 0.0, 1.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"{key!r} is {quoted(value)}; it must be {accepted}")
+        return float(value)
+
+    def score(self, value: float) -> float:
+        """Return a number that is larger for a better value."""
+        if self.higher_is_better:
+            return value
+        return -value
+
+    def show(self, value: float | None, digits: int = 2) -> str:
+        """Write a value with its unit; see `haq.store.units.show`."""
+        return show(value, self.objective_unit, digits)
+
+    def held_against(self, value: float, other: float) -> str:
+        """Say how far a value is from another; see `haq.store.units.held_against`."""
+        return held_against(value, other, self.objective_unit, self.higher_is_better)
+
+    def on_axis(self, words: str) -> str:
+        """Write the title of an axis of values: words, the unit, and the direction if it isn't the usual one."""
+        parts = [words]
+        if self.objective_unit:
+            parts.append(self.objective_unit)
+        if not self.higher_is_better:
+            parts.append("lower is better")
+        return ", ".join(parts)
+
+    def plotted(self, value: float) -> float:
+        """Return a value as it is drawn: shares in percent."""
+        return plotted(value, self.objective_unit)
+
+
+class ObjectiveRecord(JudgingRecord):
+    """What policies are judged by, alone."""
+
+    objective: str
+
+    @classmethod
+    def of(cls, objective: Any, samples_are: str = "images") -> ObjectiveRecord:
+        """Make the record of a `haq.Objective`; `samples_are` is what the samples that it judges are called."""
+        return cls(
+            objective=objective.name,
+            objective_title_is=objective.title,
+            objective_unit=objective.unit,
+            higher_is_better=objective.higher_is_better,
+            counts_samples=objective.takes_scores and objective.unit == PERCENT,
+            samples_are=samples_are,
+        )
+
+    def differences(self) -> dict[str, Any]:
+        """Return what isn't as it is for accuracy: the fields that files have beside the objective's name."""
+        found = self.model_dump(exclude_defaults=True, exclude={"objective"})
+        if self.objective_title_is == objective_title(self.objective):
+            del found["objective_title_is"]
+        return found
+
+
+class Measurement(RootModel[Values]):
+    """What one network was measured to give and what it costs: values by split and objective, costs by metric."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -161,9 +286,13 @@ class Measurement(RootModel[Annotated[dict[str, float | None], Field(max_length=
         """Tell whether an objective was measured on a split."""
         return self.root.get(share_key(split, objective)) is not None
 
-    def share(self, split: str, objective: str) -> float:
-        """Return the share of an objective on a split, 0..1; ValueError if there is none."""
-        return _share_of(self.root, share_key(split, objective))
+    def entry(self, split: str, objective: str) -> Any:
+        """Return what the file has of an objective on a split; ValueError if there is no such key."""
+        return _entry_of(self.root, share_key(split, objective))
+
+    def error(self, split: str, objective: str) -> float | None:
+        """Return the standard error of a value, where it is known."""
+        return _error_of(self.root, share_key(split, objective))
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -248,7 +377,7 @@ class LayerRecord(Record):
     cost: CostTable
 
 
-class ProblemRecord(FileRecord):
+class ProblemRecord(FileRecord, JudgingRecord):
     """problem.json: what is searched, enough to price every policy without loading anything. Costs are in the unit."""
 
     SCHEMA = files.PROBLEM_SCHEMA
@@ -258,7 +387,7 @@ class ProblemRecord(FileRecord):
     network: str
     origin: str
     data: str
-    images: Count
+    images: Count  # samples
     target: TargetRecord
     metric: Metric
     unit: str
@@ -268,13 +397,20 @@ class ProblemRecord(FileRecord):
     bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
     objective: str
     objective_is: str  # what it measures, in words
-    float_share: Share = Field(alias="float")
+    of_float: float | None = Field(alias="float")
     layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
 
     @property
-    def objective_title(self) -> str:
-        """Name the objective in a word or two."""
-        return objective_title(self.objective)
+    def samples_words(self) -> str:
+        """Say on how many samples policies are judged; nothing of an objective that is given none."""
+        if not self.images:
+            return ""
+        return f"{self.images:,} {self.samples_are}"
+
+    @property
+    def float_value(self) -> float:
+        """Return the objective's value of the float network."""
+        return self.checked(self.of_float, "float")
 
     @property
     def cost_kind(self) -> str:
@@ -288,6 +424,7 @@ class ProblemRecord(FileRecord):
         total = sum(layer.cost[-1][-1] for layer in self.layers)
         if not math.isclose(total, self.uniform8, rel_tol=1e-6):
             raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
+        self.checked(self.of_float, "float")
         return self
 
 
@@ -454,13 +591,17 @@ class BudgetRecord(Record):
 
 
 class JudgedRecord(Record):
-    """A record with shares of the objective beside its own fields."""
+    """A record with values of the objective beside its own fields."""
 
     model_config = ConfigDict(extra="allow")
 
-    def share(self, split: str, objective: str) -> float:
-        """Return the share of an objective on a split, 0..1; ValueError if there is none."""
-        return _share_of(self.model_extra or {}, share_key(split, objective))
+    def entry(self, split: str, objective: str) -> Any:
+        """Return what the file has of an objective on a split; ValueError if there is no such key."""
+        return _entry_of(self.model_extra or {}, share_key(split, objective))
+
+    def error(self, split: str, objective: str) -> float | None:
+        """Return the standard error of a value, where it is known."""
+        return _error_of(self.model_extra or {}, share_key(split, objective))
 
 
 class UniformResult(JudgedRecord):
@@ -470,39 +611,58 @@ class UniformResult(JudgedRecord):
     cost: Cost
 
 
-class TuningRecord(Record):
-    """How a fine-tuning was judged on images of the train split that it held out."""
+class TuningRecord(JudgingRecord):
+    """How a fine-tuning was judged on samples of the train split that it held out."""
 
-    images: Count
+    images: Count  # samples
     epochs: Count
     kept: Count  # the epoch whose network was kept; 0: the network before
     diverged: bool = False
-    before: Share
-    best: Share
-    earlier: Share | None = None  # of the network that was fine-tuned earlier, where that one was kept
+    before: float | None
+    best: float | None
+    earlier: float | None = None  # of the network that was fine-tuned earlier, where that one was kept
+    objective: str = "agreement"  # what it was judged by
+
+    @model_validator(mode="after")
+    def _check_values(self) -> TuningRecord:
+        self.checked(self.before, "before")
+        self.checked(self.best, "best")
+        if self.earlier is not None:
+            self.checked(self.earlier, "earlier")
+        return self
 
 
 # What the network is called that stands below the one that was found, by the method that made it.
 FINETUNED = {"train": "fine-tuned", "ptq": "after ptq"}
 
 
-class ReconstructionRecord(Record):
-    """How a reconstruction (post-training quantization of one policy) was judged on images of the train split, held out."""
+class ReconstructionRecord(JudgingRecord):
+    """How a reconstruction (post-training quantization of one policy) was judged on samples of the train split, held out."""
 
-    images: Count
+    images: Count  # samples
     calibration_images: Count
     seed: Count
     seconds: Annotated[float, Field(ge=0)]
     kept: bool  # whether what was found is kept, and not the network before
-    before: Share
-    after: Share
-    divergence_before: float  # nats
+    before: float | None
+    after: float | None
+    divergence_before: float  # in `divergence_unit`
     divergence_after: float
-    earlier: Share | None = None  # of the network that was fine-tuned earlier, where that one was kept
+    divergence_unit: str = "nats"
+    earlier: float | None = None  # of the network that was fine-tuned earlier, where that one was kept
+    objective: str = "agreement"  # what it was judged by
+
+    @model_validator(mode="after")
+    def _check_values(self) -> ReconstructionRecord:
+        self.checked(self.before, "before")
+        self.checked(self.after, "after")
+        if self.earlier is not None:
+            self.checked(self.earlier, "earlier")
+        return self
 
 
-class ResultRecord(FileRecord):
-    """result.json: what a finished search found. Costs are in seconds, joules and bytes, accuracies are shares."""
+class ResultRecord(FileRecord, JudgingRecord):
+    """result.json: what a finished search found. Costs are in seconds, joules and bytes, shares from 0 to 1."""
 
     SCHEMA = files.RESULT_SCHEMA
     WHAT = "the result of a run"
@@ -538,11 +698,6 @@ class ResultRecord(FileRecord):
     verified: AttackedRecord | None = None
 
     @property
-    def objective_title(self) -> str:
-        """Name the objective in a word or two."""
-        return objective_title(self.objective)
-
-    @property
     def last(self) -> Measurement:
         """Return what was measured last of what was found: fine-tuned, if it was."""
         return self.finetuned or self.found
@@ -554,9 +709,9 @@ class ResultRecord(FileRecord):
             measured.append(self.finetuned)
         for split in SPLITS:
             for measurement in measured:
-                measurement.share(split, self.objective)
+                self.value(measurement, split)
         for uniform in self.uniform:
-            uniform.share("search", self.objective)
+            self.value(uniform, "search")
         return self
 
     @model_validator(mode="after")
@@ -644,10 +799,24 @@ class SweepFound(SweepPolicy):
     limit: Cost
     runs: Annotated[list[SeedRecord], Field(min_length=1, max_length=MOST_SEARCHES)]
 
-    def spread(self, split: str, objective: str) -> tuple[float, float]:
-        """Return the smallest and the largest share over the seeds."""
-        shares = [run.share(split, objective) for run in self.runs]
-        return min(shares), max(shares)
+    def spread(self, split: str, objective: str, unknown: float = 0.0) -> tuple[float, float]:
+        """Return the smallest and the largest value over the seeds.
+
+        Args:
+            split: "search" or "test".
+            objective: Its name.
+            unknown: The value where the file has null.
+
+        Returns:
+            Both.
+        """
+        values = []
+        for run in self.runs:
+            value = run.entry(split, objective)
+            if value is None:
+                value = unknown
+            values.append(float(value))
+        return min(values), max(values)
 
 
 class SweepTarget(Record):
@@ -687,7 +856,7 @@ class SharedSensitivities(Record):
     file: str
 
 
-class FinishedSweepRecord(SweepRecord):
+class FinishedSweepRecord(SweepRecord, JudgingRecord):
     """sweep.json in the end."""
 
     network: str
@@ -704,23 +873,22 @@ class FinishedSweepRecord(SweepRecord):
     specialisation: SpecialisationRecord | None
 
     @property
-    def objective_title(self) -> str:
-        """Name the objective in a word or two."""
-        return objective_title(self.objective)
-
-    @property
     def found(self) -> list[SweepFound]:
         """Return what was found, on all targets."""
         return [found for target in self.targets.values() for found in target.found]
+
+    def spread(self, found: SweepFound, split: str) -> tuple[float, float]:
+        """Return the smallest and the largest value over the seeds of what a solver found."""
+        return found.spread(split, self.objective, self.worst)
 
     @model_validator(mode="after")
     def _check_shares(self) -> FinishedSweepRecord:
         for split in SPLITS:
             if not self.images.get(split):
                 raise ValueError(f"'images' says nothing of the {split} split; it must be a number above 0")
-            self.of_float.share(split, self.objective)
+            self.value(self.of_float, split)
             for row in self._judged():
-                row.share(split, self.objective)
+                self.value(row, split)
         return self
 
     def _judged(self) -> Iterable[JudgedRecord]:
@@ -803,10 +971,14 @@ _WANTED = {
 }
 
 
-def _share_of(values: Mapping[str, Any], key: str) -> float:
+def _entry_of(values: Mapping[str, Any], key: str) -> Any:
     if key not in values:
         raise ValueError(f"{key!r} is missing")
-    value = values[key]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{key!r} is {quoted(value)}; it must be a share from 0 to 1")
-    return float(value)
+    return values[key]
+
+
+def _error_of(values: Mapping[str, Any], key: str) -> float | None:
+    error = values.get(error_key(key))
+    if isinstance(error, bool) or not isinstance(error, (int, float)):
+        return None
+    return float(error)

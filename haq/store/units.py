@@ -1,8 +1,9 @@
-"""Latency, energy, storage, bytes and shares, as a user reads and writes them."""
+"""Latency, energy, storage, bytes, shares and values of objectives, as a user reads and writes them."""
 
 from __future__ import annotations
 
 import decimal
+import math
 
 from hw_models.files import describe_bytes as describe_bytes
 
@@ -15,6 +16,8 @@ DIGITS = 4  # of an amount
 EXACT = 12  # digits that are meant of a float
 DOWN, NEAREST, UP = decimal.ROUND_FLOOR, decimal.ROUND_HALF_EVEN, decimal.ROUND_CEILING
 NOTHING = "–"  # what stands where there is no number
+PERCENT = "%"  # the unit of an objective whose values are shares, 0 to 1
+SAME = 1e-6  # the relative difference of two values that are the same but for rounding
 
 
 def best_unit(amount: float, metric: str) -> tuple[str, float]:
@@ -51,3 +54,113 @@ def percent(share: float | None, digits: int = 2) -> str:
     if share is None:
         return NOTHING
     return f"{100 * share:.{digits}f} %"
+
+
+def worst_of(unit: str, higher_is_better: bool) -> float:
+    """Return the value of a network whose outputs aren't finite: no sample is answered rightly, or it is infinite."""
+    if not higher_is_better:
+        return math.inf
+    if unit == PERCENT:
+        return 0.0
+    return -math.inf
+
+
+def finite(value: float | None) -> float | None:
+    """Return a value as JSON holds it: None where it is infinite or no number."""
+    if value is None or not math.isfinite(value):
+        return None
+    return value
+
+
+def show(value: float | None, unit: str, digits: int = 2) -> str:
+    """Write an objective's value: 92.50 %, 28.41 dB, 0.0123; a dash where there is none.
+
+    Args:
+        value: The value; of the unit "%" a share from 0 to 1.
+        unit: The objective's unit, or nothing.
+        digits: Of a percentage, behind its point; other values have four digits.
+
+    Returns:
+        The number with its unit.
+    """
+    if value is None or math.isnan(value):
+        return NOTHING
+    if unit != PERCENT:
+        return f"{_number(value, DIGITS)} {unit}".rstrip()
+    if math.isinf(value):
+        return f"{_number(value, DIGITS)} %"
+    return percent(value, digits)
+
+
+def show_error(error: float, unit: str) -> str:
+    """Write the standard error of a value, to follow the value and ±: in points for shares, with two digits for others."""
+    if unit == PERCENT:
+        return f"{100 * error:.2f}"
+    return _number(error, 2)
+
+
+def show_difference(better_by: float, unit: str, higher_is_better: bool = True) -> str:
+    """Say how far a value is from another, to be followed by what the other is of: "0.70 points below", "as good as".
+
+    Args:
+        better_by: How much better it is; negative if it is worse. Of the unit "%" a difference of shares.
+        unit: The objective's unit, or nothing.
+        higher_is_better: Where a lower value is better, below and above would mislead: "0.12 nats worse than".
+
+    Returns:
+        The words.
+    """
+    number = f"{_number(abs(better_by), 3)} {unit}".rstrip()
+    if unit == PERCENT:
+        number = f"{100 * abs(better_by):.2f} points"
+    if better_by == 0 or number == "0.00 points":
+        return "as good as"
+    worse, better = "worse than", "better than"
+    if higher_is_better:
+        worse, better = "below", "above"
+    if better_by < 0:
+        return f"{number} {worse}"
+    return f"{number} {better}"
+
+
+def held_against(value: float, other: float, unit: str, higher_is_better: bool = True) -> str:
+    """Say how far a value is from another, as `show_difference` does; none if they are the same but for rounding.
+
+    Args:
+        value: The value.
+        other: What it is held against.
+        unit: The objective's unit, or nothing.
+        higher_is_better: Its direction.
+
+    Returns:
+        The words, to be followed by what the other value is of.
+    """
+    if math.isclose(value, other, rel_tol=SAME):
+        return show_difference(0.0, unit, higher_is_better)
+    better_by = value - other
+    if not higher_is_better:
+        better_by = other - value
+    return show_difference(better_by, unit, higher_is_better)
+
+
+def plotted(value: float, unit: str) -> float:
+    """Return a value as it is drawn: shares in percent, others as they are."""
+    if unit == PERCENT:
+        return 100 * value
+    return value
+
+
+def _number(value: float, digits: int) -> str:
+    """Write a number with some digits; large ones without an exponent as long as that can be read."""
+    if math.isinf(value):
+        return str(value).replace("inf", "∞")
+    if 10**digits <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def begin(title: str) -> str:
+    """Write what an objective is called at the beginning of a sentence: "Accuracy", but "mIoU" and "my_loss" as they are."""
+    if title.islower() and title[0].isalpha() and "_" not in title:
+        return title[0].upper() + title[1:]
+    return title

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import data, networks, training
 from haq.attacks.classifier import Classifier
+from haq.problem.device import CPU, find_device
 from haq.store.files import CONFIG, ROBUSTNESS
 from haq.study.attack_config import BETA
 from haq.study.config import SearchConfig
@@ -39,6 +40,7 @@ class ComparisonSpec:
         uniform: Widths of the uniform policies.
         beta: Of the Lipschitz penalty that the found policy is trained with once more; 0 leaves that out.
         scheme: Of the quantized networks, NAME or NAME,LAYER=NAME; None: the run's own, and `linear` for a model.
+        device: Where networks are run; None: the run's own, and the CPU for a model.
     """
 
     source: str
@@ -46,13 +48,24 @@ class ComparisonSpec:
     uniform: tuple[int, ...] = (8,)
     beta: float = BETA
     scheme: str | None = None
+    device: str | None = None
+
+    @property
+    def device_name(self) -> str:
+        """Where networks are run."""
+        if self.device is not None:
+            return self.device
+        run = self.run
+        if run is not None:
+            return run.config.device
+        return CPU
 
     @property
     def run(self) -> SearchRun | None:
         """The run, if it is one."""
         folder = Path(self.source)
         if folder.is_dir() or (folder / CONFIG).is_file():
-            return SearchRun.load(folder)
+            return SearchRun.load(folder, self.device)
         return None
 
 
@@ -321,9 +334,11 @@ class _RunNetworks:
 
 
 def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
+    device = find_device(spec.device_name)
     network = networks.load(spec.source)
     dataset = data.load(spec.data or data.DEFAULT, image_size=network.image_size)
     networks.check_fits(network, dataset)
+    network.to(device)
     compared: dict[str, nn.Module] = {"float": network.module}
     notes = {"float": "as it was loaded"}
     left_out = {}

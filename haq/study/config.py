@@ -19,6 +19,7 @@ from haq.attacks.threat_model import DEFAULT_EPS, parse_eps
 from haq.console.options import option_name, setting
 from haq.data.memory import parse_bytes
 from haq.problem import CORRECTIONS, KINDS, OBJECTIVES, ROUNDINGS
+from haq.problem.device import CPU, WRITTEN, check_device_name
 from haq.solvers import ENVS, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
@@ -35,6 +36,7 @@ FOLDERS = "The run"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
+DEVICE_KINDS = (CPU, "cuda", "mps")  # for a shell to complete
 MOST_NAMED = 6  # names of code in a message
 RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
@@ -223,6 +225,14 @@ class SearchConfig(_Config):
     cold: bool | None = setting(
         None, "measure kernels with their data out of the caches", group=HARDWARE, default_words="in them"
     )
+    device: str = setting(
+        CPU,
+        f"where networks are run: {WRITTEN}; with --workers, cuda is all GPUs",
+        group=WORK,
+        metavar="NAME",
+        names=lambda: DEVICE_KINDS,
+    )
+    amp: bool = setting(False, "fine-tune in mixed precision, float16 or bfloat16 where that does no harm", group=TUNING)
 
     @field_validator("solver")
     @classmethod
@@ -261,6 +271,11 @@ class SearchConfig(_Config):
         if name not in (*CORRECTIONS, NONE):
             raise ValueError(f"unknown correction {name!r}; it can be {', '.join((*CORRECTIONS, NONE))}")
         return name
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, name: str) -> str:
+        return check_device_name(name)
 
     @property
     def searched_rounding(self) -> str:
@@ -351,7 +366,7 @@ class SearchConfig(_Config):
                 known = ", ".join(cls.model_fields)
                 raise ValueError(f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {known}")
             kind: Any = cls.model_fields[name].annotation
-            if not isinstance(value, kind) or (isinstance(value, bool) and name != "cold"):
+            if not isinstance(value, kind) or (isinstance(value, bool) and name not in ("cold", "amp")):
                 raise ValueError(
                     f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {_wanted(cls, name)}"
                 )
@@ -505,6 +520,8 @@ class SweepConfig(_Config):
         *MEASURED,
         "evaluations",
         "sensitivity_kind",
+        "device",
+        "amp",
     )
 
     @field_validator("hw", "solvers", mode="before")
@@ -621,8 +638,28 @@ class SweepConfig(_Config):
         return command_line(*self.words())
 
 
-class AnotherScheme(_Config):
-    """A scheme in place of a run's own, for commands that use what a run found."""
+class AnotherDevice(_Config):
+    """A device in place of a run's own, for commands that use what a run found."""
+
+    device: str | None = setting(
+        None,
+        f"where networks are run: {WRITTEN}",
+        group=WORK,
+        metavar="NAME",
+        default_words="the run's own",
+        names=lambda: DEVICE_KINDS,
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, name: str | None) -> str | None:
+        if name is not None:
+            check_device_name(name)
+        return name
+
+
+class AnotherScheme(AnotherDevice):
+    """A scheme in place of a run's own, for commands that use what a run found; and a device."""
 
     scheme: str | None = setting(
         None,
@@ -654,6 +691,7 @@ class FinetuneConfig(AnotherScheme):
     epochs: int = setting(20, "passes over the train images", group=TUNING)
     learning_rate: float | None = setting(None, "at its highest", group=TUNING, metavar="RATE", default_words=RATE_WORDS)
     seed: int = setting(0, "of the order of images", group=TUNING)
+    amp: bool = setting(False, "train in mixed precision, float16 or bfloat16 where that does no harm", group=TUNING)
 
     @field_validator("method")
     @classmethod
@@ -664,7 +702,7 @@ class FinetuneConfig(AnotherScheme):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> FinetuneConfig:
-        of_training = [name for name in ("epochs", "learning_rate") if name in self.model_fields_set]
+        of_training = [name for name in ("epochs", "learning_rate", "amp") if name in self.model_fields_set]
         if self.method != "train" and of_training:
             raise ValueError(f"{option_name(of_training[0])} is of training: leave it out, or choose --method train")
         if self.epochs < 1:
@@ -878,13 +916,11 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
 def _wanted(model: type[BaseModel], name: str) -> str:
     """What a field accepts, in words."""
     field = model.model_fields[name]
-    if field.annotation == (bool | None):
+    if field.annotation in (bool, bool | None):
         return "true or false"
-    if field.annotation == (int | None):
-        return "an integer"
     if field.annotation in (float, float | None):
         return "a number"
-    if field.annotation is not int:
+    if field.annotation not in (int, int | None):
         return "text"
     least = next((one.ge for one in field.metadata if hasattr(one, "ge")), None)
     if least is None:

@@ -8,10 +8,12 @@ from torch import nn
 
 import quantizers as Q
 from haq.problem.problem import Problem
+from haq.problem.tally import measure as measure_on
 from haq.store.files import RESULT_SCHEMA
-from haq.store.records import COST_KEYS, share_key
-from haq.study.task import SearchTask, threads
-from haq.training.config import Outcome
+from haq.store.records import COST_KEYS, error_key, share_key
+from haq.store.units import finite
+from haq.study.task import SearchTask, objective_of, threads
+from haq.training.config import Judgement, Outcome
 from haq.training.reconstruction import Reconstructed
 
 
@@ -25,8 +27,8 @@ def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None
             are fine-tuned as far as every policy of the search was.
 
     Returns:
-        Shares of the objective (and of what is measured beside it) by split, and costs: seconds, joules, bytes; None where the
-        target has no such metric.
+        Values of the objective (and of what is measured beside it) by split, and costs: seconds, joules, bytes; None where
+        the target has no such metric, and for values that are infinite.
     """
     if module is not None:
         return measure(task, module) | costs(task.problem, policy)
@@ -38,16 +40,21 @@ def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None
     return task.measured[policy] | costs(task.problem, policy)
 
 
-def measure(task: SearchTask, module: nn.Module) -> dict[str, float]:
+def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
     """Measure a network on the search split, exactly as policies were judged, and on the test split."""
     objective = task.problem.objective
-    shares: dict[str, float] = {}
+    values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            shares[share_key(name, other.name)] = other.measure(task.network, split, module)
-    shares[share_key("search", objective.name)] = task.problem.evaluator.measure(module.eval()).accuracy
-    shares[share_key("test", objective.name)] = objective.measure(task.network, task.dataset.test, module)
-    return shares
+            values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module))
+    key = share_key("search", objective.name)
+    judged = task.problem.evaluator.measure(module.eval())
+    values[key] = finite(judged.accuracy)
+    if judged.error is not None:
+        values[error_key(key)] = finite(judged.error)
+    tested = measure_on(objective, task.network, task.dataset.test, module)
+    values[share_key("test", objective.name)] = finite(tested)
+    return values
 
 
 def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | None]:
@@ -107,6 +114,7 @@ def collect(
         tuned = entry(task, policy, finetuned)
     return {
         "schema": RESULT_SCHEMA,
+        **objective_of(problem).differences(),
         "network": task.network.name,
         "data": task.dataset.name,
         "target": problem.target.name,
@@ -119,7 +127,7 @@ def collect(
         "objective_is": problem.objective.words,
         "finetune_steps": task.config.finetune_steps,
         "sensitivity_kind": task.config.sensitivity_kind,
-        "accuracy_is": f"measured on {threads()}",
+        "accuracy_is": f"measured on {threads(task.network.device)}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "budget": budget_used(problem, policy),
         "float": entry(task, None),
@@ -133,29 +141,81 @@ def collect(
     }
 
 
-def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
-    """Tell as plain data how a fine-tuning was judged on the images that it held out (`haq.store.records.TuningRecord`)."""
+def tuning_entry(outcome: Outcome, epochs: int, problem: Problem | None = None) -> dict[str, Any]:
+    """Tell as plain data how a fine-tuning was judged on the samples that it held out (`haq.store.records.TuningRecord`).
+
+    Args:
+        outcome: What it came to.
+        epochs: How many were asked for.
+        problem: What the network is of; None: classification of images.
+
+    Returns:
+        The data.
+    """
     assert outcome.before is not None
     return {
+        **_judged_by(problem, outcome.best),
         "images": outcome.images,
         "epochs": epochs,
         "kept": outcome.kept,
         "diverged": outcome.diverged,
-        "before": outcome.before.accuracy,
-        "best": outcome.best.accuracy,
+        "before": finite(outcome.before.accuracy),
+        "best": finite(outcome.best.accuracy),
     }
 
 
-def reconstruction_entry(found: Reconstructed, seed: int) -> dict[str, Any]:
-    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`)."""
+def _judged_by(problem: Problem | None, judgement: Judgement) -> dict[str, Any]:
+    """Tell what networks were judged by while they were trained: of class scores by agreement, which needn't be said.
+
+    Args:
+        problem: What the network is of; None: classification of images.
+        judgement: Of one network.
+
+    Returns:
+        The fields of `haq.store.records.JudgingRecord` that aren't as they are for agreement.
+    """
+    if problem is None or problem.objective.takes_scores:
+        return {}
+    record = objective_of(problem)
+    higher = getattr(judgement, "higher_is_better", record.higher_is_better)
+    if higher != record.higher_is_better:
+        # Without targets there is no value but the loss, the distance from the float network's outputs.
+        changes = {"objective": "divergence", "objective_title_is": "", "objective_unit": _divergence_unit(problem)}
+        record = record.model_copy(update={**changes, "higher_is_better": higher})
+    return {"objective": record.objective, **record.differences()}
+
+
+def _divergence_unit(problem: Problem) -> str:
+    distribution = problem.objective.distribution
+    if distribution is None:
+        return ""
+    return distribution.unit
+
+
+def reconstruction_entry(found: Reconstructed, seed: int, problem: Problem | None = None) -> dict[str, Any]:
+    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`).
+
+    Args:
+        found: What it came to.
+        seed: Its seed.
+        problem: What the network is of; None: classification of images.
+
+    Returns:
+        The data.
+    """
+    unit = {}
+    if problem is not None and _divergence_unit(problem) != "nats":
+        unit["divergence_unit"] = _divergence_unit(problem)
     return {
+        **_judged_by(problem, found.before),
+        **unit,
         "images": found.before.images,
         "calibration_images": found.calibration_images,
         "seed": seed,
         "seconds": found.seconds,
         "kept": found.kept,
-        "before": found.before.accuracy,
-        "after": found.after.accuracy,
+        "before": finite(found.before.accuracy),
+        "after": finite(found.after.accuracy),
         "divergence_before": found.before.loss,
         "divergence_after": found.after.loss,
     }
@@ -179,7 +239,7 @@ def _uniform(task: SearchTask, bits: int, policy: Q.BitPolicy) -> dict[str, Any]
     """Tell what a uniform policy costs and gives on the search split."""
     key = share_key("search", task.problem.objective.name)
     if policy in task.measured:
-        share = task.measured[policy][key]
+        value = task.measured[policy][key]
     else:
-        share = task.problem.evaluate(policy).accuracy
-    return {"bits": bits, "cost": task.problem.policy_cost(policy), key: share}
+        value = finite(task.problem.evaluate(policy).accuracy)
+    return {"bits": bits, "cost": task.problem.policy_cost(policy), key: value}

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import quantizers as Q
 from haq.attacks.assessment import Assessment, assess
 from haq.attacks.base import effort_of
 from haq.deployment import interpreter, lowering
 from haq.deployment.graph import capture
+from haq.problem.device import spread
 from haq.store.files import ROBUSTNESS, ROBUSTNESS_SCHEMA
 from haq.store.records import DeployedRecord, RobustnessRecord
 from haq.study.attack_config import AttackConfig
@@ -46,7 +48,7 @@ class RobustnessTask:
     def spec(self) -> ComparisonSpec:
         """What is compared."""
         config = self.config
-        return ComparisonSpec(self.source, config.data, config.widths(), config.defensive, config.scheme)
+        return ComparisonSpec(self.source, config.data, config.widths(), config.defensive, config.scheme, config.device)
 
     @property
     def folder(self) -> Path:
@@ -142,14 +144,16 @@ def run_deployed(compared: ComparedNetworks, name: str, images: Tensor, labels: 
     Returns:
         How many are classified right, and how many otherwise than in PyTorch; or why there is no integer program.
     """
-    module = compared.networks[name]
+    # Integer programs run on processors, and are held against PyTorch there.
+    module = Q.copy_network(compared.networks[name]).cpu()
+    images, labels = images.cpu(), labels.cpu()
     network = compared.network
     mean = torch.tensor(network.mean).view(1, -1, 1, 1)
     std = torch.tensor(network.std).view(1, -1, 1, 1)
     inputs = ((images - mean) / std).contiguous()
     train = compared.dataset.train.images[compared.dataset.fair(CALIBRATION)]
     try:
-        program = lowering.lower(capture(module, inputs[:1]), module, network.preprocess(train).contiguous())
+        program = lowering.lower(capture(module, inputs[:1]), module, network.preprocess(train).cpu().contiguous())
     except ValueError as error:
         return DeployedRecord(images=0, right=0, different=0, reason=str(error))
     right = 0
@@ -202,7 +206,7 @@ def _in_workers(
     task: RobustnessTask, compared: ComparedNetworks, workers: int, on_progress: OnProgress
 ) -> dict[str, Examined]:
     """Attack networks in processes of their own. What one that dies had finished is kept, and another goes on from there."""
-    crew = Crew(_attacking, (task, compared), workers, on_progress)
+    crew = Crew(_attacking, (task, compared), workers, on_progress, spread(task.spec.device_name))
     try:
         waiting = {crew.submit(name): name for name in compared.networks}
         found = {}

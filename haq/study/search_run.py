@@ -32,6 +32,7 @@ from torch import nn
 
 import quantizers as Q
 from haq import networks
+from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, signed
@@ -52,6 +53,7 @@ from haq.study.task import (
     check_versions,
     load_target,
     machine_signature,
+    objective_of,
     versions,
 )
 from hw_models import trust
@@ -96,7 +98,7 @@ class SearchRun:
             "command": task.config.command(),
             "settings": task.config.to_dict(),
             "signature": task.signature(),
-            "versions": versions(),
+            "versions": versions(task.network.device),
         }
         run = cls(folder, task.config)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
@@ -107,13 +109,27 @@ class SearchRun:
         return run
 
     @classmethod
-    def load(cls, folder: Path) -> SearchRun:
-        """Open a folder; ValueError with the reason if it isn't a run's."""
+    def load(cls, folder: Path, device: str | None = None) -> SearchRun:
+        """Open a folder.
+
+        Args:
+            folder: The folder of a run.
+            device: Where its networks are to be run; None for where they were.
+
+        Returns:
+            The run.
+
+        Raises:
+            ValueError: With the reason, if it isn't a run's, and for a device that isn't here.
+        """
         record = ConfigRecord.read(folder / CONFIG)
         try:
             config = SearchConfig.read(record.settings)
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG} is not the configuration of a run: {error}") from error
+        if device is not None:
+            find_device(device)
+            config = config.replace(device=device)
         return cls(folder, config)
 
     @property
@@ -158,7 +174,8 @@ class SearchRun:
         return LoadedNetwork.load(self.config)
 
     def _check_files(self, *names: str) -> None:
-        """Raise FileNotFoundError, saying where it is looked for, if a file that settings name isn't here."""
+        """Raise FileNotFoundError, saying where it is looked for, if a file that settings name isn't here; or their device."""
+        find_device(self.config.device, f"the device of {self.folder}")
         for name, path in self.config.files().items():
             if name in names and not path.exists():
                 where = "" if path.is_absolute() else f" in {Path.cwd()}: paths are relative to where the search was started"
@@ -180,7 +197,7 @@ class SearchRun:
         called = {name: f"{name} ({getattr(self.config, options.get(name, name))})" for name in signature}
         check_signature(self.folder, began.signature, signature, called)
         if same_versions:
-            check_versions(self.folder, began.versions)
+            check_versions(self.folder, began.versions, task.network.device)
         if (self.folder / POLICY).exists():
             self.check_policy(self.load_policy(), task, self.folder / POLICY)
 
@@ -217,10 +234,11 @@ class SearchRun:
         path = self.folder / HISTORY
         self._expected = []
         if path.exists():
-            self._expected = history.read(path, len(problem.workload))
+            self._expected = history.read(path, len(problem.workload), history.Limits.of(objective_of(problem)))
+        higher, count = problem.objective.higher_is_better, problem.evaluator.count
         for row in self._expected:
             policy = problem.policy(row.weight_bits, row.activation_bits)
-            evaluation = Evaluation(row.accuracy, row.loss, problem.evaluator.count, row.divergence)
+            evaluation = Evaluation(row.accuracy, row.loss, count, row.divergence, higher)
             problem.evaluator.cache[policy] = evaluation
         # Without the line that was being written when the run was killed.
         history.write(path, self._expected)
@@ -312,7 +330,7 @@ class SearchRun:
         Returns:
             The file, which may not be there yet.
         """
-        belongs = task.signature() | versions() | {key: str(value) for key, value in asked.items()}
+        belongs = task.signature() | versions(task.network.device) | {key: str(value) for key, value in asked.items()}
         return Checkpoint(self._state(name), belongs)
 
     def drop_checkpoint(self, name: str) -> None:

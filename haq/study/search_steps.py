@@ -17,11 +17,12 @@ import quantizers as Q
 from haq import training
 from haq.attacks.threat_model import parse_eps
 from haq.console.progress import Live, follow_steps, follow_training
+from haq.problem.objective import Objective
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers.base import Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
-from haq.store.units import percent
+from haq.store.units import PERCENT, show
 from haq.study import result as summary
 from haq.study.config import ADAROUND
 from haq.study.picture import save_picture
@@ -37,6 +38,11 @@ VERIFIED = 200  # images
 def rivals_of(solver: str) -> tuple[str, ...]:
     """Name the solvers that a solver is compared with."""
     return tuple(name for name in RIVALS if name != solver)
+
+
+def can_be_verified(objective: Objective) -> bool:
+    """Say whether the full suite of attacks, which is on classification, can verify what was found under a cheap one."""
+    return objective.attacked and objective.takes_scores
 
 
 @dataclass
@@ -61,7 +67,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
     """
     config = task.config
     rivals = rivals_of(config.solver)
-    with Live(console) as bar:
+    with Live(console, task.problem.objective.title) as bar:
         found = _solve_all(bar, task, run, (config.solver, *rivals))
         policy = found.policies[config.solver]
         tuned = None
@@ -78,13 +84,13 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         policies = {name: found.policies[name] for name in rivals}
         result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
         if reconstructed is not None:
-            result["reconstruction"] = summary.reconstruction_entry(reconstructed, config.seed)
+            result["reconstruction"] = summary.reconstruction_entry(reconstructed, config.seed, task.problem)
             result["finetuned_by"] = "ptq"
         for outcome in outcomes:
-            result["tuning"] = summary.tuning_entry(outcome, config.finetune_epochs)
+            result["tuning"] = summary.tuning_entry(outcome, config.finetune_epochs, task.problem)
             if outcome.kept:
                 result["finetuned_by"] = "train"
-        if task.problem.objective.attacked:
+        if can_be_verified(task.problem.objective):
             network = tuned or task.problem.evaluator.prepared(policy)
             result["verified"] = _verify(bar, task, network, run.folder / ROBUSTNESS)
     save_picture(task.problem, policy, run.folder / "policy.png")
@@ -108,17 +114,17 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
 
 def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
-    evaluations = task.config.evaluations
+    evaluations, unit = task.config.evaluations, task.problem.objective.unit
     line = bar.add_task(name, total=evaluations)
 
     def on_evaluation(count: int, trial: Trial, best: Trial | None) -> None:
         share = f"{trial.cost / task.problem.limit:.3f}"
         best_so_far = "none within it"
         if best is not None:
-            best_so_far = percent(best.accuracy)
-        accuracy = percent(trial.accuracy)
-        bar.update(line, completed=count, accuracy=accuracy, cost=share, best=best_so_far)
-        logger.info(f"{name} {count}/{evaluations}: {accuracy} at {share} of the budget; best so far: {best_so_far}")
+            best_so_far = show(best.value, unit)
+        value = show(trial.value, unit)
+        bar.update(line, completed=count, accuracy=value, cost=share, best=best_so_far)
+        logger.info(f"{name} {count}/{evaluations}: {value} at {share} of the budget; best so far: {best_so_far}")
 
     session = run.search(task, name, sensitivities, on_evaluation)
     bar.update(line, completed=session.used, total=session.used)
@@ -139,8 +145,15 @@ def _finetune(
         adversary=adversary_of(config),
         state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=Q.get_policy(network)),
         on_outcome=on_outcome,
-        **follow_training(bar),
+        **follow_training(bar, _unit_of(task)),
     )
+
+
+def _unit_of(task: SearchTask) -> str:
+    """Return the unit of what fine-tuning judges networks by: of class scores the share of answers that agree."""
+    if task.problem.objective.takes_scores:
+        return PERCENT
+    return task.problem.objective.unit
 
 
 def _verify(bar: Progress, task: SearchTask, network: nn.Module, folder: Path) -> dict[str, Any]:

@@ -35,12 +35,12 @@ from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
 from haq.store.history import HistoryRow
 from haq.store.records import PolicyRecord, ProblemRecord
-from haq.store.units import describe_amount, percent
+from haq.store.units import describe_amount, finite, show
 from haq.study.picture import draw_policy, save_picture
 from haq.study.result import budget_used, costs
 from haq.study.search_run import check_same_policy
 from haq.study.tables import PolicyTable
-from haq.study.task import outline, versions
+from haq.study.task import objective_of, outline, versions
 from haq.study.workers.processes import working
 from haq.training import finetune
 from haq.training.config import Outcome
@@ -77,8 +77,11 @@ class Trials(list[Trial]):
             verdict = "over the budget"
             if trial.feasible:
                 verdict = "within it"
-            rows.append((number, percent(trial.accuracy), f"{trial.loss:.4g}", f"{trial.cost:.4g}", verdict))
-        return html_table("Trials", ("evaluation", "accuracy", "loss", "cost", "budget"), rows)
+            rows.append((number, show(trial.value, trial.unit), f"{trial.loss:.4g}", f"{trial.cost:.4g}", verdict))
+        title = "accuracy"
+        if self:
+            title = self[0].title
+        return html_table("Trials", ("evaluation", title, "loss", "cost", "budget"), rows)
 
     def to_pandas(self) -> Any:
         """Make a table of pandas, a row per trial. Raises ImportError, with what to install, where pandas isn't."""
@@ -130,24 +133,27 @@ class Result:
         share = self.trial.cost / self.problem.reference
         tuned = ""
         if self._finetuned_result is not None:
-            tuned = f"; fine-tuned {percent(self._finetuned_result.accuracy)}, kept: {self.kept}"
+            tuned = f"; fine-tuned {self._show(self._finetuned_result)}, kept: {self.kept}"
         return (
-            f"Result({self.solver}: {self.problem.objective.name} {percent(self.trial.accuracy)} at {cost} "
+            f"Result({self.solver}: {self.problem.objective.title} {self._show(self.trial.evaluation)} at {cost} "
             f"({share:.3f} of {self.problem.reference_words}), {self.session.used} evaluations; "
-            f"float {percent(self.problem.float_accuracy)}{tuned})"
+            f"float {self._show(self.problem.float_result)}{tuned})"
         )
+
+    def _show(self, evaluation: Evaluation) -> str:
+        return show(evaluation.value, self.problem.objective.unit)
 
     def _repr_html_(self) -> str:
         """Make tables of what was found for a notebook."""
         problem = self.problem
         rows = [
-            ("float", percent(problem.float_accuracy), ""),
-            (f"found by {self.solver}", percent(self.trial.accuracy), describe_amount(self.trial.cost, problem.metric)),
+            ("float", self._show(problem.float_result), ""),
+            (f"found by {self.solver}", self._show(self.trial.evaluation), describe_amount(self.trial.cost, problem.metric)),
         ]
         if self._finetuned_result is not None:
-            tuned = percent(self._finetuned_result.accuracy)
+            tuned = self._show(self._finetuned_result)
             rows.append((f"fine-tuned (kept: {self.kept})", tuned, describe_amount(self.trial.cost, problem.metric)))
-        caption = f"{problem.objective.words} on {problem.evaluator.count:,} search images, {self.session.used} evaluations"
+        caption = f"{problem.objective.words}{problem.count_words(' on ', 'search ')}, {self.session.used} evaluations"
         found = html_table(caption, ("policy", problem.objective.short, problem.metric), rows)
         return found + self.table()._repr_html_()
 
@@ -254,8 +260,8 @@ class Result:
         self.finetuned = tuned
         self._finetuned_result = self.evaluate(tuned)
         # As trials are ranked; the cost is the same.
-        before = (-self._kept_result.accuracy, self._kept_result.loss)
-        after = (-self._finetuned_result.accuracy, self._finetuned_result.loss)
+        before = (-self._kept_result.score, self._kept_result.loss)
+        after = (-self._finetuned_result.score, self._finetuned_result.loss)
         if after < before:
             self._quantized = tuned
             self._kept_result = self._finetuned_result
@@ -295,20 +301,21 @@ class Result:
         problem = self.problem
         tuned = None
         if self._finetuned_result is not None:
-            tuned = self._finetuned_result._asdict()
+            tuned = _entry(self._finetuned_result)
         return {
             "schema": SOLUTION_SCHEMA,
+            **objective_of(problem).differences(),
             "solver": self.solver,
             "seed": self.seed,
             "evaluations": self.session.used,
             "objective": problem.objective.name,
             "objective_is": problem.objective.words,
-            "float": problem.float_result._asdict(),
-            "found": {**self.trial.evaluation._asdict(), **costs(problem, self.policy)},
+            "float": _entry(problem.float_result),
+            "found": {**_entry(self.trial.evaluation), **costs(problem, self.policy)},
             "finetuned": tuned,
             "quantized_is": self.kept,
             "budget": budget_used(problem, self.policy),
-            "versions": versions(),
+            "versions": versions(problem.evaluator.device),
         }
 
     def _rows(self) -> Iterator[HistoryRow]:
@@ -381,15 +388,15 @@ def solve(
     name = found.name or type(found).__name__
     for sentence in doubts(problem):
         logger.warning(sentence)
-    with _shown() as bar:
+    with _shown(problem.objective.title) as bar:
         line = bar.add_task(name, total=evaluations)
 
         def follow(trial: Trial) -> None:
             best = "none within it"
             if session.best is not None:
-                best = percent(session.best.accuracy)
+                best = show(session.best.value, session.best.unit)
             share = f"{trial.cost / problem.limit:.3f}"
-            bar.update(line, completed=session.used, accuracy=percent(trial.accuracy), cost=share, best=best)
+            bar.update(line, completed=session.used, accuracy=show(trial.value, trial.unit), cost=share, best=best)
             if on_trial is not None:
                 on_trial(trial)
 
@@ -464,11 +471,24 @@ def _warn_if_vain(outcome: Outcome) -> None:
         )
 
 
+def _entry(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as plain data, null for what is infinite; a standard error only where it is known."""
+    entry = {
+        "accuracy": finite(evaluation.accuracy),
+        "loss": finite(evaluation.loss),
+        "images": evaluation.images,
+        "divergence": finite(evaluation.divergence),
+    }
+    if evaluation.error is not None:
+        entry["error"] = finite(evaluation.error)
+    return entry
+
+
 @contextmanager
-def _shown() -> Iterator[Live]:
-    """Show progress where somebody sees it: in a terminal, and in a notebook."""
-    bar = Live(Console(stderr=True))
+def _shown(title: str = "accuracy") -> Iterator[Live]:
+    """Show progress where somebody sees it: in a terminal, and in a notebook; `title` is what the objective is called."""
+    bar = Live(Console(stderr=True), title)
     if Console().is_jupyter:
-        bar = NotebookLive()
+        bar = NotebookLive(title)
     with bar:
         yield bar

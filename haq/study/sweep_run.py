@@ -1,18 +1,18 @@
 """Many searches of one network: every target, budget, solver and seed, with all they can share measured once.
 
     sweep.json               what was asked; in the end, everything that was found
-    sweep.png                accuracy against cost, a panel for each target
+    sweep.png                the objective's value against cost, a panel for each target
     sensitivity/             the run that measured sensitivities
     TARGET-BUDGET-SOLVER-seedN/      a run each, as `python -m haq.search` writes them
 
-How accurate a policy is doesn't depend on the target: network, data, scales and evaluations are shared by all searches of a
+What a policy is worth doesn't depend on the target: network, data, scales and evaluations are shared by all searches of a
 process, and sensitivities by all of them. A search's result depends on nothing but its own settings, so neither their order
 nor the number of processes does anything to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 import quantizers as Q
 from haq.problem.budget import OutOfReach
+from haq.problem.device import kind_of, spread
 from haq.problem.evaluator import one_thread
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
@@ -29,12 +30,12 @@ from haq.solvers.base import Session, Trial
 from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
-from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, share_key
+from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, error_key, share_key
 from haq.store.shell import command_line
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
-from haq.study.task import SearchTask, check_signature, check_versions, load_target, threads, versions
+from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
 from haq.study.workers.processes import Crew
 from hw_models.tvm_cpu.target import LOCAL, REMOTE
 
@@ -176,7 +177,7 @@ def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
         "command": sweep.command(),
         "asked": sweep.to_dict(),
         "signature": context.signature(),
-        "versions": versions(),
+        "versions": versions(context.first.network.device),
     }
     SweepRecord.from_dict(content).write(folder / SWEEP)
 
@@ -217,7 +218,7 @@ def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
     called = {name: name for name in signature}
     called |= {"network": f"network ({settings.network})", "data": f"data ({settings.data})"}
     check_signature(folder, record.signature, signature, called)
-    check_versions(folder, record.versions)
+    check_versions(folder, record.versions, context.first.network.device)
 
 
 def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Callable[[int], None]) -> Sensitivities:
@@ -276,7 +277,7 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
                 found = task.reconstruct(policy, task.config.seed)
                 tuned = found.network
                 run.save_checkpoint(tuned, task)
-                judged = summary.reconstruction_entry(found, task.config.seed)
+                judged = summary.reconstruction_entry(found, task.config.seed, task.problem)
                 further = {"reconstruction": judged, "finetuned_by": "ptq"}
             content = summary.collect(task, policy, tuned, {}, {name: session.used}) | further
             run.save_result(ResultRecord.from_dict(content))
@@ -335,7 +336,8 @@ def _run_on_cluster(
             if not run.finished:
                 left[cell] = run.folder
         with ray_workers.connected(address):
-            ray_workers.run_folders(there, _search_there, left, workers, on_search)
+            kind_of_device = kind_of(context.sweep.settings.device)
+            ray_workers.run_folders(there, _search_there, left, workers, on_search, kind_of_device)
 
 
 def _run_in_processes(
@@ -347,7 +349,8 @@ def _run_in_processes(
     on_search: Callable[[SweepCell], None],
 ) -> None:
     there = context, kind, context.first.problem.evaluator.cache, context.first.measured
-    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)))
+    devices = spread(context.sweep.settings.device)
+    crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)), devices=devices)
     try:
         waiting = {crew.submit(cell): cell for cell in cells}
         while waiting:
@@ -408,11 +411,12 @@ def collect(
         "finished": True,
         "network": task.network.name,
         "data": task.dataset.name,
+        **objective_of(task.problem).differences(),
         "objective": task.problem.objective.name,
         "objective_is": task.problem.objective.words,
         "metric": task.problem.metric,
         "unit": task.problem.unit,
-        "accuracy_is": f"measured on {threads()}",
+        "accuracy_is": f"measured on {threads(task.network.device)}",
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
@@ -428,6 +432,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
     """Return what was found on one target, and its uniform policies."""
     task = context.tasks[hw]
     problem = task.problem
+    judging = objective_of(problem)
     search_key, test_key = _keys(problem.objective.name)
     uniform = []
     for bits, policy in summary.uniform_policies(problem).items():
@@ -437,8 +442,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
                 "bits": bits,
                 "cost": cost,
                 "fraction": cost / problem.reference,
-                search_key: judged[search_key],
-                test_key: judged[test_key],
+                **_judged(judged, search_key, test_key),
             }
         )
     found = []
@@ -448,11 +452,15 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
             for cell, result in results.items()
             if (cell.hw, cell.budget, cell.solver) == (hw, budget, solver)
         ]
-        means = {key: sum(run[key] for run in runs) / len(runs) for key in ("cost", "fraction", search_key, test_key)}
+        means = {
+            key: _mean([run[key] for run in runs]) for key in ("cost", "fraction", *_judged(runs[0], search_key, test_key))
+        }
         limit = problem.on(problem.target, budget).limit
         found.append({"budget": budget, "solver": solver, "limit": limit, **means, "runs": runs})
     rows: list[dict[str, Any]] = [*uniform, *found]
-    for row, is_best in zip(rows, pareto([(row["cost"], row[test_key]) for row in rows]), strict=True):
+    scores = [judging.score(judging.checked(row[test_key], test_key)) for row in rows]
+    costs = [row["cost"] for row in rows]
+    for row, is_best in zip(rows, pareto(list(zip(costs, scores, strict=True))), strict=True):
         row["pareto"] = is_best
     kind = summary.cost_kind(problem)
     if problem.metric == "storage":
@@ -494,11 +502,11 @@ def _specialisation(context: SweepContext, results: Results, policies: Policies)
     if most < 2:
         return None
     common = [b for b, targets in within.items() if len(targets) == most]
-    budget, objective = common[(len(common) - 1) // 2], context.first.problem.objective.name
+    budget = common[(len(common) - 1) // 2]
     rows = {}
     for hw in within[budget]:
         candidates = [cell for cell in results if (cell.hw, cell.budget) == (hw, budget)]
-        best = max(candidates, key=lambda cell: results[cell].found.share("search", objective))
+        best = max(candidates, key=lambda cell: _score(results[cell]))
         fractions = {}
         for other in within[budget]:
             problem = context.tasks[other].problem
@@ -516,14 +524,37 @@ def _keys(objective: str) -> tuple[str, str]:
     return share_key("search", objective), share_key("test", objective)
 
 
-def _shares(result: ResultRecord) -> dict[str, float]:
-    """Return the shares of what a search found, under the names that files give them."""
-    return {share_key(split, result.objective): result.found.share(split, result.objective) for split in ("search", "test")}
+def _shares(result: ResultRecord) -> dict[str, float | None]:
+    """Return the values of what a search found, under the names that files give them."""
+    return _judged(result.found.root, *_keys(result.objective))
+
+
+def _judged(row: Mapping[str, Any], *keys: str) -> dict[str, float | None]:
+    """Return values under their names, and their standard errors where they are known."""
+    found = {}
+    for key in keys:
+        found[key] = row[key]
+        if error_key(key) in row:
+            found[error_key(key)] = row[error_key(key)]
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of values; None if one of them is infinite, which None stands for."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return sum(known) / len(known)
+
+
+def _score(result: ResultRecord) -> float:
+    """Tell what a search found is worth on the search split; larger for better."""
+    return result.score(result.value(result.found, "search"))
 
 
 def pareto(cells: Sequence[tuple[float, float]]) -> list[bool]:
-    """Tell which of some (cost, accuracy) no other is as good as in both and better in one."""
-    return [not any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in cells) for cost, accuracy in cells]
+    """Tell which of some (cost, score) no other is as good as in both and better in one; a larger score is better."""
+    return [not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in cells) for cost, score in cells]
 
 
 @contextmanager

@@ -7,19 +7,20 @@ from pathlib import Path
 from rich.console import Console
 
 from haq.console.tables import Column, key_table, print_columns, say
-from haq.problem.chance import FEW, with_error
+from haq.problem.chance import FEW, value_with_error
 from haq.store.records import (
     SPLITS,
     FinishedSweepRecord,
     JudgedRecord,
+    Measurement,
     SpecialisationRecord,
     SweepFound,
     SweepPolicy,
     SweepTarget,
 )
-from haq.store.units import describe_amount
+from haq.store.units import PERCENT, describe_amount, show
 from haq.study.sweep_run import SweepContext, shares_sensitivities
-from haq.study.tables import rounding_words, scheme_words
+from haq.study.tables import errors_words, rounding_words, scheme_words
 
 
 def print_plan(console: Console, context: SweepContext, folder: Path | None, workers: str) -> None:
@@ -95,7 +96,7 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
         Column("of\nuniform\n8 bits", [f"{row.fraction:.3f}" for row in rows], "right"),
     ]
     for split in SPLITS:
-        heading = f"{split}\n{sweep.objective}\n(measured)"
+        heading = f"{split}\n{sweep.objective_title}\n(measured)"
         columns.append(Column(heading, [_share(sweep, row, split) for row in rows], "right"))
     columns.append(Column("Pareto\nfront", [_mark(row.pareto) for row in rows]))
     title = f"{sweep.network} on {sweep.data}, {target.name}"
@@ -103,20 +104,22 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
 
 
 def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
-    objective = sweep.objective
+    objective = sweep.objective_title
     sizes = " and ".join(f"{count:,} {split}" for split, count in sweep.images.items())
     measured = objective
     if sweep.objective_is != objective:
         measured = f"{objective} ({sweep.objective_is})"
-    of_float = with_error(sweep.of_float.share("test", objective), sweep.images["test"])
+    of_float = _shown(sweep, sweep.of_float, "test")
     errors = ""
     if min(sweep.images[split] for split in SPLITS) < FEW:
-        errors = "; ± is the standard error in points"
+        errors = errors_words(sweep, [sweep.of_float.error(split, sweep.objective) for split in SPLITS])
+    if errors:
+        errors = f"; {errors}"
     seeds = ""
     if sweep.asked.seeds > 1:
         seeds = "; means of several seeds, below them smallest and largest"
     return (
-        f"float: {of_float} on the test split; {sizes} images{errors}; {measured} "
+        f"float: {of_float} on the test split; {sizes} {sweep.samples_are}{errors}; {measured} "
         f"{sweep.accuracy_is}; cost {target.cost_is}{seeds}. *: nothing costs less and has a better test {objective}. "
         "Uniform policies keep the fixed layers' bits"
     )
@@ -125,8 +128,8 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
 def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special: SpecialisationRecord) -> None:
     policies = special.policies
     names = [f"{hw} by {policy.solver}" for hw, policy in policies.items()]
-    shares = [with_error(policy.share("test", sweep.objective), sweep.images["test"]) for policy in policies.values()]
-    columns = [Column("found for", names), Column(f"test\n{sweep.objective}\n(measured)", shares, "right")]
+    values = [_shown(sweep, policy, "test") for policy in policies.values()]
+    columns = [Column("found for", names), Column(f"test\n{sweep.objective_title}\n(measured)", values, "right")]
     for hw in policies:
         heading = f"\non {hw}\n({sweep.targets[hw].kind})"
         cells = [f"{policy.fractions[hw]:.3f} {_mark(own == hw)}" for own, policy in policies.items()]
@@ -137,12 +140,20 @@ def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special:
 
 
 def _share(sweep: FinishedSweepRecord, row: JudgedRecord, split: str) -> str:
-    """A share; of several seeds their mean, below it the smallest and the largest."""
-    share = with_error(row.share(split, sweep.objective), sweep.images[split])
+    """A value; of several seeds their mean, below it the smallest and the largest."""
+    value = _shown(sweep, row, split)
     if not isinstance(row, SweepFound) or len(row.runs) == 1:
-        return share
-    low, high = row.spread(split, sweep.objective)
-    return f"{share}\n{100 * low:.2f}–{100 * high:.2f}"
+        return value
+    low, high = sweep.spread(row, split)
+    if sweep.objective_unit == PERCENT:
+        return f"{value}\n{100 * low:.2f}–{100 * high:.2f}"
+    return f"{value}\n{show(low, '')}–{show(high, '')}"
+
+
+def _shown(sweep: FinishedSweepRecord, row: Measurement | JudgedRecord, split: str) -> str:
+    """A value, with its standard error where it is of few samples."""
+    value, error = sweep.value(row, split), row.error(split, sweep.objective)
+    return value_with_error(sweep, value, sweep.images[split], error)
 
 
 def _mark(is_marked: bool) -> str:

@@ -12,17 +12,27 @@ from rich.console import Console
 
 import quantizers as Q
 from haq.console.tables import Column, key_table, print_columns, say, say_next
-from haq.problem.chance import FEW, doubts, with_error
+from haq.problem.chance import FEW, doubts, value_with_error
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
-from haq.store.records import COST_KEYS, FINETUNED, share_key
-from haq.store.units import NOTHING, best_unit, describe_amount, percent
+from haq.store.records import (
+    COST_KEYS,
+    FINETUNED,
+    SPLITS,
+    JudgingRecord,
+    ObjectiveRecord,
+    ReconstructionRecord,
+    TuningRecord,
+    error_key,
+    share_key,
+)
+from haq.store.units import NOTHING, PERCENT, best_unit, describe_amount, percent
 from haq.study.config import ADAROUND, NONE
 from haq.study.result import cost_kind
-from haq.study.task import SearchTask, adversary_of
+from haq.study.task import SearchTask, adversary_of, objective_of
 from hw_models.notebook import html_table
 from hw_models.registry import join_words
 
@@ -79,11 +89,19 @@ def _network_words(task: SearchTask) -> str:
     )
     if problem.objective.compares_with_float:
         return words
-    measured = problem.objective.name
+    measured = problem.objective.title
     if problem.objective.attacked:
-        measured = f"accuracy ({problem.objective.words})"
-    share = with_error(problem.float_accuracy, problem.evaluator.count)
-    return f"{words}, float {measured} {share} on the search split"
+        measured = f"{_plain_title(problem.objective)} ({problem.objective.words})"
+    result = problem.float_result
+    value = value_with_error(objective_of(problem), result.accuracy, problem.evaluator.count, result.error)
+    return f"{words}, float {measured} {value} on the search split"
+
+
+def _plain_title(objective: Objective) -> str:
+    """Name what is measured, where it is the worst of images as they are and attacked that counts."""
+    if objective.also:
+        return objective.also[0].title
+    return objective.title
 
 
 def scheme_words(problem: Problem) -> str:
@@ -160,7 +178,9 @@ def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
 
 
 def _evaluations_words(task: SearchTask, workers: str) -> str:
-    words = f"{task.config.evaluations}, each on {len(task.dataset.search):,} search images"
+    words = str(task.config.evaluations)
+    if task.problem.evaluator.count:
+        words += f", each on {task.problem.evaluator.count:,} search {task.problem.samples_are}"
     if task.config.finetune_steps:
         words += f" after {task.config.finetune_steps} steps of fine-tuning"
     return f"{words}, {workers}"
@@ -174,7 +194,7 @@ def _finetuning_words(task: SearchTask) -> str:
         return rounding or "none"
     if rounding:
         rounding += "; then "
-    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train images"
+    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train {task.problem.samples_are}"
     if adversary_of(task.config):
         words += f", against R+FGSM at eps {task.config.eps}"
     return words
@@ -275,7 +295,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
-        say(console, _rivals_sentence(task.problem.objective, result))
+        say(console, _rivals_sentence(task.problem, result))
     if result.get("reconstruction"):
         say(console, reconstruction_sentence(result["reconstruction"]))
     if result.get("tuning"):
@@ -284,49 +304,52 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
 
 
 def print_doubts(console: Console, task: SearchTask) -> None:
-    """Say what must be known before accuracies are believed: float accuracy at chance, few images."""
+    """Say what must be known before values are believed: float accuracy at chance, few samples."""
     for sentence in doubts(task.problem):
         say(console, sentence)
 
 
 def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     """Say whether fine-tuning helped (`haq.study.result.tuning_entry`)."""
-    before, best = (with_error(tuning[name], tuning["images"]) for name in ("before", "best"))
-    judged = f"on {tuning['images']:,} train images that were held out"
+    record = TuningRecord.from_dict(tuning, "what fine-tuning came to")
+    before, best = (value_with_error(record, value, record.images) for value in (record.before, record.best))
+    judged = f"on {record.images:,} train {record.samples_are} that were held out"
     ended = ""
-    if tuning.get("diverged"):
+    if record.diverged:
         ended = "; it ended early, since its loss was no number any more"
-    if tuning.get("earlier") is not None:
-        earlier = with_error(tuning["earlier"], tuning["images"])
+    if record.earlier is not None:
+        earlier = value_with_error(record, record.earlier, record.images)
         return (
             f"Fine-tuning did not help, {judged}: {best} is no better than the network that was fine-tuned earlier "
             f"({earlier}), which was kept{ended}."
         )
-    if tuning["kept"]:
+    if record.kept:
         return (
-            f"Fine-tuning, {judged}: {before} before, {best} after epoch {tuning['kept']} of {tuning['epochs']}, whose "
-            f"network was kept{ended}."
+            f"Fine-tuning, {judged}: {before} before, {best} after epoch {record.kept} of {record.epochs}, whose network was "
+            f"kept{ended}."
         )
     return (
-        f"Fine-tuning did not help, {judged}: no epoch of {tuning['epochs']} was better than the network before ({before}), "
-        f"which was kept{ended}. Try a lower --learning-rate, or more images."
+        f"Fine-tuning did not help, {judged}: no epoch of {record.epochs} was better than the network before ({before}), "
+        f"which was kept{ended}. Try a lower --learning-rate, or more {record.samples_are}."
     )
 
 
 def reconstruction_sentence(entry: Mapping[str, Any]) -> str:
     """Say whether a reconstruction helped (`haq.study.result.reconstruction_entry`)."""
-    before, after = (with_error(entry[name], entry["images"]) for name in ("before", "after"))
-    how = f"{entry['calibration_images']:,} calibration images, no labels, seed {entry['seed']}, {entry['seconds']:.0f} s"
-    judged = f"on {entry['images']:,} train images that were held out"
-    divergences = f"{entry['divergence_before']:.4f} and {entry['divergence_after']:.4f} nats"
+    record = ReconstructionRecord.from_dict(entry, "what the reconstruction came to")
+    before, after = (value_with_error(record, value, record.images) for value in (record.before, record.after))
+    samples = record.samples_are
+    how = f"{record.calibration_images:,} calibration {samples}, no labels, seed {record.seed}, {record.seconds:.0f} s"
+    judged = f"on {record.images:,} train {samples} that were held out"
+    divergences = f"{record.divergence_before:.4f} and {record.divergence_after:.4f} {record.divergence_unit}".rstrip()
     sentence = (
         f"Post-training quantization ({how}), {judged}: {before} before, {after} after, divergence from the float network "
         f"{divergences}"
     )
-    if entry.get("earlier") is not None:
-        earlier = with_error(entry["earlier"], entry["images"])
+    if record.earlier is not None:
+        earlier = value_with_error(record, record.earlier, record.images)
         return f"{sentence}; the network that was fine-tuned earlier ({earlier}) is no worse, and was kept."
-    if entry["kept"]:
+    if record.kept:
         return f"{sentence}."
     return f"{sentence}; that is no better, and the network before was kept."
 
@@ -346,9 +369,10 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
     }
     shown = {label: row for label, row in rows.items() if row is not None}
     columns = [Column("policy", list(shown), least=14)]
-    for heading, key in _share_columns(problem.objective):
-        count = len(getattr(task.dataset, key.partition("_")[0]))
-        columns.append(Column(heading, [with_error(row[key], count) for row in shown.values()], "right"))
+    for heading, split, objective in _value_columns(problem.objective):
+        count = len(getattr(task.dataset, split))
+        judging = ObjectiveRecord.of(objective, problem.samples_are)
+        columns.append(Column(heading, [_value_cell(judging, row, split, count) for row in shown.values()], "right"))
     for metric in ("latency", "energy", "storage"):
         if metric not in problem.metrics:
             continue
@@ -361,15 +385,20 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
     print_columns(console, title, columns, caption=_caption(task, result))
 
 
-def _share_columns(objective: Objective) -> list[tuple[str, str]]:
-    """List the headings and keys of the columns of shares."""
+def _value_columns(objective: Objective) -> list[tuple[str, str, Objective]]:
+    """List the headings, splits and objectives of the columns of values."""
     if not objective.also:
-        splits = ("test", "search")
-        return [(f"{split}\n{objective.short}\n(measured)", share_key(split, objective.name)) for split in splits]
+        return [(f"{split}\n{objective.short}\n(measured)", split, objective) for split in ("test", "search")]
     # That these are measured stands below the table.
     words = objective.short.replace(" ", "\n")
-    columns = [(f"\ntest\n{other.short}", share_key("test", other.name)) for other in objective.also]
-    return columns + [(f"{split}\n{words}", share_key(split, objective.name)) for split in ("test", "search")]
+    columns = [(f"\ntest\n{other.short}", "test", other) for other in objective.also]
+    return columns + [(f"{split}\n{words}", split, objective) for split in ("test", "search")]
+
+
+def _value_cell(judging: ObjectiveRecord, row: Mapping[str, float | None], split: str, count: int) -> str:
+    """Write a value, with its standard error where it is of few samples."""
+    key = share_key(split, judging.objective)
+    return value_with_error(judging, judging.checked(row[key], key), count, row.get(error_key(key)))
 
 
 def _cost_cell(row: Mapping[str, float | None], metric: str) -> str:
@@ -380,19 +409,40 @@ def _cost_cell(row: Mapping[str, float | None], metric: str) -> str:
 
 
 def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
-    """Say below a table of results on how many images they stand, and where they were measured."""
-    objective = task.problem.objective
-    parts = [f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search images"]
+    """Say below a table of results on how many samples they stand, and where they were measured."""
+    objective, judging = task.problem.objective, objective_of(task.problem)
+    parts = []
+    if task.problem.evaluator.count:
+        parts.append(f"{len(task.dataset.test):,} test and {len(task.dataset.search):,} search {judging.samples_are}")
     if min(len(task.dataset.test), len(task.dataset.search)) < FEW:
-        parts.append("± is the standard error in points")
+        known = [result["float"].get(error_key(share_key(split, objective.name))) for split in SPLITS]
+        if errors := errors_words(judging, known):
+            parts.append(errors)
     if task.config.finetune_steps:
         parts.append(f"every policy fine-tuned for {task.config.finetune_steps} steps")
     if objective.note:
         parts.append(objective.note)
-    measured = [other.name for other in objective.also] or [objective.name]
+    measured = [other.title for other in objective.also] or [objective.title]
     parts.append(f"{' and '.join(measured)} {result['accuracy_is']}")
     parts.append(f"cost {result['cost_is']}")
     return "; ".join(parts)
+
+
+def errors_words(judging: JudgingRecord, known: Sequence[float | None]) -> str:
+    """Say what stands behind a ± in a table of values of few samples.
+
+    Args:
+        judging: What the values are of.
+        known: Standard errors of values that are no shares of samples.
+
+    Returns:
+        The words; nothing where no standard error is known.
+    """
+    if not judging.counts_samples and all(error is None for error in known):
+        return ""
+    if judging.objective_unit == PERCENT:
+        return "± is the standard error in points"
+    return "± is the standard error"
 
 
 def budget_sentence(budget: Mapping[str, Any]) -> str:
@@ -408,22 +458,19 @@ def budget_sentence(budget: Mapping[str, Any]) -> str:
     )
 
 
-def _rivals_sentence(objective: Objective, result: Mapping[str, Any]) -> str:
+def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
     """Hold what was found against the best of the rivals."""
+    objective, judging = problem.objective, objective_of(problem)
     key = share_key("search", objective.name)
-    name, rival = max(result["rivals"].items(), key=lambda item: item[1][key])
-    difference = 100 * (result["found"][key] - rival[key])
-    than = "as good as"
-    if difference > 0:
-        than = f"{difference:.2f} points below"
-    elif difference < 0:
-        than = f"{-difference:.2f} points above"
+    values = {name: judging.checked(row[key], key) for name, row in result["rivals"].items()}
+    name = max(values, key=lambda name: judging.score(values[name]))
+    than = judging.held_against(values[name], judging.checked(result["found"][key], key))
     measured = ""
     if objective.also:
         measured = f" ({objective.words})"
     return (
         f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
-        f"{percent(rival[key])} on the search split{measured}, {than} {result['solver']}."
+        f"{judging.show(values[name])} on the search split{measured}, {than} {result['solver']}."
     )
 
 

@@ -20,12 +20,16 @@ from haq.attacks.threat_model import parse_eps
 from haq.data.memory import allowed_bytes
 from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
+from haq.problem.batches import Owned
+from haq.problem.device import CPU, describe_device, find_device, kind_of
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
+from haq.store.records import ObjectiveRecord
+from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.reconstruction import Reconstructed
@@ -54,6 +58,7 @@ class LoadedNetwork:
     @classmethod
     def load(cls, config: SearchConfig) -> LoadedNetwork:
         """Load network and data, which need no hardware; raises what its parts raise."""
+        device = find_device(config.device)
         network = networks.load(config.network).normalized(*config.normalization())
         most = allowed_bytes(config.memory)
         dataset = data.load(config.data, image_size=network.image_size, memory=most, search_images=config.search_images)
@@ -61,7 +66,7 @@ class LoadedNetwork:
         takes_scores = getattr(OBJECTIVES.get(config.objective), "takes_scores", False)
         networks.check_fits(network, dataset, takes_scores)
         check_scale(dataset, config.mean, config.std)
-        return LoadedNetwork(config, network, dataset)
+        return LoadedNetwork(config, network.to(device), dataset)
 
     def signature(self) -> dict[str, str]:
         """Tell what must be the same for a run's policy and checkpoint to belong to it."""
@@ -131,11 +136,11 @@ class SearchTask(LoadedNetwork):
 
     Attributes:
         problem: What is searched.
-        measured: Shares on the search and the test split by policy (None: the float network), as far as they were measured.
+        measured: Values on the search and the test split by policy (None: the float network), as far as they were measured.
     """
 
     problem: Problem
-    measured: dict[Q.BitPolicy | None, dict[str, float]] = field(default_factory=dict)
+    measured: dict[Q.BitPolicy | None, dict[str, float | None]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -172,7 +177,7 @@ class SearchTask(LoadedNetwork):
                 _check_adaround(scheme)
         problem = Problem(
             network.module,
-            calibrate=calibration,
+            calibrate=owned(calibration),
             search=search,
             target=target or load_target(config),
             metric=config.metric,
@@ -264,6 +269,13 @@ class SearchTask(LoadedNetwork):
         return found
 
 
+def owned(calibration: Any) -> Owned:
+    """Return what `LoadedNetwork.calibration` returned as batches that needn't be copied."""
+    if isinstance(calibration, Tensor):
+        return Owned([calibration])
+    return Owned(calibration)
+
+
 def _count(calibration: Any) -> int:
     """Count the samples that set the activation scales."""
     if isinstance(calibration, Tensor):
@@ -305,6 +317,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
     target = problem.target
     return {
         "schema": PROBLEM_SCHEMA,
+        **objective_of(problem).differences(),
         "network": network or type(problem.network).__name__,
         "origin": origin,
         "data": data,
@@ -324,7 +337,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
         "scheme": describe_schemes(problem.schemes),
         "objective": problem.objective.name,
         "objective_is": problem.objective.words,
-        "float": problem.float_accuracy,
+        "float": finite(problem.float_accuracy),
         "layers": [
             {
                 "name": layer.name,
@@ -337,6 +350,11 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
             for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
         ],
     }
+
+
+def objective_of(problem: Problem) -> ObjectiveRecord:
+    """Return the record of what policies of a problem are judged by: how values are shown, and which are better."""
+    return ObjectiveRecord.of(problem.objective, problem.samples_are)
 
 
 def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.Scheme]:
@@ -404,10 +422,13 @@ def machine_signature(target: hw_models.Target) -> dict[str, str]:
     return {}
 
 
-def versions() -> dict[str, str]:
-    """Tell the versions on which the result of a search depends to the last bit."""
+def versions(device: torch.device | None = None) -> dict[str, str]:
+    """Tell the versions on which the result of a search depends to the last bit, and the device, if that isn't the CPU."""
     packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
-    return {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    found = {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    if device is not None and device.type != CPU:
+        found["device"] = describe_device(device)
+    return found
 
 
 def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], called: dict[str, str]) -> None:
@@ -432,9 +453,20 @@ def check_signature(folder: Path, before: dict[str, str], now: dict[str, str], c
             raise ValueError(f"the {called[name]} is no longer what {folder} began with: put it back, or start a new run")
 
 
-def check_versions(folder: Path, before: dict[str, str]) -> None:
-    """Raise ValueError if the versions, on which results depend to the last bit, aren't those a folder began with."""
-    now = versions()
+def check_versions(folder: Path, before: dict[str, str], device: torch.device | None = None) -> None:
+    """Raise ValueError if the versions, on which results depend to the last bit, aren't those a folder began with.
+
+    Args:
+        folder: The folder.
+        before: The versions that it holds.
+        device: Where networks are run here; None is the CPU.
+    """
+    now = versions(device)
+    if before.get("device", CPU) != now.get("device", CPU):
+        raise ValueError(
+            f"{folder} began on {before.get('device', CPU)}, this is {now.get('device', CPU)}, so it would not go on as it "
+            "began: go on where it began, or start a new run"
+        )
     for name, version in now.items():
         if before.get(name) != version:
             raise ValueError(
@@ -443,6 +475,25 @@ def check_versions(folder: Path, before: dict[str, str]) -> None:
             )
 
 
-def threads() -> str:
-    """Say where accuracy is measured."""
+def check_same_kind(folder: Path, began: str, asked: str | None) -> None:
+    """Check that what was begun on one device is gone on with on one of its kind.
+
+    Args:
+        folder: The folder of the run or sweep.
+        began: The device that it was asked for with.
+        asked: The device that is asked for now, if any is.
+
+    Raises:
+        ValueError: For another kind, on which results would be others in their last bits.
+    """
+    if asked is not None and kind_of(asked) != kind_of(began):
+        raise ValueError(
+            f"{folder} began on {began}, so it would not go on as it began on {asked}: leave --device out, or start a new run"
+        )
+
+
+def threads(device: torch.device | None = None) -> str:
+    """Say where accuracy is measured: on a device, the CPU if none is given."""
+    if device is not None and device.type != CPU:
+        return f"this machine's {describe_device(device)}"
     return f"this machine's CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""How a network is trained. Importing this needs no torch."""
+"""How a network is trained. Importing this needs no torch, and neither do the optimizers and schedules that are listed here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     import quantizers as Q
 
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam")  # beside those of torch, by the names of their classes
+SCHEDULES = ("cosine", "linear", "step", "constant")  # of the learning rate; beside those of torch
+AUXILIARY = 0.3  # weight of an auxiliary output's loss (Szegedy et al., "Going deeper with convolutions", CVPR 2015)
 
 ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
 
@@ -25,27 +27,48 @@ OnStep = Callable[[int, int], None]  # steps done, and in all
 
 
 class Judgement(NamedTuple):
-    """What a network is worth on held-out images.
+    """What a network is worth on held-out samples.
 
     Attributes:
-        accuracy: The share of them that it answers as it should, 0 to 1.
-        loss: Its mean loss (nats).
-        images: How many they are; 0 if that plays no part.
+        accuracy: The objective's value; of classification the share of samples that are answered as they should be, 0 to 1.
+        loss: The mean loss, which is lower for a better network: the divergence of the outputs from the float network's
+            (nats, for class scores), or the loss that is trained.
+        images: How many samples there are; 0 if that plays no part.
+        higher_is_better: Whether a larger value is better.
+        error: The standard error of the value; None: that of a share of so many samples.
     """
 
     accuracy: float
     loss: float
     images: int = 0
+    higher_is_better: bool = True
+    error: float | None = None
+
+    @property
+    def value(self) -> float:
+        """Return the objective's value."""
+        return self.accuracy
+
+    @property
+    def score(self) -> float:
+        """Return a number that is larger for a better value."""
+        if self.higher_is_better:
+            return self.accuracy
+        return -self.accuracy
 
     def beats(self, other: Judgement) -> bool:
-        """Say whether this is the better one of two: of less loss, and no less accurate by more than a standard error.
+        """Say whether this is the better one of two: of less loss, and no worse in its value by more than a standard error.
 
         The loss comes first: among a few hundred answers, one more or less is chance.
         """
         margin = 0.0
-        if self.images:
+        if other.error is not None:
+            margin = other.error
+        elif self.images:
             margin = standard_error(other.accuracy, self.images)
-        return self.loss < other.loss and self.accuracy >= other.accuracy - margin
+        if not math.isfinite(margin):
+            margin = 0.0
+        return self.loss < other.loss and self.score >= other.score - margin
 
 
 @dataclass(frozen=True)
@@ -58,6 +81,7 @@ class Outcome:
         epochs: The judgements after the epochs.
         kept: The number of the epoch whose network was kept, from 1; 0 for the network before.
         diverged: Whether training ended early, since the loss was no number any more.
+        stopped: Whether it ended early, since so many epochs in a row were no better (`TrainConfig.patience`).
     """
 
     images: int
@@ -65,6 +89,7 @@ class Outcome:
     epochs: tuple[Judgement, ...]
     kept: int
     diverged: bool = False
+    stopped: bool = False
 
     @property
     def best(self) -> Judgement:
@@ -84,13 +109,17 @@ class TrainConfig:
     """How a network is trained.
 
     Attributes:
-        epochs: How often the images are gone through.
-        learning_rate: The highest; it rises for a few steps, then falls to 0 along a cosine.
+        epochs: How often the samples are gone through.
+        learning_rate: The highest; it rises for a few steps, then goes as `schedule` says.
         seed: Of all that is random, but for what the network itself draws (dropout).
-        batch_size: Images of a step.
+        batch_size: Samples of a step.
         weight_decay: Of weights; biases, norms and what a quantization scheme learns have nothing to decay towards.
-        optimizer: `sgd` (Nesterov, momentum 0.9), `adam`, or a function that makes optimizers for a module, whose own
-            learning rates then stand for `learning_rate`.
+        optimizer: `sgd` (Nesterov, momentum 0.9), `adam`, the name of a class of `torch.optim`, such as AdamW, or a function
+            that makes optimizers for a module, whose own learning rates then stand for `learning_rate`.
+        schedule: Of the learning rate. `cosine`: it falls to 0 along a cosine. `linear`: along a line. `step`: it is divided
+            by 10 after half and after three quarters of the steps (He et al., CVPR 2016). `constant`. Or the name of a class
+            of `torch.optim.lr_scheduler`, with arguments if need be: "StepLR,step_size=10,gamma=0.5". These are without the
+            rise, and step after every epoch, OneCycleLR and CyclicLR after every batch.
         steps: Batches in all, in place of `epochs`.
         fixed_norms: Whether batch norms keep their statistics.
         train_scales: Whether the activation scales of quantized layers are trained, where their scheme doesn't train them
@@ -99,6 +128,10 @@ class TrainConfig:
         clipping: Clips weights after every step.
         adversary: What inputs are perturbed by, to raise the loss. Of `free`, every batch is replayed, in as many times
             fewer epochs.
+        patience: So many epochs in a row without a lower loss on held-out samples end a training; None: none do.
+        amp: Whether networks compute in half precision where that is safe (`torch.autocast`): bfloat16, or float16 with scaled
+            losses on GPUs that can't do that. Parameters and quantization scales stay float32, and so do losses.
+        auxiliary: Weight of the losses of auxiliary outputs, which some networks have in training mode.
     """
 
     epochs: int
@@ -113,9 +146,13 @@ class TrainConfig:
     penalty: Callable[[nn.Module], Tensor] | None = None
     clipping: Q.WeightClipping | None = None
     adversary: Adversary | None = None
+    schedule: str = "cosine"
+    patience: int | None = None
+    amp: bool = False
+    auxiliary: float = AUXILIARY
 
     def __post_init__(self) -> None:
-        """Check the numbers and the optimizer's name."""
+        """Check the numbers, and the names of the optimizer and the schedule."""
         if self.steps is None and self.epochs < 0:
             raise ValueError(f"epochs is {self.epochs!r}; it must be at least 0")
         if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
@@ -124,8 +161,36 @@ class TrainConfig:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; it must be a number, not below 0")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size!r}; it must be at least 2, since norms need two images")
-        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; known: {', '.join(OPTIMIZERS)}")
+        if self.patience is not None and (not isinstance(self.patience, int) or self.patience < 1):
+            raise ValueError(f"patience is {self.patience!r}; it must be a number of epochs of at least 1, or None for no end")
+        if not (math.isfinite(self.auxiliary) and self.auxiliary >= 0):
+            raise ValueError(f"auxiliary is {self.auxiliary!r}; it must be a number, not below 0")
+        if not callable(self.optimizer):
+            check_optimizer(self.optimizer)
+        check_schedule(self.schedule)
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError unless there is an optimizer of a name, naming those that there are."""
+    if name not in OPTIMIZERS:
+        from haq.training.optimizers import optimizer_class
+
+        optimizer_class(name)
+
+
+def check_schedule(text: str) -> None:
+    """Raise ValueError unless there is a schedule of a name, which may have arguments, naming those that there are."""
+    if text not in SCHEDULES:
+        from haq.training.optimizers import scheduler_class
+
+        scheduler_class(text)
+
+
+def usual_rate(optimizer: str) -> float:
+    """Return the learning rate that a class of `torch.optim` has as its default."""
+    from haq.training.optimizers import default_rate
+
+    return default_rate(optimizer)
 
 
 def rate_for(rate: float, steps: int) -> float:

@@ -5,9 +5,9 @@ Read from `fit` downwards: optimizers are made, an epoch is trained, a step of i
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.data.dataset import batch_count
+from haq.data.sources import Stream
 from haq.data.labels import class_numbers
 from haq.networks import Network
-from haq.problem.objective import class_scores
+from haq.problem.objective import Objective, class_scores
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import TrainingAttack
 from haq.training.config import (
@@ -35,10 +36,12 @@ from haq.training.config import (
     no_judgement,
     no_step,
 )
+from haq.training.goals import Called, Goal, UserLoss, as_float32, in_evaluation, network_inputs
+from haq.training.optimizers import Length, Schedule, optimizer_class
+from quantizers.calling import count_of, device_of, to_device
 from quantizers.norms import is_frozen, running_norms
 
-WARMUP_STEPS = 200  # at most; a tenth of all steps where that is fewer
-Judge = Callable[[nn.Module], Judgement]  # of a network, on images that it isn't trained on
+Judge = Callable[[nn.Module], Judgement]  # of a network, on samples that it isn't trained on
 LEAST_SCALE = 0.1  # of where a quantization step began: so far down may training move it
 
 
@@ -49,6 +52,8 @@ def fit(
     *,
     module: nn.Module | None = None,
     teacher: nn.Module | None = None,
+    objective: Objective | None = None,
+    loss: UserLoss | None = None,
     state: Checkpoint | None = None,
     judge: Judge | None = None,
     before: Judgement | None = None,
@@ -56,16 +61,23 @@ def fit(
     on_step: OnStep = no_step,
     on_judged: OnJudged = no_judgement,
 ) -> Outcome | None:
-    """Train a module in place.
+    """Train a module in place, on the device that the network is on.
+
+    Images of classes are mirrored and moved at random; other inputs, of any structure, are taken as they are.
 
     Args:
-        network: What preprocesses the images.
-        split: The images and their labels.
+        network: What preprocesses the inputs, and knows how modules are called with them.
+        split: The samples, inputs and targets.
         config: How.
         module: What is trained; default: the network's own.
-        teacher: With it labels play no part: the loss is the Kullback-Leibler distance from the teacher's outputs on random
-            mixtures of images, which a few thousand images provide without end (function matching, Beyer et al., CVPR
-            2022). Against an adversary it is the distance from its outputs on the inputs as they were.
+        teacher: With it targets play no part: the loss is the distance from the teacher's outputs. For class scores that is
+            the Kullback-Leibler divergence on random mixtures of images, which a few thousand images provide without end
+            (function matching, Beyer et al., CVPR 2022); for other objectives the mean of `Objective.divergence`. Against an
+            adversary it is the distance from its outputs on the inputs as they were.
+        objective: Whose `training_loss` is minimised without a teacher; None: cross-entropy, by labels.
+        loss: A function of (outputs, targets) that is minimised in place of all that; it returns a number or one for each
+            sample. Outputs are of the structure that they have in evaluation mode. Where there are auxiliary ones in training
+            mode, their losses are added.
         state: Keeps what it takes to go on after every epoch; what it holds is gone on from.
         judge: Judges the module after every epoch; in the end it is what it was after the best of them.
         before: With a judge: what the best epoch must beat. If none does, the outcome says so, and the module is left as
@@ -79,36 +91,55 @@ def fit(
 
     Raises:
         FloatingPointError: If the loss stops being a number before there is anything to keep.
-        ValueError: For fewer than two images, an adversary on images of unknown range, and a state of something else.
+        ValueError: For fewer than two samples, an objective that has nothing to train by, an adversary on images of unknown
+            range, patience without a judge, and a state of something else.
     """
     if len(split) < 2:
         raise ValueError(f"training takes at least 2 images, there are {len(split)}")
     if config.adversary is not None:
         check_images(split)
-    training = Training(network, module or network.module, teacher, config, len(split))
+    if config.patience is not None and judge is None:
+        raise ValueError(f"patience is {config.patience}, but nothing is held out by which epochs could be judged")
+    goal = Goal(objective, loss, config.auxiliary)
+    if teacher is not None:
+        goal.check_teacher()
+    training = Training(network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size))
     training.least = before
     if state is not None:
         training.restore(state)
     diverged = False
     for epoch in range(training.epoch, training.epochs):
+        if training.is_stale:
+            break
         try:
-            loss = train_epoch(training, split, on_step)
+            mean_loss = train_epoch(training, split, on_step)
         except FloatingPointError:
             if judge is None or (before is None and training.best is None):
                 raise
             diverged = True
             break
         training.epoch = epoch + 1
+        held_out_loss = mean_loss
         if judge is not None:
             training.consider(judge(training.module))
             on_judged(training.epoch, training.judged[-1])
+            held_out_loss = training.judged[-1].loss
+        training.schedule.after_epoch(held_out_loss)
         if state is not None:
             training.save(state)
-        on_epoch(training.epoch, loss)
+        on_epoch(training.epoch, mean_loss)
     training.finish()
     if judge is None:
         return None
-    return Outcome(0, before, tuple(training.judged), training.kept, diverged)
+    stopped = training.is_stale and training.epoch < training.epochs
+    return Outcome(0, before, tuple(training.judged), training.kept, diverged, stopped)
+
+
+def batches_in(split: Split, size: int) -> int:
+    """Count the batches that samples are trained on in; those that come in batches of their own stay in them."""
+    if isinstance(split.source, Stream):
+        return sum(math.ceil(count / size) for count in split.source.sizes())
+    return batch_count(len(split), size)
 
 
 class Training:
@@ -116,9 +147,14 @@ class Training:
 
     Attributes:
         module: What is trained.
-        generator: All randomness of the loop: the order of images, augmentation, mixtures, random starts of attacks.
+        goal: What is minimised.
+        generator: All randomness of the loop: the order of images, augmentation, mixtures, random starts of attacks. It is
+            the CPU's, so that every device draws the same.
         scales: Quantization steps that are trained beside the module's parameters.
         optimizers: Of the module's parameters and the scales.
+        schedule: Of their learning rates.
+        half: The type that networks compute in; None: that of their parameters.
+        scaler: Scales losses so that float16 can hold their gradients; None where it needn't.
         attack: What perturbs the inputs; None: nothing.
         epochs: How many there are; `epoch` of them are done.
         steps: How many there are; `step` of them are done.
@@ -129,18 +165,28 @@ class Training:
     """
 
     def __init__(
-        self, network: Network, module: nn.Module, teacher: nn.Module | None, config: TrainConfig, images: int
+        self,
+        network: Network,
+        module: nn.Module,
+        teacher: nn.Module | None,
+        config: TrainConfig,
+        images: int,
+        goal: Goal | None = None,
+        batches: int | None = None,
     ) -> None:
         """Make everything that a training begins with.
 
         Args:
-            network: What preprocesses the images.
+            network: What preprocesses the inputs.
             module: What is trained.
-            teacher: What the outputs are held against; None: the labels.
+            teacher: What the outputs are held against; None: the targets.
             config: How.
-            images: How many there are.
+            images: How many samples there are.
+            goal: What is minimised; None: of classification.
+            batches: Of an epoch; None: as many as there are of so many samples.
         """
         self.network = network
+        self.goal = goal or Goal()
         self.module = module
         self.teacher = teacher
         self.config = config
@@ -150,25 +196,66 @@ class Training:
             self.scales = trainable_scales(module)
         self.least_scales = [LEAST_SCALE * scale.detach() for scale in self.scales]
         self.optimizers = make_optimizers(module, self.scales, config)
-        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.half: torch.dtype | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+        if config.amp:
+            self.half = half_precision(network.device)
+            if self.half == torch.float16:
+                self.scaler = torch.amp.GradScaler(network.device.type)
 
         self.attack: TrainingAttack | None = None
         self.replays = 1
         passes = config.epochs
         if config.adversary is not None:
-            self.attack = TrainingAttack(config.adversary, PerturbationBall.of(network, config.adversary.eps))
+            self.attack = TrainingAttack(
+                config.adversary, PerturbationBall.of(network, config.adversary.eps).to(network.device)
+            )
             self.replays = config.adversary.replays
             passes = config.adversary.passes(config.epochs)
 
-        self.steps_per_epoch = batch_count(images, config.batch_size) * self.replays
+        self.steps_per_epoch = (batches or batch_count(images, config.batch_size)) * self.replays
         self.steps = config.steps or passes * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
+        self.schedule = Schedule(self.optimizers, config, Length(self.steps, self.epochs))
         self.epoch = 0
         self.step = 0
         self.least: Judgement | None = None
         self.judged: list[Judgement] = []
         self.kept = 0
         self.best: dict[str, Any] | None = None
+
+    @property
+    def is_stale(self) -> bool:
+        """Say whether as many epochs as there is patience for had no lower loss on held-out samples than one before them."""
+        patience = self.config.patience
+        if patience is None or not self.judged:
+            return False
+        losses = [judgement.loss for judgement in self.judged]
+        best = losses.index(min(losses))
+        return len(losses) - 1 - best >= patience
+
+    def outputs(self, module: nn.Module, inputs: Any, targets: Any = None) -> Any:
+        """Compute the outputs of a module, in float32 whatever it computes in.
+
+        Args:
+            module: What is trained, or the teacher.
+            inputs: Of a batch, preprocessed.
+            targets: Of the batch.
+
+        Returns:
+            What the module returns.
+        """
+        if self.half is None:
+            return self._run(module, inputs, targets)
+        with torch.autocast(self.network.device.type, self.half):
+            outputs = self._run(module, inputs, targets)
+        return as_float32(outputs)
+
+    def _run(self, module: nn.Module, inputs: Any, targets: Any) -> Any:
+        if module is self.module and isinstance(inputs, Tensor) and self.network.forward is None:
+            # No copy, as the teacher is given: nobody looks at them afterwards but an adversary, at their gradient.
+            return module(inputs)
+        return self.network.run(module, inputs, targets)
 
     def tensors(self) -> dict[str, Any]:
         """Copy all tensors of the module."""
@@ -197,16 +284,23 @@ class Training:
         perturbation = None
         if self.attack is not None:
             perturbation = self.attack.delta
+        scaler = None
+        if self.scaler is not None:
+            scaler = self.scaler.state_dict()
         state.write(
             {
                 "epoch": self.epoch,
+                "step": self.step,
                 **self.tensors(),
                 "judged": [tuple(judgement) for judgement in self.judged],
                 "kept": self.kept,
                 "best": self.best,
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "schedule": self.schedule.state(),
+                "scaler": scaler,
                 "generator": self.generator.get_state(),
                 "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
+                "device": device_random_state(self.network.device),  # of the same, where that isn't the CPU
                 "perturbation": perturbation,
             }
         )
@@ -220,22 +314,24 @@ class Training:
             return
         with state.fitting():
             self.load_tensors(content)
-            self.judged = [
-                Judgement(float(accuracy), float(loss), int(images)) for accuracy, loss, images in content["judged"]
-            ]
+            self.judged = [judgement_of(*kept) for kept in content["judged"]]
             self.kept = content["kept"]
             self.best = content["best"]
             for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(kept)
+            self.schedule.restore(content.get("schedule", []))
+            if self.scaler is not None:
+                self.scaler.load_state_dict(content["scaler"])
+            set_device_random_state(self.network.device, content.get("device"))
             self.generator.set_state(content["generator"])
             torch.set_rng_state(content["torch"])
             if self.attack is not None:
-                self.attack.delta = content["perturbation"]
+                self.attack.delta = to_device(content["perturbation"], self.network.device)
             epoch = content["epoch"]
             if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
                 raise TypeError("the epoch is no number")
         self.epoch = epoch
-        self.step = epoch * self.steps_per_epoch
+        self.step = content.get("step", epoch * self.steps_per_epoch)
 
     def finish(self) -> None:
         """Leave the module ready for use, as it was at its best if it was judged."""
@@ -273,11 +369,68 @@ def make_optimizers(module: nn.Module, scales: Sequence[Tensor], config: TrainCo
         groups = parameter_groups(module, scales, config)
         if config.optimizer == "adam":
             optimizers = [torch.optim.Adam(groups, config.learning_rate)]
-        else:
+        elif config.optimizer == "sgd":
             optimizers = [torch.optim.SGD(groups, config.learning_rate, momentum=0.9, nesterov=True)]
+        else:
+            optimizers = [named_optimizer(config.optimizer, groups, config.learning_rate)]
     if config.clipping is not None:
         optimizers[-1].register_step_post_hook(config.clipping)
     return optimizers
+
+
+def named_optimizer(name: str, groups: list[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+    """Make an optimizer of torch.
+
+    Args:
+        name: Of its class.
+        groups: Of parameters.
+        rate: The learning rate.
+
+    Returns:
+        The optimizer, whose other options are as torch has them.
+
+    Raises:
+        ValueError: For one that refuses these parameters.
+    """
+    try:
+        return optimizer_class(name)([group for group in groups if group["params"]], lr=rate)  # type: ignore[call-arg]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"optimizer {name!r} can't train this network ({reason})") from error
+
+
+def judgement_of(value: float, loss: float, images: int, higher_is_better: bool = True, error: Any = None) -> Judgement:
+    """Make a judgement of what a state keeps of it."""
+    if error is not None:
+        error = float(error)
+    return Judgement(float(value), float(loss), int(images), bool(higher_is_better), error)
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """Return the type of half precision that a device computes with: float16 only on GPUs without bfloat16."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def device_random_state(device: torch.device) -> Tensor | None:
+    """Return the state of a device's random numbers; None for the CPU, whose state is torch's own."""
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
+    """Put back what `device_random_state` returned."""
+    if state is None:
+        return
+    if device.type == "mps":
+        torch.mps.set_rng_state(state)
+        return
+    torch.get_device_module(device).set_rng_state(state, device)
 
 
 def parameter_groups(module: nn.Module, scales: Sequence[Tensor], config: TrainConfig) -> list[dict[str, object]]:
@@ -364,33 +517,62 @@ def train_epoch(training: Training, split: Split, on_step: OnStep = no_step) -> 
             norm.eval()
     total = 0.0
     seen = 0
-    for images, labels in split.batches(config.batch_size, training.generator):
-        inputs = training.network.preprocess(augment(images, training.generator))
-        loss_of: Loss
-        if training.teacher is None:
-            loss_of = functools.partial(distance_from_labels, labels=labels)
-        else:
-            inputs = mix(inputs, training.generator)
-            loss_of = distance_from(training.teacher, inputs)
+    for inputs, targets in split.batches(config.batch_size, training.generator):
+        given, targets, loss_of = prepared(training, inputs, targets)
+        count = count_of(given)
         for _ in range(training.replays):
             if training.step == training.steps:
                 break
-            loss = train_step(training, inputs, loss_of)
-            total += loss * len(labels)
-            seen += len(labels)
+            loss = train_step(training, given, loss_of, targets)
+            total += loss * count
+            seen += count
             on_step(training.step, training.steps)
         if training.step == training.steps:
             break
+    if not seen:
+        raise ValueError("there is no batch of samples to train on")
     return total / seen
 
 
-def train_step(training: Training, inputs: Tensor, loss_of: Loss) -> float:
+def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, Loss]:
+    """Make of a batch what a step of training takes.
+
+    Args:
+        training: The training.
+        inputs: As the data gives them.
+        targets: Likewise.
+
+    Returns:
+        The inputs in the network's input space and the targets, both on its device; and the loss of outputs.
+    """
+    network, goal, generator = training.network, training.goal, training.generator
+    is_of_images = goal.looks_at_images(inputs)
+    if is_of_images:
+        inputs = augment(inputs, generator)
+    inputs = network_inputs(network, inputs)
+    targets = to_device(targets, network.device)
+    if training.teacher is not None and goal.loss is None:
+        if is_of_images:
+            inputs = mix(inputs, generator)
+        with torch.no_grad():
+            expected = training.outputs(training.teacher, inputs, targets)
+        return inputs, targets, goal.from_teacher(expected)
+    goal.check_targets(targets)
+
+    def loss_of(outputs: Any) -> Tensor:
+        return goal.from_targets(outputs, targets, lambda: in_evaluation(network, training.module, inputs, targets))
+
+    return inputs, targets, loss_of
+
+
+def train_step(training: Training, inputs: Any, loss_of: Loss, targets: Any = None) -> float:
     """Train on a batch, which an adversary may perturb first.
 
     Args:
         training: The training, whose step is taken.
-        inputs: (N, C, H, W), in the network's input space.
+        inputs: Of the batch, in the network's input space.
         loss_of: The loss of outputs on these inputs.
+        targets: Of the batch, for a network that is called with them.
 
     Returns:
         The loss.
@@ -399,11 +581,14 @@ def train_step(training: Training, inputs: Tensor, loss_of: Loss) -> float:
         FloatingPointError: If it is no number.
     """
     module = training.module
-    set_learning_rate(training)
+    training.schedule.before_step(training.step)
     given = inputs
     if training.attack is not None:
-        given = training.attack.perturb(module, inputs, loss_of, training.generator)
-    loss = loss_of(module(given))
+        attacked = module
+        if training.network.forward is not None:
+            attacked = Called(training.network, module, targets)
+        given = training.attack.perturb(attacked, inputs, loss_of, training.generator)
+    loss = loss_of(training.outputs(module, given, targets))
     if training.config.penalty is not None:
         loss = loss + training.config.penalty(module)
     if not torch.isfinite(loss):
@@ -412,49 +597,53 @@ def train_step(training: Training, inputs: Tensor, loss_of: Loss) -> float:
         raise ValueError("there is nothing to train: all parameters that the network computes with are frozen")
     for optimizer in training.optimizers:
         optimizer.zero_grad()
-    loss.backward()
+    descend(training, loss)
     if training.attack is not None:
         training.attack.learn(given)
-    for optimizer in training.optimizers:
-        optimizer.step()
     with torch.no_grad():
         for scale, least in zip(training.scales, training.least_scales, strict=True):
             torch.maximum(scale, least, out=scale)
     training.step += 1
+    training.schedule.after_step(training.step)
     return loss.item()
 
 
-def set_learning_rate(training: Training) -> None:
-    """Let the learning rates rise for the first steps, then fall to 0 along a cosine."""
-    step, steps = training.step, training.steps
-    warmup = min(WARMUP_STEPS, steps // 10 + 1)
-    rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for optimizer, peaks in zip(training.optimizers, training.peaks, strict=True):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate
+def descend(training: Training, loss: Tensor) -> None:
+    """Take the gradients of a loss, and let the optimizers take a step."""
+    scaler = training.scaler
+    if scaler is None:
+        loss.backward()
+        for optimizer in training.optimizers:
+            optimizer.step()
+        return
+    scaler.scale(loss).backward()
+    for optimizer in training.optimizers:
+        scaler.step(optimizer)
+    scaler.update()
 
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tensor:
     """Mirror half of the images and move each by some pixels; zeros enter at the border.
 
     Args:
-        images: (N, C, H, W).
-        generator: Of what is random.
+        images: (N, C, H, W), on any device.
+        generator: Of what is random, on the CPU.
         shift: Pixels, at most.
 
     Returns:
         Images of the same shape.
     """
-    count, _, height, width = images.shape
-    mirrored = torch.rand(count, generator=generator) < 0.5
+    count, channels, height, width = images.shape
+    device = images.device
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
     images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-    down, right = torch.randint(0, 2 * shift + 1, (2, count), generator=generator)
+    down, right = torch.randint(0, 2 * shift + 1, (2, count), generator=generator).to(device)
     padded = F.pad(images, (shift, shift, shift, shift))
-    rows = (down.view(-1, 1) + torch.arange(height)).view(count, 1, height, 1)
-    columns = (right.view(-1, 1) + torch.arange(width)).view(count, 1, 1, width)
+    rows = (down.view(-1, 1) + torch.arange(height, device=device)).view(count, 1, height, 1)
+    columns = (right.view(-1, 1) + torch.arange(width, device=device)).view(count, 1, 1, width)
     index = (
-        torch.arange(count).view(-1, 1, 1, 1),
-        torch.arange(images.shape[1]).view(1, -1, 1, 1),
+        torch.arange(count, device=device).view(-1, 1, 1, 1),
+        torch.arange(channels, device=device).view(1, -1, 1, 1),
         rows,
         columns,
     )
@@ -463,30 +652,12 @@ def augment(images: Tensor, generator: torch.Generator, shift: int = 2) -> Tenso
 
 def mix(inputs: Tensor, generator: torch.Generator) -> Tensor:
     """Return random mixtures of two inputs each."""
-    share = torch.rand(len(inputs), 1, 1, 1, generator=generator)
-    partner = torch.randperm(len(inputs), generator=generator)
+    share = torch.rand(len(inputs), 1, 1, 1, generator=generator).to(inputs.device)
+    partner = torch.randperm(len(inputs), generator=generator).to(inputs.device)
     order = torch.contiguous_format
     if inputs.is_contiguous(memory_format=torch.channels_last):
         order = torch.channels_last
     return (share * inputs + (1 - share) * inputs[partner]).contiguous(memory_format=order)
-
-
-def distance_from_labels(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross entropy of outputs. Raises ValueError for what are no class scores, or none of these classes."""
-    scores = class_scores(outputs)
-    return F.cross_entropy(scores, class_numbers(labels, "what is trained on", scores.shape[1]))
-
-
-def distance_from(teacher: nn.Module, inputs: Tensor) -> Loss:
-    """Make the loss of outputs: their distance from the teacher's on these inputs, in nats."""
-    with torch.no_grad():
-        # A copy, here and below: a network may change its input in place.
-        targets = F.log_softmax(class_scores(teacher(inputs.clone())), dim=1)
-
-    def distance(outputs: Tensor) -> Tensor:
-        return F.kl_div(F.log_softmax(class_scores(outputs), dim=1), targets, reduction="batchmean", log_target=True)
-
-    return distance
 
 
 @torch.inference_mode()
@@ -504,10 +675,11 @@ def agreement(network: Network, split: Split, module: nn.Module, batch_size: int
     """
     module.eval()
     network.module.eval()
+    goal = Goal()
     same = 0
-    for images, _ in split.batches(batch_size):
-        inputs = network.preprocess(images)
-        answers, expected = (class_scores(one(inputs.clone())).argmax(1) for one in (module, network.module))
+    for images, targets in split.batches(batch_size):
+        inputs = network_inputs(network, images)
+        answers, expected = (goal.read(network.run(one, inputs, targets)).argmax(1) for one in (module, network.module))
         same += int((answers == expected).sum())
     return same / len(split)
 
@@ -530,7 +702,9 @@ def accuracy(network: Network, split: Split, module: nn.Module | None = None, ba
     """
     module = (module or network.module).eval()
     class_numbers(split.labels, "what accuracy is measured on")
+    goal = Goal()
     correct = 0
     for images, labels in split.batches(batch_size):
-        correct += int((class_scores(module(network.preprocess(images))).argmax(1) == labels).sum())
+        scores = goal.read(network.run(module, network_inputs(network, images), labels))
+        correct += int((scores.argmax(1).cpu() == labels).sum())
     return correct / len(split)

@@ -168,8 +168,8 @@ def test_outputs_are_class_scores(form: Callable[[Tensor], Any], words: str, thr
         made.evaluate(made.uniform(4))
 
 
-def test_a_network_takes_one_tensor() -> None:
-    with pytest.raises(ValueError, match=r"can't compute inputs of shape \(1, 1, 8, 8\) .*missing 1 required .*must take one"):
+def test_a_network_of_two_inputs_has_no_targets_in_a_pair() -> None:
+    with pytest.raises(ValueError, match=r"`search` has no targets, .* beside what the network takes"):
         problem(TakesTwo().eval())
 
 

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from haq.store.units import DOWN, UP, best_unit, describe_amount, describe_bytes, percent
+from haq.store.units import (
+    DOWN,
+    UP,
+    begin,
+    best_unit,
+    describe_amount,
+    describe_bytes,
+    held_against,
+    percent,
+    plotted,
+    show,
+    show_difference,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +69,54 @@ def test_shares() -> None:
     assert percent(0.925) == "92.50 %"
     assert percent(0.925, 1) == "92.5 %"
     assert percent(None) == "–"
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "words"),
+    [
+        (0.925, "%", "92.50 %"),
+        (28.4123, "dB", "28.41 dB"),
+        (0.0123, "", "0.0123"),
+        (-0.25, "nats", "-0.25 nats"),
+        (12_345.6, "", "12,346"),
+        (1.2e-7, "nats", "1.2e-07 nats"),
+        (-math.inf, "dB", "-∞ dB"),
+        (math.inf, "%", "∞ %"),
+        (math.nan, "dB", "–"),
+        (None, "dB", "–"),
+    ],
+)
+def test_values_of_objectives(value: float | None, unit: str, words: str) -> None:
+    assert show(value, unit) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "other", "unit", "higher", "words"),
+    [
+        (0.918, 0.925, "%", True, "0.70 points below"),
+        (0.925, 0.918, "%", True, "0.70 points above"),
+        (0.925, 0.92500001, "%", True, "as good as"),
+        (27.6, 28.4, "dB", True, "0.8 dB below"),
+        (0.42, 0.3, "nats", False, "0.12 nats worse than"),
+        (0.3, 0.42, "nats", False, "0.12 nats better than"),
+        (0.02, 0.03, "", False, "0.01 better than"),
+        (0.08, 0.05, "%", False, "3.00 points worse than"),
+        (1.0, 1.0 + 1e-9, "dB", True, "as good as"),
+        (-math.inf, 28.4, "dB", True, "∞ dB below"),
+    ],
+)
+def test_one_value_held_against_another(value: float, other: float, unit: str, higher: bool, words: str) -> None:
+    assert held_against(value, other, unit, higher) == words
+    better_by = value - other
+    if abs(better_by) > 1e-6:
+        assert show_difference(better_by if higher else -better_by, unit, higher) == words
+
+
+def test_shares_are_drawn_in_percent_and_other_values_as_they_are() -> None:
+    assert plotted(0.5, "%") == 50.0
+    assert plotted(0.5, "dB") == 0.5
+
+
+def test_an_objective_at_the_beginning_of_a_sentence_keeps_its_name() -> None:
+    titles = ["accuracy", "worst-case accuracy", "mIoU", "PSNR", "my_loss", ""]
+    assert [begin(title) for title in titles] == ["Accuracy", "Worst-case accuracy", "mIoU", "PSNR", "my_loss", ""]

@@ -19,18 +19,20 @@ import queue
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager, suppress
 from multiprocessing import reduction, resource_tracker
 from typing import IO, Any, NamedTuple
 
-import cloudpickle
 import torch
 
 import quantizers as Q
+from haq.problem.device import CPU, kind_of, spread
 from haq.problem.evaluator import Evaluation, Evaluator
+from haq.study.workers import moving
 
 logger = logging.getLogger("haq")
 PATIENCE = 3  # times in a row that the workers of one place may die before they have done anything
@@ -54,6 +56,7 @@ class Crew:
         given: tuple[Any, ...],
         count: int,
         on_news: Callable[..., None] = lambda *news: None,
+        devices: Sequence[str] = (CPU,),
     ) -> None:
         """Start processes.
 
@@ -62,13 +65,15 @@ class Crew:
             given: What each is given once.
             count: How many there are.
             on_news: Told, while tasks are waited for, what workers tell of what they are at.
+            devices: Where what is given is in the workers, in turn, if it isn't on the CPU here.
         """
+        self._devices = list(devices)
         self._on_news = on_news
         self._news: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         # Without a name, so that nothing is left of it, whoever is killed.
         self._handover = tempfile.TemporaryFile()  # noqa: SIM115
         try:
-            cloudpickle.dump((begin, given), self._handover)
+            moving.dump((begin, given), self._handover)
             self._handover.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
@@ -145,7 +150,10 @@ class Crew:
         # Ctrl-C is for this process, which knows what to do; a worker inherits that it doesn't get it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            worker = _Worker(self._handover, self._closed, self._news.put)
+            # The device with the fewest workers: one that follows a dead one comes to where that was.
+            counts = Counter(worker.device for worker in list(self._workers))
+            device = min(self._devices, key=lambda name: counts[name])
+            worker = _Worker(self._handover, self._closed, self._news.put, device)
             self._workers.add(worker)
             self._fresh.put(worker)
         finally:
@@ -171,10 +179,11 @@ class Crew:
                         task, deaths = None, 0
                 except _Lost:
                     deaths += 1
+                    self._workers.discard(worker)
                     if deaths < PATIENCE:
                         self._vacant.put(None)
                 finally:
-                    self._workers.remove(worker)
+                    self._workers.discard(worker)
                     reason = worker.bury()
             if not self._closed.is_set():
                 self._leave(task, reason)
@@ -197,12 +206,15 @@ class _Lost(Exception):
 class _Worker:
     """A process and the pipe to it."""
 
-    def __init__(self, handover: IO[bytes], closed: threading.Event, on_news: Callable[[tuple[Any, ...]], None]) -> None:
+    def __init__(
+        self, handover: IO[bytes], closed: threading.Event, on_news: Callable[[tuple[Any, ...]], None], device: str
+    ) -> None:
+        self.device = device
         self._closed = closed
         self._on_news = on_news
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, _Shared(handover)))
+        self._process = spawn.Process(target=_work, args=(theirs, _Shared(handover), device))
         self._process.start()
         # Only the worker holds its end now, so that the pipe tells of its death.
         theirs.close()
@@ -279,12 +291,12 @@ class _Inherited:
     def __init__(self, descriptor: Any) -> None:
         self._descriptor = descriptor.detach()
 
-    def load(self) -> Any:
+    def load(self, device: str) -> Any:
         with (
             open(self._descriptor, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            return pickle.load(content)  # type: ignore[arg-type]
+            return moving.load(content, device)
 
 
 class _Unable:
@@ -311,10 +323,10 @@ class Processes:
     If one is killed, another takes its place, and nothing is lost but what it was at.
     """
 
-    def __init__(self, evaluator: Evaluator, count: int) -> None:
-        """Start `count` processes."""
+    def __init__(self, evaluator: Evaluator, count: int, devices: Sequence[str] = (CPU,)) -> None:
+        """Start `count` processes, which are spread over devices."""
         self.count = count
-        self._crew = Crew(_evaluating, (evaluator, evaluator.worker_threads), count)
+        self._crew = Crew(_evaluating, (evaluator, evaluator.worker_threads), count, devices=devices)
         self._futures: dict[Q.BitPolicy, Future[Evaluation]] = {}
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
@@ -338,24 +350,25 @@ class Processes:
 
 
 @contextmanager
-def working(evaluator: Evaluator, count: int | None, ray: str | None = None) -> Iterator[None]:
+def working(evaluator: Evaluator, count: int | None, ray: str | None = None, device: str = CPU) -> Iterator[None]:
     """Let an evaluator's policies be evaluated by others within.
 
     Args:
         evaluator: Whose.
         count: By so many processes; None is by this one.
         ray: The address of a Ray cluster: by as many workers there, or by all of its processors.
+        device: What networks are run on: "cuda" is all GPUs, "cuda:1" that one alone.
     """
     if ray is not None:
         from haq.study.workers import ray as ray_workers
 
-        with ray_workers.working(evaluator, ray, count):
+        with ray_workers.working(evaluator, ray, count, kind_of(device)):
             yield
         return
     if count is None:
         yield
         return
-    pool = evaluator.pool = Processes(evaluator, count)
+    pool = evaluator.pool = Processes(evaluator, count, spread(device))
     try:
         yield
     finally:
@@ -379,11 +392,11 @@ def live_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(pipe: Any, shared: _Inherited) -> None:
+def _work(pipe: Any, shared: _Inherited, device: str) -> None:
     """Do tasks until the first process has no more."""
     live_with_parent()
     try:
-        begin, given = shared.load()
+        begin, given = shared.load(device)
         work = begin(lambda *words: _send(pipe, _News(words)), *given)
     except MemoryError:
         os._exit(1)  # there may be room another time

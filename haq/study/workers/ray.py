@@ -23,14 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 
 import quantizers as Q
+from haq.problem.device import CPU, find_device
 from haq.problem.evaluator import Evaluation, Evaluator
 from haq.store import files as store_files
 from haq.study.search_run import HISTORY
 from haq.study.task import versions
+from haq.study.workers import moving
 
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
@@ -91,16 +92,17 @@ def connected(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def working(evaluator: Evaluator, address: str, most: int | None) -> Iterator[None]:
+def working(evaluator: Evaluator, address: str, most: int | None, device: str = CPU) -> Iterator[None]:
     """Let an evaluator's policies be evaluated on a Ray cluster, by at most so many workers if there is a number.
 
     Args:
         evaluator: Whose policies.
         address: Of the cluster.
-        most: How many workers; None is as many as it has processors.
+        most: How many workers; None is as many as it has processors, or GPUs if networks are run on these.
+        device: The kind of what networks are run on.
     """
     with connected(address):
-        evaluator.pool = Evaluations(evaluator, most)
+        evaluator.pool = Evaluations(evaluator, most, device)
         try:
             yield
         finally:
@@ -108,10 +110,11 @@ def working(evaluator: Evaluator, address: str, most: int | None) -> Iterator[No
 
 
 class Crew:
-    """Workers of one kind, one for each processor of the cluster but at most `most`, and the tasks that they share.
+    """Workers of one kind, one for each processor (or GPU) of the cluster but at most `most`, and the tasks that they share.
 
     A task is a key; `arguments` tells, when it is given to a worker, what comes with it. What a worker yields comes back by
-    `wait`. `kind` is a class with the methods `ready(given, threads) -> versions` and `work(key, *arguments) -> iterator`.
+    `wait`. `kind` is a class with the methods `ready(given, threads, device) -> versions` and
+    `work(key, *arguments) -> iterator`.
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Crew:
         most: int | None,
         depth: int,
         arguments: Callable[[Any], tuple[Any, ...]] = lambda key: (),
+        device: str = CPU,
     ) -> None:
         """Start workers.
 
@@ -132,6 +136,7 @@ class Crew:
             most: How many there may be; None for no limit.
             depth: How many tasks a worker is given at a time.
             arguments: What comes with a task's key.
+            device: The kind of what networks are run on; of anything but the CPU every worker has one to itself.
         """
         import ray
 
@@ -140,8 +145,9 @@ class Crew:
         self._most = most
         self._depth = depth
         self._arguments = arguments
-        self._given = ray.put(cloudpickle.dumps(given))
+        self._given = ray.put(moving.dumps(given))
         self._threads = threads
+        self._device = device
         self._address = ray.get_runtime_context().gcs_address
         self._queue: deque[Any] = deque()
         self._starting: dict[Any, Any] = {}  # what tells that a worker is ready -> the worker
@@ -198,14 +204,25 @@ class Crew:
         # Ray itself would wait for a minute, and then end this process.
         if not _answers(host, int(port)):
             raise ConnectionError(f"the Ray head at {self._address} is gone")
-        there = int(self._ray.cluster_resources().get("CPU", 0))
+        resources = self._ray.cluster_resources()
+        there = int(resources.get("CPU", 0))
+        needs = {"num_cpus": 1}
+        if self._device != CPU:
+            # Ray shows a worker no GPU but its own.
+            there = min(there, int(resources.get("GPU", 0)))
+            needs["num_gpus"] = 1
+            if not there:
+                raise ConnectionError(
+                    f"the Ray cluster at {self._address} has no GPU, and networks are to be run on {self._device}: start its "
+                    "machines with ray start --num-gpus, or search with --device cpu"
+                )
         wanted = there
         if self._most is not None:
             wanted = min(there, self._most)
-        worker: Any = self._ray.remote(num_cpus=1, max_restarts=0)(self._kind)
+        worker: Any = self._ray.remote(max_restarts=0, **needs)(self._kind)
         for _ in range(wanted - len(self._starting) - len(self._load) - len(self._refused)):
             one = worker.remote()
-            self._starting[one.ready.remote(self._given, self._threads)] = one
+            self._starting[one.ready.remote(self._given, self._threads, self._device)] = one
         self._looked = time.monotonic()
 
     def _dispatch(self) -> None:
@@ -219,7 +236,7 @@ class Crew:
             self._running[yielded] = key, worker
 
     def _welcome(self, reference: Any) -> None:
-        there, here = self._ray.get(reference, timeout=GET_S), versions()
+        there, here = self._ray.get(reference, timeout=GET_S), versions_on(self._device)
         worker = self._starting.pop(reference)
         other = [f"{name} {there.get(name)}, not {here[name]}" for name in here if there.get(name) != here[name]]
         if not other:
@@ -260,10 +277,10 @@ class Crew:
 class Evaluations:
     """A pool (`haq.problem.evaluator.Pool`) of workers on a Ray cluster."""
 
-    def __init__(self, evaluator: Evaluator, most: int | None) -> None:
-        """Start workers, at most so many if there is a number."""
+    def __init__(self, evaluator: Evaluator, most: int | None, device: str = CPU) -> None:
+        """Start workers, at most so many if there is a number; `device` is as of `Crew`."""
         # Two policies each, so that none waits for us while we wait for another.
-        self._crew = Crew(_Evaluator, evaluator, evaluator.worker_threads, most, depth=2)
+        self._crew = Crew(_Evaluator, evaluator, evaluator.worker_threads, most, depth=2, device=device)
         self._asked: set[Q.BitPolicy] = set()
         self._found: dict[Q.BitPolicy, Evaluation] = {}
 
@@ -288,10 +305,10 @@ class Evaluations:
 class _Evaluator:
     """A worker that evaluates policies."""
 
-    def ready(self, given: bytes, threads: int) -> dict[str, str]:
+    def ready(self, given: bytes, threads: int, device: str) -> dict[str, str]:
         torch.set_num_threads(threads)
-        self._evaluator = cloudpickle.loads(given)
-        return versions()
+        self._evaluator = moving.load(given, device)
+        return versions_on(device)
 
     def work(self, policy: Q.BitPolicy) -> Iterator[Evaluation]:
         yield self._evaluator.evaluate(policy)
@@ -303,6 +320,7 @@ def run_folders(
     folders: dict[Any, Path],
     most: int | None,
     on_done: Callable[[Any], None],
+    device: str = CPU,
 ) -> None:
     """Let searches be done on the cluster that this process is connected to, and their runs come into folders of this machine.
 
@@ -312,8 +330,9 @@ def run_folders(
         folders: Where the run of each key is begun. Its history grows there; its other files come at its end.
         most: How many workers there may be; None for no limit.
         on_done: Is told the key of a search that has ended.
+        device: As of `Crew`.
     """
-    crew = Crew(_Searcher, (given, searched), 1, most, 1, lambda key: (folders[key].name, _files(folders[key])))
+    crew = Crew(_Searcher, (given, searched), 1, most, 1, lambda key: (folders[key].name, _files(folders[key])), device)
     for key in folders:
         crew.submit(key)
     left = set(folders)
@@ -332,10 +351,10 @@ def run_folders(
 class _Searcher:
     """A worker that does whole searches, each in a folder that is there for as long as it takes."""
 
-    def ready(self, given: bytes, threads: int) -> dict[str, str]:
-        self._given, self._searched = cloudpickle.loads(given)
+    def ready(self, given: bytes, threads: int, device: str) -> dict[str, str]:
+        self._given, self._searched = moving.load(given, device)
         self._threads = threads
-        return versions()
+        return versions_on(device)
 
     def work(self, key: Any, name: str, files: dict[str, bytes]) -> Iterator[bytes | dict[str, bytes]]:
         """What the history grows by, and in the end every file."""
@@ -363,6 +382,11 @@ class _Searcher:
             if isinstance(item, BaseException):
                 raise item
             yield _files(folder)
+
+
+def versions_on(device: str) -> dict[str, str]:
+    """Tell the versions on which results depend to the last bit, with the device of a kind that this process has."""
+    return versions(find_device(device))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
