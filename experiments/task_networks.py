@@ -392,7 +392,8 @@ RATE = 3e-3
 def _trained(build: Callable[[], nn.Module], batches: Batches, loss: Loss, steps: int) -> nn.Module:
     """Return a trained network: its weights are read from a file, or trained now and written to it.
 
-    The file's name has a hash of what the weights come from: the code of network, loss and training, and the first batch.
+    The file's name has a hash of what the weights come from: the code of loss and training, the first batch, and what the
+    network, before its training, makes of that.
 
     Args:
         build: Makes the network: a class.
@@ -403,19 +404,21 @@ def _trained(build: Callable[[], nn.Module], batches: Batches, loss: Loss, steps
     Returns:
         The network, in evaluation mode.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = build().eval()
     first = next(batches)
-    digest = hashlib.sha256(str(steps).encode())
-    for part in (build, loss, train):
+    with torch.no_grad():
+        untrained = float(loss(network, first))
+    digest = hashlib.sha256(f"{steps} {untrained:.4f}".encode())
+    for part in (loss, train):
         digest.update(inspect.getsource(part).encode())
     for tensor in first:
         digest.update(tensor.numpy().tobytes())
     file = cache_folder() / f"tasks-{build.__name__}-{digest.hexdigest()[:12]}.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = build()
     if file.is_file():
         network.load_state_dict(load_file(file))
-        return network.eval()
+        return network
     train(network, itertools.chain([first], batches), loss, steps)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}")
