@@ -79,7 +79,6 @@ def halves(items: Sequence[Any], seed: int) -> tuple[list[Any], list[Any]]:
 
 # Photographs
 
-CROPS = 4  # of a photograph
 SIDE = 192  # pixels, of a photograph with faces
 FACES = 3  # in a photograph
 FACE_SIDES = (24, 64)  # pixels
@@ -92,8 +91,11 @@ def _crops(paths: Sequence[Path], count: int, seed: int) -> Tensor:
     return torch.stack([crop for path in paths for crop in agreement.crops(path, count, random)])
 
 
-def photographs(seed: int = 0) -> Parts:
-    """Make the data of classification: crops of foolbox's photographs with their classes, and of others for calibration."""
+def photographs(seed: int = 0, count: int = 4) -> Parts:
+    """Make the data of classification: `count` crops of each of foolbox's photographs with their classes.
+
+    Scales are set by photographs of other packages, without classes.
+    """
     paths, labels = agreement.labelled()
     classes = dict(zip(paths, labels.tolist(), strict=True))
     others = [path for found in agreement.photographs(()).values() for path in found]
@@ -101,14 +103,14 @@ def photographs(seed: int = 0) -> Parts:
     network = networks.load(CLASSIFIER)
 
     def cut(chosen: Sequence[Path]) -> tuple[Tensor, Tensor]:
-        targets = torch.tensor([classes.get(path, data.UNLABELLED) for path in chosen]).repeat_interleave(CROPS)
-        return network.preprocess(_crops(chosen, CROPS, seed)), targets
+        targets = torch.tensor([classes.get(path, data.UNLABELLED) for path in chosen]).repeat_interleave(count)
+        return network.preprocess(_crops(chosen, count, seed)), targets
 
-    groups = [[path.name for path in chosen for _ in range(CROPS)] for chosen in (others, search, test)]
+    groups = [[path.name for path in chosen for _ in range(count)] for chosen in (others, search, test)]
     return parts(cut(others), cut(search), cut(test), (groups[0], groups[1], groups[2]))
 
 
-def faces(seed: int = 0) -> Parts:
+def faces(seed: int = 0, counts: Sequence[int] = (12, 24, 24)) -> Parts:
     """Make the data of face detection: photographs of faces on photographs of foolbox's, with the float network's boxes.
 
     The faces are the 100 of Labeled Faces in the Wild that scikit-image carries, grey, of 25 x 25 pixels, and enlarged.
@@ -137,7 +139,7 @@ def faces(seed: int = 0) -> Parts:
             targets = [{"boxes": found["boxes"], "labels": found["labels"]} for found in network(inputs)]
         return (inputs, targets), groups
 
-    train, search, test = composed(0, 12), composed(1, 24), composed(2, 24)
+    train, search, test = (composed(part, count) for part, count in enumerate(counts))
     return parts(train[0], search[0], test[0], (train[1], search[1], test[1]))
 
 
@@ -336,7 +338,7 @@ VOICES = ("f1", "f2", "f3", "f4", "m1", "m2", "m3", "m4", "m5")
 LOUD = 0.1  # of the loudest frame: what is speech
 
 
-def speech(seed: int = 0) -> Parts:
+def speech(seed: int = 0, counts: Sequence[int] = (12, 24, 48)) -> Parts:
     """Make the data of voice activity: sentences that espeak-ng says, in noise, with what is speech by frames of 32 ms.
 
     The three parts have voices and sentences of their own.
@@ -355,7 +357,7 @@ def speech(seed: int = 0) -> Parts:
             groups.append(voice)
         return (torch.stack(sounds), torch.stack(targets)), groups
 
-    train, search, test = recorded(0, 12), recorded(1, 24), recorded(2, 48)
+    train, search, test = (recorded(part, count) for part, count in enumerate(counts))
     return parts(train[0], search[0], test[0], (train[1], search[1], test[1]))
 
 

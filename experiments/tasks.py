@@ -91,10 +91,7 @@ class SpeechAUROC(MetricObjective):
 
     def metric(self) -> Any:
         """Make the metric."""
-        import_torchmetrics()
-        from torchmetrics.classification import BinaryAUROC
-
-        return BinaryAUROC()
+        return import_torchmetrics("torchmetrics.classification").BinaryAUROC()
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Tell the mean cross-entropy of every sound's frames (nats)."""
