@@ -244,7 +244,7 @@ def table(rows: Sequence[Row]) -> Table:
     made = Table(
         f"Values on test data, and differences from float ± their standard error; latency estimated on {TARGET}, of uniform 8 "
         "bits'",
-        ("task", "metric", FLOAT, "8 bits", "4 bits", "its latency", "found", "its latency", "seeds"),
+        ("task", "metric", FLOAT, "8 bits", "4 bits", "latency", "found", "latency", "seeds"),
     )
     for task in TASKS:
         own = [row for row in rows if row.task == task.name]

