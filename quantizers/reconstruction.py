@@ -492,7 +492,7 @@ class _Learner:
     def _optimize(self, pieces: Sequence[_Piece], before: float, iterations: int) -> None:
         """Learn rounding and shifts, and tailor the layers to them."""
         device = pieces[0].inputs.device
-        generator = torch.Generator(device).manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)  # of the CPU, so that all devices draw the same
         spread: dict[str, float] = {}
         freedom: dict[str, float] = {}
         starts: dict[str, Tensor] = {}
@@ -519,7 +519,7 @@ class _Learner:
                 layer.scheme = roundings[name]
             for step in range(iterations):
                 piece = pieces[int(torch.multinomial(weights, 1, generator=choice))]
-                rows = torch.randint(len(piece.inputs), (_batch(piece),), generator=generator, device=device)
+                rows = torch.randint(len(piece.inputs), (_batch(piece),), generator=generator).to(device)
                 for name, layer in self.layers.items():
                     layer.tailored_shift = starts[name] + spread[name] * moves[name]
                 made = _run(self.modules, piece.inputs[rows])

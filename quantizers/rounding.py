@@ -114,7 +114,7 @@ def _factor(covariance: Tensor, act_order: bool, damping: float) -> tuple[Tensor
     added = torch.where(added > 0, added, 1.0).double()
     ordered = torch.take_along_dim(covariance, order[:, :, None], 1).take_along_dim(order[:, None], 2).double()
     ordered.diagonal(dim1=1, dim2=2).copy_(torch.take_along_dim(variances, order, 1) + added)
-    factor = torch.linalg.cholesky(ordered, out=ordered)
+    factor = torch.linalg.cholesky(ordered)
     factor /= factor.diagonal(dim1=1, dim2=2)[:, None].clone()
     return order, factor.to(covariance.dtype)
 

@@ -362,7 +362,9 @@ class Evaluator:
 
     def _answer(self, network: nn.Module, batch: Any) -> Any:
         """Compute what the objective looks at of one batch's outputs."""
-        return self.objective.read(outputs_of(network, batch, self.forward))
+        # Of what is streamed nobody asks again, but for a teacher.
+        copy = self.forward is not None or self.samples is None or self.samples.is_kept or self._asks_again
+        return self.objective.read(outputs_of(network, batch, self.forward, copy=copy))
 
     def _plainly(self, network: nn.Module) -> Answers:
         """Compute outputs of a network from the input on."""

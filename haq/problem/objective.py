@@ -370,7 +370,6 @@ class ValueObjective(Objective):
         """
         return raised_loss(self, network, inputs, lambda outputs: self.losses(self.read(outputs), targets))
 
-
 class MetricObjective(ValueObjective):
     """Has a metric of torchmetrics, over all samples at once, for its value."""
 
@@ -784,7 +783,8 @@ def named(objective: Objective, method: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        if type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        is_ours = type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if is_ours and not hasattr(objective, "given"):
             raise
         raise ValueError(f"`{method}` of objective {objective.name!r} failed: {_reason(error)}") from error
 

@@ -228,21 +228,23 @@ class Prepared:
         return inputs, targets
 
 
-def outputs_of(network: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+def outputs_of(network: nn.Module, batch: Any, forward: Forward | None = None, *, copy: bool = True) -> Any:
     """Compute a network's outputs on a batch.
 
     Args:
         network: The network.
-        batch: As a loader gives it; it stays as it is, since the network is given copies of its tensors.
+        batch: As a loader gives it.
         forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
+        copy: Whether the network is given copies of the tensors: some networks change their inputs.
 
     Returns:
         What the network, or `forward`, returns.
     """
-    copied = map_tensors(batch, torch.clone)
+    if copy:
+        batch = map_tensors(batch, torch.clone)
     if forward is not None:
-        return forward(network, copied)
-    return call(network, inputs_of(copied, network))
+        return forward(network, batch)
+    return call(network, inputs_of(batch, network))
 
 
 def samples_in(batch: Any) -> int:
