@@ -1,4 +1,4 @@
-.PHONY: install hooks test slow lint type format bench
+.PHONY: install hooks test slow gpu lint type format bench
 
 install:
 	python3 -m venv .venv
@@ -13,6 +13,10 @@ test:
 
 slow:
 	.venv/bin/pytest -m slow
+
+gpu:
+	.venv/bin/pytest -n 0 -m gpu tests/gpu
+	.venv/bin/python -m experiments.gpu --save docs/experiments
 
 lint:
 	.venv/bin/ruff check .

@@ -4,6 +4,8 @@ The network keeps the bits that the search found. A part of the train split is h
 every epoch, and the best is kept, which may be the one before. It is written into the run's folder, unless the one that was
 fine-tuned earlier is better, and what it is worth into the run's result.
 
+What is minimised is the distance of its outputs from the float network's, as the run's objective tells it, or a --loss.
+
 With --method ptq nothing is trained and no labels are needed: biases are corrected layer by layer, then roundings are learned
 block by block, in minutes.
 """
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         "haq finetune RUN --epochs 20",
         "haq finetune RUN --method ptq",
         "haq finetune RUN --scheme lsq",
+        "haq finetune RUN --optimizer AdamW --schedule linear --patience 5",
         "haq finetune RUN --epochs 20 --resume",
     ),
 )
@@ -103,14 +106,14 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             say(output.results, kept, wrap=False)
             return EXIT_INTERRUPTED
         network = tuned.network
-        earlier = _better_earlier(run, task, tuned)
+        earlier = _better_earlier(run, task, tuned, config)
         if earlier is not None:
             network, tuned.entry["earlier"] = earlier
         else:
             result["finetuned_by"] = config.method
             result.pop("tuning", None)
             result.pop("reconstruction", None)
-        result[tuned.key] = tuned.entry
+        result[tuned.key] = summary.judged_by(task.problem, tuned.judged) | tuned.entry
         run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)
@@ -136,17 +139,19 @@ class _Tuned(NamedTuple):
     entry: dict[str, Any]
 
 
-def _better_earlier(run: SearchRun, task: SearchTask, tuned: _Tuned) -> tuple[nn.Module, float] | None:
-    """Return the network that was fine-tuned earlier, with its accuracy, if the new one doesn't beat it on the same images.
+def _better_earlier(run: SearchRun, task: SearchTask, tuned: _Tuned, config: FinetuneConfig) -> tuple[nn.Module, float] | None:
+    """Return the network that was fine-tuned earlier, with its value, if the new one doesn't beat it on the same samples.
 
     Args:
         run: Whose folder holds it.
         task: The search.
         tuned: The new one.
+        config: How that was fine-tuned.
     """
     from haq import training
     from haq.study.comparison import has_schemes, schemes_in
     from haq.study.task import adversary_of
+    from haq.training.goals import named_loss
 
     try:
         earlier = run.load_checkpoint(task)
@@ -155,7 +160,10 @@ def _better_earlier(run: SearchRun, task: SearchTask, tuned: _Tuned) -> tuple[nn
     if earlier is None or not has_schemes(earlier, schemes_in(tuned.network)):
         return None
     held = training.hold_out(task.dataset.train)[1]
-    judged = training.judge_of(task.network, held, adversary_of(task.config))(earlier)
+    judge = training.judge_of(
+        task.network, held, adversary_of(task.config), objective=task.problem.objective, loss=named_loss(config.loss)
+    )
+    judged = judge(earlier)
     if tuned.judged.beats(judged):
         return None
     return earlier, judged.accuracy
@@ -187,6 +195,11 @@ def _state(
 ) -> Checkpoint:
     """Return where a training keeps what it goes on with; ValueError if there is something and it isn't to be gone on with."""
     asked = {"epochs": config.epochs, "learning rate": config.learning_rate, "seed": config.seed, "policy": policy}
+    # Earlier versions had no more to tell of.
+    for name in ("optimizer", "schedule", "patience", "loss"):
+        value = getattr(config, name)
+        if value != type(config).model_fields[name].default:
+            asked[name] = value
     state = run.checkpoint("finetune", task, **asked, **_mixed(config))
     if state.path.exists() and not resume:
         raise ValueError(f"{state.path} holds an interrupted fine-tuning: add --resume to go on with it, or delete it")
@@ -206,6 +219,7 @@ def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state:
     from haq import training
     from haq.study.result import tuning_entry
     from haq.study.task import adversary_of
+    from haq.training.goals import named_loss
 
     outcomes: list[Outcome] = []
     with progress(output.notes) as bar:
@@ -217,6 +231,12 @@ def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state:
             seed=config.seed,
             learning_rate=config.learning_rate,
             adversary=adversary_of(task.config),
+            objective=task.problem.objective,
+            loss=named_loss(config.loss),
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            patience=config.patience,
+            amp=config.amp,
             state=state,
             on_outcome=outcomes.append,
             **follow_training(bar),
@@ -227,9 +247,10 @@ def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state:
 
 def _reconstruct(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, output: Output) -> _Tuned:
     from haq.study.result import reconstruction_entry
+    from haq.training.goals import named_loss
 
     with progress(output.notes) as bar:
-        found = task.reconstruct(policy, config.seed, follow_steps(bar, "rounding"))
+        found = task.reconstruct(policy, config.seed, follow_steps(bar, "rounding"), loss=named_loss(config.loss))
     return _Tuned(found.network, found.best, "reconstruction", reconstruction_entry(found, config.seed))
 
 

@@ -1,6 +1,7 @@
 """Train a network, in float or quantized, and write a checkpoint that a search can take up.
 
-After every epoch the network is judged by the search split, which isn't trained on, and the best is written.
+What is minimised is the loss of the objective, the cross-entropy if nothing else is said. After every epoch the network is
+judged by the objective on the search split, which isn't trained on, and the best is written.
 """
 
 from __future__ import annotations
@@ -22,30 +23,33 @@ from haq.console.output import Output
 from haq.console.progress import progress
 from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
+from haq.problem import OBJECTIVES
 from haq.problem.chance import guessing_share, is_chance, with_error
 from haq.problem.device import CPU, WRITTEN, find_device
-from haq.store.units import percent
+from haq.store.units import PERCENT, percent, show
 from haq.study.config import (
     DEVICE_KINDS,
     FOLDERS,
     LINEAR,
     WORK,
     AnotherScheme,
+    check_name,
     check_rate,
     known_schemes,
     read_channels,
     scheme_parts,
 )
 from haq.training.adversaries import STEPS, Adversary
-from haq.training.config import OPTIMIZERS
+from haq.training.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     import quantizers as Q
-    from haq.data import Dataset
+    from haq.data import Dataset, Split
     from haq.networks import Network
+    from haq.problem.objective import Objective
     from haq.store.checkpoint import Checkpoint
     from haq.training.config import Outcome
     from haq.training.loop import Judge
@@ -58,6 +62,9 @@ TRAINING = "Training"
 CALIBRATION_IMAGES = 500
 REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
+ACCURACY = "accuracy"
+# What a training was before there was a choice: such a one can still be gone on with.
+BEFORE = {"objective": ACCURACY, "loss": None, "schedule": SCHEDULES[0], "patience": None, "amp": False, "device": CPU}
 BATCH = 128  # images of a step
 STEPS_OF_EPOCH = 10  # at least, of few images: these are what trains
 LEAST_BATCH = 16
@@ -97,6 +104,21 @@ class TrainOptions(AnotherScheme):
         group=TRAINED,
         metavar="NUMBERS",
         default_words="the network's own; 1 for module:Name",
+    )
+    objective: str = setting(
+        ACCURACY,
+        "whose loss is minimised, and by what networks are judged: a name as `haq list objectives` shows them, or module:Name",
+        group=TRAINED,
+        metavar="NAME",
+        names=lambda: OBJECTIVES.names(),
+    )
+    loss: str | None = setting(
+        None,
+        "module:function of (outputs, targets) that is minimised in its place",
+        group=TRAINED,
+        metavar="NAME",
+        default_words="the objective's",
+        names=lambda: (),  # it is code, that whoever types it may have imported
     )
     pretrained: bool = setting(False, "start from the network's weights, not from random ones", group=TRAINED)
     scheme: str | None = setting(
@@ -140,7 +162,29 @@ class TrainOptions(AnotherScheme):
         metavar="N",
         default_words=", ".join(f"{kind} {count}" for kind, count in STEPS.items()),
     )
-    optimizer: str = setting("sgd", "sgd or adam", group=TRAINING, metavar="NAME", names=lambda: OPTIMIZERS)
+    optimizer: str = setting(
+        "sgd",
+        "sgd, adam, or a class of torch.optim by name, such as AdamW",
+        group=TRAINING,
+        metavar="NAME",
+        names=lambda: OPTIMIZERS,
+    )
+    schedule: str = setting(
+        SCHEDULES[0],
+        f"of the learning rate: {', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, such as "
+        "StepLR,step_size=10,gamma=0.5",
+        group=TRAINING,
+        metavar="NAME",
+        names=lambda: SCHEDULES,
+    )
+    patience: int | None = setting(
+        None,
+        "epochs in a row without a better network after which training ends",
+        group=TRAINING,
+        metavar="N",
+        least=1,
+        default_words="none end it",
+    )
     epochs: int = setting(40, "passes over the train images", group=TRAINING, metavar="N")
     learning_rate: float | None = setting(
         None,
@@ -148,7 +192,7 @@ class TrainOptions(AnotherScheme):
         group=TRAINING,
         metavar="RATE",
         default_words=f"{RATES['float']} in float, {RATES['quantized']} quantized, less if the batch is; with adam "
-        f"{RATES['adam']}",
+        f"{RATES['adam']}, with others torch's",
     )
     batch_size: int | None = setting(
         None, "images of a step", group=TRAINING, metavar="N", default_words=f"{BATCH}, less of few images"
@@ -160,9 +204,23 @@ class TrainOptions(AnotherScheme):
     @field_validator("optimizer")
     @classmethod
     def _check_optimizer(cls, name: str) -> str:
-        if name not in OPTIMIZERS:
-            raise ValueError(f"--optimizer is {name!r}; known: {', '.join(OPTIMIZERS)}")
+        try:
+            check_optimizer(name)
+        except ValueError as error:
+            known = str(error).partition("known: ")[2]
+            raise ValueError(f"--optimizer is {name!r}; known: {known}") from None
         return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, text: str) -> str:
+        check_schedule(text)
+        return text
+
+    @field_validator("objective")
+    @classmethod
+    def _check_objective(cls, name: str) -> str:
+        return check_name(OBJECTIVES, name)
 
     @field_validator("adversarial")
     @classmethod
@@ -207,6 +265,8 @@ class TrainOptions(AnotherScheme):
             return self.learning_rate
         if self.optimizer == "adam":
             return RATES["adam"]
+        if self.optimizer != "sgd":
+            return usual_rate(self.optimizer)
         rate = RATES["float"]
         if self.scheme is not None:
             rate = RATES["quantized"]
@@ -221,7 +281,7 @@ class TrainOptions(AnotherScheme):
         if adversary is not None:
             asked |= {"eps": self.eps or DEFAULT_EPS, "attack_steps": adversary.count}
         # What was trained before there was a choice was trained so, and can be gone on with.
-        for name, before in (("amp", False), ("device", CPU)):
+        for name, before in BEFORE.items():
             if asked[name] == before:
                 del asked[name]
         return asked
@@ -251,8 +311,11 @@ class TrainOptions(AnotherScheme):
             words += ["--adversarial", self.adversarial, "--eps", asked["eps"], "--attack-steps", asked["attack_steps"]]
         if self.clip_weights:
             words.append("--clip-weights")
-        if self.optimizer != "sgd":
-            words += ["--optimizer", self.optimizer]
+        for name, usual in (("objective", ACCURACY), ("loss", None), ("optimizer", "sgd"), ("schedule", SCHEDULES[0])):
+            if getattr(self, name) != usual:
+                words += [f"--{name}", getattr(self, name)]
+        if self.patience is not None:
+            words += ["--patience", self.patience]
         words += ["--epochs", self.epochs, "--learning-rate", asked["learning_rate"], "--batch-size", asked["batch_size"]]
         if self.amp:
             words.append("--amp")
@@ -268,6 +331,7 @@ class TrainOptions(AnotherScheme):
         "haq train --network mobilenet-mini --data fashion-mnist-12k --epochs 30 --out net.safetensors",
         "haq train --pretrained --scheme lsq --bits 4/4 --out quantized.safetensors",
         "haq train --pretrained --adversarial free --eps 8/255 --out robust.safetensors",
+        "haq train --network mynet:build --data mydata:load --objective mytask:Score --optimizer AdamW --out net.safetensors",
     ),
 )
 @options_of(TrainOptions, only=FIRST)
@@ -330,7 +394,6 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     """
     import torch
 
-    from haq import training
     from haq.store.checkpoint import Checkpoint
     from haq.store.lock import check_can_be_made, holding
 
@@ -339,7 +402,7 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     _check_unused(out, state, resume)
     with torch.random.fork_rng(devices=[]), ExitStack() as held:
         torch.manual_seed(options.seed)
-        dataset, network = _load(options)
+        dataset, network, objective = _load(options)
         say(output.notes, dataset.describe())
         asked = {key: str(value) for key, value in options.asked(len(dataset.train)).items()}
         state = Checkpoint(state.path, {**asked, "torch": str(torch.__version__)})
@@ -349,13 +412,16 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
         out.parent.mkdir(parents=True, exist_ok=True)
         held.enter_context(holding(out.with_name(f".{out.name}.lock"), out, "the same command and --resume"))
         _check_unused(out, state, resume)  # another process may have begun meanwhile
-        outcome = _train(network, dataset, options, state, output, log)
-        accuracies = {name: training.accuracy(network, getattr(dataset, name)) for name in ("search", "test")}
+        outcome = _train(network, dataset, objective, options, state, output, log)
+        values = {name: _measured(objective, network, getattr(dataset, name)) for name in ("search", "test")}
         notes = {
             "trained_on": f"the train split of {dataset.describe()}",
             "command": command_line(*options.words(out, len(dataset.train))),
-            "test_accuracy": f"{accuracies['test']:.4f}",
         }
+        if objective.name == ACCURACY:
+            notes["test_accuracy"] = f"{values['test']:.4f}"
+        else:
+            notes |= {"objective": objective.name, "test_value": f"{values['test']:.6g}"}
         attacked = _attacked(network, dataset, options)
         if attacked is not None:
             notes["test_accuracy_attacked"] = f"{attacked[1]:.4f} (worst of clean and {attacked[0]})"
@@ -364,19 +430,11 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
     source = networks.name_of_checkpoint(network.name, out)
     trusting = trust.trust_words(name for name in scheme_parts(options.scheme or LINEAR) if ":" in name)
     _print_outcome(output, options, outcome)
-    for name, value in accuracies.items():
-        images = len(getattr(dataset, name))
-        say(output.results, f"accuracy on the {name} split: {with_error(value, images)} of {images:,} images")
-    labels = dataset.test.labels
-    guessing = guessing_share(labels, len(dataset.classes))
-    if guessing == 1:
-        say(output.results, "WARNING: all images of the test split are of one class, so that accuracy says nothing")
-    elif is_chance(accuracies["test"], guessing, len(labels)):
-        say(
-            output.results,
-            f"WARNING: that is no more than guessing gives ({percent(guessing)}): the network learned nothing. Try another "
-            "--learning-rate, more --epochs, or look at the labels",
-        )
+    for name, value in values.items():
+        split = getattr(dataset, name)
+        say(output.results, f"{objective.title} on the {name} split: {_shown(objective, value, len(split))} {_of(split)}")
+    if objective.name == ACCURACY:
+        _say_if_chance(output, dataset, values["test"])
     if attacked is not None:
         say(
             output.results,
@@ -385,8 +443,52 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
             wrap=False,
         )
     say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)", wrap=False)
-    say_next(output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data)
+    following: list[str] = []
+    if options.objective != ACCURACY:
+        following = ["--objective", options.objective]
+    say_next(
+        output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data, *following
+    )
     return 0
+
+
+def _measured(objective: Objective, network: Network, split: Split) -> float:
+    """Measure a network on samples by an objective."""
+    from haq import training
+    from haq.problem.tally import measure
+
+    if objective.name == ACCURACY:
+        return training.accuracy(network, split)
+    return measure(objective, network, split, network.module)
+
+
+def _shown(objective: Objective, value: float, count: int) -> str:
+    """Write the value of an objective, with its unit; of a share of few samples with its standard error."""
+    if objective.takes_scores and objective.unit == PERCENT:
+        return with_error(value, count)
+    return show(value, objective.unit)
+
+
+def _of(split: Split) -> str:
+    """Say of how many samples a value is."""
+    what = "samples"
+    if split.is_of_images:
+        what = "images"
+    return f"of {len(split):,} {what}"
+
+
+def _say_if_chance(output: Output, dataset: Dataset, accuracy: float) -> None:
+    """Warn of an accuracy that guessing gives too."""
+    labels = dataset.test.labels
+    guessing = guessing_share(labels, len(dataset.classes))
+    if guessing == 1:
+        say(output.results, "WARNING: all images of the test split are of one class, so that accuracy says nothing")
+    elif is_chance(accuracy, guessing, len(labels)):
+        say(
+            output.results,
+            f"WARNING: that is no more than guessing gives ({percent(guessing)}): the network learned nothing. Try another "
+            "--learning-rate, more --epochs, or look at the labels",
+        )
 
 
 def _check_unused(out: Path, state: Checkpoint, resume: bool) -> None:
@@ -398,27 +500,46 @@ def _check_unused(out: Path, state: Checkpoint, resume: bool) -> None:
         raise ValueError(f"{state.path} holds an interrupted training: add --resume to go on with it, or delete it")
 
 
-def _load(options: TrainOptions) -> tuple[Dataset, Network]:
-    """Load the data, and a network with as many classes; images that may have any size get that of the network's input."""
+def _load(options: TrainOptions) -> tuple[Dataset, Network, Objective]:
+    """Load the data, a network with as many classes, and the objective.
+
+    Images that may have any size get that of the network's input.
+    """
     import torch
 
+    from haq.problem.objective import build_objective
     from haq.study.task import check_scale
 
     device = find_device(options.device)
     dataset = data.load(options.data)
-    if not dataset.classes:
+    # What is only a function isn't of classes.
+    takes_scores = getattr(OBJECTIVES.get(options.objective), "takes_scores", False)
+    if takes_scores and not dataset.classes and options.loss is None:
         raise ValueError(f"{dataset.name} has no labels to train by; python -m haq.search --objective agreement needs none")
-    network = networks.load(options.network, classes=len(dataset.classes), pretrained=options.pretrained)
+    classes = len(dataset.classes) or None
+    network = networks.load(options.network, classes=classes, pretrained=options.pretrained)
     network = network.normalized(read_channels("mean", options.mean), read_channels("std", options.std))
     if data.has_any_size(options.data):
         with torch.random.fork_rng(devices=[]):
             dataset = data.load(options.data, image_size=network.image_size)
-    networks.check_fits(network, dataset)
+    networks.check_fits(network, dataset, takes_scores)
     check_scale(dataset, options.mean, options.std)
     if options.adversarial is not None:
+        if not takes_scores:
+            raise ValueError(
+                f"--adversarial {options.adversarial} attacks images of classes: it goes with --objective {ACCURACY}, not "
+                f"{options.objective}"
+            )
         for split in (dataset.train, dataset.test):
             check_images(split, dataset.name)
-    return dataset, network.to(device)
+    network = network.to(device)
+    objective = build_objective(options.objective, network, dataset, parse_eps(options.eps or DEFAULT_EPS))
+    if objective.compares_with_float and options.loss is None:
+        raise ValueError(
+            f"--objective {options.objective} compares with the float network, so that there is nothing to train by: choose "
+            "another, or give a --loss"
+        )
+    return dataset, network, objective
 
 
 def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.Module:
@@ -435,6 +556,8 @@ def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.M
     Raises:
         ValueError: For an unknown scheme, and for bits that mean nothing in it.
     """
+    from torch import Tensor
+
     import quantizers as Q
     from haq.study.config import SearchConfig
     from haq.study.task import schemes_of
@@ -444,8 +567,12 @@ def quantized(network: Network, dataset: Dataset, options: TrainOptions) -> nn.M
     ends = read_widths("--ends", options.ends)
     policy = dict.fromkeys(names, bits) | dict.fromkeys(Q.ends(names), ends)
     schemes = schemes_of(SearchConfig(scheme=options.scheme or LINEAR), names)
-    images, _ = next(dataset.train.batches(CALIBRATION_IMAGES))
-    return Q.quantize(network.module, Q.BitPolicy(policy), scheme=schemes, calibrate=network.preprocess(images))
+    inputs, targets = next(dataset.train.batches(CALIBRATION_IMAGES))
+    inputs = network.preprocess(inputs)
+    calibrate: Any = [(inputs, targets)]
+    if isinstance(inputs, Tensor) and network.forward is None:
+        calibrate = inputs
+    return Q.quantize(network.module, Q.BitPolicy(policy), scheme=schemes, calibrate=calibrate, forward=network.forward)
 
 
 def _print_outcome(output: Output, options: TrainOptions, outcome: Outcome) -> None:
@@ -455,11 +582,14 @@ def _print_outcome(output: Output, options: TrainOptions, outcome: Outcome) -> N
         kept = "kept: the network as it was before, since no epoch was better on the search split: try a lower --learning-rate"
     if outcome.diverged:
         kept += "; training ended early, since its loss was no number any more: try a lower --learning-rate"
+    if outcome.stopped:
+        epochs = len(outcome.epochs)
+        kept += f"; training ended after epoch {epochs}, since {options.patience} in a row were no better (--patience)"
     say(output.results, kept)
 
 
-def _judge(network: Network, dataset: Dataset, adversary: Adversary | None) -> Judge:
-    """Make what judges the network after every epoch: accuracy on the search split, under attack if it is trained so."""
+def _judge(network: Network, dataset: Dataset, objective: Objective, adversary: Adversary | None) -> Judge:
+    """Make what judges the network after every epoch: the objective on the search split, under attack if it is trained so."""
     from haq import training
     from haq.attacks.proxy import ProxyAttack, worst_case
 
@@ -469,20 +599,40 @@ def _judge(network: Network, dataset: Dataset, adversary: Adversary | None) -> J
 
     def judge(module: nn.Module) -> training.Judgement:
         if proxy is not None:
-            accuracy = worst_case(network, dataset.search, module, proxy)
+            value = worst_case(network, dataset.search, module, proxy)
         else:
-            accuracy = training.accuracy(network, dataset.search, module)
-        return training.Judgement(accuracy, -accuracy)
+            value = _measured(objective, replace(network, module=module), dataset.search)
+        return training.Judgement(value, -objective.signed(value), higher_is_better=objective.higher_is_better)
 
     return judge
 
 
 def _train(
-    network: Network, dataset: Dataset, options: TrainOptions, state: Checkpoint, output: Output, log: Path | None
+    network: Network,
+    dataset: Dataset,
+    objective: Objective,
+    options: TrainOptions,
+    state: Checkpoint,
+    output: Output,
+    log: Path | None,
 ) -> Outcome:
-    """Train the network in place, with a bar and a line for every epoch."""
+    """Train the network in place, with a bar and a line for every epoch.
+
+    Args:
+        network: The network.
+        dataset: The data.
+        objective: What is minimised, and by what the network is judged.
+        options: How.
+        state: Keeps what it takes to go on.
+        output: Where to print.
+        log: The folder of TensorBoard events; None: none are written.
+
+    Returns:
+        What became of it.
+    """
     import quantizers as Q
     from haq import training
+    from haq.training.goals import named_loss
 
     events = _events(log)
     clipping: Q.WeightClipping | None = None
@@ -501,31 +651,34 @@ def _train(
         penalty=_penalty(options.lipschitz),
         clipping=clipping,
         adversary=adversary,
+        schedule=options.schedule,
+        patience=options.patience,
+        amp=options.amp,
     )
-    judge = _judge(network, dataset, adversary)
+    judge = _judge(network, dataset, objective, adversary)
     before: training.Judgement | None = None
     untrained = network.module
     # What training is to make of a network beside its accuracy isn't seen in how it was before.
     if options.pretrained and adversary is None and not options.lipschitz:
         untrained = Q.copy_network(network.module)
         before = judge(network.module)
-    measured = "held-out accuracy"
+    held_out = f"held-out {objective.title}"
     if adversary is not None:
-        measured = "held-out accuracy in the worst case"
+        held_out = "held-out accuracy in the worst case"
     with progress(output.notes) as bar:
         task = bar.add_task("training", total=None, note="")
 
-        accuracies: dict[int, float] = {}
+        values: dict[int, float] = {}
 
         def on_judged(epoch: int, judgement: training.Judgement) -> None:
-            accuracies[epoch] = judgement.accuracy
+            values[epoch] = judgement.value
 
         def on_epoch(epoch: int, loss: float) -> None:
-            accuracy = with_error(accuracies[epoch], len(dataset.search))
-            say(output.notes, f"epoch {epoch}/{epochs}: mean loss {loss:.4f}, {measured} {accuracy}")
+            value = _shown(objective, values[epoch], len(dataset.search))
+            say(output.notes, f"epoch {epoch}/{epochs}: mean loss {loss:.4f}, {held_out} {value}")
             if events is not None:
                 events.add_scalar("loss", loss, epoch)
-                events.add_scalar(f"{measured} on the search split", accuracies[epoch], epoch)
+                events.add_scalar(f"{held_out} on the search split", values[epoch], epoch)
 
         def on_step(step: int, steps: int) -> None:
             bar.update(task, completed=step, total=steps)
@@ -534,6 +687,8 @@ def _train(
             network,
             dataset.train,
             config,
+            objective=objective,
+            loss=named_loss(options.loss),
             state=state,
             judge=judge,
             before=before,

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
 DEVICE = f"{NAME}:0"
@@ -32,9 +31,18 @@ class SecondTensor(Tensor):
     """A tensor of the second device."""
 
     held: Tensor
+    __module__ = "torch.second"  # by its first part eagerpy knows whose tensors are whose
 
     @staticmethod
     def __new__(cls, held: Tensor) -> SecondTensor:
+        if held.is_inference() != torch.is_inference_mode_enabled():
+            # Such as a view, in inference mode, of what was there before.
+            with torch.inference_mode(held.is_inference()):
+                return cls._make(held)
+        return cls._make(held)
+
+    @classmethod
+    def _make(cls, held: Tensor) -> SecondTensor:
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -75,46 +83,68 @@ def _rebuilt(held: Tensor, requires_grad: bool, is_parameter: bool) -> Any:
     return made.requires_grad_(requires_grad)
 
 
+@functools.cache
+def _aliases(function: Any) -> bool:
+    """Say whether what an operation returns may be, or share the memory of, what it is given."""
+    return any(argument.alias_info is not None for argument in function._schema.arguments)
+
+
+def _bare(given: Any, tensors: list[Tensor]) -> Any:
+    """Return what tensors hold in place of them, and put all tensors into a list."""
+    if isinstance(given, Tensor):
+        tensors.append(given)
+        return getattr(given, "held", given)
+    if isinstance(given, list | tuple):
+        return type(given)(_bare(one, tensors) for one in given)
+    return given
+
+
+def _wrapped(found: Any) -> Any:
+    if isinstance(found, Tensor):
+        return SecondTensor(found)
+    if isinstance(found, list | tuple):
+        return type(found)(_wrapped(one) for one in found)
+    return found
+
+
 def _compute(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute with what tensors hold, having checked that a GPU would."""
-    _check_devices(function, args, kwargs)
-    asked = kwargs.get("device")
-    if asked is None:
-        here = True
-    else:
-        here = torch.device(asked).type == NAME
-        kwargs = {**kwargs, "device": torch.device("cpu")}
+    tensors: list[Tensor] = []
+    bare_args = _bare(args, tensors)
+    bare_kwargs = {name: _bare(value, tensors) for name, value in kwargs.items()}
+    _check_devices(function, args, kwargs, tensors)
+    here = True
+    if kwargs.get("device") is not None:
+        here = torch.device(kwargs["device"]).type == NAME
+        bare_kwargs["device"] = torch.device("cpu")
     if here and torch.Tag.nondeterministic_seeded in function.tags:
         drawn.append(str(function))
-    if function is aten._pin_memory.default:
-        raise RuntimeError(f"cannot pin a tensor of {DEVICE}")
-    bare_args, bare_kwargs = pytree.tree_map_only(SecondTensor, lambda one: one.held, (args, kwargs))
-    if function is aten.copy_.default and not isinstance(args[0], SecondTensor):
-        function(*bare_args, **bare_kwargs)
-        return args[0]
     found = function(*bare_args, **bare_kwargs)
+    if function is aten.copy_.default and not isinstance(args[0], SecondTensor):
+        return args[0]
     if not here:
-        if function is aten._to_copy.default and found is bare_args[0]:
-            found = found.clone()
+        if found is bare_args[0]:
+            return found.clone()
         return found
-    for one in pytree.tree_leaves((args, kwargs)):
-        if isinstance(one, SecondTensor) and one.shape != one.held.shape:
-            raise NotImplementedError(f"{function} changed a shape")
-    wrapped = pytree.tree_map_only(Tensor, SecondTensor, found)
-    if not any(isinstance(one, SecondTensor) for one in pytree.tree_leaves((args, kwargs))):
+    wrapped = _wrapped(found)
+    if not _aliases(function):
         return wrapped
+    for one in tensors:
+        if isinstance(one, SecondTensor) and one.shape != one.held.shape:
+            # What an operation was given to write into was made larger.
+            with torch._C.DisableTorchFunctionSubclass():
+                one.data = SecondTensor(one.held)
     return return_and_correct_aliasing(function, args, kwargs, wrapped)
 
 
-def _check_devices(function: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    tensors = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-    ours = [one for one in tensors if isinstance(one, SecondTensor)]
+def _check_devices(function: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> None:
     generator = kwargs.get("generator")
     if isinstance(generator, torch.Generator) and generator.device.type != NAME:
         raise RuntimeError(f"{function}: expected a {NAME!r} device type for generator but found {generator.device.type!r}")
-    if not ours or function in CROSSING:
-        return
+    # A number of the CPU may meet any tensor.
     others = [one for one in tensors if not isinstance(one, SecondTensor) and one.dim()]
+    if not others or len(others) == len(tensors) or function in CROSSING:
+        return
     if function in INDEXING and isinstance(args[0], SecondTensor):
         indices = [one for one in args[1] if isinstance(one, Tensor)]
         others = [one for one in others if not any(one is index for index in indices)]
@@ -127,7 +157,7 @@ def _check_devices(function: Any, args: Any, kwargs: dict[str, Any]) -> None:
 @functools.cache
 def register() -> torch.device:
     """Make the device known to torch, and return it."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, _Module())
     library = torch.library.Library("aten", "IMPL")
     for schema in torch._C._jit_get_all_schemas():
         if not _creates(schema):
@@ -138,6 +168,19 @@ def register() -> torch.device:
     library.impl("_copy_from", _copy, "PrivateUse1")
     _LIBRARIES.append(library)
     return torch.device(DEVICE)
+
+
+class _Module(_DummyBackendModule):
+    """What torch asks of a device beside its tensors."""
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        """Nothing is drawn there."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
 
 
 def _creates(schema: Any) -> bool:

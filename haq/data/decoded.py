@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from haq.data.download import cache_folder
 from haq.data.memory import show_bytes
@@ -57,7 +55,7 @@ class DecodedImages:
         self.size = size
         self.resize = resize
         self.in_memory = in_memory
-        self._images: dict[int, tuple[Stamp, Tensor]] = {}
+        self._images: dict[int, tuple[Stamp, NDArray[np.uint8]]] = {}
         self._is_full = False  # no more is written
 
     @property
@@ -70,35 +68,46 @@ class DecodedImages:
         """Count the bytes of all images, with their checksums."""
         return (self.image_bytes + SUM_BYTES) * len(self.paths)
 
-    def get(self, place: int) -> Tensor | None:
-        """Return an image, uint8 (3, size, size), by the place of its file; None if it isn't kept."""
+    def get(self, place: int, values: NDArray[np.uint8]) -> bool:
+        """Write an image into an array.
+
+        Args:
+            place: Of its file in the list.
+            values: Takes the image, uint8 (size, size, 3).
+
+        Returns:
+            Whether it is kept; if not, the array may hold anything.
+        """
         if self.in_memory:
             before, image = self._images.get(place, (None, None))
-            if before is None or before != _stamp_of(self.paths[place]):
-                return None
-            return image
+            if image is None or before != _stamp_of(self.paths[place]):
+                return False
+            values[:] = image
+            return True
         try:
             if self.stamps[place] != _stamp_of(self.paths[place]):
-                return None
+                return False
             sums, images = self._opened()
         except (OSError, ValueError):
-            return None
-        values = np.array(images[place])
-        if sums[place] != _sum_of(values):
-            return None
-        return torch.from_numpy(values).permute(2, 0, 1)
+            return False
+        values[:] = images[place]
+        return int(sums[place]) == _sum_of(values)
 
-    def put(self, place: int, image: Tensor) -> None:
-        """Keep an image. What can't be written (a full disk) isn't kept; it is decoded again when it is asked for."""
+    def put(self, place: int, values: NDArray[np.uint8]) -> None:
+        """Keep an image. What can't be written (a full disk) isn't kept; it is decoded again when it is asked for.
+
+        Args:
+            place: Of its file in the list.
+            values: The image, uint8 (size, size, 3).
+        """
         if self.in_memory:
-            self._images[place] = _stamp_of(self.paths[place]), image
+            self._images[place] = _stamp_of(self.paths[place]), values.copy()
             return
         if self._is_full or self.stamps[place] != _stamp_of(self.paths[place]):
             return
-        values = image.permute(1, 2, 0).contiguous().numpy()
         try:
             with _one_makes:
-                if not self._is_there():
+                if not self._is_full and not self._is_there():
                     self._make()
             if self._is_full:
                 return
@@ -162,7 +171,7 @@ class DecodedImages:
 
 
 def _sum_of(values: NDArray[np.uint8]) -> int:
-    return zlib.crc32(memoryview(values).cast("B"))
+    return zlib.crc32(values.data.cast("B"))
 
 
 def _stamp_of(path: Path) -> Stamp:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from haq.data.decoded import DecodedImages
@@ -61,8 +64,15 @@ class ImageFiles:
         with warnings.catch_warnings():
             # Of what Pillow warns of, too many pixels are an error here, and broken EXIF data are no fault of the picture.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            with ThreadPoolExecutor() as pool:
-                return torch.stack(list(pool.map(self._image, index.tolist())))
+            numbers = index.tolist()
+            # Memory of its own: what threads allocate otherwise stays theirs once it is free.
+            memory = mmap.mmap(-1, max(1, 3 * self.size * self.size * len(numbers)))
+            values = np.ndarray((len(numbers), self.size, self.size, 3), np.uint8, memory)
+            # As many as there are cores: large photographs take much memory while they are decoded.
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for _ in pool.map(self._fill, values, numbers):
+                    pass
+        return torch.from_numpy(values).permute(0, 3, 1, 2)
 
     def subset(self, index: Tensor) -> ImageFiles:
         """Take the files of these indices."""
@@ -81,17 +91,17 @@ class ImageFiles:
         decoded = DecodedImages(self.paths, self.size, self.resize, in_memory=self.nbytes <= most)
         return ImageFiles(self.paths, self.size, self.resize, decoded, tuple(range(len(self.paths))))
 
-    def _image(self, number: int) -> Tensor:
+    def _fill(self, values: NDArray[np.uint8], number: int) -> None:
+        """Write the image of one file into an array of shape (size, size, 3)."""
         if self.decoded is None:
-            return self._decode(self.paths[number])
+            values[:] = self._decode(self.paths[number])
+            return
         place = self.places[number]
-        found = self.decoded.get(place)
-        if found is None:
-            found = self._decode(self.paths[number])
-            self.decoded.put(place, found)
-        return found
+        if not self.decoded.get(place, values):
+            values[:] = self._decode(self.paths[number])
+            self.decoded.put(place, values)
 
-    def _decode(self, path: Path) -> Tensor:
+    def _decode(self, path: Path) -> NDArray[np.uint8]:
         image = read_image(path)
         scale = self.resize / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
@@ -104,7 +114,7 @@ class ImageFiles:
         top = (height - self.size) // 2
         image = image.resize((width, height), _pillow().Resampling.BICUBIC)
         image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return np.asarray(image)
 
 
 def _pillow() -> Any:

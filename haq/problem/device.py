@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from haq.store.files import quoted
 
@@ -93,7 +93,33 @@ def find_device(name: str | torch.device, option: str = "--device") -> torch.dev
         if len(there) > 1:
             words = f"there are {', '.join(there)}"
         raise ValueError(f"{option} is {quoted(name)}, which isn't here: {words}")
+    compute_exactly(exact)
     return torch.device(exact)
+
+
+def compute_exactly(device: str | torch.device) -> None:
+    """Let a GPU compute in float32 what is float32, and convolutions the same each time, from now on in this process.
+
+    By default convolutions keep 10 bits of every factor (TF32), where the integers of 8-bit layers need 15 in their products'
+    sums: policies would be judged by what is no network of theirs.
+
+    Args:
+        device: What is computed on; for anything but "cuda" nothing is done.
+    """
+    import torch
+
+    if kind_of(str(device)) != "cuda":
+        return
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):
+        # The older switches may not be mixed with these.
+        for part in (cudnn.conv, cudnn.rnn, matmul):
+            part.fp32_precision = "ieee"
+    else:
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
+    cudnn.benchmark = False
+    cudnn.deterministic = True
 
 
 def spread(name: str) -> list[str]:

@@ -546,7 +546,8 @@ class Cosine(ValueObjective):
     def values(self, outputs: Any, targets: Any) -> Tensor:
         """Tell the cosine of every sample."""
         given, wanted = numbers_of(self, self.read(outputs), self.read(targets))
-        return F.cosine_similarity(given.reshape(len(given), -1), wanted.reshape(len(wanted), -1), dim=1)
+        found = F.cosine_similarity(given.reshape(len(given), -1), wanted.reshape(len(wanted), -1), dim=1)
+        return found.clamp(-1, 1)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Tell 1 minus the cosine of every sample."""

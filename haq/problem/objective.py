@@ -2,7 +2,8 @@
 
 There are four kinds. `Objective` itself is of class scores: which samples are answered rightly. A `ValueObjective` gives every
 sample a value, of which the mean counts. A `MetricObjective` has a metric of torchmetrics over all samples. A `BlackBox` is
-given the network, and returns a number.
+given the network, and returns a number. Those of other tasks than classification are in `haq.problem.metrics`, and what is
+made of a function or a metric of somebody's is in `haq.problem.given`.
 
 An objective of your own is one class:
 
@@ -784,7 +785,8 @@ def named(objective: Objective, method: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        if type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]:
+        is_ours = type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]
+        if is_ours and not hasattr(objective, "given"):
             raise
         raise ValueError(f"`{method}` of objective {objective.name!r} failed: {_reason(error)}") from error
 

@@ -31,7 +31,7 @@ from haq.problem.batches import (
 )
 from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
-from haq.problem.device import find_device
+from haq.problem.device import compute_exactly, find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
@@ -48,7 +48,7 @@ from haq.problem.schemes import (
     roundings_by_layer,
     schemes_by_layer,
 )
-from haq.store.units import DOWN, UP, describe_amount, show
+from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
@@ -151,7 +151,8 @@ class Problem:
                 batch is as the loader gives it, on the network's device.
             memory: How much the samples of `search` may take in memory, such as "4GB", or bytes; None: a quarter of the
                 machine's. What doesn't fit is read anew for every policy, in advance.
-            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is.
+            device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is. On a GPU float32
+                is computed as such from then on in this process, not as TF32.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -213,6 +214,7 @@ class Problem:
                     qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
                 )
             self.float_result = self.evaluator.measure_teacher()
+        _check_share(self.objective, self.float_result.value)
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""
@@ -553,6 +555,15 @@ class Problem:
         return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
 
 
+def _check_share(objective: Objective, value: float) -> None:
+    """Raise ValueError for a value that is no share, of an objective that says that its values are."""
+    if objective.unit == PERCENT and math.isfinite(value) and not 0 <= value <= 1:
+        raise ValueError(
+            f"objective {objective.name!r} has the unit '%' and gave {value:g} for the float network: values of that unit are "
+            "shares from 0 to 1, which are shown in percent; divide them by 100, or give another unit"
+        )
+
+
 def _read_search(
     search: Any, network: nn.Module, objective: Objective, forward: Forward | None, memory: str | int | None
 ) -> Samples | None:
@@ -695,6 +706,7 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
 def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Module:
     """Return a network itself, or a copy of it on another device. Raises ValueError for one that isn't here."""
     if device is None:
+        compute_exactly(device_of(network))
         return network
     found = find_device(device, "`device`")
     if found == device_of(network):

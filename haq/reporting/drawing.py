@@ -176,12 +176,30 @@ def edge_of(judging: JudgingRecord, values: Iterable[float], quantile: float = 0
 
 
 def is_beyond(judging: JudgingRecord, value: float, edge: float) -> bool:
-    """Tell whether a value is worse than all that a chart has room for."""
+    """Tell whether a value is worse than all that a chart has room for.
+
+    Args:
+        judging: What the value is of.
+        value: The value.
+        edge: Where the chart's scale ends.
+
+    Returns:
+        Whether it is drawn at the edge.
+    """
     return judging.score(value) < judging.score(edge)
 
 
 def within(judging: JudgingRecord, value: float, edge: float) -> float:
-    """Return where a value is drawn: at the edge, if it is worse than that."""
+    """Return where a value is drawn: at the edge, if it is worse than that.
+
+    Args:
+        judging: What the value is of.
+        value: The value.
+        edge: Where the chart's scale ends.
+
+    Returns:
+        A value.
+    """
     return judging.score(max(judging.score(value), judging.score(edge)))
 
 

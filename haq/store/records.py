@@ -620,6 +620,8 @@ class TuningRecord(JudgingRecord):
     diverged: bool = False
     before: float | None
     best: float | None
+    before_error: float | None = None  # the standard error, where it doesn't follow from a share
+    best_error: float | None = None
     earlier: float | None = None  # of the network that was fine-tuned earlier, where that one was kept
     objective: str = "agreement"  # what it was judged by
 
@@ -646,6 +648,8 @@ class ReconstructionRecord(JudgingRecord):
     kept: bool  # whether what was found is kept, and not the network before
     before: float | None
     after: float | None
+    before_error: float | None = None  # the standard error, where it doesn't follow from a share
+    after_error: float | None = None
     divergence_before: float  # in `divergence_unit`
     divergence_after: float
     divergence_unit: str = "nats"

@@ -319,6 +319,7 @@ class _RunNetworks:
             self.loaded.dataset.train,
             epochs=config.finetune_epochs,
             seed=config.seed,
+            amp=config.amp,
             adversary=adversary_of(config),
             penalty=penalty,
             **self.on_training(name),

@@ -24,6 +24,8 @@ from haq.solvers import ENVS, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
 from haq.store.units import UNITS
+from haq.training.config import SHARE_OF_USUAL
+from haq.training.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule
 from hw_models import trust
 from hw_models.registry import Registry
 
@@ -42,6 +44,7 @@ RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
 ADAROUND = "adaround"  # what rounds the weights of a single policy, with GPTQ for those that are searched
 METHODS = ("train", "ptq")  # of fine-tuning
+OF_TRAINING = ("epochs", "learning_rate", "amp", "optimizer", "schedule", "patience")  # options of the first of them
 NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
@@ -118,6 +121,15 @@ class SearchConfig(_Config):
         metavar="NUMBERS",
         default_words="the network's own; 1 for module:Name",
     )
+    forward: str | None = setting(
+        None,
+        "module:function of (network, batch) that computes the outputs, where that takes more than calling the network with "
+        "the inputs; a batch is (inputs, targets)",
+        group=SEARCHED,
+        metavar="NAME",
+        default_words="the network itself",
+        names=lambda: (),  # it is code, that whoever types it may have imported
+    )
     hw: str = setting(
         "edge",
         "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
@@ -187,7 +199,8 @@ class SearchConfig(_Config):
     objective: str = setting(
         "accuracy",
         "what a policy is judged by, as `haq list objectives` shows them: accuracy; on images without labels, agreement with "
-        "the float network; accuracy+robust, right both as images are and under a cheap attack; or module:Name",
+        "the float network; accuracy+robust, right both as images are and under a cheap attack; or module:Name, which may be "
+        "a metric of torchmetrics or a function of (outputs, targets), or of a network, with an attribute higher_is_better",
         group=SEARCHED,
         metavar="NAME",
         spellings=("--reward",),
@@ -398,6 +411,7 @@ class SearchConfig(_Config):
             "solver": [self.solver],
             "objective": [self.objective],
             "scheme": scheme_parts(self.scheme),
+            "forward": [self.forward or ""],
         }
         return [(field, name) for field, given in names.items() for name in given if _is_code(field, name)]
 
@@ -689,9 +703,58 @@ class FinetuneConfig(AnotherScheme):
         names=lambda: METHODS,
     )
     epochs: int = setting(20, "passes over the train images", group=TUNING)
-    learning_rate: float | None = setting(None, "at its highest", group=TUNING, metavar="RATE", default_words=RATE_WORDS)
+    learning_rate: float | None = setting(
+        None,
+        "at its highest",
+        group=TUNING,
+        metavar="RATE",
+        default_words=f"{RATE_WORDS}; with another optimizer than sgd {SHARE_OF_USUAL} of torch's",
+    )
     seed: int = setting(0, "of the order of images", group=TUNING)
     amp: bool = setting(False, "train in mixed precision, float16 or bfloat16 where that does no harm", group=TUNING)
+    optimizer: str = setting(
+        OPTIMIZERS[0],
+        "sgd, adam, or a class of torch.optim by name, such as AdamW",
+        group=TUNING,
+        metavar="NAME",
+        names=lambda: OPTIMIZERS,
+    )
+    schedule: str = setting(
+        SCHEDULES[0],
+        f"of the learning rate: {', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, such as "
+        "StepLR,step_size=10,gamma=0.5",
+        group=TUNING,
+        metavar="NAME",
+        names=lambda: SCHEDULES,
+    )
+    patience: int | None = setting(
+        None,
+        "epochs in a row without a lower loss on held-out samples after which training ends",
+        group=TUNING,
+        metavar="N",
+        least=1,
+        default_words="none end it",
+    )
+    loss: str | None = setting(
+        None,
+        "module:function of (outputs, targets) that is minimised",
+        group=TUNING,
+        metavar="NAME",
+        default_words="the distance from the float network's outputs",
+        names=lambda: (),  # it is code, that whoever types it may have imported
+    )
+
+    @field_validator("optimizer")
+    @classmethod
+    def _check_optimizer(cls, name: str) -> str:
+        check_optimizer(name)
+        return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, text: str) -> str:
+        check_schedule(text)
+        return text
 
     @field_validator("method")
     @classmethod
@@ -702,7 +765,7 @@ class FinetuneConfig(AnotherScheme):
 
     @model_validator(mode="after")
     def _check_numbers(self) -> FinetuneConfig:
-        of_training = [name for name in ("epochs", "learning_rate", "amp") if name in self.model_fields_set]
+        of_training = [name for name in OF_TRAINING if name in self.model_fields_set]
         if self.method != "train" and of_training:
             raise ValueError(f"{option_name(of_training[0])} is of training: leave it out, or choose --method train")
         if self.epochs < 1:
@@ -863,7 +926,7 @@ def _is_code(field: str, name: str) -> bool:
         import hw_models
 
         return hw_models.TARGETS.is_code(name)
-    if field == "scheme":
+    if field in ("scheme", "forward"):
         return True
     registries: dict[str, Registry[Any]] = {
         "network": networks.NETWORKS,
@@ -896,7 +959,7 @@ def _check_attacked(objective: str, eps: str) -> None:
     """Raise ValueError if the size of an attack is given and nothing is attacked."""
     # What is given as module:Name is asked when it is imported, which a file can't make us do.
     if objective in OBJECTIVES and not OBJECTIVES.get(objective, modules=False).attacked:
-        raise ValueError(f"--eps {eps} is of an attack: it goes with --objective accuracy+robust, not {objective}")
+        raise ValueError(f"--eps {eps} is of an attack: it goes with --objective {objective}+robust, not {objective}")
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:

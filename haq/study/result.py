@@ -10,7 +10,7 @@ import quantizers as Q
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
 from haq.store.files import RESULT_SCHEMA
-from haq.store.records import COST_KEYS, error_key, share_key
+from haq.store.records import COST_KEYS, ObjectiveRecord, error_key, share_key
 from haq.store.units import finite
 from haq.study.task import SearchTask, objective_of, threads
 from haq.training.config import Judgement, Outcome
@@ -141,84 +141,67 @@ def collect(
     }
 
 
-def tuning_entry(outcome: Outcome, epochs: int, problem: Problem | None = None) -> dict[str, Any]:
-    """Tell as plain data how a fine-tuning was judged on the samples that it held out (`haq.store.records.TuningRecord`).
-
-    Args:
-        outcome: What it came to.
-        epochs: How many were asked for.
-        problem: What the network is of; None: classification of images.
-
-    Returns:
-        The data.
-    """
+def tuning_entry(outcome: Outcome, epochs: int) -> dict[str, Any]:
+    """Tell as plain data how a fine-tuning was judged on the samples that it held out (`haq.store.records.TuningRecord`)."""
     assert outcome.before is not None
     return {
-        **_judged_by(problem, outcome.best),
         "images": outcome.images,
         "epochs": epochs,
         "kept": outcome.kept,
         "diverged": outcome.diverged,
-        "before": finite(outcome.before.accuracy),
-        "best": finite(outcome.best.accuracy),
+        **_judgements(before=outcome.before, best=outcome.best),
     }
 
 
-def _judged_by(problem: Problem | None, judgement: Judgement) -> dict[str, Any]:
-    """Tell what networks were judged by while they were trained: of class scores by agreement, which needn't be said.
-
-    Args:
-        problem: What the network is of; None: classification of images.
-        judgement: Of one network.
-
-    Returns:
-        The fields of `haq.store.records.JudgingRecord` that aren't as they are for agreement.
-    """
-    if problem is None or problem.objective.takes_scores:
-        return {}
-    record = objective_of(problem)
-    higher = getattr(judgement, "higher_is_better", record.higher_is_better)
-    if higher != record.higher_is_better:
-        # Without targets there is no value but the loss, the distance from the float network's outputs.
-        changes = {"objective": "divergence", "objective_title_is": "", "objective_unit": _divergence_unit(problem)}
-        record = record.model_copy(update={**changes, "higher_is_better": higher})
-    return {"objective": record.objective, **record.differences()}
-
-
-def _divergence_unit(problem: Problem) -> str:
-    distribution = problem.objective.distribution
-    if distribution is None:
-        return ""
-    return distribution.unit
-
-
-def reconstruction_entry(found: Reconstructed, seed: int, problem: Problem | None = None) -> dict[str, Any]:
-    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`).
-
-    Args:
-        found: What it came to.
-        seed: Its seed.
-        problem: What the network is of; None: classification of images.
-
-    Returns:
-        The data.
-    """
-    unit = {}
-    if problem is not None and _divergence_unit(problem) != "nats":
-        unit["divergence_unit"] = _divergence_unit(problem)
+def reconstruction_entry(found: Reconstructed, seed: int) -> dict[str, Any]:
+    """Tell as plain data how a reconstruction was judged (`haq.store.records.ReconstructionRecord`)."""
     return {
-        **_judged_by(problem, found.before),
-        **unit,
         "images": found.before.images,
         "calibration_images": found.calibration_images,
         "seed": seed,
         "seconds": found.seconds,
         "kept": found.kept,
-        "before": finite(found.before.accuracy),
-        "after": finite(found.after.accuracy),
+        **_judgements(before=found.before, after=found.after),
         "divergence_before": found.before.loss,
         "divergence_after": found.after.loss,
     }
+
+
+def _judgements(**judgements: Judgement) -> dict[str, Any]:
+    """Tell values by name, with their standard errors where they don't follow from shares."""
+    found = {name: finite(judgement.value) for name, judgement in judgements.items()}
+    errors = {error_key(name): judgement.error for name, judgement in judgements.items() if judgement.error}
+    return found | errors
+
+
+def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
+    """Tell what networks are judged by while they are trained, as plain data beside a `tuning_entry` or another.
+
+    Args:
+        problem: What the networks are of.
+        judgement: Of one of them.
+
+    Returns:
+        The fields of `haq.store.records.JudgingRecord` that aren't as they are for class scores, which are judged by the share
+        of answers that are the float network's.
+    """
+    objective = problem.objective
+    if objective.takes_scores:
+        return {}
+    unit = "nats"
+    if objective.distribution is not None:
+        unit = objective.distribution.unit
+    record = objective_of(problem)
+    if judgement.higher_is_better != record.higher_is_better:
+        # Without targets there is no value but the loss, the distance from the float network's outputs.
+        record = ObjectiveRecord(
+            objective="divergence",
+            objective_unit=unit,
+            higher_is_better=judgement.higher_is_better,
+            counts_samples=False,
+            samples_are=record.samples_are,
+        )
+    return {"objective": record.objective, **record.differences(), "divergence_unit": unit}
 
 
 def budget_used(problem: Problem, policy: Q.BitPolicy) -> dict[str, Any]:

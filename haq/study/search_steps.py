@@ -84,10 +84,12 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         policies = {name: found.policies[name] for name in rivals}
         result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
         if reconstructed is not None:
-            result["reconstruction"] = summary.reconstruction_entry(reconstructed, config.seed, task.problem)
+            entry = summary.reconstruction_entry(reconstructed, config.seed)
+            result["reconstruction"] = summary.judged_by(task.problem, reconstructed.before) | entry
             result["finetuned_by"] = "ptq"
         for outcome in outcomes:
-            result["tuning"] = summary.tuning_entry(outcome, config.finetune_epochs, task.problem)
+            entry = summary.tuning_entry(outcome, config.finetune_epochs)
+            result["tuning"] = summary.judged_by(task.problem, outcome.best) | entry
             if outcome.kept:
                 result["finetuned_by"] = "train"
         if can_be_verified(task.problem.objective):
@@ -142,7 +144,9 @@ def _finetune(
         epochs=config.finetune_epochs,
         seed=config.seed,
         learning_rate=config.learning_rate,
+        amp=config.amp,
         adversary=adversary_of(config),
+        objective=task.problem.objective,
         state=run.checkpoint("finetuning", task, epochs=config.finetune_epochs, policy=Q.get_policy(network)),
         on_outcome=on_outcome,
         **follow_training(bar, _unit_of(task)),

@@ -21,10 +21,8 @@ from torch import nn
 import quantizers as Q
 from haq.console.notebook import NotebookLive
 from haq.console.progress import Live
-from haq.data import Split
-from haq.networks import Network
 from haq.networks.checkpoint import load_quantized, save_quantized
-from haq.problem.batches import Batches, read_tensors
+from haq.problem.batches import Batches
 from haq.problem.chance import doubts
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
@@ -44,6 +42,7 @@ from haq.study.task import objective_of, outline, versions
 from haq.study.workers.processes import working
 from haq.training import finetune
 from haq.training.config import Outcome
+from haq.training.given import given_to_tune
 from hw_models.notebook import html_table
 
 if TYPE_CHECKING:
@@ -202,23 +201,26 @@ class Result:
     def finetune(self, loader: Batches, *, epochs: int = 12, seed: int | None = None, **options: Any) -> nn.Module:
         """Train the quantized network at its bits, with the float network as teacher.
 
-        A part of the images is held out. After every epoch the network is judged by how often it answers them as the float
-        network does, and the best is returned; where none is better than the network before, that one, with a warning.
+        A part of the samples is held out. After every epoch the network is judged on them: images of classes by how often it
+        answers as the float network does, everything else by the objective of the problem, and by how far its outputs are from
+        the float network's. The best is returned; where none is better than the network before, that one, with a warning.
 
         Args:
-            loader: Images to train with, shape (images, channels, height, width) each batch: a DataLoader, a Dataset, tensors.
-                Labels play no part. They are kept in memory.
-            epochs: How often each image is seen.
+            loader: Samples to train with, as the problem takes them: a DataLoader, a Dataset, tensors, batches (inputs,
+                targets). Targets play a part in a `loss` and in the value that an objective tells. Images of classes are
+                kept in memory; of other samples what doesn't fit into a quarter of it is read whenever it is needed.
+            epochs: How often each sample is seen.
             seed: What everything random comes from; the search's, if nothing is given.
-            options: Further ones of `haq.training.finetune`, such as learning_rate.
+            options: Further ones of `haq.training.finetune`, such as learning_rate, loss, optimizer and patience.
 
         Returns:
             The tuned network, which is also kept as `finetuned`; and as `quantized`, which is saved, if it is better on the
-            search images than what that was before: of more accuracy, or of as much with less loss.
+            search samples than what that was before: of a better value, or of the same with less loss.
 
         Raises:
-            ValueError: For numbers out of range; for inputs that aren't images; where policies were judged under attack,
-                unless an `adversary` is given.
+            ValueError: For numbers out of range; for inputs that aren't images where the problem is of such; for an objective
+                without a distance between outputs and no loss; where policies were judged under attack, unless an
+                `adversary` is given.
         """
         if seed is None:
             seed = self.seed
@@ -231,12 +233,8 @@ class Result:
                 "policies were judged under attack, which plain fine-tuning would train away: give the `adversary` to train "
                 "against (haq.training.Adversary)"
             )
-        images, _ = read_tensors(loader, "loader", with_labels=False)
-        if images.dim() != 4:
-            raise ValueError(f"fine-tuning takes images (N, C, H, W), the loader gives inputs of shape {tuple(images.shape)}")
-        network = Network(type(self.problem.network).__name__, self.problem.network, tuple(images.shape[1:]))  # type: ignore[arg-type]
         on_outcome = options.pop("on_outcome", _warn_if_vain)
-        split = Split(images, images.new_zeros(len(images)).long())
+        network, split, objective = given_to_tune(self.problem, loader, options.get("loss"))
         with _shown() as bar:
             line = bar.add_task("fine-tuning", total=None)
             tuned = finetune(
@@ -245,6 +243,7 @@ class Result:
                 split,
                 epochs=epochs,
                 seed=seed,
+                objective=objective,
                 on_step=lambda step, steps: bar.update(line, completed=step, total=steps),
                 on_outcome=on_outcome,
                 **options,
@@ -401,7 +400,7 @@ def solve(
                 on_trial(trial)
 
         session = Session(problem, evaluations, follow, given, kind, env=base.check_env(env), ahead=ahead)
-        with working(problem.evaluator, workers):
+        with working(problem.evaluator, workers, device=problem.evaluator.device.type):
             base.solve(found, session, seed)
     return Result(problem, name, seed, session)
 
@@ -472,15 +471,10 @@ def _warn_if_vain(outcome: Outcome) -> None:
 
 
 def _entry(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as plain data, null for what is infinite; a standard error only where it is known."""
-    entry = {
-        "accuracy": finite(evaluation.accuracy),
-        "loss": finite(evaluation.loss),
-        "images": evaluation.images,
-        "divergence": finite(evaluation.divergence),
-    }
-    if evaluation.error is not None:
-        entry["error"] = finite(evaluation.error)
+    """Return an evaluation as plain data, null for what is infinite."""
+    entry = evaluation._asdict()
+    for name in ("accuracy", "loss", "divergence", "error"):
+        entry[name] = finite(entry[name])
     return entry
 
 

@@ -277,7 +277,8 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
                 found = task.reconstruct(policy, task.config.seed)
                 tuned = found.network
                 run.save_checkpoint(tuned, task)
-                judged = summary.reconstruction_entry(found, task.config.seed, task.problem)
+                judged = summary.judged_by(task.problem, found.before)
+                judged |= summary.reconstruction_entry(found, task.config.seed)
                 further = {"reconstruction": judged, "finetuned_by": "ptq"}
             content = summary.collect(task, policy, tuned, {}, {name: session.used}) | further
             run.save_result(ResultRecord.from_dict(content))

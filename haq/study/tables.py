@@ -312,7 +312,8 @@ def print_doubts(console: Console, task: SearchTask) -> None:
 def tuning_sentence(tuning: Mapping[str, Any]) -> str:
     """Say whether fine-tuning helped (`haq.study.result.tuning_entry`)."""
     record = TuningRecord.from_dict(tuning, "what fine-tuning came to")
-    before, best = (value_with_error(record, value, record.images) for value in (record.before, record.best))
+    before = value_with_error(record, record.before, record.images, record.before_error)
+    best = value_with_error(record, record.best, record.images, record.best_error)
     judged = f"on {record.images:,} train {record.samples_are} that were held out"
     ended = ""
     if record.diverged:
@@ -337,7 +338,8 @@ def tuning_sentence(tuning: Mapping[str, Any]) -> str:
 def reconstruction_sentence(entry: Mapping[str, Any]) -> str:
     """Say whether a reconstruction helped (`haq.study.result.reconstruction_entry`)."""
     record = ReconstructionRecord.from_dict(entry, "what the reconstruction came to")
-    before, after = (value_with_error(record, value, record.images) for value in (record.before, record.after))
+    before = value_with_error(record, record.before, record.images, record.before_error)
+    after = value_with_error(record, record.after, record.images, record.after_error)
     samples = record.samples_are
     how = f"{record.calibration_images:,} calibration {samples}, no labels, seed {record.seed}, {record.seconds:.0f} s"
     judged = f"on {record.images:,} train {samples} that were held out"

@@ -32,10 +32,12 @@ from haq.store.records import ObjectiveRecord
 from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
+from hw_models.registry import import_by_name
 from hw_models.tvm_cpu.target import CpuTarget
-from quantizers.calling import inputs_of, leaves
+from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
 
 CALIBRATION = 512  # images of the train split
@@ -60,6 +62,8 @@ class LoadedNetwork:
         """Load network and data, which need no hardware; raises what its parts raise."""
         device = find_device(config.device)
         network = networks.load(config.network).normalized(*config.normalization())
+        if config.forward is not None:
+            network = replace(network, forward=_named_forward(config.forward))
         most = allowed_bytes(config.memory)
         dataset = data.load(config.data, image_size=network.image_size, memory=most, search_images=config.search_images)
         # What is only a function isn't of classes.
@@ -73,6 +77,8 @@ class LoadedNetwork:
         network = self.network.signature()
         if any(self.config.normalization()):
             network += f", mean {self.network.mean}, std {self.network.std}"
+        if self.config.forward is not None:
+            network += f", called by {self.config.forward}"
         return {"network": network, "data": self.dataset.signature()}
 
     def calibration(self) -> Any:
@@ -165,7 +171,9 @@ class SearchTask(LoadedNetwork):
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         tuning = None
         if config.finetune_steps:
-            tuning = training.ShortTuning(network, dataset.train, config.finetune_steps, config.seed, config.learning_rate)
+            tuning = training.ShortTuning(
+                network, dataset.train, config.finetune_steps, config.seed, config.learning_rate, objective
+            )
         # It is sent to other processes, which have the network already.
         preprocess = replace(network, module=nn.Identity(), forward=None).preprocess
         search = samples_of(dataset.search, preprocess, allowed_bytes(config.memory))
@@ -197,13 +205,16 @@ class SearchTask(LoadedNetwork):
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.budget))
 
-    def reconstruct(self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress) -> Reconstructed:
+    def reconstruct(
+        self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress, loss: UserLoss | None = None
+    ) -> Reconstructed:
         """Correct biases and learn roundings for one policy (`haq.training.reconstruct`).
 
         Args:
             policy: The policy.
             seed: Of all that is random.
             on_progress: Told how many of how many parts are done.
+            loss: By which networks are judged in place of the distance from the float network's outputs.
 
         Returns:
             The better network, reconstructed or not, and how both were judged.
@@ -214,6 +225,8 @@ class SearchTask(LoadedNetwork):
             self.dataset.train,
             seed=seed,
             adversary=adversary_of(self.config),
+            objective=self.problem.objective,
+            loss=loss,
             on_progress=on_progress,
         )
 
@@ -281,6 +294,14 @@ def _count(calibration: Any) -> int:
     if isinstance(calibration, Tensor):
         return len(calibration)
     return sum(map(samples_in, calibration))
+
+
+def _named_forward(name: str) -> Forward:
+    """Import what calls the network. Raises ValueError for what can't be found, and for what is no function."""
+    found: Forward = import_by_name(name, "forward")
+    if not callable(found):
+        raise ValueError(f"forward {name!r} is a {type(found).__name__}; it must be a function of (network, batch)")
+    return found
 
 
 def check_scale(dataset: data.Dataset, mean: str | None, std: str | None) -> None:

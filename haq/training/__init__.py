@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["adversaries", "config", "loop", "finetuning", "reconstruction"],
+    submodules=["adversaries", "config", "loop", "finetuning", "optimizers", "reconstruction"],
     submod_attrs={
         "adversaries": ["Adversary", "TrainingAttack"],
         "config": ["Judgement", "OnOutcome", "Outcome", "TrainConfig"],

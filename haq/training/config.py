@@ -1,4 +1,4 @@
-"""How a network is trained. Importing this needs no torch, and neither do the optimizers and schedules that are listed here."""
+"""How a network is trained. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from haq.problem.chance import standard_error
 from haq.training.adversaries import Adversary
+from haq.training.optimizers import check_optimizer, check_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +17,9 @@ if TYPE_CHECKING:
 
     import quantizers as Q
 
-OPTIMIZERS = ("sgd", "adam")  # beside those of torch, by the names of their classes
-SCHEDULES = ("cosine", "linear", "step", "constant")  # of the learning rate; beside those of torch
 AUXILIARY = 0.3  # weight of an auxiliary output's loss (Szegedy et al., "Going deeper with convolutions", CVPR 2015)
 
+SHARE_OF_USUAL = 0.3  # of the learning rate that an optimizer of torch has by default, for fine-tuning
 ENOUGH_STEPS = 100  # of fine-tuning: with fewer, its default learning rate is lower
 
 OnEpoch = Callable[[int, float], None]  # epochs done, and the mean loss of the last
@@ -168,29 +168,6 @@ class TrainConfig:
         if not callable(self.optimizer):
             check_optimizer(self.optimizer)
         check_schedule(self.schedule)
-
-
-def check_optimizer(name: str) -> None:
-    """Raise ValueError unless there is an optimizer of a name, naming those that there are."""
-    if name not in OPTIMIZERS:
-        from haq.training.optimizers import optimizer_class
-
-        optimizer_class(name)
-
-
-def check_schedule(text: str) -> None:
-    """Raise ValueError unless there is a schedule of a name, which may have arguments, naming those that there are."""
-    if text not in SCHEDULES:
-        from haq.training.optimizers import scheduler_class
-
-        scheduler_class(text)
-
-
-def usual_rate(optimizer: str) -> float:
-    """Return the learning rate that a class of `torch.optim` has as its default."""
-    from haq.training.optimizers import default_rate
-
-    return default_rate(optimizer)
 
 
 def rate_for(rate: float, steps: int) -> float:

@@ -17,14 +17,12 @@ import quantizers as Q
 from haq.attacks.proxy import ProxyAttack
 from haq.data import UNLABELLED, Split
 from haq.data.dataset import stratified, whole_groups, without
-from haq.data.sources import Stream
 from haq.data.labels import class_numbers
+from haq.data.sources import Stream
 from haq.networks import Network
-from haq.problem.chance import standard_error
 from haq.problem.evaluator import one_thread
 from haq.problem.objective import (
     BlackBox,
-    MetricObjective,
     NotFinite,
     Objective,
     ValueObjective,
@@ -35,6 +33,7 @@ from haq.problem.tally import ValueTally
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import Adversary
 from haq.training.config import (
+    SHARE_OF_USUAL,
     Judgement,
     OnEpoch,
     OnJudged,
@@ -46,10 +45,10 @@ from haq.training.config import (
     no_outcome,
     no_step,
     rate_for,
-    usual_rate,
 )
 from haq.training.goals import Called, Goal, UserLoss, network_inputs, user_loss
 from haq.training.loop import Judge, batches_in, fit
+from haq.training.optimizers import usual_rate
 from quantizers.calling import count_of, leaves, to_device
 from quantizers.norms import is_frozen, running_norms, take_statistics
 
@@ -60,7 +59,6 @@ NORM_BATCH = 500
 JUDGED_BATCH = 250
 JUDGED_VALUES = 2**24  # of the inputs that are judged at a time, where they are no images of classes
 SGD = "sgd"
-SHARE_OF_USUAL = 0.3  # of the learning rate that an optimizer of torch has by default, for fine-tuning
 MOST_HELD = 1000  # images that are held out: a twentieth, no more than this
 FEW_HELD = 32  # as far as that is no more than a quarter
 
@@ -140,7 +138,7 @@ def finetune(
             images of unknown range, and a state of something else.
     """
     goal = Goal(objective, loss)
-    check_samples(split, goal)
+    check_samples(network, split, goal)
     keep_best = keep_best and penalty is None
     trained_on, held = split, split
     if keep_best:
@@ -197,11 +195,20 @@ def finetune(
     return tuned
 
 
-def check_samples(split: Split, goal: Goal) -> None:
-    """Raise ValueError for samples that can't be fine-tuned on, and for an objective that has nothing to fine-tune by."""
+def check_samples(network: Network, split: Split, goal: Goal) -> None:
+    """Check that samples can be fine-tuned on.
+
+    Args:
+        network: The float network.
+        split: The samples.
+        goal: What is minimised.
+
+    Raises:
+        ValueError: For too few of them, labels that are no classes, and an objective that has nothing to fine-tune by.
+    """
     if len(split) < 3:
         raise ValueError(f"fine-tuning takes at least 3 images, there are {len(split)}")
-    goal.check_teacher()
+    goal.check_teacher(network, split)
     labels = split.labels
     if labels is None:
         labels = split.targets
@@ -232,7 +239,7 @@ def own_random(network: Network) -> list[torch.device]:
 
 
 def classes_of(split: Split) -> Tensor:
-    """Return the class of every sample, by which a part of them can be fair; all are of one where nobody knows without reading.
+    """Return the class of every sample, by which a part can be fair; one for all, where nobody knows without reading them.
 
     Returns:
         Integers, shape (samples,).
@@ -291,7 +298,7 @@ def judge_of(
         ValueError: If the objective has no distance between outputs, and there is no loss.
     """
     goal = Goal(objective, loss)
-    goal.check_teacher()
+    goal.check_teacher(network, held)
     if goal.is_classification:
         return _judge_of_scores(network, held, adversary, goal)
     return _judge_of_values(network, held, goal)
@@ -305,7 +312,7 @@ def _judge_of_scores(network: Network, held: Split, adversary: Adversary | None,
         proxy = ProxyAttack.of(network, adversary.eps)
     objective = goal.objective
     own_correct: Objective | None = None
-    if objective is not None and type(objective).correct not in (Objective.correct,):
+    if objective is not None and type(objective).correct is not Objective.correct:
         own_correct = objective
     labels_known = classes_of_targets(held)
     # Without labels, or where all are the same, they tell nothing.
@@ -377,22 +384,25 @@ def _judge_of_values(network: Network, held: Split, goal: Goal) -> Judge:
         for number, (given, targets) in enumerate(held.batches(size)):
             inputs = network_inputs(network, given)
             targets = to_device(targets, network.device)
+            with torch.no_grad():
+                expected = objective.read(network.run(teacher, inputs, targets))
+            wanted = objective.aligned(inputs, targets)
+            if objective.compares_with_float:
+                wanted = expected
             versions = (inputs,)
             if objective.attacked:
-                versions = (inputs, *attacked_inputs(objective, module, inputs, targets, number))
+                attacked = attacked_inputs(objective, Called(network, module, targets), inputs, wanted, number)
+                versions = (inputs, *attacked)
             with torch.no_grad():
-                expected = network.run(teacher, inputs, targets)
-                outputs = tuple(network.run(module, one, targets) for one in versions)
+                returned = [network.run(module, one, targets) for one in versions]
+                outputs = tuple(map(objective.read, returned))
                 count = count_of(inputs)
-                if tally is not None:
-                    answers = targets
-                    if objective.compares_with_float:
-                        answers = expected
-                    try:
-                        tally.add(outputs, answers, None, count)
-                    except NotFinite:
-                        return worthless(objective, len(held))
-                losses.add(outputs[-1], targets, count)
+                try:
+                    if tally is not None:
+                        tally.add(outputs, wanted, None, count)
+                except NotFinite:
+                    return worthless(objective, len(held))
+                losses.add(returned[-1], targets, count)
                 if objective.distribution is not None:
                     divergences.append(objective.divergence(outputs[-1], expected).double().cpu())
         divergence = math.nan
@@ -429,6 +439,8 @@ def _judged(objective: Objective, module: nn.Module, tally: ValueTally | None, l
         value = value_of(objective, module)
     else:
         value, higher = loss, False
+    if math.isnan(value):
+        return worthless(objective, count)
     if math.isnan(loss):
         loss = -objective.signed(value)
     return Judgement(value, loss, count, higher, error)
@@ -557,8 +569,9 @@ def refresh_norms(network: Network, module: nn.Module, split: Split, images: int
     norms = [norm for norm in running_norms(module) if not is_frozen(norm)]
     if not norms:
         return
-    for_norms = Called(network, module)
-    take_statistics(for_norms, norms, for_norms.given(some_batches(split, images, NORM_BATCH)))
+    caller = Called(network, module)
+    batches = caller.given(some_batches(split, images, NORM_BATCH))
+    take_statistics(caller, norms, batches, forward=lambda called, inputs: called(inputs))
 
 
 def some_batches(split: Split, count: int, size: int) -> Iterator[tuple[Any, Any]]:

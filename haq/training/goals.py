@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from haq.data import Split
 from haq.data.labels import class_numbers
 from haq.networks import Network
 from haq.problem.distribution import MAIN, main_output
 from haq.problem.objective import Objective, class_scores
 from haq.training.config import AUXILIARY
+from hw_models.registry import import_by_name
 from quantizers.calling import map_tensors, to_device
 from quantizers.copying import evaluating
 
@@ -59,10 +61,27 @@ class Goal:
                 "(loss=), a function of (outputs, targets)"
             )
         if targets is None:
-            raise ValueError(f"training by objective {self.name!r} takes targets, and the data has none: give (inputs, targets)")
+            raise ValueError(
+                f"training by objective {self.name!r} takes targets, and the data has none: give (inputs, targets)"
+            )
 
-    def check_teacher(self) -> None:
-        """Raise ValueError if there is nothing by which outputs can be held against a teacher's, and no loss either."""
+    def check_teacher(self, network: Network, split: Split) -> None:
+        """Check that outputs can be held against a teacher's, or that there is a loss.
+
+        Args:
+            network: The teacher, at whose outputs an objective that doesn't know them yet looks.
+            split: The samples.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        objective = self.objective
+        if objective is not None and type(objective).look_at is not Objective.look_at:
+            inputs, targets = split.take(torch.arange(1))
+            inputs = network_inputs(network, inputs)
+            targets = to_device(targets, network.device)
+            outputs = in_evaluation(network, network.module, inputs, targets)
+            objective.look_at(objective.read(outputs), objective.aligned(inputs, targets))
         if self.loss is None and self.objective is not None and self.objective.distribution is None:
             raise ValueError(
                 f"objective {self.name!r} has no distance between a network's outputs and the float network's, which "
@@ -80,6 +99,12 @@ class Goal:
         if hasattr(outputs, "keys"):
             outputs = main_output(outputs)
         return class_scores(outputs)
+
+    def aligned(self, inputs: Any, targets: Any) -> Any:
+        """Return targets in the places that outputs are held against; a loss of the user's gets them as they are."""
+        if self.objective is None or self.loss is not None:
+            return targets
+        return self.objective.aligned(inputs, targets)
 
     def from_targets(self, outputs: Any, targets: Any, usual: Callable[[], Any]) -> Tensor:
         """Compute the loss of outputs by targets.
@@ -122,7 +147,13 @@ class Goal:
             return _distance_of_scores(lambda outputs: self.read(self.divided(outputs, lambda: expected)[0]), expected)
         objective = self.objective
         assert objective is not None
-        return lambda outputs: objective.divergence(self.divided(outputs, lambda: expected)[0], expected).mean()
+        wanted = objective.read(expected)
+
+        def distance(outputs: Any) -> Tensor:
+            main, _ = self.divided(outputs, lambda: expected)
+            return objective.divergence(objective.read(main), wanted).mean()
+
+        return distance
 
     @property
     def _is_usual_distance(self) -> bool:
@@ -209,6 +240,22 @@ def _distance_of_scores(read: Callable[[Any], Tensor], expected: Any) -> Callabl
     return distance
 
 
+def named_loss(name: str | None) -> UserLoss | None:
+    """Import a loss that the user named, `module:function`; None for None.
+
+    Raises ValueError for what can't be found, and for what is no function.
+    """
+    if name is None:
+        return None
+    found = import_by_name(name, "loss")
+    if isinstance(found, type):
+        found = found()  # such as torch.nn:SmoothL1Loss
+    if not callable(found):
+        raise ValueError(f"loss {name!r} is a {type(found).__name__}; it must be a function of (outputs, targets)")
+    made: UserLoss = found
+    return made
+
+
 def user_loss(loss: UserLoss, outputs: Any, targets: Any) -> Tensor:
     """Compute a loss of the user's; one of several numbers is their mean.
 
@@ -271,7 +318,17 @@ class Called(nn.Module):
 
 
 def in_evaluation(network: Network, module: nn.Module, inputs: Any, targets: Any) -> Any:
-    """Compute what a module returns in evaluation mode, in which it is meanwhile."""
+    """Compute what a module returns in evaluation mode, in which it is meanwhile.
+
+    Args:
+        network: Knows how it is called.
+        module: The module.
+        inputs: Of a batch, as the network takes them.
+        targets: Of the batch.
+
+    Returns:
+        Its outputs, without gradients.
+    """
     with torch.no_grad(), evaluating(module):
         return network.run(module, inputs, targets)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from haq.attacks.gradient import Loss
 from haq.attacks.threat_model import PerturbationBall, check_images
 from haq.data import Split
 from haq.data.dataset import batch_count
-from haq.data.sources import Stream
 from haq.data.labels import class_numbers
+from haq.data.sources import Stream
 from haq.networks import Network
-from haq.problem.objective import Objective, class_scores
+from haq.problem.objective import Objective
 from haq.store.checkpoint import Checkpoint
 from haq.training.adversaries import TrainingAttack
 from haq.training.config import (
@@ -37,8 +36,9 @@ from haq.training.config import (
     no_step,
 )
 from haq.training.goals import Called, Goal, UserLoss, as_float32, in_evaluation, network_inputs
-from haq.training.optimizers import Length, Schedule, optimizer_class
-from quantizers.calling import count_of, device_of, to_device
+from haq.training.optimizers import optimizer_class
+from haq.training.schedules import Length, Schedule
+from quantizers.calling import count_of, to_device
 from quantizers.norms import is_frozen, running_norms
 
 Judge = Callable[[nn.Module], Judgement]  # of a network, on samples that it isn't trained on
@@ -102,8 +102,10 @@ def fit(
         raise ValueError(f"patience is {config.patience}, but nothing is held out by which epochs could be judged")
     goal = Goal(objective, loss, config.auxiliary)
     if teacher is not None:
-        goal.check_teacher()
-    training = Training(network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size))
+        goal.check_teacher(network, split)
+    training = Training(
+        network, module or network.module, teacher, config, len(split), goal, batches_in(split, config.batch_size)
+    )
     training.least = before
     if state is not None:
         training.restore(state)
@@ -216,7 +218,7 @@ class Training:
         self.steps_per_epoch = (batches or batch_count(images, config.batch_size)) * self.replays
         self.steps = config.steps or passes * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
-        self.schedule = Schedule(self.optimizers, config, Length(self.steps, self.epochs))
+        self.schedule = Schedule(self.optimizers, config.schedule, Length(self.steps, self.epochs))
         self.epoch = 0
         self.step = 0
         self.least: Judgement | None = None
@@ -287,23 +289,23 @@ class Training:
         scaler = None
         if self.scaler is not None:
             scaler = self.scaler.state_dict()
-        state.write(
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                **self.tensors(),
-                "judged": [tuple(judgement) for judgement in self.judged],
-                "kept": self.kept,
-                "best": self.best,
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "schedule": self.schedule.state(),
-                "scaler": scaler,
-                "generator": self.generator.get_state(),
-                "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
-                "device": device_random_state(self.network.device),  # of the same, where that isn't the CPU
-                "perturbation": perturbation,
-            }
-        )
+        content = {
+            "epoch": self.epoch,
+            "step": self.step,
+            **self.tensors(),
+            "judged": [tuple(judgement) for judgement in self.judged],
+            "kept": self.kept,
+            "best": self.best,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedule": self.schedule.state(),
+            "scaler": scaler,
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
+            "device": device_random_state(self.network.device),  # of the same, where that isn't the CPU
+            "perturbation": perturbation,
+        }
+        # A file of another device could be read only where there is one.
+        state.write(to_device(content, "cpu"))
 
     def restore(self, state: Checkpoint) -> None:
         """Go on from what was written; if nothing was, from the beginning."""
@@ -314,7 +316,7 @@ class Training:
             return
         with state.fitting():
             self.load_tensors(content)
-            self.judged = [judgement_of(*kept) for kept in content["judged"]]
+            self.judged = [_judgement_of(*kept) for kept in content["judged"]]
             self.kept = content["kept"]
             self.best = content["best"]
             for optimizer, kept in zip(self.optimizers, content["optimizers"], strict=True):
@@ -399,7 +401,7 @@ def named_optimizer(name: str, groups: list[dict[str, Any]], rate: float) -> tor
         raise ValueError(f"optimizer {name!r} can't train this network ({reason})") from error
 
 
-def judgement_of(value: float, loss: float, images: int, higher_is_better: bool = True, error: Any = None) -> Judgement:
+def _judgement_of(value: float, loss: float, images: int, higher_is_better: bool = True, error: Any = None) -> Judgement:
     """Make a judgement of what a state keeps of it."""
     if error is not None:
         error = float(error)
@@ -415,12 +417,11 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def device_random_state(device: torch.device) -> Tensor | None:
     """Return the state of a device's random numbers; None for the CPU, whose state is torch's own."""
-    if device.type in ("cpu", "meta"):
-        return None
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
     if device.type == "mps":
         return torch.mps.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+    return None
 
 
 def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
@@ -429,8 +430,8 @@ def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
         return
     if device.type == "mps":
         torch.mps.set_rng_state(state)
-        return
-    torch.get_device_module(device).set_rng_state(state, device)
+    else:
+        torch.cuda.set_rng_state(state, device)
 
 
 def parameter_groups(module: nn.Module, scales: Sequence[Tensor], config: TrainConfig) -> list[dict[str, object]]:
@@ -548,7 +549,7 @@ def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, L
     network, goal, generator = training.network, training.goal, training.generator
     is_of_images = goal.looks_at_images(inputs)
     if is_of_images:
-        inputs = augment(inputs, generator)
+        inputs = augment(to_device(inputs, network.device), generator)
     inputs = network_inputs(network, inputs)
     targets = to_device(targets, network.device)
     if training.teacher is not None and goal.loss is None:
@@ -558,9 +559,10 @@ def prepared(training: Training, inputs: Any, targets: Any) -> tuple[Any, Any, L
             expected = training.outputs(training.teacher, inputs, targets)
         return inputs, targets, goal.from_teacher(expected)
     goal.check_targets(targets)
+    wanted = goal.aligned(inputs, targets)
 
     def loss_of(outputs: Any) -> Tensor:
-        return goal.from_targets(outputs, targets, lambda: in_evaluation(network, training.module, inputs, targets))
+        return goal.from_targets(outputs, wanted, lambda: in_evaluation(network, training.module, inputs, targets))
 
     return inputs, targets, loss_of
 

@@ -79,7 +79,8 @@ def reconstruct(
         The better network, and how both were judged.
 
     Raises:
-        ValueError: For fewer than three samples, an objective without a distance between outputs and no loss, and for layers whose scheme can only round to the nearest.
+        ValueError: For fewer than three samples, an objective without a distance between outputs and no loss, and for layers
+            whose scheme can only round to the nearest.
     """
     if len(split) < 3:
         raise ValueError(f"post-training quantization takes at least 3 images, there are {len(split)}")
@@ -95,9 +96,7 @@ def reconstruct(
         before = judge(found)
         Q.correct_bias(found, network.module, batches, **calls)
         with torch.enable_grad():
-            Q.reconstruct(
-                found, network.module, batches, iterations=ITERATIONS, seed=seed, on_progress=on_progress, **calls
-            )
+            Q.reconstruct(found, network.module, batches, iterations=ITERATIONS, seed=seed, on_progress=on_progress, **calls)
         after = judge(found)
     kept = after.beats(before)
     if not kept:

@@ -73,6 +73,16 @@ def test_layers_are_those_of_one_sample(network: nn.Module, example: Any, forwar
     assert hw_models.trace(network, *example, forward=forward).layers == hw_models.trace(Plain(), X).layers
 
 
+def test_a_product_in_forward_is_the_networks() -> None:
+    """Such as a mean over the words that a mask leaves."""
+
+    def pooled(network: nn.Module, words: Tensor) -> Tensor:
+        return (network(words) * torch.ones(*words.shape[:2], 1)).sum(1)
+
+    workload = hw_models.trace(nn.Linear(4, 3), torch.rand(2, 5, 4), forward=pooled)
+    assert [(one.name, one.operation) for one in workload.unpriced] == [("", "mul, sum")]
+
+
 class Text(nn.Module):
     """Token ids, with a layer over each token, an attention, and a head."""
 

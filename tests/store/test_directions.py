@@ -222,9 +222,9 @@ def test_files_of_earlier_versions_are_of_accuracy() -> None:
 def test_how_a_training_was_judged_is_told_in_its_unit() -> None:
     judged = {"objective": "nll", "objective_unit": "nats", "higher_is_better": False, "counts_samples": False}
     judged |= {"samples_are": "samples", "images": 50}
-    tuning = {**judged, "epochs": 3, "kept": 2, "before": 0.8, "best": 0.5}
+    tuning = {**judged, "epochs": 3, "kept": 2, "before": 0.8, "before_error": 0.0312, "best": 0.5}
     sentence = tables.tuning_sentence(tuning)
-    assert "on 50 train samples that were held out: 0.8 nats before, 0.5 nats after epoch 2 of 3" in sentence
+    assert "on 50 train samples that were held out: 0.8 nats ± 0.031 before, 0.5 nats after epoch 2 of 3" in sentence
     entry = {**judged, "calibration_images": 32, "seed": 0, "seconds": 1.0, "kept": True, "before": 0.8, "after": 0.7}
     entry |= {"divergence_before": 0.02, "divergence_after": 0.01, "divergence_unit": ""}
     sentence = tables.reconstruction_sentence(entry)
@@ -271,6 +271,18 @@ def test_a_search_from_the_command_line_for_the_lowest_loss(capsys: pytest.Captu
     assert f"{run.result.show(found)} ±" in out
     assert evaluate.main(["run", "--trust", "small_job"]) == 0
     assert run.result.show(found) in capsys.readouterr().out
+
+
+def test_percents_that_are_no_shares_are_refused_before_the_search() -> None:
+    class Hundred(Squared):
+        unit = "%"
+        higher_is_better = True
+
+        def values(self, outputs: Any, targets: Any) -> Tensor:
+            return 100.0 * super().values(outputs, targets).exp()
+
+    with pytest.raises(ValueError, match="objective 'Hundred' has the unit '%' and gave 100 for the float network: .* divide"):
+        haq.Problem(fitted_network(), images(32, 1), images(40, 3), "edge", budget=0.7, objective=Hundred())
 
 
 def test_what_guessing_gives_is_said_of_shares_alone() -> None:

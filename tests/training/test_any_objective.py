@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import math
+import re
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -12,13 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import haq
 import quantizers as Q
-from haq import data, networks, training
+from haq import data, finetune, networks, search, train, training
+from haq.console.errors import run_command
 from haq.problem.distribution import Categorical
 from haq.problem.objective import Accuracy, BlackBox, MetricObjective, Objective, ValueObjective
+from haq.problem.tally import measure
 from haq.store.checkpoint import Checkpoint
 from haq.training.config import Judgement, Outcome
-from haq.training.optimizers import share_of_peak, torch_optimizers, torch_schedulers
+from haq.training.optimizers import SCHEDULES, torch_optimizers, torch_schedulers, usual_rate
+from haq.training.schedules import share_of_peak
 from tests.conftest import brightest, fitted_network, images, small_network
 
 COUNT = 96
@@ -107,11 +116,11 @@ class Regressor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(6, 24)
-        self.second = nn.Linear(24, 24)
+        self.middle = nn.Linear(24, 24)
         self.last = nn.Linear(24, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.first(x).relu()).relu())
+        return self.last(self.middle(self.first(x).relu()).relu())
 
 
 class TwoInputs(Regressor):
@@ -131,13 +140,13 @@ class Segmenter(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(1, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
         self.aux = nn.Conv2d(8, 2, 1)
         self.last = nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.norm(self.first(x)).relu()
-        return {"out": self.last(self.second(x).relu()), "aux": self.aux(x)}
+        return {"out": self.last(self.middle(x).relu()), "aux": self.aux(x)}
 
 
 class TextOutput(dict):  # type: ignore[type-arg]
@@ -230,29 +239,34 @@ def network_of(module: nn.Module, shape: tuple[int, ...] = ()) -> networks.Netwo
     return networks.Network("own", module, shape)
 
 
-def learned(task: str, **options: Any) -> tuple[networks.Network, data.Split, Objective]:
-    """A network that was trained by an objective, its samples, and the objective."""
+@functools.cache
+def trained(task: str) -> nn.Module:
     kind, given, objective = TASKS[task]
     network = network_of(made(kind))
-    split = split_of(given)
-    config = training.TrainConfig(20, 5e-3, 0, batch_size=16, **{"optimizer": "adam", **options})
-    training.fit(network, split, config, objective=objective)
-    return network, split, objective
+    config = training.TrainConfig(20, 5e-3, 0, batch_size=16, optimizer="adam")
+    training.fit(network, split_of(given), config, objective=objective)
+    return network.module
+
+
+def learned(task: str) -> tuple[networks.Network, data.Split, Objective]:
+    """A network that was trained by an objective, its samples, and the objective."""
+    _, given, objective = TASKS[task]
+    return network_of(copy.deepcopy(trained(task))), split_of(given), objective
 
 
 def quantized(network: networks.Network, split: data.Split, bits: int = 2) -> nn.Module:
     batches = [(network.preprocess(inputs), targets) for inputs, targets in split.batches(COUNT)]
     policy = dict(Q.BitPolicy.uniform(network.module, w=bits, a=bits + 1))
     if isinstance(network.module, Aided):
-        del policy["aux"]  # in evaluation mode it isn't called
+        policy["aux"] = (None, None)  # in evaluation mode it isn't called
     return Q.quantize(network.module, Q.BitPolicy(policy), calibrate=batches)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_by_targets_betters_the_value(task: str) -> None:
-    kind, given, objective = TASKS[task]
-    network, split, _ = learned(task)
-    before, after = (objective.measure(network, split, module) for module in (made(kind), network.module))
+    kind = TASKS[task][0]
+    network, split, objective = learned(task)
+    before, after = (measure(objective, network, split, module) for module in (made(kind), network.module))
     assert objective.signed(after) > objective.signed(before) + 0.1
 
 
@@ -261,34 +275,24 @@ def test_finetuning_at_few_bits_betters_the_value_on_held_out_samples(task: str)
     network, split, objective = learned(task)
     qnetwork = quantized(network, split)
     outcomes: list[Outcome] = []
-    tuned = training.finetune(
-        network,
-        qnetwork,
-        split,
-        epochs=12,
-        seed=0,
-        learning_rate=0.02,
-        batch_size=16,
-        objective=objective,
-        on_outcome=outcomes.append,
-    )
+    options: dict[str, Any] = {"epochs": 8, "learning_rate": 0.02, "batch_size": 16, "objective": objective}
+    tuned = training.finetune(network, qnetwork, split, seed=0, on_outcome=outcomes.append, **options)
     (outcome,) = outcomes
     assert outcome.kept
     held = training.hold_out(split)[1]
-    before, after = (objective.measure(network, held, module) for module in (qnetwork, tuned))
+    before, after = (measure(objective, network, held, module) for module in (qnetwork, tuned))
     assert outcome.before is not None
     assert (outcome.before.value, outcome.best.value) == pytest.approx((before, after))
     assert outcome.before.higher_is_better == objective.higher_is_better
     assert objective.signed(after) > objective.signed(before)
     assert outcome.best.beats(outcome.before)
-    again = training.finetune(
-        network, qnetwork, split, epochs=12, seed=0, learning_rate=0.02, batch_size=16, objective=objective
-    )
+    again = training.finetune(network, qnetwork, split, seed=0, **options)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in tuned.state_dict().items())
 
 
 @pytest.mark.parametrize("task", ["tensor", "tuple", "dict"])
-def test_roundings_are_learned_for_any_structure(task: str) -> None:
+def test_roundings_are_learned_for_any_structure(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haq.training.reconstruction.ITERATIONS", 60)
     network, split, objective = learned(task)
     found = training.reconstruct(network, quantized(network, split, 3), split, seed=0, objective=objective)
     assert found.after.higher_is_better == objective.higher_is_better
@@ -332,15 +336,36 @@ def test_classification_by_name_is_classification() -> None:
     found = []
     for objective in (None, Accuracy()):
         outcomes: list[Outcome] = []
-        tuned = training.finetune(
-            network, qnetwork, split, epochs=2, seed=0, objective=objective, on_outcome=outcomes.append
-        )
+        tuned = training.finetune(network, qnetwork, split, epochs=2, seed=0, objective=objective, on_outcome=outcomes.append)
         trained = small_network(1)
         training.fit(network, split, training.TrainConfig(2, 0.02, 0, batch_size=32), module=trained, objective=objective)
         found.append((tuned.state_dict(), trained.state_dict(), outcomes))
     assert found[0][2] == found[1][2]
     for one, other in zip(found[0][:2], found[1][:2], strict=True):
         assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_result_is_finetuned_by_its_objective(task: str) -> None:
+    """Of any structure. The outputs come nearer to the float network's on what was searched on; what is better is kept."""
+    network, split, objective = learned(task)
+    batches = list(split.batches(16))
+    problem = haq.Problem(
+        network.module,
+        [inputs for inputs, _ in batches] if task in ("tensor", "segmentation", "metric") else batches,
+        batches,
+        "edge",
+        budget=1.0,
+        bits=(2, 3),
+        pinned={},
+        objective=objective,
+    )
+    result = haq.solve(problem, "random", evaluations=1)
+    before = result.evaluate(result.quantized)
+    tuned = result.finetune(batches, epochs=6, learning_rate=0.02, batch_size=16)
+    after = result.evaluate(tuned)
+    assert after.divergence < before.divergence
+    assert (result.quantized is tuned) == ((-after.score, after.loss) < (-before.score, before.loss))
 
 
 # Auxiliary outputs.
@@ -439,11 +464,19 @@ def test_a_loss_of_the_users_is_minimised_and_judges() -> None:
 
     def loss(outputs: TextOutput, targets: Tensor) -> Tensor:
         seen.append(type(outputs))
-        return F.cross_entropy(outputs.logits.transpose(1, 2), targets, ignore_index=-100)
+        return F.cross_entropy(outputs["logits"].transpose(1, 2), targets, ignore_index=-100)
 
     outcomes: list[Outcome] = []
     tuned = training.finetune(
-        network, qnetwork, split, epochs=6, seed=0, learning_rate=0.02, objective=objective, loss=loss, on_outcome=outcomes.append
+        network,
+        qnetwork,
+        split,
+        epochs=6,
+        seed=0,
+        learning_rate=0.02,
+        objective=objective,
+        loss=loss,
+        on_outcome=outcomes.append,
     )
     assert set(seen) == {TextOutput}
     assert outcomes[0].kept
@@ -523,7 +556,8 @@ def test_whole_groups_are_held_out() -> None:
     x, targets = regression()
     groups = torch.arange(COUNT) // 8
     kept, held = training.hold_out(data.Split(x, targets, groups))
-    assert kept.groups is not None and held.groups is not None
+    assert kept.groups is not None
+    assert held.groups is not None
     assert not set(kept.groups.tolist()) & set(held.groups.tolist())
     assert len(kept) + len(held) == COUNT
 
@@ -555,7 +589,7 @@ def test_early_stopping_stops() -> None:
 @pytest.mark.parametrize("name", [name for name in torch_optimizers() if name != "Muon"])
 def test_every_optimizer_of_torch_trains(name: str) -> None:
     module = made(Regressor)
-    config = training.TrainConfig(4, training.config.usual_rate(name), 0, batch_size=16, optimizer=name, schedule="constant")
+    config = training.TrainConfig(4, usual_rate(name), 0, batch_size=16, optimizer=name, schedule="constant")
     losses: list[float] = []
     training.fit(
         network_of(module),
@@ -604,7 +638,7 @@ def test_schedules_of_our_own() -> None:
     assert rates_of("linear")[8:][::8] == pytest.approx([0.075, 0.05, 0.025])
     assert rates_of("step")[8:][::8] == pytest.approx([0.1, 0.01, 0.001])
     assert rates_of("constant")[8:][::8] == pytest.approx([0.1, 0.1, 0.1])
-    for name in training.config.SCHEDULES:
+    for name in SCHEDULES:
         assert rates_of(name)[0] == pytest.approx(0.025)
         assert share_of_peak(name, 0, 10_000) == 1 / 200
 
@@ -703,3 +737,146 @@ def test_half_precision_trains_and_scales_stay_float32(
     scales = {key: value for key, value in Q.quantizer_state(tuned).items() if "scale" in key}
     before = Q.quantizer_state(qnetwork)
     assert any(not torch.equal(value, before[key]) for key, value in scales.items())
+
+
+# The commands.
+
+JOB = """
+import torch
+from haq.problem.objective import ValueObjective
+from tests.training.test_any_objective import ByName, Segmenter, SquaredError, pixels, regression
+
+class Error(SquaredError):
+    name = "error"
+    title = "mean squared error"
+    unit = "m2"
+
+def network():
+    torch.manual_seed(0)
+    return ByName()
+
+def splits():
+    inputs, targets = regression("dict", 160)
+    def part(begin, end):
+        return {key: value[begin:end] for key, value in inputs.items()}, targets[begin:end]
+    return {"train": part(0, 96), "search": part(96, 128), "test": part(128, 160)}
+
+def absolute(outputs, targets):
+    return (outputs - targets).abs().mean(1)
+
+nothing = 3
+"""
+ASKED = ["--network", "own_job:network", "--data", "own_job:splits", "--objective", "own_job:Error", "--batch-size", "16"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a job of one's own in it."""
+    (tmp_path / "own_job.py").write_text(JOB)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "own_job", raising=False)
+    return tmp_path
+
+
+def test_the_train_command_takes_an_objective(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is judged, and spoken of, by that; the best epoch is written."""
+    options = ["--optimizer", "AdamW", "--learning-rate", "0.01", "--schedule", "linear", "--epochs", "6"]
+    assert train.main([*ASKED, *options, "--out", "a.safetensors"]) == 0
+    captured = capsys.readouterr()
+    printed = " ".join((captured.out + captured.err).split())
+    found = networks.load("own_job:network@a.safetensors")
+    dataset = data.load("own_job:splits")
+    error = measure(SquaredError(), found, dataset.test, found.module)
+    assert f"mean squared error on the test split: {error:.4g} m2 of 32 samples" in printed
+    assert "accuracy" not in printed
+    assert error < measure(SquaredError(), found, dataset.test, networks.load("own_job:network").module)
+    notes = networks.read_header(Path("a.safetensors")).notes
+    assert (notes["objective"], float(notes["test_value"])) == ("error", pytest.approx(error, rel=1e-4))
+    assert "--objective own_job:Error --optimizer AdamW --schedule linear" in notes["command"]
+    held_out = re.findall(r"held-out mean squared error (\S+) m2", printed)
+    kept = int(re.findall(r"kept: the network after epoch (\d+)", printed)[0])
+    assert len(held_out) == 6
+    assert float(held_out[kept - 1]) == min(map(float, held_out))
+
+
+def test_the_train_command_takes_a_loss_patience_and_half_precision(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--loss", "own_job:absolute", "--patience", "2", "--amp", "--learning-rate", "3", "--optimizer", "RMSprop"]
+    assert train.main([*ASKED, *options, "--epochs", "40", "--out", "a.safetensors"]) == 0
+    captured = capsys.readouterr()
+    assert "since 2 in a row were no better (--patience)" in " ".join(captured.out.split())
+    assert "epoch 40/40" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimizer", "LBFGS"], "--optimizer is 'LBFGS'; known: sgd, adam"),
+        (["--schedule", "sine"], "unknown schedule 'sine'; known: cosine"),
+        (["--patience", "0"], "--patience"),
+        (["--loss", "own_job:nothing"], "loss 'own_job:nothing' is a int; it must be a function of (outputs, targets)"),
+        (["--objective", "agreement"], "tells"),
+        (["--adversarial", "pgd"], "--adversarial pgd attacks images of classes"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(
+    options: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if options[0] == "--objective":
+        message = "own_job:splits has no labels to train by"
+    assert run_command(lambda: train.main([*ASKED, *options, "--out", "a.safetensors"])) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("a.safetensors").exists()
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_the_train_command_goes_on_exactly(killed: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--optimizer", "AdamW", "--schedule", "OneCycleLR", "--epochs", "3"]
+    assert train.main([*ASKED, *options, "--out", "whole.safetensors"]) == 0
+    save = Checkpoint.write
+    saved = []
+
+    def save_and_die(self: Checkpoint, *rest: Any) -> None:
+        save(self, *rest)
+        saved.append(self)
+        if len(saved) == killed:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "write", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*ASKED, *options, "--out", "part.safetensors"])
+    assert train.main([*ASKED, *options, "--resume", "--out", "part.safetensors"]) == 0
+    whole, part = (networks.read_state(Path(name))[0] for name in ("whole.safetensors", "part.safetensors"))
+    assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+def test_the_finetune_command_takes_the_objective_of_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a loss, an optimizer and a schedule that are named; what it goes on with belongs to them."""
+    of_search = [*ASKED[:-2], "--hw", "edge", "--budget", "0.7", "--bits", "2:4", "--solver", "random", "--evaluations", "1"]
+    assert search.main([*of_search, "--finetune-epochs", "0", "--out", "run"]) == 0
+    training_options = ["--epochs", "3", "--optimizer", "AdamW", "--schedule", "linear", "--patience", "3", "--amp"]
+    capsys.readouterr()
+    assert finetune.main(["run", *training_options, "--loss", "own_job:absolute"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mean squared error measured on this machine" in printed
+    assert "accuracy" not in printed
+    tuning = json.loads(Path("run/result.json").read_text())["tuning"]
+    assert (tuning["images"], tuning["epochs"]) == (24, 3)
+    write = Checkpoint.write
+    with pytest.MonkeyPatch.context() as patch:
+
+        def write_and_die(self: Checkpoint, *rest: Any) -> None:
+            write(self, *rest)
+            raise RuntimeError
+
+        patch.setattr(Checkpoint, "write", write_and_die)
+        with pytest.raises(RuntimeError):
+            finetune.main(["run", *training_options])
+    assert run_command(lambda: finetune.main(["run", *training_options, "--optimizer", "RMSprop", "--resume"])) == 2
+    assert "optimizer was 'AdamW' and is 'RMSprop' now" in capsys.readouterr().err
+    assert finetune.main(["run", *training_options, "--resume"]) == 0
+    assert run_command(lambda: finetune.main(["run", "--method", "ptq", "--optimizer", "AdamW"])) == 2
+    assert "--optimizer is of training: leave it out" in capsys.readouterr().err
