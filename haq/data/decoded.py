@@ -171,7 +171,7 @@ class DecodedImages:
 
 
 def _sum_of(values: NDArray[np.uint8]) -> int:
-    return zlib.crc32(memoryview(values).cast("B"))
+    return zlib.crc32(values.data.cast("B"))
 
 
 def _stamp_of(path: Path) -> Stamp:
