@@ -20,7 +20,6 @@ from tests import second_device
 from tests.conftest import brightest, fitted_network, images, small_network
 from tests.training.test_any_objective import ByName, Pixels, Segmenter, SquaredError, made, pixels, regression
 
-
 second_device.register()  # before anything is computed: torch learns of devices once
 
 
