@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import haq
 import quantizers as Q
@@ -43,11 +44,10 @@ def nothing_is_drawn_there() -> Any:
 
 
 def make_problem(device: torch.device | str, **options: Any) -> haq.Problem:
-    options = {"metric": "latency", "objective": "accuracy", **options}
+    options = {"metric": "latency", "objective": "accuracy", "search": (SAMPLES, LABELS), **options}
     return haq.Problem(
         fitted_network(),
         calibrate=images(24, 1),
-        search=(SAMPLES, LABELS),
         target="edge",
         budget=0.6,
         device=device,
@@ -238,8 +238,9 @@ def test_inputs_and_outputs_of_any_structure_are_those_of_the_cpu() -> None:
 
 
 def test_samples_that_are_streamed_come_to_the_device() -> None:
-    kept = make_problem(SECOND, scheme="pact")
-    streamed = make_problem(SECOND, scheme="pact", memory=1)
+    pairs = TensorDataset(SAMPLES, LABELS)
+    kept = make_problem(SECOND, scheme="pact", search=pairs)
+    streamed = make_problem(SECOND, scheme="pact", search=pairs, memory=1)
     assert streamed.evaluator.samples is not None
     assert not streamed.evaluator.samples.is_kept
     assert kept.float_result == streamed.float_result
