@@ -167,9 +167,7 @@ def gathered(data: Any, name: str, memory: str | int | None = None) -> Any:
     """
     if isinstance(data, (Samples, Mapping, tuple, list)) or _is_array(data):
         return data
-    most = memory
-    if not isinstance(most, int):
-        most = allowed_bytes(most)
+    most = allowed_bytes(memory, "`memory`")
     if isinstance(data, Split):
         source = data.source
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from haq.problem.objective import (
     attacked_by,
     described,
     find_objective,
+    single_number,
 )
 from hw_models.registry import printable
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from haq.attacks.proxy import ProxyAttack
     from haq.problem.distribution import Distribution
 
-REPEATED = 1e-3  # of a value: what a metric may tell otherwise of the same samples
+REPEATED = 1e-7  # of a value: what a metric may tell otherwise of the same samples
 SAID = ("name", "unit", "title", "higher_is_better", "loss", "distribution")  # what a function may say in attributes
 
 
@@ -127,29 +129,29 @@ class FromMetric(_Given, MetricObjective):
 
         of_classes = type(self.given).__module__.startswith("torchmetrics.classification")
         if of_classes and isinstance(targets, torch.Tensor) and targets.is_floating_point():
-            raise ValueError(f"the metric of objective {self.name!r} takes targets that are integers, not {described(targets)}")
+            raise ValueError(
+                f"the metric of objective {self.name!r} takes targets that are integers, not {described(targets)}"
+            )
         if getattr(self.given, "_update_count", 0):
             self._check_emptied(outputs, targets)
 
     def _check_emptied(self, outputs: Any, targets: Any) -> None:
         """Raise ValueError if a metric that was in use before keeps something of that."""
-        import torch
-
         metric = self.metric()
-        found: list[Any] = []
+        found: list[float] = []
         for _ in range(2):
             try:
                 self.update(metric, outputs, targets)
-                found.append(self.compute(metric))
+                found.append(single_number(self, "metric", self.compute(metric)))
             except ValueError:
                 return  # it is told on all samples why
             metric.reset()
-        if all(isinstance(value, torch.Tensor) for value in found):
-            if not torch.allclose(found[0], found[1], rtol=REPEATED, equal_nan=True):
-                raise ValueError(
-                    f"the metric of objective {self.name!r} was in use, and its reset() leaves what it counted (states are "
-                    "what `add_state` made): give a new one"
-                )
+        first, again = found
+        if not math.isclose(first, again, rel_tol=REPEATED) and not math.isnan(first):
+            raise ValueError(
+                f"the metric of objective {self.name!r} was in use, and its reset() leaves what it counted (states are what "
+                "`add_state` made): give a new one"
+            )
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Ask the loss, if there is one."""
