@@ -282,15 +282,23 @@ class ValueTally:
         return found[self.order[: len(found)].argsort()]
 
 
-def measure(objective: Objective, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+def measure(
+    objective: Objective,
+    network: Network,
+    split: Split,
+    module: nn.Module,
+    batch_size: int = 250,
+    called: str = "test",
+) -> float:
     """Measure a network on any samples.
 
     Args:
         objective: What it is judged by.
         network: The float network, which preprocesses the inputs.
-        split: The samples; of those that an objective knows by itself there is none to say.
+        split: The samples. An objective that is given the network looks at its own.
         module: The network that is measured; it is put into evaluation mode.
         batch_size: Samples at a time.
+        called: What the split is called, which an objective is told that is given the network and takes `split`.
 
     Returns:
         The objective's value. Of class scores it is the share of samples that count as correct; those with an output that is
@@ -298,7 +306,7 @@ def measure(objective: Objective, network: Network, split: Split, module: nn.Mod
     """
     module.eval()
     if isinstance(objective, BlackBox):
-        return _or_worst(objective, value_of(objective, module))
+        return _or_worst(objective, value_of(objective, module, called))
     right = 0
     tally: ValueTally | None = None
     if isinstance(objective, ValueObjective):

@@ -46,7 +46,7 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module))
+            values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module, called=name))
     key = share_key("search", objective.name)
     judged = task.problem.evaluator.measure(module.eval())
     values[key] = finite(judged.accuracy)
