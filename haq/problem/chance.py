@@ -145,7 +145,10 @@ def doubts(problem: Problem) -> list[str]:
             "(nothing that its first layers computed is reused), and no evaluation ends early"
         )
         if not objective.takes_split:
-            sentence += '. It takes no `split` ("search" or "test"), so what is said of the test split is of what policies are chosen by'
+            sentence += (
+                '. It takes no `split` ("search" or "test"), so what is said of the test split is of what policies are '
+                "chosen by"
+            )
         return [sentence]
     if not objective.takes_scores or objective.unit != PERCENT:
         return [sentence for sentence in [error_sentence(problem)] if sentence]
