@@ -178,11 +178,6 @@ def embed(network: nn.Module, batch: Any) -> Tensor:
     return F.normalize((words * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def sentence_network() -> networks.Network:
-    """Load it for a command line, where `embed` can't be given beside it."""
-    return networks.Network("all-MiniLM-L6-v2", sentence_encoder(), (), forward=embed)
-
-
 # Voice activity
 
 

@@ -30,6 +30,8 @@ Each task can be had on the command line too:
     python -m haq.search --network experiments.task_networks:segmenter --data experiments.task_data:dressed --objective miou
     python -m haq.search --objective experiments.tasks:SpeechAUROC --network experiments.task_networks:speech_detector
                          --data experiments.task_data:speech
+    python -m haq.search --network experiments.task_networks:sentence_encoder --forward experiments.task_networks:embed
+                         --data experiments.task_data:sentences --objective cosine
 """
 
 from __future__ import annotations

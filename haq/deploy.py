@@ -35,7 +35,7 @@ from haq.study.config import MEASURED, AnotherScheme, SearchConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from haq.deployment.exporter import Exporter, Samples, Verdict
+    from haq.deployment.exporter import AnySamples, Exporter, Samples, Verdict
     from haq.deployment.tvm import Deployed
     from haq.store.records import ProblemRecord
     from haq.study.search_run import SearchRun
@@ -145,7 +145,7 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
     Returns:
         The exit status: 1 if an answer differs from PyTorch's.
     """
-    from haq.deployment.graph import capture
+    from haq.deployment.exporter import AnySamples
     from haq.store.lock import writing
     from haq.study.search_run import SearchRun
 
@@ -166,24 +166,29 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
             network.cpu()
             loaded.network.to("cpu")
             exporter.check(network)
-            graph = capture(network, _images(loaded, "test", 1))
-            samples = _samples(loaded)
+            graph, samples = _seen_by(exporter, network, loaded)
             path.parent.mkdir(parents=True, exist_ok=True)
-            exporter.export(
-                network,
-                graph,
-                samples.calibration,
-                path,
-                notes=loaded.signature(),
-                options=options,
-                on_progress=follow["progress"],
-            )
+            if isinstance(samples, AnySamples):
+                exporter.export_any(network, samples, path)
+            else:
+                exporter.export(
+                    network,
+                    graph,
+                    samples.calibration,
+                    path,
+                    notes=loaded.signature(),
+                    options=options,
+                    on_progress=follow["progress"],
+                )
         how = "not fine-tuned"
         if tuned:
             how = FINETUNED[run.load_result().finetuned_by]
         say(output.results, f"written: {path} ({how})", wrap=False)
         with output.notes.status("comparing with the network in PyTorch"):
-            verdict = exporter.compare(network, graph, samples, path)
+            if isinstance(samples, AnySamples):
+                verdict = exporter.compare_any(network, samples, path)
+            else:
+                verdict = exporter.compare(network, graph, samples, path)
     latency = _compare_latency(run, verdict)
     output.results.print(key_table([*verdict.rows, *latency.rows]))
     if latency.warning:
@@ -292,6 +297,41 @@ def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tup
         if scheme is None or of_tuned == {name: given.name for name, given in schemes.items()}:
             return tuned.eval(), True
     return loaded.quantized(policy, schemes), False
+
+
+def _seen_by(exporter: Exporter, network: nn.Module, loaded: LoadedNetwork) -> tuple[Any, Samples | AnySamples]:
+    """Return a network's operations and images for an exporter; or, of what has none of these, samples of any structure.
+
+    Raises ValueError, naming what an exporter can't write.
+    """
+    from torch import Tensor
+
+    from haq.deployment.exporter import AnySamples
+    from haq.deployment.graph import capture
+
+    inputs, targets = next(loaded.dataset.test.batches(COMPARED))
+    inputs = loaded.network.preprocess(inputs)
+    forward = getattr(loaded.network, "forward", None)
+    others = ""
+    if forward is not None:
+        others = "is called by a function of its own"
+    elif not isinstance(inputs, Tensor):
+        others = f"takes a {type(inputs).__name__}"
+    elif inputs.dim() not in (2, 4) or not inputs.is_floating_point():
+        others = f"takes {inputs.dtype} of {inputs.dim()} dimensions"
+    if others and not exporter.takes_any():
+        raise ValueError(
+            f"--to {exporter.name} writes networks that take images, or vectors, as one tensor, and this one {others}: "
+            "--to onnx takes any inputs"
+        )
+    if not others:
+        try:
+            return capture(network, inputs[:1].contiguous()), _samples(loaded)
+        except ValueError:
+            if not exporter.takes_any() or not inputs.isfinite().all():
+                raise
+    examples, of_examples = next(loaded.dataset.train.batches(COMPARED))
+    return None, AnySamples((loaded.network.preprocess(examples), of_examples), (inputs, targets), forward)
 
 
 def _samples(loaded: LoadedNetwork) -> Samples:

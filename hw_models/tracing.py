@@ -149,7 +149,8 @@ class _Recorder(TorchDispatchMode):
         self.others: list[nn.Module] = []  # modules called that are no layers
         self.batch = examples.batch_of(example)
         self._owners = {_storage(p): name for name, p in network.named_parameters()}
-        self._modules: list[str] = [""]  # those under way, the innermost last; around them `forward`, which counts as the network
+        # Those under way, the innermost last; around them `forward`, which counts as the network.
+        self._modules: list[str] = [""]
         self._visits: list[_Visit] = []  # the layers under way
         self._unpriced: dict[tuple[str, str], int] = {}  # module and operation -> MACs of the batch
         # Products of broadcast tensors, element by element, by what holds them: a matrix product if they are then summed.

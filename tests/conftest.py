@@ -40,6 +40,7 @@ LONG = (
     "deployment/test_integer_programs.py",
     "hw_models/test_measured_latency.py",
     "store/test_full_disk.py",
+    "problem/test_objectives.py",
     "problem/test_robust_objective.py",
     "solvers/test_sensitivities.py",
     "reporting/test_report_in_a_browser.py",

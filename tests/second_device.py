@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
 DEVICE = f"{NAME}:0"
@@ -157,7 +157,7 @@ def _check_devices(function: Any, args: Any, kwargs: dict[str, Any], tensors: li
 @functools.cache
 def register() -> torch.device:
     """Make the device known to torch, and return it."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, _Module())
     library = torch.library.Library("aten", "IMPL")
     for schema in torch._C._jit_get_all_schemas():
         if not _creates(schema):
@@ -168,6 +168,19 @@ def register() -> torch.device:
     library.impl("_copy_from", _copy, "PrivateUse1")
     _LIBRARIES.append(library)
     return torch.device(DEVICE)
+
+
+class _Module(_DummyBackendModule):
+    """What torch asks of a device beside its tensors."""
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        """Nothing is drawn there."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
 
 
 def _creates(schema: Any) -> bool:

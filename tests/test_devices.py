@@ -153,7 +153,7 @@ def test_sensitivities_are_those_of_the_cpu(kind: str) -> None:
 def test_a_search_under_attack_finds_what_it_finds_on_the_cpu() -> None:
     proxy = ProxyAttack.of(Network("small", nn.Identity(), (1, 8, 8)), 0.05)
 
-    def search(device: torch.device) -> haq.Problem:
+    def search(device: torch.device) -> Any:
         problem = make_problem(device, objective=RobustAccuracy(proxy))
         return problem.float_result, problem.evaluate(problem.uniform(4))
 

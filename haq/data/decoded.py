@@ -107,7 +107,7 @@ class DecodedImages:
             return
         try:
             with _one_makes:
-                if not self._is_there():
+                if not self._is_full and not self._is_there():
                     self._make()
             if self._is_full:
                 return
@@ -171,7 +171,7 @@ class DecodedImages:
 
 
 def _sum_of(values: NDArray[np.uint8]) -> int:
-    return zlib.crc32(memoryview(values).cast("B"))
+    return zlib.crc32(values.data.cast("B"))
 
 
 def _stamp_of(path: Path) -> Stamp:

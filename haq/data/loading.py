@@ -146,6 +146,12 @@ def _from_dict(name: str, made: Any, memory: int | None = None, search_images: i
     called = f"the train split of {name}"
     classes = _classes_of(made, splits)
     fifth = len(splits["train"]) // 5
+    most = len(splits["train"]) // 2
+    if search_images is not None and search_images > most:
+        raise ValueError(
+            f"--search-images is {search_images:,}; the search split is cut from {called}, of {len(splits['train']):,} "
+            f"samples: it can be up to {most:,}"
+        )
     if "test" not in splits:
         splits["test"], splits["train"] = cut(splits["train"], fifth, called)
     if "search" not in splits:

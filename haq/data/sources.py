@@ -101,8 +101,8 @@ class Source(ABC):
 
     @property
     def known_labels(self) -> Tensor | None:
-        """Return class numbers if they are at hand."""
-        return self.__dict__.get("labels")
+        """Return class numbers if they are at hand without reading all samples; the same whatever was read before."""
+        return self.labels
 
     @cached_property
     def is_even(self) -> bool:
@@ -137,11 +137,6 @@ class Columns(Source):
     def labels(self) -> Tensor | None:
         """Return class numbers, if targets are such."""
         return class_numbers_in(targets_of(without_files(self.batch)), self.count)
-
-    @property
-    def known_labels(self) -> Tensor | None:
-        """Return class numbers: they are at hand."""
-        return self.labels
 
     def take(self, index: Tensor) -> Batch:
         """Return a batch of the samples of these indices."""
@@ -201,7 +196,15 @@ class Items(Source):
 
     def take(self, index: Tensor) -> Batch:
         """Return a batch of the samples of these indices."""
-        return self._together([self.dataset[number] for number in self.index[index].tolist()])
+        return self._together([self._item(number) for number in self.index[index].tolist()])
+
+    def _item(self, number: int) -> Any:
+        """Read a sample. Raises ValueError, in one sentence, for whatever the data set raises."""
+        try:
+            return self.dataset[number]
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.called} raised {type(error).__name__} for sample {number} ({reason}): mend it") from error
 
     def subset(self, index: Tensor) -> Items:
         """Return the samples of these indices alone."""
@@ -213,28 +216,29 @@ class Items(Source):
             size=self.size,
             workers=self.workers,
         )
-        if self.known_labels is not None:
-            made.__dict__["labels"] = self.known_labels[index]
+        labels = self.__dict__.get("labels")
+        if labels is not None:
+            made.__dict__["labels"] = labels[index]
         return made
 
     def kept(self, most: int) -> Source:
         """Return the samples in memory, if they fit."""
         if self.is_kept:
             return self
-        probe = [self.dataset[number] for number in self.index[:PROBED].tolist()]
+        probe = [self._item(number) for number in self.index[:PROBED].tolist()]
         if sum(map(bytes_of, probe)) * self.count > most * len(probe):
             return self
         items = []
         size = 0
         for number in self.index.tolist():
             # Copies: some data sets fill the same memory again.
-            items.append(map_tensors(self.dataset[number], torch.clone))
+            items.append(map_tensors(self._item(number), torch.clone))
             size += bytes_of(items[-1])
             if size > most:
                 return self
         made = Items(items, self.called, collate=self.collate, size=self.size)
-        if self.known_labels is not None:
-            made.__dict__["labels"] = self.known_labels
+        if "labels" in self.__dict__:
+            made.__dict__["labels"] = self.labels
         return made
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
@@ -249,11 +253,18 @@ class Items(Source):
         loader = DataLoader(self.dataset, batch_sampler=wanted, collate_fn=self._together, generator=generator, **self.workers)
         yield from loader
 
+    @property
+    def known_labels(self) -> Tensor | None:
+        """Return class numbers if samples are in memory, or the data set lists them."""
+        if self.is_kept or self._listed() is not None:
+            return self.labels
+        return None
+
     def check_same(self) -> None:
         """Raise ValueError, naming the data, if the first samples are others when they are read again."""
         first = torch.arange(min(PROBED, self.count))
         if not self.is_kept and fingerprint(self.take(first)) != fingerprint(self.take(first)):
-            raise ValueError(_changing(self.called, "its first samples"))
+            raise changed(self.called, "its first samples")
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -377,7 +388,7 @@ class Stream(Source):
         if not once:
             again = next(iter(self.data), None)
             if self.fingerprints and fingerprint(normal(again, self.called)) != self.fingerprints[0]:
-                raise ValueError(_changing(self.called, "its first batch"))
+                raise changed(self.called, "its first batch")
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches as they were given, of the selected samples alone. Raises ValueError if they are others now."""
@@ -391,10 +402,10 @@ class Stream(Source):
         for number, batch in enumerate(made_ahead(lambda given: normal(given, self.called), self.data)):
             seen += 1
             if number >= len(self.fingerprints) or fingerprint(batch) != self.fingerprints[number]:
-                raise ValueError(_changing(self.called, f"batch {number + 1}"))
+                raise changed(self.called, f"batch {number + 1}")
             yield batch
         if seen != len(self.fingerprints):
-            raise ValueError(_changing(self.called, f"{seen} batches instead of {len(self.fingerprints)}"))
+            raise changed(self.called, f"{seen} batches instead of {len(self.fingerprints)}")
 
     def _chosen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         if self.selected is None:
@@ -647,8 +658,14 @@ def _columns_of(data: Any, called: str) -> Columns:
     return made
 
 
-def _changing(called: str, what: str) -> str:
-    return (
+def changed(called: str, what: str) -> ValueError:
+    """Make the error for data that are others when they are read again.
+
+    Args:
+        called: What the data are called.
+        what: What is another.
+    """
+    return ValueError(
         f"{called} gives other data each time it is read ({what} differs from the first time): policies can be held against "
         "each other on the same samples only, so leave shuffling and random augmentation out"
     )

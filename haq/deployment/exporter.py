@@ -37,6 +37,20 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class AnySamples:
+    """Samples of any structure for an exporter: pairs (inputs, targets), as the network takes them.
+
+    example    of the train split
+    compared   of the test split
+    forward    runs a network on such a pair; None: it is called with the inputs (`quantizers.calling`)
+    """
+
+    example: tuple[Any, Any]
+    compared: tuple[Any, Any]
+    forward: Callable[[nn.Module, Any], Any] | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What came of comparing a written network with the one in PyTorch.
 
@@ -114,6 +128,37 @@ class Exporter(ABC):
         Returns:
             What differs.
         """
+
+    def export_any(self, network: nn.Module, samples: AnySamples, path: Path) -> None:
+        """Write a network whose inputs or operations `haq.deployment.graph` doesn't know.
+
+        Args:
+            network: The quantized network, in evaluation mode.
+            samples: Samples of any structure.
+            path: The file or folder to write; its folder is there.
+
+        Raises:
+            NotImplementedError: Unless the exporter overrides this, and `compare_any`.
+        """
+        raise NotImplementedError
+
+    def compare_any(self, network: nn.Module, samples: AnySamples, path: Path) -> Verdict:
+        """Run what `export_any` wrote beside the network in PyTorch.
+
+        Args:
+            network: The quantized network.
+            samples: Samples of any structure.
+            path: What `export_any` wrote.
+
+        Returns:
+            What differs.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def takes_any(cls) -> bool:
+        """Say whether an exporter writes networks with inputs of any structure, and of any operations."""
+        return cls.export_any is not Exporter.export_any
 
 
 # Our own, in a line each.

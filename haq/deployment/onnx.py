@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment import onnx_any
+from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
+from haq.deployment.onnx_any import package
 from haq.deployment.program import Codes
 from haq.store.files import write
 from haq.store.units import percent
@@ -67,10 +68,10 @@ def export(graph: Graph, network: nn.Module, path: str | Path, *, flavour: str =
     model = _Writer(graph, network, flavour).model()
     if flavour == "qonnx":
         # QONNX executes no file that lacks the shape of any tensor.
-        wrapper = _package("qonnx.core.modelwrapper").ModelWrapper(model)
-        model = wrapper.transform(_package("qonnx.transformation.infer_shapes").InferShapes()).model
+        wrapper = package("qonnx.core.modelwrapper").ModelWrapper(model)
+        model = wrapper.transform(package("qonnx.transformation.infer_shapes").InferShapes()).model
     else:
-        _package("onnx").checker.check_model(model, full_check=True)
+        package("onnx").checker.check_model(model, full_check=True)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, model.SerializeToString())
@@ -187,9 +188,9 @@ def _other_layers(other: set[str], rounded: set[str]) -> str:
 
 
 def _read_model(path: str | Path) -> Any:
-    package = _package("onnx")
+    reader = package("onnx")
     try:
-        return package.load(str(path))
+        return reader.load(str(path))
     except FileNotFoundError:
         raise
     except Exception as error:  # those of protobuf, which is onnx's affair
@@ -201,8 +202,8 @@ Runner = Callable[[Array, list[str]], tuple[Array, list[Array]]]
 
 
 def _onnx_runner(model: Any) -> Runner:
-    runtime = _package("onnxruntime")
-    helper = _package("onnx").helper
+    runtime = package("onnxruntime")
+    helper = package("onnx").helper
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
 
@@ -227,11 +228,11 @@ def _onnx_runner(model: Any) -> Runner:
 
 
 def _qonnx_runner(model: Any) -> Runner:
-    execution = _package("qonnx.core.onnx_exec")
+    execution = package("qonnx.core.onnx_exec")
     make = execution.qonnx_make_model
-    wrapper = _package("qonnx.core.modelwrapper").ModelWrapper(model)
-    resize = _package("qonnx.transformation.change_batchsize").ChangeBatchSize
-    infer = _package("qonnx.transformation.infer_shapes").InferShapes
+    wrapper = package("qonnx.core.modelwrapper").ModelWrapper(model)
+    resize = package("qonnx.transformation.change_batchsize").ChangeBatchSize
+    infer = package("qonnx.transformation.infer_shapes").InferShapes
 
     def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
         sized = wrapper.transform(resize(len(images))).transform(infer())
@@ -243,19 +244,11 @@ def _qonnx_runner(model: Any) -> Runner:
     return run
 
 
-def _package(name: str) -> Any:
-    """Import onnx, onnxruntime or qonnx: they are optional, so it is done where they are needed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"ONNX files need the package {name.partition('.')[0]}: pip install 'haq[onnx]'") from error
-
-
 class _Writer:
     """Writes ONNX nodes for those of a graph. A tensor has the name of the graph's node that makes it."""
 
     def __init__(self, graph: Graph, network: nn.Module, flavour: str) -> None:
-        self.onnx = _package("onnx")
+        self.onnx = package("onnx")
         self.graph = graph
         self.qonnx = flavour == "qonnx"
         self.layers: Mapping[str, Q.QuantLayer] = Q.quant_layers(network)
@@ -488,6 +481,14 @@ class OnnxExporter(Exporter):
         )
         return Verdict(found.same_answers == 1, rows)
 
+    def export_any(self, network: nn.Module, samples: AnySamples, path: Path) -> None:
+        """Write a network of any operations and inputs; see `onnx_any.export_any`."""
+        onnx_any.export_any(network, samples, path)
+
+    def compare_any(self, network: nn.Module, samples: AnySamples, path: Path) -> Verdict:
+        """Run the file on some test samples, and compare all outputs; see `onnx_any.compare_any`."""
+        return onnx_any.compare_any(network, samples, path)
+
 
 class QonnxExporter(OnnxExporter):
     """A file of QONNX, for tools of FPGAs."""
@@ -495,3 +496,8 @@ class QonnxExporter(OnnxExporter):
     name = "qonnx"
     summary = SUMMARIES["qonnx"]
     output = "network-qonnx.onnx"
+
+    @classmethod
+    def takes_any(cls) -> bool:
+        """Say that networks must take images, and be of the operations that `haq.deployment.graph` knows."""
+        return False

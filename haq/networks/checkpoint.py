@@ -388,7 +388,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
 def _description(network: Network) -> dict[str, str]:

@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from haq.problem.objective import BlackBox
-from haq.store.units import PERCENT, percent, show_error
+from haq.store.units import PERCENT, SAME, percent, show_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +48,9 @@ def value_with_error(judging: JudgingRecord, value: float | None, count: int, er
     if judging.counts_samples:
         return with_error(value, count)
     words = judging.show(value)
-    if not error or count >= FEW:  # of the float network held against itself there is none
+    if count >= FEW or not _matters(error, value):
         return words
+    assert error is not None
     return f"{words} ± {show_error(error, judging.objective_unit)}"
 
 
@@ -115,11 +116,17 @@ def few_sentence(count: int, split: str, measured: str = "accuracy", samples_are
     )
 
 
+def _matters(error: float | None, value: float | None) -> bool:
+    """Say whether a standard error is known and more than a rounding, as that of the float network held against itself."""
+    return error is not None and error > SAME * abs(value or 0.0)
+
+
 def error_sentence(problem: Problem) -> str:
     """Warn of a value, no share, that is of few samples, with its standard error; nothing where that isn't known."""
     count, error, objective = problem.evaluator.count, problem.float_result.error, problem.objective
-    if count >= FEW or not error:
+    if count >= FEW or not _matters(error, problem.float_result.value):
         return ""
+    assert error is not None
     number = show_error(error, objective.unit)
     if objective.unit == PERCENT:
         number += " points"

@@ -150,16 +150,10 @@ class Evaluator:
             return
         if self.teacher is None:
             return
-        self._look_at(self.teacher)
-        if self.objective.distribution is not None or self.objective.compares_with_float:
-            self.outputs = self._kept_outputs(self.teacher)
+        self.outputs = self._kept_outputs(self.teacher)
 
-    def _look_at(self, teacher: nn.Module) -> None:
+    def _look_at(self, batch: Any, outputs: Any) -> None:
         """Show the objective the teacher's outputs on the first batch."""
-        assert self.samples is not None
-        batch = to_device(next(iter(self.samples)), self.device)
-        with torch.inference_mode(), evaluation_mode(teacher):
-            outputs = self._answer(teacher, batch)
         targets = outputs
         if not self.objective.compares_with_float:
             targets = self._targets(batch)
@@ -187,11 +181,18 @@ class Evaluator:
             self.labels = self.expected.argmax(1)
 
     def _kept_outputs(self, teacher: nn.Module) -> list[Any] | None:
-        """Return the teacher's outputs by batch; None if they take more than `kept_bytes`, and are computed anew each time."""
+        """Return the teacher's outputs by batch, if anything is held against them.
+
+        None if they take more than `kept_bytes`, and are computed anew each time.
+        """
         kept: list[Any] = []
         size = 0
         with evaluation_mode(teacher), closing(self._each(self._plainly(teacher))) as each:
-            for _, (outputs,) in each:
+            for batch, (outputs,) in each:
+                if not kept:
+                    self._look_at(batch, outputs)
+                if not self._holds_against_teacher:
+                    return None
                 size += sum(leaf.nbytes for leaf in leaves(outputs))
                 if size > self.kept_bytes:
                     return None
@@ -245,6 +246,11 @@ class Evaluator:
             return False
         if self.outputs is not None:
             return False
+        return self._holds_against_teacher
+
+    @property
+    def _holds_against_teacher(self) -> bool:
+        """Say whether outputs are held against the teacher's."""
         return self.objective.distribution is not None or self.objective.compares_with_float
 
     @functools.cached_property

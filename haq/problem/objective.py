@@ -2,7 +2,8 @@
 
 There are four kinds. `Objective` itself is of class scores: which samples are answered rightly. A `ValueObjective` gives every
 sample a value, of which the mean counts. A `MetricObjective` has a metric of torchmetrics over all samples. A `BlackBox` is
-given the network, and returns a number.
+given the network, and returns a number. Those of other tasks than classification are in `haq.problem.metrics`, and what is
+made of a function or a metric of somebody's is in `haq.problem.given`.
 
 An objective of your own is one class:
 
@@ -369,6 +370,7 @@ class ValueObjective(Objective):
         See `Objective.attacked_loss`.
         """
         return raised_loss(self, network, inputs, lambda outputs: self.losses(self.read(outputs), targets))
+
 
 class MetricObjective(ValueObjective):
     """Has a metric of torchmetrics, over all samples at once, for its value."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from haq.data.dataset import Split
-from haq.data.sources import Source, Stream, made_ahead
+from haq.data.sources import Items, Source, Stream, changed, made_ahead
+from haq.data.structures import fingerprint
 from quantizers.calling import (
     Forward,
     call,
@@ -154,6 +155,7 @@ class StreamedSamples(Samples):
         self.count = source.count
         self.order = torch.arange(self.count)
         self.parts: Sequence[Tensor] = []
+        self._marks: dict[int, Any] = {}  # fingerprints of batches that were read
         if isinstance(source, Stream):
             self.sizes = source.sizes()
             return
@@ -170,11 +172,21 @@ class StreamedSamples(Samples):
         batches: Iterator[Any] = self.source.batches(self.parts)
         if isinstance(self.source, Stream):
             batches = iter(self.source)
+        elif isinstance(self.source, Items):
+            batches = self._checked(batches)
         if self.prepare is None:
             yield from batches
             return
         # One alone: as the network takes them they are large.
         yield from made_ahead(self.prepare, batches, 1)
+
+    def _checked(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches. Raises ValueError for one that isn't what it was the first time."""
+        for number, batch in enumerate(batches):
+            mark = fingerprint(batch)
+            if self._marks.setdefault(number, mark) != mark:
+                raise changed(self.source.called, f"batch {number + 1}")
+            yield batch
 
     def labels(self) -> Tensor | None:
         """Return the class of every sample, if that is known."""

@@ -101,7 +101,7 @@ class _Checksum(NamedTuple):
         if plain.dim() == 4 and not plain.is_contiguous():
             plain = plain.permute(0, 2, 3, 1)  # channels last, as images are kept
         content = plain.contiguous().view(-1).view(torch.uint8).numpy()
-        return cls(tensor.shape, tensor.dtype, zlib.crc32(content.tobytes()))
+        return cls(tensor.shape, tensor.dtype, zlib.crc32(content.data))
 
 
 def _is_same(tensor: Tensor, kept: Tensor | _Checksum) -> bool:

@@ -81,6 +81,8 @@ def _apart(value: Any, strings: dict[str, str]) -> Any:
     """
     if isinstance(value, str):
         return strings.setdefault(value, value)
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return value.detach().cpu()  # it can be read wherever it is gone on with
     if isinstance(value, dict):
         return {_apart(key, strings): _apart(item, strings) for key, item in value.items()}
     if isinstance(value, list):

@@ -959,7 +959,7 @@ def _check_attacked(objective: str, eps: str) -> None:
     """Raise ValueError if the size of an attack is given and nothing is attacked."""
     # What is given as module:Name is asked when it is imported, which a file can't make us do.
     if objective in OBJECTIVES and not OBJECTIVES.get(objective, modules=False).attacked:
-        raise ValueError(f"--eps {eps} is of an attack: it goes with --objective accuracy+robust, not {objective}")
+        raise ValueError(f"--eps {eps} is of an attack: it goes with --objective {objective}+robust, not {objective}")
 
 
 def _sentence(model: type[BaseModel], error: ValidationError) -> str:

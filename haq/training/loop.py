@@ -289,23 +289,23 @@ class Training:
         scaler = None
         if self.scaler is not None:
             scaler = self.scaler.state_dict()
-        state.write(
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                **self.tensors(),
-                "judged": [tuple(judgement) for judgement in self.judged],
-                "kept": self.kept,
-                "best": self.best,
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "schedule": self.schedule.state(),
-                "scaler": scaler,
-                "generator": self.generator.get_state(),
-                "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
-                "device": device_random_state(self.network.device),  # of the same, where that isn't the CPU
-                "perturbation": perturbation,
-            }
-        )
+        content = {
+            "epoch": self.epoch,
+            "step": self.step,
+            **self.tensors(),
+            "judged": [tuple(judgement) for judgement in self.judged],
+            "kept": self.kept,
+            "best": self.best,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedule": self.schedule.state(),
+            "scaler": scaler,
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),  # of dropout and stochastic rounding
+            "device": device_random_state(self.network.device),  # of the same, where that isn't the CPU
+            "perturbation": perturbation,
+        }
+        # A file of another device could be read only where there is one.
+        state.write(to_device(content, "cpu"))
 
     def restore(self, state: Checkpoint) -> None:
         """Go on from what was written; if nothing was, from the beginning."""
@@ -417,12 +417,11 @@ def half_precision(device: torch.device) -> torch.dtype:
 
 def device_random_state(device: torch.device) -> Tensor | None:
     """Return the state of a device's random numbers; None for the CPU, whose state is torch's own."""
-    if device.type in ("cpu", "meta"):
-        return None
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
     if device.type == "mps":
         return torch.mps.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
+    return None
 
 
 def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
@@ -431,8 +430,8 @@ def set_device_random_state(device: torch.device, state: Tensor | None) -> None:
         return
     if device.type == "mps":
         torch.mps.set_rng_state(state)
-        return
-    torch.get_device_module(device).set_rng_state(state, device)
+    else:
+        torch.cuda.set_rng_state(state, device)
 
 
 def parameter_groups(module: nn.Module, scales: Sequence[Tensor], config: TrainConfig) -> list[dict[str, object]]:

@@ -77,6 +77,22 @@ def test_streamed_batches_give_the_same_accuracy() -> None:
     assert found.loss == pytest.approx(kept.evaluate(kept.uniform(3)).loss)
 
 
+class Noisy(Pairs):
+    """Of which a later sample is another each time."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index == 200:
+            return X[index] + torch.rand(1), Y[index]
+        return X[index], Y[index]
+
+
+def test_a_data_set_that_changes_later_is_named() -> None:
+    with pytest.raises(
+        ValueError, match="`search` gives other data each time it is read .batch . differs from the first time"
+    ):
+        problem(Noisy(), memory="10kB")
+
+
 def test_what_fits_stays_in_memory() -> None:
     batches = Batches()
     made = problem(batches)

@@ -293,6 +293,18 @@ def test_a_stream_that_changes_later_is_named(how: str) -> None:
         list(source)  # type: ignore[call-overload]
 
 
+class Broken(Pairs):
+    """Can't read a sample."""
+
+    def __getitem__(self, index: int) -> Any:
+        raise KeyError(f"no file {index}\n")
+
+
+def test_a_sample_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`search` raised KeyError for sample 0 .'no file 0.*: mend it"):
+        source_of(Broken(), "`search`", 10**6)
+
+
 def test_what_can_be_gone_through_once_is_kept_or_refused() -> None:
     assert source_of((batch for batch in X.split(6)), "it", 10**6).is_kept
     with pytest.raises(
@@ -318,13 +330,14 @@ def test_what_can_be_gone_through_once_is_kept_or_refused() -> None:
         ({"train": (["a"], ["b"])}, "holds what is no tensor or array of numbers"),
         ({"train": X, "tests": X}, "returned dict; it must return a haq.data.Dataset, or a dict with train and test"),
         ({"train": X[:1]}, "has 1 samples; it takes two"),
+        ({"train": X, "test": X}, "search-images is 21; the search split is cut from .*, of 40 samples: it can be up to 20"),
         ({"train": X, "search": X}, "search-images is 5, and .* gives a search split of its own"),
     ],
 )
 def test_what_cannot_be_samples_is_one_sentence(made: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {}
-    if "search" in made:
-        options["search_images"] = 5
+    if "search-images is" in message:
+        options["search_images"] = int(message.split()[2].rstrip(",;"))
     with pytest.raises(ValueError, match=message) as error:
         load(made, monkeypatch, **options)
     assert "\n" not in str(error.value)

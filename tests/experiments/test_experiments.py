@@ -100,3 +100,16 @@ def test_the_fuzzer_notices_what_must_not_be(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "executed").unlink()
     monkeypatch.setattr(fuzz, "CPU_S", 0.01)
     assert told(lambda path: all(range(1, 10**7))) == "SLOW"
+
+
+def test_the_table_of_gpus_is_made_on_a_cpu_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from experiments import gpu
+
+    asked = ["--device", "cpu", "--images", "2", "--batch", "2", "--rounds", "2", "--networks", networks.DEFAULT]
+    gpu.main([*asked, "--save", str(tmp_path)])
+    page = (tmp_path / "gpu.md").read_text()
+    assert page in capsys.readouterr().out
+    row = next(line for line in page.splitlines() if line.startswith(f"| {networks.DEFAULT} "))
+    assert all(float(cell) > 0 for cell in row.split("|")[3:11])
+    with pytest.raises(ValueError, match="which isn't here"):
+        gpu.main(["--device", "tpu"])

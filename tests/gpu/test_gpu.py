@@ -62,6 +62,10 @@ def policies(problem: haq.Problem, count: int, seed: int = 0) -> list[Q.BitPolic
     return [problem.policy(*random.integers(2, 9, (2, len(problem.workload)))) for _ in range(count)]
 
 
+def accuracies(problem: haq.Problem, asked: list[Q.BitPolicy]) -> list[float]:
+    return [problem.evaluate(policy).accuracy for policy in asked]
+
+
 def assert_ranked_alike(here: list[float], there: list[float], images: int) -> None:
     """Whatever two policies differ in by more than what either may change by is in the same order."""
     assert max(abs(one - other) for one, other in zip(here, there, strict=True)) <= ONE_IN_1000
@@ -75,8 +79,7 @@ def assert_ranked_alike(here: list[float], there: list[float], images: int) -> N
 def test_the_same_policies_are_ranked_the_same(device: torch.device, rounding: str) -> None:
     here, there = (make_problem(one, rounding=rounding) for one in ("cpu", device))
     asked = policies(here, 24)
-    accuracies = [[problem.evaluate(policy).accuracy for policy in asked] for problem in (here, there)]
-    assert_ranked_alike(*accuracies, len(SAMPLES))
+    assert_ranked_alike(accuracies(here, asked), accuracies(there, asked), len(SAMPLES))
     assert abs(here.float_accuracy - there.float_accuracy) <= ONE_IN_1000
 
 
@@ -85,8 +88,7 @@ def test_the_default_job_ranks_policies_the_same(device: torch.device) -> None:
         pytest.skip("takes minutes where every operation is one of Python")
     here, there = (SearchTask.build(SearchConfig(device=str(one))).problem for one in ("cpu", device))
     asked = policies(here, 12)
-    accuracies = [[problem.evaluate(policy).accuracy for policy in asked] for problem in (here, there)]
-    assert_ranked_alike(*accuracies, here.evaluator.count)
+    assert_ranked_alike(accuracies(here, asked), accuracies(there, asked), here.evaluator.count)
 
 
 @pytest.mark.parametrize("scheme", ["linear", "linear-asymmetric", "lsq", "pact", "dorefa"])

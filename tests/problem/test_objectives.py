@@ -532,7 +532,7 @@ def test_what_does_not_fit_is_named_before_the_search_starts(make: Callable[[], 
 
 def test_what_is_said_otherwise_fits() -> None:
     given = task("psnr")
-    scaled = nn.Sequential(*given.network, Scaled())
+    scaled = nn.Sequential(given.network, Scaled())
     problem = problem_of(given._replace(network=scaled, targets=255 * given.targets), objective=Psnr(data_range=255))
     assert problem.float_result.value == pytest.approx(problem_of(given).float_result.value, rel=1e-4)
     given = task("f1")
@@ -817,6 +817,15 @@ def test_every_kind_of_sensitivities(judged: Any, kind: str) -> None:
 def evaluations(judged: Any, **options: Any) -> list[object]:
     result = haq.solve(tiny(judged), "random", evaluations=3, seed=1, **options)
     return [trial.evaluation for trial in result.session.trials]
+
+
+def test_outputs_that_cannot_be_held_against_others_have_no_such_sensitivities() -> None:
+    problem = problem_of(task("map"))
+    assert problem.float_result.divergence is None
+    assert problem.float_result.loss == -problem.float_result.value
+    for kind in ("kl", "hessian", "gradient"):
+        with pytest.raises(ValueError, match="objective 'map'"):
+            haq.solve(problem, "ilp", evaluations=3, sensitivities=kind)
 
 
 def test_a_seed_and_a_copy_elsewhere_give_the_same(judged: Any) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -100,3 +102,27 @@ def test_an_evaluator_on_the_cpu_is_sent_as_it_always_was() -> None:
     policy = problem.uniform(3)
     arrived = pickle.loads(moving.dumps(problem.evaluator))
     assert arrived.evaluate(policy) == problem.evaluate(policy)
+
+
+@pytest.mark.parametrize(("gpus", "most", "expected"), [(3, None, 3), (3, 2, 2), (9, None, 4)])
+def test_every_worker_of_a_cluster_takes_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, most: int | None, expected: int
+) -> None:
+    ray_workers = pytest.importorskip("haq.study.workers.ray")
+    ray = MagicMock()
+    ray.cluster_resources.return_value = {"CPU": 4.0, "GPU": float(gpus)}
+    ray.get_runtime_context.return_value.gcs_address = "here:1"
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_workers, "_answers", lambda host, port: True)
+    crew = ray_workers.Crew(object, "given", 1, most, 1, device="cuda")
+    worker = ray.remote.return_value.return_value.remote
+    worker.side_effect = lambda: MagicMock()
+    crew._grow()
+    assert ray.remote.call_args.kwargs == {"num_cpus": 1, "num_gpus": 1, "max_restarts": 0}
+    assert worker.call_count == expected
+    # Nothing of a GPU is asked for where networks are run on the CPU.
+    ray_workers.Crew(object, "given", 1, most, 1)._grow()
+    assert ray.remote.call_args.kwargs == {"num_cpus": 1, "max_restarts": 0}
+    ray.cluster_resources.return_value = {"CPU": 4.0}
+    with pytest.raises(ConnectionError, match="has no GPU, and networks are to be run on cuda"):
+        ray_workers.Crew(object, "given", 1, most, 1, device="cuda")._grow()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import re
 import sys
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from haq import data, networks, train, training
+from haq import data, finetune, networks, search, train, training
 from haq.console.errors import run_command
 from haq.problem.distribution import Categorical
 from haq.problem.objective import Accuracy, BlackBox, MetricObjective, Objective, ValueObjective
@@ -115,11 +116,11 @@ class Regressor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(6, 24)
-        self.second = nn.Linear(24, 24)
+        self.middle = nn.Linear(24, 24)
         self.last = nn.Linear(24, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.first(x).relu()).relu())
+        return self.last(self.middle(self.first(x).relu()).relu())
 
 
 class TwoInputs(Regressor):
@@ -139,13 +140,13 @@ class Segmenter(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(1, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
         self.aux = nn.Conv2d(8, 2, 1)
         self.last = nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.norm(self.first(x)).relu()
-        return {"out": self.last(self.second(x).relu()), "aux": self.aux(x)}
+        return {"out": self.last(self.middle(x).relu()), "aux": self.aux(x)}
 
 
 class TextOutput(dict):  # type: ignore[type-arg]
@@ -290,7 +291,8 @@ def test_finetuning_at_few_bits_betters_the_value_on_held_out_samples(task: str)
 
 
 @pytest.mark.parametrize("task", ["tensor", "tuple", "dict"])
-def test_roundings_are_learned_for_any_structure(task: str) -> None:
+def test_roundings_are_learned_for_any_structure(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haq.training.reconstruction.ITERATIONS", 60)
     network, split, objective = learned(task)
     found = training.reconstruct(network, quantized(network, split, 3), split, seed=0, objective=objective)
     assert found.after.higher_is_better == objective.higher_is_better
@@ -849,3 +851,32 @@ def test_the_train_command_goes_on_exactly(killed: int, place: Path, monkeypatch
     assert train.main([*ASKED, *options, "--resume", "--out", "part.safetensors"]) == 0
     whole, part = (networks.read_state(Path(name))[0] for name in ("whole.safetensors", "part.safetensors"))
     assert all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+def test_the_finetune_command_takes_the_objective_of_the_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a loss, an optimizer and a schedule that are named; what it goes on with belongs to them."""
+    of_search = [*ASKED[:-2], "--hw", "edge", "--budget", "0.7", "--bits", "2:4", "--solver", "random", "--evaluations", "1"]
+    assert search.main([*of_search, "--finetune-epochs", "0", "--out", "run"]) == 0
+    training_options = ["--epochs", "3", "--optimizer", "AdamW", "--schedule", "linear", "--patience", "3", "--amp"]
+    capsys.readouterr()
+    assert finetune.main(["run", *training_options, "--loss", "own_job:absolute"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "mean squared error measured on this machine" in printed
+    assert "accuracy" not in printed
+    tuning = json.loads(Path("run/result.json").read_text())["tuning"]
+    assert (tuning["images"], tuning["epochs"]) == (24, 3)
+    write = Checkpoint.write
+    with pytest.MonkeyPatch.context() as patch:
+
+        def write_and_die(self: Checkpoint, *rest: Any) -> None:
+            write(self, *rest)
+            raise RuntimeError
+
+        patch.setattr(Checkpoint, "write", write_and_die)
+        with pytest.raises(RuntimeError):
+            finetune.main(["run", *training_options])
+    assert run_command(lambda: finetune.main(["run", *training_options, "--optimizer", "RMSprop", "--resume"])) == 2
+    assert "optimizer was 'AdamW' and is 'RMSprop' now" in capsys.readouterr().err
+    assert finetune.main(["run", *training_options, "--resume"]) == 0
+    assert run_command(lambda: finetune.main(["run", "--method", "ptq", "--optimizer", "AdamW"])) == 2
+    assert "--optimizer is of training: leave it out" in capsys.readouterr().err

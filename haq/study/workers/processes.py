@@ -324,7 +324,13 @@ class Processes:
     """
 
     def __init__(self, evaluator: Evaluator, count: int, devices: Sequence[str] = (CPU,)) -> None:
-        """Start `count` processes, which are spread over devices."""
+        """Start processes.
+
+        Args:
+            evaluator: What they are given copies of.
+            count: How many.
+            devices: Where the copies are, in turn, if the evaluator isn't on the CPU.
+        """
         self.count = count
         self._crew = Crew(_evaluating, (evaluator, evaluator.worker_threads), count, devices=devices)
         self._futures: dict[Q.BitPolicy, Future[Evaluation]] = {}

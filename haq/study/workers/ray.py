@@ -206,7 +206,7 @@ class Crew:
             raise ConnectionError(f"the Ray head at {self._address} is gone")
         resources = self._ray.cluster_resources()
         there = int(resources.get("CPU", 0))
-        needs = {"num_cpus": 1}
+        needs: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0}
         if self._device != CPU:
             # Ray shows a worker no GPU but its own.
             there = min(there, int(resources.get("GPU", 0)))
@@ -219,7 +219,7 @@ class Crew:
         wanted = there
         if self._most is not None:
             wanted = min(there, self._most)
-        worker: Any = self._ray.remote(max_restarts=0, **needs)(self._kind)
+        worker: Any = self._ray.remote(**needs)(self._kind)
         for _ in range(wanted - len(self._starting) - len(self._load) - len(self._refused)):
             one = worker.remote()
             self._starting[one.ready.remote(self._given, self._threads, self._device)] = one
@@ -278,7 +278,13 @@ class Evaluations:
     """A pool (`haq.problem.evaluator.Pool`) of workers on a Ray cluster."""
 
     def __init__(self, evaluator: Evaluator, most: int | None, device: str = CPU) -> None:
-        """Start workers, at most so many if there is a number; `device` is as of `Crew`."""
+        """Start workers.
+
+        Args:
+            evaluator: What they are given copies of.
+            most: How many there may be; None for no limit.
+            device: As of `Crew`.
+        """
         # Two policies each, so that none waits for us while we wait for another.
         self._crew = Crew(_Evaluator, evaluator, evaluator.worker_threads, most, depth=2, device=device)
         self._asked: set[Q.BitPolicy] = set()

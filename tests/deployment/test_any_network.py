@@ -1,0 +1,160 @@
+"""A network of any operations, inputs and outputs becomes an ONNX file that computes the same, for any number of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq.deployment.exporter import AnySamples
+from haq.deployment.onnx import OnnxExporter, QonnxExporter
+from quantizers.calling import call, leaves
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+class Tokens(nn.Module):
+    """Token ids and a mask in, a mapping out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.a, self.b = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        made = self.b(self.norm(self.a(self.words(input_ids))).relu()) * mask[..., None]
+        return {"logits": made, "pooled": made.mean(1)}
+
+
+class Two(nn.Module):
+    """Two images side by side, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.b(nn.functional.silu(self.a(torch.cat([left, right], 3))))
+        return made.sigmoid(), made.mean((2, 3))
+
+
+class Sequence(nn.Module):
+    """A signal in, another operation than deployed networks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv1d(2, 6, 3, padding=1), nn.Conv1d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(nn.functional.gelu(self.a(x))).mean(2)
+
+
+def tokens(count: int, length: int = 7) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return {"input_ids": torch.randint(11, (count, length), generator=generator), "mask": torch.ones(count, length)}
+
+
+def pairs(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return torch.rand(count, 3, 6, 4, generator=generator), torch.rand(count, 3, 6, 4, generator=generator)
+
+
+def signals(count: int) -> Tensor:
+    return torch.randn(count, 2, 9, generator=torch.Generator().manual_seed(count))
+
+
+KINDS: dict[str, tuple[Any, Any, list[str], list[str]]] = {
+    "tokens": (Tokens, tokens, ["input_ids", "mask"], ["logits", "pooled"]),
+    "two": (Two, pairs, ["left", "right"], ["output_0", "output_1"]),
+    "sequence": (Sequence, signals, ["input"], ["output"]),
+}
+
+
+def quantized(network: nn.Module, inputs: Any, **options: Any) -> nn.Module:
+    policy = {"a": (4, 4), "b": (3, 8)}
+    scheme = Q.Linear(calibration="output")
+    return Q.quantize(network.eval(), policy, scheme=scheme, calibrate=[(inputs, None)], **options).eval()
+
+
+@pytest.mark.parametrize("kind", ["tokens", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("two", "sequence"))])
+def test_a_file_computes_what_the_network_does(kind: str, tmp_path: Path) -> None:
+    make, draw, names, outputs = KINDS[kind]
+    network = quantized(make(), draw(8), correction="analytic")
+    given = AnySamples((draw(8), None), (draw(20), None))
+    path = tmp_path / "network.onnx"
+    exporter = OnnxExporter()
+    exporter.check(network)
+    exporter.export_any(network, given, path)
+    verdict = exporter.compare_any(network, given, path)
+    assert verdict.same_answers, verdict.rows
+    assert "20 of 20" in verdict.rows[0][1]
+    assert [row[0].split()[3] for row in verdict.rows[1:]] == outputs
+    session = onnxruntime.InferenceSession(str(path))
+    assert [entry.name for entry in session.get_inputs()] == names
+    # Any number of samples, and any length of token ids.
+    for count in (1, 5):
+        inputs = draw(count)
+        if kind == "tokens":
+            inputs = tokens(count, 4)
+        feeds = {name: tensor.numpy() for name, tensor in zip(names, leaves(inputs), strict=True)}
+        with torch.no_grad():
+            expected = leaves(call(network, inputs))
+        for one, other in zip(expected, session.run(outputs, feeds), strict=True):
+            assert torch.allclose(one, torch.from_numpy(other), atol=1e-5)
+
+
+def test_weights_are_stored_as_their_integers(tmp_path: Path) -> None:
+    network = quantized(Sequence(), signals(8))
+    path = tmp_path / "network.onnx"
+    OnnxExporter().export_any(network, AnySamples((signals(8), None), (signals(8), None)), path)
+    held = {one.name.rpartition("network.")[2]: onnx.numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+    assert "a.weight" not in held
+    assert held["a.weight_integers"].dtype == "int8"
+    assert abs(held["a.weight_integers"]).max() <= 8
+    assert abs(held["b.weight_integers"]).max() <= 4
+
+
+@pytest.mark.slow
+def test_a_forward_runs_it(tmp_path: Path) -> None:
+    def forward(network: nn.Module, batch: Any) -> Any:
+        return network(batch[0] * 2)
+
+    network = quantized(Sequence(), signals(8))
+    given = AnySamples((signals(8), torch.zeros(8)), (signals(12), torch.zeros(12)), forward)
+    path = tmp_path / "network.onnx"
+    OnnxExporter().export_any(network, given, path)
+    assert OnnxExporter().compare_any(network, given, path).same_answers
+    session = onnxruntime.InferenceSession(str(path))
+    found = torch.from_numpy(session.run(None, {"input": signals(3).numpy()})[0])
+    with torch.no_grad():
+        assert torch.allclose(found, network(signals(3) * 2), atol=1e-5)
+
+
+class Branching(Sequence):
+    """Looks at values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 0:
+            x = -x
+        return super().forward(x)
+
+
+def test_what_torch_cannot_write_down_is_one_sentence(tmp_path: Path) -> None:
+    network = quantized(Branching(), signals(8))
+    with pytest.raises(ValueError, match="Branching can't be deployed: torch can't write down") as raised:
+        OnnxExporter().export_any(network, AnySamples((signals(8), None), (signals(8), None)), tmp_path / "network.onnx")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "network.onnx").exists()
+
+
+def test_integers_from_end_to_end_need_images() -> None:
+    assert OnnxExporter.takes_any()
+    assert not QonnxExporter.takes_any()
