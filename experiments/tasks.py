@@ -348,7 +348,6 @@ def main() -> int:
         seeds, evaluations = 1, QUICK
     about = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{''.join(f' {word}' for word in sys.argv[1:])}"
     start = time.monotonic()
-    old = load_rows(out)
     rows: list[Row] = []
     # Fresh processes: what torch's threads hold can't be taken over by a fork.
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool, progress(console) as bar:
@@ -360,7 +359,7 @@ def main() -> int:
         for job in as_completed(jobs):
             rows = [*rows, *job.result()]
             bar.update(task, advance=1, note=f"{rows[-1].task}, seed {rows[-1].seed}")
-    rows = merged(old, rows, options.tasks)
+    rows = merged(load_rows(out), rows, options.tasks)
     for each in (table(rows), sources(rows)):
         console.print(each.rich())
     if out is not None:
