@@ -47,16 +47,16 @@ def left_as_it_was() -> Iterator[None]:
     import torch
 
     gradients, threads = torch.is_grad_enabled(), torch.get_num_threads()
-    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    of_numpy, of_python = np.random.get_state(), random.getstate()
     devices = list(range(torch.cuda.device_count()))
     try:
         with torch.random.fork_rng(devices):
             torch.manual_seed(SEED)
-            np.random.seed(SEED)  # noqa: NPY002
+            np.random.seed(SEED)
             random.seed(SEED)
             yield
     finally:
-        np.random.set_state(of_numpy)  # noqa: NPY002
+        np.random.set_state(of_numpy)
         random.setstate(of_python)
         torch.set_grad_enabled(gradients)
         if torch.get_num_threads() != threads:

@@ -113,17 +113,17 @@ def test_a_black_box_leaves_nothing_else_changed_and_draws_the_same_each_time() 
         torch.set_grad_enabled(False)
         torch.set_num_threads(2)
         drawn = network(torch.randn(4, 6)).sum()
-        return float(drawn) + random.random() + float(np.random.rand())  # noqa: NPY002
+        return float(drawn) + random.random() + float(np.random.rand())
 
     threads = torch.get_num_threads()
     problem = problem_of(haq.objective(evaluate, higher_is_better=False), search=None)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     found = values_of(problem)
     assert found[1] == found[3]
     assert torch.is_grad_enabled()
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # noqa: NPY002
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
 def test_values_may_be_computed_in_place() -> None:
