@@ -559,7 +559,7 @@ class Problem:
             return ""
         names = " and ".join(f"{name!r} at {_words(pair)}" for name, pair in self.pinned.items())
         least = describe_amount(without, self.metric, UP)
-        return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
+        return f"; that is for the pinned layers, {names}: without them (pinned={{}} in Python) it could be from {least}"
 
 
 def _check_share(objective: Objective, value: float) -> None:

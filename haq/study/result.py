@@ -191,7 +191,9 @@ def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
     """
     objective = problem.objective
     if objective.takes_scores:
-        return {}
+        if problem.samples_are == ObjectiveRecord.samples_are:
+            return {}
+        return {"samples_are": problem.samples_are}
     unit = "nats"
     if objective.distribution is not None:
         unit = objective.distribution.unit
