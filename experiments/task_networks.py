@@ -24,6 +24,7 @@ from experiments import task_data
 from experiments.task_data import package_file
 from haq import networks
 from haq.data import cache_folder
+from quantizers.calling import inputs_of
 
 
 def classifier() -> nn.Module:
@@ -166,19 +167,15 @@ def embed(network: nn.Module, batch: Any) -> Tensor:
 
     Args:
         network: A BertModel.
-        batch: `input_ids` and `attention_mask`, each (N, words).
+        batch: Inputs `input_ids` and `attention_mask`, each (N, words), alone or with targets, which play no part.
 
     Returns:
         Shape (N, 384).
     """
-    words = network(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(2).to(words.dtype)
+    inputs = inputs_of(batch)
+    words = network(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(2).to(words.dtype)
     return F.normalize((words * mask).sum(1) / mask.sum(1), dim=1)
-
-
-def sentence_network() -> networks.Network:
-    """Load it for a command line, where `embed` can't be given beside it."""
-    return networks.Network("all-MiniLM-L6-v2", sentence_encoder(), (), forward=embed)
 
 
 # Voice activity

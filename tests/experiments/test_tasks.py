@@ -224,7 +224,7 @@ def test_differences_are_of_the_same_seed(tmp_path: Path) -> None:
 def test_tasks_that_are_not_asked_for_stay_as_they_were() -> None:
     old = [row(FLOAT, 0, 0.9, name="voice"), row(FLOAT, 0, 0.9, name="faces")]
     new = [row(FLOAT, 0, 0.8, name="voice")]
-    assert tasks.merged(old, new, ["voice"]) == [old[1], new[0]]
+    assert tasks.merged(old, new) == [old[1], new[0]]
 
 
 def test_data_are_what_the_command_line_takes() -> None:
