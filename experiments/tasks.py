@@ -57,7 +57,7 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from experiments import shared, task_data, task_networks
+from experiments import shared, task_data, task_faces, task_networks
 from experiments.quantizer_accuracy import Table
 from experiments.task_data import Parts
 from haq.console.errors import run_command
@@ -148,7 +148,7 @@ TASKS = (
     ),
     Task(
         "faces",
-        task_networks.face_detector,
+        task_faces.face_detector,
         task_data.faces,
         "map",
         "mAP, %",
