@@ -5,7 +5,8 @@
 A policy's widths are random, from 2 to 8 in every layer, so that every one is evaluated from the input on; it is held against
 float forward passes over the same batches, in turn, and medians are told. A step is one of 32 images: forward, backward,
 optimizer; that of fine-tuning has the float network as teacher and trains the scales too. Memory is the most that was
-allocated. Weights and images are random: nothing is said of accuracy.
+allocated. Weights and images are random: nothing is said of accuracy. ViT-B/16 is timm's: attention of torchvision's is one
+operation with weights of its own, which has no price.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from haq.networks import Network
 from haq.problem.device import describe_device, find_device
 from haq.training.loop import fit
 
-NETWORKS = ("torchvision:resnet50", "torchvision:mobilenet_v2", "torchvision:vit_b_16")
+NETWORKS = ("torchvision:resnet50", "torchvision:mobilenet_v2", "timm:vit_base_patch16_224")  # ViT-B/16
 SIZE = 224
 IMAGES = 2048
 CALIBRATION = 64

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import haq
 import quantizers as Q
@@ -43,11 +44,10 @@ def nothing_is_drawn_there() -> Any:
 
 
 def make_problem(device: torch.device | str, **options: Any) -> haq.Problem:
-    options = {"metric": "latency", "objective": "accuracy", **options}
+    options = {"metric": "latency", "objective": "accuracy", "search": (SAMPLES, LABELS), **options}
     return haq.Problem(
         fitted_network(),
         calibrate=images(24, 1),
-        search=(SAMPLES, LABELS),
         target="edge",
         budget=0.6,
         device=device,
@@ -195,3 +195,53 @@ def test_every_attack_makes_of_images_what_it_makes_on_the_cpu(norm: str) -> Non
         return made
 
     assert_same(*of_both(attacked))
+
+
+def absolute(outputs: Any, targets: Tensor) -> Tensor:
+    return (outputs["scores"] - targets).abs().mean(1)
+
+
+absolute.higher_is_better = False  # type: ignore[attr-defined]
+
+
+class TwoInputs(nn.Module):
+    """Takes two images, and answers by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = fitted_network()
+
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        return {"scores": self.network(first) + second.mean()}
+
+
+def test_inputs_and_outputs_of_any_structure_are_those_of_the_cpu() -> None:
+    targets = nn.functional.one_hot(LABELS, 4).float()
+
+    def judged(device: torch.device) -> Any:
+        problem = haq.Problem(
+            TwoInputs(),
+            calibrate=[(images(24, 1), images(24, 2))],
+            search=[((SAMPLES, SAMPLES.flip(0)), targets)],
+            target="edge",
+            budget=0.6,
+            scheme="pact",
+            objective=absolute,
+            device=device,
+        )
+        known = computed(problem, "gradient")
+        assert known is not None
+        return problem.float_result, problem.evaluate(problem.uniform(3)), known.loss_increases.tolist()
+
+    here, there = of_both(judged)
+    assert here == there
+
+
+def test_samples_that_are_streamed_come_to_the_device() -> None:
+    pairs = TensorDataset(SAMPLES, LABELS)
+    kept = make_problem(SECOND, scheme="pact", search=pairs)
+    streamed = make_problem(SECOND, scheme="pact", search=pairs, memory=1)
+    assert streamed.evaluator.samples is not None
+    assert not streamed.evaluator.samples.is_kept
+    assert kept.float_result == streamed.float_result
+    assert kept.evaluate(kept.uniform(3)) == streamed.evaluate(streamed.uniform(3))

@@ -597,6 +597,9 @@ def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any], ahead: int = AH
         make: The function.
         parts: What it is given; the thread goes through them too.
         ahead: How many are made in advance.
+
+    Returns:
+        What was made, one after the other.
     """
     following = iter(parts)
     end = object()

@@ -158,9 +158,15 @@ def length(batch: Batch) -> int:
 
 
 def pieces(batch: Batch, count: int, size: int) -> Iterator[Batch]:
-    """Divide a batch into smaller ones of at most `size` samples, of the `count` that it has.
+    """Divide a batch into smaller ones.
 
-    What has no entry for each sample stays whole, and so does a batch of nothing else.
+    Args:
+        batch: The batch.
+        count: The samples in it.
+        size: The samples of each part, at most.
+
+    Returns:
+        The parts. What has no entry for each sample stays whole in them, and so does a batch of nothing else.
     """
     if count <= size or not any(_has_entries(column, count) for column in columns(batch)):
         yield batch

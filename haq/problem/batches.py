@@ -184,6 +184,14 @@ def gathered(data: Any, name: str, memory: str | int | None = None) -> Any:
 def gathered_calibration(data: Any, name: str, memory: str | int | None = None) -> Any:
     """Read the samples that scales are calibrated with into memory; see `gathered`.
 
+    Args:
+        data: Whatever a user has.
+        name: What the data are called in messages.
+        memory: How many bytes they may take, or an amount; None: a quarter of the machine's.
+
+    Returns:
+        What is in memory as it is, or batches that were read.
+
     Raises:
         ValueError: If they don't fit.
     """

@@ -351,12 +351,13 @@ class Evaluator:
         if self.teacher is None:
             raise ValueError("the evaluator has no teacher")
         answers = self._answers(self.teacher)
-        if not self.objective.attacked and self.expected is not None:
-            of_batches = self.expected[self.order].split([*self.samples.sizes] if self.samples else [])
+        known: list[Any] | None = self.outputs
+        if self.expected is not None:
+            assert self.samples is not None
+            known = list(self.expected[self.order].split(list(self.samples.sizes)))
+        if known is not None and not self.objective.attacked:
+            of_batches = known
             answers = lambda number, batch: (of_batches[number],)  # noqa: E731
-        elif not self.objective.attacked and self.outputs is not None:
-            kept = self.outputs
-            answers = lambda number, batch: (kept[number],)  # noqa: E731
         with evaluation_mode(self.teacher):
             result = self._judged(self.teacher, answers, None)
         if not math.isfinite(result.accuracy) or not math.isfinite(result.loss):

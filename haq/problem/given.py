@@ -127,9 +127,14 @@ class FromMetric(_Given, MetricObjective):
 class FromNetwork(_Given, BlackBox):
     """A function of a network that returns a number."""
 
-    def evaluate(self, network: nn.Module) -> float:
+    def __init__(self, given: Any, said: dict[str, Any]) -> None:
+        """Take the function; see `_Given`."""
+        super().__init__(given, said)
+        self.takes_split = "split" in inspect.signature(given).parameters
+
+    def evaluate(self, network: nn.Module, **options: Any) -> float:
         """Ask the function."""
-        return self.given(network)
+        return self.given(network, **options)
 
     def training_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Compute the mean of the loss, if there is one; see `BlackBox.training_loss`."""
@@ -156,8 +161,8 @@ def objective(
 
     Args:
         given: A function of (outputs, targets) that returns a value for every sample, a tensor of shape (samples,), of which
-            the mean counts. Or a function of a network, in evaluation mode, that returns one number. Or a metric of
-            torchmetrics.
+            the mean counts. Or a function of a network, in evaluation mode, that returns one number; it may take `split` too,
+            "search" by default and "test" for what is reported. Or a metric of torchmetrics.
         name: What it is called; the function's own name, if nothing else is said.
         unit: What is shown behind a value, such as "dB"; "%" for shares from 0 to 1, which are shown in percent.
         title: What it is called in sentences and on the axes of plots.

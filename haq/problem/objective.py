@@ -419,11 +419,16 @@ class BlackBox(Objective):
 
     Nobody knows what it looks at. So the network is always run as a whole, no evaluation ends early, and there is no loss but
     what the value lost.
+
+    Attributes:
+        takes_split: Whether `evaluate` takes `split`, "search" or "test", by which it chooses what it looks at. Without it the
+            value that is reported for the test split is of what policies were chosen by.
     """
 
     unit = ""
     needs_labels = False
     takes_scores = False
+    takes_split = False
 
     def evaluate(self, network: nn.Module) -> float:
         """Tell what a network, in evaluation mode, is worth."""
@@ -749,12 +754,13 @@ def single_number(objective: Objective, method: str, given: Any) -> float:
     raise ValueError(f"`{method}` of objective {objective.name!r} must return one number, not {described(given)}")
 
 
-def value_of(objective: BlackBox, network: nn.Module) -> float:
+def value_of(objective: BlackBox, network: nn.Module, split: str = "search") -> float:
     """Tell what a network is worth by an objective that is given it.
 
     Args:
         objective: The objective.
         network: In evaluation mode; it is put back into it, if it was left.
+        split: "search" or "test", for an objective that takes it.
 
     Returns:
         The value, which may be NaN or infinite; under attack the worse of the two.
@@ -762,18 +768,21 @@ def value_of(objective: BlackBox, network: nn.Module) -> float:
     Raises:
         ValueError: Naming the objective and what it gave, for anything but one number.
     """
-    values = [_told(objective, network)]
+    values = [_told(objective, network, split)]
     if objective.proxy is not None:
-        values.append(_told(objective, objective.proxy.attacking(network, objective)))
+        values.append(_told(objective, objective.proxy.attacking(network, objective), split))
     if any(map(math.isnan, values)):
         return math.nan
     return min(values, key=objective.signed)
 
 
-def _told(objective: BlackBox, network: nn.Module) -> float:
+def _told(objective: BlackBox, network: nn.Module, split: str) -> float:
     """Tell what a network is worth as it is."""
+    options = {}
+    if objective.takes_split:
+        options["split"] = split
     with named(objective, "evaluate"):
-        given = objective.evaluate(network)
+        given = objective.evaluate(network, **options)
     return single_number(objective, "evaluate", given)
 
 

@@ -201,7 +201,7 @@ class Problem:
                 correction=correction,
                 rounding=self.roundings,
                 on_progress=on_progress,
-                **_only(forward=forward),
+                forward=forward,
             )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
         self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
@@ -712,10 +712,6 @@ def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Modu
     if found == device_of(network):
         return network
     return Q.copy_network(network).to(found)
-
-
-def _only(**options: Any) -> Any:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _flat(outputs: Any) -> Tensor:

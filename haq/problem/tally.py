@@ -282,23 +282,55 @@ class ValueTally:
         return found[self.order[: len(found)].argsort()]
 
 
-def measure(objective: Objective, network: Network, split: Split, module: nn.Module, batch_size: int = 250) -> float:
+def measure(
+    objective: Objective,
+    network: Network,
+    split: Split,
+    module: nn.Module,
+    batch_size: int = 250,
+    called: str = "test",
+) -> float:
     """Measure a network on any samples.
 
     Args:
         objective: What it is judged by.
         network: The float network, which preprocesses the inputs.
-        split: The samples; of those that an objective knows by itself there is none to say.
+        split: The samples. An objective that is given the network looks at its own.
         module: The network that is measured; it is put into evaluation mode.
         batch_size: Samples at a time.
+        called: What the split is called, which an objective is told that is given the network and takes `split`.
 
     Returns:
         The objective's value. Of class scores it is the share of samples that count as correct; those with an output that is
         NaN count as wrong.
     """
+    return measure_with_error(objective, network, split, module, batch_size, called)[0]
+
+
+def measure_with_error(
+    objective: Objective,
+    network: Network,
+    split: Split,
+    module: nn.Module,
+    batch_size: int = 250,
+    called: str = "test",
+) -> tuple[float, float | None]:
+    """Measure a network on any samples, and tell how far chance moves the value.
+
+    Args:
+        objective: As in `measure`.
+        network: Likewise.
+        split: Likewise.
+        module: Likewise.
+        batch_size: Likewise.
+        called: Likewise.
+
+    Returns:
+        The value; and its standard error, where it is a mean of values by sample and no share.
+    """
     module.eval()
     if isinstance(objective, BlackBox):
-        return _or_worst(objective, value_of(objective, module))
+        return _or_worst(objective, value_of(objective, module, called)), None
     right = 0
     tally: ValueTally | None = None
     if isinstance(objective, ValueObjective):
@@ -317,10 +349,11 @@ def measure(objective: Objective, network: Network, split: Split, module: nn.Mod
             try:
                 tally.add(outputs, wanted, None, count_of(inputs))
             except NotFinite:
-                return objective.worst
+                return objective.worst, None
     if tally is None:
-        return right / len(split)
-    return _or_worst(objective, tally.result().accuracy)
+        return right / len(split), None
+    result = tally.result()
+    return _or_worst(objective, result.accuracy), result.error
 
 
 def _wanted(objective: Objective, network: Network, inputs: Any, targets: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq import deploy
 from haq.deployment.exporter import AnySamples
 from haq.deployment.onnx import OnnxExporter, QonnxExporter
 from quantizers.calling import call, leaves
@@ -158,3 +160,31 @@ def test_what_torch_cannot_write_down_is_one_sentence(tmp_path: Path) -> None:
 def test_integers_from_end_to_end_need_images() -> None:
     assert OnnxExporter.takes_any()
     assert not QonnxExporter.takes_any()
+
+
+def loaded_with(network: nn.Module, inputs: Any, forward: Any = None) -> Any:
+    """Stand in for a loaded network and its data."""
+    split = SimpleNamespace(batches=lambda count: iter([(inputs, None)]))
+    return SimpleNamespace(
+        network=SimpleNamespace(module=network, preprocess=lambda given: given, forward=forward),
+        dataset=SimpleNamespace(train=split, test=split, classes=()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "forward", "said"),
+    [
+        (tokens(4), None, "takes a dict"),
+        (pairs(4), None, "takes a tuple"),
+        (signals(4), None, "takes torch.float32 of 3 dimensions"),
+        (tokens(4)["input_ids"], None, "takes torch.int64 of 2 dimensions"),
+        (torch.rand(4, 3, 6, 6), lambda network, batch: network(batch[0]), "is called by a function of its own"),
+    ],
+)
+def test_what_an_exporter_of_images_cannot_take_is_named(inputs: Any, forward: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"--to qonnx writes networks that take images.*{said}.*--to onnx takes any"):
+        deploy._seen_by(QonnxExporter(), nn.Identity(), loaded_with(nn.Identity(), inputs, forward))
+    graph, given = deploy._seen_by(OnnxExporter(), nn.Identity(), loaded_with(nn.Identity(), inputs, forward))
+    assert graph is None
+    assert isinstance(given, AnySamples)
+    assert given.forward is forward
