@@ -301,7 +301,9 @@ def save(folder: Path, about: str, rows: Sequence[Row]) -> None:
             writer.writerow([row.task, row.seed, row.policy, *figures, *row[5:7], f"{row.macs:.3f}", *row[8:]])
 
 
-NOTES = """Perplexity is better where it is lower, everything else where it is higher. Bicubic enlargement alone has 25.62 dB."""
+NOTES = (
+    """Perplexity is better where it is lower, everything else where it is higher. Bicubic enlargement alone has 25.62 dB."""
+)
 LICENCES = """Photographs are those of foolbox (MIT), scikit-image (BSD), scikit-learn (BSD) and matplotlib, clothes are
 Fashion-MNIST's (MIT), text is of Python's help (PSF licence), speech is made by espeak-ng (GPL, a programme of its own). What
 is trained here is trained on these."""

@@ -94,8 +94,8 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str, sa
         hint = " (see --mean and --std)"
     return (
         f"WARNING: the float network's accuracy is {percent(accuracy)} (standard error {points:.2f} points) on {count:,} "
-        f"{samples_are} of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these classes, "
-        f"or be given other {samples_are} than it was trained on{hint}"
+        f"{samples_are} of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these "
+        f"classes, or be given other {samples_are} than it was trained on{hint}"
     )
 
 
