@@ -191,7 +191,7 @@ def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
     """
     objective = problem.objective
     if objective.takes_scores:
-        if problem.samples_are == ObjectiveRecord.samples_are:
+        if problem.samples_are == ObjectiveRecord.model_fields["samples_are"].default:
             return {}
         return {"samples_are": problem.samples_are}
     unit = "nats"
