@@ -523,7 +523,10 @@ def _say_if_chance(output: Output, dataset: Dataset, accuracy: float) -> None:
     labels = dataset.test.labels
     guessing = guessing_share(labels, len(dataset.classes))
     if guessing == 1:
-        say(output.results, f"WARNING: all {dataset.test.samples_are} of the test split are of one class, so that accuracy says nothing")
+        say(
+            output.results,
+            f"WARNING: all {dataset.test.samples_are} of the test split are of one class, so that accuracy says nothing",
+        )
     elif is_chance(accuracy, guessing, len(labels)):
         say(
             output.results,
@@ -565,9 +568,7 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network, Objective]:
         network = replace(network, forward=named_forward(options.forward))
     if data.has_any_size(options.data):
         with torch.random.fork_rng(devices=[]):
-            dataset = data.load(
-                options.data, image_size=network.image_size, memory=most, search_images=options.search_images
-            )
+            dataset = data.load(options.data, image_size=network.image_size, memory=most, search_images=options.search_images)
     networks.check_fits(network, dataset, takes_scores)
     check_scale(dataset, options.mean, options.std)
     if options.adversarial is not None:

@@ -58,7 +58,9 @@ def export_any(network: nn.Module, given: AnySamples, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(runner, tensors, dynamic_shapes=(_sizes(tensors, inputs, min(count, 2)),), strict=False)
+            exported = torch.export.export(
+                runner, tensors, dynamic_shapes=(_sizes(tensors, inputs, min(count, 2)),), strict=False
+            )
             program: Any = torch.onnx.export(
                 exported, tensors, input_names=names, output_names=outputs, optimize=False, verbose=False, dynamo=True
             )
