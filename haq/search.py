@@ -214,6 +214,8 @@ def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict
     following = [["finetune", folder, *trusting], ["report", folder]]
     if task.config.finetune_epochs:
         following[0] = ["evaluate", folder, *trusting]
+    elif task.problem.objective.distribution is None:
+        following[0] = ["finetune", folder, "--loss", "MODULE:FUNCTION", *trusting]
     if can_be_verified(task.problem.objective):
         following.append(["robustness", folder, "--attacks", "full", *trusting])
     tables.print_next(output.notes, folder, following)

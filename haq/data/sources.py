@@ -547,7 +547,7 @@ def source_of(data: Any, called: str, most: int, *, is_pair: bool = False) -> So
         return _opened(Items(data, called), most)
     if isinstance(data, IterableDataset):
         data = DataLoader(data, BATCH)
-    if _gives_samples(data):
+    if gives_samples(data):
         return _opened(Items(data, called), most)
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TypeError(
@@ -557,7 +557,7 @@ def source_of(data: Any, called: str, most: int, *, is_pair: bool = False) -> So
     return _together_if_possible(Stream(data, called, most))
 
 
-def _gives_samples(data: Any) -> bool:
+def gives_samples(data: Any) -> bool:
     """Say whether data is a data set that gives samples by index, or a list of samples, and not of batches.
 
     A batch has a target for each of its samples, so that one number is the target of a single sample.

@@ -9,7 +9,6 @@ from torch import nn
 import quantizers as Q
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
-from haq.problem.tally import measure_with_error
 from haq.store.files import RESULT_SCHEMA
 from haq.store.records import COST_KEYS, ObjectiveRecord, error_key, share_key
 from haq.store.units import finite
@@ -47,17 +46,14 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
-            values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module, called=name))
+            values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module))
     key = share_key("search", objective.name)
     judged = task.problem.evaluator.measure(module.eval())
     values[key] = finite(judged.accuracy)
     if judged.error is not None:
         values[error_key(key)] = finite(judged.error)
-    tested, error = measure_with_error(objective, task.network, task.dataset.test, module)
-    key = share_key("test", objective.name)
-    values[key] = finite(tested)
-    if error is not None:
-        values[error_key(key)] = finite(error)
+    tested = measure_on(objective, task.network, task.dataset.test, module)
+    values[share_key("test", objective.name)] = finite(tested)
     return values
 
 
@@ -191,9 +187,8 @@ def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
     """
     objective = problem.objective
     if objective.takes_scores:
-        if problem.samples_are == ObjectiveRecord.model_fields["samples_are"].default:
-            return {}
-        return {"samples_are": problem.samples_are}
+        found = objective_of(problem).differences()
+        return {key: value for key, value in found.items() if key == "samples_are"}
     unit = "nats"
     if objective.distribution is not None:
         unit = objective.distribution.unit
