@@ -376,8 +376,8 @@ class Evaluator:
         found = self.objective.read(outputs_of(network, batch, self.forward, copy=copy))
         if self.objective.takes_scores and len(found) != samples_in(batch):
             raise ValueError(
-                f"the network's outputs have shape {tuple(found.shape)} for {samples_in(batch)} samples: there must be a row of "
-                "class scores for each"
+                f"the network's outputs have shape {tuple(found.shape)} for {samples_in(batch)} samples: there must be a row "
+                "of class scores for each"
             )
         return found
 

@@ -814,7 +814,7 @@ def named(objective: Objective, method: str) -> Iterator[None]:
         raise ValueError(f"`{method}` of objective {objective.name!r} failed: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Write what somebody's code raised on one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
