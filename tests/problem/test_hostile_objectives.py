@@ -58,6 +58,9 @@ def values_of(problem: Problem) -> list[float]:
     return found
 
 
+no_loss: Any = lambda outputs, targets: None  # noqa: E731
+
+
 def mean_error(network: nn.Module) -> float:
     """Tell the mean squared error of a network."""
     with torch.no_grad():
@@ -247,7 +250,7 @@ class NoUnit(NoDirection):
             "distribution of objective 'errors' must",
         ),
         (
-            lambda: haq.objective(errors, higher_is_better=False, loss=lambda outputs, targets: None),
+            lambda: haq.objective(errors, higher_is_better=False, loss=no_loss),
             "loss of objective 'errors' must return a tensor, a loss for each sample, not None",
         ),
         (
@@ -284,7 +287,7 @@ def test_targets_that_nothing_can_be_told_by() -> None:
 def test_r2_of_numbers_far_from_zero() -> None:
     network = Net()
     with torch.no_grad():
-        network.last.bias += 30000
+        network.last.bias.add_(30000)
         wanted = network.eval()(INPUTS)
     wanted = wanted + TARGETS / 2
     found = problem_of("r2", network, (INPUTS, wanted)).float_result.value
