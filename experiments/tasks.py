@@ -84,6 +84,7 @@ class SpeechAUROC(MetricObjective):
     title = "AUROC"
     short = "AUROC"
     unit = "%"
+    higher_is_better = True
 
     @property
     def distribution(self) -> Distribution:
