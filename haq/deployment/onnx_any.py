@@ -225,7 +225,7 @@ def _together(inputs: Any, most: int) -> int:
 def _sizes(tensors: tuple[Tensor, ...], inputs: Any, count: int) -> tuple[dict[int, Any], ...]:
     """Return which dimensions of inputs may have any size: of samples, of tokens, and of images in a list."""
     if isinstance(inputs, list):
-        return tuple({number: torch.export.Dim.AUTO for number in range(1, tensor.dim())} for tensor in tensors)
+        return tuple(dict.fromkeys(range(1, tensor.dim()), torch.export.Dim.AUTO) for tensor in tensors)
     tokens = {tensor.shape[:2] for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()}
     sizes: list[dict[int, Any]] = []
     for tensor in tensors:
