@@ -30,6 +30,8 @@ Each task can be had on the command line too:
     python -m haq.search --network experiments.task_networks:segmenter --data experiments.task_data:dressed --objective miou
     python -m haq.search --objective experiments.tasks:SpeechAUROC --network experiments.task_networks:speech_detector
                          --data experiments.task_data:speech
+    python -m haq.search --network experiments.task_networks:sentence_encoder --forward experiments.task_networks:embed
+                         --data experiments.task_data:sentences --objective cosine
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -56,7 +57,7 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from experiments import shared, task_data, task_networks
+from experiments import shared, task_data, task_faces, task_networks
 from experiments.quantizer_accuracy import Table
 from experiments.task_data import Parts
 from haq.console.errors import run_command
@@ -147,7 +148,7 @@ TASKS = (
     ),
     Task(
         "faces",
-        task_networks.face_detector,
+        task_faces.face_detector,
         task_data.faces,
         "map",
         "mAP, %",
@@ -300,7 +301,9 @@ def save(folder: Path, about: str, rows: Sequence[Row]) -> None:
             writer.writerow([row.task, row.seed, row.policy, *figures, *row[5:7], f"{row.macs:.3f}", *row[8:]])
 
 
-NOTES = """Perplexity is better where it is lower, everything else where it is higher."""
+NOTES = (
+    """Perplexity is better where it is lower, everything else where it is higher. Bicubic enlargement alone has 25.62 dB."""
+)
 LICENCES = """Photographs are those of foolbox (MIT), scikit-image (BSD), scikit-learn (BSD) and matplotlib, clothes are
 Fashion-MNIST's (MIT), text is of Python's help (PSF licence), speech is made by espeak-ng (GPL, a programme of its own). What
 is trained here is trained on these."""
@@ -321,10 +324,11 @@ def load_rows(folder: Path | None) -> list[Row]:
     return made
 
 
-def merged(old: Sequence[Row], new: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """Put what was made anew in the place of all that was known of these tasks."""
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Put new rows in the place of old ones; those of other tasks and other seeds stay as they were."""
     order = [task.name for task in TASKS]
-    rows = [*(row for row in old if row.task not in names), *new]
+    made = {(row.task, row.seed) for row in new}
+    rows = [*(row for row in old if (row.task, row.seed) not in made), *new]
     return sorted(rows, key=lambda row: (order.index(row.task), row.seed))
 
 
@@ -346,26 +350,31 @@ def main() -> int:
         seeds, evaluations = 1, QUICK
     about = f"OMP_NUM_THREADS=1 python -m experiments.{NAME}{''.join(f' {word}' for word in sys.argv[1:])}"
     start = time.monotonic()
-    old = load_rows(out)
     rows: list[Row] = []
-    # Fresh processes: what torch's threads hold can't be taken over by a fork.
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool, progress(console) as bar:
+    # Fresh processes, one for every job: what torch's threads hold can't be taken over by a fork, and memory is given back.
+    with get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool, progress(console) as bar:
         task = bar.add_task("tasks", total=len(options.tasks) * (seeds + 1), note="")
         # Once, so that no two processes train the same network.
-        for made in as_completed([pool.submit(prepare, name) for name in options.tasks]):
-            bar.update(task, advance=1, note=f"{made.result()}: there")
-        jobs = [pool.submit(rows_of, name, seed, evaluations) for name in options.tasks for seed in range(seeds)]
-        for job in as_completed(jobs):
-            rows = [*rows, *job.result()]
-            bar.update(task, advance=1, note=f"{rows[-1].task}, seed {rows[-1].seed}")
-    rows = merged(old, rows, options.tasks)
+        for name in pool.imap_unordered(prepare, options.tasks):
+            bar.update(task, advance=1, note=f"{name}: there")
+        jobs = [(name, seed, evaluations) for name in options.tasks for seed in range(seeds)]
+        for made in pool.imap_unordered(rows_of_job, jobs):
+            rows += made
+            bar.update(task, advance=1, note=f"{made[0].task}, seed {made[0].seed}")
+            if out is not None:
+                minutes = (time.monotonic() - start) / 60
+                words = f"{about}\n\nIt took {minutes:.0f} minutes of {options.processes} processes of one thread."
+                save(out, words, merged(load_rows(out), rows))
+    rows = merged(load_rows(out), rows)
     for each in (table(rows), sources(rows)):
         console.print(each.rich())
     if out is not None:
-        minutes = (time.monotonic() - start) / 60
-        save(out, f"{about}\n\nIt took {minutes:.0f} minutes of {options.processes} processes of one thread.", rows)
         say(console, f"written: {out / NAME}.md and .csv")
     return 0
+
+
+def rows_of_job(job: tuple[str, int, int]) -> list[Row]:
+    return rows_of(*job)
 
 
 def prepare(name: str) -> str:

@@ -54,7 +54,7 @@ class SecondTensor(Tensor):
         made.held = held
         return made
 
-    def __repr__(self, **options: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.held!r} on {DEVICE}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -66,13 +66,15 @@ class SecondTensor(Tensor):
             raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first")
         if function is Tensor.tolist:
             return args[0].held.tolist()
-        if function is Tensor.data.__set__:
+        if function is Tensor.data.__set__:  # type: ignore[attr-defined]
             args[0].held = args[1].held
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _compute(function, args, kwargs or {})
 
 

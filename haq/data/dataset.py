@@ -285,7 +285,8 @@ class Dataset:
             by_group = f" by group ({count:,} groups)"
         return (
             f"{self.name} ({self.origin}): {self._classes_words()}, {len(self.train):,} train / "
-            f"{len(self.search):,} search / {len(self.test):,} test {self.train.samples_are}, disjoint{by_group}, split seed {SPLIT_SEED}"
+            f"{len(self.search):,} search / {len(self.test):,} test {self.train.samples_are}, disjoint{by_group}, "
+            f"split seed {SPLIT_SEED}"
         )
 
     @property

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import zlib
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from haq.data.download import cache_folder
 from haq.data.memory import show_bytes
+from haq.store import files
 
 FOLDER = "decoded"
 ENDING = ".uint8"
@@ -154,10 +154,7 @@ class DecodedImages:
         if self.total_bytes > (1 - LEFT_FREE) * free:
             self._stop(f"all of them would take {show_bytes(self.total_bytes)}, and {show_bytes(free)} are free")
             return
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
-        with open(descriptor, "wb") as file:
-            file.truncate(self.total_bytes)
-        os.replace(name, self.path)
+        files.reserve(self.path, self.total_bytes)
         logger.info(
             "%s decoded images are kept in %s, %s at most (haq data cache shows and clears it)",
             f"{len(self.paths):,}",
@@ -188,8 +185,8 @@ def kept_files() -> list[tuple[Path, int]]:
     folder = cache_folder() / FOLDER
     if not folder.is_dir():
         return []
-    files = [path for path in sorted(folder.iterdir()) if path.name.endswith((ENDING, ".part"))]
-    return [(path, path.stat().st_blocks * 512) for path in files]
+    kept = [path for path in sorted(folder.iterdir()) if path.name.endswith((ENDING, files.PART))]
+    return [(path, path.stat().st_blocks * 512) for path in kept]
 
 
 def clear() -> int:

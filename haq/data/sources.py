@@ -367,6 +367,8 @@ class Stream(Source):
         for given in batches:
             batch = normal(given, self.called)
             count = length(batch)
+            if not count:
+                continue  # the last batch of some loaders is empty
             self.counts.append(count)
             self.fingerprints.append(fingerprint(batch))
             if numbers is not None:
@@ -394,8 +396,9 @@ class Stream(Source):
         if numbers:
             self.__dict__["labels"] = torch.cat(numbers)
         if not once:
-            again = next(iter(self.data), None)
-            if self.fingerprints and fingerprint(normal(again, self.called)) != self.fingerprints[0]:
+            again = (normal(given, self.called) for given in self.data)
+            first = next((batch for batch in again if length(batch)), None)
+            if self.fingerprints and (first is None or fingerprint(first) != self.fingerprints[0]):
                 raise changed(self.called, "its first batch")
 
     def __iter__(self) -> Iterator[Batch]:
@@ -407,7 +410,10 @@ class Stream(Source):
 
     def _checked(self) -> Iterator[Batch]:
         seen = 0
-        for number, batch in enumerate(made_ahead(lambda given: normal(given, self.called), self.data)):
+        for batch in made_ahead(lambda given: normal(given, self.called), self.data):
+            if not length(batch):
+                continue
+            number = seen
             seen += 1
             if number >= len(self.fingerprints) or fingerprint(batch) != self.fingerprints[number]:
                 raise changed(self.called, f"batch {number + 1}")

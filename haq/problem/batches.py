@@ -169,9 +169,7 @@ def gathered(data: Any, name: str, memory: str | int | None = None) -> Any:
         return data
     if isinstance(data, list) and not gives_samples(data):
         return data
-    most = memory
-    if not isinstance(most, int):
-        most = allowed_bytes(most)
+    most = allowed_bytes(memory, "`memory`")
     if isinstance(data, Split):
         source = data.source
     else:

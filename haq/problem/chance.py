@@ -94,8 +94,8 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str, sa
         hint = " (see --mean and --std)"
     return (
         f"WARNING: the float network's accuracy is {percent(accuracy)} (standard error {points:.2f} points) on {count:,} "
-        f"{samples_are} of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these classes, "
-        f"or be given other {samples_are} than it was trained on{hint}"
+        f"{samples_are} of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these "
+        f"classes, or be given other {samples_are} than it was trained on{hint}"
     )
 
 
@@ -144,10 +144,16 @@ def doubts(problem: Problem) -> list[str]:
     """List what must be said of the values of a problem before they are believed: sentences, none if all is well."""
     evaluator, objective = problem.evaluator, problem.objective
     if isinstance(objective, BlackBox):
-        return [
+        sentence = (
             f"NOTE: objective {objective.name!r} is given the network itself, so every policy's network is run as a whole "
             "(nothing that its first layers computed is reused), and no evaluation ends early"
-        ]
+        )
+        if not objective.takes_split:
+            sentence += (
+                '. It takes no `split` ("search" or "test"), so what is said of the test split is of what policies are '
+                "chosen by"
+            )
+        return [sentence]
     if not objective.takes_scores or objective.unit != PERCENT:
         return [sentence for sentence in [error_sentence(problem)] if sentence]
     sentences = [few_sentence(evaluator.count, "search", objective.title, problem.samples_are)]

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,23 @@ def write(path: Path, content: str | bytes) -> None:
     try:
         partial.unlink(missing_ok=True)  # it may be a link to somewhere
         partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of zeros of a size in bytes, beside its place and renamed; it takes space only as it is written into.
+
+    Several processes may make one at a time: the last one's stays. What can't be made leaves nothing behind.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=PART)
+    partial = Path(name)
+    try:
+        with open(descriptor, "wb") as file:
+            file.truncate(size)
         partial.replace(path)
     except OSError:
         with suppress(OSError):

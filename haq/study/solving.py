@@ -467,8 +467,8 @@ def _warn_if_vain(outcome: Outcome, samples_are: str) -> None:
     """Say it if fine-tuning didn't help."""
     if not outcome.kept:
         logger.warning(
-            f"fine-tuning did not help: on {outcome.images} {samples_are} that were held out no epoch was better than the network "
-            f"before, which was kept; try a lower learning_rate, or more {samples_are}"
+            f"fine-tuning did not help: on {outcome.images} {samples_are} that were held out no epoch was better than the "
+            f"network before, which was kept; try a lower learning_rate, or more {samples_are}"
         )
 
 

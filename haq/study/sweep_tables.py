@@ -9,6 +9,7 @@ from rich.console import Console
 from haq.console.tables import Column, key_table, print_columns, say
 from haq.problem.chance import FEW, value_with_error
 from haq.store.records import (
+    ROBUST,
     SPLITS,
     FinishedSweepRecord,
     JudgedRecord,
@@ -96,15 +97,22 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
         Column("of\nuniform\n8 bits", [f"{row.fraction:.3f}" for row in rows], "right"),
     ]
     for split in SPLITS:
-        heading = f"{split}\n{sweep.objective_title}\n(measured)"
+        heading = f"{split}\n{_called(sweep)}\n(measured)"
         columns.append(Column(heading, [_share(sweep, row, split) for row in rows], "right"))
     columns.append(Column("Pareto\nfront", [_mark(row.pareto) for row in rows]))
     title = f"{sweep.network} on {sweep.data}, {target.name}"
     print_columns(console, title, columns, keys=2, sections=sections, caption=_caption(sweep, target))
 
 
+def _called(sweep: FinishedSweepRecord) -> str:
+    """Name the objective: one whose inputs are attacked as it is asked for, since the caption says what its title does."""
+    if sweep.objective.endswith(ROBUST):
+        return sweep.objective
+    return sweep.objective_title
+
+
 def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
-    objective = sweep.objective_title
+    objective = _called(sweep)
     sizes = " and ".join(f"{count:,} {split}" for split, count in sweep.images.items())
     measured = objective
     if sweep.objective_is != objective:
@@ -129,7 +137,7 @@ def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special:
     policies = special.policies
     names = [f"{hw} by {policy.solver}" for hw, policy in policies.items()]
     values = [_shown(sweep, policy, "test") for policy in policies.values()]
-    columns = [Column("found for", names), Column(f"test\n{sweep.objective_title}\n(measured)", values, "right")]
+    columns = [Column("found for", names), Column(f"test\n{_called(sweep)}\n(measured)", values, "right")]
     for hw in policies:
         heading = f"\non {hw}\n({sweep.targets[hw].kind})"
         cells = [f"{policy.fractions[hw]:.3f} {_mark(own == hw)}" for own, policy in policies.items()]

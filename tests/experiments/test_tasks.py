@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments import task_data, task_networks, tasks
+from experiments import task_data, task_faces, task_networks, tasks
 from experiments.tasks import EIGHT, FLOAT, FOUND, FOUR, Row, Task
 from haq.data import Split, load
 from haq.networks import Network
@@ -120,7 +120,7 @@ def test_silero_is_rebuilt_as_it_is() -> None:
 
 
 def test_the_cascade_bears_images_without_faces() -> None:
-    detector = task_networks.face_detector()
+    detector = task_faces.face_detector()
     for images in (torch.zeros(2, 3, 64, 64), torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))):
         with torch.inference_mode():
             found = detector(images)
@@ -224,7 +224,7 @@ def test_differences_are_of_the_same_seed(tmp_path: Path) -> None:
 def test_tasks_that_are_not_asked_for_stay_as_they_were() -> None:
     old = [row(FLOAT, 0, 0.9, name="voice"), row(FLOAT, 0, 0.9, name="faces")]
     new = [row(FLOAT, 0, 0.8, name="voice")]
-    assert tasks.merged(old, new, ["voice"]) == [old[1], new[0]]
+    assert tasks.merged(old, new) == [old[1], new[0]]
 
 
 def test_data_are_what_the_command_line_takes() -> None:

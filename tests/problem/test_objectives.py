@@ -21,6 +21,8 @@ from haq import search
 from haq.attacks.proxy import AttackedNetwork, ProxyAttack
 from haq.attacks.threat_model import PerturbationBall
 from haq.console.errors import EXIT_BAD_INPUT, run_command
+from haq.data import Split
+from haq.networks import Network
 from haq.networks.zoo import import_declared
 from haq.problem import KINDS, OBJECTIVES
 from haq.problem.chance import doubts
@@ -28,6 +30,7 @@ from haq.problem.distribution import Categorical, Gaussian
 from haq.problem.given import robust
 from haq.problem.metrics import F1, MeanAP, MeanIoU, Perplexity, Psnr, import_torchmetrics
 from haq.problem.objective import ValueObjective, find_objective
+from haq.problem.tally import measure
 from haq.solvers import SOLVERS
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
@@ -441,6 +444,24 @@ def test_a_black_box_is_given_the_network(caplog: pytest.LogCaptureFixture) -> N
     assert found.value == alone.evaluate(policy).value
     assert found.loss == found.divergence
     assert found.loss > 0
+
+
+def by_split(network: nn.Module, split: str = "search") -> float:
+    return least_weight(network) + 1000 * (split == "test")
+
+
+def test_a_black_box_may_look_at_other_samples_for_the_test() -> None:
+    network, x = rows(2), images(COUNT)
+    black = haq.objective(by_split, higher_is_better=False)
+    problem = haq.Problem(network, x, None, "edge", budget=0.9, objective=black)
+    policy = problem.uniform(3, keep_pinned=True)
+    quantized = problem.quantized(policy)
+    split = Split(x, torch.zeros(COUNT, dtype=torch.long))
+    tested = measure(black, Network("rows", network, (1, 8, 8)), split, quantized)
+    assert tested == pytest.approx(1000 + problem.evaluate(policy).value)
+    assert "test split" not in doubts(problem)[0]
+    silent = haq.Problem(network, x, None, "edge", budget=0.9, objective=haq.objective(least_weight, higher_is_better=False))
+    assert "what is said of the test split is of what policies are chosen by" in doubts(silent)[0]
 
 
 def lacks_direction(outputs: Tensor, targets: Tensor) -> Tensor:

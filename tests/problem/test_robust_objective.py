@@ -379,6 +379,6 @@ def test_photographs_without_labels_are_refused(monkeypatch: pytest.MonkeyPatch)
     pictures = (255 * images(9)).to(torch.uint8).split(3)
     unlabelled = data.Dataset("photos", (), *(data.Split(part, torch.full((3,), data.UNLABELLED)) for part in pictures))
     monkeypatch.setattr("haq.networks.load", lambda name: network)
-    monkeypatch.setattr("haq.data.load", lambda name, image_size: unlabelled)
+    monkeypatch.setattr("haq.data.load", lambda name, image_size, **options: unlabelled)
     with pytest.raises(ValueError, match="photos has no labels to tell the accuracy by: search with --objective agreement"):
         SearchTask.build(SearchConfig(objective=OBJECTIVE))

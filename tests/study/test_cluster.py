@@ -141,7 +141,7 @@ def test_machines_with_other_versions_are_refused(
 ) -> None:
     problem = make_problem(small_network())
     here = ray_workers.versions()
-    monkeypatch.setattr(ray_workers, "versions", lambda: here | {"torch": "1.0"})
+    monkeypatch.setattr(ray_workers, "versions", lambda *given: here | {"torch": "1.0"})
     with (
         caplog.at_level(logging.WARNING, "haq"),
         working(problem.evaluator, None, nodes.address),
@@ -229,7 +229,7 @@ sys.exit(run_command(lambda: search.main([*sys.argv[1:], "--ray", made.address])
 
 def test_workers_that_are_lost_again_and_again_are_given_up(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dying:  # of this function, so that workers needn't import it
-        def ready(self, given: bytes, threads: int) -> dict[str, str]:
+        def ready(self, given: bytes, threads: int, device: str) -> dict[str, str]:
             return os._exit(1)
 
     monkeypatch.setattr(ray_workers, "PATIENCE", 2)
