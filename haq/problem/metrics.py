@@ -668,5 +668,5 @@ def check_range(objective: Any, classes: Tensor, count: int, ignored: int, shape
         raise ValueError(
             f"objective {objective.name!r}: targets such as {first} don't fit outputs of shape {shape}: they must be from 0 "
             f"to {count - 1}, or {ignored} where nothing counts; if {first} means that, give haq.problem.metrics."
-            f"{type(objective).__name__}(ignore_index={first})"
+            f"{type(objective).__name__}(ignore_index={first}), to a command as module:NAME of a file of yours that holds it"
         )

@@ -11,7 +11,20 @@ from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
 from haq.store.units import NOTHING
 
-HEAD = ("folder", "state", "network", "target", "metric", "solver", "used of budget", "float", "found", "fine-tuned")
+HEAD = (
+    "folder",
+    "state",
+    "network",
+    "objective",
+    "target",
+    "metric",
+    "solver",
+    "used of budget",
+    "float",
+    "found",
+    "fine-tuned",
+)
+USUAL = "accuracy"  # an objective that needn't be named
 NOTE = (
     "Float, found and fine-tuned: measured on the test split; of a run that isn't finished, on the search split, by which "
     "policies are chosen. What is estimated and what is measured of the costs is told in each section."
@@ -35,9 +48,13 @@ def listed(caption: str, rows: list[list[str]], links: Mapping[str, str]) -> Tab
         links: Where on the page a name leads to.
 
     Returns:
-        The table.
+        The table; it names objectives if one of them isn't accuracy.
     """
-    return Table(caption, HEAD, rows, NOTE, links)
+    place = HEAD.index("objective")
+    if any(row[place] != USUAL for row in rows):
+        return Table(caption, HEAD, rows, NOTE, links)
+    narrower = [row[:place] + row[place + 1 :] for row in rows]
+    return Table(caption, HEAD[:place] + HEAD[place + 1 :], narrower, NOTE, links)
 
 
 def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
@@ -70,6 +87,7 @@ def _line_of_sweep(source: SweepFolder, name: str) -> list[str]:
         name,
         state,
         str(asked.settings.get("network", "")),
+        source.record.objective_title,
         ", ".join(asked.hw),
         str(asked.settings.get("metric", "")),
         ", ".join(asked.solvers),
@@ -92,7 +110,8 @@ def _line_of_unfinished(source: RunFolder, name: str) -> list[str]:
 
 
 def _problem_of(run: RunFolder) -> list[str]:
-    return [run.problem.network, run.problem.target.name, run.problem.metric, run.solver]
+    problem = run.problem
+    return [problem.network, problem.objective_title, problem.target.name, problem.metric, run.solver]
 
 
 def _problem_key(run: tuple[str, RunFolder]) -> tuple[str, ...]:

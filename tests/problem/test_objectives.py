@@ -860,3 +860,11 @@ def test_a_seed_and_a_copy_elsewhere_give_the_same(judged: Any) -> None:
 @pytest.mark.slow
 def test_workers_give_the_same(judged: Any) -> None:
     assert evaluations(judged, workers=2) == evaluations(judged)
+
+
+@pytest.mark.parametrize("name", ["f1", "miou"])
+def test_a_result_is_finetuned_without_targets(name: str) -> None:
+    given = task(name)
+    result = haq.solve(problem_of(given), "random", evaluations=2, seed=0)
+    result.finetune(given.inputs, epochs=1)
+    assert result.quantized is not None

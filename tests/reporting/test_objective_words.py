@@ -214,3 +214,11 @@ def test_what_is_not_said_is_as_it_is_for_accuracy() -> None:
     assert (record.objective_title, record.show(0.9133), record.on_axis("accuracy")) == ("accuracy", "91.33 %", "accuracy, %")
     assert record.held_against(0.9133, 0.9251) == "1.18 points below"
     assert record.differences() == {}
+
+
+def test_an_overview_names_objectives_that_are_not_accuracy() -> None:
+    write_judged(Path("all/a"), PSNR)
+    write_judged(Path("all/b"), LOSS)
+    assert report.main(["all/a", "all/b"]) == 0
+    head, *rows = Page(Path("all/report.html")).tables["Runs and sweeps"]
+    assert [row[head.index("objective")] for row in rows] == [PSNR.title, LOSS.title]
