@@ -9,6 +9,7 @@ from haq.reporting import comparisons
 from haq.reporting.drawing import Picture, amount
 from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
+from haq.store.records import FinishedSweepRecord, objective_title
 from haq.store.units import NOTHING
 
 HEAD = (
@@ -83,11 +84,14 @@ def _line_of_sweep(source: SweepFolder, name: str) -> list[str]:
     state = "unfinished sweep"
     if source.finished:
         state = "finished sweep"
+    objective = objective_title(str(asked.settings.get("objective", USUAL)))
+    if isinstance(source.record, FinishedSweepRecord):
+        objective = source.record.objective_title
     return [
         name,
         state,
         str(asked.settings.get("network", "")),
-        source.record.objective_title,
+        objective,
         ", ".join(asked.hw),
         str(asked.settings.get("metric", "")),
         ", ".join(asked.solvers),

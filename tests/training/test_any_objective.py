@@ -47,6 +47,7 @@ class Pixels(ValueObjective):
     """The share of pixels that are of the right class."""
 
     name = "pixels"
+    higher_is_better = True
     unit = "%"
 
     @property
