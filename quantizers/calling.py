@@ -153,7 +153,7 @@ def leaves(structure: Any) -> list[Tensor]:
     if isinstance(structure, Tensor):
         return [structure]
     if _is_array(structure):
-        return [torch.as_tensor(structure)]
+        return [_tensor_of(structure)]
     return [tensor for part in _parts(structure) for tensor in leaves(part)]
 
 
@@ -170,7 +170,7 @@ def map_tensors(structure: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(structure, Tensor):
         return function(structure)
     if _is_array(structure):
-        return function(torch.as_tensor(structure))
+        return function(_tensor_of(structure))
     if isinstance(structure, PackedSequence):
         return structure._replace(data=function(structure.data))
     return _rebuilt(structure, lambda part: map_tensors(part, function))
@@ -188,7 +188,7 @@ def to_device(structure: Any, device: torch.device | str) -> Any:
     if isinstance(structure, PackedSequence):
         return structure.to(torch.device(device))  # type: ignore[arg-type]  # its annotations know dtypes alone
     if _is_array(structure):
-        return torch.as_tensor(structure).to(device)
+        return _tensor_of(structure).to(device)
     if not _parts(structure) and callable(getattr(structure, "to", None)):
         return structure.to(device)
     return _rebuilt(structure, lambda part: to_device(part, device))
@@ -305,6 +305,13 @@ def _count(structure: Any) -> int | None:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind in NUMBERS
+
+
+def _tensor_of(array: Any) -> Tensor:
+    """Return an array of numbers as a tensor: of its memory, where a tensor can have such."""
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    return torch.as_tensor(array)
 
 
 def _is_tuple(value: Any) -> bool:

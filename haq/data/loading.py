@@ -114,7 +114,7 @@ def call_with(name: str, function: Callable[..., Any], **options: Any) -> Any:
         )
     try:
         return function(**{option: value for option, value in options.items() if option in taken})
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # What is registered says by itself what is wrong; a function that is only named may raise anything.
         if ":" not in name and isinstance(error, (ValueError, OSError, ImportError)):
             raise
@@ -167,7 +167,7 @@ def _split_of(given: Any, called: str, memory: int, train: Split | None) -> Spli
     if train is not None:
         # The train split tells what all of them must be.
         of_classes = train.is_of_images and train.labels is not None and isinstance(train.source, Columns)
-    is_pair = isinstance(given, (tuple, list)) and len(given) == 2
+    is_pair = isinstance(given, (tuple, list)) and len(given) == 2 and not _is_of_batches(given)
     if of_classes and (is_pair or isinstance(given, (Tensor, np.ndarray))):
         return _images_with_labels(given, called)
     try:
@@ -177,6 +177,17 @@ def _split_of(given: Any, called: str, memory: int, train: Split | None) -> Spli
     if not leaves(source.take(torch.arange(1))):
         raise ValueError(f"{called} holds what is no tensor or array of numbers; give (images, labels)")
     return Split(source)
+
+
+def _is_of_batches(given: Any) -> bool:
+    """Say whether a list of two is one of batches (inputs, targets), of which one may lack its targets."""
+    if not isinstance(given, list) or not all(isinstance(one, (tuple, list)) and len(one) == 2 for one in given):
+        return False
+    if any(one[1] is None for one in given):
+        return True
+    (first, one), (second, other) = given
+    are_arrays = all(isinstance(part, (Tensor, np.ndarray)) for part in (first, second, one, other))
+    return are_arrays and first.shape[1:] == second.shape[1:] and one.shape[1:] == other.shape[1:]
 
 
 def _is_of_classes(given: Any) -> bool:

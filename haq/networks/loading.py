@@ -144,7 +144,7 @@ def _check_runs(network: Network, inputs: Any, targets: Any, called: str, hint: 
     try:
         with torch.inference_mode(), evaluating(network.module):
             network.run(network.module, inputs, targets)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves(inputs))
         raise ValueError(f"{network.name} can't take the samples of {called} ({shapes}): {reason}{hint}") from error

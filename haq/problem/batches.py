@@ -359,7 +359,7 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor | None]:
             except (TypeError, ValueError, RuntimeError) as error:
                 kind = type(batch[1]).__name__
                 raise ValueError(f"`{name}` gave a {kind} as labels; they must be a tensor of class numbers") from error
-            labels = _dense(labels, name)
+            labels = check_dense(labels, name)
         return _tensor_of(batch[0], name), labels
     kind = type(batch).__name__
     raise ValueError(f"`{name}` gave a {kind}; it must give tensors of inputs, or pairs (inputs, labels) of tensors")
@@ -375,11 +375,19 @@ def _tensor_of(array: Any, name: str) -> Tensor:
         tensor = torch.as_tensor(native(array))
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"`{name}` gave an array of type {array.dtype}; it must be one of float32") from error
-    return _dense(tensor, name)
+    return check_dense(tensor, name)
 
 
-def _dense(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor. Raises ValueError for one that isn't whole and in memory."""
+def check_dense(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor.
+
+    Args:
+        tensor: The tensor.
+        name: What the data are called in messages.
+
+    Raises:
+        ValueError: For one that isn't whole and in memory.
+    """
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
         raise ValueError(f"`{name}` gave a sparse, nested or meta tensor; it must be a dense one, with its numbers in memory")
     return tensor

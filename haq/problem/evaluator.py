@@ -172,7 +172,7 @@ class Evaluator:
             assert self.samples is not None
             given = self.samples.labels()
             if given is None:
-                given = torch.cat([torch.as_tensor(targets_of(batch, self.network)).cpu() for batch in self.samples])[back]
+                given = torch.cat([self._labels_in(batch) for batch in self.samples])[back]
             self.labels = class_numbers(given, "`labels`")
         if self.teacher is None:
             return
@@ -181,6 +181,18 @@ class Evaluator:
         self.expected = outputs[back]
         if self._asked:
             self.labels = self.expected.argmax(1)
+
+    def _labels_in(self, batch: Any) -> Tensor:
+        """Return the labels of a batch. Raises ValueError unless there is one for each of its samples."""
+        given, count = targets_of(batch, self.network), samples_in(batch)
+        if given is None:
+            raise ValueError(f"a batch of {count} samples has no labels: there must be one for each sample")
+        labels = torch.as_tensor(given).cpu()
+        if labels.shape[:1] != (count,):
+            raise ValueError(
+                f"a batch of {count} samples has labels of shape {tuple(labels.shape)}: there must be one for each sample"
+            )
+        return labels
 
     def _kept_outputs(self, teacher: nn.Module) -> list[Any] | None:
         """Return the teacher's outputs by batch, if anything is held against them.

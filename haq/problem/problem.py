@@ -24,6 +24,7 @@ from haq.problem.batches import (
     Owned,
     check_alike,
     check_arguments,
+    check_dense,
     check_quantization,
     gathered,
     gathered_calibration,
@@ -605,6 +606,8 @@ def _read_search(
     if batches is None:
         batches = [search]
     batches = [_as_float32(batch) for batch in batches]
+    for leaf in leaves(batches):
+        check_dense(leaf, "search")
     if objective.needs_labels and any(targets_of(batch, network) is None for batch in batches):
         raise ValueError(
             f"`search` has no targets, which objective {objective.name!r} needs, beside what the network takes: give batches "
@@ -649,7 +652,7 @@ def _check_forward(forward: Forward, batch: Any, network: nn.Module) -> None:
     try:
         with evaluation_mode(network), torch.no_grad():
             outputs_of(network, next(pieces(batch, 1))[0], forward)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ValueError(
             f"`forward` can't compute what `calibrate` gives, {described(batch)} ({reason}): give batches of the kind that "
@@ -700,7 +703,7 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
     try:
         with evaluation_mode(network), torch.no_grad():
             outputs, again = (outputs_of(network, batch, forward) for _ in range(2))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         if forward is not None:
             raise ValueError(f"`forward` failed on what `search` gives, {described(batch)}: {reason}") from error

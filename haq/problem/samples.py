@@ -296,6 +296,8 @@ def _together(batches: Sequence[Any], counts: Sequence[int]) -> Any:
     joined = []
     for column in zip(*(values for values, _ in flat), strict=True):
         first = column[0]
+        if isinstance(first, np.ndarray):
+            return None  # of what is no number
         if not isinstance(first, Tensor):
             if any(type(value) is not type(first) or value != first for value in column):
                 return None

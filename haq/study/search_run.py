@@ -34,6 +34,7 @@ import quantizers as Q
 from haq import networks
 from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation
+from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, signed
 from haq.solvers.base import Session, Trial, solve
@@ -198,8 +199,25 @@ class SearchRun:
         check_signature(self.folder, began.signature, signature, called)
         if same_versions:
             check_versions(self.folder, began.versions, task.network.device)
+        if isinstance(task, SearchTask) and (self.folder / PROBLEM).exists():
+            self._check_objective(task.problem.objective)
         if (self.folder / POLICY).exists():
             self.check_policy(self.load_policy(), task, self.folder / POLICY)
+
+    def _check_objective(self, objective: Objective) -> None:
+        """Raise ValueError if an objective says another direction or unit than when the run began."""
+        began = self.load_problem()
+        directions = {True: "larger values are better", False: "smaller values are better"}
+        if began.higher_is_better != objective.higher_is_better:
+            was, now = directions[began.higher_is_better], directions[objective.higher_is_better]
+        elif began.objective_unit != objective.unit:
+            was, now = f"its unit is {began.objective_unit!r}", f"it is {objective.unit!r}"
+        else:
+            return
+        raise ValueError(
+            f"objective {objective.name!r} said that {was} when {self.folder} began, and says now that {now}: put it back, or "
+            "start a new run"
+        )
 
     def check_policy(self, policy: Q.BitPolicy, task: LoadedNetwork, source: Path) -> Q.BitPolicy:
         """Check that a policy gives bits to the layers of the run's network.

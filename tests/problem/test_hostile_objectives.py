@@ -384,3 +384,121 @@ def test_an_input_by_name_that_is_not_taken() -> None:
     batch = {"inputs": INPUTS, "id": torch.arange(40), "labels": TARGETS}
     with pytest.raises(ValueError, match="`search` gives 'id', which the network's `forward` doesn't take: leave it out"):
         Problem(Named(), [{"inputs": INPUTS}], [batch], "edge", budget=0.9, pinned={}, objective="mse")
+
+
+class Batches:
+    """Gives the same batches whenever it is asked."""
+
+    def __init__(self, *batches: Any) -> None:
+        """Take them."""
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        """Yield them."""
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [(None, "a batch of 20 samples has no labels"), (LABELS[25:], r"a batch of 20 samples has labels of shape \(15,\)")],
+)
+def test_streamed_labels_are_one_for_each_sample(targets: Any, sentence: str) -> None:
+    batches = Batches((INPUTS[:20], LABELS[:20]), (INPUTS[20:], targets))
+    with pytest.raises(ValueError, match=sentence):
+        problem_of("accuracy", search=batches, memory=100)
+
+
+@pytest.mark.parametrize(
+    "search", [(INPUTS.to_sparse(), TARGETS), (INPUTS, TARGETS.to_sparse()), (INPUTS.to("meta"), TARGETS)]
+)
+def test_tensors_without_their_numbers_in_memory(search: Any) -> None:
+    with pytest.raises(ValueError, match="`search` gave a sparse, nested or meta tensor; it must be a dense one"):
+        problem_of("mse", search=search)
+
+
+def test_arrays_of_any_memory_order() -> None:
+    inputs, targets = INPUTS.numpy(), TARGETS.numpy()
+    plain = values_of(problem_of("mse"))
+    assert values_of(problem_of("mse", search=(inputs.astype(">f4"), targets.astype(">f8")))) == pytest.approx(plain)
+    assert values_of(problem_of("mse", search=(inputs[::-1].copy()[::-1], targets))) == plain
+
+
+@pytest.mark.parametrize("kind", [object, "datetime64[D]"])
+def test_arrays_of_what_is_no_number(kind: Any) -> None:
+    targets = np.zeros((40, 3), kind)
+    with pytest.raises(ValueError, match="'mse' takes targets that are a tensor of numbers, not ndarray"):
+        problem_of("mse", search=(INPUTS, targets))
+
+
+def splits(search: Any) -> Any:
+    """Return what a function of somebody's may."""
+    return {"train": (INPUTS, TARGETS), "search": search, "test": (INPUTS, TARGETS)}
+
+
+def two_batches() -> Any:
+    """Give the search split in two batches."""
+    return splits([(INPUTS[:20], TARGETS[:20]), (INPUTS[20:], TARGETS[20:])])
+
+
+def two_of_two() -> Any:
+    """Give two inputs and two targets."""
+    return dict.fromkeys(("train", "search", "test"), ((INPUTS, INPUTS), (TARGETS, TARGETS)))
+
+
+def ends() -> Any:
+    """End the process."""
+    raise SystemExit(3)
+
+
+def test_a_list_of_two_batches_is_no_pair() -> None:
+    from haq import data
+
+    assert len(data.load(f"{__name__}:two_batches").search) == 40
+    inputs, targets = data.load(f"{__name__}:two_of_two").search.take(torch.arange(2))
+    assert (len(inputs), len(targets)) == (2, 2)
+    with pytest.raises(ValueError, match=r"ends raised SystemExit \(3\): mend that function"):
+        data.load(f"{__name__}:ends")
+
+
+def job(network: Any = Net) -> Any:
+    """Make the network of the command line, with a layer between the first and the last."""
+    made = network()
+    made.norm = nn.Sequential(made.norm, nn.Linear(8, 8))
+    return made
+
+
+def whole() -> Any:
+    """Give splits for the command line."""
+    return splits((INPUTS, TARGETS))
+
+
+def judged(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Tell errors, for the command line."""
+    return errors(outputs, targets)
+
+
+def test_a_run_whose_objective_says_something_else_now(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from haq import evaluate, search
+    from haq.console.errors import run_command
+
+    monkeypatch.chdir(tmp_path)
+    judged.higher_is_better = False  # type: ignore[attr-defined]
+    given = {
+        "--network": f"{__name__}:job",
+        "--data": f"{__name__}:whole",
+        "--objective": f"{__name__}:judged",
+        "--hw": "edge",
+    }
+    given |= {"--budget": "0.95", "--solver": "random", "--evaluations": "2", "--finetune-epochs": "0", "--out": "run"}
+    assert run_command(lambda: search.main([word for pair in given.items() for word in pair])) == 0, capsys.readouterr().err
+    again = ["run", *(word for name in ("job", "whole", "judged") for word in ("--trust", f"{__name__}:{name}"))]
+    assert run_command(lambda: evaluate.main(again)) == 0, capsys.readouterr().err
+    monkeypatch.setattr(judged, "unit", "dB", raising=False)
+    assert run_command(lambda: evaluate.main(again)) == 2
+    assert "said that its unit is '' when run began, and says now that it is 'dB'" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(judged, "unit", "")
+    monkeypatch.setattr(judged, "higher_is_better", True)
+    assert run_command(lambda: evaluate.main(again)) == 2
+    assert "said that smaller values are better when run began" in " ".join(capsys.readouterr().err.split())
