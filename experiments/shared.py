@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+TASKS = "pip install 'haq[tasks]'"
 
 
 def verdict(holds: bool, otherwise: str = "FALLS SHORT") -> str:
@@ -56,3 +60,25 @@ def add_columns(table: Table, columns: Iterable[str], left: Collection[str]) -> 
         if column in left:
             side = "left"
         table.add_column(column, justify=side)
+
+
+def package_file(package: str, path: str) -> Path:
+    """Return a file of an installed package, which isn't imported. Raises ImportError, with what to install, without it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"{package} is not installed: {TASKS}")
+    return Path(spec.submodule_search_locations[0]) / path
+
+
+def imported(module: str) -> Any:
+    """Import a module of the extra, on builds of torch without torchvision's operators as well.
+
+    Raises ImportError, with what to install, without it.
+    """
+    from haq.networks.zoo import import_zoo  # imports torch
+
+    import_zoo("torchvision")
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: {TASKS}") from error

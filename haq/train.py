@@ -23,6 +23,7 @@ from haq.console.output import Output
 from haq.console.progress import progress
 from haq.console.tables import command_line, say, say_next
 from haq.console.values import FILE, FOLDER
+from haq.data.memory import allowed_bytes, parse_bytes
 from haq.problem import OBJECTIVES
 from haq.problem.chance import guessing_share, is_chance, with_error
 from haq.problem.device import CPU, WRITTEN, find_device
@@ -64,7 +65,16 @@ REPORT_STEPS = 10  # of the attack that is reported after training against one
 RATES = {"float": 0.2, "quantized": 0.02, "adam": 1e-3}
 ACCURACY = "accuracy"
 # What a training was before there was a choice: such a one can still be gone on with.
-BEFORE = {"objective": ACCURACY, "loss": None, "schedule": SCHEDULES[0], "patience": None, "amp": False, "device": CPU}
+BEFORE = {
+    "objective": ACCURACY,
+    "loss": None,
+    "schedule": SCHEDULES[0],
+    "patience": None,
+    "amp": False,
+    "device": CPU,
+    "forward": None,
+    "search_images": None,
+}
 BATCH = 128  # images of a step
 STEPS_OF_EPOCH = 10  # at least, of few images: these are what trains
 LEAST_BATCH = 16
@@ -91,6 +101,21 @@ class TrainOptions(AnotherScheme):
         metavar="NAME",
         names=lambda: data.DATASETS.names(),
     )
+    search_images: int | None = setting(
+        None,
+        "samples by which networks are judged, where they are cut from the train split",
+        group=TRAINED,
+        least=1,
+        metavar="N",
+        default_words="a fifth of it; of photographs 2000 at most",
+    )
+    memory: str | None = setting(
+        None,
+        "that samples may take, such as 4GB or 500MB; what doesn't fit is read, or decoded, when it is needed",
+        group=TRAINED,
+        metavar="AMOUNT",
+        default_words="a quarter of the machine's",
+    )
     mean: str | None = setting(
         None,
         "of the images, of each channel and on the scale of images in [0, 1], such as 0.485,0.456,0.406",
@@ -104,6 +129,15 @@ class TrainOptions(AnotherScheme):
         group=TRAINED,
         metavar="NUMBERS",
         default_words="the network's own; 1 for module:Name",
+    )
+    forward: str | None = setting(
+        None,
+        "module:function of (network, batch) that computes the outputs, where that takes more than calling the network with "
+        "the inputs; a batch is (inputs, targets)",
+        group=TRAINED,
+        metavar="NAME",
+        default_words="the network itself",
+        names=lambda: (),
     )
     objective: str = setting(
         ACCURACY,
@@ -240,6 +274,8 @@ class TrainOptions(AnotherScheme):
                     raise ValueError(f"{name} {value} is of an attack: choose one with --adversarial {kinds}")
         else:
             self.adversary()
+        if self.memory is not None:
+            parse_bytes(self.memory)
         read_channels("mean", self.mean)
         read_channels("std", self.std)
         check_rate(self.learning_rate)
@@ -277,6 +313,7 @@ class TrainOptions(AnotherScheme):
     def asked(self, images: int) -> dict[str, Any]:
         """Return all that a training on so many images depends on, defaults included, by the names of the options."""
         asked = self.to_dict() | {"learning_rate": self.rate(images), "batch_size": self.batch(images)}
+        del asked["memory"]  # nothing depends on where samples are
         adversary = self.adversary()
         if adversary is not None:
             asked |= {"eps": self.eps or DEFAULT_EPS, "attack_steps": adversary.count}
@@ -285,6 +322,15 @@ class TrainOptions(AnotherScheme):
             if asked[name] == before:
                 del asked[name]
         return asked
+
+    def loading_words(self) -> list[Any]:
+        """Write the options by which network and data are loaded, as `haq search` takes them too, word by word."""
+        words: list[Any] = []
+        for name in ("search_images", "memory", "mean", "std", "forward"):
+            value = getattr(self, name)
+            if value is not None:
+                words += [f"--{name.replace('_', '-')}", value]
+        return words
 
     def words(self, out: Path, images: int) -> list[Any]:
         """Write the command that asks for this, word by word.
@@ -298,9 +344,7 @@ class TrainOptions(AnotherScheme):
         """
         asked = self.asked(images)
         words: list[Any] = ["python", "-m", "haq.train", "--network", self.network, "--data", self.data]
-        for name, value in (("--mean", self.mean), ("--std", self.std)):
-            if value is not None:
-                words += [name, value]
+        words += self.loading_words()
         if self.pretrained:
             words.append("--pretrained")
         if self.scheme is not None:
@@ -443,9 +487,9 @@ def run_training(options: TrainOptions, out: Path, output: Output, *, resume: bo
             wrap=False,
         )
     say(output.notes, f"written: {out} ({out.stat().st_size:,} bytes)", wrap=False)
-    following: list[str] = []
+    following = options.loading_words()
     if options.objective != ACCURACY:
-        following = ["--objective", options.objective]
+        following += ["--objective", options.objective]
     say_next(
         output.notes, "python", "-m", "haq.search", "--hw", "edge", "--network", source, "--data", options.data, *following
     )
@@ -471,10 +515,7 @@ def _shown(objective: Objective, value: float, count: int) -> str:
 
 def _of(split: Split) -> str:
     """Say of how many samples a value is."""
-    what = "samples"
-    if split.is_of_images:
-        what = "images"
-    return f"of {len(split):,} {what}"
+    return f"of {len(split):,} {split.samples_are}"
 
 
 def _say_if_chance(output: Output, dataset: Dataset, accuracy: float) -> None:
@@ -482,7 +523,10 @@ def _say_if_chance(output: Output, dataset: Dataset, accuracy: float) -> None:
     labels = dataset.test.labels
     guessing = guessing_share(labels, len(dataset.classes))
     if guessing == 1:
-        say(output.results, "WARNING: all images of the test split are of one class, so that accuracy says nothing")
+        say(
+            output.results,
+            f"WARNING: all {dataset.test.samples_are} of the test split are of one class, so that accuracy says nothing",
+        )
     elif is_chance(accuracy, guessing, len(labels)):
         say(
             output.results,
@@ -508,10 +552,11 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network, Objective]:
     import torch
 
     from haq.problem.objective import build_objective
-    from haq.study.task import check_scale
+    from haq.study.task import check_scale, named_forward
 
     device = find_device(options.device)
-    dataset = data.load(options.data)
+    most = allowed_bytes(options.memory)
+    dataset = data.load(options.data, memory=most, search_images=options.search_images)
     # What is only a function isn't of classes.
     takes_scores = getattr(OBJECTIVES.get(options.objective), "takes_scores", False)
     if takes_scores and not dataset.classes and options.loss is None:
@@ -519,9 +564,11 @@ def _load(options: TrainOptions) -> tuple[Dataset, Network, Objective]:
     classes = len(dataset.classes) or None
     network = networks.load(options.network, classes=classes, pretrained=options.pretrained)
     network = network.normalized(read_channels("mean", options.mean), read_channels("std", options.std))
+    if options.forward is not None:
+        network = replace(network, forward=named_forward(options.forward))
     if data.has_any_size(options.data):
         with torch.random.fork_rng(devices=[]):
-            dataset = data.load(options.data, image_size=network.image_size)
+            dataset = data.load(options.data, image_size=network.image_size, memory=most, search_images=options.search_images)
     networks.check_fits(network, dataset, takes_scores)
     check_scale(dataset, options.mean, options.std)
     if options.adversarial is not None:

@@ -247,6 +247,8 @@ class _Recorder(TorchDispatchMode):
             results = results[:1]  # the others are statistics that evaluation has no use for
         for tensor in results:
             if isinstance(tensor, Tensor) and _storage(tensor) not in inputs:
+                # What was here before was freed, a product among others.
+                self._spread.pop(_storage(tensor), None)
                 made = self._new(tensor)
                 if torch.Tag.pointwise in func.tags or any(word in name for word in self.IN_PLACE):
                     self._overwrites += [(self._operation, b, made) for b in read]

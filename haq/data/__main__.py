@@ -65,9 +65,7 @@ def cli(name: str, network: str | None, clear: bool) -> int:
             networks.check_fits(loaded, dataset)
         first, _ = dataset.train.take(torch.arange(1))
     say(output.results, dataset.describe())
-    called = "samples"
-    if dataset.train.is_of_images:
-        called = "images"
+    called = dataset.train.samples_are
     for leaf in leaves(first):
         shape = " x ".join(map(str, leaf.shape[1:])) or "a number each"
         say(output.results, f"{called}: {shape}, {str(leaf.dtype).removeprefix('torch.')}")

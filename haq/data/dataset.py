@@ -124,6 +124,13 @@ class Split:
         return isinstance(images, Tensor) and images.dim() == 4 and (images.dtype == torch.uint8 or images.is_floating_point())
 
     @property
+    def samples_are(self) -> str:
+        """Name the samples, several of them: images, or samples where inputs are anything else."""
+        if len(self) and not self.is_of_images:
+            return "samples"
+        return "images"
+
+    @property
     def compared(self) -> int:
         """Tell how many samples are looked at to see whether splits are alike: few, where each must be read for it."""
         if self.source.is_kept:
@@ -272,16 +279,14 @@ class Dataset:
 
     def describe(self) -> str:
         """Describe the splits in one line."""
-        what = "samples"
-        if self.train.is_of_images:
-            what = "images"
         by_group = ""
         if self.train.groups is not None:
             count = sum(len(part.groups.unique()) for part in (self.train, self.search, self.test) if part.groups is not None)
             by_group = f" by group ({count:,} groups)"
         return (
             f"{self.name} ({self.origin}): {self._classes_words()}, {len(self.train):,} train / "
-            f"{len(self.search):,} search / {len(self.test):,} test {what}, disjoint{by_group}, split seed {SPLIT_SEED}"
+            f"{len(self.search):,} search / {len(self.test):,} test {self.train.samples_are}, disjoint{by_group}, "
+            f"split seed {SPLIT_SEED}"
         )
 
     @property

@@ -11,17 +11,17 @@ SHARE = 4  # samples may take a quarter of the machine's memory, if nobody says 
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: object, option: str = "--memory") -> int:
     """Turn an amount of memory such as "4GB" or "500MB" into bytes.
 
-    Raises ValueError, naming the units, for anything else, and for nothing at all.
+    Raises ValueError, naming the option and the units, for anything else, and for nothing at all.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([a-zA-Z]+)\s*", str(text))
     amount = 0
     if match and match[2] in UNITS:
         amount = int(float(match[1]) * UNITS[match[2]])
     if amount < 1:
-        raise ValueError(f"--memory {text!r} is not understood: give an amount such as 4GB or 500MB, in {', '.join(UNITS)}")
+        raise ValueError(f"{option} {text!r} is not understood: give an amount such as 4GB or 500MB, in {', '.join(UNITS)}")
     return amount
 
 
@@ -38,11 +38,24 @@ def default_bytes() -> int:
     return whole // SHARE
 
 
-def allowed_bytes(memory: str | None) -> int:
-    """Return what --memory allows, or the default where it isn't given. Raises ValueError as `parse_bytes` does."""
+def allowed_bytes(memory: str | int | None, option: str = "--memory") -> int:
+    """Return how much memory samples may take.
+
+    Args:
+        memory: An amount such as "4GB", or bytes; None: the default.
+        option: What it was given as, for the message.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: As `parse_bytes` does.
+    """
     if memory is None:
         return default_bytes()
-    return parse_bytes(memory)
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    return parse_bytes(memory, option)
 
 
 def show_bytes(amount: float) -> str:

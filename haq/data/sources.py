@@ -61,6 +61,7 @@ class Source(ABC):
         is_kept: Whether they are in memory.
         is_indexed: Whether any sample can be had without those before it.
         size: Samples of a batch, as they were given.
+        is_of_list: Whether they came in a list of batches, which may have been meant as one of samples.
     """
 
     called: str
@@ -68,6 +69,7 @@ class Source(ABC):
     is_kept: bool
     is_indexed: bool = True
     size: int = BATCH
+    is_of_list: bool = False
 
     @abstractmethod
     def take(self, index: Tensor) -> Batch:
@@ -150,7 +152,9 @@ class Columns(Source):
                 return column.subset(index)
             return entries(column, index)
 
-        return Columns(each_column(self.batch, part), self.called)
+        made = Columns(each_column(self.batch, part), self.called)
+        made.is_of_list = self.is_of_list
+        return made
 
     def kept(self, most: int) -> Source:
         """Return the samples as they are: files are decoded when they are looked at."""
@@ -306,7 +310,10 @@ class Items(Source):
     def _together(self, items: list[Any]) -> Batch:
         """Put samples together. Raises ValueError for those that make no batch."""
         try:
-            batch = (self.collate or default_collate)(items)
+            if self.collate is None:
+                batch = default_collate([_with_tensors(item) for item in items])
+            else:
+                batch = self.collate(items)
         except (TypeError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
@@ -339,6 +346,7 @@ class Stream(Source):
         """
         self.data = data
         self.called = called
+        self.is_of_list = isinstance(data, list)
         self.selected: Tensor | None = None
         self.given: list[Batch] | None = []
         self.counts: list[int] = []
@@ -359,6 +367,8 @@ class Stream(Source):
         for given in batches:
             batch = normal(given, self.called)
             count = length(batch)
+            if not count:
+                continue  # the last batch of some loaders is empty
             self.counts.append(count)
             self.fingerprints.append(fingerprint(batch))
             if numbers is not None:
@@ -386,8 +396,9 @@ class Stream(Source):
         if numbers:
             self.__dict__["labels"] = torch.cat(numbers)
         if not once:
-            again = next(iter(self.data), None)
-            if self.fingerprints and fingerprint(normal(again, self.called)) != self.fingerprints[0]:
+            again = (normal(given, self.called) for given in self.data)
+            first = next((batch for batch in again if length(batch)), None)
+            if self.fingerprints and (first is None or fingerprint(first) != self.fingerprints[0]):
                 raise changed(self.called, "its first batch")
 
     def __iter__(self) -> Iterator[Batch]:
@@ -399,7 +410,10 @@ class Stream(Source):
 
     def _checked(self) -> Iterator[Batch]:
         seen = 0
-        for number, batch in enumerate(made_ahead(lambda given: normal(given, self.called), self.data)):
+        for batch in made_ahead(lambda given: normal(given, self.called), self.data):
+            if not length(batch):
+                continue
+            number = seen
             seen += 1
             if number >= len(self.fingerprints) or fingerprint(batch) != self.fingerprints[number]:
                 raise changed(self.called, f"batch {number + 1}")
@@ -509,8 +523,9 @@ def source_of(data: Any, called: str, most: int, *, is_pair: bool = False) -> So
     """Make a source of whatever a user has.
 
     Args:
-        data: A tensor or an array of inputs, a mapping of such, or a pair (inputs, targets); a map-style Dataset; a
-            DataLoader; an IterableDataset; or any other iterable of batches.
+        data: A tensor or an array of inputs, a mapping of such, or a pair (inputs, targets); a map-style Dataset, or whatever
+            else has a length and gives samples by index, such as those of Hugging Face; a list of samples with a number as
+            target each; a DataLoader; an IterableDataset; or any other iterable of batches.
         called: What it is called in messages.
         most: How many bytes of it may be kept in memory.
         is_pair: Whether a tuple or list of two can be nothing but (inputs, targets), and not two batches.
@@ -532,12 +547,30 @@ def source_of(data: Any, called: str, most: int, *, is_pair: bool = False) -> So
         return _opened(Items(data, called), most)
     if isinstance(data, IterableDataset):
         data = DataLoader(data, BATCH)
+    if gives_samples(data):
+        return _opened(Items(data, called), most)
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TypeError(
             f"{called} is {_shown(data)}; it must be a tensor, a pair (inputs, targets) of tensors, a Dataset, a DataLoader, "
             "or an iterable of batches"
         )
     return _together_if_possible(Stream(data, called, most))
+
+
+def gives_samples(data: Any) -> bool:
+    """Say whether data is a data set that gives samples by index, or a list of samples, and not of batches.
+
+    A batch has a target for each of its samples, so that one number is the target of a single sample.
+    """
+    if isinstance(data, Sequence):
+        return len(data) > 0 and _is_one_number(targets_of(data[0]))
+    return isinstance(data, Sized) and hasattr(data, "__getitem__")
+
+
+def _is_one_number(targets: Any) -> bool:
+    if isinstance(targets, Tensor):
+        return targets.dim() == 0
+    return is_number(targets)
 
 
 def _together_if_possible(stream: Stream) -> Source:
@@ -549,6 +582,7 @@ def _together_if_possible(stream: Stream) -> Source:
         return stream
     made = Columns(joined(stream.given, stream.called), stream.called)
     made.size = stream.size
+    made.is_of_list = stream.is_of_list
     return made
 
 
@@ -586,6 +620,18 @@ def _plain_order(loader: DataLoader[Any]) -> Tensor | None:
     if type(sampler) is SubsetRandomSampler:
         return torch.as_tensor(list(sampler.indices), dtype=torch.long)
     return None
+
+
+def _with_tensors(sample: Any) -> Any:
+    """Return a sample that is a mapping, such as those of Hugging Face, with tensors in place of lists of numbers."""
+    if not isinstance(sample, Mapping):
+        return sample
+    found = {}
+    for key, value in sample.items():
+        if isinstance(value, list) and value and all(map(is_number, value)):
+            value = torch.tensor(value)
+        found[key] = value
+    return found
 
 
 def made_ahead(make: Callable[[Any], Any], parts: Iterable[Any], ahead: int = AHEAD) -> Iterator[Any]:

@@ -47,7 +47,7 @@ def export_any(network: nn.Module, given: AnySamples, path: Path) -> None:
     """
     package("onnxscript")
     count = count_of(given.example[0])
-    inputs, targets = samples(given.example, count, 0, 2)
+    inputs, targets = samples(given.example, count, 0, _together(given.example[0], 2))
     names = [name for name, _ in _named(inputs, network, given.forward)]
     runner = _Runner(_with_integers(network), inputs, targets, given.forward)
     tensors = tuple(leaves(inputs))
@@ -58,7 +58,9 @@ def export_any(network: nn.Module, given: AnySamples, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(runner, tensors, dynamic_shapes=(_sizes(tensors, min(count, 2)),), strict=False)
+            exported = torch.export.export(
+                runner, tensors, dynamic_shapes=(_sizes(tensors, inputs, min(count, 2)),), strict=False
+            )
             program: Any = torch.onnx.export(
                 exported, tensors, input_names=names, output_names=outputs, optimize=False, verbose=False, dynamo=True
             )
@@ -152,8 +154,9 @@ def _compared(network: nn.Module, given: AnySamples, content: bytes, most: int) 
     made = [entry.name for entry in session.get_outputs()]
     found = _Comparison()
     count = count_of(given.compared[0])
-    for begin in range(0, min(most, count), TOGETHER):
-        inputs, targets = samples(given.compared, count, begin, min(begin + TOGETHER, most, count))
+    together = _together(given.compared[0], TOGETHER)
+    for begin in range(0, min(most, count), together):
+        inputs, targets = samples(given.compared, count, begin, min(begin + together, most, count))
         feeds = {name: tensor.numpy() for name, tensor in _named(inputs, network, given.forward)}
         expected = leaves(_run(network, inputs, targets, given.forward))
         outputs = session.run(made, {name: feeds[name] for name in taken})
@@ -212,8 +215,17 @@ def _parts_of(structure: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield from _parts_of(part, key)
 
 
-def _sizes(tensors: tuple[Tensor, ...], count: int) -> tuple[dict[int, Any], ...]:
-    """Return which dimensions of inputs may have any size: of samples, and of tokens."""
+def _together(inputs: Any, most: int) -> int:
+    """Return how many samples a file takes at a time: of a list, as of a detector's images, it has an input for each."""
+    if isinstance(inputs, list):
+        return 1
+    return most
+
+
+def _sizes(tensors: tuple[Tensor, ...], inputs: Any, count: int) -> tuple[dict[int, Any], ...]:
+    """Return which dimensions of inputs may have any size: of samples, of tokens, and of images in a list."""
+    if isinstance(inputs, list):
+        return tuple(dict.fromkeys(range(1, tensor.dim()), torch.export.Dim.AUTO) for tensor in tensors)
     tokens = {tensor.shape[:2] for tensor in tensors if tensor.dim() == 2 and not tensor.is_floating_point()}
     sizes: list[dict[int, Any]] = []
     for tensor in tensors:

@@ -131,20 +131,23 @@ def check_fits(network: Network, dataset: data.Dataset, takes_scores: bool = Tru
     inputs = network.preprocess(inputs)
     for leaf in leaves(inputs):
         if leaf.is_floating_point() and not math.isfinite(float(leaf.sum())):
-            raise ValueError(f"the images of {dataset.name} hold values that are not finite")
+            raise ValueError(f"the {dataset.search.samples_are} of {dataset.name} hold values that are not finite")
     if not takes_scores or not network.input_shape:
-        _check_runs(network, inputs, targets, dataset.name)
+        hint = ""
+        if dataset.search.source.is_of_list:
+            hint = "; a list is read as batches: samples are given as a Dataset or a DataLoader"
+        _check_runs(network, inputs, targets, dataset.name, hint)
 
 
-def _check_runs(network: Network, inputs: Any, targets: Any, called: str) -> None:
-    """Raise ValueError, in one sentence, if a network fails on the samples of a data set."""
+def _check_runs(network: Network, inputs: Any, targets: Any, called: str, hint: str) -> None:
+    """Raise ValueError, in one sentence with a hint at its end, if a network fails on the samples of a data set."""
     try:
         with torch.inference_mode(), evaluating(network.module):
             network.run(network.module, inputs, targets)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves(inputs))
-        raise ValueError(f"{network.name} can't take the samples of {called} ({shapes}): {reason}") from error
+        raise ValueError(f"{network.name} can't take the samples of {called} ({shapes}): {reason}{hint}") from error
 
 
 def _check_classes(network: Network, dataset: data.Dataset) -> None:

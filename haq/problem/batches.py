@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from haq.data.dataset import Split
 from haq.data.labels import class_numbers, native
 from haq.data.memory import allowed_bytes
-from haq.data.sources import Stream, source_of
+from haq.data.sources import Stream, gives_samples, source_of
 from haq.problem import CORRECTIONS, ROUNDINGS
 from haq.problem.samples import COPIES, Samples, StreamedSamples
 from quantizers.calling import inputs_of, leaves, map_tensors
@@ -165,11 +165,11 @@ def gathered(data: Any, name: str, memory: str | int | None = None) -> Any:
         TypeError: For something that gives no samples.
         ValueError: If there is nothing in it, or something else each time, and for what can be read once only and doesn't fit.
     """
-    if isinstance(data, (Samples, Mapping, tuple, list)) or _is_array(data):
+    if isinstance(data, (Samples, Mapping, tuple)) or _is_array(data):
         return data
-    most = memory
-    if not isinstance(most, int):
-        most = allowed_bytes(most)
+    if isinstance(data, list) and not gives_samples(data):
+        return data
+    most = allowed_bytes(memory, "`memory`")
     if isinstance(data, Split):
         source = data.source
     else:

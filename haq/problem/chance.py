@@ -73,14 +73,15 @@ def is_chance(accuracy: float, guessing: float, count: int) -> bool:
     return accuracy <= guessing + SURE * standard_error(guessing, count)
 
 
-def chance_sentence(accuracy: float, guessing: float, count: int, split: str) -> str:
+def chance_sentence(accuracy: float, guessing: float, count: int, split: str, samples_are: str = "images") -> str:
     """Warn of an accuracy at chance.
 
     Args:
         accuracy: The float network's.
         guessing: What guessing gives.
-        count: The number of images.
-        split: What they are called.
+        count: The number of samples.
+        split: What their split is called.
+        samples_are: What they are called.
 
     Returns:
         One sentence; nothing for an accuracy that is more than chance.
@@ -88,10 +89,13 @@ def chance_sentence(accuracy: float, guessing: float, count: int, split: str) ->
     if not is_chance(accuracy, guessing, count):
         return ""
     points = 100 * standard_error(accuracy, count)
+    hint = ""
+    if samples_are == "images":
+        hint = " (see --mean and --std)"
     return (
         f"WARNING: the float network's accuracy is {percent(accuracy)} (standard error {points:.2f} points) on {count:,} "
-        f"images of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these classes, or "
-        "be given other images than it was trained on (see --mean and --std)"
+        f"{samples_are} of the {split} split, and guessing gives {percent(guessing)}: it may not be trained for these "
+        f"classes, or be given other {samples_are} than it was trained on{hint}"
     )
 
 
@@ -159,5 +163,5 @@ def doubts(problem: Problem) -> list[str]:
         labels = evaluator.labels
         accuracy = float((scores.argmax(1).cpu() == labels).double().mean())
         guessing = guessing_share(labels, scores.shape[1])
-        sentences.append(chance_sentence(accuracy, guessing, evaluator.count, "search"))
+        sentences.append(chance_sentence(accuracy, guessing, evaluator.count, "search", problem.samples_are))
     return [sentence for sentence in sentences if sentence]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.data.labels import class_numbers
+from haq.problem.guarding import apart
 from haq.problem.objective import (
     Accuracy,
     Agreement,
@@ -34,7 +35,7 @@ from haq.problem.samples import BATCH as BATCH
 from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
 from haq.problem.snapshot import Snapshot
 from haq.problem.tally import Evaluation as Evaluation
-from haq.problem.tally import ScoreTally, Tally, ValueTally, worthless
+from haq.problem.tally import ScoreTally, Tally, ValueTally, check_by_sample, worthless
 from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
 
 KEPT_BYTES = 1 << 30  # of activations, all batches together; and of the teacher's outputs
@@ -157,7 +158,8 @@ class Evaluator:
         targets = outputs
         if not self.objective.compares_with_float:
             targets = self._targets(batch)
-        self.objective.look_at(outputs, targets)
+        check_by_sample(self.objective, outputs, targets, samples_in(batch))
+        self.objective.look_at(apart(self.objective, outputs), apart(self.objective, targets))
 
     def _targets(self, batch: Any) -> Any:
         """Return the targets of a batch, as the objective holds outputs against them."""
@@ -351,12 +353,13 @@ class Evaluator:
         if self.teacher is None:
             raise ValueError("the evaluator has no teacher")
         answers = self._answers(self.teacher)
-        if not self.objective.attacked and self.expected is not None:
-            of_batches = self.expected[self.order].split([*self.samples.sizes] if self.samples else [])
+        known: list[Any] | None = self.outputs
+        if self.expected is not None:
+            assert self.samples is not None
+            known = list(self.expected[self.order].split(list(self.samples.sizes)))
+        if known is not None and not self.objective.attacked:
+            of_batches = known
             answers = lambda number, batch: (of_batches[number],)  # noqa: E731
-        elif not self.objective.attacked and self.outputs is not None:
-            kept = self.outputs
-            answers = lambda number, batch: (kept[number],)  # noqa: E731
         with evaluation_mode(self.teacher):
             result = self._judged(self.teacher, answers, None)
         if not math.isfinite(result.accuracy) or not math.isfinite(result.loss):
@@ -370,7 +373,13 @@ class Evaluator:
         """Compute what the objective looks at of one batch's outputs."""
         # Of what is streamed nobody asks again, but for a teacher.
         copy = self.forward is not None or self.samples is None or self.samples.is_kept or self._asks_again
-        return self.objective.read(outputs_of(network, batch, self.forward, copy=copy))
+        found = self.objective.read(outputs_of(network, batch, self.forward, copy=copy))
+        if self.objective.takes_scores and len(found) != samples_in(batch):
+            raise ValueError(
+                f"the network's outputs have shape {tuple(found.shape)} for {samples_in(batch)} samples: there must be a row "
+                "of class scores for each"
+            )
+        return found
 
     def _plainly(self, network: nn.Module) -> Answers:
         """Compute outputs of a network from the input on."""

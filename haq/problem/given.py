@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from haq.problem import lacking
+from haq.problem.guarding import check_said, check_word
 from haq.problem.objective import (
     AnyObjective,
     BlackBox,
@@ -25,7 +27,9 @@ from haq.problem.objective import (
     RobustAccuracy,
     ValueObjective,
     attacked_by,
+    described,
     find_objective,
+    single_number,
 )
 from hw_models.registry import printable
 
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from haq.attacks.proxy import ProxyAttack
     from haq.problem.distribution import Distribution
 
+REPEATED = 1e-7  # of a value: what a metric may tell otherwise of the same samples
 SAID = ("name", "unit", "title", "higher_is_better", "loss", "distribution")  # what a function may say in attributes
 
 
@@ -97,7 +102,7 @@ class FromFunction(_Given, ValueObjective):
         """Ask the loss, if there is one; otherwise see `ValueObjective.losses`."""
         if self.own_loss is None:
             return super().losses(outputs, targets)
-        return self.own_loss(outputs, targets)
+        return _lost(self, outputs, targets)
 
 
 class FromMetric(_Given, MetricObjective):
@@ -117,11 +122,42 @@ class FromMetric(_Given, MetricObjective):
         made.reset()
         return made
 
+    def look_at(self, outputs: Any, targets: Any) -> None:
+        """See what the outputs say of answers, and whether the metric is of such targets, and can be emptied."""
+        super().look_at(outputs, targets)
+        import torch
+
+        of_classes = type(self.given).__module__.startswith("torchmetrics.classification")
+        if of_classes and isinstance(targets, torch.Tensor) and targets.is_floating_point():
+            raise ValueError(
+                f"the metric of objective {self.name!r} takes targets that are integers, not {described(targets)}"
+            )
+        if getattr(self.given, "_update_count", 0):
+            self._check_emptied(outputs, targets)
+
+    def _check_emptied(self, outputs: Any, targets: Any) -> None:
+        """Raise ValueError if a metric that was in use before keeps something of that."""
+        metric = self.metric()
+        found: list[float] = []
+        for _ in range(2):
+            try:
+                self.update(metric, outputs, targets)
+                found.append(single_number(self, "metric", self.compute(metric)))
+            except ValueError:
+                return  # it is told on all samples why
+            metric.reset()
+        first, again = found
+        if not math.isclose(first, again, rel_tol=REPEATED) and not math.isnan(first):
+            raise ValueError(
+                f"the metric of objective {self.name!r} was in use, and its reset() leaves what it counted (states are what "
+                "`add_state` made): give a new one"
+            )
+
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Ask the loss, if there is one."""
         if self.own_loss is None:
             return None
-        return self.own_loss(outputs, targets)
+        return _lost(self, outputs, targets)
 
 
 class FromNetwork(_Given, BlackBox):
@@ -193,8 +229,11 @@ def objective(
             said[attribute] = _said_by(given, attribute)
     called = _called(given)
     said["name"] = said["name"] or called
+    for word in ("name", "unit", "title"):
+        if said[word] is not None:
+            check_word(word, said[word], called)
     better = said["higher_is_better"]
-    if not isinstance(better, bool):
+    if better is None:
         own = f", or set {called}.higher_is_better = True"
         if kind is FromMetric:
             own = ""
@@ -202,9 +241,17 @@ def objective(
             f"objective {said['name']!r} doesn't say whether larger values are better: give haq.objective({called}, "
             f"higher_is_better=True) or False{own}"
         )
+    if type(better).__name__ in ("bool_", "bool"):  # NumPy's too
+        said["higher_is_better"] = bool(better)
     if said["loss"] is not None and not callable(said["loss"]):
         raise ValueError(f"the loss of objective {said['name']!r} must be a function of (outputs, targets), not {loss!r}")
+    if said["distribution"] is not None and not _is_distribution(said["distribution"]):
+        raise ValueError(
+            f"the distribution of objective {said['name']!r} must be one of haq.problem.distribution, such as Gaussian(), not "
+            f"{said['distribution']!r}"
+        )
     made = kind(given, said)
+    check_said(made)
     if kind is not FromNetwork:
         made.needing(needs_targets)
     return made
@@ -342,6 +389,21 @@ def _needed(given: Any) -> int:
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             count += 1
     return count
+
+
+def _is_distribution(thing: object) -> bool:
+    """Say whether a thing has what a distribution has."""
+    has_all = all(callable(getattr(thing, method, None)) for method in ("divergence", "cotangents", "differentiated"))
+    return has_all and not isinstance(thing, type)
+
+
+def _lost(objective: _Given, outputs: Any, targets: Any) -> Tensor:
+    """Ask an objective's own loss. Raises ValueError if it returns nothing."""
+    assert objective.own_loss is not None
+    found = objective.own_loss(outputs, targets)
+    if found is None:
+        raise ValueError(f"the loss of objective {objective.name!r} must return a tensor, a loss for each sample, not None")
+    return found
 
 
 def _said_by(given: Any, attribute: str) -> Any:

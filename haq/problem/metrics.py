@@ -22,6 +22,7 @@ from quantizers.calling import leaves
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+LOST = 1e-12  # of a sum of squares: what is lost to rounding
 IGNORED = -100  # a target that doesn't count, as torch's losses have it
 BEST = 5  # answers among which a label must be
 # What outputs by name call an embedding, the first that there is.
@@ -122,7 +123,20 @@ class R2(MetricObjective):
         given, wanted = given.reshape(len(given), -1), wanted.reshape(len(wanted), -1)
         if given.shape[1] == 1:
             given, wanted = given[:, 0], wanted[:, 0]
+        if given.device.type != "mps":
+            # Sums of squares of numbers far from 0 lose the variance in float32.
+            given, wanted = given.double(), wanted.double()
         super().update(metric, given, wanted)
+
+    def compute(self, metric: Metric) -> Any:
+        """Tell the share. Raises ValueError if the targets have no variance of which there could be one."""
+        state: Any = metric
+        summed, squared, count = state.sum_error, state.sum_squared_error, state.total
+        if int(count) > 1 and bool((squared - summed * summed / count <= LOST * squared).all()):
+            raise ValueError(
+                f"objective {self.name!r} takes targets that differ from sample to sample, and all {int(count)} are the same"
+            )
+        return super().compute(metric)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Tell every sample's mean squared error."""
@@ -414,6 +428,13 @@ class F1(MetricObjective):
         """Give a batch to the metric: 1 for every label that is answered."""
         scores, labels = self.scores(outputs, targets)
         super().update(metric, (scores > self._threshold).long(), labels.long())
+
+    def compute(self, metric: Metric) -> Any:
+        """Tell the score. Raises ValueError if no target is 1, so that there is nothing to be found."""
+        state: Any = metric
+        if not bool((state.tp + state.fn).any()):
+            raise ValueError(f"objective {self.name!r} takes targets some of which are 1, and all are 0")
+        return super().compute(metric)
 
     def losses(self, outputs: Any, targets: Any) -> Tensor | None:
         """Tell the mean binary cross-entropy of every sample's labels (nats)."""

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from haq.problem import OBJECTIVES, ROBUST, lacking
+from haq.problem.guarding import apart, check_said, is_class_of_ours, is_ours, left_as_it_was
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
@@ -306,7 +307,13 @@ class Objective:
         """
         if self.distribution is None:
             raise ValueError(f"objective {self.name!r} has no distance between outputs: give it a loss")
-        return self.distribution.divergence(outputs, expected)
+        try:
+            return self.distribution.divergence(outputs, expected)
+        except (IndexError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the {type(self.distribution).__name__} distribution of objective {self.name!r} doesn't fit outputs, "
+                f"{described(outputs)}: {_reason(error)}"
+            ) from error
 
 
 class ValueObjective(Objective):
@@ -579,10 +586,10 @@ def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
 
     with named(objective, "correct"):
         if _knows_one_version(objective, "correct"):
-            found = [objective.correct((part,), labels) for part in outputs]
+            found = [objective.correct((apart(objective, part),), apart(objective, labels)) for part in outputs]
             given = functools.reduce(operator.and_, found)
         else:
-            given = objective.correct(outputs, labels)
+            given = objective.correct(apart(objective, outputs), apart(objective, labels))
     if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != labels.shape:
         raise ValueError(
             f"`correct` of objective {objective.name!r} must return a boolean tensor of shape {tuple(labels.shape)}, one for "
@@ -694,7 +701,7 @@ def attacked_inputs(
             f"objective {objective.name!r} attacks images, one tensor of floats, not inputs of {described(inputs)}"
         )
     with torch.inference_mode(False), named(objective, "more_inputs"):
-        given: object = objective.more_inputs(network, inputs.clone(), labels, batch)
+        given: object = objective.more_inputs(network, inputs.clone(), apart(objective, labels), batch)
     if not isinstance(given, tuple | list):
         given = (given,)
     for one in given:
@@ -721,8 +728,11 @@ def per_sample(objective: ValueObjective, method: str, given: Any, count: int) -
     Raises:
         ValueError: Naming the objective and what it gave, for anything but a tensor of this shape.
     """
+    import numpy as np
     import torch
 
+    if isinstance(given, np.ndarray) and given.dtype.kind in "biuf":
+        given = torch.as_tensor(given)
     if not isinstance(given, torch.Tensor) or given.shape != (count,) or given.is_complex():
         raise ValueError(
             f"`{method}` of objective {objective.name!r} must return a tensor of shape ({count},), a number for each sample, "
@@ -745,8 +755,11 @@ def single_number(objective: Objective, method: str, given: Any) -> float:
     Raises:
         ValueError: Naming the objective and what it gave, for anything but one number.
     """
+    import numpy as np
     import torch
 
+    if isinstance(given, np.ndarray) and given.size == 1:
+        given = given.item()
     if isinstance(given, torch.Tensor) and given.numel() == 1 and not given.is_complex():
         return float(given)
     if isinstance(given, numbers.Real) and not isinstance(given, bool):
@@ -758,8 +771,8 @@ def value_of(objective: BlackBox, network: nn.Module, split: str = "search") -> 
     """Tell what a network is worth by an objective that is given it.
 
     Args:
-        objective: The objective.
-        network: In evaluation mode; it is put back into it, if it was left.
+        objective: The objective. It is given a copy of the network, with which it may do what it likes.
+        network: In evaluation mode.
         split: "search" or "test", for an objective that takes it.
 
     Returns:
@@ -768,9 +781,11 @@ def value_of(objective: BlackBox, network: nn.Module, split: str = "search") -> 
     Raises:
         ValueError: Naming the objective and what it gave, for anything but one number.
     """
-    values = [_told(objective, network, split)]
+    from quantizers.copying import copy_network
+
+    values = [_told(objective, copy_network(network), split)]
     if objective.proxy is not None:
-        values.append(_told(objective, objective.proxy.attacking(network, objective), split))
+        values.append(_told(objective, objective.proxy.attacking(copy_network(network), objective), split))
     if any(map(math.isnan, values)):
         return math.nan
     return min(values, key=objective.signed)
@@ -781,7 +796,7 @@ def _told(objective: BlackBox, network: nn.Module, split: str) -> float:
     options = {}
     if objective.takes_split:
         options["split"] = split
-    with named(objective, "evaluate"):
+    with named(objective, "evaluate"), left_as_it_was():
         given = objective.evaluate(network, **options)
     return single_number(objective, "evaluate", given)
 
@@ -791,16 +806,15 @@ def named(objective: Objective, method: str) -> Iterator[None]:
     """Say whose method it is that fails within; ours, and those that say why themselves, are left alone."""
     try:
         yield
-    except ValueError:
-        raise
-    except Exception as error:
-        is_ours = type(objective).__module__.partition(".")[0] == __name__.partition(".")[0]
-        if is_ours and not hasattr(objective, "given"):
+    except (Exception, SystemExit) as error:
+        if is_ours(objective):
+            raise
+        if isinstance(error, ValueError) and (not hasattr(objective, "given") or objective.name in str(error)):
             raise
         raise ValueError(f"`{method}` of objective {objective.name!r} failed: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Write what somebody's code raised on one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
 
@@ -851,12 +865,29 @@ def find_objective(objective: AnyObjective) -> Objective:
     if missing := lacking(found):
         raise ValueError(f"objective {objective!r} can't be used: it lacks {missing}")
     made: Objective = found  # type: ignore[assignment]
+    check_said(made)
+    _check_direction(made)
     if is_without_attack(made):
         raise ValueError(
             f"objective={made.name!r} needs the attack that policies are judged under: give haq.problem.given.robust("
             f"{made.name.removesuffix(ROBUST)!r}, haq.attacks.proxy.ProxyAttack.of(network, eps))"
         )
     return made
+
+
+def _check_direction(objective: Objective) -> None:
+    """Raise ValueError for somebody's objective of numbers of any kind that leaves it open which of them are better."""
+    if "higher_is_better" in vars(objective):
+        return
+    for kind in type(objective).__mro__:
+        if kind in (ValueObjective, MetricObjective, BlackBox):
+            break
+        if kind is Objective or "higher_is_better" in vars(kind) or is_class_of_ours(kind):
+            return
+    raise ValueError(
+        f"objective {objective.name!r} doesn't say whether larger values are better: set higher_is_better = True in the class "
+        f"{type(objective).__name__}, or False"
+    )
 
 
 def is_without_attack(objective: Objective) -> bool:

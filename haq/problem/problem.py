@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
+from haq.data.memory import allowed_bytes
 from haq.problem.batches import (
     Batches,
     Owned,
@@ -33,8 +35,8 @@ from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
 from haq.problem.decision import Decision, joined, priced
 from haq.problem.device import compute_exactly, find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
-from haq.problem.objective import AnyObjective, BlackBox, Objective, find_objective
-from haq.problem.samples import KeptSamples, Samples, outputs_of, samples_in
+from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
+from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
     check_metric,
@@ -52,7 +54,7 @@ from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
-from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, targets_of, to_device
+from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
 
@@ -161,6 +163,9 @@ class Problem:
         """
         check_arguments(network, target, metric, bits, pinned)
         check_quantization(correction, rounding)
+        allowed_bytes(memory, "`memory`")
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward is {forward!r}; it must be a function of (network, batch), or None")
         self.objective = find_objective(objective)
         self.forward = forward
         network = _on_device(network, device)
@@ -175,6 +180,8 @@ class Problem:
         self.workload = _traced(network, example, self.objective, forward)
         if forward is None:
             _check_same_kind(self.calibration, example, network)
+        else:
+            _check_forward(forward, self.calibration[0], network)
         self.metric = metric
         self.unit = hw_models.UNITS.get(metric, "")
         self.bits = _checked_range(bits)
@@ -552,7 +559,7 @@ class Problem:
             return ""
         names = " and ".join(f"{name!r} at {_words(pair)}" for name, pair in self.pinned.items())
         least = describe_amount(without, self.metric, UP)
-        return f"; that is for the pinned layers, {names}: without them (pinned={{}}) it could be from {least}"
+        return f"; that is for the pinned layers, {names}: without them (pinned={{}} in Python) it could be from {least}"
 
 
 def _check_share(objective: Objective, value: float) -> None:
@@ -637,6 +644,19 @@ def _check_same_kind(calibration: list[Any], example: Any, network: nn.Module) -
         check_alike(given, wanted)
 
 
+def _check_forward(forward: Forward, batch: Any, network: nn.Module) -> None:
+    """Raise ValueError unless `forward` takes what sets the scales."""
+    try:
+        with evaluation_mode(network), torch.no_grad():
+            outputs_of(network, next(pieces(batch, 1))[0], forward)
+    except Exception as error:
+        reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ValueError(
+            f"`forward` can't compute what `calibrate` gives, {described(batch)} ({reason}): give batches of the kind that "
+            "`search` gives, with their targets if `forward` looks at them"
+        ) from error
+
+
 def _is_plain(batches: list[Any], network: nn.Module) -> bool:
     """Say whether batches are tensors of inputs, perhaps with targets that are no structure, for a network that takes one."""
     if not batches:
@@ -655,7 +675,7 @@ def _is_plain(batches: list[Any], network: nn.Module) -> bool:
         inputs = first[0]
         if len(first) > 1:
             targets = first[1]
-    structured = isinstance(inputs, list | tuple | Mapping) or isinstance(targets, Mapping)
+    structured = isinstance(inputs, list | tuple | Mapping) or is_dataclass(inputs) or isinstance(targets, Mapping)
     if isinstance(targets, list | tuple) and targets:
         structured = structured or isinstance(targets[0], Mapping | list | tuple | Tensor)
     return not structured
@@ -682,7 +702,11 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
             outputs, again = (outputs_of(network, batch, forward) for _ in range(2))
     except Exception as error:
         reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
-        if not isinstance(example, Tensor) or forward is not None:
+        if forward is not None:
+            raise ValueError(f"`forward` failed on what `search` gives, {described(batch)}: {reason}") from error
+        if isinstance(example, Mapping):
+            _check_names(example, network)
+        if not isinstance(example, Tensor):
             raise ValueError(
                 f"the network can't compute what `search` gives, inputs in a {type(example).__name__} ({reason}): give "
                 "batches (inputs, targets) of inputs as it takes them, or `forward`, a function of (network, batch)"
@@ -701,6 +725,17 @@ def _traced(network: nn.Module, batch: Any, objective: Objective, forward: Forwa
     if isinstance(example, Tensor) and forward is None:
         return hw_models.trace(network, example.clone())
     return hw_models.trace(network, batch, forward=lambda module, given: outputs_of(module, given, forward))
+
+
+def _check_names(inputs: Mapping[Any, Any], network: nn.Module) -> None:
+    """Raise ValueError, naming it, for an input by name that a network's `forward` doesn't take."""
+    for name in inputs:
+        others = {other: value for other, value in inputs.items() if other != name}
+        if not takes(network, (), inputs) and takes(network, (), others):
+            raise ValueError(
+                f"`search` gives {name!r}, which the network's `forward` doesn't take: leave it out, or give `forward`, a "
+                "function of (network, batch)"
+            )
 
 
 def _on_device(network: nn.Module, device: str | torch.device | None) -> nn.Module:

@@ -93,10 +93,12 @@ class KeptSamples(Samples):
         Raises:
             ValueError: If there are none.
         """
+        # The last batch of some loaders is empty.
+        batches = [batch for batch in batches if samples_in(batch)]
         counts = [samples_in(batch) for batch in batches]
         self.count = sum(counts)
         if not self.count:
-            raise ValueError("there are no samples")
+            raise ValueError("`search` gave no samples")
         with torch.inference_mode(False), torch.no_grad():  # changes of inference tensors can't be noticed
             together = _together(batches, counts)
             if together is None:

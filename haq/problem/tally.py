@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from haq.problem.guarding import apart, is_ours
 from haq.problem.objective import (
     BlackBox,
     MetricObjective,
@@ -23,12 +26,13 @@ from haq.problem.objective import (
     single_number,
     value_of,
 )
-from quantizers.calling import count_of, leaves, to_device
+from quantizers.calling import count_of, leaves, samples, to_device
 
 if TYPE_CHECKING:
     from haq.data import Split
     from haq.networks import Network
 
+LEAST = 3  # samples of a batch in which a sample's value is looked at with others beside it
 BATCH = 125  # samples whose divergence is summed at a time: the order of a sum is part of the result
 
 
@@ -217,19 +221,19 @@ class ValueTally:
         with named(objective, "metric"):
             for number, one in enumerate(outputs):
                 if len(self.metrics) <= number:
-                    metric = objective.metric_for(one, targets)
+                    metric = _emptied(objective, objective.metric_for(one, targets))
                     found = leaves(one)
                     if found:
                         metric = metric.to(found[0].device)
                     self.metrics.append(metric)
-                objective.update(self.metrics[number], one, targets)
+                objective.update(self.metrics[number], apart(objective, one), apart(objective, targets))
 
     def _worst_of(self, method: str, outputs: tuple[Any, ...], targets: Any, count: int, higher: bool) -> Tensor | None:
         """Tell by sample the worst of what its versions are worth; None if the objective tells nothing."""
         found: list[Tensor] = []
         for one in outputs:
             with named(self.objective, method):
-                given = getattr(self.objective, method)(one, targets)
+                given = getattr(self.objective, method)(apart(self.objective, one), apart(self.objective, targets))
             if given is None:
                 return None
             found.append(per_sample(self.objective, method, given, count))
@@ -280,6 +284,68 @@ class ValueTally:
         if self.order is None:
             return found
         return found[self.order[: len(found)].argsort()]
+
+
+def _emptied(objective: MetricObjective, metric: Any) -> Any:
+    """Return an empty metric of its own for every network, also where somebody's objective returns the same one again."""
+    if is_ours(objective) or not hasattr(metric, "reset"):
+        return metric
+    made = copy.deepcopy(metric)
+    made.reset()
+    return made
+
+
+def check_by_sample(objective: Objective, outputs: Any, targets: Any, count: int) -> None:
+    """Check that the value of a sample is its own, whatever other samples are beside it in a batch.
+
+    It isn't where outputs (N, 1) are held against targets (N,): their difference has the shape (N, N).
+
+    Args:
+        objective: Somebody's, with values by sample; of all others nothing is asked.
+        outputs: Of a batch.
+        targets: Likewise.
+        count: The number of samples.
+
+    Raises:
+        ValueError: Naming both shapes, where it is for them that values depend on other samples.
+    """
+    if not isinstance(objective, ValueObjective) or isinstance(objective, MetricObjective):
+        return
+    if is_ours(objective) or count < LEAST:
+        return
+    few = LEAST - 1
+
+    def values(given: Any, wanted: Any, number: int) -> Tensor:
+        found = objective.values(apart(objective, given), apart(objective, wanted))
+        return per_sample(objective, "values", found, number)
+
+    with torch.inference_mode(), named(objective, "values"):
+        whole, again = (values(outputs, targets, count) for _ in range(2))
+        try:
+            alone = values(samples(outputs, count, 0, few), samples(targets, count, 0, few), few)
+        except Exception:
+            return  # it takes whole batches alone
+    if not _are_close(whole, again):
+        warnings.warn(
+            f"objective {objective.name!r} gives other values of the same outputs from call to call: what is measured of a "
+            "policy is then chance in part",
+            stacklevel=2,
+        )
+        return
+    if _are_close(whole[:few], alone):
+        return
+    what = f"objective {objective.name!r} gives a sample another value when other samples are beside it in the batch"
+    of_tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    if of_tensors and outputs.dim() != targets.dim() and outputs.numel() == targets.numel():
+        raise ValueError(
+            f"{what}: outputs of shape {tuple(outputs.shape)} and targets of {tuple(targets.shape)} are spread over each "
+            "other; give both the same shape"
+        )
+    warnings.warn(f"{what}: values then depend on the size of batches", stacklevel=2)
+
+
+def _are_close(values: Tensor, others: Tensor) -> bool:
+    return torch.allclose(values, others, rtol=1e-3, atol=1e-5 * float(values.abs().nan_to_num().max()), equal_nan=True)
 
 
 def measure(

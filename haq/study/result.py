@@ -191,7 +191,8 @@ def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
     """
     objective = problem.objective
     if objective.takes_scores:
-        return {}
+        found = objective_of(problem).differences()
+        return {key: value for key, value in found.items() if key == "samples_are"}
     unit = "nats"
     if objective.distribution is not None:
         unit = objective.distribution.unit

@@ -8,6 +8,7 @@ result.save("found")
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -233,7 +234,8 @@ class Result:
                 "policies were judged under attack, which plain fine-tuning would train away: give the `adversary` to train "
                 "against (haq.training.Adversary)"
             )
-        on_outcome = options.pop("on_outcome", _warn_if_vain)
+        warn = functools.partial(_warn_if_vain, samples_are=self.problem.samples_are)
+        on_outcome = options.pop("on_outcome", warn)
         network, split, objective = given_to_tune(self.problem, loader, options.get("loss"))
         with _shown() as bar:
             line = bar.add_task("fine-tuning", total=None)
@@ -461,12 +463,12 @@ def check_rate(rate: Any) -> None:
         raise ValueError(f"learning_rate is {rate!r}; it must be a number above 0 and below {TOP_RATE:g}")
 
 
-def _warn_if_vain(outcome: Outcome) -> None:
+def _warn_if_vain(outcome: Outcome, samples_are: str) -> None:
     """Say it if fine-tuning didn't help."""
     if not outcome.kept:
         logger.warning(
-            f"fine-tuning did not help: on {outcome.images} images that were held out no epoch was better than the network "
-            "before, which was kept; try a lower learning_rate, or more images"
+            f"fine-tuning did not help: on {outcome.images} {samples_are} that were held out no epoch was better than the "
+            f"network before, which was kept; try a lower learning_rate, or more {samples_are}"
         )
 
 

@@ -63,7 +63,7 @@ class LoadedNetwork:
         device = find_device(config.device)
         network = networks.load(config.network).normalized(*config.normalization())
         if config.forward is not None:
-            network = replace(network, forward=_named_forward(config.forward))
+            network = replace(network, forward=named_forward(config.forward))
         most = allowed_bytes(config.memory)
         dataset = data.load(config.data, image_size=network.image_size, memory=most, search_images=config.search_images)
         # What is only a function isn't of classes.
@@ -230,6 +230,18 @@ class SearchTask(LoadedNetwork):
             on_progress=on_progress,
         )
 
+    def check_finetuning(self) -> None:
+        """Raise ValueError, saying what to do, if networks are to be fine-tuned and there is nothing to fine-tune them by."""
+        if not self.config.finetune_epochs and not self.config.finetune_steps:
+            return
+        if self.problem.objective.distribution is not None:
+            return
+        raise ValueError(
+            f"objective {self.problem.objective.name!r} has no distance between a network's outputs and the float network's, "
+            "which fine-tuning would lessen: search with --finetune-epochs 0, and give a loss of your own afterwards, with "
+            "haq finetune RUN --loss MODULE:FUNCTION"
+        )
+
     def network_signature(self) -> dict[str, str]:
         """Tell what doesn't depend on the hardware: sensitivities belong to it."""
         return super().signature() | self._schemes_signature()
@@ -296,7 +308,7 @@ def _count(calibration: Any) -> int:
     return sum(map(samples_in, calibration))
 
 
-def _named_forward(name: str) -> Forward:
+def named_forward(name: str) -> Forward:
     """Import what calls the network. Raises ValueError for what can't be found, and for what is no function."""
     found: Forward = import_by_name(name, "forward")
     if not callable(found):

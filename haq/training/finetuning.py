@@ -207,7 +207,7 @@ def check_samples(network: Network, split: Split, goal: Goal) -> None:
         ValueError: For too few of them, labels that are no classes, and an objective that has nothing to fine-tune by.
     """
     if len(split) < 3:
-        raise ValueError(f"fine-tuning takes at least 3 images, there are {len(split)}")
+        raise ValueError(f"fine-tuning takes at least 3 {split.samples_are}, there are {len(split)}")
     goal.check_teacher(network, split)
     labels = split.labels
     if labels is None:

@@ -75,13 +75,8 @@ class Goal:
         Raises:
             ValueError: If there is neither.
         """
-        objective = self.objective
-        if objective is not None and type(objective).look_at is not Objective.look_at:
-            inputs, targets = split.take(torch.arange(1))
-            inputs = network_inputs(network, inputs)
-            targets = to_device(targets, network.device)
-            outputs = in_evaluation(network, network.module, inputs, targets)
-            objective.look_at(objective.read(outputs), objective.aligned(inputs, targets))
+        if self.objective is not None and type(self.objective).look_at is not Objective.look_at:
+            _look(self.objective, network, split)
         if self.loss is None and self.objective is not None and self.objective.distribution is None:
             raise ValueError(
                 f"objective {self.name!r} has no distance between a network's outputs and the float network's, which "
@@ -205,6 +200,18 @@ class Goal:
             if str(name).startswith(AUX) and isinstance(value, Tensor) and value.dim() == answer.dim()
         ]
         return main, [{**main, names[0]: other} for other in others]
+
+
+def _look(objective: Objective, network: Network, split: Split) -> None:
+    """Show an objective the outputs for one sample."""
+    inputs, targets = split.take(torch.arange(1))
+    if targets is None and objective.needs_labels:
+        # Fine-tuning can do without targets; the objective knows outputs from the search then.
+        return
+    inputs = network_inputs(network, inputs)
+    targets = to_device(targets, network.device)
+    outputs = in_evaluation(network, network.module, inputs, targets)
+    objective.look_at(objective.read(outputs), objective.aligned(inputs, targets))
 
 
 def _first_of(outputs: Any, expected: Tensor) -> tuple[Any, list[Any]]:

@@ -95,7 +95,7 @@ def fit(
             range, patience without a judge, and a state of something else.
     """
     if len(split) < 2:
-        raise ValueError(f"training takes at least 2 images, there are {len(split)}")
+        raise ValueError(f"training takes at least 2 {split.samples_are}, there are {len(split)}")
     if config.adversary is not None:
         check_images(split)
     if config.patience is not None and judge is None:

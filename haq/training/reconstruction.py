@@ -83,7 +83,7 @@ def reconstruct(
             whose scheme can only round to the nearest.
     """
     if len(split) < 3:
-        raise ValueError(f"post-training quantization takes at least 3 images, there are {len(split)}")
+        raise ValueError(f"post-training quantization takes at least 3 {split.samples_are}, there are {len(split)}")
     began = time.monotonic()
     trained_on, held = hold_out(split)
     batches, count = calibration_of(network, trained_on)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from haq import evaluate, report, search
+from haq import evaluate, report, search, train
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.study.search_run import SearchRun
 from haq.study.task import SearchTask
@@ -78,3 +78,43 @@ def test_it_must_be_a_function(
     assert run_command(lambda: search.main([*JOB, "--forward", name, "--out", "run"])) == EXIT_BAD_INPUT
     assert reason in " ".join(capsys.readouterr().err.split())
     assert not Path("run/history.csv").exists()
+
+
+def test_a_training_calls_it_and_names_it_to_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = "{name: StackDataset(StackDataset(x[part], y[part]), labels[part]) for name, part in parts.items()}"
+    enter(tmp_path, monkeypatch, MODULE.replace(splits, f"{splits[:-1]} if name != 'search'}}"))
+    asked = [*JOB[:4], "--forward", "small_job:run", "--search-images", "30", "--memory", "1MB", "--epochs", "1"]
+    assert run_command(lambda: train.main([*asked, "--out", "trained.safetensors"])) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "70 train / 30 search / 50 test samples" in said
+    assert "--search-images 30 --memory 1MB --forward small_job:run" in said
+    assert run_command(lambda: train.main([*asked, "--memory", "much", "--out", "other.safetensors"])) == EXIT_BAD_INPUT
+
+
+def test_samples_that_are_no_images_are_called_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter(tmp_path, monkeypatch, MODULE.replace(".argmax(1)", ".argmin(1)"))
+    assert run_command(lambda: search.main([*JOB, "--forward", "small_job:run", "--out", "run"])) == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "50 samples of the search split, and guessing gives" in said
+    assert "train samples that were held out" in said
+    assert "images" not in said
+
+
+def test_an_objective_that_nothing_can_be_finetuned_by_is_said_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = """
+import haq
+class Judge(haq.Objective):
+    name = "judge"
+    distribution = None
+"""
+    enter(tmp_path, monkeypatch, MODULE + judge)
+    asked = [*JOB, "--forward", "small_job:run", "--objective", "small_job:Judge"]
+    assert run_command(lambda: search.main([*asked, "--out", "run"])) == EXIT_BAD_INPUT
+    assert "search with --finetune-epochs 0" in " ".join(capsys.readouterr().err.split())
+    assert not Path("run").exists()

@@ -359,3 +359,36 @@ def test_reading_draws_from_no_common_generator() -> None:
     split = data.Split(source_of(DataLoader(TensorDataset(X, MASKS), 6, shuffle=True, num_workers=1), "it", 100))
     assert numbers(split) == list(range(N))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Duck:
+    """A data set that is none of torch's, as those of Hugging Face, which gives lists of numbers."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"input_ids": [number, 1, 2, 3, 4], "label": number % 3}
+
+
+@pytest.mark.parametrize("kind", ["data set", "list of mappings", "list of pairs", "list of tensors"])
+def test_samples_by_index_are_samples_and_no_batches(kind: str) -> None:
+    given: Any = Duck()
+    if kind == "list of mappings":
+        given = [Duck()[number] for number in range(N)]
+    elif kind == "list of pairs":
+        given = [(X[number], number % 3) for number in range(N)]
+    elif kind == "list of tensors":
+        given = [(X[number], torch.tensor(number % 3)) for number in range(N)]
+    source = source_of(given, "`search`", 10**6)
+    assert source.count == N
+    first = leaves(source.take(torch.tensor([7, 9])))[0]
+    assert first[:, 0].tolist() == [7, 9]
+    assert source.labels is not None
+    assert source.labels.tolist() == [number % 3 for number in range(N)]
+
+
+def test_a_list_of_batches_stays_one() -> None:
+    batches = [(X[first : first + 8], MASKS[first : first + 8]) for first in range(0, N, 8)]
+    assert source_of(batches, "`search`", 10**6).count == N
+    assert source_of([{"x": X[:8], "labels": torch.zeros(8)}] * 2, "`search`", 10**6).count == 16

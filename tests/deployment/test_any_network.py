@@ -188,3 +188,31 @@ def test_what_an_exporter_of_images_cannot_take_is_named(inputs: Any, forward: A
     assert graph is None
     assert isinstance(given, AnySamples)
     assert given.forward is forward
+
+
+class Detector(nn.Module):
+    """Images of any size in a list, and a mapping for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Linear(6, 8)
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = []
+        for image in images:
+            boxes = self.b(self.a(image[None]).relu().mean((2, 3))).view(2, 4)
+            found.append({"boxes": boxes, "scores": boxes.sum(1).sigmoid()})
+        return found
+
+
+def test_images_in_a_list_are_taken_one_at_a_time_in_any_size(tmp_path: Path) -> None:
+    images = [torch.rand(3, 6 + number, 9 - number) for number in range(4)]
+    network = quantized(Detector(), images)
+    given = AnySamples((images, None), (images, None))
+    path = tmp_path / "network.onnx"
+    OnnxExporter().export_any(network, given, path)
+    verdict = OnnxExporter().compare_any(network, given, path)
+    assert verdict.same_answers
+    assert "4 of 4" in verdict.rows[0][1]
+    assert [row[0].split()[3] for row in verdict.rows[1:]] == ["boxes", "scores"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments import task_data, task_networks, tasks
+from experiments import task_data, task_faces, task_networks, tasks
 from experiments.tasks import EIGHT, FLOAT, FOUND, FOUR, Row, Task
 from haq.data import Split, load
 from haq.networks import Network
@@ -120,7 +120,7 @@ def test_silero_is_rebuilt_as_it_is() -> None:
 
 
 def test_the_cascade_bears_images_without_faces() -> None:
-    detector = task_networks.face_detector()
+    detector = task_faces.face_detector()
     for images in (torch.zeros(2, 3, 64, 64), torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(0))):
         with torch.inference_mode():
             found = detector(images)

@@ -261,3 +261,22 @@ def test_a_network_that_hides_its_tensors_is_one_sentence() -> None:
 
     with pytest.raises(ValueError, match="^Mapped can't be traced: .*"):
         hw_models.trace(Mapped(), torch.zeros(1, 3, 8))
+
+
+def test_a_product_that_was_freed_is_taken_for_no_other() -> None:
+    """As of norms by the mean of squares: what they square lies where a product lay before."""
+
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.weight = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            for _ in range(20):
+                # Nobody keeps it, so that the squares come where it was.
+                self.weight * x
+                x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1)
+            return x
+
+    assert not hw_models.trace(Norms(), torch.ones(2, 5, 8)).unpriced
