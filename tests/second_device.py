@@ -160,6 +160,7 @@ def _check_devices(function: Any, args: Any, kwargs: dict[str, Any], tensors: li
 def register() -> torch.device:
     """Make the device known to torch, and return it."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
+    delattr(torch.nn.Module, NAME)  # torch adds a method of that name, and networks have layers of that name
     library = torch.library.Library("aten", "IMPL")
     for schema in torch._C._jit_get_all_schemas():
         if not _creates(schema):

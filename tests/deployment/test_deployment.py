@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +24,17 @@ from haq import deploy, networks, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.deployment import folder as folders
 from haq.deployment import interpreter
+from haq.deployment import tvm as tvm_code
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
 from haq.deployment.program import Codes
+from haq.deployment.tvm import Layer
+from hw_models import load_target
+from hw_models.tvm_cpu import kernels
+from hw_models.tvm_cpu.choose import Choice
+from hw_models.tvm_cpu.kernel import Kernel
+from hw_models.tvm_cpu.measure import Timing
+from hw_models.tvm_cpu.target import CpuTarget
 from tests.commands.test_search_command import MODULE, QUICK
 
 pytest.importorskip("tvm")
@@ -33,10 +43,28 @@ IMAGES = 6
 WITHOUT_TORCH = 'import sys; sys.modules["torch"] = None'  # importing it raises ImportError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One for all tests of this file: the same layers aren't measured again.
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+MEASURED = CpuTarget.fastest
+
+
+def chosen_unmeasured(target: CpuTarget, wanted: Iterable[Layer]) -> dict[Layer, Choice]:
+    """Take another kernel for every layer of those that can compute it, at few bits one that goes bit by bit."""
+    chosen: dict[Layer, Choice] = {}
+    for layer in dict.fromkeys(wanted):
+        conv, w, a, signed = layer
+        able = kernels.candidates(conv, w, a, signed, target.cpu)
+        if w * a < 8:
+            able = [kernel for kernel in able if kernel.name.startswith("bits")] or able
+        kernel = able[(len(chosen) + w) % len(able)]
+        chosen[layer] = Choice(kernel, Timing(1e-6, 0.0, 1))
+    return chosen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unmeasured() -> Iterator[None]:
+    """Compile no kernel to measure it, which takes most of the time: whichever is chosen, integers are the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuTarget, "fastest", chosen_unmeasured)
+        yield
 
 
 class Small(nn.Module):
@@ -91,6 +119,28 @@ def test_every_operation(w: int, a: int, tmp_path: Path) -> None:
     network, images = small()
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=w, a=a), calibrate=images).eval()
     assert_same(quantized, images, tmp_path)
+
+
+def test_the_fastest_kernel_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stopwatch that needs no time: the last candidate is the fastest."""
+
+    def stopped(some: list[Kernel], *given: Any, **options: Any) -> dict[Kernel, Timing]:
+        return {kernel: Timing(1 / (1 + number), 0.0, 1) for number, kernel in enumerate(some)}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(CpuTarget, "fastest", MEASURED)
+    monkeypatch.setattr("hw_models.tvm_cpu.target.measure", stopped)
+    monkeypatch.setattr("hw_models.tvm_cpu.target.Reference", lambda *given: lambda: 1.0)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network, images = nn.Sequential(*layers).eval(), torch.randn(2, 3, 8, 8)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=images).eval()
+    deployed = assert_same(quantized, images, tmp_path / "deployed")
+    (layer,) = tvm_code.layers(lower(capture(quantized, images), quantized, images))
+    target: Any = load_target("cpu")
+    able = kernels.candidates(*layer[:3], False, target.cpu)
+    assert len(able) > 2
+    assert able[-1].name in [step["code"] for step in deployed.description["steps"]]
 
 
 def test_mixed_policy_with_float_layers(tmp_path: Path) -> None:
@@ -187,10 +237,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small compiled network."""
     network, images = small()
     folder = tmp_path_factory.mktemp("written") / "deployed"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
-        deploy.to_tvm(quantized, images, folder)
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
+    deploy.to_tvm(quantized, images, folder)
     return folder
 
 
@@ -334,15 +382,13 @@ def test_what_is_off_by_more_than_rounding_is_not_written(tmp_path: Path, monkey
     assert not (tmp_path / "deployed").exists()
 
 
-def test_bad_folders_and_images(tmp_path: Path) -> None:
+def test_bad_folders_and_images(written: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no network.json: python -m haq.deploy RUN --to tvm"):
         deploy.load(tmp_path)
     (tmp_path / "network.json").write_text("{}")
     with pytest.raises(ValueError, match="is of format 'None', not 'haq-deployed-2'"):
         deploy.load(tmp_path)
-    network, images = small()
-    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=images).eval()
-    deployed = deploy.to_tvm(quantized, images, tmp_path / "deployed")
+    deployed = deploy.load(written)
     with pytest.raises(ValueError, match=r"float32 images \(N, 3, 16, 16\), not float32 of \(1, 1, 16, 16\)"):
         deployed(np.zeros((1, 1, 16, 16), np.float32))
     with pytest.raises(ValueError, match="not uint8"):

@@ -61,13 +61,12 @@ EARLY, AFTER, LATE = (SearchRun, "record", 7), (Checkpoint, "write", 2), (Search
     ("solver", "env", "moments"),
     [
         ("ddpg", "plan", (EARLY, AFTER, LATE)),
-        ("td3", "plan", (AFTER,)),
+        ("td3", "haq", (AFTER,)),
         ("sac", "plan", (AFTER,)),
-        ("ddpg", "haq", (AFTER,)),
         # Each of the solvers, environments and moments is tried above with another.
-        pytest.param("td3", "plan", (EARLY, LATE), marks=pytest.mark.slow),
+        pytest.param("td3", "plan", (EARLY, AFTER, LATE), marks=pytest.mark.slow),
         pytest.param("sac", "plan", (EARLY, LATE), marks=pytest.mark.slow),
-        pytest.param("ddpg", "haq", (EARLY, LATE), marks=pytest.mark.slow),
+        pytest.param("ddpg", "haq", (EARLY, AFTER, LATE), marks=pytest.mark.slow),
         pytest.param("sac", "haq", (EARLY, AFTER, LATE), marks=pytest.mark.slow),
     ],
 )
