@@ -35,7 +35,8 @@ def nodes() -> Iterator[Any]:
     """A cluster of two machines, as far as Ray knows, with a processor each."""
     # Machines import what this process does, small_job.py too, which each test has in a folder of its own.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    os.environ["RAY_worker_niceness"] = "0"  # or workers wait for whatever else runs, the other tests first of all
+    # Or workers wait for whatever else runs, the other tests first of all.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
     from ray.cluster_utils import Cluster
 
     options = {"num_cpus": 1, "object_store_memory": MEMORY}
