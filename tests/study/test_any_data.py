@@ -72,6 +72,7 @@ class Pixels(ValueObjective):
     """Which share of an image's pixels is in its class."""
 
     unit = "%"
+    higher_is_better = True
 
     def values(self, outputs: Any, targets: Any) -> Tensor:
         return (outputs.argmax(1) == targets).flatten(1).double().mean(1)
