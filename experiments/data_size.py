@@ -88,7 +88,7 @@ def build(folder: Path, count: int, memory: str) -> SearchTask:
     """Put the search together, on `count` images."""
     return SearchTask.build(
         SearchConfig(
-            network=f"{__name__ if __name__ != '__main__' else 'experiments.data_size'}:network",
+            network="experiments.data_size:network",
             data=f"imagefolder:{folder}",
             search_images=count,
             memory=memory,

@@ -36,12 +36,15 @@ from haq.study.config import (
     AnotherScheme,
     check_name,
     check_rate,
+    forward_setting,
     known_schemes,
+    optimizer_setting,
     read_channels,
+    schedule_setting,
     scheme_parts,
 )
 from haq.training.adversaries import STEPS, Adversary
-from haq.training.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, check_schedule, usual_rate
+from haq.training.optimizers import SCHEDULES, check_optimizer, check_schedule, usual_rate
 from hw_models import trust
 
 if TYPE_CHECKING:
@@ -130,15 +133,7 @@ class TrainOptions(AnotherScheme):
         metavar="NUMBERS",
         default_words="the network's own; 1 for module:Name",
     )
-    forward: str | None = setting(
-        None,
-        "module:function of (network, batch) that computes the outputs, where that takes more than calling the network with "
-        "the inputs; a batch is (inputs, targets)",
-        group=TRAINED,
-        metavar="NAME",
-        default_words="the network itself",
-        names=lambda: (),
-    )
+    forward: str | None = forward_setting(TRAINED)
     objective: str = setting(
         ACCURACY,
         "whose loss is minimised, and by what networks are judged: a name as `haq list objectives` shows them, or module:Name",
@@ -196,21 +191,8 @@ class TrainOptions(AnotherScheme):
         metavar="N",
         default_words=", ".join(f"{kind} {count}" for kind, count in STEPS.items()),
     )
-    optimizer: str = setting(
-        "sgd",
-        "sgd, adam, or a class of torch.optim by name, such as AdamW",
-        group=TRAINING,
-        metavar="NAME",
-        names=lambda: OPTIMIZERS,
-    )
-    schedule: str = setting(
-        SCHEDULES[0],
-        f"of the learning rate: {', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, such as "
-        "StepLR,step_size=10,gamma=0.5",
-        group=TRAINING,
-        metavar="NAME",
-        names=lambda: SCHEDULES,
-    )
+    optimizer: str = optimizer_setting(TRAINING)
+    schedule: str = schedule_setting(TRAINING)
     patience: int | None = setting(
         None,
         "epochs in a row without a better network after which training ends",

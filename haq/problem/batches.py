@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -233,15 +233,7 @@ def read_any(data: Any, name: str) -> list[Any] | None:
         return None
     if isinstance(data, Mapping) or (isinstance(data, tuple) and len(data) == 2):
         return [data]
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, BATCH, collate_fn=functools.partial(_collated, name=name))
-    try:
-        batches = iter(data)
-    except TypeError as error:
-        raise TypeError(
-            f"`{name}` is {_shown(data)}; it must be a tensor, a pair (inputs, labels) of tensors, a Dataset, a DataLoader, "
-            "or an iterable of batches"
-        ) from error
+    batches = _iterated(data, name)
     # Copies: some loaders fill the same memory again with every batch.
     found = [map_tensors(batch, torch.clone) for batch in batches]
     if not found:
@@ -317,17 +309,22 @@ def _batches_of(data: Any, name: str) -> list[tuple[Tensor, Tensor | None]]:
                 f"`{name}` is a pair of two batches of inputs, where a pair is (inputs, labels): give batches as a list"
             )
         return [(inputs, labels)]
+    batches = _iterated(data, name)
+    # Copies: some loaders fill the same memory again with every batch.
+    return [_copied(*_pair(batch, name)) for batch in batches]
+
+
+def _iterated(data: Any, name: str) -> Iterator[Any]:
+    """Go through the batches of whatever a user has. Raises TypeError for what gives none."""
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, BATCH, collate_fn=functools.partial(_collated, name=name))
     try:
-        batches = iter(data)
+        return iter(data)
     except TypeError as error:
         raise TypeError(
             f"`{name}` is {_shown(data)}; it must be a tensor, a pair (inputs, labels) of tensors, a Dataset, a DataLoader, "
             "or an iterable of batches"
         ) from error
-    # Copies: some loaders fill the same memory again with every batch.
-    return [_copied(*_pair(batch, name)) for batch in batches]
 
 
 def _collated(samples: list[Any], name: str) -> Any:

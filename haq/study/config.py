@@ -74,6 +74,42 @@ class _Config(BaseModel):
         return self.model_dump(mode="json")
 
 
+def optimizer_setting(group: str) -> Any:
+    """Make the option that names an optimizer, in a group of options."""
+    return setting(
+        OPTIMIZERS[0],
+        "sgd, adam, or a class of torch.optim by name, such as AdamW",
+        group=group,
+        metavar="NAME",
+        names=lambda: OPTIMIZERS,
+    )
+
+
+def schedule_setting(group: str) -> Any:
+    """Make the option that names a schedule of the learning rate, in a group of options."""
+    return setting(
+        SCHEDULES[0],
+        f"of the learning rate: {', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, such as "
+        "StepLR,step_size=10,gamma=0.5",
+        group=group,
+        metavar="NAME",
+        names=lambda: SCHEDULES,
+    )
+
+
+def forward_setting(group: str) -> Any:
+    """Make the option that names a function which calls the network, in a group of options."""
+    return setting(
+        None,
+        "module:function of (network, batch) that computes the outputs, where that takes more than calling the network with "
+        "the inputs; a batch is (inputs, targets)",
+        group=group,
+        metavar="NAME",
+        default_words="the network itself",
+        names=lambda: (),  # it is code, that whoever types it may have imported
+    )
+
+
 class SearchConfig(_Config):
     """What a search is asked to do: the options of `haq search`."""
 
@@ -121,15 +157,7 @@ class SearchConfig(_Config):
         metavar="NUMBERS",
         default_words="the network's own; 1 for module:Name",
     )
-    forward: str | None = setting(
-        None,
-        "module:function of (network, batch) that computes the outputs, where that takes more than calling the network with "
-        "the inputs; a batch is (inputs, targets)",
-        group=SEARCHED,
-        metavar="NAME",
-        default_words="the network itself",
-        names=lambda: (),  # it is code, that whoever types it may have imported
-    )
+    forward: str | None = forward_setting(SEARCHED)
     hw: str = setting(
         "edge",
         "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
@@ -712,21 +740,8 @@ class FinetuneConfig(AnotherScheme):
     )
     seed: int = setting(0, "of the order of images", group=TUNING)
     amp: bool = setting(False, "train in mixed precision, float16 or bfloat16 where that does no harm", group=TUNING)
-    optimizer: str = setting(
-        OPTIMIZERS[0],
-        "sgd, adam, or a class of torch.optim by name, such as AdamW",
-        group=TUNING,
-        metavar="NAME",
-        names=lambda: OPTIMIZERS,
-    )
-    schedule: str = setting(
-        SCHEDULES[0],
-        f"of the learning rate: {', '.join(SCHEDULES)}, or a class of torch.optim.lr_scheduler, such as "
-        "StepLR,step_size=10,gamma=0.5",
-        group=TUNING,
-        metavar="NAME",
-        names=lambda: SCHEDULES,
-    )
+    optimizer: str = optimizer_setting(TUNING)
+    schedule: str = schedule_setting(TUNING)
     patience: int | None = setting(
         None,
         "epochs in a row without a lower loss on held-out samples after which training ends",

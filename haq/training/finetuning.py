@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -51,6 +52,8 @@ from haq.training.loop import Judge, batches_in, fit
 from haq.training.optimizers import usual_rate
 from quantizers.calling import count_of, leaves, to_device
 from quantizers.norms import is_frozen, running_norms, take_statistics
+
+logger = logging.getLogger("haq")
 
 TUNING_BATCH = 32  # images of a step: many small steps, since with few images it is their number that counts
 TUNING_RATE = 0.005
@@ -474,13 +477,22 @@ class HeldOutLoss:
             outputs: In evaluation mode.
             targets: Of the batch.
             count: The number of samples.
+
+        Raises:
+            ValueError: If the loss can't be computed, but could on samples before.
         """
         if self.loss is None:
             return
         try:
             with torch.no_grad():
                 found = float(user_loss(self.loss, outputs, targets))
-        except ValueError:
+        except ValueError as error:
+            if self.seen:
+                raise  # a mean over some of the samples can't be held against one over all
+            logger.warning(
+                f"{error}; that is in evaluation mode, on held-out samples: networks are judged there by how far their "
+                "outputs are from the float network's instead"
+            )
             self.loss = None
             return
         self.total += found * count

@@ -26,6 +26,7 @@ from haq.problem.objective import Accuracy, BlackBox, MetricObjective, Objective
 from haq.problem.tally import measure
 from haq.store.checkpoint import Checkpoint
 from haq.training.config import Judgement, Outcome
+from haq.training.finetuning import HeldOutLoss
 from haq.training.optimizers import SCHEDULES, torch_optimizers, torch_schedulers, usual_rate
 from haq.training.schedules import share_of_peak
 from tests.conftest import brightest, fitted_network, images, small_network
@@ -551,6 +552,23 @@ def test_a_network_is_called_as_the_user_says() -> None:
     qnetwork = quantized(network, split)
     tuned = [training.finetune(one, qnetwork, split, epochs=2, seed=0, objective=objective) for one in (network, own)]
     assert all(torch.equal(value, tuned[1].state_dict()[key]) for key, value in tuned[0].state_dict().items())
+
+
+def test_a_loss_that_means_nothing_in_evaluation_mode_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def of_both(outputs: Any, targets: Any) -> Tensor:
+        return (outputs[0] - targets).square() + outputs[1]
+
+    losses = HeldOutLoss(of_both)
+    losses.add([torch.ones(2)], torch.zeros(2), 2)
+    losses.add([torch.ones(2)], torch.zeros(2), 2)
+    assert losses.mean(3.0) == 3
+    (record,) = caplog.records
+    assert "judged there by how far their outputs are from the float network's" in record.getMessage()
+    sometimes = HeldOutLoss(of_both)
+    sometimes.add([torch.ones(2), torch.ones(2)], torch.zeros(2), 2)
+    assert sometimes.mean(3.0) == 2
+    with pytest.raises(ValueError, match="list index out of range"):
+        sometimes.add([torch.ones(2)], torch.zeros(2), 2)
 
 
 def test_whole_groups_are_held_out() -> None:
