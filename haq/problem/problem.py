@@ -390,7 +390,8 @@ class Problem:
         able = (self.table.supported & self._meaningful)[free]
         found = []
         for others in ((0, 2), (0, 1)):
-            wide = np.flatnonzero(able.any(others)[WIDE:]) + WIDE
+            by_width: NDArray[np.bool_] = np.any(able, axis=others)
+            wide = np.flatnonzero(by_width[WIDE:]) + WIDE
             found.append((*range(FEW_BITS[0], FEW_BITS[1] + 1), *map(int, at_places(wide))))
         return WidthsAsked(*found)
 
