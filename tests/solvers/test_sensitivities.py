@@ -216,7 +216,7 @@ def test_gradients_leave_the_networks_as_they_were_and_know_widths_that_a_scheme
     network, qnetwork, x = quantized_twice()
     before = {name: tensor.clone() for name, tensor in qnetwork.state_dict().items()}
     again = [gradient_increases(network, qnetwork, ["layer"], [x])["layer"] for _ in range(2)]
-    assert np.array_equal(*again, equal_nan=True)
+    assert np.array_equal(again[0], again[1], equal_nan=True)
     assert (again[0][:, 1] > again[0][:, 7]).all()
     assert Q.get_policy(qnetwork) == {"layer": (8, 8)}
     assert all(torch.equal(tensor, before[name]) for name, tensor in qnetwork.state_dict().items())
