@@ -46,9 +46,11 @@ from haq.problem.schemes import (
     check_rounding,
     check_widths,
     check_zero_points,
+    full_range,
     linear_for,
     meaningful_metrics,
     meaningful_pairs,
+    obeying,
     overhead_bytes,
     roundings_by_layer,
     schemes_by_layer,
@@ -226,7 +228,10 @@ class Problem:
         self.groups = self._groups(tied)
         if any(name in STORED_ONCE for name in (self.metric, *self._budgets)):
             self.groups = joined(self.groups, self.workload.tied_weights)
-        self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        self._schemes_asked = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
+        self.schemes = obeying(self._schemes_asked, target)
         check_rounding(rounding, self.schemes, self._pins_asked or Q.ends(self.workload.names))
         for name in (self.metric, *self._budgets):
             check_metric(self.schemes, name)
@@ -294,7 +299,7 @@ class Problem:
             budget: See `Problem`; the metrics that are limited can't be others.
 
         Raises:
-            ValueError: As `Problem` does.
+            ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """
         made = copy.copy(self)
         asked = made._asked(budget, self.metric)
@@ -303,7 +308,14 @@ class Problem:
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
         made._budgets = asked
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
         if target is not self.target:
+            if obeying(self._schemes_asked, target) != self.schemes:
+                raise ValueError(
+                    f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
+                    "evaluated for one says nothing of the other: make another problem for it"
+                )
             made._price(target)
         made._set_limits()
         return made
@@ -355,13 +367,11 @@ class Problem:
             return metric
         return "storage"
 
-    def _price(self, target: str | hw_models.Target) -> None:
+    def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
-        if isinstance(target, str):
-            target = hw_models.load_target(target)
         self.target = target
         check_zero_points(self.schemes, target)
-        table = price(target, self.workload, self.batch)
+        table = price(target, self.workload, self.batch, full_range=full_range(self.schemes))
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
