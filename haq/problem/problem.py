@@ -378,7 +378,7 @@ class Problem:
         self.table = table
         for name in self._budgets:
             if name not in table.all_metrics:
-                raise ValueError(f"{target.name} has no metric {name!r}; a budget can be of {', '.join(table.all_metrics)}")
+                raise ValueError(f"{target.name} has no metric {name!r}; it has {', '.join(table.all_metrics)}")
         self.cost = priced(table, self.metric)
         self.pinned = self._pinned()
         self._choose()
