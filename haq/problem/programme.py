@@ -8,90 +8,25 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, vstack
 
 from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
-from hw_models import Workload
+from haq.problem.peak import FLOAT_BITS, Peak, padded
+from haq.problem.stock import Stock
 
 SCALE = 1e4  # HiGHS works to absolute tolerances near 1e-7: numbers of this size make them harmless
-FLOAT_BITS = 32  # what a buffer that no layer reads is held in
 MOST_KEPT = 200_000  # answers that are remembered
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Sums = Sequence[tuple[Floats, float]]  # what every option costs, and the limit of the total cost
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The most memory that activations take at one time, as a limit on what decisions take together.
-
-    It is no sum over decisions: a buffer is as wide as the widest of its readers reads it.
-
-    Attributes:
-        widths: Activation bits of every option, shape (decisions, options); 0 where a decision has fewer options.
-        elements: How many values each buffer holds, shape (buffers,).
-        reads: Which decision reads which buffer, shape (buffers, decisions); one that none reads is held in float32.
-        alive: Which buffers are held together, shape (moments, buffers).
-        limit: Bytes.
-    """
-
-    widths: NDArray[np.int64]
-    elements: NDArray[np.int64]
-    reads: Flags
-    alive: Flags
-    limit: float
-
-    @classmethod
-    def of(cls, workload: Workload, decisions: Sequence[Decision], batch: int, limit: float) -> Peak:
-        """Describe the peak of a workload by its decisions; see `hw_models.storage.peak_activation_bytes`.
-
-        Args:
-            workload: Traced layers.
-            decisions: What there is to decide.
-            batch: Images at a time.
-            limit: Bytes.
-
-        Returns:
-            The peak; of moments that hold nothing that another one doesn't hold as well only one is kept.
-        """
-        widths = _padded([decision.pairs[:, 1] for decision in decisions], 0).astype(np.int64)
-        of_layer = {layer: index for index, decision in enumerate(decisions) for layer in decision.layers}
-        first, last, elements = np.array([(b.first, b.last, b.elements * batch) for b in workload.buffers]).T
-        reads = np.zeros((len(elements), len(decisions)), bool)
-        for row, buffer in zip(reads, workload.buffers, strict=True):
-            row[[of_layer[layer] for layer in buffer.readers]] = True
-        moments = np.unique(first)[:, None]
-        alive = np.unique((first <= moments) & (moments <= last), axis=0)
-        within = (alive[:, None] <= alive[None]).all(2)
-        return cls(widths, elements, reads, alive[within.sum(1) == 1], limit)
-
-    def sizes(self, widest: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the bytes of buffers (..., buffers) of which the widest reader's bits are given; 0 bits: no reader."""
-        return -(-self.elements * np.where(self.reads.any(1), widest, FLOAT_BITS) // 8)
-
-    def widest(self, options: Sequence[int]) -> NDArray[np.int64]:
-        """Return the bits of every buffer if the first decisions take these options, and no other reads any."""
-        count = len(options)
-        taken = self.widths[np.arange(count), np.asarray(options, int)]
-        found: NDArray[np.int64] = np.where(self.reads[:, :count], taken, 0).max(1, initial=0)
-        return found
-
-    def moments(self, widest: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the bytes held at each moment (..., moments), for buffers of given bits (..., buffers)."""
-        held: NDArray[np.int64] = self.sizes(widest) @ self.alive.T.astype(np.int64)
-        return held
-
-    def amount(self, options: Sequence[int]) -> float:
-        """Return the bytes of an option for every decision."""
-        return float(self.moments(self.widest(options)).max())
 
 
 class Conflict(NamedTuple):
@@ -118,15 +53,17 @@ class Programme:
             limits: Of the total costs, one at least.
             peak: The limit of the peak of memory; its widths are those of the decisions.
         """
-        rows = [_padded([decision.prices for decision in decisions], np.inf)]
-        for index in range(len(limits) - 1):
-            rows.append(_padded([decision.others[index] for decision in decisions], np.inf))
-        self.prices = np.array(rows)
         self.limits = np.asarray(limits, float)
         self.peak = peak
         self.counts = [len(decision.pairs) for decision in decisions]
+        self.prices = np.full((len(limits), len(decisions), max(self.counts)), np.inf)
+        for row, decision in enumerate(decisions):
+            self.prices[0, row, : self.counts[row]] = decision.prices
+            if len(limits) > 1:
+                self.prices[1:, row, : self.counts[row]] = decision.others
         self._ceilings = self.limits * (1 + 0.9 * ROUNDING)
         self._available = np.isfinite(self.prices[0])
+        self._answers: dict[tuple[int, ...], tuple[int, ...] | None] = {}
 
     def totals(self, options: Sequence[int]) -> Floats:
         """Return what the first decisions cost together if they take these options, shape (limits,)."""
@@ -152,7 +89,7 @@ class Programme:
         Returns:
             An option for every decision; None if nothing fits.
         """
-        table = _padded([np.asarray(row, float)[:count] for row, count in zip(losses, self.counts, strict=True)], np.inf)
+        table = padded([np.asarray(row, float)[:count] for row, count in zip(losses, self.counts, strict=True)], np.inf)
         available = self._open(start) & np.isfinite(table)
         if not available.any(1).all():
             return None
@@ -195,9 +132,75 @@ class Programme:
             return float(np.inf)
         return self.peak.amount(found.tolist())
 
+    def room(self, options: Sequence[int], decision: int) -> Flags:
+        """Tell which options of a decision fit, all others taking theirs, shape (options,)."""
+        totals, moments = self._instead(options, decision)
+        fits: Flags = np.all(totals <= self.limits[:, None] * (1 + ROUNDING), axis=0)
+        if self.peak is not None:
+            fits &= moments[0].max(1) <= self.peak.limit * (1 + ROUNDING)
+        return fits
+
+    def excess(self, options: Sequence[int], decision: int) -> Floats:
+        """Tell by how much limits are exceeded with each option of a decision, all others taking theirs, shape (options,).
+
+        That is the sum over the limits of what exceeds them, in parts of them; 0 where all hold. For the peak it is the sum
+        over the moments. What counts there is half what the widest reader of a buffer asks for and half what all of them do
+        on average: to narrow one of two readers is a step, though the buffer is as large as before.
+        """
+        totals, moments = self._instead(options, decision)
+        parts = totals / self.limits[:, None] - 1
+        found: Floats = np.where(parts > ROUNDING, parts, 0.0).sum(0)
+        if self.peak is not None:
+            over = moments[0] > self.peak.limit * (1 + ROUNDING)
+            found += np.where(over, moments[0] - self.peak.limit + moments[1], 0.0).sum(1) / self.peak.limit
+        return found
+
+    def _instead(self, options: Sequence[int], decision: int) -> tuple[Floats, tuple[Floats, Floats]]:
+        """Tell what there is with each option of a decision, all others taking theirs.
+
+        Returns:
+            The totals, shape (limits, options); and bytes at every moment, shape (options, moments), as buffers are, and with
+            buffers as large as their readers ask for on average.
+        """
+        count = self.counts[decision]
+        prices = self.prices[:, decision, :count]
+        totals = (self.totals(options) - prices[:, options[decision]])[:, None] + prices
+        if self.peak is None:
+            return totals, (np.zeros((count, 0)), np.zeros((count, 0)))
+        peak = self.peak
+        taken = peak.widths[np.arange(len(options)), np.asarray(options, int)]
+        widths = np.where(np.arange(len(taken)) == decision, peak.widths[decision, :count, None], taken)
+        read = np.where(peak.reads, widths[:, None], 0)
+        readers = np.maximum(peak.reads.sum(1), 1)
+        held = peak.moments(read.max(2)).astype(float)
+        asked = (peak.elements * read.sum(2) / (8 * readers)) @ peak.alive.T
+        return totals, (held, asked)
+
     def completes(self, start: Sequence[int]) -> bool:
         """Say whether the decisions that follow can be chosen so that all limits hold."""
-        return self.feasible(start) is not None
+        return self.completion(start) is not None
+
+    def completion(self, start: Sequence[int]) -> tuple[int, ...] | None:
+        """Find an option for every decision that fits, the first ones being given; None if there is none.
+
+        It answers as `feasible` does, and remembers. Most answers come from simple bounds, and from what was found before.
+        """
+        key = tuple(start)
+        if key in self._answers:
+            return self._answers[key]
+        found = None
+        before = self._answers.get(key[:-1])
+        if key and before is not None and before[len(key) - 1] == key[-1]:
+            found = before
+        elif self._stock.seems_possible(key):
+            found = self._stock.complete(key)
+            if found is None and (options := self.feasible(key)) is not None:
+                found = tuple(options)
+                self._stock.keep(found)
+        if len(self._answers) >= MOST_KEPT:
+            self._answers.clear()
+        self._answers[key] = found
+        return found
 
     def conflict(self) -> Conflict | None:
         """Find the fewest limits that can't be met together; None if all of them can."""
@@ -214,6 +217,33 @@ class Programme:
                     return Conflict(chosen, tuple(least))
         return Conflict(tuple(range(len(amounts))), tuple(self.least(one) for one in range(len(amounts))))
 
+    def surrogates(self, losses: Any) -> list[tuple[Floats, float]]:
+        """Return single budgets that whatever fits all limits keeps as well.
+
+        The first is the tightest for these losses: the limits weighted by their multipliers in the linear relaxation
+        (Glover, "Surrogate constraints", Operations Research 1968). The others are the limits of sums themselves.
+
+        Args:
+            losses: What every option loses, by decision.
+
+        Returns:
+            For each what the options cost, shape (decisions, options), and the limit of the total; both in parts of a limit.
+        """
+        table = padded([np.asarray(row, float)[:count] for row, count in zip(losses, self.counts, strict=True)], np.inf)
+        found = [
+            (prices / limit, float(ceiling / limit))
+            for prices, limit, ceiling in zip(self.prices, self.limits, self._ceilings, strict=True)
+        ]
+        sums = [(cost, float(limit)) for cost, limit in zip(self.prices, self._ceilings, strict=True)]
+        relaxed = relaxation(table, self._available & np.isfinite(table), sums, self.peak)
+        if relaxed is not None:
+            found.insert(0, relaxed)
+        return found
+
+    @cached_property
+    def _stock(self) -> Stock:
+        return Stock(self.prices, self._ceilings, self.peak)
+
     def _open(self, start: Sequence[int]) -> Flags:
         """Tell which options may still be taken after the first decisions took theirs, shape (decisions, options)."""
         available = self._available.copy()
@@ -229,7 +259,7 @@ class Programme:
             # What a decision reads is no smaller at more bits.
             respects.append(np.where(self.peak.reads.any(0)[:, None], self.peak.widths, 0).astype(float))
         values = np.where(available, np.array(respects), np.inf)
-        better = np.ones((*available.shape, available.shape[1]), bool)
+        better: Flags = np.ones((*available.shape, available.shape[1]), bool)
         same = better.copy()
         for value in values:
             better &= value[:, :, None] <= value[:, None, :]
@@ -267,24 +297,18 @@ def minimise(
         RuntimeError: If HiGHS finds neither a solution nor a proof that there is none.
     """
     rows, options = losses.shape
-    goal = _goal(losses, available).ravel()
-    upper = available.ravel().astype(float)
-    constraints = [*_structure(rows, options, tied), *(_sum(costs, limit, available) for costs, limit in limits)]
-    integrality = np.ones(rows * options)
-    if peak is not None:
-        memory, held = _memory(peak, of_peak)
-        constraints = [_widened(one, held) for one in constraints] + memory
-        goal = np.append(goal, np.zeros(held))
-        if of_peak:
-            goal[-1] = 1.0
-        upper = np.append(upper, np.full(held, np.inf))
-        integrality = np.append(integrality, np.zeros(held))
+    equal, within, held = _constraints(available, limits, peak, tied, of_peak)
+    goal = np.append(_goal(losses, available).ravel(), np.zeros(held))
+    if of_peak:
+        goal[-1] = 1.0
+    upper = np.append(available.ravel().astype(float), np.full(held, np.inf))
+    integrality = np.append(np.ones(rows * options), np.zeros(held))
     with _silent():
         result: Any = milp(
             goal,
             integrality=integrality,
             bounds=Bounds(0, upper),
-            constraints=constraints,
+            constraints=[*equal, *within],
             options={"mip_rel_gap": 0.0},
         )
     # Presolve may tell no more than that it is infeasible or unbounded, which losses from 0 up are not.
@@ -296,12 +320,67 @@ def minimise(
     return chosen
 
 
-def _padded(rows: Sequence[Any], value: float) -> Floats:
-    """Make one array of rows of different lengths; the shorter ones end in a value."""
-    padded = np.full((len(rows), max(map(len, rows))), value, float)
-    for row, given in zip(padded, rows, strict=True):
-        row[: len(given)] = given
-    return padded
+def relaxation(losses: Floats, available: Flags, limits: Sums, peak: Peak | None) -> tuple[Floats, float] | None:
+    """Weigh limits by their multipliers in the linear relaxation of `minimise`, so that they become one.
+
+    Args:
+        losses: What every option loses, shape (rows, options).
+        available: Which options may be taken, same shape.
+        limits: What every option costs, same shape, and the limit of the total.
+        peak: A limit of the peak of memory.
+
+    Returns:
+        What every option costs by that one limit, shape (rows, options), and the limit; None if no limit binds, or nothing
+        fits.
+    """
+    equal, within, held = _constraints(available, limits, peak, (), False)
+    goal = np.append(_goal(losses, available).ravel(), np.zeros(held))
+    upper = np.append(available.ravel().astype(float), np.full(held, np.inf))
+    matrix = csr_array(vstack([csr_array(one.A) for one in within]))
+    most = np.concatenate([np.atleast_1d(one.ub) * np.ones(csr_array(one.A).shape[0]) for one in within])
+    with _silent():
+        result = linprog(
+            goal,
+            A_ub=matrix,
+            b_ub=most,
+            A_eq=csr_array(equal[0].A),
+            b_eq=np.ones(len(losses)),
+            bounds=np.stack([np.zeros(len(upper)), upper], axis=1),
+        )
+    if result.status != 0:
+        return None
+    multipliers = np.maximum(-result.ineqlin.marginals, 0.0)
+    limit = float(multipliers @ most)
+    if limit <= 0:
+        return None
+    # What a buffer takes is at least what its readers ask for, so these can stand in its place.
+    prices = (matrix.T @ multipliers)[: losses.size].reshape(losses.shape)
+    return np.where(available, prices / limit, np.inf), 1.0
+
+
+def _constraints(
+    available: Flags, limits: Sums, peak: Peak | None, tied: Sequence[Sequence[int]], of_peak: bool
+) -> tuple[list[LinearConstraint], list[LinearConstraint], int]:
+    """Write down what holds; see `minimise`.
+
+    Args:
+        available: Which options may be taken.
+        limits: Of totals.
+        peak: A limit of the peak of memory.
+        tied: Groups of rows that must take the same option.
+        of_peak: Whether that limit is a variable.
+
+    Returns:
+        Equations, inequalities, and how many variables there are beside those of the options.
+    """
+    rows, options = available.shape
+    equal = _structure(rows, options, tied)
+    within = [_sum(costs, limit, available) for costs, limit in limits]
+    if peak is None:
+        return equal, within, 0
+    memory, held = _memory(peak, of_peak)
+    equal = [_widened(one, held) for one in equal]
+    return equal, [*(_widened(one, held) for one in within), *memory], held
 
 
 def _goal(losses: Floats, available: Flags) -> Floats:

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import quantizers as Q
+from haq.problem.peak import Peak
 from haq.problem.problem import Problem
-from haq.problem.programme import Peak, minimise
+from haq.problem.programme import minimise
 from haq.solvers import sensitivity
 from haq.solvers.base import Session, Solver
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haq.problem.decision import Decision
-from haq.problem.programme import Peak, Programme
+from haq.problem.peak import Peak
+from haq.problem.programme import Programme
 from haq.solvers import ilp
 from hw_models.workload import Buffer
 
@@ -61,12 +62,10 @@ def totals(decisions: list[Any], options: tuple[int, ...]) -> np.ndarray:
 
 
 def fitting(decisions: list[Any], limits: list[float], peak: Peak | None) -> list[tuple[int, ...]]:
-    found = []
-    for options in every(decisions):
-        if (totals(decisions, options) <= np.array(limits) * ROUNDING).all():
-            if peak is None or peak.amount(options) <= peak.limit:
-                found.append(options)
-    return found
+    within = [one for one in every(decisions) if (totals(decisions, one) <= np.array(limits) * ROUNDING).all()]
+    if peak is None:
+        return within
+    return [one for one in within if peak.amount(one) <= peak.limit]
 
 
 @settings(max_examples=80)
@@ -89,6 +88,28 @@ def test_the_best_is_that_of_brute_force(given_: tuple[list[Any], list[float], P
             assert tuple(best) in reached
             lost = [sum(loss[pick] for loss, pick in zip(losses, options, strict=True)) for options in reached]
             assert sum(loss[pick] for loss, pick in zip(losses, best, strict=True)) == pytest.approx(min(lost))
+
+
+@settings(max_examples=60)
+@given(programmes(), st.integers(0, 2**32 - 1))
+def test_whatever_fits_keeps_each_surrogate_and_what_may_replace_an_option_is_told(
+    given_: tuple[list[Any], list[float], Peak | None], seed: int
+) -> None:
+    decisions, limits, peak = given_
+    programme = Programme(decisions, limits, peak)
+    random = np.random.default_rng(seed)
+    losses = [random.integers(0, 9, len(one.pairs)).astype(float) for one in decisions]
+    rows = np.arange(len(decisions))
+    surrogates = programme.surrogates(losses)
+    for options in fitting(decisions, limits, peak):
+        for prices, most in surrogates:
+            assert prices[rows, options].sum() <= most * (1 + 1e-6)
+    taken = [int(random.integers(len(one.pairs))) for one in decisions]
+    for place, one in enumerate(decisions):
+        instead = [(*taken[:place], option, *taken[place + 1 :]) for option in range(len(one.pairs))]
+        fits = [programme.fits(options) for options in instead]
+        assert programme.room(taken, place).tolist() == fits
+        assert (programme.excess(taken, place) == 0).tolist() == fits
 
 
 @settings(max_examples=60)
