@@ -22,7 +22,7 @@ from haq.problem.peak import FLOAT_BITS, Peak, padded
 from haq.problem.stock import Stock
 
 SCALE = 1e4  # HiGHS works to absolute tolerances near 1e-7: numbers of this size make them harmless
-MOST_KEPT = 200_000  # answers that are remembered
+MOST_KEPT = 50_000  # answers that are remembered
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -176,6 +176,13 @@ class Programme:
         asked = (peak.elements * read.sum(2) / (8 * readers)) @ peak.alive.T
         return totals, (held, asked)
 
+    def used(self, start: Sequence[int]) -> Floats:
+        """Tell the least of each limit that is used in the end if the first decisions take these options, as shares of them.
+
+        The peak of memory comes last.
+        """
+        return self._stock.used(tuple(start))
+
     def completes(self, start: Sequence[int]) -> bool:
         """Say whether the decisions that follow can be chosen so that all limits hold."""
         return self.completion(start) is not None
@@ -266,7 +273,8 @@ class Programme:
             same &= value[:, :, None] == value[:, None, :]
         # Of options that are alike in all respects the first stays.
         later = np.tril(np.ones(available.shape[1:] * 2, bool)).T
-        np.einsum("doo->do", better)[:] = False
+        one = np.arange(available.shape[1])
+        better[:, one, one] = False
         beaten = better & ~(same & ~later) & available[:, :, None]
         return ~beaten.any(1)
 

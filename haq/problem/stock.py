@@ -81,6 +81,16 @@ class Stock:
         widest = np.maximum(self._peak.widest(start), self._narrowest_from[count])
         return bool(self._peak.moments(widest).max() <= self._peak.limit * (1 + ROUNDING))
 
+    def used(self, start: tuple[int, ...]) -> Floats:
+        """Tell the least of each limit that is used in the end, as a share of it; the peak of memory comes last."""
+        count = len(start)
+        one_by_one = len(self._limits)
+        used = 1 - self._left(start) / self._limits + self._least_from[:one_by_one, count]
+        if self._peak is None:
+            return used
+        widest = np.maximum(self._peak.widest(start), self._narrowest_from[count])
+        return np.append(used, self._peak.moments(widest).max() / self._peak.limit)
+
     def complete(self, start: tuple[int, ...]) -> tuple[int, ...] | None:
         """Complete the first decisions' options by the end of what is in stock, if any of it fits."""
         count = len(start)
