@@ -65,8 +65,8 @@ class MixedPrecisionEnv(PolicyEnv):
     are met: a step takes nothing after which no choice for the later layers is within all of them.
 
     At every step there is a plan for what is left: the pairs with the least predicted loss that fit the budget
-    (`envs.Plan`; several: `envs.PlanWithin`). Actions are relative to it, and it is made anew after each step, so a deviation is made good, as far as it
-    can be, by the layers that follow.
+    (`envs.Plan`; several: `envs.PlanWithin`). Actions are relative to it, and it is made anew after each step, so a deviation
+    is made good, as far as it can be, by the layers that follow.
 
     ## Action space
     Box(-1, 1, (2,), float32): weights and activations.
@@ -77,9 +77,10 @@ class MixedPrecisionEnv(PolicyEnv):
     | 0 | what the plan gives this layer |
     | +1 | the largest allowed |
 
-    and linear between, in the order of the widths: 16 bits is one step above 8, float the next. The nearest pair worth choosing that can be afforded is taken (`problem.decisions` leaves out pairs
-    that cost as much as one with more bits). Spending much on one layer leaves less for the later ones, so asking for the
-    largest width everywhere is no way to fill the budget.
+    and linear between, in the order of the widths: 16 bits is one step above 8, float the next. The nearest pair worth
+    choosing that can be afforded is taken (`problem.decisions` leaves out pairs that cost as much as one with more bits).
+    Spending much on one layer leaves less for the later ones, so asking for the largest width everywhere is no way to fill
+    the budget.
 
     ## Observation space
     Box(-1, 1, (51 + 2 x decisions,), float32): `FEATURES`, then the bits decided so far (0 for those to come). The first
