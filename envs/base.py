@@ -29,7 +29,8 @@ SATURATED = 0.99  # an action beyond it lies at a bound
 class SearchProblem(Protocol):
     """What the environments need of a problem; `haq.Problem` has it. Widths have their places of `hw_models.widths`.
 
-    A problem with several budgets has `limits`, each with its metric, and a `programme` of them (`envs.plan.Programme`).
+    A problem with several budgets has `limits`, each with its metric, and tells in `several` what fits all of them
+    (`envs.plan.Programme`).
     """
 
     workload: Workload
@@ -82,7 +83,8 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
         every = np.concatenate(self._rungs)
         self._low = int(every.min())
         self._high = int(every.max())
-        self._programme = programme_of(problem)
+        # None where there is one budget, of a sum.
+        self._programme: Programme | None = getattr(problem, "several", None)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode. Nothing is random, and there are no options."""
@@ -140,14 +142,6 @@ def reward_of(problem: SearchProblem, result: Any) -> float:
 def rungs(widths: Any) -> NDArray[np.intp]:
     """Number widths in their order: 1 to 8 as they are, then 9 for 16 bits and 10 for float (32)."""
     return places(widths) + 1
-
-
-def programme_of(problem: SearchProblem) -> Programme | None:
-    """Return what there is to know of several budgets; None where there is one, of a sum."""
-    programme: Programme | None = getattr(problem, "programme", None)
-    if programme is None or (len(programme.limits) == 1 and programme.peak is None):
-        return None
-    return programme
 
 
 def checked_action(action: Any, size: int, step: int) -> Array:

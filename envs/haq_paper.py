@@ -136,10 +136,7 @@ class HaqEnv(PolicyEnv):
         distances = []
         for of_options, option in zip(steps, chosen, strict=True):
             distances.append(np.square(of_options - of_options[option]).sum(1).astype(float))
-        nearest = self._programme.best(distances)
-        if nearest is None:
-            raise ValueError("no policy is within all budgets")
-        return nearest
+        return self._programme.choose(distances)
 
     def _describe_layers(self) -> Array:
         layers = [self.problem.workload.layers[decision.layers[0]] for decision in self.decisions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,12 +71,9 @@ class Plan:
 
 
 class Programme(Protocol):
-    """What there is to know of several budgets; `haq.Problem.programme` has it."""
+    """What there is to know of several budgets; `haq.Problem.several` has it."""
 
-    limits: Array  # of the sums, shape (limits,), the main one first
-    peak: Any  # the limit of the peak of memory, or None
-
-    def best(self, losses: Sequence[Array]) -> list[int] | None:
+    def choose(self, losses: Sequence[Array]) -> list[int]:
         """Find the options with the least total loss within all limits."""
         ...
 
@@ -104,7 +101,7 @@ class Programme(Protocol):
 class PlanWithin:
     """The same within several budgets, whose state is the options that were taken so far.
 
-    As long as these are those of the best policy (`Programme.best`, exact), the plan is to go on with it. Beside it, the loss
+    As long as these are those of the best policy (`Programme.choose`, exact), the plan is to go on with it. Beside it, the loss
     of what follows is taken from the plans for single budgets that stand in for the several (`Programme.surrogates`), the
     largest of them; and of the options after which all budgets can still be met the one is taken for which it is the least.
     """
@@ -118,7 +115,7 @@ class PlanWithin:
         """
         self.programme = programme
         self.losses = losses
-        self.best = programme.best(losses) or []
+        self.best = programme.choose(losses)
         self.surrogates = programme.surrogates(losses)
         counts = [len(loss) for loss in losses]
         self.plans = []

@@ -16,7 +16,7 @@ FLOAT_BITS = 32  # what a buffer that no layer reads is held in
 
 
 @dataclass(frozen=True)
-class Peak:
+class PeakOfDecisions:
     """The most memory that activations take at one time, as a limit on what decisions take together.
 
     It is no sum over decisions: a buffer is as wide as the widest of its readers reads it.
@@ -36,7 +36,7 @@ class Peak:
     limit: float
 
     @classmethod
-    def of(cls, workload: Workload, decisions: Sequence[Decision], batch: int, limit: float) -> Peak:
+    def of(cls, workload: Workload, decisions: Sequence[Decision], batch: int, limit: float) -> PeakOfDecisions:
         """Describe the peak of a workload by its decisions; see `hw_models.storage.peak_activation_bytes`.
 
         Args:

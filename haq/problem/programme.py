@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, vstack
 
-from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
-from haq.problem.peak import FLOAT_BITS, Peak, padded
+from haq.problem.limits import ROUNDING
+from haq.problem.peak import FLOAT_BITS, PeakOfDecisions, padded
 from haq.problem.stock import Stock
 
 SCALE = 1e4  # HiGHS works to absolute tolerances near 1e-7: numbers of this size make them harmless
@@ -45,7 +45,7 @@ class Programme:
         peak: The limit of the peak of memory, or None.
     """
 
-    def __init__(self, decisions: Sequence[Decision], limits: Sequence[float], peak: Peak | None = None) -> None:
+    def __init__(self, decisions: Sequence[Decision], limits: Sequence[float], peak: PeakOfDecisions | None = None) -> None:
         """Prepare the programme.
 
         Args:
@@ -106,6 +106,13 @@ class Programme:
         if not self.fits(options):
             return None
         return options
+
+    def choose(self, losses: Any) -> list[int]:
+        """Return what `best` does. Raises ValueError where nothing is within all limits."""
+        found = self.best(losses)
+        if found is None:
+            raise ValueError("no policy is within all budgets")
+        return found
 
     def least(self, limit: int, within: Sequence[int] = ()) -> float:
         """Find the least that a limit's amount can be.
@@ -266,17 +273,13 @@ class Programme:
             # What a decision reads is no smaller at more bits.
             respects.append(np.where(self.peak.reads.any(0)[:, None], self.peak.widths, 0).astype(float))
         values = np.where(available, np.array(respects), np.inf)
-        better: Flags = np.ones((*available.shape, available.shape[1]), bool)
-        same = better.copy()
-        for value in values:
-            better &= value[:, :, None] <= value[:, None, :]
-            same &= value[:, :, None] == value[:, None, :]
+        # Indexed [decision, option, other option].
+        no_worse = (values[:, :, :, None] <= values[:, :, None, :]).all(0)
+        better = no_worse & ~no_worse.transpose(0, 2, 1)
         # Of options that are alike in all respects the first stays.
-        later = np.tril(np.ones(available.shape[1:] * 2, bool)).T
-        one = np.arange(available.shape[1])
-        better[:, one, one] = False
-        beaten = better & ~(same & ~later) & available[:, :, None]
-        return ~beaten.any(1)
+        first = no_worse & np.triu(np.ones(available.shape[1:] * 2, bool), 1)
+        beaten: Flags = ((better | first) & available[:, :, None]).any(1)
+        return ~beaten
 
 
 def minimise(
@@ -284,7 +287,7 @@ def minimise(
     available: Flags,
     limits: Sums,
     *,
-    peak: Peak | None = None,
+    peak: PeakOfDecisions | None = None,
     tied: Sequence[Sequence[int]] = (),
     of_peak: bool = False,
 ) -> NDArray[np.int64] | None:
@@ -328,7 +331,7 @@ def minimise(
     return chosen
 
 
-def relaxation(losses: Floats, available: Flags, limits: Sums, peak: Peak | None) -> tuple[Floats, float] | None:
+def relaxation(losses: Floats, available: Flags, limits: Sums, peak: PeakOfDecisions | None) -> tuple[Floats, float] | None:
     """Weigh limits by their multipliers in the linear relaxation of `minimise`, so that they become one.
 
     Args:
@@ -367,7 +370,7 @@ def relaxation(losses: Floats, available: Flags, limits: Sums, peak: Peak | None
 
 
 def _constraints(
-    available: Flags, limits: Sums, peak: Peak | None, tied: Sequence[Sequence[int]], of_peak: bool
+    available: Flags, limits: Sums, peak: PeakOfDecisions | None, tied: Sequence[Sequence[int]], of_peak: bool
 ) -> tuple[list[LinearConstraint], list[LinearConstraint], int]:
     """Write down what holds; see `minimise`.
 
@@ -427,7 +430,7 @@ def _structure(rows: int, options: int, tied: Sequence[Sequence[int]]) -> list[L
     return [LinearConstraint(one_each, 1, 1), LinearConstraint(vstack(alike), 0, 0)]
 
 
-def _memory(peak: Peak, of_peak: bool) -> tuple[list[LinearConstraint], int]:
+def _memory(peak: PeakOfDecisions, of_peak: bool) -> tuple[list[LinearConstraint], int]:
     """Say what buffers take, and that those held together are within the limit.
 
     A variable for each buffer is at least the size that each reader's option asks for; at every moment the sum over what is

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from haq.problem.budget import ROUNDING
-from haq.problem.peak import Peak
+from haq.problem.limits import ROUNDING
+from haq.problem.peak import PeakOfDecisions
 
 MOST = 64  # ways that are kept
 CLOSE = 1e-12  # in parts of a limit: sums of floats depend on their order
@@ -23,7 +23,7 @@ class Stock:
     one choice is the cheapest in every respect, that is all there is to know.
     """
 
-    def __init__(self, prices: Floats, limits: Floats, peak: Peak | None) -> None:
+    def __init__(self, prices: Floats, limits: Floats, peak: PeakOfDecisions | None) -> None:
         """Begin the stock.
 
         Args:

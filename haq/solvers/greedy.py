@@ -85,17 +85,17 @@ def _within_all(programme: Programme, losses: Sequence[NDArray[np.float64]], dec
     """
     chosen = [int(decision.prices.argmax()) for decision in decisions]
     while not programme.fits(chosen):
-        steps = []
+        steps: list[tuple[float, int, int]] = []
         for i, pick in enumerate(chosen):
             excess = programme.excess(chosen, i)
-            for j in np.flatnonzero(excess < excess[pick]):
-                steps.append(((losses[i][j] - losses[i][pick]) / (excess[pick] - excess[j]), i, int(j)))
+            closer = np.flatnonzero(excess < excess[pick])
+            steps.extend(((losses[i][j] - losses[i][pick]) / (excess[pick] - excess[j]), i, int(j)) for j in closer)
         if not steps:
-            return programme.best(losses) or chosen
+            return programme.choose(losses)
         _, layer, option = min(steps)
         chosen[layer] = option
     while True:
-        gains = []
+        gains: list[tuple[float, int, int]] = []
         for i, pick in enumerate(chosen):
             better = losses[i] < losses[i][pick]
             if better.any():

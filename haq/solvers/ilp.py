@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 import quantizers as Q
-from haq.problem.peak import Peak
+from haq.problem.peak import PeakOfDecisions, padded
 from haq.problem.problem import Problem
 from haq.problem.programme import minimise
 from haq.solvers import sensitivity
@@ -29,22 +29,22 @@ class IntegerProgramme(Solver):
 
 
 def propose(problem: Problem, loss_increase: NDArray[np.float64]) -> Q.BitPolicy:
-    """Find the policy within budget that is optimal if increases of the loss add up.
+    """Find the policy within all budgets that is optimal if increases of the loss add up.
 
     Args:
         problem: What is searched.
-        loss_increase: How much (nats) every pair of bits raises the loss, shape (decisions, 8, 8).
+        loss_increase: How much (nats) every pair of widths raises the loss, shape (decisions, 10, 10).
 
     Returns:
-        A policy within the budget.
+        A policy within all budgets.
     """
-    most = max(len(decision.pairs) for decision in problem.decisions)
-    loss = np.full((len(problem.decisions), most), np.inf)
-    cost = np.full((len(problem.decisions), most), np.inf)
-    for row, (decision, table) in enumerate(zip(problem.decisions, loss_increase, strict=True)):
-        loss[row, : len(decision.pairs)] = decision.of(table)
-        cost[row, : len(decision.pairs)] = decision.prices
-    chosen = allocate(loss, cost, problem.limit)
+    losses = [decision.of(table) for decision, table in zip(problem.decisions, loss_increase, strict=True)]
+    loss = padded(losses, np.inf)
+    cost = padded([decision.prices for decision in problem.decisions], np.inf)
+    if problem.several is None:
+        chosen = allocate(loss, cost, problem.limit).tolist()
+    else:
+        chosen = problem.several.choose(losses)
     return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
 
 
@@ -54,7 +54,7 @@ def allocate(
     limit: float,
     tied: Sequence[Sequence[int]] = (),
     also: Sequence[tuple[ArrayLike, float]] = (),
-    peak: Peak | None = None,
+    peak: PeakOfDecisions | None = None,
 ) -> NDArray[np.int64]:
     """Choose one option per layer with the least total loss and a total cost within a limit, proven optimal.
 

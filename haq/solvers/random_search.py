@@ -124,10 +124,7 @@ def _lowered_within_all(programme: Programme, chosen: list[int], random: np.rand
 
 def drawn_within(programme: Programme, random: np.random.Generator) -> list[int]:
     """Draw an option per decision within all budgets: of all that fit the one with the least sum of random numbers."""
-    drawn = programme.best([random.random(count) for count in programme.counts])
-    if drawn is None:
-        raise ValueError("no policy is within all budgets")
-    return drawn
+    return programme.choose([random.random(count) for count in programme.counts])
 
 
 def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:

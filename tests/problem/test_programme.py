@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haq.problem.decision import Decision
-from haq.problem.peak import Peak
+from haq.problem.peak import PeakOfDecisions
 from haq.problem.programme import Programme
 from haq.solvers import ilp
 from hw_models.workload import Buffer
@@ -29,7 +29,7 @@ def decision(index: int, widths: list[int], prices: list[list[float]]) -> Any:
 
 
 @st.composite
-def programmes(draw: st.DrawFn) -> tuple[list[Any], list[float], Peak | None]:
+def programmes(draw: st.DrawFn) -> tuple[list[Any], list[float], PeakOfDecisions | None]:
     """Up to four decisions of up to four options, up to three limits, and perhaps one of the peak."""
     count, limits = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     numbers = st.integers(1, 30).map(float)
@@ -48,7 +48,11 @@ def programmes(draw: st.DrawFn) -> tuple[list[Any], list[float], Peak | None]:
         readers = draw(st.lists(st.integers(0, count - 1), max_size=count, unique=True))
         buffers.append(Buffer(draw(st.integers(1, 20)), first, first + draw(st.integers(0, 3)), tuple(readers)))
     workload: Any = SimpleNamespace(buffers=tuple(buffers))
-    return decisions, amounts, Peak.of(workload, decisions, draw(st.integers(1, 2)), float(draw(st.integers(5, 300))))
+    return (
+        decisions,
+        amounts,
+        PeakOfDecisions.of(workload, decisions, draw(st.integers(1, 2)), float(draw(st.integers(5, 300)))),
+    )
 
 
 def every(decisions: list[Any]) -> list[tuple[int, ...]]:
@@ -61,7 +65,7 @@ def totals(decisions: list[Any], options: tuple[int, ...]) -> np.ndarray:
     return np.append(first, others)
 
 
-def fitting(decisions: list[Any], limits: list[float], peak: Peak | None) -> list[tuple[int, ...]]:
+def fitting(decisions: list[Any], limits: list[float], peak: PeakOfDecisions | None) -> list[tuple[int, ...]]:
     within = [one for one in every(decisions) if (totals(decisions, one) <= np.array(limits) * ROUNDING).all()]
     if peak is None:
         return within
@@ -70,7 +74,7 @@ def fitting(decisions: list[Any], limits: list[float], peak: Peak | None) -> lis
 
 @settings(max_examples=80)
 @given(programmes(), st.integers(0, 2**32 - 1))
-def test_the_best_is_that_of_brute_force(given_: tuple[list[Any], list[float], Peak | None], seed: int) -> None:
+def test_the_best_is_that_of_brute_force(given_: tuple[list[Any], list[float], PeakOfDecisions | None], seed: int) -> None:
     decisions, limits, peak = given_
     programme = Programme(decisions, limits, peak)
     random = np.random.default_rng(seed)
@@ -93,7 +97,7 @@ def test_the_best_is_that_of_brute_force(given_: tuple[list[Any], list[float], P
 @settings(max_examples=60)
 @given(programmes(), st.integers(0, 2**32 - 1))
 def test_whatever_fits_keeps_each_surrogate_and_what_may_replace_an_option_is_told(
-    given_: tuple[list[Any], list[float], Peak | None], seed: int
+    given_: tuple[list[Any], list[float], PeakOfDecisions | None], seed: int
 ) -> None:
     decisions, limits, peak = given_
     programme = Programme(decisions, limits, peak)
@@ -115,7 +119,7 @@ def test_whatever_fits_keeps_each_surrogate_and_what_may_replace_an_option_is_to
 @settings(max_examples=60)
 @given(programmes())
 def test_the_least_of_each_and_who_conflicts_are_those_of_brute_force(
-    given_: tuple[list[Any], list[float], Peak | None],
+    given_: tuple[list[Any], list[float], PeakOfDecisions | None],
 ) -> None:
     decisions, limits, peak = given_
     programme = Programme(decisions, limits, peak)
@@ -149,7 +153,7 @@ def test_a_peak_is_that_of_the_workload() -> None:
     """Buffers that two layers read are held at the wider of the two, what no layer reads in float32."""
     buffers = (Buffer(10, 0, 1, (0, 1)), Buffer(7, 1, 2, (1,)), Buffer(3, 2, 4, ()))
     decisions = [decision(0, [2, 8], [[1.0, 1.0]]), decision(1, [4, 16], [[1.0, 1.0]])]
-    peak = Peak.of(SimpleNamespace(buffers=buffers), decisions, 1, 30.0)  # type: ignore[arg-type]
+    peak = PeakOfDecisions.of(SimpleNamespace(buffers=buffers), decisions, 1, 30.0)  # type: ignore[arg-type]
     # At moment 1 the first two are held, at moment 2 the last two.
     assert peak.amount([0, 0]) == max(5 + 4, 4 + 12)
     assert peak.amount([1, 0]) == max(10 + 4, 4 + 12)
