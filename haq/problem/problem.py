@@ -39,6 +39,8 @@ from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF, read_goal
 from haq.problem.limits import ROUNDING, Limit, PeakLimit, budgets_of
 from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
+from haq.problem.peak import PeakOfDecisions
+from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
@@ -111,6 +113,8 @@ class Problem:
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
     """
+
+    _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
 
     def __init__(
         self,
@@ -646,6 +650,20 @@ class Problem:
         for decision, pick in options:
             a_bits[list(decision.layers)] = decision.pairs[pick, 1]
         return self.peak.holds(a_bits)
+
+    @property
+    def several(self) -> Programme | None:
+        """Return what fits all budgets together; None where there is one, of a sum."""
+        if len(self.limits) == 1:
+            return None
+        made, decisions, limits = self._several
+        if made is None or decisions is not self.decisions or limits is not self.limits:
+            peak = None
+            if self.peak is not None:
+                peak = PeakOfDecisions.of(self.workload, self.decisions, self.peak.batch, self.peak.amount)
+            made = Programme(self.decisions, [limit.amount for limit in self.limits if limit.is_sum], peak)
+            self._several = (made, self.decisions, self.limits)
+        return made
 
     def meets(self, evaluation: Evaluation) -> bool:
         """Say whether a policy that was evaluated is good enough for the goal."""
