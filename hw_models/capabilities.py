@@ -183,7 +183,9 @@ class Capabilities(Rule):
         if self.accumulator_bits is None and ({"on_overflow", "overflow_cost"} & self.model_fields_set):
             raise ValueError("on_overflow and overflow_cost mean nothing without accumulator_bits: give that too")
         if self.on_overflow == "wider" and self.overflow_cost is None:
-            raise ValueError("on_overflow is wider, but not what that costs: give overflow_cost, such as 2.0 for twice as much")
+            raise ValueError(
+                "on_overflow is wider, but not what that costs: give overflow_cost, such as 2.0 for twice as much"
+            )
         if self.on_overflow == "refuse" and self.overflow_cost is not None:
             raise ValueError("overflow_cost is what the wider unit costs, and on_overflow is refuse: give one of the two")
         everything = self.narrow(_EVERYTHING)
