@@ -211,7 +211,6 @@ def describe_widths(pairs: Pairs) -> str:
 
 def print_target(console: Console, target: hw_models.Target) -> None:
     """Print what a target is, what it can do, and the keys of its model."""
-    from haq.store.units import NOTHING
     from hw_models.capabilities import capabilities_of
     from hw_models.machine import Chip
 
@@ -224,8 +223,7 @@ def print_target(console: Console, target: hw_models.Target) -> None:
         for key, field in type(target).model_fields.items():
             if key in ("name", "description", "capabilities"):
                 continue
-            value = _value(getattr(target, key))
-            table.add_row(key, plain(value or NOTHING), plain(field.description or ""))
+            table.add_row(key, plain(_value(getattr(target, key))), plain(field.description or ""))
         console.print(table)
         print_pairs(console, _probe(target))
     able = capabilities_of(target)
@@ -237,11 +235,17 @@ def print_target(console: Console, target: hw_models.Target) -> None:
 
 
 def _value(value: object) -> str:
-    """Write the value of a key as its file has it; nothing for one that isn't given."""
+    """Write the value of a key as its file has it; a dash for one that isn't given."""
+    from haq.store.units import NOTHING
+
     if value is None or value == {}:
-        return ""
+        return NOTHING
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {number}" for key, number in value.items())
+        return ", ".join(f"{key}: {number:g}" for key, number in value.items())
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.12g}"
     return str(value)
 
 
@@ -325,6 +329,8 @@ def print_costs(console: Console, network: str, target: hw_models.Target, costs:
     print_columns(console, title, columns, totals=1)
     for w, a in pairs:
         say(console, _total(costs, w, a))
+    if costs.bound is not None:
+        say(console, f"Layers by what bounds them: {'; '.join(_bound_words(costs, w, a) for w, a in pairs)}.")
     say(console, _left_in_float(costs))
     if workload.unpriced:
         say(console, f"Not priced: {workload.unpriced_words}.")
@@ -383,6 +389,14 @@ def _bound_columns(costs: hw_models.CostTable, pairs: Pairs) -> list[Column]:
             bounds[layer] = costs.bounds[at[layer]]
         columns.append(Column(f"bound at\n{pair_name(w, a)}", [*bounds, ""]))
     return columns
+
+
+def _bound_words(costs: hw_models.CostTable, w: int, a: int) -> str:
+    """Say how many layers each bound limits at a pair of widths."""
+    limiting = _at(costs.bound, w, a)[_at(costs.supported, w, a)]
+    counts = [(int((limiting == place).sum()), bound) for place, bound in enumerate(costs.bounds)]
+    words = [f"{count} {bound}" for count, bound in counts if count]
+    return f"{pair_name(w, a)} {', '.join(words) or 'none'}"
 
 
 def _total(costs: hw_models.CostTable, w: int, a: int) -> str:
@@ -501,8 +515,8 @@ def _element_wise_words(found: Guidelines) -> str:
         return f"{share}, all of it by activation functions, which most engines compute within the layers"
     named = ", ".join(name or "the network" for name in found.combining[:NAMED])
     return (
-        f"{share}; {100 * found.combined_share:.1f} % where activation functions are computed within the layers, as most engines "
-        f"do: the additions and products in {named}{_more(len(found.combining))}"
+        f"{share}; {100 * found.combined_share:.1f} % where activation functions are computed within the layers, as most "
+        f"engines do: the additions and products in {named}{_more(len(found.combining))}"
     )
 
 

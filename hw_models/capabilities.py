@@ -43,25 +43,31 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from hw_models.cost import CostTable
+from hw_models.cost import CostTable, describe_pairs
 from hw_models.files import quoted
-from hw_models.widths import FLOAT, PLACES, WIDTHS, pair_words, place_of, read_pair, read_widths, width_words
+from hw_models.widths import FLOAT, PLACES, WIDTHS, pair_words, place_of, read_pair, read_widths
 from hw_models.workload import Layer, Workload
 
 KINDS = ("conv", "depthwise", "pointwise", "grouped", "linear", "conv1d", "matmul")
 FIRST, LAST = "first", "last"
 SIGNED, UNSIGNED = "signed", "unsigned"
-MOST_SHOWN = 8  # pairs in a message
 MOST_ACCUMULATOR_BITS = 1024
 
 Bools = NDArray[np.bool_]
 Pairs = tuple[tuple[int, int], ...]
+
+
+class Allowed(NamedTuple):
+    """Which pairs of widths a layer has, two arrays (10, 10)."""
+
+    supported: Bools
+    promised: Bools  # of these, the ones that a rule names itself
 
 
 class Rule(BaseModel):
@@ -79,6 +85,8 @@ class Rule(BaseModel):
         """Take a list of pairs, or one, for the pairs."""
         if isinstance(value, str | list | tuple):
             return {"pairs": value}
+        if not isinstance(value, Mapping | Rule):
+            raise ValueError("give a list of pairs of widths, such as [8/8, 4/8], or a mapping with weights and activations")
         return value
 
     @field_validator("pairs", mode="before")
@@ -125,19 +133,6 @@ class Rule(BaseModel):
         if self.weights is not None and self.activations is not None:
             return _all_promised(both)
         return Allowed(general.supported & both, general.promised & both)
-
-
-class Allowed:
-    """Which pairs of widths a layer has, shape (10, 10): `supported`, and of those `promised`, which a rule names itself."""
-
-    def __init__(self, supported: Bools, promised: Bools) -> None:
-        """Take the two arrays."""
-        self.supported = supported
-        self.promised = promised
-
-    def __and__(self, other: Allowed) -> Allowed:
-        """Leave what both have."""
-        return Allowed(self.supported & other.supported, self.promised & other.promised)
 
 
 class Capabilities(Rule):
@@ -233,7 +228,7 @@ class Capabilities(Rule):
             index = int(np.argmin(left.any((1, 2))))
             raise ValueError(
                 f"layer {table.workload.names[index]!r} has no pair of widths on {table.target}: its capabilities have "
-                f"{_listed(supported[index])}, and its costs {_listed(table.supported[index])}"
+                f"{_words(supported[index])}, and its costs {_words(table.supported[index])}"
             )
         factors = self.factors(table.workload)
         cycles = table.cycles
@@ -283,7 +278,7 @@ class Capabilities(Rule):
         if of_kinds:
             allowed = of_kinds[0]
             for other in of_kinds[1:]:
-                allowed = allowed & other
+                allowed = Allowed(allowed.supported & other.supported, allowed.promised & other.promised)
         ends = [end for end, place in ((FIRST, 0), (LAST, count - 1)) if end in self.layers and index == place]
         named = self.layers.get(layer.name)
         if layer.name in (FIRST, LAST):
@@ -292,7 +287,7 @@ class Capabilities(Rule):
         if len(of_ends) == 2 and named is None and not np.array_equal(of_ends[0].supported, of_ends[1].supported):
             raise ValueError(
                 f"the network's only layer {layer.name!r} is both its first and its last, of which capabilities say different "
-                f"things, {_listed(of_ends[0].supported)} and {_listed(of_ends[1].supported)}: name the layer itself"
+                f"things, {_words(of_ends[0].supported)} and {_words(of_ends[1].supported)}: name the layer itself"
             )
         if of_ends:
             allowed = of_ends[0]
@@ -317,7 +312,7 @@ class Capabilities(Rule):
             w, a = min(needs, key=lambda pair: needs[pair])
             raise ValueError(
                 f"layer {layer.name!r} has no pair of widths: its sums of {_products(layer):,} products need accumulators of "
-                f"{needs[w, a]} bits at {pair_words(w, a)}, the least of {_listed(allowed.supported)}, and there are "
+                f"{needs[w, a]} bits at {pair_words(w, a)}, the least of {_words(allowed.supported)}, and there are "
                 f"{self.accumulator_bits}; on_overflow: wider would price them"
             )
         return left
@@ -337,10 +332,7 @@ def accumulator_bits(layer: Layer, w: int, a: int, *, signed: bool = False, narr
         Bits, with the one of the sign.
     """
     largest = _products(layer) * _magnitude(w, True, narrow) * _magnitude(a, signed, narrow)
-    if not narrow and signed:
-        # The product of the two smallest integers is positive, where two's complement has one integer less.
-        return largest.bit_length() + 1
-    return max(largest.bit_length(), 1) + 1
+    return largest.bit_length() + 1
 
 
 def capabilities_of(target: object) -> Capabilities | None:
@@ -440,20 +432,13 @@ def _all_promised(supported: Bools) -> Allowed:
 
 
 def _pairs(marked: Bools) -> list[tuple[int, int]]:
-    """List the pairs that are marked in an array (10, 10), the widest first."""
-    return [(WIDTHS[row], WIDTHS[column]) for row, column in np.argwhere(marked)[::-1]]
+    """List the pairs that are marked in an array (10, 10)."""
+    return [(WIDTHS[row], WIDTHS[column]) for row, column in np.argwhere(marked)]
 
 
-def _listed(marked: Bools) -> str:
-    """Write pairs for a message, the widest first; many of them by operand."""
-    pairs = _pairs(marked)
-    if not pairs:
-        return "none"
-    if len(pairs) <= MOST_SHOWN:
-        return ", ".join(pair_words(w, a) for w, a in pairs)
-    weights = ", ".join(width_words(WIDTHS[place]) for place in np.flatnonzero(marked.any(1)))
-    activations = ", ".join(width_words(WIDTHS[place]) for place in np.flatnonzero(marked.any(0)))
-    return f"{len(pairs)} pairs of weights {weights} and activations {activations}"
+def _words(marked: Bools) -> str:
+    """Write the pairs that are marked, for a message."""
+    return describe_pairs(_pairs(marked)) or "none"
 
 
 _EVERYTHING = Allowed(np.ones((PLACES, PLACES), bool), np.zeros((PLACES, PLACES), bool))

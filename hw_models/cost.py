@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.metrics import COUNTED, METRICS, OF_TARGETS, PEAK, UNITS
+from hw_models.metrics import COUNTED, METRICS, PEAK, UNITS
 from hw_models.notebook import html_table
 from hw_models.storage import BITS, IN_FLOAT, peak_activation_bytes, untied_bytes
 from hw_models.widths import ACCEPTED, FLOAT, PLACES, WIDTHS, at_places, pair_words, places
@@ -77,7 +77,7 @@ class CostTable:
         self._check_positive("cycles", self.supported)
 
     def _check_positive(self, name: str, where: Any) -> None:
-        """Raise ValueError, naming a layer, for a cost that isn't positive."""
+        """Raise ValueError, naming a layer and a pair, for a cost that isn't positive."""
         array = getattr(self, name)
         if array is None:
             return
@@ -85,8 +85,11 @@ class CostTable:
         if name == "storage_bytes":
             wrong = where & (array < 0)
         if wrong.any():
-            layer = int(np.argwhere(wrong)[0][0])
-            raise ValueError(f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r}")
+            layer, w, a = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r} at "
+                f"{pair_words(*at_places([w, a]))}"
+            )
 
     def _complete(self, name: str, array: object) -> NDArray[Any]:
         """Check an array, and give one of fewer widths the places of 16 bits and float."""

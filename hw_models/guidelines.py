@@ -18,16 +18,16 @@ G2  Groups move more. With g groups a layer of the same B = h w c1 c2 / g moves
     which grows with g, and is held against the layer of the same input and multiplications without groups, of c2 / g outputs.
     With a kernel, weights and multiplications are k^2 times as many and the rest is the same. A depthwise layer has g = c1.
 
-G3  Fragments are slow. Layers that read one activation are branches side by side, each too small for a parallel machine. What is
-    known is which layers read an activation; a branch without a layer of its own (a pooling, a shortcut), and one that begins
-    with an activation function or a norm of its own, isn't counted. So there may be more.
+G3  Fragments are slow. Layers that read one activation are branches side by side, each too small for a parallel machine. What
+    is known is which layers read an activation; a branch without a layer of its own (a pooling, a shortcut), and one that
+    begins with an activation function or a norm of its own, isn't counted. So there may be more.
 
-G4  Element-wise operations aren't free: little arithmetic, but all elements move. Additions and products of two activations are
-    told apart from activation functions, which most engines compute within the layer before. The paper counts depthwise layers
-    among them, too, for their many elements per multiplication; here they are under G2 and below.
+G4  Element-wise operations aren't free: little arithmetic, but all elements move. Additions and products of two activations
+    are told apart from activation functions, which most engines compute within the layer before. The paper counts depthwise
+    layers among them, too, for their many elements per multiplication; here they are under G2 and below.
 
-Depthwise separable layers (Howard et al., "MobileNets", 2017): a depthwise layer of kernel K and the pointwise one behind it, to
-C_out channels, do 1 / C_out + 1 / K^2 of the multiplications of one full convolution. The pointwise part is nearly all of that.
+Depthwise separable layers (Howard et al., "MobileNets", 2017): a depthwise layer of kernel K and the pointwise one behind it,
+to C_out channels, do 1 / C_out + 1 / K^2 of the multiplications of one full convolution. The 1 / K^2 is the pointwise layer's.
 """
 
 from __future__ import annotations

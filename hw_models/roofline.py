@@ -29,9 +29,9 @@ each part, or the input is held in parts and the weights stream by, whichever mo
 in bytes, M = `on_chip_bytes`; each group of a grouped or depthwise layer is on its own. Nothing stays on the chip from one
 layer to the next: with W, I and O fetched once this is the metric `memory_traffic`.
 
-Pairs. Only the listed pairs are supported. With `wider: true` a pair that isn't listed is stored as narrow as it is and computed
-by the fastest listed pair that is as wide in both operands: that pair's peak, but the traffic of the true bits. A pair with
-`float` counts 32 bits, and integers of 16 bits fit it.
+Pairs. Only the listed pairs are supported. With `wider: true` a pair that isn't listed is stored as narrow as it is, and computed
+by the fastest listed pair that is as wide in both operands: that pair's peak, but the traffic of the true bits. `float` is
+wider than any integers. `capabilities:` takes pairs away again, such as those that a depthwise layer can't have.
 
 Energy, if both are given: MACs x `pj_per_mac` of the pair that computes + traffic x `pj_per_byte`.
 
@@ -224,5 +224,5 @@ class RooflineTarget(Chip):
         return peak, energy
 
     def _utilisation(self, layer: Layer) -> float:
-        """Return the part of the peak that a layer's kind reaches: 1 where nothing is said."""
-        return self.utilisation.get(layer.kind, 1.0)
+        """Return the part of the peak that a layer reaches: 1 where nothing is said, the least of the kinds that it is."""
+        return min((self.utilisation.get(kind, 1.0) for kind in layer.kinds), default=1.0)
