@@ -446,13 +446,13 @@ def print_counted(console: Console, costs: hw_models.CostTable, pairs: Pairs) ->
         rows["memory traffic"].append(describe_amount(traffic, "storage"))
         peak = hw_models.peak_activation_bytes(workload, np.full(len(workload), a), batch=costs.batch)
         rows["peak memory"].append(describe_amount(float(peak), "storage"))
-    columns = [Column("counted of the network", list(rows))]
+    columns = [Column("metric", list(rows))]
     for place, (w, a) in enumerate(pairs):
         columns.append(Column(pair_name(w, a), [cells[place] for cells in rows.values()], "right"))
-    batch = ""
+    title = "counted of the network, whatever the hardware, for one image"
     if costs.batch > 1:
-        batch = f", peak memory for {costs.batch} images"
-    print_columns(console, f"whatever the hardware, float counting 32 bits; per image{batch}", columns)
+        title += f" (peak memory: for {costs.batch})"
+    print_columns(console, title, columns)
 
 
 def print_guidelines(console: Console, found: Guidelines) -> None:

@@ -29,9 +29,9 @@ each part, or the input is held in parts and the weights stream by, whichever mo
 in bytes, M = `on_chip_bytes`; each group of a grouped or depthwise layer is on its own. Nothing stays on the chip from one
 layer to the next: with W, I and O fetched once this is the metric `memory_traffic`.
 
-Pairs. Only the listed pairs are supported. With `wider: true` a pair that isn't listed is stored as narrow as it is, and computed
-by the fastest listed pair that is as wide in both operands: that pair's peak, but the traffic of the true bits. `float` is
-wider than any integers. `capabilities:` takes pairs away again, such as those that a depthwise layer can't have.
+Pairs. Only the listed pairs are supported. With `wider: true` a pair that isn't listed is stored as narrow as it is, and
+computed by the fastest listed pair that is as wide in both operands: that pair's peak, but the traffic of the true bits.
+`float` is wider than any integers. `capabilities:` takes pairs away again, such as those that a depthwise layer can't have.
 
 Energy, if both are given: MACs x `pj_per_mac` of the pair that computes + traffic x `pj_per_byte`.
 
