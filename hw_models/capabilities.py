@@ -41,7 +41,7 @@ has no integers to sum.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -189,11 +189,12 @@ class Capabilities(Rule):
                 raise ValueError(f"kinds.{kind} leaves none of the pairs that all layers have: give pairs of its own")
         return self
 
-    def supported(self, workload: Workload) -> Bools:
+    def supported(self, workload: Workload, full_range: Collection[str] = ()) -> Bools:
         """Tell which pairs of widths each layer has.
 
         Args:
             workload: The layers.
+            full_range: Names of layers whose signed integers take the smallest too, -2^(b-1): their sums can be larger.
 
         Returns:
             Booleans, shape (layers, 10, 10), indexed as a cost table; a pair that no rule says anything of is supported.
@@ -202,27 +203,27 @@ class Capabilities(Rule):
             ValueError: For a rule of a layer that the workload doesn't have, naming the close ones, for `first` and `last`
                 that say different things of a network's only layer, and for a layer that no pair is left for, saying why.
         """
-        return np.array([self._of(layer, allowed).supported for layer, allowed in self._ruled(workload)])
+        return np.array([allowed.supported for allowed in self._allowed(workload, full_range)])
 
-    def promised(self, workload: Workload) -> Bools:
+    def promised(self, workload: Workload, full_range: Collection[str] = ()) -> Bools:
         """Tell which of the `supported` pairs a rule names: the target must have costs for these."""
-        return np.array([self._of(layer, allowed).promised for layer, allowed in self._ruled(workload)])
+        return np.array([allowed.promised for allowed in self._allowed(workload, full_range)])
 
-    def factors(self, workload: Workload) -> NDArray[np.float64]:
+    def factors(self, workload: Workload, full_range: Collection[str] = ()) -> NDArray[np.float64]:
         """Return what latency and energy are multiplied by, shape (layers, 10, 10): more than 1 in the wider unit."""
         factors = np.ones((len(workload), PLACES, PLACES))
         if self.on_overflow == "wider":
             assert self.overflow_cost is not None
             for index, layer in enumerate(workload.layers):
-                factors[index][self.overflows(layer)] = self.overflow_cost
+                factors[index][self.overflows(layer, full_range=layer.name in full_range)] = self.overflow_cost
         return factors
 
-    def apply(self, table: CostTable) -> CostTable:
+    def apply(self, table: CostTable, full_range: Collection[str] = ()) -> CostTable:
         """Return a cost table without what isn't supported, and with the price of the wider unit.
 
         Raises ValueError as `supported` does, and for a layer for which no supported pair has costs, naming the target.
         """
-        supported = self.supported(table.workload)
+        supported = self.supported(table.workload, full_range)
         left = supported & table.supported
         if not left.any((1, 2)).all():
             index = int(np.argmin(left.any((1, 2))))
@@ -230,7 +231,7 @@ class Capabilities(Rule):
                 f"layer {table.workload.names[index]!r} has no pair of widths on {table.target}: its capabilities have "
                 f"{_words(supported[index])}, and its costs {_words(table.supported[index])}"
             )
-        factors = self.factors(table.workload)
+        factors = self.factors(table.workload, full_range)
         cycles = table.cycles
         if cycles is not None and (factors > 1).any():
             cycles = np.ceil(cycles * factors).astype(cycles.dtype)
@@ -242,26 +243,27 @@ class Capabilities(Rule):
         stored = np.where(supported, table.storage_bytes, np.nan)
         return replace(table, latency_s=latency, energy_j=energy, storage_bytes=stored, cycles=cycles)
 
-    def overflows(self, layer: Layer, *, narrow: bool = True) -> Bools:
+    def overflows(self, layer: Layer, *, full_range: bool = False) -> Bools:
         """Tell at which pairs of widths a layer's sums can leave the accumulators, shape (10, 10).
 
-        Args:
-            layer: The layer.
-            narrow: Whether weights, and signed activations, leave out the smallest integer, -2^(b-1), as the module says.
+        `full_range` says that signed integers take the smallest too, -2^(b-1).
         """
         found = np.zeros((PLACES, PLACES), bool)
         if self.accumulator_bits is None:
             return found
-        is_signed = self.activation_sign == SIGNED and not self.zero_points
         for row, w in enumerate(WIDTHS):
             for column, a in enumerate(WIDTHS):
                 if FLOAT not in (w, a):
-                    needed = accumulator_bits(layer, w, a, signed=is_signed, narrow=narrow)
-                    found[row, column] = needed > self.accumulator_bits
+                    found[row, column] = self._needs(layer, w, a, full_range) > self.accumulator_bits
         return found
 
-    def _ruled(self, workload: Workload) -> list[tuple[Layer, Allowed]]:
-        """List the layers with what rules leave of them, before accumulators are looked at."""
+    def _needs(self, layer: Layer, w: int, a: int, full_range: bool) -> int:
+        """Return the bits that accumulators need; a signed activation with a zero point is an unsigned one less that."""
+        is_signed = self.activation_sign == SIGNED and not self.zero_points
+        return accumulator_bits(layer, w, a, signed=is_signed, full_range=full_range)
+
+    def _allowed(self, workload: Workload, full_range: Collection[str]) -> list[Allowed]:
+        """List what every layer has."""
         names = workload.names
         for name in self.layers:
             if name not in (FIRST, LAST, *names):
@@ -269,7 +271,11 @@ class Capabilities(Rule):
                 raise ValueError(
                     f"capabilities name {quoted(name)}, which is no layer of the workload; close: {', '.join(close)}"
                 )
-        return [(layer, self._rules(layer, index, len(workload))) for index, layer in enumerate(workload.layers)]
+        found = []
+        for index, layer in enumerate(workload.layers):
+            allowed = self._rules(layer, index, len(workload))
+            found.append(self._within_accumulators(layer, allowed, layer.name in full_range))
+        return found
 
     def _rules(self, layer: Layer, index: int, count: int) -> Allowed:
         """Apply the rules to a layer, the most general first."""
@@ -295,20 +301,19 @@ class Capabilities(Rule):
             allowed = named.narrow(allowed)
         return allowed
 
-    def _of(self, layer: Layer, allowed: Allowed) -> Allowed:
+    def _within_accumulators(self, layer: Layer, allowed: Allowed, full_range: bool) -> Allowed:
         """Leave out the pairs whose sums can overflow, unless a wider unit has them. Raises ValueError if none is left."""
         if not allowed.supported.any():
             raise ValueError(
-                f"layer {layer.name!r} ({', '.join(layer.kinds)}) has no pair of widths: capabilities for it leave none of the "
-                "more general pairs; give both weights and activations there, or pairs"
+                f"layer {layer.name!r} ({', '.join(layer.kinds)}) has no pair of widths: its rules in the capabilities have "
+                "none in common with the more general ones; give pairs there, or both weights and activations"
             )
         if self.on_overflow == "wider" or self.accumulator_bits is None:
             return allowed
-        fits = ~self.overflows(layer)
+        fits = ~self.overflows(layer, full_range=full_range)
         left = Allowed(allowed.supported & fits, allowed.promised & fits)
         if not left.supported.any():
-            is_signed = self.activation_sign == SIGNED and not self.zero_points
-            needs = {pair: accumulator_bits(layer, *pair, signed=is_signed) for pair in _pairs(allowed.supported)}
+            needs = {pair: self._needs(layer, *pair, full_range) for pair in _pairs(allowed.supported)}
             w, a = min(needs, key=lambda pair: needs[pair])
             raise ValueError(
                 f"layer {layer.name!r} has no pair of widths: its sums of {_products(layer):,} products need accumulators of "
@@ -318,7 +323,7 @@ class Capabilities(Rule):
         return left
 
 
-def accumulator_bits(layer: Layer, w: int, a: int, *, signed: bool = False, narrow: bool = True) -> int:
+def accumulator_bits(layer: Layer, w: int, a: int, *, signed: bool = False, full_range: bool = False) -> int:
     """Return the bits of an accumulator in which a layer's sums can't overflow; see the module for the bound.
 
     Args:
@@ -326,38 +331,47 @@ def accumulator_bits(layer: Layer, w: int, a: int, *, signed: bool = False, narr
         w: Bits of weights, 1 to 8 or 16.
         a: Bits of activations, likewise.
         signed: Whether activations are signed integers.
-        narrow: Whether weights, and signed activations, leave out the smallest integer, -2^(b-1).
+        full_range: Whether signed integers take the smallest too, -2^(b-1).
 
     Returns:
         Bits, with the one of the sign.
     """
-    largest = _products(layer) * _magnitude(w, True, narrow) * _magnitude(a, signed, narrow)
+    largest = _products(layer) * _magnitude(w, True, full_range) * _magnitude(a, signed, full_range)
     return largest.bit_length() + 1
 
 
 def capabilities_of(target: object) -> Capabilities | None:
-    """Return the capabilities of a target; None if it says nothing of any.
+    """Return the capabilities of a target, with its attribute `zero_points` if they leave that out.
 
-    Raises ValueError, naming the target, for an attribute `capabilities` that is none: `Capabilities`, or what makes them.
+    Returns None for a target that says nothing of any. Raises ValueError, naming the target, for an attribute `capabilities`
+    that is neither `Capabilities` nor a mapping of its keys.
     """
     given = getattr(target, "capabilities", None)
-    if given is None or isinstance(given, Capabilities):
-        return given
-    what = f"`capabilities` of hardware target {str(getattr(target, 'name', target))!r}"
+    if given is None:
+        return None
+    if not isinstance(given, Capabilities):
+        given = _read(given, f"`capabilities` of hardware target {str(getattr(target, 'name', target))!r}")
+    if given.zero_points is None:
+        given = given.model_copy(update={"zero_points": getattr(target, "zero_points", False) is True})
+    return given
+
+
+def has_zero_points(target: object) -> bool:
+    """Say whether a target computes with activations that have zero points."""
+    found = capabilities_of(target)
+    if found is not None:
+        return found.zero_points is True
+    return getattr(target, "zero_points", False) is True
+
+
+def _read(given: object, what: str) -> Capabilities:
+    """Make capabilities of a mapping. Raises ValueError for anything else."""
     if not isinstance(given, Mapping):
         raise ValueError(f"{what} must be hw_models.Capabilities, or a mapping of its keys, not {type(given).__name__}")
     try:
         return Capabilities.model_validate(dict(given))
     except ValidationError as error:
         raise ValueError(f"{what}: {wrong_key(error, Capabilities)}") from error
-
-
-def has_zero_points(target: object) -> bool:
-    """Say whether a target computes with activations that have zero points."""
-    found = capabilities_of(target)
-    if found is not None and found.zero_points is not None:
-        return found.zero_points
-    return getattr(target, "zero_points", False) is True
 
 
 def wrong_key(error: ValidationError, model: type[BaseModel]) -> str:
@@ -402,15 +416,15 @@ def _products(layer: Layer) -> int:
     return layer.in_channels // layer.groups * layer.kernel[0] * layer.kernel[1]
 
 
-def _magnitude(bits: int, signed: bool, narrow: bool) -> int:
+def _magnitude(bits: int, signed: bool, full_range: bool) -> int:
     """Return the largest magnitude of integers of so many bits."""
     if bits == 1:
         return 1
     if not signed:
         return 2**bits - 1
-    if narrow:
-        return 2 ** (bits - 1) - 1
-    return 2 ** (bits - 1)
+    if full_range:
+        return 2 ** (bits - 1)
+    return 2 ** (bits - 1) - 1
 
 
 def _marked(pairs: Pairs) -> Bools:

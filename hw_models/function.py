@@ -7,9 +7,9 @@
         return layer.macs * w * a / 64 / 2e9
 
 `layer` is a `hw_models.Layer`. `w` and `a` are the widths of weights and activations as in a policy: 1 to 8, 16, and None for
-float. The function returns the seconds of a batch, or a mapping with "latency_s", "energy_j" or both; None, NaN or infinity says
-that the hardware can't do the pair. It is called once for every layer and pair, never again for another layer of the same
-shape, since it may look at the name.
+float. The function returns the seconds of a batch, or a mapping with "latency_s", "energy_j" or both; None, NaN or infinity
+says that the hardware can't do the pair. It is called once for every layer and pair: layers of the same shape are asked for
+each by itself, since a function may look at the name.
 
 What it may say of itself by attributes: `capabilities` (then only the pairs that these support are asked for), `provenance`
 ("estimated"), `batch` (1), `zero_points` (False), `description` (the first line of its docstring).
@@ -147,7 +147,7 @@ class FunctionTarget:
         latency, energy = (self._number(told.get(key), f"{key} ", where) for key in KEYS)
         if len(told) == len(KEYS) and math.isnan(latency) != math.isnan(energy):
             raise ValueError(
-                f"{self.name} can do only one of {' and '.join(KEYS)} {where}: return None where it can't do the pair"
+                f"{self.name} returns only one of {' and '.join(KEYS)} {where}: return None for a pair that it can't do"
             )
         return latency, energy
 
@@ -160,7 +160,8 @@ class FunctionTarget:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             shown = printable(f"{type(value).__name__} {str(value)[:40]!r}")
             raise ValueError(
-                f"{self.name} returns {what}{shown} {where}; it must return a positive number, or None for a pair that it can't do"
+                f"{self.name} returns {what}{shown} {where}; it must return a positive number, or None for a pair that "
+                "it can't do"
             )
         number = float(value)
         if number <= 0:
@@ -179,9 +180,10 @@ class FunctionTarget:
         only.
         """
         told = np.isfinite(costs)
-        able = told.any(0)
-        if not able.any((1, 2)).all():
-            layer = workload.names[int(np.argmin(able.any((1, 2))))]
+        able = told[0] | told[1]
+        possible = able.reshape(len(workload), -1).any(1)
+        if not possible.all():
+            layer = workload.names[int(np.argmin(possible))]
             raise ValueError(f"{self.name} can't do layer {layer!r} at any pair of widths")
         found: list[Floats | None] = []
         for key, of_key, cost in zip(KEYS, told, costs, strict=True):

@@ -155,8 +155,8 @@ class LookupTarget:
                 if len(fitting) > 1:
                     both = " and ".join(_shape_words(dict(zip(self.columns, key, strict=True))) for key in fitting[:2])
                     raise ValueError(
-                        f"{self.name} has rows of {len(fitting)} shapes that fit layer {layer.name!r} ({_shape_words(shape)}): "
-                        f"{both}; leave one"
+                        f"{self.name} has rows of {len(fitting)} shapes that fit layer {layer.name!r} "
+                        f"({_shape_words(shape)}): {both}; leave one"
                     )
                 if not fitting:
                     lacking.setdefault(layer.name, _shape_words(shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from importlib import resources
@@ -68,13 +68,14 @@ class Target(Protocol):
         ...
 
 
-def price(target: Target, workload: Workload, batch: int | None = None) -> CostTable:
+def price(target: Target, workload: Workload, batch: int | None = None, *, full_range: Collection[str] = ()) -> CostTable:
     """Ask a target for its cost table, check what it gives, and leave out what its capabilities don't have.
 
     Args:
         target: The target, anybody's.
         workload: The layers.
         batch: Images at a time; None is the target's own.
+        full_range: Names of layers whose signed integers take the smallest too, -2^(b-1): an accumulator holds less of these.
 
     Returns:
         The table; what isn't supported is NaN.
@@ -90,14 +91,14 @@ def price(target: Target, workload: Workload, batch: int | None = None) -> CostT
     if capabilities is None:
         return table
     try:
-        missing = capabilities.promised(workload) & ~table.supported
+        missing = capabilities.promised(workload, full_range) & ~table.supported
         if missing.any():
             layer, w, a = np.argwhere(missing)[0]
             raise ValueError(
                 f"no finite, positive cost for layer {workload.names[layer]!r} at {pair_words(*at_places([w, a]))}, which its "
                 "capabilities call supported"
             )
-        return capabilities.apply(table)
+        return capabilities.apply(table, full_range)
     except ValueError as error:
         raise ValueError(printable(f"{what}: {error}")) from error
 

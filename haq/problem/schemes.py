@@ -5,19 +5,28 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import hw_models
 import quantizers as Q
+from haq.problem.decision import WidthsAsked
 from hw_models import trust
+from hw_models.capabilities import capabilities_of, has_zero_points
 from hw_models.storage import FLOAT_BYTES
+from hw_models.widths import FLOAT, PLACES, pair_words
 
-WIDTHS = range(1, Q.MAX_BITS + 1)
+WIDTHS: tuple[int | None, ...] = (
+    *range(1, Q.MAX_BITS + 1),
+    16,
+    None,
+)  # in the order of `hw_models.widths`, as policies say them
 COMPUTED = ("latency", "energy")  # metrics that are those of integer arithmetic
 
 AnyScheme = str | Q.Scheme | Mapping[str, str | Q.Scheme]
+USUAL = WidthsAsked(tuple(range(2, Q.MAX_BITS + 1)), tuple(range(2, Q.MAX_BITS + 1)))
 LINEAR = Q.Linear(calibration="output")  # what the name "linear" stands for
 PLAIN_LINEAR = Q.Linear()  # and where weights are rounded to nearest and nothing is corrected
 
@@ -116,32 +125,36 @@ def describe_schemes(schemes: Mapping[str, Q.Scheme]) -> str:
     return ",".join([main, *others])
 
 
-def check_widths(schemes: Mapping[str, Q.Scheme], bits: tuple[int, int], pinned: Mapping[str, tuple[int, int]]) -> None:
+def check_widths(
+    schemes: Mapping[str, Q.Scheme], asked: WidthsAsked | None, pinned: Mapping[str, tuple[int | None, int | None]]
+) -> None:
     """Raise ValueError, naming scheme, layer and width, if widths that are asked for mean nothing in a layer's scheme.
 
     Args:
         schemes: A scheme by layer.
-        bits: Smallest and largest width that may be chosen.
-        pinned: Layer -> (weight bits, activation bits) that can't be chosen.
+        asked: The widths that may be chosen; None: those that are usual.
+        pinned: Layer -> (weight width, activation width) that can't be chosen.
     """
+    asked = asked or USUAL
     for name, scheme in schemes.items():
         if name in pinned:
             w, a = pinned[name]
             try:
                 scheme.check(w, a)
             except ValueError as error:
-                raise ValueError(f"layer {name!r} is fixed at {w}/{a}: {error}") from error
+                raise ValueError(f"layer {name!r} is fixed at {pair_words(w, a)}: {error}") from error
         else:
-            _check_range(name, scheme, bits)
+            _check_range(name, scheme, asked)
 
 
-def _check_range(name: str, scheme: Q.Scheme, bits: tuple[int, int]) -> None:
-    """Raise ValueError if a width within a range means nothing in a layer's scheme, whatever the other operand has."""
-    low, high = bits
-    of_weights = [width for width in WIDTHS if takes(scheme, width, None)]
-    of_inputs = [width for width in WIDTHS if takes(scheme, None, width)]
-    for operand, widths in (("weights", of_weights), ("inputs", of_inputs)):
-        missing = [width for width in range(low, high + 1) if width not in widths]
+def _check_range(name: str, scheme: Q.Scheme, asked: WidthsAsked) -> None:
+    """Raise ValueError if a width that is asked for means nothing in a layer's scheme, whatever the other operand has."""
+    few = [width for width in WIDTHS if width is not None]
+    of_weights = [width for width in few if takes(scheme, width, None)]
+    of_inputs = [width for width in few if takes(scheme, None, width)]
+    wanted = {"weights": (asked.weights, of_weights), "inputs": (asked.activations, of_inputs)}
+    for operand, (chosen, widths) in wanted.items():
+        missing = [width for width in chosen if width not in widths and width != FLOAT]
         if missing:
             amount = f"{missing[0]} bits"
             if missing[0] == 1:
@@ -163,9 +176,74 @@ def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
             )
 
 
+def obeying(schemes: Mapping[str, Q.Scheme], target: hw_models.Target) -> dict[str, Q.Scheme]:
+    """Make schemes do what hardware can do, by its capabilities (`hw_models.capabilities`).
+
+    Where weights can't have a scale per channel, they get one per tensor; scales become powers of two where they must be;
+    integers of activations get the sign that there is. Unsigned ones on hardware with zero points get these, where a scheme
+    has them, so that inputs may be negative.
+
+    Args:
+        schemes: A scheme by layer.
+        target: The hardware.
+
+    Returns:
+        A scheme by layer, those of the same scheme being one again; the same ones where nothing has to change.
+
+    Raises:
+        ValueError: For a scheme that can't do that, naming it, the layer, the target and what is lacking.
+    """
+    capabilities = capabilities_of(target)
+    if capabilities is None:
+        return dict(schemes)
+    made: dict[int, Q.Scheme] = {}
+    found = {}
+    for name, scheme in schemes.items():
+        if id(scheme) not in made:
+            try:
+                made[id(scheme)] = _obedient(scheme, capabilities, has_zero_points(target))
+            except ValueError as error:
+                raise ValueError(
+                    f"scheme {scheme.name!r} of layer {name!r} can't do what hardware target {target.name!r} needs: {error}"
+                ) from error
+        found[name] = made[id(scheme)]
+    return found
+
+
+def _obedient(scheme: Q.Scheme, capabilities: hw_models.Capabilities, zero_points: bool) -> Q.Scheme:
+    """Return a scheme that obeys capabilities. Raises ValueError if it can't."""
+    wishes: dict[str, Any] = {}
+    if not capabilities.per_channel_weights:
+        wishes["per_channel"] = False
+    if capabilities.power_of_two_scales:
+        wishes["power_of_two"] = True
+    if capabilities.activation_sign != "auto":
+        wishes["activations"] = capabilities.activation_sign
+    if capabilities.activation_sign == "unsigned" and zero_points and "zero_points" in scheme.choices:
+        wishes["zero_points"] = True
+    if capabilities.accumulator_bits is not None and _has_longer_integers(scheme):
+        raise ValueError("its weights are integers of more bits than their width, for which its accumulators aren't counted")
+    if not wishes:
+        return scheme
+    return scheme.with_capabilities(**wishes)
+
+
+def _has_longer_integers(scheme: Q.Scheme) -> bool:
+    """Say whether a scheme's weights, as integers, take more bits than their width at some width."""
+    if not scheme.has_integer_weights:
+        return False
+    widths = [bits for bits in range(2, Q.MAX_BITS) if takes(scheme, bits, None)]
+    return any(scheme.integer_weight_bits(bits) != bits for bits in widths)
+
+
+def full_range(schemes: Mapping[str, Q.Scheme]) -> frozenset[str]:
+    """Name the layers whose signed integers take the smallest too, -2^(b-1): see `hw_models.target.price`."""
+    return frozenset(name for name, scheme in schemes.items() if scheme.has_integer_weights and not scheme.narrow)
+
+
 def check_zero_points(schemes: Mapping[str, Q.Scheme], target: hw_models.Target) -> None:
     """Raise ValueError, naming scheme, layer and target, for inputs with zero points on hardware that has none."""
-    if getattr(target, "zero_points", False) is True:
+    if has_zero_points(target):
         return
     for name, scheme in schemes.items():
         if scheme.has_zero_points:
@@ -202,7 +280,7 @@ def meaningful_pairs(schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool]
         signed: Layer -> whether its input is ever negative; not, for layers that aren't in it.
 
     Returns:
-        Booleans, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1].
+        Booleans, shape (layers, 10, 10), as tables of costs.
     """
     rows = []
     for name, scheme in schemes.items():
@@ -222,7 +300,7 @@ def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload
         workload: The layers.
 
     Returns:
-        Bytes, shape (layers, 8, 1); negative where less is stored.
+        Bytes, shape (layers, 10, 1); negative where less is stored.
     """
     rows = []
     for layer in workload.layers:
@@ -230,7 +308,11 @@ def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload
         steps = 0
         if not scheme.has_integer_weights:
             steps = FLOAT_BYTES * layer.out_channels
-        rows.append([[float(scheme.storage_overhead_bytes(bits, layer.weights) - steps)] for bits in WIDTHS])
+        row = [[0.0]] * PLACES
+        for place, bits in enumerate(WIDTHS):
+            if bits is not None and takes(scheme, bits, None):
+                row[place] = [float(scheme.storage_overhead_bytes(bits, layer.weights) - steps)]
+        rows.append(row)
     return np.array(rows)
 
 
@@ -248,6 +330,7 @@ def lacking_integers(scheme: Q.Scheme) -> list[str]:
 
 
 def _range_of(widths: Sequence[int]) -> str:
-    if not widths:
+    few = [width for width in widths if width <= Q.MAX_BITS]
+    if not few:
         return "of another scheme"
-    return f"within {widths[0]}:{widths[-1]}"
+    return f"within {few[0]}:{few[-1]}"
