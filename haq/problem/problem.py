@@ -61,7 +61,7 @@ from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.cost import describe_pairs
 from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
-from hw_models.registry import printable
+from hw_models.registry import join_words, printable
 from hw_models.target import price
 from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
@@ -433,6 +433,27 @@ class Problem:
         for limit in others:
             if limit.metric == PEAK:
                 self.peak = PeakLimit(self.workload, self.table.batch, limit.amount)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise OutOfReach, naming them and what each could be, for budgets that can't be met together."""
+        programme = self.several
+        if programme is None:
+            return
+        conflict = programme.conflict()
+        if conflict is None:
+            return
+        # The programme has the peak last.
+        ordered = sorted(self.limits, key=lambda limit: not limit.is_sum)
+        parts = []
+        for index, least in zip(conflict.limits, conflict.least, strict=True):
+            limit = ordered[index]
+            others = [ordered[other] for other in conflict.limits if other != index]
+            within = join_words([f"{other.metric} within {describe_amount(other.amount, other.metric)}" for other in others])
+            if math.isfinite(least):
+                parts.append(f"with {within}, {limit.metric} is at least {describe_amount(least, limit.metric, UP)}")
+        asked = [f"{ordered[index].metric}={self._budgets.get(ordered[index].metric)}" for index in conflict.limits]
+        raise OutOfReach(f"budgets {join_words(asked)} can't be met together on {self.target.name}: {'; '.join(parts)}")
 
     @property
     def limit(self) -> float:
