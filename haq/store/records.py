@@ -30,7 +30,7 @@ from haq.store.files import kind_of, quoted
 from haq.store.units import PERCENT, describe_amount, held_against, kind_of_cost, metric_words, plotted, show, worst_of
 from hw_models.registry import join_words
 from hw_models.storage import BITS
-from hw_models.widths import ACCEPTED, PLACES, pair_words, place_of, read_pair, width_of
+from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read_pair, width_of
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
@@ -55,7 +55,7 @@ UNIFORM_8 = "uniform 8 bits"  # the reference of budgets, unless files say anoth
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0)]
-Width = Annotated[int, Field(ge=1, le=BITS)]
+AnyWidth = Annotated[int, Field(ge=1, le=FLOAT)]  # of a range; float is 32
 UniformWidths = int | str  # one for both operands, "float" or a pair such as "4/8"
 Count = Annotated[int, Field(ge=0)]
 Metric = Literal["latency", "energy", "storage", "bops", "average_weight_bits", "memory_traffic", "peak_memory"]
@@ -422,22 +422,26 @@ class GoalRecord(Record):
     """What is looked for, where that isn't the best policy within the budget.
 
     Attributes:
-        kind: "cheapest" of those whose value is good enough; or "tradeoff", the most of value x (cost / limit)^exponent.
+        kind: "cheapest" of those whose value is good enough; or "tradeoff", the most of value x (cost / target)^exponent.
+        words: What is looked for, in words.
         least: The worst value that is good enough, on the search split.
-        max_drop: How much worse than float that is, in points where values are in percent; None if `least` was given itself.
-        alpha: The exponent within the limit.
-        beta: The exponent above it.
+        max_drop: How much worse than float that is, a share where values are shares; None if `least` was given itself.
+        alpha: The exponent within the target.
+        beta: The exponent beyond it.
+        target: In the metric's unit.
     """
 
     kind: Literal["cheapest", "tradeoff"]
+    words: str = Field(alias="is")
     least: float | None = None
     max_drop: float | None = None
     alpha: float | None = None
     beta: float | None = None
+    target: Cost | None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> GoalRecord:
-        needed: tuple[str, ...] = ("alpha", "beta")
+        needed: tuple[str, ...] = ("alpha", "beta", "target")
         if self.kind == "cheapest":
             needed = ("least",)
         for name in needed:
@@ -477,7 +481,7 @@ class ProblemRecord(FileRecord, JudgingRecord):
     limit: Cost | None  # of the metric; null where nothing limits it
     uniform8: Annotated[float, Field(gt=0)]  # what the reference takes, of which a limit can be a fraction
     smallest: Cost
-    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    bits: Annotated[list[AnyWidth], Field(min_length=2, max_length=2)]
     objective: str
     objective_is: str  # what it measures, in words
     of_float: float | None = Field(alias="float")
@@ -535,7 +539,7 @@ class ProblemRecord(FileRecord, JudgingRecord):
     def limit_words(self) -> str:
         """Say what limits policies, as a sentence goes on: "839 us of latency and 40 kB of storage"; nothing if nothing does."""
         parts = []
-        if self.limit is not None and not self.is_tradeoff:
+        if self.limit is not None:
             parts.append(f"{describe_amount(self.limit, self.metric)} of {metric_words(self.metric)}")
         parts += [f"{describe_amount(limit.amount, limit.metric)} of {metric_words(limit.metric)}" for limit in self.others]
         return join_words(parts)
@@ -563,14 +567,16 @@ class ProblemRecord(FileRecord, JudgingRecord):
         return -self.traded(value, cost), loss, cost
 
     def traded(self, value: float, cost: float) -> float:
-        """Return value x (cost / limit)^exponent, MnasNet's objective (Tan et al., CVPR 2019, equation 2)."""
-        assert self.goal is not None and self.goal.alpha is not None and self.goal.beta is not None
-        if not self.limit or not cost or not math.isfinite(cost):
+        """Return value x (cost / target)^exponent, MnasNet's objective (Tan et al., CVPR 2019, equation 2)."""
+        goal = self.goal
+        assert goal is not None and goal.target is not None
+        if not goal.target or not cost or not math.isfinite(cost):
             return -math.inf
-        exponent = self.goal.beta
-        if cost <= self.limit:
-            exponent = self.goal.alpha
-        return float(value * (cost / self.limit) ** exponent)
+        exponent = goal.beta
+        if cost <= goal.target:
+            exponent = goal.alpha
+        assert exponent is not None
+        return float(value * (cost / goal.target) ** exponent)
 
     @model_validator(mode="after")
     def _check_sum(self) -> ProblemRecord:
@@ -593,8 +599,8 @@ class ProblemRecord(FileRecord, JudgingRecord):
         amounts = {limit.metric: limit.amount for limit in self.limits}
         if self.limits and amounts.get(self.metric) != self.limit:
             raise ValueError(f"'limits' limit {self.metric} to {amounts.get(self.metric)!r}; it must be 'limit', {self.limit!r}")
-        if self.limit is None and not self.is_cheapest:
-            raise ValueError("'limit' is null; it must be a number, unless the cheapest policy is looked for")
+        if self.limit is None and self.goal is None and not self.limits:
+            raise ValueError("'limit' is null; it must be a number, unless other metrics are limited, or there is another goal")
         return self
 
     def _checked_reference(self) -> list[tuple[int | None, int | None]]:
@@ -806,8 +812,8 @@ class ReachedRecord(JudgingRecord):
 
     Attributes:
         least: The worst value that is good enough.
-        max_drop: How much worse than float that is on the search split, in points where values are in percent; None if the
-            value itself was given.
+        max_drop: How much worse than float that is on the search split, a share where values are shares; None if the value
+            itself was given.
         search: The value on the search split, by which it was chosen.
         search_error: The standard error of its difference from float, or of itself where a value was asked for; None where it
             isn't known.
@@ -1170,7 +1176,7 @@ class SensitivityRecord(FileRecord):
     kind: str
     unit: str = "nats"
     signature: Texts
-    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    bits: Annotated[list[AnyWidth], Field(min_length=2, max_length=2)]
     base: PolicyRecord
     loss_increases: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
 

@@ -545,6 +545,12 @@ class SearchConfig(_Config):
             found = {self.metric: found[self.metric], **found}
         return found
 
+    def limits(self) -> str | None:
+        """Return the budgets as `haq.Problem` takes them; None for none."""
+        if self.budget == NONE:
+            return None
+        return self.budget
+
     @property
     def is_cheapest(self) -> bool:
         """Tell whether the cheapest policy of some value is looked for, rather than the best within a budget."""
