@@ -30,7 +30,7 @@ from haq.store.files import kind_of, quoted
 from haq.store.units import PERCENT, describe_amount, held_against, kind_of_cost, metric_words, plotted, show, worst_of
 from hw_models.registry import join_words
 from hw_models.storage import BITS
-from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read_pair, width_of
+from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read_pair, width_of, width_words
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
@@ -78,6 +78,13 @@ def share_key(split: str, objective: str) -> str:
 def error_key(key: str) -> str:
     """Name the key under which files hold the standard error of the value under another key."""
     return f"{key}_error"
+
+
+def short_reference(words: str) -> str:
+    """Name a reference in a word or two, for an axis or the row of a table: "uniform 8 bits", or "the reference"."""
+    if words.startswith("uniform "):
+        return words
+    return "the reference"
 
 
 def objective_title(objective: str) -> str:
@@ -510,8 +517,8 @@ class ProblemRecord(FileRecord, JudgingRecord):
         return kind_of_cost(self.metric, self.target.provenance)
 
     @property
-    def others(self) -> list[LimitRecord]:
-        """Return the limits on further metrics than the main one."""
+    def further(self) -> list[LimitRecord]:
+        """Return the limits on further metrics than the main one, in the order of a history's columns."""
         return [limit for limit in self.limits if limit.metric != self.metric]
 
     @property
@@ -529,11 +536,35 @@ class ProblemRecord(FileRecord, JudgingRecord):
 
     @property
     def before_words(self) -> str:
-        """Write the widths of the reference, where they are the same in most layers, such as 8/8; or "reference"."""
+        """Write the widths that every layer has in the reference, such as 8/8; or "reference" if they differ."""
         pairs = {pair_words(w, a) for w, a in self.before}
         if len(pairs) == 1:
             return next(iter(pairs))
         return "reference"
+
+    @property
+    def at_before(self) -> str:
+        """Say in words what policies are held against: "at 8/8 bits"."""
+        if self.reference == UNIFORM_8:
+            return "at 8/8 bits"
+        return f"with {self.reference}"
+
+    @property
+    def verdicts(self) -> dict[bool, str]:
+        """Say what a policy is that may be chosen (True), and one that may not."""
+        if self.is_cheapest:
+            return {True: "good enough", False: "not good enough"}
+        return {True: "within", False: "above"}
+
+    @property
+    def choice_words(self) -> str:
+        """Say which widths may be chosen: "2 to 8"."""
+        if self.widths is None:
+            return f"{self.bits[0]} to {self.bits[1]}"
+        weights, activations = (", ".join(map(width_words, one)) for one in (self.widths.weights, self.widths.activations))
+        if weights == activations:
+            return weights
+        return f"{weights} for weights, {activations} for activations"
 
     @property
     def limit_words(self) -> str:
@@ -541,8 +572,15 @@ class ProblemRecord(FileRecord, JudgingRecord):
         parts = []
         if self.limit is not None:
             parts.append(f"{describe_amount(self.limit, self.metric)} of {metric_words(self.metric)}")
-        parts += [f"{describe_amount(limit.amount, limit.metric)} of {metric_words(limit.metric)}" for limit in self.others]
+        parts += [f"{describe_amount(limit.amount, limit.metric)} of {metric_words(limit.metric)}" for limit in self.further]
         return join_words(parts)
+
+    @property
+    def goal_words(self) -> str:
+        """Say what is looked for: "the best" or another goal."""
+        if self.goal is None:
+            return "the best"
+        return self.goal.words
 
     @property
     def is_tradeoff(self) -> bool:
@@ -936,6 +974,16 @@ class ResultRecord(FileRecord, JudgingRecord):
         return self.budgets or [self.budget]
 
     @property
+    def reached_words(self) -> str:
+        """Say what was looked for, and how far below float what was found is on both splits."""
+        assert self.goal is not None
+        parts = []
+        for split in SPLITS:
+            value, of_float = (self.value(row, split) for row in (self.found, self.of_float))
+            parts.append(f"{split}: {self.held_against(value, of_float)} float")
+        return f"{self.goal.words}; {', '.join(parts)}"
+
+    @property
     def last(self) -> Measurement:
         """Return what was measured last of what was found: fine-tuned, if it was."""
         return self.finetuned or self.found
@@ -1075,12 +1123,18 @@ class SweepTarget(Record):
     name: str
     cost_is: str
     kind: str
-    uniform8: Cost
+    uniform8: Cost  # the reference
+    reference: str = UNIFORM_8
     least_fraction: float = 0.0
     unreachable: Names = []
     left_out: str
     uniform: Annotated[list[SweepUniform], Field(max_length=MOST)]
     found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
+
+    @property
+    def reference_short(self) -> str:
+        """Name the reference in a word or two."""
+        return short_reference(self.reference)
 
 
 class SpecialisedPolicy(JudgedRecord):

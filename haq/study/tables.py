@@ -36,6 +36,7 @@ from haq.store.records import (
     TuningRecord,
     error_key,
     share_key,
+    short_reference,
 )
 from haq.store.units import (
     COUNTED,
@@ -57,7 +58,6 @@ from hw_models.registry import join_words
 from hw_models.widths import FLOAT, pair_words, places, width_words
 
 PINNED_MARK = "*"
-REFERENCE = "reference"  # the row of it in a table, where its widths differ
 FEW_PAIRS = 8  # of widths, that a plan names one by one
 
 
@@ -554,7 +554,7 @@ def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
     measured = [other.title for other in objective.also] or [objective.title]
     parts.append(f"{' and '.join(measured)} {result['accuracy_is']}")
     parts.append(f"cost {result['cost_is']}")
-    if reference_label(result) == REFERENCE:
+    if not result.get("reference", UNIFORM_8).startswith("uniform "):
         parts.append(f"reference: {result['reference']}")
     return "; ".join(parts)
 
@@ -577,11 +577,8 @@ def errors_words(judging: JudgingRecord, known: Sequence[float | None]) -> str:
 
 
 def reference_label(result: Mapping[str, Any]) -> str:
-    """Name the row of the reference in a table of results: "uniform 8 bits"; of widths that differ "reference"."""
-    words = str(result.get("reference", UNIFORM_8))
-    if words.startswith("uniform "):
-        return words
-    return REFERENCE
+    """Name the row of the reference in a table of results."""
+    return short_reference(str(result.get("reference", UNIFORM_8)))
 
 
 def budget_sentence(budget: Mapping[str, Any], reference: str = UNIFORM_8) -> str:
@@ -692,9 +689,11 @@ def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mappi
     key = COST_KEYS[problem.metric]
     name = min(good, key=lambda name: float(result["rivals"][name][key]))
     cost, own = float(result["rivals"][name][key]), float(result["found"][key])
-    than = "as much as"
-    if not math.isclose(cost, own, rel_tol=SAME):
-        than = f"{percent(abs(cost / own - 1), 1)} {'more' if cost > own else 'less'} than"
+    than = f"{percent(abs(cost / own - 1), 1)} more than"
+    if math.isclose(cost, own, rel_tol=SAME):
+        than = "as much as"
+    elif cost < own:
+        than = than.replace("more", "less")
     amount = describe_amount(cost, problem.metric)
     return (
         f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, {than} "
