@@ -129,9 +129,7 @@ def test_only_what_is_asked_for_may_be_chosen() -> None:
         problem.check_policy(Q.BitPolicy(dict(problem.uniform(8)) | {"depthwise": (8, 16)}))
     with pytest.raises(ValueError, match="asks for weights of width 16, which chip can't do"):
         problem_of(chip, bits="4,8,16")
-    with pytest.raises(
-        ValueError, match="no pair of bits within 2 to 3 that its scheme has and chip can do; it can do 4/8, 8/8"
-    ):
+    with pytest.raises(ValueError, match="no pair of bits within 2 to 3 that its scheme has and chip can do; it can do 4/8"):
         problem_of(Chip((8, 8), (4, 8)), bits="2:3")
 
 
@@ -162,9 +160,7 @@ def test_fractions_are_of_the_reference_that_is_named(tmp_path: Path) -> None:
         assert mine.limit == pytest.approx(plain.policy_cost(Q.BitPolicy(policy)))
     without = problem_of(Chip((4, 8), (4, 4), stem=((8, 8),)), budget=1.0)
     assert without.reference_words.startswith("8 bits, 4/8 in depthwise, 4/8 in pointwise, 4/8 in hidden, others in 1 more")
-    with pytest.raises(
-        ValueError, match="the reference has layer 'stem' at 4/4, which chip can't do; it can do 4/8, 8/8, 16/16"
-    ):
+    with pytest.raises(ValueError, match="the reference has layer 'stem' at 4/4, which chip can't do; it can do 4/8"):
         problem_of(chip, reference="4/4")
     with pytest.raises(ValueError, match="reference 'best' is no pair of widths such as w16a16"):
         problem_of(chip, reference="best")
@@ -205,10 +201,10 @@ def test_budgets_that_conflict_are_named_with_what_each_could_be() -> None:
     torn = Torn((8, 8), (4, 8))
     assert problem_of(torn, budget={"latency": 1.0, "storage": 1.0}).several is not None
     with pytest.raises(OutOfReach) as caught:
-        problem_of(torn, budget={"latency": 1.0, "storage": 0.6})
+        problem_of(torn, budget={"latency": 1.0, "storage": 0.8})
     message = str(caught.value)
     assert message.startswith(
-        "budgets latency=1.0 and storage=0.6 can't be met together on chip: with storage within 1.279 kB, "
+        "budgets latency=1.0 and storage=0.8 can't be met together on chip: with storage within 1.279 kB, "
     )
     assert "latency is at least" in message
     assert "with latency within" in message
