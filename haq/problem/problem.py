@@ -48,9 +48,11 @@ from haq.problem.schemes import (
     check_rounding,
     check_widths,
     check_zero_points,
+    full_range,
     linear_for,
     meaningful_metrics,
     meaningful_pairs,
+    obeying,
     overhead_bytes,
     roundings_by_layer,
     schemes_by_layer,
@@ -59,7 +61,7 @@ from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.cost import describe_pairs
 from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
-from hw_models.registry import printable
+from hw_models.registry import join_words, printable
 from hw_models.target import price
 from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
@@ -230,7 +232,10 @@ class Problem:
         self.groups = self._groups(tied)
         if any(name in STORED_ONCE for name in (self.metric, *self._budgets)):
             self.groups = joined(self.groups, self.workload.tied_weights)
-        self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        self._schemes_asked = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
+        self.schemes = obeying(self._schemes_asked, target)
         check_rounding(rounding, self.schemes, self._pins_asked or Q.ends(self.workload.names))
         for name in (self.metric, *self._budgets):
             check_metric(self.schemes, name)
@@ -298,7 +303,7 @@ class Problem:
             budget: See `Problem`; the metrics that are limited can't be others.
 
         Raises:
-            ValueError: As `Problem` does.
+            ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """
         made = copy.copy(self)
         asked = made._asked(budget, self.metric)
@@ -307,7 +312,14 @@ class Problem:
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
         made._budgets = asked
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
         if target is not self.target:
+            if obeying(self._schemes_asked, target) != self.schemes:
+                raise ValueError(
+                    f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
+                    "evaluated for one says nothing of the other: make another problem for it"
+                )
             made._price(target)
         made._set_limits()
         return made
@@ -359,20 +371,18 @@ class Problem:
             return metric
         return "storage"
 
-    def _price(self, target: str | hw_models.Target) -> None:
+    def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
-        if isinstance(target, str):
-            target = hw_models.load_target(target)
         self.target = target
         check_zero_points(self.schemes, target)
-        table = price(target, self.workload, self.batch)
+        table = price(target, self.workload, self.batch, full_range=full_range(self.schemes))
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
         self.table = table
         for name in self._budgets:
             if name not in table.all_metrics:
-                raise ValueError(f"{target.name} has no metric {name!r}; a budget can be of {', '.join(table.all_metrics)}")
+                raise ValueError(f"{target.name} has no metric {name!r}; it has {', '.join(table.all_metrics)}")
         self.cost = priced(table, self.metric)
         self.pinned = self._pinned()
         self._choose()
@@ -423,6 +433,27 @@ class Problem:
         for limit in others:
             if limit.metric == PEAK:
                 self.peak = PeakLimit(self.workload, self.table.batch, limit.amount)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise OutOfReach, naming them and what each could be, for budgets that can't be met together."""
+        programme = self.several
+        if programme is None:
+            return
+        conflict = programme.conflict()
+        if conflict is None:
+            return
+        # The programme has the peak last.
+        ordered = sorted(self.limits, key=lambda limit: not limit.is_sum)
+        parts = []
+        for index, least in zip(conflict.limits, conflict.least, strict=True):
+            limit = ordered[index]
+            others = [ordered[other] for other in conflict.limits if other != index]
+            within = join_words([f"{other.metric} within {describe_amount(other.amount, other.metric)}" for other in others])
+            if math.isfinite(least):
+                parts.append(f"with {within}, {limit.metric} is at least {describe_amount(least, limit.metric, UP)}")
+        asked = [f"{ordered[index].metric}={self._budgets.get(ordered[index].metric)}" for index in conflict.limits]
+        raise OutOfReach(f"budgets {join_words(asked)} can't be met together on {self.target.name}: {'; '.join(parts)}")
 
     @property
     def limit(self) -> float:
