@@ -306,7 +306,7 @@ class SearchConfig(_Config):
     )
     threads: int | None = setting(
         None,
-        "of what is measured, for the targets cpu, rpc:HOST:PORT, onnxruntime and openvino",
+        "of what is measured: cpu, rpc:HOST:PORT, onnxruntime, openvino",
         group=HARDWARE,
         metavar="N",
         default_words="1",

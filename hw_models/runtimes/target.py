@@ -171,9 +171,7 @@ class RuntimeTarget:
 
             for shape, (layer, operators) in wanted.items():
                 self._say(len(found), len(wanted), layer, "")
-                able[shape] = [
-                    operator for operator in operators if trusted.knows(operator) or self._computes(layer, operator)
-                ]
+                able[shape] = [one for one in operators if trusted.knows(one) or self._computes(layer, one)]
                 if any(trusted.from_before(operator) for operator in able[shape]):
                     before[shape] = able[shape][0]
                 time(shape)
