@@ -2,7 +2,7 @@
 
 workload = hw_models.trace(network, example)
 table = hw_models.load_target("edge").cost_table(workload)
-table.latency_s[layer, weight_bits - 1, activation_bits - 1]
+table.latency_s[layer, weight_bits - 1, activation_bits - 1]   # for 1 to 8 bits; then 16 bits and float
 
 What is listed here is imported when it is first used, so `import hw_models` costs nothing and imports no torch.
 """
@@ -12,7 +12,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hw_models.cost import METRICS, UNITS, Costs, CostTable, undominated
+    from hw_models.cost import Costs, CostTable, undominated
+    from hw_models.metrics import METRICS, UNITS
     from hw_models.registry import Registry
     from hw_models.storage import BITS, float_bytes, peak_activation_bytes, storage_bytes, storage_parts
     from hw_models.target import HARDWARE_MODELS, MEASURED, TARGETS, Target, load_target, target_names, target_rows
@@ -45,7 +46,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "cost": ("METRICS", "UNITS", "Costs", "CostTable", "undominated"),
+    "cost": ("Costs", "CostTable", "undominated"),
+    "metrics": ("METRICS", "UNITS"),
     "registry": ("Registry",),
     "storage": ("BITS", "float_bytes", "peak_activation_bytes", "storage_bytes", "storage_parts"),
     "target": ("HARDWARE_MODELS", "MEASURED", "TARGETS", "Target", "load_target", "target_names", "target_rows"),

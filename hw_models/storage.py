@@ -7,38 +7,40 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from hw_models.widths import FLOAT, PLACES, WIDTHS, places
 from hw_models.workload import Workload
 
-BITS = 8  # the largest width that is priced: tables hold 1..8
+BITS = 8  # the largest of the few-bit widths; beside 1 to 8 there are 16 bits and float (`hw_models.widths`)
 FLOAT_BYTES = 4
+IN_FLOAT = PLACES - 1  # the place of float in a table
 SCHEMES = ("linear", "affine", "kmeans")
 
 
 def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, NDArray[np.int64]]:
-    """Count the bytes of every layer's parameters at every weight width, arrays of shape (layers, 8), by what they are.
+    """Count the bytes of every layer's parameters at every weight width, arrays of shape (layers, 10), by what they are.
 
     weights      at their bits, padded to a byte per layer; for k-means, the indices of the codebook
                  (none where the weight is an earlier layer's: see `untied_bytes`)
     codebooks    k-means: 2^bits float32 values per layer (Han et al., ICLR 2016), no more than the layer has weights
-    scales       float32: one per output channel for the weights (not for k-means), one per layer for its input
+    scales       float32: one per output channel for the weights (not for k-means, nor in float), one per layer for its input
     zero_points  affine: a byte beside every scale
     biases       float32
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r} of storing weights; known: {', '.join(SCHEMES)}")
-    widths = np.arange(1, BITS + 1)
+    widths = np.array(WIDTHS)
     weights = np.array([layer.own_weights for layer in workload.layers])[:, None]
     channels = np.array([layer.out_channels for layer in workload.layers])[:, None]
     biases = np.array([layer.own_biases for layer in workload.layers])[:, None]
-    zero = np.zeros((len(workload), BITS), np.int64)
-    scales = zero + 1 + channels
+    zero = np.zeros((len(workload), PLACES), np.int64)
+    scales = zero + 1 + channels * (widths < FLOAT)
     zero_points = zero
     codebooks = zero
     if scheme == "affine":
         zero_points = scales
     if scheme == "kmeans":
         scales = zero + 1
-        codebooks = FLOAT_BYTES * np.minimum(2**widths, weights)
+        codebooks = FLOAT_BYTES * np.minimum(2 ** np.minimum(widths, FLOAT - 1), weights) * (widths < FLOAT)
     return {
         "weights": -(-weights * widths // 8),
         "codebooks": codebooks,
@@ -51,12 +53,17 @@ def storage_parts(workload: Workload, scheme: str = "linear") -> Mapping[str, ND
 def storage_bytes(workload: Workload, scheme: str = "linear") -> NDArray[np.float64]:
     """Sum the bytes of every layer's parameters over `storage_parts`.
 
-    They have shape (layers, 8, 8) as in a cost table, and are the same at every activation width. What belongs to no layer is
-    `float_bytes`. A weight that several layers have counts at the first of them: right where all have the same width, and
-    `untied_bytes` is what is missing where they don't.
+    They have shape (layers, 10, 10) as in a cost table, and are the same at every activation width but float, where the input
+    has no scale. What belongs to no layer is `float_bytes`. A weight that several layers have counts at the first of them:
+    right where all have the same width, and `untied_bytes` is what is missing where they don't.
     """
     total = np.sum(list(storage_parts(workload, scheme).values()), axis=0)
-    return np.repeat(total[:, :, None], BITS, axis=2).astype(np.float64)
+    stored = np.repeat(total[:, :, None], PLACES, axis=2).astype(np.float64)
+    of_input = FLOAT_BYTES
+    if scheme == "affine":
+        of_input += 1
+    stored[:, :, IN_FLOAT] -= of_input  # a float input has no scale
+    return stored
 
 
 def untied_bytes(workload: Workload, w_bits: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -104,13 +111,12 @@ def peak_activation_bytes(workload: Workload, a_bits: object, *, batch: int = 1)
         Bytes, shape (...).
 
     Raises:
-        ValueError: For what aren't widths from 1 to 8, and for a workload that wasn't traced.
+        ValueError: For what aren't widths of `hw_models.widths` (float being 32), and for a workload that wasn't traced.
     """
     bits = np.asarray(a_bits)
     if not np.issubdtype(bits.dtype, np.integer) or bits.ndim == 0 or bits.shape[-1] != len(workload):
         raise ValueError(f"a_bits must be integers (..., {len(workload)} layers), not {bits.dtype} {bits.shape}")
-    if bits.size and not (bits.min() >= 1 and bits.max() <= BITS):
-        raise ValueError(f"a_bits must be from 1 to {BITS}, found {bits.min()} to {bits.max()}")
+    places(bits)
     if not workload.buffers:
         raise ValueError("this workload has no record of its activations: make it with hw_models.trace")
     first, last, elements = np.array([(b.first, b.last, b.elements * batch) for b in workload.buffers]).T

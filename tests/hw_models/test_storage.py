@@ -26,19 +26,29 @@ def test_bytes_of_a_layer_by_hand(network: nn.Module) -> None:
     assert not parts["zero_points"].any()
     total = hw_models.load_target("edge").cost_table(workload).storage_bytes
     assert total[depthwise, 2, 5] == 54 + 68 + 64
-    assert np.array_equal(total[:, :, 0], sum(parts.values()))
-    assert (total == total[:, :, :1]).all()
+    assert np.array_equal(total[:, :8, 0], sum(parts.values())[:, :8])
+    assert (total == total[:, :, :1])[:, :8, :8].all()
+
+
+def test_bytes_of_16_bits_and_float_by_hand(network: nn.Module) -> None:
+    workload = trace(network, 1, 8, 8)
+    stored = hw_models.storage_bytes(workload)
+    depthwise = 1
+    assert stored[depthwise, 8, 7] == 2 * 144 + 68 + 64
+    assert stored[depthwise, 9, 7] == 4 * 144 + 4 + 64  # float weights have no scales, the input has one
+    assert stored[depthwise, 9, 9] == 4 * 144 + 64
+    assert stored[depthwise, 3, 9] == 72 + 64 + 64  # weights alone
 
 
 def test_weights_are_padded_to_a_byte_per_layer() -> None:
     parts = hw_models.storage_parts(trace(nn.Linear(3, 3, bias=False), 3))
-    assert parts["weights"][0].tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert parts["weights"][0].tolist() == [2, 3, 4, 5, 6, 7, 8, 9, 18, 36]
 
 
 def test_k_means_has_a_codebook_instead_of_scales() -> None:
     """n weights at b bits and 2^b float32 centroids (Han et al., ICLR 2016); no more centroids than weights."""
     parts = hw_models.storage_parts(trace(nn.Linear(10, 10), 10), "kmeans")
-    assert parts["codebooks"][0].tolist() == [8, 16, 32, 64, 128, 256, 400, 400]
+    assert parts["codebooks"][0].tolist() == [8, 16, 32, 64, 128, 256, 400, 400, 400, 0]
     assert parts["weights"][0, 3] == 50
     assert parts["scales"][0, 3] == 4
 
@@ -46,7 +56,9 @@ def test_k_means_has_a_codebook_instead_of_scales() -> None:
 def test_affine_has_a_zero_point_beside_every_scale() -> None:
     workload = trace(nn.Linear(10, 7), 10)
     linear, affine = (hw_models.storage_bytes(workload, scheme) for scheme in ("linear", "affine"))
-    assert (affine - linear == 7 + 1).all()
+    assert (affine - linear == 7 + 1)[:, :9, :9].all()
+    assert (affine - linear == 7)[:, :9, 9].all()
+    assert (affine - linear == 0)[:, 9, 9].all()
     with pytest.raises(ValueError, match="unknown scheme 'huffman'.*linear, affine, kmeans"):
         hw_models.storage_parts(workload, "huffman")
 
@@ -71,9 +83,11 @@ def test_weights_that_two_layers_share_are_stored_once() -> None:
         table = hw_models.load_target(target).cost_table(workload)
         alone = hw_models.load_target(target).cost_table(trace(nn.Linear(6, 6), 6))
         # Beside the weight, each has its scales and its bias.
-        assert table.storage_bytes[1] == pytest.approx(alone.storage_bytes[0] - -(-36 * np.arange(1, 9) // 8)[:, None])
-        assert (table.latency_s[0] == table.latency_s[1]).all()  # computed twice
-    assert hw_models.storage_parts(workload, "kmeans")["codebooks"][1].tolist() == [0] * 8
+        assert table.storage_bytes[1] == pytest.approx(
+            alone.storage_bytes[0] - -(-36 * np.array([*range(1, 9), 16, 32]) // 8)[:, None], nan_ok=True
+        )
+        assert np.array_equal(table.latency_s[0], table.latency_s[1], equal_nan=True)  # computed twice
+    assert hw_models.storage_parts(workload, "kmeans")["codebooks"][1].tolist() == [0] * 10
     network[1].bias = network[0].bias
     assert trace(network, 6).parameters == 42
 
@@ -171,7 +185,7 @@ def test_peaks_of_many_policies_and_batches_at_once(network: nn.Module) -> None:
     assert peaks[3, 1] == peak(workload, *bits[3, 1])
     eights = np.full(5, 8)
     assert hw_models.peak_activation_bytes(workload, eights, batch=16) == 16 * peak(workload, *eights)
-    for bad, message in ((np.ones(4, int), "5 layers"), (np.full(5, 9), "found 9"), (np.ones(5), "integers")):
+    for bad, message in ((np.ones(4, int), "5 layers"), (np.full(5, 9), "not 9"), (np.ones(5), "integers")):
         with pytest.raises(ValueError, match=message):
             hw_models.peak_activation_bytes(workload, bad)
     with pytest.raises(ValueError, match="no record of its activations"):
