@@ -2,6 +2,9 @@
 
 What is written is a folder of three files (`haq.deployment.folder`). `Deployed` runs it: the `calls` of its description in
 order, each with the input, the output and all arenas. The code of a network reads and writes nothing but these arrays.
+
+Kernels multiply integers of up to 8 bits. A layer with an operand of 16 bits, or in float, is computed in float32: its
+quantized operands are the same integers, and their products are summed as PyTorch sums them.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 ALIGNMENT = 64  # bytes, of everything that kernels look at
 TOGETHER = 8  # steps in a function: one of all of them takes long to compile
 TIMED = 200  # calls
+SHOWN = 3  # names in a line
 CHECKED = 8  # images on which a network is compared before it is compiled, and its code afterwards
 
 Layer = tuple[Conv, int, int, bool]
@@ -614,6 +618,8 @@ class TvmExporter(Exporter):
             rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
         processor = deployed.description["machine"]["processor"]
         latency_s = _latency_s(deployed)
+        if in_float := computed_in_float(program):
+            rows.append(("layers whose sums are float32", _some(in_float, len(program.layers))))
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
         rows += [
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
@@ -630,6 +636,14 @@ class TvmExporter(Exporter):
         except ValueError:
             (path / DESCRIPTION).unlink()
             raise
+
+
+def _some(names: list[str], total: int) -> str:
+    """Say how many of all layers these are, and which, as far as a line holds them."""
+    shown = ", ".join(names[:SHOWN])
+    if len(names) > SHOWN:
+        shown += ", ..."
+    return f"{len(names)} of {total}: {shown}"
 
 
 @dataclass(frozen=True)
