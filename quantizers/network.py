@@ -17,7 +17,7 @@ from quantizers.batches import Batches, collect
 from quantizers.calling import Forward
 from quantizers.copying import copy_network, evaluating
 from quantizers.correction import MeanInput, correct_bias, correct_weights
-from quantizers.functional import MAX_BITS, WIDTHS
+from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, WIDTHS, row_of
 from quantizers.layers import FOUND_AFTER_TRAINING, QuantLayer, make_quantized, make_unquantized, no_scale
 from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
 from quantizers.moments import InputMoments, Passes
@@ -308,13 +308,13 @@ def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
 
 @torch.no_grad()
 def _round(layer: QuantLayer, moments: InputMoments | None, bits: Bits) -> None:
-    """Set a layer's `weight_offset` by GPTQ, if calibration reached the layer."""
+    """Set a layer's `weight_offset` by GPTQ, if calibration reached the layer; 16 bits need none."""
     if moments is None or not moments.images:
         return
     if bits[0] is None and not moments.suffice():
         return
     scheme = layer.scheme
-    widths = [width for width in WIDTHS if scheme.takes(width, None, layer.signed)]
+    widths = [width for width in FEW_BITS if scheme.takes(width, None, layer.signed)]
     scales = layer.weight.new_ones(MAX_BITS, layer.weight.shape[0])
     for width in widths:
         scales[width - 1] = scheme.weight_step(layer, width)
@@ -441,12 +441,13 @@ def _ids_of_used(network: nn.Module, idle: Mapping[QuantLayer, Mapping[str, nn.P
 
 
 def _check_bits(name: str, layer: QuantLayer, bits: Bits, signed: bool, calibrated: bool) -> None:
+    if not calibrated and layer.scheme.needs_data_at(*bits):
+        raise ValueError(f"layer {name!r}: {no_scale(bits[1])}")
     try:
+        layer.scheme.check_widest(*bits)
         layer.scheme.check(*bits, signed=signed)
     except ValueError as reason:
         raise ValueError(f"layer {name!r}: {reason}") from reason
-    if not calibrated and layer.scheme.needs_data_at(*bits):
-        raise ValueError(f"layer {name!r}: {no_scale(bits[1])}")
 
 
 def get_policy(network: nn.Module) -> BitPolicy:
