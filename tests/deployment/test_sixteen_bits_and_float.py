@@ -6,6 +6,8 @@ fake-quantized network does: integers from the same ones before are equal, but f
 
 from __future__ import annotations
 
+import copy
+import functools
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +23,10 @@ import quantizers as Q
 from haq import deploy
 from haq.deployment import interpreter
 from haq.deployment import tvm as tvm_code
-from haq.deployment.exporter import AnySamples, Samples
-from haq.deployment.graph import capture
+from haq.deployment.exporter import Samples
+from haq.deployment.graph import Graph, capture
 from haq.deployment.lowering import integer_activations, integer_weights, lower
-from haq.deployment.onnx import OnnxExporter, export, verify
+from haq.deployment.onnx import export, verify
 from haq.deployment.program import Codes, Convolution, FloatConvolution
 from hw_models.tvm_cpu.conv import Conv, reference
 
@@ -58,14 +60,24 @@ def mixed(seed: int) -> dict[str, Bits]:
     return {name: draw.choice(ALL) for name in LAYERS}
 
 
-def quantized(policy: Bits | dict[str, Bits], scheme: Any = "linear") -> tuple[nn.Module, Tensor]:
+@functools.cache
+def calibrated(scheme: str) -> tuple[nn.Module, Tensor, Graph]:
+    """The network at 8 bits, images, and its operations, which don't depend on bits."""
     torch.manual_seed(0)
     network = Every()
     x = torch.randn(6, 3, 8, 8)
     network(x)  # batch statistics
+    made = Q.quantize(network.eval(), dict.fromkeys(LAYERS, (8, 8)), calibrate=x, scheme=scheme).eval()
+    return made, x, capture(made, x)
+
+
+def quantized(policy: Bits | dict[str, Bits], scheme: str = "linear") -> tuple[nn.Module, Tensor, Graph]:
+    made, x, graph = calibrated(scheme)
+    made = copy.deepcopy(made)
     if isinstance(policy, tuple):
         policy = dict.fromkeys(LAYERS, policy)
-    return Q.quantize(network.eval(), policy, calibrate=x, scheme=scheme).eval(), x
+    Q.set_policy(made, policy)
+    return made, x, graph
 
 
 POLICIES = [*EVEN, *(mixed(seed) for seed in range(6))]
@@ -77,8 +89,8 @@ POLICIES = [*EVEN, *(mixed(seed) for seed in range(6))]
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("scheme", ["linear", "linear-asymmetric"])
 def test_programs_compute_what_the_network_does(policy: Any, scheme: str) -> None:
-    network, x = quantized(policy, scheme)
-    program = lower(capture(network, x), network, x)
+    network, x, graph = quantized(policy, scheme)
+    program = lower(graph, network, x)
     found = interpreter.compare(network, program, x)
     assert not found.fault
     assert found.same_answers == 1
@@ -110,7 +122,7 @@ def test_sums_of_products_of_16_bits_are_exact() -> None:
 
 
 def test_integers_of_16_bits_times_their_scales_are_the_values() -> None:
-    network, _ = quantized((16, 16))
+    network, _, _ = quantized((16, 16))
     for name, layer in Q.quant_layers(network).items():
         weights, scale, bits = integer_weights(name, layer)
         assert (weights.dtype, bits) == (np.int16, 16)
@@ -134,13 +146,15 @@ def contents(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_onnx(policy: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    network, x = quantized(policy)
+    network, x, graph = quantized(policy)
     path = tmp_path / "network.onnx"
-    export(capture(network, x), network, path)
+    export(graph, network, path)
     found = verify(path, network, x)
     assert not found.fault
     assert found.same_answers == 1
-    assert found.different <= 3e-3 * found.values
+    assert found.different <= 1e-2 * found.values  # ties, and what follows from them
+    assert found.steps <= 1
+    assert found.output_difference <= 1e-4 * found.largest_output
     bits = dict(Q.get_policy(network))
     model, held = contents(path)
     expected = {None: np.float32, 16: np.int16}
@@ -179,9 +193,9 @@ def test_onnx_clips_what_is_beyond_signed_16_bits(tmp_path: Path) -> None:
 def test_qonnx(policy: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("qonnx")
-    network, x = quantized(policy)
+    network, x, graph = quantized(policy)
     path = tmp_path / "network.onnx"
-    export(capture(network, x), network, path, flavour="qonnx")
+    export(graph, network, path, flavour="qonnx")
     found = verify(path, network, x)
     assert not found.fault
     assert found.same_answers == 1
@@ -189,7 +203,7 @@ def test_qonnx(policy: Any, tmp_path: Path) -> None:
     widths = {}
     for node in model.graph.node:
         if node.op_type in ("Quant", "BipolarQuant"):
-            widths[node.output[0]] = int(held[node.input[3]]) if node.op_type == "Quant" else 1
+            widths[node.output[0]] = int(held[node.input[3]].item()) if node.op_type == "Quant" else 1
     for name, (w, a) in Q.get_policy(network).items():
         assert widths.get(f"{name}:weight") == w
         assert widths.get(f"{name}:input") == a
@@ -207,36 +221,6 @@ def test_files_hold_weights_in_their_bits(tmp_path: Path) -> None:
     assert 0 < sizes[8] - 100 * 100 < 2000
     assert 0 < sizes[16] - 2 * 100 * 100 < 2000
     assert 0 < sizes[None] - 4 * 100 * 100 < 2000
-
-
-class Signal(nn.Module):
-    """What `haq.deployment.graph` doesn't know, and torch.export does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.c = nn.Conv1d(2, 6, 3, padding=1), nn.Conv1d(6, 6, 1), nn.Conv1d(6, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.c(F.silu(self.b(F.gelu(self.a(x))))).mean(2)
-        return made
-
-
-def test_networks_of_any_operations(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    x = torch.randn(8, 2, 9, generator=torch.Generator().manual_seed(0))
-    network = Q.quantize(Signal().eval(), {"a": (16, None), "b": (8, 16), "c": (None, 8)}, calibrate=x).eval()
-    given = AnySamples((x, None), (x, None))
-    path = tmp_path / "network.onnx"
-    exporter = OnnxExporter()
-    exporter.check(network)
-    exporter.export_any(network, given, path)
-    assert exporter.compare_any(network, given, path).same_answers
-    _, held = contents(path)
-    stored = {name.rpartition("network.")[2]: array.dtype for name, array in held.items()}
-    assert stored["a.weight_integers"] == np.int16
-    assert stored["b.weight_integers"] == np.int8
-    assert "c.weight_integers" not in stored
 
 
 # ------------------------------------------------------------------------------------------------------- compiled code
@@ -264,9 +248,9 @@ COMPILED: dict[str, Bits] = {
 
 def test_compiled(tmp_path: Path, unmeasured: None) -> None:
     """What has 16 bits is summed in float32, and all others are integers as ever."""
-    network, x = quantized(COMPILED)
-    deployed = deploy.to_tvm(network, x, tmp_path / "deployed", reuse=False)
-    program = lower(capture(network, x), network, x)
+    network, x, graph = quantized(COMPILED)
+    deployed = tvm_code.compile_network(network, graph, x, tmp_path / "deployed", reuse=False)
+    program = lower(graph, network, x)
     assert tvm_code.computed_in_float(program) == [*"stem depthwise shared shared@2 hidden last".split()]
     expected, entered = interpreter.run(program, x.numpy())
     assert np.allclose(deployed(x.numpy()), expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
@@ -299,8 +283,7 @@ def test_the_largest_of_codes_of_16_bits(tmp_path: Path, unmeasured: None) -> No
 
 
 def test_layers_in_float32_are_told(tmp_path: Path, unmeasured: None) -> None:
-    network, x = quantized(COMPILED)
-    graph = capture(network, x)
+    network, x, graph = quantized(COMPILED)
     exporter = tvm_code.TvmExporter()
     exporter.check(network)
     exporter.export(network, graph, x, tmp_path / "made", notes={}, options={}, on_progress=lambda done, of, what: None)
