@@ -194,10 +194,10 @@ class MixedPrecisionEnv(PolicyEnv):
             ],
             dtype=float,
         ).T
-        increases = np.concatenate([self._loss_increase[:, :, -1], self._loss_increase[:, -1, :]], axis=1)
+        increases = np.concatenate([self._loss_increase[:, :8, 7], self._loss_increase[:, 7, :8]], axis=1)
         # They differ by orders of magnitude: what counts is how large one is beside the largest.
         increases = np.log10(np.maximum(increases / max(increases.max(), TINY), 1e-4)) / 2 + 1
-        costs = np.concatenate([cost[:, :, self._high - 1], cost[:, self._high - 1, :]], axis=1) / highest[:, None]
+        costs = np.concatenate([cost[:, :8, self._high - 1], cost[:, self._high - 1, :8]], axis=1) / highest[:, None]
         return np.concatenate([scale_columns(columns), increases, 2 * costs - 1], axis=1)
 
     def _observe(self) -> Observation:

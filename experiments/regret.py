@@ -56,9 +56,9 @@ from experiments import shared
 from haq import data, networks, training
 from haq.console.errors import run_command
 from haq.console.progress import progress
-from haq.problem.budget import ROUNDING
 from haq.problem.decision import Decision
 from haq.problem.evaluator import Evaluation
+from haq.problem.limits import ROUNDING
 from haq.problem.objective import find_objective
 from haq.solvers import SOLVERS, random_search, sensitivity
 from haq.solvers.base import Session, Trial, solve

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.metrics import COUNTED, METRICS, OF_TARGETS, PEAK, UNITS
+from hw_models.metrics import COUNTED, METRICS, PEAK, UNITS
 from hw_models.notebook import html_table
 from hw_models.storage import BITS, peak_activation_bytes, untied_bytes
 from hw_models.widths import ACCEPTED, FLOAT, PLACES, WIDTHS, at_places, pair_words, places

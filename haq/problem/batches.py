@@ -38,7 +38,7 @@ def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: A
         network: The float network.
         target: The hardware, or its name.
         metric: The name of what is limited.
-        bits: Smallest and largest width.
+        bits: Smallest and largest width, a text, or None.
         pinned: Pairs of bits by layer name, or None.
 
     Raises:
@@ -50,21 +50,21 @@ def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: A
     if not isinstance(target, str) and (isinstance(target, type) or not hasattr(target, "cost_table")):
         raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
     if not isinstance(metric, str):
-        raise TypeError(f"metric is {_shown(metric)}; it must be 'latency', 'energy' or 'storage'")
-    if not _is_pair(bits):
+        raise TypeError(f"metric is {_shown(metric)}; it must be a name, such as 'latency', 'energy' or 'storage'")
+    if bits is not None and not isinstance(bits, str) and not _is_pair(bits):
         raise TypeError(
             f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8): every width from the "
-            "smallest to the largest may be chosen"
+            "smallest to the largest may be chosen; or a text such as '2:8,16,float'"
         )
     if pinned is None:
         return
     if not isinstance(pinned, Mapping):
         raise TypeError(f"pinned is {_shown(pinned)}; it must map names of layers to (weight bits, activation bits)")
     for layer, pair in pinned.items():
-        if not _is_pair(pair):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(
-                f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits) "
-                "from 1 to 8: hardware is priced at these, not in float"
+                f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits): "
+                "1 to 8, 16, or None for float"
             )
 
 

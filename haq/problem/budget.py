@@ -6,11 +6,9 @@ import re
 
 from haq.store.units import UNITS
 
-ROUNDING = 1e-9  # relative slack of a budget: sums of floats depend on their order
-
 
 class OutOfReach(ValueError):
-    """A budget is below the cheapest policy of a target, or above uniform 8 bits."""
+    """A budget is below the cheapest policy of a target, or above the dearest."""
 
 
 def parse_budget(budget: float | str, metric: str, reference: float) -> float:
@@ -18,11 +16,11 @@ def parse_budget(budget: float | str, metric: str, reference: float) -> float:
 
     Args:
         budget: 0.5 and "0.5" are fractions of `reference`; "12ms" is absolute.
-        metric: "latency", "energy" or "storage".
-        reference: In the metric's unit.
+        metric: One of `hw_models.METRICS`.
+        reference: What the reference policy costs, in the metric's unit.
 
     Returns:
-        Seconds, joules or bytes.
+        In the metric's unit.
 
     Raises:
         ValueError: For anything else, naming the units.

@@ -32,10 +32,12 @@ from haq.problem.batches import (
     read_inputs,
     read_tensors,
 )
-from haq.problem.budget import ROUNDING, OutOfReach, parse_budget
-from haq.problem.decision import Decision, joined, priced
+from haq.problem.budget import OutOfReach, parse_budget
+from haq.problem.decision import Decision, WidthsAsked, joined, priced, read_bits, ten_places
 from haq.problem.device import compute_exactly, find_device
 from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
+from haq.problem.goal import BEST, CHEAPEST, TRADEOFF, read_goal
+from haq.problem.limits import ROUNDING, Limit, PeakLimit, budgets_of
 from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
@@ -52,15 +54,22 @@ from haq.problem.schemes import (
     schemes_by_layer,
 )
 from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
+from hw_models.cost import describe_pairs
+from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
 from hw_models.registry import printable
 from hw_models.target import price
+from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
 
 REPEATED = 1e-3  # of an output's size: what it may differ by from call to call, in sums of another order
-TOP = Q.MAX_BITS - 1  # index of the largest width in a table
+TOP = Q.MAX_BITS - 1  # the place of 8 bits in a table
+FEW_BITS = (2, 8)  # widths that may be chosen where nothing is said, beside 16 bits and float where the target does them
+MOST_NAMED = 3  # layers in a sentence
+WIDE = PLACES - 2  # the first place beyond the few-bit widths
+DEFAULT_BUDGET = 0.5
 
 
 class NotAllowed(ValueError):
@@ -77,16 +86,23 @@ class Problem:
         roundings: How the weights of every layer are rounded, "nearest" or "gptq", by name.
         target: The hardware target.
         table: Its cost table for the workload.
-        cost: Costs in the metric's unit, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1]; for a
-            pair that the target can't do (`table.supported`), which nobody may choose, what the layer costs at most.
-        decisions: The layers that decide together, with the pairs of bits worth choosing: within `bits`, with a meaning in the
-            scheme, and without those that cost as much as a pair with more bits.
-        limit: The budget in the metric's unit.
-        reference: The cost of uniform 8 bits, of which a budget can be a fraction if the target can do them.
+        cost: Costs in the metric's unit, shape (layers, 10, 10), indexed [layer, place of the weights' width, place of the
+            activations'] (`hw_models.widths`: bits - 1 for 1 to 8); for a pair that the target can't do (`table.supported`),
+            which nobody may choose, what the layer costs at most.
+        widths: The widths of weights and of activations that may be chosen, float being 32; `bits` are the smallest and the
+            largest of them.
+        decisions: The layers that decide together, with the pairs of widths worth choosing: within `widths`, with a meaning in
+            the scheme, and without those that cost as much as a pair with more bits.
+        limits: What a policy may cost: that of `metric` first, then those of further budgets.
+        limit: The first of them, in the metric's unit.
+        peak: The limit of peak memory, which is no sum over layers; None if there is none.
+        reference_policy: What budgets can be a fraction of.
+        reference: What it costs.
         smallest: The least that a policy can cost.
+        goal: What is looked for: the best policy within the budgets, the cheapest that is good enough, or a trade-off.
         layer_errors: The relative squared error that each width of weights (0) and of activations (1) leaves, from
-            calibration, shape (layers, 2, 8).
-        quantization_error: The same of every decision, the mean over its layers, shape (decisions, 2, 8).
+            calibration, shape (layers, 2, 10).
+        quantization_error: The same of every decision, the mean over its layers, shape (decisions, 2, 10).
         objective: What policies are judged by.
         calibration: The batches that set the scales.
         forward: Computes outputs of (network, batch); None: the network is called with the inputs.
@@ -101,10 +117,10 @@ class Problem:
         search: Batches | Samples | None,
         target: str | hw_models.Target,
         metric: str = "latency",
-        budget: float | str = 0.5,
+        budget: float | str | Mapping[str, float | str] | None = None,
         *,
-        bits: tuple[int, int] = (2, 8),
-        pinned: Mapping[str, tuple[int, int]] | None = None,
+        bits: tuple[int, int] | str | None = None,
+        pinned: Mapping[str, tuple[int | None, int | None]] | None = None,
         tied: Iterable[Iterable[str]] = (),
         batch: int | None = None,
         objective: AnyObjective = "accuracy",
@@ -115,6 +131,10 @@ class Problem:
         forward: Forward | None = None,
         memory: str | int | None = None,
         device: str | torch.device | None = None,
+        reference: str | Mapping[str, tuple[int | None, int | None]] | None = None,
+        max_drop: float | None = None,
+        at_least: float | str | None = None,
+        tradeoff: str | tuple[float, float] | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -131,11 +151,14 @@ class Problem:
                 alone are enough for an objective that needs no targets, and None for one that is given the network. Kept in
                 memory. Floats become float32.
             target: A hardware target, or the name of one (`hw_models.load_target`).
-            metric: "latency", "energy" or "storage".
-            budget: A number is a fraction of the uniform 8-bit network's cost; a string has a unit ("12ms", "40kB").
-            bits: Smallest and largest width that a solver may choose.
-            pinned: Layer name -> (weight bits, activation bits) that no solver may change; default: first and last layer at 8
-                bits.
+            metric: What is limited, and priced: one of `hw_models.METRICS`.
+            budget: A number is a fraction of the reference policy's cost; a string has a unit ("12ms", "40kB"). For several
+                budgets, all of which must be kept, a mapping by metric: {"latency": 0.5, "storage": "40kB"}. None is 0.5; and
+                no budget at all where the cheapest policy is looked for.
+            bits: Widths that a solver may choose: (smallest, largest), or a text such as "2:8,16,float" or "4,8/8,16"
+                (weights/activations). None: 2 to 8, and 16 bits and float where the target does them.
+            pinned: Layer name -> (weight width, activation width) that no solver may change; default: first and last layer at
+                8 bits, or the nearest pair that the target can do.
             tied: Groups of layer names; the layers of a group take the same bits.
             batch: Images at a time on the target; None takes the target's own batch.
             objective: What policies are judged by: a name of `haq.problem.OBJECTIVES`, `module:Name`, an objective, such as
@@ -156,6 +179,13 @@ class Problem:
                 machine's. What doesn't fit is read anew for every policy, in advance.
             device: Where everything is computed: "cpu", "cuda", "cuda:1", "mps"; None: where the network is. On a GPU float32
                 is computed as such from then on in this process, not as TF32.
+            reference: The policy that a budget is a fraction of: a pair for all layers ("w16a16", "8/8", "float"), a policy,
+                or the path of a policy's file. None: 8 bits, and the widest pair where the target can't do that.
+            max_drop: Look for the cheapest policy (by `metric`) whose objective is at most so much worse than the float
+                network's: points of a share, otherwise the objective's unit.
+            at_least: The same with the value that the objective must have: 0.92 or "92%" of a share.
+            tradeoff: Look for the largest value x (cost / budget)^w, MnasNet's objective: "soft", "hard" or the exponents
+                (within the budget, beyond it).
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -183,27 +213,32 @@ class Problem:
             _check_same_kind(self.calibration, example, network)
         else:
             _check_forward(forward, self.calibration[0], network)
-        self.metric = metric
-        self.unit = hw_models.UNITS.get(metric, "")
-        self.bits = _checked_range(bits)
+        self.goal = read_goal(self.objective, max_drop, at_least, tradeoff)
+        self._budgets = self._asked(budget, metric)
+        self.metric = self._main_metric(metric)
+        self.unit = UNITS[self.metric]
+        self._bits_asked = None
+        if bits is not None:
+            self._bits_asked = read_bits(bits)
         self.batch = batch
-        self.pinned = self._pinned(pinned)
+        self._pins_asked = self._checked_pins(pinned)
+        self._reference_asked = reference
         self.groups = self._groups(tied)
-        if metric == "storage":
+        if any(name in STORED_ONCE for name in (self.metric, *self._budgets)):
             self.groups = joined(self.groups, self.workload.tied_weights)
         self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
-        check_rounding(rounding, self.schemes, self.pinned)
-        check_widths(self.schemes, self.bits, self.pinned)
-        check_metric(self.schemes, metric)
+        check_rounding(rounding, self.schemes, self._pins_asked or Q.ends(self.workload.names))
+        for name in (self.metric, *self._budgets):
+            check_metric(self.schemes, name)
         self._meaningful = meaningful_pairs(self.schemes, {})
         self._price(target)
-        self.limit = self._limit(budget)
+        self._set_limits()
         count = sum(map(samples_in, self.calibration))
         self.roundings = roundings_by_layer(rounding, self.schemes, self.workload, count)
         with evaluation_mode(network):
             qnetwork = Q.quantize(
                 network,
-                self.uniform(Q.MAX_BITS),
+                Q.BitPolicy(dict.fromkeys(self.workload.names, Q.END_BITS)),
                 scheme=self.schemes,
                 calibrate=self.calibration,
                 correction=correction,
@@ -212,9 +247,9 @@ class Problem:
                 forward=forward,
             )
         layers = {name: Q.quant_layers(qnetwork)[name] for name in self.workload.names}
-        self._restrict({name: layer.signed for name, layer in layers.items()}, budget)
+        self._restrict({name: layer.signed for name, layer in layers.items()})
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
-        self.layer_errors = np.array([[of_weights.tolist(), of_inputs.tolist()] for of_weights, of_inputs in errors])
+        self.layer_errors = np.array([[ten_places(one.tolist(), 0.0) for one in of_layer] for of_layer in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
         with evaluation_mode(network):
             with _no_other_layers(network, self.workload.names):
@@ -223,25 +258,24 @@ class Problem:
                 )
             self.float_result = self.evaluator.measure_teacher()
         _check_share(self.objective, self.float_result.value)
+        self.goal.check(self.objective, self.float_result.value)
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""
         schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
-        low, high = self.bits
         return (
-            f"Problem({len(self.workload)} layers on {self.target.name}, {self._budget_words()}, bits {low}:{high}, "
+            f"Problem({len(self.workload)} layers on {self.target.name}, {self._budget_words()}, bits {self.widths.words}, "
             f"scheme {schemes}, objective {self.objective.name}, float {show(self.float_accuracy, self.objective.unit)})"
         )
 
     def _repr_html_(self) -> str:
         """Make a table of it for a notebook."""
         schemes = ", ".join(dict.fromkeys(scheme.name for scheme in self.schemes.values()))
-        low, high = self.bits
         rows = {
             "network": f"{type(self.network).__name__}, {len(self.workload)} layers, {self.workload.macs / 1e6:.2f} M MACs",
             "target": f"{self.target.name}: {self.target.description}; {self.table.provenance}",
             "budget": self._budget_words(),
-            "bits": f"{low} to {high}",
+            "bits": self.widths.words,
             "scheme": schemes,
             "objective": f"{self.objective.words}{self.count_words(', on ')}",
             "float network": show(self.float_accuracy, self.objective.unit),
@@ -250,23 +284,76 @@ class Problem:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
-    def on(self, target: str | hw_models.Target, budget: float | str) -> Problem:
+    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str]) -> Problem:
         """Put the same problem on another target, within another budget.
 
         Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
 
         Args:
             target: A hardware target, or the name of one.
-            budget: See `Problem`.
+            budget: See `Problem`; the metrics that are limited can't be others.
 
         Raises:
             ValueError: As `Problem` does.
         """
         made = copy.copy(self)
+        asked = made._asked(budget, self.metric)
+        if set(asked) != set(self._budgets) and self._budgets:
+            raise ValueError(
+                f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
+            )
+        made._budgets = asked
         if target is not self.target:
             made._price(target)
-        made.limit = made._limit(budget)
+        made._set_limits()
         return made
+
+    def limited_to(self, amount: float) -> Problem:
+        """Make the same problem with another limit of the main metric, of which the best policy is looked for.
+
+        Args:
+            amount: In the metric's unit.
+
+        Returns:
+            A problem that shares what was evaluated; `goal` is the best policy within the limits.
+
+        Raises:
+            OutOfReach: A ValueError, if no policy costs so little.
+        """
+        if amount < self.smallest * (1 - ROUNDING):
+            raise OutOfReach(f"{describe_amount(amount, self.metric)} is out of reach: {self.reach}")
+        made = copy.copy(self)
+        made.goal = BEST
+        first = dataclasses.replace(self.limits[0], amount=min(amount, self.limits[0].amount), is_given=True)
+        made.limits = (first, *self.limits[1:])
+        return made
+
+    def _asked(self, budget: Any, metric: str) -> dict[str, float | str]:
+        """Return the budgets that are asked for, by metric."""
+        if budget is None:
+            if self.goal.kind == CHEAPEST:
+                return {}
+            budget = DEFAULT_BUDGET
+        found = budgets_of(budget, metric)
+        for name in (metric, *found):
+            if name not in METRICS:
+                raise ValueError(f"unknown metric {name[:40]!r}; known: {', '.join(METRICS)}")
+        return found
+
+    def _main_metric(self, metric: str) -> str:
+        """Return the metric that is minimised, or planned with: one that is a sum over layers."""
+        if self.goal.kind == CHEAPEST:
+            if metric == PEAK:
+                raise ValueError(f"{PEAK} can be limited by a budget, but not be what is made cheapest: choose another metric")
+            return metric
+        sums = [name for name in self._budgets if name != PEAK]
+        if metric in sums:
+            return metric
+        if sums:
+            return sums[0]
+        if metric != PEAK:
+            return metric
+        return "storage"
 
     def _price(self, target: str | hw_models.Target) -> None:
         """Set all that depends on the target."""
@@ -279,42 +366,150 @@ class Problem:
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
         self.table = table
+        for name in self._budgets:
+            if name not in table.all_metrics:
+                raise ValueError(f"{target.name} has no metric {name!r}; a budget can be of {', '.join(table.all_metrics)}")
         self.cost = priced(table, self.metric)
-        self.reference = float(self.cost[:, TOP, TOP].sum())
+        self.pinned = self._pinned()
         self._choose()
 
     def _choose(self) -> None:
         """Set what can be chosen, and the least that it can cost."""
-        self.decisions = self._decisions(self._allowed(*self.bits))
+        self.widths = self._widths()
+        check_widths(self.schemes, self._bits_asked, self.pinned)
+        self.reference_policy = self._reference_policy()
+        self.reference = self._cost_of_reference(self.metric)
+        self.decisions = self._decisions(self._allowed(self.widths.mask))
         self.smallest = self._smallest(self.decisions)
 
-    def _restrict(self, signed: Mapping[str, bool], budget: float | str) -> None:
+    def _widths(self) -> WidthsAsked:
+        """Return the widths that may be chosen: those asked for, or else 2 to 8, and 16 bits and float where they can be."""
+        if self._bits_asked is not None:
+            return self._bits_asked
+        free = [index for index, name in enumerate(self.workload.names) if name not in self.pinned]
+        possible: NDArray[np.bool_] = (self.table.supported & self._meaningful)[free].any(0)
+        found = []
+        for able in (possible.any(1), possible.any(0)):
+            wide = np.flatnonzero(able[WIDE:]) + WIDE
+            found.append((*range(FEW_BITS[0], FEW_BITS[1] + 1), *map(int, at_places(wide))))
+        return WidthsAsked(*found)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Return the smallest and the largest width that may be chosen, float being 32."""
+        both = (*self.widths.weights, *self.widths.activations)
+        return min(both), max(both)
+
+    def _restrict(self, signed: Mapping[str, bool]) -> None:
         """Leave out pairs of bits that mean nothing to a scheme now that calibration has seen each layer's input."""
         meaningful = meaningful_pairs(self.schemes, signed)
         if not np.array_equal(meaningful, self._meaningful):
             self._meaningful = meaningful
             self._choose()
-            self.limit = self._limit(budget)
+            self._set_limits()
+
+    def _set_limits(self) -> None:
+        """Set what a policy may cost by every metric that is limited. Raises OutOfReach for a budget that can't be met."""
+        self.limits: tuple[Limit, ...]
+        main = self._limit_of(self.metric)
+        others = [self._limit_of(name) for name in self._budgets if name != self.metric]
+        self.limits = (main, *others)
+        self.peak = None
+        for limit in others:
+            if limit.metric == PEAK:
+                self.peak = PeakLimit(self.workload, self.table.batch, limit.amount)
+
+    @property
+    def limit(self) -> float:
+        """Return the budget of the main metric, in its unit."""
+        return self.limits[0].amount
+
+    @limit.setter
+    def limit(self, amount: float) -> None:
+        """Set the budget of the main metric, whatever can be reached."""
+        self.limits = (dataclasses.replace(self.limits[0], amount=amount), *self.limits[1:])
 
     @property
     def budget(self) -> float:
-        """Return the budget as a fraction of the uniform 8-bit network's cost."""
+        """Return the budget as a fraction of the reference policy's cost."""
         return self.limit / self.reference
 
     def _budget_words(self) -> str:
-        return f"{self.metric} within {describe_amount(self.limit, self.metric)} ({self.budget:.3g} of {self.reference_words})"
+        words = []
+        for limit in self.limits:
+            if limit.is_given:
+                of = f"{limit.fraction:.3g} of {self.reference_words}"
+                words.append(f"{limit.metric} within {describe_amount(limit.amount, limit.metric)} ({of})")
+        if self.goal.kind != BEST.kind:
+            words.insert(0, f"{self.goal.words(self.objective)} by {self.metric}")
+        return ", ".join(words)
 
     @property
     def reference_words(self) -> str:
-        """Say what `reference` is the cost of."""
-        if self._does_8_bits:
+        """Say what budgets are a fraction of: "uniform 8 bits"."""
+        pairs = set(self.reference_policy.values())
+        if pairs == {(8, 8)}:
             return "uniform 8 bits"
-        return "8 bits, and the dearest pair where they can't be done"
+        if len(pairs) == 1:
+            return f"uniform {pair_words(*next(iter(pairs)))}"
+        if isinstance(self._reference_asked, str):
+            return f"the policy {self._reference_asked}"
+        if self._reference_asked is not None:
+            return "the given policy"
+        others = [f"{pair_words(*pair)} in {name}" for name, pair in self.reference_policy.items() if pair != (8, 8)]
+        if len(others) > MOST_NAMED:
+            others = [*others[:MOST_NAMED], f"others in {len(others) - MOST_NAMED} more"]
+        return f"8 bits, {', '.join(others)}, where 8/8 can't be done"
 
     @property
     def _does_8_bits(self) -> bool:
         """Whether the target can do 8 bits in every layer."""
         return bool(self.table.supported[:, TOP, TOP].all())
+
+    def _reference_policy(self) -> Q.BitPolicy:
+        """Return the policy that a budget can be a fraction of. Raises ValueError, naming the layer, if it can't be done."""
+        asked = self._reference_asked
+        if asked is None:
+            return self.policy(*np.array([self._widest(index) for index in range(len(self.workload))]).T)
+        if isinstance(asked, str) and asked.endswith(".json"):
+            policy = Q.BitPolicy.from_json(asked)
+        elif isinstance(asked, str):
+            try:
+                w, a = read_pair(asked)
+            except ValueError as error:
+                raise ValueError(
+                    f"reference {asked[:40]!r} is no pair of widths such as w16a16, nor a policy's file"
+                ) from error
+            policy = self.policy([w] * len(self.workload), [a] * len(self.workload))
+        elif isinstance(asked, Mapping):
+            policy = Q.BitPolicy(asked)
+        else:
+            raise TypeError(f"reference is a {type(asked).__name__}; it must be a pair such as 'w16a16', or a policy")
+        if differing := sorted(set(policy) ^ set(self.workload.names)):
+            raise ValueError(
+                f"the reference policy must name the workload's layers; {differing[0]!r} is in one of the two only"
+            )
+        for index, name in enumerate(self.workload.names):
+            pair = policy[name]
+            if not self.table.supported[index, place_of(pair[0]), place_of(pair[1])]:
+                can = describe_pairs(self.table.pairs_of(index))
+                raise ValueError(
+                    f"the reference has layer {name!r} at {pair_words(*pair)}, which {self.target.name} can't do; it can do "
+                    f"{can}"
+                )
+        return policy
+
+    def _widest(self, layer: int) -> tuple[int, int]:
+        """Return 8/8 for a layer that can have it, or else the pair with the most bits that the target can do."""
+        if self.table.supported[layer, TOP, TOP]:
+            return 8, 8
+        return max(self.table.pairs_of(layer), key=lambda pair: (place_of(pair[0]) + place_of(pair[1]), pair))
+
+    def _cost_of_reference(self, metric: str) -> float:
+        w, a = self.bit_arrays(self.reference_policy)
+        if metric == self.metric:
+            return float(self.cost[np.arange(len(w)), places(w), places(a)].sum())
+        return float(self.table.total(metric, w, a))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -323,23 +518,31 @@ class Problem:
 
     @property
     def reach(self) -> str:
-        """Say in words which budgets can be met."""
+        """Say in words which budgets of the main metric can be met."""
         # Rounded inwards, so that what we name is what we accept.
         low = describe_amount(self.smallest, self.metric, UP)
         high = describe_amount(self.largest, self.metric, DOWN)
-        from_one_bit = self._smallest(self._decisions(self._allowed(1, self.bits[1])))
         fraction = np.ceil(1000 * self.smallest / self.reference) / 1000
+        top = f"{self.largest / self.reference:.3g}"
+        if self.largest == self.reference:
+            top = "1.0"
+        least = f"{low} ({fraction:.3f} of {self.reference_words})"
+        return (
+            f"on {self.target.name}, {self.metric} can be from {least} to {high} ({top}){self._reach_from_one_bit(fraction)}"
+        )
+
+    def _reach_from_one_bit(self, fraction: float) -> str:
+        """Say what could be reached with widths from 1 bit, if that is less; nothing otherwise."""
+        below = np.arange(PLACES) < max(place_of(max(operand)) for operand in self.widths) + 1
+        mask = below[:, None] & below
+        from_one_bit = self._smallest(self._decisions(self._allowed(mask)))
         at_one_bit = np.ceil(1000 * from_one_bit / self.reference) / 1000
-        further = ""
-        if at_one_bit < fraction:
-            further = f"; bits 1:{self.bits[1]} would reach {at_one_bit:.3f}"
-        if not self._does_8_bits:
-            # Fractions are no budgets then.
-            if further:
-                further = f"; bits 1:{self.bits[1]} would reach {describe_amount(from_one_bit, self.metric, UP)}"
-            return f"on {self.target.name}, {self.metric} can be from {low} to {high}{further}"
-        least = f"{low} ({fraction:.3f} of uniform 8 bits)"
-        return f"on {self.target.name}, {self.metric} can be from {least} to {high} (1.0){further}"
+        if at_one_bit >= fraction:
+            return ""
+        words = WidthsAsked(*(tuple(range(1, 9)) + tuple(w for w in operand if w > 8) for operand in self.widths)).words
+        if self.bits[1] <= 8:
+            words = f"1:{self.bits[1]}"
+        return f"; bits {words} would reach {at_one_bit:.3f}"
 
     @property
     def samples_are(self) -> str:
@@ -364,43 +567,82 @@ class Problem:
         """Make the policy with the same width everywhere.
 
         Args:
-            bits: The width.
+            bits: The width, float being 32.
             keep_pinned: Whether pinned layers keep their own.
         """
-        pairs = dict.fromkeys(self.workload.names, (bits, bits))
+        pairs: dict[str, tuple[int | None, int | None]] = dict.fromkeys(self.workload.names, (_policy_width(bits),) * 2)
         if keep_pinned:
             pairs |= self.pinned
         return Q.BitPolicy(pairs)
 
     def policy(self, w_bits: Iterable[int], a_bits: Iterable[int]) -> Q.BitPolicy:
-        """Make a policy of two sequences of bits in the order of the workload."""
+        """Make a policy of two sequences of widths in the order of the workload, float being 32."""
         pairs = zip(self.workload.names, w_bits, a_bits, strict=True)
-        return Q.BitPolicy({name: (int(w), int(a)) for name, w, a in pairs})
+        return Q.BitPolicy({name: (_policy_width(w), _policy_width(a)) for name, w, a in pairs})
 
     def decide(self, pairs: Iterable[Iterable[int]]) -> Q.BitPolicy:
-        """Make a policy of one pair of bits for each of the decisions."""
+        """Make a policy of one pair of widths for each of the decisions."""
         bits = np.empty((len(self.workload), 2), int)
         for group, pair in zip(self.groups, pairs, strict=True):
             bits[list(group)] = tuple(pair)
         return self.policy(*bits.T)
 
     def bit_arrays(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return weight bits and activation bits of a policy, in the order of the workload."""
-        pairs = np.array([policy[name] for name in self.workload.names])
+        """Return the widths of weights and activations of a policy, in the order of the workload; float is 32."""
+        pairs = np.array([[bits or FLOAT for bits in policy[name]] for name in self.workload.names])
         return pairs[:, 0], pairs[:, 1]
+
+    def _cells(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.intp], ...]:
+        """Return the index of every layer's pair in a table (layers, 10, 10)."""
+        w, a = self.bit_arrays(policy)
+        return np.arange(len(w)), places(w), places(a)
 
     def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
         """Return the cost of a policy in the metric's unit; infinity if the target can't do it."""
-        w, a = self.bit_arrays(policy)
-        cells = (np.arange(len(w)), w - 1, a - 1)
+        cells = self._cells(policy)
         if not self.table.supported[cells].all():
             return math.inf  # it can be evaluated, as sensitivities need it, and is in no budget
         return float(self.cost[cells].sum())
 
+    def costs(self, policy: Mapping[str, tuple[int | None, int | None]]) -> dict[str, float]:
+        """Return what a policy costs by every metric that is limited, main one first; infinity if the target can't do it."""
+        main = self.policy_cost(policy)
+        found = {self.metric: main}
+        w, a = self.bit_arrays(policy)
+        for limit in self.limits[1:]:
+            found[limit.metric] = math.inf
+            if math.isfinite(main):
+                found[limit.metric] = float(self.table.total(limit.metric, w, a))
+        return found
+
+    def holds(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
+        """Say whether a policy keeps all budgets, but for rounding."""
+        costs = self.costs(policy)
+        return all(limit.holds(costs[limit.metric]) for limit in self.limits)
+
+    def fits(self, chosen: Iterable[int]) -> bool:
+        """Say whether the policy of an option for each decision keeps all budgets."""
+        options = list(zip(self.decisions, chosen, strict=True))
+        if not self.within_budget(sum(float(decision.prices[pick]) for decision, pick in options)):
+            return False
+        sums = [limit for limit in self.limits[1:] if limit.is_sum]
+        for row, limit in enumerate(sums):
+            if not limit.holds(sum(float(decision.others[row, pick]) for decision, pick in options)):
+                return False
+        if self.peak is None:
+            return True
+        a_bits = np.empty(len(self.workload), int)
+        for decision, pick in options:
+            a_bits[list(decision.layers)] = decision.pairs[pick, 1]
+        return self.peak.holds(a_bits)
+
+    def meets(self, evaluation: Evaluation) -> bool:
+        """Say whether a policy that was evaluated is good enough for the goal."""
+        return self.goal.is_met(self.objective, evaluation.value, self.float_result.value)
+
     def means_something(self, policy: Mapping[str, tuple[int | None, int | None]]) -> bool:
         """Say whether every layer's bits have a meaning in its scheme, and can be done by the target."""
-        w, a = self.bit_arrays(policy)
-        return bool((self._meaningful & self.table.supported)[np.arange(len(w)), w - 1, a - 1].all())
+        return bool((self._meaningful & self.table.supported)[self._cells(policy)].all())
 
     def check_policy(self, policy: object) -> None:
         """Check that a policy is one of this problem's, whatever it costs.
@@ -438,16 +680,21 @@ class Problem:
             if pair != self.pinned[name]:
                 raise NotAllowed(f"{refused}: it is pinned at {_words(self.pinned[name])}")
             return
-        w, a = pair
-        low, high = self.bits
-        if w is None or a is None or not (low <= w <= high and low <= a <= high):
-            raise NotAllowed(f"{refused}: {low} to {high} bits are allowed")
-        if not self._meaningful[index, w - 1, a - 1]:
+        w, a = (bits or FLOAT for bits in pair)
+        if w not in self.widths.weights or a not in self.widths.activations:
+            raise NotAllowed(f"{refused}: {self._widths_words()} are allowed")
+        if not self._meaningful[index, place_of(w), place_of(a)]:
             raise NotAllowed(f"{refused}: its scheme {self.schemes[name].name!r} has no such pair")
 
+    def _widths_words(self) -> str:
+        low, high = self.bits
+        if self.widths == read_bits((low, min(high, Q.MAX_BITS))):
+            return f"{low} to {high} bits"
+        return f"widths {self.widths.words}"
+
     def within_budget(self, cost: float) -> bool:
-        """Say whether a cost is within the budget, but for rounding."""
-        return cost <= self.limit * (1 + ROUNDING)
+        """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets."""
+        return self.limits[0].holds(cost)
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
         """Say which policies will be evaluated, so that a pool of workers, if there is one, can begin."""
@@ -467,15 +714,37 @@ class Problem:
         Q.set_policy(made, policy)
         return made.eval()
 
-    def _pinned(self, pinned: Mapping[str, tuple[int, int]] | None) -> dict[str, tuple[int, int]]:
-        names = self.workload.names
+    def _checked_pins(
+        self, pinned: Mapping[str, tuple[int | None, int | None]] | None
+    ) -> dict[str, tuple[int | None, int | None]] | None:
+        """Check the names and widths of what is to be pinned; None is the default."""
         if pinned is None:
-            return dict(Q.ends(names))  # type: ignore[arg-type]
-        chosen = dict(pinned)
-        if unknown := sorted(set(chosen) - set(names)):
+            return None
+        names = self.workload.names
+        if unknown := sorted(set(pinned) - set(names)):
             raise ValueError(f"pinned layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
-        Q.BitPolicy(chosen)
-        return chosen
+        return dict(Q.BitPolicy(pinned))
+
+    def _pinned(self) -> dict[str, tuple[int | None, int | None]]:
+        """Return the layers that can't be changed, and their widths."""
+        if self._pins_asked is not None:
+            return self._pins_asked
+        found = dict(Q.ends(self.workload.names))
+        for name in found:
+            index = self.workload.names.index(name)
+            if not (self.table.supported & self._meaningful)[index, TOP, TOP] and self.table.supported[index].any():
+                w, a = self._nearest_to_8_bits(index)
+                found[name] = (_policy_width(w), _policy_width(a))
+        return found
+
+    def _nearest_to_8_bits(self, layer: int) -> tuple[int, int]:
+        """Return the pair nearest to 8/8 that a layer can have: with as few more bits as can be, or else with the most."""
+        pairs = [pair for pair in self.table.pairs_of(layer) if self._meaningful[layer, place_of(pair[0]), place_of(pair[1])]]
+        pairs = pairs or self.table.pairs_of(layer)
+        above = [pair for pair in pairs if min(pair) >= Q.MAX_BITS]
+        if above:
+            return min(above, key=lambda pair: (place_of(pair[0]) + place_of(pair[1]), pair))
+        return max(pairs, key=lambda pair: (place_of(pair[0]) + place_of(pair[1]), pair))
 
     def _groups(self, tied: Iterable[Iterable[str]]) -> list[tuple[int, ...]]:
         """List the layers that decide together, by their place in the workload; each is in one group."""
@@ -497,65 +766,124 @@ class Problem:
         if not together.any((1, 2)).all():
             group = self.groups[int(np.argmin(together.any((1, 2))))]
             if len(group) == 1:
-                low, high = self.bits
+                can = describe_pairs(self.table.pairs_of(group[0]))
                 raise ValueError(
-                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {low} to {high} that its scheme has "
-                    f"and {self.target.name} can do"
+                    f"layer {self.workload.names[group[0]]!r} has no pair of bits within {self._range_words()} that its "
+                    f"scheme has and {self.target.name} can do; it can do {can}"
                 )
             raise ValueError(f"tied layers {', '.join(self.workload.names[i] for i in group)} have no pair of bits in common")
-        worth = hw_models.undominated(cost, together)
-        return [Decision(*part) for part in zip(self.groups, map(_pairs, worth), map(np.extract, worth, cost), strict=True)]
+        sums = [name for name in self._budgets if name not in (self.metric, PEAK)]
+        others = [self._summed(priced(self.table, name)) for name in sums]
+        compared = list(others)
+        if PEAK in self._budgets:
+            # Peak memory never falls when activations get more bits, and that is all that a layer alone says of it.
+            compared.append(np.broadcast_to(np.arange(PLACES, dtype=float), cost.shape))
+        worth = hw_models.undominated(cost, together, *compared)
+        made = []
+        for index, group in enumerate(self.groups):
+            further = np.array([other[index][worth[index]] for other in others])
+            made.append(Decision(group, _pairs(worth[index]), np.extract(worth[index], cost[index]), further))
+        return made
+
+    def _summed(self, cost: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Sum a table (layers, 10, 10) over the layers of each decision."""
+        return np.array([cost[list(group)].sum(0) for group in self.groups])
+
+    def _range_words(self) -> str:
+        if self.widths == read_bits((self.bits[0], min(self.bits[1], Q.MAX_BITS))):
+            return f"{self.bits[0]} to {self.bits[1]}"
+        return self.widths.words
 
     @staticmethod
     def _smallest(decisions: list[Decision]) -> float:
         return float(sum(decision.prices.min() for decision in decisions))
 
-    def _allowed(self, low: int, high: int) -> NDArray[np.bool_]:
-        """Tell which pairs may be chosen if widths may be from `low` to `high`, shape (layers, 8, 8)."""
-        allowed = self._meant(low, high)
+    def _allowed(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tell which pairs may be chosen if they must be in a mask (10, 10); returns shape (layers, 10, 10)."""
+        allowed = self._meant(mask)
         for name, (w, a) in self.pinned.items():
             index = self.workload.names.index(name)
-            if not self.table.supported[index, w - 1, a - 1]:
+            if not self.table.supported[index, place_of(w), place_of(a)]:
+                can = describe_pairs(self.table.pairs_of(index))
                 raise ValueError(
-                    f"layer {name!r} is fixed at {w}/{a} (weights/activations), which {self.target.name} can't do: "
-                    "pin it at another pair"
+                    f"layer {name!r} is fixed at {_words((w, a))} (weights/activations), which {self.target.name} can't do: "
+                    f"pin it at another pair; it can do {can}"
                 )
             row = allowed[index]
             row[:] = False
-            row[w - 1, a - 1] = True
+            row[place_of(w), place_of(a)] = True
         return allowed
 
     @property
     def largest(self) -> float:
-        """Return the largest budget: what uniform 8 bits cost, or the least that a policy does where that is more."""
-        return max(self.reference, self.smallest)
+        """Return the largest budget: what the reference costs, or the least that a policy does where that is more.
 
-    def _meant(self, low: int, high: int) -> NDArray[np.bool_]:
-        """Tell which pairs of widths from `low` to `high` mean something to the layers' schemes, shape (layers, 8, 8)."""
-        meant = np.zeros(self.cost.shape, bool)
-        meant[:, low - 1 : high, low - 1 : high] = True
-        return meant & self._meaningful & self.table.supported
+        Where 16 bits or float can be chosen, it is what the dearest policy costs if that is more.
+        """
+        found = max(self.reference, self.smallest)
+        if self.bits[1] > Q.MAX_BITS:
+            found = max(found, float(sum(decision.prices.max() for decision in self.decisions)))
+        return found
 
-    def _limit(self, budget: float | str) -> float:
-        limit = parse_budget(budget, self.metric, self.reference)
-        # An amount doesn't depend on what it is a fraction of.
-        if not self._does_8_bits and limit != parse_budget(budget, self.metric, 2 * self.reference):
-            layer = self.workload.names[int(np.argmin(self.table.supported[:, TOP, TOP]))]
-            raise ValueError(
-                f"budget {budget} is a fraction of uniform 8 bits, which {self.target.name} can't do in layer {layer!r}: "
-                "give an amount with a unit"
-            )
+    def _meant(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tell which pairs of a mask (10, 10) mean something to the layers' schemes, shape (layers, 10, 10)."""
+        return mask & self._meaningful & self.table.supported
+
+    def _limit_of(self, metric: str) -> Limit:
+        """Make the limit of a metric. Raises OutOfReach if the budget can't be met."""
+        unit = UNITS[metric]
+        if metric == self.metric:
+            smallest, largest = self.smallest, self.largest
+            reference = self.reference
+        else:
+            smallest, largest = self._extremes(metric)
+            reference = self._cost_of_reference(metric)
+            largest = max(largest, reference)
+        if metric not in self._budgets:
+            dearest = max(largest, float(sum(decision.prices.max() for decision in self.decisions)))
+            return Limit(metric, unit, dearest, reference, smallest, largest, is_given=False)
+        budget = self._budgets[metric]
+        amount = parse_budget(budget, metric, reference)
+        if self.goal.kind == TRADEOFF and metric == self.metric:
+            dearest = max(largest, float(sum(decision.prices.max() for decision in self.decisions)))
+            self.tradeoff_target = amount
+            return Limit(metric, unit, dearest, reference, smallest, largest, is_given=False)
         # Tables round the cost of 8 bits to the nearest, and what they say of it is a budget too.
-        highest = parse_budget(describe_amount(self.largest, self.metric, UP), self.metric, self.reference)
-        if limit < self.smallest * (1 - ROUNDING) or limit > highest * (1 + ROUNDING):
-            raise OutOfReach(f"budget {budget} is out of reach: {self.reach}{self._because_pinned(limit)}")
-        return min(limit, self.largest)
+        highest = parse_budget(describe_amount(largest, metric, UP), metric, reference)
+        too_much = amount > highest * (1 + ROUNDING) and len(self._budgets) == 1 and metric == self.metric
+        if amount < smallest * (1 - ROUNDING) or too_much:
+            raise OutOfReach(
+                f"budget {budget} is out of reach: {self._reach_of(metric, smallest, largest, reference, amount)}"
+            )
+        return Limit(metric, unit, min(amount, largest), reference, smallest, largest)
+
+    def _extremes(self, metric: str) -> tuple[float, float]:
+        """Return the least and the most that a policy can cost by a metric other than the main one."""
+        if metric == PEAK:
+            a_bits = np.empty((2, len(self.workload)), int)
+            for decision in self.decisions:
+                a_bits[0, list(decision.layers)] = decision.pairs[:, 1].min()
+                a_bits[1, list(decision.layers)] = decision.pairs[:, 1].max()
+            least, most = hw_models.peak_activation_bytes(self.workload, a_bits, batch=self.table.batch)
+            return float(least), float(most)
+        row = [name for name in self._budgets if name not in (self.metric, PEAK)].index(metric)
+        least = sum(float(decision.others[row].min()) for decision in self.decisions)
+        most = sum(float(decision.others[row].max()) for decision in self.decisions)
+        return least, most
+
+    def _reach_of(self, metric: str, smallest: float, largest: float, reference: float, amount: float) -> str:
+        """Say which budgets of a metric can be met, for one that can't."""
+        if metric == self.metric:
+            return self.reach + self._because_pinned(amount)
+        low, high = describe_amount(smallest, metric, UP), describe_amount(largest, metric, DOWN)
+        fraction = np.ceil(1000 * smallest / reference) / 1000
+        return f"on {self.target.name}, {metric} can be from {low} ({fraction:.3f} of {self.reference_words}) to {high}"
 
     def _because_pinned(self, limit: float) -> str:
         """Name the pinned layers, if it is for them that a budget is out of reach; nothing otherwise."""
         if limit >= self.smallest * (1 - ROUNDING) or not self.pinned:
             return ""
-        without = self._smallest(self._decisions(self._meant(*self.bits)))
+        without = self._smallest(self._decisions(self._meant(self.widths.mask)))
         if limit < without * (1 - ROUNDING):
             return ""
         names = " and ".join(f"{name!r} at {_words(pair)}" for name, pair in self.pinned.items())
@@ -792,18 +1120,18 @@ def _no_other_layers(network: nn.Module, names: Iterable[str]) -> Iterator[None]
             handle.remove()
 
 
-def _checked_range(bits: tuple[int, int]) -> tuple[int, int]:
-    low, high = bits
-    if not 1 <= low <= high <= Q.MAX_BITS:
-        raise ValueError(f"bits must be (smallest, largest) within 1..{Q.MAX_BITS}, not {(low, high)!r}")
-    return low, high
-
-
 def _words(pair: tuple[int | None, int | None]) -> str:
     """Write bits of weights and activations: "4/8", "float/8"."""
     return "/".join(str(bits) for bits in pair).replace("None", "float")
 
 
+def _policy_width(width: int) -> int | None:
+    """Return a width as policies hold it: None for float."""
+    if width == FLOAT:
+        return None
+    return int(width)
+
+
 def _pairs(choices: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """List the bits of the entries of a table (8, 8) that are true, in the order in which `extract` takes them."""
-    return np.argwhere(choices) + 1
+    """List the widths of the entries of a table (10, 10) that are true, in the order in which `extract` takes them."""
+    return at_places(np.argwhere(choices))

@@ -11,13 +11,20 @@ from numpy.typing import NDArray
 
 import hw_models
 import quantizers as Q
+from haq.problem.decision import WidthsAsked
 from hw_models import trust
 from hw_models.storage import FLOAT_BYTES
+from hw_models.widths import FLOAT, PLACES, pair_words
 
-WIDTHS = range(1, Q.MAX_BITS + 1)
+WIDTHS: tuple[int | None, ...] = (
+    *range(1, Q.MAX_BITS + 1),
+    16,
+    None,
+)  # in the order of `hw_models.widths`, as policies say them
 COMPUTED = ("latency", "energy")  # metrics that are those of integer arithmetic
 
 AnyScheme = str | Q.Scheme | Mapping[str, str | Q.Scheme]
+USUAL = WidthsAsked(tuple(range(2, Q.MAX_BITS + 1)), tuple(range(2, Q.MAX_BITS + 1)))
 LINEAR = Q.Linear(calibration="output")  # what the name "linear" stands for
 PLAIN_LINEAR = Q.Linear()  # and where weights are rounded to nearest and nothing is corrected
 
@@ -116,32 +123,36 @@ def describe_schemes(schemes: Mapping[str, Q.Scheme]) -> str:
     return ",".join([main, *others])
 
 
-def check_widths(schemes: Mapping[str, Q.Scheme], bits: tuple[int, int], pinned: Mapping[str, tuple[int, int]]) -> None:
+def check_widths(
+    schemes: Mapping[str, Q.Scheme], asked: WidthsAsked | None, pinned: Mapping[str, tuple[int | None, int | None]]
+) -> None:
     """Raise ValueError, naming scheme, layer and width, if widths that are asked for mean nothing in a layer's scheme.
 
     Args:
         schemes: A scheme by layer.
-        bits: Smallest and largest width that may be chosen.
-        pinned: Layer -> (weight bits, activation bits) that can't be chosen.
+        asked: The widths that may be chosen; None: those that are usual.
+        pinned: Layer -> (weight width, activation width) that can't be chosen.
     """
+    asked = asked or USUAL
     for name, scheme in schemes.items():
         if name in pinned:
             w, a = pinned[name]
             try:
                 scheme.check(w, a)
             except ValueError as error:
-                raise ValueError(f"layer {name!r} is fixed at {w}/{a}: {error}") from error
+                raise ValueError(f"layer {name!r} is fixed at {pair_words(w, a)}: {error}") from error
         else:
-            _check_range(name, scheme, bits)
+            _check_range(name, scheme, asked)
 
 
-def _check_range(name: str, scheme: Q.Scheme, bits: tuple[int, int]) -> None:
-    """Raise ValueError if a width within a range means nothing in a layer's scheme, whatever the other operand has."""
-    low, high = bits
-    of_weights = [width for width in WIDTHS if takes(scheme, width, None)]
-    of_inputs = [width for width in WIDTHS if takes(scheme, None, width)]
-    for operand, widths in (("weights", of_weights), ("inputs", of_inputs)):
-        missing = [width for width in range(low, high + 1) if width not in widths]
+def _check_range(name: str, scheme: Q.Scheme, asked: WidthsAsked) -> None:
+    """Raise ValueError if a width that is asked for means nothing in a layer's scheme, whatever the other operand has."""
+    few = [width for width in WIDTHS if width is not None]
+    of_weights = [width for width in few if takes(scheme, width, None)]
+    of_inputs = [width for width in few if takes(scheme, None, width)]
+    wanted = {"weights": (asked.weights, of_weights), "inputs": (asked.activations, of_inputs)}
+    for operand, (chosen, widths) in wanted.items():
+        missing = [width for width in chosen if width not in widths and width != FLOAT]
         if missing:
             amount = f"{missing[0]} bits"
             if missing[0] == 1:
@@ -202,7 +213,7 @@ def meaningful_pairs(schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool]
         signed: Layer -> whether its input is ever negative; not, for layers that aren't in it.
 
     Returns:
-        Booleans, shape (layers, 8, 8), indexed [layer, weight bits - 1, activation bits - 1].
+        Booleans, shape (layers, 10, 10), as tables of costs.
     """
     rows = []
     for name, scheme in schemes.items():
@@ -222,7 +233,7 @@ def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload
         workload: The layers.
 
     Returns:
-        Bytes, shape (layers, 8, 1); negative where less is stored.
+        Bytes, shape (layers, 10, 1); negative where less is stored.
     """
     rows = []
     for layer in workload.layers:
@@ -230,7 +241,11 @@ def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload
         steps = 0
         if not scheme.has_integer_weights:
             steps = FLOAT_BYTES * layer.out_channels
-        rows.append([[float(scheme.storage_overhead_bytes(bits, layer.weights) - steps)] for bits in WIDTHS])
+        row = [[0.0]] * PLACES
+        for place, bits in enumerate(WIDTHS):
+            if bits is not None and takes(scheme, bits, None):
+                row[place] = [float(scheme.storage_overhead_bytes(bits, layer.weights) - steps)]
+        rows.append(row)
     return np.array(rows)
 
 
@@ -248,6 +263,7 @@ def lacking_integers(scheme: Q.Scheme) -> list[str]:
 
 
 def _range_of(widths: Sequence[int]) -> str:
-    if not widths:
+    few = [width for width in widths if width <= Q.MAX_BITS]
+    if not few:
         return "of another scheme"
-    return f"within {widths[0]}:{widths[-1]}"
+    return f"within {few[0]}:{few[-1]}"

@@ -13,6 +13,7 @@ from haq.problem import KINDS
 from haq.problem.problem import Problem
 from haq.store.records import PolicyRecord, SensitivityRecord
 from hw_models import BITS
+from hw_models.widths import PLACES, places
 
 
 def check_kind(kind: str) -> str:
@@ -30,8 +31,8 @@ class Sensitivities:
         kind: "loss": the increase of the loss that policies are judged by. "kl": that of the Kullback-Leibler
             divergence of the outputs from the float network's. "hessian", "gradient": its second-order estimates
             (`by_hessian`, `by_gradient`).
-        loss_increases: Nats, shape (decisions, 2, 8), of weights and of activations at widths 1..8 with all else at
-            `base`; NaN where unknown.
+        loss_increases: Nats, shape (decisions, 2, 10), of weights and of activations at widths 1..8, 16 and float with all
+            else at `base`; NaN where unknown.
         layers: The names of each decision's layers.
         bits: Smallest and largest width that could be chosen.
         base: Layer name -> (weight bits, activation bits) from which single operands were lowered.
@@ -57,14 +58,14 @@ class Sensitivities:
         in calibration. More bits are never taken to be worse.
 
         Returns:
-            Nats, shape (decisions, 8, 8).
+            Nats, shape (decisions, 10, 10).
         """
         increase = self.loss_increases.copy()
-        highest = largest_widths(problem)
+        highest = places(largest_widths(problem))
         _fill(increase, problem.quantization_error)
         for decision in range(len(highest)):
             for operand in (0, 1):
-                increase[decision, operand, highest[decision, operand] - 1 :] = 0.0
+                increase[decision, operand, highest[decision, operand] :] = 0.0
         increase = np.maximum.accumulate(increase[:, :, ::-1], axis=2)[:, :, ::-1]
         return increase[:, 0, :, None] + increase[:, 1, None, :]
 
@@ -100,9 +101,13 @@ class Sensitivities:
 
     def to_json(self, path: Path) -> None:
         """Write a file, beside and renamed."""
+        # What nobody can choose is left out.
+        known = PLACES
+        if self.bits[1] <= BITS:
+            known = BITS
         rows = [
             {"layers": names, "weights": _without_nan(of_weights), "activations": _without_nan(of_activations)}
-            for names, (of_weights, of_activations) in zip(self.layers, self.loss_increases, strict=True)
+            for names, (of_weights, of_activations) in zip(self.layers, self.loss_increases[:, :, :known], strict=True)
         ]
         content = {
             "schema": SensitivityRecord.SCHEMA,
@@ -126,12 +131,18 @@ class Sensitivities:
         increases = np.array([[row.weights, row.activations] for row in record.loss_increases], float)  # None becomes NaN
         return cls(
             kind,
-            increases.reshape(-1, 2, BITS),
+            _ten_places(increases.reshape(len(increases), 2, -1)),
             tuple(tuple(row.layers) for row in record.loss_increases),
             (record.bits[0], record.bits[1]),
             Q.BitPolicy(record.base.widths()),
             record.signature,
         )
+
+
+def _ten_places(increases: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Give what was written before there were 16 bits and float their places, unknown."""
+    missing = PLACES - increases.shape[2]
+    return np.pad(increases, ((0, 0), (0, 0), (0, missing)), constant_values=np.nan)
 
 
 def signed(sensitivities: Sensitivities, signature: dict[str, str]) -> Sensitivities:

@@ -167,7 +167,7 @@ class Session:
         evaluation = self.problem.evaluate(policy)
         cost = self.problem.policy_cost(policy)
         objective = self.problem.objective
-        trial = Trial(policy, evaluation, cost, self.problem.within_budget(cost), objective.title, objective.unit)
+        trial = Trial(policy, evaluation, cost, self.problem.holds(policy), objective.title, objective.unit)
         self._seen.add(policy)
         self.trials.append(trial)
         # A network whose outputs aren't finite (an infinite loss) is worth nothing, whatever it costs.

@@ -112,7 +112,7 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
     total = total_price(problem, chosen)
     for dearest in (False, True):
         for layer in random.permutation(len(chosen)).tolist():
-            _, pairs, prices = problem.decisions[layer]
+            pairs, prices = problem.decisions[layer].pairs, problem.decisions[layer].prices
             now = prices[chosen[layer]]
             pair = pairs[chosen[layer]]
             more = (pairs >= pair).all(1) & (pairs > pair).any(1)

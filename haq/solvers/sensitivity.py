@@ -9,16 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem.decision import ten_places
 from haq.problem.distribution import Distribution
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers.base import Session
 from haq.solvers.hessian import curvature
 from haq.solvers.layer_outputs import gradient_increases, remaining_errors
+from hw_models.widths import PLACES, place_of, places
 
 # A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured. But for
 # one bit, where that error is far too kind.
-ORDER = (4, 1, 3, 5, 2, 6, 7, 8)
+ORDER = (4, 1, 3, 5, 2, 6, 7, 8, 16)
 LEAST = 1e-6  # nats: what an increase that drowns in noise is taken for
 
 Operand = tuple[int, int, int]  # of a decision: weights (0) or activations (1), at so many bits
@@ -33,7 +35,7 @@ def measure(problem: Problem, session: Session, keep: int) -> NDArray[np.float64
         keep: How many of the session's evaluations must be left.
 
     Returns:
-        Nats, shape (decisions, 8, 8).
+        Nats, shape (decisions, 10, 10).
     """
     if session.sensitivities is None:
         session.sensitivities = computed(problem, session.sensitivity_kind)
@@ -56,7 +58,7 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
         What was found.
     """
     highest = largest_widths(problem)
-    loss_increases = np.full((len(highest), 2, 8), np.nan)
+    loss_increases = np.full((len(highest), 2, PLACES), np.nan)
     affordable = _wanted(highest, (problem, *also))[: max(session.left - keep - 1, 0)]
     # Within a width from the last layer to the first, so that what comes before the changed layer is already computed
     # (haq/problem/prefix_cache.py).
@@ -91,7 +93,7 @@ def by_evaluation(problem: Problem, session: Session, keep: int, also: Sequence[
         if math.isinf(base):
             break  # nothing can be told from outputs that aren't finite
         decision, operand, bits = item
-        loss_increases[decision, operand, bits - 1] = max(loss(changed(item)) - base, LEAST)
+        loss_increases[decision, operand, place_of(bits)] = max(loss(changed(item)) - base, LEAST)
     _bound(loss_increases)
     kind = "loss"
     if divergence or problem.objective.compares_with_float:
@@ -142,7 +144,7 @@ def by_hessian(problem: Problem) -> Sensitivities:
         of_weight = curvatures[name].weight * float(weight.detach().double().square().sum())
         of_input = sum(trace * power for trace, power in curvatures[name].inputs)
         halves[name] = 0.5 * np.array([[of_weight], [of_input]]) * problem.layer_errors[index]
-        halves[name][0] *= left[name]
+        halves[name][0] *= ten_places(left[name], 1.0)
     return _of_layers(problem, "hessian", halves)
 
 
@@ -185,11 +187,12 @@ def computed(problem: Problem, kind: str) -> Sensitivities | None:
 
 
 def _of_layers(problem: Problem, kind: str, losses: dict[str, NDArray[np.float64]]) -> Sensitivities:
-    """Make sensitivities of what every layer's operand alone, at widths 1..8, adds to the loss: nats (2, 8) by layer."""
-    loss_increases = np.array([sum(losses[name] for name in names) for names in decided_layers(problem)])
+    """Make sensitivities of what every layer's operand alone adds to the loss: nats (2, widths) by layer."""
+    complete = {name: np.array([ten_places(row, 0.0) for row in rows]) for name, rows in losses.items()}
+    loss_increases = np.array([sum(complete[name] for name in names) for names in decided_layers(problem)])
     _bound(loss_increases)
     # What the base leaves is no increase.
-    highest = largest_widths(problem)[:, :, None] - 1
+    highest = places(largest_widths(problem))[:, :, None]
     loss_increases = np.maximum(loss_increases - np.take_along_axis(loss_increases, highest, 2), LEAST)
     return _sensitivities(problem, kind, loss_increases)
 

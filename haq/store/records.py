@@ -29,6 +29,7 @@ from haq.store import files
 from haq.store.files import kind_of, quoted
 from haq.store.units import PERCENT, held_against, plotted, show, worst_of
 from hw_models.storage import BITS
+from hw_models.widths import PLACES
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
@@ -46,7 +47,7 @@ Count = Annotated[int, Field(ge=0)]
 Metric = Literal["latency", "energy", "storage"]
 CostsByActivation = Annotated[list[Cost], Field(min_length=BITS, max_length=BITS)]
 CostTable = Annotated[list[CostsByActivation], Field(min_length=BITS, max_length=BITS)]
-Increases = Annotated[list[Cost | None], Field(min_length=BITS, max_length=BITS)]  # by width; null where unknown
+Increases = Annotated[list[Cost | None], Field(min_length=BITS, max_length=PLACES)]  # by width; null where unknown
 Settings = Annotated[dict[str, Any], Field(max_length=MOST)]
 Texts = Annotated[dict[str, str], Field(max_length=MOST)]
 Names = Annotated[list[str], Field(max_length=MOST)]

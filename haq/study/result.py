@@ -16,6 +16,7 @@ from haq.store.units import finite
 from haq.study.task import SearchTask, objective_of, threads
 from haq.training.config import Judgement, Outcome
 from haq.training.reconstruction import Reconstructed
+from hw_models.widths import places
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -68,7 +69,7 @@ def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | Non
         in_float = float(sum(4 * layer.own_parameters for layer in problem.workload.layers))
         return {"latency_s": None, "energy_j": None, "storage_bytes": in_float}
     w, a = problem.bit_arrays(policy)
-    if not problem.table.supported[range(len(w)), w - 1, a - 1].all():
+    if not problem.table.supported[range(len(w)), places(w), places(a)].all():
         return dict.fromkeys(COST_KEYS.values())  # such as uniform 8 bits, where the target can't do them
     prices = problem.table.price(w, a)._asdict()
     found: dict[str, float | None] = {}

@@ -35,6 +35,7 @@ from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of, objective_of
 from hw_models.notebook import html_table
 from hw_models.registry import join_words
+from hw_models.widths import places
 
 PINNED_MARK = "*"
 
@@ -210,7 +211,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     """
     w, a = problem.bit_arrays(policy)
     before = problem.cost[:, 7, 7]
-    after = problem.cost[np.arange(len(w)), w - 1, a - 1]
+    after = problem.cost[np.arange(len(w)), places(w), places(a)]
     unit, size = best_unit(float(before.max()), problem.metric)
     names = [layer.name for layer in problem.workload.layers]
     marks = [PINNED_MARK * (name in problem.pinned) for name in names]
@@ -224,7 +225,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
         Column("share\nbefore", [*shares, ""], "right"),
     ]
     if problem.metric == "latency" and problem.table.bound is not None:
-        bounds = problem.table.bound[np.arange(len(w)), w - 1, a - 1]
+        bounds = problem.table.bound[np.arange(len(w)), places(w), places(a)]
         columns.append(Column("bound by", [*(problem.table.bounds[index] for index in bounds), ""]))
     title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
     caption = ""
@@ -264,7 +265,7 @@ class PolicyTable:
         problem = self.problem
         w, a = problem.bit_arrays(self.policy)
         before = problem.cost[:, 7, 7]
-        after = problem.cost[np.arange(len(w)), w - 1, a - 1]
+        after = problem.cost[np.arange(len(w)), places(w), places(a)]
         rows = [
             (
                 layer.name,

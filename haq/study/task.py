@@ -36,6 +36,7 @@ from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.registry import import_by_name
+from hw_models.storage import BITS
 from hw_models.tvm_cpu.target import CpuTarget
 from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
@@ -378,7 +379,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
                 "macs": layer.macs,
                 "parameters": layer.parameters,
                 "fixed": layer.name in problem.pinned,
-                "cost": cost.tolist(),  # [weight bits - 1][activation bits - 1], in the unit
+                "cost": cost[:BITS, :BITS].tolist(),  # [weight bits - 1][activation bits - 1], in the unit
             }
             for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
         ],

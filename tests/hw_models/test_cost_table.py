@@ -158,7 +158,10 @@ def test_a_table_says_on_one_line_what_it_is(network: nn.Module) -> None:
     )
     html = table._repr_html_()
     assert "5 layers on edge, estimated, one batch of 1 image" in html
-    cells = [f"{a.sum():.4g}" for a in (table.latency_s[:, 7, 7], np.nanmin(table.latency_s, (1, 2)), np.nanmax(table.latency_s, (1, 2)))]
+    cells = [
+        f"{a.sum():.4g}"
+        for a in (table.latency_s[:, 7, 7], np.nanmin(table.latency_s, (1, 2)), np.nanmax(table.latency_s, (1, 2)))
+    ]
     assert f"<td>latency</td><td>s</td><td>{'</td><td>'.join(cells)}</td>" in html
     assert html.count("<tr>") == 1 + 3
 

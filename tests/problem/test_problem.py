@@ -53,16 +53,16 @@ def test_every_bound_that_is_named_is_accepted(metric: str, magnitude: float, se
     one._choose()
     for asked in (0.5 * one.smallest / one.reference, 2.0):
         with pytest.raises(OutOfReach) as error:
-            one._limit(asked)
+            one.on(one.target, asked)
         bounds = re.search(r"can be from (.*?) \((.*?) of uniform 8 bits\) to (.*?) \(", str(error.value))
         assert bounds is not None
         for words in bounds.groups():
-            assert one.smallest * (1 - 1e-9) <= one._limit(words) <= one.reference
+            assert one.smallest * (1 - 1e-9) <= one.on(one.target, words).limit <= one.reference
     # What tables say of 8 bits is accepted as well, and is no more than they cost.
     for words in (describe_amount(one.reference, metric), describe_amount(one.reference, metric).replace("us", "µs")):
-        assert one._limit(words) <= one.reference
+        assert one.on(one.target, words).limit <= one.reference
     with pytest.raises(OutOfReach):
-        one._limit(describe_amount(one.reference * 1.002, metric))
+        one.on(one.target, describe_amount(one.reference * 1.002, metric))
 
 
 @functools.cache
