@@ -76,7 +76,7 @@ class CostTable:
         self._check_positive("cycles", self.supported)
 
     def _check_positive(self, name: str, where: Any) -> None:
-        """Raise ValueError, naming a layer, for a cost that isn't positive."""
+        """Raise ValueError, naming a layer and a pair, for a cost that isn't positive."""
         array = getattr(self, name)
         if array is None:
             return
@@ -84,8 +84,11 @@ class CostTable:
         if name == "storage_bytes":
             wrong = where & (array < 0)
         if wrong.any():
-            layer = int(np.argwhere(wrong)[0][0])
-            raise ValueError(f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r}")
+            layer, w, a = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r} at "
+                f"{pair_words(*at_places([w, a]))}"
+            )
 
     def _complete(self, name: str, array: object) -> NDArray[Any]:
         """Check an array, and give one of 1 to 8 bits the places of 16 bits and float."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from hw_models.capabilities import Capabilities
 from hw_models.cost import CostTable, Floats, Integers, check_batch
 from hw_models.storage import storage_bytes
 from hw_models.workload import Workload
@@ -29,6 +30,7 @@ class Machine(BaseModel):
     batch: int = Field(gt=0, description="images per batch")
     # Bit-serial and fused multipliers, as their papers define them, take unsigned integers or two's complement.
     zero_points: bool = Field(default=False, description="whether it takes zero points of unsigned activations off its sums")
+    capabilities: Capabilities | None = Field(default=None, description="what it can do; none: whatever it has costs for")
 
     @field_validator("*")
     @classmethod
@@ -48,6 +50,13 @@ class Machine(BaseModel):
         elif isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
             raise ValueError(f"Input should be from {SMALLEST:g} to {LARGEST:g}")
         return value
+
+    @model_validator(mode="after")
+    def _one_word_on_zero_points(self) -> Machine:
+        said = self.capabilities and self.capabilities.zero_points
+        if said is not None and "zero_points" in self.model_fields_set and said != self.zero_points:
+            raise ValueError("zero_points and capabilities.zero_points say different things: give one of the two")
+        return self
 
     @property
     def provenance(self) -> str:

@@ -414,6 +414,7 @@ def _layer(name: str, module: nn.Module, calls: tuple[Call, ...]) -> Layer:
         groups=module.groups,
         bias=module.bias is not None,
         calls=calls,
+        is_1d=isinstance(module, nn.Conv1d),
     )
 
 

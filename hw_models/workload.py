@@ -64,6 +64,16 @@ class Layer:
     calls: tuple[Call, ...]
     weight_of: str = ""
     bias_of: str = ""
+    is_1d: bool = False  # a Conv1d
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layer that it is to hardware: a Conv1d is `conv1d`, and `depthwise` and so on beside that."""
+        if not self.is_1d:
+            return (self.kind,)
+        if self.kind == "conv":
+            return ("conv1d",)
+        return (self.kind, "conv1d")
 
     @property
     def weights(self) -> int:

@@ -387,10 +387,11 @@ class Problem:
         if self._bits_asked is not None:
             return self._bits_asked
         free = [index for index, name in enumerate(self.workload.names) if name not in self.pinned]
-        possible: NDArray[np.bool_] = (self.table.supported & self._meaningful)[free].any(0)
+        able = (self.table.supported & self._meaningful)[free]
         found = []
-        for able in (possible.any(1), possible.any(0)):
-            wide = np.flatnonzero(able[WIDE:]) + WIDE
+        for others in ((0, 2), (0, 1)):
+            by_width: NDArray[np.bool_] = np.any(able, axis=others)
+            wide = np.flatnonzero(by_width[WIDE:]) + WIDE
             found.append((*range(FEW_BITS[0], FEW_BITS[1] + 1), *map(int, at_places(wide))))
         return WidthsAsked(*found)
 
