@@ -18,7 +18,7 @@ from hw_models.cost import CostTable
 from hw_models.files import parse_yaml, quoted, read_text
 from hw_models.function import ARGUMENTS, FunctionTarget, is_function
 from hw_models.lut import load_lookup_table
-from hw_models.machine import Machine
+from hw_models.machine import Chip
 from hw_models.registry import Registry, Row, printable, requires
 from hw_models.tvm_cpu.cache import Notice, warn
 from hw_models.tvm_cpu.measure import Progress
@@ -27,13 +27,14 @@ from hw_models.widths import at_places, pair_words
 from hw_models.workload import Workload
 
 # A class to each `model:` that a hardware file may name; its fields are the file's keys.
-HARDWARE_MODELS: Registry[type[Machine]] = Registry(
+HARDWARE_MODELS: Registry[type[Chip]] = Registry(
     "hardware model",
     "haq.hardware_models",
     {
         "bismo": ("hw_models.bismo:BismoTarget", "the bit-serial matrix multiplier as HAQ used it"),
         "bismo-overlay": ("hw_models.bismo_overlay:BismoOverlayTarget", "BISMO's overlay with its three stages"),
         "bitfusion": ("hw_models.bitfusion:BitFusionTarget", "the array whose multipliers fuse to any width"),
+        "roofline": ("hw_models.roofline:RooflineTarget", "peak operations by pair of widths, and bandwidth: a data sheet"),
     },
     check=requires("model_validate", "model_fields", "provenance", "cost_table"),
 )
