@@ -31,6 +31,7 @@ from haq.deployment import EXPORTERS
 from haq.store.records import FINETUNED
 from haq.store.units import UNITS, percent
 from haq.study.config import MEASURED, AnotherScheme, SearchConfig
+from hw_models.widths import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -256,10 +257,11 @@ def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None
         return run.load_result().found.cost("latency")
     total = 0.0
     for layer in problem.layers:
-        w, a = policy[layer.name]
-        if w is None or a is None:
-            return None  # costs are told from 1 to 8 bits
-        total += layer.cost[w - 1][a - 1]
+        w, a = (place_of(width) for width in policy[layer.name])
+        # An older run has no costs of 16 bits and float, and a target none of what it can't do.
+        if max(w, a) >= len(layer.cost) or layer.cost[w][a] is None:
+            return None
+        total += layer.cost[w][a]
     return total * UNITS["latency"][problem.unit]
 
 
