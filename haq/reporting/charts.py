@@ -125,9 +125,7 @@ def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
     problem, metric = run.problem, run.problem.metric
     weights = [cost.weight_bits for cost in costs]
     activations = [cost.activation_bits for cost in costs]
-    least_w, most_w, least_a, most_a = map(
-        width_words, (min(weights), max(weights), min(activations), max(activations))
-    )
+    least_w, most_w, least_a, most_a = map(width_words, (min(weights), max(weights), min(activations), max(activations)))
     used = amount(sum(cost.after for cost in costs), metric)
     uniform8 = amount(problem.uniform8, metric)
     most = max(costs, key=lambda cost: cost.before)
@@ -202,7 +200,9 @@ def _bars(rows: list[Row], layers: int, widths: list[int]) -> dict[str, Any]:
     axis = alt.Axis(values=[*(-height for height in reversed(marks)), 0, *marks], labelExpr=_label_of(marks), **_AXIS)
     base = plot(rows).encode(x=alt.X("layer:N", sort=None, title=None, axis=alt.Axis(labels=False, ticks=False)))
     bars = base.mark_bar(strokeWidth=1.5).encode(
-        y=alt.Y("height:Q", title="activations ← bits → weights", scale=alt.Scale(domain=[-edge, edge], nice=False), axis=axis),
+        y=alt.Y(
+            "height:Q", title="activations ← bits → weights", scale=alt.Scale(domain=[-edge, edge], nice=False), axis=axis
+        ),
         color=color_by("operand", OPERANDS, colors),
         stroke=alt.Stroke("operand:N", scale=alt.Scale(domain=list(OPERANDS), range=colors), legend=legend(OPERANDS)),
         fillOpacity=alt.condition("datum.chosen == 'fixed'", alt.value(0.15), alt.value(1)),

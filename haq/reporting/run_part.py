@@ -125,7 +125,9 @@ def _so_far(run: RunFolder) -> str:
         at_most = f" of at most {amount(problem.limit, metric)}"
     takes = [f"{amount(run.best.cost, metric)}{at_most} {metric_words(metric)} ({problem.cost_kind})"]
     for limit, cost in zip(problem.further, run.best.others, strict=True):
-        takes.append(f"{amount(cost, limit.metric)} of at most {amount(limit.amount, limit.metric)} {metric_words(limit.metric)}")
+        takes.append(
+            f"{amount(cost, limit.metric)} of at most {amount(limit.amount, limit.metric)} {metric_words(limit.metric)}"
+        )
     return (
         f"{words} The {name} so far has {problem.show(run.best.accuracy)} on the search split (measured), "
         f"float has {problem.show(problem.float_value)}; it takes {join_words(takes)}."

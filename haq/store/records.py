@@ -636,9 +636,13 @@ class ProblemRecord(FileRecord, JudgingRecord):
             raise ValueError("'limits' limit a metric twice")
         amounts = {limit.metric: limit.amount for limit in self.limits}
         if self.limits and amounts.get(self.metric) != self.limit:
-            raise ValueError(f"'limits' limit {self.metric} to {amounts.get(self.metric)!r}; it must be 'limit', {self.limit!r}")
+            raise ValueError(
+                f"'limits' limit {self.metric} to {amounts.get(self.metric)!r}; it must be 'limit', {self.limit!r}"
+            )
         if self.limit is None and self.goal is None and not self.limits:
-            raise ValueError("'limit' is null; it must be a number, unless other metrics are limited, or there is another goal")
+            raise ValueError(
+                "'limit' is null; it must be a number, unless other metrics are limited, or there is another goal"
+            )
         return self
 
     def _checked_reference(self) -> list[tuple[int | None, int | None]]:

@@ -622,7 +622,9 @@ def goal_sentence(result: Mapping[str, Any]) -> str:
     if reached.search_holds and not reached.test_holds:
         sentence += ", so the test split disagrees"
     if reached.test_error:
-        sentence += f" (standard error there {show_error(reached.test_error, reached.objective_unit)}{_points(reached)} at most)"
+        sentence += (
+            f" (standard error there {show_error(reached.test_error, reached.objective_unit)}{_points(reached)} at most)"
+        )
     return f"{sentence}."
 
 

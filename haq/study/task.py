@@ -395,7 +395,9 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
                 "macs": layer.macs,
                 "parameters": layer.parameters,
                 "fixed": layer.name in problem.pinned,
-                "cost": [list(map(finite, row)) for row in cost.tolist()],  # by weight width, then activation width, in the unit
+                "cost": [
+                    list(map(finite, row)) for row in cost.tolist()
+                ],  # by weight width, then activation width, in the unit
             }
             for layer, cost in zip(problem.workload.layers, costs, strict=True)
         ],
@@ -407,7 +409,8 @@ def _further(problem: Problem) -> dict[str, Any]:
     """Describe of a problem what most problems do without: sets of widths, another reference, further budgets, another goal."""
     found: dict[str, Any] = {}
     weights, activations = (
-        [None if width == FLOAT else width for width in operand] for operand in (problem.widths.weights, problem.widths.activations)
+        [None if width == FLOAT else width for width in operand]
+        for operand in (problem.widths.weights, problem.widths.activations)
     )
     low, high = problem.bits
     if not weights == activations == list(range(low, high + 1)):
