@@ -31,7 +31,7 @@ from quantizers.defensive import (
 from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.equalization import ChannelClamp, equalize, smooth
 from quantizers.folding import fold_batch_norm, fold_shifts
-from quantizers.functional import MAX_BITS, dequantize, fake_quantize, integer_range, quantize_tensor
+from quantizers.functional import MAX_BITS, WIDTHS, dequantize, fake_quantize, integer_range, quantize_tensor, row_of
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.left_in_float import LeftInFloat
 from quantizers.network import (
@@ -96,6 +96,7 @@ __all__ = [
     "SchemeLayer",
     "SchemeRow",
     "Stage",
+    "WIDTHS",
     "WeightClipping",
     "Wiring",
     "activation_scales",
@@ -133,6 +134,7 @@ __all__ = [
     "reconstruct",
     "reestimate_norms",
     "remove_filters",
+    "row_of",
     "scheme_names",
     "scheme_records",
     "scheme_rows",

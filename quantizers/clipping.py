@@ -1,11 +1,11 @@
-"""Scales of weights by what the layer's output loses, for every width at once."""
+"""Scales of weights by what the layer's output loses, for every width from 1 to 8 bits at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from quantizers.functional import WIDTHS, fake_quantize, integer_range
+from quantizers.functional import FEW_BITS, fake_quantize, integer_range
 from quantizers.moments import InputMoments
 
 # An error that is a multiple of the output itself counts so much more than one that isn't: it has the
@@ -33,8 +33,9 @@ class OutputErrors:
     Review 2011) and the diagonal of what that leaves out.
     """
 
-    def __init__(self, weight: Tensor, moments: InputMoments) -> None:
-        """Take a weight (C_out, ...), and what its layer's input was like."""
+    def __init__(self, weight: Tensor, moments: InputMoments, per_channel: bool = True) -> None:
+        """Take a weight (C_out, ...), what its layer's input was like, and whether each channel has its own scale."""
+        self._per_channel, self._channels = per_channel, len(weight)
         covariance = moments.covariance()
         self._parts, self._groups = moments.parts, moments.groups
         self._rows = moments.grouped(weight.to(covariance))
@@ -45,7 +46,15 @@ class OutputErrors:
             self._factor, self._rest = _approximation(covariance)
 
     def of(self, scales: Tensor, bits: int) -> Tensor:
-        """Return the errors (candidates, C_out) of candidate scales (candidates, C_out) at a width."""
+        """Return the errors (candidates, C_out) of candidate scales (candidates, C_out) at a width.
+
+        Both are (candidates, 1) where all channels have one scale.
+        """
+        if not self._per_channel:
+            return self._of_channels(scales.expand(-1, self._channels), bits).sum(1, keepdim=True)
+        return self._of_channels(scales, bits)
+
+    def _of_channels(self, scales: Tensor, bits: int) -> Tensor:
         count = len(scales)
         given = scales.to(self._rows).unflatten(1, (self._groups, -1)).transpose(0, 1).repeat_interleave(self._parts, 0)
         groups, channels, k = self._rows.shape
@@ -102,7 +111,9 @@ def _approximation(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return factor, rest.clamp_min(0)[..., None]
 
 
-def output_scales(weight: Tensor, moments: InputMoments, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def output_scales(
+    weight: Tensor, moments: InputMoments, power_of_two: bool = False, *, per_channel: bool = True
+) -> tuple[Tensor, Tensor]:
     """Find the scales of a weight that change the layer's output least (`OutputErrors`).
 
     Clipping points from the largest magnitude downwards are tried, then those around the best of
@@ -112,17 +123,20 @@ def output_scales(weight: Tensor, moments: InputMoments, power_of_two: bool = Fa
         weight: The weight (C_out, ...), finite.
         moments: What the layer's input was like.
         power_of_two: Whether scales are rounded to powers of two.
+        per_channel: Whether each output channel has a scale of its own; False: all have one.
 
     Returns:
-        Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of
-        the whole tensor (8,), both float32.
+        Scales (8, C_out), or (8, 1), 1 for a channel of zeros; and relative errors sum (w - w^)^2 /
+        sum w^2 of the whole tensor (8,), both float32.
     """
     weight = weight.detach()
     magnitudes = weight.flatten(1).abs().float()
-    errors = OutputErrors(weight, moments)
+    if not per_channel:
+        magnitudes = magnitudes.reshape(1, -1)
+    errors = OutputErrors(weight, moments, per_channel)
     live = magnitudes.amax(1) > 0
     made = []
-    for bits in WIDTHS:
+    for bits in FEW_BITS:
         if bits == 1:
             unit, (least, most) = magnitudes.mean(1), ONE_BIT
         else:
@@ -138,12 +152,13 @@ def output_scales(weight: Tensor, moments: InputMoments, power_of_two: bool = Fa
 
 
 def _relative_errors(weight: Tensor, scales: Tensor) -> Tensor:
-    """Return sum (w - w^)^2 / sum w^2 of a whole weight at widths 1..8, with scales (8, C_out)."""
+    """Return sum (w - w^)^2 / sum w^2 of a whole weight at widths 1..8, with scales (8, C_out) or (8, 1)."""
+    scales = scales.expand(-1, len(weight))
     rows = weight.flatten(1).float()
     left = rows.new_zeros(len(scales), dtype=torch.float64)
     count = max(1, CHUNK // max(1, rows.shape[1]))
     for some, steps in zip(rows.split(count), scales.split(count, 1), strict=True):
-        for index, bits in enumerate(WIDTHS):
+        for index, bits in enumerate(FEW_BITS):
             quantized = fake_quantize(some, steps[index][:, None], bits, True)
             left[index] += torch.sub(some, quantized, out=quantized).square_().sum(dtype=torch.float64)
     energy = rows.square().sum(dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantizers.batches import Batches, called, collect, copied
 from quantizers.calling import Forward, call, leaves
 from quantizers.copying import evaluating
-from quantizers.functional import MAX_BITS, WIDTHS, computed_in
+from quantizers.functional import FEW_BITS, WIDE_BITS, computed_in, row_of
 from quantizers.layers import QuantLayer, float_class, tailor
 from quantizers.observers import OnProgress, first_input, no_progress
 from quantizers.policy import QUANTIZABLE
@@ -142,17 +142,18 @@ def correct_weights(layer: QuantLayer, inputs: MeanInput) -> bool:
         return True
     bits = layer.weight_bits, layer.activation_bits
     layer.bias_shift = None
-    shift = layer.weight.new_zeros(MAX_BITS, layer.weight.shape[0], dtype=torch.float64)
+    known = len(layer.weight_error)
+    shift = layer.weight.new_zeros(known, layer.weight.shape[0], dtype=torch.float64)
     try:
         layer.activation_bits = None
         layer.weight_bits = None
         if not _is_linear(layer, maps):
             return False
         expected = _mean_output(layer, maps)
-        for width in WIDTHS:
-            if layer.scheme.takes(width, None, layer.signed):
+        for width in (WIDE_BITS, *FEW_BITS):
+            if row_of(width) < known and layer.scheme.takes(width, None, layer.signed):
                 layer.weight_bits = width
-                shift[width - 1] = expected - _mean_output(layer, maps)
+                shift[row_of(width)] = expected - _mean_output(layer, maps)
         layer.bias_shift = shift.to(layer.weight.dtype)
         if not _is_corrected(layer, maps, expected):
             layer.bias_shift = None

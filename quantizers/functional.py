@@ -23,8 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MAX_BITS = 8
-WIDTHS = range(1, MAX_BITS + 1)
+MAX_BITS = 8  # the widest of the few-bit widths
+WIDE_BITS = 16  # the one wider width: rounding to it loses next to nothing
+FEW_BITS = range(1, MAX_BITS + 1)
+WIDTHS = (*FEW_BITS, WIDE_BITS)
+ACCEPTED = f"1 to {MAX_BITS}, {WIDE_BITS} or float"  # of an operand, in messages
 # Elements that are divided, rounded, clamped and multiplied while they are in the processor's
 # cache.
 BLOCK = 1 << 18
@@ -38,7 +41,7 @@ def integer_range(bits: int, signed: bool, narrow: bool = True) -> tuple[int, in
     """Return the smallest and the largest integer of a width.
 
     Args:
-        bits: The width, 1..8.
+        bits: The width, 1..8 or 16.
         signed: False: 0..2^b - 1. True: symmetric, -(2^(b-1) - 1)..2^(b-1) - 1; one signed bit
             stands for -1 and +1.
         narrow: False adds one signed integer below, -2^(b-1).
@@ -47,10 +50,10 @@ def integer_range(bits: int, signed: bool, narrow: bool = True) -> tuple[int, in
         The two integers.
 
     Raises:
-        ValueError: For bits outside 1..8, and for one signed bit that isn't narrow.
+        ValueError: For bits that aren't in `WIDTHS`, and for one signed bit that isn't narrow.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be an integer from 1 to {MAX_BITS}, not {bits!r}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in WIDTHS:
+        raise ValueError(f"bits must be an integer from 1 to {MAX_BITS}, or {WIDE_BITS}, not {bits!r}")
     if not signed:
         return 0, 2**bits - 1
     if bits == 1 and not narrow:
@@ -69,7 +72,7 @@ def quantize_tensor(
     Args:
         x: Real values.
         scale: The real value of 1, positive; must broadcast against x.
-        bits: The width, 1..8.
+        bits: The width, 1..8 or 16.
         signed: Whether the integers are.
         zero_point: The integer that stands for real 0; must broadcast against x. None: 0.
         narrow: As in `integer_range`.
@@ -126,7 +129,7 @@ def fake_quantize(
     Args:
         x: Real values.
         scale: The real value of 1, positive; must broadcast against x.
-        bits: The width, 1..8.
+        bits: The width, 1..8 or 16.
         signed: Whether the integers are.
         zero_point: The integer that stands for real 0; must broadcast against x. None: 0.
         narrow: As in `integer_range`.
@@ -460,10 +463,26 @@ def refuse_infinite(weight: Tensor) -> None:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} holds values that are not finite")
 
 
+def row_of(bits: int) -> int:
+    """Return which row of a tensor by width belongs to a width: 0 for 1 bit, 7 for 8 bits, 8 for 16 bits."""
+    return WIDTHS.index(bits)
+
+
 def row(table: Tensor, bits: int) -> Tensor:
-    """Return the entry of a width in a tensor whose rows are widths 1..8."""
-    assert len(table) == MAX_BITS
-    return table[bits - 1]
+    """Return the entry of a width in a tensor whose rows are `WIDTHS`, or the first eight of them.
+
+    Raises:
+        ValueError: For 16 bits, in a tensor that has no row for it.
+    """
+    place = row_of(bits)
+    if place >= len(table):
+        raise ValueError(f"nothing is known of {bits} bits: there are values for 1 to {len(table)} bits only")
+    return table[place]
+
+
+def set_rows(table: Tensor, values: Tensor) -> None:
+    """Copy values by width into a tensor, into as many rows as it has."""
+    table.copy_(values[: len(table)])
 
 
 def along_channels(values: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quantizers.functional import MAX_BITS, WIDTHS, integer_range
+from quantizers.functional import FEW_BITS, MAX_BITS, integer_range
 
 BINS = 2048  # on either side of zero
 GROUPS = 8  # of channels that weigh nearly the same
@@ -37,8 +37,15 @@ class Grids(NamedTuple):
     """Grids s (q - z) of an input for widths 1..8, and what each loses."""
 
     scales: Tensor  # (8,)
-    zero_points: Tensor  # (8,), integers as floats; 0 where the grid has none
     errors: Tensor  # (8,), relative
+    zero_points: Tensor  # (8,), integers as floats; 0 where the grid has none
+
+
+class Grid(NamedTuple):
+    """A grid s (q - z) of one width."""
+
+    scale: float
+    zero_point: float
 
 
 class Row(NamedTuple):
@@ -155,9 +162,16 @@ class Histogram:
         yield from zip(table.split(count), owner.split(count), strict=True)
 
     def grids(
-        self, low: float, high: float, rule: str = "output", *, asymmetric: bool = False, power_of_two: bool = False
+        self,
+        low: float,
+        high: float,
+        rule: str = "output",
+        *,
+        signed: bool | None = None,
+        asymmetric: bool = False,
+        power_of_two: bool = False,
     ) -> Grids:
-        """Find a grid for each width.
+        """Find a grid for each width from 1 to 8 bits.
 
         Args:
             low: The smallest of the values.
@@ -165,6 +179,7 @@ class Histogram:
             rule: `output`: the smallest error, each value weighted by its channel. `mse`: all
                 weighted the same. `max`: from the smallest to the largest value. `percentile`:
                 without the 0.01 % of the values at either end.
+            signed: Whether integers are signed, without a zero point; None: where a value is negative.
             asymmetric: Whether the grids of signed values have a zero point: s (q - z) with q and z
                 in 0..2^b - 1. One bit stands for -s and s all the same.
             power_of_two: Whether scales are powers of two.
@@ -174,18 +189,20 @@ class Histogram:
         """
         if self.width == 0:
             return Grids(torch.ones(MAX_BITS), torch.zeros(MAX_BITS), torch.zeros(MAX_BITS))
+        if signed is None:
+            signed = low < 0
         fit = _Fit(self, low, high, rule, power_of_two)
         rows = []
-        for bits in WIDTHS:
-            if bits == 1 and low < 0:
+        for bits in FEW_BITS:
+            if bits == 1 and signed:
                 rows.append(fit.signs())
             elif asymmetric and low < 0:
                 rows.append(fit.affine(bits))
             else:
-                rows.append(fit.symmetric(bits, low < 0))
+                rows.append(fit.symmetric(bits, signed))
         scales, zero_points, errors = zip(*rows, strict=True)
         relative = torch.tensor(errors, dtype=torch.double).clamp_min(0) / fit.energy
-        return Grids(torch.tensor(scales), torch.tensor(zero_points), relative.float())
+        return Grids(torch.tensor(scales), relative.float(), torch.tensor(zero_points))
 
 
 class _Fit:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from quantizers.backward import quantized_input
 from quantizers.cache import TensorCache
 from quantizers.copying import class_on
-from quantizers.functional import MAX_BITS, differentiated, followed, row
+from quantizers.functional import MAX_BITS, WIDTHS, differentiated, followed, row, row_of
 from quantizers.observers import input_name
 from quantizers.policy import QUANTIZABLE, Bits
 from quantizers.scheme import Scheme, started
@@ -40,7 +40,7 @@ class QuantLayer(nn.Module):
         scheme: How values become few-bit ones. Its tensors (see its docstring) are attributes of
             the layer; those that are learned are parameters, but none of them is in the
             `state_dict`: `quantizer_state` has them.
-        weight_bits: 1..8, or None for float. Can be set at any time (`set_policy`).
+        weight_bits: 1..8 or 16, or None for float. Can be set at any time (`set_policy`).
         activation_bits: Likewise, of the layer's input.
         backward_mode: What the gradient does at the quantized input (`quantizers.backward_mode`).
         signed: Whether the input was negative during calibration; True if it wasn't seen.
@@ -48,9 +48,9 @@ class QuantLayer(nn.Module):
         name_in_network: What the policy calls it.
         resting: Names of parameters that take part in nothing at the present bits, and therefore
             require no gradient until they do (`set_policy`).
-        bias_shift: What bias correction adds to the bias at each width of the weights, (8, C_out).
+        bias_shift: What bias correction adds to the bias at each width of the weights, (9, C_out).
         weight_offset: What is added to the weight's integers after rounding to nearest (GPTQ), int8,
-            (8, *weight.shape).
+            (8, *weight.shape); 16 bits are rounded to nearest.
         tailored_for: The bits of this layer in the one policy of the network that `tailored_shift`,
             (C_out,), and `tailored_offset`, int8 of the weight's shape, were found for; either may
             be None. They take the place of the other two where `tailored` says so.
@@ -78,7 +78,7 @@ class QuantLayer(nn.Module):
     weight_scale: Tensor
     activation_scale: Tensor
     activation_signed: Tensor
-    # Tensors of every scheme: relative squared errors at widths 1..8.
+    # Tensors of every scheme: relative squared errors by width.
     weight_error: Tensor
     activation_error: Tensor
 
@@ -103,7 +103,7 @@ class QuantLayer(nn.Module):
         tensors = started(scheme, self)
         lacking = [name for name in ERRORS if name not in tensors]
         for name in lacking:
-            tensors[name] = torch.ones(MAX_BITS)
+            tensors[name] = torch.ones(len(WIDTHS))
         self.state_names = tuple(tensors)
         for name, tensor in tensors.items():
             if name in scheme.learned:
@@ -111,6 +111,12 @@ class QuantLayer(nn.Module):
             else:
                 self.register_buffer(name, tensor, persistent=False)
         return bool(lacking)
+
+    def check_known(self, weight_bits: int | None, activation_bits: int | None) -> None:
+        """Raise ValueError for bits that the layer's tensors have no rows for: those of a state of 1 to 8 bits."""
+        for bits, errors in ((weight_bits, self.weight_error), (activation_bits, self.activation_error)):
+            if bits is not None and row_of(bits) >= len(errors):
+                raise ValueError(not_known(bits, len(errors)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the layer with its input and its weight at their bits."""
@@ -171,7 +177,7 @@ class QuantLayer(nn.Module):
         """Return what is added to the weight's integers after rounding to nearest, at a width; None for nothing."""
         if self._is_tailored() and self.tailored_offset is not None and bits == self.weight_bits:
             return self.tailored_offset
-        if self.weight_offset is None:
+        if self.weight_offset is None or bits > MAX_BITS:
             return None
         return row(self.weight_offset, bits)
 
@@ -258,6 +264,14 @@ def no_scale(bits: int | None) -> str:
     return (
         f"its input has no scale for {bits} bits, since calibration saw none of it: quantize the network anew and give "
         "`calibrate` inputs that reach it"
+    )
+
+
+def not_known(bits: int, most: int) -> str:
+    """Say why a layer can't have so many bits, though its scheme can: its quantizer state knows fewer widths."""
+    return (
+        f"nothing is known of {bits} bits, since the state of its quantizers is from before there were any, and has 1 to "
+        f"{most} bits: quantize the network anew and give `calibrate`"
     )
 
 

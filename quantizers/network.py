@@ -17,8 +17,16 @@ from quantizers.batches import Batches, collect
 from quantizers.calling import Forward
 from quantizers.copying import copy_network, evaluating
 from quantizers.correction import MeanInput, correct_bias, correct_weights
-from quantizers.functional import MAX_BITS, WIDTHS
-from quantizers.layers import FOUND_AFTER_TRAINING, QuantLayer, make_quantized, make_unquantized, no_scale
+from quantizers.functional import FEW_BITS, MAX_BITS, WIDTHS, row_of
+from quantizers.layers import (
+    ERRORS,
+    FOUND_AFTER_TRAINING,
+    QuantLayer,
+    make_quantized,
+    make_unquantized,
+    no_scale,
+    not_known,
+)
 from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float, read_by_others, warn_of_float
 from quantizers.moments import InputMoments, Passes
 from quantizers.observers import Observer, OnProgress, no_progress, observe
@@ -58,8 +66,9 @@ def quantize(
 
     Args:
         network: A float network; it is left alone.
-        policy: (weight bits, activation bits) by layer; must name every Conv1d, Conv2d and Linear
-            that is called. (None, None) leaves one in float.
+        policy: (weight bits, activation bits) by layer, each 1..8, 16 or None; must name every
+            Conv1d, Conv2d and Linear that is called. None leaves that operand in float, and (None,
+            None) the layer.
         scheme: A name (`Scheme.named`), a scheme with its options, such as
             Linear(calibration="kl"), or one per layer of the policy, by name.
         calibrate: Inputs, as one tensor or an iterable of tensors or (inputs, labels). Inputs may have
@@ -90,6 +99,8 @@ def quantize(
     Warns:
         LeftInFloat: Naming what multiplies by weights and isn't quantized (a ConvTranspose2d, a GRU).
     """
+    if not isinstance(policy, BitPolicy):
+        policy = BitPolicy(policy)
     # What is made in inference mode can't be trained, ever.
     with torch.inference_mode(False):
         wanted = Wanted(_schemes(scheme, policy), correction, _roundings(rounding, policy), forward)
@@ -308,13 +319,13 @@ def _start(name: str, layer: QuantLayer, scheme: Scheme) -> bool:
 
 @torch.no_grad()
 def _round(layer: QuantLayer, moments: InputMoments | None, bits: Bits) -> None:
-    """Set a layer's `weight_offset` by GPTQ, if calibration reached the layer."""
+    """Set a layer's `weight_offset` by GPTQ, if calibration reached the layer; 16 bits need none."""
     if moments is None or not moments.images:
         return
     if bits[0] is None and not moments.suffice():
         return
     scheme = layer.scheme
-    widths = [width for width in WIDTHS if scheme.takes(width, None, layer.signed)]
+    widths = [width for width in FEW_BITS if scheme.takes(width, None, layer.signed)]
     scales = layer.weight.new_ones(MAX_BITS, layer.weight.shape[0])
     for width in widths:
         scales[width - 1] = scheme.weight_step(layer, width)
@@ -441,12 +452,14 @@ def _ids_of_used(network: nn.Module, idle: Mapping[QuantLayer, Mapping[str, nn.P
 
 
 def _check_bits(name: str, layer: QuantLayer, bits: Bits, signed: bool, calibrated: bool) -> None:
-    try:
-        layer.scheme.check(*bits, signed=signed)
-    except ValueError as reason:
-        raise ValueError(f"layer {name!r}: {reason}") from reason
     if not calibrated and layer.scheme.needs_data_at(*bits):
         raise ValueError(f"layer {name!r}: {no_scale(bits[1])}")
+    try:
+        layer.scheme.check_widest(*bits)
+        layer.scheme.check(*bits, signed=signed)
+        layer.check_known(*bits)
+    except ValueError as reason:
+        raise ValueError(f"layer {name!r}: {reason}") from reason
 
 
 def get_policy(network: nn.Module) -> BitPolicy:
@@ -483,7 +496,7 @@ def learned_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 
 def activation_scales(network: nn.Module) -> list[Tensor]:
-    """Return the activation scales of a quantized network, (8,) per layer, now requiring gradients.
+    """Return the activation scales of a quantized network, (9,) per layer, now requiring gradients.
 
     Give them to an optimizer and they are learned (LSQ, Esser et al., ICLR 2020). Keep them
     positive. Raises ValueError, naming the layer, for a scheme that has no such scales.
@@ -519,26 +532,29 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
 def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set all that `quantizer_state` returned.
 
+    A state from before there were 16 bits has tensors of 8 rows: so have the layer's then, and
+    `set_policy` refuses 16 bits.
+
     Raises:
         ValueError: Changing nothing, if `state` is of another network or scheme, or says nothing of
             the present bits.
     """
     layers = quant_layers(network)
-    expected = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in layer.state_names}
+    expected = [f"{name}.{key}" for name, layer in layers.items() for key in layer.state_names]
     flags = {f"{name}.{flag}": (layer, flag) for name, layer in layers.items() for flag in FLAGS}
     found = {f"{name}.{key}" for name in layers for key in (*FOUND_AFTER_TRAINING, TAILORED_FOR)}
     if wrong := sorted((set(expected) | set(flags)) ^ (set(state) - found)):
         raise ValueError(f"the quantizer state is of another network: {len(wrong)} names differ, such as {wrong[0]}")
-    for key, tensor in expected.items():
-        if tensor.shape != state[key].shape:
-            raise ValueError(f"the quantizer state is of another network: {key} has shape {tuple(state[key].shape)}")
     for name, layer in layers.items():
+        _check_shapes(name, layer, state)
         signed, calibrated = (bool(state[f"{name}.{flag}"]) for flag in FLAGS)
-        _check_bits(name, layer, (layer.weight_bits, layer.activation_bits), signed, calibrated)
+        bits = (layer.weight_bits, layer.activation_bits)
+        _check_bits(name, layer, bits, signed, calibrated)
+        _check_known(name, bits, state)
         _check_found(name, layer, state)
-    with torch.no_grad():
-        for key, tensor in expected.items():
-            tensor.copy_(state[key])
+    for name, layer in layers.items():
+        for key in layer.state_names:
+            _load_tensor(layer, key, state[f"{name}.{key}"])
     for key, (layer, flag) in flags.items():
         setattr(layer, flag, bool(state[key]))
     for name, layer in layers.items():
@@ -547,12 +563,57 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
         set_policy(network, get_policy(network))
 
 
+def _check_shapes(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a tensor of another shape; all that have a row for each width may lack that of 16 bits."""
+    rows = [(len(of_layer), len(saved)) for of_layer, saved in _errors(name, layer, state)]
+    is_of_other_widths = rows[0] == rows[1] and set(rows[0]) == {len(FEW_BITS), len(WIDTHS)}
+    for key in layer.state_names:
+        shape, saved = tuple(getattr(layer, key).shape), tuple(state[f"{name}.{key}"].shape)
+        if shape == saved:
+            continue
+        if not is_of_other_widths or (shape[:1], saved[:1]) != ((rows[0][0],), (rows[0][1],)) or shape[1:] != saved[1:]:
+            raise ValueError(f"the quantizer state is of another network: {name}.{key} has shape {saved}")
+
+
+def _errors(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the errors of a layer, by width, of weights and of inputs: its own and those of a state."""
+    pairs = [(getattr(layer, key), state[f"{name}.{key}"]) for key in ERRORS]
+    for key, (_, saved) in zip(ERRORS, pairs, strict=True):
+        if saved.dim() != 1:
+            raise ValueError(f"the quantizer state is of another network: {name}.{key} has shape {tuple(saved.shape)}")
+    return pairs
+
+
+def _check_known(name: str, bits: Bits, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the layer, for bits that a state has no rows for."""
+    for width, key in zip(bits, ERRORS, strict=True):
+        rows = len(state[f"{name}.{key}"])
+        if width is not None and row_of(width) >= rows:
+            raise ValueError(f"layer {name!r}: {not_known(width, rows)}")
+
+
+@torch.no_grad()
+def _load_tensor(layer: QuantLayer, key: str, saved: Tensor) -> None:
+    """Set a tensor of a layer's scheme; one that lacks the row of 16 bits, or has it again, takes its place."""
+    tensor: Tensor = getattr(layer, key)
+    if tensor.shape == saved.shape:
+        tensor.copy_(saved)
+        return
+    made = saved.detach().to(tensor, copy=True)
+    if isinstance(tensor, nn.Parameter):
+        # The same object, since optimizers may hold it.
+        tensor.data = made
+        tensor.grad = None
+    else:
+        setattr(layer, key, made)
+
+
 def _check_found(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError if what post-training quantization found is not of this layer."""
     weight = layer.weight
     channels = weight.shape[:1]
     shapes = {
-        "bias_shift": (MAX_BITS, *channels),
+        "bias_shift": (len(state[f"{name}.{ERRORS[0]}"]), *channels),
         "weight_offset": (MAX_BITS, *weight.shape),
         "tailored_shift": tuple(channels),
         "tailored_offset": tuple(weight.shape),
@@ -572,7 +633,7 @@ def _check_found(name: str, layer: QuantLayer, state: Mapping[str, Tensor]) -> N
         if key.endswith("offset") and (tensor.dtype != torch.int8 or not layer.scheme.takes_offsets):
             raise ValueError(f"the quantizer state is of another scheme: {name}.{key} is none of {layer.scheme.name!r}")
     bits = state.get(f"{name}.{TAILORED_FOR}")
-    if bits is not None and not all(0 <= int(width) <= MAX_BITS for width in bits):
+    if bits is not None and not all(int(width) in (0, *WIDTHS) for width in bits):
         raise ValueError(f"the quantizer state is damaged: {name}.{TAILORED_FOR} is {bits.tolist()}")
 
 

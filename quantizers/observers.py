@@ -7,6 +7,7 @@ Scales are found by the smallest squared error, the largest value, a percentile,
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from quantizers.batches import Batches, Parts, batches_of, called, copied, prepared
 from quantizers.calling import Forward
 from quantizers.clipping import output_scales
-from quantizers.functional import MAX_BITS, WIDTHS, integer_range, quantize_tensor, refuse_infinite
-from quantizers.histogram import Histogram, importance_of_inputs
+from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, integer_range, quantize_tensor, refuse_infinite
+from quantizers.histogram import Grid, Histogram, importance_of_inputs
 from quantizers.moments import InputMoments
 
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
@@ -42,42 +43,49 @@ def no_progress(*told: object) -> None:
 
 
 def fit_weight_scales(
-    weight: Tensor, rule: str = "mse", power_of_two: bool = False, moments: InputMoments | None = None
+    weight: Tensor,
+    rule: str = "mse",
+    power_of_two: bool = False,
+    moments: InputMoments | None = None,
+    *,
+    per_channel: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Find per-channel symmetric scales of a weight for widths 1..8, and the error each leaves.
+    """Find symmetric scales of a weight for all widths, and the error each leaves.
 
     Rule `mse` minimises the error over clipping points max|w| * k / 80; `max` and `kl` take max|w|,
     `percentile` the 99.99th of |w|. At one bit the scale is mean |w|, which is optimal (Rastegari
     et al. 2016, equation 6). Rule `output` minimises the error of the layer's output
-    (`quantizers.clipping`); where nothing is known of the layer's input it is `mse`.
+    (`quantizers.clipping`); where nothing is known of the layer's input it is `mse`. At 16 bits all
+    rules take max|w|.
 
     Args:
         weight: A weight (C_out, ...).
         rule: One of `WEIGHT_RULES`.
         power_of_two: Whether scales are rounded to powers of two.
         moments: What the layer's input was like, for rule `output`.
+        per_channel: Whether each output channel has a scale of its own; False: all have one.
 
     Returns:
-        Scales (8, C_out), 1 for a channel of zeros; and relative errors sum (w - w^)^2 / sum w^2 of
-        the whole tensor (8,).
+        Scales (9, C_out), or (9, 1), 1 for a channel of zeros; and relative errors sum (w - w^)^2 /
+        sum w^2 of the whole tensor (9,).
 
     Raises:
         ValueError: For a weight that isn't finite.
     """
     refuse_infinite(weight)
+    rows = weight.detach().flatten(1).double()
+    if not per_channel:
+        rows = rows.reshape(1, -1)
+    few: tuple[Tensor, Tensor] | None = None
     if rule == "output":
         if moments is not None and moments.patches and weight.numel():
-            return output_scales(weight, moments, power_of_two)
+            few = output_scales(weight, moments, power_of_two, per_channel=per_channel)
         rule = "mse"
-    channels = _Channels(weight.detach().flatten(1).double(), rule)
-    scales, errors = [], []
-    for bits in WIDTHS:
-        scale = channels.scale(bits, rule)
-        if power_of_two:
-            scale = channels.best_of((2 ** scale.log2().floor(), 2 ** scale.log2().ceil()), bits)
-        scales.append(scale)
-        errors.append(channels.errors(scale, bits)[channels.live].sum() / channels.energy)
-    return torch.stack(scales).float(), torch.stack(errors).float()
+    channels = _Channels(rows, rule)
+    if few is None:
+        few = channels.fitted(FEW_BITS, rule, power_of_two)
+    scales, errors = channels.fitted([WIDE_BITS], "max", power_of_two)
+    return torch.cat([few[0], scales.to(few[0])]), torch.cat([few[1], errors.to(few[1])])
 
 
 class _Channels:
@@ -94,6 +102,17 @@ class _Channels:
             self.clip = rows.abs().quantile(PERCENTILE, dim=1)
         self.energy = rows.square().sum().clamp_min(torch.finfo(rows.dtype).tiny)
 
+    def fitted(self, widths: Iterable[int], rule: str, power_of_two: bool) -> tuple[Tensor, Tensor]:
+        """Return scales (widths, channels) by a rule, and relative errors (widths,), float32."""
+        scales, errors = [], []
+        for bits in widths:
+            scale = self.scale(bits, rule)
+            if power_of_two:
+                scale = self.best_of((2 ** scale.log2().floor(), 2 ** scale.log2().ceil()), bits)
+            scales.append(scale)
+            errors.append(self.errors(scale, bits)[self.live].sum() / self.energy)
+        return torch.stack(scales).float(), torch.stack(errors).float()
+
     def scale(self, bits: int, rule: str) -> Tensor:
         """Return a scale per channel, by a rule."""
         high = integer_range(bits, True)[1]
@@ -102,7 +121,10 @@ class _Channels:
         if rule == "mse":
             # Below half the step of the next width down, clipping has long cost more than it saves.
             return self.best_of((self.largest * (step / GRID / high) for step in range(GRID, GRID // 8, -1)), bits)
-        return torch.where(self.live & (self.clip > 0), self.clip / high, 1.0)
+        clip = self.clip
+        if rule == "max":
+            clip = self.largest
+        return torch.where(self.live & (clip > 0), clip / high, 1.0)
 
     def best_of(self, candidates: Iterable[Tensor], bits: int) -> Tensor:
         """Return for each channel the candidate with the smallest error."""
@@ -152,7 +174,7 @@ def fit_activation_scales(
         return torch.ones(MAX_BITS), torch.zeros(MAX_BITS)
     magnitudes = _Magnitudes(sample.detach().abs().double().cpu(), largest, signed)
     scales, errors = [], []
-    for bits in WIDTHS:
+    for bits in FEW_BITS:
         if bits == 1 and signed:
             grid, error = magnitudes.of_signs(power_of_two)
         else:
@@ -164,6 +186,32 @@ def fit_activation_scales(
         scales.append(grid[index])
         errors.append(least / magnitudes.energy.clamp_min(torch.finfo(torch.double).tiny))
     return torch.stack(scales).float(), torch.stack(errors).float()
+
+
+def widest_grid(observer: Observer, signed: bool, asymmetric: bool = False, power_of_two: bool = False) -> Grid:
+    """Return the grid of an input at 16 bits: it reaches from the smallest to the largest value that was seen.
+
+    Args:
+        observer: What was seen of the input.
+        signed: Whether integers are signed, where there is no zero point.
+        asymmetric: Whether there is one.
+        power_of_two: Whether the scale is a power of two: the next one above.
+
+    Returns:
+        Its scale and its zero point.
+    """
+    span, levels = observer.largest, integer_range(WIDE_BITS, signed)[1]
+    if asymmetric:
+        span, levels = observer.high - observer.low, integer_range(WIDE_BITS, False)[1]
+    if span <= 0:
+        return Grid(1.0, 0.0)
+    scale = max(span / levels, torch.finfo(torch.float32).tiny)
+    if power_of_two:
+        scale = 2.0 ** math.ceil(math.log2(scale))
+    zero_point = 0.0
+    if asymmetric:
+        zero_point = float(round(-observer.low / scale))
+    return Grid(scale, zero_point)
 
 
 class _Magnitudes:

@@ -14,10 +14,11 @@ from typing import Any
 from torch import nn
 
 from quantizers.files import written_beside
-from quantizers.functional import MAX_BITS
+from quantizers.functional import ACCEPTED, MAX_BITS, WIDTHS
 
 SCHEMA, VERSION = "haq-bit-policy", 1
 Bits = tuple["int | None", "int | None"]
+FLOAT = "float"  # how a width that stays in float may be written; it is kept as None
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # Of the first and the last layer, where nothing else is said: they suffer most from few bits, and
 # cost little.
@@ -35,19 +36,20 @@ def ends(names: Sequence[str]) -> dict[str, Bits]:
 class BitPolicy(Mapping[str, Bits]):
     """An immutable, ordered mapping: layer name -> (weight bits, activation bits).
 
-    The activation is the layer's *input*. Bits are 1..8, or None to leave that operand in float.
+    The activation is the layer's *input*. Bits are 1..8 or 16, or None to leave that operand in
+    float; "float" is taken for None.
     """
 
-    def __init__(self, bits: Mapping[str, Iterable[int | None]]) -> None:
+    def __init__(self, bits: Mapping[str, Iterable[int | str | None]]) -> None:
         """Take the bits of every layer, in order.
 
         Raises:
-            ValueError: Naming the layer and the value, for anything but two of 1..8 or None.
+            ValueError: Naming the layer and the value, for anything but two of 1..8, 16, None or "float".
         """
         self._bits: dict[str, Bits] = {name: _checked(name, pair) for name, pair in bits.items()}
 
     @classmethod
-    def uniform(cls, network: nn.Module, w: int | None, a: int | None) -> BitPolicy:
+    def uniform(cls, network: nn.Module, w: int | str | None, a: int | str | None) -> BitPolicy:
         """Give every convolution and linear layer of a network the same bits.
 
         Args:
@@ -125,7 +127,7 @@ class BitPolicy(Mapping[str, Bits]):
             partial.write_text(text, encoding="utf-8")
 
     def tied(self, groups: Iterable[Iterable[str]]) -> BitPolicy:
-        """Give the layers of each group the widest bits of the group; float (None) is wider than 8 bits.
+        """Give the layers of each group the widest bits of the group; float (None) is wider than 16 bits.
 
         For layers whose outputs are added, which hardware wants on one grid. Raises ValueError for
         a layer that the policy doesn't have.
@@ -208,20 +210,22 @@ def _widest(widths: Iterable[int | None]) -> int | None:
 
 def _width(bits: int | None) -> str:
     if bits is None:
-        return "float"
+        return FLOAT
     return str(bits)
 
 
 def _span(widths: list[int | None]) -> str:
-    """Say which widths there are: 2-8, 4, float, or 2-8+float."""
+    """Say which widths there are: 2-8, 4, float, or 2-8+16+float."""
     integers = sorted({bits for bits in widths if bits is not None})
+    few = [bits for bits in integers if bits <= MAX_BITS]
     parts = []
-    if len(integers) > 1:
-        parts.append(f"{integers[0]}-{integers[-1]}")
-    elif integers:
-        parts.append(str(integers[0]))
+    if len(few) > 1:
+        parts.append(f"{few[0]}-{few[-1]}")
+    elif few:
+        parts.append(str(few[0]))
+    parts += [str(bits) for bits in integers if bits > MAX_BITS]
     if None in widths:
-        parts.append("float")
+        parts.append(FLOAT)
     return "+".join(parts)
 
 
@@ -229,11 +233,11 @@ def _mean(widths: list[int | None]) -> str:
     """Return the mean over the layers that aren't float, to one digit."""
     integers = [bits for bits in widths if bits is not None]
     if not integers:
-        return "float"
+        return FLOAT
     return f"{sum(integers) / len(integers):.1f}"
 
 
-def _checked(name: str, pair: Iterable[int | None]) -> Bits:
+def _checked(name: str, pair: Iterable[int | str | None]) -> Bits:
     values = tuple(pair)
     if len(values) != 2:
         raise ValueError(f"layer {name!r} needs (weight bits, activation bits), not {values!r}")
@@ -241,11 +245,11 @@ def _checked(name: str, pair: Iterable[int | None]) -> Bits:
 
 
 def _checked_width(name: str, value: Any) -> int | None:
-    if value is None:
+    if value is None or (isinstance(value, str) and value == FLOAT):
         return None
     width = _integer(value)
-    if width is None or not 1 <= width <= MAX_BITS:
-        raise ValueError(f"layer {name!r}: bits must be an integer from 1 to {MAX_BITS}, or None, not {_shown(value)}")
+    if width is None or width not in WIDTHS:
+        raise ValueError(f"layer {name!r}: bits must be {ACCEPTED}, not {_shown(value)}")
     return width
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from quantizers.functional import MAX_BITS, WIDTHS, integer_range, refuse_infinite, sign
+from quantizers.functional import FEW_BITS, MAX_BITS, integer_range, refuse_infinite, sign
 from quantizers.moments import InputMoments
 
 BLOCK = 32  # inputs whose errors reach the inputs behind the block together
@@ -24,9 +24,9 @@ def gptq(
     *,
     act_order: bool = True,
     damping: float = 0.01,
-    widths: Iterable[int] = WIDTHS,
+    widths: Iterable[int] = FEW_BITS,
 ) -> Tensor:
-    """Round a layer's weight at every width so that the layer's output changes little: GPTQ.
+    """Round a layer's weight at every width from 1 to 8 bits so that the layer's output changes little: GPTQ.
 
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers" (ICLR 2023). Weights are rounded one input after another; the error of each is
@@ -41,12 +41,12 @@ def gptq(
 
     Args:
         weight: The weight (C_out, ...).
-        scales: Its scales at widths 1..8, (8, C_out).
+        scales: Its scales at widths 1..8, (8, C_out); further rows aren't looked at.
         moments: What its input was like.
         act_order: Whether inputs that vary most come first, while others can still make up for
             them; False: in the order in which they lie.
         damping: What is added to the diagonal of C, as a multiple of its mean.
-        widths: The widths for which there shall be offsets.
+        widths: The widths for which there shall be offsets; not 16, where rounding to nearest loses nothing.
 
     Returns:
         Offsets, int8 (8, *weight.shape): what must be added to the weight's integers at width b, rounded

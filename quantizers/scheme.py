@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quantizers.cache import TensorCache
-from quantizers.functional import MAX_BITS, WIDTHS, integer_range, relative_error, sign
+from quantizers.functional import MAX_BITS, WIDE_BITS, WIDTHS, integer_range, relative_error, row_of, sign
 from quantizers.observers import Observer
 from quantizers.plugins import (
     description,
@@ -39,6 +39,8 @@ from quantizers.plugins import (
 
 GROUP = "quantizers.schemes"  # of entry points
 REQUIRED = ("start", "calibrate", "weight", "activation")
+ACTIVATIONS = ("auto", "signed", "unsigned")  # which integers inputs may be
+LATER = "later"  # in the metadata of an option that the first releases didn't have
 
 
 class SchemeLayer(Protocol):
@@ -66,7 +68,7 @@ class SchemeLayer(Protocol):
 class IntegerWeights(NamedTuple):
     """A layer's weights as integers: codes times scale is what the layer computes with."""
 
-    codes: Tensor  # int8, of the weight's shape
+    codes: Tensor  # of the weight's shape, int8; int16 at 16 bits
     scale: Tensor  # float64, (C_out,)
     bits: int  # that the codes take in two's complement; 1 bit stands for -1 and +1
 
@@ -130,6 +132,15 @@ class Scheme:
     for_training: ClassVar[bool] = False
     # The smallest width of weights that means something.
     least_bits: ClassVar[int] = 1
+    # The widest ones that mean something: 8, or 16 for a scheme whose tensors by width have a row
+    # for that as well (`quantizers.functional.WIDTHS`).
+    most_weight_bits: ClassVar[int] = MAX_BITS
+    most_activation_bits: ClassVar[int] = MAX_BITS
+    # What `with_capabilities` can be told, with the option of the scheme that obeys: such as
+    # {"per_channel": "per_channel"}.
+    choices: ClassVar[Mapping[str, str]] = {}
+    # What the scheme does in any case, of the rest: such as {"activations": "unsigned"}.
+    habits: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, name: str = "") -> None:
         """Make a subclass known by its name."""
@@ -165,12 +176,19 @@ class Scheme:
     def options(self) -> dict[str, Any]:
         """Return the options that make this scheme again, as plain data: a dataclass's fields.
 
+        Options that were added later are left out where they have their defaults, so that records
+        are what they were.
+
         Raises:
             ValueError: For a scheme that isn't a dataclass, but holds something: it needs a method
                 of its own.
         """
         if dataclasses.is_dataclass(self):
-            return dataclasses.asdict(self)
+            options = dataclasses.asdict(self)
+            for option in dataclasses.fields(self):
+                if option.metadata.get(LATER) and options[option.name] == option.default:
+                    del options[option.name]
+            return options
         if vars(self):
             raise ValueError(
                 f"scheme {self.name!r} holds {', '.join(vars(self))}: give it a method `options`, or make it a dataclass"
@@ -187,22 +205,105 @@ class Scheme:
             raise ValueError(f"class {type(self).__name__} can't be recorded: it has no name of its own (class ..., name=...)")
         return {"name": self.name, "options": self.options()}
 
+    def with_capabilities(
+        self,
+        *,
+        per_channel: bool | None = None,
+        power_of_two: bool | None = None,
+        activations: str | None = None,
+        zero_points: bool | None = None,
+    ) -> Scheme:
+        """Return this scheme with what hardware makes of it: one that obeys, with all other options as they are.
+
+        None is no wish: the scheme does as it does. Hardware that can do both gives None.
+
+        Args:
+            per_channel: Whether weights have one scale per output channel; False: one per tensor.
+            power_of_two: Whether all scales are powers of two.
+            activations: Which integers inputs are: "signed" always, "unsigned" always (with a layer
+                whose input is negative being refused, unless it has a zero point), or "auto", signed
+                where calibration saw a negative input. With zero points "signed" means the integers
+                of "auto" less 2^(b-1), which are the same values.
+            zero_points: Whether signed inputs have zero points.
+
+        Returns:
+            The scheme; this one itself where nothing has to change.
+
+        Raises:
+            ValueError: Naming the scheme, for what it can't do, and for wishes that exclude each other.
+        """
+        wishes = {
+            "per_channel": per_channel,
+            "power_of_two": power_of_two,
+            "activations": activations,
+            "zero_points": zero_points,
+        }
+        if activations is not None:
+            check_activations(activations)
+        changes = {}
+        for wish, value in wishes.items():
+            if value is None or self._does(wish, value):
+                continue
+            if wish not in self.choices:
+                raise ValueError(f"scheme {self.name!r} can't do {_words(wish, value)}{self._able()}")
+            changes[self.choices[wish]] = value
+        if not changes:
+            return self
+        made: Scheme = dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return made
+
+    def _does(self, wish: str, value: Any) -> bool:
+        """Say whether the scheme is as `with_capabilities` wishes already."""
+        if wish in self.choices:
+            return bool(getattr(self, self.choices[wish]) == value)
+        if wish == "zero_points":
+            return self.has_zero_points == value
+        # Hardware that takes both is content with either.
+        return value == "auto" or (wish in self.habits and self.habits[wish] == value)
+
+    def _able(self) -> str:
+        """Say which built-in schemes can be told more, in the end of a sentence."""
+        able = [name for name, kind in Scheme.known.items() if _is_ours(kind) and len(kind.choices) > len(self.choices)]
+        if not able:
+            return ""
+        return f"; schemes that can be told more: {', '.join(able)}"
+
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
         """Raise ValueError, naming the scheme and the bits, for widths that mean nothing to it.
 
         Args:
-            weight_bits: 1..8, or None for float.
+            weight_bits: 1..8 or 16, or None for float.
             activation_bits: Likewise.
             signed: Whether the layer's input was ever negative.
         """
         for bits in (weight_bits, activation_bits):
             if bits is not None:
                 integer_range(bits, False)
+        self.check_widest(weight_bits, activation_bits)
         if weight_bits is not None and weight_bits < self.least_bits:
             amount = f"{weight_bits} bits"
             if weight_bits == 1:
                 amount = "1 bit"
-            raise ValueError(f"{self.name} has no weights of {amount}: use {self.least_bits} to {MAX_BITS}")
+            raise ValueError(f"{self.name} has no weights of {amount}: use {self._range_of(self.most_weight_bits)}")
+
+    def check_widest(self, weight_bits: int | None, activation_bits: int | None) -> None:
+        """Raise ValueError, naming the scheme and the bits, for widths above its widest; whatever `check` lets pass.
+
+        Args:
+            weight_bits: 1..8 or 16, or None for float.
+            activation_bits: Likewise.
+        """
+        if weight_bits is not None and weight_bits > self.most_weight_bits:
+            raise ValueError(f"{self.name} has no weights of {weight_bits} bits: use {self._range_of(self.most_weight_bits)}")
+        if activation_bits is not None and activation_bits > self.most_activation_bits:
+            raise ValueError(f"{self.name} has no inputs of {activation_bits} bits: use 1 to {MAX_BITS}, or float")
+
+    def _range_of(self, most: int) -> str:
+        """Say which widths of weights there are."""
+        few = f"{self.least_bits} to {MAX_BITS}"
+        if most == WIDE_BITS:
+            return f"{few}, {WIDE_BITS} or float"
+        return f"{few}, or float"
 
     def needs_data_at(self, weight_bits: int | None, activation_bits: int | None) -> bool:
         """Say whether these widths need calibration data: in most schemes, wherever activations are quantized."""
@@ -216,7 +317,8 @@ class Scheme:
         """Return the tensors that a layer holds for this scheme, before calibration.
 
         Row b - 1 of a tensor of MAX_BITS rows is for width b, so that a layer can change its width
-        at any time.
+        at any time. A scheme that takes 16 bits has one row more for them
+        (`quantizers.functional.row_of`), and says so (`most_weight_bits`, `most_activation_bits`).
         """
         raise NotImplementedError
 
@@ -242,7 +344,7 @@ class Scheme:
         Args:
             layer: The layer.
             x: Its input.
-            bits: The width, 1..8.
+            bits: The width, 1..8 or 16.
 
         Returns:
             Of the shape of x.
@@ -273,7 +375,7 @@ class Scheme:
         """Return how many bits the integers of weights of a width take in two's complement.
 
         Raises:
-            ValueError: Saying why, if there are no such integers, or none of 8 bits.
+            ValueError: Saying why, if there are no such integers, or none of 8 or 16 bits.
         """
         if not self.has_integer_weights:
             raise ValueError(f"weights of scheme {self.name!r} are no multiples of a step")
@@ -306,7 +408,10 @@ class Scheme:
         low, high = _twos_complement(stored)
         if not exact or float(codes.min()) < low or float(codes.max()) > high:
             raise ValueError(f"its weights are not integers of {stored} bits times a scale")
-        return IntegerWeights(codes.reshape(real.shape).to(torch.int8), scale[:, 0].double(), stored)
+        dtype = torch.int8
+        if stored > MAX_BITS:
+            dtype = torch.int16
+        return IntegerWeights(codes.reshape(real.shape).to(dtype), scale[:, 0].double(), stored)
 
     def integer_activations(self, layer: SchemeLayer) -> IntegerActivations:
         """Return how a layer's input, at its present width, is integers times a scale, with a zero point.
@@ -324,17 +429,18 @@ class Scheme:
         return IntegerActivations(scale, bits, signed, self.narrow or not signed)
 
     def quantization_errors(self, layer: SchemeLayer) -> tuple[Tensor, Tensor]:
-        """Return the relative squared errors of a layer's weights and of its input at widths 1..8, two tensors (8,).
+        """Return the relative squared errors of a layer's weights and of its input at `WIDTHS`, two tensors (9,).
 
-        They are of calibration. An input that nothing is known of has 1 everywhere.
+        They are of calibration. An input that nothing is known of has 1 everywhere, and so has a
+        width that nothing is known of.
         """
-        return layer.weight_error, layer.activation_error
+        return _by_width(layer.weight_error), _by_width(layer.activation_error)
 
     def measure_errors(self, layer: SchemeLayer, observer: Observer | None) -> None:
         """Set `weight_error` and `activation_error`, for a scheme whose `start` makes no such tensors."""
         for bits in WIDTHS:
             if self.takes(bits, None, layer.signed):
-                layer.weight_error[bits - 1] = relative_error(layer.weight, self.weight(layer, bits))
+                layer.weight_error[row_of(bits)] = relative_error(layer.weight, self.weight(layer, bits))
         if observer is not None:
             self.measure_activation_errors(layer, observer)
 
@@ -343,20 +449,21 @@ class Scheme:
         sample = observer.sample()
         for bits in WIDTHS:
             if self.takes(None, bits, observer.signed):
-                layer.activation_error[bits - 1] = relative_error(sample, self.activation(layer, sample, bits))
+                layer.activation_error[row_of(bits)] = relative_error(sample, self.activation(layer, sample, bits))
 
     def takes(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> bool:
         """Say whether widths mean something in this scheme.
 
         Args:
-            weight_bits: 1..8, or None for float.
+            weight_bits: 1..8 or 16, or None for float.
             activation_bits: Likewise.
             signed: Whether the layer's input was ever negative.
 
         Returns:
-            Whether `check` lets them pass.
+            Whether `check` and `check_widest` let them pass.
         """
         try:
+            self.check_widest(weight_bits, activation_bits)
             self.check(weight_bits, activation_bits, signed)
         except ValueError:
             return False
@@ -366,7 +473,7 @@ class Scheme:
         """Return the bytes that a layer's weights of a width take beside their integers and scales.
 
         Args:
-            bits: The width, 1..8.
+            bits: The width, 1..8 or 16.
             weights: How many weights the layer has, where that is known: a codebook has no more
                 entries.
 
@@ -374,6 +481,46 @@ class Scheme:
             Bytes per layer; nothing, for most schemes.
         """
         return 0
+
+
+def later_option(default: Any) -> Any:
+    """Make an option of a scheme that its first releases didn't have: by keyword, and recorded where it isn't the default."""
+    return dataclasses.field(default=default, kw_only=True, metadata={LATER: True})
+
+
+def check_activations(activations: str) -> None:
+    """Raise ValueError, listing what there is, for an unknown kind of integers."""
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"unknown activations {activations!r}; known: {', '.join(ACTIVATIONS)}")
+
+
+def refuse_negative(scheme: Scheme, bits: int) -> None:
+    """Raise ValueError, naming the scheme and the bits, for an input that is negative where integers have no sign."""
+    raise ValueError(
+        f"its input is negative in places, which unsigned integers of {bits} bits aren't: give scheme {scheme.name!r} "
+        "zero points (asymmetric), leave the input in float, or choose hardware with signed activations"
+    )
+
+
+def _words(wish: str, value: Any) -> str:
+    """Write what `with_capabilities` is told."""
+    words = {
+        ("per_channel", True): "one scale per output channel of the weights",
+        ("per_channel", False): "one scale for all weights of a layer",
+        ("power_of_two", True): "scales that are powers of two",
+        ("power_of_two", False): "scales that are no powers of two",
+        ("zero_points", True): "zero points",
+        ("zero_points", False): "without zero points",
+    }
+    return words.get((wish, value), f"{value} integers for all activations")
+
+
+def _by_width(errors: Tensor) -> Tensor:
+    """Return errors at all of WIDTHS: 1 at those that nothing is known of."""
+    missing = len(WIDTHS) - len(errors)
+    if not missing:
+        return errors
+    return torch.cat([errors, errors.new_ones(missing)])
 
 
 def started(scheme: Scheme, layer: SchemeLayer) -> dict[str, Tensor]:

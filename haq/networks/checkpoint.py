@@ -611,7 +611,7 @@ def _check_meaning(qnetwork: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _are_zero_points(tensor: Tensor) -> bool:
     """Say whether a tensor has an integer for each width, of those that the width has."""
-    most = 2.0 ** torch.arange(1, Q.MAX_BITS + 1) - 1
+    most = 2.0 ** torch.tensor(Q.WIDTHS[: len(tensor)]) - 1
     return bool(((tensor == tensor.round()) & (tensor >= 0) & (tensor <= most)).all())
 
 

@@ -23,8 +23,8 @@ from haq.data.memory import allowed_bytes
 from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
 from haq.problem.batches import Owned
-from haq.problem.goal import BEST, TRADEOFF
 from haq.problem.device import CPU, describe_device, find_device, kind_of
+from haq.problem.goal import BEST, TRADEOFF
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of

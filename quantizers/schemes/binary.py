@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantizers.functional import along_channels, applied, relative_error_up_to_a_factor, sign
+from quantizers.functional import WIDE_BITS, along_channels, applied, relative_error_up_to_a_factor, sign
 from quantizers.observers import Observer
 from quantizers.scheme import Scheme, SchemeLayer
 from quantizers.schemes.linear import Linear
@@ -123,10 +123,10 @@ WIDER = Linear()  # what widths above one bit are
 
 @dataclass(frozen=True)
 class Binary(Scheme, name="binary"):
-    """Signs at one bit, and the linear scheme at 2 to 8 bits, each for weights and activations by themselves.
+    """Signs at one bit, and the linear scheme at 2 to 8 and 16 bits, each for weights and activations by themselves.
 
     Bits may be (1, 1); (1, None), which is BinaryConnect; (1, 4), or any others, so that a search
-    can choose among 1 to 8. Activations of more than one bit need data for their scale, signs need
+    can choose among all. Activations of more than one bit need data for their scale, signs need
     none. Padding stays zero.
 
     `stochastic` wants weights that fill -1..1 from the start, and clipping: near 0 it is a coin
@@ -160,6 +160,8 @@ class Binary(Scheme, name="binary"):
     of_weight: ClassVar[tuple[str, ...]] = WIDER.of_weight
     has_integer_weights: ClassVar[bool] = True
     has_integer_activations: ClassVar[bool] = True
+    most_weight_bits: ClassVar[int] = WIDE_BITS
+    most_activation_bits: ClassVar[int] = WIDE_BITS
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown estimator or scaling."""

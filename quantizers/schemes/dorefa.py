@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from quantizers.functional import (
     MAX_BITS,
+    WIDE_BITS,
     WIDTHS,
     applied,
     blocks,
@@ -21,6 +23,7 @@ from quantizers.functional import (
     refuse_infinite,
     relative_error_up_to_a_factor,
     result_like,
+    row_of,
     sign,
 )
 from quantizers.observers import Observer
@@ -46,7 +49,7 @@ class DoReFa(Scheme, name="dorefa"):
     As integers, weights of k > 1 bits are odd multiples of 1 / (2^k - 1): there is no zero among
     them, and they take one bit more.
 
-    A layer's tensors: weight_error (8,), relative and up to a factor, and activation_error (8,), 1
+    A layer's tensors: weight_error (9,), relative and up to a factor, and activation_error (9,), 1
     if there are no data.
     """
 
@@ -56,16 +59,19 @@ class DoReFa(Scheme, name="dorefa"):
     for_training: ClassVar[bool] = True
     has_integer_weights: ClassVar[bool] = True
     has_integer_activations: ClassVar[bool] = True
+    most_weight_bits: ClassVar[int] = WIDE_BITS
+    most_activation_bits: ClassVar[int] = WIDE_BITS
+    habits: ClassVar[Mapping[str, Any]] = {"per_channel": False, "power_of_two": False, "activations": "unsigned"}
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return errors of 1."""
-        return {"weight_error": torch.ones(MAX_BITS), "activation_error": torch.ones(MAX_BITS)}
+        return {"weight_error": torch.ones(len(WIDTHS)), "activation_error": torch.ones(len(WIDTHS))}
 
     def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
         """Measure the errors; nothing else depends on data."""
         refuse_infinite(layer.weight)
         for bits in WIDTHS:
-            layer.weight_error[bits - 1] = relative_error_up_to_a_factor(layer.weight, self.weight(layer, bits))
+            layer.weight_error[row_of(bits)] = relative_error_up_to_a_factor(layer.weight, self.weight(layer, bits))
         if observer is not None:
             self.measure_activation_errors(layer, observer)
 
@@ -95,7 +101,7 @@ class DoReFa(Scheme, name="dorefa"):
         """Return one bit more than the weights have; ValueError where that would be more than 8."""
         if bits == 1:
             return 1
-        if bits == MAX_BITS:
+        if bits >= MAX_BITS:
             raise ValueError(
                 f"weights of {bits} bits in scheme {self.name!r} are odd integers of {bits + 1} bits; at most 7 bits are"
             )
@@ -122,7 +128,7 @@ def dorefa_activation(x: Tensor, bits: int, *, reuse: bool = False) -> Tensor:
 
     Args:
         x: A layer's input.
-        bits: The width k, 1..8.
+        bits: The width k, 1..8 or 16.
         reuse: As in `fake_quantize`.
 
     Returns:

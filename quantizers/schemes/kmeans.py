@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantizers.functional import MAX_BITS, WIDTHS, refuse_infinite, row
+from quantizers.functional import FEW_BITS, MAX_BITS, refuse_infinite, row
 from quantizers.observers import Observer
 from quantizers.scheme import SchemeLayer, tensor_of
 from quantizers.schemes.linear import Linear
@@ -37,12 +38,14 @@ class KMeans(Linear, name="kmeans"):
     state, are the same after saving and loading, don't depend on what training makes of the
     centroids, and are never those of another weight.
 
-    A layer's tensors: codebook (8, 256), learned; codebook_border (8, 255) and zeros_kept ();
-    weight_error (8,), before training; and `Linear`'s of activations.
+    Weights have 1 to 8 bits: 65,536 centroids would be no codebook. A layer's tensors: codebook (8,
+    256), learned; codebook_border (8, 255) and zeros_kept (); weight_error (9,), before training;
+    and `Linear`'s of activations.
 
     Attributes:
         calibration: Of activations, as in `Linear`.
         power_of_two: Likewise.
+        activations: Likewise.
         keep_zeros: Whether weights that are exactly 0, pruned ones, stay 0 and take one of the 2^b
             values, if the layer has any.
     """
@@ -55,6 +58,13 @@ class KMeans(Linear, name="kmeans"):
     of_weight: ClassVar[tuple[str, ...]] = ("codebook", "codebook_border", "zeros_kept")
     trains_weight: ClassVar[bool] = False
     has_integer_weights: ClassVar[bool] = False
+    most_weight_bits: ClassVar[int] = MAX_BITS
+    choices: ClassVar[Mapping[str, str]] = {
+        "power_of_two": "power_of_two",
+        "activations": "activations",
+        "zero_points": "asymmetric",
+    }
+    habits: ClassVar[Mapping[str, Any]] = {"per_channel": False}  # one codebook for all channels
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return an empty codebook, and `Linear`'s tensors of activations."""
@@ -77,8 +87,8 @@ class KMeans(Linear, name="kmeans"):
         if kept:
             values = values[values != 0]
         energy = values.square().sum().clamp_min(torch.finfo(values.dtype).tiny)
-        codebooks = cluster(values, [2**bits - int(kept) for bits in WIDTHS])
-        for bits, (centroids, borders) in zip(WIDTHS, codebooks, strict=True):
+        codebooks = cluster(values, [2**bits - int(kept) for bits in FEW_BITS])
+        for bits, (centroids, borders) in zip(FEW_BITS, codebooks, strict=True):
             row(tensor_of(layer, "codebook"), bits)[: len(centroids)] = centroids
             row(tensor_of(layer, "codebook_border"), bits)[: len(borders)] = borders
             left = weight - self.weight(layer, bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,19 +10,23 @@ import torch
 from torch import Tensor
 
 from quantizers.functional import (
-    MAX_BITS,
+    WIDE_BITS,
+    WIDTHS,
     along_channels,
     dequantize,
     differentiated,
     fake_quantize,
     integer_range,
     quantize_tensor,
+    relative_error,
     row,
+    row_of,
     scaled_gradient,
+    set_rows,
     with_value,
 )
-from quantizers.observers import WEIGHT_RULES, Observer, fit_activation_scales, fit_weight_scales
-from quantizers.scheme import Scheme, SchemeLayer, tensor_of
+from quantizers.observers import WEIGHT_RULES, Observer, fit_activation_scales, fit_weight_scales, widest_grid
+from quantizers.scheme import Scheme, SchemeLayer, check_activations, later_option, refuse_negative, tensor_of
 
 OUTPUT = "output"  # a rule for what the layer's output loses
 ZERO = "activation_zero_point"
@@ -32,11 +37,12 @@ class Linear(Scheme, name="linear"):
     """Uniform quantization, x^ = s clamp(round(x / s), low, high), with scales from data.
 
     Weights are symmetric per output channel; activations are per tensor, unsigned where the
-    calibration data are. Gradients are straight-through (Bengio et al. 2013).
+    calibration data are. Gradients are straight-through (Bengio et al. 2013). At 16 bits nothing is
+    clipped, whatever the rule: scales reach to the largest value that was seen.
 
-    A layer's tensors: weight_scale (8, C_out), activation_scale (8,), activation_signed (), and the
-    relative squared errors weight_error (8,), activation_error (8,); with `asymmetric`
-    activation_zero_point (8,), too.
+    A layer's tensors, by width (`WIDTHS`): weight_scale (9, C_out), activation_scale (9,), and the
+    relative squared errors weight_error (9,), activation_error (9,); with `asymmetric`
+    activation_zero_point (9,), too; and activation_signed ().
 
     Attributes:
         calibration: How scales are found: `mse` (smallest squared error, over clipping points),
@@ -52,19 +58,37 @@ class Linear(Scheme, name="linear"):
             little negative, such as those of SiLU, Hardswish and GELU (Jacob et al., CVPR 2018,
             section 2.1). Unsigned inputs are as they are without it, and so is one signed bit,
             which stands for -s and s.
+        per_channel: One weight scale per output channel; False: one per tensor, and weight_scale is
+            (9, 1).
+        activations: `auto`: integers of inputs are signed where calibration saw a negative value.
+            `signed`: they always are, as hardware without unsigned ones has it; with `asymmetric`
+            that changes nothing, since integers with a zero point may be told less 2^(b-1).
+            `unsigned`: they never are; a layer whose input is negative is refused, unless it has a
+            zero point.
     """
 
     calibration: str = "mse"
     power_of_two: bool = False
     asymmetric: bool = False
+    per_channel: bool = later_option(True)
+    activations: str = later_option("auto")
     summary: ClassVar[str] = "evenly spaced levels, scales from calibration data (the default)"
     of_weight: ClassVar[tuple[str, ...]] = ("weight_scale",)
     takes_offsets: ClassVar[bool] = True
     has_integer_weights: ClassVar[bool] = True
     has_integer_activations: ClassVar[bool] = True
+    most_weight_bits: ClassVar[int] = WIDE_BITS
+    most_activation_bits: ClassVar[int] = WIDE_BITS
+    choices: ClassVar[Mapping[str, str]] = {
+        "per_channel": "per_channel",
+        "power_of_two": "power_of_two",
+        "activations": "activations",
+        "zero_points": "asymmetric",
+    }
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rule that there isn't, or that finds no zero points."""
+        """Raise ValueError for a rule that there isn't, or that finds no zero points, and for integers that there aren't."""
+        check_activations(self.activations)
         if self.calibration not in WEIGHT_RULES:
             raise ValueError(f"unknown calibration {self.calibration!r}; known: {', '.join(WEIGHT_RULES)}")
         if self.asymmetric and self.calibration == "kl":
@@ -80,17 +104,28 @@ class Linear(Scheme, name="linear"):
         """Whether signed inputs have zero points."""
         return self.asymmetric
 
+    def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
+        """Refuse negative inputs where integers are unsigned and there is no zero point."""
+        super().check(weight_bits, activation_bits, signed)
+        if activation_bits is None or not signed or self.activations != "unsigned":
+            return
+        if activation_bits == 1 or not self.asymmetric:
+            refuse_negative(self, activation_bits)
+
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return scales and errors of 1, and zero points of 0."""
+        rows, sharing = len(WIDTHS), 1
+        if self.per_channel:
+            sharing = layer.weight.shape[0]
         tensors = {
-            "weight_scale": torch.ones(MAX_BITS, layer.weight.shape[0]),
-            "activation_scale": torch.ones(MAX_BITS),
+            "weight_scale": torch.ones(rows, sharing),
+            "activation_scale": torch.ones(rows),
             "activation_signed": torch.ones(()),
-            "weight_error": torch.ones(MAX_BITS),
-            "activation_error": torch.ones(MAX_BITS),
+            "weight_error": torch.ones(rows),
+            "activation_error": torch.ones(rows),
         }
         if self.asymmetric:
-            tensors[ZERO] = torch.zeros(MAX_BITS)
+            tensors[ZERO] = torch.zeros(rows)
         return tensors
 
     def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
@@ -98,28 +133,40 @@ class Linear(Scheme, name="linear"):
         moments = None
         if observer is not None:
             moments = observer.moments
-        scale, error = fit_weight_scales(layer.weight, self.calibration, self.power_of_two, moments)
-        layer.weight_scale.copy_(scale)
-        layer.weight_error.copy_(error)
+        scale, error = fit_weight_scales(
+            layer.weight, self.calibration, self.power_of_two, moments, per_channel=self.per_channel
+        )
+        set_rows(layer.weight_scale, scale)
+        set_rows(layer.weight_error, error)
         if observer is not None:
             self._calibrate_activations(layer, observer)
 
     def _calibrate_activations(self, layer: SchemeLayer, observer: Observer) -> None:
         layer.activation_signed.fill_(observer.signed)
         asymmetric = self.asymmetric and observer.signed
+        signed = self._has_signed_integers(observer.signed)
+        sample = observer.sample()
         if self.calibration == OUTPUT or asymmetric:
             assert observer.histogram is not None
             grids = observer.histogram.grids(
-                observer.low, observer.high, self.calibration, asymmetric=asymmetric, power_of_two=self.power_of_two
+                observer.low,
+                observer.high,
+                self.calibration,
+                signed=signed,
+                asymmetric=asymmetric,
+                power_of_two=self.power_of_two,
             )
-            scale, error = grids.scales, grids.errors
-            if asymmetric:
-                tensor_of(layer, ZERO).copy_(grids.zero_points)
+            scale, error, zero_point = grids
         else:
-            sample, largest, signed = observer.sample(), observer.largest, observer.signed
-            scale, error = fit_activation_scales(sample, largest, signed, self.calibration, self.power_of_two)
-        layer.activation_scale.copy_(scale)
-        layer.activation_error.copy_(error)
+            scale, error = fit_activation_scales(sample, observer.largest, signed, self.calibration, self.power_of_two)
+            zero_point = torch.zeros_like(scale)
+        widest = widest_grid(observer, signed, asymmetric, self.power_of_two)
+        set_rows(layer.activation_scale, torch.cat([scale, scale.new_tensor([widest.scale])]))
+        if asymmetric:
+            set_rows(tensor_of(layer, ZERO), torch.cat([zero_point, zero_point.new_tensor([widest.zero_point])]))
+        layer.activation_error[: len(error)] = error
+        if len(layer.activation_scale) == len(layer.activation_error) == len(WIDTHS):
+            layer.activation_error[row_of(WIDE_BITS)] = relative_error(sample, self.activation(layer, sample, WIDE_BITS))
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""
@@ -149,7 +196,11 @@ class Linear(Scheme, name="linear"):
 
     def has_signed_inputs(self, layer: SchemeLayer, bits: int) -> bool:
         """Say whether the integers of a layer's input are signed: with a zero point they aren't."""
-        return layer.signed and not self._has_zero_point(layer, bits)
+        return self._has_signed_integers(layer.signed) and not self._has_zero_point(layer, bits)
+
+    def _has_signed_integers(self, signed: bool) -> bool:
+        """Say whether integers without a zero point are signed, for an input that is negative in places or not."""
+        return signed or (self.activations == "signed" and not self.asymmetric)
 
     def zero_point(self, layer: SchemeLayer, bits: int) -> int:
         """Return the integer that stands for real 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from quantizers.functional import (
+    FEW_BITS,
     MAX_BITS,
+    WIDE_BITS,
     WIDTHS,
     along_channels,
     applied,
@@ -23,10 +26,20 @@ from quantizers.functional import (
     relative_error,
     rounded,
     row,
+    row_of,
     scaled_gradient,
+    with_value,
 )
-from quantizers.observers import BINS, Observer
-from quantizers.scheme import IntegerActivations, Scheme, SchemeLayer, tensor_of
+from quantizers.observers import BINS, Observer, widest_grid
+from quantizers.scheme import (
+    IntegerActivations,
+    Scheme,
+    SchemeLayer,
+    check_activations,
+    later_option,
+    refuse_negative,
+    tensor_of,
+)
 
 
 @dataclass(frozen=True)
@@ -42,18 +55,24 @@ class LSQ(Scheme, name="lsq"):
     step's is multiplied by 1 / sqrt(N QP), N being the number of weights that share it, or of an
     input's features (section 2.2). Steps start at 2 mean|v| / sqrt(QP), of the weights and of the
     calibration data (section 2.1), and are used as max(|s|, 1e-8) with the gradient of |s|, so that
-    an update past zero does no harm.
+    an update past zero does no harm. At 16 bits, where nothing need be clipped, they start at max|v| /
+    QP.
 
-    One signed bit has no meaning: its QP is 0. A layer's tensors: weight_scale (8, C_out) or (8, 1)
-    and activation_scale (8,), both learned; weight_error (8,) and activation_error (8,), those of
-    the start.
+    One signed bit has no meaning: its QP is 0. A layer's tensors, by width (`WIDTHS`): weight_scale
+    (9, C_out) or (9, 1) and activation_scale (9,), both learned; weight_error (9,) and
+    activation_error (9,), those of the start.
 
     Attributes:
         per_channel: One step per output channel for the weights; False: one per layer, as in the
             paper.
+        power_of_two: Whether steps are used as the power of two that is nearest in the logarithm; the
+            gradient passes to the learned step as if they weren't.
+        activations: Which integers inputs are, `auto`, `signed` or `unsigned`, as in `Linear`.
     """
 
     per_channel: bool = True
+    power_of_two: bool = later_option(False)
+    activations: str = later_option("auto")
     summary: ClassVar[str] = "evenly spaced levels whose distance is learned, 2 bits or more (Esser et al. 2020)"
     learned: ClassVar[tuple[str, ...]] = ("weight_scale", "activation_scale")
     of_weight: ClassVar[tuple[str, ...]] = ("weight_scale",)
@@ -62,25 +81,42 @@ class LSQ(Scheme, name="lsq"):
     narrow: ClassVar[bool] = False
     trains_step: ClassVar[bool] = True
     least_bits: ClassVar[int] = 2
+    most_weight_bits: ClassVar[int] = WIDE_BITS
+    most_activation_bits: ClassVar[int] = WIDE_BITS
+    choices: ClassVar[Mapping[str, str]] = {
+        "per_channel": "per_channel",
+        "power_of_two": "power_of_two",
+        "activations": "activations",
+    }
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for integers that there aren't."""
+        check_activations(self.activations)
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
-        """Refuse one bit for weights, and for inputs that are signed."""
+        """Refuse one bit for weights, and for inputs that are signed; and negative inputs where integers are unsigned."""
+        of_one_bit = f"of 1 bit, which would be the integers -1 and 0: use 2 to {MAX_BITS}, {WIDE_BITS} or float"
         if weight_bits == 1:
-            raise ValueError(f"{self.name} has no weights of 1 bit, which would be the integers -1 and 0: use 2 to 8")
+            raise ValueError(f"{self.name} has no weights {of_one_bit}")
         super().check(weight_bits, activation_bits)
-        if activation_bits == 1 and signed:
-            raise ValueError(f"{self.name} has no signed inputs of 1 bit, which would be the integers -1 and 0: use 2 to 8")
+        if activation_bits is None:
+            return
+        if signed and self.activations == "unsigned":
+            refuse_negative(self, activation_bits)
+        if activation_bits == 1 and (signed or self.activations == "signed"):
+            raise ValueError(f"{self.name} has no signed inputs {of_one_bit}")
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return steps and errors of 1."""
         sharing = 1
         if self.per_channel:
             sharing = layer.weight.shape[0]
+        rows = len(WIDTHS)
         return {
-            "weight_scale": torch.ones(MAX_BITS, sharing),
-            "activation_scale": torch.ones(MAX_BITS),
-            "weight_error": torch.ones(MAX_BITS),
-            "activation_error": torch.ones(MAX_BITS),
+            "weight_scale": torch.ones(rows, sharing),
+            "activation_scale": torch.ones(rows),
+            "weight_error": torch.ones(rows),
+            "activation_error": torch.ones(rows),
         }
 
     def calibrate(self, layer: SchemeLayer, observer: Observer | None) -> None:
@@ -90,8 +126,12 @@ class LSQ(Scheme, name="lsq"):
         if not self.per_channel:
             rows = rows.reshape(1, -1)
         for bits in WIDTHS[1:]:
-            layer.weight_scale[bits - 1] = _step_or_one(self._start_of_weights(rows, bits))
-            layer.weight_error[bits - 1] = relative_error(layer.weight, self.weight(layer, bits))
+            if bits == WIDE_BITS:
+                start = rows.abs().amax(1) / integer_range(bits, True)[1]
+            else:
+                start = self._start_of_weights(rows, bits)
+            layer.weight_scale[row_of(bits)] = _step_or_one(start)
+            layer.weight_error[row_of(bits)] = relative_error(layer.weight, self.weight(layer, bits))
         if observer is not None:
             self._start_activations(layer, observer)
             self.measure_activation_errors(layer, observer)
@@ -101,32 +141,45 @@ class LSQ(Scheme, name="lsq"):
 
     def _start_activations(self, layer: SchemeLayer, observer: Observer) -> None:
         mean = observer.sample().double().abs().mean()
-        for bits in WIDTHS:
-            if bits > 1 or not observer.signed:
-                high = integer_range(bits, observer.signed)[1]
-                layer.activation_scale[bits - 1] = _step_or_one(2 * mean / math.sqrt(high))
+        signed = observer.signed or self.activations == "signed"
+        for bits in FEW_BITS:
+            if bits > 1 or not signed:
+                high = integer_range(bits, signed)[1]
+                layer.activation_scale[row_of(bits)] = _step_or_one(2 * mean / math.sqrt(high))
+        layer.activation_scale[row_of(WIDE_BITS)] = widest_grid(observer, signed).scale
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""
         weight = layer.weight
         low, high = integer_range(bits, True, narrow=False)
-        step = positive(row(layer.weight_scale, bits))
+        step = self.weight_step(layer, bits)
         step = scaled_gradient(step, _factor(weight.numel() // len(step), high))
         return learned_step(weight, along_channels(step, weight), low, high)
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input on its grid."""
-        low, high = integer_range(bits, layer.signed, narrow=False)
-        step = scaled_gradient(positive(row(layer.activation_scale, bits)), _factor(x.shape[1:].numel(), high))
+        low, high = integer_range(bits, self.has_signed_inputs(layer, bits), narrow=False)
+        step = scaled_gradient(self.activation_step(layer, bits), _factor(x.shape[1:].numel(), high))
         return learned_step(x, step, low, high, reuse=True)
 
     def activation_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the input's step."""
-        return positive(row(layer.activation_scale, bits))
+        return self._used(row(layer.activation_scale, bits))
 
     def weight_step(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the step of each output channel, or that of all."""
-        return positive(row(layer.weight_scale, bits))
+        return self._used(row(layer.weight_scale, bits))
+
+    def _used(self, step: Tensor) -> Tensor:
+        """Return a learned step as it is used."""
+        step = positive(step)
+        if self.power_of_two:
+            step = with_value(step, 2 ** step.detach().log2().round())
+        return step
+
+    def has_signed_inputs(self, layer: SchemeLayer, bits: int) -> bool:
+        """Say whether the integers of a layer's input are signed: where calibration saw a negative one, or always."""
+        return layer.signed or self.activations == "signed"
 
 
 @dataclass(frozen=True)
@@ -147,12 +200,21 @@ class LSQPlus(LSQ, name="lsqplus"):
     Real 0 isn't on the grid of an input with an offset. A convolution pads its quantized input with
     true zeros.
 
-    A layer's tensors: those of LSQ and activation_offset (8,), learned.
+    A layer's tensors: those of LSQ and activation_offset (9,), learned. At 16 bits the grid starts at
+    the smallest value that was seen, and ends at the largest.
     """
 
     summary: ClassVar[str] = "lsq with a learned offset of the inputs, which can't be deployed (Bhalgat et al. 2020)"
     learned: ClassVar[tuple[str, ...]] = (*LSQ.learned, "activation_offset")
     has_integer_activations: ClassVar[bool] = False
+    choices: ClassVar[Mapping[str, str]] = {"per_channel": "per_channel"}
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what inputs with an offset can't be."""
+        if self.activations != "auto" or self.power_of_two:
+            raise ValueError(
+                f"scheme {self.name!r} has inputs with a learned offset: it takes activations 'auto' alone, and no power_of_two"
+            )
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
         """Refuse one bit for weights; inputs are unsigned, with an offset."""
@@ -160,7 +222,7 @@ class LSQPlus(LSQ, name="lsqplus"):
 
     def start(self, layer: SchemeLayer) -> dict[str, Tensor]:
         """Return LSQ's tensors, and offsets of 0."""
-        return {**super().start(layer), "activation_offset": torch.zeros(MAX_BITS)}
+        return {**super().start(layer), "activation_offset": torch.zeros(len(WIDTHS))}
 
     def _start_of_weights(self, rows: Tensor, bits: int) -> Tensor:
         mean, spread = rows.mean(1), 3 * rows.std(1, correction=0)
@@ -168,14 +230,15 @@ class LSQPlus(LSQ, name="lsqplus"):
 
     def _start_activations(self, layer: SchemeLayer, observer: Observer) -> None:
         steps, offsets = least_squares_grids(observer.sample())
-        layer.activation_scale.copy_(steps)
-        tensor_of(layer, "activation_offset").copy_(offsets)
+        step = (observer.high - observer.low) / integer_range(WIDE_BITS, False)[1]
+        layer.activation_scale.copy_(torch.cat([steps, _step_or_one(steps.new_tensor([step]))]))
+        tensor_of(layer, "activation_offset").copy_(torch.cat([offsets, offsets.new_tensor([observer.low])]))
 
     def activation(self, layer: SchemeLayer, x: Tensor, bits: int) -> Tensor:
         """Return the input on its grid."""
         low, high = integer_range(bits, False)
         factor = _factor(x.shape[1:].numel(), high)
-        step = scaled_gradient(positive(row(layer.activation_scale, bits)), factor)
+        step = scaled_gradient(self.activation_step(layer, bits), factor)
         offset = scaled_gradient(row(tensor_of(layer, "activation_offset"), bits), factor)
         return learned_step(x, step, low, high, offset)
 
@@ -255,7 +318,7 @@ def least_squares_grids(sample: Tensor) -> tuple[Tensor, Tensor]:
     if len(values) < 2:
         return torch.ones(MAX_BITS), values.float().sum().expand(MAX_BITS)
     bottoms, tops = _ranges(values, counts)
-    grids = [_Grids(values, counts, integer_range(bits, False)[1]).best(bottoms, tops) for bits in WIDTHS]
+    grids = [_Grids(values, counts, integer_range(bits, False)[1]).best(bottoms, tops) for bits in FEW_BITS]
     steps, offsets = zip(*grids, strict=True)
     return torch.stack(steps).float(), torch.stack(offsets).float()
 

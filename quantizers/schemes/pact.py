@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +46,7 @@ class PACT(DoReFa, name="pact"):
     learned: ClassVar[tuple[str, ...]] = (CLIP,)
     needs_data: ClassVar[bool] = True
     trains_step: ClassVar[bool] = True
+    habits: ClassVar[Mapping[str, Any]] = {"per_channel": False, "power_of_two": False}
 
     def __post_init__(self) -> None:
         """Raise ValueError for a clip that clips nothing or everything."""
@@ -100,7 +102,7 @@ def pact(x: Tensor, clip: Tensor, bits: int, signed: bool = False, *, reuse: boo
     Args:
         x: A layer's input.
         clip: alpha, one positive number.
-        bits: The width k, 1..8.
+        bits: The width k, 1..8 or 16.
         signed: Whether the input has negative values.
         reuse: As in `fake_quantize`.
 
