@@ -305,9 +305,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     if problem.metric == "latency" and problem.table.bound is not None:
         bounds = problem.table.bound[np.arange(len(w)), places(w), places(a)]
         columns.append(Column("bound by", [*(problem.table.bounds[index] for index in bounds), ""]))
-    for limit in problem.limits[1:]:
-        if limit.is_sum:
-            columns.append(_column_of(problem, limit.metric, w, a))
+    columns += [_column_of(problem, limit.metric, w, a) for limit in problem.limits[1:] if limit.is_sum]
     kind = kind_of_cost(problem.metric, problem.table.provenance)
     if kind != COUNTED:
         kind = problem.table.provenance
@@ -698,8 +696,8 @@ def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mappi
         than = than.replace("more", "less")
     amount = describe_amount(cost, problem.metric)
     return (
-        f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, {than} "
-        f"{result['solver']}'s."
+        f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, "
+        f"{than} {result['solver']}'s."
     )
 
 
