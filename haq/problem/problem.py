@@ -42,13 +42,17 @@ from haq.problem.objective import AnyObjective, BlackBox, Objective, described, 
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
+    calibration_policy,
+    check_inputs,
     check_metric,
     check_rounding,
     check_widths,
     check_zero_points,
+    full_range,
     linear_for,
     meaningful_metrics,
     meaningful_pairs,
+    obeying,
     overhead_bytes,
     roundings_by_layer,
     schemes_by_layer,
@@ -82,7 +86,7 @@ class Problem:
     Attributes:
         network: The float network that was given.
         workload: Its layers.
-        schemes: The quantization scheme of every layer, by name.
+        schemes: The quantization scheme of every layer, by name; it obeys the target's capabilities.
         roundings: How the weights of every layer are rounded, "nearest" or "gptq", by name.
         target: The hardware target.
         table: Its cost table for the workload.
@@ -226,7 +230,10 @@ class Problem:
         self.groups = self._groups(tied)
         if any(name in STORED_ONCE for name in (self.metric, *self._budgets)):
             self.groups = joined(self.groups, self.workload.tied_weights)
-        self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
+        self._schemes_asked = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        self.schemes = obeying(self._schemes_asked, target)
         check_rounding(rounding, self.schemes, self._pins_asked or Q.ends(self.workload.names))
         for name in (self.metric, *self._budgets):
             check_metric(self.schemes, name)
@@ -238,7 +245,7 @@ class Problem:
         with evaluation_mode(network):
             qnetwork = Q.quantize(
                 network,
-                Q.BitPolicy(dict.fromkeys(self.workload.names, Q.END_BITS)),
+                calibration_policy(self.schemes),
                 scheme=self.schemes,
                 calibrate=self.calibration,
                 correction=correction,
@@ -303,7 +310,14 @@ class Problem:
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
         made._budgets = asked
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
         if target is not self.target:
+            if not self.has_schemes_for(target):
+                raise ValueError(
+                    f"{target.name} needs other quantizers than {self.target.name} by its capabilities, so what was evaluated "
+                    "says nothing of it: make another problem for it"
+                )
             made._price(target)
         made._set_limits()
         return made
@@ -355,13 +369,15 @@ class Problem:
             return metric
         return "storage"
 
-    def _price(self, target: str | hw_models.Target) -> None:
+    def has_schemes_for(self, target: hw_models.Target) -> bool:
+        """Say whether the schemes are those that a target's capabilities ask for: the problem can be put on no other."""
+        return obeying(self._schemes_asked, target) == self.schemes
+
+    def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
-        if isinstance(target, str):
-            target = hw_models.load_target(target)
         self.target = target
         check_zero_points(self.schemes, target)
-        table = price(target, self.workload, self.batch)
+        table = price(target, self.workload, self.batch, full_range=full_range(self.schemes))
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
@@ -404,6 +420,7 @@ class Problem:
     def _restrict(self, signed: Mapping[str, bool]) -> None:
         """Leave out pairs of bits that mean nothing to a scheme now that calibration has seen each layer's input."""
         meaningful = meaningful_pairs(self.schemes, signed)
+        check_inputs(self.schemes, signed, self.table, meaningful)
         if not np.array_equal(meaningful, self._meaningful):
             self._meaningful = meaningful
             self._choose()
