@@ -143,6 +143,21 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class ElementWise:
+    """Operations outside of layers that compute each element of their result by itself: those of one operation in one module.
+
+    `operands` is how many activations they combine: 1 for an activation function, 2 for an addition. `read` and `written` are
+    elements per image. Batch norms aren't counted, as they are folded into the layers before them.
+    """
+
+    name: str
+    operation: str
+    operands: int
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
 class Unpriced:
     """Products that no cost model prices: those of one operation of torch in one module, with their MACs per image.
 
@@ -161,7 +176,8 @@ class Workload:
     `other_parameters` counts what is in no layer (norms, embeddings, layers never called), `other_values` the floating-point
     buffers (running means and variances) and what is read of a layer's weights in float: these stay in float. `buffers` are
     the activations, for the peak of memory. `unpriced` lists the products outside of layers (attention, computed weights):
-    no cost has them.
+    no cost has them. `branches` has, for each activation that several layers read, their indices; `element_wise` lists what
+    is computed between layers.
     """
 
     layers: tuple[Layer, ...]
@@ -169,6 +185,8 @@ class Workload:
     other_values: int = 0
     buffers: tuple[Buffer, ...] = ()
     unpriced: tuple[Unpriced, ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
+    element_wise: tuple[ElementWise, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

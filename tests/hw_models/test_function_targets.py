@@ -232,5 +232,5 @@ def test_a_wrong_attribute_is_named_at_once(attribute: str, value: Any, message:
 
 
 def test_it_goes_to_other_processes(workload: hw_models.Workload) -> None:
-    target = pickle.loads(pickle.dumps(FunctionTarget(fails, "mine")))  # noqa: S301
+    target = pickle.loads(pickle.dumps(FunctionTarget(fails, "mine")))
     assert target == FunctionTarget(fails, "mine")
