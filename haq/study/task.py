@@ -40,7 +40,6 @@ from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.registry import import_by_name
 from hw_models.storage import BITS
-from hw_models.tvm_cpu.target import CpuTarget
 from hw_models.widths import FLOAT
 from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
@@ -528,9 +527,10 @@ def adversary_of(config: SearchConfig) -> Adversary | None:
 
 def machine_signature(target: hw_models.Target) -> dict[str, str]:
     """Tell where latencies were measured; nothing for a target that is computed."""
-    if isinstance(target, CpuTarget):
-        return {"machine": json.dumps(target.key)}
-    return {}
+    key = getattr(target, "key", None)
+    if not isinstance(key, Mapping):
+        return {}
+    return {"machine": json.dumps(dict(key))}
 
 
 def versions(device: torch.device | None = None) -> dict[str, str]:
