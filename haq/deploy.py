@@ -31,7 +31,6 @@ from haq.deployment import EXPORTERS
 from haq.store.records import FINETUNED
 from haq.store.units import UNITS, percent
 from haq.study.config import MEASURED, AnotherScheme, SearchConfig
-from hw_models.widths import place_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -257,11 +256,10 @@ def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None
         return run.load_result().found.cost("latency")
     total = 0.0
     for layer in problem.layers:
-        w, a = (place_of(width) for width in policy[layer.name])
-        # An older run has no costs of 16 bits and float, and a target none of what it can't do.
-        if max(w, a) >= len(layer.cost) or layer.cost[w][a] is None:
+        cost = layer.cost_at(*policy[layer.name])
+        if cost is None:
             return None
-        total += layer.cost[w][a]
+        total += cost
     return total * UNITS["latency"][problem.unit]
 
 

@@ -293,7 +293,7 @@ class Problem:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
-    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str]) -> Problem:
+    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str] | None) -> Problem:
         """Put the same problem on another target, within another budget.
 
         Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.

@@ -133,8 +133,8 @@ def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
     return (
         f"{len(costs)} layers; weights have {least_w} to {most_w} bits, {statistics.mean(weights):.1f} on average, "
         f"activations {least_a} to {most_a}, {statistics.mean(activations):.1f} on average. Together they "
-        f"take {used} of {metric_words(metric)} instead of {uniform8} {problem.at_before} ({problem.cost_kind}). The layer that "
-        f"costs most {_at(problem)}, {most.layer.name}, goes from {before} to {after} at {most.words} bits."
+        f"take {used} of {metric_words(metric)} instead of {uniform8} {problem.at_before} ({problem.cost_kind}). The layer "
+        f"that costs most {_at(problem)}, {most.layer.name}, goes from {before} to {after} at {most.words} bits."
     )
 
 
@@ -292,9 +292,9 @@ class _Axis(NamedTuple):
 def _axes(problem: ProblemRecord) -> list[_Axis]:
     """List the metrics against which values are drawn: the main one, then the others that are limited."""
     found = [_Axis(problem.metric, problem.limit, problem.uniform8, problem.cost_kind, -1)]
-    for column, limit in enumerate(problem.further):
-        kind = kind_of_cost(limit.metric, problem.target.provenance)
-        found.append(_Axis(limit.metric, limit.amount, limit.reference, kind, column))
+    for column, further in enumerate(problem.further):
+        kind = kind_of_cost(further.metric, problem.target.provenance)
+        found.append(_Axis(further.metric, further.amount, further.reference, kind, column))
     return found
 
 

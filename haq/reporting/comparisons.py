@@ -77,8 +77,8 @@ def _sweep_says(content: FinishedSweepRecord, target: SweepTarget, on_front: int
     of_float = content.show(content.value(content.of_float, "test"))
     return (
         f"{', '.join(solvers)} at budgets {', '.join(budgets)}; {on_front} policies are on the Pareto front. The best one, "
-        f"by {best.solver} at budget {best.budget}, has {value} on the test split at {best.fraction:.3f} of {target.reference_short}; "
-        f"float has {of_float}."
+        f"by {best.solver} at budget {best.budget}, has {value} on the test split at {best.fraction:.3f} of "
+        f"{target.reference_short}; float has {of_float}."
     )
 
 

@@ -205,8 +205,9 @@ def _facts_so_far(run: RunFolder) -> list[Fact]:
         facts.append(Fact(begin(metric_words(metric)), amount(run.best.cost, metric), words))
     if problem.limit is not None:
         facts.append(Fact("Budget", amount(problem.limit, metric), f"{metric_words(metric)}, at most"))
-    for limit in problem.further:
-        facts.append(Fact("Budget", amount(limit.amount, limit.metric), f"{metric_words(limit.metric)}, at most"))
+    for further in problem.further:
+        words = f"{metric_words(further.metric)}, at most"
+        facts.append(Fact("Budget", amount(further.amount, further.metric), words))
     if problem.goal is not None:
         facts.append(Fact("Goal", problem.goal.kind, problem.goal.words))
     return facts

@@ -39,7 +39,7 @@ SPLITS = ("search", "test")
 ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
 WORST_CASE = "worst-case "  # before its title
 SAME = 1e-6  # the relative difference of two costs that are the same but for rounding
-# Under which keys files hold costs, by metric. Those of the target's own metrics are in every file, others where they are limited.
+# Under which keys files hold costs, by metric. Those of a target's metrics are in every file, others where they are limited.
 COST_KEYS = {
     "latency": "latency_s",
     "energy": "energy_j",
@@ -568,7 +568,7 @@ class ProblemRecord(FileRecord, JudgingRecord):
 
     @property
     def limit_words(self) -> str:
-        """Say what limits policies, as a sentence goes on: "839 us of latency and 40 kB of storage"; nothing if nothing does."""
+        """Say what limits policies, as a sentence goes on: "839 us of latency and 40 kB of storage"; or nothing."""
         parts = []
         if self.limit is not None:
             parts.append(f"{describe_amount(self.limit, self.metric)} of {metric_words(self.metric)}")
@@ -607,7 +607,8 @@ class ProblemRecord(FileRecord, JudgingRecord):
     def traded(self, value: float, cost: float) -> float:
         """Return value x (cost / target)^exponent, MnasNet's objective (Tan et al., CVPR 2019, equation 2)."""
         goal = self.goal
-        assert goal is not None and goal.target is not None
+        assert goal is not None
+        assert goal.target is not None
         if not goal.target or not cost or not math.isfinite(cost):
             return -math.inf
         exponent = goal.beta

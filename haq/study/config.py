@@ -165,8 +165,8 @@ class SearchConfig(_Config):
     forward: str | None = forward_setting(SEARCHED)
     hw: str = setting(
         "edge",
-        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
-        "rpc:HOST:PORT (measured there) or module:Name",
+        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu, onnxruntime or "
+        "openvino (measured here), rpc:HOST:PORT (measured there) or module:Name",
         group=HARDWARE,
         metavar="NAME",
         names=lambda: target_names(),
@@ -305,18 +305,20 @@ class SearchConfig(_Config):
         metavar="RUN|FILE",
     )
     threads: int | None = setting(
-        None, "of measured kernels, for the targets cpu and rpc:HOST:PORT", group=HARDWARE, metavar="N", default_words="1"
+        None,
+        "of what is measured: cpu, rpc:HOST:PORT, onnxruntime, openvino",
+        group=HARDWARE,
+        metavar="N",
+        default_words="1",
     )
     target: str | None = setting(
         None,
-        "TVM's target for measured kernels",
+        "TVM's target for measured kernels, of cpu and rpc:HOST:PORT",
         group=HARDWARE,
         metavar="JSON|PROCESSOR",
         default_words="this machine's processor",
     )
-    cold: bool | None = setting(
-        None, "measure kernels with their data out of the caches", group=HARDWARE, default_words="in them"
-    )
+    cold: bool | None = setting(None, "measure with data out of the caches", group=HARDWARE, default_words="in them")
     device: str = setting(
         CPU,
         f"where networks are run: {WRITTEN}; with --workers, cuda is all GPUs",
@@ -613,8 +615,8 @@ class SearchConfig(_Config):
             raise ValueError(f"--budget {NONE} goes with --max-drop or --at-least alone: what else would keep a policy small?")
         if self.metric not in budgets:
             raise ValueError(
-                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or leave "
-                "--metric out"
+                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or "
+                "leave --metric out"
             )
 
     def check_bits(self) -> None:

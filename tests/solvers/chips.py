@@ -16,7 +16,7 @@ import haq
 import hw_models
 from haq.problem.evaluator import Evaluation
 from haq.solvers.base import Session, Trial, solve
-from hw_models.widths import FLOAT, PLACES, WIDTHS, place_of
+from hw_models.widths import FLOAT, PLACES, place_of
 from tests.conftest import images
 
 Pairs = Sequence[tuple[int, int]]
@@ -40,13 +40,11 @@ class Chip:
         self.pairs = pairs
         self.depthwise = depthwise
         self.dear = dear
-        self.random = np.random.default_rng(seed)
-        self.noise = self.random.uniform(0.8, 1.25, (20, PLACES, PLACES))
+        self.noise = np.random.default_rng(seed).uniform(0.8, 1.25, (20, PLACES, PLACES))
 
     def cost_table(self, workload: hw_models.Workload, *, batch: int | None = None) -> hw_models.CostTable:
         shape = (len(workload), PLACES, PLACES)
         latency, storage = np.full(shape, np.nan), np.full(shape, np.nan)
-        widths = np.array(WIDTHS, float)
         for index, layer in enumerate(workload.layers):
             allowed = self.pairs
             if layer.kind == "depthwise":
@@ -57,14 +55,13 @@ class Chip:
                 storage[cell] = np.ceil(layer.weights * w / 8)
                 if (w, a) in self.dear:
                     storage[cell] *= 5
-        assert widths[-1] == FLOAT
         return hw_models.CostTable("chip", "estimated", workload, batch or 1, latency, None, storage)
 
 
 class Branches(nn.Module):
     """Six layers: two read the same tensor, one is depthwise, one is tied to none."""
 
-    def __init__(self, wide: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 8, 3, 2, 1)
         self.left = nn.Conv2d(8, 8, 3, 1, 1)
@@ -87,8 +84,10 @@ class Chain(nn.Sequential):
     def __init__(self) -> None:
         layers: list[nn.Module] = [nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU()]
         for index in range(18):
-            layers.append(nn.Conv2d(8, 8, 3, 1, 1, groups=8 if index % 3 == 2 else 1))
-            layers.append(nn.ReLU())
+            groups = 1
+            if index % 3 == 2:
+                groups = 8
+            layers += [nn.Conv2d(8, 8, 3, 1, 1, groups=groups), nn.ReLU()]
         super().__init__(*layers, nn.Flatten(), nn.Linear(8 * 16, 4))
 
 
@@ -103,7 +102,10 @@ def base_problem(pairs: Pairs, dear: Pairs = (), metrics: tuple[str, ...] = ("la
     inputs = images(8)
     labels = torch.zeros(8, dtype=torch.long)
     chip = Chip(pairs, dear=dear)
-    problem = haq.Problem(network, inputs, (inputs, labels), chip, budget=dict.fromkeys(metrics, 1.0), pinned={}, bits=bits_of(pairs))
+    budget = dict.fromkeys(metrics, 1.0)
+    problem = haq.Problem(
+        network, inputs, (inputs, labels), chip, budget=budget, pinned={}, bits=bits_of(pairs), correction=None
+    )
     return judged_by_formula(problem)
 
 
@@ -150,16 +152,17 @@ def random_budgets(problem: haq.Problem, count: int, seed: int = 0) -> Iterable[
     for _ in range(count):
         choice = np.array([[random.integers(len(decision.pairs)) for decision in problem.decisions]])
         within = costs_of(problem, choice)[0] * random.choice([1.0, 1.0, 1.05, 1.3], len(problem.limits))
-        fractions = [amount / limit.reference for amount, limit in zip(within, problem.limits, strict=True)]
-        # Not below what it is by a last digit.
-        budget = {limit.metric: part * (1 + 1e-12) for limit, part in zip(problem.limits, fractions, strict=True)}
+        budget = {}
+        for amount, limit in zip(within, problem.limits, strict=True):
+            # Not below what the policy costs by a last digit.
+            budget[limit.metric] = min(amount, limit.largest) / limit.reference * (1 + 1e-12)
         yield problem.on(problem.target, budget)
 
 
-def tried_by(problem: haq.Problem, solver: str, evaluations: int, env: str = "plan", seed: int = 0) -> tuple[Trial, list[Trial]]:
+def tried_by(problem: haq.Problem, solver: str, evaluations: int, env: str = "plan") -> tuple[Trial, list[Trial]]:
     tried: list[Trial] = []
     session = Session(problem, evaluations, tried.append, env=env)
-    return solve(solver, session, seed), tried
+    return solve(solver, session, 0), tried
 
 
 def check(problem: haq.Problem, policy: Any) -> None:
@@ -171,3 +174,27 @@ def check(problem: haq.Problem, policy: Any) -> None:
     assert (np.array(costs) <= amounts(problem) * (1 + 1e-9)).all()
     for layer, pair in zip(problem.workload.layers, zip(w.tolist(), a.tolist(), strict=True), strict=True):
         assert pair in (chip.depthwise if layer.kind == "depthwise" else chip.pairs)
+
+
+def policy_of(problem: haq.Problem, options: NDArray[np.int64]) -> Any:
+    return problem.decide(decision.pairs[option] for decision, option in zip(problem.decisions, options, strict=True))
+
+
+def options_of(problem: haq.Problem, policy: Any) -> NDArray[np.int64]:
+    """The option of every decision in a policy."""
+    widths = np.stack(problem.bit_arrays(policy), axis=1)
+    same = [(decision.pairs == widths[decision.layers[0]]).all(1) for decision in problem.decisions]
+    return np.array([int(np.flatnonzero(one)[0]) for one in same])
+
+
+def loss_table(seed: int, decisions: int = 6) -> NDArray[np.float64]:
+    """What pairs are predicted to lose, by chance: more bits may be worse."""
+    return np.random.default_rng(seed).lognormal(0, 1, (decisions, PLACES, PLACES))
+
+
+def lost(problem: haq.Problem, table: NDArray[np.float64], choices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What choices of an option per decision are predicted to lose, shape (choices,)."""
+    total = np.zeros(len(choices))
+    for index, (decision, of_one) in enumerate(zip(problem.decisions, table, strict=True)):
+        total += decision.of(of_one)[choices[:, index]]
+    return total
