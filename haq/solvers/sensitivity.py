@@ -16,6 +16,7 @@ from haq.problem.sensitivity import Sensitivities, decided_layers, largest_width
 from haq.solvers.base import Session
 from haq.solvers.hessian import curvature
 from haq.solvers.layer_outputs import gradient_increases, remaining_errors
+from hw_models.storage import BITS
 from hw_models.widths import PLACES, place_of, places
 
 # A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured. But for
@@ -199,4 +200,6 @@ def _of_layers(problem: Problem, kind: str, losses: dict[str, NDArray[np.float64
 
 def _sensitivities(problem: Problem, kind: str, loss_increases: NDArray[np.float64]) -> Sensitivities:
     base = problem.decide(largest_widths(problem))
+    if problem.bits[1] <= BITS:
+        loss_increases[:, :, BITS:] = np.nan  # nobody can choose 16 bits or float
     return Sensitivities(kind, loss_increases, decided_layers(problem), problem.bits, base)
