@@ -47,7 +47,8 @@ OFFSPRING = 12  # limits around the best of them
 # correlation of what the trend leaves is 0.52, 0.32, 0.23 and 0.07 for policies that differ in 1, 3, 4 and 6 of 24 operands.
 SHARED = 0.65  # share of the variance that similar policies have in common
 REACH = 1 / 6  # share of the operands over which that falls to 1 / e
-NEAREST = 60  # trials, the nearest in predicted loss, that the trend is fitted to
+FADING = 2.0  # how much less a trial says for a predicted loss that is e times as large
+MOST_KNOWN = 400  # trials that it is made of
 ORIGINS = 12  # trials whose surroundings are looked at
 LOOKED_AT = 150  # neighbours of each
 TINY = 1e-12
@@ -288,15 +289,18 @@ class Surrogate:
             drops: How much worse than float's their values are, same shape.
             around: The loss around which it is to be right.
         """
-        distance = np.abs(np.log(np.maximum(losses, TINY)) - math.log(max(around, TINY)))
-        near = np.argsort(distance, kind="stable")[:NEAREST]
-        design = np.stack([np.ones(len(near)), losses[near]], axis=1)
-        self.line = np.linalg.lstsq(design, drops[near], rcond=None)[0]
-        left = drops[near] - design @ self.line
-        self.deviation = max(float(left.std()), TINY)
-        self.widths, self.residuals = widths[near], left
+        ratio = np.log(np.maximum(losses, TINY) / max(around, TINY))
+        weights = 1 / (1 + np.square(FADING * ratio))
+        near = np.sort(np.argsort(-_rounded(weights), kind="stable")[:MOST_KNOWN])
+        weights, losses, drops = weights[near], losses[near], drops[near]
+        design = np.stack([np.ones(len(near)), losses], axis=1)
+        root = np.sqrt(weights)
+        self.line = np.linalg.lstsq(design * root[:, None], drops * root, rcond=None)[0]
+        left = drops - design @ self.line
+        self.deviation = max(math.sqrt(float(np.average(np.square(left), weights=weights))), TINY)
+        self.widths = widths[near]
         self.reach = max(REACH * widths.shape[1], 1.0)
-        covariance = self._shared(self.widths) + (1 - SHARED) * np.eye(len(near))
+        covariance = self._shared(self.widths) + np.diag(1 / weights - SHARED)
         self.factor = cho_factor(covariance)
         self.weights = cho_solve(self.factor, left)
 
