@@ -12,7 +12,9 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hw_models.capabilities import Capabilities
     from hw_models.cost import Costs, CostTable, undominated
+    from hw_models.function import FunctionTarget
     from hw_models.metrics import METRICS, UNITS
     from hw_models.registry import Registry
     from hw_models.storage import BITS, float_bytes, peak_activation_bytes, storage_bytes, storage_parts
@@ -28,8 +30,10 @@ __all__ = [
     "TARGETS",
     "UNITS",
     "Call",
+    "Capabilities",
     "CostTable",
     "Costs",
+    "FunctionTarget",
     "Layer",
     "Registry",
     "Target",
@@ -46,8 +50,10 @@ __all__ = [
 ]
 
 _MODULES = {
+    "capabilities": ("Capabilities",),
     "cost": ("Costs", "CostTable", "undominated"),
     "metrics": ("METRICS", "UNITS"),
+    "function": ("FunctionTarget",),
     "registry": ("Registry",),
     "storage": ("BITS", "float_bytes", "peak_activation_bytes", "storage_bytes", "storage_parts"),
     "target": ("HARDWARE_MODELS", "MEASURED", "TARGETS", "Target", "load_target", "target_names", "target_rows"),

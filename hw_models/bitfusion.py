@@ -4,7 +4,8 @@ N rows (input channels) x M columns (output channels) of fusion units, three dou
 rules are those of the authors' simulator, whose layer results they reproduce (cycles and traffic as integers).
 
 Throughput. One unit does pf = int(F / max(a, 2)) int(F / max(w, 2)) products per cycle, F = `fusion_bits`: with F = 8, 1 bit
-computes as 2, 3 as 4 and 5 to 7 as 8. Memory traffic uses the true bits, so those widths still save traffic.
+computes as 2, 3 as 4 and 5 to 7 as 8. Memory traffic uses the true bits, so those widths still save traffic. With F = 16 there
+are operands of 16 bits, too, and pf = 64 where both have 2. No variant computes in float.
 
 Compute cycles of a tile of b images, ow x oh outputs, ic input and oc output channels, kernel kw x kh:
     b ceil(oc / M) ow oh kw kh ceil(ic / (N pf))         convolution and linear (a linear layer has one output position)
@@ -52,7 +53,7 @@ from pydantic import Field
 
 from hw_models.cost import CostTable, Floats, Integers
 from hw_models.machine import Machine
-from hw_models.storage import BITS
+from hw_models.widths import WIDTHS
 from hw_models.workload import Call, Layer, Size, Workload
 
 BOUNDS = ("compute", "DRAM")
@@ -141,11 +142,13 @@ class BitFusionTarget(Machine):
         which no tile fits the buffers.
         """
         images = self.images(workload, batch)
-        w, a = (grid.ravel() for grid in np.meshgrid(np.arange(1, BITS + 1), np.arange(1, BITS + 1), indexing="ij"))
+        widths = [width for width in WIDTHS if width <= self.fusion_bits]  # the first places of a cost table
+        w, a = (grid.ravel() for grid in np.meshgrid(widths, widths, indexing="ij"))
         first = next((i for i, layer in enumerate(workload.layers) if layer.kind != "linear"), None)
         found: dict[Shape, Schedule] = {}  # networks repeat their layers
-        totals = {name: np.zeros((len(workload), BITS, BITS), np.int64) for name in ("cycles", *COUNTERS)}
-        energy = np.zeros((len(workload), BITS, BITS))
+        pairs = (len(widths), len(widths))
+        totals = {name: np.zeros((len(workload), *pairs), np.int64) for name in ("cycles", *COUNTERS)}
+        energy = np.zeros((len(workload), *pairs))
         for i, layer in enumerate(workload.layers):
             for call in layer.calls:
                 shape, repeats = self.shape(layer, call, images, im2col=i == first)
@@ -155,10 +158,10 @@ class BitFusionTarget(Machine):
                     except ValueError as error:
                         raise ValueError(f"layer {layer.name!r} can't be priced on {self.name}: {error}") from error
                 best = found[shape]
-                totals["cycles"][i] += repeats * best.cycles.reshape(BITS, BITS)
-                energy[i] += repeats * best.energy_j.reshape(BITS, BITS)
+                totals["cycles"][i] += repeats * best.cycles.reshape(pairs)
+                energy[i] += repeats * best.energy_j.reshape(pairs)
                 for name in COUNTERS:
-                    totals[name][i] += repeats * best.counters[name].reshape(BITS, BITS)
+                    totals[name][i] += repeats * best.counters[name].reshape(pairs)
         cycles = totals.pop("cycles")
         traffic = (totals["dram_read_bits"] + totals["dram_write_bits"]) / self.dram_bits_per_cycle
         bound = (traffic > totals["compute_cycles"]).astype(np.int64)

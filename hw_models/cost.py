@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hw_models.metrics import COUNTED, METRICS, PEAK, UNITS
 from hw_models.notebook import html_table
-from hw_models.storage import BITS, peak_activation_bytes, untied_bytes
+from hw_models.storage import BITS, IN_FLOAT, peak_activation_bytes, untied_bytes
 from hw_models.widths import ACCEPTED, FLOAT, PLACES, WIDTHS, at_places, pair_words, places
 from hw_models.workload import Workload
 
@@ -42,10 +42,11 @@ class CostTable:
 
     Arrays have shape (layers, 10, 10) and are indexed [layer, place of the weights' width, place of the activations'], places
     being those of `hw_models.widths`: bits - 1 for 1 to 8 bits, then 16 bits and float. Arrays (layers, 8, 8) are taken too,
-    of a target that does neither of these. `latency_s` is in seconds, `energy_j` in joules, `storage_bytes` in bytes; a metric
-    that the target doesn't have is None. A pair that the target can't do in a layer is NaN in all of these (it is made so, if
-    infinity, NaN or an absurdly large cost is given in one), and 0 in `cycles`. `bound` holds the index in `bounds` of what
-    limits each cell. `counters` are further integer arrays of the same shape, by name.
+    of a target that does neither of these, and (layers, 9, 9) of one without float. `latency_s` is in seconds, `energy_j` in
+    joules, `storage_bytes` in bytes; a metric that the target doesn't have is None. A pair that the target can't do in a layer
+    is NaN in all of these (it is made so, if infinity, NaN or an absurdly large cost is given in one), and 0 in `cycles`.
+    `bound` holds the index in `bounds` of what limits each cell. `counters` are further integer arrays of the same shape, by
+    name.
     """
 
     target: str
@@ -76,7 +77,7 @@ class CostTable:
         self._check_positive("cycles", self.supported)
 
     def _check_positive(self, name: str, where: Any) -> None:
-        """Raise ValueError, naming a layer, for a cost that isn't positive."""
+        """Raise ValueError, naming a layer and a pair, for a cost that isn't positive."""
         array = getattr(self, name)
         if array is None:
             return
@@ -84,11 +85,14 @@ class CostTable:
         if name == "storage_bytes":
             wrong = where & (array < 0)
         if wrong.any():
-            layer = int(np.argwhere(wrong)[0][0])
-            raise ValueError(f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r}")
+            layer, w, a = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"{name} of {self.target} is not a positive number for {self.workload.names[layer]!r} at "
+                f"{pair_words(*at_places([w, a]))}"
+            )
 
     def _complete(self, name: str, array: object) -> NDArray[Any]:
-        """Check an array, and give one of 1 to 8 bits the places of 16 bits and float."""
+        """Check an array, and give one of fewer widths the places of 16 bits and float."""
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{name} of {self.target} must be a NumPy array, not {type(array).__name__}")
         if not np.issubdtype(array.dtype, np.floating) and not np.issubdtype(array.dtype, np.integer):
@@ -96,13 +100,14 @@ class CostTable:
         layers = len(self.workload)
         if array.shape == (layers, PLACES, PLACES):
             return array
-        if array.shape != (layers, BITS, BITS):
+        if array.shape not in ((layers, BITS, BITS), (layers, IN_FLOAT, IN_FLOAT)):
             raise ValueError(f"{name} of {self.target} has shape {array.shape}, not {(layers, PLACES, PLACES)}")
         if name in FLOATS:
             complete: NDArray[Any] = np.full((layers, PLACES, PLACES), np.nan)
         else:
             complete = np.zeros((layers, PLACES, PLACES), array.dtype)
-        complete[:, :BITS, :BITS] = array
+        given = array.shape[-1]
+        complete[:, :given, :given] = array
         return complete
 
     def _mark_unsupported(self) -> None:

@@ -1,4 +1,4 @@
-"""What the simulated machines share: the keys that every YAML file has, and the table that their cycles become."""
+"""What hardware described in files shares: the keys that every YAML file has, and the table that a machine's cycles become."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from hw_models.capabilities import Capabilities
 from hw_models.cost import CostTable, Floats, Integers, check_batch
 from hw_models.storage import storage_bytes
 from hw_models.workload import Workload
@@ -17,18 +18,18 @@ CAPACITIES = ("_bytes", "_entries", "_planes")  # the ends of the names of what 
 SMALLEST, LARGEST = 1e-9, 1e9
 
 
-class Machine(BaseModel):
-    """A simulated machine: every field is a key of its YAML file, with its unit in the name."""
+class Chip(BaseModel):
+    """Hardware that a YAML file describes: every field is a key of the file, with its unit in the name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str
     name: str = Field(min_length=1, max_length=100)
     description: str = Field(max_length=1000)
-    clock_mhz: float = Field(gt=0, allow_inf_nan=False)
     batch: int = Field(gt=0, description="images per batch")
     # Bit-serial and fused multipliers, as their papers define them, take unsigned integers or two's complement.
     zero_points: bool = Field(default=False, description="whether it takes zero points of unsigned activations off its sums")
+    capabilities: Capabilities | None = Field(default=None, description="what it can do; none: whatever it has costs for")
 
     @field_validator("*")
     @classmethod
@@ -49,6 +50,13 @@ class Machine(BaseModel):
             raise ValueError(f"Input should be from {SMALLEST:g} to {LARGEST:g}")
         return value
 
+    @model_validator(mode="after")
+    def _one_word_on_zero_points(self) -> Chip:
+        said = self.capabilities and self.capabilities.zero_points
+        if said is not None and "zero_points" in self.model_fields_set and said != self.zero_points:
+            raise ValueError("zero_points and capabilities.zero_points say different things: give one of the two")
+        return self
+
     @property
     def provenance(self) -> str:
         """Say that its costs are estimated."""
@@ -64,6 +72,12 @@ class Machine(BaseModel):
         if batch is None:
             return self.batch
         return check_batch(batch)
+
+
+class Machine(Chip):
+    """A simulated machine, whose cycles are counted."""
+
+    clock_mhz: float = Field(gt=0, allow_inf_nan=False)
 
     def table(
         self,

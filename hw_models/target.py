@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from pydantic import ValidationError
 
+from hw_models.capabilities import capabilities_of, wrong_key
 from hw_models.cost import CostTable
 from hw_models.files import parse_yaml, quoted, read_text
+from hw_models.function import ARGUMENTS, FunctionTarget, is_function
 from hw_models.lut import load_lookup_table
-from hw_models.machine import Machine
+from hw_models.machine import Chip
+from hw_models.measured.cache import Notice, warn
+from hw_models.measured.timing import Progress
 from hw_models.registry import Registry, Row, printable, requires
-from hw_models.tvm_cpu.cache import Notice, warn
-from hw_models.tvm_cpu.measure import Progress
-from hw_models.tvm_cpu.target import LOCAL, MEASURED, REMOTE, load_cpu
+from hw_models.runtimes.target import MEASURED as RUNTIMES
+from hw_models.runtimes.target import load_runtime
+from hw_models.tvm_cpu.target import LOCAL, REMOTE, load_cpu
+from hw_models.tvm_cpu.target import MEASURED as COMPILED
+from hw_models.widths import at_places, pair_words
 from hw_models.workload import Workload
 
 # A class to each `model:` that a hardware file may name; its fields are the file's keys.
-HARDWARE_MODELS: Registry[type[Machine]] = Registry(
+HARDWARE_MODELS: Registry[type[Chip]] = Registry(
     "hardware model",
     "haq.hardware_models",
     {
         "bismo": ("hw_models.bismo:BismoTarget", "the bit-serial matrix multiplier as HAQ used it"),
         "bismo-overlay": ("hw_models.bismo_overlay:BismoOverlayTarget", "BISMO's overlay with its three stages"),
         "bitfusion": ("hw_models.bitfusion:BitFusionTarget", "the array whose multipliers fuse to any width"),
+        "roofline": ("hw_models.roofline:RooflineTarget", "peak operations by pair of widths, and bandwidth: a data sheet"),
     },
     check=requires("model_validate", "model_fields", "provenance", "cost_table"),
 )
+
+# The targets that are measured, each with a line about it.
+MEASURED = {**COMPILED, **RUNTIMES}
 
 MOST = 64 * 1024  # bytes of a file that describes hardware
 
@@ -55,29 +66,52 @@ class Target(Protocol):
         """Whether its costs are "estimated" or "measured", and how."""
         ...
 
+    # What measured times depend on is an attribute, `key`, a mapping: a run goes on where it has the same.
     # Whether it computes with activations that have zero points is an attribute, `zero_points`; a target without it doesn't.
+    # What it can do is an attribute, `capabilities` (`hw_models.Capabilities`); one without it does whatever it has costs for.
 
     def cost_table(self, workload: Workload, *, batch: int | None = None) -> CostTable:
         """Price every layer at every pair of widths; a batch of None is the target's own."""
         ...
 
 
-def price(target: Target, workload: Workload, batch: int | None = None) -> CostTable:
-    """Ask a target for its cost table, and check what it gives.
+def price(target: Target, workload: Workload, batch: int | None = None, *, full_range: Collection[str] = ()) -> CostTable:
+    """Ask a target for its cost table, check what it gives, and leave out what its capabilities don't have.
 
     Args:
         target: The target, anybody's.
         workload: The layers.
         batch: Images at a time; None is the target's own.
+        full_range: Names of layers whose signed integers take the smallest too, -2^(b-1): an accumulator holds less of these.
 
     Returns:
-        The table.
+        The table; what isn't supported is NaN.
 
     Raises:
         ValueError: Naming the target, if it fails, doesn't take a workload and a batch, or returns anything but a table of
-            positive numbers for this workload.
+            positive numbers for this workload; naming the layer too, if there are no costs for a pair that capabilities name,
+            and for a layer that no pair is left for.
     """
     what = f"hardware target {str(target.name)!r}"
+    capabilities = capabilities_of(target)
+    table = _checked_table(target, what, workload, batch)
+    if capabilities is None:
+        return table
+    try:
+        missing = capabilities.promised(workload, full_range) & ~table.supported
+        if missing.any():
+            layer, w, a = np.argwhere(missing)[0]
+            raise ValueError(
+                f"no finite, positive cost for layer {workload.names[layer]!r} at {pair_words(*at_places([w, a]))}, which its "
+                "capabilities call supported"
+            )
+        return capabilities.apply(table, full_range)
+    except ValueError as error:
+        raise ValueError(printable(f"{what}: {error}")) from error
+
+
+def _checked_table(target: Target, what: str, workload: Workload, batch: int | None) -> CostTable:
+    """Ask a target for its cost table, and check what it gives; see `price`."""
     table: object
     if _is_ours(target):
         table = target.cost_table(workload, batch=batch)
@@ -120,6 +154,16 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
+def is_compiled(name: str) -> bool:
+    """Say whether a name is that of a target whose kernels are compiled, and measured."""
+    return name == LOCAL or name.startswith(REMOTE)
+
+
+def is_measured(name: str) -> bool:
+    """Say whether a name is that of a target that is measured."""
+    return is_compiled(name) or name in RUNTIMES
+
+
 def target_rows() -> list[Row]:
     """List every target that can be named, each with where it comes from and a line about it.
 
@@ -142,12 +186,15 @@ def load_target(
 
     Args:
         name: One of `target_names`, a path to a YAML file, `lut:PATH` for a table of measurements, `cpu` for kernels
-            measured on this machine or `rpc:HOST:PORT` on a board, a name that an installed package offers, or
-            `module:Name` in the current folder: a target, or a class or function that makes one without arguments.
-        threads: Of measured kernels; None is one.
-        target: What kernels are compiled for, as JSON of a TVM target or a processor's name; None is this machine's own.
-        cold: Whether kernels are measured with their data out of the caches.
-        progress: Told progress(done, total, note) while kernels are measured.
+            measured on this machine or `rpc:HOST:PORT` on a board, `onnxruntime` or `openvino` for layers as these run them
+            on this machine, a name that an installed package offers, or `module:Name` in the current folder: a target, a class
+            or function that makes one without arguments, or a function of (layer, w, a) that returns seconds
+            (`hw_models.function`).
+        threads: Of what is measured; None is one.
+        target: What kernels of `cpu` and `rpc:HOST:PORT` are compiled for, as JSON of a TVM target or a processor's name; None
+            is this machine's own.
+        cold: Whether it is measured with its data out of the caches.
+        progress: Told progress(done, total, note) while that is done.
         notice: Told a sentence when measured times can't be trusted; None warns.
         modules: Whether `module:Name` may be imported; False for a name that no person gave.
 
@@ -161,8 +208,12 @@ def load_target(
         ImportError: Saying what to install, or why somebody's module can't be imported.
         ConnectionError: When no board answers.
     """
-    if name == LOCAL or name.startswith(REMOTE):
+    if is_compiled(name):
         return replace(load_cpu(name, threads, target), cold=cold, progress=progress, notice=notice or warn)
+    if name in RUNTIMES:
+        if target is not None:
+            raise ValueError(f"target is for kernels that are compiled ({', '.join(COMPILED)}), not for {name}")
+        return replace(load_runtime(name, threads), cold=cold, progress=progress, notice=notice or warn)
     options = {"threads": threads is not None, "target": target is not None, "cold": cold}
     if given := [option for option, is_given in options.items() if is_given]:
         raise ValueError(f"{given[0]} is for kernels that are measured ({', '.join(MEASURED)}), not for {name}")
@@ -174,16 +225,31 @@ def load_target(
 
 
 def _made(name: str, thing: Any) -> Target:
-    """Make a target of what was found by its name: itself, or a class or function that returns it."""
+    """Make a target of what was found by its name.
+
+    Args:
+        name: The name.
+        thing: A target, a function of (layer, w, a), or a class or function that returns either without arguments.
+
+    Returns:
+        The target.
+
+    Raises:
+        ValueError: Naming it, if it is none of these.
+    """
     lacking = _lacking(thing)
     # A class may have all that a target has, and isn't one.
-    if callable(thing) and (lacking or isinstance(thing, type)):
+    if callable(thing) and (lacking or isinstance(thing, type)) and not is_function(thing):
         try:
             thing = thing()
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if isinstance(error, TypeError):
+                reason += f"; a function of {ARGUMENTS} that returns seconds would be a target too"
             raise ValueError(printable(f"hardware target {name!r} can't be made without arguments: {reason}")) from error
         lacking = _lacking(thing)
+    if lacking and is_function(thing):
+        return FunctionTarget(thing, name)
     if lacking:
         raise ValueError(f"hardware target {name!r} can't be used: it lacks {lacking}")
     made: Target = thing
@@ -239,18 +305,5 @@ def _parse(text: str, where: str) -> Target:
     try:
         made = model.model_validate(content)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_wrong_key(error, model)}") from error
+        raise ValueError(f"{where}: {wrong_key(error, model)}") from error
     return _made(where, made)
-
-
-def _wrong_key(error: ValidationError, model: type[Machine]) -> str:
-    """Say which key of a hardware file is wrong, and what is accepted."""
-    first = error.errors()[0]
-    key = quoted(".".join(map(str, first["loc"])))
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key}; accepted: {', '.join(model.model_fields)}"
-    if first["type"] == "missing":
-        return f"key {key} is missing"
-    if not first["loc"]:
-        return str(first["ctx"]["error"])
-    return f"key {key} is {quoted(first['input'])}: {first['msg'].removeprefix('Value error, ')}"

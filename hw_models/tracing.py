@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from hw_models import example as examples
 from hw_models.example import Forward
 from hw_models.products import base_name, is_product, product_macs
-from hw_models.workload import Buffer, Call, Layer, Size, Unpriced, Workload
+from hw_models.workload import Buffer, Call, ElementWise, Layer, Size, Unpriced, Workload
 
 PRICED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 OURS = ("aten::", "prim::", "prims::")  # torch's own operations, which are known by name
@@ -80,6 +80,8 @@ def trace(network: nn.Module, *example: Any, forward: Forward | None = None) -> 
         other_values=sum(b.numel() for b in network.buffers() if b.is_floating_point()) + sum(twice.values()),
         buffers=recorder.buffers(),
         unpriced=recorder.unpriced(),
+        branches=recorder.branches(),
+        element_wise=recorder.element_wise(),
     )
 
 
@@ -140,6 +142,8 @@ class _Recorder(TorchDispatchMode):
     FUSED = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
     # Beside the pointwise operations, those that can write their result over their input.
     IN_PLACE = ("batch_norm", "clone", "hardswish", "prelu", "threshold")
+    # Of all of these, those that compute nothing, or are folded into the layer before.
+    NO_ARITHMETIC = ("batch_norm", "clone", "copy", "fill", "zeros_like", "ones_like", "empty_like")
 
     def __init__(self, network: nn.Module, example: tuple[Any, ...]) -> None:
         super().__init__()
@@ -163,6 +167,10 @@ class _Recorder(TorchDispatchMode):
         self._last: list[int] = []
         self._readers: list[set[int]] = []
         self._overwrites: list[tuple[int, int, int]] = []  # operation, buffer read, buffer written
+        # What layers read: a buffer whose values were changed in place holds another activation.
+        self._version: dict[int, int] = {}
+        self._readings: dict[tuple[int, int], set[int]] = {}
+        self._element_wise: dict[tuple[str, str, int], tuple[int, int]] = {}
         for tensor in examples.tensors(example):
             self._new(tensor)
 
@@ -191,7 +199,9 @@ class _Recorder(TorchDispatchMode):
         self._visits.append(_Visit({_storage(tensor) for tensor in inputs}))
         calls = self.calls.setdefault(name, [])
         if inputs and (buffer := self._holds.get(_storage(inputs[0]))) is not None:
-            self._readers[buffer].add(list(self.calls).index(name))
+            index = list(self.calls).index(name)
+            self._readers[buffer].add(index)
+            self._readings.setdefault((buffer, self._version.get(buffer, 0)), set()).add(index)
         calls.append(Call((0, 0), (0, 0)))  # keeps the place of a layer whose forward calls another
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -242,6 +252,12 @@ class _Recorder(TorchDispatchMode):
         read = [self._holds[storage] for storage in inputs if storage in self._holds]
         for buffer in read:
             self._last[buffer] = self._operation
+        is_pointwise = torch.Tag.pointwise in func.tags or any(word in name for word in self.IN_PLACE)
+        if is_pointwise and not self._visits:
+            self._note_element_wise(name, tensors, result)
+        if func._schema.is_mutable and inputs and inputs[0] in self._holds:
+            written = self._holds[inputs[0]]
+            self._version[written] = self._version.get(written, 0) + 1
         results = tree_leaves(result)
         if "batch_norm" in name:
             results = results[:1]  # the others are statistics that evaluation has no use for
@@ -250,7 +266,7 @@ class _Recorder(TorchDispatchMode):
                 # What was here before was freed, a product among others.
                 self._spread.pop(_storage(tensor), None)
                 made = self._new(tensor)
-                if torch.Tag.pointwise in func.tags or any(word in name for word in self.IN_PLACE):
+                if is_pointwise:
                     self._overwrites += [(self._operation, b, made) for b in read]
         if name == "mul":
             self._note_spread(tensors, result)
@@ -299,6 +315,18 @@ class _Recorder(TorchDispatchMode):
     def _is_closed(self, name: str) -> bool:
         return name in self.FUSED or any(word in name for word in self.RECURRENT)
 
+    def _note_element_wise(self, name: str, tensors: list[Tensor], result: Any) -> None:
+        """Count what an operation reads and writes that computes each element by itself."""
+        if not isinstance(result, Tensor) or not result.is_floating_point() or any(w in name for w in self.NO_ARITHMETIC):
+            return
+        # Numbers by themselves, parameters and constants aren't activations.
+        read = {_storage(t): t.numel() for t in tensors if t.dim() and t.is_floating_point() and _storage(t) in self._holds}
+        if not read:
+            return
+        key = (self._modules[-1], name, len(read))
+        before, written = self._element_wise.get(key, (0, 0))
+        self._element_wise[key] = (before + sum(read.values()), written + result.numel())
+
     def _note_spread(self, tensors: list[Tensor], result: Tensor) -> None:
         """Keep in mind a product of two tensors that both have dimensions which the other lacks or has in common."""
         self._spread.pop(_storage(result), None)
@@ -340,6 +368,18 @@ class _Recorder(TorchDispatchMode):
     def unpriced(self) -> tuple[Unpriced, ...]:
         """List the products outside of layers, those of an operation in a module together."""
         return tuple(Unpriced(name, of, -(-macs // self.batch)) for (name, of), macs in self._unpriced.items())
+
+    def branches(self) -> tuple[tuple[int, ...], ...]:
+        """List the layers that read one activation, where they are several."""
+        return tuple(tuple(sorted(layers)) for layers in self._readings.values() if len(layers) > 1)
+
+    def element_wise(self) -> tuple[ElementWise, ...]:
+        """List the operations between layers that compute each element by itself, those of one module together."""
+        found = []
+        for (module, operation, operands), (read, written) in self._element_wise.items():
+            sizes = -(-read // self.batch), -(-written // self.batch)
+            found.append(ElementWise(module, operation, operands, *sizes))
+        return tuple(found)
 
     def _new(self, tensor: Tensor) -> int:
         buffer = len(self._elements)
@@ -414,6 +454,7 @@ def _layer(name: str, module: nn.Module, calls: tuple[Call, ...]) -> Layer:
         groups=module.groups,
         bias=module.bias is not None,
         calls=calls,
+        is_1d=isinstance(module, nn.Conv1d),
     )
 
 

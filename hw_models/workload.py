@@ -64,6 +64,16 @@ class Layer:
     calls: tuple[Call, ...]
     weight_of: str = ""
     bias_of: str = ""
+    is_1d: bool = False  # a Conv1d
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of layer that it is to hardware: a Conv1d is `conv1d`, and `depthwise` and so on beside that."""
+        if not self.is_1d:
+            return (self.kind,)
+        if self.kind == "conv":
+            return ("conv1d",)
+        return (self.kind, "conv1d")
 
     @property
     def weights(self) -> int:
@@ -133,6 +143,21 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class ElementWise:
+    """Operations outside of layers that compute each element of their result by itself: those of one operation in one module.
+
+    `operands` is how many activations they combine: 1 for an activation function, 2 for an addition. `read` and `written` are
+    elements per image. Batch norms aren't counted, as they are folded into the layers before them.
+    """
+
+    name: str
+    operation: str
+    operands: int
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
 class Unpriced:
     """Products that no cost model prices: those of one operation of torch in one module, with their MACs per image.
 
@@ -151,7 +176,8 @@ class Workload:
     `other_parameters` counts what is in no layer (norms, embeddings, layers never called), `other_values` the floating-point
     buffers (running means and variances) and what is read of a layer's weights in float: these stay in float. `buffers` are
     the activations, for the peak of memory. `unpriced` lists the products outside of layers (attention, computed weights):
-    no cost has them.
+    no cost has them. `branches` has, for each activation that several layers read, their indices; `element_wise` lists what
+    is computed between layers.
     """
 
     layers: tuple[Layer, ...]
@@ -159,6 +185,8 @@ class Workload:
     other_values: int = 0
     buffers: tuple[Buffer, ...] = ()
     unpriced: tuple[Unpriced, ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
+    element_wise: tuple[ElementWise, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

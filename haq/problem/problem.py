@@ -39,6 +39,8 @@ from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF, read_goal
 from haq.problem.limits import ROUNDING, Limit, PeakLimit, budgets_of
 from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
+from haq.problem.peak import PeakOfDecisions
+from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
@@ -46,9 +48,11 @@ from haq.problem.schemes import (
     check_rounding,
     check_widths,
     check_zero_points,
+    full_range,
     linear_for,
     meaningful_metrics,
     meaningful_pairs,
+    obeying,
     overhead_bytes,
     roundings_by_layer,
     schemes_by_layer,
@@ -57,9 +61,9 @@ from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.cost import describe_pairs
 from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
-from hw_models.registry import printable
+from hw_models.registry import join_words, printable
 from hw_models.target import price
-from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair
+from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair, width_words
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
@@ -109,6 +113,8 @@ class Problem:
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
     """
+
+    _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
 
     def __init__(
         self,
@@ -226,7 +232,10 @@ class Problem:
         self.groups = self._groups(tied)
         if any(name in STORED_ONCE for name in (self.metric, *self._budgets)):
             self.groups = joined(self.groups, self.workload.tied_weights)
-        self.schemes = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        self._schemes_asked = schemes_by_layer(scheme, self.workload.names, linear_for(correction, rounding))
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
+        self.schemes = obeying(self._schemes_asked, target)
         check_rounding(rounding, self.schemes, self._pins_asked or Q.ends(self.workload.names))
         for name in (self.metric, *self._budgets):
             check_metric(self.schemes, name)
@@ -294,7 +303,7 @@ class Problem:
             budget: See `Problem`; the metrics that are limited can't be others.
 
         Raises:
-            ValueError: As `Problem` does.
+            ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """
         made = copy.copy(self)
         asked = made._asked(budget, self.metric)
@@ -303,7 +312,14 @@ class Problem:
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
         made._budgets = asked
+        if isinstance(target, str):
+            target = hw_models.load_target(target)
         if target is not self.target:
+            if obeying(self._schemes_asked, target) != self.schemes:
+                raise ValueError(
+                    f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
+                    "evaluated for one says nothing of the other: make another problem for it"
+                )
             made._price(target)
         made._set_limits()
         return made
@@ -355,20 +371,18 @@ class Problem:
             return metric
         return "storage"
 
-    def _price(self, target: str | hw_models.Target) -> None:
+    def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
-        if isinstance(target, str):
-            target = hw_models.load_target(target)
         self.target = target
         check_zero_points(self.schemes, target)
-        table = price(target, self.workload, self.batch)
+        table = price(target, self.workload, self.batch, full_range=full_range(self.schemes))
         overhead = overhead_bytes(self.schemes, self.workload)
         if overhead.any():
             table = dataclasses.replace(table, storage_bytes=table.storage_bytes + overhead)
         self.table = table
         for name in self._budgets:
             if name not in table.all_metrics:
-                raise ValueError(f"{target.name} has no metric {name!r}; a budget can be of {', '.join(table.all_metrics)}")
+                raise ValueError(f"{target.name} has no metric {name!r}; it has {', '.join(table.all_metrics)}")
         self.cost = priced(table, self.metric)
         self.pinned = self._pinned()
         self._choose()
@@ -384,16 +398,28 @@ class Problem:
 
     def _widths(self) -> WidthsAsked:
         """Return the widths that may be chosen: those asked for, or else 2 to 8, and 16 bits and float where they can be."""
-        if self._bits_asked is not None:
-            return self._bits_asked
         free = [index for index, name in enumerate(self.workload.names) if name not in self.pinned]
         able = (self.table.supported & self._meaningful)[free]
+        if self._bits_asked is not None:
+            self._check_wide(self._bits_asked, able)
+            return self._bits_asked
         found = []
         for others in ((0, 2), (0, 1)):
             by_width: NDArray[np.bool_] = np.any(able, axis=others)
             wide = np.flatnonzero(by_width[WIDE:]) + WIDE
             found.append((*range(FEW_BITS[0], FEW_BITS[1] + 1), *map(int, at_places(wide))))
         return WidthsAsked(*found)
+
+    def _check_wide(self, asked: WidthsAsked, able: NDArray[np.bool_]) -> None:
+        """Raise ValueError for 16 bits or float, if it is asked for and no layer that can be decided can have it."""
+        for operand, widths, others in (("weights", asked.weights, (0, 2)), ("activations", asked.activations, (0, 1))):
+            by_width: NDArray[np.bool_] = np.any(able, axis=others)
+            lacking = [width for width in widths if place_of(width) >= WIDE and not by_width[place_of(width)]]
+            if lacking and able.size:
+                raise ValueError(
+                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which {self.target.name} can't "
+                    "do in any layer that isn't pinned"
+                )
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -419,6 +445,27 @@ class Problem:
         for limit in others:
             if limit.metric == PEAK:
                 self.peak = PeakLimit(self.workload, self.table.batch, limit.amount)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise OutOfReach, naming them and what each could be, for budgets that can't be met together."""
+        programme = self.several
+        if programme is None:
+            return
+        conflict = programme.conflict()
+        if conflict is None:
+            return
+        # The programme has the peak last.
+        ordered = sorted(self.limits, key=lambda limit: not limit.is_sum)
+        parts = []
+        for index, least in zip(conflict.limits, conflict.least, strict=True):
+            limit = ordered[index]
+            others = [ordered[other] for other in conflict.limits if other != index]
+            within = join_words([f"{other.metric} within {describe_amount(other.amount, other.metric)}" for other in others])
+            if math.isfinite(least):
+                parts.append(f"with {within}, {limit.metric} is at least {describe_amount(least, limit.metric, UP)}")
+        asked = [f"{ordered[index].metric}={self._budgets.get(ordered[index].metric)}" for index in conflict.limits]
+        raise OutOfReach(f"budgets {join_words(asked)} can't be met together on {self.target.name}: {'; '.join(parts)}")
 
     @property
     def limit(self) -> float:
@@ -441,7 +488,9 @@ class Problem:
             if limit.is_given:
                 of = f"{limit.fraction:.3g} of {self.reference_words}"
                 words.append(f"{limit.metric} within {describe_amount(limit.amount, limit.metric)} ({of})")
-        if self.goal.kind != BEST.kind:
+        if self.goal.kind == TRADEOFF:
+            words.insert(0, f"{self.goal.words(self.objective)}, budget {describe_amount(self.tradeoff_target, self.metric)}")
+        if self.goal.kind == CHEAPEST:
             words.insert(0, f"{self.goal.words(self.objective)} by {self.metric}")
         return ", ".join(words)
 
@@ -637,6 +686,20 @@ class Problem:
             a_bits[list(decision.layers)] = decision.pairs[pick, 1]
         return self.peak.holds(a_bits)
 
+    @property
+    def several(self) -> Programme | None:
+        """Return what fits all budgets together; None where there is one, of a sum."""
+        if len(self.limits) == 1:
+            return None
+        made, decisions, limits = self._several
+        if made is None or decisions is not self.decisions or limits is not self.limits:
+            peak = None
+            if self.peak is not None:
+                peak = PeakOfDecisions.of(self.workload, self.decisions, self.peak.batch, self.peak.amount)
+            made = Programme(self.decisions, [limit.amount for limit in self.limits if limit.is_sum], peak)
+            self._several = (made, self.decisions, self.limits)
+        return made
+
     def meets(self, evaluation: Evaluation) -> bool:
         """Say whether a policy that was evaluated is good enough for the goal."""
         return self.goal.is_met(self.objective, evaluation.value, self.float_result.value)
@@ -819,10 +882,11 @@ class Problem:
     def largest(self) -> float:
         """Return the largest budget: what the reference costs, or the least that a policy does where that is more.
 
-        Where 16 bits or float can be chosen, it is what the dearest policy costs if that is more.
+        Where 16 bits or float can be chosen, or another reference is asked for, it is what the dearest policy costs if that is
+        more.
         """
         found = max(self.reference, self.smallest)
-        if self.bits[1] > Q.MAX_BITS:
+        if self.bits[1] > Q.MAX_BITS or self._reference_asked is not None:
             found = max(found, float(sum(decision.prices.max() for decision in self.decisions)))
         return found
 

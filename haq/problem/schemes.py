@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ import hw_models
 import quantizers as Q
 from haq.problem.decision import WidthsAsked
 from hw_models import trust
+from hw_models.capabilities import capabilities_of, has_zero_points
 from hw_models.storage import FLOAT_BYTES
 from hw_models.widths import FLOAT, PLACES, pair_words
 
@@ -174,9 +176,74 @@ def check_metric(schemes: Mapping[str, Q.Scheme], metric: str) -> None:
             )
 
 
+def obeying(schemes: Mapping[str, Q.Scheme], target: hw_models.Target) -> dict[str, Q.Scheme]:
+    """Make schemes do what hardware can do, by its capabilities (`hw_models.capabilities`).
+
+    Where weights can't have a scale per channel, they get one per tensor; scales become powers of two where they must be;
+    integers of activations get the sign that there is. Unsigned ones on hardware with zero points get these, where a scheme
+    has them, so that inputs may be negative.
+
+    Args:
+        schemes: A scheme by layer.
+        target: The hardware.
+
+    Returns:
+        A scheme by layer, those of the same scheme being one again; the same ones where nothing has to change.
+
+    Raises:
+        ValueError: For a scheme that can't do that, naming it, the layer, the target and what is lacking.
+    """
+    capabilities = capabilities_of(target)
+    if capabilities is None:
+        return dict(schemes)
+    made: dict[int, Q.Scheme] = {}
+    found = {}
+    for name, scheme in schemes.items():
+        if id(scheme) not in made:
+            try:
+                made[id(scheme)] = _obedient(scheme, capabilities, has_zero_points(target))
+            except ValueError as error:
+                raise ValueError(
+                    f"scheme {scheme.name!r} of layer {name!r} can't do what hardware target {target.name!r} needs: {error}"
+                ) from error
+        found[name] = made[id(scheme)]
+    return found
+
+
+def _obedient(scheme: Q.Scheme, capabilities: hw_models.Capabilities, zero_points: bool) -> Q.Scheme:
+    """Return a scheme that obeys capabilities. Raises ValueError if it can't."""
+    wishes: dict[str, Any] = {}
+    if not capabilities.per_channel_weights:
+        wishes["per_channel"] = False
+    if capabilities.power_of_two_scales:
+        wishes["power_of_two"] = True
+    if capabilities.activation_sign != "auto":
+        wishes["activations"] = capabilities.activation_sign
+    if capabilities.activation_sign == "unsigned" and zero_points and "zero_points" in scheme.choices:
+        wishes["zero_points"] = True
+    if capabilities.accumulator_bits is not None and _has_longer_integers(scheme):
+        raise ValueError("its weights are integers of more bits than their width, for which its accumulators aren't counted")
+    if not wishes:
+        return scheme
+    return scheme.with_capabilities(**wishes)
+
+
+def _has_longer_integers(scheme: Q.Scheme) -> bool:
+    """Say whether a scheme's weights, as integers, take more bits than their width at some width."""
+    if not scheme.has_integer_weights:
+        return False
+    widths = [bits for bits in range(2, Q.MAX_BITS) if takes(scheme, bits, None)]
+    return any(scheme.integer_weight_bits(bits) != bits for bits in widths)
+
+
+def full_range(schemes: Mapping[str, Q.Scheme]) -> frozenset[str]:
+    """Name the layers whose signed integers take the smallest too, -2^(b-1): see `hw_models.target.price`."""
+    return frozenset(name for name, scheme in schemes.items() if scheme.has_integer_weights and not scheme.narrow)
+
+
 def check_zero_points(schemes: Mapping[str, Q.Scheme], target: hw_models.Target) -> None:
     """Raise ValueError, naming scheme, layer and target, for inputs with zero points on hardware that has none."""
-    if getattr(target, "zero_points", False) is True:
+    if has_zero_points(target):
         return
     for name, scheme in schemes.items():
         if scheme.has_zero_points:
