@@ -317,10 +317,10 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         if target is not self.target:
-            if not self.has_schemes_for(target):
+            if obeying(self._schemes_asked, target) != self.schemes:
                 raise ValueError(
                     f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
-                    "evaluated for one says nothing of the other: make another problem for it"
+                    "evaluated for one says nothing of the other: make another problem, or sweep, for it"
                 )
             made._price(target)
         made._set_limits()
@@ -372,10 +372,6 @@ class Problem:
         if metric != PEAK:
             return metric
         return "storage"
-
-    def has_schemes_for(self, target: hw_models.Target) -> bool:
-        """Say whether the schemes are those that a target's capabilities ask for: the problem can be put on no other."""
-        return obeying(self._schemes_asked, target) == self.schemes
 
     def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
