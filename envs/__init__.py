@@ -5,9 +5,9 @@ import gymnasium
 from envs.base import SearchProblem
 from envs.haq_paper import HaqEnv
 from envs.mixed_precision import MixedPrecisionEnv
-from envs.plan import Plan
+from envs.plan import Plan, PlanWithin
 
-__all__ = ["HaqEnv", "MixedPrecisionEnv", "Plan", "SearchProblem"]
+__all__ = ["HaqEnv", "MixedPrecisionEnv", "Plan", "PlanWithin", "SearchProblem"]
 
 gymnasium.register(id="haq/MixedPrecision-v0", entry_point="envs.mixed_precision:MixedPrecisionEnv")
 gymnasium.register(id="haq/HAQ-v0", entry_point="envs.haq_paper:HaqEnv")

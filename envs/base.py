@@ -11,7 +11,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from envs.plan import Programme
 from hw_models import Workload
+from hw_models.widths import places
 from quantizers import BitPolicy
 
 Array = NDArray[np.float64]
@@ -25,16 +27,20 @@ SATURATED = 0.99  # an action beyond it lies at a bound
 
 
 class SearchProblem(Protocol):
-    """What the environments need of a problem; `haq.Problem` has it."""
+    """What the environments need of a problem; `haq.Problem` has it. Widths have their places of `hw_models.widths`.
+
+    A problem with several budgets has `limits`, each with its metric, and tells in `several` what fits all of them
+    (`envs.plan.Programme`).
+    """
 
     workload: Workload
-    cost: Array  # (layers, 8, 8), indexed [layer, w_bits - 1, a_bits - 1]
+    cost: Array  # (layers, 10, 10), indexed [layer, place of the weights' width, place of the activations' width]
     limit: float
-    quantization_error: Array  # (decisions, 2, 8)
+    quantization_error: Array  # (decisions, 2, 10)
 
     @property
     def decisions(self) -> Sequence[Any]:
-        """What there is to decide, each with layers, pairs (options, 2), prices (options,) and of(table (8, 8))."""
+        """What there is to decide, each with layers, pairs (options, 2), prices (options,) and of(table (10, 10))."""
         ...
 
     @property
@@ -43,7 +49,7 @@ class SearchProblem(Protocol):
         ...
 
     def decide(self, pairs: Any) -> BitPolicy:
-        """Make a policy of a pair of bits for every decision."""
+        """Make a policy of a pair of widths for every decision, float being 32."""
         ...
 
     def evaluate(self, policy: BitPolicy) -> Any:
@@ -72,9 +78,13 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
         if not self.free:
             raise ValueError("every layer has a single allowed pair of bits: there is nothing to decide")
         self.decisions = [problem.decisions[index] for index in self.free]
-        pairs = np.concatenate([decision.pairs for decision in self.decisions])
-        self._low = int(pairs.min())
-        self._high = int(pairs.max())
+        # Widths are as far apart as they are in their order: 16 bits is one step above 8, and float is the next.
+        self._rungs = [rungs(decision.pairs) for decision in self.decisions]
+        every = np.concatenate(self._rungs)
+        self._low = int(every.min())
+        self._high = int(every.max())
+        # None where there is one budget, of a sum.
+        self._programme: Programme | None = getattr(problem, "several", None)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode. Nothing is random, and there are no options."""
@@ -127,6 +137,11 @@ def reward_of(problem: SearchProblem, result: Any) -> float:
     better = float(objective.signed(result.accuracy) - objective.signed(problem.float_accuracy))
     x = better / (abs(problem.float_accuracy) or 1.0)
     return REWARD_SCALE * x / (1 + abs(x))
+
+
+def rungs(widths: Any) -> NDArray[np.intp]:
+    """Number widths in their order: 1 to 8 as they are, then 9 for 16 bits and 10 for float (32)."""
+    return places(widths) + 1
 
 
 def checked_action(action: Any, size: int, step: int) -> Array:

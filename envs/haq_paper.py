@@ -14,6 +14,7 @@ from envs.base import (
     SearchProblem,
     Step,
     checked_action,
+    rungs,
     scale_columns,
     unit_box,
 )
@@ -27,11 +28,12 @@ class HaqEnv(PolicyEnv):
     ## Description
     One episode decides one policy, two steps one layer: its weights, then its activations (layers with a single allowed pair
     are decided already). Nothing is said of the budget until the end. If the policy exceeds it, bits are taken away one by
-    one, from the last layer to the first and again, until it holds (section 3.4).
+    one, from the last layer to the first and again, until it holds (section 3.4). Likewise until several budgets hold; where
+    taking bits away doesn't lead there, the nearest policy within all of them is taken.
 
     ## Action space
     Box(-1, 1, (1,), float32): with x = (action + 1) / 2, round(smallest - 0.5 + x (largest - smallest + 1)) bits (equation
-    2); of the pairs that the layer may take, the nearest is taken.
+    2), 16 bits being one step above 8 and float the next; of the pairs that the layer may take, the nearest is taken.
 
     ## Observation space
     Box(-1, 1, (10,), float32), the features of section 3.1 scaled over the layers: index, input channels, output channels,
@@ -76,7 +78,7 @@ class HaqEnv(PolicyEnv):
         layer, operand = divmod(len(self._actions), 2)
         asked = float(checked_action(action, 1, len(self._actions))[0])
         bits = round(self._low - 0.5 + (asked + 1) / 2 * (self._high - self._low + 1))
-        self._bits[self.free[layer], operand] = np.clip(bits, self._low, self._high)
+        self._asked[layer, operand] = np.clip(bits, self._low, self._high)
         self._actions.append(asked)
         if len(self._actions) < 2 * len(self.free):
             return self._observe(), 0.0, False, False, {}
@@ -88,7 +90,7 @@ class HaqEnv(PolicyEnv):
 
     def _start(self) -> None:
         self._actions: list[float] = []
-        self._bits = np.array([decision.pairs[-1] for decision in self.problem.decisions])
+        self._asked = np.array([of_options[-1] for of_options in self._rungs])
 
     def _within_budget(self) -> list[int]:
         """Choose an option per decision, the nearest to what was asked for, and take bits away until the budget holds.
@@ -96,27 +98,45 @@ class HaqEnv(PolicyEnv):
         They are taken from the last decision to the first, again and again, an operand at a time.
         """
         decisions = self.problem.decisions
-        chosen = []
-        for decision, bits in zip(decisions, self._bits, strict=True):
-            chosen.append(int(np.square(decision.pairs - bits).sum(1).argmin()))
+        steps = [rungs(decision.pairs) for decision in decisions]
+        chosen = [0] * len(decisions)
+        for index, asked in zip(self.free, self._asked, strict=True):
+            chosen[index] = int(np.square(steps[index] - asked).sum(1).argmin())
 
         def exceeded() -> bool:
+            if self._programme is not None:
+                return not self._programme.fits(chosen)
             total = sum(float(d.prices[option]) for d, option in zip(decisions, chosen, strict=True))
             return total > self.problem.limit * (1 + 1e-9)
 
         while exceeded():
             before = list(chosen)
             for index in reversed(range(len(decisions))):
-                pairs = decisions[index].pairs
-                prices = decisions[index].prices
                 for operand in (ACTIVATIONS, WEIGHTS):
-                    pair = pairs[chosen[index]]
-                    lower = (pairs[:, operand] < pair[operand]) & (prices < prices[chosen[index]])
+                    pair = steps[index][chosen[index]]
+                    lower = (steps[index][:, operand] < pair[operand]) & self._saves(chosen, index)
                     if lower.any() and exceeded():
-                        chosen[index] = int(np.where(lower, np.square(pairs - pair).sum(1), np.inf).argmin())
+                        chosen[index] = int(np.where(lower, np.square(steps[index] - pair).sum(1), np.inf).argmin())
             if chosen == before:  # fewer bits save nothing more, though another pair may
-                chosen = [int(decision.prices.argmin()) for decision in decisions]
+                chosen = self._nearest(chosen, steps)
         return chosen
+
+    def _saves(self, chosen: list[int], index: int) -> NDArray[np.bool_]:
+        """Tell which options of a decision come closer to the budgets than the chosen one does."""
+        prices = self.problem.decisions[index].prices
+        if self._programme is not None:
+            prices = self._programme.excess(chosen, index)
+        saves: NDArray[np.bool_] = prices < prices[chosen[index]]
+        return saves
+
+    def _nearest(self, chosen: list[int], steps: list[NDArray[np.intp]]) -> list[int]:
+        """Choose the cheapest of every decision; of several budgets, what is nearest of all that is within them."""
+        if self._programme is None:
+            return [int(decision.prices.argmin()) for decision in self.problem.decisions]
+        distances = []
+        for of_options, option in zip(steps, chosen, strict=True):
+            distances.append(np.square(of_options - of_options[option]).sum(1).astype(float))
+        return self._programme.choose(distances)
 
     def _describe_layers(self) -> Array:
         layers = [self.problem.workload.layers[decision.layers[0]] for decision in self.decisions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 GRAIN = 8192  # steps that the slack is divided into
+MOST_KEPT = 50_000  # plans that are remembered
 
 
 class Plan:
@@ -66,3 +68,98 @@ class Plan:
         rest = self.values[decision + 1][np.maximum(slack - steps, 0)]
         total = np.where(steps <= slack, self.losses[decision] + rest, np.inf)
         return int(total.argmin())
+
+
+class Programme(Protocol):
+    """What there is to know of several budgets; `haq.Problem.several` has it."""
+
+    def choose(self, losses: Sequence[Array]) -> list[int]:
+        """Find the options with the least total loss within all limits."""
+        ...
+
+    def completes(self, start: Sequence[int]) -> bool:
+        """Say whether the decisions that follow can be chosen so that all limits hold."""
+        ...
+
+    def used(self, start: Sequence[int]) -> Array:
+        """Tell the least of each limit, the peak of memory being the last, that is used in the end, as shares of them."""
+        ...
+
+    def fits(self, options: Sequence[int]) -> bool:
+        """Say whether an option for every decision is within all limits."""
+        ...
+
+    def excess(self, options: Sequence[int], decision: int) -> Array:
+        """Tell by how much limits are exceeded with each option of a decision, all others taking theirs."""
+        ...
+
+    def surrogates(self, losses: Sequence[Array]) -> list[tuple[Array, float]]:
+        """Return single budgets, prices (decisions, options) and a limit, that whatever fits all limits keeps as well."""
+        ...
+
+
+class PlanWithin:
+    """The same within several budgets, whose state is the options that were taken so far.
+
+    As long as these are those of the best policy (`Programme.choose`, exact), the plan is to go on with it. Beside it, the loss
+    of what follows is taken from the plans for single budgets that stand in for the several (`Programme.surrogates`), the
+    largest of them; and of the options after which all budgets can still be met the one is taken for which it is the least.
+    """
+
+    def __init__(self, losses: Sequence[Array], programme: Programme) -> None:
+        """Plan for the best policy, and for every single budget.
+
+        Args:
+            losses: For each decision, what its options are predicted to add to the loss, shape (options,).
+            programme: The budgets; some policy meets them all.
+        """
+        self.programme = programme
+        self.losses = losses
+        self.best = programme.choose(losses)
+        self.surrogates = programme.surrogates(losses)
+        counts = [len(loss) for loss in losses]
+        self.plans = []
+        for prices, limit in self.surrogates:
+            rows = [row[:count] for row, count in zip(prices, counts, strict=True)]
+            self.plans.append(Plan(losses, rows, limit))
+        self._options: dict[tuple[int, ...], int] = {}
+
+    def possible(self, taken: Sequence[int], option: int) -> bool:
+        """Say whether all budgets can still be met after an option of the next decision."""
+        return self.programme.completes([*taken, option])
+
+    def least(self, taken: Sequence[int]) -> float:
+        """Return about the least loss that the decisions that follow add."""
+        decision = len(taken)
+        if list(taken) == self.best[:decision]:
+            return float(sum(loss[option] for loss, option in list(zip(self.losses, self.best, strict=True))[decision:]))
+        return max(plan.least(decision, left) for plan, left in zip(self.plans, self._left(taken), strict=True))
+
+    def option(self, taken: Sequence[int]) -> int:
+        """Return the option to take now, after those that were taken."""
+        key = tuple(taken)
+        if key not in self._options:
+            if len(self._options) >= MOST_KEPT:
+                self._options.clear()
+            self._options[key] = self._option(taken)
+        return self._options[key]
+
+    def _option(self, taken: Sequence[int]) -> int:
+        decision = len(taken)
+        if list(taken) == self.best[:decision]:
+            return self.best[decision]
+        rest = np.zeros(len(self.losses[decision]))
+        for plan, left in zip(self.plans, self._left(taken), strict=True):
+            steps = plan.steps[decision]
+            rest = np.maximum(rest, plan.values[decision + 1][np.maximum(plan.slack(decision, left) - steps, 0)])
+        total = self.losses[decision] + rest
+        for option in np.argsort(total, kind="stable").tolist():
+            if self.possible(taken, option):
+                return int(option)
+        raise ValueError(f"after the options {list(taken)} no budget can be met")
+
+    def _left(self, taken: Sequence[int]) -> list[float]:
+        """Tell what is left of every single budget."""
+        rows = np.arange(len(taken))
+        options = list(taken)
+        return [limit - float(prices[rows, options].sum()) for prices, limit in self.surrogates]

@@ -256,10 +256,10 @@ def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None
         return run.load_result().found.cost("latency")
     total = 0.0
     for layer in problem.layers:
-        w, a = policy[layer.name]
-        if w is None or a is None:
-            return None  # costs are told from 1 to 8 bits
-        total += layer.cost[w - 1][a - 1]
+        cost = layer.cost_at(*policy[layer.name])
+        if cost is None:
+            return None
+        total += cost
     return total * UNITS["latency"][problem.unit]
 
 

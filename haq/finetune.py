@@ -183,8 +183,9 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
     if result.get("policy", encoded) == encoded:
         return {}
     return {
-        "budget": summary.budget_used(task.problem, policy),
-        "uniform8": summary.entry(task, task.problem.uniform(8)),
+        **summary.budgets_used(task.problem, policy),
+        **summary.goal_entries(task, policy),
+        "uniform8": summary.entry(task, task.problem.reference_policy),
         "policy": encoded,
         "found": summary.entry(task, policy),
     }

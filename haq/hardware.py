@@ -138,6 +138,7 @@ def print_list(console: Console) -> None:
     import hw_models
     from haq.store.units import NOTHING
     from hw_models.machine import Chip
+    from hw_models.registry import join_words
 
     rows: list[tuple[str, ...]] = []
     for name in hw_models.target_names():
@@ -159,7 +160,7 @@ def print_list(console: Console) -> None:
     print_columns(console, "hardware targets", columns)
     say(
         console,
-        f"Measured are {' and '.join(hw_models.MEASURED)}; all others are simulated (estimated). "
+        f"Measured are {join_words(list(hw_models.MEASURED))}; all others are simulated (estimated). "
         "Your own: a .yaml file like those, or lut:TABLE.csv for measurements.",
     )
     say_next(console, "python", "-m", "haq.hardware", "show", "NAME", "--network", "mobilenetv2_100")

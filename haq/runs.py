@@ -25,8 +25,8 @@ from haq.console.values import FOLDER, NUMBER
 from haq.store import cleanup
 from haq.store.files import CONFIG, SWEEP
 from haq.store.inventory import DAMAGED, FINISHED, INTERRUPTED, RUNNING, RunSummary, file_sizes, find_runs, summarize
-from haq.store.records import Measurement
-from haq.store.units import NOTHING, describe_amount, describe_bytes, finite, show
+from haq.store.records import UNIFORM_8, BudgetRecord, Measurement, short_reference
+from haq.store.units import NOTHING, describe_amount, describe_bytes, finite, metric_words, show
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _name_and_question(run: RunSummary) -> RenderableType:
     settings = run.settings
     if not settings:
         return plain(run.folder)
-    words = [settings.get("network"), settings.get("hw"), f"{settings.get('metric')} {settings.get('budget')}"]
+    words = [settings.get("network"), settings.get("hw"), _limits_asked(settings)]
     words.append(settings.get("solver"))
     if run.objective != "accuracy":
         words.append(run.objective)
@@ -258,6 +258,17 @@ def _name_and_question(run: RunSummary) -> RenderableType:
     if run.kind == "sweep":
         question = f"sweep: {question}"
     return RenderGroup(plain(run.folder), Padding(plain(question), (0, 0, 0, 2)))
+
+
+def _limits_asked(settings: Mapping[str, Any]) -> str:
+    """Write what a run was asked to keep within, and what it looks for if that isn't the best policy."""
+    words = f"{settings.get('metric')} {settings.get('budget')}"
+    if "=" in str(settings.get("budget")):
+        words = str(settings["budget"]).replace(",", " ")
+    for name in ("max_drop", "at_least", "tradeoff"):
+        if settings.get(name) is not None:
+            words += f" {name.replace('_', '-')} {settings[name]}"
+    return words
 
 
 def _progress(run: RunSummary) -> str:
@@ -345,12 +356,12 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
     """Yield what a finished search found."""
     result = run.result
     assert result is not None
-    budget = result.budget
-    verdict = "EXCEEDED"
-    if budget.holds:
-        verdict = "holds"
-    used, limit = (describe_amount(amount, budget.metric) for amount in (budget.used, budget.limit))
-    yield "budget", f"{budget.metric}, {used} of {limit}, {budget.used_fraction:.3f} of uniform 8 bits: {verdict}"
+    if result.goal is not None:
+        yield "goal", result.goal.words
+    for budget in result.all_budgets:
+        yield "budget", _budget_words(budget, result.reference)
+    if result.reached is not None:
+        yield "reached", result.reached_words
     measured: dict[str, Measurement | None] = {
         "float": result.of_float,
         "uniform8": result.uniform8,
@@ -361,6 +372,26 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
         if row is not None:
             search, test = (result.show(result.value(row, split)) for split in ("search", "test"))
             yield name, f"{search} search, {test} test {result.objective_title} (measured)"
+
+
+def _budget_words(budget: BudgetRecord, reference: str) -> str:
+    """Say what is used of a budget.
+
+    Args:
+        budget: The budget.
+        reference: What fractions are of, in words.
+
+    Returns:
+        Words such as "latency, 838.9 us of 839 us, 0.500 of uniform 8 bits: holds".
+    """
+    used = f"{metric_words(budget.metric)}, {describe_amount(budget.used, budget.metric)}"
+    fraction = f"{budget.used_fraction:.3f} of {reference}"
+    if budget.limit is None:
+        return f"{used}, {fraction}: no budget limits it"
+    verdict = "EXCEEDED"
+    if budget.holds:
+        verdict = "holds"
+    return f"{used} of {describe_amount(budget.limit, budget.metric)}, {fraction}: {verdict}"
 
 
 def _sizes(run: RunSummary) -> str:
@@ -447,21 +478,44 @@ def _outcomes(runs: Sequence[RunSummary], comparable: bool, same_unit: bool) -> 
         rows[f"search {objective}, best within the budget"] = [finite(run.search) for run in runs]
         rows[f"test {objective}, found"] = [finite(_tested(run, finetuned=False)) for run in runs]
         rows[f"test {objective}, fine-tuned"] = [finite(_tested(run, finetuned=True)) for run in runs]
-    costs: list[str | None] = []
-    fractions: list[float | None] = []
-    for run in runs:
-        if run.result is None:
-            costs.append(None)
-            fractions.append(None)
-        else:
-            budget = run.result.budget
-            costs.append(describe_amount(budget.used, budget.metric))
-            fractions.append(budget.used_fraction)
     if same_unit:
-        rows["cost"] = costs
-    rows["cost, of uniform 8 bits"] = fractions
+        rows["cost"] = [_cost(run) for run in runs]
+    references = {run.result.reference for run in runs if run.result is not None}
+    of_what = "the reference"
+    if len(references) == 1:
+        of_what = short_reference(next(iter(references)))
+    elif not references:
+        of_what = UNIFORM_8
+    rows[f"cost, of {of_what}"] = [_fraction(run) for run in runs]
+    for metric in _further_metrics(runs):
+        rows[metric_words(metric)] = [_cost(run, metric) for run in runs]
     rows["evaluations"] = [run.done for run in runs]
     return rows
+
+
+def _further_metrics(runs: Sequence[RunSummary]) -> list[str]:
+    """List the metrics, beside the main ones, that a budget of some run is of."""
+    budgets = [budget for run in runs if run.result is not None for budget in run.result.budgets[1:]]
+    return list(dict.fromkeys(budget.metric for budget in budgets))
+
+
+def _cost(run: RunSummary, metric: str | None = None) -> str | None:
+    """Write what was found costs by a metric, or by the run's own; None where that isn't known."""
+    if run.result is None:
+        return None
+    if metric is None:
+        return describe_amount(run.result.budget.used, run.result.budget.metric)
+    cost = run.result.found.cost(metric)
+    if cost is None:
+        return None
+    return describe_amount(cost, metric)
+
+
+def _fraction(run: RunSummary) -> float | None:
+    """Return what was found costs as a fraction of the run's reference."""
+    if run.result is None:
+        return None
+    return run.result.budget.used_fraction
 
 
 def _tested(run: RunSummary, *, finetuned: bool) -> float | None:

@@ -143,10 +143,17 @@ class Scheme:
     habits: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, name: str = "") -> None:
-        """Make a subclass known by its name."""
+        """Make a subclass known by its name.
+
+        Who writes a scheme of their own on one of ours says themselves whether it has 16 bits.
+        """
         if name:
             cls.name = name
             Scheme.known[name] = cls
+        if not _is_ours(cls):
+            for method, most in (("weight", "most_weight_bits"), ("activation", "most_activation_bits")):
+                if method in vars(cls) and most not in vars(cls):
+                    setattr(cls, most, MAX_BITS)
 
     @staticmethod
     def named(scheme: str | Scheme, *, modules: bool = True) -> Scheme:

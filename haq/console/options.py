@@ -72,6 +72,7 @@ def setting(
     names: Names | None = None,
     default_words: str | None = None,
     least: int | None = None,
+    several: bool = False,
 ) -> Any:
     """Declare a field of a pydantic model that is an option of commands too.
 
@@ -84,11 +85,13 @@ def setting(
         names: Gives the values that a shell can complete; called only when one does.
         default_words: What the help says of the default, where that isn't the default itself.
         least: The smallest number that is accepted.
+        several: Whether the option may be given several times; the field, a text, then gets the values parted by commas.
 
     Returns:
         The field, for the right-hand side of its annotation.
     """
     about: dict[str, Any] = {"group": group, "metavar": metavar, "spellings": list(spellings), "default_words": default_words}
+    about["several"] = several
     field: FieldInfo = Field(default, description=description, json_schema_extra=about, ge=least)
     if names is not None:
         field.metadata.append(Completion(names))
@@ -194,6 +197,8 @@ def _option_of(name: str, field: FieldInfo) -> Decorator:
         default_words = str(field.default)
     kind, is_flag = _type_of(field)
     others: dict[str, Any] = {"is_flag": True} if is_flag else {"type": kind, "metavar": about["metavar"]}
+    if about["several"]:
+        others |= {"multiple": True, "callback": _join}
     return click.option(
         option_name(name),
         *about["spellings"],
@@ -206,6 +211,11 @@ def _option_of(name: str, field: FieldInfo) -> Decorator:
         default=None,
         **others,
     )
+
+
+def _join(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> str:
+    """Make one text of the values of an option that was given several times."""
+    return ",".join(values)
 
 
 def option(

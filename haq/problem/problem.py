@@ -39,6 +39,8 @@ from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF, read_goal
 from haq.problem.limits import ROUNDING, Limit, PeakLimit, budgets_of
 from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
+from haq.problem.peak import PeakOfDecisions
+from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
@@ -59,9 +61,9 @@ from haq.store.units import DOWN, PERCENT, UP, describe_amount, show
 from hw_models.cost import describe_pairs
 from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
-from hw_models.registry import printable
+from hw_models.registry import join_words, printable
 from hw_models.target import price
-from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair
+from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair, width_words
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
@@ -111,6 +113,8 @@ class Problem:
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
     """
+
+    _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
 
     def __init__(
         self,
@@ -289,7 +293,7 @@ class Problem:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
-    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str]) -> Problem:
+    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str] | None) -> Problem:
         """Put the same problem on another target, within another budget.
 
         Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
@@ -378,7 +382,7 @@ class Problem:
         self.table = table
         for name in self._budgets:
             if name not in table.all_metrics:
-                raise ValueError(f"{target.name} has no metric {name!r}; a budget can be of {', '.join(table.all_metrics)}")
+                raise ValueError(f"{target.name} has no metric {name!r}; it has {', '.join(table.all_metrics)}")
         self.cost = priced(table, self.metric)
         self.pinned = self._pinned()
         self._choose()
@@ -394,16 +398,28 @@ class Problem:
 
     def _widths(self) -> WidthsAsked:
         """Return the widths that may be chosen: those asked for, or else 2 to 8, and 16 bits and float where they can be."""
-        if self._bits_asked is not None:
-            return self._bits_asked
         free = [index for index, name in enumerate(self.workload.names) if name not in self.pinned]
         able = (self.table.supported & self._meaningful)[free]
+        if self._bits_asked is not None:
+            self._check_wide(self._bits_asked, able)
+            return self._bits_asked
         found = []
         for others in ((0, 2), (0, 1)):
             by_width: NDArray[np.bool_] = np.any(able, axis=others)
             wide = np.flatnonzero(by_width[WIDE:]) + WIDE
             found.append((*range(FEW_BITS[0], FEW_BITS[1] + 1), *map(int, at_places(wide))))
         return WidthsAsked(*found)
+
+    def _check_wide(self, asked: WidthsAsked, able: NDArray[np.bool_]) -> None:
+        """Raise ValueError for 16 bits or float, if it is asked for and no layer that can be decided can have it."""
+        for operand, widths, others in (("weights", asked.weights, (0, 2)), ("activations", asked.activations, (0, 1))):
+            by_width: NDArray[np.bool_] = np.any(able, axis=others)
+            lacking = [width for width in widths if place_of(width) >= WIDE and not by_width[place_of(width)]]
+            if lacking and able.size:
+                raise ValueError(
+                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which {self.target.name} can't "
+                    "do in any layer that isn't pinned"
+                )
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -429,6 +445,27 @@ class Problem:
         for limit in others:
             if limit.metric == PEAK:
                 self.peak = PeakLimit(self.workload, self.table.batch, limit.amount)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise OutOfReach, naming them and what each could be, for budgets that can't be met together."""
+        programme = self.several
+        if programme is None:
+            return
+        conflict = programme.conflict()
+        if conflict is None:
+            return
+        # The programme has the peak last.
+        ordered = sorted(self.limits, key=lambda limit: not limit.is_sum)
+        parts = []
+        for index, least in zip(conflict.limits, conflict.least, strict=True):
+            limit = ordered[index]
+            others = [ordered[other] for other in conflict.limits if other != index]
+            within = join_words([f"{other.metric} within {describe_amount(other.amount, other.metric)}" for other in others])
+            if math.isfinite(least):
+                parts.append(f"with {within}, {limit.metric} is at least {describe_amount(least, limit.metric, UP)}")
+        asked = [f"{ordered[index].metric}={self._budgets.get(ordered[index].metric)}" for index in conflict.limits]
+        raise OutOfReach(f"budgets {join_words(asked)} can't be met together on {self.target.name}: {'; '.join(parts)}")
 
     @property
     def limit(self) -> float:
@@ -451,7 +488,9 @@ class Problem:
             if limit.is_given:
                 of = f"{limit.fraction:.3g} of {self.reference_words}"
                 words.append(f"{limit.metric} within {describe_amount(limit.amount, limit.metric)} ({of})")
-        if self.goal.kind != BEST.kind:
+        if self.goal.kind == TRADEOFF:
+            words.insert(0, f"{self.goal.words(self.objective)}, budget {describe_amount(self.tradeoff_target, self.metric)}")
+        if self.goal.kind == CHEAPEST:
             words.insert(0, f"{self.goal.words(self.objective)} by {self.metric}")
         return ", ".join(words)
 
@@ -647,6 +686,20 @@ class Problem:
             a_bits[list(decision.layers)] = decision.pairs[pick, 1]
         return self.peak.holds(a_bits)
 
+    @property
+    def several(self) -> Programme | None:
+        """Return what fits all budgets together; None where there is one, of a sum."""
+        if len(self.limits) == 1:
+            return None
+        made, decisions, limits = self._several
+        if made is None or decisions is not self.decisions or limits is not self.limits:
+            peak = None
+            if self.peak is not None:
+                peak = PeakOfDecisions.of(self.workload, self.decisions, self.peak.batch, self.peak.amount)
+            made = Programme(self.decisions, [limit.amount for limit in self.limits if limit.is_sum], peak)
+            self._several = (made, self.decisions, self.limits)
+        return made
+
     def meets(self, evaluation: Evaluation) -> bool:
         """Say whether a policy that was evaluated is good enough for the goal."""
         return self.goal.is_met(self.objective, evaluation.value, self.float_result.value)
@@ -829,10 +882,11 @@ class Problem:
     def largest(self) -> float:
         """Return the largest budget: what the reference costs, or the least that a policy does where that is more.
 
-        Where 16 bits or float can be chosen, it is what the dearest policy costs if that is more.
+        Where 16 bits or float can be chosen, or another reference is asked for, it is what the dearest policy costs if that is
+        more.
         """
         found = max(self.reference, self.smallest)
-        if self.bits[1] > Q.MAX_BITS:
+        if self.bits[1] > Q.MAX_BITS or self._reference_asked is not None:
             found = max(found, float(sum(decision.prices.max() for decision in self.decisions)))
         return found
 

@@ -24,6 +24,7 @@ from haq.reporting.drawing import (
     level,
     limit,
     micro,
+    micro_words,
     palette,
     plot,
     rounded,
@@ -31,19 +32,22 @@ from haq.reporting.drawing import (
     shape_by,
     within,
 )
+from haq.reporting.heights import NOT_TO_SCALE, height_of, ticks_of, top_of
 from haq.reporting.reading import RunFolder
 from haq.store.history import HistoryRow
 from haq.store.records import LayerRecord, ProblemRecord
-from haq.store.units import begin, best_unit, percent
+from haq.store.units import NOTHING, begin, best_unit, kind_of_cost, metric_words, percent
+from hw_models.registry import join_words
+from hw_models.storage import BITS
+from hw_models.widths import FLOAT, pair_words, width_words
 
 LABELLED = 40  # layers, at most, whose bars have their bits written at them in full size
 OPERANDS = ("weights", "activations")
-WHEN = ("before, 8/8", "after")
-WITHIN = {True: "within", False: "above"}
+AFTER = "after"
 
 
 class _Cost(NamedTuple):
-    """A layer with its bits, and what it costs before, at 8/8 bits, and after."""
+    """A layer with its widths, float being 32, and what it costs before, in the reference, and after."""
 
     layer: LayerRecord
     weight_bits: int
@@ -51,15 +55,21 @@ class _Cost(NamedTuple):
     before: float
     after: float
 
+    @property
+    def words(self) -> str:
+        """Write the widths of weights and activations."""
+        return pair_words(self.weight_bits, self.activation_bits)
+
 
 def bits(run: RunFolder) -> Picture:
     """Draw weight bits up and activation bits down, over each layer's share of the cost, as in HAQ's paper."""
     problem = run.problem
     assert run.policy is not None
     costs = []
-    for layer, (weight_bits, activation_bits) in zip(problem.layers, run.policy, strict=True):
-        after = layer.cost[weight_bits - 1][activation_bits - 1]
-        costs.append(_Cost(layer, weight_bits, activation_bits, layer.cost[-1][-1], after))
+    for layer, (weight_bits, activation_bits), reference in zip(problem.layers, run.policy, problem.before, strict=True):
+        before, after = layer.cost_at(*reference), layer.cost_at(weight_bits, activation_bits)
+        costs.append(_Cost(layer, weight_bits, activation_bits, before or 0.0, after or 0.0))
+    when = (f"before, {problem.before_words}", AFTER)
     bars: list[Row] = []
     shares: list[Row] = []
     for cost in costs:
@@ -67,23 +77,47 @@ def bits(run: RunFolder) -> Picture:
         if cost.layer.fixed:
             chosen = "fixed"
         bar = {"layer": cost.layer.name, "kind": cost.layer.kind, "chosen": chosen}
-        bars.append({**bar, "operand": "weights", "bits": cost.weight_bits, "height": cost.weight_bits})
-        bars.append({**bar, "operand": "activations", "bits": cost.activation_bits, "height": -cost.activation_bits})
-        widths = f"{cost.weight_bits}/{cost.activation_bits}"
-        for when, value, at in ((WHEN[0], cost.before, "8/8"), (WHEN[1], cost.after, widths)):
+        for operand, width, sign in (("weights", cost.weight_bits, 1), ("activations", cost.activation_bits, -1)):
+            bars.append({**bar, "operand": operand, "bits": _bar_label(width), "height": sign * height_of(width)})
+        for time, value, at in ((when[0], cost.before, problem.before_words), (AFTER, cost.after, cost.words)):
             share = rounded(100 * value / problem.uniform8)
             amounts = {"cost": amount(value, problem.metric), "share": share}
-            shares.append({"layer": cost.layer.name, "when": when, "bits": at, **amounts})
-    metric = problem.metric
+            shares.append({"layer": cost.layer.name, "when": time, "bits": at, **amounts})
+    metric = metric_words(problem.metric)
+    widths = [width for cost in costs for width in (cost.weight_bits, cost.activation_bits)]
     return Picture(
         "Bits per layer, and what each layer costs",
         _bits_say(run, costs),
-        [_bars(bars, len(costs)), _shares(shares, metric, problem.cost_kind)],
-        ["layer", "kind", "MACs", "parameters", "weight bits", "activation bits", f"{metric} at 8/8", "after", "share at 8/8"],
+        [_bars(bars, len(costs), widths), _shares(shares, problem, when)],
+        [
+            "layer",
+            "kind",
+            "MACs",
+            "parameters",
+            "weight bits",
+            "activation bits",
+            f"{metric} {_at(problem)}",
+            "after",
+            f"share {_at(problem)}",
+        ],
         [_bits_row(cost, problem) for cost in costs],
-        _bits_note(problem),
+        _bits_note(problem, widths),
         columns=len(costs),
     )
+
+
+def _bar_label(width: int) -> int | str:
+    """Return what stands at a bar: its width."""
+    if width == FLOAT:
+        return width_words(width)
+    return width
+
+
+def _at(problem: ProblemRecord) -> str:
+    """Say what costs before are of: "at 8/8"."""
+    if problem.before_words == "reference":
+        return "in the reference"
+    return f"at {problem.before_words}"
 
 
 def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
@@ -91,24 +125,37 @@ def _bits_say(run: RunFolder, costs: list[_Cost]) -> str:
     problem, metric = run.problem, run.problem.metric
     weights = [cost.weight_bits for cost in costs]
     activations = [cost.activation_bits for cost in costs]
+    least_w, most_w, least_a, most_a = map(width_words, (min(weights), max(weights), min(activations), max(activations)))
     used = amount(sum(cost.after for cost in costs), metric)
     uniform8 = amount(problem.uniform8, metric)
     most = max(costs, key=lambda cost: cost.before)
     before, after = amount(most.before, metric), amount(most.after, metric)
     return (
-        f"{len(costs)} layers; weights have {min(weights)} to {max(weights)} bits, {statistics.mean(weights):.1f} on average, "
-        f"activations {min(activations)} to {max(activations)}, {statistics.mean(activations):.1f} on average. Together they "
-        f"take {used} of {metric} instead of {uniform8} at 8/8 bits ({problem.cost_kind}). The layer that costs most at 8/8, "
-        f"{most.layer.name}, goes from {before} to {after} at {most.weight_bits}/{most.activation_bits} bits."
+        f"{len(costs)} layers; weights have {least_w} to {most_w} bits, {statistics.mean(weights):.1f} on average, "
+        f"activations {least_a} to {most_a}, {statistics.mean(activations):.1f} on average. Together they "
+        f"take {used} of {metric_words(metric)} instead of {uniform8} {problem.at_before} ({problem.cost_kind}). The layer "
+        f"that costs most {_at(problem)}, {most.layer.name}, goes from {before} to {after} at {most.words} bits."
     )
 
 
-def _bits_note(problem: ProblemRecord) -> str:
-    """Say how the chart of bits is to be read."""
+def _bits_note(problem: ProblemRecord, widths: list[int]) -> str:
+    """Say how the chart of bits is to be read.
+
+    Args:
+        problem: What is searched.
+        widths: All that are drawn.
+
+    Returns:
+        Sentences.
+    """
     note = (
         "Weights up, activations (a layer's input) down, as in HAQ's paper; below them each layer's share of the "
-        f"{problem.metric} ({problem.cost_kind})."
+        f"{metric_words(problem.metric)} ({problem.cost_kind})."
     )
+    if max(widths) > BITS:
+        note += f" {NOT_TO_SCALE}"
+    if FLOAT in widths:
+        note += f" Float counts {FLOAT} bits in averages."
     if any(layer.fixed for layer in problem.layers):
         note += " Pale bars, with a * in the table, are fixed and not searched."
     return note
@@ -124,8 +171,8 @@ def _bits_row(cost: _Cost, problem: ProblemRecord) -> list[str]:
         cost.layer.kind,
         f"{cost.layer.macs:,}",
         f"{cost.layer.parameters:,}",
-        f"{cost.weight_bits}{star}",
-        f"{cost.activation_bits}{star}",
+        f"{width_words(cost.weight_bits)}{star}",
+        f"{width_words(cost.activation_bits)}{star}",
         amount(cost.before, problem.metric),
         amount(cost.after, problem.metric),
         percent(cost.before / problem.uniform8, 1),
@@ -136,12 +183,26 @@ def _bits_row(cost: _Cost, problem: ProblemRecord) -> list[str]:
 _AXIS: dict[str, Any] = {"minExtent": 34, "maxExtent": 34}
 
 
-def _bars(rows: list[Row], layers: int) -> dict[str, Any]:
+def _bars(rows: list[Row], layers: int, widths: list[int]) -> dict[str, Any]:
+    """Draw bars of bits, weights up and activations down.
+
+    Args:
+        rows: A row for each bar.
+        layers: How many layers there are.
+        widths: All that are drawn, float being 32.
+
+    Returns:
+        What Vega-Lite draws.
+    """
     colors = ["var(--weights)", "var(--activations)"]
-    axis = alt.Axis(values=[-8, -4, 0, 4, 8], labelExpr="abs(datum.value)", **_AXIS)
+    marks = ticks_of(widths)
+    edge = top_of(widths) + 1.5
+    axis = alt.Axis(values=[*(-height for height in reversed(marks)), 0, *marks], labelExpr=_label_of(marks), **_AXIS)
     base = plot(rows).encode(x=alt.X("layer:N", sort=None, title=None, axis=alt.Axis(labels=False, ticks=False)))
     bars = base.mark_bar(strokeWidth=1.5).encode(
-        y=alt.Y("height:Q", title="activations ← bits → weights", scale=alt.Scale(domain=[-9.5, 9.5], nice=False), axis=axis),
+        y=alt.Y(
+            "height:Q", title="activations ← bits → weights", scale=alt.Scale(domain=[-edge, edge], nice=False), axis=axis
+        ),
         color=color_by("operand", OPERANDS, colors),
         stroke=alt.Stroke("operand:N", scale=alt.Scale(domain=list(OPERANDS), range=colors), legend=legend(OPERANDS)),
         fillOpacity=alt.condition("datum.chosen == 'fixed'", alt.value(0.15), alt.value(1)),
@@ -160,21 +221,44 @@ def _bars(rows: list[Row], layers: int) -> dict[str, Any]:
     return finished(alt.layer(bars, *texts, zero), 240)
 
 
-def _shares(rows: list[Row], metric: str, kind: str) -> dict[str, Any]:
+def _label_of(marks: dict[int, str]) -> str:
+    """Write the expression by which Vega labels an axis of bits, whose wide bars aren't as tall as their widths."""
+    expression = "abs(datum.value)"
+    for height, words in marks.items():
+        if words != str(height):
+            expression = f"abs(datum.value) == {height} ? '{words}' : {expression}"
+    return expression
+
+
+def _shares(rows: list[Row], problem: ProblemRecord, when: tuple[str, str]) -> dict[str, Any]:
+    """Draw each layer's share of the cost, before and after.
+
+    Args:
+        rows: A row for each bar.
+        problem: What is searched.
+        when: What the two are called.
+
+    Returns:
+        What Vega-Lite draws.
+    """
+    metric, kind = metric_words(problem.metric), problem.cost_kind
+    of_what, whole = "8/8", "the 8-bit network"
+    if problem.before_words != "8/8":
+        of_what = whole = "the reference"
     bars = plot(rows).mark_bar(strokeWidth=1)
     return finished(
         bars.encode(
             x=alt.X("layer:N", sort=None, title=None, axis=alt.Axis(labelAngle=-90, labelLimit=170, labelOverlap=False)),
-            xOffset=alt.XOffset("when:N", sort=list(WHEN)),
-            y=alt.Y("share:Q", title=f"{metric}, % of 8/8", axis=alt.Axis(**_AXIS, tickCount=4)),
-            color=color_by("when", WHEN, ["var(--before)", "var(--after)"]),
+            xOffset=alt.XOffset("when:N", sort=list(when)),
+            y=alt.Y("share:Q", title=f"{metric}, % of {of_what}", axis=alt.Axis(**_AXIS, tickCount=4)),
+            color=color_by("when", when, ["var(--before)", "var(--after)"]),
             stroke=alt.value("var(--after)"),
             tooltip=[
                 "layer:N",
                 "when:N",
                 "bits:N",
                 alt.Tooltip("cost:N", title=f"{metric} ({kind})"),
-                alt.Tooltip("share:Q", title="% of the 8-bit network", format=".2f"),
+                alt.Tooltip("share:Q", title=f"% of {whole}", format=".2f"),
             ],
         ),
         260,
@@ -184,14 +268,40 @@ def _shares(rows: list[Row], metric: str, kind: str) -> dict[str, Any]:
 class _Uniform(NamedTuple):
     """A uniform policy on the chart of what was tried."""
 
-    bits: int
+    bits: int | str
     cost: float
     value: float
 
 
+class _Axis(NamedTuple):
+    """A metric against which values are drawn, with what policies cost by it."""
+
+    metric: str
+    limit: float | None  # in its unit
+    whole: float  # what the reference takes
+    kind: str  # estimated, measured or counted
+    column: int  # of a row's further costs; -1 is the main metric's own
+
+    def cost(self, row: HistoryRow) -> float:
+        """Return what a policy costs by this metric; infinity if the target can't do it."""
+        if self.column < 0:
+            return row.cost
+        return row.others[self.column]
+
+
+def _axes(problem: ProblemRecord) -> list[_Axis]:
+    """List the metrics against which values are drawn: the main one, then the others that are limited."""
+    found = [_Axis(problem.metric, problem.limit, problem.uniform8, problem.cost_kind, -1)]
+    for column, further in enumerate(problem.further):
+        kind = kind_of_cost(further.metric, problem.target.provenance)
+        found.append(_Axis(further.metric, further.amount, further.reference, kind, column))
+    return found
+
+
 def tried(run: RunFolder) -> Picture:
-    """Draw every policy tried, its value against its cost, with the Pareto front, uniform policies, budget and float."""
+    """Draw every policy tried, its value against its costs, with the Pareto front, uniform policies, budgets and float."""
     problem, objective = run.problem, run.problem.objective_title
+    axes = _axes(problem)
     uniform: list[_Uniform] = []
     if run.result is not None:
         uniform = [_Uniform(row.bits, row.cost, problem.value(row, "search")) for row in run.result.uniform]
@@ -206,34 +316,82 @@ def tried(run: RunFolder) -> Picture:
         on_front = ""
         if (one.cost, one.accuracy) in best_points:
             on_front = "yes"
-        widths = [" ".join(map(str, bits)) for bits in (one.weight_bits, one.activation_bits)]
-        figures = [problem.show(one.accuracy), amount(one.cost, problem.metric), WITHIN[one.within_budget]]
-        cells.append([one.solver, str(one.evaluation), *figures, on_front, *widths])
+        widths = [" ".join(map(width_words, bits)) for bits in (one.weight_bits, one.activation_bits)]
+        costs = [_amount(axis.cost(one), axis.metric) for axis in axes]
+        cells.append(
+            [
+                one.solver,
+                str(one.evaluation),
+                problem.show(one.accuracy),
+                *costs,
+                problem.verdicts[one.within_budget],
+                on_front,
+                *widths,
+            ]
+        )
+    specs = [_points(run, axes[0], uniform, best, edge)]
+    for axis in axes[1:]:
+        points = [(axis.cost(one), one.accuracy) for one in run.history if axis.cost(one) < math.inf]
+        specs.append(_points(run, axis, [], front(points, problem.higher_is_better), edge))
+    verdict = "budget"
+    if problem.goal is not None or len(axes) > 1:
+        verdict = "verdict"
+    names = [metric_words(axis.metric) for axis in axes]
     return Picture(
-        f"{begin(objective)} against {problem.metric}: every policy tried",
+        f"{begin(objective)} against {join_words(names)}: every policy tried",
         _tried_says(run),
-        [_points(run, uniform, best, edge)],
-        ["solver", "evaluation", objective, problem.metric, "budget", "Pareto front", "weight bits", "activation bits"],
+        specs,
+        ["solver", "evaluation", objective, *names, verdict, "Pareto front", "weight bits", "activation bits"],
         cells,
         _tried_note(problem, bool(uniform), beyond, edge),
     )
+
+
+def _amount(cost: float, metric: str) -> str:
+    """Write what a policy costs; a dash where the target can't do it."""
+    if math.isinf(cost):
+        return NOTHING
+    return amount(cost, metric)
 
 
 def _tried_says(run: RunFolder) -> str:
     """Say what the chart of everything tried shows."""
     problem, metric = run.problem, run.problem.metric
     inside = sum(one.within_budget for one in run.history)
-    says = (
-        f"{len(run.history):,} evaluations by {', '.join(_solvers(run))}, {inside:,} of them within the budget of "
-        f"{amount(problem.limit, metric)} ({problem.cost_kind}). "
-    )
+    says = f"{len(run.history):,} evaluations by {', '.join(_solvers(run))}, {inside:,} of them {_inside_words(problem)}. "
     if run.best is not None:
         found = f"{problem.show(run.best.accuracy)} at {amount(run.best.cost, metric)}"
-        says += f"The best of {run.best.solver} within the budget, ringed, has {found}; "
+        says += f"The {_best_words(problem)} of {run.best.solver}, ringed, has {found}; "
     says += f"float has {problem.show(problem.float_value)}"
     if problem.images:
         says += f" on the same {problem.samples_words}"
     return f"{says}."
+
+
+def _inside_words(problem: ProblemRecord) -> str:
+    """Say what policies are that may be chosen, as a sentence goes on."""
+    if problem.is_cheapest:
+        assert problem.goal is not None
+        words = f"good enough ({problem.show(problem.goal.least)} or better)"
+        if problem.limit_words:
+            words += f" within {micro_words(problem.limit_words)}"
+        return words
+    if problem.further:
+        return f"within {micro_words(problem.limit_words)}"
+    if problem.limit is None:
+        return "free to be chosen"
+    return f"within the budget of {amount(problem.limit, problem.metric)} ({problem.cost_kind})"
+
+
+def _best_words(problem: ProblemRecord) -> str:
+    """Name what is looked for."""
+    if problem.is_cheapest:
+        return "cheapest"
+    if problem.is_tradeoff:
+        return "best trade-off"
+    if problem.further:
+        return "best within all budgets"
+    return "best within the budget"
 
 
 def _tried_note(problem: ProblemRecord, uniform: bool, beyond: int, edge: float) -> str:
@@ -245,8 +403,15 @@ def _tried_note(problem: ProblemRecord, uniform: bool, beyond: int, edge: float)
         beyond: How many marks are drawn at its worse edge.
         edge: Where that is.
     """
+    filled = "A filled mark is within the budget, an empty one above it."
+    if problem.is_cheapest or problem.further:
+        filled = "A filled mark may be chosen, an empty one misses a budget."
+    if problem.is_cheapest:
+        filled = "A filled mark is good enough and within the budgets, if there are any; an empty one isn't."
+    if problem.is_tradeoff:
+        filled = f"Looked for is {problem.goal_words}."
     note = (
-        "A filled mark is within the budget, an empty one above it. The line is the Pareto front: nothing tried costs less "
+        f"{filled} The line is the Pareto front: nothing tried costs less "
         f"and is better. {begin(problem.objective_title)} is measured on the search split, by which policies are chosen; what "
         "they are worth is told by the test split."
     )
@@ -261,31 +426,35 @@ def _solvers(run: RunFolder) -> list[str]:
     return list(dict.fromkeys(one.solver for one in run.history))
 
 
-def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, float]], edge: float) -> dict[str, Any]:
-    """Draw the chart of everything tried.
+def _points(
+    run: RunFolder, axis: _Axis, uniform: list[_Uniform], best: list[tuple[float, float]], edge: float
+) -> dict[str, Any]:
+    """Draw the chart of everything tried, against one metric.
 
     Args:
         run: The run.
+        axis: The metric.
         uniform: Uniform policies.
         best: The Pareto front.
         edge: Where the scale ends on its worse side.
     """
     problem, objective = run.problem, run.problem.objective_title
-    metric, kind = problem.metric, problem.cost_kind
-    unit, size = best_unit(problem.uniform8, metric)
+    metric, kind = axis.metric, axis.kind
+    unit, size = best_unit(axis.whole, metric)
+    yes = problem.verdicts[True]
 
     def at(cost: float, value: float) -> Row:
         return {"x": rounded(cost / size), "y": rounded(problem.plotted(within(problem, value, edge)))}
 
     def mark(policy: str, mean: str, cost: float, value: float, holds: bool) -> Row:
-        words = {"is": problem.show(value), "cost": amount(cost, metric), "within": WITHIN[holds]}
+        words = {"is": problem.show(value), "cost": amount(cost, metric), "within": problem.verdicts[holds]}
         return {"policy": policy, "mean": mean, **at(cost, value), **words}
 
     rows: list[Row] = []
     for one in run.history:
-        if one.cost == math.inf:
+        if axis.cost(one) == math.inf:
             continue
-        row = mark(one.solver, _means(one), one.cost, one.accuracy, one.within_budget)
+        row = mark(one.solver, _means(one), axis.cost(one), one.accuracy, one.within_budget)
         rows.append({**row, "evaluation": one.evaluation})
     names = _solvers(run)
     colors = palette(names)
@@ -293,9 +462,9 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
         names.append(UNIFORM)
         colors.append("var(--muted)")
     for bits, cost, value in uniform:
-        rows.append(mark(UNIFORM, str(bits), cost, value, cost <= problem.limit * (1 + 1e-9)))
+        rows.append(mark(UNIFORM, str(bits), cost, value, _may_be_chosen(problem, cost, value)))
     top = max([problem.float_value, *(value for _, value in best)], key=problem.score)
-    x = alt.X("x:Q", title=f"{metric}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
+    x = alt.X("x:Q", title=f"{metric_words(metric)}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
     y = alt.Y("y:Q", title=problem.on_axis(f"{objective} on the search split"), scale=scale_of(problem, edge, top))
     marks = plot(rows).mark_point(size=55, strokeWidth=1.3)
     marks = marks.encode(
@@ -304,12 +473,12 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
         color=color_by("policy", names, colors),
         fill=alt.Fill("policy:N", scale=alt.Scale(domain=names, range=colors), legend=legend(names)),
         shape=shape_by("policy", names),
-        fillOpacity=alt.condition("datum.within == 'within'", alt.value(0.6), alt.value(0)),
+        fillOpacity=alt.condition(f"datum.within == '{yes}'", alt.value(0.6), alt.value(0)),
         tooltip=[
             "policy:N",
             "evaluation:Q",
             alt.Tooltip("is:N", title=f"{objective} (measured)"),
-            alt.Tooltip("cost:N", title=f"{metric} ({kind})"),
+            alt.Tooltip("cost:N", title=f"{metric_words(metric)} ({kind})"),
             alt.Tooltip("within:N", title="budget"),
             alt.Tooltip("mean:N", title="bits, on average"),
         ],
@@ -317,7 +486,7 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
     steps = plot([at(*point) for point in best]).mark_line(interpolate="step-after", color="var(--ink)", strokeWidth=1.2)
     layers = [
         *level(problem.float_value, "float", y, problem.objective_unit),
-        *limit(problem.limit / size, "budget", x),
+        *_bounds(problem, axis, size, x, y),
         steps.encode(x=x, y=y),
         marks,
     ]
@@ -325,13 +494,49 @@ def _points(run: RunFolder, uniform: list[_Uniform], best: list[tuple[float, flo
         widths = plot([row for row in rows if row["policy"] == UNIFORM])
         layers.append(widths.mark_text(dx=10, fontSize=11, color="var(--muted)").encode(x=x, y=y, text="mean:N"))
     if run.best is not None:
-        ring = plot([at(run.best.cost, run.best.accuracy)]).mark_point(size=260, strokeWidth=2, color="var(--ink)")
+        ring = plot([at(axis.cost(run.best), run.best.accuracy)]).mark_point(size=260, strokeWidth=2, color="var(--ink)")
         layers.append(ring.encode(x=x, y=y))
     return finished(alt.layer(*layers), 360)
 
 
+def _may_be_chosen(problem: ProblemRecord, cost: float, value: float) -> bool:
+    """Tell whether a policy is good enough and within the main budget, but for rounding."""
+    holds = problem.limit is None or cost <= problem.limit * (1 + 1e-9)
+    if not problem.is_cheapest:
+        return holds
+    assert problem.goal is not None
+    assert problem.goal.least is not None
+    return holds and problem.score(value) >= problem.score(problem.goal.least)
+
+
+def _bounds(problem: ProblemRecord, axis: _Axis, size: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """Draw the budget of a metric, what a trade-off aims at, and the value that is good enough.
+
+    Args:
+        problem: What is searched.
+        axis: The metric.
+        size: Of the unit on its axis.
+        x: Its axis.
+        y: The axis of values.
+
+    Returns:
+        The layers.
+    """
+    layers: list[alt.Chart] = []
+    if axis.limit is not None:
+        layers += limit(axis.limit / size, "budget", x)
+    goal = problem.goal
+    if goal is not None and goal.target is not None and axis.column < 0:
+        layers += limit(goal.target / size, "aimed at", x)
+    if goal is not None and goal.least is not None:
+        layers += level(goal.least, "good enough from", y, problem.objective_unit)
+    return layers
+
+
 def convergence(run: RunFolder) -> Picture:
-    """Draw the best value within the budget so far, against evaluations, for each solver."""
+    """Draw the best so far, against evaluations, for each solver: its value, or the cost of the cheapest."""
+    if run.problem.is_cheapest:
+        return _cheapest_so_far(run)
     problem, objective = run.problem, run.problem.objective_title
     solvers = _solvers(run)
     rises: list[Row] = []
@@ -382,13 +587,57 @@ def convergence(run: RunFolder) -> Picture:
 
 
 def _records(problem: ProblemRecord, rows: list[HistoryRow]) -> Iterator[HistoryRow]:
-    """Yield the evaluations within the budget that are better than all before them."""
-    best = -math.inf
+    """Yield the evaluations that may be chosen, and are better than all before them by what is looked for."""
+    best = math.inf
     for one in rows:
-        score = problem.score(one.accuracy)
-        if one.within_budget and score > best:
-            best = score
+        rank = problem.rank(one.accuracy, one.loss, one.cost)[0]
+        if one.within_budget and rank < best:
+            best = rank
             yield one
+
+
+def _cheapest_so_far(run: RunFolder) -> Picture:
+    """Draw what the cheapest policy so far costs that is good enough, against evaluations, for each solver."""
+    problem, metric, solvers = run.problem, run.problem.metric, _solvers(run)
+    unit, size = best_unit(problem.uniform8, metric)
+    falls: list[Row] = []
+    ends: list[Row] = []
+    says = []
+    for solver in solvers:
+        mine = [one for one in run.history if one.solver == solver]
+        better = list(_records(problem, mine))
+        if not better:
+            says.append(f"{solver}: nothing good enough in {mine[-1].evaluation} evaluations")
+            continue
+        for one in better:
+            at = {"evaluation": one.evaluation, "y": rounded(one.cost / size)}
+            falls.append({"solver": solver, **at, "is": amount(one.cost, metric), "value": problem.show(one.accuracy)})
+        ends.append({**falls[-1], "evaluation": mine[-1].evaluation})
+        best = better[-1]
+        found = f"{amount(best.cost, metric)} with {problem.show(best.accuracy)}"
+        says.append(f"{solver}: {found}, first at evaluation {best.evaluation} of {mine[-1].evaluation}")
+    longest = max(one.evaluation for one in run.history)
+    title = f"cheapest {metric_words(metric)} so far"
+    x = alt.X("evaluation:Q", title="evaluation", scale=alt.Scale(domain=[0, rounded(1.02 * longest)], nice=False))
+    y = alt.Y("y:Q", title=f"{title}, {micro(unit)} ({problem.cost_kind})", scale=alt.Scale(zero=False))
+    color = color_by("solver", solvers, palette(solvers))
+    line = plot([*falls, *ends]).mark_line(interpolate="step-after", strokeWidth=1.6).encode(x=x, y=y, color=color)
+    tooltip = [
+        "solver:N",
+        "evaluation:Q",
+        alt.Tooltip("is:N", title=title),
+        alt.Tooltip("value:N", title=problem.objective_title),
+    ]
+    marks = plot(falls).mark_point(size=50, filled=True, opacity=0.9)
+    marks = marks.encode(x=x, y=y, color=color, shape=shape_by("solver", solvers), tooltip=tooltip)
+    return Picture(
+        "Convergence: the cheapest so far",
+        "; ".join(says) + ".",
+        [finished(alt.layer(line, marks), 260)],
+        ["solver", "evaluation", title, problem.objective_title],
+        [[row["solver"], str(row["evaluation"]), row["is"], row["value"]] for row in falls],
+        f"Of policies that are good enough on the search split: {problem.goal_words}.",
+    )
 
 
 def _means(one: HistoryRow) -> str:

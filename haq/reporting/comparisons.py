@@ -31,7 +31,7 @@ from haq.reporting.drawing import (
 )
 from haq.reporting.reading import RunFolder
 from haq.store.records import FinishedSweepRecord, RobustnessRecord, SweepFound, SweepTarget, SweepUniform
-from haq.store.units import begin, best_unit, percent
+from haq.store.units import begin, best_unit, metric_words, percent
 
 YES_OR_NO = {True: "yes", False: "no"}
 
@@ -51,10 +51,18 @@ def sweep(content: FinishedSweepRecord, target: SweepTarget) -> Picture:
         policy = f"{row['policy']} {row['label']}".strip()
         cells.append([policy, row["budget"], row["cost"], f"{row['x']:.3f}", row["is"], row["seeds"], front])
     return Picture(
-        f"{target.name}: {objective} against {metric}",
+        f"{target.name}: {objective} against {metric_words(metric)}",
         _sweep_says(content, target, sum(row["front"] == "yes" for row in rows)),
         [_panel(content, target, rows, solvers, edge)],
-        ["policy", "budget", f"{metric} ({target.kind})", "of uniform 8 bits", f"test {objective}", "seeds", "Pareto front"],
+        [
+            "policy",
+            "budget",
+            f"{metric_words(metric)} ({target.kind})",
+            f"of {target.reference_short}",
+            f"test {objective}",
+            "seeds",
+            "Pareto front",
+        ],
         cells,
         _sweep_note(content, target, edge),
     )
@@ -69,8 +77,8 @@ def _sweep_says(content: FinishedSweepRecord, target: SweepTarget, on_front: int
     of_float = content.show(content.value(content.of_float, "test"))
     return (
         f"{', '.join(solvers)} at budgets {', '.join(budgets)}; {on_front} policies are on the Pareto front. The best one, "
-        f"by {best.solver} at budget {best.budget}, has {value} on the test split at {best.fraction:.3f} of uniform 8 bits; "
-        f"float has {of_float}."
+        f"by {best.solver} at budget {best.budget}, has {value} on the test split at {best.fraction:.3f} of "
+        f"{target.reference_short}; float has {of_float}."
     )
 
 
@@ -134,7 +142,8 @@ def _panel(
 ) -> dict[str, Any]:
     objective, names = content.objective_title, [*solvers, UNIFORM]
     of_float = content.value(content.of_float, "test")
-    x = alt.X("x:Q", title=f"{content.metric}, fraction of uniform 8 bits ({target.kind})", scale=alt.Scale(zero=False))
+    title = f"{metric_words(content.metric)}, fraction of {target.reference_short} ({target.kind})"
+    x = alt.X("x:Q", title=title, scale=alt.Scale(zero=False))
     shown = [content.value(row, "test") for row in (*target.found, *target.uniform)]
     scale = scale_of(content, edge, max([of_float, *shown], key=content.score))
     title = f"{content.on_axis(f'test {objective}')} (measured)"
@@ -148,7 +157,7 @@ def _panel(
         "budget:N",
         alt.Tooltip("is:N", title=f"test {objective} (measured)"),
         "seeds:N",
-        alt.Tooltip("cost:N", title=f"{content.metric} ({target.kind})"),
+        alt.Tooltip("cost:N", title=f"{metric_words(content.metric)} ({target.kind})"),
         alt.Tooltip("front:N", title="Pareto front"),
     ]
     marks = plot(rows).mark_point(size=60, filled=True, opacity=0.9)
@@ -234,6 +243,7 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     """
     problem = runs[0][1].problem
     objective, metric, kind = problem.objective_title, problem.metric, problem.cost_kind
+    metric_is = metric_words(metric)
     unit, size = best_unit(problem.uniform8, metric)
     fronts = {name: front(_priced(run), problem.higher_is_better) for name, run in runs}
     values = [value for points in fronts.values() for _, value in points]
@@ -247,14 +257,14 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     found = [row(name, run.best.cost, run.best.accuracy) for name, run in runs if run.best is not None]
     says = "; ".join(f"{one['run']}: {one['is']} at {one['cost']}" for one in found) or "nothing yet"
     names = list(fronts)
-    x = alt.X("x:Q", title=f"{metric}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
+    x = alt.X("x:Q", title=f"{metric_is}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
     top = max([problem.float_value, *values], key=problem.score)
     y = alt.Y("y:Q", title=problem.on_axis(f"{objective} on the search split"), scale=scale_of(problem, edge, top))
     color, shape = color_by("run", names, palette(names)), shape_by("run", names)
     tooltip = [
         "run:N",
         alt.Tooltip("is:N", title=f"{objective} (measured)"),
-        alt.Tooltip("cost:N", title=f"{metric} ({kind})"),
+        alt.Tooltip("cost:N", title=f"{metric_is} ({kind})"),
     ]
     marks = plot(steps).mark_point(size=35, filled=True)
     rings = plot(found).mark_point(size=230, strokeWidth=2)
@@ -271,10 +281,10 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
     if any(is_beyond(problem, value, edge) for value in values):
         note += f" What is {edge_words(problem, edge, 'is')}."
     return Picture(
-        f"{problem.network} on {problem.target.name}: {objective} against {metric}",
+        f"{problem.network} on {problem.target.name}: {objective} against {metric_is}",
         f"The best within each budget: {says}. Float has {problem.show(problem.float_value)}.",
         [finished(layers, 340)],
-        ["run", f"{objective} (measured)", f"{metric} ({kind})"],
+        ["run", f"{objective} (measured)", f"{metric_is} ({kind})"],
         [[one["run"], one["is"], one["cost"]] for one in steps],
         note,
     )

@@ -66,6 +66,11 @@ def micro(unit: str) -> str:
     return unit.replace("u", "µ")
 
 
+def micro_words(words: str) -> str:
+    """Write amounts in a sentence with a proper micro, as `amount` does."""
+    return words.replace(" us ", " µs ").replace(" uJ ", " µJ ")
+
+
 def amount(value: float, metric: str) -> str:
     """Write an amount as commands print it, but with a proper micro."""
     return describe_amount(value, metric).replace(" u", " µ")

@@ -10,7 +10,7 @@ from haq.reporting.drawing import Picture, amount
 from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
 from haq.store.records import FinishedSweepRecord, objective_title
-from haq.store.units import NOTHING
+from haq.store.units import NOTHING, metric_words
 
 HEAD = (
     "folder",
@@ -65,12 +65,19 @@ def line(source: RunFolder | SweepFolder, name: str) -> list[str]:
     if source.result is None:
         return _line_of_unfinished(source, name)
     result = source.result
-    used, limit = (amount(value, result.budget.metric) for value in (result.budget.used, source.problem.limit))
+    used = "; ".join(_used(budget.metric, budget.used, budget.limit) for budget in result.all_budgets)
     of_float, found = (result.show(result.value(row, "test")) for row in (result.of_float, result.found))
     tuned = NOTHING
     if result.finetuned is not None:
         tuned = result.show(result.value(result.finetuned, "test"))
-    return [name, "finished", *_problem_of(source), f"{used} of {limit}", of_float, found, tuned]
+    return [name, "finished", *_problem_of(source), used, of_float, found, tuned]
+
+
+def _used(metric: str, used: float, limit: float | None) -> str:
+    """Write what is used of a budget, or of a metric that none limits."""
+    if limit is None:
+        return amount(used, metric)
+    return f"{amount(used, metric)} of {amount(limit, metric)}"
 
 
 def joint(runs: Sequence[tuple[str, RunFolder]]) -> list[Picture]:
@@ -104,18 +111,28 @@ def _line_of_sweep(source: SweepFolder, name: str) -> list[str]:
 
 def _line_of_unfinished(source: RunFolder, name: str) -> list[str]:
     problem = source.problem
-    used, found = NOTHING, NOTHING
+    found = NOTHING
+    used = " of ".join([NOTHING, *_limits(problem.metric, problem.limit)])
     if source.best is not None:
-        used = amount(source.best.cost, problem.metric)
+        parts = [_used(problem.metric, source.best.cost, problem.limit)]
+        further = zip(problem.further, source.best.others, strict=True)
+        used = "; ".join([*parts, *(_used(limit.metric, cost, limit.amount) for limit, cost in further)])
         found = f"{problem.show(source.best.accuracy)} (search)"
-    limit = amount(problem.limit, problem.metric)
     of_float = f"{problem.show(problem.float_value)} (search)"
-    return [name, "unfinished", *_problem_of(source), f"{used} of {limit}", of_float, found, NOTHING]
+    return [name, "unfinished", *_problem_of(source), used, of_float, found, NOTHING]
+
+
+def _limits(metric: str, limit: float | None) -> list[str]:
+    """Write a limit, if there is one."""
+    if limit is None:
+        return []
+    return [amount(limit, metric)]
 
 
 def _problem_of(run: RunFolder) -> list[str]:
     problem = run.problem
-    return [problem.network, problem.objective_title, problem.target.name, problem.metric, run.solver]
+    metrics = [problem.metric, *(limit.metric for limit in problem.further)]
+    return [problem.network, problem.objective_title, problem.target.name, ", ".join(map(metric_words, metrics)), run.solver]
 
 
 def _problem_key(run: tuple[str, RunFolder]) -> tuple[str, ...]:

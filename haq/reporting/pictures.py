@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from haq.reporting.heights import height_of, ticks_of, top_of
 from haq.store import files
 from haq.store.records import (
+    UNIFORM_8,
     FinishedSweepRecord,
     JudgedRecord,
     Measurement,
@@ -17,8 +20,9 @@ from haq.store.records import (
     RobustnessRecord,
     SweepTarget,
 )
-from haq.store.units import PERCENT, describe_amount
-from hw_models.storage import BITS
+from haq.store.units import PERCENT, describe_amount, metric_words
+from hw_models.registry import join_words
+from hw_models.widths import pair_words, width_of, width_words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,13 +39,13 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
 
     Args:
         problem: What every layer costs at every pair of widths.
-        policy: Widths for all its layers, none of them in float.
+        policy: Widths for all its layers.
 
     Returns:
         A figure; a notebook shows it, `save` writes it.
 
     Raises:
-        ValueError: If the policy is of other layers.
+        ValueError: If the policy is of other layers, or has widths that the target can't do.
     """
     figure = _figure(max(7.0, 0.42 * len(problem.layers) + 2), 6.2)
     bits, share = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -50,34 +54,68 @@ def draw_policy(problem: ProblemRecord, policy: PolicyRecord) -> Figure:
     number_size, name_size = 9, 8
     if len(widths) > MANY:
         number_size, name_size = 6, 5
-    bits.bar(x, [w for w, _ in widths], 0.8, color=WEIGHTS, label="weight bits")
-    bits.bar(x, [-a for _, a in widths], 0.8, color=ACTIVATIONS, label="activation bits")
+    bits.bar(x, [height_of(w) for w, _ in widths], 0.8, color=WEIGHTS, label="weight bits")
+    bits.bar(x, [-height_of(a) for _, a in widths], 0.8, color=ACTIVATIONS, label="activation bits")
     for i, (w, a) in enumerate(widths):
-        bits.text(i, w + 0.2, str(w), ha="center", va="bottom", fontsize=number_size)
-        bits.text(i, -a - 0.2, str(a), ha="center", va="top", fontsize=number_size)
+        bits.text(i, height_of(w) + 0.2, width_words(w), ha="center", va="bottom", fontsize=number_size)
+        bits.text(i, -height_of(a) - 0.2, width_words(a), ha="center", va="top", fontsize=number_size)
     bits.axhline(0, color="black", linewidth=0.8)
-    bits.set_ylim(-BITS - 2, BITS + 2)
-    bits.set_yticks([-8, -4, 0, 4, 8], ["8", "4", "0", "4", "8"])
+    both = [width for pair in widths for width in pair]
+    bits.set_ylim(-top_of(both) - 2, top_of(both) + 2)
+    marks = ticks_of(both)
+    below = [-height for height in reversed(marks)]
+    bits.set_yticks([*below, 0, *marks], [*reversed(marks.values()), "0", *marks.values()])
     bits.set_ylabel("activations      bits      weights")
     bits.legend(loc="upper center", ncols=2, fontsize=8, frameon=False, bbox_to_anchor=(0.5, 1.1))
-    before = [layer.cost[-1][-1] for layer in problem.layers]
-    after = [layer.cost[w - 1][a - 1] for layer, (w, a) in zip(problem.layers, widths, strict=True)]
-    metric, kind = problem.metric, problem.target.provenance.split()[0]
-    bits.set_title(
-        f"{problem.target.name}: {describe_amount(sum(after), metric)} of {describe_amount(problem.limit, metric)} "
-        f"{metric}, {sum(after) / problem.uniform8:.3g} of uniform 8 bits ({kind})",
-        fontsize=10,
-        pad=22,
-    )
-    share.bar(x, [100 * cost / problem.uniform8 for cost in before], 0.8, color=BEFORE, label="at 8/8 bits")
+    before = _costs(problem, problem.before)
+    after = _costs(problem, widths)
+    bits.set_title(_title(problem, sum(after)), fontsize=10, pad=22)
+    share.bar(x, [100 * cost / problem.uniform8 for cost in before], 0.8, color=BEFORE, label=_at_before(problem))
     share.bar(x, [100 * cost / problem.uniform8 for cost in after], 0.8, color=AFTER, label="at these bits")
-    share.set_ylabel(f"{metric}, % of the\n8-bit network ({kind})", fontsize=9)
+    of_what = "8-bit network"
+    if problem.reference != UNIFORM_8:
+        of_what = "reference"
+    share.set_ylabel(f"{metric_words(problem.metric)}, % of the\n{of_what} ({problem.cost_kind})", fontsize=9)
     share.legend(fontsize=8, frameon=False)
     share.set_xticks(x, [layer.name for layer in problem.layers], rotation=90, fontsize=name_size)
     for axes in (bits, share):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(-0.7, len(widths) - 0.3)
     return figure
+
+
+def _at_before(problem: ProblemRecord) -> str:
+    """Say what the pale bars are of."""
+    if problem.before_words == "reference":
+        return "in the reference"
+    return f"at {problem.before_words} bits"
+
+
+def _title(problem: ProblemRecord, used: float) -> str:
+    """Say what a policy costs, of which budget; below it what else is limited."""
+    metric = problem.metric
+    words = f"{problem.target.name}: {describe_amount(used, metric)} "
+    if problem.limit is not None:
+        words += f"of {describe_amount(problem.limit, metric)} "
+    reference = problem.reference
+    if problem.before_words == "reference":
+        reference = "the reference"
+    words += f"{metric_words(metric)}, {used / problem.uniform8:.3g} of {reference} ({problem.cost_kind})"
+    others = [f"{describe_amount(limit.amount, limit.metric)} {metric_words(limit.metric)}" for limit in problem.further]
+    if others:
+        words += f"\nwithin {join_words(others)} too"
+    return words
+
+
+def _costs(problem: ProblemRecord, widths: Sequence[tuple[int | None, int | None]]) -> list[float]:
+    """Return what the layers cost at some widths. Raises ValueError, naming the layer, if one can't be done."""
+    found = []
+    for layer, (w, a) in zip(problem.layers, widths, strict=True):
+        cost = layer.cost_at(w, a)
+        if cost is None:
+            raise ValueError(f"the policy has layer {layer.name!r} at {pair_words(w, a)}, which has no cost")
+        found.append(cost)
+    return found
 
 
 def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
@@ -110,7 +148,7 @@ def draw_sweep(sweep: FinishedSweepRecord) -> Figure:
             _draw_solver(axes, sweep, target, solver, color)
         _draw_uniform_and_front(axes, sweep, target, worst - spare)
         axes.set_title(f"{target.name} ({target.kind})", fontsize=10)
-        axes.set_xlabel(f"{sweep.metric}, fraction of uniform 8 bits", fontsize=9)
+        axes.set_xlabel(f"{metric_words(sweep.metric)}, fraction of {target.reference_short}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"{sweep.on_axis(f'test {sweep.objective_title}')} (measured)", fontsize=9)
     panels[0].legend(fontsize=8, frameon=False, loc=where)
@@ -165,7 +203,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _widths(problem: ProblemRecord, policy: PolicyRecord) -> list[tuple[int, int]]:
-    """Return a policy's widths in the order of a problem's layers."""
+    """Return a policy's widths in the order of a problem's layers; float is 32."""
     given = policy.widths()
     names = {layer.name for layer in problem.layers}
     if set(given) != names:
@@ -173,9 +211,7 @@ def _widths(problem: ProblemRecord, policy: PolicyRecord) -> list[tuple[int, int
     widths = []
     for layer in problem.layers:
         weight_bits, activation_bits = given[layer.name]
-        if weight_bits is None or activation_bits is None:
-            raise ValueError(f"the policy leaves layer {layer.name!r} in float, which has no cost")
-        widths.append((weight_bits, activation_bits))
+        widths.append((width_of(weight_bits), width_of(activation_bits)))
     return widths
 
 

@@ -24,6 +24,7 @@ from haq.store.records import (
     SweepRecord,
 )
 from haq.store.shell import command_line
+from hw_models.widths import pair_words, width_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RunFolder:
         config: What was asked.
         problem: What is searched.
         history: Every evaluation.
-        policy: The best so far, (weight bits, activation bits) of each layer.
+        policy: The best so far, (weight bits, activation bits) of each layer; float is 32.
         result: What was found, once it is finished.
         robustness: What attacks found, if there were any.
     """
@@ -66,8 +67,7 @@ class RunFolder:
             weight_bits, activation_bits = zip(*self.policy, strict=True)
             of_policy = [row for row in mine if (row.weight_bits, row.activation_bits) == (weight_bits, activation_bits)]
             mine = of_policy or mine
-        higher = self.problem.higher_is_better
-        return min(mine, key=lambda row: row.rank_by(higher), default=None)
+        return min(mine, key=lambda row: self.problem.rank(row.accuracy, row.loss, row.cost), default=None)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def _read_run(folder: Path) -> RunFolder:
     problem = ProblemRecord.read(folder / PROBLEM)
     rows: list[HistoryRow] = []
     if os.path.lexists(folder / HISTORY):
-        rows = history.read(folder / HISTORY, len(problem.layers), history.Limits.of(problem))
+        others = [limit.metric for limit in problem.further]
+        rows = history.read(folder / HISTORY, len(problem.layers), history.Limits.of(problem), others)
     policy, result, robustness = None, None, None
     if os.path.lexists(folder / POLICY):
         policy = _read_policy(folder / POLICY, problem)
@@ -132,7 +133,7 @@ def _check_found(folder: Path, result: ResultRecord, policy: list[tuple[int, int
         return
     found = result.policy.widths()
     for layer, widths in zip(problem.layers, policy, strict=True):
-        if found.get(layer.name) != widths:
+        if tuple(map(width_of, found.get(layer.name, ()))) != widths:
             again = command_line("python", "-m", "haq.finetune", folder)
             raise ValueError(
                 f"{folder / POLICY} is not the policy that {folder / RESULT} was measured of (layer {layer.name[:60]!r} has "
@@ -145,8 +146,12 @@ def _read_policy(path: Path, problem: ProblemRecord) -> list[tuple[int, int]]:
     if [layer.name for layer in layers] != [layer.name for layer in problem.layers]:
         raise ValueError(f"{path} is not a policy for the layers of {path.with_name(PROBLEM)}")
     widths = []
-    for layer in layers:
-        if layer.weight_bits is None or layer.activation_bits is None:
-            raise ValueError(f"{path} leaves layer {layer.name[:80]!r} in float, which no search does")
-        widths.append((layer.weight_bits, layer.activation_bits))
+    for layer, priced in zip(layers, problem.layers, strict=True):
+        pair = width_of(layer.weight_bits), width_of(layer.activation_bits)
+        if priced.cost_at(*pair) is None:
+            raise ValueError(
+                f"{path} has layer {layer.name[:80]!r} at {pair_words(*pair)} (weights/activations), which has no cost in "
+                f"{path.with_name(PROBLEM)}"
+            )
+        widths.append(pair)
     return widths

@@ -6,9 +6,28 @@ from haq.reporting import attacks, charts
 from haq.reporting.drawing import amount
 from haq.reporting.reading import RunFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
-from haq.store.records import COST_KEYS, FINETUNED, ROBUST, JudgingRecord, Measurement, ResultRecord
-from haq.store.units import NOTHING, begin, percent
+from haq.store.records import (
+    COST_KEYS,
+    FINETUNED,
+    ROBUST,
+    UNIFORM_8,
+    BudgetRecord,
+    JudgingRecord,
+    Measurement,
+    ProblemRecord,
+    ResultRecord,
+    short_reference,
+)
+from haq.store.units import NOTHING, begin, kind_of_cost, metric_words, percent
+from hw_models.registry import join_words
 
+WITHIN_YET = {False: "within the budget", True: "good enough"}  # by whether the cheapest policy is looked for
+COUNTED_IS = {
+    "bops": "multiply-accumulates x weight bits x activation bits, of one image",
+    "average_weight_bits": "the mean width of the weights, float counting 32 bits",
+    "memory_traffic": "bytes that move for one image if every layer reads its input and weights and writes its output once",
+    "peak_memory": "the bytes of activations that are alive at one time",
+}
 MEASURED = "Measured means timed layer by layer; the whole network may take more or less than their sum."
 
 
@@ -44,20 +63,51 @@ def of_run(run: RunFolder, name: str, anchor: str) -> Part:
 
 
 def _verdict(run: RunFolder, result: ResultRecord) -> str:
-    metric, objective = run.problem.metric, result.objective_title
+    objective = result.objective_title
     found, of_float = (result.value(row, "test") for row in (result.found, result.of_float))
-    budget, kind = result.budget, run.problem.cost_kind
     tuned = ""
     if result.finetuned:
         tuned = f"; fine-tuned, {result.show(result.value(result.finetuned, 'test'))}"
-    verdict = "is EXCEEDED"
-    if budget.holds:
-        verdict = "holds"
-    return (
+    takes = []
+    for budget in result.all_budgets:
+        words = f"{amount(budget.used, budget.metric)} of {metric_words(budget.metric)} ({_kind(run, budget.metric)})"
+        takes.append(f"{words}, {budget.used_fraction:.3f} of {short_reference(result.reference)}")
+    sentences = [
         f"The policy found by {result.solver} has {result.show(found)} {objective} on the test split, "
-        f"{result.held_against(found, of_float)} float{tuned} (measured). It takes {amount(budget.used, metric)} of {metric} "
-        f"({kind}), {budget.used_fraction:.3f} of uniform 8 bits. The budget of {amount(budget.limit, metric)} {verdict}."
-    )
+        f"{result.held_against(found, of_float)} float{tuned} (measured). It takes {'; '.join(takes)}."
+    ]
+    for budget in result.all_budgets:
+        if budget.limit is None:
+            continue
+        verdict = "is EXCEEDED"
+        if budget.holds:
+            verdict = "holds"
+        of_what = ""
+        if len(result.all_budgets) > 1:
+            of_what = f" of {metric_words(budget.metric)}"
+        sentences.append(f"The budget of {amount(budget.limit, budget.metric)}{of_what} {verdict}.")
+    sentences += _goal_sentences(result)
+    return " ".join(sentences)
+
+
+def _kind(run: RunFolder, metric: str) -> str:
+    """Say whether amounts of a metric are estimated, measured or counted."""
+    return kind_of_cost(metric, run.problem.target.provenance)
+
+
+def _goal_sentences(result: ResultRecord) -> list[str]:
+    """Say what was looked for, where that isn't the best policy, and whether the test split agrees."""
+    if result.goal is None:
+        return []
+    sentences = [f"Looked for was {result.goal.words}."]
+    reached = result.reached
+    if reached is None:
+        return sentences
+    held = {True: "is good enough", False: "is NOT good enough"}
+    sentence = f"What was found {held[reached.search_holds]} on the search split"
+    if reached.search_holds == reached.test_holds:
+        return [*sentences, f"{sentence}, and so it is on the test split."]
+    return [*sentences, f"{sentence}, and {held[reached.test_holds]} on the test split, which disagrees."]
 
 
 def _so_far(run: RunFolder) -> str:
@@ -65,17 +115,26 @@ def _so_far(run: RunFolder) -> str:
     asked = run.config.evaluations
     words = f"This run is not finished: {done} of at most {asked} evaluations by {run.solver} are there."
     if run.best is None:
-        return f"{words} None of them is within the budget yet."
+        return f"{words} None of them is {WITHIN_YET[run.problem.is_cheapest]} yet."
     problem, metric = run.problem, run.problem.metric
+    name = "best within the budget"
+    if problem.is_cheapest:
+        name = "cheapest that is good enough"
+    at_most = ""
+    if problem.limit is not None:
+        at_most = f" of at most {amount(problem.limit, metric)}"
+    takes = [f"{amount(run.best.cost, metric)}{at_most} {metric_words(metric)} ({problem.cost_kind})"]
+    for limit, cost in zip(problem.further, run.best.others, strict=True):
+        takes.append(
+            f"{amount(cost, limit.metric)} of at most {amount(limit.amount, limit.metric)} {metric_words(limit.metric)}"
+        )
     return (
-        f"{words} The best within the budget so far has {problem.show(run.best.accuracy)} on the search split (measured), "
-        f"float has {problem.show(problem.float_value)}; it takes {amount(run.best.cost, metric)} of at most "
-        f"{amount(problem.limit, metric)} {metric} ({problem.cost_kind})."
+        f"{words} The {name} so far has {problem.show(run.best.accuracy)} on the search split (measured), "
+        f"float has {problem.show(problem.float_value)}; it takes {join_words(takes)}."
     )
 
 
 def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
-    metric, kind, budget = run.problem.metric, run.problem.cost_kind, result.budget
     objective = result.objective_title
     of_float = result.value(result.of_float, "test")
 
@@ -92,18 +151,49 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
         if result.finetuned_scheme:
             label = f"Fine-tuned with {result.finetuned_scheme}"
         facts.append(judged(label, result.finetuned))
+    facts += [_used(run, budget) for budget in result.all_budgets]
+    budget = result.budget
+    whole = f"{amount(run.problem.uniform8, budget.metric)}; {run.problem.cost_kind}"
+    against = "Against the reference"
+    if result.reference == UNIFORM_8:
+        against = "Against 8 bits"
+    facts.append(Fact(against, percent(budget.used_fraction, 1), f"of {result.reference}, {whole}"))
+    given = [one for one in result.all_budgets if one.limit is not None]
+    if given:
+        verdict = "✓ holds"
+        if len(given) > 1:
+            verdict = "✓ all hold"
+        if not all(one.holds for one in given):
+            verdict = "✗ EXCEEDED"
+        facts.append(Fact("Budget", verdict, _fractions(given, short_reference(result.reference))))
+    if result.reached is not None:
+        verdict = "✗ MISSED"
+        if result.reached.search_holds and result.reached.test_holds:
+            verdict = "✓ reached"
+        elif result.reached.search_holds:
+            verdict = "✗ not on test"
+        facts.append(Fact("Goal", verdict, result.reached_words))
+    return facts
+
+
+def _used(run: RunFolder, budget: BudgetRecord) -> Fact:
+    """Tell what is used of a metric, and of its budget."""
+    metric, kind = budget.metric, _kind(run, budget.metric)
+    title = begin(metric_words(metric))
+    if budget.limit is None:
+        return Fact(title, amount(budget.used, metric), f"{kind}; no budget limits it")
     share = NOTHING
     if budget.limit:
         share = percent(budget.used / budget.limit, 1)
-    of_budget = f"{kind}; {share} of the budget, {amount(budget.limit, metric)}"
-    facts.append(Fact(metric.capitalize(), amount(budget.used, metric), of_budget))
-    of_uniform = f"of uniform 8 bits, {amount(run.problem.uniform8, metric)}; {kind}"
-    facts.append(Fact("Against 8 bits", percent(budget.used_fraction, 1), of_uniform))
-    verdict = "✗ EXCEEDED"
-    if budget.holds:
-        verdict = "✓ holds"
-    facts.append(Fact("Budget", verdict, f"{budget.fraction:.3g} of uniform 8 bits"))
-    return facts
+    return Fact(title, amount(budget.used, metric), f"{kind}; {share} of the budget, {amount(budget.limit, metric)}")
+
+
+def _fractions(budgets: list[BudgetRecord], reference: str) -> str:
+    """Write budgets as fractions of the reference."""
+    if len(budgets) == 1:
+        return f"{budgets[0].fraction:.3g} of {reference}"
+    parts = [f"{metric_words(one.metric)} {one.fraction:.3g}" for one in budgets]
+    return f"{', '.join(parts)} of {reference}"
 
 
 def _facts_so_far(run: RunFolder) -> list[Fact]:
@@ -111,8 +201,15 @@ def _facts_so_far(run: RunFolder) -> list[Fact]:
     facts = [Fact("Float", problem.show(problem.float_value), f"search {objective}, measured")]
     if run.best is not None:
         facts.append(Fact("Best so far", problem.show(run.best.accuracy), f"search {objective}, measured, by {run.solver}"))
-        facts.append(Fact(metric.capitalize(), amount(run.best.cost, metric), f"{run.problem.cost_kind}; within the budget"))
-    facts.append(Fact("Budget", amount(run.problem.limit, metric), f"{metric}, at most"))
+        words = f"{problem.cost_kind}; {WITHIN_YET[problem.is_cheapest]}"
+        facts.append(Fact(begin(metric_words(metric)), amount(run.best.cost, metric), words))
+    if problem.limit is not None:
+        facts.append(Fact("Budget", amount(problem.limit, metric), f"{metric_words(metric)}, at most"))
+    for further in problem.further:
+        words = f"{metric_words(further.metric)}, at most"
+        facts.append(Fact("Budget", amount(further.amount, further.metric), words))
+    if problem.goal is not None:
+        facts.append(Fact("Goal", problem.goal.kind, problem.goal.words))
     return facts
 
 
@@ -122,19 +219,17 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
     if result.objective.endswith(ROBUST) and result.found.has("test", result.plain.objective):
         # Without attacks, beside the worst case.
         columns.insert(0, ("test", result.plain))
-    metrics = [name for name in COST_KEYS if result.uniform8.cost(name) is not None]
-    kinds = dict.fromkeys(metrics, run.problem.target.provenance.split(" ")[0])
-    if "storage" in kinds:
-        kinds["storage"] = "counted"
+    costed = (result.uniform8, result.found)
+    metrics = [name for name in COST_KEYS if any(row.cost(name) is not None for row in costed)]
     head = [
         "policy",
         *(f"{split} {judging.objective_title} (measured)" for split, judging in columns),
-        *(f"{name} ({kind})" for name, kind in kinds.items()),
+        *(f"{metric_words(name)} ({_kind(run, name)})" for name in metrics),
         "evaluations",
     ]
     measured: list[tuple[str, Measurement | None, str]] = [
         ("float", result.of_float, ""),
-        ("uniform 8 bits", result.uniform8, ""),
+        (short_reference(result.reference), result.uniform8, ""),
         (f"found by {result.solver}", result.found, _count(result, result.solver)),
         (FINETUNED[result.finetuned_by], result.finetuned, ""),
     ]
@@ -145,6 +240,8 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
             values = [judging.show(judging.value(row, split)) for split, judging in columns]
             rows.append([label, *values, *(_cost(row, name) for name in metrics), evaluations])
     note = f"{run.problem.data}. {begin(result.objective_title)} {result.accuracy_is}; cost {result.cost_is}."
+    if short_reference(result.reference) != result.reference:
+        note += f" The reference: {result.reference}."
     if result.objective.endswith(ROBUST):
         both = ""
         if result.counts_samples:
@@ -181,6 +278,10 @@ def _provenance(run: RunFolder) -> Section:
         f"Latency and energy: {target.provenance}, {target.description}, batch {target.batch}. {meaning}",
         "Storage: counted from the bits, with all that comes with the weights.",
     ]
+    counted = [limit.metric for limit in problem.further if limit.metric in COUNTED_IS]
+    if problem.metric in COUNTED_IS:
+        counted.insert(0, problem.metric)
+    sentences += [f"{begin(metric_words(metric))}: counted; {COUNTED_IS[metric]}." for metric in dict.fromkeys(counted)]
     if problem.objective_is != problem.objective_title:
         sentences.insert(1, f"Policies are judged by: {problem.objective_is}.")
     return Section("What is estimated, what is measured", sentences=sentences)
@@ -188,11 +289,7 @@ def _provenance(run: RunFolder) -> Section:
 
 def _configuration(run: RunFolder) -> Section:
     problem = run.problem
-    limit, uniform8, smallest = (
-        amount(value, problem.metric) for value in (problem.limit, problem.uniform8, problem.smallest)
-    )
-    low, high = problem.bits
-    bits = f"{low} to {high}"
+    bits = problem.choice_words
     fixed = [layer.name for layer in problem.layers if layer.fixed]
     if fixed:
         bits += f"; fixed: {', '.join(fixed)}"
@@ -200,11 +297,25 @@ def _configuration(run: RunFolder) -> Section:
         ["network", f"{problem.network} ({problem.origin}), {len(problem.layers)} quantizable layers"],
         ["data", problem.data],
         ["target", f"{problem.target.name}: {problem.target.description}"],
-        [
-            "budget",
-            f"{limit} {problem.metric}, {problem.limit / problem.uniform8:.3g} of uniform 8 bits ({uniform8}); at least "
-            f"{smallest} is possible",
-        ],
+        *_budget_rows(problem),
         ["bits", bits],
     ]
+    if problem.goal is not None:
+        rows.append(["goal", problem.goal.words])
     return configuration(rows, run.config.settings, run.config.versions, run.config.command)
+
+
+def _budget_rows(problem: ProblemRecord) -> list[list[str]]:
+    """Tell what limits every metric, and what there can be of it."""
+    limits = [(problem.metric, problem.limit, problem.uniform8, problem.smallest)]
+    limits += [(limit.metric, limit.amount, limit.reference, limit.smallest) for limit in problem.further]
+    rows = []
+    for metric, limit, whole, smallest in limits:
+        words = f"no limit of {metric_words(metric)}; {problem.reference} take {amount(whole, metric)}"
+        if limit is not None:
+            words = (
+                f"{amount(limit, metric)} {metric_words(metric)}, {limit / whole:.3g} of {problem.reference} "
+                f"({amount(whole, metric)})"
+            )
+        rows.append(["budget", f"{words}; at least {amount(smallest, metric)} is possible"])
+    return rows

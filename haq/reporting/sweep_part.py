@@ -9,8 +9,8 @@ from haq.reporting import comparisons
 from haq.reporting.overview import joint, line, listed
 from haq.reporting.reading import SweepFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
-from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord, SweepTarget
-from haq.store.units import begin
+from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord, SweepTarget, short_reference
+from haq.store.units import COUNTED, begin, metric_words
 
 # Settings that vary from search to search; and a sweep never fine-tunes.
 VARIED = ("hw", "budget", "solver", "seed", "finetune_epochs")
@@ -83,7 +83,7 @@ def _facts(sweep: FinishedSweepRecord) -> list[Fact]:
         if not target.found:
             continue
         best = min(target.found, key=lambda row: (-sweep.score(sweep.value(row, "test")), row.fraction))
-        cost = f"{best.fraction:.3f} of uniform 8 bits ({target.kind})"
+        cost = f"{best.fraction:.3f} of {target.reference_short} ({target.kind})"
         what = f"test {sweep.objective_title}, measured, by {best.solver} at {cost}"
         facts.append(Fact(f"Best on {target.name}", sweep.show(sweep.value(best, "test")), what))
     return facts
@@ -107,7 +107,7 @@ def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> T
         kind = ""
         if name in sweep.targets:
             kind = f" ({sweep.targets[name].kind})"
-        head.append(f"{sweep.metric} on {name}{kind}")
+        head.append(f"{metric_words(sweep.metric)} on {name}{kind}")
     rows = []
     for name, policy in special.policies.items():
         fractions = {other: f"{policy.fractions[other]:.3f}" for other in names if other in policy.fractions}
@@ -115,10 +115,18 @@ def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> T
             fractions[name] += " *"
         rows.append([name, policy.solver, sweep.show(sweep.value(policy, "test")), *fractions.values()])
     note = (
-        f"{sweep.metric.capitalize()} as a fraction of uniform 8 bits on that target; budget {special.budget}. *: the "
-        "target's own policy, the best on the search split of those found for it."
+        f"{begin(metric_words(sweep.metric))} as a fraction of {_references(sweep)} on that target; budget {special.budget}. "
+        "*: the target's own policy, the best on the search split of those found for it."
     )
     return Table("What a policy found for one target costs on another", head, rows, note)
+
+
+def _references(sweep: FinishedSweepRecord) -> str:
+    """Name what costs are fractions of, on all targets."""
+    names = {target.reference_short for target in sweep.targets.values()}
+    if len(names) == 1:
+        return names.pop()
+    return "the reference"
 
 
 def _provenance(sweep: FinishedSweepRecord) -> Section:
@@ -127,7 +135,13 @@ def _provenance(sweep: FinishedSweepRecord) -> Section:
     if sweep.objective_is != sweep.objective_title:
         what = f" ({sweep.objective_is})"
     sentences = [f"{begin(sweep.objective_title)}{what} is {sweep.accuracy_is}, on {sizes} {sweep.samples_are}."]
-    sentences += [f"On {target.name}, {sweep.metric} is {target.cost_is}." for target in sweep.targets.values()]
+    for target in sweep.targets.values():
+        told = f"{target.kind}, as on every target"
+        if target.kind != COUNTED:
+            told = target.cost_is
+        sentences.append(f"On {target.name}, {metric_words(sweep.metric)} is {told}.")
+        if short_reference(target.reference) != target.reference:
+            sentences.append(f"The reference on {target.name}: {target.reference}.")
     if any(target.kind == "estimated" for target in sweep.targets.values()):
         sentences.append(ESTIMATED)
     return Section("What is estimated, what is measured", sentences=sentences)

@@ -414,8 +414,6 @@ def follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, F
 
     def act(step: int, observation: Floats) -> Floats:
         w, a = policy[env.next_layer()]
-        assert w is not None
-        assert a is not None
         return env.action_for(w, a)
 
     return act
@@ -479,8 +477,6 @@ def imagine(
                     noisy[i] = draws.uniform(-1, 1, 2)
             elif guide is not None:
                 w, a = guide.policy[player.next_layer()]
-                assert w is not None
-                assert a is not None
                 noisy[i] = player.action_for(w, a)
         actions.append(noisy)
         following = []

@@ -1,4 +1,4 @@
-"""Every policy within the budget: the truth, where there are few enough of them."""
+"""Every policy within the budgets: the truth, where there are few enough of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 
 from haq.problem.problem import Problem
 from haq.solvers.base import Session, Solver
-from haq.solvers.random_search import policy, total_price
+from haq.solvers.random_search import policy
 
 HOPELESS = 1000  # times as many policies as evaluations, which it would take too long to count
 
 
 class Exhaustive(Solver):
-    """Evaluates all policies within the budget."""
+    """Evaluates all policies within all budgets."""
 
     name = "exhaustive"
     summary = "every policy within the budget, where there are few"
@@ -28,7 +28,7 @@ class Exhaustive(Solver):
                 f"there are {count:.3g} policies; exhaustive search of {session.evaluations} evaluations is hopeless"
             )
         every = map(list, itertools.product(*options))
-        chosen = [picks for picks in every if problem.within_budget(total_price(problem, picks))]
+        chosen = [picks for picks in every if problem.fits(picks)]
         if len(chosen) > session.evaluations:
             raise ValueError(
                 f"{len(chosen):,} policies are within the budget: allow as many evaluations, or take another solver"

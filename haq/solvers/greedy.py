@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
+from haq.problem.decision import Decision
 from haq.problem.problem import Problem
+from haq.problem.programme import Programme
 from haq.solvers import sensitivity
 from haq.solvers.base import Session, Solver
 
@@ -25,16 +29,25 @@ class Greedy(Solver):
 
 
 def propose(problem: Problem, loss_increase: NDArray[np.float64]) -> Q.BitPolicy:
-    """Descend from the largest widths until the budget holds, then give back, best first, what still fits.
+    """Descend from the largest widths until all budgets hold, then give back, best first, what still fits.
 
     Args:
         problem: What is searched.
-        loss_increase: How much (nats) every pair of bits raises the loss, shape (decisions, 8, 8).
+        loss_increase: How much (nats) every pair of bits raises the loss, shape (decisions, 10, 10).
 
     Returns:
-        A policy within the budget.
+        A policy within all budgets.
     """
     losses = [decision.of(table) for decision, table in zip(problem.decisions, loss_increase, strict=True)]
+    if problem.several is not None:
+        chosen = _within_all(problem.several, losses, problem.decisions)
+    else:
+        chosen = _within(problem, losses)
+    return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
+
+
+def _within(problem: Problem, losses: Sequence[NDArray[np.float64]]) -> list[int]:
+    """Descend within one budget; returns an option per decision."""
     costs = [decision.prices for decision in problem.decisions]
     chosen = [int(cost.argmax()) for cost in costs]
     while not problem.within_budget(total := sum(cost[pick] for cost, pick in zip(costs, chosen, strict=True))):
@@ -54,4 +67,41 @@ def propose(problem: Problem, loss_increase: NDArray[np.float64]) -> Q.BitPolicy
         _, layer, option = min(gains)
         total += costs[layer][option] - costs[layer][chosen[layer]]
         chosen[layer] = int(option)
-    return problem.decide(decision.pairs[pick] for decision, pick in zip(problem.decisions, chosen, strict=True))
+    return chosen
+
+
+def _within_all(programme: Programme, losses: Sequence[NDArray[np.float64]], decisions: Sequence[Decision]) -> list[int]:
+    """Descend within several budgets: a step costs the least loss for what it takes off what exceeds them in sum.
+
+    Where no single step comes closer (an option that saves latency may cost storage), the exact programme chooses.
+
+    Args:
+        programme: The budgets.
+        losses: What every option loses, by decision.
+        decisions: What there is to decide.
+
+    Returns:
+        An option per decision.
+    """
+    chosen = [int(decision.prices.argmax()) for decision in decisions]
+    while not programme.fits(chosen):
+        steps: list[tuple[float, int, int]] = []
+        for i, pick in enumerate(chosen):
+            excess = programme.excess(chosen, i)
+            closer = np.flatnonzero(excess < excess[pick])
+            steps.extend(((losses[i][j] - losses[i][pick]) / (excess[pick] - excess[j]), i, int(j)) for j in closer)
+        if not steps:
+            return programme.choose(losses)
+        _, layer, option = min(steps)
+        chosen[layer] = option
+    while True:
+        gains: list[tuple[float, int, int]] = []
+        for i, pick in enumerate(chosen):
+            better = losses[i] < losses[i][pick]
+            if better.any():
+                fitting = np.flatnonzero(better & programme.room(chosen, i))
+                gains.extend((losses[i][j] - losses[i][pick], i, int(j)) for j in fitting)
+        if not gains:
+            return chosen
+        _, layer, option = min(gains)
+        chosen[layer] = option

@@ -8,6 +8,7 @@ import numpy as np
 
 import quantizers as Q
 from haq.problem.problem import Problem
+from haq.problem.programme import Programme
 from haq.solvers.base import Session, Solver
 
 AHEAD = 256  # policies that are drawn before the first of them is evaluated
@@ -75,7 +76,7 @@ def policy(problem: Problem, chosen: list[int]) -> Q.BitPolicy:
 
 
 def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
-    """Lower random decisions until the budget holds; returns an option per decision.
+    """Lower random decisions until all budgets hold.
 
     Args:
         problem: What is searched.
@@ -85,6 +86,8 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
     Returns:
         An option per decision.
     """
+    if problem.several is not None:
+        return _lowered_within_all(problem.several, chosen, random)
     prices = [decision.prices for decision in problem.decisions]
     chosen = list(chosen)
     while not problem.within_budget(total_price(problem, chosen)):
@@ -95,8 +98,37 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
     return chosen
 
 
+def _lowered_within_all(programme: Programme, chosen: list[int], random: np.random.Generator) -> list[int]:
+    """Lower random decisions, always towards the budgets; if no single one leads there, any policy within them is drawn.
+
+    Args:
+        programme: The budgets.
+        chosen: An option per decision.
+        random: What is drawn from.
+
+    Returns:
+        An option per decision.
+    """
+    chosen = list(chosen)
+    while not programme.fits(chosen):
+        for layer in random.permutation(len(chosen)).tolist():
+            excess = programme.excess(chosen, layer)
+            closer = np.flatnonzero(excess < excess[chosen[layer]])
+            if len(closer):
+                chosen[layer] = int(random.choice(closer))
+                break
+        else:
+            return drawn_within(programme, random)
+    return chosen
+
+
+def drawn_within(programme: Programme, random: np.random.Generator) -> list[int]:
+    """Draw an option per decision within all budgets: of all that fit the one with the least sum of random numbers."""
+    return programme.choose([random.random(count) for count in programme.counts])
+
+
 def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> list[int]:
-    """Fill the budget: in random order, decisions get more bits as far as what is left allows.
+    """Fill the budgets: in random order, decisions get more bits as far as what is left of all of them allows.
 
     First any that fit, so that every policy that fills the budget can be met; then the dearest.
 
@@ -116,7 +148,10 @@ def filled(problem: Problem, chosen: list[int], random: np.random.Generator) -> 
             now = prices[chosen[layer]]
             pair = pairs[chosen[layer]]
             more = (pairs >= pair).all(1) & (pairs > pair).any(1)
-            fits = np.flatnonzero(more & (total - now + prices <= problem.limit))
+            fitting = more & (total - now + prices <= problem.limit)
+            if problem.several is not None:
+                fitting &= problem.several.room(chosen, layer)
+            fits = np.flatnonzero(fitting)
             if not len(fits):
                 continue
             if dearest:

@@ -1,5 +1,8 @@
 """The history of a run: every evaluation, in order, one a line.
 
+A row has the widths of each layer, such as 8-16-float, and the cost in the unit of the run's metric. Where further metrics are
+limited, what they cost stands behind, in columns of their names.
+
 A line that doesn't end was being written when the run was killed, and doesn't count. All others must be evaluations, those of
 each solver numbered 1, 2, 3 and so on.
 """
@@ -9,19 +12,20 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from haq.store import files
-from haq.store.units import PERCENT, worst_of
-from hw_models.storage import BITS
+from haq.store.units import PERCENT, UNITS, worst_of
+from hw_models.widths import FLOAT_WORD, width_of, width_words
 
 if TYPE_CHECKING:
     from haq.store.records import JudgingRecord
 
-_BITS = re.compile(rf"[1-{BITS}](-[1-{BITS}])*")
+_WIDTH = rf"(?:[1-8]|16|{FLOAT_WORD})"
+_BITS = re.compile(rf"{_WIDTH}(?:-{_WIDTH})*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too
 _EVALUATION = re.compile(r"[1-9][0-9]{0,8}")
 # A loss or a divergence of nothing may come out a rounding below 0.
@@ -50,8 +54,20 @@ class Limits(NamedTuple):
         """Return those of what a record says policies are judged by."""
         return cls(judging.objective_unit, judging.higher_is_better, judging.counts_samples)
 
-    def number(self, column: str, text: str) -> float:
-        """Read the number of a column; ValueError, saying what is accepted, for anything else."""
+    def number(self, column: str, text: str, name: str = "") -> float:
+        """Read the number of a column.
+
+        Args:
+            column: Which of the columns it is like.
+            text: The number.
+            name: What the column is called, if that is something else.
+
+        Returns:
+            The number.
+
+        Raises:
+            ValueError: Saying what is accepted, for anything else.
+        """
         low, high = _LIMITS[column]
         accepted = "a number from 0"
         infinite = str(math.inf)
@@ -72,7 +88,7 @@ class Limits(NamedTuple):
                 value = float(text)
         if low <= value <= high:
             return value
-        raise ValueError(f"the {column} is {text[:40]!r}, not {accepted}")
+        raise ValueError(f"the {name or column} is {text[:40]!r}, not {accepted}")
 
 
 SHARES = Limits()
@@ -83,22 +99,24 @@ class HistoryRow(NamedTuple):
 
     solver: str
     evaluation: int  # of this solver, from 1
-    weight_bits: tuple[int, ...]  # of each layer
+    weight_bits: tuple[int, ...]  # of each layer; float is 32
     activation_bits: tuple[int, ...]
     accuracy: float  # the objective's value: a share for accuracy
     loss: float
     cost: float
     within_budget: bool
     divergence: float | None
+    others: tuple[float, ...] = ()  # costs of the further metrics that are limited, in their units
 
     @classmethod
-    def parse(cls, line: str, layers: int | None = None, limits: Limits = SHARES) -> HistoryRow:
+    def parse(cls, line: str, layers: int | None = None, limits: Limits = SHARES, others: Sequence[str] = ()) -> HistoryRow:
         """Read a line, without its end.
 
         Args:
             line: The line, a cell per column.
             layers: How many layers the network has; None if that isn't known.
             limits: What its values can be.
+            others: The further metrics that are limited.
 
         Returns:
             The row, which `line` writes again as it was.
@@ -107,9 +125,10 @@ class HistoryRow(NamedTuple):
             ValueError: Saying which column is wrong, and what it must be.
         """
         cells = line.split(",")
-        if len(cells) != len(COLUMNS):
-            raise ValueError(f"{len(cells)} columns, not {len(COLUMNS)}")
-        text = dict(zip(COLUMNS, cells, strict=True))
+        columns = (*COLUMNS, *others)
+        if len(cells) != len(columns):
+            raise ValueError(f"{len(cells)} columns, not {len(columns)}")
+        text = dict(zip(columns, cells, strict=True))
         if not _SOLVER.fullmatch(text["solver"]):
             raise ValueError(f"the solver is {text['solver'][:40]!r}")
         if not _EVALUATION.fullmatch(text["evaluation"]):
@@ -134,6 +153,7 @@ class HistoryRow(NamedTuple):
             cost,
             text["within_budget"] == "1",
             divergence,
+            tuple(limits.number("cost", text[name], name) for name in others),
         )
 
     def line(self) -> str:
@@ -144,13 +164,14 @@ class HistoryRow(NamedTuple):
         cells = [
             self.solver,
             str(self.evaluation),
-            "-".join(map(str, self.weight_bits)),
-            "-".join(map(str, self.activation_bits)),
+            "-".join(map(width_words, self.weight_bits)),
+            "-".join(map(width_words, self.activation_bits)),
             repr(self.accuracy),
             repr(self.loss),
             repr(self.cost),
             str(int(self.within_budget)),
             divergence,
+            *map(repr, self.others),
         ]
         return ",".join(cells) + "\n"
 
@@ -166,17 +187,20 @@ class HistoryRow(NamedTuple):
         return self.accuracy, self.loss, self.cost
 
 
-COLUMNS = HistoryRow._fields
+COLUMNS = HistoryRow._fields[: HistoryRow._fields.index("others")]
 HEADER = ",".join(COLUMNS) + "\n"
 
 
-def read(path: Path, layers: int | None = None, limits: Limits = SHARES) -> list[HistoryRow]:
+def read(
+    path: Path, layers: int | None = None, limits: Limits = SHARES, others: Sequence[str] | None = None
+) -> list[HistoryRow]:
     """Read a history.
 
     Args:
         path: The file.
         layers: How many layers the network has; None if that isn't known.
         limits: What its values can be.
+        others: The further metrics whose costs it must tell, in their order; None if any will do.
 
     Returns:
         Its rows, in order.
@@ -188,15 +212,17 @@ def read(path: Path, layers: int | None = None, limits: Limits = SHARES) -> list
     """
     text = files.read_text(path, files.MOST_HISTORY)
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    if not text.startswith(HEADER):
-        # What else stands there is nobody's to read: the file may be a link to anything.
-        known = [name for name in text[: len(HEADER)].strip().split(",") if name in COLUMNS]
-        raise ValueError(f"{path} has the columns {','.join(known) or 'of no history'}, not {HEADER.strip()}: start a new run")
+    told = _others(path, lines)
+    if others is not None and told != tuple(others):
+        raise ValueError(
+            f"{path} tells what policies cost in {' and '.join(told) or 'no further metric'}, where it is "
+            f"{' and '.join(others) or 'no further metric'} that is limited: put the file back as it was, or start a new run"
+        )
     rows = []
     counts: dict[str, int] = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = HistoryRow.parse(line, layers, limits)
+            row = HistoryRow.parse(line, layers, limits, told)
             _check_count(row, counts)
             rows.append(row)
         except ValueError as error:
@@ -204,15 +230,36 @@ def read(path: Path, layers: int | None = None, limits: Limits = SHARES) -> list
     return rows
 
 
-def write(path: Path, rows: Iterable[HistoryRow] = ()) -> None:
-    """Write a whole history."""
-    files.write(path, HEADER + "".join(row.line() for row in rows))
+def write(path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = ()) -> None:
+    """Write a whole history.
+
+    Args:
+        path: The file.
+        rows: Its rows.
+        others: The further metrics that are limited, of which the rows tell what they cost.
+    """
+    header = ",".join((*COLUMNS, *others)) + "\n"
+    files.write(path, header + "".join(row.line() for row in rows))
 
 
 def append(path: Path, row: HistoryRow) -> None:
     """Add a row at the end of a history."""
     with path.open("a", encoding="utf-8", newline="") as file:
         file.write(row.line())
+
+
+def _others(path: Path, lines: Sequence[str]) -> tuple[str, ...]:
+    """Return the further metrics that the header of a history names; ValueError if it is none of a history."""
+    columns: list[str] = []
+    if lines:
+        columns = lines[0][:1000].split(",")
+    others = tuple(columns[len(COLUMNS) :])
+    is_known = set(others) <= set(UNITS) and len(set(others)) == len(others)
+    if tuple(columns[: len(COLUMNS)]) == COLUMNS and is_known:
+        return others
+    # What else stands there is nobody's to read: the file may be a link to anything.
+    known = [name for name in dict.fromkeys(columns) if name in COLUMNS]
+    raise ValueError(f"{path} has the columns {','.join(known) or 'of no history'}, not {HEADER.strip()}: start a new run")
 
 
 def _check_count(row: HistoryRow, counts: dict[str, int]) -> None:
@@ -232,8 +279,8 @@ def _check_count(row: HistoryRow, counts: dict[str, int]) -> None:
 
 def _widths(operand: str, text: str, layers: int | None) -> tuple[int, ...]:
     if not _BITS.fullmatch(text):
-        raise ValueError(f"the {operand} bits are {text[:40]!r}, not widths from 1 to {BITS} such as 8-4-8")
-    widths = tuple(map(int, text.split("-")))
+        raise ValueError(f"the {operand} bits are {text[:40]!r}, not widths, 1 to 8, 16 or float, such as 8-4-16-float")
+    widths = tuple(map(width_of, text.split("-")))
     if layers is not None and len(widths) != layers:
         raise ValueError(f"{operand} bits of {len(widths)} layers, the network has {layers}")
     return widths

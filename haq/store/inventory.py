@@ -10,6 +10,7 @@ from typing import Any
 
 from haq.store import history
 from haq.store.files import CONFIG, HISTORY, LEFTOVERS, LOCK, PROBLEM, RESULT, SENSITIVITIES, SWEEP
+from haq.store.history import HistoryRow
 from haq.store.lock import is_held
 from haq.store.records import (
     ConfigRecord,
@@ -101,7 +102,19 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: what `list --json` prints."""
-        names = ("network", "data", "hw", "metric", "budget", "solver", "seed", "objective")
+        names = (
+            "network",
+            "data",
+            "hw",
+            "metric",
+            "budget",
+            "max_drop",
+            "at_least",
+            "tradeoff",
+            "solver",
+            "seed",
+            "objective",
+        )
         return {
             "folder": str(self.folder),
             "kind": self.kind,
@@ -224,9 +237,15 @@ def _read_run(folder: Path) -> dict[str, Any]:
     within = [row for row in rows if row.within_budget]
     best = None
     if within:
-        direction = judging is None or judging.higher_is_better
-        best = min(within, key=lambda row: row.rank_by(direction)).accuracy
+        best = min(within, key=lambda row: _rank(row, judging)).accuracy
     return found | {"state": INTERRUPTED, "search": best}
+
+
+def _rank(row: HistoryRow, judging: JudgingRecord | None) -> tuple[float, float, float]:
+    """Order policies that may be chosen, better ones first, as far as it is known what is looked for."""
+    if isinstance(judging, ProblemRecord):
+        return judging.rank(row.accuracy, row.loss, row.cost)
+    return row.rank_by(judging is None or judging.higher_is_better)
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:

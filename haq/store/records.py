@@ -27,9 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from haq.store import files
 from haq.store.files import kind_of, quoted
-from haq.store.units import PERCENT, held_against, plotted, show, worst_of
+from haq.store.units import PERCENT, describe_amount, held_against, kind_of_cost, metric_words, plotted, show, worst_of
+from hw_models.registry import join_words
 from hw_models.storage import BITS
-from hw_models.widths import PLACES
+from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read_pair, width_of, width_words
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
@@ -38,16 +39,29 @@ SPLITS = ("search", "test")
 ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
 WORST_CASE = "worst-case "  # before its title
 SAME = 1e-6  # the relative difference of two costs that are the same but for rounding
-COST_KEYS = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
+# Under which keys files hold costs, by metric. Those of a target's metrics are in every file, others where they are limited.
+COST_KEYS = {
+    "latency": "latency_s",
+    "energy": "energy_j",
+    "storage": "storage_bytes",
+    "bops": "bops",
+    "average_weight_bits": "average_weight_bits",
+    "memory_traffic": "memory_traffic_bytes",
+    "peak_memory": "peak_memory_bytes",
+}
+OF_TARGETS = ("latency", "energy", "storage")
+WRITTEN_WIDTHS = (*range(1, BITS + 1), 16)  # of what isn't float, which files write as null
+UNIFORM_8 = "uniform 8 bits"  # the reference of budgets, unless files say another
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Cost = Annotated[float, Field(ge=0)]
-Width = Annotated[int, Field(ge=1, le=BITS)]
+AnyWidth = Annotated[int, Field(ge=1, le=FLOAT)]  # of a range; float is 32
+UniformWidths = int | str  # one for both operands, "float" or a pair such as "4/8"
 Count = Annotated[int, Field(ge=0)]
-Metric = Literal["latency", "energy", "storage"]
-CostsByActivation = Annotated[list[Cost], Field(min_length=BITS, max_length=BITS)]
-CostTable = Annotated[list[CostsByActivation], Field(min_length=BITS, max_length=BITS)]
-Increases = Annotated[list[Cost | None], Field(min_length=BITS, max_length=PLACES)]  # by width; null where unknown
+Metric = Literal["latency", "energy", "storage", "bops", "average_weight_bits", "memory_traffic", "peak_memory"]
+# By width: 1 to 8 bits, and 16 bits and float where there are any. Null where the target can't do it, or nothing is known.
+ByWidth = Annotated[list[Cost | None], Field(min_length=BITS, max_length=PLACES)]
+CostTable = Annotated[list[ByWidth], Field(min_length=BITS, max_length=PLACES)]
 Settings = Annotated[dict[str, Any], Field(max_length=MOST)]
 Texts = Annotated[dict[str, str], Field(max_length=MOST)]
 Names = Annotated[list[str], Field(max_length=MOST)]
@@ -64,6 +78,13 @@ def share_key(split: str, objective: str) -> str:
 def error_key(key: str) -> str:
     """Name the key under which files hold the standard error of the value under another key."""
     return f"{key}_error"
+
+
+def short_reference(words: str) -> str:
+    """Name a reference in a word or two, for an axis or the row of a table: "uniform 8 bits", or "the reference"."""
+    if words.startswith("uniform "):
+        return words
+    return "the reference"
 
 
 def objective_title(objective: str) -> str:
@@ -368,7 +389,7 @@ class TargetRecord(Record):
 
 
 class LayerRecord(Record):
-    """A layer with its costs, in the metric's unit, by weight width and activation width from 1."""
+    """A layer with its costs, in the metric's unit, by weight width and activation width; null where there is none."""
 
     name: str
     kind: str
@@ -376,6 +397,78 @@ class LayerRecord(Record):
     parameters: Count
     fixed: bool
     cost: CostTable
+
+    @field_validator("cost")
+    @classmethod
+    def _check_shape(cls, cost: list[list[float | None]]) -> list[list[float | None]]:
+        lengths = {len(cost), *map(len, cost)}
+        if lengths not in ({BITS}, {PLACES}):
+            raise ValueError(f"'cost' of a layer must have {BITS} or {PLACES} rows, of as many costs each")
+        return cost
+
+    def cost_at(self, w: int | None, a: int | None) -> float | None:
+        """Return what the layer costs at a pair of widths, float being None or 32; None if the target can't do it."""
+        row, column = place_of(w), place_of(a)
+        if max(row, column) >= len(self.cost):
+            return None
+        return self.cost[row][column]
+
+
+class LimitRecord(Record):
+    """A limit on one metric, and what there can be of it, in the metric's unit."""
+
+    metric: Metric
+    unit: str
+    amount: Cost
+    reference: Cost  # what the policy takes that fractions are of
+    smallest: Cost
+    largest: Cost
+
+
+class GoalRecord(Record):
+    """What is looked for, where that isn't the best policy within the budget.
+
+    Attributes:
+        kind: "cheapest" of those whose value is good enough; or "tradeoff", the most of value x (cost / target)^exponent.
+        words: What is looked for, in words.
+        least: The worst value that is good enough, on the search split.
+        max_drop: How much worse than float that is, a share where values are shares; None if `least` was given itself.
+        alpha: The exponent within the target.
+        beta: The exponent beyond it.
+        target: In the metric's unit.
+    """
+
+    kind: Literal["cheapest", "tradeoff"]
+    words: str = Field(alias="is")
+    least: float | None = None
+    max_drop: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    target: Cost | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> GoalRecord:
+        needed: tuple[str, ...] = ("alpha", "beta", "target")
+        if self.kind == "cheapest":
+            needed = ("least",)
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"'goal.{name}' is missing, which a goal of kind {self.kind!r} has")
+        return self
+
+
+class WidthsRecord(Record):
+    """The widths that a solver may choose; null is float."""
+
+    weights: Annotated[list[int | None], Field(min_length=1, max_length=PLACES)]
+    activations: Annotated[list[int | None], Field(min_length=1, max_length=PLACES)]
+
+    @field_validator("weights", "activations")
+    @classmethod
+    def _check_widths(cls, widths: list[int | None]) -> list[int | None]:
+        for width in widths:
+            width_of(width)
+        return widths
 
 
 class ProblemRecord(FileRecord, JudgingRecord):
@@ -392,14 +485,19 @@ class ProblemRecord(FileRecord, JudgingRecord):
     target: TargetRecord
     metric: Metric
     unit: str
-    limit: Cost
-    uniform8: Annotated[float, Field(gt=0)]
+    limit: Cost | None  # of the metric; null where nothing limits it
+    uniform8: Annotated[float, Field(gt=0)]  # what the reference takes, of which a limit can be a fraction
     smallest: Cost
-    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    bits: Annotated[list[AnyWidth], Field(min_length=2, max_length=2)]
     objective: str
     objective_is: str  # what it measures, in words
     of_float: float | None = Field(alias="float")
     layers: Annotated[list[LayerRecord], Field(min_length=1, max_length=MOST)]
+    widths: WidthsRecord | None = None  # where they aren't all of `bits`
+    reference: str = UNIFORM_8
+    reference_policy: PolicyRecord | None = None  # where it isn't that
+    limits: Annotated[list[LimitRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
+    goal: GoalRecord | None = None  # where it isn't the best policy within the budget
 
     @property
     def samples_words(self) -> str:
@@ -416,17 +514,145 @@ class ProblemRecord(FileRecord, JudgingRecord):
     @property
     def cost_kind(self) -> str:
         """Say whether costs are estimated, measured, or counted, as bytes are on every target."""
-        if self.metric == "storage":
-            return "counted"
-        return self.target.provenance.split(" ")[0]
+        return kind_of_cost(self.metric, self.target.provenance)
+
+    @property
+    def further(self) -> list[LimitRecord]:
+        """Return the limits on further metrics than the main one, in the order of a history's columns."""
+        return [limit for limit in self.limits if limit.metric != self.metric]
+
+    @property
+    def is_cheapest(self) -> bool:
+        """Tell whether the cheapest policy of some value is looked for."""
+        return self.goal is not None and self.goal.kind == "cheapest"
+
+    @property
+    def before(self) -> list[tuple[int | None, int | None]]:
+        """Return the widths of every layer in the reference, in order; float is None."""
+        if self.reference_policy is None:
+            return [(BITS, BITS)] * len(self.layers)
+        widths = self.reference_policy.widths()
+        return [widths[layer.name] for layer in self.layers]
+
+    @property
+    def before_words(self) -> str:
+        """Write the widths that every layer has in the reference, such as 8/8; or "reference" if they differ."""
+        pairs = {pair_words(w, a) for w, a in self.before}
+        if len(pairs) == 1:
+            return next(iter(pairs))
+        return "reference"
+
+    @property
+    def at_before(self) -> str:
+        """Say in words what policies are held against: "at 8/8 bits"."""
+        if self.reference == UNIFORM_8:
+            return "at 8/8 bits"
+        return f"with {self.reference}"
+
+    @property
+    def verdicts(self) -> dict[bool, str]:
+        """Say what a policy is that may be chosen (True), and one that may not."""
+        if self.is_cheapest:
+            return {True: "good enough", False: "not good enough"}
+        return {True: "within", False: "above"}
+
+    @property
+    def choice_words(self) -> str:
+        """Say which widths may be chosen: "2 to 8"."""
+        if self.widths is None:
+            return f"{self.bits[0]} to {self.bits[1]}"
+        weights, activations = (", ".join(map(width_words, one)) for one in (self.widths.weights, self.widths.activations))
+        if weights == activations:
+            return weights
+        return f"{weights} for weights, {activations} for activations"
+
+    @property
+    def limit_words(self) -> str:
+        """Say what limits policies, as a sentence goes on: "839 us of latency and 40 kB of storage"; or nothing."""
+        parts = []
+        if self.limit is not None:
+            parts.append(f"{describe_amount(self.limit, self.metric)} of {metric_words(self.metric)}")
+        parts += [f"{describe_amount(limit.amount, limit.metric)} of {metric_words(limit.metric)}" for limit in self.further]
+        return join_words(parts)
+
+    @property
+    def goal_words(self) -> str:
+        """Say what is looked for: "the best" or another goal."""
+        if self.goal is None:
+            return "the best"
+        return self.goal.words
+
+    @property
+    def is_tradeoff(self) -> bool:
+        """Tell whether the most of value and cost in one number is looked for."""
+        return self.goal is not None and self.goal.kind == "tradeoff"
+
+    def rank(self, value: float, loss: float, cost: float) -> tuple[float, float, float]:
+        """Order policies that may be chosen, better ones first, by what is looked for.
+
+        Args:
+            value: The objective's value.
+            loss: The loss.
+            cost: The cost, in the metric's unit.
+
+        Returns:
+            What sorts them.
+        """
+        if self.goal is None:
+            return -self.score(value), loss, cost
+        if self.is_cheapest:
+            return cost, -self.score(value), loss
+        return -self.traded(value, cost), loss, cost
+
+    def traded(self, value: float, cost: float) -> float:
+        """Return value x (cost / target)^exponent, MnasNet's objective (Tan et al., CVPR 2019, equation 2)."""
+        goal = self.goal
+        assert goal is not None
+        assert goal.target is not None
+        if not goal.target or not cost or not math.isfinite(cost):
+            return -math.inf
+        exponent = goal.beta
+        if cost <= goal.target:
+            exponent = goal.alpha
+        assert exponent is not None
+        return float(value * (cost / goal.target) ** exponent)
 
     @model_validator(mode="after")
     def _check_sum(self) -> ProblemRecord:
-        total = sum(layer.cost[-1][-1] for layer in self.layers)
+        total = 0.0
+        for layer, (w, a) in zip(self.layers, self._checked_reference(), strict=True):
+            total += layer.cost_at(w, a) or 0.0
         if not math.isclose(total, self.uniform8, rel_tol=1e-6):
-            raise ValueError(f"the costs of the layers at 8 bits don't add up to 'uniform8', {self.uniform8!r}")
+            at = "at 8 bits"
+            if self.reference_policy is not None:
+                at = "in 'reference_policy'"
+            raise ValueError(f"the costs of the layers {at} don't add up to 'uniform8', {self.uniform8!r}")
         self.checked(self.of_float, "float")
         return self
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> ProblemRecord:
+        named = [limit.metric for limit in self.limits]
+        if len(set(named)) < len(named):
+            raise ValueError("'limits' limit a metric twice")
+        amounts = {limit.metric: limit.amount for limit in self.limits}
+        if self.limits and amounts.get(self.metric) != self.limit:
+            raise ValueError(
+                f"'limits' limit {self.metric} to {amounts.get(self.metric)!r}; it must be 'limit', {self.limit!r}"
+            )
+        if self.limit is None and self.goal is None and not self.limits:
+            raise ValueError(
+                "'limit' is null; it must be a number, unless other metrics are limited, or there is another goal"
+            )
+        return self
+
+    def _checked_reference(self) -> list[tuple[int | None, int | None]]:
+        """Return `before`, once the reference is known to be of the layers."""
+        if self.reference_policy is not None:
+            names = [layer.name for layer in self.reference_policy.layers]
+            if names != [layer.name for layer in self.layers]:
+                raise ValueError("'reference_policy' is of other layers than 'layers'")
+        return self.before
 
 
 class LayerWidths(Record):
@@ -441,9 +667,9 @@ class LayerWidths(Record):
         for width in (self.weight_bits, self.activation_bits):
             if width is None:
                 continue
-            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= BITS:
+            if isinstance(width, bool) or not isinstance(width, int) or width not in WRITTEN_WIDTHS:
                 raise ValueError(
-                    f"layer {self.name[:80]!r}: bits must be an integer from 1 to {BITS}, or null for float, "
+                    f"layer {self.name[:80]!r}: bits must be an integer from 1 to {BITS}, 16, or null for float, "
                     f"not {quoted(width)}"
                 )
         return self
@@ -569,18 +795,25 @@ class RobustnessRecord(FileRecord):
 
 
 class BudgetRecord(Record):
-    """The budget of a search and what was used of it, in the metric's unit and as fractions of uniform 8 bits."""
+    """The budget of a search and what was used of it, in the metric's unit and as fractions of the reference.
+
+    Limit and fraction are null of a metric that nothing limits, such as one that is only lessened.
+    """
 
     metric: Metric
     unit: str
-    limit: Cost
+    limit: Cost | None
     used: Cost
-    fraction: Cost
+    fraction: Cost | None
     used_fraction: Cost
     holds: bool
 
     @model_validator(mode="after")
     def _check_sense(self) -> BudgetRecord:
+        if self.limit is None or self.fraction is None:
+            if self.limit is not None or self.fraction is not None or not self.holds:
+                raise ValueError("'budget.limit' and 'budget.fraction' must both be null, or neither, and what has none holds")
+            return self
         if self.holds != (self.used <= self.limit) and not math.isclose(self.used, self.limit, rel_tol=SAME):
             raise ValueError(f"'budget.holds' is {self.holds}, with {self.used!r} used of a limit of {self.limit!r}")
         if not math.isclose(self.fraction * self.used, self.used_fraction * self.limit, rel_tol=SAME):
@@ -608,8 +841,42 @@ class JudgedRecord(Record):
 class UniformResult(JudgedRecord):
     """A uniform policy that the policy found is held against, with its share on the search split."""
 
-    bits: Width
+    bits: UniformWidths
     cost: Cost
+
+    @field_validator("bits")
+    @classmethod
+    def _check_bits(cls, bits: int | str) -> int | str:
+        return _uniform_widths(bits)
+
+
+class ReachedRecord(JudgingRecord):
+    """How what was found, the cheapest of its value, stands to the value that it must have.
+
+    Attributes:
+        least: The worst value that is good enough.
+        max_drop: How much worse than float that is on the search split, a share where values are shares; None if the value
+            itself was given.
+        search: The value on the search split, by which it was chosen.
+        search_error: The standard error of its difference from float, or of itself where a value was asked for; None where it
+            isn't known.
+        search_holds: Whether it is good enough there.
+        test: The value on the test split, which the search hasn't seen.
+        test_least: What would be good enough there: as much below float on the test split.
+        test_error: As `search_error`, on the test split.
+        test_holds: Whether it is good enough there.
+    """
+
+    objective: str
+    least: float
+    max_drop: float | None = None
+    search: float | None
+    search_error: float | None = None
+    search_holds: bool
+    test: float | None
+    test_least: float | None
+    test_error: float | None = None
+    test_holds: bool
 
 
 class TuningRecord(JudgingRecord):
@@ -689,8 +956,8 @@ class ResultRecord(FileRecord, JudgingRecord):
     cost_is: str
     budget: BudgetRecord
     of_float: Measurement = Field(alias="float")
-    uniform8: Measurement
-    uniform: Annotated[list[UniformResult], Field(max_length=BITS)] = []
+    uniform8: Measurement  # the reference
+    uniform: Annotated[list[UniformResult], Field(max_length=MOST)] = []
     policy: PolicyRecord | None = None  # what was found, as policy.json had it then
     found: Measurement
     finetuned: Measurement | None
@@ -701,6 +968,25 @@ class ResultRecord(FileRecord, JudgingRecord):
     rivals: Annotated[dict[str, Measurement], Field(max_length=MOST)]
     rival_policies: Annotated[dict[str, PolicyRecord], Field(max_length=MOST)] = {}
     verified: AttackedRecord | None = None
+    reference: str = UNIFORM_8
+    budgets: Annotated[list[BudgetRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
+    goal: GoalRecord | None = None  # where it isn't the best policy within the budget
+    reached: ReachedRecord | None = None  # of the cheapest policy
+
+    @property
+    def all_budgets(self) -> list[BudgetRecord]:
+        """Return the budget of every metric that is limited, or lessened, the main one first."""
+        return self.budgets or [self.budget]
+
+    @property
+    def reached_words(self) -> str:
+        """Say what was looked for, and how far below float what was found is on both splits."""
+        assert self.goal is not None
+        parts = []
+        for split in SPLITS:
+            value, of_float = (self.value(row, split) for row in (self.found, self.of_float))
+            parts.append(f"{split}: {self.held_against(value, of_float)} float")
+        return f"{self.goal.words}; {', '.join(parts)}"
 
     @property
     def last(self) -> Measurement:
@@ -721,17 +1007,24 @@ class ResultRecord(FileRecord, JudgingRecord):
 
     @model_validator(mode="after")
     def _check_costs(self) -> ResultRecord:
-        budget = self.budget
+        if self.budgets and self.budgets[0] != self.budget:
+            raise ValueError("the first of 'budgets' isn't 'budget'")
+        for budget in self.all_budgets:
+            self._check_budget(budget)
+        return self
+
+    def _check_budget(self, budget: BudgetRecord) -> None:
         used, of_all = self.found.cost(budget.metric), self.uniform8.cost(budget.metric)
         key = COST_KEYS[budget.metric]
         if used is not None and not math.isclose(used, budget.used, rel_tol=SAME):
             raise ValueError(f"'budget.used' is {budget.used!r}; it must be 'found.{key}', {used!r}")
-        if of_all is not None and not math.isclose(budget.fraction * of_all, budget.limit, rel_tol=SAME):
+        if of_all is None or budget.limit is None or budget.fraction is None:
+            return
+        if not math.isclose(budget.fraction * of_all, budget.limit, rel_tol=SAME):
             raise ValueError(
                 f"'budget.fraction' is {budget.fraction!r} and 'budget.limit' {budget.limit!r}, which isn't that fraction of "
                 f"'uniform8.{key}', {of_all!r}"
             )
-        return self
 
 
 class AskedRecord(Record):
@@ -782,7 +1075,12 @@ class SweepPolicy(JudgedRecord):
 class SweepUniform(SweepPolicy):
     """A uniform policy."""
 
-    bits: Width
+    bits: UniformWidths
+
+    @field_validator("bits")
+    @classmethod
+    def _check_bits(cls, bits: int | str) -> int | str:
+        return _uniform_widths(bits)
 
 
 class SeedRecord(JudgedRecord):
@@ -830,12 +1128,18 @@ class SweepTarget(Record):
     name: str
     cost_is: str
     kind: str
-    uniform8: Cost
+    uniform8: Cost  # the reference
+    reference: str = UNIFORM_8
     least_fraction: float = 0.0
     unreachable: Names = []
     left_out: str
-    uniform: Annotated[list[SweepUniform], Field(max_length=BITS)]
+    uniform: Annotated[list[SweepUniform], Field(max_length=MOST)]
     found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
+
+    @property
+    def reference_short(self) -> str:
+        """Name the reference in a word or two."""
+        return short_reference(self.reference)
 
 
 class SpecialisedPolicy(JudgedRecord):
@@ -907,11 +1211,18 @@ class FinishedSweepRecord(SweepRecord, JudgingRecord):
 
 
 class DecisionIncreases(Record):
-    """The increases of the loss (nats) by lowering one operand of a decision's layers, by width from 1; null where unknown."""
+    """The increases of the loss (nats) by lowering one operand of a decision's layers, by width; null where unknown."""
 
     layers: Names
-    weights: Increases
-    activations: Increases
+    weights: ByWidth
+    activations: ByWidth
+
+    @field_validator("weights", "activations")
+    @classmethod
+    def _check_length(cls, increases: list[float | None]) -> list[float | None]:
+        if len(increases) not in (BITS, PLACES):
+            raise ValueError(f"there are {len(increases)} increases of an operand; there must be {BITS} or {PLACES}, by width")
+        return increases
 
 
 class SensitivityRecord(FileRecord):
@@ -924,9 +1235,18 @@ class SensitivityRecord(FileRecord):
     kind: str
     unit: str = "nats"
     signature: Texts
-    bits: Annotated[list[Width], Field(min_length=2, max_length=2)]
+    bits: Annotated[list[AnyWidth], Field(min_length=2, max_length=2)]
     base: PolicyRecord
     loss_increases: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
+
+
+def _uniform_widths(bits: int | str) -> int | str:
+    """Return the widths of a uniform policy themselves. Raises ValueError unless they are a width, or a pair of them."""
+    if isinstance(bits, str):
+        read_pair(bits)
+    elif bits not in WRITTEN_WIDTHS:
+        raise ValueError(f"'bits' of a uniform policy is {quoted(bits)}; it must be {ACCEPTED}, or a pair such as '4/8'")
+    return bits
 
 
 def check_plain(settings: Mapping[str, Any]) -> None:

@@ -7,17 +7,46 @@ import math
 
 from hw_models.files import describe_bytes as describe_bytes
 
+_BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2}
+# Units by metric, in which amounts are written and read; that of size 1 is the one in which they are kept.
 UNITS = {
     "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
     "energy": {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6},
-    "storage": {"B": 1.0, "kB": 1e3, "MB": 1e6, "KiB": 1024.0, "MiB": 1024.0**2},
+    "storage": _BYTES,
+    "bops": {"bops": 1.0, "kbops": 1e3, "Mbops": 1e6, "Gbops": 1e9, "Tbops": 1e12},
+    "average_weight_bits": {"bits": 1.0},
+    "memory_traffic": _BYTES,
+    "peak_memory": _BYTES,
 }
+# What a hardware target tells, estimated or measured; everything else is counted from the policy and the network.
+TOLD_BY_TARGET = ("latency", "energy")
+COUNTED = "counted"
 DIGITS = 4  # of an amount
 EXACT = 12  # digits that are meant of a float
 DOWN, NEAREST, UP = decimal.ROUND_FLOOR, decimal.ROUND_HALF_EVEN, decimal.ROUND_CEILING
 NOTHING = "–"  # what stands where there is no number
 PERCENT = "%"  # the unit of an objective whose values are shares, 0 to 1
 SAME = 1e-6  # the relative difference of two values that are the same but for rounding
+
+
+def metric_words(metric: str) -> str:
+    """Write a metric as sentences and tables do: "average weight bits"."""
+    return metric.replace("_", " ")
+
+
+def kind_of_cost(metric: str, provenance: str) -> str:
+    """Say of a metric whether its amounts are "estimated", "measured" or "counted".
+
+    Args:
+        metric: The metric.
+        provenance: Of the target's latencies and energies: "estimated" or "measured", perhaps with how.
+
+    Returns:
+        The word.
+    """
+    if metric not in TOLD_BY_TARGET:
+        return COUNTED
+    return provenance.split(" ")[0]
 
 
 def best_unit(amount: float, metric: str) -> tuple[str, float]:
@@ -33,8 +62,8 @@ def describe_amount(amount: float, metric: str, rounding: str = NEAREST) -> str:
     """Write an amount with the unit that reads best: 1.234 ms, 45.6 kB.
 
     Args:
-        amount: Seconds, joules or bytes.
-        metric: "latency", "energy" or "storage".
+        amount: In the metric's own unit: seconds, joules, bytes, bit operations, bits.
+        metric: One of UNITS.
         rounding: DOWN or UP make of it a bound that isn't above or below the amount.
 
     Returns:

@@ -6,7 +6,6 @@ A field is an option: its name, default, help and check stand here and nowhere e
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -39,6 +38,7 @@ FOLDERS = "The run"
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
 DEVICE_KINDS = (CPU, "cuda", "mps")  # for a shell to complete
+LARGEST_EXPONENT = 10
 MOST_NAMED = 6  # names of code in a message
 RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
@@ -48,6 +48,10 @@ OF_TRAINING = ("epochs", "learning_rate", "amp", "optimizer", "schedule", "patie
 NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
+# Settings that files have only where they were given, since most runs do without.
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff")
+HALF = "0.5"  # the budget, unless one is given
+TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
 
 
 _Same = TypeVar("_Same", bound="_Config")
@@ -67,7 +71,8 @@ class _Config(BaseModel):
 
     def replace(self: _Same, **changes: Any) -> _Same:
         """Return a copy with other values, checked; this one stays as it is."""
-        return type(self)(**{**dict(self), **changes})
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, by field."""
@@ -160,19 +165,65 @@ class SearchConfig(_Config):
     forward: str | None = forward_setting(SEARCHED)
     hw: str = setting(
         "edge",
-        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
-        "rpc:HOST:PORT (measured there) or module:Name",
+        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu, onnxruntime or "
+        "openvino (measured here), rpc:HOST:PORT (measured there) or module:Name",
         group=HARDWARE,
         metavar="NAME",
         names=lambda: target_names(),
     )
     metric: str = setting(
-        "latency", "what is limited: latency, energy or storage", group=HARDWARE, metavar="NAME", names=lambda: UNITS
+        "latency",
+        f"what is limited or, with --max-drop and --at-least, lessened: {', '.join(UNITS)}",
+        group=HARDWARE,
+        metavar="NAME",
+        names=lambda: UNITS,
+        default_words="that of the first --budget that names one, or latency",
     )
     budget: str = setting(
-        "0.5", "a fraction of uniform 8 bits, or an amount such as 0.8ms, 40kB", group=HARDWARE, metavar="LIMIT"
+        HALF,
+        "of --metric, or METRIC=LIMIT: a fraction of the --reference, or an amount such as 0.8ms, 40kB; may be given several "
+        "times, for a metric each",
+        group=HARDWARE,
+        metavar="LIMIT",
+        default_words=f"{HALF}; {NONE} with --max-drop and --at-least",
+        several=True,
     )
-    bits: str = setting("2:8", "widths that a solver may choose", group=HARDWARE, metavar="SMALLEST:LARGEST")
+    reference: str | None = setting(
+        None,
+        "what budgets are fractions of: widths such as w16a16 or float for all layers, or a policy.json",
+        group=HARDWARE,
+        metavar="WIDTHS|FILE",
+        default_words="8 bits, in layers that can't have them the widest that the target can do",
+    )
+    bits: str | None = setting(
+        None,
+        "widths that a solver may choose, such as 2:8, 4,8,16 or 2:8,float; of weights/activations 4,8/8,16",
+        group=HARDWARE,
+        metavar="WIDTHS",
+        default_words="2:8, and 16 and float where the target does them",
+    )
+    max_drop: float | None = setting(
+        None,
+        "find the cheapest policy that is at most so much worse than float on the search split: points of an objective in "
+        "percent, its unit otherwise",
+        group=HARDWARE,
+        metavar="POINTS",
+        default_words="the best policy within the budget",
+    )
+    at_least: str | None = setting(
+        None,
+        "find the cheapest policy whose objective is this or better, such as 91.5%",
+        group=HARDWARE,
+        metavar="VALUE",
+    )
+    tradeoff: str | None = setting(
+        None,
+        "find the policy with the most of objective x (cost / budget)^w, the budget being no limit then: soft or hard, with "
+        "MnasNet's w, or its ALPHA,BETA, within the budget and above it",
+        group=HARDWARE,
+        metavar="KIND",
+        names=lambda: TRADEOFFS,
+    )
     scheme: str = setting(
         LINEAR,
         "how values become few-bit ones: a name as `haq list schemes` shows them, or module:Name; NAME,LAYER=NAME gives "
@@ -254,18 +305,20 @@ class SearchConfig(_Config):
         metavar="RUN|FILE",
     )
     threads: int | None = setting(
-        None, "of measured kernels, for the targets cpu and rpc:HOST:PORT", group=HARDWARE, metavar="N", default_words="1"
+        None,
+        "of what is measured: cpu, rpc:HOST:PORT, onnxruntime, openvino",
+        group=HARDWARE,
+        metavar="N",
+        default_words="1",
     )
     target: str | None = setting(
         None,
-        "TVM's target for measured kernels",
+        "TVM's target for measured kernels, of cpu and rpc:HOST:PORT",
         group=HARDWARE,
         metavar="JSON|PROCESSOR",
         default_words="this machine's processor",
     )
-    cold: bool | None = setting(
-        None, "measure kernels with their data out of the caches", group=HARDWARE, default_words="in them"
-    )
+    cold: bool | None = setting(None, "measure with data out of the caches", group=HARDWARE, default_words="in them")
     device: str = setting(
         CPU,
         f"where networks are run: {WRITTEN}; with --workers, cuda is all GPUs",
@@ -274,6 +327,14 @@ class SearchConfig(_Config):
         names=lambda: DEVICE_KINDS,
     )
     amp: bool = setting(False, "fine-tune in mixed precision, float16 or bfloat16 where that does no harm", group=TUNING)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_the_usual_budget(cls, values: Any) -> Any:
+        """Leave out the budget that a search has by default, where the cheapest policy is looked for."""
+        if isinstance(values, Mapping) and "budget" not in values and is_cheapest(values):
+            return {**values, "budget": NONE}
+        return values
 
     @field_validator("solver")
     @classmethod
@@ -333,7 +394,9 @@ class SearchConfig(_Config):
             )
         if self.memory is not None:
             parse_bytes(self.memory)
-        self.bit_range()
+        self.check_bits()
+        self.check_reference()
+        self._check_goal()
         self.scheme_names()
         self.normalization()
         check_rate(self.learning_rate)
@@ -357,6 +420,7 @@ class SearchConfig(_Config):
             ValueError: For what isn't accepted, and for options that don't go together.
             FileNotFoundError: If there is no such file.
         """
+        given = _with_metric(given)
         if file is not None:
             config = cls.from_file(file).replace(**given)
             config.check_code(file)
@@ -428,6 +492,8 @@ class SearchConfig(_Config):
             found["data"] = Path(self.data.partition(":")[2])
         if self.hw.startswith("lut:") or self.hw.endswith((".yaml", ".yml")):
             found["hw"] = Path(self.hw.removeprefix("lut:"))
+        if self.reference_file is not None:
+            found["reference"] = self.reference_file
         return found
 
     def code(self) -> list[tuple[str, str]]:
@@ -460,12 +526,134 @@ class SearchConfig(_Config):
         code += [name for name in scheme_parts(scheme or LINEAR) if _is_code("scheme", name)]
         return trust.trust_words(code)
 
-    def bit_range(self) -> tuple[int, int]:
-        """Return the smallest and the largest width. Raises ValueError if that isn't what `bits` says."""
-        match = re.fullmatch(r"([1-8]):([1-8])", str(self.bits))
-        if match is None or match[1] > match[2]:
-            raise ValueError(f"--bits is {self.bits!r}; it must be SMALLEST:LARGEST within 1:8, such as 2:8")
-        return int(match[1]), int(match[2])
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, by field; of what most runs do without only what was given."""
+        found = super().to_dict()
+        for name in ONLY_IF_GIVEN:
+            if found[name] is None:
+                del found[name]
+        return found
+
+    def budgets(self) -> dict[str, str]:
+        """Return the limits as they were given, by metric, that of `metric` first; nothing if there is no budget.
+
+        Raises:
+            ValueError: In one sentence, for what is no budget, an unknown metric, and one that is limited twice.
+        """
+        if self.budget == NONE:
+            return {}
+        found = read_limits(self.budget, self.metric)
+        if self.metric in found:
+            found = {self.metric: found[self.metric], **found}
+        return found
+
+    def limits(self) -> str | None:
+        """Return the budgets as `haq.Problem` takes them; None for none."""
+        if self.budget == NONE:
+            return None
+        return self.budget
+
+    @property
+    def is_cheapest(self) -> bool:
+        """Tell whether the cheapest policy of some value is looked for, rather than the best within a budget."""
+        return is_cheapest(dict(self))
+
+    def least_value(self) -> float | None:
+        """Return `at_least` as a number, a share for a value in percent. Raises ValueError if it is none."""
+        if self.at_least is None:
+            return None
+        text = self.at_least.strip()
+        number = text.removesuffix("%").strip()
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(
+                f"--at-least is {files.quoted(self.at_least)}; it must be a value of the objective, such as 91.5% or 0.3"
+            )
+        if number != text:
+            value /= 100
+        return value
+
+    def exponents(self) -> str | tuple[float, float] | None:
+        """Return `tradeoff`: "soft", "hard", or two exponents. Raises ValueError if it is none of them."""
+        if self.tradeoff is None or self.tradeoff in TRADEOFFS:
+            return self.tradeoff
+        parts = self.tradeoff.split(",")
+        try:
+            exponents = [float(part) for part in parts]
+        except ValueError:
+            exponents = []
+        if len(exponents) != 2 or not all(-LARGEST_EXPONENT <= one <= 0 for one in exponents) or exponents == [0, 0]:
+            raise ValueError(
+                f"--tradeoff is {files.quoted(self.tradeoff)}; it must be soft, hard, or two exponents of the cost from "
+                f"-{LARGEST_EXPONENT} to 0, within the budget and above it, such as -0.07,-0.07"
+            )
+        return exponents[0], exponents[1]
+
+    def _check_goal(self) -> None:
+        """Raise ValueError, in one sentence, unless budgets and what is looked for go together."""
+        budgets = self.budgets()
+        if self.metric not in UNITS:
+            raise ValueError(f"--metric is {files.quoted(self.metric)}; known: {', '.join(UNITS)}")
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise ValueError(
+                f"--max-drop is {self.max_drop:g}; it must be a number from 0: how much worse than float is allowed"
+            )
+        self.least_value()
+        self.exponents()
+        if self.max_drop is not None and self.at_least is not None:
+            raise ValueError("--max-drop and --at-least say the same in two ways: leave one of them out")
+        if self.is_cheapest and self.tradeoff is not None:
+            raise ValueError(
+                "--tradeoff looks for the most of one number, and --max-drop or --at-least for the cheapest: leave one out"
+            )
+        if self.is_cheapest:
+            return
+        if not budgets:
+            raise ValueError(f"--budget {NONE} goes with --max-drop or --at-least alone: what else would keep a policy small?")
+        if self.metric not in budgets:
+            raise ValueError(
+                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or "
+                "leave --metric out"
+            )
+
+    def check_bits(self) -> None:
+        """Raise ValueError, in one sentence, unless `bits` are sets of widths."""
+        if self.bits is None:
+            return
+        # It needs NumPy, which nobody needs who gives no widths.
+        from hw_models.widths import read_widths
+
+        parts = self.bits.split("/")
+        try:
+            if len(parts) > 2:
+                raise ValueError(f"{files.quoted(self.bits)} has more than one '/'")
+            for part in parts:
+                read_widths(part)
+        except ValueError as error:
+            raise ValueError(
+                f"--bits: {error}; give such as 2:8 or 4,8,16,float, or of weights/activations 4,8/8,16"
+            ) from None
+
+    def check_reference(self) -> None:
+        """Raise ValueError, in one sentence, unless `reference` is a pair of widths or a file."""
+        if self.reference is None or self.reference_file is not None:
+            return
+        from hw_models.widths import read_pair
+
+        try:
+            read_pair(self.reference)
+        except ValueError as error:
+            raise ValueError(f"--reference: {error}, or a policy.json") from None
+
+    @property
+    def reference_file(self) -> Path | None:
+        """Return the policy that budgets are fractions of, where that is a file."""
+        if self.reference is None or not self.reference.endswith(".json"):
+            return None
+        return Path(self.reference)
 
     def normalization(self) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         """Return `mean` and `std` as numbers, None where the network's own are taken; see `read_channels`."""
@@ -479,10 +667,12 @@ class SearchConfig(_Config):
         """Write the options that ask for this, word by word; those that are as they come are left out."""
         words = []
         for name in type(self).model_fields:
-            value = getattr(self, name)
+            value, default = getattr(self, name), self.default(name)
+            if name == "budget" and self.is_cheapest:
+                default = NONE
             # Sensitivities that are given bring their kind along.
             is_brought = name == "sensitivity_kind" and self.sensitivity is not None
-            if value == self.default(name) or is_brought or name in leave_out:
+            if value == default or is_brought or name in leave_out:
                 continue
             words.append(option_name(name))
             if value is not True:
@@ -558,6 +748,7 @@ class SweepConfig(_Config):
         "objective",
         "eps",
         "metric",
+        "reference",
         "bits",
         *MEASURED,
         "evaluations",
@@ -894,6 +1085,49 @@ def read_scheme(text: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"--scheme is {text!r}; it must be NAME or NAME,LAYER=NAME, with each layer once, not {part!r}")
         layers[layer] = name
     return of_all, layers
+
+
+def is_cheapest(values: Mapping[str, Any]) -> bool:
+    """Tell by the fields of a search whether it looks for the cheapest policy of some value."""
+    return values.get("max_drop") is not None or values.get("at_least") is not None
+
+
+def read_limits(text: str, metric: str) -> dict[str, str]:
+    """Read budgets of several metrics.
+
+    Args:
+        text: METRIC=LIMIT or LIMIT, parted by commas, such as "latency=0.5,storage=40kB".
+        metric: What a LIMIT without a metric is of.
+
+    Returns:
+        Limits by metric, in their order. Whether they are amounts, and within reach, is for `Problem` to say.
+
+    Raises:
+        ValueError: For anything else, for an unknown metric, and for one that is there twice.
+    """
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, limit = (word.strip() for word in part.partition("="))
+        if not equals:
+            name, limit = metric, name
+        if not limit:
+            raise ValueError(f"--budget is {files.quoted(text)}; it must be a limit such as 0.5 or 40kB, or METRIC=LIMIT")
+        if equals and name not in UNITS:
+            raise ValueError(
+                f"--budget {files.quoted(part)} is of an unknown metric {files.quoted(name)}; known: {', '.join(UNITS)}"
+            )
+        if name in found:
+            raise ValueError(f"--budget limits {name} twice, to {found[name]} and to {limit}: leave one of them out")
+        found[name] = limit
+    return found
+
+
+def _with_metric(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Take the metric from the first budget, where all that are given name theirs and no metric is given."""
+    budget = given.get("budget")
+    if "metric" in given or not isinstance(budget, str) or not all("=" in part for part in budget.split(",")):
+        return given
+    return {**given, "metric": next(iter(read_limits(budget, "")))}
 
 
 def read_budgets(text: str) -> tuple[str, ...]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
 import quantizers as Q
+from haq.problem.chance import standard_error
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
 from haq.problem.tally import measure_with_error
 from haq.store.files import RESULT_SCHEMA
-from haq.store.records import COST_KEYS, ObjectiveRecord, error_key, share_key
-from haq.store.units import finite
-from haq.study.task import SearchTask, objective_of, threads
+from haq.store.records import COST_KEYS, OF_TARGETS, UNIFORM_8, ObjectiveRecord, error_key, share_key
+from haq.store.units import finite, kind_of_cost
+from haq.study.task import SearchTask, goal_of, objective_of, threads
 from haq.training.config import Judgement, Outcome
 from haq.training.reconstruction import Reconstructed
-from hw_models.widths import places
+from hw_models.widths import FLOAT, FLOAT_WORD, pair_words, places
+
+MOST_PAIRS = 10  # that all layers can have; of more, uniform policies are only those of one width
 
 
 def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
@@ -63,33 +67,65 @@ def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
 
 
 def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | None]:
-    """Price a policy in every metric (seconds, joules, bytes); None where the target has no such metric."""
+    """Price a policy (None: the float network) in every metric of a target, and in those that are limited besides.
+
+    Args:
+        problem: What the policy is of.
+        policy: Its widths.
+
+    Returns:
+        Seconds, joules, bytes, bit operations, bits by the keys of files; None where the target has no such metric, or can't
+        do the policy.
+    """
+    counted = [limit.metric for limit in problem.limits if limit.metric not in OF_TARGETS]
+    shown = [*OF_TARGETS, *counted]
+    of_float = policy is None
     if policy is None:
-        # 32 bits for each weight and bias; no simulated target computes in float.
-        in_float = float(sum(4 * layer.own_parameters for layer in problem.workload.layers))
-        return {"latency_s": None, "energy_j": None, "storage_bytes": in_float}
+        policy = problem.uniform(FLOAT)
     w, a = problem.bit_arrays(policy)
-    if not problem.table.supported[range(len(w)), places(w), places(a)].all():
-        return dict.fromkeys(COST_KEYS.values())  # such as uniform 8 bits, where the target can't do them
-    prices = problem.table.price(w, a)._asdict()
-    found: dict[str, float | None] = {}
-    for metric, key in COST_KEYS.items():
-        found[key] = None
-        if metric in problem.metrics:
-            found[key] = float(prices[key])
+    found: dict[str, float | None] = dict.fromkeys(COST_KEYS[metric] for metric in shown)
+    if problem.table.supported[range(len(w)), places(w), places(a)].all():
+        for metric in shown:
+            if metric in (*problem.metrics, *counted):
+                found[COST_KEYS[metric]] = float(problem.table.total(metric, w, a))
+    elif of_float:
+        # 32 bits for each weight and bias, whatever computes with them.
+        found["storage_bytes"] = float(sum(4 * layer.own_parameters for layer in problem.workload.layers))
     return found
 
 
-def uniform_policies(problem: Problem) -> dict[int, Q.BitPolicy]:
-    """Make what found policies are held against: every width that may be chosen, the fixed layers at their own."""
-    low, high = problem.bits
-    policies = {bits: problem.uniform(bits, keep_pinned=True) for bits in range(low, high + 1)}
-    return {bits: policy for bits, policy in policies.items() if problem.means_something(policy)}
+def uniform_policies(problem: Problem) -> dict[int | str, Q.BitPolicy]:
+    """Make what found policies are held against: the same widths everywhere, fixed layers at their own.
+
+    Returns:
+        Policies that the target can do, by their widths: one for both operands, and where there are few pairs that all layers
+        can have, those too, such as "4/8". Float is "float".
+    """
+    weights, activations = problem.widths
+    pairs = [(w, a) for w in weights for a in activations]
+    policies = {}
+    for w, a in pairs:
+        policy = problem.policy([w] * len(problem.workload), [a] * len(problem.workload))
+        policy = Q.BitPolicy({**policy, **problem.pinned})
+        if problem.means_something(policy):
+            policies[w, a] = policy
+    if len(policies) > MOST_PAIRS:
+        policies = {(w, a): policy for (w, a), policy in policies.items() if w == a}
+    return {_called(w, a): policy for (w, a), policy in policies.items()}
+
+
+def _called(w: int, a: int) -> int | str:
+    """Return what files call a uniform policy: its width, or both."""
+    if w != a:
+        return pair_words(w, a)
+    if w == FLOAT:
+        return FLOAT_WORD
+    return w
 
 
 def cost_kind(problem: Problem) -> str:
-    """Say "estimated" or "measured", without where."""
-    return problem.table.provenance.split()[0]
+    """Say "estimated" or "measured" of latency and energy, without where."""
+    return kind_of_cost("latency", problem.table.provenance)
 
 
 def collect(
@@ -134,15 +170,16 @@ def collect(
         "sensitivity_kind": task.config.sensitivity_kind,
         "accuracy_is": f"measured on {threads(task.network.device)}",
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
-        "budget": budget_used(problem, policy),
+        **budgets_used(problem, policy),
         "float": entry(task, None),
-        "uniform8": entry(task, problem.uniform(8)),
+        "uniform8": entry(task, problem.reference_policy),
         "uniform": [_uniform(task, bits, same) for bits, same in uniform_policies(problem).items()],
         "policy": policy.to_dict(),
         "found": entry(task, policy),
         "finetuned": tuned,
         "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
         "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
+        **goal_entries(task, policy),
     }
 
 
@@ -210,21 +247,103 @@ def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
     return {"objective": record.objective, **record.differences(), "divergence_unit": unit}
 
 
-def budget_used(problem: Problem, policy: Q.BitPolicy) -> dict[str, Any]:
-    """Tell as plain data how much of the budget a policy uses."""
-    cost = problem.policy_cost(policy)
-    return {
-        "metric": problem.metric,
-        "unit": problem.unit,
-        "limit": problem.limit,
-        "used": cost,
-        "fraction": problem.budget,
-        "used_fraction": cost / problem.reference,
-        "holds": problem.within_budget(cost),
-    }
+def budgets_used(problem: Problem, policy: Q.BitPolicy) -> dict[str, Any]:
+    """Tell as plain data how much of its budgets a policy uses: `budget`, and `budgets`, all of them, if there are others."""
+    costs = problem.costs(policy)
+    found = []
+    for limit in problem.limits:
+        cost = costs[limit.metric]
+        amount, fraction = None, None
+        if limit.is_given:
+            amount, fraction = limit.amount, limit.fraction
+        found.append(
+            {
+                "metric": limit.metric,
+                "unit": limit.unit,
+                "limit": amount,
+                "used": cost,
+                "fraction": fraction,
+                "used_fraction": cost / limit.reference,
+                "holds": not limit.is_given or limit.holds(cost),
+            }
+        )
+    entries: dict[str, Any] = {"budget": found[0]}
+    if len(found) > 1:
+        entries["budgets"] = found
+    if problem.reference_words != UNIFORM_8:
+        entries["reference"] = problem.reference_words
+    return entries
 
 
-def _uniform(task: SearchTask, bits: int, policy: Q.BitPolicy) -> dict[str, Any]:
+def goal_entries(task: SearchTask, policy: Q.BitPolicy) -> dict[str, Any]:
+    """Tell as plain data what was looked for, where that isn't the best policy, and whether a policy is that.
+
+    Args:
+        task: The search.
+        policy: What was found.
+
+    Returns:
+        `goal`, and of the cheapest policy `reached` (`haq.store.records.ReachedRecord`); nothing for the best policy.
+    """
+    goal = goal_of(task.problem)
+    if goal is None:
+        return {}
+    if goal["kind"] != "cheapest":
+        return {"goal": goal}
+    return {"goal": goal, "reached": _reached(task, entry(task, policy), entry(task, None))}
+
+
+def _reached(task: SearchTask, found: dict[str, float | None], of_float: dict[str, float | None]) -> dict[str, Any]:
+    """Tell how the value of what was found stands to what was asked for, on both splits.
+
+    Args:
+        task: The search.
+        found: What was measured of it.
+        of_float: What was measured of the float network.
+
+    Returns:
+        The fields of `haq.store.records.ReachedRecord`.
+    """
+    problem, judging = task.problem, objective_of(task.problem)
+    objective, goal = problem.objective, problem.goal
+    told: dict[str, Any] = {}
+    for split in ("search", "test"):
+        key = share_key(split, objective.name)
+        value = judging.checked(found[key], key)
+        float_value = judging.checked(of_float[key], key)
+        least = goal.threshold(objective, float_value)
+        count = len(getattr(task.dataset, split))
+        errors = [_error(judging, row, key, count) for row in (found, of_float)]
+        if goal.max_drop is None:
+            errors = errors[:1]
+        error = None
+        if None not in errors:
+            error = math.hypot(*(one for one in errors if one is not None))
+        told |= {split: finite(value), f"{split}_least": finite(least), f"{split}_error": error}
+        told[f"{split}_holds"] = goal.is_met(objective, value, float_value)
+    least = told.pop("search_least")
+    return {**judging.to_dict(), "least": least, "max_drop": goal.max_drop, **told}
+
+
+def _error(judging: ObjectiveRecord, row: dict[str, float | None], key: str, count: int) -> float | None:
+    """Return the standard error of a value, where it is known.
+
+    Args:
+        judging: What the value is of.
+        row: What was measured.
+        key: The key of the value.
+        count: On how many samples.
+
+    Returns:
+        The error; of a share of samples it follows from the share.
+    """
+    value = row[key]
+    if judging.counts_samples and value is not None and count:
+        return standard_error(value, count)
+    return row.get(error_key(key))
+
+
+def _uniform(task: SearchTask, bits: int | str, policy: Q.BitPolicy) -> dict[str, Any]:
     """Tell what a uniform policy costs and gives on the search split."""
     key = share_key("search", task.problem.objective.name)
     if policy in task.measured:

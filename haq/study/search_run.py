@@ -58,6 +58,8 @@ from haq.study.task import (
     versions,
 )
 from hw_models import trust
+from hw_models.cost import describe_pairs
+from hw_models.widths import pair_words, place_of, width_words
 from quantizers.observers import no_progress
 
 logger = logging.getLogger("haq")
@@ -104,7 +106,7 @@ class SearchRun:
         run = cls(folder, task.config)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
         run._write_problem(task)
-        history.write(folder / HISTORY)
+        history.write(folder / HISTORY, others=other_metrics(task.problem))
         if sensitivities is not None:
             run.save_sensitivities(sensitivities, task)
         return run
@@ -238,13 +240,13 @@ class SearchRun:
         else:
             layers = set(Q.BitPolicy.uniform(task.network.module, w=8, a=8)) & set(policy)
         wrong = sorted(set(policy) ^ layers)
-        if not wrong:
-            wrong = sorted(name for name, bits in policy.items() if None in bits)
         if wrong:
             raise ValueError(
-                f"{source} is of another network than {task.network.name}: layer {wrong[0][:60]!r} is in one of the two only, "
-                f"or has no bits; so are {len(wrong)} in all"
+                f"{source} is of another network than {task.network.name}: layer {wrong[0][:60]!r} is in one of the two only; "
+                f"so are {len(wrong)} in all"
             )
+        if isinstance(task, SearchTask):
+            _check_can_be_done(policy, task.problem, source)
         return policy
 
     def prepare_resume(self, problem: Problem) -> int:
@@ -252,14 +254,15 @@ class SearchRun:
         path = self.folder / HISTORY
         self._expected = []
         if path.exists():
-            self._expected = history.read(path, len(problem.workload), history.Limits.of(objective_of(problem)))
+            limits = history.Limits.of(objective_of(problem))
+            self._expected = history.read(path, len(problem.workload), limits, other_metrics(problem))
         higher, count = problem.objective.higher_is_better, problem.evaluator.count
         for row in self._expected:
             policy = problem.policy(row.weight_bits, row.activation_bits)
             evaluation = Evaluation(row.accuracy, row.loss, count, row.divergence, higher)
             problem.evaluator.cache[policy] = evaluation
         # Without the line that was being written when the run was killed.
-        history.write(path, self._expected)
+        history.write(path, self._expected, other_metrics(problem))
         return len(self._expected)
 
     def complete(self, task: SearchTask) -> None:
@@ -280,12 +283,12 @@ class SearchRun:
         Raises:
             ValueError: If an interrupted search goes on otherwise than its history says.
         """
-        row = _history_row(solver, evaluation, trial, problem)
+        row = history_row(solver, evaluation, trial, problem)
         if self._expected:
             if self._expected[0].line() == row.line():
                 self._met.append(self._expected.pop(0))
                 return
-            self._leave_history(self._expected[0], row)
+            self._leave_history(self._expected[0], row, problem)
         history.append(self.folder / HISTORY, row)
         self._show(row, problem, best)
 
@@ -487,7 +490,7 @@ class SearchRun:
     def _write_problem(self, task: SearchTask) -> None:
         ProblemRecord.from_dict(task.outline()).write(self.folder / PROBLEM)
 
-    def _leave_history(self, before: HistoryRow, row: HistoryRow) -> None:
+    def _leave_history(self, before: HistoryRow, row: HistoryRow, problem: Problem) -> None:
         """Go on otherwise than an interrupted search began, if an agent's checkpoint allows it; ValueError if not."""
         if not self._state(row.solver).is_file():
             raise ValueError(
@@ -500,7 +503,7 @@ class SearchRun:
             f"{row.solver} goes on from evaluation {row.evaluation} otherwise than it had begun: another processor?"
         )
         self._expected = []
-        history.write(self.folder / HISTORY, self._met)
+        history.write(self.folder / HISTORY, self._met, other_metrics(problem))
 
     def _show(self, row: HistoryRow, problem: Problem, best: Trial | None) -> None:
         """Show an evaluation to TensorBoard, if it is there, with the best so far and the time left."""
@@ -511,7 +514,10 @@ class SearchRun:
         writer.add_scalar(f"{solver}/accuracy", row.accuracy, evaluation)
         writer.add_scalar(f"{solver}/loss", row.loss, evaluation)
         writer.add_scalar(f"{solver}/{problem.metric}_{problem.unit}", row.cost, evaluation)
-        writer.add_scalar(f"{solver}/share_of_budget", row.cost / problem.limit, evaluation)
+        for limit, cost in zip(problem.limits[1:], row.others, strict=True):
+            writer.add_scalar(f"{solver}/{limit.metric}_{limit.unit}", cost, evaluation)
+        if problem.limits[0].is_given:
+            writer.add_scalar(f"{solver}/share_of_budget", row.cost / problem.limit, evaluation)
         if best is not None:
             writer.add_scalar(f"{solver}/best_accuracy", best.accuracy, evaluation)
         first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
@@ -547,11 +553,34 @@ def check_same_policy(path: Path, policy: Q.BitPolicy, other: Path, its: Q.BitPo
     )
 
 
+def _check_can_be_done(policy: Q.BitPolicy, problem: Problem, source: Path) -> None:
+    """Raise ValueError, naming the layer and what is possible, for widths that a target can't do.
+
+    Args:
+        policy: The widths of all layers of the problem.
+        problem: What they are of.
+        source: The file that the policy is from, for messages.
+    """
+    table = problem.table
+    for index, name in enumerate(problem.workload.names):
+        w, a = policy[name]
+        if not table.supported[index, place_of(w), place_of(a)]:
+            raise ValueError(
+                f"{source} has layer {name[:60]!r} at {pair_words(w, a)} (weights/activations), which {problem.target.name} "
+                f"can't do; it can do {describe_pairs(table.pairs_of(index))}"
+            )
+
+
+def other_metrics(problem: Problem) -> tuple[str, ...]:
+    """List the metrics that are limited beside the main one, in the order in which a history tells what they cost."""
+    return tuple(limit.metric for limit in problem.limits[1:])
+
+
 def _widths(bits: tuple[int | None, int | None] | None) -> str:
     """Write the bits of a layer into a message: weights/activations."""
     if bits is None:
         return "no"
-    return "/".join(str(width or "float") for width in bits)
+    return pair_words(*bits)
 
 
 def has_tensorboard() -> bool:
@@ -576,7 +605,22 @@ def default_folder(config: SearchConfig) -> Path:
     hw = config.hw
     if not hw.startswith("rpc:"):
         hw = Path(hw).stem
-    return unused_folder(f"{hw}-{config.metric}-{config.budget}-{config.solver}-seed{config.seed}".replace(":", "-"))
+    name = "-".join([hw, *_question(config), config.solver, f"seed{config.seed}"])
+    return unused_folder(name.replace(":", "-"))
+
+
+def _question(config: SearchConfig) -> list[str]:
+    """Say what is asked for of costs and values, word by word."""
+    words = [config.metric]
+    for metric, limit in config.budgets().items():
+        if metric != config.metric:
+            words.append(metric)
+        words.append(limit)
+    for name in ("max_drop", "at_least", "tradeoff"):
+        value = getattr(config, name)
+        if value is not None:
+            words += [name.replace("_", "-"), str(value)]
+    return words
 
 
 def unused_folder(name: str) -> Path:
@@ -594,7 +638,18 @@ def _holds_something(folder: Path) -> bool:
     return folder.is_dir() and any(path.name not in files.LEFTOVERS for path in folder.iterdir())
 
 
-def _history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) -> HistoryRow:
+def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) -> HistoryRow:
+    """Make the row of a trial.
+
+    Args:
+        solver: Who asked for it.
+        evaluation: Its number, from 1.
+        trial: The policy with what it gives and costs.
+        problem: What is searched.
+
+    Returns:
+        The row.
+    """
     weight_bits, activation_bits = problem.bit_arrays(trial.policy)
     return HistoryRow(
         solver,
@@ -606,12 +661,13 @@ def _history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) -
         trial.cost,
         trial.feasible,
         trial.evaluation.divergence,
+        tuple(problem.costs(trial.policy).values())[1:],
     )
 
 
 def _short(row: HistoryRow) -> str:
     """Write an evaluation into a message."""
-    widths = ["-".join(map(str, bits)) for bits in (row.weight_bits, row.activation_bits)]
+    widths = ["-".join(map(width_words, bits)) for bits in (row.weight_bits, row.activation_bits)]
     return f"{[*widths, repr(row.accuracy), repr(row.loss)]}"
 
 

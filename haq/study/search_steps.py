@@ -24,6 +24,7 @@ from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
 from haq.store.units import PERCENT, show
 from haq.study import result as summary
+from haq.study import tables
 from haq.study.config import ADAROUND
 from haq.study.picture import save_picture
 from haq.study.search_run import SearchRun
@@ -120,10 +121,7 @@ def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivi
     line = bar.add_task(name, total=evaluations)
 
     def on_evaluation(count: int, trial: Trial, best: Trial | None) -> None:
-        share = f"{trial.cost / task.problem.limit:.3f}"
-        best_so_far = "none within it"
-        if best is not None:
-            best_so_far = show(best.value, unit)
+        share, best_so_far = tables.share_words(task.problem, trial), tables.best_words(task.problem, best)
         value = show(trial.value, unit)
         bar.update(line, completed=count, accuracy=value, cost=share, best=best_so_far)
         logger.info(f"{name} {count}/{evaluations}: {value} at {share} of the budget; best so far: {best_so_far}")

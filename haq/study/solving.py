@@ -36,9 +36,9 @@ from haq.store.history import HistoryRow
 from haq.store.records import PolicyRecord, ProblemRecord
 from haq.store.units import describe_amount, finite, show
 from haq.study.picture import draw_policy, save_picture
-from haq.study.result import budget_used, costs
-from haq.study.search_run import check_same_policy
-from haq.study.tables import PolicyTable
+from haq.study.result import budgets_used, costs
+from haq.study.search_run import check_same_policy, history_row, other_metrics
+from haq.study.tables import PolicyTable, best_words, share_words
 from haq.study.task import objective_of, outline, versions
 from haq.study.workers.processes import working
 from haq.training import finetune
@@ -290,7 +290,7 @@ class Result:
             raise ValueError(f"{folder} is in use and is not overwritten: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
         PolicyRecord.of(self.policy).write(folder / POLICY)
-        history.write(folder / HISTORY, self._rows())
+        history.write(folder / HISTORY, self._rows(), other_metrics(self.problem))
         ProblemRecord.from_dict(outline(self.problem)).write(folder / PROBLEM)
         write(folder / SOLUTION, json.dumps(self.to_dict(), indent=2) + "\n")
         save_quantized(folder / QUANTIZED, self.quantized)
@@ -315,24 +315,13 @@ class Result:
             "found": {**_entry(self.trial.evaluation), **costs(problem, self.policy)},
             "finetuned": tuned,
             "quantized_is": self.kept,
-            "budget": budget_used(problem, self.policy),
+            **budgets_used(problem, self.policy),
             "versions": versions(problem.evaluator.device),
         }
 
     def _rows(self) -> Iterator[HistoryRow]:
         for number, trial in enumerate(self.session.trials, 1):
-            weight_bits, activation_bits = self.problem.bit_arrays(trial.policy)
-            yield HistoryRow(
-                self.solver,
-                number,
-                tuple(map(int, weight_bits)),
-                tuple(map(int, activation_bits)),
-                trial.accuracy,
-                trial.loss,
-                trial.cost,
-                trial.feasible,
-                trial.evaluation.divergence,
-            )
+            yield history_row(self.solver, number, trial, self.problem)
 
 
 def solve(
@@ -393,10 +382,7 @@ def solve(
         line = bar.add_task(name, total=evaluations)
 
         def follow(trial: Trial) -> None:
-            best = "none within it"
-            if session.best is not None:
-                best = show(session.best.value, session.best.unit)
-            share = f"{trial.cost / problem.limit:.3f}"
+            share, best = share_words(problem, trial), best_words(problem, session.best)
             bar.update(line, completed=session.used, accuracy=show(trial.value, trial.unit), cost=share, best=best)
             if on_trial is not None:
                 on_trial(trial)

@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 import quantizers as Q
 from haq.console.tables import Column, key_table, print_columns, say, say_next
 from haq.problem.chance import FEW, doubts, value_with_error
+from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
+from haq.solvers.base import Trial
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
 from haq.store.records import (
     COST_KEYS,
     FINETUNED,
+    SAME,
     SPLITS,
+    UNIFORM_8,
+    GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
+    ReachedRecord,
     ReconstructionRecord,
     TuningRecord,
     error_key,
     share_key,
+    short_reference,
 )
-from haq.store.units import NOTHING, PERCENT, best_unit, describe_amount, percent
+from haq.store.units import (
+    COUNTED,
+    NOTHING,
+    PERCENT,
+    begin,
+    best_unit,
+    describe_amount,
+    kind_of_cost,
+    metric_words,
+    percent,
+    show,
+    show_error,
+)
 from haq.study.config import ADAROUND, NONE
-from haq.study.result import cost_kind
 from haq.study.task import SearchTask, adversary_of, objective_of
 from hw_models.notebook import html_table
 from hw_models.registry import join_words
-from hw_models.widths import places
+from hw_models.widths import FLOAT, pair_words, places, width_words
 
 PINNED_MARK = "*"
+FEW_PAIRS = 8  # of widths, that a plan names one by one
 
 
 def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], workers: str) -> None:
@@ -52,10 +73,6 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
     """
     problem = task.problem
     config = task.config
-    free = sum(len(decision.layers) for decision in problem.decisions if len(decision.pairs) > 1)
-    pinned = ", ".join(f"{name} {w}/{a}" for name, (w, a) in problem.pinned.items())
-    low, high = problem.bits
-    amounts = f"{describe_amount(problem.limit, problem.metric)}, {problem.budget:.3g} of {problem.reference_words}"
     results_in = "nothing is written (--dry-run)"
     if folder is not None:
         results_in = str(folder)
@@ -66,9 +83,9 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
-        "metric": problem.metric,
-        "budget": f"{amounts} ({describe_amount(problem.reference, problem.metric)})",
-        "bits": f"{low} to {high} for weights and activations of {free} layers; fixed (weights/activations): {pinned}",
+        "metric": metric_words(problem.metric),
+        **_asked_words(problem),
+        "bits": _bits_words(problem),
         "scheme": scheme_words(problem),
         "weights": rounding_words(problem, task.config.correction),
         "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
@@ -80,6 +97,71 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "results in": results_in,
     }
     console.print(key_table(rows.items()))
+
+
+def _asked_words(problem: Problem) -> dict[str, str]:
+    """Say what is looked for, within which budgets, and what these are fractions of, by the names of a plan's rows."""
+    rows = {}
+    if problem.goal.kind != BEST.kind:
+        rows["goal"] = _goal_words(problem)
+    given = [limit for limit in problem.limits if limit.is_given]
+    if [limit.metric for limit in given] == [problem.metric] and problem.reference_words == UNIFORM_8:
+        amount, of_all = (describe_amount(amount, problem.metric) for amount in (problem.limit, problem.reference))
+        return rows | {"budget": f"{amount}, {problem.budget:.3g} of {UNIFORM_8} ({of_all})"}
+    lines = []
+    for limit in given:
+        amount, of_all = (describe_amount(amount, limit.metric) for amount in (limit.amount, limit.reference))
+        lines.append(f"{metric_words(limit.metric)} {amount}, {limit.fraction:.3g} of {of_all}")
+    rows["budget"] = "\n".join(lines) or NONE
+    if given:
+        rows["reference"] = f"fractions are of {problem.reference_words}"
+    return rows
+
+
+def _goal_words(problem: Problem) -> str:
+    """Say what is looked for; of the cheapest policy also what value that takes."""
+    words = problem.goal.words(problem.objective)
+    if problem.goal.kind == TRADEOFF:
+        target = describe_amount(problem.tradeoff_target, problem.metric)
+        share = problem.tradeoff_target / problem.reference
+        return f"{words}; budget {target} of {metric_words(problem.metric)}, {share:.3g} of {problem.reference_words}"
+    words = f"{words}, by {metric_words(problem.metric)}"
+    if problem.goal.max_drop is None:
+        return words
+    least = problem.goal.threshold(problem.objective, problem.float_result.value)
+    bound = "at least"
+    if not problem.objective.higher_is_better:
+        bound = "at most"
+    return f"{words} ({bound} {show(least, problem.objective.unit)} on the search split)"
+
+
+def _bits_words(problem: Problem) -> str:
+    """Say which widths may be chosen, in how many layers, and what is fixed."""
+    free = [decision for decision in problem.decisions if len(decision.pairs) > 1]
+    layers = f"{sum(len(decision.layers) for decision in free)} layers"
+    weights, activations = (_span_words(operand) for operand in problem.widths)
+    words = f"{weights} for weights and activations of {layers}"
+    if weights != activations:
+        words = f"{weights} for weights, {activations} for activations, of {layers}"
+    pairs = {(int(w), int(a)) for decision in free for w, a in decision.pairs}
+    fixed = "fixed (weights/activations)"
+    if 0 < len(pairs) <= FEW_PAIRS:
+        # All else the target can't do, or it costs as much as one of these.
+        words = f"{join_words([pair_words(*pair) for pair in sorted(pairs)], 'or')} (weights/activations) in {layers}"
+        fixed = "fixed"
+    if problem.pinned:
+        pinned = ", ".join(f"{name} {pair_words(w, a)}" for name, (w, a) in problem.pinned.items())
+        words += f"; {fixed}: {pinned}"
+    return words
+
+
+def _span_words(widths: Sequence[int]) -> str:
+    """Write a set of widths, smallest first: "2 to 8, 16 and float"."""
+    few = [width for width in widths if width <= Q.MAX_BITS]
+    parts = [width_words(width) for width in widths]
+    if len(few) > 2 and few == list(range(few[0], few[-1] + 1)):
+        parts = [f"{few[0]} to {few[-1]}", *parts[len(few) :]]
+    return join_words(parts)
 
 
 def _network_words(task: SearchTask) -> str:
@@ -210,39 +292,80 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
         policy: Its bits.
     """
     w, a = problem.bit_arrays(policy)
-    before = problem.cost[:, 7, 7]
-    after = problem.cost[np.arange(len(w)), places(w), places(a)]
+    before, after = _costs_of(problem, problem.reference_policy), _costs_of(problem, policy)
     unit, size = best_unit(float(before.max()), problem.metric)
     names = [layer.name for layer in problem.workload.layers]
     marks = [PINNED_MARK * (name in problem.pinned) for name in names]
     shares = [percent(cost / before.sum(), 1) for cost in before]
     columns = [
         Column("layer", [*names, "total, mean"]),
-        Column("weight\nbits", [*(f"{bits}{mark}" for bits, mark in zip(w, marks, strict=True)), f"{w.mean():.1f}"], "right"),
-        Column("activ.\nbits", [*(f"{bits}{mark}" for bits, mark in zip(a, marks, strict=True)), f"{a.mean():.1f}"], "right"),
-        Column("before,\n8/8", [*_before(problem, size), f"{before.sum() / size:.4g}"], "right"),
+        Column("weight\nbits", _bits_cells(w, marks), "right"),
+        Column("activ.\nbits", _bits_cells(a, marks), "right"),
+        Column(f"before,\n{before_words(problem)}", [f"{cost / size:.4g}" for cost in (*before, before.sum())], "right"),
         Column("after", [f"{cost / size:.4g}" for cost in (*after, after.sum())], "right"),
         Column("share\nbefore", [*shares, ""], "right"),
     ]
     if problem.metric == "latency" and problem.table.bound is not None:
         bounds = problem.table.bound[np.arange(len(w)), places(w), places(a)]
         columns.append(Column("bound by", [*(problem.table.bounds[index] for index in bounds), ""]))
-    title = f"Bits per layer on {problem.target.name}; {problem.metric} in {unit}, {problem.table.provenance}"
-    caption = ""
+    columns += [_column_of(problem, limit.metric, w, a) for limit in problem.limits[1:] if limit.is_sum]
+    kind = kind_of_cost(problem.metric, problem.table.provenance)
+    if kind != COUNTED:
+        kind = problem.table.provenance
+    title = f"Bits per layer on {problem.target.name}; {metric_words(problem.metric)} in {unit}, {kind}"
+    print_columns(console, title, columns, totals=1, caption=_layers_caption(problem, policy))
+
+
+def before_words(problem: Problem) -> str:
+    """Write the widths that every layer has in the reference, such as 8/8; or "reference" if they differ."""
+    pairs = set(problem.reference_policy.values())
+    if len(pairs) == 1:
+        return pair_words(*next(iter(pairs)))
+    return "reference"
+
+
+def _costs_of(problem: Problem, policy: Q.BitPolicy) -> NDArray[np.float64]:
+    """Return what every layer costs in a policy, in the metric's unit."""
+    w, a = problem.bit_arrays(policy)
+    found: NDArray[np.float64] = problem.cost[np.arange(len(w)), places(w), places(a)]
+    return found
+
+
+def _bits_cells(widths: NDArray[np.int64], marks: Sequence[str]) -> list[str]:
+    """Write the widths of an operand, with their marks, and below them their mean, in which float counts 32."""
+    cells = [f"{width_words(width)}{mark}" for width, mark in zip(widths, marks, strict=True)]
+    return [*cells, f"{widths.mean():.1f}"]
+
+
+def _column_of(problem: Problem, metric: str, w: NDArray[np.int64], a: NDArray[np.int64]) -> Column:
+    """Make the column of what layers take of a further metric that is limited.
+
+    Args:
+        problem: What is searched.
+        metric: The metric, a sum over layers.
+        w: The widths of weights.
+        a: The widths of activations.
+
+    Returns:
+        The column.
+    """
+    costs = problem.table.metric(metric)[np.arange(len(w)), places(w), places(a)]
+    total = float(problem.table.total(metric, w, a))
+    unit, size = best_unit(total, metric)
+    heading = "\n".join([*metric_words(metric).split(" "), unit][-3:])
+    return Column(heading, [f"{cost / size:.4g}" for cost in (*costs, total)], "right")
+
+
+def _layers_caption(problem: Problem, policy: Q.BitPolicy) -> str:
+    """Say what stands behind marks and means in a table of layers."""
+    parts = []
     if problem.pinned:
-        caption = f"{PINNED_MARK} fixed"
-    print_columns(console, title, columns, totals=1, caption=caption)
-
-
-def _before(problem: Problem, size: float) -> list[str]:
-    """What each layer costs at 8/8, in units of a size."""
-    cells = []
-    for cost, supported in zip(problem.cost[:, 7, 7], problem.table.supported[:, 7, 7], strict=True):
-        cell = NOTHING
-        if supported:
-            cell = f"{cost / size:.4g}"
-        cells.append(cell)
-    return cells
+        parts.append(f"{PINNED_MARK} fixed")
+    if any(None in pair for pair in policy.values()):
+        parts.append(f"float counts {FLOAT} bits in the means")
+    if before_words(problem) == "reference":
+        parts.append(f"reference: {problem.reference_words}")
+    return "; ".join(parts)
 
 
 class PolicyTable:
@@ -264,20 +387,23 @@ class PolicyTable:
         """Make a table for a notebook."""
         problem = self.problem
         w, a = problem.bit_arrays(self.policy)
-        before = problem.cost[:, 7, 7]
-        after = problem.cost[np.arange(len(w)), places(w), places(a)]
+        before, after = _costs_of(problem, problem.reference_policy), _costs_of(problem, self.policy)
         rows = [
             (
                 layer.name,
-                w[i],
-                a[i],
+                width_words(w[i]),
+                width_words(a[i]),
                 describe_amount(before[i], problem.metric),
                 describe_amount(after[i], problem.metric),
             )
             for i, layer in enumerate(problem.workload.layers)
         ]
-        caption = f"Bits per layer on {problem.target.name}; {problem.metric} is {problem.table.provenance}"
-        headings = ("layer", "weight bits", "activation bits", f"{problem.metric} at 8/8", f"{problem.metric} now")
+        metric, kind = metric_words(problem.metric), kind_of_cost(problem.metric, problem.table.provenance)
+        if kind != COUNTED:
+            kind = problem.table.provenance
+        caption = f"Bits per layer on {problem.target.name}; {metric} is {kind}"
+        before_at = f"{metric} at {before_words(problem)}"
+        headings = ("layer", "weight bits", "activation bits", before_at, f"{metric} now")
         return html_table(caption, headings, rows)
 
 
@@ -292,7 +418,10 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     """
     print_layers(console, task.problem, policy)
     _print_comparison(console, task, result)
-    say(console, budget_sentence(result["budget"]))
+    if result.get("goal"):
+        say(console, goal_sentence(result))
+    for budget in result.get("budgets") or [result["budget"]]:
+        say(console, budget_sentence(budget, result.get("reference", UNIFORM_8)))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
@@ -365,7 +494,7 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
         tuned += f", {result['finetuned_scheme']}"
     rows: dict[str, Mapping[str, float | None] | None] = {
         "float": result["float"],
-        "uniform 8 bits": result["uniform8"],
+        reference_label(result): result["uniform8"],
         f"found by {result['solver']}": result["found"],
         tuned: result["finetuned"],
         **{f"found by {name}": row for name, row in result["rivals"].items()},
@@ -376,14 +505,12 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
         count = len(getattr(task.dataset, split))
         judging = ObjectiveRecord.of(objective, problem.samples_are)
         columns.append(Column(heading, [_value_cell(judging, row, split, count) for row in shown.values()], "right"))
-    for metric in ("latency", "energy", "storage"):
-        if metric not in problem.metrics:
-            continue
-        # Bytes are counted from the bits on every target. What was measured, and where, stands below the table.
-        kind = "counted"
-        if metric != "storage":
-            kind = cost_kind(problem)
-        columns.append(Column(f"\n{metric}\n({kind})", [_cost_cell(row, metric) for row in shown.values()], "right"))
+    limited = [limit.metric for limit in problem.limits[1:]]
+    for metric in dict.fromkeys([*problem.metrics, problem.metric, *limited]):
+        # Bytes and bits are counted on every target. What was measured, and where, stands below the table.
+        kind = kind_of_cost(metric, problem.table.provenance)
+        heading = "\n".join(["", *metric_words(metric).split(" "), f"({kind})"][-3:])
+        columns.append(Column(heading, [_cost_cell(row, metric) for row in shown.values()], "right"))
     title = f"{result['network']} on {result['data']}, {result['target']}"
     print_columns(console, title, columns, caption=_caption(task, result))
 
@@ -405,7 +532,7 @@ def _value_cell(judging: ObjectiveRecord, row: Mapping[str, float | None], split
 
 
 def _cost_cell(row: Mapping[str, float | None], metric: str) -> str:
-    cost = row[COST_KEYS[metric]]
+    cost = row.get(COST_KEYS[metric])
     if cost is None:
         return NOTHING
     return describe_amount(cost, metric)
@@ -428,6 +555,8 @@ def _caption(task: SearchTask, result: Mapping[str, Any]) -> str:
     measured = [other.title for other in objective.also] or [objective.title]
     parts.append(f"{' and '.join(measured)} {result['accuracy_is']}")
     parts.append(f"cost {result['cost_is']}")
+    if not result.get("reference", UNIFORM_8).startswith("uniform "):
+        parts.append(f"reference: {result['reference']}")
     return "; ".join(parts)
 
 
@@ -448,32 +577,139 @@ def errors_words(judging: JudgingRecord, known: Sequence[float | None]) -> str:
     return "± is the standard error"
 
 
-def budget_sentence(budget: Mapping[str, Any]) -> str:
-    """Say how much of a budget is used (`haq.study.result.budget_used`)."""
+def reference_label(result: Mapping[str, Any]) -> str:
+    """Name the row of the reference in a table of results."""
+    return short_reference(str(result.get("reference", UNIFORM_8)))
+
+
+def budget_sentence(budget: Mapping[str, Any], reference: str = UNIFORM_8) -> str:
+    """Say how much of a budget is used.
+
+    Args:
+        budget: One of `haq.study.result.budgets_used`.
+        reference: What fractions are of, in words.
+
+    Returns:
+        A sentence.
+    """
+    metric = metric_words(budget["metric"])
     used = describe_amount(budget["used"], budget["metric"])
+    fraction = f"{budget['used_fraction']:.3f} of {reference}"
+    if budget["limit"] is None:
+        return f"{begin(metric)}: {used}, {fraction}; no budget limits it."
     limit = describe_amount(budget["limit"], budget["metric"])
     verdict = "EXCEEDED"
     if budget["holds"]:
         verdict = "holds"
-    return (
-        f"Budget: {used} of {limit} {budget['metric']} used ({percent(budget['used'] / budget['limit'], 1)}, "
-        f"{budget['used_fraction']:.3f} of uniform 8 bits): {verdict}."
-    )
+    share = percent(budget["used"] / budget["limit"], 1)
+    return f"Budget: {used} of {limit} {metric} used ({share}, {fraction}): {verdict}."
+
+
+def goal_sentence(result: Mapping[str, Any]) -> str:
+    """Say what was looked for, and whether what was found is that, on the search split and on the test split."""
+    goal = GoalRecord.from_dict(result["goal"], "what was looked for")
+    if "reached" not in result:
+        return f"Goal: {goal.words}."
+    reached = ReachedRecord.from_dict(result["reached"], "what was found")
+    told = []
+    for split in SPLITS:
+        key = share_key(split, reached.objective)
+        value, of_float = (reached.checked(result[name][key], key) for name in ("found", "float"))
+        verdict = "MISSED"
+        if getattr(reached, f"{split}_holds"):
+            verdict = "holds"
+        told.append(f"{reached.show(value)}, {reached.held_against(value, of_float)} float, on the {split} split: {verdict}")
+    sentence = f"Goal: {goal.words}. Found: {'; '.join(told)}"
+    if reached.search_holds and not reached.test_holds:
+        sentence += ", so the test split disagrees"
+    if reached.test_error:
+        sentence += (
+            f" (standard error there {show_error(reached.test_error, reached.objective_unit)}{_points(reached)} at most)"
+        )
+    return f"{sentence}."
+
+
+def _points(judging: JudgingRecord) -> str:
+    """Name the unit of a difference of values, with a blank before it."""
+    if judging.objective_unit == PERCENT:
+        return " points"
+    return f" {judging.objective_unit}".rstrip()
+
+
+def share_words(problem: Problem, trial: Trial) -> str:
+    """Say how much of its budgets a policy uses, of the tightest of them; without any what it costs."""
+    costs = problem.costs(trial.policy)
+    shares = [costs[limit.metric] / limit.amount for limit in problem.limits if limit.is_given]
+    if not shares:
+        return describe_amount(trial.cost, problem.metric)
+    return f"{max(shares):.3f}"
+
+
+def best_words(problem: Problem, best: Trial | None) -> str:
+    """Say what the best policy so far has: its value, and where the cheapest is looked for its cost."""
+    if best is None:
+        return "none within it"
+    value = show(best.value, best.unit)
+    if problem.goal.kind == CHEAPEST:
+        return f"{describe_amount(best.cost, problem.metric)} with {value}"
+    return value
 
 
 def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
-    """Hold what was found against the best of the rivals."""
+    """Hold what was found against the best of the rivals, by what is looked for."""
     objective, judging = problem.objective, objective_of(problem)
     key = share_key("search", objective.name)
     values = {name: judging.checked(row[key], key) for name, row in result["rivals"].items()}
+    if problem.goal.kind == CHEAPEST:
+        return _cheaper_sentence(problem, result, values)
     name = max(values, key=lambda name: judging.score(values[name]))
     than = judging.held_against(values[name], judging.checked(result["found"][key], key))
     measured = ""
     if objective.also:
         measured = f" ({objective.words})"
     return (
-        f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
+        f"{_rivals_words(problem)} ({', '.join(result['rivals'])}): the best is {name} with "
         f"{judging.show(values[name])} on the search split{measured}, {than} {result['solver']}."
+    )
+
+
+def _rivals_words(problem: Problem) -> str:
+    """Name solvers that were asked for the same."""
+    if problem.goal.kind != BEST.kind:
+        return "Rivals with the same goal"
+    if len(problem.limits) > 1:
+        return "Rivals at the same budgets"
+    return "Rivals at the same budget"
+
+
+def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mapping[str, float]) -> str:
+    """Hold what was found against the cheapest of the rivals that is good enough.
+
+    Args:
+        problem: What was searched.
+        result: What result.json holds.
+        values: The rivals' values on the search split, by name.
+
+    Returns:
+        A sentence.
+    """
+    names = ", ".join(result["rivals"])
+    float_value = problem.float_result.value
+    good = [name for name, value in values.items() if problem.goal.is_met(problem.objective, value, float_value)]
+    if not good:
+        return f"Rivals with the same goal ({names}): none of them found a policy that is good enough."
+    key = COST_KEYS[problem.metric]
+    name = min(good, key=lambda name: float(result["rivals"][name][key]))
+    cost, own = float(result["rivals"][name][key]), float(result["found"][key])
+    than = f"{percent(abs(cost / own - 1), 1)} more than"
+    if math.isclose(cost, own, rel_tol=SAME):
+        than = "as much as"
+    elif cost < own:
+        than = than.replace("more", "less")
+    amount = describe_amount(cost, problem.metric)
+    return (
+        f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, "
+        f"{than} {result['solver']}'s."
     )
 
 

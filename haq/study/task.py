@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import hw_models
@@ -22,13 +24,14 @@ from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
 from haq.problem.batches import Owned
 from haq.problem.device import CPU, describe_device, find_device, kind_of
+from haq.problem.goal import BEST, TRADEOFF
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
-from haq.store.records import ObjectiveRecord
+from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
@@ -37,7 +40,7 @@ from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.registry import import_by_name
 from hw_models.storage import BITS
-from hw_models.tvm_cpu.target import CpuTarget
+from hw_models.widths import FLOAT
 from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
 
@@ -190,8 +193,12 @@ class SearchTask(LoadedNetwork):
             search=search,
             target=target or load_target(config),
             metric=config.metric,
-            budget=config.budget,
-            bits=config.bit_range(),
+            budget=config.limits(),
+            bits=config.bits,
+            reference=config.reference,
+            max_drop=config.max_drop,
+            at_least=config.at_least,
+            tradeoff=config.tradeoff,
             objective=objective,
             scheme=scheme,
             tune=tuning,
@@ -204,7 +211,7 @@ class SearchTask(LoadedNetwork):
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
-        return replace(self, config=config, problem=self.problem.on(target, config.budget))
+        return replace(self, config=config, problem=self.problem.on(target, config.limits()))
 
     def reconstruct(
         self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress, loss: UserLoss | None = None
@@ -273,9 +280,12 @@ class SearchTask(LoadedNetwork):
 
     def signature(self) -> dict[str, str]:
         """Tell what must be the same for a run to be continued."""
-        table = self.problem.table
-        costs = hashlib.sha256(self.problem.cost.tobytes() + table.storage_bytes.tobytes()).hexdigest()[:16]
-        return {**self.network_signature(), "target": costs, **machine_signature(self.problem.target)}
+        parts = [told_places(self.problem, array) for array in (self.problem.cost, self.problem.table.storage_bytes)]
+        found = {"target": hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]}
+        if self.config.reference_file is not None:
+            widths = json.dumps(self.problem.reference_policy.to_dict())
+            found["reference"] = hashlib.sha256(widths.encode()).hexdigest()[:16]
+        return {**self.network_signature(), **found, **machine_signature(self.problem.target)}
 
     def _schemes_signature(self) -> dict[str, str]:
         """Tell how layers are quantized, where it isn't the linear scheme, rounded to nearest, without correction."""
@@ -349,6 +359,11 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
     """
     table = problem.table
     target = problem.target
+    costs = told_places(problem, np.where(table.supported, problem.cost, np.nan))
+    main = problem.limits[0]
+    amount = None
+    if main.is_given:
+        amount = main.amount
     return {
         "schema": PROBLEM_SCHEMA,
         **objective_of(problem).differences(),
@@ -364,7 +379,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
         },
         "metric": problem.metric,
         "unit": problem.unit,
-        "limit": problem.limit,
+        "limit": amount,
         "uniform8": problem.reference,
         "smallest": problem.smallest,
         "bits": list(problem.bits),
@@ -379,11 +394,72 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
                 "macs": layer.macs,
                 "parameters": layer.parameters,
                 "fixed": layer.name in problem.pinned,
-                "cost": cost[:BITS, :BITS].tolist(),  # [weight bits - 1][activation bits - 1], in the unit
+                "cost": [
+                    list(map(finite, row)) for row in cost.tolist()
+                ],  # by weight width, then activation width, in the unit
             }
-            for layer, cost in zip(problem.workload.layers, problem.cost, strict=True)
+            for layer, cost in zip(problem.workload.layers, costs, strict=True)
         ],
+        **_further(problem),
     }
+
+
+def _further(problem: Problem) -> dict[str, Any]:
+    """Describe of a problem what most do without: sets of widths, another reference, further budgets, another goal."""
+    found: dict[str, Any] = {}
+    weights, activations = (_as_in_policies(operand) for operand in problem.widths)
+    low, high = problem.bits
+    if not weights == activations == list(range(low, high + 1)):
+        found["widths"] = {"weights": weights, "activations": activations}
+    if problem.reference_words != UNIFORM_8:
+        found |= {"reference": problem.reference_words, "reference_policy": problem.reference_policy.to_dict()}
+    if len(problem.limits) > 1:
+        found["limits"] = [
+            {
+                "metric": limit.metric,
+                "unit": limit.unit,
+                "amount": limit.amount,
+                "reference": limit.reference,
+                "smallest": limit.smallest,
+                "largest": limit.largest,
+            }
+            for limit in problem.limits
+            if limit.is_given
+        ]
+    goal = goal_of(problem)
+    if goal is not None:
+        found["goal"] = goal
+    return found
+
+
+def _as_in_policies(widths: Iterable[int]) -> list[int | None]:
+    """Return widths as policies say them, float being None."""
+    found: list[int | None] = list(widths)
+    return [*(width for width in found if width != FLOAT), *(None for width in found if width == FLOAT)]
+
+
+def goal_of(problem: Problem) -> dict[str, Any] | None:
+    """Describe what is looked for as plain data (`haq.store.records.GoalRecord`); None for the best policy."""
+    goal = problem.goal
+    if goal.kind == BEST.kind:
+        return None
+    found: dict[str, Any] = {"kind": goal.kind, "is": goal.words(problem.objective)}
+    if goal.kind == TRADEOFF:
+        alpha, beta = goal.exponents
+        return found | {"alpha": alpha, "beta": beta, "target": problem.tradeoff_target}
+    least = goal.threshold(problem.objective, problem.float_result.value)
+    return found | {"least": least, "max_drop": goal.max_drop}
+
+
+def told_places(problem: Problem, array: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Leave out of an array (layers, 10, 10) the places of 16 bits and float, where the target does neither.
+
+    Files and signatures of such targets are as they were before there were these places.
+    """
+    wide = problem.table.supported[:, BITS:].any() or problem.table.supported[:, :, BITS:].any()
+    if wide:
+        return array
+    return np.ascontiguousarray(array[:, :BITS, :BITS])
 
 
 def objective_of(problem: Problem) -> ObjectiveRecord:
@@ -451,9 +527,10 @@ def adversary_of(config: SearchConfig) -> Adversary | None:
 
 def machine_signature(target: hw_models.Target) -> dict[str, str]:
     """Tell where latencies were measured; nothing for a target that is computed."""
-    if isinstance(target, CpuTarget):
-        return {"machine": json.dumps(target.key)}
-    return {}
+    key = getattr(target, "key", None)
+    if not isinstance(key, Mapping):
+        return {}
+    return {"machine": json.dumps(dict(key))}
 
 
 def versions(device: torch.device | None = None) -> dict[str, str]:

@@ -153,7 +153,7 @@ def test_tied_layers_take_the_same_bits(network: nn.Module) -> None:
     inputs, labels = images(8), torch.zeros(8, dtype=torch.long)
     tied = haq.Problem(network, inputs, (inputs, labels), "edge", budget=0.7, tied=[("hidden", "depthwise")], bits=(3, 6))
     assert [decision.layers for decision in tied.decisions] == [(0,), (1, 3), (2,), (4,)]
-    assert tied.quantization_error.shape == (4, 2, 8)
+    assert tied.quantization_error.shape == (4, 2, 10)
     decision = tied.decisions[1]
     w, a = decision.pairs[0] - 1
     assert decision.prices[0] == pytest.approx(tied.cost[1, w, a] + tied.cost[3, w, a])
