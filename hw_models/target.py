@@ -19,10 +19,13 @@ from hw_models.files import parse_yaml, quoted, read_text
 from hw_models.function import ARGUMENTS, FunctionTarget, is_function
 from hw_models.lut import load_lookup_table
 from hw_models.machine import Chip
+from hw_models.measured.cache import Notice, warn
+from hw_models.measured.timing import Progress
 from hw_models.registry import Registry, Row, printable, requires
-from hw_models.tvm_cpu.cache import Notice, warn
-from hw_models.tvm_cpu.measure import Progress
-from hw_models.tvm_cpu.target import LOCAL, MEASURED, REMOTE, load_cpu
+from hw_models.runtimes.target import MEASURED as RUNTIMES
+from hw_models.runtimes.target import load_runtime
+from hw_models.tvm_cpu.target import LOCAL, REMOTE, load_cpu
+from hw_models.tvm_cpu.target import MEASURED as COMPILED
 from hw_models.widths import at_places, pair_words
 from hw_models.workload import Workload
 
@@ -38,6 +41,9 @@ HARDWARE_MODELS: Registry[type[Chip]] = Registry(
     },
     check=requires("model_validate", "model_fields", "provenance", "cost_table"),
 )
+
+# The targets that are measured, each with a line about it.
+MEASURED = {**COMPILED, **RUNTIMES}
 
 MOST = 64 * 1024  # bytes of a file that describes hardware
 
@@ -60,6 +66,7 @@ class Target(Protocol):
         """Whether its costs are "estimated" or "measured", and how."""
         ...
 
+    # What measured times depend on is an attribute, `key`, a mapping: a run goes on where it has the same.
     # Whether it computes with activations that have zero points is an attribute, `zero_points`; a target without it doesn't.
     # What it can do is an attribute, `capabilities` (`hw_models.Capabilities`); one without it does whatever it has costs for.
 
@@ -147,6 +154,16 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
+def is_compiled(name: str) -> bool:
+    """Say whether a name is that of a target whose kernels are compiled, and measured."""
+    return name == LOCAL or name.startswith(REMOTE)
+
+
+def is_measured(name: str) -> bool:
+    """Say whether a name is that of a target that is measured."""
+    return is_compiled(name) or name in RUNTIMES
+
+
 def target_rows() -> list[Row]:
     """List every target that can be named, each with where it comes from and a line about it.
 
@@ -169,13 +186,15 @@ def load_target(
 
     Args:
         name: One of `target_names`, a path to a YAML file, `lut:PATH` for a table of measurements, `cpu` for kernels
-            measured on this machine or `rpc:HOST:PORT` on a board, a name that an installed package offers, or
-            `module:Name` in the current folder: a target, a class or function that makes one without arguments, or a function
-            of (layer, w, a) that returns seconds (`hw_models.function`).
-        threads: Of measured kernels; None is one.
-        target: What kernels are compiled for, as JSON of a TVM target or a processor's name; None is this machine's own.
-        cold: Whether kernels are measured with their data out of the caches.
-        progress: Told progress(done, total, note) while kernels are measured.
+            measured on this machine or `rpc:HOST:PORT` on a board, `onnxruntime` or `openvino` for layers as these run them
+            on this machine, a name that an installed package offers, or `module:Name` in the current folder: a target, a class
+            or function that makes one without arguments, or a function of (layer, w, a) that returns seconds
+            (`hw_models.function`).
+        threads: Of what is measured; None is one.
+        target: What kernels of `cpu` and `rpc:HOST:PORT` are compiled for, as JSON of a TVM target or a processor's name; None
+            is this machine's own.
+        cold: Whether it is measured with its data out of the caches.
+        progress: Told progress(done, total, note) while that is done.
         notice: Told a sentence when measured times can't be trusted; None warns.
         modules: Whether `module:Name` may be imported; False for a name that no person gave.
 
@@ -189,8 +208,12 @@ def load_target(
         ImportError: Saying what to install, or why somebody's module can't be imported.
         ConnectionError: When no board answers.
     """
-    if name == LOCAL or name.startswith(REMOTE):
+    if is_compiled(name):
         return replace(load_cpu(name, threads, target), cold=cold, progress=progress, notice=notice or warn)
+    if name in RUNTIMES:
+        if target is not None:
+            raise ValueError(f"target is for kernels that are compiled ({', '.join(COMPILED)}), not for {name}")
+        return replace(load_runtime(name, threads), cold=cold, progress=progress, notice=notice or warn)
     options = {"threads": threads is not None, "target": target is not None, "cold": cold}
     if given := [option for option, is_given in options.items() if is_given]:
         raise ValueError(f"{given[0]} is for kernels that are measured ({', '.join(MEASURED)}), not for {name}")

@@ -24,6 +24,7 @@ NO_PLACE = -1
 _OF_WIDTH = np.full(FLOAT + 1, NO_PLACE)
 _OF_WIDTH[list(WIDTHS)] = np.arange(PLACES)
 _ARRAY = np.array(WIDTHS)
+_WRITTEN = tuple(str(width) for width in WIDTHS)
 _OPERAND = r"(?:[0-9]{1,2}|float)"
 _PAIR = re.compile(rf"(?:w(?P<w>{_OPERAND})a(?P<a>{_OPERAND})|(?P<w2>{_OPERAND})/(?P<a2>{_OPERAND}))")
 
@@ -40,7 +41,7 @@ def width_of(width: Any) -> int:
     if width is None or width == FLOAT_WORD:
         return FLOAT
     number = NO_PLACE
-    if isinstance(width, str) and width.isascii() and width.isdecimal() and len(width) <= 2:
+    if isinstance(width, str) and width in _WRITTEN:
         number = int(width)
     elif not isinstance(width, bool | str):
         try:

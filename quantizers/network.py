@@ -17,7 +17,7 @@ from quantizers.batches import Batches, collect
 from quantizers.calling import Forward
 from quantizers.copying import copy_network, evaluating
 from quantizers.correction import MeanInput, correct_bias, correct_weights
-from quantizers.functional import FEW_BITS, MAX_BITS, WIDTHS, row_of
+from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, WIDTHS, row_of
 from quantizers.layers import (
     ERRORS,
     FOUND_AFTER_TRAINING,
@@ -322,7 +322,7 @@ def _round(layer: QuantLayer, moments: InputMoments | None, bits: Bits) -> None:
     """Set a layer's `weight_offset` by GPTQ, if calibration reached the layer; 16 bits need none."""
     if moments is None or not moments.images:
         return
-    if bits[0] is None and not moments.suffice():
+    if bits[0] in (None, WIDE_BITS) and not moments.suffice():
         return
     scheme = layer.scheme
     widths = [width for width in FEW_BITS if scheme.takes(width, None, layer.signed)]

@@ -143,10 +143,17 @@ class Scheme:
     habits: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, name: str = "") -> None:
-        """Make a subclass known by its name."""
+        """Make a subclass known by its name.
+
+        Who writes a scheme of their own on one of ours says themselves whether it has 16 bits.
+        """
         if name:
             cls.name = name
             Scheme.known[name] = cls
+        if not _is_ours(cls):
+            for method, most in (("weight", "most_weight_bits"), ("activation", "most_activation_bits")):
+                if method in vars(cls) and most not in vars(cls):
+                    setattr(cls, most, MAX_BITS)
 
     @staticmethod
     def named(scheme: str | Scheme, *, modules: bool = True) -> Scheme:
@@ -496,9 +503,14 @@ def check_activations(activations: str) -> None:
 
 def refuse_negative(scheme: Scheme, bits: int) -> None:
     """Raise ValueError, naming the scheme and the bits, for an input that is negative where integers have no sign."""
+    amount, remedy = f"{bits} bits", ""
+    if bits == 1:
+        amount = "1 bit"
+    elif "zero_points" in scheme.choices:
+        remedy = f"give scheme {scheme.name!r} zero points (asymmetric), "
     raise ValueError(
-        f"its input is negative in places, which unsigned integers of {bits} bits aren't: give scheme {scheme.name!r} "
-        "zero points (asymmetric), leave the input in float, or choose hardware with signed activations"
+        f"its input is negative in places, which unsigned integers of {amount} aren't: {remedy}leave the input in float, or "
+        "choose hardware with signed activations"
     )
 
 

@@ -44,6 +44,8 @@ from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
+    calibration_policy,
+    check_inputs,
     check_metric,
     check_rounding,
     check_widths,
@@ -63,7 +65,7 @@ from hw_models.metrics import METRICS, PEAK, STORED_ONCE, UNITS
 from hw_models.notebook import html_table
 from hw_models.registry import join_words, printable
 from hw_models.target import price
-from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair
+from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, places, read_pair, width_words
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
@@ -86,7 +88,7 @@ class Problem:
     Attributes:
         network: The float network that was given.
         workload: Its layers.
-        schemes: The quantization scheme of every layer, by name.
+        schemes: The quantization scheme of every layer, by name; it obeys the target's capabilities.
         roundings: How the weights of every layer are rounded, "nearest" or "gptq", by name.
         target: The hardware target.
         table: Its cost table for the workload.
@@ -247,7 +249,7 @@ class Problem:
         with evaluation_mode(network):
             qnetwork = Q.quantize(
                 network,
-                Q.BitPolicy(dict.fromkeys(self.workload.names, Q.END_BITS)),
+                calibration_policy(self.schemes),
                 scheme=self.schemes,
                 calibrate=self.calibration,
                 correction=correction,
@@ -293,7 +295,7 @@ class Problem:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
-    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str]) -> Problem:
+    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str] | None) -> Problem:
         """Put the same problem on another target, within another budget.
 
         Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
@@ -315,7 +317,7 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         if target is not self.target:
-            if obeying(self._schemes_asked, target) != self.schemes:
+            if not self.has_schemes_for(target):
                 raise ValueError(
                     f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
                     "evaluated for one says nothing of the other: make another problem for it"
@@ -371,6 +373,10 @@ class Problem:
             return metric
         return "storage"
 
+    def has_schemes_for(self, target: hw_models.Target) -> bool:
+        """Say whether the schemes are those that a target's capabilities ask for: the problem can be put on no other."""
+        return obeying(self._schemes_asked, target) == self.schemes
+
     def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
         self.target = target
@@ -398,16 +404,28 @@ class Problem:
 
     def _widths(self) -> WidthsAsked:
         """Return the widths that may be chosen: those asked for, or else 2 to 8, and 16 bits and float where they can be."""
-        if self._bits_asked is not None:
-            return self._bits_asked
         free = [index for index, name in enumerate(self.workload.names) if name not in self.pinned]
         able = (self.table.supported & self._meaningful)[free]
+        if self._bits_asked is not None:
+            self._check_wide(self._bits_asked, able)
+            return self._bits_asked
         found = []
         for others in ((0, 2), (0, 1)):
             by_width: NDArray[np.bool_] = np.any(able, axis=others)
             wide = np.flatnonzero(by_width[WIDE:]) + WIDE
             found.append((*range(FEW_BITS[0], FEW_BITS[1] + 1), *map(int, at_places(wide))))
         return WidthsAsked(*found)
+
+    def _check_wide(self, asked: WidthsAsked, able: NDArray[np.bool_]) -> None:
+        """Raise ValueError for 16 bits or float, if it is asked for and no layer that can be decided can have it."""
+        for operand, widths, others in (("weights", asked.weights, (0, 2)), ("activations", asked.activations, (0, 1))):
+            by_width: NDArray[np.bool_] = np.any(able, axis=others)
+            lacking = [width for width in widths if place_of(width) >= WIDE and not by_width[place_of(width)]]
+            if lacking and able.size:
+                raise ValueError(
+                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which "
+                    f"{self.target.name} can't do in any layer that isn't pinned"
+                )
 
     @property
     def bits(self) -> tuple[int, int]:
@@ -418,6 +436,7 @@ class Problem:
     def _restrict(self, signed: Mapping[str, bool]) -> None:
         """Leave out pairs of bits that mean nothing to a scheme now that calibration has seen each layer's input."""
         meaningful = meaningful_pairs(self.schemes, signed)
+        check_inputs(self.schemes, signed, self.table, meaningful)
         if not np.array_equal(meaningful, self._meaningful):
             self._meaningful = meaningful
             self._choose()
@@ -476,7 +495,9 @@ class Problem:
             if limit.is_given:
                 of = f"{limit.fraction:.3g} of {self.reference_words}"
                 words.append(f"{limit.metric} within {describe_amount(limit.amount, limit.metric)} ({of})")
-        if self.goal.kind != BEST.kind:
+        if self.goal.kind == TRADEOFF:
+            words.insert(0, f"{self.goal.words(self.objective)}, budget {describe_amount(self.tradeoff_target, self.metric)}")
+        if self.goal.kind == CHEAPEST:
             words.insert(0, f"{self.goal.words(self.objective)} by {self.metric}")
         return ", ".join(words)
 
@@ -868,10 +889,11 @@ class Problem:
     def largest(self) -> float:
         """Return the largest budget: what the reference costs, or the least that a policy does where that is more.
 
-        Where 16 bits or float can be chosen, it is what the dearest policy costs if that is more.
+        Where 16 bits or float can be chosen, or another reference is asked for, it is what the dearest policy costs if that is
+        more.
         """
         found = max(self.reference, self.smallest)
-        if self.bits[1] > Q.MAX_BITS:
+        if self.bits[1] > Q.MAX_BITS or self._reference_asked is not None:
             found = max(found, float(sum(decision.prices.max() for decision in self.decisions)))
         return found
 

@@ -109,9 +109,7 @@ class HistoryRow(NamedTuple):
     others: tuple[float, ...] = ()  # costs of the further metrics that are limited, in their units
 
     @classmethod
-    def parse(
-        cls, line: str, layers: int | None = None, limits: Limits = SHARES, others: Sequence[str] = ()
-    ) -> HistoryRow:
+    def parse(cls, line: str, layers: int | None = None, limits: Limits = SHARES, others: Sequence[str] = ()) -> HistoryRow:
         """Read a line, without its end.
 
         Args:

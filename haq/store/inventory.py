@@ -102,7 +102,19 @@ class RunSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: what `list --json` prints."""
-        names = ("network", "data", "hw", "metric", "budget", "max_drop", "at_least", "tradeoff", "solver", "seed", "objective")
+        names = (
+            "network",
+            "data",
+            "hw",
+            "metric",
+            "budget",
+            "max_drop",
+            "at_least",
+            "tradeoff",
+            "solver",
+            "seed",
+            "objective",
+        )
         return {
             "folder": str(self.folder),
             "kind": self.kind,

@@ -165,8 +165,8 @@ class SearchConfig(_Config):
     forward: str | None = forward_setting(SEARCHED)
     hw: str = setting(
         "edge",
-        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu (measured here), "
-        "rpc:HOST:PORT (measured there) or module:Name",
+        "hardware target: a name as `haq list targets` shows them, a .yaml file, lut:TABLE.csv, cpu, onnxruntime or "
+        "openvino (measured here), rpc:HOST:PORT (measured there) or module:Name",
         group=HARDWARE,
         metavar="NAME",
         names=lambda: target_names(),
@@ -305,18 +305,20 @@ class SearchConfig(_Config):
         metavar="RUN|FILE",
     )
     threads: int | None = setting(
-        None, "of measured kernels, for the targets cpu and rpc:HOST:PORT", group=HARDWARE, metavar="N", default_words="1"
+        None,
+        "of what is measured: cpu, rpc:HOST:PORT, onnxruntime, openvino",
+        group=HARDWARE,
+        metavar="N",
+        default_words="1",
     )
     target: str | None = setting(
         None,
-        "TVM's target for measured kernels",
+        "TVM's target for measured kernels, of cpu and rpc:HOST:PORT",
         group=HARDWARE,
         metavar="JSON|PROCESSOR",
         default_words="this machine's processor",
     )
-    cold: bool | None = setting(
-        None, "measure kernels with their data out of the caches", group=HARDWARE, default_words="in them"
-    )
+    cold: bool | None = setting(None, "measure with data out of the caches", group=HARDWARE, default_words="in them")
     device: str = setting(
         CPU,
         f"where networks are run: {WRITTEN}; with --workers, cuda is all GPUs",
@@ -567,7 +569,9 @@ class SearchConfig(_Config):
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise ValueError(f"--at-least is {files.quoted(self.at_least)}; it must be a value of the objective, such as 91.5% or 0.3")
+            raise ValueError(
+                f"--at-least is {files.quoted(self.at_least)}; it must be a value of the objective, such as 91.5% or 0.3"
+            )
         if number != text:
             value /= 100
         return value
@@ -594,21 +598,25 @@ class SearchConfig(_Config):
         if self.metric not in UNITS:
             raise ValueError(f"--metric is {files.quoted(self.metric)}; known: {', '.join(UNITS)}")
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
-            raise ValueError(f"--max-drop is {self.max_drop:g}; it must be a number from 0: how much worse than float is allowed")
+            raise ValueError(
+                f"--max-drop is {self.max_drop:g}; it must be a number from 0: how much worse than float is allowed"
+            )
         self.least_value()
         self.exponents()
         if self.max_drop is not None and self.at_least is not None:
             raise ValueError("--max-drop and --at-least say the same in two ways: leave one of them out")
         if self.is_cheapest and self.tradeoff is not None:
-            raise ValueError("--tradeoff looks for the most of one number, and --max-drop or --at-least for the cheapest: leave one out")
+            raise ValueError(
+                "--tradeoff looks for the most of one number, and --max-drop or --at-least for the cheapest: leave one out"
+            )
         if self.is_cheapest:
             return
         if not budgets:
             raise ValueError(f"--budget {NONE} goes with --max-drop or --at-least alone: what else would keep a policy small?")
         if self.metric not in budgets:
             raise ValueError(
-                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or leave "
-                "--metric out"
+                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or "
+                "leave --metric out"
             )
 
     def check_bits(self) -> None:
@@ -625,7 +633,9 @@ class SearchConfig(_Config):
             for part in parts:
                 read_widths(part)
         except ValueError as error:
-            raise ValueError(f"--bits: {error}; give such as 2:8 or 4,8,16,float, or of weights/activations 4,8/8,16") from None
+            raise ValueError(
+                f"--bits: {error}; give such as 2:8 or 4,8,16,float, or of weights/activations 4,8/8,16"
+            ) from None
 
     def check_reference(self) -> None:
         """Raise ValueError, in one sentence, unless `reference` is a pair of widths or a file."""
@@ -1103,7 +1113,9 @@ def read_limits(text: str, metric: str) -> dict[str, str]:
         if not limit:
             raise ValueError(f"--budget is {files.quoted(text)}; it must be a limit such as 0.5 or 40kB, or METRIC=LIMIT")
         if equals and name not in UNITS:
-            raise ValueError(f"--budget {files.quoted(part)} is of an unknown metric {files.quoted(name)}; known: {', '.join(UNITS)}")
+            raise ValueError(
+                f"--budget {files.quoted(part)} is of an unknown metric {files.quoted(name)}; known: {', '.join(UNITS)}"
+            )
         if name in found:
             raise ValueError(f"--budget limits {name} twice, to {found[name]} and to {limit}: leave one of them out")
         found[name] = limit

@@ -37,7 +37,7 @@ from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepC
 from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
 from haq.study.workers.processes import Crew
-from hw_models.tvm_cpu.target import LOCAL, REMOTE
+from hw_models.target import is_compiled, is_measured
 
 ORPHAN_S = 60.0  # a worker whose sweep was killed ends after the evaluation it is at; its search is waited for
 
@@ -149,8 +149,10 @@ def asked_of(record: SweepRecord) -> SweepConfig:
 def settings_on(sweep: SweepConfig, hw: str) -> SearchConfig:
     """Return the settings that all runs on a target share; options of measured targets only where they are measured."""
     settings = sweep.settings.replace(hw=hw, budget="1.0")
-    if any(_measured(name) for name in sweep.hw) and not _measured(hw):
-        settings = settings.replace(**dict.fromkeys(MEASURED))
+    if any(is_measured(name) for name in sweep.hw) and not is_measured(hw):
+        return settings.replace(**dict.fromkeys(MEASURED))
+    if any(is_compiled(name) for name in sweep.hw) and not is_compiled(hw):
+        return settings.replace(target=None)
     return settings
 
 
@@ -573,7 +575,3 @@ def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
             yield run
         finally:
             run.close()
-
-
-def _measured(hw: str) -> bool:
-    return hw == LOCAL or hw.startswith(REMOTE)

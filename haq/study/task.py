@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from haq.data.memory import allowed_bytes
 from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
 from haq.problem.batches import Owned
-from haq.problem.goal import BEST, TRADEOFF
 from haq.problem.device import CPU, describe_device, find_device, kind_of
+from haq.problem.goal import BEST, TRADEOFF
 from haq.problem.objective import build_objective
 from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
@@ -40,7 +40,6 @@ from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.registry import import_by_name
 from hw_models.storage import BITS
-from hw_models.tvm_cpu.target import CpuTarget
 from hw_models.widths import FLOAT
 from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
@@ -211,7 +210,12 @@ class SearchTask(LoadedNetwork):
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
-        """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
+        """Put the same network and data on another target or within another budget; all that was evaluated is shared.
+
+        Not where the target's capabilities ask for other quantizers.
+        """
+        if not self.problem.has_schemes_for(target):
+            return SearchTask.build(config, target)
         return replace(self, config=config, problem=self.problem.on(target, config.limits()))
 
     def reconstruct(
@@ -395,7 +399,9 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
                 "macs": layer.macs,
                 "parameters": layer.parameters,
                 "fixed": layer.name in problem.pinned,
-                "cost": [list(map(finite, row)) for row in cost.tolist()],  # by weight width, then activation width, in the unit
+                "cost": [
+                    list(map(finite, row)) for row in cost.tolist()
+                ],  # by weight width, then activation width, in the unit
             }
             for layer, cost in zip(problem.workload.layers, costs, strict=True)
         ],
@@ -404,11 +410,9 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
 
 
 def _further(problem: Problem) -> dict[str, Any]:
-    """Describe of a problem what most problems do without: sets of widths, another reference, further budgets, another goal."""
+    """Describe of a problem what most do without: sets of widths, another reference, further budgets, another goal."""
     found: dict[str, Any] = {}
-    weights, activations = (
-        [None if width == FLOAT else width for width in operand] for operand in (problem.widths.weights, problem.widths.activations)
-    )
+    weights, activations = (_as_in_policies(operand) for operand in problem.widths)
     low, high = problem.bits
     if not weights == activations == list(range(low, high + 1)):
         found["widths"] = {"weights": weights, "activations": activations}
@@ -431,6 +435,12 @@ def _further(problem: Problem) -> dict[str, Any]:
     if goal is not None:
         found["goal"] = goal
     return found
+
+
+def _as_in_policies(widths: Iterable[int]) -> list[int | None]:
+    """Return widths as policies say them, float being None."""
+    found: list[int | None] = list(widths)
+    return [*(width for width in found if width != FLOAT), *(None for width in found if width == FLOAT)]
 
 
 def goal_of(problem: Problem) -> dict[str, Any] | None:
@@ -522,9 +532,10 @@ def adversary_of(config: SearchConfig) -> Adversary | None:
 
 def machine_signature(target: hw_models.Target) -> dict[str, str]:
     """Tell where latencies were measured; nothing for a target that is computed."""
-    if isinstance(target, CpuTarget):
-        return {"machine": json.dumps(target.key)}
-    return {}
+    key = getattr(target, "key", None)
+    if not isinstance(key, Mapping):
+        return {}
+    return {"machine": json.dumps(dict(key))}
 
 
 def versions(device: torch.device | None = None) -> dict[str, str]:

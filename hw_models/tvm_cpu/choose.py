@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from hw_models.measured.timing import Timing
 from hw_models.storage import BITS
-from hw_models.tvm_cpu.measure import Timing
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.kernel import Kernel

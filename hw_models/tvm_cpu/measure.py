@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from shutil import which
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hw_models.measured.timing import Say, Timing
 
 if TYPE_CHECKING:
     from hw_models.tvm_cpu.cpu import Cpu
     from hw_models.tvm_cpu.kernel import Kernel
 
     Names = dict[Kernel, tuple[str, ...]]
-
-Progress = Callable[[int, int, str], None]  # done, total, what is worked on
-Say = Callable[[str], None]
 
 BATCH = 16  # kernels compiled as one module
 READING_MS = 1  # of one reading at least: as many calls as that takes
@@ -37,15 +36,6 @@ COLD_ROUNDS = 5
 # Until an RPC server has to answer a new client. It starts a process for each, and a small board takes its time to import TVM.
 ANSWER_S = 60.0
 FLUSH_BYTES = 64 << 20  # written before each cold reading; more than the caches of one core and its share of the last
-
-
-class Timing(NamedTuple):
-    """Seconds of one call: median and interquartile range of the rounds; not `trusted` if the machine was busy meanwhile."""
-
-    median_s: float
-    spread_s: float
-    repeats: int
-    trusted: bool = True
 
 
 class BuildError(ValueError):

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from hw_models.cost import CostTable, check_batch
+from hw_models.measured.cache import Notice, TimingCache, warn
+from hw_models.measured.processor import processor_model
+from hw_models.measured.timing import Progress, Say, Timing
+from hw_models.measured.trusted import Trusted
 from hw_models.storage import BITS, storage_bytes
-from hw_models.tvm_cpu.cache import Notice, TimingCache, warn
 from hw_models.tvm_cpu.choose import Choice, Pair, choose, uncovered
 from hw_models.tvm_cpu.conv import Conv
-from hw_models.tvm_cpu.measure import Board, Progress, Reference, Say, Timing, measure
-from hw_models.tvm_cpu.trusted import SAMPLE, Trusted
+from hw_models.tvm_cpu.measure import Board, Reference, measure
 from hw_models.workload import Workload
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ class CpuTarget:
                 say = partial(self._say, len(chosen), len(candidates), layer)
                 say("")
                 chosen[conv] = choose(kernels, partial(trusted.timings, say))
-            for conv in self._outdated(trusted, {conv: chosen[conv] for conv, some in before.items() if some}):
+            kept = {conv: chosen[conv][BITS, BITS].kernel for conv, some in before.items() if some}
+            for conv in trusted.outdated(kept, lambda count: partial(self._say, 0, count, "what was measured before")):
                 layer, kernels = candidates[conv]
                 trusted.forget(kernels)
                 say = partial(self._say, len(chosen), len(candidates), layer)
@@ -165,28 +166,6 @@ class CpuTarget:
                 self.notice(f"the machine is busy: what was measured before on {self.name} could not be checked")
         self._say(len(chosen), len(candidates), "", "")
         return chosen
-
-    def _outdated(self, trusted: Trusted, kept: Mapping[Conv, Mapping[Pair, Choice]]) -> list[Conv]:
-        """Check what the cache had: time a few kernels again, and a kernel of every shape if one of these is off.
-
-        All kernels of a shape were measured together, so one tells whether the machine was busy then.
-        """
-        convs = list(kept)
-        if not convs:
-            return []
-
-        def differing(some: list[Conv]) -> list[Conv]:
-            kernels = {kept[conv][BITS, BITS].kernel: conv for conv in some}
-            say = partial(self._say, 0, len(some), "what was measured before")
-            return [kernels[kernel] for kernel in trusted.differing(say, list(kernels))]
-
-        if trusted.was_slow():
-            return differing(convs)
-        sample = convs[:: -(-len(convs) // SAMPLE)]
-        found = differing(sample)
-        if found:
-            found += differing([conv for conv in convs if conv not in sample])
-        return found
 
     def fastest(self, wanted: Iterable[tuple[Conv, int, int, bool]]) -> dict[tuple[Conv, int, int, bool], Choice]:
         """Find the fastest kernel for layers whose bits are settled.
@@ -219,7 +198,7 @@ class CpuTarget:
             self.progress(done, total, f"{doing} {what}".strip())
 
     @contextmanager
-    def _trusted(self) -> Iterator[Trusted]:
+    def _trusted(self) -> Iterator[Trusted[Kernel]]:
         """What has kernels measured, unless they are in the cache."""
         from hw_models.tvm_cpu import kernels
 
@@ -329,11 +308,7 @@ def processor_name() -> str:
     """Return what this machine's processor calls itself, and what LLVM calls it: virtual machines hide the former."""
     import tvm
 
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file() and (found := re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M)):
-        name = found[1]
-    return f"{' '.join(name.split())} ({tvm.get_global_func('tvm.codegen.llvm.GetHostCPUName')()})"
+    return f"{processor_model()} ({tvm.get_global_func('tvm.codegen.llvm.GetHostCPUName')()})"
 
 
 def _host_features() -> dict[str, bool]:

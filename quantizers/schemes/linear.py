@@ -20,7 +20,6 @@ from quantizers.functional import (
     quantize_tensor,
     relative_error,
     row,
-    row_of,
     scaled_gradient,
     set_rows,
     with_value,
@@ -162,11 +161,13 @@ class Linear(Scheme, name="linear"):
             zero_point = torch.zeros_like(scale)
         widest = widest_grid(observer, signed, asymmetric, self.power_of_two)
         set_rows(layer.activation_scale, torch.cat([scale, scale.new_tensor([widest.scale])]))
+        origin = None
         if asymmetric:
+            origin = sample.new_tensor(widest.zero_point)
             set_rows(tensor_of(layer, ZERO), torch.cat([zero_point, zero_point.new_tensor([widest.zero_point])]))
-        layer.activation_error[: len(error)] = error
-        if len(layer.activation_scale) == len(layer.activation_error) == len(WIDTHS):
-            layer.activation_error[row_of(WIDE_BITS)] = relative_error(sample, self.activation(layer, sample, WIDE_BITS))
+        is_signed = signed and not asymmetric
+        made = fake_quantize(sample, sample.new_tensor(widest.scale), WIDE_BITS, is_signed, zero_point=origin, reuse=True)
+        set_rows(layer.activation_error, torch.cat([error, relative_error(sample, made).view(1).to(error)]))
 
     def weight(self, layer: SchemeLayer, bits: int) -> Tensor:
         """Return the weight on its grid."""

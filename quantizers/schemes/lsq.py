@@ -212,9 +212,7 @@ class LSQPlus(LSQ, name="lsqplus"):
     def __post_init__(self) -> None:
         """Raise ValueError for what inputs with an offset can't be."""
         if self.activations != "auto" or self.power_of_two:
-            raise ValueError(
-                f"scheme {self.name!r} has inputs with a learned offset: it takes activations 'auto' alone, and no power_of_two"
-            )
+            raise ValueError(f"scheme {self.name!r} has inputs with a learned offset: activations are 'auto', no power_of_two")
 
     def check(self, weight_bits: int | None, activation_bits: int | None, signed: bool = False) -> None:
         """Refuse one bit for weights; inputs are unsigned, with an offset."""

@@ -30,10 +30,10 @@ from haq.deployment.lowering import lower
 from haq.deployment.program import Codes
 from haq.deployment.tvm import Layer
 from hw_models import load_target
+from hw_models.measured.timing import Timing
 from hw_models.tvm_cpu import kernels
 from hw_models.tvm_cpu.choose import Choice
 from hw_models.tvm_cpu.kernel import Kernel
-from hw_models.tvm_cpu.measure import Timing
 from hw_models.tvm_cpu.target import CpuTarget
 from tests.commands.test_search_command import MODULE, QUICK
 

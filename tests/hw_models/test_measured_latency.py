@@ -30,9 +30,9 @@ from torch import nn
 import hw_models
 from haq import hardware, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
+from hw_models.measured.cache import TimingCache, cache_folder
 from hw_models.tvm_cpu import measure as measuring
 from hw_models.tvm_cpu import target as targets
-from hw_models.tvm_cpu.cache import TimingCache, cache_folder
 from hw_models.tvm_cpu.choose import choose
 from hw_models.tvm_cpu.conv import Conv
 from hw_models.tvm_cpu.measure import BuildError, Timing, cross_compiler, measure
@@ -99,7 +99,10 @@ def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_options_of_measuring_are_for_measured_targets() -> None:
-    with pytest.raises(ValueError, match=r"threads is for kernels that are measured \(cpu, rpc:HOST:PORT\), not for edge"):
+    with pytest.raises(
+        ValueError,
+        match=r"threads is for kernels that are measured \(cpu, rpc:HOST:PORT, onnxruntime, openvino\), not for edge",
+    ):
         hw_models.load_target("edge", threads=2)
     with pytest.raises(ValueError, match="did you mean cpu"):
         hw_models.load_target("cpuu")
@@ -214,8 +217,8 @@ def python(code: str) -> subprocess.Popen[bytes]:
 
 def test_two_processes_lose_nothing() -> None:
     code = """
-    from hw_models.tvm_cpu.cache import TimingCache
-    from hw_models.tvm_cpu.measure import Timing
+    from hw_models.measured.cache import TimingCache
+    from hw_models.measured.timing import Timing
     for number in range(25):
         TimingCache({"processor": "a", "threads": 1}).save({f"%s {number}": Timing(1.0, 0.0, 1)})
     """
@@ -228,7 +231,7 @@ def test_a_dead_process_holds_no_lock(folder: Path) -> None:
     process = python(
         """
     import time
-    from hw_models.tvm_cpu.cache import TimingCache
+    from hw_models.measured.cache import TimingCache
     with TimingCache({"processor": "a", "threads": 1})._locked():
         open("%s", "w").close()
         time.sleep(600)

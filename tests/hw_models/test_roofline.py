@@ -18,9 +18,7 @@ from hw_models.widths import FLOAT, place_of
 from hw_models.workload import Call, Layer, Workload
 
 # One layer of 2048 multiply-accumulates: 128 weights, 128 elements in, 256 out.
-POINTWISE = Layer(
-    "layer", "pointwise", 8, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1, False, (Call((4, 4), (4, 4)),)
-)
+POINTWISE = Layer("layer", "pointwise", 8, 16, (1, 1), (1, 1), (0, 0), (1, 1), 1, False, (Call((4, 4), (4, 4)),))
 MACS, WEIGHTS, INPUTS, OUTPUTS = 2048, 128, 128, 256
 # 10^6 operations and 10^3 bytes a second: 4.096 ms for 2 x 2048 operations, 0.512 s for 512 bytes.
 SLOW = {

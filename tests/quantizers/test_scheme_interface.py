@@ -162,7 +162,7 @@ def test_errors_are_there_at_every_width(name: str) -> None:
     qnetwork = Q.quantize(network, Q.BitPolicy.uniform(network, *first_bits(scheme)), scheme=scheme, calibrate=images(16))
     for layer in Q.quant_layers(qnetwork).values():
         for errors in scheme.quantization_errors(layer):
-            assert errors.shape == (8,)
+            assert errors.shape == (len(Q.WIDTHS),)
             assert errors.isfinite().all()
             assert errors.min() >= 0
             assert errors[1:].argmin() > 3  # more bits are better

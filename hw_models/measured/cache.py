@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hw_models.tvm_cpu.measure import Timing
+from hw_models.measured.timing import Timing
 
 Notice = Callable[[str], None]
 Key = Mapping[str, str | int]

@@ -1,21 +1,22 @@
 """Timings that can be trusted, although other programs use the machine now and then.
 
-A reference kernel, always the same, is timed before and after every group of kernels. If it is slower than it ever was, or the
-readings of a kernel are scattered, the machine was busy: those kernels are measured again, a few times, and what is no better
-then is marked. Of what the cache holds, a few kernels are timed again at every start.
+What is timed is called a kernel here, whoever computes it. A reference kernel, always the same, is timed before and after
+every group of kernels. If it is slower than it ever was, or the readings of a kernel are scattered, the machine was busy:
+those kernels are measured again, a few times, and what is no better then is marked. Of what the cache holds, a few kernels
+are timed again at every start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
-from hw_models.tvm_cpu.cache import TimingCache
-from hw_models.tvm_cpu.measure import Say, Timing
+from hw_models.measured.cache import TimingCache
+from hw_models.measured.timing import Say, Timing
 
-if TYPE_CHECKING:
-    from hw_models.tvm_cpu.kernel import Kernel
+Kernel = TypeVar("Kernel", bound=Hashable)
+Shape = TypeVar("Shape", bound=Hashable)
 
 OFF = 0.10  # relative: the reference, and what the cache holds, may differ by so much
 SPREAD = 0.25  # of the median: the interquartile range of a kernel's readings
@@ -24,20 +25,18 @@ MOST_AGAIN = 20  # groups measured again in one start: a busy machine ends with 
 SAMPLE = 4  # kernels of the cache that are timed again at a start
 REFERENCE = "reference"  # its name in the cache
 
-Measure = Callable[[Say, list["Kernel"]], Mapping["Kernel", Timing]]
-
 # What this process has measured or checked itself, by the path of a cache.
 _settled: dict[str, set[str]] = {}
 
 
-class Trusted:
+class Trusted(Generic[Kernel]):
     """Measures kernels unless the cache has them, and says which times are to be trusted."""
 
     def __init__(
         self,
         cache: TimingCache,
         text: Callable[[Kernel], str],
-        measure: Measure,
+        measure: Callable[[Say, list[Kernel]], Mapping[Kernel, Timing]],
         reference: Callable[[], Callable[[], float]],
     ) -> None:
         """Read the cache.
@@ -71,9 +70,41 @@ class Trusted:
                 self._left = max(0, self._left - 1)
         return {kernel: self._known[self._text(kernel)] for kernel in kernels}
 
+    def knows(self, kernel: Kernel) -> bool:
+        """Say whether a kernel was measured before, by whatever process."""
+        return self._text(kernel) in self._known
+
     def from_before(self, kernel: Kernel) -> bool:
         """Say whether a kernel's time is of another process, and was not checked by this one."""
         return self._text(kernel) in self._known and self._text(kernel) not in self._settled
+
+    def outdated(self, kept: Mapping[Shape, Kernel], say: Callable[[int], Say]) -> list[Shape]:
+        """Check what the cache had: time a few kernels again, and a kernel of every shape if one of these is off.
+
+        All kernels of a shape were measured together, so one tells whether the machine was busy then.
+
+        Args:
+            kept: A kernel of each shape whose times are of before.
+            say: Given the number of kernels to be timed, returns who is told of it.
+
+        Returns:
+            The shapes whose times are off.
+        """
+        shapes = list(kept)
+        if not shapes:
+            return []
+
+        def differing(some: list[Shape]) -> list[Shape]:
+            of_kernel = {kept[shape]: shape for shape in some}
+            return [of_kernel[kernel] for kernel in self.differing(say(len(some)), list(of_kernel))]
+
+        if self.was_slow():
+            return differing(shapes)
+        sample = shapes[:: -(-len(shapes) // SAMPLE)]
+        found = differing(sample)
+        if found:
+            found += differing([shape for shape in shapes if shape not in sample])
+        return found
 
     def differing(self, say: Say, kernels: Sequence[Kernel]) -> list[Kernel]:
         """Time kernels again, and return those that the cache has by more than 10 % too fast or too slow.

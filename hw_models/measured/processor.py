@@ -1,0 +1,36 @@
+"""What this machine's processor is called."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from pathlib import Path
+
+INFORMATION = Path("/proc/cpuinfo")
+
+
+def processor_model() -> str:
+    """Return what the processor calls itself."""
+    name = platform.processor() or platform.machine()
+    if found := _line("model name"):
+        name = found
+    return " ".join(name.split())
+
+
+def processor_features() -> str:
+    """Return a fingerprint of the instructions that the processor has; empty where the system doesn't tell."""
+    flags = _line("flags") or _line("Features")
+    if not flags:
+        return ""
+    return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:16]
+
+
+def _line(key: str) -> str:
+    """Return what Linux says of the first processor; empty for what it doesn't."""
+    if not INFORMATION.is_file():
+        return ""
+    found = re.search(rf"^{key}\s*:\s*(.+)$", INFORMATION.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    if not found:
+        return ""
+    return found[1]
