@@ -1,7 +1,7 @@
 """Write what a run found as something that runs with those bits.
 
-    tvm     a folder with one library for this machine's processor
-    onnx    a file with QuantizeLinear and DequantizeLinear
+    tvm     a folder with one library for this machine's processor; layers of 16 bits and float are computed in float32
+    onnx    a file with QuantizeLinear and DequantizeLinear; with layers of 16 bits it is of opset 21
     qonnx   a file of QONNX, for tools of FPGAs
 
 What installed packages offer besides is listed by `haq list exporters`. `haq.deploy.load(FOLDER)(images)` runs what --to tvm
@@ -256,10 +256,10 @@ def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None
         return run.load_result().found.cost("latency")
     total = 0.0
     for layer in problem.layers:
-        w, a = policy[layer.name]
-        if w is None or a is None:
-            return None  # costs are told from 1 to 8 bits
-        total += layer.cost[w - 1][a - 1]
+        cost = layer.cost_at(*policy[layer.name])
+        if cost is None:
+            return None
+        total += cost
     return total * UNITS["latency"][problem.unit]
 
 

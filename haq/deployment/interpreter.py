@@ -53,7 +53,7 @@ def check_images(images: Array, shape: tuple[int, int, int], taker: str = "the p
 
 def run(
     program: Program, images: Array, given: Mapping[str, Array] | None = None
-) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int16]]]:
+) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int32]]]:
     """Compute what a program does with images, slowly and exactly.
 
     Args:
@@ -71,12 +71,12 @@ def run(
     height, width, channels = program.values[program.input].shape
     check_images(images, (channels, height, width))
     held: dict[str, Array] = {program.input: np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
-    entered: dict[str, NDArray[np.int16]] = {}
+    entered: dict[str, NDArray[np.int32]] = {}
     for step in program.steps:
         representation = program.values[step.input].representation
         x = held[step.input]
         if isinstance(representation, Codes):
-            x = x.astype(np.int16) - representation.zero
+            x = x.astype(np.int32) - representation.zero
         if isinstance(step, Quantize):
             codes = program.values[step.output].representation
             assert isinstance(codes, Codes)
@@ -86,7 +86,7 @@ def run(
             if isinstance(representation, Codes):
                 entered[step.name] = _first(x)
                 if given is not None and step.name in given:
-                    x = _last(given[step.name].reshape(entered[step.name].shape)).astype(np.int16)
+                    x = _last(given[step.name].reshape(entered[step.name].shape)).astype(np.int32)
             sums = _layer_sums(step, x, representation)
         elif isinstance(step, Pool):
             sums = _pool_sums(step, x)
@@ -101,7 +101,7 @@ def run(
 
 def _layer_sums(step: Convolution | FloatConvolution, x: Array, representation: object) -> Array:
     if isinstance(step, Convolution):
-        return _convolve(step.conv, x, step.weights, torch.float64)  # exact below 2^53
+        return _convolve(step.conv, x, step.weights, torch.float64)  # exact below 2^53, at 16 bits too
     if isinstance(representation, Codes):
         x = x.astype(np.float32) * np.float32(representation.scale)
     return _convolve(step.conv, x, step.weights, torch.float32)
@@ -146,12 +146,12 @@ def _finish(epilogue: Epilogue, sums: Array, held: dict[str, Array], values: Map
             held[output.value] = u
 
 
-def _to_codes(ratio: Array, codes: Codes) -> NDArray[np.uint8]:
+def _to_codes(ratio: Array, codes: Codes) -> Array:
     if codes.bits == 1 and codes.signed:
         q: Array = np.where(ratio >= 0, 1, -1)
     else:
         q = np.rint(ratio).clip(*codes.range)
-    made: NDArray[np.uint8] = (q + codes.zero).astype(np.uint8)
+    made: Array = (q + codes.zero).astype(codes.dtype)
     return made
 
 
@@ -219,7 +219,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, NDArray[np.int16]]]:
+def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, NDArray[np.int32]]]:
     """Return the outputs of the fake-quantized network, and the integers that enter its layers, by the names of `run`.
 
     The integers are in the layers' own shapes. For images of float64 all but the quantized weights is computed in float64.
@@ -233,7 +233,7 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
             layer.weight = nn.Parameter(layer.quantized_weight())
             layer.weight_bits = None
         network.double()
-    entered: dict[str, NDArray[np.int16]] = {}
+    entered: dict[str, NDArray[np.int32]] = {}
 
     def watch(name: str, layer: Q.QuantLayer) -> None:
         codes = integer_activations(name, layer)
@@ -246,7 +246,7 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
             if calls > 1:
                 key = f"{name}@{calls}"
             real = layer.scheme.activation(layer, inputs[0], codes.bits)
-            entered[key] = (real / codes.scale).round().to(torch.int16).numpy()
+            entered[key] = (real / codes.scale).round().to(torch.int32).numpy()
 
         layer.register_forward_pre_hook(before)
 

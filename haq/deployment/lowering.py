@@ -43,8 +43,12 @@ FIXED_LIMIT = 2**30
 ELEMENTWISE = ("batch_norm", "relu", "clamp", "add")
 
 
-def integer_weights(name: str, layer: Q.QuantLayer) -> tuple[NDArray[np.int8], NDArray[np.float64], int]:
+def integer_weights(
+    name: str, layer: Q.QuantLayer
+) -> tuple[NDArray[np.int8] | NDArray[np.int16], NDArray[np.float64], int]:
     """Return a layer's weights as integers, the scale of each output channel, and the bits that two's complement takes.
+
+    They are int8, and int16 where they take more than 8 bits.
 
     See `quantizers.Scheme.integer_weights`. Raises ValueError, naming the layer and its scheme, where there are none.
     """
@@ -80,10 +84,20 @@ def check_integers(network: nn.Module, *, always_weights: bool = False) -> None:
         ValueError: Naming the layer and its scheme, if they aren't.
     """
     for name, layer in Q.quant_layers(network).items():
-        if layer.weight_bits is not None and (always_weights or layer.activation_bits is not None):
+        if layer.weight_bits is not None and layer.activation_bits is not None:
             integer_weights(name, layer)
+        elif layer.weight_bits is not None and always_weights:
+            _check_weights_alone(name, layer)
         if layer.activation_bits is not None:
             integer_activations(name, layer)
+
+
+def _check_weights_alone(name: str, layer: Q.QuantLayer) -> None:
+    """Check that the weights of a layer whose input stays in float are integers times a scale."""
+    try:
+        integer_weights(name, layer)
+    except ValueError as error:
+        raise ValueError(f"{error}; its input is in float ({layer.weight_bits}/float), and so --to tvm computes it") from error
 
 
 def lower(graph: Graph, network: nn.Module, calibrate: Tensor) -> Program:

@@ -23,7 +23,7 @@ from haq.deployment.graph import Graph, Node, Shape
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 from haq.deployment.onnx_any import package
-from haq.deployment.program import Codes
+from haq.deployment.program import BYTE_BITS, Codes
 from haq.store.files import write
 from haq.store.units import percent
 
@@ -31,6 +31,9 @@ FLAVOURS = ("onnx", "qonnx")
 # Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
 OPSET = 17
 IR_VERSION = 8
+# The first whose QuantizeLinear and DequantizeLinear take integers of 16 bits.
+WIDE_OPSET = 21
+WIDE_IR_VERSION = 10
 QONNX_DOMAIN = "qonnx.custom_op.general"
 BATCH = 64
 CHECKED = 4  # images on which a file is compared before it is put in its place
@@ -45,11 +48,12 @@ def export(graph: Graph, network: nn.Module, path: str | Path, *, flavour: str =
     The flavours are
 
         onnx    weights are int8 and DequantizeLinear per output channel; inputs of layers go through QuantizeLinear, a Clip
-                of the integers where they have fewer than 8 bits, and DequantizeLinear; signs are Where. Any batch size.
-        qonnx   the same with the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527). The batch
-                size is 1, as the tools that read it want.
+                of the integers where they have fewer than 8 bits, and DequantizeLinear; signs are Where. Integers of 16 bits
+                are int16 or uint16, and the file is of opset 21 then. Any batch size.
+        qonnx   the same with the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527), weights
+                being float32. The batch size is 1, as the tools that read it want.
 
-    All else is computed in float32, as the fake-quantized network does, and ONNX Runtime is kept from making integer kernels
+    What the policy leaves in float has no such nodes, a layer's weights or its input or both. All else is computed in float32, as the fake-quantized network does, and ONNX Runtime is kept from making integer kernels
     with other results of it: the file says what the network computes, and runs no faster for it. A layer's input, quantized,
     is the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
 
@@ -259,6 +263,7 @@ class _Writer:
         self.constants: dict[str, Array] = {}
         self.weights: dict[str, tuple[str, int]] = {}
         self.calls: dict[str, int] = {}
+        self.opset, self.ir_version = OPSET, IR_VERSION
 
     def model(self) -> Any:
         helper = self.onnx.helper
@@ -274,10 +279,10 @@ class _Writer:
             [self._value("output", last.shape, vector=bool(kinds & {"linear", "flatten"}))],
             [self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
         )
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", self.opset)]
         if self.qonnx:
             opsets.append(helper.make_opsetid(QONNX_DOMAIN, 1))
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="haq")
+        return helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="haq")
 
     def _value(self, name: str, shape: Shape, vector: bool) -> Any:
         height, width, channels = shape
@@ -386,13 +391,17 @@ class _Writer:
             minus = self._constant(f"{step}:minus_input_scale", -codes.scale)
             positive = self._op("GreaterOrEqual", [source, zero], f"{step}:sign")
             return self._op("Where", [positive, scale, minus], made)
-        dtype: np.dtype[Any] = np.dtype(np.uint8)
-        if codes.signed:
-            dtype = np.dtype(np.int8)
+        dtype = self._integer_type(codes.bits, codes.signed)
         zero = self._constant(f"zero_{dtype}_{codes.zero_point}", codes.zero_point, dtype)
-        integers = self._op("QuantizeLinear", [source, scale, zero], f"{step}:integers")
         bounds = [bound + codes.zero_point for bound in codes.range]
-        if bounds != [np.iinfo(dtype).min, np.iinfo(dtype).max]:
+        clips = bounds != [np.iinfo(dtype).min, np.iinfo(dtype).max]
+        if clips and codes.bits > BYTE_BITS:
+            # ONNX Runtime has no Clip of integers of 16 bits. What is clipped before it is divided rounds to the same.
+            ends = [np.float32(bound) * np.float32(codes.scale) for bound in codes.range]
+            low, high = (self._constant(f"{step}:{end}", value) for end, value in zip(("low", "high"), ends, strict=True))
+            source = self._op("Clip", [source, low, high], f"{step}:clipped")
+        integers = self._op("QuantizeLinear", [source, scale, zero], f"{step}:integers")
+        if clips and codes.bits <= BYTE_BITS:
             low, high = (self._constant(f"{dtype}_{bound}", bound, dtype) for bound in bounds)
             integers = self._op("Clip", [integers, low, high], f"{step}:clipped")
         # Where ONNX Runtime sees DequantizeLinear, it makes float weights 8 bits wide, and adds a linear layer's products by
@@ -417,9 +426,21 @@ class _Writer:
             real = self._constant(f"{name}.weight", q * each)
             scale = self._constant(f"{name}:weight_scale", each)
             return self._quant(real, made, scale, Codes(1.0, bits, True), int(q.min()) > -(2 ** (bits - 1))), bits
-        zeros = self._constant(f"{name}:weight_zero", np.zeros(len(q)), np.int8)
+        dtype = self._integer_type(bits, True)
+        zeros = self._constant(f"{name}:weight_zero", np.zeros(len(q)), dtype)
         scale = self._constant(f"{name}:weight_scale", scales)
-        return self._op("DequantizeLinear", [self._constant(f"{name}.weight", q, np.int8), scale, zeros], made, axis=0), bits
+        return self._op("DequantizeLinear", [self._constant(f"{name}.weight", q, dtype), scale, zeros], made, axis=0), bits
+
+    def _integer_type(self, bits: int, signed: bool) -> np.dtype[Any]:
+        """Return the type in which a file holds integers of a width; one of 16 bits needs a newer opset."""
+        size = 1
+        if bits > BYTE_BITS:
+            size = 2
+            self.opset, self.ir_version = WIDE_OPSET, WIDE_IR_VERSION
+        letter = "u"
+        if signed:
+            letter = "i"
+        return np.dtype(f"{letter}{size}")
 
     def _quant(self, source: str, made: str, scale: str, codes: Codes, narrow: bool) -> str:
         if codes.bits == 1 and codes.signed:

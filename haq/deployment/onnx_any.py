@@ -255,7 +255,7 @@ class _Integers(Q.Scheme):
 
 
 def _with_integers(network: nn.Module) -> nn.Module:
-    """Make a copy of a quantized network that holds the integers of its weights, int8."""
+    """Make a copy of a quantized network that holds the integers of its weights, int8 or int16."""
     made = Q.copy_network(network).eval()
     for name, layer in Q.quant_layers(made).items():
         if layer.weight_bits is None:

@@ -3,7 +3,7 @@
 A value is an array of (images, height, width, channels) in one of three representations:
 
     Codes   bytes, as in `hw_models.tvm_cpu.conv`: the few-bit integers q that enter a layer; real value q scale. Where a
-            scheme's integers have a zero point, q is what lies between the two
+            scheme's integers have a zero point, q is what lies between the two. Of 16 bits they are uint16 in place of bytes
     Fixed   int32, real value i step: what is added up, or pooled, before it is quantized
     Float   float32: the network's input and output, and what enters and leaves layers that the policy leaves in float
 
@@ -34,22 +34,28 @@ from haq.deployment.graph import Shape, Window
 from hw_models.tvm_cpu.conv import Conv, zero_point
 
 Array: TypeAlias = NDArray[Any]
+# The widest integers that low-bit kernels multiply, and that a byte holds.
+BYTE_BITS = 8
 
 
 @dataclass(frozen=True)
 class Codes:
-    """Bytes q + zero. `narrow`: the smallest signed integer is -(2^(b-1) - 1), not -2^(b-1)."""
+    """Unsigned numbers q + zero, bytes up to 8 bits. `narrow`: the smallest signed q is -(2^(b-1) - 1), not -2^(b-1)."""
 
     scale: float
     bits: int
     signed: bool
     narrow: bool = True
-    zero_point: int = 0  # of unsigned bytes
+    zero_point: int = 0  # of unsigned integers
 
     @property
     def zero(self) -> int:
-        """The byte of real zero."""
-        return self.zero_point or zero_point(self.bits, self.signed)
+        """The number that stands for real zero."""
+        if self.zero_point:
+            return self.zero_point
+        if self.signed and self.bits > BYTE_BITS:
+            return int(2 ** (self.bits - 1))
+        return zero_point(self.bits, self.signed)
 
     @property
     def range(self) -> tuple[int, int]:
@@ -81,6 +87,8 @@ class Codes:
     @property
     def dtype(self) -> str:
         """The type of its numbers."""
+        if self.bits > BYTE_BITS:
+            return "uint16"
         return "uint8"
 
 
@@ -177,10 +185,11 @@ class Quantize:
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """acc = int32 sums of weights (C_out, C_in / groups, kh, kw) and activations q of `conv`, whose batch is 1 for one image.
+    """acc = exact sums of weights (C_out, C_in / groups, kh, kw) and activations q of `conv`, whose batch is 1 for one image.
 
-    `weights` are int8 of `w_bits` bits in two's complement (one bit: -1 and +1), `input` is Codes of a_bits and signed, with
-    any zero point: what pads an image has q = 0. A linear layer is a 1x1 convolution on (1, 1); of a flattened map its
+    `weights` are int8 of `w_bits` bits in two's complement (one bit: -1 and +1), or int16 of more; `input` is Codes of a_bits
+    and signed, with any zero point: what pads an image has q = 0. Sums fit into 32 bits where neither operand has more than 8
+    (`is_low_bit`), else into 64: 65,793 products of 16 bits, as many as a `Conv` may have, are below 2^48. A linear layer is a 1x1 convolution on (1, 1); of a flattened map its
     channels are in order of (height, width, channels). `name` is the layer's; of a later call of the same layer name@2,
     name@3.
     """
@@ -192,8 +201,13 @@ class Convolution:
     w_bits: int
     a_bits: int
     signed: bool
-    weights: NDArray[np.int8]
+    weights: NDArray[np.int8] | NDArray[np.int16]
     epilogue: Epilogue
+
+    @property
+    def is_low_bit(self) -> bool:
+        """Whether both operands are bytes: what low-bit kernels compute."""
+        return max(self.w_bits, self.a_bits) <= BYTE_BITS
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,9 @@
 
 What is written is a folder of three files (`haq.deployment.folder`). `Deployed` runs it: the `calls` of its description in
 order, each with the input, the output and all arenas. The code of a network reads and writes nothing but these arrays.
+
+Kernels multiply integers of up to 8 bits. A layer with an operand of 16 bits, or in float, is computed in float32: its
+quantized operands are the same integers, and their products are summed as PyTorch sums them.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 ALIGNMENT = 64  # bytes, of everything that kernels look at
 TOGETHER = 8  # steps in a function: one of all of them takes long to compile
 TIMED = 200  # calls
+SHOWN = 3  # names in a line
 CHECKED = 8  # images on which a network is compared before it is compiled, and its code afterwards
 
 Layer = tuple[Conv, int, int, bool]
@@ -74,7 +78,16 @@ class Part:
 
 def layers(program: Program) -> list[Layer]:
     """List the integer convolutions for which there are kernels to choose from: sizes, bits, whether inputs are signed."""
-    return [_layer(step) for step in program.steps if isinstance(step, Convolution)]
+    return [_layer(step) for step in program.steps if isinstance(step, Convolution) and step.is_low_bit]
+
+
+def computed_in_float(program: Program) -> list[str]:
+    """Name the layers whose products are summed in float32: those with an operand in float or of 16 bits."""
+    made = []
+    for step in program.steps:
+        if isinstance(step, FloatConvolution) or (isinstance(step, Convolution) and not step.is_low_bit):
+            made.append(step.name)
+    return made
 
 
 def _layer(step: Convolution) -> Layer:
@@ -101,9 +114,9 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
     for step in program.steps:
         if isinstance(step, Quantize):
             made.append(_quantize(step, values, image))
-        elif isinstance(step, Convolution):
+        elif isinstance(step, Convolution) and step.is_low_bit:
             made.append(_convolution(step, values, chosen[_layer(step)]))
-        elif isinstance(step, FloatConvolution):
+        elif isinstance(step, Convolution | FloatConvolution):
             made += _float_convolution(step, values, target)
         elif isinstance(step, Pool):
             made.append(_pool(step, values))
@@ -128,7 +141,11 @@ def _convolution(step: Convolution, values: Mapping[str, Value], chosen: Kernel)
     return Part(step.name, kernel, {**names, "input": step.input}, constants)
 
 
-def _float_convolution(step: FloatConvolution, values: Mapping[str, Value], target: CpuTarget) -> list[Part]:
+def _float_convolution(step: Convolution | FloatConvolution, values: Mapping[str, Value], target: CpuTarget) -> list[Part]:
+    """Write code for a layer in float32: of a float operand, or of one of 16 bits.
+
+    There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
+    """
     epilogue, names = _epilogue(step.epilogue, values)
     names["input"] = step.input
     made = []
@@ -136,18 +153,21 @@ def _float_convolution(step: FloatConvolution, values: Mapping[str, Value], targ
         made.append(_real(step, values[step.input]))
         names["input"] = made[-1].values["output0"]
     kernel = kernels.float_kernel(step.conv, target.cpu, epilogue)
-    constants = kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
+    constants = kernel.constants(step.weights.astype(np.float32), step.epilogue.multiplier, step.epilogue.offset)
     return [*made, Part(step.name, kernel, names, constants)]
 
 
-def _real(step: FloatConvolution, source: Value) -> Part:
-    """Turn codes into the real values that a layer of float weights takes."""
+def _real(step: Convolution | FloatConvolution, source: Value) -> Part:
+    """Turn codes into the float32 numbers that a layer takes: real values beside float weights, else the integers."""
     codes = source.representation
     assert isinstance(codes, Codes)
     epilogue = builder.Epilogue((builder.Output("float"),))
-    code = steps.Elementwise(source.shape, "uint8", epilogue, codes.zero)
+    code = steps.Elementwise(source.shape, codes.dtype, epilogue, codes.zero)
     channels = source.shape[2]
-    factors = np.full(channels, codes.scale), np.zeros(channels)
+    scale = 1.0
+    if isinstance(step, FloatConvolution):
+        scale = codes.scale
+    factors = np.full(channels, scale), np.zeros(channels)
     names = {"input": step.input, "output0": f"{step.name}:real"}
     return Part(f"{step.name}, its input", code, names, epilogue.constants(*factors))
 
@@ -164,7 +184,7 @@ def _pool(step: Pool, values: Mapping[str, Value]) -> Part:
         # The largest of codes is a code.
         of_epilogue = None
         constants = {}
-    code = steps.Pool(kind, source.shape, step.output_size, *sizes, of_epilogue)
+    code = steps.Pool(kind, source.shape, step.output_size, *sizes, of_epilogue, source.representation.dtype)
     return Part(step.name, code, {**names, "input": step.input}, constants)
 
 
@@ -544,7 +564,7 @@ def compile_network(
 
 def _check_compiled(deployed: Deployed, program: Program, images: NDArray[Any]) -> None:
     """Raise ValueError, and take the folder's description away, unless code computes what its program says, bit for bit."""
-    if any(isinstance(step, FloatConvolution) for step in program.steps):
+    if computed_in_float(program):
         return  # which add in an order of their own
     expected, _ = interpreter.run(program, images)
     unequal = int((deployed(images) != expected).sum())
@@ -598,6 +618,8 @@ class TvmExporter(Exporter):
             rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
         processor = deployed.description["machine"]["processor"]
         latency_s = _latency_s(deployed)
+        if in_float := computed_in_float(program):
+            rows.append(("layers computed in float32", _some(in_float, len(program.layers))))
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
         rows += [
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
@@ -614,6 +636,14 @@ class TvmExporter(Exporter):
         except ValueError:
             (path / DESCRIPTION).unlink()
             raise
+
+
+def _some(names: list[str], total: int) -> str:
+    """Say how many of all layers these are, and which, as far as a line holds them."""
+    shown = ", ".join(names[:SHOWN])
+    if len(names) > SHOWN:
+        shown += ", ..."
+    return f"{len(names)} of {total}: {shown}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How tall a bar of bits is: 1 to 8 as they are, 16 bits and float a step above each other, so that they don't press the rest."""
+"""How tall a bar of bits is: 1 to 8 as they are, 16 bits and float a step above each, so that they don't press the rest."""
 
 from __future__ import annotations
 

@@ -166,13 +166,13 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
         if not all(one.holds for one in given):
             verdict = "✗ EXCEEDED"
         facts.append(Fact("Budget", verdict, _fractions(given, short_reference(result.reference))))
-    if result.reached is not None:
+    if result.goal is not None and result.reached is not None:
         verdict = "✗ MISSED"
         if result.reached.search_holds and result.reached.test_holds:
             verdict = "✓ reached"
         elif result.reached.search_holds:
             verdict = "✗ not on test"
-        facts.append(Fact("Goal", verdict, result.reached_words))
+        facts.append(Fact("Goal", verdict, f"{result.goal.words}; {result.reached_words}"))
     return facts
 
 
@@ -205,8 +205,9 @@ def _facts_so_far(run: RunFolder) -> list[Fact]:
         facts.append(Fact(begin(metric_words(metric)), amount(run.best.cost, metric), words))
     if problem.limit is not None:
         facts.append(Fact("Budget", amount(problem.limit, metric), f"{metric_words(metric)}, at most"))
-    for limit in problem.further:
-        facts.append(Fact("Budget", amount(limit.amount, limit.metric), f"{metric_words(limit.metric)}, at most"))
+    for further in problem.further:
+        words = f"{metric_words(further.metric)}, at most"
+        facts.append(Fact("Budget", amount(further.amount, further.metric), words))
     if problem.goal is not None:
         facts.append(Fact("Goal", problem.goal.kind, problem.goal.words))
     return facts

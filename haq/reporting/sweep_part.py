@@ -115,8 +115,8 @@ def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> T
             fractions[name] += " *"
         rows.append([name, policy.solver, sweep.show(sweep.value(policy, "test")), *fractions.values()])
     note = (
-        f"{begin(metric_words(sweep.metric))} as a fraction of {_references(sweep)} on that target; budget {special.budget}. *: the "
-        "target's own policy, the best on the search split of those found for it."
+        f"{begin(metric_words(sweep.metric))} as a fraction of {_references(sweep)} on that target; budget {special.budget}. "
+        "*: the target's own policy, the best on the search split of those found for it."
     )
     return Table("What a policy found for one target costs on another", head, rows, note)
 

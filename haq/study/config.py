@@ -615,8 +615,8 @@ class SearchConfig(_Config):
             raise ValueError(f"--budget {NONE} goes with --max-drop or --at-least alone: what else would keep a policy small?")
         if self.metric not in budgets:
             raise ValueError(
-                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or leave "
-                "--metric out"
+                f"--metric is {self.metric}, which no --budget limits ({self.budget}): add --budget {self.metric}=LIMIT, or "
+                "leave --metric out"
             )
 
     def check_bits(self) -> None:

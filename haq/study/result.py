@@ -248,7 +248,7 @@ def judged_by(problem: Problem, judgement: Judgement) -> dict[str, Any]:
 
 
 def budgets_used(problem: Problem, policy: Q.BitPolicy) -> dict[str, Any]:
-    """Tell as plain data how much of its budgets a policy uses: `budget` of the main metric, and all where there are others."""
+    """Tell as plain data how much of its budgets a policy uses: `budget`, and `budgets`, all of them, if there are others."""
     costs = problem.costs(policy)
     found = []
     for limit in problem.limits:

@@ -566,8 +566,8 @@ def _check_can_be_done(policy: Q.BitPolicy, problem: Problem, source: Path) -> N
         w, a = policy[name]
         if not table.supported[index, place_of(w), place_of(a)]:
             raise ValueError(
-                f"{source} has layer {name[:60]!r} at {pair_words(w, a)} (weights/activations), which {problem.target.name} can't "
-                f"do; it can do {describe_pairs(table.pairs_of(index))}"
+                f"{source} has layer {name[:60]!r} at {pair_words(w, a)} (weights/activations), which {problem.target.name} "
+                f"can't do; it can do {describe_pairs(table.pairs_of(index))}"
             )
 
 

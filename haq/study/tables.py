@@ -37,6 +37,7 @@ from haq.store.records import (
     error_key,
     share_key,
     short_reference,
+    span_words,
 )
 from haq.store.units import (
     COUNTED,
@@ -137,28 +138,22 @@ def _goal_words(problem: Problem) -> str:
 
 def _bits_words(problem: Problem) -> str:
     """Say which widths may be chosen, in how many layers, and what is fixed."""
-    weights, activations = (_span_words(operand) for operand in problem.widths)
     free = [decision for decision in problem.decisions if len(decision.pairs) > 1]
     layers = f"{sum(len(decision.layers) for decision in free)} layers"
+    weights, activations = (span_words(operand) for operand in problem.widths)
     words = f"{weights} for weights and activations of {layers}"
     if weights != activations:
         words = f"{weights} for weights, {activations} for activations, of {layers}"
     pairs = {(int(w), int(a)) for decision in free for w, a in decision.pairs}
+    fixed = "fixed (weights/activations)"
     if 0 < len(pairs) <= FEW_PAIRS:
-        words += f"; worth choosing: {', '.join(pair_words(*pair) for pair in sorted(pairs))}"
+        # All else the target can't do, or it costs as much as one of these.
+        words = f"{join_words([pair_words(*pair) for pair in sorted(pairs)], 'or')} (weights/activations) in {layers}"
+        fixed = "fixed"
     if problem.pinned:
         pinned = ", ".join(f"{name} {pair_words(w, a)}" for name, (w, a) in problem.pinned.items())
-        words += f"; fixed (weights/activations): {pinned}"
+        words += f"; {fixed}: {pinned}"
     return words
-
-
-def _span_words(widths: Sequence[int]) -> str:
-    """Write a set of widths, smallest first: "2 to 8, 16 and float"."""
-    few = [width for width in widths if width <= Q.MAX_BITS]
-    parts = [width_words(width) for width in widths]
-    if len(few) > 2 and few == list(range(few[0], few[-1] + 1)):
-        parts = [f"{few[0]} to {few[-1]}", *parts[len(few) :]]
-    return join_words(parts)
 
 
 def _network_words(task: SearchTask) -> str:
@@ -305,9 +300,7 @@ def print_layers(console: Console, problem: Problem, policy: Q.BitPolicy) -> Non
     if problem.metric == "latency" and problem.table.bound is not None:
         bounds = problem.table.bound[np.arange(len(w)), places(w), places(a)]
         columns.append(Column("bound by", [*(problem.table.bounds[index] for index in bounds), ""]))
-    for limit in problem.limits[1:]:
-        if limit.is_sum:
-            columns.append(_column_of(problem, limit.metric, w, a))
+    columns += [_column_of(problem, limit.metric, w, a) for limit in problem.limits[1:] if limit.is_sum]
     kind = kind_of_cost(problem.metric, problem.table.provenance)
     if kind != COUNTED:
         kind = problem.table.provenance
@@ -420,7 +413,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     if result.get("goal"):
         say(console, goal_sentence(result))
     for budget in result.get("budgets") or [result["budget"]]:
-        say(console, budget_sentence(budget, result.get("reference", UNIFORM_8)))
+        say(console, budget_sentence(budget, reference_label(result)))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
@@ -667,9 +660,18 @@ def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
     if objective.also:
         measured = f" ({objective.words})"
     return (
-        f"Rivals at the same budget ({', '.join(result['rivals'])}): the best is {name} with "
+        f"{_rivals_words(problem)} ({', '.join(result['rivals'])}): the best is {name} with "
         f"{judging.show(values[name])} on the search split{measured}, {than} {result['solver']}."
     )
+
+
+def _rivals_words(problem: Problem) -> str:
+    """Name solvers that were asked for the same."""
+    if problem.goal.kind != BEST.kind:
+        return "Rivals with the same goal"
+    if len(problem.limits) > 1:
+        return "Rivals at the same budgets"
+    return "Rivals at the same budget"
 
 
 def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mapping[str, float]) -> str:
@@ -698,8 +700,8 @@ def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mappi
         than = than.replace("more", "less")
     amount = describe_amount(cost, problem.metric)
     return (
-        f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, {than} "
-        f"{result['solver']}'s."
+        f"Rivals with the same goal ({names}): the cheapest is {name}'s with {amount} of {metric_words(problem.metric)}, "
+        f"{than} {result['solver']}'s."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,12 @@ class SearchTask(LoadedNetwork):
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
-        """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
+        """Put the same network and data on another target or within another budget; all that was evaluated is shared.
+
+        Not where the target's capabilities ask for other quantizers.
+        """
+        if not self.problem.has_schemes_for(target):
+            return SearchTask.build(config, target)
         return replace(self, config=config, problem=self.problem.on(target, config.limits()))
 
     def reconstruct(
@@ -405,12 +410,9 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
 
 
 def _further(problem: Problem) -> dict[str, Any]:
-    """Describe of a problem what most problems do without: sets of widths, another reference, further budgets, another goal."""
+    """Describe of a problem what most do without: sets of widths, another reference, further budgets, another goal."""
     found: dict[str, Any] = {}
-    weights, activations = (
-        [None if width == FLOAT else width for width in operand]
-        for operand in (problem.widths.weights, problem.widths.activations)
-    )
+    weights, activations = (_as_in_policies(operand) for operand in problem.widths)
     low, high = problem.bits
     if not weights == activations == list(range(low, high + 1)):
         found["widths"] = {"weights": weights, "activations": activations}
@@ -433,6 +435,12 @@ def _further(problem: Problem) -> dict[str, Any]:
     if goal is not None:
         found["goal"] = goal
     return found
+
+
+def _as_in_policies(widths: Iterable[int]) -> list[int | None]:
+    """Return widths as policies say them, float being None."""
+    found: list[int | None] = list(widths)
+    return [*(width for width in found if width != FLOAT), *(None for width in found if width == FLOAT)]
 
 
 def goal_of(problem: Problem) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ class Argument(NamedTuple):
 class Output:
     """What an epilogue writes of its real values v, with f = `factor`.
 
-    codes   bytes clip(round(f v), low, high) + zero
+    codes   bytes clip(round(f v), low, high) + zero; 16-bit numbers where bytes don't hold them
     sign    bytes 2 where v >= 0, else 0: one bipolar bit
     fixed   32-bit integers clip(round(f v), low, high), at most 2^30 in size
     float   f v
@@ -43,6 +43,8 @@ class Output:
     @property
     def dtype(self) -> str:
         """What it is stored as."""
+        if self.kind == "codes" and self.high + self.zero > 255:
+            return "uint16"
         return {"codes": "uint8", "sign": "uint8", "fixed": "int32", "float": "float32", "sums": "int32"}[self.kind]
 
 
@@ -272,7 +274,7 @@ class Builder:
             return made
         if output.zero:
             made = made + splat(output.zero, "int32")
-        return made.astype("uint8x16")
+        return made.astype(f"{output.dtype}x16")
 
     def some(self, buffer: Any, at: Any, dtype: str, count: int) -> Any:
         """Return 16 lanes of which only the first `count` are read.

@@ -74,7 +74,7 @@ class Elementwise(Code):
 
         def block(at: Any, channel: Any, count: int) -> None:
             stored = b.some(buffers["input"], at, self.dtype, count)
-            if self.dtype == "uint8":
+            if self.dtype in ("uint8", "uint16"):
                 stored = stored.astype("int32x16") - b.splat(self.zero, "int32")
             b.epilogue(buffers, self.epilogue, b.T.bind(stored), channel, at, count)
 
@@ -86,7 +86,7 @@ class Elementwise(Code):
 class Pool(Code):
     """The largest (`max`), or the sum (`sum`), of the numbers in each window.
 
-    Fixed point numbers, then an epilogue; or the largest codes, which stay codes (no epilogue).
+    Fixed point numbers, then an epilogue; or the largest codes, which stay codes of their type (no epilogue).
     """
 
     kind: str
@@ -97,17 +97,18 @@ class Pool(Code):
     padding: Size
     dilation: Size
     epilogue: Epilogue | None
+    codes: str = "uint8"
 
     @property
     def _dtype(self) -> str:
         if self.epilogue is None:
-            return "uint8"
+            return self.codes
         return "int32"
 
     def arguments(self) -> dict[str, list[Argument]]:
         """List the map and what is written of it."""
         shape = (*self.output_size, self.shape[2])
-        ends = [Argument("output0", shape, "uint8")]
+        ends = [Argument("output0", shape, self.codes)]
         if self.epilogue is not None:
             ends = self.epilogue.arguments(shape)
         return {"main": [Argument("input", self.shape, self._dtype), *ends]}
@@ -123,8 +124,8 @@ class Pool(Code):
         height, width, channels = self.shape
         source = buffers["input"]
         least = 0
-        # Codes are bytes whose order is that of the values, and none is below 0.
-        if self.kind == "max" and dtype != "uint8":
+        # Codes are numbers whose order is that of the values, and none is below 0.
+        if self.kind == "max" and self.epilogue is not None:
             least = -(2**31)
         found = T.alloc_buffer((LANES,), dtype)
         b.put(found, 0, b.splat(least, dtype), LANES)

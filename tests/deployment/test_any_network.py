@@ -124,6 +124,25 @@ def test_weights_are_stored_as_their_integers(tmp_path: Path) -> None:
     assert abs(held["b.weight_integers"]).max() <= 4
 
 
+@pytest.mark.parametrize("bits", [{"a": (16, None), "b": (8, 16)}, {"a": (None, 16), "b": (None, None)}], ids=str)
+def test_sixteen_bits_and_float(bits: Any, tmp_path: Path) -> None:
+    """Weights of 16 bits are int16, and what is in float has no integers."""
+    network = Q.quantize(Sequence().eval(), bits, calibrate=signals(8)).eval()
+    given = AnySamples((signals(8), None), (signals(20), None))
+    path = tmp_path / "network.onnx"
+    exporter = OnnxExporter()
+    exporter.check(network)
+    exporter.export_any(network, given, path)
+    assert exporter.compare_any(network, given, path).same_answers
+    held = {one.name.rpartition("network.")[2]: onnx.numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+    for name, (w, _) in bits.items():
+        if w is None:
+            assert held[f"{name}.weight"].dtype == "float32"
+            assert f"{name}.weight_integers" not in held
+        else:
+            assert held[f"{name}.weight_integers"].dtype == {16: "int16", 8: "int8"}[w]
+
+
 @pytest.mark.slow
 def test_a_forward_runs_it(tmp_path: Path) -> None:
     def forward(network: nn.Module, batch: Any) -> Any:

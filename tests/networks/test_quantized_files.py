@@ -19,7 +19,7 @@ from haq.networks import Network
 from tests.conftest import images, small_network
 
 
-def quantized(scheme: object = "linear", bits: tuple[int, int] = (3, 4)) -> tuple[nn.Module, nn.Module]:
+def quantized(scheme: object = "linear", bits: tuple[int | None, int | None] = (3, 4)) -> tuple[nn.Module, nn.Module]:
     """A float network and its quantized copy."""
     module = small_network()
     policy = Q.BitPolicy.uniform(module, *bits)
@@ -57,9 +57,16 @@ def _split(content: bytes) -> tuple[dict[str, object], bytes]:
         ("dorefa", (2, 2)),
         ("kmeans", (3, 8)),
         ("binary", (1, 1)),
+        ("linear", (16, 16)),
+        ("linear-asymmetric", (4, 16)),
+        ("linear", (None, 16)),
+        ("linear", (16, None)),
+        ("linear", (None, None)),
+        ("lsq", (16, 16)),
+        ("pact", (8, 16)),
     ],
 )
-def test_every_scheme_comes_back_as_it_was(scheme: object, bits: tuple[int, int], tmp_path: Path) -> None:
+def test_every_scheme_comes_back_as_it_was(scheme: object, bits: tuple[int | None, int | None], tmp_path: Path) -> None:
     module, qnetwork = quantized(scheme, bits)
     path = tmp_path / "q.safetensors"
     networks.save_quantized(path, qnetwork, notes={"why": "a test"})
@@ -72,6 +79,42 @@ def test_every_scheme_comes_back_as_it_was(scheme: object, bits: tuple[int, int]
     first = path.read_bytes()
     networks.save_quantized(path, again, notes={"why": "a test"})
     assert path.read_bytes() == first
+
+
+def _without_16_bits(path: Path) -> None:
+    """Make a file what it would be of before there were 16 bits: tensors by width have eight rows."""
+    notes = networks.read_header(path).notes
+    tensors = safetensors.torch.load_file(path)
+    for key, tensor in tensors.items():
+        if key.startswith("quantizer/") and tensor.dim() and len(tensor) == 9:
+            tensors[key] = tensor[:8].clone()
+    safetensors.torch.save_file(tensors, path, metadata=notes)
+
+
+@pytest.mark.parametrize("scheme", ["linear", "linear-asymmetric", "lsq"])
+def test_files_of_before_there_were_16_bits_are_read(scheme: str, tmp_path: Path) -> None:
+    module, qnetwork = quantized(scheme, (3, None))
+    path = tmp_path / "q.safetensors"
+    networks.save_quantized(path, qnetwork)
+    _without_16_bits(path)
+    again = networks.load_quantized(path, module=module)
+    assert torch.equal(again(images(8, 1)), qnetwork(images(8, 1)))
+    Q.set_policy(again, Q.BitPolicy.uniform(module, 8, 8))
+    with pytest.raises(ValueError, match="layer 'stem': .*16 bits"):
+        Q.set_policy(again, Q.BitPolicy.uniform(module, 16, 8))
+    assert set(Q.get_policy(again).values()) == {(8, 8)}
+    # It is written again as it was, and read once more.
+    networks.save_quantized(path, again)
+    assert set(Q.get_policy(networks.load_quantized(path, module=module)).values()) == {(8, 8)}
+
+
+def test_a_file_of_before_there_were_16_bits_has_no_policy_with_them(tmp_path: Path) -> None:
+    module, qnetwork = quantized("linear", (16, 16))
+    path = tmp_path / "q.safetensors"
+    networks.save_quantized(path, qnetwork)
+    _without_16_bits(path)
+    with pytest.raises(ValueError, match=r"q.safetensors .*16 bits"):
+        networks.load_quantized(path, module=module)
 
 
 def test_schemes_by_layer_and_trained_weights_come_back(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_budgets_that_conflict_are_named_with_what_each_could_be() -> None:
         problem_of(torn, budget={"latency": 1.0, "storage": 0.8})
     message = str(caught.value)
     assert message.startswith(
-        "budgets latency=1.0 and storage=0.8 can't be met together on chip: with storage within 1.279 kB, "
+        "budgets latency=1.0 and storage=0.8 can't be met together on chip: with storage within 1.706 kB, "
     )
     assert "latency is at least" in message
     assert "with latency within" in message

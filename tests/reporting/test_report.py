@@ -578,7 +578,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     (
         "problem.json",
         lambda p: change(p, metric="<b>"),
-        "run/problem.json is not what a run searches: 'metric' is '<b>'; it must be 'latency', 'energy' or 'storage'",
+        "run/problem.json is not what a run searches: 'metric' is '<b>'; it must be 'latency', 'energy', 'storage', 'bops'",
     ),
     ("config.yaml", lambda p: p.write_text("a: [b"), "run/config.yaml is not the configuration of a run: "),
     (
@@ -599,7 +599,7 @@ DAMAGE: list[tuple[str, Any, str]] = [
     (
         "policy.json",
         lambda p: _text(p, '"weight_bits": 8', '"weight_bits": 9'),
-        "run/policy.json is not a bit policy: layer 'stem': bits must be an integer from 1 to 8, or null for float, not 9",
+        "run/policy.json is not a bit policy: layer 'stem': bits must be an integer from 1 to 8, 16, or null for float, not 9",
     ),
     (
         "policy.json",
@@ -660,7 +660,7 @@ def test_a_damaged_file_is_named_with_its_fault(
         ({"targets": []}, "sweep/sweep.json is not the file of a sweep: 'targets' is a list; it must be a mapping"),
         (
             {"metric": "money"},
-            "sweep/sweep.json is not the file of a sweep: 'metric' is 'money'; it must be 'latency', 'energy' or 'storage'",
+            "sweep/sweep.json is not the file of a sweep: 'metric' is 'money'; it must be 'latency', 'energy', 'storage',",
         ),
         ({"objective": "agreement"}, "sweep/sweep.json is not the file of a sweep: 'search_agreement' is missing"),
     ],

@@ -14,7 +14,7 @@ from haq.store.history import HEADER, HistoryRow
 
 ROW = HistoryRow("ddpg", 1, (8, 4, 8), (8, 3, 8), 0.925, 0.1 + 0.2, 1.5e-5, True, None)
 LINE = "ddpg,1,8-4-8,8-3-8,0.925,0.30000000000000004,1.5e-05,1,\n"
-WIDTHS = st.lists(st.integers(1, 8), min_size=1, max_size=20).map(tuple)
+WIDTHS = st.lists(st.sampled_from([*range(1, 9), 16, 32]), min_size=1, max_size=20).map(tuple)
 POSITIVE = st.floats(0, 1e30, exclude_max=True)
 
 
@@ -36,6 +36,7 @@ def test_a_line_is_what_it_was() -> None:
         POSITIVE,
         st.booleans(),
         st.none() | POSITIVE,
+        st.just(()),
     )
 )
 def test_rows_are_read_as_they_are_written(row: HistoryRow) -> None:
@@ -69,7 +70,7 @@ def test_what_is_worth_nothing_has_an_infinite_loss(tmp_path: Path) -> None:
     [
         ("solver", "a b", "the solver is 'a b'"),
         ("evaluation", "0", "the evaluation is '0', not a number from 1"),
-        ("weight_bits", "9-9-9", "the weight bits are '9-9-9', not widths from 1 to 8"),
+        ("weight_bits", "9-9-9", "the weight bits are '9-9-9', not widths, 1 to 8, 16 or float, such as"),
         ("activation_bits", "8-8", "activation bits of 2 layers, the network has 3"),
         ("accuracy", "1.5", "the accuracy is '1.5', not a number from 0 to 1"),
         ("loss", "nan", "the loss is 'nan', not a number from 0"),

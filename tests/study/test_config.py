@@ -29,7 +29,7 @@ from hw_models import trust
         ({"objective": "acuracy"}, "unknown objective 'acuracy'; did you mean accuracy"),
         ({"env": "gym"}, "unknown environment 'gym'; known: plan, haq"),
         ({"sensitivity_kind": "x"}, "unknown kind of sensitivities 'x'; it can be loss, kl, hessian"),
-        ({"bits": "8:2"}, "--bits is '8:2'; it must be SMALLEST:LARGEST within 1:8, such as 2:8"),
+        ({"bits": "8:2"}, "--bits: '8:2' is no span of widths: the smaller stands first, such as 2:8; give such as 2:8 or 4,8"),
         ({"eps": "4/255"}, "--eps 4/255 is of an attack: it goes with --objective accuracy+robust, not accuracy"),
         ({"eps": "8", "objective": "accuracy+robust"}, "eps is on the scale of images in [0, 1]: 8/255, not 8"),
         ({"scheme": ""}, "--scheme is ''; it must be NAME or NAME,LAYER=NAME, with each layer once, not ''"),
