@@ -1,7 +1,7 @@
 """Write what a run found as something that runs with those bits.
 
-    tvm     a folder with one library for this machine's processor
-    onnx    a file with QuantizeLinear and DequantizeLinear
+    tvm     a folder with one library for this machine's processor; layers of 16 bits and float are computed in float32
+    onnx    a file with QuantizeLinear and DequantizeLinear; with layers of 16 bits it is of opset 21
     qonnx   a file of QONNX, for tools of FPGAs
 
 What installed packages offer besides is listed by `haq list exporters`. `haq.deploy.load(FOLDER)(images)` runs what --to tvm

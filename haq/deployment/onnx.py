@@ -31,7 +31,7 @@ FLAVOURS = ("onnx", "qonnx")
 # Old enough for every ONNX Runtime since 2022: DequantizeLinear per channel is of opset 13.
 OPSET = 17
 IR_VERSION = 8
-# The first whose QuantizeLinear and DequantizeLinear take integers of 16 bits: ONNX Runtime 1.18 of 2024 reads it.
+# The first whose QuantizeLinear and DequantizeLinear take integers of 16 bits.
 WIDE_OPSET = 21
 WIDE_IR_VERSION = 10
 QONNX_DOMAIN = "qonnx.custom_op.general"

@@ -619,7 +619,7 @@ class TvmExporter(Exporter):
         processor = deployed.description["machine"]["processor"]
         latency_s = _latency_s(deployed)
         if in_float := computed_in_float(program):
-            rows.append(("layers whose sums are float32", _some(in_float, len(program.layers))))
+            rows.append(("layers computed in float32", _some(in_float, len(program.layers))))
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by a layer's own rounding"
         rows += [
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),

@@ -109,8 +109,8 @@ class AttackConfig(AnotherScheme):
         words: list[str] = []
         if self.uniform:
             words = [word.strip() for word in self.uniform.split(",")]
-        if not all(word.isdecimal() and 1 <= int(word) <= 8 for word in words):
-            raise ValueError(f"--uniform is {self.uniform!r}; give widths from 1 to 8, such as 8,4,2")
+        if not all(word.isdecimal() and int(word) in (*range(1, 9), 16) for word in words):
+            raise ValueError(f"--uniform is {self.uniform!r}; give widths from 1 to 8, or 16, such as 8,4,2")
         return tuple(dict.fromkeys(int(word) for word in words))
 
     def threat(self) -> ThreatModel:

@@ -154,8 +154,10 @@ def everywhere(module: nn.Module, bits: int) -> Q.BitPolicy:
 
 
 def uniform(module: nn.Module, bits: int) -> Q.BitPolicy:
-    """Return the policy of the same bits everywhere but in the first and the last layer, which keep 8 as in a search."""
+    """Return the policy of the same bits everywhere; at few bits the first and the last layer keep 8, as in a search."""
     policy = everywhere(module, bits)
+    if bits > Q.MAX_BITS:
+        return policy
     return Q.BitPolicy({**policy, **Q.ends(list(policy))})
 
 
@@ -365,7 +367,7 @@ def _of_model(spec: ComparisonSpec) -> ComparedNetworks:
 
 def uniform_words(bits: int) -> str:
     """Describe a uniform policy."""
-    if (bits, bits) == Q.END_BITS:
+    if bits >= Q.MAX_BITS:
         return f"{bits} bits"
     return f"{bits} bits, first and last layer {Q.END_BITS[0]}"
 

@@ -290,7 +290,7 @@ def test_layers_in_float32_are_told(tmp_path: Path, unmeasured: None) -> None:
     samples = Samples(x, x, lambda: [(x, torch.zeros(len(x), dtype=torch.long))], labelled=False)
     verdict = exporter.compare(network, graph, samples, tmp_path / "made")
     assert verdict.same_answers
-    assert dict(verdict.rows)["layers whose sums are float32"] == "6 of 7: stem, depthwise, shared, ..."
+    assert dict(verdict.rows)["layers computed in float32"] == "6 of 7: stem, depthwise, shared, ..."
 
 
 # ---------------------------------------------------------------------------------------------------------- its latency
