@@ -423,8 +423,8 @@ class Problem:
             lacking = [width for width in widths if place_of(width) >= WIDE and not by_width[place_of(width)]]
             if lacking and able.size:
                 raise ValueError(
-                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which {self.target.name} can't "
-                    "do in any layer that isn't pinned"
+                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which "
+                    f"{self.target.name} can't do in any layer that isn't pinned"
                 )
 
     @property

@@ -225,7 +225,7 @@ def test_targets_and_models_of_an_installed_package(installed: Path, tmp_path: P
     mine = tmp_path / "mine.yaml"
     mine.write_text((FOLDER / "edge.yaml").read_text(encoding="utf-8").replace("model: bismo", "model: chip"))
     assert np.array_equal(hw_models.load_target(str(mine)).cost_table(workload).latency_s, edge.latency_s, equal_nan=True)
-    with pytest.raises(ValueError, match=r"did you mean half\?.*Known: .*edge, half, .*or module:Name"):
+    with pytest.raises(ValueError, match=r"did you mean half\?.*Known: .*edge, .*half, .*or module:Name"):
         hw_models.load_target("halv")
     assert ("half", "targets_of_others 1.5", "Wheels of all kinds") in hw_models.target_rows()
 
