@@ -1,4 +1,4 @@
-"""A chip with 16 bits and float, from search to exported file: in Python, and on the command line with a target of one's own."""
+"""A chip with 16 bits and float, from search to exported file: in Python and by commands, with a target of one's own."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def test_compiled(tmp_path: Path, unmeasured: None) -> None:
     network, x, graph = quantized(COMPILED)
     deployed = tvm_code.compile_network(network, graph, x, tmp_path / "deployed", reuse=False)
     program = lower(graph, network, x)
-    assert tvm_code.computed_in_float(program) == [*"stem depthwise shared shared@2 hidden last".split()]
+    assert tvm_code.computed_in_float(program) == ["stem", "depthwise", "shared", "shared@2", "hidden", "last"]
     expected, entered = interpreter.run(program, x.numpy())
     assert np.allclose(deployed(x.numpy()), expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
     for step in program.steps:
