@@ -131,7 +131,9 @@ class MixedPrecisionEnv(PolicyEnv):
             self._count = PLACES
         further = []
         if self._programme is not None:
-            further = [limit.metric for limit in problem.limits[1:]]  # type: ignore[attr-defined]
+            # The peak of memory, which is no sum, comes last.
+            limits = sorted(problem.limits[1:], key=lambda limit: not limit.is_sum)  # type: ignore[attr-defined]
+            further = [limit.metric for limit in limits]
         self.features = feature_names(self._count, further)
         self.observation_space = unit_box(len(self.features) + 2 * len(self.free))
         fixed = sum(float(decision.prices[0]) for decision in problem.decisions if len(decision.pairs) == 1)
@@ -219,8 +221,7 @@ class MixedPrecisionEnv(PolicyEnv):
             prices = self.decisions[self._step].prices
             affordable = prices <= self._left - self._plan.cheapest_from[self._step + 1] + 1e-9 * self.problem.limit
             return int(np.where(affordable, distance, np.inf).argmin())
-        nearest = np.argsort(distance, kind="stable").tolist()
-        return next(int(option) for option in nearest if self._within.possible(self._taken, option))
+        return self._within.first(self._taken, distance)
 
     def _describe_layers(self) -> Array:
         """The features of the decided layers that never change, each scaled to -1..1 over the layers."""
@@ -280,7 +281,7 @@ class MixedPrecisionEnv(PolicyEnv):
     def _predicted(self) -> tuple[float, float]:
         """Predict the loss in the end, and what it is if every step follows the plan."""
         if self._within is not None:
-            return self._lost + self._within.least(self._taken), max(self._within.least([]), TINY)
+            return self._lost + self._within.least(self._taken), max(self._within.least(()), TINY)
         return self._lost + self._plan.least(self._step, self._left), max(self._plan.least(0, self._total), TINY)
 
     def _slack_left(self) -> float:

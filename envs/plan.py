@@ -77,6 +77,10 @@ class Programme(Protocol):
         """Find the options with the least total loss within all limits."""
         ...
 
+    def possible(self, start: Sequence[int]) -> NDArray[np.bool_]:
+        """Tell which options of the next decision are not out of the question, shape (options,)."""
+        ...
+
     def completes(self, start: Sequence[int]) -> bool:
         """Say whether the decisions that follow can be chosen so that all limits hold."""
         ...
@@ -101,9 +105,9 @@ class Programme(Protocol):
 class PlanWithin:
     """The same within several budgets, whose state is the options that were taken so far.
 
-    As long as these are those of the best policy (`Programme.choose`, exact), the plan is to go on with it. Beside it, the loss
-    of what follows is taken from the plans for single budgets that stand in for the several (`Programme.surrogates`), the
-    largest of them; and of the options after which all budgets can still be met the one is taken for which it is the least.
+    As long as these are those of the best policy (`Programme.choose`, exact), the plan is to go on with it. Beside it, the
+    loss of what follows is taken from the plans for single budgets that stand in for the several (`Programme.surrogates`),
+    the largest of them; and of the options after which all budgets can still be met the one is taken for which it is least.
     """
 
     def __init__(self, losses: Sequence[Array], programme: Programme) -> None:
@@ -124,9 +128,18 @@ class PlanWithin:
             self.plans.append(Plan(losses, rows, limit))
         self._options: dict[tuple[int, ...], int] = {}
 
-    def possible(self, taken: Sequence[int], option: int) -> bool:
-        """Say whether all budgets can still be met after an option of the next decision."""
-        return self.programme.completes([*taken, option])
+    def first(self, taken: Sequence[int], preference: Array) -> int:
+        """Return the option of the next decision after which all budgets can still be met, and that is preferred.
+
+        Args:
+            taken: The options of the decisions before.
+            preference: A number for every option; the least is preferred.
+        """
+        possible = self.programme.possible(taken)
+        for option in np.argsort(preference, kind="stable").tolist():
+            if possible[option] and self.programme.completes([*taken, option]):
+                return int(option)
+        raise ValueError(f"after the options {list(taken)} no policy is within all budgets")
 
     def least(self, taken: Sequence[int]) -> float:
         """Return about the least loss that the decisions that follow add."""
@@ -152,11 +165,7 @@ class PlanWithin:
         for plan, left in zip(self.plans, self._left(taken), strict=True):
             steps = plan.steps[decision]
             rest = np.maximum(rest, plan.values[decision + 1][np.maximum(plan.slack(decision, left) - steps, 0)])
-        total = self.losses[decision] + rest
-        for option in np.argsort(total, kind="stable").tolist():
-            if self.possible(taken, option):
-                return int(option)
-        raise ValueError(f"after the options {list(taken)} no budget can be met")
+        return self.first(taken, self.losses[decision] + rest)
 
     def _left(self, taken: Sequence[int]) -> list[float]:
         """Tell what is left of every single budget."""

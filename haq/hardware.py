@@ -34,6 +34,7 @@ USUAL: Pairs = [(8, 8), (4, 4), (2, 2)]  # priced unless others are asked for
 MOST_LISTED = 12  # pairs of widths that are written one by one
 MOST_PAIRS = 5  # priced where the usual ones can't be done, and nothing is asked for
 NAMED = 3  # layers that a guideline names
+COUNTED = ("bit operations", "average weight bits", "memory traffic", "peak memory")
 NETWORK = TextType(networks.NETWORKS.names)
 TARGET = TextType(target_names)
 
@@ -182,7 +183,7 @@ def _probe(target: hw_models.Target) -> hw_models.CostTable:
             nn.Conv2d(32, 32, 3, groups=2),
         ]
     )
-    layers = []
+    layers: list[hw_models.Layer] = []
     for module, shape in zip(network, [(1, 32), *[(1, 32, 8, 8)] * 4], strict=True):
         layers += hw_models.trace(nn.Sequential(module), torch.zeros(shape)).layers
     workload = hw_models.Workload(tuple(replace(layer, name=layer.kind) for layer in layers))
@@ -331,7 +332,8 @@ def print_costs(console: Console, network: str, target: hw_models.Target, costs:
     for w, a in pairs:
         say(console, _total(costs, w, a))
     if costs.bound is not None:
-        say(console, f"Layers by what bounds them: {'; '.join(_bound_words(costs, w, a) for w, a in pairs)}.")
+        words = [_bound_words(costs, costs.bound, w, a) for w, a in pairs]
+        say(console, f"Layers by what bounds them: {'; '.join(words)}.")
     say(console, _left_in_float(costs))
     if workload.unpriced:
         say(console, f"Not priced: {workload.unpriced_words}.")
@@ -392,9 +394,9 @@ def _bound_columns(costs: hw_models.CostTable, pairs: Pairs) -> list[Column]:
     return columns
 
 
-def _bound_words(costs: hw_models.CostTable, w: int, a: int) -> str:
+def _bound_words(costs: hw_models.CostTable, bound: np.ndarray[Any, Any], w: int, a: int) -> str:
     """Say how many layers each bound limits at a pair of widths."""
-    limiting = _at(costs.bound, w, a)[_at(costs.supported, w, a)]
+    limiting = _at(bound, w, a)[_at(costs.supported, w, a)]
     counts = [(int((limiting == place).sum()), bound) for place, bound in enumerate(costs.bounds)]
     words = [f"{count} {bound}" for count, bound in counts if count]
     return f"{pair_name(w, a)} {', '.join(words) or 'none'}"
@@ -439,7 +441,7 @@ def print_counted(console: Console, costs: hw_models.CostTable, pairs: Pairs) ->
     from hw_models import metrics
 
     workload = costs.workload
-    rows = {"bit operations": [], "average weight bits": [], "memory traffic": [], "peak memory": []}
+    rows: dict[str, list[str]] = {name: [] for name in COUNTED}
     for w, a in pairs:
         rows["bit operations"].append(f"{_at(metrics.bops(workload), w, a).sum() / 1e9:,.4g} G")
         rows["average weight bits"].append(f"{_at(metrics.average_weight_bits(workload), w, a).sum():.4g}")

@@ -359,12 +359,16 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
     if result.goal is not None:
         yield "goal", result.goal.words
     for budget in result.all_budgets:
-        yield "budget", _budget_words(budget, result.reference)
+        yield "budget", _budget_words(budget, short_reference(result.reference))
     if result.reached is not None:
         yield "reached", result.reached_words
+    name_of_reference = "uniform8"
+    if result.reference != UNIFORM_8:
+        name_of_reference = "reference"
+        yield name_of_reference, result.reference
     measured: dict[str, Measurement | None] = {
         "float": result.of_float,
-        "uniform8": result.uniform8,
+        name_of_reference: result.uniform8,
         "found": result.found,
         "finetuned": result.finetuned,
     }

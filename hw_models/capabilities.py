@@ -51,7 +51,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hw_models.cost import CostTable, describe_pairs
 from hw_models.files import quoted
-from hw_models.widths import FLOAT, PLACES, WIDTHS, pair_words, place_of, read_pair, read_widths
+from hw_models.widths import FLOAT, PLACES, WIDTHS, pair_words, place_of, read_pair, read_widths, width_words
 from hw_models.workload import Layer, Workload
 
 KINDS = ("conv", "depthwise", "pointwise", "grouped", "linear", "conv1d", "matmul")
@@ -124,6 +124,15 @@ class Rule(BaseModel):
             raise ValueError("a rule must say something: give pairs such as [8/8, 4/8], or weights and activations")
         return self
 
+    @property
+    def words(self) -> str:
+        """Write the widths: "4/4, 4/8, 8/8", "weights 4, 8 with any activations"; empty where nothing is said."""
+        if self.pairs is not None:
+            return describe_pairs(self.pairs)
+        if self.weights is None and self.activations is None:
+            return ""
+        return f"{_operand_words('weights', self.weights)} with {_operand_words('activations', self.activations)}"
+
     def narrow(self, general: Allowed) -> Allowed:
         """Apply this rule to what the more general ones leave."""
         if self.pairs is not None:
@@ -163,6 +172,25 @@ class Capabilities(Rule):
     accumulator_bits: int | None = Field(default=None, gt=1, le=MOST_ACCUMULATOR_BITS)
     on_overflow: Literal["refuse", "wider"] = "refuse"
     overflow_cost: float | None = Field(default=None, ge=1, le=1000, allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        """Say on one line what it can do."""
+        parts = [self.words or "whatever it has costs for"]
+        parts += [f"{name}: {rule.words}" for name, rule in (*self.kinds.items(), *self.layers.items())]
+        if not self.per_channel_weights:
+            parts.append("one scale for all weights of a layer")
+        if self.power_of_two_scales:
+            parts.append("scales that are powers of two")
+        if self.zero_points is not None:
+            parts.append({True: "zero points", False: "no zero points"}[self.zero_points])
+        if self.activation_sign != "auto":
+            parts.append(f"{self.activation_sign} activations")
+        if self.accumulator_bits is not None:
+            overflow = "sums that can overflow refused"
+            if self.on_overflow == "wider":
+                overflow = f"sums that can overflow at {self.overflow_cost:g} times the cost"
+            parts.append(f"accumulators of {self.accumulator_bits} bits, {overflow}")
+        return "; ".join(parts)
 
     @field_validator("kinds", mode="before")
     @classmethod
@@ -439,6 +467,13 @@ def _operand(widths: tuple[int, ...] | None) -> Bools:
     if widths is None:
         return np.ones(PLACES, bool)
     return np.isin(WIDTHS, widths)
+
+
+def _operand_words(operand: str, widths: tuple[int, ...] | None) -> str:
+    """Write the widths of an operand."""
+    if widths is None:
+        return f"any {operand}"
+    return f"{operand} {', '.join(map(width_words, widths))}"
 
 
 def _all_promised(supported: Bools) -> Allowed:

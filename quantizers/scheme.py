@@ -503,9 +503,14 @@ def check_activations(activations: str) -> None:
 
 def refuse_negative(scheme: Scheme, bits: int) -> None:
     """Raise ValueError, naming the scheme and the bits, for an input that is negative where integers have no sign."""
+    amount, remedy = f"{bits} bits", ""
+    if bits == 1:
+        amount = "1 bit"
+    elif "zero_points" in scheme.choices:
+        remedy = f"give scheme {scheme.name!r} zero points (asymmetric), "
     raise ValueError(
-        f"its input is negative in places, which unsigned integers of {bits} bits aren't: give scheme {scheme.name!r} "
-        "zero points (asymmetric), leave the input in float, or choose hardware with signed activations"
+        f"its input is negative in places, which unsigned integers of {amount} aren't: {remedy}leave the input in float, or "
+        "choose hardware with signed activations"
     )
 
 

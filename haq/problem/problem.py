@@ -44,6 +44,8 @@ from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
 from haq.problem.schemes import (
     AnyScheme,
+    calibration_policy,
+    check_inputs,
     check_metric,
     check_rounding,
     check_widths,
@@ -86,7 +88,7 @@ class Problem:
     Attributes:
         network: The float network that was given.
         workload: Its layers.
-        schemes: The quantization scheme of every layer, by name.
+        schemes: The quantization scheme of every layer, by name; it obeys the target's capabilities.
         roundings: How the weights of every layer are rounded, "nearest" or "gptq", by name.
         target: The hardware target.
         table: Its cost table for the workload.
@@ -247,7 +249,7 @@ class Problem:
         with evaluation_mode(network):
             qnetwork = Q.quantize(
                 network,
-                Q.BitPolicy(dict.fromkeys(self.workload.names, Q.END_BITS)),
+                calibration_policy(self.schemes),
                 scheme=self.schemes,
                 calibrate=self.calibration,
                 correction=correction,
@@ -315,7 +317,7 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         if target is not self.target:
-            if obeying(self._schemes_asked, target) != self.schemes:
+            if not self.has_schemes_for(target):
                 raise ValueError(
                     f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
                     "evaluated for one says nothing of the other: make another problem for it"
@@ -371,6 +373,10 @@ class Problem:
             return metric
         return "storage"
 
+    def has_schemes_for(self, target: hw_models.Target) -> bool:
+        """Say whether the schemes are those that a target's capabilities ask for: the problem can be put on no other."""
+        return obeying(self._schemes_asked, target) == self.schemes
+
     def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""
         self.target = target
@@ -417,8 +423,8 @@ class Problem:
             lacking = [width for width in widths if place_of(width) >= WIDE and not by_width[place_of(width)]]
             if lacking and able.size:
                 raise ValueError(
-                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which {self.target.name} can't "
-                    "do in any layer that isn't pinned"
+                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which "
+                    f"{self.target.name} can't do in any layer that isn't pinned"
                 )
 
     @property
@@ -430,6 +436,7 @@ class Problem:
     def _restrict(self, signed: Mapping[str, bool]) -> None:
         """Leave out pairs of bits that mean nothing to a scheme now that calibration has seen each layer's input."""
         meaningful = meaningful_pairs(self.schemes, signed)
+        check_inputs(self.schemes, signed, self.table, meaningful)
         if not np.array_equal(meaningful, self._meaningful):
             self._meaningful = meaningful
             self._choose()

@@ -190,6 +190,11 @@ class Programme:
         """
         return self._stock.used(tuple(start))
 
+    def possible(self, start: Sequence[int]) -> Flags:
+        """Tell which options of the next decision simple bounds leave possible, shape (options,); `completes` is exact."""
+        decision = len(start)
+        return self._stock.possible(tuple(start))[: self.counts[decision]]
+
     def completes(self, start: Sequence[int]) -> bool:
         """Say whether the decisions that follow can be chosen so that all limits hold."""
         return self.completion(start) is not None
@@ -206,7 +211,7 @@ class Programme:
         before = self._answers.get(key[:-1])
         if key and before is not None and before[len(key) - 1] == key[-1]:
             found = before
-        elif self._stock.seems_possible(key):
+        elif not key or self._stock.possible(key[:-1])[key[-1]]:
             found = self._stock.complete(key)
             if found is None and (options := self.feasible(key)) is not None:
                 found = tuple(options)

@@ -15,8 +15,9 @@ import quantizers as Q
 from haq.problem.decision import WidthsAsked
 from hw_models import trust
 from hw_models.capabilities import capabilities_of, has_zero_points
+from hw_models.cost import describe_pairs
 from hw_models.storage import FLOAT_BYTES
-from hw_models.widths import FLOAT, PLACES, pair_words
+from hw_models.widths import FLOAT, PLACES, pair_words, place_of
 
 WIDTHS: tuple[int | None, ...] = (
     *range(1, Q.MAX_BITS + 1),
@@ -287,6 +288,47 @@ def meaningful_pairs(schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool]
         is_signed = signed.get(name, False)
         rows.append([[takes(scheme, w, a, is_signed) for a in WIDTHS] for w in WIDTHS])
     return np.array(rows)
+
+
+def calibration_policy(schemes: Mapping[str, Q.Scheme]) -> Q.BitPolicy:
+    """Return the policy at which a network is calibrated: 8 bits, but inputs in float where a scheme may refuse negative ones.
+
+    Calibration finds the scales of all widths, and what inputs are like, whatever the policy.
+    """
+    pairs: dict[str, tuple[int | None, int | None]] = {}
+    for name, scheme in schemes.items():
+        pairs[name] = Q.END_BITS
+        if not takes(scheme, *Q.END_BITS, signed=True):
+            pairs[name] = Q.END_BITS[0], None
+    return Q.BitPolicy(pairs)
+
+
+def check_inputs(
+    schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool], table: hw_models.CostTable, meaningful: NDArray[np.bool_]
+) -> None:
+    """Raise ValueError, with the scheme's reason, for a layer whose input leaves no pair of widths that the target can do.
+
+    Args:
+        schemes: A scheme by layer.
+        signed: Layer -> whether its input is ever negative.
+        table: The target's costs.
+        meaningful: What `meaningful_pairs` tells of these inputs.
+    """
+    left = meaningful & table.supported
+    for index, name in enumerate(table.workload.names):
+        if left[index].any() or not signed[name]:
+            continue
+        for w, a in table.pairs_of(index):
+            pair = WIDTHS[place_of(w)], WIDTHS[place_of(a)]
+            if not takes(schemes[name], *pair):
+                continue
+            try:
+                schemes[name].check(*pair, signed=True)
+            except ValueError as error:
+                can = describe_pairs(table.pairs_of(index))
+                raise ValueError(
+                    f"layer {name!r} has no pair of widths on {table.target}, which can do {can}: {error}"
+                ) from error
 
 
 def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from haq.problem.limits import ROUNDING
 from haq.problem.peak import PeakOfDecisions
 
 MOST = 64  # ways that are kept
+MOST_STATES = 20_000  # what the first decisions took, of which is remembered what it leaves
 CLOSE = 1e-12  # in parts of a limit: sums of floats depend on their order
 
 Floats = NDArray[np.float64]
@@ -39,6 +40,8 @@ class Stock:
         if peak is not None:
             buffers = len(peak.elements)
         self._kept: list[tuple[int, ...]] = []
+        self._states: dict[tuple[int, ...], tuple[Floats, NDArray[np.int64]]] = {}
+        self._possible: dict[tuple[int, ...], NDArray[np.bool_]] = {}
         # What the decisions from each one on cost in each of the stock, and which bits they read every buffer with.
         self._costs_from = np.zeros((0, count + 1, len(limits)))
         self._widest_from = np.zeros((0, count + 1, buffers), np.int64)
@@ -71,41 +74,64 @@ class Stock:
         self._costs_from = np.concatenate([self._costs_from, costs_from[None]])
         self._widest_from = np.concatenate([self._widest_from, self._widest_of_rest(options)[None]])
 
-    def seems_possible(self, start: tuple[int, ...]) -> bool:
-        """Say whether simple bounds leave it possible that the first decisions take these options."""
+    def possible(self, start: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Tell which options of the next decision simple bounds leave possible, shape (options,)."""
+        if start not in self._possible:
+            self._forget_if_many()
+            self._possible[start] = self._bounded(start)
+        return self._possible[start]
+
+    def _bounded(self, start: tuple[int, ...]) -> NDArray[np.bool_]:
         count = len(start)
-        if (self._weights @ self._left(start) < self._least_from[:, count] - CLOSE).any():
-            return False
+        left, widest = self._state(start)
+        weighed = self._weights @ (left[:, None] - self._prices[:, count])
+        possible: NDArray[np.bool_] = np.all(weighed >= self._least_from[:, count + 1, None] - CLOSE, axis=0)
         if self._peak is None:
-            return True
-        widest = np.maximum(self._peak.widest(start), self._narrowest_from[count])
-        return bool(self._peak.moments(widest).max() <= self._peak.limit * (1 + ROUNDING))
+            return possible
+        rest = np.maximum(widest, self._narrowest_from[count + 1])
+        with_option = np.maximum(rest, np.where(self._peak.reads[:, count], self._peak.widths[count, :, None], 0))
+        possible &= self._peak.moments(with_option).max(1) <= self._peak.limit * (1 + ROUNDING)
+        return possible
 
     def used(self, start: tuple[int, ...]) -> Floats:
         """Tell the least of each limit that is used in the end, as a share of it; the peak of memory comes last."""
         count = len(start)
-        one_by_one = len(self._limits)
-        used = 1 - self._left(start) / self._limits + self._least_from[:one_by_one, count]
+        left, widest = self._state(start)
+        used: Floats = 1 - left / self._limits + self._least_from[: len(self._limits), count]
         if self._peak is None:
             return used
-        widest = np.maximum(self._peak.widest(start), self._narrowest_from[count])
-        return np.append(used, self._peak.moments(widest).max() / self._peak.limit)
+        rest = np.maximum(widest, self._narrowest_from[count])
+        return np.append(used, self._peak.moments(rest).max() / self._peak.limit)
 
     def complete(self, start: tuple[int, ...]) -> tuple[int, ...] | None:
         """Complete the first decisions' options by the end of what is in stock, if any of it fits."""
         count = len(start)
-        fits = (self._costs_from[:, count] <= self._left(start) + CLOSE * self._limits).all(1)
+        left, widest = self._state(start)
+        fits = (self._costs_from[:, count] <= left + CLOSE * self._limits).all(1)
         if self._peak is not None and fits.any():
-            widest = np.maximum(self._peak.widest(start), self._widest_from[:, count])
-            fits &= self._peak.moments(widest).max(1) <= self._peak.limit * (1 + ROUNDING)
+            together = np.maximum(widest, self._widest_from[:, count])
+            fits &= self._peak.moments(together).max(1) <= self._peak.limit * (1 + ROUNDING)
         if not fits.any():
             return None
         return start + self._kept[int(fits.argmax())][count:]
 
-    def _left(self, start: tuple[int, ...]) -> Floats:
-        """Return what the first decisions leave of the limits."""
-        left: Floats = self._limits - self._prices[:, np.arange(len(start)), list(start)].sum(1)
-        return left
+    def _state(self, start: tuple[int, ...]) -> tuple[Floats, NDArray[np.int64]]:
+        """Tell what the first decisions leave of the limits, and which bits they read every buffer with."""
+        found = self._states.get(start)
+        if found is None:
+            left = self._limits - self._prices[:, np.arange(len(start)), list(start)].sum(1)
+            widest = np.zeros(self._widest_from.shape[2], np.int64)
+            if self._peak is not None:
+                widest = self._peak.widest(start)
+            found = (left, widest)
+            self._forget_if_many()
+            self._states[start] = found
+        return found
+
+    def _forget_if_many(self) -> None:
+        for kept in (self._states, self._possible):
+            if len(kept) >= MOST_STATES:
+                kept.clear()
 
     def _widest_of_rest(self, options: Sequence[int]) -> NDArray[np.int64]:
         """Return the bits that the decisions from each one on read every buffer with, shape (decisions + 1, buffers)."""

@@ -11,10 +11,12 @@ import altair as alt
 
 from haq.reporting.drawing import (
     UNIFORM,
+    CostAxis,
     Picture,
     Row,
     amount,
     color_by,
+    cost_axes,
     edge_of,
     edge_words,
     finished,
@@ -36,7 +38,7 @@ from haq.reporting.heights import NOT_TO_SCALE, height_of, ticks_of, top_of
 from haq.reporting.reading import RunFolder
 from haq.store.history import HistoryRow
 from haq.store.records import LayerRecord, ProblemRecord
-from haq.store.units import NOTHING, begin, best_unit, kind_of_cost, metric_words, percent
+from haq.store.units import NOTHING, begin, best_unit, metric_words, percent
 from hw_models.registry import join_words
 from hw_models.storage import BITS
 from hw_models.widths import FLOAT, pair_words, width_words
@@ -44,6 +46,7 @@ from hw_models.widths import FLOAT, pair_words, width_words
 LABELLED = 40  # layers, at most, whose bars have their bits written at them in full size
 OPERANDS = ("weights", "activations")
 AFTER = "after"
+MUCH_DEARER = 1.5  # times what all else costs at most: there a uniform policy isn't drawn any more
 
 
 class _Cost(NamedTuple):
@@ -197,7 +200,9 @@ def _bars(rows: list[Row], layers: int, widths: list[int]) -> dict[str, Any]:
     colors = ["var(--weights)", "var(--activations)"]
     marks = ticks_of(widths)
     edge = top_of(widths) + 1.5
-    axis = alt.Axis(values=[*(-height for height in reversed(marks)), 0, *marks], labelExpr=_label_of(marks), **_AXIS)
+    values = [*(-height for height in reversed(marks)), 0, *marks]
+    # Vega leaves out values of which there are more than it counts.
+    axis = alt.Axis(values=values, tickCount=len(values), labelExpr=_label_of(marks), labelOverlap=False, **_AXIS)
     base = plot(rows).encode(x=alt.X("layer:N", sort=None, title=None, axis=alt.Axis(labels=False, ticks=False)))
     bars = base.mark_bar(strokeWidth=1.5).encode(
         y=alt.Y(
@@ -214,7 +219,7 @@ def _bars(rows: list[Row], layers: int, widths: list[int]) -> dict[str, Any]:
     texts = [
         base.transform_filter(f"datum.operand == '{operand}'")
         .mark_text(dy=dy, fontSize=size, color="var(--ink)")
-        .encode(y="height:Q", text="bits:Q")
+        .encode(y="height:Q", text="bits:N")
         for operand, dy in (("weights", -7), ("activations", 8))
     ]
     zero = plot([{"zero": 0}]).mark_rule(color="var(--muted)").encode(y="zero:Q")
@@ -273,38 +278,14 @@ class _Uniform(NamedTuple):
     value: float
 
 
-class _Axis(NamedTuple):
-    """A metric against which values are drawn, with what policies cost by it."""
-
-    metric: str
-    limit: float | None  # in its unit
-    whole: float  # what the reference takes
-    kind: str  # estimated, measured or counted
-    column: int  # of a row's further costs; -1 is the main metric's own
-
-    def cost(self, row: HistoryRow) -> float:
-        """Return what a policy costs by this metric; infinity if the target can't do it."""
-        if self.column < 0:
-            return row.cost
-        return row.others[self.column]
-
-
-def _axes(problem: ProblemRecord) -> list[_Axis]:
-    """List the metrics against which values are drawn: the main one, then the others that are limited."""
-    found = [_Axis(problem.metric, problem.limit, problem.uniform8, problem.cost_kind, -1)]
-    for column, further in enumerate(problem.further):
-        kind = kind_of_cost(further.metric, problem.target.provenance)
-        found.append(_Axis(further.metric, further.amount, further.reference, kind, column))
-    return found
-
-
 def tried(run: RunFolder) -> Picture:
     """Draw every policy tried, its value against its costs, with the Pareto front, uniform policies, budgets and float."""
     problem, objective = run.problem, run.problem.objective_title
-    axes = _axes(problem)
+    axes = cost_axes(problem)
     uniform: list[_Uniform] = []
     if run.result is not None:
         uniform = [_Uniform(row.bits, row.cost, problem.value(row, "search")) for row in run.result.uniform]
+    uniform, dear = _with_room(run, uniform)
     points = [(one.cost, one.accuracy) for one in run.history if one.cost < math.inf]  # the target can't do the others
     points += [(one.cost, one.value) for one in uniform]
     best = front(points, problem.higher_is_better)
@@ -343,8 +324,24 @@ def tried(run: RunFolder) -> Picture:
         specs,
         ["solver", "evaluation", objective, *names, verdict, "Pareto front", "weight bits", "activation bits"],
         cells,
-        _tried_note(problem, bool(uniform), beyond, edge),
+        _tried_note(problem, bool(uniform), beyond, edge) + _dear_words(problem, dear),
     )
+
+
+def _with_room(run: RunFolder, uniform: list[_Uniform]) -> tuple[list[_Uniform], list[_Uniform]]:
+    """Part uniform policies from those that are so dear that all else would be pressed to the left, such as one in float."""
+    problem = run.problem
+    costs = [one.cost for one in run.history if one.cost < math.inf]
+    most = MUCH_DEARER * max([*costs, problem.uniform8, problem.limit or 0.0])
+    return [one for one in uniform if one.cost <= most], [one for one in uniform if one.cost > most]
+
+
+def _dear_words(problem: ProblemRecord, dear: list[_Uniform]) -> str:
+    """Say which uniform policies lie beyond the right edge; nothing if none do."""
+    if not dear:
+        return ""
+    named = [f"{one.bits} ({problem.show(one.value)} at {amount(one.cost, problem.metric)})" for one in dear]
+    return f" Uniform policies that cost much more lie beyond the right edge: {', '.join(named)}."
 
 
 def _amount(cost: float, metric: str) -> str:
@@ -427,7 +424,7 @@ def _solvers(run: RunFolder) -> list[str]:
 
 
 def _points(
-    run: RunFolder, axis: _Axis, uniform: list[_Uniform], best: list[tuple[float, float]], edge: float
+    run: RunFolder, axis: CostAxis, uniform: list[_Uniform], best: list[tuple[float, float]], edge: float
 ) -> dict[str, Any]:
     """Draw the chart of everything tried, against one metric.
 
@@ -509,7 +506,7 @@ def _may_be_chosen(problem: ProblemRecord, cost: float, value: float) -> bool:
     return holds and problem.score(value) >= problem.score(problem.goal.least)
 
 
-def _bounds(problem: ProblemRecord, axis: _Axis, size: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+def _bounds(problem: ProblemRecord, axis: CostAxis, size: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """Draw the budget of a metric, what a trade-off aims at, and the value that is good enough.
 
     Args:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 
 from haq.reporting.drawing import (
     STAR,
     UNIFORM,
+    CostAxis,
     Picture,
     Row,
     amount,
     color_by,
+    cost_axes,
     edge_of,
     edge_words,
     finished,
@@ -32,6 +34,7 @@ from haq.reporting.drawing import (
 from haq.reporting.reading import RunFolder
 from haq.store.records import FinishedSweepRecord, RobustnessRecord, SweepFound, SweepTarget, SweepUniform
 from haq.store.units import begin, best_unit, metric_words, percent
+from hw_models.registry import join_words
 
 YES_OR_NO = {True: "yes", False: "no"}
 
@@ -242,10 +245,52 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         The chart.
     """
     problem = runs[0][1].problem
-    objective, metric, kind = problem.objective_title, problem.metric, problem.cost_kind
+    objective = problem.objective_title
+    axes = [axis for axis in cost_axes(problem) if all(axis.metric in _axes_of(run) for _, run in runs)]
+    names = [metric_words(axis.metric) for axis in axes]
+    drawn = [_fronts(runs, axis) for axis in axes]
+    first = drawn[0]
+    says = "; ".join(f"{one['run']}: {one['is']} at {one['cost']}" for one in first.found) or "nothing yet"
+    note = (
+        "Each line is the Pareto front of what a run's own solver tried, the large empty mark its best within its budget. "
+        f"{begin(objective)} is measured on the search split."
+    )
+    if first.edge_words:
+        note += f" What is {first.edge_words}."
+    return Picture(
+        f"{problem.network} on {problem.target.name}: {objective} against {join_words(names)}",
+        f"The best within each budget: {says}. Float has {problem.show(problem.float_value)}.",
+        [one.spec for one in drawn],
+        ["run", f"{objective} (measured)", f"{names[0]} ({axes[0].kind})"],
+        [[one["run"], one["is"], one["cost"]] for one in first.steps],
+        note,
+    )
+
+
+class _Fronts(NamedTuple):
+    """A chart of the fronts of several runs against one metric, and what is on it."""
+
+    spec: dict[str, Any]
+    steps: list[Row]
+    found: list[Row]
+    edge_words: str  # of what is drawn at its worse edge; nothing if nothing is
+
+
+def _fronts(runs: Sequence[tuple[str, RunFolder]], axis: CostAxis) -> _Fronts:
+    """Draw the fronts of several runs against one metric.
+
+    Args:
+        runs: The runs, each with its name.
+        axis: The metric, as the first of them has it.
+
+    Returns:
+        The chart.
+    """
+    problem = runs[0][1].problem
+    objective, metric, kind = problem.objective_title, axis.metric, axis.kind
     metric_is = metric_words(metric)
-    unit, size = best_unit(problem.uniform8, metric)
-    fronts = {name: front(_priced(run), problem.higher_is_better) for name, run in runs}
+    unit, size = best_unit(axis.whole, metric)
+    fronts = {name: front(_priced(run, metric), problem.higher_is_better) for name, run in runs}
     values = [value for points in fronts.values() for _, value in points]
     edge = edge_of(problem, values)
 
@@ -254,8 +299,10 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         return {"run": name, **place, "is": problem.show(value), "cost": amount(cost, metric)}
 
     steps = [row(name, *point) for name, points in fronts.items() for point in points]
-    found = [row(name, run.best.cost, run.best.accuracy) for name, run in runs if run.best is not None]
-    says = "; ".join(f"{one['run']}: {one['is']} at {one['cost']}" for one in found) or "nothing yet"
+    found = []
+    for name, run in runs:
+        if run.best is not None:
+            found.append(row(name, _axes_of(run)[metric].cost(run.best), run.best.accuracy))
     names = list(fronts)
     x = alt.X("x:Q", title=f"{metric_is}, {micro(unit)} ({kind})", scale=alt.Scale(zero=False))
     top = max([problem.float_value, *values], key=problem.score)
@@ -274,22 +321,18 @@ def together(runs: Sequence[tuple[str, RunFolder]]) -> Picture:
         marks.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
         rings.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip),
     )
-    note = (
-        "Each line is the Pareto front of what a run's own solver tried, the large empty mark its best within its budget. "
-        f"{begin(objective)} is measured on the search split."
-    )
+    beyond = ""
     if any(is_beyond(problem, value, edge) for value in values):
-        note += f" What is {edge_words(problem, edge, 'is')}."
-    return Picture(
-        f"{problem.network} on {problem.target.name}: {objective} against {metric_is}",
-        f"The best within each budget: {says}. Float has {problem.show(problem.float_value)}.",
-        [finished(layers, 340)],
-        ["run", f"{objective} (measured)", f"{metric_is} ({kind})"],
-        [[one["run"], one["is"], one["cost"]] for one in steps],
-        note,
-    )
+        beyond = edge_words(problem, edge, "is")
+    return _Fronts(finished(layers, 340), steps, found, beyond)
 
 
-def _priced(run: RunFolder) -> list[tuple[float, float]]:
-    """Cost and value of what a run's solver tried and the target can do."""
-    return [(one.cost, one.accuracy) for one in run.history if one.solver == run.solver and one.cost < math.inf]
+def _axes_of(run: RunFolder) -> dict[str, CostAxis]:
+    """Return the metrics that a run tells costs by, by name."""
+    return {axis.metric: axis for axis in cost_axes(run.problem)}
+
+
+def _priced(run: RunFolder, metric: str) -> list[tuple[float, float]]:
+    """Cost, by a metric, and value of what a run's solver tried and the target can do."""
+    axis = _axes_of(run)[metric]
+    return [(axis.cost(one), one.accuracy) for one in run.history if one.solver == run.solver and one.cost < math.inf]

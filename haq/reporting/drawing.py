@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 
-from haq.store.records import JudgingRecord
-from haq.store.units import PERCENT, describe_amount, plotted, show
+from haq.store.history import HistoryRow
+from haq.store.records import JudgingRecord, ProblemRecord
+from haq.store.units import PERCENT, describe_amount, kind_of_cost, plotted, show
 
 Row = dict[str, Any]
 UNIFORM = "uniform bits"
@@ -59,6 +60,31 @@ class Picture:
     rows: Sequence[Sequence[str]]
     note: str
     columns: int = 0  # that must have room; a chart with many of them scrolls in its box
+
+
+class CostAxis(NamedTuple):
+    """A metric against which values are drawn, with what policies cost by it."""
+
+    metric: str
+    limit: float | None  # in its unit
+    whole: float  # what the reference takes
+    kind: str  # estimated, measured or counted
+    column: int  # of a row's further costs; -1 is the main metric's own
+
+    def cost(self, row: HistoryRow) -> float:
+        """Return what a policy costs by this metric; infinity if the target can't do it."""
+        if self.column < 0:
+            return row.cost
+        return row.others[self.column]
+
+
+def cost_axes(problem: ProblemRecord) -> list[CostAxis]:
+    """List the metrics against which values are drawn: the main one, then the others that are limited."""
+    found = [CostAxis(problem.metric, problem.limit, problem.uniform8, problem.cost_kind, -1)]
+    for column, further in enumerate(problem.further):
+        kind = kind_of_cost(further.metric, problem.target.provenance)
+        found.append(CostAxis(further.metric, further.amount, further.reference, kind, column))
+    return found
 
 
 def micro(unit: str) -> str:

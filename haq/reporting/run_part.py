@@ -166,13 +166,13 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
         if not all(one.holds for one in given):
             verdict = "✗ EXCEEDED"
         facts.append(Fact("Budget", verdict, _fractions(given, short_reference(result.reference))))
-    if result.reached is not None:
+    if result.goal is not None and result.reached is not None:
         verdict = "✗ MISSED"
         if result.reached.search_holds and result.reached.test_holds:
             verdict = "✓ reached"
         elif result.reached.search_holds:
             verdict = "✗ not on test"
-        facts.append(Fact("Goal", verdict, result.reached_words))
+        facts.append(Fact("Goal", verdict, f"{result.goal.words}; {result.reached_words}"))
     return facts
 
 

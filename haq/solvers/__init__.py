@@ -10,6 +10,7 @@ import lazy_loader
 from hw_models.registry import Registry, requires
 
 if TYPE_CHECKING:
+    from haq.solvers import cheapest as cheapest
     from haq.solvers import ilp as ilp
     from haq.solvers.base import Session as Session
     from haq.solvers.base import Solver as Solver
@@ -61,6 +62,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
     submodules=[
         "agents",
         "base",
+        "cheapest",
         "evolution",
         "exhaustive",
         "fisher",

@@ -292,7 +292,8 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
     env = envs.MixedPrecisionEnv(problem, loss_increase, judge=session.evaluate)
     agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
     learner = Learner(agent, np.random.default_rng(seed), session)
-    player = envs.MixedPrecisionEnv(problem, loss_increase, judge=not_evaluated)
+    player = copy.copy(env)
+    player.judge = not_evaluated
     players = [copy.copy(player) for _ in range(CANDIDATES)]
     proposals = [ilp.propose(problem, loss_increase), greedy.propose(problem, loss_increase)]
     proposals = list(dict.fromkeys(proposals))[: session.left]

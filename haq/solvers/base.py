@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import quantizers as Q
+from haq import solvers
 from haq.problem.evaluator import Evaluation
+from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import ENVS, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
-from haq.store.units import PERCENT, describe_amount, show
+from haq.store.units import PERCENT, describe_amount, show, show_difference
 from hw_models.registry import printable
 
 
@@ -38,9 +40,12 @@ class Trial:
         policy: The bits of every layer.
         evaluation: What it was measured to give on the search samples.
         cost: What it costs, in the unit of the problem's metric.
-        feasible: Whether that is within the budget.
+        feasible: Whether it may be chosen: it is within all budgets, and good enough where the cheapest is looked for.
         title: What the objective is called.
         unit: The objective's.
+        goal: What is looked for: "best", "cheapest" or "tradeoff" (`haq.problem.goal`).
+        within: Whether it is within all budgets; None: that is what `feasible` says.
+        worth: The value of a trade-off.
     """
 
     policy: Q.BitPolicy
@@ -49,6 +54,21 @@ class Trial:
     feasible: bool
     title: str = "accuracy"
     unit: str = PERCENT
+    goal: str = BEST.kind
+    within: bool | None = None
+    worth: float = 0.0
+
+    @classmethod
+    def of(cls, problem: Problem, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
+        """Make the record of a policy of a problem that was evaluated."""
+        objective, goal = problem.objective, problem.goal
+        cost = problem.policy_cost(policy)
+        within = problem.holds(policy)
+        worth = 0.0
+        if goal.kind == TRADEOFF:
+            worth = goal.worth(evaluation.value, cost, problem.tradeoff_target)
+        feasible = within and problem.meets(evaluation)
+        return cls(policy, evaluation, cost, feasible, objective.title, objective.unit, goal.kind, within, worth)
 
     @property
     def accuracy(self) -> float:
@@ -67,14 +87,25 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Sort better policies first: the objective's value, then loss, then cost."""
+        """Sort better policies first: the objective's value, then loss, then cost.
+
+        Where the cheapest is looked for, the cost comes first; of a trade-off its value.
+        """
+        if self.goal == CHEAPEST:
+            return self.cost, -self.evaluation.score, self.loss
+        if self.goal == TRADEOFF:
+            return -self.worth, self.loss, self.cost
         return -self.evaluation.score, self.loss, self.cost
 
     def __repr__(self) -> str:
         """Say on one line how good it is, and whether it may be chosen."""
         words = "within the budget"
-        if not self.feasible:
+        if self.within is False or (self.within is None and not self.feasible):
             words = "over the budget"
+        elif not self.feasible:
+            words = "not good enough"
+        elif self.goal == CHEAPEST:
+            words = "good enough"
         return f"Trial({self.title} {show(self.value, self.unit)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
 
 
@@ -93,7 +124,7 @@ class Session:
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
         trials: Every trial, in order.
-        best: The best trial within the budget so far; none whose network's outputs aren't finite.
+        best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite.
         saturated: The share of an agent's actions at a bound, by episode.
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
@@ -116,6 +147,8 @@ class Session:
     def __repr__(self) -> str:
         """Say on one line how far it is and what was found."""
         found = "nothing within the budget yet"
+        if self.problem.goal.kind == CHEAPEST:
+            found = "nothing good enough yet"
         if self.best is not None:
             cost = describe_amount(self.best.cost, self.problem.metric)
             found = f"best {show(self.best.value, self.best.unit)} at {cost}"
@@ -165,9 +198,7 @@ class Session:
     def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy that is new, and make a trial of it."""
         evaluation = self.problem.evaluate(policy)
-        cost = self.problem.policy_cost(policy)
-        objective = self.problem.objective
-        trial = Trial(policy, evaluation, cost, self.problem.holds(policy), objective.title, objective.unit)
+        trial = Trial.of(self.problem, policy, evaluation)
         self._seen.add(policy)
         self.trials.append(trial)
         # A network whose outputs aren't finite (an infinite loss) is worth nothing, whatever it costs.
@@ -186,6 +217,7 @@ class Solver(ABC):
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
+        goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
     """
 
     name: ClassVar[str] = ""
@@ -193,6 +225,7 @@ class Solver(ABC):
     uses_sensitivities: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
+    goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
 
     def __init_subclass__(cls) -> None:
         """Call a class that gives itself no name after itself."""
@@ -236,7 +269,10 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
 
 
 def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> Trial:
-    """Run a solver and return the best trial within the budget.
+    """Run a solver and return the best trial, by the goal of the session's problem.
+
+    Solvers look for the best policy within a budget. Towards another goal one is led from budget to budget
+    (`haq.solvers.cheapest`), unless it says that it knows the goal itself.
 
     Args:
         solver: A name, `module:Name`, a class or an instance.
@@ -248,11 +284,15 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
 
     Raises:
         ValueError: For something that is no solver, and whatever the solver refuses; naming the solver, if it fails, or
-            evaluated no policy within the budget.
+            evaluated no policy within the budget, or none that is good enough.
     """
     found = find_solver(solver)
     try:
-        found.solve(session.problem, session, seed)
+        if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
+            found.solve(session.problem, session, seed)
+        else:
+            # Found by its name, as solvers are: it stands on this file.
+            solvers.cheapest.search(found, session, seed)
     except NotAllowed as error:
         raise ValueError(f"solver {_called(found)!r} chose a policy that is not allowed: {error}") from error
     except Exception as error:
@@ -260,6 +300,8 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         if error is session.failure or _is_ours(found):
             raise
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
+    if session.best is None and session.problem.goal.kind == CHEAPEST:
+        raise ValueError(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
         raise ValueError(
             f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "
@@ -268,6 +310,23 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     if session.best is None:
         raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     return session.best
+
+
+def _closest(session: Session) -> str:
+    """Say how good the best policy is that was evaluated within the budgets, if there is one."""
+    problem = session.problem
+    asked = problem.goal.words(problem.objective)
+    within = [trial for trial in session.trials if trial.within and math.isfinite(trial.loss)]
+    if not within:
+        return f"of {session.used} evaluated none is within the budgets with outputs that are finite; asked was {asked}"
+    best = min(within, key=lambda trial: (-trial.evaluation.score, trial.loss))
+    drop = problem.goal.drop(problem.objective, best.value, problem.float_accuracy)
+    lost = show_difference(-drop, best.unit, problem.objective.higher_is_better)
+    return (
+        f"of {session.used} evaluated the best within the budgets has {show(best.value, best.unit)}, {lost} the float "
+        f"network's {show(problem.float_accuracy, best.unit)}, and asked was {asked}: allow more of a drop, wider bits or a "
+        "larger budget"
+    )
 
 
 def _called(solver: Solver) -> str:

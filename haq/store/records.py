@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -85,6 +85,15 @@ def short_reference(words: str) -> str:
     if words.startswith("uniform "):
         return words
     return "the reference"
+
+
+def span_words(widths: Sequence[int | None]) -> str:
+    """Write a set of widths, smallest first: "2 to 8, 16 and float"."""
+    few = [width for width in map(width_of, widths) if width <= BITS]
+    parts = [width_words(width) for width in widths]
+    if len(few) > 2 and few == list(range(few[0], few[-1] + 1)):
+        parts = [f"{few[0]} to {few[-1]}", *parts[len(few) :]]
+    return join_words(parts)
 
 
 def objective_title(objective: str) -> str:
@@ -561,7 +570,7 @@ class ProblemRecord(FileRecord, JudgingRecord):
         """Say which widths may be chosen: "2 to 8"."""
         if self.widths is None:
             return f"{self.bits[0]} to {self.bits[1]}"
-        weights, activations = (", ".join(map(width_words, one)) for one in (self.widths.weights, self.widths.activations))
+        weights, activations = map(span_words, (self.widths.weights, self.widths.activations))
         if weights == activations:
             return weights
         return f"{weights} for weights, {activations} for activations"
@@ -980,13 +989,12 @@ class ResultRecord(FileRecord, JudgingRecord):
 
     @property
     def reached_words(self) -> str:
-        """Say what was looked for, and how far below float what was found is on both splits."""
-        assert self.goal is not None
+        """Say how far from float what was found is on both splits."""
         parts = []
         for split in SPLITS:
             value, of_float = (self.value(row, split) for row in (self.found, self.of_float))
             parts.append(f"{split}: {self.held_against(value, of_float)} float")
-        return f"{self.goal.words}; {', '.join(parts)}"
+        return ", ".join(parts)
 
     @property
     def last(self) -> Measurement:

@@ -37,6 +37,7 @@ from haq.store.records import (
     error_key,
     share_key,
     short_reference,
+    span_words,
 )
 from haq.store.units import (
     COUNTED,
@@ -139,7 +140,7 @@ def _bits_words(problem: Problem) -> str:
     """Say which widths may be chosen, in how many layers, and what is fixed."""
     free = [decision for decision in problem.decisions if len(decision.pairs) > 1]
     layers = f"{sum(len(decision.layers) for decision in free)} layers"
-    weights, activations = (_span_words(operand) for operand in problem.widths)
+    weights, activations = (span_words(operand) for operand in problem.widths)
     words = f"{weights} for weights and activations of {layers}"
     if weights != activations:
         words = f"{weights} for weights, {activations} for activations, of {layers}"
@@ -153,15 +154,6 @@ def _bits_words(problem: Problem) -> str:
         pinned = ", ".join(f"{name} {pair_words(w, a)}" for name, (w, a) in problem.pinned.items())
         words += f"; {fixed}: {pinned}"
     return words
-
-
-def _span_words(widths: Sequence[int]) -> str:
-    """Write a set of widths, smallest first: "2 to 8, 16 and float"."""
-    few = [width for width in widths if width <= Q.MAX_BITS]
-    parts = [width_words(width) for width in widths]
-    if len(few) > 2 and few == list(range(few[0], few[-1] + 1)):
-        parts = [f"{few[0]} to {few[-1]}", *parts[len(few) :]]
-    return join_words(parts)
 
 
 def _network_words(task: SearchTask) -> str:
@@ -421,7 +413,7 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     if result.get("goal"):
         say(console, goal_sentence(result))
     for budget in result.get("budgets") or [result["budget"]]:
-        say(console, budget_sentence(budget, result.get("reference", UNIFORM_8)))
+        say(console, budget_sentence(budget, reference_label(result)))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:

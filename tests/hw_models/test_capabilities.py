@@ -341,3 +341,24 @@ def test_zero_points_are_said_in_one_of_two_places(attribute: bool, content: Any
     chip = Chip(content)
     chip.zero_points = attribute  # type: ignore[attr-defined]
     assert has_zero_points(chip) is expected
+
+
+def test_capabilities_in_words() -> None:
+    assert str(Capabilities()) == "whatever it has costs for"
+    content = {
+        "pairs": ["8/8", "4/float"],
+        "kinds": {"linear": {"weights": [4, 8]}},
+        "layers": {"first": ["float"]},
+        "per_channel_weights": False,
+        "power_of_two_scales": True,
+        "zero_points": False,
+        "activation_sign": "unsigned",
+        "accumulator_bits": 20,
+        "on_overflow": "wider",
+        "overflow_cost": 2.5,
+    }
+    assert str(Capabilities.model_validate(content)) == (
+        "4/float, 8/8; linear: weights 4, 8 with any activations; first: float; one scale for all weights of a layer; scales "
+        "that are powers of two; no zero points; unsigned activations; accumulators of 20 bits, sums that can overflow at 2.5 "
+        "times the cost"
+    )

