@@ -295,7 +295,13 @@ class Problem:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
-    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str] | None) -> Problem:
+    def on(
+        self,
+        target: str | hw_models.Target,
+        budget: float | str | Mapping[str, float | str] | None,
+        *,
+        max_drop: float | None = None,
+    ) -> Problem:
         """Put the same problem on another target, within another budget.
 
         Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
@@ -303,13 +309,16 @@ class Problem:
         Args:
             target: A hardware target, or the name of one.
             budget: See `Problem`; the metrics that are limited can't be others.
+            max_drop: Likewise: what is looked for is then the cheapest policy, for which `budget` may be None.
 
         Raises:
             ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """
         made = copy.copy(self)
+        if max_drop is not None:
+            made.goal = read_goal(self.objective, max_drop, None, None)
         asked = made._asked(budget, self.metric)
-        if set(asked) != set(self._budgets) and self._budgets:
+        if asked and set(asked) != set(self._budgets) and self._budgets:
             raise ValueError(
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
@@ -419,8 +428,8 @@ class Problem:
             lacking = [width for width in widths if place_of(width) >= WIDE and not by_width[place_of(width)]]
             if lacking and able.size:
                 raise ValueError(
-                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which {self.target.name} can't "
-                    "do in any layer that isn't pinned"
+                    f"bits {asked.words!r} asks for {operand} of width {width_words(lacking[0])}, which "
+                    f"{self.target.name} can't do in any layer that isn't pinned"
                 )
 
     @property
