@@ -44,11 +44,11 @@ def gradient_increases(
     names: Sequence[str],
     images: Iterable[Any],
     *,
+    widths: Sequence[int] = FEW_BITS,
     draws: int = DRAWS,
     seed: int = 0,
     distribution: Distribution | None = None,
     forward: Forward | None = None,
-    widths: Sequence[int] = FEW_BITS,
 ) -> dict[str, NDArray[np.float64]]:
     """Estimate what quantizing one operand of one layer costs, for all layers and widths in the same backward pass.
 
@@ -63,14 +63,14 @@ def gradient_increases(
         qnetwork: The quantized one; its bits are in the end what they were.
         names: Of the layers.
         images: Batches of inputs, as a loader gives them. A layer's output is taken to go through them in its first dimension.
+        widths: The widths of operands, of `quantizers.WIDTHS`.
         draws: Vectors for each batch.
         seed: Of the vectors.
         distribution: What outputs say of answers, by which their divergence is told; None: scores of classes.
         forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
-        widths: The widths that are tried.
 
     Returns:
-        By layer, nats of shape (2, widths): its weight (0) or its input (1) alone at these widths; NaN for a width that its
+        By layer, nats of shape (2, widths): its weight (0) or its input (1) alone at each width; NaN for a width that its
         scheme doesn't have.
     """
     distribution = distribution or Categorical()
@@ -93,8 +93,8 @@ def gradient_increases(
             with torch.no_grad():
                 for name in names:
                     own = [index for index, call in enumerate(calls) if call.name == name]
-                    own_gradients = [gradients[i] for i in own]
-                    _add(total[name], qlayers[name], widths, [calls[i] for i in own], own_gradients, images_of_part)
+                    of_calls, of_gradients = [calls[i] for i in own], [gradients[i] for i in own]
+                    _add(total[name], qlayers[name], widths, of_calls, of_gradients, images_of_part)
     finally:
         Q.set_policy(qnetwork, policy)
     return {name: 0.5 * squares / (count * draws) for name, squares in total.items()}
@@ -106,6 +106,7 @@ def remaining_errors(
     names: Sequence[str],
     images: Iterable[Any],
     forward: Forward | None = None,
+    *,
     widths: Sequence[int] = FEW_BITS,
 ) -> dict[str, NDArray[np.float64]]:
     """Tell what correction and rounding leave of the error that rounded weights make in their layer's output.
@@ -116,11 +117,11 @@ def remaining_errors(
         names: Of the layers.
         images: Batches of inputs, as a loader gives them.
         forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
-        widths: The widths that are tried.
+        widths: The widths of weights, of `quantizers.WIDTHS`.
 
     Returns:
-        By layer, shares of shape (widths,): the squared error of its outputs, weights alone being quantized at these, over
-        the same where they are rounded to nearest and biases are as they were; 1 where there is no error.
+        By layer, shares of shape (widths,): the squared error of its outputs, weights alone being quantized at each width,
+        over the same where they are rounded to nearest and biases are as they were; 1 where there is no error.
     """
     network = Q.copy_network(network).eval()
     plain = Q.copy_network(qnetwork)
@@ -141,7 +142,7 @@ def remaining_errors(
                 outputs_of(network, part, forward)
                 for call in calls:
                     for row, layer in enumerate((found[call.name], before[call.name])):
-                        errors[call.name][row] += _squared_errors(layer, call, widths)
+                        errors[call.name][row] += _squared_errors(layer, widths, call)
     finally:
         Q.set_policy(qnetwork, policy)
     shares = {name: np.ones(len(widths)) for name in names}
@@ -150,8 +151,8 @@ def remaining_errors(
     return shares
 
 
-def _squared_errors(layer: Q.layers.QuantLayer, call: _Call, widths: Sequence[int]) -> list[float]:
-    """Return the squared error of the output of one call at widths of the weights; 0 for a width that there isn't."""
+def _squared_errors(layer: Q.layers.QuantLayer, widths: Sequence[int], call: _Call) -> list[float]:
+    """Return the squared error of the output of one call at every width of the weights; 0 for a width that there isn't."""
     errors = []
     for bits in widths:
         error = 0.0
@@ -199,14 +200,14 @@ def _add(
     gradients: list[Tensor],
     images: int,
 ) -> None:
-    """Add the squares of (sum_i g_i dy_i) over some images, at widths of each operand, to a layer's total."""
+    """Add the squares of (sum_i g_i dy_i) over some images, at every width of each operand, to a layer's total."""
     for operand in (0, 1):
-        for index, bits in enumerate(widths):
+        for place, bits in enumerate(widths):
             pair: tuple[int | None, int | None] = (bits, None)
             if operand == 1:
                 pair = (None, bits)
             if not layer.scheme.takes(pair[0], pair[1], layer.signed):
-                total[operand, index] = np.nan
+                total[operand, place] = np.nan
                 continue
             layer.weight_bits, layer.activation_bits = pair
             summed: Tensor | float = 0.0
@@ -218,4 +219,4 @@ def _add(
             squares = torch.as_tensor(summed).square().sum()
             if not squares.isfinite():
                 squares = squares.new_tensor(torch.inf)
-            total[operand, index] += float(squares)
+            total[operand, place] += float(squares)

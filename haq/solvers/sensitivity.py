@@ -15,7 +15,7 @@ from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers.base import Session
 from haq.solvers.hessian import curvature
-from haq.solvers.layer_outputs import FEW_BITS, gradient_increases, remaining_errors
+from haq.solvers.layer_outputs import gradient_increases, remaining_errors
 from hw_models.storage import BITS
 from hw_models.widths import PLACES, place_of, places
 
@@ -137,7 +137,12 @@ def by_hessian(problem: Problem) -> Sensitivities:
     layers = Q.quant_layers(problem.evaluator.network)
     names = problem.workload.names
     left = remaining_errors(
-        problem.network, problem.evaluator.network, names, problem.calibration, problem.forward, _rows(problem)
+        problem.network,
+        problem.evaluator.network,
+        names,
+        problem.calibration,
+        problem.forward,
+        widths=_measured_widths(problem),
     )
     distribution = _distribution_of(problem, "hessian")
     curvatures = curvature(problem.network, names, problem.calibration, distribution=distribution, forward=problem.forward)
@@ -161,18 +166,18 @@ def by_gradient(problem: Problem) -> Sensitivities:
         problem.evaluator.network,
         problem.workload.names,
         problem.calibration,
+        widths=_measured_widths(problem),
         distribution=_distribution_of(problem, "gradient"),
         forward=problem.forward,
-        widths=_rows(problem),
     )
     return _of_layers(problem, "gradient", increases)
 
 
-def _rows(problem: Problem) -> Sequence[int]:
-    """List the widths that are looked at: all but float, or 1 to 8 if nobody can choose more."""
-    if problem.bits[1] <= Q.MAX_BITS:
-        return FEW_BITS
-    return Q.WIDTHS
+def _measured_widths(problem: Problem) -> Sequence[int]:
+    """Return the widths at which a layer's output is looked at: 16 bits where they can be chosen."""
+    if problem.bits[1] > BITS:
+        return Q.WIDTHS
+    return Q.WIDTHS[:BITS]
 
 
 def _distribution_of(problem: Problem, kind: str) -> Distribution:
