@@ -200,12 +200,17 @@ def openvino_layer(layer: Int8Layer, copies: int = 1) -> Rival:
     return openvino_rival("OpenVINO", model, layer.image.reshape(layer.sizes[0]))
 
 
-def openvino_rival(name: str, model: Any, example: NDArray[Any]) -> Rival:
-    """An ONNX model of one input; `run` returns its first output, `note` says in what precision its layers run."""
+def openvino_rival(name: str, model: Any, example: NDArray[Any], precision: str = "") -> Rival:
+    """An ONNX model of one input; `run` returns its first output, `note` says in what precision its layers run.
+
+    What isn't quantized runs in the `precision` that is given, such as f32; empty leaves the choice to OpenVINO.
+    """
     ov = importlib.import_module("openvino")
     core = ov.Core()
     read = core.read_model(model.SerializeToString(), b"")
-    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    if precision:
+        settings["INFERENCE_PRECISION_HINT"] = precision
     compiled = core.compile_model(read, "CPU", settings)
     request = compiled.create_infer_request()
     buffer = np.ascontiguousarray(example).copy()

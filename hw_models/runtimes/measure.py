@@ -26,7 +26,7 @@ ROUNDS = (3, 15)
 COLD_ROUNDS = 5
 REFERENCE_ROUNDS = 5
 FLUSH_BYTES = 64 << 20  # written before each cold reading; more than the caches of one core and its share of the last
-COPIES = (2, 64)
+COPIES = (2, 96)
 # Bytes of all copies' weights, at least and at most: below, all caches hold them, and above, none does.
 FOOTPRINT = (1 << 16, 1 << 26)
 FINE_S = 1e-6  # a clock of the process that is no finer than that is not taken
@@ -43,7 +43,7 @@ def copies_of(operator: Operator, network_bytes: int) -> int:
         network_bytes: Bytes that the weights of the whole network have at this pair.
 
     Returns:
-        So many that their weights take as many bytes, rounded up to a power of two; 2 to 64.
+        So many that their weights take as many bytes, rounded up to a power of two; 2 to 96.
     """
     low, high = FOOTPRINT
     footprint = low

@@ -6,7 +6,7 @@ operator. Weights alone, of linear layers, are MatMulNBits. In float it is the o
 
 The copies have weights of their own and one input. All that a runtime does for the whole graph is done once, and is little
 beside many copies. What it would do to hand an output out, in another layout of memory than the layers have among themselves,
-is avoided: tensors of integers are channels last outside, and others go through a pool that looks at one position only.
+is avoided: integers are channels last outside, or go as floats do through a pool that looks at one position only.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class _Graph:
         self._operator = operator
         self._conv = operator.conv
         self._joined = joined
+        self._channels_last = operator.pair == INTEGER and operator.form != "linear" and not joined
         self._random = np.random.default_rng(0)
         self._nodes: list[Any] = []
         self._constants: dict[str, NDArray[Any]] = {}
@@ -114,6 +115,10 @@ class _Graph:
             self._constants["x_zero"] = np.array(X_ZERO, np.uint8)
         x = self._begin()
         outputs = [self._copy(x, str(number)) for number in range(self._operator.copies)]
+        if self._joined and self._operator.form != "linear":
+            # Another reader of the input: OpenVINO would move the strides of 1x1 convolutions in front of what quantizes it,
+            # where these are its only readers, and compute them in float. In a network with such a layer they aren't.
+            outputs.append(self._end(x, "other"))
         if self._joined:
             outputs = [self._add("Concat", outputs, "y", axis=1)]
         graph = onnx.helper.make_graph(
@@ -143,7 +148,7 @@ class _Graph:
         conv = self._conv
         if self._operator.form == "linear":
             return [conv.input_size[0], conv.in_channels]
-        if self._operator.pair == INTEGER:
+        if self._channels_last:
             return [conv.batch, *self._sizes(conv.input_size), conv.in_channels]
         return [conv.batch, conv.in_channels, *self._sizes(conv.input_size)]
 
@@ -152,7 +157,7 @@ class _Graph:
         x = "x"
         if self._operator.pair != INTEGER:
             return x
-        if self._operator.form != "linear":
+        if self._channels_last:
             last = len(self._input_shape()) - 1
             x = self._add("Transpose", [x], "first", perm=(0, last, *range(1, last)))
         return self._add("DequantizeLinear", [x, "x_scale", "x_zero"], "real")
@@ -213,13 +218,14 @@ class _Graph:
 
     def _end(self, y: str, number: str) -> str:
         """Hand the output out as the next layer would take it."""
-        integer = self._operator.pair == INTEGER
-        if integer:
+        if self._operator.pair == INTEGER:
             y = self._add("QuantizeLinear", [y, "x_scale", "x_zero"], f"quantized{number}")
         if self._operator.form == "linear":
             return y
-        if integer and not self._joined:
+        if self._channels_last:
             last = len(self._input_shape()) - 1
             return self._add("Transpose", [y], f"y{number}", perm=(0, *range(2, last + 1), 1))
-        size = self._sizes(self._conv.output_size)
+        # As far apart as the image is large, so one position is left.
+        (height, width), (out_height, out_width) = self._conv.input_size, self._conv.output_size
+        size = self._sizes((max(height, out_height), max(width, out_width)))
         return self._add("MaxPool", [y], f"y{number}", kernel_shape=[1] * len(size), strides=size)

@@ -1,4 +1,4 @@
-"""A search from the command line within several budgets, on a chip of a few pairs: what it prints, writes, and goes on with."""
+"""A search from the command line within several budgets, on a chip of a few pairs: what it prints and writes."""
 
 from __future__ import annotations
 
