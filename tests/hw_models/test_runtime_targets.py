@@ -1,4 +1,4 @@
-"""The targets `onnxruntime` and `openvino`: layers are computed in integers where a pair says so, measured as they are within a
+"""The targets `onnxruntime` and `openvino`: layers are computed in integers where a pair says so, measured as they are in a
 network, kept in the cache, and what the runtime would turn into float is not supported."""
 
 from __future__ import annotations
