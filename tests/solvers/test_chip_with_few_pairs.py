@@ -16,8 +16,8 @@ both = pytest.mark.parametrize("pairs", [chips.FEW, chips.WIDE], ids=["8 and 4 b
 def check_programme(base: haq.Problem, budgets: int, seed: int) -> None:
     choices = chips.every(base)
     costs = chips.costs_of(base, choices)
-    for seed, problem in enumerate(chips.random_budgets(base, budgets, seed)):
-        table = chips.loss_table(seed)
+    for count, problem in enumerate(chips.random_budgets(base, budgets, seed)):
+        table = chips.loss_table(count)
         fits = (costs <= chips.amounts(problem) * (1 + 1e-9)).all(1)
         best = ilp.propose(problem, table)
         for policy in (best, greedy.propose(problem, table)):
