@@ -25,8 +25,8 @@ from haq.console.commands import main_of
 from haq.reporting import reading, vega
 from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
-from haq.study.front import pareto
 from haq.study.config import SearchConfig, SweepConfig
+from haq.study.front import pareto
 from tests.commands.test_robustness_command import MODULE
 from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
 
