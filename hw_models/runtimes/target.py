@@ -172,8 +172,9 @@ class RuntimeTarget:
             for shape, (layer, operators) in wanted.items():
                 self._say(len(found), len(wanted), layer, "")
                 able[shape] = [one for one in operators if trusted.knows(one) or self._computes(layer, one)]
-                if any(trusted.from_before(operator) for operator in able[shape]):
-                    before[shape] = able[shape][0]
+                earlier = [one for one in able[shape] if trusted.from_before(one)]
+                if earlier:
+                    before[shape] = earlier[0]
                 time(shape)
             for shape in trusted.outdated(before, lambda count: partial(self._say, 0, count, "what was measured before")):
                 trusted.forget(able[shape])

@@ -1,10 +1,11 @@
-"""The targets `onnxruntime` and `openvino`: layers are computed in integers where a pair says so, measured as they are within a
+"""The targets `onnxruntime` and `openvino`: layers are computed in integers where a pair says so, measured as they are in a
 network, kept in the cache, and what the runtime would turn into float is not supported."""
 
 from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def test_what_can_not_be_had_is_said(monkeypatch: pytest.MonkeyPatch, capsys: py
     for name in NAMES:
         with monkeypatch.context() as patch:
             patch.setattr(runtime.importlib.util, "find_spec", lambda module: None)
-            assert run_command(lambda name=name: hardware.main(["show", name])) == EXIT_BAD_INPUT
+            assert run_command(partial(hardware.main, ["show", name])) == EXIT_BAD_INPUT
         error = capsys.readouterr().err
         assert error == f"error: the target {name} needs onnx and {name}: pip install 'haq[runtimes]'\n"
         with pytest.raises(
