@@ -120,13 +120,21 @@ class PlanWithin:
         self.programme = programme
         self.losses = losses
         self.best = programme.choose(losses)
-        self.surrogates = programme.surrogates(losses)
-        counts = [len(loss) for loss in losses]
+        count = len(losses)
+        surrogates = programme.surrogates(losses)
+        self.prices = np.array([prices for prices, _ in surrogates])  # (surrogates, decisions, options)
+        self.totals = np.array([total for _, total in surrogates])
         self.plans = []
-        for prices, limit in self.surrogates:
-            rows = [row[:count] for row, count in zip(prices, counts, strict=True)]
-            self.plans.append(Plan(losses, rows, limit))
-        self._options: dict[tuple[int, ...], int] = {}
+        for prices, total in surrogates:
+            rows = [row[: len(loss)] for row, loss in zip(prices, losses, strict=True)]
+            self.plans.append(Plan(losses, rows, total))
+        # Of each decision, by surrogate: the steps that its options take, and the least losses that follow.
+        self.steps = [np.array([plan.steps[decision] for plan in self.plans]) for decision in range(count)]
+        self.values = [np.array([plan.values[decision] for plan in self.plans]) for decision in range(count + 1)]
+        self.cheapest_from = np.array([plan.cheapest_from for plan in self.plans])
+        self.grains = np.array([plan.step or np.inf for plan in self.plans])
+        self._rows = np.arange(len(self.plans))
+        self._known: dict[tuple[int, ...], tuple[int, float]] = {}
 
     def first(self, taken: Sequence[int], preference: Array) -> int:
         """Return the option of the next decision after which all budgets can still be met, and that is preferred.
@@ -143,32 +151,32 @@ class PlanWithin:
 
     def least(self, taken: Sequence[int]) -> float:
         """Return about the least loss that the decisions that follow add."""
-        decision = len(taken)
-        if list(taken) == self.best[:decision]:
-            return float(sum(loss[option] for loss, option in list(zip(self.losses, self.best, strict=True))[decision:]))
-        return max(plan.least(decision, left) for plan, left in zip(self.plans, self._left(taken), strict=True))
+        return self._plan(taken)[1]
 
     def option(self, taken: Sequence[int]) -> int:
         """Return the option to take now, after those that were taken."""
+        return self._plan(taken)[0]
+
+    def _plan(self, taken: Sequence[int]) -> tuple[int, float]:
+        """Return the option to take now, and the least loss that is added from now on."""
         key = tuple(taken)
-        if key not in self._options:
-            if len(self._options) >= MOST_KEPT:
-                self._options.clear()
-            self._options[key] = self._option(taken)
-        return self._options[key]
+        if key not in self._known:
+            if len(self._known) >= MOST_KEPT:
+                self._known.clear()
+            self._known[key] = self._planned(key)
+        return self._known[key]
 
-    def _option(self, taken: Sequence[int]) -> int:
+    def _planned(self, taken: tuple[int, ...]) -> tuple[int, float]:
         decision = len(taken)
+        if decision == len(self.losses):
+            return 0, 0.0
         if list(taken) == self.best[:decision]:
-            return self.best[decision]
-        rest = np.zeros(len(self.losses[decision]))
-        for plan, left in zip(self.plans, self._left(taken), strict=True):
-            steps = plan.steps[decision]
-            rest = np.maximum(rest, plan.values[decision + 1][np.maximum(plan.slack(decision, left) - steps, 0)])
-        return self.first(taken, self.losses[decision] + rest)
-
-    def _left(self, taken: Sequence[int]) -> list[float]:
-        """Tell what is left of every single budget."""
-        rows = np.arange(len(taken))
-        options = list(taken)
-        return [limit - float(prices[rows, options].sum()) for prices, limit in self.surrogates]
+            rest = zip(self.losses[decision:], self.best[decision:], strict=True)
+            return self.best[decision], float(sum(loss[option] for loss, option in rest))
+        left = self.totals - self.prices[:, np.arange(decision), list(taken)].sum(1)
+        # What `Plan.slack` tells, of all at once.
+        slack = np.clip((left - self.cheapest_from[:, decision]) / self.grains + 1e-9, 0, GRAIN).astype(int)
+        after = np.maximum(slack[:, None] - self.steps[decision], 0)
+        rest_of = self.values[decision + 1][self._rows[:, None], after].max(0)
+        option = self.first(taken, self.losses[decision] + rest_of)
+        return option, float(self.values[decision][self._rows, slack].max())

@@ -51,7 +51,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hw_models.cost import CostTable, describe_pairs
 from hw_models.files import quoted
-from hw_models.widths import FLOAT, PLACES, WIDTHS, pair_words, place_of, read_pair, read_widths, width_words
+from hw_models.registry import printable
+from hw_models.widths import FLOAT, PLACES, WIDTHS, at_places, pair_words, place_of, read_pair, read_widths, width_words
 from hw_models.workload import Layer, Workload
 
 KINDS = ("conv", "depthwise", "pointwise", "grouped", "linear", "conv1d", "matmul")
@@ -217,12 +218,11 @@ class Capabilities(Rule):
                 raise ValueError(f"kinds.{kind} leaves none of the pairs that all layers have: give pairs of its own")
         return self
 
-    def supported(self, workload: Workload, full_range: Collection[str] = ()) -> Bools:
+    def supported(self, workload: Workload) -> Bools:
         """Tell which pairs of widths each layer has.
 
         Args:
             workload: The layers.
-            full_range: Names of layers whose signed integers take the smallest too, -2^(b-1): their sums can be larger.
 
         Returns:
             Booleans, shape (layers, 10, 10), indexed as a cost table; a pair that no rule says anything of is supported.
@@ -231,45 +231,92 @@ class Capabilities(Rule):
             ValueError: For a rule of a layer that the workload doesn't have, naming the close ones, for `first` and `last`
                 that say different things of a network's only layer, and for a layer that no pair is left for, saying why.
         """
-        return np.array([allowed.supported for allowed in self._allowed(workload, full_range)])
+        return np.array([allowed.supported for allowed in self._allowed(workload)])
 
-    def promised(self, workload: Workload, full_range: Collection[str] = ()) -> Bools:
+    def promised(self, workload: Workload) -> Bools:
         """Tell which of the `supported` pairs a rule names: the target must have costs for these."""
-        return np.array([allowed.promised for allowed in self._allowed(workload, full_range)])
+        return np.array([allowed.promised for allowed in self._allowed(workload)])
 
-    def factors(self, workload: Workload, full_range: Collection[str] = ()) -> NDArray[np.float64]:
-        """Return what latency and energy are multiplied by, shape (layers, 10, 10): more than 1 in the wider unit."""
-        factors = np.ones((len(workload), PLACES, PLACES))
-        if self.on_overflow == "wider":
-            assert self.overflow_cost is not None
-            for index, layer in enumerate(workload.layers):
-                factors[index][self.overflows(layer, full_range=layer.name in full_range)] = self.overflow_cost
-        return factors
+    def apply(self, table: CostTable) -> CostTable:
+        """Take out of a cost table what isn't supported, and give pairs of the wider unit their price; once.
 
-    def apply(self, table: CostTable, full_range: Collection[str] = ()) -> CostTable:
-        """Return a cost table without what isn't supported, and with the price of the wider unit.
+        Args:
+            table: The target's costs.
 
-        Raises ValueError as `supported` does, and for a layer for which no supported pair has costs, naming the target.
+        Returns:
+            The table, with `within` set to these capabilities; the same one if it was.
+
+        Raises:
+            ValueError: Naming the target, as `supported` does; for a pair that a rule names and that has no cost, and for a
+                layer of which no supported pair has one.
         """
-        supported = self.supported(table.workload, full_range)
-        left = supported & table.supported
-        if not left.any((1, 2)).all():
-            index = int(np.argmin(left.any((1, 2))))
+        if table.within == self:
+            return table
+        try:
+            supported = self._checked(table)
+        except ValueError as error:
+            raise ValueError(printable(f"hardware target {table.target!r}: {error}")) from error
+        factors = np.ones(supported.shape)
+        if self.on_overflow == "wider":
+            for index, layer in enumerate(table.workload.layers):
+                factors[index] = self._factors(self.overflows(layer))
+        return replace(_scaled(table, supported, factors), within=self)
+
+    def apply_full_range(self, table: CostTable, names: Collection[str]) -> CostTable:
+        """Do the same with pairs that overflow only because integers reach to -2^(b-1).
+
+        Args:
+            table: The target's costs, within these capabilities.
+            names: The layers whose signed integers take the smallest, too.
+
+        Returns:
+            The table.
+
+        Raises:
+            ValueError: Naming the target, for a layer that no pair is left for.
+        """
+        supported, factors = table.supported.copy(), np.ones(table.supported.shape)
+        for index, layer in enumerate(table.workload.layers):
+            if layer.name not in names:
+                continue
+            further = self.overflows(layer, full_range=True) & ~self.overflows(layer)
+            factors[index] = self._factors(further)
+            if self.on_overflow == "refuse":
+                supported[index] &= ~further
+            if not supported[index].any():
+                raise ValueError(
+                    f"hardware target {table.target!r}: layer {layer.name!r} has no pair of widths: with integers down to "
+                    f"-2^(b-1), its sums can overflow {self.accumulator_bits} bits at {_words(table.supported[index])}"
+                )
+        if np.array_equal(supported, table.supported) and (factors == 1).all():
+            return table
+        return _scaled(table, supported, factors)
+
+    def _checked(self, table: CostTable) -> Bools:
+        """Return what is supported. Raises ValueError for a table that lacks a cost; see `apply`."""
+        names = table.workload.names
+        missing = self.promised(table.workload) & ~table.supported
+        if missing.any():
+            layer, w, a = np.argwhere(missing)[0]
             raise ValueError(
-                f"layer {table.workload.names[index]!r} has no pair of widths on {table.target}: its capabilities have "
-                f"{_words(supported[index])}, and its costs {_words(table.supported[index])}"
+                f"no finite, positive cost for layer {names[layer]!r} at {pair_words(*at_places([w, a]))}, which its "
+                "capabilities call supported"
             )
-        factors = self.factors(table.workload, full_range)
-        cycles = table.cycles
-        if cycles is not None and (factors > 1).any():
-            cycles = np.ceil(cycles * factors).astype(cycles.dtype)
-        latency, energy = table.latency_s, table.energy_j
-        if latency is not None:
-            latency = np.where(supported, latency * factors, np.nan)
-        if energy is not None:
-            energy = np.where(supported, energy * factors, np.nan)
-        stored = np.where(supported, table.storage_bytes, np.nan)
-        return replace(table, latency_s=latency, energy_j=energy, storage_bytes=stored, cycles=cycles)
+        supported = self.supported(table.workload)
+        for name, able, priced in zip(names, supported, table.supported, strict=True):
+            if not (able & priced).any():
+                raise ValueError(
+                    f"layer {name!r} has no pair of widths: its capabilities have {_words(able)}, and its costs "
+                    f"{_words(priced)}"
+                )
+        return supported
+
+    def _factors(self, overflowing: Bools) -> NDArray[np.float64]:
+        """Return what costs are multiplied by, given the pairs whose sums can overflow, of the same shape."""
+        cost = 1.0
+        if self.on_overflow == "wider" and self.overflow_cost is not None:
+            cost = self.overflow_cost
+        return np.where(overflowing, cost, 1.0)
 
     def overflows(self, layer: Layer, *, full_range: bool = False) -> Bools:
         """Tell at which pairs of widths a layer's sums can leave the accumulators, shape (10, 10).
@@ -290,7 +337,7 @@ class Capabilities(Rule):
         is_signed = self.activation_sign == SIGNED and not self.zero_points
         return accumulator_bits(layer, w, a, signed=is_signed, full_range=full_range)
 
-    def _allowed(self, workload: Workload, full_range: Collection[str]) -> list[Allowed]:
+    def _allowed(self, workload: Workload) -> list[Allowed]:
         """List what every layer has."""
         names = workload.names
         for name in self.layers:
@@ -302,7 +349,7 @@ class Capabilities(Rule):
         found = []
         for index, layer in enumerate(workload.layers):
             allowed = self._rules(layer, index, len(workload))
-            found.append(self._within_accumulators(layer, allowed, layer.name in full_range))
+            found.append(self._within_accumulators(layer, allowed))
         return found
 
     def _rules(self, layer: Layer, index: int, count: int) -> Allowed:
@@ -329,7 +376,7 @@ class Capabilities(Rule):
             allowed = named.narrow(allowed)
         return allowed
 
-    def _within_accumulators(self, layer: Layer, allowed: Allowed, full_range: bool) -> Allowed:
+    def _within_accumulators(self, layer: Layer, allowed: Allowed) -> Allowed:
         """Leave out the pairs whose sums can overflow, unless a wider unit has them. Raises ValueError if none is left."""
         if not allowed.supported.any():
             raise ValueError(
@@ -338,10 +385,10 @@ class Capabilities(Rule):
             )
         if self.on_overflow == "wider" or self.accumulator_bits is None:
             return allowed
-        fits = ~self.overflows(layer, full_range=full_range)
+        fits = ~self.overflows(layer)
         left = Allowed(allowed.supported & fits, allowed.promised & fits)
         if not left.supported.any():
-            needs = {pair: self._needs(layer, *pair, full_range) for pair in _pairs(allowed.supported)}
+            needs = {pair: self._needs(layer, *pair, False) for pair in _pairs(allowed.supported)}
             w, a = min(needs, key=lambda pair: needs[pair])
             raise ValueError(
                 f"layer {layer.name!r} has no pair of widths: its sums of {_products(layer):,} products need accumulators of "
@@ -382,6 +429,14 @@ def capabilities_of(target: object) -> Capabilities | None:
     if given.zero_points is None:
         given = given.model_copy(update={"zero_points": getattr(target, "zero_points", False) is True})
     return given
+
+
+def within(target: object, table: CostTable) -> CostTable:
+    """Return a target's cost table within its capabilities. Raises ValueError as `Capabilities.apply` does."""
+    found = capabilities_of(target)
+    if found is None:
+        return table
+    return found.apply(table)
 
 
 def has_zero_points(target: object) -> bool:
@@ -437,6 +492,17 @@ def _model_at(model: type[BaseModel], key: str) -> type[BaseModel]:
     if issubclass(model, Capabilities):
         return Rule
     return model
+
+
+def _scaled(table: CostTable, supported: Bools, factors: NDArray[np.float64]) -> CostTable:
+    """Return a cost table without what isn't supported, and with latency, energy and cycles times factors."""
+    cycles = table.cycles
+    if cycles is not None and (factors > 1).any():
+        cycles = np.ceil(cycles * factors).astype(cycles.dtype)
+    costs = {"latency_s": table.latency_s, "energy_j": table.energy_j}
+    scaled = {name: np.where(supported, cost * factors, np.nan) for name, cost in costs.items() if cost is not None}
+    stored = np.where(supported, table.storage_bytes, np.nan)
+    return replace(table, storage_bytes=stored, cycles=cycles, **scaled)  # type: ignore[arg-type]
 
 
 def _products(layer: Layer) -> int:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from hw_models.capabilities import Capabilities, capabilities_of
+from hw_models.capabilities import Capabilities, capabilities_of, within
 from hw_models.cost import CostTable, Floats, check_batch
 from hw_models.registry import printable
 from hw_models.storage import BITS, storage_bytes
@@ -115,7 +115,7 @@ class FunctionTarget:
                 failures[0],
             )
         latency, energy = self._whole(workload, costs)
-        return CostTable(
+        table = CostTable(
             target=self.name,
             provenance=self.provenance,
             workload=workload,
@@ -124,6 +124,7 @@ class FunctionTarget:
             energy_j=energy,
             storage_bytes=storage_bytes(workload),
         )
+        return within(self, table)
 
     def _ask(self, layer: Layer, w: int, a: int, failures: list[str]) -> tuple[float, float]:
         """Return seconds and joules of a layer at a pair, NaN for what isn't told; a failure beyond 8 bits is noted."""

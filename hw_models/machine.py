@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from hw_models.capabilities import Capabilities
+from hw_models.capabilities import Capabilities, within
 from hw_models.cost import CostTable, Floats, Integers, check_batch
 from hw_models.storage import storage_bytes
 from hw_models.workload import Workload
@@ -101,9 +101,10 @@ class Machine(Chip):
             counters: Further integers by name.
 
         Returns:
-            The table, with the seconds that the cycles take and the bytes that any machine needs.
+            The table, with the seconds that the cycles take and the bytes that any machine needs, within the machine's
+            capabilities.
         """
-        return CostTable(
+        table = CostTable(
             target=self.name,
             provenance=self.provenance,
             workload=workload,
@@ -116,6 +117,7 @@ class Machine(Chip):
             bounds=bounds,
             counters=counters,
         )
+        return within(self, table)
 
     def seconds(self, cycles: Integers) -> Floats:
         """Return how long so many cycles take."""

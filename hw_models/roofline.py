@@ -47,7 +47,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from hw_models.capabilities import KINDS
+from hw_models.capabilities import KINDS, within
 from hw_models.cost import CostTable, Floats, Integers
 from hw_models.files import quoted
 from hw_models.machine import LARGEST, SMALLEST, Chip
@@ -156,7 +156,7 @@ class RooflineTarget(Chip):
             macs = np.array([layer.macs * images for layer in workload.layers])[:, None, None]
             energy = (macs * pj_per_mac + moved * self.pj_per_byte) * PICO
         traffic_bytes: Integers = np.ceil(moved).astype(np.int64)
-        return CostTable(
+        table = CostTable(
             target=self.name,
             provenance=self.provenance,
             workload=workload,
@@ -168,6 +168,7 @@ class RooflineTarget(Chip):
             bounds=BOUNDS,
             counters={"traffic_bytes": traffic_bytes},
         )
+        return within(self, table)
 
     def traffic(self, layer: Layer, call: Call, images: int) -> Floats:
         """Count the bytes that one call of a layer moves at every pair of widths; the module has the formula.

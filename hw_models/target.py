@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from pydantic import ValidationError
 
 from hw_models.capabilities import capabilities_of, wrong_key
@@ -26,7 +25,6 @@ from hw_models.runtimes.target import MEASURED as RUNTIMES
 from hw_models.runtimes.target import load_runtime
 from hw_models.tvm_cpu.target import LOCAL, REMOTE, load_cpu
 from hw_models.tvm_cpu.target import MEASURED as COMPILED
-from hw_models.widths import at_places, pair_words
 from hw_models.workload import Workload
 
 # A class to each `model:` that a hardware file may name; its fields are the file's keys.
@@ -97,17 +95,7 @@ def price(target: Target, workload: Workload, batch: int | None = None, *, full_
     table = _checked_table(target, what, workload, batch)
     if capabilities is None:
         return table
-    try:
-        missing = capabilities.promised(workload, full_range) & ~table.supported
-        if missing.any():
-            layer, w, a = np.argwhere(missing)[0]
-            raise ValueError(
-                f"no finite, positive cost for layer {workload.names[layer]!r} at {pair_words(*at_places([w, a]))}, which its "
-                "capabilities call supported"
-            )
-        return capabilities.apply(table, full_range)
-    except ValueError as error:
-        raise ValueError(printable(f"{what}: {error}")) from error
+    return capabilities.apply_full_range(capabilities.apply(table), full_range)
 
 
 def _checked_table(target: Target, what: str, workload: Workload, batch: int | None) -> CostTable:

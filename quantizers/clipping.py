@@ -34,7 +34,13 @@ class OutputErrors:
     """
 
     def __init__(self, weight: Tensor, moments: InputMoments, per_channel: bool = True) -> None:
-        """Take a weight (C_out, ...), what its layer's input was like, and whether each channel has its own scale."""
+        """Take what errors are of.
+
+        Args:
+            weight: A weight (C_out, ...).
+            moments: What its layer's input was like.
+            per_channel: Whether each output channel has a scale of its own; False: all have one.
+        """
         self._per_channel, self._channels = per_channel, len(weight)
         covariance = moments.covariance()
         self._parts, self._groups = moments.parts, moments.groups

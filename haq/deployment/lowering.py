@@ -43,9 +43,7 @@ FIXED_LIMIT = 2**30
 ELEMENTWISE = ("batch_norm", "relu", "clamp", "add")
 
 
-def integer_weights(
-    name: str, layer: Q.QuantLayer
-) -> tuple[NDArray[np.int8] | NDArray[np.int16], NDArray[np.float64], int]:
+def integer_weights(name: str, layer: Q.QuantLayer) -> tuple[NDArray[np.int8] | NDArray[np.int16], NDArray[np.float64], int]:
     """Return a layer's weights as integers, the scale of each output channel, and the bits that two's complement takes.
 
     They are int8, and int16 where they take more than 8 bits.

@@ -53,9 +53,10 @@ def export(graph: Graph, network: nn.Module, path: str | Path, *, flavour: str =
         qonnx   the same with the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527), weights
                 being float32. The batch size is 1, as the tools that read it want.
 
-    What the policy leaves in float has no such nodes, a layer's weights or its input or both. All else is computed in float32, as the fake-quantized network does, and ONNX Runtime is kept from making integer kernels
-    with other results of it: the file says what the network computes, and runs no faster for it. A layer's input, quantized,
-    is the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
+    What the policy leaves in float has no such nodes, a layer's weights or its input or both. All else is computed in float32,
+    as the fake-quantized network does, and ONNX Runtime is kept from making integer kernels with other results of it: the file
+    says what the network computes, and runs no faster for it. A layer's input, quantized, is the tensor NAME:input, NAME being
+    the layer's name, and name@2 at its second call.
 
     Args:
         graph: The operations of the network.

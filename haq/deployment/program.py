@@ -187,11 +187,12 @@ class Quantize:
 class Convolution:
     """acc = exact sums of weights (C_out, C_in / groups, kh, kw) and activations q of `conv`, whose batch is 1 for one image.
 
-    `weights` are int8 of `w_bits` bits in two's complement (one bit: -1 and +1), or int16 of more; `input` is Codes of a_bits
+    `weights` are int8 of `w_bits` bits in two's complement (one bit: -1 and +1), or int16 of 16; `input` is Codes of a_bits
     and signed, with any zero point: what pads an image has q = 0. Sums fit into 32 bits where neither operand has more than 8
-    (`is_low_bit`), else into 64: 65,793 products of 16 bits, as many as a `Conv` may have, are below 2^48. A linear layer is a 1x1 convolution on (1, 1); of a flattened map its
-    channels are in order of (height, width, channels). `name` is the layer's; of a later call of the same layer name@2,
-    name@3.
+    (`is_low_bit`), else into 64: as many products of 16 bits as a `Conv` may have taps are below 2^48.
+
+    A linear layer is a 1x1 convolution on (1, 1); of a flattened map its channels are in order of (height, width, channels).
+    `name` is the layer's; of a later call of the same layer name@2, name@3.
     """
 
     name: str

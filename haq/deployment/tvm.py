@@ -83,11 +83,8 @@ def layers(program: Program) -> list[Layer]:
 
 def computed_in_float(program: Program) -> list[str]:
     """Name the layers whose products are summed in float32: those with an operand in float or of 16 bits."""
-    made = []
-    for step in program.steps:
-        if isinstance(step, FloatConvolution) or (isinstance(step, Convolution) and not step.is_low_bit):
-            made.append(step.name)
-    return made
+    low_bit = {step.name for step in program.steps if isinstance(step, Convolution) and step.is_low_bit}
+    return [name for name in program.layers if name not in low_bit]
 
 
 def _layer(step: Convolution) -> Layer:

@@ -295,7 +295,13 @@ class Problem:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
 
-    def on(self, target: str | hw_models.Target, budget: float | str | Mapping[str, float | str] | None) -> Problem:
+    def on(
+        self,
+        target: str | hw_models.Target,
+        budget: float | str | Mapping[str, float | str] | None,
+        *,
+        max_drop: float | None = None,
+    ) -> Problem:
         """Put the same problem on another target, within another budget.
 
         Both share what the value of a policy depends on (the network, the images, the scales) and everything evaluated.
@@ -303,13 +309,16 @@ class Problem:
         Args:
             target: A hardware target, or the name of one.
             budget: See `Problem`; the metrics that are limited can't be others.
+            max_drop: Likewise: what is looked for is then the cheapest policy, for which `budget` may be None.
 
         Raises:
             ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """
         made = copy.copy(self)
+        if max_drop is not None:
+            made.goal = read_goal(self.objective, max_drop, None, None)
         asked = made._asked(budget, self.metric)
-        if set(asked) != set(self._budgets) and self._budgets:
+        if asked and set(asked) != set(self._budgets) and self._budgets:
             raise ValueError(
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
@@ -317,10 +326,10 @@ class Problem:
         if isinstance(target, str):
             target = hw_models.load_target(target)
         if target is not self.target:
-            if not self.has_schemes_for(target):
+            if obeying(self._schemes_asked, target) != self.schemes:
                 raise ValueError(
                     f"{target.name} wants weights or activations quantized otherwise than {self.target.name}, so what was "
-                    "evaluated for one says nothing of the other: make another problem for it"
+                    "evaluated for one says nothing of the other: make another problem, or sweep, for it"
                 )
             made._price(target)
         made._set_limits()
@@ -372,10 +381,6 @@ class Problem:
         if metric != PEAK:
             return metric
         return "storage"
-
-    def has_schemes_for(self, target: hw_models.Target) -> bool:
-        """Say whether the schemes are those that a target's capabilities ask for: the problem can be put on no other."""
-        return obeying(self._schemes_asked, target) == self.schemes
 
     def _price(self, target: hw_models.Target) -> None:
         """Set all that depends on the target."""

@@ -334,8 +334,8 @@ def check_inputs(
 def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload) -> NDArray[np.float64]:
     """Count what schemes store otherwise than the linear one, which a cost table counts.
 
-    That is what they say of themselves, such as codebooks; and weights that are no multiples of a step have no step per
-    channel.
+    That is what they say of themselves, such as codebooks; weights that are no multiples of a step have no step per channel,
+    and those with one step for all channels have that one.
 
     Args:
         schemes: A scheme by layer.
@@ -350,6 +350,8 @@ def overhead_bytes(schemes: Mapping[str, Q.Scheme], workload: hw_models.Workload
         steps = 0
         if not scheme.has_integer_weights:
             steps = FLOAT_BYTES * layer.out_channels
+        elif getattr(scheme, "per_channel", True) is False:
+            steps = FLOAT_BYTES * (layer.out_channels - 1)
         row = [[0.0]] * PLACES
         for place, bits in enumerate(WIDTHS):
             if bits is not None and takes(scheme, bits, None):

@@ -74,13 +74,19 @@ def sweep(content: FinishedSweepRecord, target: SweepTarget) -> Picture:
 def _sweep_says(content: FinishedSweepRecord, target: SweepTarget, on_front: int) -> str:
     """Say what the chart of a sweep shows."""
     solvers = dict.fromkeys(row.solver for row in target.found)
-    budgets = dict.fromkeys(row.budget for row in target.found)
+    budgets = dict.fromkeys(row.budget for row in target.found if row.budget)
+    drops = dict.fromkeys(row.max_drop for row in target.found if row.max_drop)
+    asked = []
+    if budgets:
+        asked.append(f"budgets {', '.join(budgets)}")
+    if drops:
+        asked.append(f"largest drops {', '.join(drops)}")
     best = max(target.found, key=lambda row: content.score(content.value(row, "test")))
     value = content.show(content.value(best, "test"))
     of_float = content.show(content.value(content.of_float, "test"))
     return (
-        f"{', '.join(solvers)} at budgets {', '.join(budgets)}; {on_front} policies are on the Pareto front. The best one, "
-        f"by {best.solver} at budget {best.budget}, has {value} on the test split at {best.fraction:.3f} of "
+        f"{', '.join(solvers)} at {' and '.join(asked)}; {on_front} policies are on the Pareto front. The best one, "
+        f"by {best.solver} at {best.asked_words}, has {value} on the test split at {best.fraction:.3f} of "
         f"{target.reference_short}; float has {of_float}."
     )
 
@@ -104,7 +110,7 @@ def _of_search(content: FinishedSweepRecord, row: SweepFound, edge: float) -> Ro
         seeds = f"{content.show(low)} to {content.show(high)}, {len(row.runs)} seeds"
     return {
         "policy": row.solver,
-        "budget": row.budget,
+        "budget": row.asked,
         "label": "",
         "seeds": seeds,
         "is": content.show(value),

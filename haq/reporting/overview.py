@@ -9,7 +9,7 @@ from haq.reporting import comparisons
 from haq.reporting.drawing import Picture, amount
 from haq.reporting.reading import RunFolder, SweepFolder
 from haq.reporting.sections import Part, Section, Table
-from haq.store.records import FinishedSweepRecord, objective_title
+from haq.store.records import AskedRecord, FinishedSweepRecord, objective_title
 from haq.store.units import NOTHING, metric_words
 
 HEAD = (
@@ -102,11 +102,21 @@ def _line_of_sweep(source: SweepFolder, name: str) -> list[str]:
         ", ".join(asked.hw),
         str(asked.settings.get("metric", "")),
         ", ".join(asked.solvers),
-        f"{len(asked.budgets)} budgets",
+        _asked_words(asked),
         NOTHING,
         NOTHING,
         NOTHING,
     ]
+
+
+def _asked_words(asked: AskedRecord) -> str:
+    """Count the budgets of a sweep, and the drops that it allows."""
+    words = []
+    if asked.budgets or not asked.max_drops:
+        words.append(f"{len(asked.budgets)} budgets")
+    if asked.max_drops:
+        words.append(f"{len(asked.max_drops)} drops")
+    return ", ".join(words)
 
 
 def _line_of_unfinished(source: RunFolder, name: str) -> list[str]:

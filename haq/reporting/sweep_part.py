@@ -9,8 +9,17 @@ from haq.reporting import comparisons
 from haq.reporting.overview import joint, line, listed
 from haq.reporting.reading import SweepFolder
 from haq.reporting.sections import ESTIMATED, Fact, Part, Section, Table, configuration, resume_command
-from haq.store.records import FinishedSweepRecord, SpecialisationRecord, SweepRecord, SweepTarget, short_reference
-from haq.store.units import COUNTED, begin, metric_words
+from haq.store.records import (
+    AskedRecord,
+    FinishedSweepRecord,
+    FrontRecord,
+    SpecialisationRecord,
+    SweepRecord,
+    SweepTarget,
+    short_reference,
+)
+from haq.store.units import COUNTED, begin, describe_amount, metric_words
+from hw_models.registry import join_words
 
 # Settings that vary from search to search; and a sweep never fine-tunes.
 VARIED = ("hw", "budget", "solver", "seed", "finetune_epochs")
@@ -96,7 +105,25 @@ def _front(sweep: FinishedSweepRecord, target: SweepTarget) -> Section:
         missed.append(f"Budgets {target.left_out}.")
     if target.found:
         pictures.append(comparisons.sweep(sweep, target))
-    return Section(f"Pareto front on {target.name}", sentences=missed, pictures=pictures)
+    tables = [_of_front(sweep, target, front) for front in target.fronts]
+    return Section(f"Pareto front on {target.name}", sentences=missed, pictures=pictures, tables=tables)
+
+
+def _of_front(sweep: FinishedSweepRecord, target: SweepTarget, front: FrontRecord) -> Table:
+    """Make a table of the policies that no other one is as good as in every respect and better in one."""
+    names = [metric_words(metric) for metric in front.metrics]
+    head = ["policy", f"test {sweep.objective_title} (measured)", *names]
+    rows = []
+    for member in front.policies:
+        costs = [describe_amount(cost, metric) for cost, metric in zip(member.costs, front.metrics, strict=True)]
+        rows.append([member.called, sweep.show(member.value), *costs])
+    value, *reference = front.reference
+    amounts = " and ".join(describe_amount(cost, metric) for cost, metric in zip(reference, front.metrics, strict=True))
+    note = (
+        f"{len(front.policies)} of {front.of} policies. Hypervolume {front.hypervolume:.4f}, of the reference point "
+        f"{sweep.show(value)} and {amounts} ({target.reference_short}); costs count as fractions of these."
+    )
+    return Table(f"Not to be bettered in test {sweep.objective_title}, {join_words(names)}", head, rows, note)
 
 
 def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> Table:
@@ -151,11 +178,18 @@ def _configuration(sweep: SweepRecord) -> Section:
     asked = sweep.asked
     rows = [
         ["targets", ", ".join(asked.hw)],
-        ["budgets", ", ".join(asked.budgets)],
+        ["budgets", ", ".join(asked.budgets) or "none"],
+        *_drops(asked),
         ["solvers", ", ".join(asked.solvers)],
         ["seeds", str(asked.seeds)],
     ]
     return configuration(rows, _shared(asked.settings), sweep.versions, sweep.command)
+
+
+def _drops(asked: AskedRecord) -> list[list[str]]:
+    if not asked.max_drops:
+        return []
+    return [["largest drops", ", ".join(asked.max_drops)]]
 
 
 def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:

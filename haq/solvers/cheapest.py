@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
-from scipy.special import ndtr
+from scipy.special import expit, ndtr
 
 import quantizers as Q
 from haq.problem.budget import OutOfReach
 from haq.problem.evaluator import Evaluation
 from haq.problem.goal import TRADEOFF
 from haq.problem.problem import Problem
-from haq.solvers import sensitivity
+from haq.solvers import ilp, sensitivity
 from haq.solvers.base import Session, Solver, Trial
 from hw_models.widths import places
 
@@ -44,13 +44,18 @@ BELOW = 0.01  # how far below the cheapest policy the limit of a further stage i
 GRID = 6  # first limits of a trade-off
 OFFSPRING = 12  # limits around the best of them
 # Of the surrogate. Policies that share most widths share most of their luck; measured on the default network, where the
-# correlation of what the trend leaves is 0.52, 0.32, 0.23 and 0.07 for policies that differ in 1, 3, 4 and 6 of 24 operands.
-SHARED = 0.65  # share of the variance that similar policies have in common
+# correlation of what the line leaves is 0.52, 0.32, 0.23 and 0.07 for policies that differ in 1, 3, 4 and 6 of 24 operands;
+# of the loss 0.72, 0.41, 0.32 and 0.15.
+SHARED, SHARED_OF_LOSS = 0.65, 0.9  # shares of the variance that similar policies have in common
 REACH = 1 / 6  # share of the operands over which that falls to 1 / e
 FADING = 2.0  # how much less a trial says for a predicted loss that is e times as large
 MOST_KNOWN = 400  # trials that it is made of
+SCANNED = 0.2  # of the evaluations that are left to refinement: proposals below the cheapest policy, to begin from
+LIMITS = 60  # limits for which the programme is asked
+HOPELESS = 3.5  # standard deviations by which a policy is expected to miss what is asked for
 ORIGINS = 12  # trials whose surroundings are looked at
 LOOKED_AT = 150  # neighbours of each
+FEWEST = 3  # trials that anything can be told from
 TINY = 1e-12
 
 
@@ -242,7 +247,7 @@ def limited_to(problem: Problem, limit: float) -> Problem | None:
         limited = problem.limited_to(limit)
     except OutOfReach:
         return None
-    programme = getattr(limited, "several", None)
+    programme = limited.several
     if programme is not None and programme.feasible() is None:
         return None
     return limited
@@ -250,7 +255,7 @@ def limited_to(problem: Problem, limit: float) -> Problem | None:
 
 def cheapest_within(problem: Problem) -> float:
     """Return the least that a policy costs within all further budgets."""
-    programme = getattr(problem, "several", None)
+    programme = problem.several
     if programme is None:
         return problem.smallest
     return max(programme.least(0, range(1, len(problem.limits))), problem.smallest)
@@ -264,6 +269,10 @@ def refine(session: Session, loss_increase: Floats) -> None:
         loss_increase: How much (nats) every pair of widths raises the loss, shape (decisions, 10, 10).
     """
     neighbours = Neighbours(session.problem, loss_increase)
+    scanned = neighbours.proposals(session, int(SCANNED * session.left))
+    session.expect(scanned)
+    for policy in scanned:
+        session.evaluate(policy)
     while session.left:
         chosen = neighbours.promising(session, min(session.ahead, session.left))
         if not chosen:
@@ -273,61 +282,96 @@ def refine(session: Session, loss_increase: Floats) -> None:
             session.evaluate(policy)
 
 
+class Luck:
+    """What policies have beyond a line, in part shared by those that are alike: a Gaussian process.
+
+    Rasmussen & Williams, "Gaussian Processes for Machine Learning", 2006, section 2.2, with a covariance that falls with the
+    number of operands in which two policies differ.
+    """
+
+    def __init__(self, widths: NDArray[np.int64], line_of: Floats, values: Floats, weights: Floats, shared: float) -> None:
+        """Fit the line, and what is left.
+
+        Args:
+            widths: Of the operands of every policy that was evaluated, shape (policies, operands).
+            line_of: What the line is in, shape (policies,).
+            values: What was measured, same shape.
+            weights: How much each says of the policies that are asked about.
+            shared: Share of the variance that similar policies have in common.
+        """
+        design = np.stack([np.ones(len(values)), line_of], axis=1)
+        root = np.sqrt(weights)
+        self.line = np.linalg.lstsq(design * root[:, None], values * root, rcond=None)[0]
+        left = values - design @ self.line
+        self.deviation = max(math.sqrt(float(np.average(np.square(left), weights=weights))), TINY)
+        self.widths, self.shared = widths, shared
+        self.reach = max(REACH * widths.shape[1], 1.0)
+        self.factor = cho_factor(self._alike(widths) + np.diag(1 / weights - shared))
+        self.left = cho_solve(self.factor, left)
+
+    def trend(self, line_of: Floats) -> Floats:
+        """Return what the line alone says."""
+        found: Floats = self.line[0] + self.line[1] * line_of
+        return found
+
+    def beyond(self, widths: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Return what policies, shape (policies, operands), are expected to have beyond the line, and standard deviations."""
+        alike = self._alike(widths)
+        known = (alike * cho_solve(self.factor, alike.T).T).sum(1)
+        return alike @ self.left, self.deviation * np.sqrt(np.maximum(1 - known, TINY))
+
+    def _alike(self, widths: NDArray[np.int64]) -> Floats:
+        """Return the correlation of policies with those evaluated, shape (policies, evaluated)."""
+        differing = (widths[:, None, :] != self.widths[None, :, :]).sum(2)
+        return self.shared * np.exp(-differing / self.reach)
+
+
 class Surrogate:
     """What is expected of a policy that wasn't evaluated: how much worse than float's its value is, and how certain that is.
 
-    A Gaussian process (Rasmussen & Williams, 2006, section 2.2). Its mean is a line in the loss that sensitivities predict,
-    and its covariance falls with the number of operands in which two policies differ.
+    Sensitivities predict its loss, and its loss predicts its value; both in a line, but for what similar policies share.
     """
 
-    def __init__(self, widths: NDArray[np.int64], losses: Floats, drops: Floats, around: float) -> None:
+    def __init__(self, widths: NDArray[np.int64], predicted: Floats, losses: Floats, drops: Floats, around: float) -> None:
         """Fit it.
 
         Args:
             widths: Of the operands of every policy that was evaluated, shape (policies, operands).
-            losses: What they are predicted to add to the loss, nats, shape (policies,).
+            predicted: What they are predicted to add to the loss, shape (policies,).
+            losses: The losses that were measured, same shape.
             drops: How much worse than float's their values are, same shape.
-            around: The loss around which it is to be right.
+            around: The predicted loss around which it is to be right.
         """
-        ratio = np.log(np.maximum(losses, TINY) / max(around, TINY))
+        ratio = np.log(np.maximum(predicted, TINY) / max(around, TINY))
         weights = 1 / (1 + np.square(FADING * ratio))
         near = np.sort(np.argsort(-_rounded(weights), kind="stable")[:MOST_KNOWN])
-        weights, losses, drops = weights[near], losses[near], drops[near]
-        design = np.stack([np.ones(len(near)), losses], axis=1)
-        root = np.sqrt(weights)
-        self.line = np.linalg.lstsq(design * root[:, None], drops * root, rcond=None)[0]
-        left = drops - design @ self.line
-        self.deviation = max(math.sqrt(float(np.average(np.square(left), weights=weights))), TINY)
-        self.widths = widths[near]
-        self.reach = max(REACH * widths.shape[1], 1.0)
-        covariance = self._shared(self.widths) + np.diag(1 / weights - SHARED)
-        self.factor = cho_factor(covariance)
-        self.weights = cho_solve(self.factor, left)
+        widths, weights = widths[near], weights[near]
+        self.of_loss = Luck(widths, predicted[near], losses[near], weights, SHARED_OF_LOSS)
+        self.of_drop = Luck(widths, losses[near], drops[near], weights, SHARED)
 
-    def _shared(self, widths: NDArray[np.int64]) -> Floats:
-        """Return the correlation of policies (others, operands) with those evaluated, shape (others, policies)."""
-        differing = (widths[:, None, :] != self.widths[None, :, :]).sum(2)
-        return SHARED * np.exp(-differing / self.reach)
+    @property
+    def deviation(self) -> float:
+        """Return the standard deviation of a drop of which the predicted loss alone is known."""
+        return math.hypot(self.of_drop.deviation, float(self.of_drop.line[1]) * self.of_loss.deviation)
 
-    def trend(self, losses: Floats) -> Floats:
-        """Return what the line alone says of predicted losses."""
-        found: Floats = self.line[0] + self.line[1] * losses
-        return found
+    def trend(self, predicted: Floats) -> Floats:
+        """Return the drop by the predicted loss alone."""
+        return self.of_drop.trend(self.of_loss.trend(predicted))
 
-    def predict(self, widths: NDArray[np.int64], losses: Floats) -> tuple[Floats, Floats]:
+    def predict(self, widths: NDArray[np.int64], predicted: Floats) -> tuple[Floats, Floats]:
         """Predict policies that weren't evaluated.
 
         Args:
             widths: Of their operands, shape (policies, operands).
-            losses: What they are predicted to add to the loss.
+            predicted: What they are predicted to add to the loss.
 
         Returns:
             How much worse than float's their values are, and standard deviations, shape (policies,) each.
         """
-        shared = self._shared(widths)
-        mean = self.trend(losses) + shared @ self.weights
-        known = (shared * cho_solve(self.factor, shared.T).T).sum(1)
-        return mean, self.deviation * np.sqrt(np.maximum(1 - known, TINY))
+        more_loss, of_loss = self.of_loss.beyond(widths)
+        luck, of_drop = self.of_drop.beyond(widths)
+        mean = self.of_drop.trend(self.of_loss.trend(predicted) + more_loss) + luck
+        return mean, np.hypot(of_drop, self.of_drop.line[1] * of_loss)
 
 
 class Neighbours:
@@ -352,6 +396,42 @@ class Neighbours:
         self.first_layers = [decision.layers[0] for decision in problem.decisions]
         self.pairs = [{tuple(pair): index for index, pair in enumerate(d.pairs.tolist())} for d in problem.decisions]
 
+    def proposals(self, session: Session, count: int) -> list[Q.BitPolicy]:
+        """List the programme's policies for limits below the cheapest policy, as far down as there is hope.
+
+        Policies far apart have each their own luck; what others find around the luckiest of them is better than what they find
+        around any.
+
+        Args:
+            session: What was evaluated.
+            count: How many are wanted at most.
+
+        Returns:
+            Policies that weren't evaluated, from limits in equal steps.
+        """
+        problem = self.problem
+        if problem.goal.kind == TRADEOFF or count < 1:
+            return []
+        top = problem.limit
+        if session.best is not None:
+            top = session.best.cost
+        surrogate = self._surrogate(session)
+        found: list[Q.BitPolicy] = []
+        for limit in np.geomspace(cheapest_within(problem), top, LIMITS + 1)[:-1].tolist():
+            limited = limited_to(problem, limit)
+            if limited is None:
+                continue
+            policy = ilp.propose(limited, self.loss_increase)
+            if session.seen(policy) or policy in found:
+                continue
+            if surrogate is not None:
+                drop = float(surrogate.trend(np.array([self._predicted(self._widths(policy))]))[0])
+                if drop > self._allowed + HOPELESS * surrogate.deviation:
+                    continue
+            found.append(policy)
+        spread = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
+        return [found[place] for place in spread.tolist()]
+
     def promising(self, session: Session, count: int) -> list[Q.BitPolicy]:
         """Choose the policies from which most is expected, none of which was evaluated.
 
@@ -362,15 +442,10 @@ class Neighbours:
         Returns:
             As many, the best first, or fewer if there are no more.
         """
-        trials = [trial for trial in session.trials if math.isfinite(trial.loss) and math.isfinite(trial.value)]
-        origins = self._origins(trials)
-        if len(trials) < 3 or not origins:
+        origins = self._origins(session)
+        surrogate = self._surrogate(session)
+        if surrogate is None:
             return []
-        widths = np.array([self._widths(trial.policy) for trial in trials])
-        losses = np.array([self._predicted(row) for row in widths])
-        drops = np.array([self._drop(trial) for trial in trials])
-        start = session.best or origins[0]
-        surrogate = Surrogate(widths, losses, drops, self._predicted(self._widths(start.policy)))
         found: dict[tuple[int, ...], tuple[float, float]] = {}
         for origin in self._nearest(origins, session.best, surrogate):
             found |= self._around(origin, session.best, surrogate)
@@ -397,9 +472,23 @@ class Neighbours:
                 chosen.append(policy)
         return chosen
 
-    def _origins(self, trials: list[Trial]) -> list[Trial]:
+    def _origins(self, session: Session) -> list[Trial]:
         """List the trials that have the pairs of decisions, as those that measure sensitivities need not."""
-        return [trial for trial in trials if self._options(trial.policy) is not None and math.isfinite(trial.cost)]
+        known = [trial for trial in session.trials if math.isfinite(trial.cost) and _is_sound(trial)]
+        return [trial for trial in known if self._options(trial.policy) is not None]
+
+    def _surrogate(self, session: Session) -> Surrogate | None:
+        """Fit what is expected of policies to what was evaluated; None if that is too little."""
+        trials = [trial for trial in session.trials if _is_sound(trial)]
+        origins = self._origins(session)
+        if len(trials) < FEWEST or not origins:
+            return None
+        widths = np.array([self._widths(trial.policy) for trial in trials])
+        predicted = np.array([self._predicted(row) for row in widths])
+        losses = np.array([trial.loss for trial in trials])
+        drops = np.array([self._drop(trial) for trial in trials])
+        start = session.best or origins[0]
+        return Surrogate(widths, predicted, losses, drops, self._predicted(self._widths(start.policy)))
 
     def _nearest(self, origins: list[Trial], best: Trial | None, surrogate: Surrogate) -> list[Trial]:
         """Choose the trials around which most is expected, as if each were to be evaluated again a little cheaper."""
@@ -482,13 +571,20 @@ class Neighbours:
         ceiling = problem.limit
         if best is not None:
             ceiling = best.cost
-        allowed = goal.drop(
-            problem.objective, goal.threshold(problem.objective, problem.float_accuracy), problem.float_accuracy
-        )
-        holds: Floats = ndtr((allowed - drop) / np.maximum(deviation, TINY))
+        sure = (self._allowed - drop) / np.maximum(deviation, TINY)
         if best is None:
-            return holds
+            # The same order as that of probabilities, which may all be 0.
+            likely: Floats = expit(np.clip(sure, -700, 700))
+            return likely
+        holds = ndtr(sure)
         return np.maximum(ceiling * (1 - TINY) - price, 0.0) * holds
+
+    @property
+    def _allowed(self) -> float:
+        """Return how much worse than float's a value may be."""
+        problem = self.problem
+        least = problem.goal.threshold(problem.objective, problem.float_accuracy)
+        return problem.goal.drop(problem.objective, least, problem.float_accuracy)
 
     def _drop(self, trial: Trial) -> float:
         problem = self.problem
@@ -516,6 +612,11 @@ class Neighbours:
         """Return what widths, in one row, are predicted to add to the loss."""
         w, a = places(widths).reshape(2, -1)
         return float(self.loss_increase[np.arange(len(w)), w, a].sum())
+
+
+def _is_sound(trial: Trial) -> bool:
+    """Say whether a network's outputs were finite."""
+    return math.isfinite(trial.loss) and math.isfinite(trial.value)
 
 
 def undominated(prices: Floats, losses: Floats) -> NDArray[np.int64]:

@@ -5,22 +5,34 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
+
+from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
+from haq.problem.limits import ROUNDING
 from haq.problem.problem import Problem
 from haq.solvers.base import Session, Solver
-from haq.solvers.random_search import policy
+from haq.solvers.random_search import policy, total_price
 
+AHEAD = 16  # policies that workers may begin with, of which the first may end the search
 HOPELESS = 1000  # times as many policies as evaluations, which it would take too long to count
 
 
 class Exhaustive(Solver):
-    """Evaluates all policies within all budgets."""
+    """Evaluates all policies within all budgets.
+
+    Where the cheapest is looked for it begins with the cheapest, and the first that is good enough is the optimum, proven.
+    """
 
     name = "exhaustive"
     summary = "every policy within the budget, where there are few"
     draws = False
+    goals = (BEST.kind, CHEAPEST, TRADEOFF)
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
-        """Evaluate all of them. Raises ValueError, evaluating none, if they are more than are allowed."""
+        """Evaluate all of them. Raises ValueError, evaluating none, if they are more than are allowed.
+
+        Where the cheapest is looked for they may be more: it isn't known before how many it takes.
+        """
         options = [range(len(decision.pairs)) for decision in problem.decisions]
         count = math.prod(map(len, options))
         if count > HOPELESS * session.evaluations:
@@ -29,6 +41,9 @@ class Exhaustive(Solver):
             )
         every = map(list, itertools.product(*options))
         chosen = [picks for picks in every if problem.fits(picks)]
+        if problem.goal.kind == CHEAPEST:
+            self._from_below(problem, session, chosen)
+            return
         if len(chosen) > session.evaluations:
             raise ValueError(
                 f"{len(chosen):,} policies are within the budget: allow as many evaluations, or take another solver"
@@ -36,3 +51,23 @@ class Exhaustive(Solver):
         session.expect(policy(problem, picks) for picks in chosen)
         for picks in chosen:
             session.evaluate(policy(problem, picks))
+
+    @staticmethod
+    def _from_below(problem: Problem, session: Session, chosen: list[list[int]]) -> None:
+        """Evaluate policies from the cheapest to the first that is good enough, and those that cost the same.
+
+        Args:
+            problem: What is searched.
+            session: Evaluates policies.
+            chosen: All within the budgets, an option per decision each.
+        """
+        prices = np.array([total_price(problem, picks) for picks in chosen])
+        order = np.argsort(prices, kind="stable").tolist()
+        policies = [policy(problem, chosen[index]) for index in order]
+        for place, index in enumerate(order):
+            found = session.best
+            if not session.left or (found is not None and prices[index] > found.cost * (1 + ROUNDING)):
+                return
+            if place % AHEAD == 0:
+                session.expect(policies[place : place + min(AHEAD, session.left)])
+            session.evaluate(policies[place])

@@ -17,6 +17,7 @@ from haq.problem.samples import outputs_of, pieces
 from haq.solvers.hessian import BATCH
 from quantizers.calling import Forward
 
+FEW_BITS = range(1, Q.MAX_BITS + 1)
 DRAWS = 1  # vectors, and backward passes, for each batch
 
 
@@ -43,6 +44,7 @@ def gradient_increases(
     names: Sequence[str],
     images: Iterable[Any],
     *,
+    widths: Sequence[int] = FEW_BITS,
     draws: int = DRAWS,
     seed: int = 0,
     distribution: Distribution | None = None,
@@ -61,14 +63,15 @@ def gradient_increases(
         qnetwork: The quantized one; its bits are in the end what they were.
         names: Of the layers.
         images: Batches of inputs, as a loader gives them. A layer's output is taken to go through them in its first dimension.
+        widths: The widths of operands, of `quantizers.WIDTHS`.
         draws: Vectors for each batch.
         seed: Of the vectors.
         distribution: What outputs say of answers, by which their divergence is told; None: scores of classes.
         forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
 
     Returns:
-        By layer, nats of shape (2, 8): its weight (0) or its input (1) alone at widths 1..8; NaN for a width that its scheme
-        doesn't have.
+        By layer, nats of shape (2, widths): its weight (0) or its input (1) alone at each width; NaN for a width that its
+        scheme doesn't have.
     """
     distribution = distribution or Categorical()
     network = Q.copy_network(network).eval().requires_grad_(False)
@@ -78,7 +81,7 @@ def gradient_increases(
     for name in names:
         _watch(network.get_submodule(name), name, calls)
     generator = torch.Generator().manual_seed(seed)
-    total = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
+    total = {name: np.zeros((2, len(widths))) for name in names}
     count = 0
     try:
         for part, images_of_part in (piece for batch in images for piece in pieces(batch, BATCH)):
@@ -90,7 +93,8 @@ def gradient_increases(
             with torch.no_grad():
                 for name in names:
                     own = [index for index, call in enumerate(calls) if call.name == name]
-                    _add(total[name], qlayers[name], [calls[i] for i in own], [gradients[i] for i in own], images_of_part)
+                    of_calls, of_gradients = [calls[i] for i in own], [gradients[i] for i in own]
+                    _add(total[name], qlayers[name], widths, of_calls, of_gradients, images_of_part)
     finally:
         Q.set_policy(qnetwork, policy)
     return {name: 0.5 * squares / (count * draws) for name, squares in total.items()}
@@ -102,6 +106,8 @@ def remaining_errors(
     names: Sequence[str],
     images: Iterable[Any],
     forward: Forward | None = None,
+    *,
+    widths: Sequence[int] = FEW_BITS,
 ) -> dict[str, NDArray[np.float64]]:
     """Tell what correction and rounding leave of the error that rounded weights make in their layer's output.
 
@@ -111,23 +117,24 @@ def remaining_errors(
         names: Of the layers.
         images: Batches of inputs, as a loader gives them.
         forward: Computes outputs of (network, batch), if that takes more than calling the network with the inputs.
+        widths: The widths of weights, of `quantizers.WIDTHS`.
 
     Returns:
-        By layer, shares of shape (8,): the squared error of its outputs, weights alone being quantized at widths 1..8, over
-        the same where they are rounded to nearest and biases are as they were; 1 where there is no error.
+        By layer, shares of shape (widths,): the squared error of its outputs, weights alone being quantized at each width,
+        over the same where they are rounded to nearest and biases are as they were; 1 where there is no error.
     """
     network = Q.copy_network(network).eval()
     plain = Q.copy_network(qnetwork)
     policy = Q.get_policy(qnetwork)
     found, before = Q.quant_layers(qnetwork), Q.quant_layers(plain)
     if all(layer.bias_shift is None and layer.weight_offset is None for layer in before.values()):
-        return {name: np.ones(Q.MAX_BITS) for name in names}
+        return {name: np.ones(len(widths)) for name in names}
     for layer in before.values():
         layer.bias_shift = layer.weight_offset = None
     calls: list[_Call] = []
     for name in names:
         _watch(network.get_submodule(name), name, calls)
-    errors = {name: np.zeros((2, Q.MAX_BITS)) for name in names}
+    errors = {name: np.zeros((2, len(widths))) for name in names}
     try:
         for part, _ in (piece for batch in images for piece in pieces(batch, BATCH)):
             calls.clear()
@@ -135,19 +142,19 @@ def remaining_errors(
                 outputs_of(network, part, forward)
                 for call in calls:
                     for row, layer in enumerate((found[call.name], before[call.name])):
-                        errors[call.name][row] += _squared_errors(layer, call)
+                        errors[call.name][row] += _squared_errors(layer, widths, call)
     finally:
         Q.set_policy(qnetwork, policy)
-    shares = {name: np.ones(Q.MAX_BITS) for name in names}
+    shares = {name: np.ones(len(widths)) for name in names}
     for name, (left, plainly) in errors.items():
         np.divide(left, plainly, out=shares[name], where=plainly > 0)
     return shares
 
 
-def _squared_errors(layer: Q.layers.QuantLayer, call: _Call) -> list[float]:
+def _squared_errors(layer: Q.layers.QuantLayer, widths: Sequence[int], call: _Call) -> list[float]:
     """Return the squared error of the output of one call at every width of the weights; 0 for a width that there isn't."""
     errors = []
-    for bits in range(1, Q.MAX_BITS + 1):
+    for bits in widths:
         error = 0.0
         if layer.scheme.takes(bits, None, layer.signed):
             layer.weight_bits, layer.activation_bits = bits, None
@@ -186,16 +193,21 @@ def _gradients(
 
 
 def _add(
-    total: NDArray[np.float64], layer: Q.layers.QuantLayer, calls: list[_Call], gradients: list[Tensor], images: int
+    total: NDArray[np.float64],
+    layer: Q.layers.QuantLayer,
+    widths: Sequence[int],
+    calls: list[_Call],
+    gradients: list[Tensor],
+    images: int,
 ) -> None:
     """Add the squares of (sum_i g_i dy_i) over some images, at every width of each operand, to a layer's total."""
     for operand in (0, 1):
-        for bits in range(1, Q.MAX_BITS + 1):
+        for place, bits in enumerate(widths):
             pair: tuple[int | None, int | None] = (bits, None)
             if operand == 1:
                 pair = (None, bits)
             if not layer.scheme.takes(pair[0], pair[1], layer.signed):
-                total[operand, bits - 1] = np.nan
+                total[operand, place] = np.nan
                 continue
             layer.weight_bits, layer.activation_bits = pair
             summed: Tensor | float = 0.0
@@ -207,4 +219,4 @@ def _add(
             squares = torch.as_tensor(summed).square().sum()
             if not squares.isfinite():
                 squares = squares.new_tensor(torch.inf)
-            total[operand, bits - 1] += float(squares)
+            total[operand, place] += float(squares)

@@ -136,7 +136,14 @@ def by_hessian(problem: Problem) -> Sensitivities:
     """
     layers = Q.quant_layers(problem.evaluator.network)
     names = problem.workload.names
-    left = remaining_errors(problem.network, problem.evaluator.network, names, problem.calibration, problem.forward)
+    left = remaining_errors(
+        problem.network,
+        problem.evaluator.network,
+        names,
+        problem.calibration,
+        problem.forward,
+        widths=_measured_widths(problem),
+    )
     distribution = _distribution_of(problem, "hessian")
     curvatures = curvature(problem.network, names, problem.calibration, distribution=distribution, forward=problem.forward)
     halves = {}
@@ -159,10 +166,18 @@ def by_gradient(problem: Problem) -> Sensitivities:
         problem.evaluator.network,
         problem.workload.names,
         problem.calibration,
+        widths=_measured_widths(problem),
         distribution=_distribution_of(problem, "gradient"),
         forward=problem.forward,
     )
     return _of_layers(problem, "gradient", increases)
+
+
+def _measured_widths(problem: Problem) -> Sequence[int]:
+    """Return the widths at which a layer's output is looked at: 16 bits where they can be chosen."""
+    if problem.bits[1] > BITS:
+        return Q.WIDTHS
+    return Q.WIDTHS[:BITS]
 
 
 def _distribution_of(problem: Problem, kind: str) -> Distribution:

@@ -254,12 +254,14 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
     state = INTERRUPTED
     judging: JudgingRecord | None = None
     # What draws nothing has one seed; no more is said of it here, where the solvers aren't loaded.
-    most = len(asked.hw) * len(asked.budgets) * len(asked.solvers) * asked.seeds
+    most = len(asked.hw) * (len(asked.budgets) + len(asked.max_drops)) * len(asked.solvers) * asked.seeds
     if isinstance(sweep, FinishedSweepRecord):
         state = FINISHED
         judging = sweep
         most = sum(len(found.runs) for found in sweep.found)
     lists = {"hw": asked.hw, "budget": asked.budgets, "solver": asked.solvers}
+    if asked.max_drops:
+        lists["max_drop"] = asked.max_drops
     return {
         "settings": {**asked.settings, **{name: ",".join(values) for name, values in lists.items()}},
         "sweep": sweep,

@@ -1041,6 +1041,7 @@ class AskedRecord(Record):
     settings: Settings
     hw: Names
     budgets: Names
+    max_drops: Names = []
     solvers: Names
     seeds: int
 
@@ -1103,12 +1104,27 @@ class SeedRecord(JudgedRecord):
 
 
 class SweepFound(SweepPolicy):
-    """What a solver found within a budget: means over its seeds."""
+    """What a solver found within a budget, or that loses at most so much: means over its seeds."""
 
-    budget: str
+    budget: str  # nothing where the cheapest was looked for
+    max_drop: str = ""
     solver: str
-    limit: Cost
+    limit: Cost | None
     runs: Annotated[list[SeedRecord], Field(min_length=1, max_length=MOST_SEARCHES)]
+
+    @property
+    def asked(self) -> str:
+        """Say what was asked for: a budget, or the drop that was allowed."""
+        if self.max_drop:
+            return f"drop {self.max_drop}"
+        return self.budget
+
+    @property
+    def asked_words(self) -> str:
+        """Say it in a sentence: "budget 0.5", "drop 0.5"."""
+        if self.max_drop:
+            return self.asked
+        return f"budget {self.budget}"
 
     def spread(self, split: str, objective: str, unknown: float = 0.0) -> tuple[float, float]:
         """Return the smallest and the largest value over the seeds.
@@ -1130,6 +1146,41 @@ class SweepFound(SweepPolicy):
         return min(values), max(values)
 
 
+class FrontMember(Record):
+    """A policy that no other one is as good as in every respect and better in one.
+
+    Attributes:
+        called: Who found it, for what was asked, or which uniform policy it is.
+        folder: Of its search; nothing for a uniform policy.
+        value: Of the objective, on the test split.
+        costs: In the units of the front's metrics.
+    """
+
+    called: str
+    folder: str = ""
+    value: float
+    costs: Annotated[list[Cost], Field(min_length=1, max_length=MOST)]
+
+
+class FrontRecord(Record):
+    """What can't be had better in one respect without being worse in another: the test value, and costs by one or two metrics.
+
+    Attributes:
+        metrics: By which policies cost.
+        reference: The point that the hypervolume is of: a value, then costs.
+        hypervolume: The part of the box between that point and the best of all (no cost; the value by itself) that the front
+            is better than; costs in parts of the reference point's.
+        of: How many policies were compared.
+        policies: The front, the cheapest first.
+    """
+
+    metrics: Annotated[list[Metric], Field(min_length=1, max_length=MOST)]
+    reference: Annotated[list[float], Field(min_length=2, max_length=MOST)]
+    hypervolume: Cost
+    of: Count
+    policies: Annotated[list[FrontMember], Field(max_length=MOST_SEARCHES)]
+
+
 class SweepTarget(Record):
     """What was found on one target."""
 
@@ -1143,6 +1194,7 @@ class SweepTarget(Record):
     left_out: str
     uniform: Annotated[list[SweepUniform], Field(max_length=MOST)]
     found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
+    fronts: Annotated[list[FrontRecord], Field(max_length=MOST)] = []
 
     @property
     def reference_short(self) -> str:

@@ -689,12 +689,13 @@ class SearchConfig(_Config):
 
 
 class SweepCell(NamedTuple):
-    """One search of a sweep."""
+    """One search of a sweep: of the best policy within a budget, or of the cheapest that loses at most so much."""
 
     hw: str
-    budget: str
+    budget: str  # "none" where the cheapest is looked for
     solver: str
     seed: int
+    max_drop: str = ""
 
     @property
     def folder(self) -> str:
@@ -702,7 +703,10 @@ class SweepCell(NamedTuple):
         hw = Path(self.hw).stem
         if self.hw.startswith("rpc:"):
             hw = self.hw
-        return f"{hw}-{self.budget}-{self.solver}-seed{self.seed}".replace(":", "-")
+        asked = self.budget
+        if self.max_drop:
+            asked = f"drop{self.max_drop}"
+        return f"{hw}-{asked}-{self.solver}-seed{self.seed}".replace(":", "-")
 
 
 class SweepConfig(_Config):
@@ -721,7 +725,14 @@ class SweepConfig(_Config):
         "fractions of uniform 8 bits, or budgets parted by commas",
         group=HARDWARE,
         metavar="FIRST:LAST:STEP",
-        default_words="0.3:0.9:0.1",
+        default_words="0.3:0.9:0.1; none with --max-drops",
+    )
+    max_drops: tuple[str, ...] = setting(
+        (),
+        "find the cheapest policies that lose at most so much, as --max-drop of haq search, parted by commas",
+        group=HARDWARE,
+        metavar="POINTS,POINTS",
+        default_words="none",
     )
     solvers: tuple[str, ...] = setting(
         ("ilp", "ddpg"),
@@ -757,7 +768,15 @@ class SweepConfig(_Config):
         "amp",
     )
 
-    @field_validator("hw", "solvers", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_the_usual_budgets(cls, values: Any) -> Any:
+        """Leave out the budgets that a sweep has by default, where allowed drops are given."""
+        if isinstance(values, Mapping) and "budgets" not in values and values.get("max_drops"):
+            return {**values, "budgets": ()}
+        return values
+
+    @field_validator("hw", "solvers", "max_drops", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -775,18 +794,37 @@ class SweepConfig(_Config):
     def _check_together(self) -> SweepConfig:
         if self.seeds < 1:
             raise ValueError(f"--seeds is {self.seeds!r}; it must be an integer of at least 1: so many are 0, 1, 2 ...")
-        for option, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
+        lists = [("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)]
+        if self.max_drops:
+            lists.append(("max-drops", self.max_drops))
+            lists = [one for one in lists if one != ("budgets", ())]
+        for option, values in lists:
             if not values or not all(values) or len(set(values)) < len(values):
                 raise ValueError(f"--{option} is {','.join(values)!r}; it must be names parted by commas, each of them once")
         for solver in self.solvers:
             check_name(SOLVERS, solver)
-        names = [SweepCell(hw, budget, "", 0).folder for hw in self.hw for budget in self.budgets]
+        for drop in self.max_drops:
+            check_drop(drop)
+        names = [SweepCell(hw, budget, "", 0, drop).folder for hw in self.hw for budget, drop in self.asked]
         for name in names:
             if Path(name).name != name:
                 raise ValueError(f"--hw or --budgets have a '/' in {name[:80]!r}: runs are named after them")
         if len(set(names)) < len(names):
             raise ValueError(f"--hw is {','.join(self.hw)!r}; its files must have different names: runs are named after them")
         return self
+
+    @property
+    def asked(self) -> list[tuple[str, str]]:
+        """List what every solver is asked for on a target: a budget without a drop, or an allowed drop without a budget."""
+        return [(budget, "") for budget in self.budgets] + [(NONE, drop) for drop in self.max_drops]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, by field; allowed drops only where some were given."""
+        found = super().to_dict()
+        found["settings"] = self.settings.to_dict()
+        if not self.max_drops:
+            del found["max_drops"]
+        return found
 
     @classmethod
     def from_options(cls, given: Mapping[str, Any], file: Path | None = None) -> SweepConfig:
@@ -841,6 +879,7 @@ class SweepConfig(_Config):
         Raises ValueError for what isn't accepted.
         """
         lists = {name: tuple(content[name]) for name in ("hw", "budgets", "solvers")}
+        lists["max_drops"] = tuple(content.get("max_drops", ()))
         return cls(settings=SearchConfig.read(content["settings"]), seeds=content["seeds"], **lists)
 
     def code(self) -> list[tuple[str, str]]:
@@ -860,8 +899,10 @@ class SweepConfig(_Config):
     def words(self) -> list[str]:
         """Write the command that asks for this, word by word; options of the runs that are as they come are left out."""
         words = ["python", "-m", "haq.sweep"]
-        for name, values in (("hw", self.hw), ("budgets", self.budgets), ("solvers", self.solvers)):
-            words += [option_name(name), ",".join(values)]
+        lists = (("hw", self.hw), ("budgets", self.budgets), ("max_drops", self.max_drops), ("solvers", self.solvers))
+        for name, values in lists:
+            if values:
+                words += [option_name(name), ",".join(values)]
         if self.seeds != 1:
             words += ["--seeds", str(self.seeds)]
         return words + self.settings.options(leave_out=self.VARIED)
@@ -1090,6 +1131,19 @@ def read_scheme(text: str) -> tuple[str, dict[str, str]]:
 def is_cheapest(values: Mapping[str, Any]) -> bool:
     """Tell by the fields of a search whether it looks for the cheapest policy of some value."""
     return values.get("max_drop") is not None or values.get("at_least") is not None
+
+
+def check_drop(text: str) -> None:
+    """Raise ValueError unless a text is a number from 0, how much worse than float a policy may be."""
+    try:
+        drop = float(text)
+    except ValueError:
+        drop = math.nan
+    if not 0 <= drop < math.inf:
+        raise ValueError(
+            f"--max-drops has {files.quoted(text)}; it must be numbers from 0 parted by commas: points of an objective in "
+            "percent, its unit otherwise"
+        )
 
 
 def read_limits(text: str, metric: str) -> dict[str, str]:

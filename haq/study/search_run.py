@@ -34,6 +34,7 @@ import quantizers as Q
 from haq import networks
 from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation
+from haq.problem.goal import CHEAPEST
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, signed
@@ -313,7 +314,7 @@ class SearchRun:
             on_evaluation: Told the number of evaluations, the last one, and the best policy so far.
 
         Returns:
-            The session, with what was found.
+            The session, with what was found: nothing, if a rival found no policy that is good enough.
         """
         mine = solver == self.config.solver
 
@@ -335,7 +336,13 @@ class SearchRun:
             ahead=self.config.ahead,
             checkpoint=self.checkpoint(solver, task, **asked),
         )
-        found = solve(solver, session, self.config.seed)
+        try:
+            found = solve(solver, session, self.config.seed)
+        except ValueError:
+            # What the run's own solver found isn't lost for a rival that found nothing good enough.
+            if mine or not _found_nothing(session):
+                raise
+            return session
         if mine:
             self.save_policy(found.policy)
         return session
@@ -531,6 +538,11 @@ class SearchRun:
 
             self._writer = SummaryWriter(str(self.folder))  # type: ignore[no-untyped-call]
         return self._writer
+
+
+def _found_nothing(session: Session) -> bool:
+    """Tell whether a solver did what it could, and no policy that it tried is good enough."""
+    return session.problem.goal.kind == CHEAPEST and session.best is None and session.failure is None
 
 
 def check_same_policy(path: Path, policy: Q.BitPolicy, other: Path, its: Q.BitPolicy, remedy: str) -> None:

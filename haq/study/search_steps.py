@@ -82,7 +82,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
             tuned = _finetune(bar, task, run, network, outcomes.append)
         if tuned is not None:
             run.save_checkpoint(tuned, task)
-        policies = {name: found.policies[name] for name in rivals}
+        policies = {name: found.policies[name] for name in rivals if name in found.policies}
         result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
         if reconstructed is not None:
             entry = summary.reconstruction_entry(reconstructed, config.seed)
@@ -107,8 +107,8 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
     found = _Found()
     for name in solvers:
         session = _solve(bar, task, run, name, sensitivities)
-        assert session.best is not None
-        found.policies[name] = session.best.policy
+        if session.best is not None:
+            found.policies[name] = session.best.policy
         found.used[name] = session.used
         if session.saturated:
             found.saturated[name] = statistics.mean(session.saturated)

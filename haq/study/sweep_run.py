@@ -32,6 +32,7 @@ from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCH
 from haq.store.lock import writing
 from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, error_key, share_key
 from haq.store.shell import command_line
+from haq.study import front
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.search_run import SearchRun, check_unused
@@ -83,7 +84,7 @@ class SweepContext:
                     task.problem.on(task.problem.target, budget)
                 except OutOfReach:
                     unreachable[hw].append(budget)
-        if not any(len(missed) < len(sweep.budgets) for missed in unreachable.values()):
+        if not sweep.max_drops and not any(len(missed) < len(sweep.budgets) for missed in unreachable.values()):
             ranges = "; ".join(task.problem.reach for task in tasks.values())
             raise ValueError(f"none of the budgets {', '.join(sweep.budgets)} is in reach of any target: {ranges}")
         return cls(sweep, tasks, unreachable)
@@ -100,17 +101,17 @@ class SweepContext:
         return self.tasks[self.sweep.hw[0]]
 
     def cells(self) -> list[SweepCell]:
-        """List every search, by targets, budgets, solvers and seeds. Solvers that draw nothing have one seed."""
+        """List every search, by targets, what is asked for, solvers and seeds. Solvers that draw nothing have one seed."""
         cells = []
         for hw in self.sweep.hw:
-            for budget in self.sweep.budgets:
+            for budget, drop in self.sweep.asked:
                 if budget in self.unreachable[hw]:
                     continue
                 for solver in self.sweep.solvers:
                     seeds = 1
                     if SOLVERS.get(solver).draws:
                         seeds = self.sweep.seeds
-                    cells += [SweepCell(hw, budget, solver, seed) for seed in range(seeds)]
+                    cells += [SweepCell(hw, budget, solver, seed, drop) for seed in range(seeds)]
         return cells
 
     def task(self, cell: SweepCell, folder: Path, kind: str) -> SearchTask:
@@ -125,7 +126,10 @@ class SweepContext:
             Its task.
         """
         task = self.tasks[cell.hw]
-        settings = task.config.replace(budget=cell.budget, solver=cell.solver, seed=cell.seed, sensitivity_kind=kind)
+        changes: dict[str, Any] = {"budget": cell.budget, "solver": cell.solver, "seed": cell.seed, "sensitivity_kind": kind}
+        if cell.max_drop:
+            changes["max_drop"] = float(cell.max_drop)
+        settings = task.config.replace(**changes)
         if SOLVERS.get(cell.solver).uses_sensitivities:
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
         return task.on(settings, task.problem.target)
@@ -449,21 +453,24 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
             }
         )
     found = []
-    for budget, solver in dict.fromkeys((cell.budget, cell.solver) for cell in results if cell.hw == hw):
+    for budget, drop, solver in dict.fromkeys((cell.budget, cell.max_drop, cell.solver) for cell in results if cell.hw == hw):
         runs = [
             _of_seed(cell, result, policies[cell])
             for cell, result in results.items()
-            if (cell.hw, cell.budget, cell.solver) == (hw, budget, solver)
+            if (cell.hw, cell.budget, cell.max_drop, cell.solver) == (hw, budget, drop, solver)
         ]
         means = {
             key: _mean([run[key] for run in runs]) for key in ("cost", "fraction", *_judged(runs[0], search_key, test_key))
         }
-        limit = problem.on(problem.target, budget).limit
-        found.append({"budget": budget, "solver": solver, "limit": limit, **means, "runs": runs})
+        asked: dict[str, Any] = {"budget": "", "max_drop": drop, "solver": solver, "limit": None}
+        if not drop:
+            limit = problem.on(problem.target, budget).limit
+            asked = {"budget": budget, "solver": solver, "limit": limit}
+        found.append({**asked, **means, "runs": runs})
     rows: list[dict[str, Any]] = [*uniform, *found]
     scores = [judging.score(judging.checked(row[test_key], test_key)) for row in rows]
     costs = [row["cost"] for row in rows]
-    for row, is_best in zip(rows, pareto(list(zip(costs, scores, strict=True))), strict=True):
+    for row, is_best in zip(rows, front.pareto(list(zip(costs, scores, strict=True))), strict=True):
         row["pareto"] = is_best
     kind = summary.cost_kind(problem)
     if problem.metric == "storage":
@@ -478,6 +485,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
         "left_out": context.left_out(hw),
         "uniform": uniform,
         "found": found,
+        "fronts": front.fronts(task, found),
     }
 
 
@@ -500,6 +508,8 @@ def _specialisation(context: SweepContext, results: Results, policies: Policies)
     It is at the middle one of the budgets in reach of the most targets; a target's policy is the one that is best on the
     search split. None if no budget is in reach of two.
     """
+    if not context.sweep.budgets:
+        return None
     within = {b: [hw for hw in context.tasks if b not in context.unreachable[hw]] for b in context.sweep.budgets}
     most = max(map(len, within.values()))
     if most < 2:
@@ -553,11 +563,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _score(result: ResultRecord) -> float:
     """Tell what a search found is worth on the search split; larger for better."""
     return result.score(result.value(result.found, "search"))
-
-
-def pareto(cells: Sequence[tuple[float, float]]) -> list[bool]:
-    """Tell which of some (cost, score) no other is as good as in both and better in one; a larger score is better."""
-    return [not any(c <= cost and s >= score and (c, s) != (cost, score) for c, s in cells) for cost, score in cells]
 
 
 @contextmanager

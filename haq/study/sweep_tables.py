@@ -12,6 +12,7 @@ from haq.store.records import (
     ROBUST,
     SPLITS,
     FinishedSweepRecord,
+    FrontRecord,
     JudgedRecord,
     Measurement,
     SpecialisationRecord,
@@ -22,6 +23,7 @@ from haq.store.records import (
 from haq.store.units import PERCENT, describe_amount, show
 from haq.study.sweep_run import SweepContext, shares_sensitivities
 from haq.study.tables import errors_words, rounding_words, scheme_words
+from hw_models.registry import join_words
 
 
 def print_plan(console: Console, context: SweepContext, folder: Path | None, workers: str) -> None:
@@ -65,6 +67,12 @@ def _target_words(context: SweepContext, hw: str) -> str:
     problem = context.tasks[hw].problem
     reached = [budget for budget in context.sweep.budgets if budget not in context.unreachable[hw]]
     words = f"{problem.target.description}; {problem.table.provenance}; budgets {', '.join(reached) or 'none'}"
+    if context.sweep.max_drops:
+        unit = problem.objective.unit
+        if unit == PERCENT:
+            unit = "points"
+        drops = f"{', '.join(context.sweep.max_drops)} {unit} of {problem.objective.title}"
+        words += f"; the cheapest that lose at most {drops}"
     left_out = context.left_out(hw)
     if left_out:
         words += f"; {left_out}"
@@ -76,6 +84,8 @@ def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
     for target in sweep.targets.values():
         if target.found:
             _print_target(console, sweep, target)
+        for front in target.fronts:
+            _print_front(console, sweep, target, front)
         if target.left_out:
             say(console, f"{target.name}: budgets {target.left_out}.")
     if sweep.specialisation is not None:
@@ -84,14 +94,14 @@ def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
 
 def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTarget) -> None:
     rows: list[SweepPolicy] = [*target.found, *target.uniform]
-    budgets = [found.budget for found in target.found] + [""] * len(target.uniform)
+    budgets = [found.asked for found in target.found] + [""] * len(target.uniform)
     sections = [row for row in range(1, len(rows)) if budgets[row] != budgets[row - 1]]
     shown = [""] * len(rows)
     for row in (0, *sections):
         shown[row] = budgets[row]
     names = [found.solver for found in target.found] + [f"uniform {row.bits} bits" for row in target.uniform]
     columns = [
-        Column("budget", shown),
+        Column(_asked_words(sweep), shown),
         Column("policy", names),
         Column(f"\n{sweep.metric}\n({target.kind})", [describe_amount(row.cost, sweep.metric) for row in rows], "right"),
         Column("of\nuniform\n8 bits", [f"{row.fraction:.3f}" for row in rows], "right"),
@@ -102,6 +112,39 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
     columns.append(Column("Pareto\nfront", [_mark(row.pareto) for row in rows]))
     title = f"{sweep.network} on {sweep.data}, {target.name}"
     print_columns(console, title, columns, keys=2, sections=sections, caption=_caption(sweep, target))
+
+
+def _asked_words(sweep: FinishedSweepRecord) -> str:
+    """Head the column of what was asked for."""
+    if not sweep.asked.max_drops:
+        return "budget"
+    if not sweep.asked.budgets:
+        return "at most"
+    return "budget\nor drop"
+
+
+def _print_front(console: Console, sweep: FinishedSweepRecord, target: SweepTarget, front: FrontRecord) -> None:
+    """Print the policies that no other one is as good as in every respect and better in one."""
+    columns = [
+        Column("policy", [member.called for member in front.policies]),
+        Column(f"test\n{_called(sweep)}", [sweep.show(member.value) for member in front.policies], "right"),
+    ]
+    for place, metric in enumerate(front.metrics):
+        costs = [describe_amount(member.costs[place], metric) for member in front.policies]
+        columns.append(Column(metric, costs, "right"))
+    respects = ["test " + _called(sweep), *front.metrics]
+    title = f"{target.name}: {len(front.policies)} of {front.of} policies are on the front of {join_words(respects)}"
+    print_columns(console, title, columns, caption=hypervolume_words(sweep, target, front))
+
+
+def hypervolume_words(sweep: FinishedSweepRecord, target: SweepTarget, front: FrontRecord) -> str:
+    """Say how large the hypervolume of a front is, and of which reference point."""
+    value, *costs = front.reference
+    amounts = " and ".join(describe_amount(cost, metric) for cost, metric in zip(costs, front.metrics, strict=True))
+    return (
+        f"hypervolume {front.hypervolume:.4f}: of {sweep.show(value)} and {amounts} ({target.reference_short}), costs as "
+        "fractions of these"
+    )
 
 
 def _called(sweep: FinishedSweepRecord) -> str:

@@ -418,6 +418,9 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
         say(console, _rivals_sentence(task.problem, result))
+    for name in result["evaluations"]:
+        if name != result["solver"] and name not in result["rivals"]:
+            say(console, f"{name} found no policy that is good enough.")
     if result.get("reconstruction"):
         say(console, reconstruction_sentence(result["reconstruction"]))
     if result.get("tuning"):
@@ -614,11 +617,20 @@ def goal_sentence(result: Mapping[str, Any]) -> str:
     sentence = f"Goal: {goal.words}. Found: {'; '.join(told)}"
     if reached.search_holds and not reached.test_holds:
         sentence += ", so the test split disagrees"
+        if reached.test_error and _misses_by(reached) <= reached.test_error:
+            sentence += ", by no more than its standard error"
     if reached.test_error:
         sentence += (
             f" (standard error there {show_error(reached.test_error, reached.objective_unit)}{_points(reached)} at most)"
         )
     return f"{sentence}."
+
+
+def _misses_by(reached: ReachedRecord) -> float:
+    """Return how much worse the value on the test split is than what would be good enough."""
+    if reached.test is None or reached.test_least is None:
+        return math.inf
+    return reached.score(reached.test_least) - reached.score(reached.test)
 
 
 def _points(judging: JudgingRecord) -> str:

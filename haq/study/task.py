@@ -216,7 +216,7 @@ class SearchTask(LoadedNetwork):
         """
         if not self.problem.has_schemes_for(target):
             return SearchTask.build(config, target)
-        return replace(self, config=config, problem=self.problem.on(target, config.limits()))
+        return replace(self, config=config, problem=self.problem.on(target, config.limits(), max_drop=config.max_drop))
 
     def reconstruct(
         self, policy: Q.BitPolicy, seed: int, on_progress: OnProgress = no_progress, loss: UserLoss | None = None

@@ -633,7 +633,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "checkpoint: 9 bits",
         "evaluate",
         lambda: _checkpoint(notes=lambda n: n.update(policy=json.dumps(_policy_of("stem", 9)))),
-        "bits must be an integer from 1 to 8",
+        "bits must be 1 to 8, 16 or float, not 9",
     ),
     (
         "checkpoint: a path for a layer",

@@ -27,6 +27,7 @@ class Config(BaseModel):
     epochs: int = setting(20, "passes over the train images", group="Training", metavar="N")
     learning_rate: float = setting(0.005, "of SGD", group="Training")
     objective: str | None = setting(None, "what counts", group="Search", spellings=("--reward",), names=lambda: ("acc", "iou"))
+    limit: str = setting("0.5", "what is allowed", group="Search", several=True)
     cold: bool | None = setting(None, "measure with cold caches", group="Hardware", default_words="in them")
 
 
@@ -71,6 +72,13 @@ def test_options_that_were_not_given_are_absent() -> None:
     assert CALLS[0]["given"] == {"epochs": 20, "cold": True}
     assert CALLS[0]["resume"] is CALLS[0]["json"] is True
     assert CALLS[0]["out"] == Path("o")
+
+
+def test_an_option_may_be_given_several_times() -> None:
+    assert call("r", "--limit", "latency=0.5", "--epochs", "1", "--limit", "storage=40kB") == 3
+    assert CALLS[0]["given"] == {"epochs": 1, "limit": "latency=0.5,storage=40kB"}
+    assert call("r", "--limit", "1ms") == 3
+    assert CALLS[0]["given"] == {"limit": "1ms"}
 
 
 def test_an_option_may_have_two_spellings() -> None:

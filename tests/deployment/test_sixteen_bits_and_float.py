@@ -28,6 +28,7 @@ from haq.deployment.graph import Graph, capture
 from haq.deployment.lowering import integer_activations, integer_weights, lower
 from haq.deployment.onnx import export, verify
 from haq.deployment.program import Codes, Convolution, FloatConvolution
+from haq.store.records import LayerRecord
 from hw_models.tvm_cpu.conv import Conv, reference
 
 Bits = tuple[int | None, int | None]
@@ -251,7 +252,7 @@ def test_compiled(tmp_path: Path, unmeasured: None) -> None:
     network, x, graph = quantized(COMPILED)
     deployed = tvm_code.compile_network(network, graph, x, tmp_path / "deployed", reuse=False)
     program = lower(graph, network, x)
-    assert tvm_code.computed_in_float(program) == [*"stem depthwise shared shared@2 hidden last".split()]
+    assert tvm_code.computed_in_float(program) == ["stem", "depthwise", "shared", "shared@2", "hidden", "last"]
     expected, entered = interpreter.run(program, x.numpy())
     assert np.allclose(deployed(x.numpy()), expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
     for step in program.steps:
@@ -299,7 +300,11 @@ def test_layers_in_float32_are_told(tmp_path: Path, unmeasured: None) -> None:
 def test_the_latency_of_16_bits_and_float_is_looked_up_in_their_places() -> None:
     costs = np.arange(100.0).reshape(10, 10).tolist()
     costs[9][7] = None  # float/8 isn't done
-    record = SimpleNamespace(metric="latency", unit="us", layers=[SimpleNamespace(name="a", cost=costs)])
+
+    def layer(cost: Any) -> LayerRecord:
+        return LayerRecord(name="a", kind="conv", macs=1, parameters=1, fixed=False, cost=cost)
+
+    record = SimpleNamespace(metric="latency", unit="us", layers=[layer(costs)])
 
     def predicted(bits: Bits, given: Any = record) -> float | None:
         run = SimpleNamespace(load_policy=lambda: Q.BitPolicy({"a": bits}))
@@ -313,6 +318,6 @@ def test_the_latency_of_16_bits_and_float_is_looked_up_in_their_places() -> None
     assert predicted((None, 8)) is None
     # An older run has costs of 1 to 8 bits.
     few = [row[:8] for row in costs[:8]]
-    older = SimpleNamespace(metric="latency", unit="us", layers=[SimpleNamespace(name="a", cost=few)])
+    older = SimpleNamespace(metric="latency", unit="us", layers=[layer(few)])
     assert predicted((8, 8), older) == pytest.approx(77e-6)
     assert predicted((16, 8), older) is None

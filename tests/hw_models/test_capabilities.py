@@ -176,8 +176,10 @@ def test_the_wider_unit_has_its_price(workload: hw_models.Workload) -> None:
             if brute_force(layer, w, 8, False) > 20:
                 factor = 2.5
             cell = index, place_of(w), place_of(8)
-            assert table.latency_s is not None and plain.latency_s is not None
-            assert table.energy_j is not None and plain.energy_j is not None
+            assert table.latency_s is not None
+            assert plain.latency_s is not None
+            assert table.energy_j is not None
+            assert plain.energy_j is not None
             assert table.cycles is not None
             assert table.latency_s[cell] == factor * plain.latency_s[cell]
             assert table.energy_j[cell] == factor * plain.energy_j[cell]
@@ -193,6 +195,14 @@ def test_layers_whose_integers_reach_further(workload: hw_models.Workload) -> No
     reaching = price(Chip(content), workload, full_range={"stem"})
     assert not reaching.supported[0, place_of(2), place_of(8)]
     assert np.array_equal(reaching.supported[1:], table.supported[1:])
+    wider = {**content, "on_overflow": "wider", "overflow_cost": 4.0}
+    cell = 0, place_of(2), place_of(8)
+    narrow, full = (price(Chip(wider), workload, full_range=names).latency_s for names in ((), ("stem",)))
+    assert narrow is not None
+    assert full is not None
+    assert full[cell] == 4 * narrow[cell]
+    with pytest.raises(ValueError, match="'chip': layer 'stem' has no pair of widths: with integers down to -2.* at 2/8"):
+        price(Chip({**content, "pairs": ["4/float"], "layers": {"first": ["2/8"]}}), workload, full_range={"stem"})
 
 
 @pytest.mark.parametrize(
@@ -286,7 +296,7 @@ def test_a_pair_that_is_called_supported_has_a_cost(value: float, workload: hw_m
 def test_a_layer_without_costs_for_what_is_left_is_named(workload: hw_models.Workload) -> None:
     costs = np.full((7, PLACES, PLACES), 1e-3)
     costs[:, place_of(4)] = np.nan
-    with pytest.raises(ValueError, match="'chip': layer 'stem' has no pair of widths on chip: its capabilities have"):
+    with pytest.raises(ValueError, match="'chip': layer 'stem' has no pair of widths: its capabilities have"):
         price(Chip({"weights": [4]}, costs), workload)
 
 
@@ -307,6 +317,8 @@ capabilities:
     table = price(target, workload)
     assert table.supported.sum((1, 2)).tolist() == [3, 1, 3, 3, 3, 1, 3]
     plain = price(hw_models.load_target("edge"), workload)
+    # Whoever asks the target itself gets the same.
+    assert np.array_equal(target.cost_table(workload).latency_s, table.latency_s, equal_nan=True)
     assert np.array_equal(table.latency_s, np.where(table.supported, plain.latency_s, np.nan), equal_nan=True)
     for wrong, message in (
         ("  chips: 1\n", "unknown key 'capabilities.chips'; accepted: pairs, weights"),
@@ -362,3 +374,16 @@ def test_capabilities_in_words() -> None:
         "that are powers of two; no zero points; unsigned activations; accumulators of 20 bits, sums that can overflow at 2.5 "
         "times the cost"
     )
+
+
+def test_the_wider_unit_is_paid_for_once(tmp_path: Path, workload: hw_models.Workload) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"{EDGE}\ncapabilities: {{accumulator_bits: 20, on_overflow: wider, overflow_cost: 3.0}}\n")
+    target = hw_models.load_target(str(mine))
+    asked, priced = target.cost_table(workload), price(target, workload)
+    plain = hw_models.load_target("edge").cost_table(workload)
+    assert asked.latency_s is not None
+    assert priced.latency_s is not None
+    assert plain.latency_s is not None
+    assert asked.latency_s[0, 7, 7] == priced.latency_s[0, 7, 7] == 3 * plain.latency_s[0, 7, 7]
+    assert asked.latency_s[0, 0, 0] == plain.latency_s[0, 0, 0]

@@ -250,7 +250,8 @@ def test_what_a_file_says_is_never_imported(here: Path) -> None:
 
 def test_every_way_to_name_a_target_is_listed() -> None:
     rows = {row.name: row for row in hw_models.target_rows()}
-    assert list(rows) == [*hw_models.target_names(), "cpu", "rpc:HOST:PORT", "FILE.yaml", "lut:TABLE.csv"]
+    measured = ["cpu", "rpc:HOST:PORT", "onnxruntime", "openvino"]
+    assert list(rows) == [*hw_models.target_names(), *measured, "FILE.yaml", "lut:TABLE.csv"]
     assert rows["edge"].line == hw_models.load_target("edge").description
     assert all(row.line for row in rows.values())
 

@@ -98,6 +98,10 @@ def test_scales_of_a_chip_with_one_per_tensor_that_shifts() -> None:
         levels = layer.quantized_weight().detach() / step
         assert torch.equal(levels, levels.round())
     plain = problem_on(PAIRS)
+    # Stored is one scale per layer, where others have one per channel.
+    eights = problem.bit_arrays(problem.uniform(8))
+    saved = sum(4 * (layer.out_channels - 1) for layer in problem.workload.layers)
+    assert problem.table.price(*eights).storage_bytes == plain.table.price(*eights).storage_bytes - saved
     assert Q.quant_layers(plain.quantized(policy))["pointwise"].weight_scale.shape[1] > 1
 
 

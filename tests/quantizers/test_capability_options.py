@@ -99,7 +99,7 @@ def test_scales_are_powers_of_two_at_every_width(rule: str, per_channel: bool, a
 
 
 def test_learned_steps_are_used_as_powers_of_two_and_trained() -> None:
-    network, x = network_and_inputs()
+    _, x = network_and_inputs()
     qnetwork: Any = quantized(Q.LSQ(power_of_two=True), 4, 16)
     layer = qnetwork[0]
     for bits in (4, 8, 16):
@@ -164,14 +164,18 @@ def test_a_zero_point_makes_a_negative_input_unsigned() -> None:
             assert 0 < scheme.zero_point(layer, bits) < 2**bits
         for key, tensor in Q.quantizer_state(auto).items():
             assert torch.equal(Q.quantizer_state(qnetwork)[key], tensor)
-    with pytest.raises(ValueError, match="^layer '0': its input is negative in places, which unsigned integers of 1 bit aren't"):
+    with pytest.raises(
+        ValueError, match="^layer '0': its input is negative in places, which unsigned integers of 1 bit aren't"
+    ):
         Q.set_policy(qnetwork, {"0": (4, 1), "2": (4, 4)})
 
 
 def test_signed_with_zero_points_are_the_same_values() -> None:
     """Integers with a zero point less 2^(b-1) are signed: the grid of an input that is never negative keeps all its levels."""
     made, auto = (quantized(Q.Linear(asymmetric=True, activations=kind), negative=False) for kind in ("signed", "auto"))
-    assert all(torch.equal(a, b) for a, b in zip(Q.quantizer_state(made).values(), Q.quantizer_state(auto).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(Q.quantizer_state(made).values(), Q.quantizer_state(auto).values(), strict=True)
+    )
     _, x = network_and_inputs()
     assert torch.equal(made(x), auto(x))
 
@@ -202,7 +206,10 @@ def test_options_are_recorded_where_they_are_no_defaults() -> None:
     """Records of what there was before are what they were."""
     assert Q.Linear().options() == {"calibration": "mse", "power_of_two": False, "asymmetric": False}
     assert Q.LSQ().options() == {"per_channel": True}
-    schemes = [Q.Linear("max", per_channel=False, activations="unsigned"), Q.LSQ(False, power_of_two=True, activations="signed")]
+    schemes = [
+        Q.Linear("max", per_channel=False, activations="unsigned"),
+        Q.LSQ(False, power_of_two=True, activations="signed"),
+    ]
     for scheme in schemes:
         record = json.loads(json.dumps(scheme.record()))
         assert Q.schemes_from_records({"a": record}) == {"a": scheme}

@@ -161,7 +161,7 @@ def test_codes_are_exact_and_nothing_is_clipped(
 
 @pytest.mark.parametrize("name", DEPLOYABLE)
 def test_integers_are_of_16_bits(name: str) -> None:
-    qnetwork, x = quantized(16, 16, SCHEMES[name])
+    qnetwork, _ = quantized(16, 16, SCHEMES[name])
     for layer in Q.quant_layers(qnetwork).values():
         codes, scale, bits = layer.scheme.integer_weights(layer)
         assert (codes.dtype, bits) == (torch.int16, 16)

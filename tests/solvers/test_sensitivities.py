@@ -226,6 +226,18 @@ def test_gradients_leave_the_networks_as_they_were_and_know_widths_that_a_scheme
     assert unknown[0].tolist() == [True] + 7 * [False]
 
 
+def test_gradients_of_16_bits_are_measured_and_not_those_of_8() -> None:
+    network, qnetwork, x = quantized_twice()
+    few = gradient_increases(network, qnetwork, ["layer"], [x])["layer"]
+    wide = gradient_increases(network, qnetwork, ["layer"], [x], widths=Q.WIDTHS)["layer"]
+    assert few.shape == (2, 8)
+    assert wide.shape == (2, 9)
+    assert np.array_equal(wide[:, :8], few)
+    assert (wide[:, 8] < few[:, 7] / 1000).all()
+    corrected = Q.quantize(network, {"layer": (8, 8)}, calibrate=x, correction="analytic")
+    assert remaining_errors(network, corrected, ["layer"], [x], widths=Q.WIDTHS)["layer"].shape == (9,)
+
+
 def test_gradients_of_tied_layers_add_up_and_cost_no_evaluation() -> None:
     network = small_network()
     problem = make_problem(network)

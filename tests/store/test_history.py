@@ -116,3 +116,35 @@ def test_better_rows_come_first() -> None:
     cheaper = ROW._replace(cost=1e-6)
     smaller_loss = ROW._replace(loss=0.2)
     assert sorted([worse, ROW, cheaper, smaller_loss], key=lambda row: row.rank) == [smaller_loss, cheaper, ROW, worse]
+
+
+def test_16_bits_and_float_are_words_and_further_costs_stand_behind(tmp_path: Path) -> None:
+    row = ROW._replace(weight_bits=(8, 16, 32), activation_bits=(8, 32, 16), others=(4e4, math.inf))
+    assert row.line() == "ddpg,1,8-16-float,8-float-16,0.925,0.30000000000000004,1.5e-05,1,,40000.0,inf\n"
+    path = tmp_path / "history.csv"
+    history.write(path, others=("storage", "peak_memory"))
+    assert path.read_text() == HEADER[:-1] + ",storage,peak_memory\n"
+    history.append(path, row)
+    assert history.read(path, 3) == history.read(path, 3, others=("storage", "peak_memory")) == [row]
+
+
+@pytest.mark.parametrize(
+    ("header", "others", "sentence"),
+    [
+        (HEADER, ("storage",), "tells what policies cost in no further metric, where it is storage that is limited"),
+        (HEADER[:-1] + ",storage\n", (), "in storage, where it is no further metric that is limited"),
+        (HEADER[:-1] + ",bops,storage\n", ("storage", "bops"), "in bops and storage, where it is storage and bops"),
+        (HEADER[:-1] + ",money\n", None, "has the columns solver,evaluation,weight_bits"),
+        (HEADER[:-1] + ",storage,storage\n", None, "has the columns solver,evaluation,weight_bits"),
+    ],
+)
+def test_a_history_of_other_budgets_is_refused(
+    header: str, others: tuple[str, ...] | None, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "history.csv"
+    path.write_text(header)
+    with pytest.raises(ValueError, match=sentence):
+        history.read(path, others=others)
+    path.write_text(HEADER[:-1] + ",storage\n" + LINE[:-1] + ",-1\n")
+    with pytest.raises(ValueError, match="line 2: the storage is '-1', not a number from 0"):
+        history.read(path)

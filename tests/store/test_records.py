@@ -27,7 +27,7 @@ from haq.store.records import (
 )
 from haq.store.units import UNITS
 from quantizers import MAX_BITS
-from tests.reporting.written_runs import write_robustness, write_run
+from tests.reporting.written_runs import change, write_robustness, write_run, write_wide_run
 
 ROOT = Path(__file__).parents[2]
 RECORDS: dict[str, type[FileRecord]] = {
@@ -208,6 +208,102 @@ def test_floats_are_kept_to_the_last_bit(tmp_path: Path) -> None:
     assert row.weights == increases
     assert row.activations == increases[::-1]
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == content
+
+
+def test_a_run_of_wide_widths_and_three_budgets_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = write_wide_run(tmp_path / "run", goal=True, budget=False)
+    for name in ("problem.json", "policy.json", "result.json"):
+        read = RECORDS[name].read(folder / name)
+        assert read.to_dict() == json.loads((folder / name).read_text())
+    problem = ProblemRecord.read(folder / "problem.json")
+    assert [limit.metric for limit in problem.further] == ["storage", "peak_memory"]
+    assert problem.before == [(8, 16), (8, 8), (8, 8), (8, 8), (8, 16)]
+    assert problem.choice_words == "4, 8, 16 and float for weights, 8, 16 and float for activations"
+    layer = problem.layers[1]
+    assert (layer.cost_at(4, None), layer.cost_at(4, 32), layer.cost_at(2, 2)) == (256e-6, 256e-6, None)
+
+
+def test_costs_of_few_bits_alone_are_read_as_they_were(tmp_path: Path) -> None:
+    problem = ProblemRecord.read(write_run(tmp_path / "run") / "problem.json")
+    layer = problem.layers[0]
+    assert layer.cost_at(8, 8) == layer.cost[7][7]
+    assert layer.cost_at(16, 16) is layer.cost_at(None, 8) is None
+    assert (problem.before_words, problem.choice_words, problem.goal_words) == ("8/8", "2 to 8", "the best")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"limit": 1.0}, "'limits' limit latency to 0.00"),
+        ({"limit": None, "limits": []}, "'limit' is null; it must be a number, unless other metrics are limited"),
+        ({"reference_policy": policy(stem=8)}, "'reference_policy' is of other layers than 'layers'"),
+        ({"reference_policy": policy(**{f"layer{i}": 8 for i in range(5)})}, "in 'reference_policy' don't add up to"),
+        ({"goal": {"kind": "cheapest", "is": "x"}}, "'goal.least' is missing, which a goal of kind 'cheapest' has"),
+        ({"goal": {"kind": "tradeoff", "is": "x", "alpha": 0.0, "beta": -1.0}}, "'goal.target' is missing"),
+        ({"widths": {"weights": [9], "activations": [8]}}, "a width must be 1 to 8, 16 or float, not '9'"),
+    ],
+)
+def test_what_a_problem_may_not_say(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    path = write_wide_run(tmp_path / "run") / "problem.json"
+    change(path, **changes)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        ProblemRecord.read(path)
+
+
+def test_costs_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path = write_wide_run(tmp_path / "run") / "problem.json"
+    layers = json.loads(path.read_text())["layers"]
+    layers[2]["cost"] = [row[:9] for row in layers[2]["cost"]]
+    change(path, layers=layers)
+    with pytest.raises(ValueError, match="'cost' of a layer must have 8 or 10 rows, of as many costs each"):
+        ProblemRecord.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"budgets": []}, ""),
+        ({"uniform": [{"bits": "4/9", "cost": 1.0, "search_accuracy": 0.5}]}, "a width must be 1 to 8, 16 or float, not '9'"),
+        ({"uniform": [{"bits": 12, "cost": 1.0, "search_accuracy": 0.5}]}, "'bits' of a uniform policy is 12; it must be 1 to 8"),
+    ],
+)
+def test_what_a_result_may_not_say(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    path = write_wide_run(tmp_path / "run") / "result.json"
+    change(path, **changes)
+    if not sentence:
+        assert [budget.metric for budget in ResultRecord.read(path).all_budgets] == ["latency"]
+        return
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        ResultRecord.read(path)
+
+
+def test_every_budget_of_a_result_makes_sense(tmp_path: Path) -> None:
+    path = write_wide_run(tmp_path / "run") / "result.json"
+    budgets = json.loads(path.read_text())["budgets"]
+    budgets[1]["used"] *= 0.5
+    budgets[1]["used_fraction"] *= 0.5
+    change(path, budgets=budgets)
+    with pytest.raises(ValueError, match=r"it must be 'found.storage_bytes'"):
+        ResultRecord.read(path)
+    change(path, budgets=[*budgets[1:]])
+    with pytest.raises(ValueError, match="the first of 'budgets' isn't 'budget'"):
+        ResultRecord.read(path)
+
+
+def test_sensitivities_have_eight_or_ten_places(tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        "schema": "haq-sensitivity-2",
+        "kind": "loss",
+        "signature": {},
+        "bits": [2, 32],
+        "base": policy(stem=8),
+    }
+    for count in (8, 10):
+        content["loss_increases"] = [{"layers": ["stem"], "weights": [None] * count, "activations": [0.5] * count}]
+        SensitivityRecord.from_dict(content)
+    content["loss_increases"][0]["weights"] = [None] * 9
+    with pytest.raises(ValueError, match="there are 9 increases of an operand; there must be 8 or 10, by width"):
+        SensitivityRecord.from_dict(content)
 
 
 def test_metrics_are_those_that_have_units() -> None:

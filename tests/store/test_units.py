@@ -8,17 +8,22 @@ import pytest
 
 from haq.store.units import (
     DOWN,
+    UNITS,
     UP,
     begin,
     best_unit,
     describe_amount,
     describe_bytes,
     held_against,
+    kind_of_cost,
+    metric_words,
     percent,
     plotted,
     show,
     show_difference,
 )
+from hw_models.metrics import METRICS
+from hw_models.metrics import UNITS as BASE_UNITS
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,11 @@ from haq.store.units import (
         (3e-9, "energy", "0.003 uJ"),
         (45_600.0, "storage", "45.6 kB"),
         (0.0, "storage", "0 B"),
+        (199.2e6, "bops", "199.2 Mbops"),
+        (3.5e12, "bops", "3.5 Tbops"),
+        (4.125, "average_weight_bits", "4.125 bits"),
+        (256e3, "peak_memory", "256 kB"),
+        (1.5e6, "memory_traffic", "1.5 MB"),
     ],
 )
 def test_amounts_have_the_unit_that_reads_best(amount: float, metric: str, words: str) -> None:
@@ -120,3 +130,16 @@ def test_shares_are_drawn_in_percent_and_other_values_as_they_are() -> None:
 def test_an_objective_at_the_beginning_of_a_sentence_keeps_its_name() -> None:
     titles = ["accuracy", "worst-case accuracy", "mIoU", "PSNR", "my_loss", ""]
     assert [begin(title) for title in titles] == ["Accuracy", "Worst-case accuracy", "mIoU", "PSNR", "my_loss", ""]
+
+
+def test_every_metric_of_hardware_has_units_and_words() -> None:
+    assert tuple(UNITS) == METRICS
+    for metric, units in UNITS.items():
+        assert [name for name, size in units.items() if size == 1] == [BASE_UNITS[metric]]
+    assert metric_words("average_weight_bits") == "average weight bits"
+
+
+def test_what_is_counted_is_neither_estimated_nor_measured() -> None:
+    kinds = {metric: kind_of_cost(metric, "measured on a desk") for metric in METRICS}
+    assert [metric for metric, kind in kinds.items() if kind == "measured"] == ["latency", "energy"]
+    assert set(kinds.values()) == {"measured", "counted"}

@@ -29,7 +29,23 @@ from hw_models import trust
         ({"objective": "acuracy"}, "unknown objective 'acuracy'; did you mean accuracy"),
         ({"env": "gym"}, "unknown environment 'gym'; known: plan, haq"),
         ({"sensitivity_kind": "x"}, "unknown kind of sensitivities 'x'; it can be loss, kl, hessian"),
-        ({"bits": "8:2"}, "--bits: '8:2' is no span of widths: the smaller stands first, such as 2:8; give such as 2:8 or 4,8"),
+        ({"bits": "8:2"}, "--bits: '8:2' is no span of widths: the smaller stands first, such as 2:8; give"),
+        ({"bits": "4,9"}, "--bits: a width must be 1 to 8, 16 or float, not '9'; give such as 2:8 or 4,8,16,float"),
+        ({"bits": "4/8/8"}, "--bits: '4/8/8' has more than one '/'; give such as"),
+        ({"metric": "speed"}, "--metric is 'speed'; known: latency, energy, storage, bops"),
+        ({"budget": "speed=0.5"}, "--budget 'speed=0.5' is of an unknown metric 'speed'; known: latency, energy, storage"),
+        ({"budget": "0.5,latency=1ms"}, "--budget limits latency twice, to 0.5 and to 1ms: leave one of them out"),
+        ({"budget": "0.5,storage="}, "--budget is '0.5,storage='; it must be a limit such as 0.5 or 40kB, or METRIC=LIMIT"),
+        ({"budget": "storage=0.5"}, "--metric is latency, which no --budget limits (storage=0.5): add --budget latency=LIMIT"),
+        ({"budget": "none"}, "--budget none goes with --max-drop or --at-least alone"),
+        ({"reference": "8x8"}, "--reference: '8x8' is no pair of widths; write w8a16, 8/16, 4/float or float, or a policy"),
+        ({"max_drop": -1.0}, "--max-drop is -1; it must be a number from 0"),
+        ({"max_drop": float("nan")}, "--max-drop is nan; it must be a number from 0"),
+        ({"at_least": "much"}, "--at-least is 'much'; it must be a value of the objective, such as 91.5% or 0.3"),
+        ({"tradeoff": "mild"}, "--tradeoff is 'mild'; it must be soft, hard, or two exponents of the cost"),
+        ({"tradeoff": "0.07,0.07"}, "--tradeoff is '0.07,0.07'; it must be soft, hard, or two exponents"),
+        ({"max_drop": 1.0, "at_least": "90%"}, "--max-drop and --at-least say the same in two ways: leave one of them out"),
+        ({"max_drop": 1.0, "tradeoff": "soft"}, "--tradeoff looks for the most of one number, and --max-drop or --at-least"),
         ({"eps": "4/255"}, "--eps 4/255 is of an attack: it goes with --objective accuracy+robust, not accuracy"),
         ({"eps": "8", "objective": "accuracy+robust"}, "eps is on the scale of images in [0, 1]: 8/255, not 8"),
         ({"scheme": ""}, "--scheme is ''; it must be NAME or NAME,LAYER=NAME, with each layer once, not ''"),
@@ -79,10 +95,45 @@ def test_the_command_asks_for_the_same() -> None:
     assert "--sensitivity-kind" not in SearchConfig(sensitivity="run", sensitivity_kind="kl").words()
 
 
+def test_several_budgets_are_one_text_and_the_metric_comes_first() -> None:
+    config = SearchConfig(metric="storage", budget="latency=0.5,40kB,peak_memory=256kB")
+    assert list(config.budgets().items()) == [("storage", "40kB"), ("latency", "0.5"), ("peak_memory", "256kB")]
+    assert SearchConfig.read(config.to_dict()) == config
+    assert SearchConfig.from_options({"budget": "storage=40kB,latency=0.5"}).metric == "storage"
+    assert SearchConfig.from_options({"budget": "storage=40kB,0.5"}).metric == "latency"
+    assert SearchConfig().budgets() == {"latency": "0.5"}
+
+
+def test_the_cheapest_has_no_budget_unless_one_is_given() -> None:
+    config = SearchConfig.from_options({"max_drop": 0.5})
+    assert (config.budgets(), config.limits(), config.to_dict()["budget"]) == ({}, None, "none")
+    assert config.command() == "python -m haq.search --max-drop 0.5"
+    assert SearchConfig().replace(at_least="91%").budget == "none"
+    within = SearchConfig(max_drop=0.5, budget="0.5")
+    assert within.limits() == "0.5"
+    # What is asked for again is what was asked for.
+    for one in (config, within, SearchConfig(max_drop=1.0, metric="energy", budget="storage=40kB")):
+        words = one.options()
+        given = {word[2:].replace("-", "_"): value for word, value in zip(words[::2], words[1::2], strict=True)}
+        given["max_drop"] = float(given["max_drop"])
+        assert SearchConfig.from_options(given) == one
+
+
+def test_what_most_runs_do_without_is_in_no_file_of_theirs() -> None:
+    told = SearchConfig().to_dict()
+    assert not {"reference", "max_drop", "at_least", "tradeoff"} & set(told)
+    assert SearchConfig(tradeoff="soft").to_dict()["tradeoff"] == "soft"
+    # Runs from before there were wider widths.
+    assert SearchConfig.read({**told, "bits": "2:8"}).bits == "2:8"
+    assert SearchConfig(tradeoff="0,-1").exponents() == (0.0, -1.0)
+    assert (SearchConfig(at_least="91.5%").least_value(), SearchConfig(at_least="0.3").least_value()) == (0.915, 0.3)
+
+
 def test_files_of_the_users_own() -> None:
     assert SearchConfig().files() == {}
     config = SearchConfig(network="mobilenet-mini@a.pt", data="images:photographs", hw="lut:table.csv")
     assert config.files() == {"network": Path("a.pt"), "data": Path("photographs"), "hw": Path("table.csv")}
+    assert SearchConfig(reference="a/policy.json").files() == {"reference": Path("a/policy.json")}
 
 
 def test_schemes_of_single_layers() -> None:
