@@ -49,6 +49,19 @@ from haq.study.search_run import SearchRun
 from hw_models import trust
 
 CANARY = "open('executed', 'w').close()\ndef main(*given, **options): raise SystemExit\nCanary = main\n"
+CAPABILITIES = """
+capabilities:
+  pairs: [8/8, 4/8, [4, 4]]
+  kinds: {linear: {weights: [4, 8], activations: "6:8"}}
+  layers: {first: {weights: 8}, last: [8/8], "3": [8/8]}
+  per_channel_weights: false
+  zero_points: false
+  activation_sign: unsigned
+  power_of_two_scales: true
+  accumulator_bits: 16
+  on_overflow: wider
+  overflow_cost: 2.0
+"""
 KINDS = ("hardware", "table", "config", "checkpoint", "torch", "run", "deployed")
 MEMORY, CPU_S, WALL_S = 500 * 10**6, 5.0, 60  # that an input may take; the last only tells what hangs
 HEADROOM = 3 * 2**30  # bytes of addresses beyond those of the first process; what is touched is measured
@@ -287,6 +300,13 @@ def sound_files(place: Path, kinds: list[str]) -> list[Kind]:
     hardware = [Path(shutil.copy(path, place)) for path in sorted(targets.glob("*.yaml"))]
     rows = [f"{name},{w},{a},{w * a}" for name in ("0", "3", "6", "8") for w in range(1, 9) for a in range(1, 9)]
     Path("table.csv").write_text("\n".join(["layer,w_bits,a_bits,latency_us", *rows]))
+    shapes = ("conv,1,8,3,2,1,8", "pointwise,8,8,1,1,1,4x4", "linear,128,16,,,,1", "linear,16,4,1,1,1,")
+    header = "kind,in_channels,out_channels,kernel,stride,groups,input_size,w_bits,a_bits,latency_us"
+    pairs = ("8,8,3", "4,8,2", "16,float,9")
+    Path("shapes.csv").write_text("\n".join([header, *(f"{shape},{pair}" for shape in shapes for pair in pairs)]))
+    able = Path("able.yaml")
+    able.write_text((targets / "edge.yaml").read_text(encoding="utf-8") + CAPABILITIES)
+    hardware.append(able)
     named = networks.load(OWN[0])
     networks.save_checkpoint(named, Path("own.safetensors"))
     networks.save_checkpoint(networks.load(pretrained=False), Path("ours.safetensors"))
@@ -298,7 +318,7 @@ def sound_files(place: Path, kinds: list[str]) -> list[Kind]:
     shutil.copy("run/checkpoint/quantized.safetensors", "quantized.safetensors")
     made = [
         Kind("hardware (YAML)", hardware, read_hardware),
-        Kind("table", [Path("table.csv")], read_table),
+        Kind("table", [Path("table.csv"), Path("shapes.csv")], read_table),
         Kind("config", [Path(shutil.copy("run/config.yaml", "config.yaml"))], read_config),
         Kind("checkpoint", [Path(f"{name}.safetensors") for name in ("own", "ours", "quantized")], read_checkpoint),
         Kind("torch file", [Path("own.pt")], read_checkpoint),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,6 @@ from hw_models.notebook import html_table
 from hw_models.storage import BITS, IN_FLOAT, peak_activation_bytes, untied_bytes
 from hw_models.widths import ACCEPTED, FLOAT, PLACES, WIDTHS, at_places, pair_words, places
 from hw_models.workload import Workload
-
-if TYPE_CHECKING:
-    from hw_models.capabilities import Capabilities
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -63,7 +60,7 @@ class CostTable:
     bound: Integers | None = None
     bounds: tuple[str, ...] = ()
     counters: Mapping[str, Integers] = field(default_factory=dict)
-    within: Capabilities | None = None  # of the target, if the costs have been brought within these
+    within: object = None  # the `hw_models.Capabilities` that the costs have been brought within; None: none yet
 
     def __post_init__(self) -> None:
         """Check that every cost is positive, that each layer can be done, and that all has the shape of the workload."""

@@ -107,6 +107,9 @@ class _Channels:
         scales, errors = [], []
         for bits in widths:
             scale = self.scale(bits, rule)
+            if bits > MAX_BITS:
+                # A step of weights that are next to nothing would be none in float32.
+                scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
             if power_of_two:
                 scale = self.best_of((2 ** scale.log2().floor(), 2 ** scale.log2().ceil()), bits)
             scales.append(scale)

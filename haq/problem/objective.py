@@ -568,7 +568,7 @@ def check_targets(objective: Objective | type[Objective], dataset: Dataset) -> N
 
 
 def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tensor) -> int:
-    """Count the images that an objective calls correct; those with an output that is NaN are not.
+    """Count the images that an objective calls correct; arguments and errors are those of `which_correct`.
 
     Args:
         objective: The objective.
@@ -577,6 +577,20 @@ def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
 
     Returns:
         Their number.
+    """
+    return int(which_correct(objective, outputs, labels).sum())
+
+
+def which_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Tell the images that an objective calls correct; those with an output that is NaN are not.
+
+    Args:
+        objective: The objective.
+        outputs: As `Objective.correct` takes them.
+        labels: Likewise.
+
+    Returns:
+        Booleans, shape (images,).
 
     Raises:
         ValueError: Naming the objective and what it gave, for anything but a boolean tensor of shape (images,); and for
@@ -597,7 +611,8 @@ def count_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
         )
     for part in outputs:
         given = given & ~part.isnan().any(1)
-    return int(given.sum())
+    found: Tensor = given
+    return found
 
 
 def _knows_one_version(objective: Objective, method: str) -> bool:

@@ -403,7 +403,7 @@ def measure_with_error(
         tally = ValueTally(objective)
     for batch, (given, targets) in enumerate(split.batches(batch_size)):
         inputs = to_device(network.preprocess(given), network.device)
-        wanted = _wanted(objective, network, inputs, targets)
+        wanted = wanted_of(objective, network, inputs, targets)
         more: tuple[Tensor, ...] = ()
         if objective.attacked:
             more = attacked_inputs(objective, module, inputs, wanted, batch)
@@ -422,7 +422,7 @@ def measure_with_error(
     return _or_worst(objective, result.accuracy), result.error
 
 
-def _wanted(objective: Objective, network: Network, inputs: Any, targets: Any) -> Any:
+def wanted_of(objective: Objective, network: Network, inputs: Any, targets: Any) -> Any:
     """Return what a batch's outputs are held against, on the network's device: its targets, or the float network's outputs."""
     if not objective.compares_with_float:
         return objective.aligned(inputs, to_device(targets, network.device))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ from haq.problem.goal import TRADEOFF
 from haq.problem.problem import Problem
 from haq.solvers import ilp, sensitivity
 from haq.solvers.base import Session, Solver, Trial
-from hw_models.widths import places
+from hw_models.widths import WIDTHS, places
 
 Floats = NDArray[np.float64]
 
@@ -50,9 +51,10 @@ SHARED, SHARED_OF_LOSS = 0.65, 0.9  # shares of the variance that similar polici
 REACH = 1 / 6  # share of the operands over which that falls to 1 / e
 FADING = 2.0  # how much less a trial says for a predicted loss that is e times as large
 MOST_KNOWN = 400  # trials that it is made of
-SCANNED = 0.2  # of the evaluations that are left to refinement: proposals below the cheapest policy, to begin from
-LIMITS = 60  # limits for which the programme is asked
-HOPELESS = 3.5  # standard deviations by which a policy is expected to miss what is asked for
+RANGE = 0.15  # how far below the best so far the programme's proposals go, as a part of its cost
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it fill a range evenly
+WINDOW, LEAST_WINDOW = 0.05, 0.01  # how far below the best so far, at most and at least, every third policy costs
+SHRINK, GROW = 0.9, 1.5  # of that, without and with success
 ORIGINS = 12  # trials whose surroundings are looked at
 LOOKED_AT = 150  # neighbours of each
 FEWEST = 3  # trials that anything can be told from
@@ -269,17 +271,28 @@ def refine(session: Session, loss_increase: Floats) -> None:
         loss_increase: How much (nats) every pair of widths raises the loss, shape (decisions, 10, 10).
     """
     neighbours = Neighbours(session.problem, loss_increase)
-    scanned = neighbours.proposals(session, int(SCANNED * session.left))
-    session.expect(scanned)
-    for policy in scanned:
-        session.evaluate(policy)
+    step, rounds = WINDOW, 0
     while session.left:
-        chosen = neighbours.promising(session, min(session.ahead, session.left))
-        if not chosen:
-            return
+        before = session.best
+        count = min(session.ahead, session.left)
+        if rounds % 3 == 0:
+            chosen = neighbours.proposals(session, rounds // 3)
+        elif rounds % 3 == 1:
+            chosen = neighbours.promising(session, count, step)
+        else:
+            chosen = neighbours.promising(session, count)
+        rounds += 1
         session.expect(chosen)
-        for policy in chosen:
+        for policy in chosen[:count]:
             session.evaluate(policy)
+        if not chosen and rounds % 3 == 0:
+            return
+        if rounds % 3 != 2:
+            continue
+        # The window follows what succeeds, as steps do in evolution strategies.
+        step = max(step * SHRINK, LEAST_WINDOW)
+        if session.best is not before:
+            step = min(step * GROW, WINDOW)
 
 
 class Luck:
@@ -305,6 +318,7 @@ class Luck:
         left = values - design @ self.line
         self.deviation = max(math.sqrt(float(np.average(np.square(left), weights=weights))), TINY)
         self.widths, self.shared = widths, shared
+        self.given, self.rest = weights, left
         self.reach = max(REACH * widths.shape[1], 1.0)
         self.factor = cho_factor(self._alike(widths) + np.diag(1 / weights - shared))
         self.left = cho_solve(self.factor, left)
@@ -319,6 +333,22 @@ class Luck:
         alike = self._alike(widths)
         known = (alike * cho_solve(self.factor, alike.T).T).sum(1)
         return alike @ self.left, self.deviation * np.sqrt(np.maximum(1 - known, TINY))
+
+    def by_width(self, places_of: Sequence[int]) -> Floats:
+        """Return what each width of each operand adds to what is left of the line, shape (operands, widths), if that adds up.
+
+        Ridge regression with as much variance for all operands together as policies share.
+
+        Args:
+            places_of: The widths.
+        """
+        count = self.widths.shape[1]
+        same = (self.widths[:, None, :] == self.widths[None, :, :]).sum(2)
+        covariance = self.shared * same / count + np.diag(1 / self.given - self.shared)
+        dual = np.linalg.solve(covariance, self.rest)
+        has = self.widths[:, :, None] == np.asarray(places_of)
+        found: Floats = self.shared / count * np.einsum("p,pow->ow", dual, has)
+        return found
 
     def _alike(self, widths: NDArray[np.int64]) -> Floats:
         """Return the correlation of policies with those evaluated, shape (policies, evaluated)."""
@@ -396,48 +426,49 @@ class Neighbours:
         self.first_layers = [decision.layers[0] for decision in problem.decisions]
         self.pairs = [{tuple(pair): index for index, pair in enumerate(d.pairs.tolist())} for d in problem.decisions]
 
-    def proposals(self, session: Session, count: int) -> list[Q.BitPolicy]:
-        """List the programme's policies for limits below the cheapest policy, as far down as there is hope.
+    def proposals(self, session: Session, number: int) -> list[Q.BitPolicy]:
+        """Let the programme propose a policy below the best so far, with sensitivities corrected by what was evaluated.
 
-        Policies far apart have each their own luck; what others find around the luckiest of them is better than what they find
-        around any.
+        Policies far apart have each their own luck, and what others find around the luckiest of them is better than what they
+        find around any.
 
         Args:
             session: What was evaluated.
-            count: How many are wanted at most.
+            number: How many were asked for before; limits are spread evenly over `RANGE` below the best, or around a target.
 
         Returns:
-            Policies that weren't evaluated, from limits in equal steps.
+            The policy, or none if it was evaluated already.
         """
         problem = self.problem
-        if problem.goal.kind == TRADEOFF or count < 1:
-            return []
+        surrogate = self._surrogate(session)
+        place = (number + 1) * GOLDEN % 1
         top = problem.limit
         if session.best is not None:
             top = session.best.cost
-        surrogate = self._surrogate(session)
-        found: list[Q.BitPolicy] = []
-        for limit in np.geomspace(cheapest_within(problem), top, LIMITS + 1)[:-1].tolist():
-            limited = limited_to(problem, limit)
-            if limited is None:
-                continue
-            policy = ilp.propose(limited, self.loss_increase)
-            if session.seen(policy) or policy in found:
-                continue
-            if surrogate is not None:
-                drop = float(surrogate.trend(np.array([self._predicted(self._widths(policy))]))[0])
-                if drop > self._allowed + HOPELESS * surrogate.deviation:
-                    continue
-            found.append(policy)
-        spread = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
-        return [found[place] for place in spread.tolist()]
+        limit = top * (1 - RANGE * place)
+        if problem.goal.kind == TRADEOFF:
+            limit = top * (1 + RANGE * (2 * place - 1))
+        limited = limited_to(problem, max(limit, cheapest_within(problem)))
+        if limited is None or surrogate is None:
+            return []
+        policy = ilp.propose(limited, self._corrected(surrogate))
+        if session.seen(policy):
+            return []
+        return [policy]
 
-    def promising(self, session: Session, count: int) -> list[Q.BitPolicy]:
+    def _corrected(self, surrogate: Surrogate) -> Floats:
+        """Return the sensitivities, shape (decisions, 10, 10), with what the widths of policies had beside the prediction."""
+        extra = surrogate.of_loss.by_width(WIDTHS)
+        of_weights, of_activations = np.split(extra / float(surrogate.of_loss.line[1] or 1.0), 2)
+        return self.loss_increase + of_weights[:, :, None] + of_activations[:, None, :]
+
+    def promising(self, session: Session, count: int, window: float = 1.0) -> list[Q.BitPolicy]:
         """Choose the policies from which most is expected, none of which was evaluated.
 
         Args:
             session: What was evaluated.
             count: How many are wanted.
+            window: How far below the best so far they may cost, as a part of that.
 
         Returns:
             As many, the best first, or fewer if there are no more.
@@ -448,7 +479,7 @@ class Neighbours:
             return []
         found: dict[tuple[int, ...], tuple[float, float]] = {}
         for origin in self._nearest(origins, session.best, surrogate):
-            found |= self._around(origin, session.best, surrogate)
+            found |= self._around(origin, session.best, surrogate, window)
         if not found:
             return []
         options = np.array(list(found))
@@ -487,7 +518,7 @@ class Neighbours:
         predicted = np.array([self._predicted(row) for row in widths])
         losses = np.array([trial.loss for trial in trials])
         drops = np.array([self._drop(trial) for trial in trials])
-        start = session.best or origins[0]
+        start = session.best or min(origins, key=self._drop)
         return Surrogate(widths, predicted, losses, drops, self._predicted(self._widths(start.policy)))
 
     def _nearest(self, origins: list[Trial], best: Trial | None, surrogate: Surrogate) -> list[Trial]:
@@ -503,13 +534,16 @@ class Neighbours:
             found.append(best)
         return found
 
-    def _around(self, origin: Trial, best: Trial | None, surrogate: Surrogate) -> dict[tuple[int, ...], tuple[float, float]]:
+    def _around(
+        self, origin: Trial, best: Trial | None, surrogate: Surrogate, window: float
+    ) -> dict[tuple[int, ...], tuple[float, float]]:
         """List the most promising policies that differ from a trial in one decision or two.
 
         Args:
             origin: The trial.
             best: The best so far.
             surrogate: What is expected of policies.
+            window: As in `promising`.
 
         Returns:
             What they cost and are predicted to lose, by the option of every decision.
@@ -532,6 +566,8 @@ class Neighbours:
         # About half of what a policy has beyond the trend its neighbours have as well.
         luck = self._drop(origin) - float(surrogate.trend(np.array([now_loss.sum()]))[0])
         gains = self._gains(best, price, surrogate.trend(loss) + luck / 2, np.full(len(price), surrogate.deviation))
+        if best is not None:
+            gains[np.abs(price - best.cost) > window * best.cost] = 0.0
         order = np.argsort(-_rounded(gains), kind="stable")[:LOOKED_AT]
         found = {}
         for index in order:

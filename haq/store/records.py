@@ -874,9 +874,11 @@ class ReachedRecord(JudgingRecord):
         test_least: What would be good enough there: as much below float on the test split.
         test_error: As `search_error`, on the test split.
         test_holds: Whether it is good enough there.
+        paired: Whether errors are of differences by sample; those of two independent values are larger.
     """
 
     objective: str
+    paired: bool = False
     least: float
     max_drop: float | None = None
     search: float | None
@@ -886,6 +888,30 @@ class ReachedRecord(JudgingRecord):
     test_least: float | None
     test_error: float | None = None
     test_holds: bool
+
+    def certainty(self, split: str, value: float) -> str:
+        """Say whether what was found is good enough on a split, and whether that is certain.
+
+        Args:
+            split: "search" or "test".
+            value: The value there.
+
+        Returns:
+            "holds", "holds, but within its standard error", "MISSED by less than its standard error" or "MISSED".
+        """
+        holds, error = getattr(self, f"{split}_holds"), getattr(self, f"{split}_error")
+        least = self.least
+        if split == "test" and self.test_least is not None:
+            least = self.test_least
+        margin = self.score(value) - self.score(least)
+        within = bool(error) and abs(margin) < error
+        if holds and within:
+            return "holds, but within its standard error"
+        if holds:
+            return "holds"
+        if within:
+            return "MISSED by less than its standard error"
+        return "MISSED"
 
 
 class TuningRecord(JudgingRecord):

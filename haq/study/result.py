@@ -9,6 +9,7 @@ from torch import nn
 
 import quantizers as Q
 from haq.problem.chance import standard_error
+from haq.problem.paired import has_values_by_sample, paired_error
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
 from haq.problem.tally import measure_with_error
@@ -290,22 +291,25 @@ def goal_entries(task: SearchTask, policy: Q.BitPolicy) -> dict[str, Any]:
         return {}
     if goal["kind"] != "cheapest":
         return {"goal": goal}
-    return {"goal": goal, "reached": _reached(task, entry(task, policy), entry(task, None))}
+    return {"goal": goal, "reached": _reached(task, policy)}
 
 
-def _reached(task: SearchTask, found: dict[str, float | None], of_float: dict[str, float | None]) -> dict[str, Any]:
+def _reached(task: SearchTask, policy: Q.BitPolicy) -> dict[str, Any]:
     """Tell how the value of what was found stands to what was asked for, on both splits.
 
     Args:
         task: The search.
-        found: What was measured of it.
-        of_float: What was measured of the float network.
+        policy: What was found.
 
     Returns:
         The fields of `haq.store.records.ReachedRecord`.
     """
     problem, judging = task.problem, objective_of(task.problem)
     objective, goal = problem.objective, problem.goal
+    found, of_float = entry(task, policy), entry(task, None)
+    module: nn.Module | None = None
+    if goal.max_drop is not None and has_values_by_sample(objective):
+        module = problem.evaluator.prepared(policy)
     told: dict[str, Any] = {}
     for split in ("search", "test"):
         key = share_key(split, objective.name)
@@ -319,6 +323,9 @@ def _reached(task: SearchTask, found: dict[str, float | None], of_float: dict[st
         error = None
         if None not in errors:
             error = math.hypot(*(one for one in errors if one is not None))
+        if module is not None:
+            error = paired_error(objective, task.network, getattr(task.dataset, split), module)
+            told["paired"] = error is not None
         told |= {split: finite(value), f"{split}_least": finite(least), f"{split}_error": error}
         told[f"{split}_holds"] = goal.is_met(objective, value, float_value)
     least = told.pop("search_least")

@@ -24,14 +24,24 @@ import quantizers as Q
 from haq.problem.budget import OutOfReach
 from haq.problem.device import kind_of, spread
 from haq.problem.evaluator import one_thread
+from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
 from haq.solvers.base import Session, Trial
 from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
-from haq.store.records import FinishedSweepRecord, PolicyRecord, ResultRecord, SweepRecord, error_key, share_key
+from haq.store.records import (
+    UNIFORM_8,
+    FinishedSweepRecord,
+    PolicyRecord,
+    ResultRecord,
+    SweepRecord,
+    error_key,
+    share_key,
+)
 from haq.store.shell import command_line
+from haq.store.units import kind_of_cost
 from haq.study import front
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
@@ -260,7 +270,7 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
 def judge_uniform(context: SweepContext) -> None:
     """Measure, once for all runs, what isn't searched for: the float network and uniform policies."""
     problem = context.first.problem
-    for policy in (None, problem.uniform(8), *summary.uniform_policies(problem).values()):
+    for policy in (None, problem.reference_policy, *summary.uniform_policies(problem).values()):
         summary.entry(context.first, policy)
 
 
@@ -472,14 +482,13 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
     costs = [row["cost"] for row in rows]
     for row, is_best in zip(rows, front.pareto(list(zip(costs, scores, strict=True))), strict=True):
         row["pareto"] = is_best
-    kind = summary.cost_kind(problem)
-    if problem.metric == "storage":
-        kind = "counted"
+    kind = kind_of_cost(problem.metric, problem.table.provenance)
     return {
         "name": problem.target.name,
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         "kind": kind,
         "uniform8": problem.reference,
+        **_reference(problem),
         "least_fraction": problem.smallest / problem.reference,
         "unreachable": context.unreachable[hw],
         "left_out": context.left_out(hw),
@@ -487,6 +496,13 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
         "found": found,
         "fronts": front.fronts(task, found),
     }
+
+
+def _reference(problem: Problem) -> dict[str, str]:
+    """Say what fractions are of, where that isn't uniform 8 bits."""
+    if problem.reference_words == UNIFORM_8:
+        return {}
+    return {"reference": problem.reference_words}
 
 
 def _of_seed(cell: SweepCell, result: ResultRecord, policy: Q.BitPolicy) -> dict[str, Any]:

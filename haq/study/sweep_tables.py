@@ -19,8 +19,9 @@ from haq.store.records import (
     SweepFound,
     SweepPolicy,
     SweepTarget,
+    short_reference,
 )
-from haq.store.units import PERCENT, describe_amount, show
+from haq.store.units import PERCENT, describe_amount, metric_words, show
 from haq.study.sweep_run import SweepContext, shares_sensitivities
 from haq.study.tables import errors_words, rounding_words, scheme_words
 from hw_models.registry import join_words
@@ -53,7 +54,7 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
         "data": task.dataset.describe(),
         "scheme": scheme_words(task.problem),
         "weights": rounding_words(task.problem, task.config.correction),
-        "metric": f"{sweep.settings.metric}, as a fraction of uniform 8 bits",
+        "metric": f"{metric_words(sweep.settings.metric)}, as a fraction of {_reference_of(context)}",
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",
         "sensitivities": sensitivities,
@@ -77,6 +78,22 @@ def _target_words(context: SweepContext, hw: str) -> str:
     if left_out:
         words += f"; {left_out}"
     return words
+
+
+def _reference_of(context: SweepContext) -> str:
+    """Name what budgets are fractions of, on all targets."""
+    words = {short_reference(task.problem.reference_words) for task in context.tasks.values()}
+    if len(words) == 1:
+        return words.pop()
+    return "the reference of each target"
+
+
+def _fraction_heading(target: SweepTarget) -> str:
+    """Head the column of fractions: "of uniform 8 bits" in three lines."""
+    words = target.reference_short.split(" ")
+    if len(words) < 3:
+        return "\n".join(["", "of the", words[-1]])
+    return "\n".join(["of", words[0], " ".join(words[1:])])
 
 
 def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
@@ -103,8 +120,12 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
     columns = [
         Column(_asked_words(sweep), shown),
         Column("policy", names),
-        Column(f"\n{sweep.metric}\n({target.kind})", [describe_amount(row.cost, sweep.metric) for row in rows], "right"),
-        Column("of\nuniform\n8 bits", [f"{row.fraction:.3f}" for row in rows], "right"),
+        Column(
+            f"\n{metric_words(sweep.metric)}\n({target.kind})",
+            [describe_amount(row.cost, sweep.metric) for row in rows],
+            "right",
+        ),
+        Column(_fraction_heading(target), [f"{row.fraction:.3f}" for row in rows], "right"),
     ]
     for split in SPLITS:
         heading = f"{split}\n{_called(sweep)}\n(measured)"
@@ -185,7 +206,12 @@ def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special:
         heading = f"\non {hw}\n({sweep.targets[hw].kind})"
         cells = [f"{policy.fractions[hw]:.3f} {_mark(own == hw)}" for own, policy in policies.items()]
         columns.append(Column(heading, cells, "right"))
-    title = f"What a policy found for one target costs on another: {sweep.metric} as a fraction of uniform 8 bits there"
+    references = {target.reference_short for target in sweep.targets.values()}
+    reference = "the reference"
+    if len(references) == 1:
+        reference = references.pop()
+    metric = metric_words(sweep.metric)
+    title = f"What a policy found for one target costs on another: {metric} as a fraction of {reference} there"
     caption = f"budget {special.budget}. *: the target's own policy, the best on the search split of those found for it"
     print_columns(console, title, columns, caption=caption)
 

@@ -610,27 +610,31 @@ def goal_sentence(result: Mapping[str, Any]) -> str:
     for split in SPLITS:
         key = share_key(split, reached.objective)
         value, of_float = (reached.checked(result[name][key], key) for name in ("found", "float"))
-        verdict = "MISSED"
-        if getattr(reached, f"{split}_holds"):
-            verdict = "holds"
-        told.append(f"{reached.show(value)}, {reached.held_against(value, of_float)} float, on the {split} split: {verdict}")
+        told.append(
+            f"{reached.show(value)}, {_difference_words(reached, split, value, of_float)}, on the {split} split: "
+            f"{reached.certainty(split, value)}"
+        )
     sentence = f"Goal: {goal.words}. Found: {'; '.join(told)}"
     if reached.search_holds and not reached.test_holds:
         sentence += ", so the test split disagrees"
-        if reached.test_error and _misses_by(reached) <= reached.test_error:
-            sentence += ", by no more than its standard error"
-    if reached.test_error:
-        sentence += (
-            f" (standard error there {show_error(reached.test_error, reached.objective_unit)}{_points(reached)} at most)"
-        )
+    if reached.search_error is None:
+        sentence += f"; {reached.objective_title} is no mean over samples, so no standard error is known"
+    elif not reached.paired:
+        sentence += "; ± is at most the standard error"
     return f"{sentence}."
 
 
-def _misses_by(reached: ReachedRecord) -> float:
-    """Return how much worse the value on the test split is than what would be good enough."""
-    if reached.test is None or reached.test_least is None:
-        return math.inf
-    return reached.score(reached.test_least) - reached.score(reached.test)
+def _difference_words(reached: ReachedRecord, split: str, value: float, of_float: float) -> str:
+    """Say how far a value is from the float network's, with the standard error of that: "0.42 ± 0.11 points below float"."""
+    words = reached.held_against(value, of_float)
+    error = getattr(reached, f"{split}_error")
+    if not error:
+        return f"{words} float"
+    shown = show_error(error, reached.objective_unit)
+    number, space, rest = words.partition(" ")
+    if not number[0].isdigit():
+        return f"{words} float (± {shown}{_points(reached)})"
+    return f"{number} ± {shown}{space}{rest} float"
 
 
 def _points(judging: JudgingRecord) -> str:

@@ -210,12 +210,7 @@ class SearchTask(LoadedNetwork):
         return SearchTask(config, network, dataset, problem)
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
-        """Put the same network and data on another target or within another budget; all that was evaluated is shared.
-
-        Not where the target's capabilities ask for other quantizers.
-        """
-        if not self.problem.has_schemes_for(target):
-            return SearchTask.build(config, target)
+        """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
         return replace(self, config=config, problem=self.problem.on(target, config.limits(), max_drop=config.max_drop))
 
     def reconstruct(

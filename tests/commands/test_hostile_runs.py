@@ -420,7 +420,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "policy: 9 bits",
         "evaluate deploy",
         lambda: _policy(lambda p: p["layers"][1].update(weight_bits=9)),
-        "run/policy.json is not a bit policy: layer 'depthwise': bits must be an integer from 1 to 8, or null for",
+        "run/policy.json is not a bit policy: layer 'depthwise': bits must be an integer from 1 to 8, 16, or null for",
     ),
     (
         "policy: other bits than the fine-tuned network's",
@@ -436,7 +436,12 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         lambda: _policy(lambda p: p["layers"][1].update(weight_bits=True)),
         "not True",
     ),
-    ("policy: no bits", "evaluate", lambda: _policy(lambda p: p["layers"][1].update(weight_bits=None)), "or has no bits"),
+    (
+        "policy: float, which the target can't do",
+        "evaluate",
+        lambda: _policy(lambda p: p["layers"][1].update(weight_bits=None)),
+        "(weights/activations), which edge can't do; it can do 1 to 8 bits",
+    ),
     (
         "policy: a number for a name",
         "evaluate",

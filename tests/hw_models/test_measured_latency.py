@@ -474,7 +474,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_search_on_measured_latency(counted: list[str], task: None, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [*SMALL[:-2], "--hw", "cpu", "--budget", "0.9", "--finetune-epochs", "0", "--evaluations", "5"]
+    asked = [*SMALL[:-1], "0.9", "--hw", "cpu", "--finetune-epochs", "0", "--evaluations", "5"]
     assert run_command(lambda: search.main([*asked, "--out", "run"])) == 0
     out, err = capsys.readouterr()
     assert not err

@@ -1,4 +1,4 @@
-"""Runs of chips with few pairs, 16 bits and float, several budgets, and another goal: what a page and a picture show of them."""
+"""Chips with few pairs, 16 bits and float, several budgets, another goal: what a page and a picture show of such runs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,11 @@ def test_values_are_drawn_against_every_metric_that_is_limited(run: RunFolder) -
 def test_everything_said_of_a_run_names_every_budget(run: RunFolder) -> None:
     part = of_run(run, "run", "run")
     verdict = part.sentences[0]
-    for words in ("The budget of 2.016 ms of latency holds.", "The budget of 40 kB of storage holds.", "256 kB of peak memory"):
+    for words in (
+        "The budget of 2.016 ms of latency holds.",
+        "The budget of 40 kB of storage holds.",
+        "256 kB of peak memory",
+    ):
         assert words in verdict
     facts = {fact.label: fact for fact in part.facts}
     assert facts["Budget"].value == "✓ all hold"
@@ -114,7 +118,9 @@ def test_the_cheapest_is_told_by_its_cost(cheapest: RunFolder) -> None:
     assert '"label": "budget"' in json.dumps(tried.specs[1])
     part = of_run(cheapest, "run", "run")
     assert "Looked for was the cheapest that loses at most 2 points of accuracy." in part.sentences[0]
-    assert "is good enough on the search split, and is NOT good enough on the test split, which disagrees." in part.sentences[0]
+    assert (
+        "is good enough on the search split, and is NOT good enough on the test split, which disagrees." in part.sentences[0]
+    )
     facts = {fact.label: fact for fact in part.facts}
     assert facts["Goal"].value == "✗ not on test"
     assert facts["Latency"].detail == "estimated; no budget limits it"

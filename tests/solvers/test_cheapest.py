@@ -117,7 +117,9 @@ def test_a_value_may_be_asked_for_instead() -> None:
 @pytest.mark.parametrize("name", ["ilp", "random", "exhaustive"])
 def test_where_nothing_is_good_enough_the_best_is_named_with_its_drop(name: str) -> None:
     problem = looking_for(chip_problem(), at_least=0.9)
-    with pytest.raises(ValueError, match=r"no policy that is good enough: of \d+ evaluated the best within the budgets has ") as told:
+    with pytest.raises(
+        ValueError, match=r"no policy that is good enough: of \d+ evaluated the best within the budgets has "
+    ) as told:
         found_by(name, problem, 250)
     assert f"as good as the float network's {percent(problem.float_accuracy)}, and asked was the cheapest" in str(told.value)
 

@@ -264,7 +264,10 @@ def test_costs_of_another_shape_are_refused(tmp_path: Path) -> None:
     [
         ({"budgets": []}, ""),
         ({"uniform": [{"bits": "4/9", "cost": 1.0, "search_accuracy": 0.5}]}, "a width must be 1 to 8, 16 or float, not '9'"),
-        ({"uniform": [{"bits": 12, "cost": 1.0, "search_accuracy": 0.5}]}, "'bits' of a uniform policy is 12; it must be 1 to 8"),
+        (
+            {"uniform": [{"bits": 12, "cost": 1.0, "search_accuracy": 0.5}]},
+            "'bits' of a uniform policy is 12; it must be 1 to 8",
+        ),
     ],
 )
 def test_what_a_result_may_not_say(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
