@@ -125,7 +125,10 @@ class HaqEnv(PolicyEnv):
         """Tell which options of a decision come closer to the budgets than the chosen one does."""
         prices = self.problem.decisions[index].prices
         if self._programme is not None:
-            prices = self._programme.excess(chosen, index)
+            excess = self._programme.excess(chosen, index)
+            # What is nearer by rounding alone would lead in a circle.
+            nearer: NDArray[np.bool_] = excess < excess[chosen[index]] - 1e-9
+            return nearer
         saves: NDArray[np.bool_] = prices < prices[chosen[index]]
         return saves
 

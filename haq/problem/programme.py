@@ -22,6 +22,8 @@ from haq.problem.peak import FLOAT_BITS, PeakOfDecisions, padded
 from haq.problem.stock import Stock
 
 SCALE = 1e4  # HiGHS works to absolute tolerances near 1e-7: numbers of this size make them harmless
+TIGHTER = 0.75
+STEP = 1e-9  # in parts of a limit: what is nearer by less may be so by rounding alone, and would lead in a circle
 MOST_KEPT = 50_000  # answers that are remembered
 
 Floats = NDArray[np.float64]
@@ -213,9 +215,12 @@ class Programme:
             found = before
         elif not key or self._stock.possible(key[:-1])[key[-1]]:
             found = self._stock.complete(key)
-            if found is None and (options := self.feasible(key)) is not None:
-                found = tuple(options)
-                self._stock.keep(found)
+            if found is None:
+                found, impossible = self._stock.search(key)
+                if found is None and not impossible:
+                    found = self._exactly(key)
+                if found is not None:
+                    self._stock.keep(found)
         if len(self._answers) >= MOST_KEPT:
             self._answers.clear()
         self._answers[key] = found
@@ -239,8 +244,9 @@ class Programme:
     def surrogates(self, losses: Any) -> list[tuple[Floats, float]]:
         """Return single budgets that whatever fits all limits keeps as well.
 
-        The first is the tightest for these losses: the limits weighted by their multipliers in the linear relaxation
-        (Glover, "Surrogate constraints", Operations Research 1968). The others are the limits of sums themselves.
+        They are the limits of sums themselves, and limits weighted by their multipliers in the linear relaxation (Glover,
+        "Surrogate constraints", Operations Research 1968): the tightest for these losses, and those that are so where more of
+        one limit is used up than of the others.
 
         Args:
             losses: What every option loses, by decision.
@@ -254,10 +260,17 @@ class Programme:
             for prices, limit, ceiling in zip(self.prices, self.limits, self._ceilings, strict=True)
         ]
         sums = [(cost, float(limit)) for cost, limit in zip(self.prices, self._ceilings, strict=True)]
-        relaxed = relaxation(table, self._available & np.isfinite(table), sums, self.peak)
-        if relaxed is not None:
-            found.insert(0, relaxed)
+        for tightened in (None, *range(len(sums))):
+            relaxed = relaxation(table, self._available & np.isfinite(table), sums, self.peak, tightened)
+            if relaxed is not None:
+                found.append(relaxed)
         return found
+
+    def _exactly(self, start: tuple[int, ...]) -> tuple[int, ...] | None:
+        options = self.feasible(start)
+        if options is None:
+            return None
+        return tuple(options)
 
     @cached_property
     def _stock(self) -> Stock:
@@ -336,7 +349,9 @@ def minimise(
     return chosen
 
 
-def relaxation(losses: Floats, available: Flags, limits: Sums, peak: PeakOfDecisions | None) -> tuple[Floats, float] | None:
+def relaxation(
+    losses: Floats, available: Flags, limits: Sums, peak: PeakOfDecisions | None, tightened: int | None = None
+) -> tuple[Floats, float] | None:
     """Weigh limits by their multipliers in the linear relaxation of `minimise`, so that they become one.
 
     Args:
@@ -344,6 +359,7 @@ def relaxation(losses: Floats, available: Flags, limits: Sums, peak: PeakOfDecis
         available: Which options may be taken, same shape.
         limits: What every option costs, same shape, and the limit of the total.
         peak: A limit of the peak of memory.
+        tightened: Take the multipliers that there are where this one of the limits is tighter than it is.
 
     Returns:
         What every option costs by that one limit, shape (rows, options), and the limit; None if no limit binds, or nothing
@@ -354,11 +370,14 @@ def relaxation(losses: Floats, available: Flags, limits: Sums, peak: PeakOfDecis
     upper = np.append(available.ravel().astype(float), np.full(held, np.inf))
     matrix = csr_array(vstack([csr_array(one.A) for one in within]))
     most = np.concatenate([np.atleast_1d(one.ub) * np.ones(csr_array(one.A).shape[0]) for one in within])
+    within_reach = most.copy()
+    if tightened is not None:
+        within_reach[tightened] *= TIGHTER
     with _silent():
         result = linprog(
             goal,
             A_ub=matrix,
-            b_ub=most,
+            b_ub=within_reach,
             A_eq=csr_array(equal[0].A),
             b_eq=np.ones(len(losses)),
             bounds=np.stack([np.zeros(len(upper)), upper], axis=1),

@@ -12,6 +12,11 @@ from haq.problem.peak import PeakOfDecisions
 
 MOST = 64  # ways that are kept
 MOST_STATES = 20_000  # what the first decisions took, of which is remembered what it leaves
+MOST_BOUNDS = 32  # weights of the limits that are kept
+TURNS = 40  # in which a search for a way that fits weighs the limits anew
+PACE = 3.0  # at which weights grow
+SMALL = 1e-9  # the least weight
+BEYOND = 1e-9  # of what is left: what shows that something is impossible
 CLOSE = 1e-12  # in parts of a limit: sums of floats depend on their order
 
 Floats = NDArray[np.float64]
@@ -35,6 +40,8 @@ class Stock:
         self._prices = prices
         self._limits = limits
         self._peak = peak
+        self._there = np.isfinite(prices[0])
+        self._finite = np.where(self._there, prices, 0.0)
         count = prices.shape[1]
         buffers = 0
         if peak is not None:
@@ -53,7 +60,7 @@ class Stock:
         for row in weighed:
             self.keep(tuple(row.argmin(1).tolist()))
         if peak is not None:
-            widths = np.where(np.isfinite(prices[0]), peak.widths, np.iinfo(np.int64).max)
+            widths = np.where(self._there, peak.widths, np.iinfo(np.int64).max)
             narrow = widths == widths.min(1, keepdims=True)
             for row in weighed:
                 self.keep(tuple(np.where(narrow, row, np.inf).argmin(1).tolist()))
@@ -84,8 +91,9 @@ class Stock:
     def _bounded(self, start: tuple[int, ...]) -> NDArray[np.bool_]:
         count = len(start)
         left, widest = self._state(start)
-        weighed = self._weights @ (left[:, None] - self._prices[:, count])
+        weighed = self._weights @ (left[:, None] - self._finite[:, count])
         possible: NDArray[np.bool_] = np.all(weighed >= self._least_from[:, count + 1, None] - CLOSE, axis=0)
+        possible &= self._there[count]
         if self._peak is None:
             return possible
         rest = np.maximum(widest, self._narrowest_from[count + 1])
@@ -115,6 +123,58 @@ class Stock:
             return None
         return start + self._kept[int(fits.argmax())][count:]
 
+    def search(self, start: tuple[int, ...]) -> tuple[tuple[int, ...] | None, bool]:
+        """Look for options that complete the first decisions', by weights of the limits that grow where a limit is exceeded.
+
+        The weights that show that there are none are kept as a bound (Plotkin, Shmoys and Tardos, "Fast approximation
+        algorithms for fractional packing and covering problems", Mathematics of Operations Research 1995).
+
+        Args:
+            start: The options of the first decisions.
+
+        Returns:
+            Options for all decisions, or None; and whether it is certain that there are none.
+        """
+        count = len(start)
+        left = self._state(start)[0]
+        if (left <= 0).any():
+            return None, False
+        rest = self._prices[:, count:] / left[:, None, None]
+        rows = np.arange(rest.shape[1])
+        weights = np.full(len(left), 1 / len(left))
+        nearest, least = rest[0].argmin(1), np.inf
+        for turn in range(TURNS):
+            weighed = np.tensordot(weights, rest, 1)
+            chosen = weighed.argmin(1)
+            if weighed[rows, chosen].sum() > 1 + BEYOND:
+                self._bound(weights / left)
+                return None, True
+            totals = rest[:, rows, chosen].sum(1)
+            if totals.max() < least:
+                nearest, least = chosen, totals.max()
+            if least <= 1:
+                break
+            weights = np.maximum(weights * np.exp((totals - totals.max()) * PACE / (1 + turn / 10)), SMALL)
+            weights /= weights.sum()
+        nearest = _swapped(rest, nearest)
+        options = start + tuple(nearest.tolist())
+        fits = bool((rest[:, rows, nearest].sum(1) <= 1).all())
+        if fits and (self._peak is None or self._peak.amount(options) <= self._peak.limit):
+            return options, False
+        return None, False
+
+    def _bound(self, weights: Floats) -> None:
+        """Keep weights of the limits that showed that something is impossible; where there are many, the oldest leave."""
+        weights = weights / (weights @ self._limits)
+        weighed = np.where(self._there, np.tensordot(weights, self._finite, 1), np.inf)
+        first = len(self._limits) + 1
+        if len(self._weights) >= first + MOST_BOUNDS:
+            self._weights = np.delete(self._weights, first, 0)
+            self._least_from = np.delete(self._least_from, first, 0)
+        self._weights = np.vstack([self._weights, weights])
+        self._least_from = np.vstack([self._least_from, _from_each(weighed.min(1))])
+        self._possible.clear()
+
     def _state(self, start: tuple[int, ...]) -> tuple[Floats, NDArray[np.int64]]:
         """Tell what the first decisions leave of the limits, and which bits they read every buffer with."""
         found = self._states.get(start)
@@ -141,6 +201,31 @@ class Stock:
             read = np.where(self._peak.reads, taken, 0).T
             found[:-1] = np.maximum.accumulate(read[::-1], axis=0)[::-1]
         return found
+
+
+def _swapped(prices: Floats, chosen: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Change one option after another, each time that which comes nearest to all limits, which are 1, while any does.
+
+    Args:
+        prices: What every option costs, shape (limits, decisions, options).
+        chosen: An option per decision.
+    """
+    rows = np.arange(len(chosen))
+    chosen = chosen.copy()
+    while True:
+        now = prices[:, rows, chosen]
+        totals = now.sum(1)
+        excess = np.maximum(totals - 1, 0).sum()
+        if excess <= 0:
+            return chosen
+        instead = (totals[:, None] - now)[:, :, None] + prices
+        exceeded = np.maximum(instead - 1, 0).sum(0)
+        place = int(exceeded.argmin())
+        row, option = divmod(place, prices.shape[2])
+        # What is nearer by rounding alone would lead in a circle.
+        if exceeded[row, option] >= excess * (1 - 1e-6):
+            return chosen
+        chosen[row] = option
 
 
 def _from_each(values: Floats) -> Floats:

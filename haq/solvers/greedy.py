@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 import quantizers as Q
 from haq.problem.decision import Decision
 from haq.problem.problem import Problem
-from haq.problem.programme import Programme
+from haq.problem.programme import STEP, Programme
 from haq.solvers import sensitivity
 from haq.solvers.base import Session, Solver
 
@@ -88,7 +88,7 @@ def _within_all(programme: Programme, losses: Sequence[NDArray[np.float64]], dec
         steps: list[tuple[float, int, int]] = []
         for i, pick in enumerate(chosen):
             excess = programme.excess(chosen, i)
-            closer = np.flatnonzero(excess < excess[pick])
+            closer = np.flatnonzero(excess < excess[pick] - STEP)
             steps.extend(((losses[i][j] - losses[i][pick]) / (excess[pick] - excess[j]), i, int(j)) for j in closer)
         if not steps:
             return programme.choose(losses)

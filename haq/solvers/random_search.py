@@ -8,7 +8,7 @@ import numpy as np
 
 import quantizers as Q
 from haq.problem.problem import Problem
-from haq.problem.programme import Programme
+from haq.problem.programme import STEP, Programme
 from haq.solvers.base import Session, Solver
 
 AHEAD = 256  # policies that are drawn before the first of them is evaluated
@@ -113,7 +113,7 @@ def _lowered_within_all(programme: Programme, chosen: list[int], random: np.rand
     while not programme.fits(chosen):
         for layer in random.permutation(len(chosen)).tolist():
             excess = programme.excess(chosen, layer)
-            closer = np.flatnonzero(excess < excess[chosen[layer]])
+            closer = np.flatnonzero(excess < excess[chosen[layer]] - STEP)
             if len(closer):
                 chosen[layer] = int(random.choice(closer))
                 break
