@@ -277,7 +277,7 @@ class Programme:
         if self.peak is not None:
             # What a decision reads is no smaller at more bits.
             respects.append(np.where(self.peak.reads.any(0)[:, None], self.peak.widths, 0).astype(float))
-        values = np.where(available, np.array(respects), np.inf)
+        values: Floats = np.where(available, np.array(respects), np.inf)
         # Indexed [decision, option, other option].
         no_worse: Flags = np.all(values[:, :, :, None] <= values[:, :, None, :], axis=0)
         better = no_worse & ~no_worse.transpose(0, 2, 1)
