@@ -276,7 +276,8 @@ class Programme:
         respects = [losses, *self.prices]
         if self.peak is not None:
             # What a decision reads is no smaller at more bits.
-            respects.append(np.where(self.peak.reads.any(0)[:, None], self.peak.widths, 0).astype(float))
+            reads: Flags = np.any(self.peak.reads, axis=0)
+            respects.append(np.where(reads[:, None], self.peak.widths, 0).astype(float))
         values: Floats = np.where(available, np.array(respects), np.inf)
         # Indexed [decision, option, other option].
         no_worse: Flags = np.all(values[:, :, :, None] <= values[:, :, None, :], axis=0)
