@@ -454,7 +454,6 @@ Y8 = brightest(X8)
         ({"bits": (2, None)}, r"bits is \(2, None\); it must be a pair of integers"),
         ({"bits": (True, 8)}, r"bits is \(True, 8\); it must be a pair of integers"),
         ({"pinned": {"0": 8}}, "pinned layer '0' has 8; it must be a pair of integers"),
-        ({"pinned": {"stem": (8.5, 8)}}, r"pinned layer 'stem' has \(8.5, 8\); it must be a pair of"),
         ({"pinned": ["stem"]}, r"pinned is \['stem'\]; it must map names of layers"),
     ],
 )
