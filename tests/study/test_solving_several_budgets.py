@@ -27,8 +27,8 @@ def problem(**asked: object) -> haq.Problem:
 def test_all_budgets_are_told_and_saved(tmp_path: Path) -> None:
     found = haq.solve(problem(budget={"latency": 20.0, "storage": 1.0, "bops": "1 Gbops"}), "random", evaluations=3)
     assert ", storage " in repr(found)
-    assert ", bops " in repr(found)
-    assert "<th>storage</th><th>bops</th>" in found._repr_html_()
+    assert ", bit operations " in repr(found)
+    assert "<th>storage</th><th>bit operations</th>" in found._repr_html_()
     text = repr(found.table())
     assert "storage" in text
     assert "32" not in "".join(line.split()[1] for line in text.splitlines() if line.strip()[:2] in ("0 ", "2 ", "4 "))
