@@ -37,7 +37,7 @@ from hw_models.widths import WIDTHS, places
 
 Floats = NDArray[np.float64]
 
-MEASURED = 0.5  # the most of all evaluations that go into sensitivities
+MEASURED = 0.35  # the most of all evaluations that go into sensitivities
 IN_STAGES = 0.3  # of what is left then, for solvers whose policies are refined
 BISECTIONS = 7  # stages that halve the range of limits
 CLOSE = 0.01  # relative width of that range at which halving ends
