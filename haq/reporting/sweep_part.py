@@ -137,7 +137,7 @@ def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> T
         head.append(f"{metric_words(sweep.metric)} on {name}{kind}")
     rows = []
     for name, policy in special.policies.items():
-        fractions = {other: f"{policy.fractions[other]:.3f}" for other in names if other in policy.fractions}
+        fractions = {other: policy.fraction_words(other) for other in names if other in policy.fractions}
         if name in fractions:
             fractions[name] += " *"
         rows.append([name, policy.solver, sweep.show(sweep.value(policy, "test")), *fractions.values()])

@@ -27,7 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from haq.store import files
 from haq.store.files import kind_of, quoted
-from haq.store.units import PERCENT, describe_amount, held_against, kind_of_cost, metric_words, plotted, show, worst_of
+from haq.store.units import (
+    NOTHING,
+    PERCENT,
+    describe_amount,
+    held_against,
+    kind_of_cost,
+    metric_words,
+    plotted,
+    show,
+    worst_of,
+)
 from hw_models.registry import join_words
 from hw_models.storage import BITS
 from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read_pair, width_of, width_words
@@ -1229,11 +1239,21 @@ class SweepTarget(Record):
 
 
 class SpecialisedPolicy(JudgedRecord):
-    """The best policy found for one target, with its cost on each, as a fraction of uniform 8 bits there."""
+    """The best policy found for one target, with its cost on each, as a fraction of uniform 8 bits there.
+
+    It is None where the target can't do one of the policy's pairs of widths.
+    """
 
     folder: str
     solver: str
-    fractions: Annotated[dict[str, float], Field(max_length=MOST)]
+    fractions: Annotated[dict[str, float | None], Field(max_length=MOST)]
+
+    def fraction_words(self, target: str) -> str:
+        """Write its cost on a target; a dash where that can't do it."""
+        fraction = self.fractions[target]
+        if fraction is None:
+            return NOTHING
+        return f"{fraction:.3f}"
 
 
 class SpecialisationRecord(Record):

@@ -12,6 +12,7 @@ nor the number of processes does anything to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -536,10 +537,13 @@ def _specialisation(context: SweepContext, results: Results, policies: Policies)
     for hw in within[budget]:
         candidates = [cell for cell in results if (cell.hw, cell.budget) == (hw, budget)]
         best = max(candidates, key=lambda cell: _score(results[cell]))
-        fractions = {}
+        fractions: dict[str, float | None] = {}
         for other in within[budget]:
             problem = context.tasks[other].problem
-            fractions[other] = problem.policy_cost(policies[best]) / problem.reference
+            cost = problem.policy_cost(policies[best])
+            fractions[other] = None  # the target can't do one of its pairs
+            if cost < math.inf:
+                fractions[other] = cost / problem.reference
         rows[hw] = {
             "folder": best.folder,
             "solver": best.solver,

@@ -213,7 +213,7 @@ def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special:
     columns = [Column("found for", names), Column(f"test\n{_called(sweep)}\n(measured)", values, "right")]
     for hw in policies:
         heading = f"\non {hw}\n({sweep.targets[hw].kind})"
-        cells = [f"{policy.fractions[hw]:.3f} {_mark(own == hw)}" for own, policy in policies.items()]
+        cells = [f"{policy.fraction_words(hw)} {_mark(own == hw)}" for own, policy in policies.items()]
         columns.append(Column(heading, cells, "right"))
     references = {target.reference_short for target in sweep.targets.values()}
     reference = "the reference"
@@ -222,6 +222,8 @@ def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special:
     metric = metric_words(sweep.metric)
     title = f"What a policy found for one target costs on another: {metric} as a fraction of {reference} there"
     caption = f"budget {special.budget}. *: the target's own policy, the best on the search split of those found for it"
+    if any(None in policy.fractions.values() for policy in policies.values()):
+        caption += ". –: the target can't do one of the policy's pairs of widths"
     print_columns(console, title, columns, caption=caption)
 
 

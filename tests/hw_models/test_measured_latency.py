@@ -36,7 +36,7 @@ from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu.choose import choose
 from hw_models.tvm_cpu.conv import Conv
 from hw_models.tvm_cpu.measure import BuildError, Timing, cross_compiler, measure
-from tests.commands.test_search_command import MODULE, QUICK
+from tests.commands.test_search_command import MODULE, SMALL
 from tests.hw_models.stand_in_kernels import Spin, candidates
 
 ROOT = Path(__file__).parents[2]
@@ -474,7 +474,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_search_on_measured_latency(counted: list[str], task: None, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [*QUICK, "--hw", "cpu", "--budget", "0.9", "--finetune-epochs", "0", "--evaluations", "5"]
+    asked = [*SMALL[:-1], "0.9", "--hw", "cpu", "--finetune-epochs", "0", "--evaluations", "5"]
     assert run_command(lambda: search.main([*asked, "--out", "run"])) == 0
     out, err = capsys.readouterr()
     assert not err

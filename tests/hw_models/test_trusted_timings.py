@@ -155,7 +155,7 @@ def test_a_run_does_not_go_on_with_other_times(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     enter(tmp_path, monkeypatch, MODULE)
-    asked = [*SMALL, "--hw", "cpu", "--budget", "0.95", "--solver", "random", "--evaluations", "2", "--finetune-epochs", "0"]
+    asked = [*SMALL[:-1], "0.95", "--hw", "cpu", "--solver", "random", "--evaluations", "2", "--finetune-epochs", "0"]
     assert call(search.main, *asked, "--out", "run") == 0
     (tmp_path / "run" / "result.json").unlink()
     trust._settled.clear()
