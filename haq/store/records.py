@@ -1231,6 +1231,7 @@ class SweepTarget(Record):
     uniform: Annotated[list[SweepUniform], Field(max_length=MOST)]
     found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
     fronts: Annotated[list[FrontRecord], Field(max_length=MOST)] = []
+    missed: Names = []  # searches that found nothing good enough
 
     @property
     def reference_short(self) -> str:

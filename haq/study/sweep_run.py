@@ -28,7 +28,7 @@ from haq.problem.evaluator import one_thread
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers import SOLVERS
-from haq.solvers.base import Session, Trial
+from haq.solvers.base import NothingGoodEnough, Session, Trial
 from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
@@ -286,7 +286,10 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
     name = task.config.solver
     with _opened(folder, task) as run, one_thread():
         if not run.finished:
-            session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
+            try:
+                session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
+            except NothingGoodEnough:
+                return  # the others go on; it has its history, and no result
             assert session.best is not None
             policy = session.best.policy
             tuned, further = None, {}
@@ -402,7 +405,7 @@ def collect(
     Args:
         folder: The sweep's.
         context: What its searches stand on.
-        cells: The searches, all of them finished.
+        cells: The searches, all of them finished but those that found nothing good enough.
         sensitivities: What they shared.
 
     Returns:
@@ -411,10 +414,17 @@ def collect(
     task = context.first
     results: Results = {}
     policies: Policies = {}
+    missed: list[SweepCell] = []
     for cell in cells:
         run = SearchRun.load(folder / cell.folder)
+        if not run.finished:
+            missed.append(cell)
+            continue
         results[cell], policies[cell] = run.load_result(), run.load_policy()
         run.check_found(results[cell], policies[cell])
+    if not results:
+        drops = ", ".join(context.sweep.max_drops)
+        raise ValueError(f"no search of {folder} found a policy that loses at most {drops}: allow more with --max-drops")
     shared = None
     if sensitivities is not None:
         shared = {
@@ -438,12 +448,20 @@ def collect(
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
-        "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
+        "targets": {hw: _of_target(context, hw, results, policies) | _missed(hw, missed) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
     record = SweepRecord.from_dict(content)
     assert isinstance(record, FinishedSweepRecord)
     return record
+
+
+def _missed(hw: str, cells: Sequence[SweepCell]) -> dict[str, Any]:
+    """Say which searches on a target found nothing that is good enough."""
+    words = [f"drop {cell.max_drop} by {cell.solver}, seed {cell.seed}" for cell in cells if cell.hw == hw]
+    if not words:
+        return {}
+    return {"missed": words}
 
 
 def _of_target(context: SweepContext, hw: str, results: Results, policies: Policies) -> dict[str, Any]:

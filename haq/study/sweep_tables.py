@@ -105,6 +105,8 @@ def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
             _print_front(console, sweep, target, front)
         if target.left_out:
             say(console, f"{target.name}: budgets {target.left_out}.")
+        if target.missed:
+            say(console, f"{target.name}: nothing good enough was found for {'; '.join(target.missed)}.")
     if sweep.specialisation is not None:
         _print_specialisation(console, sweep, sweep.specialisation)
 
