@@ -48,6 +48,9 @@ class Goal:
             objective: What policies are judged by.
             value: The policy's.
             float_value: The float network's.
+
+        Returns:
+            Whether it is.
         """
         if self.kind != CHEAPEST:
             return True
@@ -56,7 +59,16 @@ class Goal:
         return bool(objective.signed(value) >= objective.signed(threshold) - slack)
 
     def drop(self, objective: Objective, value: float, float_value: float) -> float:
-        """Return how much worse a value is than the float network's, in the objective's unit; a share for "%"."""
+        """Tell how much worse a value is than the float network's.
+
+        Args:
+            objective: What policies are judged by.
+            value: The policy's.
+            float_value: The float network's.
+
+        Returns:
+            The difference in the objective's unit, a share for "%"; negative if the value is better.
+        """
         return float(objective.signed(float_value) - objective.signed(value))
 
     def worth(self, value: float, cost: float, target: float) -> float:
@@ -66,6 +78,9 @@ class Goal:
             value: Of the objective, positive and better when higher.
             cost: Of the policy.
             target: What it should cost, in the same unit.
+
+        Returns:
+            The value of the trade-off.
         """
         exponent = self.exponents[int(cost > target)]
         return float(value * (cost / target) ** exponent)

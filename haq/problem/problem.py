@@ -311,6 +311,9 @@ class Problem:
             budget: See `Problem`; the metrics that are limited can't be others.
             max_drop: Likewise: what is looked for is then the cheapest policy, for which `budget` may be None.
 
+        Returns:
+            The other problem.
+
         Raises:
             ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """

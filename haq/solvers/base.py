@@ -60,7 +60,16 @@ class Trial:
 
     @classmethod
     def of(cls, problem: Problem, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
-        """Make the record of a policy of a problem that was evaluated."""
+        """Make the record of a policy that was evaluated.
+
+        Args:
+            problem: What it is of.
+            policy: The policy.
+            evaluation: What it was measured to give.
+
+        Returns:
+            The record, which is feasible and ranked by the problem's goal.
+        """
         objective, goal = problem.objective, problem.goal
         cost = problem.policy_cost(policy)
         within = problem.holds(policy)

@@ -43,9 +43,9 @@ from haq.store.records import (
 )
 from haq.store.shell import command_line
 from haq.store.units import kind_of_cost
-from haq.study import front
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
+from haq.study.front import fronts, pareto
 from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
 from haq.study.workers.processes import Crew
@@ -490,7 +490,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
     rows: list[dict[str, Any]] = [*uniform, *found]
     scores = [judging.score(judging.checked(row[test_key], test_key)) for row in rows]
     costs = [row["cost"] for row in rows]
-    for row, is_best in zip(rows, front.pareto(list(zip(costs, scores, strict=True))), strict=True):
+    for row, is_best in zip(rows, pareto(list(zip(costs, scores, strict=True))), strict=True):
         row["pareto"] = is_best
     kind = kind_of_cost(problem.metric, problem.table.provenance)
     return {
@@ -504,7 +504,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
         "left_out": context.left_out(hw),
         "uniform": uniform,
         "found": found,
-        "fronts": front.fronts(task, found),
+        "fronts": fronts(task, found),
     }
 
 

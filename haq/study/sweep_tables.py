@@ -166,7 +166,16 @@ def _print_front(console: Console, sweep: FinishedSweepRecord, target: SweepTarg
 
 
 def hypervolume_words(sweep: FinishedSweepRecord, target: SweepTarget, front: FrontRecord) -> str:
-    """Say how large the hypervolume of a front is, and of which reference point."""
+    """Say how large the hypervolume of a front is, and of which reference point.
+
+    Args:
+        sweep: What the front is of.
+        target: On which target.
+        front: The front.
+
+    Returns:
+        The words.
+    """
     value, *costs = front.reference
     amounts = " and ".join(describe_amount(cost, metric) for cost, metric in zip(costs, front.metrics, strict=True))
     return (
