@@ -26,7 +26,7 @@ from haq.problem.budget import OutOfReach
 from haq.problem.device import kind_of, spread
 from haq.problem.evaluator import one_thread
 from haq.problem.problem import Problem
-from haq.problem.sensitivity import Sensitivities
+from haq.problem.sensitivity import Sensitivities, largest_widths
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Trial
 from haq.solvers.sensitivity import by_evaluation, computed
@@ -141,7 +141,7 @@ class SweepContext:
         if cell.max_drop:
             changes["max_drop"] = float(cell.max_drop)
         settings = task.config.replace(**changes)
-        if SOLVERS.get(cell.solver).uses_sensitivities:
+        if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
         return task.on(settings, task.problem.target)
 
@@ -169,6 +169,15 @@ def settings_on(sweep: SweepConfig, hw: str) -> SearchConfig:
     if any(is_compiled(name) for name in sweep.hw) and not is_compiled(hw):
         return settings.replace(target=None)
     return settings
+
+
+def _can_share(first: Problem, other: Problem) -> bool:
+    """Tell whether sensitivities of one target's problem are those of another's: whether the widest bits are the same there.
+
+    Where they aren't, such as with 16 bits on one of two chips, searches measure their own.
+    """
+    bases = [problem.decide(largest_widths(problem)) for problem in (first, other)]
+    return bases[0] == bases[1] and first.bits[0] <= other.bits[0]
 
 
 def shares_sensitivities(sweep: SweepConfig) -> bool:

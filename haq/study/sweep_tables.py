@@ -80,6 +80,13 @@ def _target_words(context: SweepContext, hw: str) -> str:
     return words
 
 
+def _uniform_words(bits: int | str) -> str:
+    """Name a uniform policy: "uniform 8 bits", "uniform 4/8", "uniform float"."""
+    if isinstance(bits, str):
+        return f"uniform {bits}"
+    return f"uniform {bits} bits"
+
+
 def _reference_of(context: SweepContext) -> str:
     """Name what budgets are fractions of, on all targets."""
     words = {short_reference(task.problem.reference_words) for task in context.tasks.values()}
@@ -118,7 +125,7 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
     shown = [""] * len(rows)
     for row in (0, *sections):
         shown[row] = budgets[row]
-    names = [found.solver for found in target.found] + [f"uniform {row.bits} bits" for row in target.uniform]
+    names = [found.solver for found in target.found] + [_uniform_words(row.bits) for row in target.uniform]
     columns = [
         Column(_asked_words(sweep), shown),
         Column("policy", names),
