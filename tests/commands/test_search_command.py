@@ -315,7 +315,7 @@ def test_the_default_folder_is_never_one_in_use() -> None:
         (["--budget", "0.01"], "out of reach"),
         (["--budget", "much"], "not understood"),
         (["--env", "gym"], "unknown environment 'gym'; known: plan, haq"),
-        (["--bits", "8:2"], "--bits is '8:2'; it must be SMALLEST:LARGEST within 1:8"),
+        (["--bits", "8:2"], "--bits: '8:2' is no span of widths: the smaller stands first"),
         (["--bits", "0:8"], "within 1:8"),
         (["--evaluations", "0"], "--evaluations is 0"),
         (["--finetune-epochs", "-1"], "--finetune-epochs is -1"),
