@@ -316,7 +316,7 @@ def test_the_default_folder_is_never_one_in_use() -> None:
         (["--budget", "much"], "not understood"),
         (["--env", "gym"], "unknown environment 'gym'; known: plan, haq"),
         (["--bits", "8:2"], "--bits: '8:2' is no span of widths: the smaller stands first"),
-        (["--bits", "0:8"], "within 1:8"),
+        (["--bits", "0:8"], "a width must be 1 to 8, 16 or float, not '0'"),
         (["--evaluations", "0"], "--evaluations is 0"),
         (["--finetune-epochs", "-1"], "--finetune-epochs is -1"),
         (["--resume", "x", "--seed", "3"], "no other option"),
