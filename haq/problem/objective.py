@@ -611,8 +611,8 @@ def which_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
         )
     for part in outputs:
         given = given & ~part.isnan().any(1)
-    found: Tensor = given
-    return found
+    which: Tensor = given
+    return which
 
 
 def _knows_one_version(objective: Objective, method: str) -> bool:

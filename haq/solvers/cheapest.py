@@ -38,7 +38,7 @@ from hw_models.widths import WIDTHS, places
 Floats = NDArray[np.float64]
 
 MEASURED = 0.35  # the most of all evaluations that go into sensitivities
-IN_STAGES = 0.3  # of what is left then, for solvers whose policies are refined
+IN_STAGES = 0.2  # of what is left then, for solvers whose policies are refined
 BISECTIONS = 7  # stages that halve the range of limits
 CLOSE = 0.01  # relative width of that range at which halving ends
 BELOW = 0.01  # how far below the cheapest policy the limit of a further stage is
