@@ -8,6 +8,7 @@ evaluations. All of it goes to a folder, from which a search that was interrupte
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
