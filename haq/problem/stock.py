@@ -84,8 +84,10 @@ class Stock:
     def _bounded(self, start: tuple[int, ...]) -> NDArray[np.bool_]:
         count = len(start)
         left, widest = self._state(start)
-        weighed = self._weights @ (left[:, None] - self._prices[:, count])
-        possible: NDArray[np.bool_] = np.all(weighed >= self._least_from[:, count + 1, None] - CLOSE, axis=0)
+        prices = self._prices[:, count]
+        possible: NDArray[np.bool_] = np.all(np.isfinite(prices), axis=0)
+        weighed = self._weights @ (left[:, None] - np.where(possible, prices, 0.0))
+        possible &= np.all(weighed >= self._least_from[:, count + 1, None] - CLOSE, axis=0)
         if self._peak is None:
             return possible
         rest = np.maximum(widest, self._narrowest_from[count + 1])

@@ -103,6 +103,8 @@ def _front(sweep: FinishedSweepRecord, target: SweepTarget) -> Section:
     missed, pictures = [], []
     if target.left_out:
         missed.append(f"Budgets {target.left_out}.")
+    if target.missed:
+        missed.append(f"Nothing good enough was found for {'; '.join(target.missed)}.")
     if target.found:
         pictures.append(comparisons.sweep(sweep, target))
     tables = [_of_front(sweep, target, front) for front in target.fronts]
@@ -137,7 +139,7 @@ def _specialised(sweep: FinishedSweepRecord, special: SpecialisationRecord) -> T
         head.append(f"{metric_words(sweep.metric)} on {name}{kind}")
     rows = []
     for name, policy in special.policies.items():
-        fractions = {other: f"{policy.fractions[other]:.3f}" for other in names if other in policy.fractions}
+        fractions = {other: policy.fraction_words(other) for other in names if other in policy.fractions}
         if name in fractions:
             fractions[name] += " *"
         rows.append([name, policy.solver, sweep.show(sweep.value(policy, "test")), *fractions.values()])

@@ -27,7 +27,17 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, f
 
 from haq.store import files
 from haq.store.files import kind_of, quoted
-from haq.store.units import PERCENT, describe_amount, held_against, kind_of_cost, metric_words, plotted, show, worst_of
+from haq.store.units import (
+    NOTHING,
+    PERCENT,
+    describe_amount,
+    held_against,
+    kind_of_cost,
+    metric_words,
+    plotted,
+    show,
+    worst_of,
+)
 from hw_models.registry import join_words
 from hw_models.storage import BITS
 from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read_pair, width_of, width_words
@@ -507,6 +517,18 @@ class ProblemRecord(FileRecord, JudgingRecord):
     reference_policy: PolicyRecord | None = None  # where it isn't that
     limits: Annotated[list[LimitRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
+
+    def check_policy(self, policy: Mapping[str, tuple[int | None, int | None]], source: Path) -> None:
+        """Raise ValueError, naming the file that a policy is from and the layer, for widths that the target can't do."""
+        for layer in self.layers:
+            if layer.name not in policy:
+                raise ValueError(f"{source} is not a policy for the layers of {source.with_name(files.PROBLEM)}")
+            pair = policy[layer.name]
+            if layer.cost_at(*pair) is None:
+                raise ValueError(
+                    f"{source} has layer {layer.name[:80]!r} at {pair_words(*pair)} (weights/activations), which has no cost "
+                    f"in {source.with_name(files.PROBLEM)}: {self.target.name} can't do it"
+                )
 
     @property
     def samples_words(self) -> str:
@@ -1221,6 +1243,7 @@ class SweepTarget(Record):
     uniform: Annotated[list[SweepUniform], Field(max_length=MOST)]
     found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
     fronts: Annotated[list[FrontRecord], Field(max_length=MOST)] = []
+    missed: Names = []  # searches that found nothing good enough
 
     @property
     def reference_short(self) -> str:
@@ -1229,11 +1252,21 @@ class SweepTarget(Record):
 
 
 class SpecialisedPolicy(JudgedRecord):
-    """The best policy found for one target, with its cost on each, as a fraction of uniform 8 bits there."""
+    """The best policy found for one target, with its cost on each, as a fraction of uniform 8 bits there.
+
+    It is None where the target can't do one of the policy's pairs of widths.
+    """
 
     folder: str
     solver: str
-    fractions: Annotated[dict[str, float], Field(max_length=MOST)]
+    fractions: Annotated[dict[str, float | None], Field(max_length=MOST)]
+
+    def fraction_words(self, target: str) -> str:
+        """Write its cost on a target; a dash where that can't do it."""
+        fraction = self.fractions[target]
+        if fraction is None:
+            return NOTHING
+        return f"{fraction:.3f}"
 
 
 class SpecialisationRecord(Record):

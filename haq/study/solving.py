@@ -26,6 +26,7 @@ from haq.networks.checkpoint import load_quantized, save_quantized
 from haq.problem.batches import Batches
 from haq.problem.chance import doubts
 from haq.problem.evaluator import Evaluation
+from haq.problem.goal import CHEAPEST
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, check_kind
 from haq.solvers import base
@@ -34,12 +35,12 @@ from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
 from haq.store.history import HistoryRow
 from haq.store.records import PolicyRecord, ProblemRecord
-from haq.store.units import describe_amount, finite, show
+from haq.store.units import describe_amount, finite, metric_words, show
 from haq.study.picture import draw_policy, save_picture
 from haq.study.result import budgets_used, costs
 from haq.study.search_run import check_same_policy, history_row, other_metrics
 from haq.study.tables import PolicyTable, best_words, share_words
-from haq.study.task import objective_of, outline, versions
+from haq.study.task import goal_of, objective_of, outline, versions
 from haq.study.workers.processes import working
 from haq.training import finetune
 from haq.training.config import Outcome
@@ -68,7 +69,10 @@ class Trials(list[Trial]):
     def __repr__(self) -> str:
         """Say on one line how many there are."""
         feasible = sum(trial.feasible for trial in self)
-        return f"Trials({len(self)} policies evaluated, {feasible} within the budget)"
+        words = "within the budget"
+        if self and self[0].goal == CHEAPEST:
+            words = "good enough"
+        return f"Trials({len(self)} policies evaluated, {feasible} {words})"
 
     def _repr_html_(self) -> str:
         """Make a table of them for a notebook."""
@@ -77,6 +81,8 @@ class Trials(list[Trial]):
             verdict = "over the budget"
             if trial.feasible:
                 verdict = "within it"
+            elif trial.within:
+                verdict = "not good enough"
             rows.append((number, show(trial.value, trial.unit), f"{trial.loss:.4g}", f"{trial.cost:.4g}", verdict))
         title = "accuracy"
         if self:
@@ -131,12 +137,14 @@ class Result:
         """Say on one line what was found."""
         cost = describe_amount(self.trial.cost, self.problem.metric)
         share = self.trial.cost / self.problem.reference
+        costs = self.problem.costs(self.policy)
+        further = [f", {metric_words(name)} {describe_amount(costs[name], name)}" for name in other_metrics(self.problem)]
         tuned = ""
         if self._finetuned_result is not None:
             tuned = f"; fine-tuned {self._show(self._finetuned_result)}, kept: {self.kept}"
         return (
             f"Result({self.solver}: {self.problem.objective.title} {self._show(self.trial.evaluation)} at {cost} "
-            f"({share:.3f} of {self.problem.reference_words}), {self.session.used} evaluations; "
+            f"({share:.3f} of {self.problem.reference_words}){''.join(further)}, {self.session.used} evaluations; "
             f"float {self._show(self.problem.float_result)}{tuned})"
         )
 
@@ -146,15 +154,16 @@ class Result:
     def _repr_html_(self) -> str:
         """Make tables of what was found for a notebook."""
         problem = self.problem
+        amounts = [describe_amount(cost, metric) for metric, cost in problem.costs(self.policy).items()]
         rows = [
-            ("float", self._show(problem.float_result), ""),
-            (f"found by {self.solver}", self._show(self.trial.evaluation), describe_amount(self.trial.cost, problem.metric)),
+            ("float", self._show(problem.float_result), *("" for _ in amounts)),
+            (f"found by {self.solver}", self._show(self.trial.evaluation), *amounts),
         ]
         if self._finetuned_result is not None:
-            tuned = self._show(self._finetuned_result)
-            rows.append((f"fine-tuned (kept: {self.kept})", tuned, describe_amount(self.trial.cost, problem.metric)))
+            rows.append((f"fine-tuned (kept: {self.kept})", self._show(self._finetuned_result), *amounts))
         caption = f"{problem.objective.words}{problem.count_words(' on ', 'search ')}, {self.session.used} evaluations"
-        found = html_table(caption, ("policy", problem.objective.short, problem.metric), rows)
+        metrics = [metric_words(metric) for metric in problem.costs(self.policy)]
+        found = html_table(caption, ("policy", problem.objective.short, *metrics), rows)
         return found + self.table()._repr_html_()
 
     @property
@@ -300,6 +309,10 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as plain data."""
         problem = self.problem
+        goals = {}
+        goal = goal_of(problem)
+        if goal is not None:
+            goals["goal"] = goal
         tuned = None
         if self._finetuned_result is not None:
             tuned = _entry(self._finetuned_result)
@@ -316,6 +329,7 @@ class Result:
             "finetuned": tuned,
             "quantized_is": self.kept,
             **budgets_used(problem, self.policy),
+            **goals,
             "versions": versions(problem.evaluator.device),
         }
 
@@ -375,7 +389,7 @@ def solve(
         given.check(problem, given.signature, Path("sensitivities"))
     else:
         kind = check_kind(sensitivities)
-    name = found.name or type(found).__name__
+    name = getattr(found, "name", "") or type(found).__name__
     for sentence in doubts(problem):
         logger.warning(sentence)
     with _shown(problem.objective.title) as bar:

@@ -26,7 +26,7 @@ from haq.deployment import tvm as tvm_code
 from haq.deployment.exporter import Samples
 from haq.deployment.graph import Graph, capture
 from haq.deployment.lowering import integer_activations, integer_weights, lower
-from haq.deployment.onnx import export, verify
+from haq.deployment.onnx import OnnxExporter, export, verify
 from haq.deployment.program import Codes, Convolution, FloatConvolution
 from haq.store.records import LayerRecord
 from hw_models.tvm_cpu.conv import Conv, reference
@@ -95,7 +95,7 @@ def test_programs_compute_what_the_network_does(policy: Any, scheme: str) -> Non
     found = interpreter.compare(network, program, x)
     assert not found.fault
     assert found.same_answers == 1
-    assert found.own <= 1e-3 * found.values  # of 16 bits more lie beside a tie than of 8
+    assert found.own <= 2e-3 * found.values  # of 16 bits more lie beside a tie than of 8
     in_integers = {step.layer for step in program.steps if isinstance(step, Convolution)}
     in_float = {step.layer for step in program.steps if isinstance(step, FloatConvolution)}
     bits = dict(Q.get_policy(network))
@@ -222,6 +222,13 @@ def test_files_hold_weights_in_their_bits(tmp_path: Path) -> None:
     assert 0 < sizes[8] - 100 * 100 < 2000
     assert 0 < sizes[16] - 2 * 100 * 100 < 2000
     assert 0 < sizes[None] - 4 * 100 * 100 < 2000
+
+
+def test_weights_alone_that_are_no_integers_name_the_back_end_that_takes_them() -> None:
+    network = Q.quantize(nn.Sequential(nn.Linear(8, 4)), {"0": (4, None)}, calibrate=torch.randn(8, 8), scheme="kmeans").eval()
+    with pytest.raises(ValueError, match=r"layer '0' can't be deployed: .*kmeans.*\(4/float\).*--to tvm computes it"):
+        OnnxExporter().check(network)
+    tvm_code.TvmExporter().check(network)
 
 
 # ------------------------------------------------------------------------------------------------------- compiled code

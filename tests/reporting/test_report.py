@@ -25,8 +25,8 @@ from haq.console.commands import main_of
 from haq.reporting import reading, vega
 from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
-from haq.study import sweep_run
 from haq.study.config import SearchConfig, SweepConfig
+from haq.study.front import pareto
 from tests.commands.test_robustness_command import MODULE
 from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
 
@@ -206,7 +206,7 @@ def test_what_is_on_the_chart_is_what_is_in_the_files(made: Path) -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.5), (2.0, 0.7), (3.0, 0.8), (4.0, 0.9), (5.0, 0.95), (1.0, 0.4)]
     assert front(points) == [(1.0, 0.5), (2.0, 0.7), (3.0, 0.9), (5.0, 0.95)]
-    kept = [one for one, best in zip(points, sweep_run.pareto(points), strict=True) if best]
+    kept = [one for one, best in zip(points, pareto(points), strict=True) if best]
     assert sorted(kept) == front(points)
 
 

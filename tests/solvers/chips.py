@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import haq
 import hw_models
 from haq.problem.evaluator import Evaluation
+from haq.problem.sensitivity import Sensitivities
+from haq.solvers import sensitivity
 from haq.solvers.base import Session, Trial, solve
 from hw_models.widths import FLOAT, PLACES, place_of
 from tests.conftest import images
@@ -159,10 +161,18 @@ def random_budgets(problem: haq.Problem, count: int, seed: int = 0) -> Iterable[
         yield problem.on(problem.target, budget)
 
 
-def tried_by(problem: haq.Problem, solver: str, evaluations: int, env: str = "plan") -> tuple[Trial, list[Trial]]:
+def tried_by(
+    problem: haq.Problem, solver: str, evaluations: int, env: str = "plan", known: Sensitivities | None = None
+) -> tuple[Trial, list[Trial]]:
+    """Search with a solver; returns the best trial, and all of them."""
     tried: list[Trial] = []
-    session = Session(problem, evaluations, tried.append, env=env)
+    session = Session(problem, evaluations, tried.append, env=env, sensitivities=known)
     return solve(solver, session, 0), tried
+
+
+def sensitivities(problem: haq.Problem) -> Sensitivities:
+    """All sensitivities of a problem, so that every evaluation of a search is of a policy that may be found."""
+    return sensitivity.by_evaluation(problem, Session(problem, 1000), keep=1)
 
 
 def check(problem: haq.Problem, policy: Any) -> None:

@@ -15,7 +15,7 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.goal import read_goal
 from haq.solvers import SOLVERS
 from haq.solvers.base import Session, Trial, solve
-from haq.solvers.cheapest import Surrogate, cheapest_within, undominated
+from haq.solvers.cheapest import Luck, Surrogate, cheapest_within, undominated
 from haq.store.units import percent
 from tests.conftest import make_problem, small_network
 from tests.solvers.chips import FEW, base_problem, check, costs_of, every, policy_of
@@ -23,13 +23,13 @@ from tests.solvers.chips import FEW, base_problem, check, costs_of, every, polic
 SEARCHING = [
     pytest.param(name, marks=[pytest.mark.slow] if name in ("td3", "sac") else []) for name in SOLVERS if name != "exhaustive"
 ]
-DROPS = (0.5, 2.0, 8.0)  # points
+DROPS = (1.5, 4.0, 8.0)  # points
 
 
 @functools.cache
 def chip_problem(metrics: tuple[str, ...] = ("latency",)) -> haq.Problem:
-    """Six layers on a chip of three pairs, judged by a formula; float loses nothing by it."""
-    problem = copy.copy(base_problem(FEW, metrics=metrics))
+    """Six layers on a chip of three pairs, judged by a formula; what is fast takes more memory."""
+    problem = copy.copy(base_problem(FEW, ((4, 4),), metrics))
     problem.float_result = problem.evaluate(problem.uniform(8))
     return problem
 
@@ -57,7 +57,7 @@ def cheapest_of(problem: haq.Problem) -> float:
     return float(costs[good & within].min())
 
 
-def found_by(name: str, problem: haq.Problem, evaluations: int = 80, **options: Any) -> tuple[Trial, list[Trial], Session]:
+def found_by(name: str, problem: haq.Problem, evaluations: int = 60, **options: Any) -> tuple[Trial, list[Trial], Session]:
     tried: list[Trial] = []
     session = Session(problem, evaluations, tried.append, **options)
     return solve(name, session, 0), tried, session
@@ -66,12 +66,12 @@ def found_by(name: str, problem: haq.Problem, evaluations: int = 80, **options: 
 @pytest.mark.parametrize("name", SEARCHING)
 def test_every_solver_finds_a_policy_that_is_good_enough(name: str) -> None:
     problem = looking_for(chip_problem(), max_drop=2.0)
-    found, tried, session = found_by(name, problem, 40)
+    found, tried, session = found_by(name, problem, 30)
     assert found.feasible
     assert problem.meets(found.evaluation)
     check(problem, found.policy)
     assert found.cost == min(trial.cost for trial in tried if trial.feasible)
-    assert len(tried) == session.used <= 40
+    assert len(tried) == session.used <= 30
     assert len({trial.policy for trial in tried}) == len(tried)
     assert found.cost <= 1.25 * cheapest_of(problem)
 
@@ -96,9 +96,9 @@ def test_exhaustive_search_ends_at_the_cheapest(drop: float) -> None:
 def test_budgets_and_the_drop_hold_together(name: str) -> None:
     problem = looking_for(chip_problem(("latency", "storage")), max_drop=8.0)
     free = found_by("exhaustive", problem, 300)[0]
-    problem = looking_for(problem.on(problem.target, {"latency": 1.0, "storage": 0.75}), max_drop=8.0)
+    problem = looking_for(problem.on(problem.target, {"latency": 1.0, "storage": 0.55}), max_drop=8.0)
     assert problem.costs(free.policy)["storage"] > problem.limits[1].amount
-    found, tried, _ = found_by(name, problem, 300)
+    found, tried, _ = found_by(name, problem, 300 if name == "exhaustive" else 60)
     check(problem, found.policy)
     assert problem.meets(found.evaluation)
     assert found.cost >= free.cost
@@ -114,13 +114,13 @@ def test_a_value_may_be_asked_for_instead() -> None:
     assert found.cost == pytest.approx(cheapest_of(problem), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ilp", "random", "exhaustive"])
+@pytest.mark.parametrize("name", ["ilp", "random"])
 def test_where_nothing_is_good_enough_the_best_is_named_with_its_drop(name: str) -> None:
     problem = looking_for(chip_problem(), at_least=0.9)
     with pytest.raises(
         ValueError, match=r"no policy that is good enough: of \d+ evaluated the best within the budgets has "
     ) as told:
-        found_by(name, problem, 250)
+        found_by(name, problem, 50)
     assert f"as good as the float network's {percent(problem.float_accuracy)}, and asked was the cheapest" in str(told.value)
 
 
@@ -133,7 +133,7 @@ def test_the_same_again_and_from_what_was_evaluated(name: str) -> None:
         problem = make_problem(small_network())
         problem.evaluator.cache.update(cache)
         problem = looking_for(problem, max_drop=5.0)
-        tried.append(found_by(name, problem, 30)[1])
+        tried.append(found_by(name, problem, 24)[1])
         cache = dict(problem.evaluator.cache)
     assert tried[0] == tried[1]
 
@@ -193,7 +193,7 @@ def test_trade_offs(name: str, kind: Any) -> None:
 
 def test_the_least_within_other_budgets() -> None:
     problem = chip_problem(("latency", "storage"))
-    tight = problem.on(problem.target, {"latency": 1.0, "storage": 0.7})
+    tight = problem.on(problem.target, {"latency": 1.0, "storage": 1.1})
     choices = every(tight)
     costs = costs_of(tight, choices)
     within = costs[:, 1] <= tight.limits[1].amount * (1 + 1e-9)
@@ -209,12 +209,26 @@ def test_options_beside_which_none_is_as_cheap_and_loses_less() -> None:
 def test_the_surrogate_knows_what_it_saw_and_is_unsure_of_the_rest() -> None:
     random = np.random.default_rng(0)
     widths = random.integers(2, 9, (40, 12))
-    losses = random.uniform(0.01, 0.1, 40)
-    drops = 30 * losses + random.normal(0, 0.2, 40)
-    surrogate = Surrogate(widths, losses, drops, 0.05)
-    assert surrogate.line[1] == pytest.approx(30, rel=0.2)
-    seen, unsure = surrogate.predict(widths[:1], losses[:1])
-    far, more_unsure = surrogate.predict(np.full((1, 12), 20), losses[:1])
-    assert unsure[0] < more_unsure[0]
+    predicted = random.uniform(0.01, 0.1, 40)
+    losses = 0.2 + predicted + random.normal(0, 0.002, 40)
+    drops = 30 * (losses - 0.2) + random.normal(0, 0.2, 40)
+    surrogate = Surrogate(widths, predicted, losses, drops, 0.05)
+    assert surrogate.of_loss.line == pytest.approx([0.2, 1.0], rel=0.1)
+    assert surrogate.of_drop.line[1] == pytest.approx(30, rel=0.2)
+    seen, unsure = surrogate.predict(widths[:1], predicted[:1])
+    far, more_unsure = surrogate.predict(np.full((1, 12), 20), predicted[:1])
+    assert unsure[0] < more_unsure[0] == pytest.approx(surrogate.deviation, rel=1e-3)
     assert abs(seen[0] - drops[0]) < abs(far[0] - drops[0])
-    assert far[0] == pytest.approx(surrogate.trend(losses[:1])[0], abs=0.05)
+    assert far[0] == pytest.approx(surrogate.trend(predicted[:1])[0], abs=0.05)
+
+
+def test_luck_is_told_apart_by_the_widths_that_have_it() -> None:
+    random = np.random.default_rng(0)
+    widths = random.integers(2, 9, (200, 4))
+    line_of = random.uniform(0, 1, 200)
+    values = line_of + 0.5 * (widths[:, 2] == 3)
+    luck = Luck(widths, line_of, values, np.ones(200), 0.9)
+    found = luck.by_width(range(2, 9))
+    assert found.shape == (4, 7)
+    assert np.unravel_index(found.argmax(), found.shape) == (2, 1)
+    assert found[2, 1] - found[2].min() > 0.3

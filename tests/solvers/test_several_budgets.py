@@ -15,9 +15,9 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 import envs
 import haq
 from haq.problem.peak import PeakOfDecisions
-from haq.solvers import greedy, ilp
+from haq.solvers import ilp
 from tests.solvers import chips
-from tests.solvers.test_chip_with_few_pairs import AGENTS, OTHERS
+from tests.solvers.test_chip_with_few_pairs import AGENTS, OTHERS, check_agents, check_programme, quick_agents  # noqa: F401
 
 THREE = ("latency", "storage", "peak_memory")
 COUNTED = ("bops", "memory_traffic", "average_weight_bits")
@@ -37,30 +37,13 @@ def base(case: str) -> haq.Problem:
 
 @each
 def test_the_integer_programme_is_that_of_brute_force(case: str) -> None:
-    problem_of_all = base(case)
-    choices = chips.every(problem_of_all)
-    costs = chips.costs_of(problem_of_all, choices)
-    for seed, problem in enumerate(chips.random_budgets(problem_of_all, 40)):
-        table = chips.loss_table(seed)
-        fits = (costs <= chips.amounts(problem) * (1 + 1e-9)).all(1)
-        best = ilp.propose(problem, table)
-        for policy in (best, greedy.propose(problem, table)):
-            chips.check(problem, policy)
-        options = chips.options_of(problem, best)
-        assert chips.lost(problem, table, options[None])[0] == pytest.approx(chips.lost(problem, table, choices[fits]).min())
+    check_programme(base(case), budgets=12, seed=0)
 
 
 @pytest.mark.slow
 @each
 def test_so_it_is_within_200_budgets(case: str) -> None:
-    problem_of_all = base(case)
-    choices = chips.every(problem_of_all)
-    costs = chips.costs_of(problem_of_all, choices)
-    for seed, problem in enumerate(chips.random_budgets(problem_of_all, 200, seed=4)):
-        table = chips.loss_table(seed)
-        fits = (costs <= chips.amounts(problem) * (1 + 1e-9)).all(1)
-        options = chips.options_of(problem, ilp.propose(problem, table))
-        assert chips.lost(problem, table, options[None])[0] == pytest.approx(chips.lost(problem, table, choices[fits]).min())
+    check_programme(base(case), budgets=200, seed=4)
 
 
 @each
@@ -82,7 +65,7 @@ def test_all_ways_to_tell_what_fits_agree(case: str) -> None:
 @each
 @pytest.mark.parametrize("solver", OTHERS)
 def test_every_solver_keeps_all_budgets(case: str, solver: str) -> None:
-    for problem in chips.random_budgets(base(case), 8, seed=1):
+    for problem in chips.random_budgets(base(case), 3, seed=1):
         found, tried = chips.tried_by(problem, solver, 25)
         chips.check(problem, found.policy)
         if solver in ("random", "evolution"):
@@ -108,26 +91,20 @@ def test_exhaustive_search_tries_what_is_within_all() -> None:
         assert {trial.policy for trial in tried} == {chips.policy_of(problem, options) for options in choices[fits]}
 
 
-@pytest.mark.parametrize("case", ["options that conflict", "16 bits and float too"])
+@each
 @pytest.mark.parametrize("env", ["plan", "haq"])
+@pytest.mark.usefixtures("quick_agents")
 def test_agents_keep_all_budgets(case: str, env: str) -> None:
-    (problem,) = chips.random_budgets(base(case), 1, seed=6)
-    evaluations = 25
-    if env == "haq":
-        evaluations = 6
-    found, tried = chips.tried_by(problem, "ddpg", evaluations, env)
-    chips.check(problem, found.policy)
-    assert all(trial.feasible for trial in tried[-2:])
+    check_agents(base(case), "ddpg", env, budgets=2, seed=6)
 
 
 @pytest.mark.slow
 @each
 @pytest.mark.parametrize("env", ["plan", "haq"])
 @pytest.mark.parametrize("solver", AGENTS)
-def test_so_do_all_agents_within_200_budgets(case: str, solver: str, env: str) -> None:
-    for problem in chips.random_budgets(base(case), 200, seed=7):
-        found, _ = chips.tried_by(problem, solver, 6, env)
-        chips.check(problem, found.policy)
+@pytest.mark.usefixtures("quick_agents")
+def test_so_they_do_within_200_budgets(case: str, solver: str, env: str) -> None:
+    check_agents(base(case), solver, env, budgets=200, seed=7)
 
 
 def played(env: Any, act: Any) -> dict[str, Any]:
@@ -147,7 +124,7 @@ def environments(problem: haq.Problem) -> list[Any]:
 @each
 def test_every_episode_keeps_all_budgets_whatever_the_actions(case: str) -> None:
     random = np.random.default_rng(1)
-    for problem in chips.random_budgets(base(case), 15, seed=8):
+    for problem in chips.random_budgets(base(case), 6, seed=8):
         for env in environments(problem):
             size = env.action_space.shape[0]
             for extreme in (False, True):

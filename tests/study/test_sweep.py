@@ -16,7 +16,7 @@ from haq.console import errors
 from haq.problem.evaluator import Evaluator
 from haq.reporting import pictures
 from haq.store.records import FinishedSweepRecord, SweepRecord
-from haq.study import sweep_run, sweep_tables
+from haq.study import front, sweep_tables
 from haq.study.config import read_budgets
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, call, history
@@ -269,7 +269,7 @@ def test_budgets_are_decimal() -> None:
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    assert sweep_run.pareto([(1, 0.5), (2, 0.5), (2, 0.7), (2, 0.7), (3, 0.6), (0.5, 0.1)]) == [
+    assert front.pareto([(1, 0.5), (2, 0.5), (2, 0.7), (2, 0.7), (3, 0.6), (0.5, 0.1)]) == [
         True,
         False,
         True,
