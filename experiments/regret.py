@@ -56,13 +56,15 @@ from experiments import shared
 from haq import data, networks, training
 from haq.console.errors import run_command
 from haq.console.progress import progress
-from haq.problem.decision import Decision
+from haq.problem.decision import Decision, read_bits
 from haq.problem.evaluator import Evaluation
-from haq.problem.limits import ROUNDING
+from haq.problem.goal import BEST
+from haq.problem.limits import ROUNDING, Limit
 from haq.problem.objective import find_objective
 from haq.solvers import SOLVERS, random_search, sensitivity
 from haq.solvers.base import Session, Trial, solve
 from haq.study.config import SearchConfig
+from hw_models.widths import WIDTHS, places
 
 NAME = "regret"
 FOLDER = Path("docs/experiments")
@@ -130,20 +132,22 @@ class Known(haq.Problem):
         """Keep what is known of every policy.
 
         Args:
-            of: What a problem holds: workload, cost, bits, groups, decisions, quantization_error, metric, float_result.
+            of: What a problem holds: workload, cost, widths, groups, decisions, quantization_error, metric, float_result.
             title: What it is called.
             fraction: The budget, from the cheapest policy (0) to the dearest (1).
             accuracy: One axis per decision, one entry per option.
             loss: Likewise.
         """
-        for field in ("workload", "cost", "bits", "groups", "decisions", "quantization_error", "metric", "float_result"):
+        for field in ("workload", "cost", "widths", "groups", "decisions", "quantization_error", "metric", "float_result"):
             setattr(self, field, getattr(of, field))
         self.objective = find_objective("accuracy")
         self.title, self._elsewhere = title, getattr(of, "evaluate", None)
         self._accuracy, self._loss = accuracy, loss
         self._option = [{tuple(pair): i for i, pair in enumerate(d.pairs.tolist())} for d in self.decisions]
         low, high = (sum(float(pick(d.prices)) for d in self.decisions) for pick in (np.min, np.max))
-        self.limit = low + fraction * (high - low)
+        amount = low + fraction * (high - low)
+        self.limits = (Limit(self.metric, "", amount, high, low, high),)
+        self.peak, self.goal = None, BEST
         price = functools.reduce(np.add.outer, [decision.prices for decision in self.decisions])
         within = price <= self.limit * (1 + ROUNDING)
         self.best, self.policies, self.within = float(accuracy[within].max()), accuracy.size, int(within.sum())
@@ -154,7 +158,7 @@ class Known(haq.Problem):
     def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
         """Add up what the layers cost; every pair can be done."""
         w, a = self.bit_arrays(policy)
-        return float(self.cost[np.arange(len(w)), w - 1, a - 1].sum())
+        return float(self.cost[np.arange(len(w)), places(w), places(a)].sum())
 
     def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
         """Everything is known already."""
@@ -269,14 +273,15 @@ def published(given: dict[str, Any]) -> list[Known]:
     made = []
     for case, cost in costs.items():
         of = SimpleNamespace(
-            workload=workload, groups=groups, metric="latency", float_result=Evaluation(1.0, 0.0, 1), bits=(4, 8)
+            workload=workload, groups=groups, metric="latency", float_result=Evaluation(1.0, 0.0, 1), widths=read_bits((4, 8))
         )
         # Between and below the two widths that were published, cost is taken to be linear in bits; nothing chooses them.
         per_bit = (cost[:, 1] - cost[:, 0]) / 4
-        of.cost = np.repeat((cost[:, :1] + per_bit[:, None] * (np.arange(1, 9) - 4))[:, :, None], 8, axis=2)
+        of.cost = np.repeat((cost[:, :1] + per_bit[:, None] * (np.array(WIDTHS) - 4))[:, :, None], len(WIDTHS), axis=2)
         pairs = np.array([(4, 8), (8, 8)])  # its sensitivities are those of weights; activations follow
         of.decisions = [Decision(group, pairs, cost[list(group)].sum(0)) for group in groups]
-        noise = np.stack([[np.interp(np.arange(1, 9), (4, 8), harm[list(g)].sum(0)), np.zeros(8)] for g in groups])
+        nothing = np.zeros(len(WIDTHS))
+        noise = np.stack([[np.interp(WIDTHS, (4, 8), harm[list(g)].sum(0)), nothing] for g in groups])
         of.quantization_error = noise / harm.sum()
         made.append(Known(of, f"hawqv3 {case}, budget 0.5", 0.5, 1 - total / harm[:, 0].sum(), total))
     return made

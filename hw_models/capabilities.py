@@ -108,7 +108,7 @@ class Rule(BaseModel):
     def _read_widths(cls, value: Any) -> Any:
         if value is None:
             return None
-        if value in (SIGNED, UNSIGNED, "auto"):
+        if isinstance(value, str) and value in (SIGNED, UNSIGNED, "auto"):
             raise ValueError(f"these are widths, such as [4, 8]; of integers' signs say activation_sign: {value}")
         return read_widths(value)
 

@@ -24,6 +24,7 @@ FLOATS = ("latency_s", "energy_j", "storage_bytes")
 # differ by some hundreds.
 ABSURD = 1e30
 ABSURD_RATIO = 1e6
+MOST_BATCH = 2**16  # images; with many more, integers of cycles and bytes would overflow
 MOST_PAIRS = 12  # of widths, in a message
 
 
@@ -318,9 +319,11 @@ def _digits(amount: float, metric: str, unit: str = "") -> str:
 
 
 def check_batch(batch: object) -> int:
-    """Return a batch as it was given. Raises ValueError unless it is a positive integer."""
+    """Return a batch as it was given. Raises ValueError unless it is a positive integer, and no larger than any is."""
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a positive integer, not {batch!r}")
+    if batch > MOST_BATCH:
+        raise ValueError(f"batch must be at most {MOST_BATCH:,} images, not {str(batch)[:40]}")
     return batch
 
 

@@ -20,6 +20,7 @@ float, it can't do the pair, and a warning says so. Any other failure is an erro
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -56,13 +57,16 @@ class FunctionTarget:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an attribute of the function that isn't what it is for."""
-        for name in ("provenance", "batch", "capabilities"):
+        for name in ("provenance", "batch", "capabilities", "zero_points"):
             getattr(self, name)
 
     @property
     def description(self) -> str:
         """Its own `description`, or the first line of its docstring."""
-        said = getattr(self.function, "description", None) or inspect.getdoc(self.function) or ""
+        documented = self.function
+        while isinstance(documented, functools.partial):
+            documented = documented.func
+        said = getattr(self.function, "description", None) or inspect.getdoc(documented) or ""
         return printable(str(said).strip().partition("\n")[0]) or f"costs by the function {self.name}"
 
     @property
@@ -83,8 +87,11 @@ class FunctionTarget:
 
     @property
     def zero_points(self) -> bool:
-        """Whether it computes with activations that have zero points."""
-        return getattr(self.function, "zero_points", False) is True
+        """Whether it computes with activations that have zero points. Raises ValueError for anything but True or False."""
+        said = getattr(self.function, "zero_points", False)
+        if not isinstance(said, bool):
+            raise ValueError(f"`zero_points` of {self.name} is {str(said)[:40]!r}; it must be True or False")
+        return said
 
     @property
     def capabilities(self) -> Capabilities | None:
@@ -101,7 +108,10 @@ class FunctionTarget:
             raise ValueError(f"{self.name} is for a batch of {self.batch}, not {batch}")
         asked = np.ones((len(workload), PLACES, PLACES), bool)
         if self.capabilities is not None:
-            asked = self.capabilities.supported(workload)
+            try:
+                asked = self.capabilities.supported(workload)
+            except ValueError as error:
+                raise ValueError(printable(f"hardware target {self.name!r}: {error}")) from error
         costs = np.full((len(KEYS), *asked.shape), np.nan)
         failures: list[str] = []
         for index, row, column in np.argwhere(asked):
@@ -130,7 +140,7 @@ class FunctionTarget:
         """Return seconds and joules of a layer at a pair, NaN for what isn't told; a failure beyond 8 bits is noted."""
         try:
             told = self.function(layer, _as_in_policies(w), _as_in_policies(a))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = printable(" ".join(f"{type(error).__name__}: {error}".split()))
             sentence = f"{self.name} failed for layer {layer.name!r} at {pair_words(w, a)}: {reason}"
             if self.capabilities is None and max(w, a) > BITS:
@@ -164,7 +174,12 @@ class FunctionTarget:
                 f"{self.name} returns {what}{shown} {where}; it must return a positive number, or None for a pair that "
                 "it can't do"
             )
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+            if value < 0:
+                number = -math.inf
         if number <= 0:
             raise ValueError(
                 f"{self.name} returns {what}{number:g} {where}; it must return a positive number, or None for a pair that it "

@@ -125,7 +125,7 @@ def _foreign_table(target: Target, what: str, workload: Workload, batch: int | N
             raise ValueError(printable(f"`cost_table` of {what} must take (workload, *, batch=None): {error}")) from error
     try:
         return target.cost_table(workload, batch=batch)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if isinstance(error, ValueError):
             reason = " ".join(str(error).split())

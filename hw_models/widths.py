@@ -38,7 +38,7 @@ def width_of(width: Any) -> int:
     Raises:
         ValueError: For anything else, naming it and what is accepted.
     """
-    if width is None or width == FLOAT_WORD:
+    if width is None or (isinstance(width, str) and width == FLOAT_WORD):
         return FLOAT
     number = NO_PLACE
     if isinstance(width, str) and width in _WRITTEN:
@@ -111,7 +111,7 @@ def read_pair(text: Any) -> tuple[int, int]:
     """
     if isinstance(text, list | tuple) and len(text) == 2:
         return width_of(text[0]), width_of(text[1])
-    if text == FLOAT_WORD:
+    if isinstance(text, str) and text == FLOAT_WORD:
         return FLOAT, FLOAT
     match = None
     if isinstance(text, str):

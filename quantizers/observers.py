@@ -22,6 +22,7 @@ from quantizers.functional import FEW_BITS, MAX_BITS, WIDE_BITS, integer_range, 
 from quantizers.histogram import Grid, Histogram, importance_of_inputs
 from quantizers.moments import InputMoments
 
+HEADROOM = 2  # of inputs at 16 bits: how far beyond the values of calibration the grid reaches
 GRID = 80  # candidate clipping points, from the largest magnitude downwards
 SAMPLES = 1 << 16  # activations of a batch that are looked at, and of all batches that a scheme is shown, per layer
 # Activations that are kept per layer at most: more are thinned, by a number that the sizes of layers
@@ -192,7 +193,10 @@ def fit_activation_scales(
 
 
 def widest_grid(observer: Observer, signed: bool, asymmetric: bool = False, power_of_two: bool = False) -> Grid:
-    """Return the grid of an input at 16 bits: it reaches from the smallest to the largest value that was seen.
+    """Return the grid of an input at 16 bits: it reaches HEADROOM times as far as the values that were seen.
+
+    Other data have larger values now and then. Clipping them loses more than the bit that it takes
+    to hold them.
 
     Args:
         observer: What was seen of the input.
@@ -208,12 +212,12 @@ def widest_grid(observer: Observer, signed: bool, asymmetric: bool = False, powe
         span, levels = observer.high - observer.low, integer_range(WIDE_BITS, False)[1]
     if span <= 0:
         return Grid(1.0, 0.0)
-    scale = max(span / levels, torch.finfo(torch.float32).tiny)
+    scale = max(HEADROOM * span / levels, torch.finfo(torch.float32).tiny)
     if power_of_two:
         scale = 2.0 ** math.ceil(math.log2(scale))
     zero_point = 0.0
     if asymmetric:
-        zero_point = float(round(-observer.low / scale))
+        zero_point = float(round(-HEADROOM * observer.low / scale))
     return Grid(scale, zero_point)
 
 

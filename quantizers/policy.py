@@ -238,6 +238,8 @@ def _mean(widths: list[int | None]) -> str:
 
 
 def _checked(name: str, pair: Iterable[int | str | None]) -> Bits:
+    if isinstance(pair, str) or not isinstance(pair, Iterable):
+        raise ValueError(f"layer {name!r} needs (weight bits, activation bits), not {_shown(pair)}")
     values = tuple(pair)
     if len(values) != 2:
         raise ValueError(f"layer {name!r} needs (weight bits, activation bits), not {values!r}")

@@ -450,11 +450,10 @@ Y8 = brightest(X8)
         ({"search": None}, "`search` is None; it must be a tensor, a pair"),
         ({"search": 7}, "`search` is 7; it must be a tensor, a pair"),
         ({"bits": (2.5, 8)}, r"bits is \(2.5, 8\); it must be a pair of integers"),
-        ({"bits": None}, "bits is None; it must be a pair of integers"),
-        ({"bits": "2:8"}, "bits is '2:8'; it must be a pair of integers"),
+        ({"bits": 8}, "bits is 8; it must be a pair of integers"),
+        ({"bits": (2, None)}, r"bits is \(2, None\); it must be a pair of integers"),
         ({"bits": (True, 8)}, r"bits is \(True, 8\); it must be a pair of integers"),
         ({"pinned": {"0": 8}}, "pinned layer '0' has 8; it must be a pair of integers"),
-        ({"pinned": {"stem": (None, None)}}, r"pinned layer 'stem' has \(None, None\); it must be a pair of integers"),
         ({"pinned": ["stem"]}, r"pinned is \['stem'\]; it must map names of layers"),
     ],
 )

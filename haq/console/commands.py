@@ -14,14 +14,13 @@ from typing import Any, Protocol
 import click
 from click.core import ParameterSource
 
-from haq.console.options import ARGUMENTS, COMMON, Argument, Option
+from haq.console.options import ARGUMENTS, COMMON, TYPED, Argument, Option
 from haq.console.output import VERBOSITY
 from haq.console.values import TextType, did_you_mean, name_of, option_strings
 from hw_models import trust
 
 HELP = {"help_option_names": ["-h", "--help"]}
 DEFINITION = re.compile(r"(\S+(?: \S+)*) {2,}(\S.*)")  # a line of a list: a term, some blanks, its meaning
-TYPED = object()  # marks words from a command line; a program may put what it changes behind what it has
 COLUMN = 24  # characters of the first column of a help, at most
 
 

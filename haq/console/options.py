@@ -57,6 +57,7 @@ from hw_models import trust
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
+TYPED = object()  # marks words from a command line; a program may put what it changes behind what it has
 COMMON = "General"  # the group of --json, -q, -v and --help
 CODE = "Code of others"  # the group of --trust
 ARGUMENTS = "Arguments"
@@ -214,8 +215,17 @@ def _option_of(name: str, field: FieldInfo) -> Decorator:
 
 
 def _join(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> str:
-    """Make one text of the values of an option that was given several times."""
-    return ",".join(values)
+    """Make one text of the values of an option that was given several times.
+
+    Of what a program gives, a value replaces an earlier one of the same NAME=, or without a name.
+    """
+    if ctx.obj is TYPED:
+        return ",".join(values)
+    kept = {}
+    for value in values:
+        name, _, _ = value.rpartition("=")
+        kept[name] = value
+    return ",".join(kept.values())
 
 
 def option(

@@ -47,8 +47,7 @@ def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: A
     if not isinstance(network, nn.Module):
         raise TypeError(f"network is {_shown(network)}; it must be a torch.nn.Module")
     _check_network(network)
-    if not isinstance(target, str) and (isinstance(target, type) or not hasattr(target, "cost_table")):
-        raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
+    check_target(target)
     if not isinstance(metric, str):
         raise TypeError(f"metric is {_shown(metric)}; it must be a name, such as 'latency', 'energy' or 'storage'")
     if bits is not None and not isinstance(bits, str) and not _is_pair(bits):
@@ -66,6 +65,12 @@ def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: A
                 f"pinned layer {layer!r} has {_shown(pair)}; it must be a pair of integers (weight bits, activation bits): "
                 "1 to 8, 16, or None for float"
             )
+
+
+def check_target(target: Any) -> None:
+    """Raise TypeError, in one sentence, for what is neither a name nor a hardware target."""
+    if not isinstance(target, str) and (isinstance(target, type) or not hasattr(target, "cost_table")):
+        raise TypeError(f"target is {_shown(target)}; it must be a name, such as 'edge', or a hardware target")
 
 
 def check_quantization(correction: Any, rounding: Any) -> None:

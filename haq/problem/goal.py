@@ -14,6 +14,7 @@ CHEAPEST, TRADEOFF = "cheapest", "tradeoff"
 # The exponents of MnasNet (Tan et al., CVPR 2019, section 3.1), within and beyond the target: soft, where twice the latency is
 # worth 5 % of accuracy, and hard.
 EXPONENTS = {"soft": (-0.07, -0.07), "hard": (0.0, -1.0)}
+STEEPEST = -10  # exponent; a steeper one is a wall, which a budget is for, and its powers overflow
 SLACK = 1e-9  # of values that are equal but for rounding
 
 
@@ -48,6 +49,9 @@ class Goal:
             objective: What policies are judged by.
             value: The policy's.
             float_value: The float network's.
+
+        Returns:
+            Whether it is.
         """
         if self.kind != CHEAPEST:
             return True
@@ -56,7 +60,16 @@ class Goal:
         return bool(objective.signed(value) >= objective.signed(threshold) - slack)
 
     def drop(self, objective: Objective, value: float, float_value: float) -> float:
-        """Return how much worse a value is than the float network's, in the objective's unit; a share for "%"."""
+        """Tell how much worse a value is than the float network's.
+
+        Args:
+            objective: What policies are judged by.
+            value: The policy's.
+            float_value: The float network's.
+
+        Returns:
+            The difference in the objective's unit, a share for "%"; negative if the value is better.
+        """
         return float(objective.signed(float_value) - objective.signed(value))
 
     def worth(self, value: float, cost: float, target: float) -> float:
@@ -66,6 +79,9 @@ class Goal:
             value: Of the objective, positive and better when higher.
             cost: Of the policy.
             target: What it should cost, in the same unit.
+
+        Returns:
+            The value of the trade-off.
         """
         exponent = self.exponents[int(cost > target)]
         return float(value * (cost / target) ** exponent)
@@ -84,6 +100,8 @@ class Goal:
             amount = f"{self.max_drop:g} {objective.unit}".strip()
             if objective.unit == PERCENT:
                 amount = f"{100 * self.max_drop:g} points"
+                if amount == "1 points":
+                    amount = "1 point"
             return f"the cheapest that loses at most {amount} of {objective.title}"
         return "the best"
 
@@ -147,6 +165,8 @@ def _value(objective: Objective, given: Any) -> float:
     if number is None:
         raise ValueError(f"at_least is {text[:40]!r}; it must be a value of the objective, such as 0.92 or 92%")
     if text.endswith("%"):
+        if objective.unit != PERCENT:
+            raise ValueError(f"at_least is {text[:40]!r}; {objective.name} is no share: give a value of it")
         number /= 100
     if objective.unit == PERCENT and not 0 <= number <= 1:
         raise ValueError(f"at_least is {text[:40]!r}; {objective.name} is a share: give 0.92 or 92%")
@@ -173,9 +193,9 @@ def read_exponents(given: Any) -> tuple[float, float]:
     elif isinstance(given, tuple | list):
         parts = list(given)
     numbers = [_number(part) for part in parts]
-    if len(numbers) != 2 or any(number is None or number > 0 for number in numbers):
+    if len(numbers) != 2 or any(number is None or not STEEPEST <= number <= 0 for number in numbers):
         raise ValueError(
-            f"tradeoff is {str(given)[:40]!r}; it must be soft, hard, or two exponents of at most 0 such as -0.07,-1"
+            f"tradeoff is {str(given)[:40]!r}; it must be soft, hard, or two exponents from {STEEPEST} to 0 such as -0.07,-1"
         )
     within, beyond = numbers
     assert within is not None

@@ -600,8 +600,8 @@ def which_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
 
     with named(objective, "correct"):
         if _knows_one_version(objective, "correct"):
-            found = [objective.correct((apart(objective, part),), apart(objective, labels)) for part in outputs]
-            given = functools.reduce(operator.and_, found)
+            answers = [objective.correct((apart(objective, part),), apart(objective, labels)) for part in outputs]
+            given = functools.reduce(operator.and_, answers)
         else:
             given = objective.correct(apart(objective, outputs), apart(objective, labels))
     if not isinstance(given, torch.Tensor) or given.dtype != torch.bool or given.shape != labels.shape:
@@ -611,8 +611,8 @@ def which_correct(objective: Objective, outputs: Sequence[Tensor], labels: Tenso
         )
     for part in outputs:
         given = given & ~part.isnan().any(1)
-    found: Tensor = given
-    return found
+    which: Tensor = given
+    return which
 
 
 def _knows_one_version(objective: Objective, method: str) -> bool:

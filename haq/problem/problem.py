@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from haq.problem.batches import (
     check_arguments,
     check_dense,
     check_quantization,
+    check_target,
     gathered,
     gathered_calibration,
     read_any,
@@ -76,6 +78,7 @@ FEW_BITS = (2, 8)  # widths that may be chosen where nothing is said, beside 16 
 MOST_NAMED = 3  # layers in a sentence
 WIDE = PLACES - 2  # the first place beyond the few-bit widths
 DEFAULT_BUDGET = 0.5
+FARTHEST = 1000  # how many times dearer or cheaper than any policy the budget of a trade-off can be
 
 
 class NotAllowed(ValueError):
@@ -139,7 +142,7 @@ class Problem:
         forward: Forward | None = None,
         memory: str | int | None = None,
         device: str | torch.device | None = None,
-        reference: str | Mapping[str, tuple[int | None, int | None]] | None = None,
+        reference: str | os.PathLike[str] | Mapping[str, tuple[int | None, int | None]] | None = None,
         max_drop: float | None = None,
         at_least: float | str | None = None,
         tradeoff: str | tuple[float, float] | None = None,
@@ -311,6 +314,9 @@ class Problem:
             budget: See `Problem`; the metrics that are limited can't be others.
             max_drop: Likewise: what is looked for is then the cheapest policy, for which `budget` may be None.
 
+        Returns:
+            The other problem.
+
         Raises:
             ValueError: As `Problem` does, and for a target that wants layers quantized otherwise.
         """
@@ -323,6 +329,7 @@ class Problem:
                 f"this problem limits {', '.join(self._budgets)}, and not {', '.join(asked)}: make another problem for that"
             )
         made._budgets = asked
+        check_target(target)
         if isinstance(target, str):
             target = hw_models.load_target(target)
         if target is not self.target:
@@ -378,6 +385,10 @@ class Problem:
             return metric
         if sums:
             return sums[0]
+        if self.goal.kind == TRADEOFF:
+            raise ValueError(
+                f"a trade-off is with a cost that is a sum over layers, which {PEAK} isn't: budget another metric"
+            )
         if metric != PEAK:
             return metric
         return "storage"
@@ -514,8 +525,8 @@ class Problem:
             return "uniform 8 bits"
         if len(pairs) == 1:
             return f"uniform {pair_words(*next(iter(pairs)))}"
-        if isinstance(self._reference_asked, str):
-            return f"the policy {self._reference_asked}"
+        if isinstance(self._reference_asked, str | os.PathLike):
+            return f"the policy {printable(os.fspath(self._reference_asked))}"
         if self._reference_asked is not None:
             return "the given policy"
         others = [f"{pair_words(*pair)} in {name}" for name, pair in self.reference_policy.items() if pair != (8, 8)]
@@ -531,6 +542,8 @@ class Problem:
     def _reference_policy(self) -> Q.BitPolicy:
         """Return the policy that a budget can be a fraction of. Raises ValueError, naming the layer, if it can't be done."""
         asked = self._reference_asked
+        if isinstance(asked, os.PathLike):
+            asked = os.fspath(asked)
         if asked is None:
             return self.policy(*np.array([self._widest(index) for index in range(len(self.workload))]).T)
         if isinstance(asked, str) and asked.endswith(".json"):
@@ -547,7 +560,7 @@ class Problem:
             policy = Q.BitPolicy(asked)
         else:
             raise TypeError(f"reference is a {type(asked).__name__}; it must be a pair such as 'w16a16', or a policy")
-        if differing := sorted(set(policy) ^ set(self.workload.names)):
+        if differing := sorted(set(policy) ^ set(self.workload.names), key=str):
             raise ValueError(
                 f"the reference policy must name the workload's layers; {differing[0]!r} is in one of the two only"
             )
@@ -584,6 +597,8 @@ class Problem:
         # Rounded inwards, so that what we name is what we accept.
         low = describe_amount(self.smallest, self.metric, UP)
         high = describe_amount(self.largest, self.metric, DOWN)
+        if self.largest == self.smallest:
+            high = low
         fraction = np.ceil(1000 * self.smallest / self.reference) / 1000
         top = f"{self.largest / self.reference:.3g}"
         if self.largest == self.reference:
@@ -651,6 +666,8 @@ class Problem:
 
     def bit_arrays(self, policy: Mapping[str, tuple[int | None, int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the widths of weights and activations of a policy, in the order of the workload; float is 32."""
+        if missing := [name for name in self.workload.names if name not in policy]:
+            raise ValueError(f"the policy has no layer {missing[0]!r}: it must have all of the workload's")
         pairs = np.array([[bits or FLOAT for bits in policy[name]] for name in self.workload.names])
         return pairs[:, 0], pairs[:, 1]
 
@@ -733,7 +750,7 @@ class Problem:
         if not isinstance(policy, Q.BitPolicy):
             raise NotAllowed(f"a policy must be a quantizers.BitPolicy, not {type(policy).__name__}: problem.policy makes one")
         names = self.workload.names
-        if differing := sorted(set(policy) ^ set(names)):
+        if differing := sorted(set(policy) ^ set(names), key=str):
             raise NotAllowed(
                 f"the policy must name the workload's layers, and only those; {differing[0]!r} is in one of the two only"
             )
@@ -797,7 +814,7 @@ class Problem:
         if pinned is None:
             return None
         names = self.workload.names
-        if unknown := sorted(set(pinned) - set(names)):
+        if unknown := sorted(set(pinned) - set(names), key=str):
             raise ValueError(f"pinned layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
         return dict(Q.BitPolicy(pinned))
 
@@ -826,7 +843,7 @@ class Problem:
         """List the layers that decide together, by their place in the workload; each is in one group."""
         names = self.workload.names
         made = []
-        for group in map(list, tied):
+        for group in _lists(tied):
             if unknown := [name for name in group if name not in names]:
                 raise ValueError(f"tied layer {unknown[0]!r} is not in the workload: {', '.join(names)}")
             made.append(tuple(sorted(names.index(name) for name in group)))
@@ -923,6 +940,8 @@ class Problem:
         amount = parse_budget(budget, metric, reference)
         if self.goal.kind == TRADEOFF and metric == self.metric:
             dearest = max(largest, float(sum(decision.prices.max() for decision in self.decisions)))
+            if not smallest / FARTHEST <= amount <= dearest * FARTHEST:
+                raise OutOfReach(f"budget {budget} is too far to trade against: {self.reach}")
             self.tradeoff_target = amount
             return Limit(metric, unit, dearest, reference, smallest, largest, is_given=False)
         # Tables round the cost of 8 bits to the nearest, and what they say of it is a budget too.
@@ -951,10 +970,17 @@ class Problem:
     def _reach_of(self, metric: str, smallest: float, largest: float, reference: float, amount: float) -> str:
         """Say which budgets of a metric can be met, for one that can't."""
         if metric == self.metric:
-            return self.reach + self._because_pinned(amount)
+            return self.reach + self._because_pinned(amount) + self._unit_words(metric, amount, reference)
         low, high = describe_amount(smallest, metric, UP), describe_amount(largest, metric, DOWN)
         fraction = np.ceil(1000 * smallest / reference) / 1000
         return f"on {self.target.name}, {metric} can be from {low} ({fraction:.3f} of {self.reference_words}) to {high}"
+
+    def _unit_words(self, metric: str, amount: float, reference: float) -> str:
+        """Say that a number is a fraction, if it would have been a good amount in the metric's unit; nothing otherwise."""
+        budget = self._budgets[metric]
+        if amount <= self.largest or not self.smallest <= amount / reference <= self.largest:
+            return ""
+        return f"; a number without a unit is a fraction: did you mean '{budget} {UNITS[metric]}'?"
 
     def _because_pinned(self, limit: float) -> str:
         """Name the pinned layers, if it is for them that a budget is out of reach; nothing otherwise."""
@@ -966,6 +992,17 @@ class Problem:
         names = " and ".join(f"{name!r} at {_words(pair)}" for name, pair in self.pinned.items())
         least = describe_amount(without, self.metric, UP)
         return f"; that is for the pinned layers, {names}: without them (pinned={{}} in Python) it could be from {least}"
+
+
+def _lists(tied: Any) -> list[list[Any]]:
+    """Return groups of names as lists. Raises TypeError for anything else."""
+    if isinstance(tied, str) or not isinstance(tied, Iterable):
+        raise TypeError(f"tied is {str(tied)[:40]!r}; it must be a list of groups, each a list of names of layers")
+    groups = list(tied)
+    for group in groups:
+        if isinstance(group, str) or not isinstance(group, Iterable):
+            raise TypeError(f"tied has {str(group)[:40]!r} for a group; each group must be a list of names of layers")
+    return [list(group) for group in groups]
 
 
 def _check_share(objective: Objective, value: float) -> None:

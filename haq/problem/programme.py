@@ -289,14 +289,15 @@ class Programme:
         respects = [losses, *self.prices]
         if self.peak is not None:
             # What a decision reads is no smaller at more bits.
-            respects.append(np.where(self.peak.reads.any(0)[:, None], self.peak.widths, 0).astype(float))
-        values = np.where(available, np.array(respects), np.inf)
+            reads: Flags = np.any(self.peak.reads, axis=0)
+            respects.append(np.where(reads[:, None], self.peak.widths, 0).astype(float))
+        values: Floats = np.where(available, np.array(respects), np.inf)
         # Indexed [decision, option, other option].
-        no_worse = (values[:, :, :, None] <= values[:, :, None, :]).all(0)
+        no_worse: Flags = np.all(values[:, :, :, None] <= values[:, :, None, :], axis=0)
         better = no_worse & ~no_worse.transpose(0, 2, 1)
         # Of options that are alike in all respects the first stays.
         first = no_worse & np.triu(np.ones(available.shape[1:] * 2, bool), 1)
-        beaten: Flags = ((better | first) & available[:, :, None]).any(1)
+        beaten: Flags = np.any((better | first) & available[:, :, None], axis=1)
         return ~beaten
 
 

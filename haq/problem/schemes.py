@@ -266,11 +266,7 @@ def takes(scheme: Q.Scheme, weight_bits: int | None, activation_bits: int | None
     Returns:
         Whether it does.
     """
-    try:
-        scheme.check(weight_bits, activation_bits, signed)
-    except ValueError:
-        return False
-    return True
+    return scheme.takes(weight_bits, activation_bits, signed)
 
 
 def meaningful_pairs(schemes: Mapping[str, Q.Scheme], signed: Mapping[str, bool]) -> NDArray[np.bool_]:

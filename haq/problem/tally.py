@@ -423,7 +423,17 @@ def measure_with_error(
 
 
 def wanted_of(objective: Objective, network: Network, inputs: Any, targets: Any) -> Any:
-    """Return what a batch's outputs are held against, on the network's device: its targets, or the float network's outputs."""
+    """Tell what a batch's outputs are held against.
+
+    Args:
+        objective: What judges them.
+        network: The float network.
+        inputs: The batch's, preprocessed.
+        targets: The batch's.
+
+    Returns:
+        Its targets, or the float network's outputs, on the network's device.
+    """
     if not objective.compares_with_float:
         return objective.aligned(inputs, to_device(targets, network.device))
     with torch.no_grad():

@@ -24,7 +24,7 @@ from haq.store.records import (
     SweepRecord,
 )
 from haq.store.shell import command_line
-from hw_models.widths import pair_words, width_of
+from hw_models.widths import width_of
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,5 @@ def _read_policy(path: Path, problem: ProblemRecord) -> list[tuple[int, int]]:
     layers = PolicyRecord.read(path).layers
     if [layer.name for layer in layers] != [layer.name for layer in problem.layers]:
         raise ValueError(f"{path} is not a policy for the layers of {path.with_name(PROBLEM)}")
-    widths = []
-    for layer, priced in zip(layers, problem.layers, strict=True):
-        pair = width_of(layer.weight_bits), width_of(layer.activation_bits)
-        if priced.cost_at(*pair) is None:
-            raise ValueError(
-                f"{path} has layer {layer.name[:80]!r} at {pair_words(*pair)} (weights/activations), which has no cost in "
-                f"{path.with_name(PROBLEM)}"
-            )
-        widths.append(pair)
-    return widths
+    problem.check_policy({layer.name: (layer.weight_bits, layer.activation_bits) for layer in layers}, path)
+    return [(width_of(layer.weight_bits), width_of(layer.activation_bits)) for layer in layers]

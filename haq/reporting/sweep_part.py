@@ -103,6 +103,8 @@ def _front(sweep: FinishedSweepRecord, target: SweepTarget) -> Section:
     missed, pictures = [], []
     if target.left_out:
         missed.append(f"Budgets {target.left_out}.")
+    if target.missed:
+        missed.append(f"Nothing good enough was found for {'; '.join(target.missed)}.")
     if target.found:
         pictures.append(comparisons.sweep(sweep, target))
     tables = [_of_front(sweep, target, front) for front in target.fronts]

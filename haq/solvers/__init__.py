@@ -65,7 +65,6 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "cheapest",
         "evolution",
         "exhaustive",
-        "fisher",
         "greedy",
         "hessian",
         "ilp",

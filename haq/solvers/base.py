@@ -32,6 +32,10 @@ from haq.store.units import PERCENT, describe_amount, show, show_difference
 from hw_models.registry import printable
 
 
+class NothingGoodEnough(ValueError):
+    """A search for the cheapest policy that is good enough evaluated none that is."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A policy with what it was measured to give and what it costs.
@@ -60,7 +64,16 @@ class Trial:
 
     @classmethod
     def of(cls, problem: Problem, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
-        """Make the record of a policy of a problem that was evaluated."""
+        """Make the record of a policy that was evaluated.
+
+        Args:
+            problem: What it is of.
+            policy: The policy.
+            evaluation: What it was measured to give.
+
+        Returns:
+            The record, which is feasible and ranked by the problem's goal.
+        """
         objective, goal = problem.objective, problem.goal
         cost = problem.policy_cost(policy)
         within = problem.holds(policy)
@@ -283,8 +296,9 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         The best trial.
 
     Raises:
+        NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
         ValueError: For something that is no solver, and whatever the solver refuses; naming the solver, if it fails, or
-            evaluated no policy within the budget, or none that is good enough.
+            evaluated no policy within the budget.
     """
     found = find_solver(solver)
     try:
@@ -301,7 +315,7 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
             raise
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
     if session.best is None and session.problem.goal.kind == CHEAPEST:
-        raise ValueError(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
+        raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
         raise ValueError(
             f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "

@@ -6,11 +6,16 @@ Three steps, which share one allowance of evaluations and one measurement of sen
    policy the limit is bisected, and a stage ends as soon as a policy is good enough. For a trade-off limits around the target
    are tried, then those around the best of them.
 2. Refinement, for solvers that work with sensitivities. What was evaluated so far tells how good a policy is likely to be
-   that differs from one of them in a decision or two (`Surrogate`). The one from which most is expected is evaluated next.
+   that differs from one of them in a decision or two (`Surrogate`), and corrects the sensitivities. In turn what the
+   programme proposes with these, what is expected to save most nearby, and what is expected to save most at all is evaluated.
 3. Stages again, for all other solvers, each a little below the cheapest policy that is good enough.
 
+An agent's reward is in every stage what it is within a budget (HAQ, equation 3): a trade-off is judged outside, by the whole
+search, which compares the stages.
+
 Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed
-by doing it again with its history at hand; agents are taught anew, from what is known already.
+by doing it again with its history at hand; agents, which live for a few evaluations each, are taught anew and keep no
+checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ from hw_models.widths import WIDTHS, places
 Floats = NDArray[np.float64]
 
 MEASURED = 0.35  # the most of all evaluations that go into sensitivities
-IN_STAGES = 0.3  # of what is left then, for solvers whose policies are refined
+IN_STAGES = 0.2  # of what is left then, for solvers whose policies are refined
 BISECTIONS = 7  # stages that halve the range of limits
 CLOSE = 0.01  # relative width of that range at which halving ends
 BELOW = 0.01  # how far below the cheapest policy the limit of a further stage is

@@ -518,6 +518,18 @@ class ProblemRecord(FileRecord, JudgingRecord):
     limits: Annotated[list[LimitRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
 
+    def check_policy(self, policy: Mapping[str, tuple[int | None, int | None]], source: Path) -> None:
+        """Raise ValueError, naming the file that a policy is from and the layer, for widths that the target can't do."""
+        for layer in self.layers:
+            if layer.name not in policy:
+                raise ValueError(f"{source} is not a policy for the layers of {source.with_name(files.PROBLEM)}")
+            pair = policy[layer.name]
+            if layer.cost_at(*pair) is None:
+                raise ValueError(
+                    f"{source} has layer {layer.name[:80]!r} at {pair_words(*pair)} (weights/activations), which has no cost "
+                    f"in {source.with_name(files.PROBLEM)}: {self.target.name} can't do it"
+                )
+
     @property
     def samples_words(self) -> str:
         """Say on how many samples policies are judged; nothing of an objective that is given none."""
@@ -1231,6 +1243,7 @@ class SweepTarget(Record):
     uniform: Annotated[list[SweepUniform], Field(max_length=MOST)]
     found: Annotated[list[SweepFound], Field(max_length=MOST_SEARCHES)]
     fronts: Annotated[list[FrontRecord], Field(max_length=MOST)] = []
+    missed: Names = []  # searches that found nothing good enough
 
     @property
     def reference_short(self) -> str:

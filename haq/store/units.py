@@ -18,6 +18,8 @@ UNITS = {
     "memory_traffic": _BYTES,
     "peak_memory": _BYTES,
 }
+# Where the name isn't what an amount is of: "4 bits of average weight width".
+_WORDS = {"bops": "bit operations", "average_weight_bits": "average weight width"}
 # What a hardware target tells, estimated or measured; everything else is counted from the policy and the network.
 TOLD_BY_TARGET = ("latency", "energy")
 COUNTED = "counted"
@@ -30,8 +32,24 @@ SAME = 1e-6  # the relative difference of two values that are the same but for r
 
 
 def metric_words(metric: str) -> str:
-    """Write a metric as sentences and tables do: "average weight bits"."""
-    return metric.replace("_", " ")
+    """Write a metric as sentences and tables do: "peak memory"."""
+    return _WORDS.get(metric, metric.replace("_", " "))
+
+
+def heading_of(metric: str, last: str) -> str:
+    """Head the column of a metric, in three lines at most.
+
+    Args:
+        metric: The metric.
+        last: What stands in the last of them, such as "(counted)".
+
+    Returns:
+        The lines; above a short one an empty one.
+    """
+    words = metric_words(metric).split(" ")
+    if len(words) > 2:
+        words = [" ".join(words[:-1]), words[-1]]
+    return "\n".join(["", *words, last][-3:])
 
 
 def kind_of_cost(metric: str, provenance: str) -> str:

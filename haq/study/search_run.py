@@ -234,7 +234,7 @@ class SearchRun:
             The policy itself.
 
         Raises:
-            ValueError: If it is of another network.
+            ValueError: If it is of another network, or has a layer at widths that the run's target can't do.
         """
         if isinstance(task, SearchTask):
             layers = set(task.problem.workload.names)
@@ -248,6 +248,9 @@ class SearchRun:
             )
         if isinstance(task, SearchTask):
             _check_can_be_done(policy, task.problem, source)
+        elif (self.folder / PROBLEM).exists():
+            # Nothing is priced here, and the run says what could be.
+            self.load_problem().check_policy(policy, source)
         return policy
 
     def prepare_resume(self, problem: Problem) -> int:

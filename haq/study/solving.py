@@ -389,7 +389,7 @@ def solve(
         given.check(problem, given.signature, Path("sensitivities"))
     else:
         kind = check_kind(sensitivities)
-    name = found.name or type(found).__name__
+    name = getattr(found, "name", "") or type(found).__name__
     for sentence in doubts(problem):
         logger.warning(sentence)
     with _shown(problem.objective.title) as bar:

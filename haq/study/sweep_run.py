@@ -26,9 +26,9 @@ from haq.problem.budget import OutOfReach
 from haq.problem.device import kind_of, spread
 from haq.problem.evaluator import one_thread
 from haq.problem.problem import Problem
-from haq.problem.sensitivity import Sensitivities
+from haq.problem.sensitivity import Sensitivities, largest_widths
 from haq.solvers import SOLVERS
-from haq.solvers.base import Session, Trial
+from haq.solvers.base import NothingGoodEnough, Session, Trial
 from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
@@ -43,9 +43,9 @@ from haq.store.records import (
 )
 from haq.store.shell import command_line
 from haq.store.units import kind_of_cost
-from haq.study import front
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
+from haq.study.front import fronts, pareto
 from haq.study.search_run import SearchRun, check_unused
 from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
 from haq.study.workers.processes import Crew
@@ -141,7 +141,7 @@ class SweepContext:
         if cell.max_drop:
             changes["max_drop"] = float(cell.max_drop)
         settings = task.config.replace(**changes)
-        if SOLVERS.get(cell.solver).uses_sensitivities:
+        if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
         return task.on(settings, task.problem.target)
 
@@ -169,6 +169,15 @@ def settings_on(sweep: SweepConfig, hw: str) -> SearchConfig:
     if any(is_compiled(name) for name in sweep.hw) and not is_compiled(hw):
         return settings.replace(target=None)
     return settings
+
+
+def _can_share(first: Problem, other: Problem) -> bool:
+    """Tell whether sensitivities of one target's problem are those of another's: whether the widest bits are the same there.
+
+    Where they aren't, such as with 16 bits on one of two chips, searches measure their own.
+    """
+    bases = [problem.decide(largest_widths(problem)) for problem in (first, other)]
+    return bases[0] == bases[1] and first.bits[0] <= other.bits[0]
 
 
 def shares_sensitivities(sweep: SweepConfig) -> bool:
@@ -286,7 +295,10 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
     name = task.config.solver
     with _opened(folder, task) as run, one_thread():
         if not run.finished:
-            session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
+            try:
+                session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
+            except NothingGoodEnough:
+                return  # the others go on; it has its history, and no result
             assert session.best is not None
             policy = session.best.policy
             tuned, further = None, {}
@@ -402,7 +414,7 @@ def collect(
     Args:
         folder: The sweep's.
         context: What its searches stand on.
-        cells: The searches, all of them finished.
+        cells: The searches, all of them finished but those that found nothing good enough.
         sensitivities: What they shared.
 
     Returns:
@@ -411,10 +423,17 @@ def collect(
     task = context.first
     results: Results = {}
     policies: Policies = {}
+    missed: list[SweepCell] = []
     for cell in cells:
         run = SearchRun.load(folder / cell.folder)
+        if not run.finished:
+            missed.append(cell)
+            continue
         results[cell], policies[cell] = run.load_result(), run.load_policy()
         run.check_found(results[cell], policies[cell])
+    if not results:
+        drops = ", ".join(context.sweep.max_drops)
+        raise ValueError(f"no search of {folder} found a policy that loses at most {drops}: allow more with --max-drops")
     shared = None
     if sensitivities is not None:
         shared = {
@@ -438,12 +457,20 @@ def collect(
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
-        "targets": {hw: _of_target(context, hw, results, policies) for hw in context.tasks},
+        "targets": {hw: _of_target(context, hw, results, policies) | _missed(hw, missed) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
     record = SweepRecord.from_dict(content)
     assert isinstance(record, FinishedSweepRecord)
     return record
+
+
+def _missed(hw: str, cells: Sequence[SweepCell]) -> dict[str, Any]:
+    """Say which searches on a target found nothing that is good enough."""
+    words = [f"drop {cell.max_drop} by {cell.solver}, seed {cell.seed}" for cell in cells if cell.hw == hw]
+    if not words:
+        return {}
+    return {"missed": words}
 
 
 def _of_target(context: SweepContext, hw: str, results: Results, policies: Policies) -> dict[str, Any]:
@@ -481,7 +508,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
     rows: list[dict[str, Any]] = [*uniform, *found]
     scores = [judging.score(judging.checked(row[test_key], test_key)) for row in rows]
     costs = [row["cost"] for row in rows]
-    for row, is_best in zip(rows, front.pareto(list(zip(costs, scores, strict=True))), strict=True):
+    for row, is_best in zip(rows, pareto(list(zip(costs, scores, strict=True))), strict=True):
         row["pareto"] = is_best
     kind = kind_of_cost(problem.metric, problem.table.provenance)
     return {
@@ -495,7 +522,7 @@ def _of_target(context: SweepContext, hw: str, results: Results, policies: Polic
         "left_out": context.left_out(hw),
         "uniform": uniform,
         "found": found,
-        "fronts": front.fronts(task, found),
+        "fronts": fronts(task, found),
     }
 
 

@@ -80,6 +80,13 @@ def _target_words(context: SweepContext, hw: str) -> str:
     return words
 
 
+def _uniform_words(bits: int | str) -> str:
+    """Name a uniform policy: "uniform 8 bits", "uniform 4/8", "uniform float"."""
+    if isinstance(bits, str):
+        return f"uniform {bits}"
+    return f"uniform {bits} bits"
+
+
 def _reference_of(context: SweepContext) -> str:
     """Name what budgets are fractions of, on all targets."""
     words = {short_reference(task.problem.reference_words) for task in context.tasks.values()}
@@ -105,6 +112,8 @@ def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
             _print_front(console, sweep, target, front)
         if target.left_out:
             say(console, f"{target.name}: budgets {target.left_out}.")
+        if target.missed:
+            say(console, f"{target.name}: nothing good enough was found for {'; '.join(target.missed)}.")
     if sweep.specialisation is not None:
         _print_specialisation(console, sweep, sweep.specialisation)
 
@@ -116,7 +125,7 @@ def _print_target(console: Console, sweep: FinishedSweepRecord, target: SweepTar
     shown = [""] * len(rows)
     for row in (0, *sections):
         shown[row] = budgets[row]
-    names = [found.solver for found in target.found] + [f"uniform {row.bits} bits" for row in target.uniform]
+    names = [found.solver for found in target.found] + [_uniform_words(row.bits) for row in target.uniform]
     columns = [
         Column(_asked_words(sweep), shown),
         Column("policy", names),
@@ -159,7 +168,16 @@ def _print_front(console: Console, sweep: FinishedSweepRecord, target: SweepTarg
 
 
 def hypervolume_words(sweep: FinishedSweepRecord, target: SweepTarget, front: FrontRecord) -> str:
-    """Say how large the hypervolume of a front is, and of which reference point."""
+    """Say how large the hypervolume of a front is, and of which reference point.
+
+    Args:
+        sweep: What the front is of.
+        target: On which target.
+        front: The front.
+
+    Returns:
+        The words.
+    """
     value, *costs = front.reference
     amounts = " and ".join(describe_amount(cost, metric) for cost, metric in zip(costs, front.metrics, strict=True))
     return (

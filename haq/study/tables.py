@@ -46,6 +46,7 @@ from haq.store.units import (
     begin,
     best_unit,
     describe_amount,
+    heading_of,
     kind_of_cost,
     metric_words,
     percent,
@@ -84,7 +85,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "data": task.dataset.describe(),
         "target": f"{problem.target.name}: {problem.target.description}; batch {problem.table.batch}; costs are "
         f"{problem.table.provenance}",
-        "metric": metric_words(problem.metric),
+        "metric": problem.metric,
         **_asked_words(problem),
         "bits": _bits_words(problem),
         "scheme": scheme_words(problem),
@@ -344,8 +345,7 @@ def _column_of(problem: Problem, metric: str, w: NDArray[np.int64], a: NDArray[n
     costs = problem.table.metric(metric)[np.arange(len(w)), places(w), places(a)]
     total = float(problem.table.total(metric, w, a))
     unit, size = best_unit(total, metric)
-    heading = "\n".join([*metric_words(metric).split(" "), unit][-3:])
-    return Column(heading, [f"{cost / size:.4g}" for cost in (*costs, total)], "right")
+    return Column(heading_of(metric, unit), [f"{cost / size:.4g}" for cost in (*costs, total)], "right")
 
 
 def _layers_caption(problem: Problem, policy: Q.BitPolicy) -> str:
@@ -504,8 +504,7 @@ def _print_comparison(console: Console, task: SearchTask, result: Mapping[str, A
     for metric in dict.fromkeys([*problem.metrics, problem.metric, *limited]):
         # Bytes and bits are counted on every target. What was measured, and where, stands below the table.
         kind = kind_of_cost(metric, problem.table.provenance)
-        heading = "\n".join(["", *metric_words(metric).split(" "), f"({kind})"][-3:])
-        columns.append(Column(heading, [_cost_cell(row, metric) for row in shown.values()], "right"))
+        columns.append(Column(heading_of(metric, f"({kind})"), [_cost_cell(row, metric) for row in shown.values()], "right"))
     title = f"{result['network']} on {result['data']}, {result['target']}"
     print_columns(console, title, columns, caption=_caption(task, result))
 
@@ -670,6 +669,8 @@ def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
     values = {name: judging.checked(row[key], key) for name, row in result["rivals"].items()}
     if problem.goal.kind == CHEAPEST:
         return _cheaper_sentence(problem, result, values)
+    if problem.goal.kind == TRADEOFF:
+        return _traded_sentence(problem, result, key)
     name = max(values, key=lambda name: judging.score(values[name]))
     than = judging.held_against(values[name], judging.checked(result["found"][key], key))
     measured = ""
@@ -688,6 +689,29 @@ def _rivals_words(problem: Problem) -> str:
     if len(problem.limits) > 1:
         return "Rivals at the same budgets"
     return "Rivals at the same budget"
+
+
+def _traded_sentence(problem: Problem, result: Mapping[str, Any], key: str) -> str:
+    """Hold what was found against the best of the rivals, by value and cost in one number.
+
+    Args:
+        problem: What was searched.
+        result: What result.json holds.
+        key: That of values on the search split.
+
+    Returns:
+        A sentence.
+    """
+
+    def worth(row: Mapping[str, Any]) -> float:
+        return problem.goal.worth(float(row[key]), float(row[COST_KEYS[problem.metric]]), problem.tradeoff_target)
+
+    rivals = result["rivals"]
+    name = max(rivals, key=lambda rival: worth(rivals[rival]))
+    return (
+        f"{_rivals_words(problem)} ({', '.join(rivals)}): the best is {name} with {worth(rivals[name]):.4f}, "
+        f"{result['solver']} has {worth(result['found']):.4f}."
+    )
 
 
 def _cheaper_sentence(problem: Problem, result: Mapping[str, Any], values: Mapping[str, float]) -> str:

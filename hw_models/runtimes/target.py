@@ -49,9 +49,10 @@ class RuntimeTarget:
 
     Each distinct layer is measured once, at batch 1 unless told otherwise, as it is within a network: integers in and out,
     without what a session costs, and with its weights as far from the caches as those of this network are. What is in no
-    layer has no cost: element-wise operations, pools, and quantizing where float and integers meet. The times are kept in a
-    cache, and a few of them are checked at every start. `progress(done, total, note)` is told of the layers done and of what
-    is being done, `notice` of a cache and of times that can't be trusted.
+    layer has no cost: element-wise operations, pools, and quantizing where float and integers meet, so a policy that goes to
+    and fro between these takes longer than its layers together. The times are kept in a cache, and a few of them are checked
+    at every start. `progress(done, total, note)` is told of the layers done and of what is being done, `notice` of a cache
+    and of times that can't be trusted.
     """
 
     runtime: Runtime
@@ -76,8 +77,8 @@ class RuntimeTarget:
     def description(self) -> str:
         """The processor and the runtime, and what isn't priced."""
         return (
-            f"{self.processor}, layers as {self.runtime.title} {self.runtime.version} runs them; element-wise operations, "
-            "pools and quantizing between float and integers are in no layer and have no cost"
+            f"{self.processor}, layers as {self.runtime.title} {self.runtime.version} runs them, activations unsigned; "
+            "element-wise operations, pools and quantizing between float and integers are in no layer and have no cost"
         )
 
     @property

@@ -37,7 +37,8 @@ class Linear(Scheme, name="linear"):
 
     Weights are symmetric per output channel; activations are per tensor, unsigned where the
     calibration data are. Gradients are straight-through (Bengio et al. 2013). At 16 bits nothing is
-    clipped, whatever the rule: scales reach to the largest value that was seen.
+    clipped, whatever the rule: scales reach to the largest weight, and to twice the largest input
+    that was seen, since others come.
 
     A layer's tensors, by width (`WIDTHS`): weight_scale (9, C_out), activation_scale (9,), and the
     relative squared errors weight_error (9,), activation_error (9,); with `asymmetric`

@@ -106,3 +106,23 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"float", "uniform 16", "found"} <= set(networks)
     assert networks["found"]["deployed"]["different"] == 0
     assert torch.isfinite(torch.tensor(networks["found"]["worst"]))
+
+
+def test_no_command_goes_on_with_widths_that_the_chip_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--solver", "random", "--budget", "1.2", "--evaluations", "2", "--finetune-epochs", "0", "--out", "run"]
+    assert run_command(lambda: search.main([*JOB, *asked])) == 0
+    found = Q.BitPolicy.from_json("run/policy.json")
+    commands: list[tuple[Any, list[str]]] = [
+        (evaluate, []),
+        (finetune, ["--epochs", "1"]),
+        (deploy, ["--to", "onnx"]),
+        (robustness, ["--attacks", "quick", "--images", "16", "--workers", "1", "--defensive", "0"]),
+    ]
+    for pair, words in (((3, 3), "3/3"), ((16, 8), "16/8"), ((None, None), "float")):
+        Q.BitPolicy({**found, "depthwise": pair}).to_json("run/policy.json")
+        for module, further in commands:
+            capsys.readouterr()
+            assert run_command(lambda module=module, further=further: module.main(["run", *further])) != 0  # type: ignore[misc]
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"run/policy.json has layer 'depthwise' at {words} (weights/activations), which" in said
+            assert "can't do" in said

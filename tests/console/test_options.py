@@ -79,6 +79,9 @@ def test_an_option_may_be_given_several_times() -> None:
     assert CALLS[0]["given"] == {"epochs": 1, "limit": "latency=0.5,storage=40kB"}
     assert call("r", "--limit", "1ms") == 3
     assert CALLS[0]["given"] == {"limit": "1ms"}
+    # A program may put what it changes behind what it has; whoever types is told by what reads the text.
+    assert call("r", "--limit", "0.5", "--limit", "energy=0.9", "--limit", "1ms", "--limit", "energy=0.8") == 3
+    assert CALLS[0]["given"] == {"limit": "1ms,energy=0.8"}
 
 
 def test_an_option_may_have_two_spellings() -> None:

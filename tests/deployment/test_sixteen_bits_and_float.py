@@ -95,7 +95,7 @@ def test_programs_compute_what_the_network_does(policy: Any, scheme: str) -> Non
     found = interpreter.compare(network, program, x)
     assert not found.fault
     assert found.same_answers == 1
-    assert found.own <= 1e-3 * found.values  # of 16 bits more lie beside a tie than of 8
+    assert found.own <= 2e-3 * found.values  # of 16 bits more lie beside a tie than of 8
     in_integers = {step.layer for step in program.steps if isinstance(step, Convolution)}
     in_float = {step.layer for step in program.steps if isinstance(step, FloatConvolution)}
     bits = dict(Q.get_policy(network))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pickle
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,9 @@ def test_what_is_called_supported_must_have_a_cost(workload: hw_models.Workload)
     [
         ("provenance", 3, "`provenance` of mine is 3; it must be a text"),
         ("batch", 0, "`batch` of mine: batch must be a positive integer, not 0"),
+        ("batch", 10**30, "`batch` of mine: batch must be at most 65,536 images"),
+        ("zero_points", "yes", "`zero_points` of mine is 'yes'; it must be True or False"),
+        ("zero_points", 1, "`zero_points` of mine is '1'; it must be True or False"),
         (
             "capabilities",
             {"pairs": []},
@@ -234,3 +239,52 @@ def test_a_wrong_attribute_is_named_at_once(attribute: str, value: Any, message:
 def test_it_goes_to_other_processes(workload: hw_models.Workload) -> None:
     target = pickle.loads(pickle.dumps(FunctionTarget(fails, "mine")))
     assert target == FunctionTarget(fails, "mine")
+
+
+@pytest.mark.parametrize("told", [10**400, Fraction(10**400), np.float64("inf")])
+def test_what_no_float_holds_is_infinite(told: Any, workload: hw_models.Workload) -> None:
+    with pytest.raises(ValueError, match="^mine can't do layer 'stem' at any pair of widths"):
+        price(FunctionTarget(lambda layer, w, a: told, "mine"), workload)
+    with pytest.raises(ValueError, match="^mine returns -inf for layer 'stem' at 1/1"):
+        price(FunctionTarget(lambda layer, w, a: -told, "mine"), workload)
+
+
+def leaves(*arguments: Any, **options: Any) -> float:
+    raise SystemExit(3)
+
+
+def test_a_target_that_leaves_python_is_named(workload: hw_models.Workload) -> None:
+    with pytest.raises(ValueError, match="mine failed for layer 'stem' at 1/1: SystemExit: 3"):
+        price(FunctionTarget(leaves, "mine"), workload)
+
+    class Leaving:
+        name, description, provenance = "leaving", "", "estimated"
+        cost_table = staticmethod(leaves)
+
+    with pytest.raises(ValueError, match="`cost_table` of hardware target 'leaving' failed: SystemExit: 3"):
+        price(Leaving(), workload)
+
+
+def test_capabilities_of_a_function_name_it(workload: hw_models.Workload) -> None:
+    def latency(layer: hw_models.Layer, w: int | None, a: int | None) -> float:
+        return 1.0
+
+    latency.capabilities = {"layers": {"nowhere": ["8/8"]}}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="^hardware target 'mine': capabilities name 'nowhere', which is no layer"):
+        price(FunctionTarget(latency, "mine"), workload)
+
+
+@pytest.mark.parametrize("widths", [np.array([4, 8]), range(4, 9), object()])
+def test_widths_that_are_no_list_are_named(widths: Any) -> None:
+    latency = functools.partial(fails, a=8)
+    latency.capabilities = {"weights": widths}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="key 'weights'.*: a width must be 1 to 8, 16 or float, not"):
+        FunctionTarget(latency, "mine")
+
+
+def test_a_partial_function_is_described_by_the_function() -> None:
+    def latency(layer: hw_models.Layer, w: int | None, a: int | None, clock: float) -> float:
+        """Count cycles."""
+        return clock
+
+    assert FunctionTarget(functools.partial(latency, clock=1.0), "mine").description == "Count cycles."

@@ -507,3 +507,15 @@ def test_gradients_pass_inputs_of_16_bits_as_those_of_others(mode: str) -> None:
         assert far(gradients[1], gradients[0]) < 0.5  # a slope of a few steps, which is uneven
     else:
         assert far(gradients[1], gradients[0]) < 0.01
+
+
+@pytest.mark.parametrize("scheme", ["linear", "linear-asymmetric", "lsq"])
+@pytest.mark.parametrize("low", [0.0, -0.4])
+def test_inputs_somewhat_beyond_those_of_calibration_are_not_clipped(scheme: str, low: float) -> None:
+    """Clipping them loses far more than the one bit that holds them."""
+    seen = torch.linspace(low, 1.0, 400).view(100, 4)
+    network = Q.quantize(nn.Sequential(nn.Linear(4, 3)), {"0": (None, 16)}, calibrate=seen, scheme=scheme).eval()
+    layer = Q.quant_layers(network)["0"]
+    for x in (seen, 1.9 * seen):
+        with torch.no_grad():
+            assert float((layer.scheme.activation(layer, x, 16) - x).abs().max()) < 1e-4

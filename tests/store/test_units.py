@@ -14,6 +14,7 @@ from haq.store.units import (
     best_unit,
     describe_amount,
     describe_bytes,
+    heading_of,
     held_against,
     kind_of_cost,
     metric_words,
@@ -136,7 +137,12 @@ def test_every_metric_of_hardware_has_units_and_words() -> None:
     assert tuple(UNITS) == METRICS
     for metric, units in UNITS.items():
         assert [name for name, size in units.items() if size == 1] == [BASE_UNITS[metric]]
-    assert metric_words("average_weight_bits") == "average weight bits"
+    words = {metric: metric_words(metric) for metric in METRICS}
+    assert words["peak_memory"] == "peak memory"
+    # What an amount is of isn't its unit: 4 bits of average weight width.
+    assert not any(set(words[metric].split()) & set(UNITS[metric]) for metric in METRICS)
+    assert heading_of("average_weight_bits", "(counted)") == "average weight\nwidth\n(counted)"
+    assert heading_of("latency", "ms") == "\nlatency\nms"
 
 
 def test_what_is_counted_is_neither_estimated_nor_measured() -> None:

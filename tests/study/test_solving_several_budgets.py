@@ -10,6 +10,7 @@ from torch import nn
 import haq
 from haq.store import history
 from haq.store.records import PolicyRecord, ProblemRecord
+from haq.study import sweep_run
 from haq.study.result import uniform_policies
 from hw_models.widths import FLOAT
 from tests.conftest import images
@@ -27,8 +28,8 @@ def problem(**asked: object) -> haq.Problem:
 def test_all_budgets_are_told_and_saved(tmp_path: Path) -> None:
     found = haq.solve(problem(budget={"latency": 20.0, "storage": 1.0, "bops": "1 Gbops"}), "random", evaluations=3)
     assert ", storage " in repr(found)
-    assert ", bops " in repr(found)
-    assert "<th>storage</th><th>bops</th>" in found._repr_html_()
+    assert ", bit operations " in repr(found)
+    assert "<th>storage</th><th>bit operations</th>" in found._repr_html_()
     text = repr(found.table())
     assert "storage" in text
     assert "32" not in "".join(line.split()[1] for line in text.splitlines() if line.strip()[:2] in ("0 ", "2 ", "4 "))
@@ -52,3 +53,10 @@ def test_the_cheapest_says_what_is_good_enough() -> None:
     assert repr(found.trials).endswith("good enough)")
     assert found.to_dict()["goal"]["is"] == "the cheapest that loses at most 100 points of accuracy"
     assert found.to_dict()["budget"]["limit"] is None
+
+
+def test_sensitivities_are_shared_by_targets_of_the_same_widest_bits() -> None:
+    few, wide = problem(budget="180ms", bits="4,8"), problem(budget="180ms", bits="4,8/8,16")
+    assert sweep_run._can_share(few, few)
+    assert not sweep_run._can_share(few, wide)
+    assert not sweep_run._can_share(wide, few)

@@ -95,6 +95,15 @@ def test_a_search_for_the_cheapest_goes_on_as_if_nothing_had_happened(
     assert result["evaluations"][solver] <= 24
 
 
+def test_a_search_that_finds_nothing_good_enough_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*SMALL, "--hw", "edge", "--solvers", "random", "--evaluations", "3", "--bits", "1:1", "--max-drops"]
+    assert call(sweep.main, *asked, "0,100", "--out", "some") == 0
+    assert "edge: nothing good enough was found for drop 0 by random, seed 0." in " ".join(capsys.readouterr().out.split())
+    assert [row.asked for row in SweepRecord.read(Path("some/sweep.json")).found] == ["drop 100"]  # type: ignore[attr-defined]
+    assert call(sweep.main, *asked, "0", "--out", "none") == 2
+    assert "no search of none found a policy that loses at most 0: allow more with --max-drops" in capsys.readouterr().err
+
+
 def test_cells_are_named_after_what_is_asked_for() -> None:
     assert SweepCell("edge", "0.5", "ilp", 0).folder == "edge-0.5-ilp-seed0"
     assert SweepCell("mine/chip.yaml", NONE, "ilp", 1, "0.5").folder == "chip-drop0.5-ilp-seed1"
@@ -122,7 +131,7 @@ def test_hypervolumes_are_what_random_points_say(respects: int, count: int, seed
     random = np.random.default_rng(seed)
     points = random.random((count, respects))
     thrown = random.random((20_000, respects))
-    dominated = (thrown[:, None, :] <= points[None]).all(2).any(1)
+    dominated = np.any(np.all(thrown[:, None, :] <= points[None], axis=2), axis=1)
     found = hypervolume(points, np.zeros(respects))
     assert found == pytest.approx(dominated.mean(), abs=0.02)
     on_front = nondominated(points)

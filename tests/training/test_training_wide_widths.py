@@ -17,7 +17,7 @@ from tests.conftest import brightest, fitted_network, images
 
 Bits = tuple[int | None, int | None]
 # Of the stem, the depthwise, the pointwise and the linear layers.
-MIXED: list[Bits] = [(16, 16), (2, None), (3, 16), (None, 3), (16, 2)]
+MIXED: list[Bits] = [(16, 16), (3, None), (3, 16), (None, 3), (16, 3)]
 
 
 @functools.cache
