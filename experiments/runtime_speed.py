@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         console = Console(width=130)
     out = shared.folder_for(options.out, options.quick, FOLDER)
     targets = [hw_models.load_target(runtime) for runtime in options.runtimes]
-    setting = f"One image, {rounds} rounds. " + "; ".join(target.provenance for target in targets) + "."
+    setting = f"One image, rounds: {rounds}. " + "; ".join(target.provenance for target in targets) + "."
     command = " ".join([f"OMP_NUM_THREADS=1 python -m experiments.{NAME}", *(arguments or sys.argv[1:])])
     every: list[Sums] = []
 

@@ -8,6 +8,7 @@ evaluations. All of it goes to a folder, from which a search that was interrupte
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def run_search(
         dry_run: Whether to say what would be done, and stop.
 
     Returns:
-        The exit status: 1 if what was found is not within the budget.
+        The exit status: 1 if what was found is not within the budgets, or not good enough.
     """
     from haq.store.lock import writing
     from haq.study.search_run import SearchRun, check_unused, default_folder
@@ -178,7 +179,14 @@ def _carry_out(task: SearchTask, run: SearchRun, workers: WorkersConfig, output:
     finally:
         run.close()
     _print_result(output, task, run, result, policy)
-    return 0 if result["budget"]["holds"] else 1
+    return int(not _is_kept(result))
+
+
+def _is_kept(result: Mapping[str, Any]) -> bool:
+    """Say whether what was found is within all budgets, and good enough where that was asked for."""
+    budgets = result.get("budgets") or [result["budget"]]
+    good_enough = result.get("reached", {}).get("search_holds", True)
+    return bool(good_enough and all(budget["holds"] for budget in budgets))
 
 
 def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder: Path | None) -> None:

@@ -40,6 +40,5 @@ def parse_budget(budget: float | str, metric: str, reference: float) -> float:
         raise ValueError
     except ValueError:
         raise ValueError(
-            f"budget {budget!r} is not understood: give a fraction of uniform 8 bits such as 0.5, or an amount in "
-            f"{', '.join(units)}"
+            f"budget {budget!r} is not understood: give a fraction such as 0.5, or an amount of {metric} in {', '.join(units)}"
         ) from None

@@ -100,6 +100,8 @@ class Goal:
             amount = f"{self.max_drop:g} {objective.unit}".strip()
             if objective.unit == PERCENT:
                 amount = f"{100 * self.max_drop:g} points"
+                if amount == "1 points":
+                    amount = "1 point"
             return f"the cheapest that loses at most {amount} of {objective.title}"
         return "the best"
 
