@@ -283,13 +283,9 @@ def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tup
         The network, in evaluation mode, and whether it is the fine-tuned one.
     """
     import quantizers as Q
-    from haq.study.task import schemes_of
 
     policy = run.load_policy()
-    config = run.config
-    if scheme is not None:
-        config = config.replace(scheme=scheme)
-    schemes = schemes_of(config, list(policy))
+    schemes = run.schemes(list(policy), scheme)
     tuned = run.load_checkpoint(loaded)
     if tuned is not None:
         # Options can't be given here, so that schemes are the same if their names are.

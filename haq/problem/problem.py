@@ -386,9 +386,7 @@ class Problem:
         if sums:
             return sums[0]
         if self.goal.kind == TRADEOFF:
-            raise ValueError(
-                f"a trade-off is with a cost that is a sum over layers, which {PEAK} isn't: budget another metric"
-            )
+            raise ValueError(f"a trade-off is with a cost that is a sum over layers, which {PEAK} isn't: limit another")
         if metric != PEAK:
             return metric
         return "storage"

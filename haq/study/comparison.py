@@ -233,10 +233,7 @@ class _RunNetworks:
         self.policy = run.load_policy()
         self.loaded: LoadedNetwork = run.load_network()
         run.check(self.loaded)
-        config = run.config
-        if spec.scheme is not None:
-            config = config.replace(scheme=spec.scheme)
-        self.schemes = schemes_of(config, list(self.policy))
+        self.schemes = run.schemes(list(self.policy), spec.scheme)
         self.plain = self.loaded.quantized(self.policy, self.schemes)
 
     def gather(self) -> ComparedNetworks:

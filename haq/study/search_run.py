@@ -24,7 +24,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.goal import CHEAPEST
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
+from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
 from haq.solvers.base import Session, Trial, solve
 from haq.solvers.sensitivity import computed
@@ -56,6 +57,8 @@ from haq.study.task import (
     load_target,
     machine_signature,
     objective_of,
+    schemes_of,
+    signature_of_schemes,
     versions,
 )
 from hw_models import trust
@@ -221,6 +224,36 @@ class SearchRun:
             f"objective {objective.name!r} said that {was} when {self.folder} began, and says now that {now}: put it back, or "
             "start a new run"
         )
+
+    def schemes(self, layer_names: Sequence[str], scheme: str | None = None) -> dict[str, Q.Scheme]:
+        """Find the schemes by which the run's network is quantized: those asked for, as far as its hardware has them.
+
+        The hardware is loaded only if the schemes that are asked for aren't what the run began with as they are.
+
+        Args:
+            layer_names: The layers, in the order in which they are called.
+            scheme: Another scheme than the run's own; None for that.
+
+        Returns:
+            A scheme by layer.
+
+        Raises:
+            ValueError: As `schemes_of` and `obeying` do, and if the hardware wants something else than when the run began.
+        """
+        began = ConfigRecord.read(self.folder / CONFIG).signature.get("scheme")
+        if scheme is not None:
+            asked = schemes_of(self.config.replace(scheme=scheme), layer_names)
+            return obeying(asked, load_target(self.config))
+        asked = schemes_of(self.config, layer_names)
+        if signature_of_schemes(asked) == began:
+            return asked
+        made = obeying(asked, load_target(self.config))
+        if signature_of_schemes(made) != began:
+            raise ValueError(
+                f"the scheme ({self.config.scheme}), as {self.config.hw} has it, is no longer what {self.folder} began with: "
+                "put the hardware back, or start a new run"
+            )
+        return made
 
     def check_policy(self, policy: Q.BitPolicy, task: LoadedNetwork, source: Path) -> Q.BitPolicy:
         """Check that a policy gives bits to the layers of the run's network.

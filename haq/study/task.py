@@ -289,14 +289,10 @@ class SearchTask(LoadedNetwork):
 
     def _schemes_signature(self) -> dict[str, str]:
         """Tell how layers are quantized, where it isn't the linear scheme, rounded to nearest, without correction."""
-        others = {
-            name: {"name": scheme.name, "options": scheme.options()}
-            for name, scheme in self.problem.schemes.items()
-            if scheme != Q.Linear()
-        }
         found = {}
-        if others:
-            found["scheme"] = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]
+        schemes = signature_of_schemes(self.problem.schemes)
+        if schemes is not None:
+            found["scheme"] = schemes
         # Nothing for what runs had before they could have anything else: their signatures stay what they are.
         for name, before in BEFORE.items():
             value = getattr(self.config, name)
@@ -484,6 +480,16 @@ def schemes_of(config: SearchConfig, layer_names: Sequence[str]) -> dict[str, Q.
     ends = dict.fromkeys(Q.ends(layer_names), LINEAR)
     linear = linear_for(correction_of(config), config.searched_rounding)
     return schemes_by_layer(dict.fromkeys(layer_names, of_all) | ends | named, layer_names, linear)
+
+
+def signature_of_schemes(schemes: Mapping[str, Q.Scheme]) -> str | None:
+    """Return a digest of the schemes of all layers; None where all are the linear one."""
+    others = {
+        name: {"name": scheme.name, "options": scheme.options()} for name, scheme in schemes.items() if scheme != Q.Linear()
+    }
+    if not others:
+        return None
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_adaround(schemes: Mapping[str, Q.Scheme]) -> None:

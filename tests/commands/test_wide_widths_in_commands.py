@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from haq.attacks import base
 from haq.console.errors import run_command
 from haq.deployment.graph import capture
 from haq.deployment.onnx import export, verify
+from haq.study.comparison import ComparisonSpec, _RunNetworks
 from haq.study.search_run import SearchRun
 from tests.commands.test_robustness_command import MODULE, TINY
 from tests.conftest import brightest, enter, fitted_network, images
@@ -126,3 +128,40 @@ def test_no_command_goes_on_with_widths_that_the_chip_has_not(capsys: pytest.Cap
             said = " ".join(capsys.readouterr().err.split())
             assert f"run/policy.json has layer 'depthwise' at {words} (weights/activations), which" in said
             assert "can't do" in said
+
+
+PER_TENSOR = """
+def plain(layer, w, a):
+    return layer.macs * 1e-9 * (w * a)
+
+plain.capabilities = {"weights": [4, 8], "activations": [8], "per_channel_weights": False, "power_of_two_scales": True}
+"""
+
+
+@pytest.mark.parametrize("scheme", [[], ["--scheme", "linear"]])
+def test_what_is_exported_has_the_scales_that_the_chip_has(scheme: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("small_job.py").write_text(f"{MODULE}\n{PER_TENSOR}")
+    job = ["--network", "small_job:network", "--data", "small_job:splits", "--hw", "small_job:plain", "--out", "run"]
+    asked = ["--solver", "random", "--budget", "1", "--evaluations", "2", "--finetune-epochs", "0"]
+    assert run_command(lambda: search.main([*job, *asked])) == 0
+    seen = []
+
+    def check(self: object, network: torch.nn.Module) -> None:
+        seen.append(network)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("haq.deployment.onnx.OnnxExporter.check", check)
+    run_command(lambda: deploy.main(["run", "--to", "onnx", *scheme]))
+    monkeypatch.setattr("hw_models.trust.allow", lambda *given: None)
+    run = SearchRun.load(Path("run"))
+    networks = [*seen, _RunNetworks(ComparisonSpec(source="run"), run, None).plain]
+    assert len(networks) == 2
+    for network in networks:
+        for layer in Q.quant_layers(network).values():
+            assert not layer.scheme.per_channel  # type: ignore[attr-defined]
+            assert layer.scheme.power_of_two  # type: ignore[attr-defined]
+    # Hardware that has become another one is told.
+    Path("small_job.py").write_text(f"{MODULE}\n{PER_TENSOR.replace('False', 'True')}")
+    monkeypatch.delitem(sys.modules, "small_job")
+    with pytest.raises(ValueError, match="as small_job:plain has it, is no longer what run began with"):
+        run.schemes(list(run.load_policy()))
