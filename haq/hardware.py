@@ -173,6 +173,7 @@ def _probe(target: hw_models.Target) -> hw_models.CostTable:
 
     import hw_models
     from hw_models.capabilities import capabilities_of
+    from hw_models.machine import Chip
 
     network = nn.ModuleList(
         [
@@ -187,12 +188,18 @@ def _probe(target: hw_models.Target) -> hw_models.CostTable:
     for module, shape in zip(network, [(1, 32), *[(1, 32, 8, 8)] * 4], strict=True):
         layers += hw_models.trace(nn.Sequential(module), torch.zeros(shape)).layers
     workload = hw_models.Workload(tuple(replace(layer, name=layer.kind) for layer in layers))
-    table = target.cost_table(workload)
     able = capabilities_of(target)
     if able is None:
-        return table
+        return target.cost_table(workload)
     # Rules of named layers are told in words, and so are accumulators, which depend on how many products are summed.
-    return able.model_copy(update={"layers": {}, "accumulator_bits": None}).apply(table)
+    general = able.model_copy(update={"layers": {}, "accumulator_bits": None})
+    # Our own targets keep to the rules of named layers, which these aren't.
+    if isinstance(target, Chip):
+        target = target.model_copy(update={"capabilities": general})
+    elif isinstance(target, hw_models.FunctionTarget):
+        function = target.function
+        target = hw_models.FunctionTarget(lambda layer, w, a: function(layer, w, a), target.name)
+    return general.apply(target.cost_table(workload))
 
 
 def describe_widths(pairs: Pairs) -> str:

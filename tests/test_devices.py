@@ -231,7 +231,8 @@ def test_inputs_and_outputs_of_any_structure_are_those_of_the_cpu() -> None:
         )
         known = computed(problem, "gradient")
         assert known is not None
-        return problem.float_result, problem.evaluate(problem.uniform(3)), known.loss_increases.tolist()
+        few_bits = known.loss_increases[:, :, :8]  # what nobody can choose isn't known
+        return problem.float_result, problem.evaluate(problem.uniform(3)), few_bits.tolist()
 
     here, there = of_both(judged)
     assert here == there

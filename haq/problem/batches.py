@@ -49,7 +49,9 @@ def check_arguments(network: Any, target: Any, metric: Any, bits: Any, pinned: A
     _check_network(network)
     check_target(target)
     if not isinstance(metric, str):
-        raise TypeError(f"metric is {_shown(metric)}; it must be a name, such as 'latency', 'energy' or 'storage'")
+        raise TypeError(
+            f"metric is {_shown(metric)}; it must be 'latency', 'energy' or 'storage', or another name of hw_models.METRICS"
+        )
     if bits is not None and not isinstance(bits, str) and not _is_pair(bits):
         raise TypeError(
             f"bits is {_shown(bits)}; it must be a pair of integers (smallest, largest), such as (2, 8): every width from the "

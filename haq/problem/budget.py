@@ -40,5 +40,6 @@ def parse_budget(budget: float | str, metric: str, reference: float) -> float:
         raise ValueError
     except ValueError:
         raise ValueError(
-            f"budget {budget!r} is not understood: give a fraction such as 0.5, or an amount of {metric} in {', '.join(units)}"
+            f"budget {budget!r} is not understood: give a fraction of the reference such as 0.5, or an amount in "
+            f"{', '.join(units)}"
         ) from None
