@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,20 +75,6 @@ class PeakLimit:
     def holds(self, a_bits: object) -> bool:
         """Say whether activation widths, integers (layers,), keep the limit."""
         return bool(self.of(a_bits) <= self.amount * (1 + ROUNDING))
-
-    @cached_property
-    def moments(self) -> list[tuple[int, ...]]:
-        """List, for every moment at which the peak can stand, the buffers that are alive (by their place in the workload)."""
-        buffers = self.workload.buffers
-        found = []
-        for moment in sorted({buffer.first for buffer in buffers}):
-            alive = [index for index, buffer in enumerate(buffers) if buffer.first <= moment <= buffer.last]
-            found.append(tuple(alive))
-        return found
-
-    def size(self, buffer: int, bits: int) -> int:
-        """Return the bytes of a buffer whose widest reader takes it at so many bits (32: float, or nobody)."""
-        return -(-self.workload.buffers[buffer].elements * self.batch * bits // 8)
 
 
 def budgets_of(budget: object, metric: str) -> dict[str, float | str]:
