@@ -476,12 +476,14 @@ def _load_calls(folder: Path, description: Mapping[str, Any]) -> list[Any]:
     """
     import tvm
 
+    from hw_models.measured.processor import kept_processors
     from hw_models.tvm_cpu.target import check_runs_here
 
     path = folder / LIBRARY
     check_runs_here(description["target"], json.dumps(description["target"]))
     try:
-        tvm.get_global_func("runtime.config_threadpool")(1, description["threads"])
+        with kept_processors():
+            tvm.get_global_func("runtime.config_threadpool")(1, description["threads"])
         with tempfile.TemporaryDirectory() as place:
             copy = shutil.copy(path, place)
             library = tvm.runtime.load_module(copy)

@@ -1,10 +1,13 @@
-"""What this machine's processor is called."""
+"""What this machine's processor is called, and which of its cores this process may run on."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 INFORMATION = Path("/proc/cpuinfo")
@@ -16,6 +19,22 @@ def processor_model() -> str:
     if found := _line("model name"):
         name = found
     return " ".join(name.split())
+
+
+@contextmanager
+def kept_processors() -> Iterator[None]:
+    """Give the calling thread, in the end, back the cores that it may run on: TVM's pool of threads leaves it only one.
+
+    Threads that are started later, such as PyTorch's, would have that one, too.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def processor_features() -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from hw_models.cost import CostTable, check_batch
 from hw_models.measured.cache import Notice, TimingCache, warn
-from hw_models.measured.processor import processor_model
+from hw_models.measured.processor import kept_processors, processor_model
 from hw_models.measured.timing import Progress, Say, Timing
 from hw_models.measured.trusted import Trusted
 from hw_models.storage import BITS, storage_bytes
@@ -116,7 +116,8 @@ class CpuTarget:
         images = 1
         if batch is not None:
             images = check_batch(batch)
-        chosen = self.choices(workload, batch=images)
+        with kept_processors():
+            chosen = self.choices(workload, batch=images)
         latency = np.zeros((len(workload), BITS, BITS))
         doubtful = []
         for index, layer in enumerate(workload.layers):

@@ -31,6 +31,7 @@ import hw_models
 from haq import hardware, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from hw_models.measured.cache import TimingCache, cache_folder
+from hw_models.measured.processor import kept_processors
 from hw_models.tvm_cpu import measure as measuring
 from hw_models.tvm_cpu import target as targets
 from hw_models.tvm_cpu.choose import choose
@@ -503,3 +504,11 @@ def test_show_measured(counted: list[str], task: None, capsys: pytest.CaptureFix
     assert "kernels compiled with TVM" in capsys.readouterr().out
     assert hardware.main(["show", "cpu", "--network", "small_job:network", "--threads", "2"]) == 0
     assert "2 threads" in " ".join(capsys.readouterr().out.split())
+
+
+def test_measuring_leaves_the_process_all_its_cores() -> None:
+    """TVM's pool of threads binds the thread that sets it up to the first core."""
+    before = os.sched_getaffinity(0)
+    with kept_processors():
+        os.sched_setaffinity(0, {min(before)})
+    assert os.sched_getaffinity(0) == before
