@@ -532,11 +532,6 @@ class Problem:
             others = [*others[:MOST_NAMED], f"others in {len(others) - MOST_NAMED} more"]
         return f"8 bits, {', '.join(others)}, where 8/8 can't be done"
 
-    @property
-    def _does_8_bits(self) -> bool:
-        """Whether the target can do 8 bits in every layer."""
-        return bool(self.table.supported[:, TOP, TOP].all())
-
     def _reference_policy(self) -> Q.BitPolicy:
         """Return the policy that a budget can be a fraction of. Raises ValueError, naming the layer, if it can't be done."""
         asked = self._reference_asked
