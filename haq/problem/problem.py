@@ -815,13 +815,16 @@ class Problem:
         """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets."""
         return self.limits[0].holds(cost)
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Say which policies will be evaluated, so that a pool of workers, if there is one, can begin."""
-        self.evaluator.expect(policies)
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Say which policies will be evaluated, and what they are to beat, so that a pool of workers can begin."""
+        self.evaluator.expect(policies, beat)
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples."""
-        return self.evaluator.evaluate(policy)
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
+        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
+
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.evaluate`).
+        """
+        return self.evaluator.evaluate(policy, beat)
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
+from haq.problem import racing
 from haq.problem.evaluator import Evaluation
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
@@ -50,6 +51,8 @@ class Trial:
         goal: What is looked for: "best", "cheapest" or "tradeoff" (`haq.problem.goal`).
         within: Whether it is within all budgets; None: that is what `feasible` says.
         worth: The value of a trade-off.
+        whole: Whether all search samples were looked at. A trial that was cut short was told early that it can't be among the
+            best: its value and loss are means over the samples that were seen, and it is never chosen.
     """
 
     policy: Q.BitPolicy
@@ -61,6 +64,7 @@ class Trial:
     goal: str = BEST.kind
     within: bool | None = None
     worth: float = 0.0
+    whole: bool = True
 
     @classmethod
     def of(cls, problem: Problem, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
@@ -81,7 +85,8 @@ class Trial:
         if goal.kind == TRADEOFF:
             worth = goal.worth(evaluation.value, cost, problem.tradeoff_target)
         feasible = within and problem.meets(evaluation)
-        return cls(policy, evaluation, cost, feasible, objective.title, objective.unit, goal.kind, within, worth)
+        whole = evaluation.images >= problem.evaluator.count
+        return cls(policy, evaluation, cost, feasible, objective.title, objective.unit, goal.kind, within, worth, whole)
 
     @property
     def accuracy(self) -> float:
@@ -137,7 +142,11 @@ class Session:
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
         trials: Every trial, in order.
-        best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite.
+        best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite, and none that
+            was cut short.
+        race: Whether evaluations may end early (`racing_beat`).
+        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
+            and aren't among `trials`; a solver may learn from them.
         saturated: The share of an agent's actions at a bound, by episode.
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
@@ -155,7 +164,10 @@ class Session:
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
     failure: Exception | None = None
-    _seen: set[Q.BitPolicy] = field(default_factory=set)
+    race: bool = True
+    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
+    _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
+    _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say on one line how far it is and what was found."""
@@ -181,12 +193,33 @@ class Session:
         """Say whether a policy was asked for before."""
         return policy in self._seen
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+    def racing_beat(self) -> float | None:
+        """Tell below which value nobody needs to know how bad a policy is; None if every policy is to be evaluated whole.
+
+        It follows from the trials so far. Give it to `expect` with the policies that are chosen now.
+        """
+        if not self.race or self.best is None or not self.problem.evaluator.races:
+            return None
+        return racing.beat(self.problem, self.best.value)
+
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Say that these policies will be asked for, probably in this order.
 
-        It changes no result: they count, and come, in the order in which they are asked for.
+        Without `beat` it changes no result: they count, and come, in the order in which they are asked for.
+
+        Args:
+            policies: What is chosen.
+            beat: A value of the objective. The evaluation of a policy that is expected for the first time ends as soon as a
+                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at. What is
+                known when a policy is chosen decides, so that neither workers nor an interruption change anything.
         """
-        self.problem.expect(policies)
+        policies = list(policies)
+        for policy in policies:
+            self._beats.setdefault(policy, beat)
+        if beat is None:
+            self.problem.expect(policies)
+        else:
+            self.problem.expect(policies, beat)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy; one that is new is counted and becomes a trial.
@@ -199,7 +232,7 @@ class Session:
         """
         self.problem.check_policy(policy)
         if policy in self._seen:
-            return self.problem.evaluate(policy)
+            return self._seen[policy]
         if not self.left:
             raise RuntimeError(f"all {self.evaluations} evaluations are used")
         try:
@@ -210,12 +243,17 @@ class Session:
 
     def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy that is new, and make a trial of it."""
-        evaluation = self.problem.evaluate(policy)
+        beat = self._beats.get(policy)
+        if beat is None:
+            evaluation = self.problem.evaluate(policy)
+        else:
+            evaluation = self.problem.evaluate(policy, beat)
         trial = Trial.of(self.problem, policy, evaluation)
-        self._seen.add(policy)
+        self._seen[policy] = evaluation
         self.trials.append(trial)
         # A network whose outputs aren't finite (an infinite loss) is worth nothing, whatever it costs.
-        if trial.feasible and math.isfinite(trial.loss) and (self.best is None or trial.rank < self.best.rank):
+        sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
+        if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
         self.on_trial(trial)
         return evaluation
@@ -239,6 +277,7 @@ class Solver(ABC):
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
+        races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
     """
 
     name: ClassVar[str] = ""
@@ -247,6 +286,7 @@ class Solver(ABC):
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
+    races: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Call a class that gives itself no name after itself."""
