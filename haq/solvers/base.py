@@ -23,7 +23,7 @@ from typing import ClassVar, NamedTuple
 import quantizers as Q
 from haq import solvers
 from haq.problem import racing
-from haq.problem.evaluator import Evaluation
+from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
@@ -108,6 +108,13 @@ class Trial:
         return self.evaluation.loss
 
     @property
+    def score(self) -> float:
+        """Return a number that is larger for a better value, of a trade-off for a better trade."""
+        if self.goal == TRADEOFF:
+            return self.worth
+        return self.evaluation.score
+
+    @property
     def rank(self) -> tuple[float, float, float]:
         """Sort better policies first: the objective's value, then loss, then cost.
 
@@ -131,6 +138,34 @@ class Trial:
         return f"Trial({self.title} {show(self.value, self.unit)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a search returns, and why (`haq.solvers.choice`).
+
+    Attributes:
+        trial: What is returned.
+        best: The best on the search samples, by the goal.
+        below: How much worse `trial` is than `best`, by `Trial.score` on all samples that were looked at; negative if it is
+            better on all of them.
+        error: The paired standard error of that; 0 of the same policy.
+        compared: How many policies were held against the best, by sample.
+        finalists: How many were judged again on further held-out samples; 0 where there were none.
+        confirmed: How many samples these were.
+        confirmed_trial: What `trial` gave on these.
+        confirmed_best: What `best` gave on these.
+    """
+
+    trial: Trial
+    best: Trial
+    below: float = 0.0
+    error: float = 0.0
+    compared: int = 0
+    finalists: int = 0
+    confirmed: int = 0
+    confirmed_trial: Evaluation | None = None
+    confirmed_best: Evaluation | None = None
+
+
 @dataclass(repr=False)
 class Session:
     """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
@@ -151,6 +186,8 @@ class Session:
         race: Whether evaluations may end early (`racing_beat`).
         known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
             and aren't among `trials`; a solver may learn from them.
+        choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
+        confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
@@ -170,6 +207,8 @@ class Session:
     failure: Exception | None = None
     race: bool = True
     known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
+    choice: Choice | None = None
+    confirm: Evaluator | None = None
     _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
     _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
 
@@ -182,6 +221,13 @@ class Session:
             cost = describe_amount(self.best.cost, self.problem.metric)
             found = f"best {show(self.best.value, self.best.unit)} at {cost}"
         return f"Session({self.used} of {self.evaluations} evaluations used, {found})"
+
+    @property
+    def chosen(self) -> Trial | None:
+        """Return the trial that the search returns; before it is over the best so far."""
+        if self.choice is None:
+            return self.best
+        return self.choice.trial
 
     @property
     def used(self) -> int:
@@ -347,7 +393,10 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
 
 
 def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> Trial:
-    """Run a solver and return the best trial, by the goal of the session's problem.
+    """Run a solver and return what it found, by the goal of the session's problem.
+
+    That is the best trial on the search samples (`session.best`), or one that can't be told from it and is more likely to be
+    as good on others (`haq.solvers.choice`).
 
     Solvers look for the best policy within a budget. Towards another goal one is led from budget to budget
     (`haq.solvers.cheapest`), unless it says that it knows the goal itself.
@@ -358,7 +407,7 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         seed: What everything random comes from.
 
     Returns:
-        The best trial.
+        The trial that was chosen; `session.choice` says why.
 
     Raises:
         NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
@@ -388,7 +437,8 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         )
     if session.best is None:
         raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
-    return session.best
+    session.choice = solvers.choice.choose(session)
+    return session.choice.trial
 
 
 def _closest(session: Session) -> str:

@@ -50,7 +50,7 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm")
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -270,6 +270,15 @@ class SearchConfig(_Config):
         "something to do; results depend on it",
         group=SOLVING,
         least=1,
+    )
+    confirm: int | None = setting(
+        None,
+        "judge the best few policies again in the end, on so many samples of the train split, which are set apart for it: "
+        "neither calibration nor fine-tuning sees them",
+        group=SOLVING,
+        least=1,
+        metavar="N",
+        default_words="none",
     )
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)

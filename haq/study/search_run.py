@@ -371,6 +371,7 @@ class SearchRun:
             env=self.config.env,
             ahead=self.config.ahead,
             checkpoint=self.checkpoint(solver, task, **asked),
+            confirm=task.confirm,
         )
         try:
             found = solve(solver, session, self.config.seed)
