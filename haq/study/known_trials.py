@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,9 +31,6 @@ from haq.store.units import show
 from haq.study.config import SearchConfig
 from haq.study.task import SearchTask
 from hw_models.widths import places
-
-if TYPE_CHECKING:
-    from haq.study.solving import Result
 
 OF_HARDWARE = ("target", "machine", "reference")  # parts of a run's signature that say nothing of what policies are worth
 REMEDY = "leave it out of the trials that are given"
@@ -239,8 +236,8 @@ class _Gathered:
             self._check_again(str(folder), found)
         self._add(source, found)
 
-    def add_result(self, source: str, result: Result) -> None:
-        """Take the trials of a search in Python."""
+    def add_result(self, source: str, result: Any) -> None:
+        """Take the trials of a `haq.study.solving.Result`."""
         other = result.problem
         _check_layers(source, other.workload.names, self.problem)
         found = []
