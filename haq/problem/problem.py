@@ -792,6 +792,14 @@ class Problem:
                         f"{_words(policy[second])}"
                     )
 
+    def allows(self, policy: object) -> bool:
+        """Say whether a policy is one of this problem's, whatever it costs; see `check_policy`."""
+        try:
+            self.check_policy(policy)
+        except NotAllowed:
+            return False
+        return True
+
     def _check_pair(self, index: int, pair: tuple[int | None, int | None]) -> None:
         """Raise NotAllowed for bits that a layer may not take; see `check_policy`."""
         name = self.workload.names[index]

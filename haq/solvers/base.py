@@ -176,6 +176,8 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
+        known: Trials of other searches of this network, whatever they cost: they don't count, and a policy of them is only
+            found if it is asked for.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
@@ -198,6 +200,7 @@ class Session:
     sensitivities: Sensitivities | None = None
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
+    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
@@ -324,6 +327,8 @@ class Solver(ABC):
         name: What it is called in messages.
         summary: One line about it.
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
+        uses_trials: Whether it learns from the session's `known`: trials of earlier searches. In a sweep also those of
+            its other searches, with which it then shares one allowance.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
@@ -333,6 +338,7 @@ class Solver(ABC):
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
+    uses_trials: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
@@ -416,6 +422,7 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     """
     found = find_solver(solver)
     try:
+        _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
         else:
@@ -439,6 +446,20 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     session.choice = solvers.choice.choose(session)
     return session.choice.trial
+
+
+def _evaluate_best_known(session: Session) -> None:
+    """Evaluate the best of the known trials that may be chosen: a policy that is found was evaluated by the search itself."""
+    best: Trial | None = None
+    for policy, evaluation in session.known:
+        trial = Trial.of(session.problem, policy, evaluation)
+        is_whole = evaluation.images == session.problem.evaluator.count
+        if not trial.feasible or not is_whole or not math.isfinite(trial.loss) or not session.problem.allows(policy):
+            continue
+        if best is None or trial.rank < best.rank:
+            best = trial
+    if best is not None and session.left:
+        session.evaluate(best.policy)
 
 
 def _closest(session: Session) -> str:
