@@ -68,6 +68,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "greedy",
         "hessian",
         "ilp",
+        "iterated",
         "random_search",
         "sensitivity",
     ],

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
@@ -177,6 +177,11 @@ class Session:
         """Count the evaluations that are left."""
         return self.evaluations - len(self._seen)
 
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return what a solver can learn from: every trial of the whole search, of which this may be a part."""
+        return self.trials
+
     def seen(self, policy: Q.BitPolicy) -> bool:
         """Say whether a policy was asked for before."""
         return policy in self._seen
@@ -238,6 +243,7 @@ class Solver(ABC):
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
+        iterates: Whether it can be made with `iterate=True`, to go on after its first solution.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
     """
 
@@ -246,6 +252,7 @@ class Solver(ABC):
     uses_sensitivities: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
+    iterates: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
 
     def __init_subclass__(cls) -> None:
@@ -279,20 +286,34 @@ class Solver(ABC):
         return [Spending("policies that it chooses one after the other", evaluations)]
 
 
-def find_solver(solver: str | type[Solver] | Solver) -> Solver:
+def find_solver(solver: str | type[Solver] | Solver, iterate: bool = False) -> Solver:
     """Return a solver that is given as a name, as `module:Name`, as a class or as itself.
+
+    Args:
+        solver: What is given.
+        iterate: Whether it is to go on after its first solution, which `ilp` can.
+
+    Returns:
+        The solver.
 
     Raises:
         ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks; for a
-            class that can't be made, with the reason.
+            class that can't be made, with the reason; and for one that is to iterate and can't.
         ImportError: For a solver of somebody else's that can't be imported.
     """
-    found: object = solver
+    found: Any = solver
+    options = {}
     if isinstance(solver, str):
         found = SOLVERS.get(solver)
+    if iterate:
+        if not getattr(found, "iterates", False):
+            raise ValueError(f"solver {solver!r} has no first solution to go on from: only ilp iterates")
+        if not isinstance(found, type):
+            found = type(found)
+        options["iterate"] = True
     if isinstance(found, type):
         try:
-            found = found()
+            found = found(**options)
         except Exception as error:
             raise ValueError(
                 f"solver {solver!r} can't be made ({_reason(error)}): give an instance, or a class without arguments"
