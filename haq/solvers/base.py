@@ -338,6 +338,7 @@ class Solver(ABC):
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         iterates: Whether it can be made with `iterate=True`, to go on after its first solution.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
+        most_measured: The share of its evaluations that sensitivities take at most.
         races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
     """
 
@@ -345,6 +346,7 @@ class Solver(ABC):
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
     uses_trials: ClassVar[bool] = False
+    most_measured: float = 1.0
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
     iterates: ClassVar[bool] = False

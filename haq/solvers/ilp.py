@@ -28,6 +28,7 @@ class IntegerProgramme(Solver):
     uses_sensitivities = True
     draws = False
     iterates = True
+    most_measured = 1.0
 
     def __init__(self, iterate: bool = False) -> None:
         """Take how it is to go on after the first solution.
@@ -36,15 +37,14 @@ class IntegerProgramme(Solver):
             iterate: Whether at all.
         """
         self.iterate = iterate
-        # Of the class, that neither draws nor chooses ahead as it comes.
-        self.draws = iterate  # type: ignore[misc]
-        self.chooses_ahead = iterate  # type: ignore[misc]
+        if iterate:
+            # What a class says is of its solvers as they come.
+            self.draws = self.chooses_ahead = self.races = True  # type: ignore[misc]
+            self.most_measured = MEASURED
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Measure sensitivities, then evaluate one policy; iterated, as many as are left."""
-        keep = 1
-        if self.iterate:
-            keep = max(session.evaluations - int(MEASURED * session.evaluations), 1)
+        keep = max(session.evaluations - int(self.most_measured * session.evaluations), 1)
         loss_increase = sensitivity.measure(problem, session, keep)
         first = propose(problem, loss_increase)
         if self.iterate:

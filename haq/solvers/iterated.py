@@ -94,7 +94,7 @@ def search(problem: Problem, session: Session, first: Q.BitPolicy, loss_increase
                     chosen.append(proposal)
         rounds += 1
         stale += 1
-        session.expect(chosen)
+        session.expect(chosen, session.racing_beat())
         for policy in chosen:
             stale = 0
             session.evaluate(policy)
@@ -169,6 +169,9 @@ class Model:
         widths = np.array([self._places(trial.policy) for trial in sound])
         predicted = self._predicted(widths)
         weights = 1 / (1 + np.square(FADING * np.log(np.maximum(predicted, TINY) / self.around)))
+        if self.problem.evaluator.count:
+            # What was cut short is known of a part of the samples.
+            weights *= np.array([trial.evaluation.images for trial in sound]) / self.problem.evaluator.count
         near = np.sort(np.argsort(-weights, kind="stable")[:MOST_KNOWN])
         values = np.array([trial.loss for trial in sound])
         if of_value:
