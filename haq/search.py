@@ -140,7 +140,7 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
     from haq.study.known_trials import check_uses_trials
     from haq.study.task import SearchTask, load_target
 
-    find_solver(config.solver)
+    find_solver(config.solver, config.iterate)
     if config.trials is not None:
         check_uses_trials(config.solver)
     with follow_loading(output.notes, "loading network and data, calibrating") as follow:
@@ -206,7 +206,8 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
     from haq.study.search_run import has_tensorboard
     from haq.study.search_steps import rivals_of
 
-    tables.print_plan(output.notes, task, folder, rivals_of(task.config.solver), _describe_workers(workers, task.config))
+    rivals = rivals_of(task)
+    tables.print_plan(output.notes, task, folder, rivals.names, rivals.words, _describe_workers(workers, task.config))
     if task.config.trials is not None:
         say(output.notes, f"trials: {known.words(task.problem)}")
     tables.print_doubts(output.results, task)
@@ -216,10 +217,10 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
 
 def _describe_workers(workers: WorkersConfig, config: SearchConfig) -> str:
     """Who evaluates policies, and what keeps the solver from using all of them."""
-    from haq.solvers import SOLVERS
+    from haq.solvers.base import find_solver
 
     words = workers.describe()
-    if not workers.exceed(config.ahead) or not SOLVERS.get(config.solver).chooses_ahead:
+    if not workers.exceed(config.ahead) or not find_solver(config.solver, config.iterate).chooses_ahead:
         return words
     return f"{words}; beyond sensitivities {config.solver} keeps {config.ahead} of them busy (--ahead)"
 

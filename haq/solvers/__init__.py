@@ -74,6 +74,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "greedy",
         "hessian",
         "ilp",
+        "iterated",
         "random_search",
         "sensitivity",
         "surrogate",

@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
@@ -242,6 +242,11 @@ class Session:
         """Count the evaluations that are left."""
         return self.evaluations - len(self._seen)
 
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return what a solver can learn from: every trial of the whole search, of which this may be a part."""
+        return self.trials
+
     def seen(self, policy: Q.BitPolicy) -> bool:
         """Say whether a policy was asked for before."""
         return policy in self._seen
@@ -331,7 +336,9 @@ class Solver(ABC):
             its other searches, with which it then shares one allowance.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
+        iterates: Whether it can be made with `iterate=True`, to go on after its first solution.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
+        most_measured: The share of its evaluations that sensitivities take at most.
         races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
     """
 
@@ -339,8 +346,10 @@ class Solver(ABC):
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
     uses_trials: ClassVar[bool] = False
+    most_measured: float = 1.0
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
+    iterates: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
     races: ClassVar[bool] = False
 
@@ -375,20 +384,34 @@ class Solver(ABC):
         return [Spending("policies that it chooses one after the other", evaluations)]
 
 
-def find_solver(solver: str | type[Solver] | Solver) -> Solver:
+def find_solver(solver: str | type[Solver] | Solver, iterate: bool = False) -> Solver:
     """Return a solver that is given as a name, as `module:Name`, as a class or as itself.
+
+    Args:
+        solver: What is given.
+        iterate: Whether it is to go on after its first solution, which `ilp` can.
+
+    Returns:
+        The solver.
 
     Raises:
         ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks; for a
-            class that can't be made, with the reason.
+            class that can't be made, with the reason; and for one that is to iterate and can't.
         ImportError: For a solver of somebody else's that can't be imported.
     """
-    found: object = solver
+    found: Any = solver
+    options = {}
     if isinstance(solver, str):
         found = SOLVERS.get(solver)
+    if iterate:
+        if not getattr(found, "iterates", False):
+            raise ValueError(f"solver {solver!r} has no first solution to go on from: only ilp iterates")
+        if not isinstance(found, type):
+            found = type(found)
+        options["iterate"] = True
     if isinstance(found, type):
         try:
-            found = found()
+            found = found(**options)
         except Exception as error:
             raise ValueError(
                 f"solver {solver!r} can't be made ({_reason(error)}): give an instance, or a class without arguments"

@@ -87,6 +87,11 @@ class Stage(Session):
         """Count the evaluations that are left of the stage's and of the whole search's."""
         return min(self.evaluations - self.used, self.whole.left)
 
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return every trial of the whole search."""
+        return self.whole.trials
+
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy, as `Session.evaluate` does; what the whole search knows already costs it nothing.
 

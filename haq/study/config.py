@@ -50,7 +50,8 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials", "evaluations", "iterate")
+OF_YES_OR_NO = ("cold", "amp", "iterate")
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -256,7 +257,19 @@ class SearchConfig(_Config):
         metavar="NAME",
         names=lambda: SOLVERS.names(),
     )
-    evaluations: int = setting(200, "policies that a solver may evaluate", group=SOLVING, least=1)
+    evaluations: int | None = setting(
+        None,
+        "policies that a solver may evaluate",
+        group=SOLVING,
+        least=1,
+        metavar="N",
+        default_words="proposed from the number of layers and of their widths: 200 for 12 layers at 2:8 bits, 420 for 54",
+    )
+    iterate: bool = setting(
+        False,
+        "of ilp: go on after its first solution, with what adds up fitted to all trials, until nothing improves",
+        group=SOLVING,
+    )
     env: str = setting(
         "plan",
         "of agents: plan (relative to a plan for what is left) or haq (HAQ's own)",
@@ -490,7 +503,7 @@ class SearchConfig(_Config):
                 known = ", ".join(cls.model_fields)
                 raise ValueError(f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {known}")
             kind: Any = cls.model_fields[name].annotation
-            if not isinstance(value, kind) or (isinstance(value, bool) and name not in ("cold", "amp")):
+            if not isinstance(value, kind) or (isinstance(value, bool) and name not in OF_YES_OR_NO):
                 raise ValueError(
                     f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {_wanted(cls, name)}"
                 )
@@ -549,7 +562,7 @@ class SearchConfig(_Config):
         """Return plain data, by field; of what most runs do without only what was given."""
         found = super().to_dict()
         for name in ONLY_IF_GIVEN:
-            if found[name] is None:
+            if found[name] in (None, False):
                 del found[name]
         return found
 
@@ -789,6 +802,7 @@ class SweepConfig(_Config):
         "bits",
         *MEASURED,
         "evaluations",
+        "iterate",
         "sensitivity_kind",
         "trials",
         "device",

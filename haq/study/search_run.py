@@ -41,7 +41,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
-from haq.solvers.base import Session, Trial, solve
+from haq.solvers.base import Session, Trial, find_solver, solve
 from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
@@ -370,7 +370,7 @@ class SearchRun:
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
             task.problem,
-            self.config.evaluations,
+            task.evaluations,
             record,
             sensitivities,
             self.config.sensitivity_kind,
@@ -382,7 +382,7 @@ class SearchRun:
             confirm=task.confirm,
         )
         try:
-            found = solve(solver, session, self.config.seed)
+            found = solve(find_solver(solver, mine and self.config.iterate), session, self.config.seed)
         except ValueError:
             # What the run's own solver found isn't lost for a rival that found nothing good enough.
             if mine or not _found_nothing(session):
@@ -592,7 +592,8 @@ class SearchRun:
         first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
         if evaluation > first:
             rate = (time.monotonic() - began) / (evaluation - first)
-            writer.add_scalar(f"{solver}/seconds_left", rate * (self.config.evaluations - evaluation), evaluation)
+            left = (self.config.evaluations or evaluation) - evaluation
+            writer.add_scalar(f"{solver}/seconds_left", rate * left, evaluation)
 
     def _events(self) -> Any:
         if self._writer is None and has_tensorboard():

@@ -32,6 +32,7 @@ from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, check_kind
 from haq.solvers import base
 from haq.solvers.base import Session, Solver, Trial
+from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
 from haq.store.history import HistoryRow
@@ -349,13 +350,14 @@ def solve(
     problem: Problem,
     solver: str | type[Solver] | Solver = "ddpg",
     *,
-    evaluations: int = 200,
+    evaluations: int | None = None,
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
     ahead: int = 1,
     sensitivities: Sensitivities | str = "loss",
     trials: Given | Iterable[Given] | None = None,
     env: str = "plan",
+    iterate: bool = False,
     workers: int | None = None,
 ) -> Result:
     """Look for the best policy of a problem. Progress is shown in a terminal and in a notebook.
@@ -363,7 +365,8 @@ def solve(
     Args:
         problem: What is to be solved.
         solver: A name (`haq.solvers.SOLVERS`), `module:Name`, a class or an instance.
-        evaluations: How many policies the solver may evaluate.
+        evaluations: How many policies the solver may evaluate; None: what is proposed for the size of the problem
+            (`haq.solvers.spending.proposed`), 200 for 12 layers of 2 to 8 bits.
         seed: What everything random comes from: the same seed gives the same result.
         on_trial: Is told every trial, as soon as it is there.
         ahead: How many policies agents and evolution choose before they learn what the first of them is worth, so that workers
@@ -374,6 +377,8 @@ def solve(
             sweeps, folders that results were saved into, or one of these. They cost nothing; a solver must learn from them
             (`Solver.uses_trials`).
         env: The environment of agents: "plan", or "haq" for that of HAQ's paper.
+        iterate: Whether `ilp` goes on after its first solution, with what adds up fitted to all trials, until nothing
+            improves.
         workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
 
     Returns:
@@ -389,12 +394,14 @@ def solve(
         raise TypeError(f"problem is a {type(problem).__name__}; it must be a haq.Problem, made of the network")
     if on_trial is not None and not callable(on_trial):
         raise TypeError(f"on_trial is {on_trial!r}; it must be a function that takes a trial")
+    if evaluations is None:
+        evaluations = proposed(problem)
     check_count("evaluations", evaluations)
     check_count("ahead", ahead)
     if workers is not None:
         check_count("workers", workers)
     check_seed(seed)
-    found = base.find_solver(solver)
+    found = base.find_solver(solver, iterate)
     given, kind = None, "loss"
     if isinstance(sensitivities, Sensitivities):
         given = sensitivities
@@ -408,6 +415,9 @@ def solve(
         known = gather(trials, problem).pairs
     for sentence in doubts(problem):
         logger.warning(sentence)
+    parts = spending(found, problem, evaluations, kind, given is not None)
+    said = [*words_of(parts, evaluations), time_words(problem, evaluations)]
+    logger.info(f"{name}, {evaluations} evaluations: {'; '.join(filter(None, said))}")
     with _shown(problem.objective.title) as bar:
         line = bar.add_task(name, total=evaluations)
 

@@ -28,7 +28,7 @@ from haq.problem.evaluator import one_thread
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, largest_widths
 from haq.solvers import SOLVERS
-from haq.solvers.base import NothingGoodEnough, Session, Trial
+from haq.solvers.base import NothingGoodEnough, Session, Solver, Trial, find_solver
 from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
 from haq.store.lock import writing
@@ -79,6 +79,7 @@ class SweepContext:
         Raises:
             ValueError: If no budget is in reach of any target, and what the parts raise.
         """
+        check_iterates(sweep)
         targets = {hw: load_target(settings_on(sweep, hw), **callbacks) for hw in sweep.hw}
         tasks: dict[str, SearchTask] = {}
         first: SearchTask | None = None
@@ -86,6 +87,8 @@ class SweepContext:
             settings = settings_on(sweep, hw)
             if first is None:
                 tasks[hw] = first = SearchTask.build(settings, target)
+                # All searches are allowed the same, which the file of the sweep then says.
+                sweep = sweep.replace(settings=sweep.settings.replace(evaluations=first.evaluations))
             else:
                 tasks[hw] = first.on(settings, target)
         unreachable: dict[str, list[str]] = {hw: [] for hw in tasks}
@@ -120,7 +123,7 @@ class SweepContext:
                     continue
                 for solver in self.sweep.solvers:
                     seeds = 1
-                    if SOLVERS.get(solver).draws:
+                    if solver_of(self.sweep.settings, solver).draws:
                         seeds = self.sweep.seeds
                     cells += [SweepCell(hw, budget, solver, seed, drop) for seed in range(seeds)]
         return cells
@@ -140,6 +143,7 @@ class SweepContext:
         changes: dict[str, Any] = {"budget": cell.budget, "solver": cell.solver, "seed": cell.seed, "sensitivity_kind": kind}
         if cell.max_drop:
             changes["max_drop"] = float(cell.max_drop)
+        changes["iterate"] = task.config.iterate and _iterates(cell.solver)
         settings = task.config.replace(**changes)
         if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
@@ -178,6 +182,21 @@ def _can_share(first: Problem, other: Problem) -> bool:
     """
     bases = [problem.decide(largest_widths(problem)) for problem in (first, other)]
     return bases[0] == bases[1] and first.bits[0] <= other.bits[0]
+
+
+def solver_of(settings: SearchConfig, name: str) -> Solver:
+    """Return a solver of a sweep, which iterates if that is asked for and it can."""
+    return find_solver(name, settings.iterate and _iterates(name))
+
+
+def _iterates(solver: str) -> bool:
+    return bool(getattr(SOLVERS.get(solver), "iterates", False))
+
+
+def check_iterates(sweep: SweepConfig) -> None:
+    """Raise ValueError if solvers of a sweep are to iterate and none of them can."""
+    if sweep.settings.iterate and not any(map(_iterates, sweep.solvers)):
+        raise ValueError(f"--iterate is of ilp, which --solvers {','.join(sweep.solvers)} leaves out: add it")
 
 
 def shares_sensitivities(sweep: SweepConfig) -> bool:

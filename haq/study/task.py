@@ -33,6 +33,7 @@ from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
+from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
@@ -233,7 +234,14 @@ class SearchTask(LoadedNetwork):
             on_progress=on_progress,
             **loaded._forward(),
         )
+        if config.evaluations is None:
+            config = config.replace(evaluations=proposed(problem))
         return SearchTask(config, network, dataset, problem)
+
+    @property
+    def evaluations(self) -> int:
+        """Return how many policies a solver may evaluate."""
+        return self.config.evaluations or proposed(self.problem)
 
     @functools.cached_property
     def confirm(self) -> Evaluator | None:
