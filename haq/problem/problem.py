@@ -789,9 +789,11 @@ class Problem:
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
         """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
 
-        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.evaluate`).
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.race`).
         """
-        return self.evaluator.evaluate(policy, beat)
+        if beat is None:
+            return self.evaluator.evaluate(policy)
+        return self.evaluator.race(policy, beat)
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""
