@@ -25,6 +25,7 @@ from haq.problem.objective import (
     Accuracy,
     Agreement,
     BlackBox,
+    MetricObjective,
     NotFinite,
     Objective,
     ValueObjective,
@@ -40,6 +41,7 @@ from haq.problem.tally import ScoreTally, Tally, ValueTally, check_by_sample, wo
 from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
 
 KEPT_BYTES = 1 << 30  # of activations, all batches together; and of the teacher's outputs
+COMPARED = 64  # policies whose values are kept by sample, to be held against each other
 RISK = 1e-3  # that an evaluation is stopped although the policy isn't worse than the value to beat
 
 # Of a batch's number and the batch: what the objective looks at of the outputs, and, where they are attacked, of those of the
@@ -145,6 +147,7 @@ class Evaluator:
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self._goods: dict[Q.BitPolicy, tuple[float, ...]] = {}  # of what was evaluated here: `Judged.goods`
         self.pool: Pool | None = None
+        self._values: dict[Q.BitPolicy, Tensor | None] = {}  # by sample, of the policies compared last
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
 
     def _check_calls(self) -> None:
@@ -254,6 +257,7 @@ class Evaluator:
                 self._ask_teacher()
             self.cache.clear()
             self._goods.clear()
+            self._values.clear()
             self.__dict__.pop("prefix", None)
             for layer in Q.quant_layers(self.network).values():
                 layer.cache.clear()
@@ -263,7 +267,7 @@ class Evaluator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "_goods": {}, "pool": None, "_snapshot": None}
+        state = self.__dict__ | {"cache": {}, "_goods": {}, "pool": None, "_values": {}, "_snapshot": None}
         if not self._asks_again:
             state["teacher"] = None
         state.pop("prefix", None)
@@ -353,16 +357,15 @@ class Evaluator:
     def race(self, policy: Q.BitPolicy, beat: float) -> Evaluation:
         """Tell the value and the loss of a policy that is to beat a value, as `evaluate` does.
 
-        What is returned doesn't depend on what was asked before: a policy that is known whole, and that some part of the
-        samples tells to be worse, is evaluated on that part once more. Only what others put into the cache is taken as it is.
+        What is returned depends on policy and value alone, and not on what was asked before, as a search's result must not: a
+        policy that is known whole, and that a part of the samples tells to be worse, is evaluated on that part once more.
         """
         if not self.races:
             return self.evaluate(policy)
         self._forget_what_changed()
-        known, goods = self.cache.get(policy), self._goods.get(policy)
-        if known is not None and goods is None:
-            return self.evaluate(policy, beat)
-        if known is not None and goods is not None:
+        known = self.cache.get(policy)
+        if known is not None and policy in self._goods:
+            goods = self._goods[policy]
             looks = self._looks(goods, beat)
             if looks is None and known.images >= self.count:
                 return known
@@ -387,15 +390,43 @@ class Evaluator:
     def judge(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
         """Evaluate a policy here, whatever is known of it."""
         self._forget_what_changed()
+        goods: list[float] = []
+        found, _ = self._run(policy, beat, goods)
+        return Judged(found, tuple(goods))
+
+    def _run(
+        self, policy: Q.BitPolicy, beat: float | None = None, goods: list[float] | None = None
+    ) -> tuple[Evaluation, Tally | None]:
+        """Run the network at a policy, and judge its outputs; arguments and result are those of `_measured`."""
         network = self.prepared(policy)
         answers = self._answers(network)
         if network is self.network and not self.objective.attacked:
             answers = self._resuming()
-        goods: list[float] = []
-        found = self._measure(network, answers, beat, goods)
+        found = self._measured(network, answers, beat, goods)
         assert self._snapshot is not None
         self._snapshot.take_attributes()
-        return Judged(found, tuple(goods))
+        return found
+
+    def by_sample(self, policy: Q.BitPolicy) -> Tensor | None:
+        """Tell what a policy is worth on every sample; the mean is the value that `evaluate` tells.
+
+        Nothing of it is kept while a search goes on: the few policies that are compared in the end are run again, here, with
+        the same outputs, whoever evaluated them before.
+
+        Returns:
+            In the order in which samples were given: whether each is answered rightly (booleans), or its value (float64).
+            None where values aren't means over samples, and for outputs that can't be judged.
+        """
+        self._forget_what_changed()
+        if policy in self._values:
+            return self._values[policy]
+        if isinstance(self.objective, BlackBox | MetricObjective):
+            return None
+        found = _values_of(self._run(policy)[1])
+        if len(self._values) >= COMPARED:
+            self._values.pop(next(iter(self._values)))
+        self._values[policy] = found
+        return found
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Tell the pool, if there is one, what it will be asked for, and what that is to beat."""
@@ -424,6 +455,11 @@ class Evaluator:
         """
         return self._measure(network, self._answers(network))
 
+    def measure_by_sample(self, network: nn.Module) -> tuple[Evaluation, Tensor | None]:
+        """Tell the value and the loss of any network, as `measure` does, and its value on every sample, as `by_sample`."""
+        found, tally = self._measured(network, self._answers(network))
+        return found, _values_of(tally)
+
     def measure_teacher(self) -> Evaluation:
         """Tell the value and the loss of the teacher.
 
@@ -443,7 +479,7 @@ class Evaluator:
             of_batches = known
             answers = lambda number, batch: (of_batches[number],)  # noqa: E731
         with evaluation_mode(self.teacher):
-            result = self._judged(self.teacher, answers)
+            result, _ = self._judged(self.teacher, answers)
         if not math.isfinite(result.accuracy) or not math.isfinite(result.loss):
             raise ValueError(
                 f"objective {self.objective.name!r} gives no finite number for the float network on the search samples: value "
@@ -509,38 +545,49 @@ class Evaluator:
 
         return answers
 
-    def _measure(
+    def _measure(self, network: nn.Module, answers: Answers) -> Evaluation:
+        """Judge outputs; those that aren't all finite are worth nothing."""
+        return self._measured(network, answers)[0]
+
+    def _measured(
         self, network: nn.Module, answers: Answers, beat: float | None = None, goods: list[float] | None = None
-    ) -> Evaluation:
-        """Judge outputs; those that aren't all finite are worth nothing. The arguments are those of `_judged`."""
+    ) -> tuple[Evaluation, Tally | None]:
+        """Judge outputs, as `_measure` does, and return beside it what knows more of them, if they can be judged.
+
+        `beat` and `goods` are those of `_tallied`.
+        """
         has_teacher = self.expected is not None or self.outputs is not None or self._asks_again
         try:
-            found = self._judged(network, answers, beat, goods)
+            found, tally = self._judged(network, answers, beat, goods)
         except NotFinite:
-            return worthless(self.objective, self.count, has_teacher)
+            return worthless(self.objective, self.count, has_teacher), None
         if math.isnan(found.accuracy) or math.isnan(found.loss) or math.isinf(found.accuracy):
-            return worthless(self.objective, self.count, has_teacher)
-        return found
+            return worthless(self.objective, self.count, has_teacher), None
+        return found, tally
 
     def _judged(
         self, network: nn.Module, answers: Answers, beat: float | None = None, goods: list[float] | None = None
-    ) -> Evaluation:
-        """Judge outputs.
+    ) -> tuple[Evaluation, Tally | None]:
+        """Judge outputs, and return beside it what took them. Raises NotFinite for those that can't be."""
+        if isinstance(self.objective, BlackBox):
+            return self._told(self.objective, network, answers), None
+        tally = self._tallied(answers, beat, goods)
+        return tally.result(), tally
+
+    def _tallied(self, answers: Answers, beat: float | None, goods: list[float] | None) -> Tally:
+        """Take outputs, as many as it needs to judge them.
 
         Args:
-            network: Whose outputs.
             answers: Computes them.
             beat: As of `evaluate`.
             goods: Is told after every batch how much was good until then, as far as an evaluation can end early.
 
         Returns:
-            What was measured.
+            What took them.
 
         Raises:
             NotFinite: For outputs that can't be judged.
         """
-        if isinstance(self.objective, BlackBox):
-            return self._told(self.objective, network, answers)
         tally: Tally = ScoreTally(self.objective, self.order, self.expected)
         if isinstance(self.objective, ValueObjective):
             tally = ValueTally(self.objective, self.order)
@@ -566,7 +613,7 @@ class Evaluator:
                     goods.append(good)
                 if self._is_below(good, tally.seen, beat):
                     break
-        return tally.result()
+        return tally
 
     def _told(self, objective: BlackBox, network: nn.Module, answers: Answers) -> Evaluation:
         """Judge by an objective that is given the network; the divergence is told where there are samples to tell it by."""
@@ -666,6 +713,13 @@ class Evaluator:
             if self._is_below(good, seen, beat):
                 return number
         return None
+
+
+def _values_of(tally: Tally | None) -> Tensor | None:
+    """Return the value of every sample; None if nothing knows it."""
+    if tally is None:
+        return None
+    return tally.by_sample()
 
 
 def _samples_of(inputs: Tensor | Samples | None, labels: Tensor | None) -> Samples | None:

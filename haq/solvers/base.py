@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
 from haq.problem import racing
-from haq.problem.evaluator import Evaluation
+from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
@@ -35,6 +35,10 @@ from hw_models.registry import printable
 
 class NothingGoodEnough(ValueError):
     """A search for the cheapest policy that is good enough evaluated none that is."""
+
+
+class NothingFound(ValueError):
+    """A search evaluated no policy within the budget whose outputs are finite."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,13 @@ class Trial:
         return self.evaluation.loss
 
     @property
+    def score(self) -> float:
+        """Return a number that is larger for a better value, of a trade-off for a better trade."""
+        if self.goal == TRADEOFF:
+            return self.worth
+        return self.evaluation.score
+
+    @property
     def rank(self) -> tuple[float, float, float]:
         """Sort better policies first: the objective's value, then loss, then cost.
 
@@ -127,6 +138,34 @@ class Trial:
         return f"Trial({self.title} {show(self.value, self.unit)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a search returns, and why (`haq.solvers.choice`).
+
+    Attributes:
+        trial: What is returned.
+        best: The best on the search samples, by the goal.
+        below: How much worse `trial` is than `best`, by `Trial.score` on all samples that were looked at; negative if it is
+            better on all of them.
+        error: The paired standard error of that; 0 of the same policy.
+        compared: How many policies were held against the best, by sample.
+        finalists: How many were judged again on further held-out samples; 0 where there were none.
+        confirmed: How many samples these were.
+        confirmed_trial: What `trial` gave on these.
+        confirmed_best: What `best` gave on these.
+    """
+
+    trial: Trial
+    best: Trial
+    below: float = 0.0
+    error: float = 0.0
+    compared: int = 0
+    finalists: int = 0
+    confirmed: int = 0
+    confirmed_trial: Evaluation | None = None
+    confirmed_best: Evaluation | None = None
+
+
 @dataclass(repr=False)
 class Session:
     """One solver's allowance of evaluations on a problem. A policy asked for twice counts once.
@@ -137,6 +176,8 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
+        known: Trials of other searches of this network, whatever they cost: they don't count, and a policy of them is only
+            found if it is asked for.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
@@ -145,8 +186,9 @@ class Session:
         best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite, and none that
             was cut short.
         race: Whether evaluations may end early (`racing_beat`).
-        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
-            and aren't among `trials`; a solver may learn from them.
+        recorded: What an interrupted search of the same solver was told, which it is told again.
+        choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
+        confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
@@ -157,6 +199,7 @@ class Session:
     sensitivities: Sensitivities | None = None
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
+    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
@@ -165,9 +208,13 @@ class Session:
     saturated: list[float] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
-    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
+    recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)
+    choice: Choice | None = None
+    confirm: Evaluator | None = None
     _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
     _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
+    _whole: set[Q.BitPolicy] = field(default_factory=set)
+    _indexed: int = 0  # of the known trials
 
     def __repr__(self) -> str:
         """Say on one line how far it is and what was found."""
@@ -178,6 +225,13 @@ class Session:
             cost = describe_amount(self.best.cost, self.problem.metric)
             found = f"best {show(self.best.value, self.best.unit)} at {cost}"
         return f"Session({self.used} of {self.evaluations} evaluations used, {found})"
+
+    @property
+    def chosen(self) -> Trial | None:
+        """Return the trial that the search returns; before it is over the best so far."""
+        if self.choice is None:
+            return self.best
+        return self.choice.trial
 
     @property
     def used(self) -> int:
@@ -194,13 +248,20 @@ class Session:
         return policy in self._seen
 
     def racing_beat(self) -> float | None:
-        """Tell below which value nobody needs to know how bad a policy is; None if every policy is to be evaluated whole.
+        """Tell which value a policy must reach to be worth a whole evaluation; None if every policy is evaluated whole.
 
-        It follows from the trials so far. Give it to `expect` with the policies that are chosen now.
+        It follows from the trials so far. Give it to `expect` with the policies that are chosen now. Where the best policy is
+        looked for, it is so far below the best that what doesn't reach it is never chosen (`racing.beat`); where the cheapest
+        is, the value that is good enough. Of a trade-off, the value that is needed depends on the cost: nothing ends early.
         """
-        if not self.race or self.best is None or not self.problem.evaluator.races:
+        problem = self.problem
+        if not self.race or not problem.evaluator.races or problem.goal.kind == TRADEOFF:
             return None
-        return racing.beat(self.problem, self.best.value)
+        if problem.goal.kind == CHEAPEST:
+            return problem.goal.threshold(problem.objective, problem.float_accuracy)
+        if self.best is None:
+            return None
+        return racing.beat(problem, self.best.value)
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Say that these policies will be asked for, probably in this order.
@@ -210,16 +271,32 @@ class Session:
         Args:
             policies: What is chosen.
             beat: A value of the objective. The evaluation of a policy that is expected for the first time ends as soon as a
-                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at. What is
-                known when a policy is chosen decides, so that neither workers nor an interruption change anything.
+                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at, as they
+                are of what another search evaluated whole. What is known when a policy is chosen decides, so that neither
+                workers nor an interruption change anything.
         """
         policies = list(policies)
-        for policy in policies:
-            self._beats.setdefault(policy, beat)
-        if beat is None:
-            self.problem.expect(policies)
-        else:
-            self.problem.expect(policies, beat)
+        new = [policy for policy in policies if policy not in self._beats and policy not in self._seen]
+        known = self._known_whole()
+        for policy in new:
+            self._beats[policy] = beat
+            if policy in known:
+                self._beats[policy] = None
+        for value in dict.fromkeys(self._beats[policy] for policy in new):
+            group = [policy for policy in new if self._beats[policy] == value and policy not in self.recorded]
+            if value is None:
+                self.problem.expect(group)
+            else:
+                self.problem.expect(group, value)
+
+    def _known_whole(self) -> set[Q.BitPolicy]:
+        """Return the policies that another search evaluated whole: of these nothing is saved by less."""
+        count = self.problem.evaluator.count
+        for policy, evaluation in self.known[self._indexed :]:
+            if evaluation.images >= count:
+                self._whole.add(policy)
+        self._indexed = len(self.known)
+        return self._whole
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy; one that is new is counted and becomes a trial.
@@ -244,7 +321,9 @@ class Session:
     def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy that is new, and make a trial of it."""
         beat = self._beats.get(policy)
-        if beat is None:
+        if policy in self.recorded:
+            evaluation = self.recorded[policy]
+        elif beat is None:
             evaluation = self.problem.evaluate(policy)
         else:
             evaluation = self.problem.evaluate(policy, beat)
@@ -259,6 +338,14 @@ class Session:
         return evaluation
 
 
+class Spending(NamedTuple):
+    """What a part of a solver's evaluations goes into."""
+
+    words: str  # such as "the first policies, the plan's optima under random weights"
+    count: int  # evaluations
+    wanted: int | None = None  # how many it would take to do this whole; None: it takes what there is
+
+
 class Solver(ABC):
     """Looks for the best policy of a problem within a number of evaluations.
 
@@ -266,6 +353,8 @@ class Solver(ABC):
         name: What it is called in messages.
         summary: One line about it.
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
+        uses_trials: Whether it learns from the session's `known`: trials of earlier searches. In a sweep also those of
+            its other searches, with which it then shares one allowance.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
@@ -275,6 +364,7 @@ class Solver(ABC):
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
+    uses_trials: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
@@ -296,6 +386,19 @@ class Solver(ABC):
             session: Evaluates policies, as many as are `left`.
             seed: What everything random comes from. Global generators are left as they are.
         """
+
+    def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
+        """Tell, before anything is evaluated, what evaluations will go into, in their order.
+
+        Args:
+            problem: What is to be solved: the best policy within its budgets.
+            evaluations: How many there are, without those that sensitivities take.
+
+        Returns:
+            What they go into. Less in sum than there are means that the others are not used; a `wanted` above its `count`
+            that something is left out, as there are too few.
+        """
+        return [Spending("policies that it chooses one after the other", evaluations)]
 
 
 def find_solver(solver: str | type[Solver] | Solver) -> Solver:
@@ -322,7 +425,10 @@ def find_solver(solver: str | type[Solver] | Solver) -> Solver:
 
 
 def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> Trial:
-    """Run a solver and return the best trial, by the goal of the session's problem.
+    """Run a solver and return what it found, by the goal of the session's problem.
+
+    That is the best trial on the search samples (`session.best`), or one that can't be told from it and is more likely to be
+    as good on others (`haq.solvers.choice`).
 
     Solvers look for the best policy within a budget. Towards another goal one is led from budget to budget
     (`haq.solvers.cheapest`), unless it says that it knows the goal itself.
@@ -333,7 +439,7 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         seed: What everything random comes from.
 
     Returns:
-        The best trial.
+        The trial that was chosen; `session.choice` says why.
 
     Raises:
         NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
@@ -342,6 +448,7 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     """
     found = find_solver(solver)
     try:
+        _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
         else:
@@ -357,13 +464,28 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
-        raise ValueError(
+        raise NothingFound(
             f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "
             "all: choose more bits or a larger budget"
         )
     if session.best is None:
-        raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
-    return session.best
+        raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
+    session.choice = solvers.choice.choose(session)
+    return session.choice.trial
+
+
+def _evaluate_best_known(session: Session) -> None:
+    """Evaluate the best of the known trials that may be chosen: a policy that is found was evaluated by the search itself."""
+    best: Trial | None = None
+    for policy, evaluation in session.known:
+        trial = Trial.of(session.problem, policy, evaluation)
+        is_whole = evaluation.images == session.problem.evaluator.count
+        if not trial.feasible or not is_whole or not math.isfinite(trial.loss) or not session.problem.allows(policy):
+            continue
+        if best is None or trial.rank < best.rank:
+            best = trial
+    if best is not None and session.left:
+        session.evaluate(best.policy)
 
 
 def _closest(session: Session) -> str:
@@ -371,6 +493,8 @@ def _closest(session: Session) -> str:
     problem = session.problem
     asked = problem.goal.words(problem.objective)
     within = [trial for trial in session.trials if trial.within and math.isfinite(trial.loss)]
+    # What was cut short is far from good enough; if nothing else is there, what it had on a part of the samples must do.
+    within = [trial for trial in within if trial.whole] or within
     if not within:
         return f"of {session.used} evaluated none is within the budgets with outputs that are finite; asked was {asked}"
     best = min(within, key=lambda trial: (-trial.evaluation.score, trial.loss))
