@@ -145,7 +145,7 @@ class Evaluator:
         self.outputs: list[Any] | None = None  # other outputs of the teacher, by batch
         self._ask_teacher()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
-        self._goods: dict[Q.BitPolicy, tuple[float, ...]] = {}  # of what was evaluated here: `Judged.goods`
+        self._kept: dict[Q.BitPolicy, Judged] = {}  # of what is in the cache and was evaluated for this evaluator
         self.pool: Pool | None = None
         self._values: dict[Q.BitPolicy, Tensor | None] = {}  # by sample, of the policies compared last
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
@@ -256,7 +256,7 @@ class Evaluator:
             if not self._snapshot.holds(self._kept_samples(), len(stored)):
                 self._ask_teacher()
             self.cache.clear()
-            self._goods.clear()
+            self._kept.clear()
             self._values.clear()
             self.__dict__.pop("prefix", None)
             for layer in Q.quant_layers(self.network).values():
@@ -267,7 +267,7 @@ class Evaluator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "_goods": {}, "pool": None, "_values": {}, "_snapshot": None}
+        state = self.__dict__ | {"cache": {}, "_kept": {}, "pool": None, "_values": {}, "_snapshot": None}
         if not self._asks_again:
             state["teacher"] = None
         state.pop("prefix", None)
@@ -363,13 +363,12 @@ class Evaluator:
         if not self.races:
             return self.evaluate(policy)
         self._forget_what_changed()
-        known = self.cache.get(policy)
-        if known is not None and policy in self._goods:
-            goods = self._goods[policy]
-            looks = self._looks(goods, beat)
+        known, kept = self.cache.get(policy), self._kept.get(policy)
+        if known is not None and kept is not None and kept.evaluation == known:
+            looks = self._looks(kept.goods, beat)
             if looks is None and known.images >= self.count:
                 return known
-            if looks == len(goods) and known.images < self.count:
+            if looks == len(kept.goods) and known.images < self.count:
                 return known
         return self._judged_anew(policy, beat)
 
@@ -378,14 +377,14 @@ class Evaluator:
         if not self.races:
             beat = None
         if self.pool is not None:
-            found, goods = self.pool.evaluate(policy, beat)
+            judged = self.pool.evaluate(policy, beat)
         else:
-            found, goods = self.judge(policy, beat)
+            judged = self.judge(policy, beat)
         known = self.cache.get(policy)
-        if known is None or known.images < found.images:
-            self.cache[policy] = found
-            self._goods[policy] = goods
-        return found
+        if known is None or known.images <= judged.evaluation.images:
+            self.cache[policy] = judged.evaluation
+            self._kept[policy] = judged
+        return judged.evaluation
 
     def judge(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
         """Evaluate a policy here, whatever is known of it."""

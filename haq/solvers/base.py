@@ -247,6 +247,12 @@ class Session:
         """Say whether a policy was asked for before."""
         return policy in self._seen
 
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early: values are shares, no trade-off is looked for, and it is wanted."""
+        problem = self.problem
+        return self.race and problem.evaluator.races and problem.goal.kind != TRADEOFF
+
     def racing_beat(self) -> float | None:
         """Tell which value a policy must reach to be worth a whole evaluation; None if every policy is evaluated whole.
 
@@ -255,7 +261,7 @@ class Session:
         is, the value that is good enough. Of a trade-off, the value that is needed depends on the cost: nothing ends early.
         """
         problem = self.problem
-        if not self.race or not problem.evaluator.races or problem.goal.kind == TRADEOFF:
+        if not self.races:
             return None
         if problem.goal.kind == CHEAPEST:
             return problem.goal.threshold(problem.objective, problem.float_accuracy)

@@ -87,6 +87,11 @@ class Stage(Session):
         """Count the evaluations that are left of the stage's and of the whole search's."""
         return min(self.evaluations - self.used, self.whole.left)
 
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early; see `Session.races`."""
+        return self.whole.races
+
     def racing_beat(self) -> float | None:
         """Tell which value a policy must reach for the goal of the whole search; see `Session.racing_beat`."""
         return self.whole.racing_beat()

@@ -39,7 +39,7 @@ class RandomSearch(Solver):
                     stale_rounds = 0
                     drawn.append(policy(problem, repaired))
             window = AHEAD
-            if session.racing_beat() is not None:
+            if session.races:
                 window = RACED
             expected = 0
             for place, one in enumerate(drawn):

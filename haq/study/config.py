@@ -50,7 +50,7 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials", "race")
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -280,6 +280,14 @@ class SearchConfig(_Config):
         metavar="N",
         default_words="none",
     )
+    race: bool | None = setting(
+        None,
+        "end an evaluation as soon as a part of the images tells that the policy can't be among the best, where the solver "
+        "knows how to go on with that and the objective's values are shares",
+        group=SOLVING,
+        spellings=("--no-race",),
+        default_words="on",
+    )
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
     finetune_steps: int = setting(0, "steps by which every policy is fine-tuned before it is judged", group=TUNING, least=0)
@@ -490,7 +498,7 @@ class SearchConfig(_Config):
                 known = ", ".join(cls.model_fields)
                 raise ValueError(f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {known}")
             kind: Any = cls.model_fields[name].annotation
-            if not isinstance(value, kind) or (isinstance(value, bool) and name not in ("cold", "amp")):
+            if not isinstance(value, kind) or (isinstance(value, bool) and name not in ("cold", "amp", "race")):
                 raise ValueError(
                     f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {_wanted(cls, name)}"
                 )
@@ -701,7 +709,9 @@ class SearchConfig(_Config):
             if value == default or is_brought or name in leave_out:
                 continue
             words.append(option_name(name))
-            if value is not True:
+            if value is False:
+                words[-1] = f"--no-{words[-1].removeprefix('--')}"
+            elif value is not True:
                 words.append(str(value))
         return words
 
