@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -186,8 +186,7 @@ class Session:
         best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite, and none that
             was cut short.
         race: Whether evaluations may end early (`racing_beat`).
-        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
-            and aren't among `trials`; a solver may learn from them.
+        recorded: What an interrupted search of the same solver was told, which it is told again.
         choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
@@ -209,11 +208,13 @@ class Session:
     saturated: list[float] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
-    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
+    recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)
     choice: Choice | None = None
     confirm: Evaluator | None = None
     _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
     _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
+    _whole: set[Q.BitPolicy] = field(default_factory=set)
+    _indexed: int = 0  # of the known trials
 
     def __repr__(self) -> str:
         """Say on one line how far it is and what was found."""
@@ -251,14 +252,27 @@ class Session:
         """Say whether a policy was asked for before."""
         return policy in self._seen
 
-    def racing_beat(self) -> float | None:
-        """Tell below which value nobody needs to know how bad a policy is; None if every policy is to be evaluated whole.
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early: values are shares, no trade-off is looked for, and it is wanted."""
+        problem = self.problem
+        return self.race and problem.evaluator.races and problem.goal.kind != TRADEOFF
 
-        It follows from the trials so far. Give it to `expect` with the policies that are chosen now.
+    def racing_beat(self) -> float | None:
+        """Tell which value a policy must reach to be worth a whole evaluation; None if every policy is evaluated whole.
+
+        It follows from the trials so far. Give it to `expect` with the policies that are chosen now. Where the best policy is
+        looked for, it is so far below the best that what doesn't reach it is never chosen (`racing.beat`); where the cheapest
+        is, the value that is good enough. Of a trade-off, the value that is needed depends on the cost: nothing ends early.
         """
-        if not self.race or self.best is None or not self.problem.evaluator.races:
+        problem = self.problem
+        if not self.races:
             return None
-        return racing.beat(self.problem, self.best.value)
+        if problem.goal.kind == CHEAPEST:
+            return problem.goal.threshold(problem.objective, problem.float_accuracy)
+        if self.best is None:
+            return None
+        return racing.beat(problem, self.best.value)
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Say that these policies will be asked for, probably in this order.
@@ -268,16 +282,32 @@ class Session:
         Args:
             policies: What is chosen.
             beat: A value of the objective. The evaluation of a policy that is expected for the first time ends as soon as a
-                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at. What is
-                known when a policy is chosen decides, so that neither workers nor an interruption change anything.
+                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at, as they
+                are of what another search evaluated whole. What is known when a policy is chosen decides, so that neither
+                workers nor an interruption change anything.
         """
         policies = list(policies)
-        for policy in policies:
-            self._beats.setdefault(policy, beat)
-        if beat is None:
-            self.problem.expect(policies)
-        else:
-            self.problem.expect(policies, beat)
+        new = [policy for policy in policies if policy not in self._beats and policy not in self._seen]
+        known = self._known_whole()
+        for policy in new:
+            self._beats[policy] = beat
+            if policy in known:
+                self._beats[policy] = None
+        for value in dict.fromkeys(self._beats[policy] for policy in new):
+            group = [policy for policy in new if self._beats[policy] == value and policy not in self.recorded]
+            if value is None:
+                self.problem.expect(group)
+            else:
+                self.problem.expect(group, value)
+
+    def _known_whole(self) -> set[Q.BitPolicy]:
+        """Return the policies that another search evaluated whole: of these nothing is saved by less."""
+        count = self.problem.evaluator.count
+        for policy, evaluation in self.known[self._indexed :]:
+            if evaluation.images >= count:
+                self._whole.add(policy)
+        self._indexed = len(self.known)
+        return self._whole
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy; one that is new is counted and becomes a trial.
@@ -302,7 +332,9 @@ class Session:
     def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy that is new, and make a trial of it."""
         beat = self._beats.get(policy)
-        if beat is None:
+        if policy in self.recorded:
+            evaluation = self.recorded[policy]
+        elif beat is None:
             evaluation = self.problem.evaluate(policy)
         else:
             evaluation = self.problem.evaluate(policy, beat)
@@ -490,6 +522,8 @@ def _closest(session: Session) -> str:
     problem = session.problem
     asked = problem.goal.words(problem.objective)
     within = [trial for trial in session.trials if trial.within and math.isfinite(trial.loss)]
+    # What was cut short is far from good enough; if nothing else is there, what it had on a part of the samples must do.
+    within = [trial for trial in within if trial.whole] or within
     if not within:
         return f"of {session.used} evaluated none is within the budgets with outputs that are finite; asked was {asked}"
     best = min(within, key=lambda trial: (-trial.evaluation.score, trial.loss))

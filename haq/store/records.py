@@ -1126,6 +1126,24 @@ class ReconstructionRecord(JudgingRecord):
         return self
 
 
+class RacingRecord(Record):
+    """How many evaluations of a search ended early, since a part of the samples told that the policy can't be chosen."""
+
+    evaluations: Count
+    cut: Count
+    images: Count  # that were looked at, all evaluations together
+    of_images: Count  # that there would have been
+
+    @property
+    def words(self) -> str:
+        """Say it."""
+        share = self.images / max(self.of_images, 1)
+        return (
+            f"{self.cut:,} of {self.evaluations:,} evaluations ended early, as soon as it was clear that the policy can't be "
+            f"chosen: {100 * share:.0f} % of the work was done"
+        )
+
+
 class ResultRecord(FileRecord, JudgingRecord):
     """result.json: what a finished search found. Costs are in seconds, joules and bytes, shares from 0 to 1."""
 
@@ -1166,6 +1184,7 @@ class ResultRecord(FileRecord, JudgingRecord):
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
     reached: ReachedRecord | None = None  # of the cheapest policy
     choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
+    racing: RacingRecord | None = None  # where evaluations ended early
 
     @property
     def all_budgets(self) -> list[BudgetRecord]:

@@ -50,8 +50,8 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials", "evaluations", "iterate")
-OF_YES_OR_NO = ("cold", "amp", "iterate")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials", "evaluations", "iterate", "race")
+OF_YES_OR_NO = ("cold", "amp", "iterate", "race")
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -292,6 +292,14 @@ class SearchConfig(_Config):
         least=1,
         metavar="N",
         default_words="none",
+    )
+    race: bool | None = setting(
+        None,
+        "end an evaluation as soon as a part of the images tells that the policy can't be among the best, where the solver "
+        "knows how to go on with that and the objective's values are shares",
+        group=SOLVING,
+        spellings=("--no-race",),
+        default_words="on",
     )
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
@@ -714,7 +722,9 @@ class SearchConfig(_Config):
             if value == default or is_brought or name in leave_out:
                 continue
             words.append(option_name(name))
-            if value is not True:
+            if value is False:
+                words[-1] = f"--no-{words[-1].removeprefix('--')}"
+            elif value is not True:
                 words.append(str(value))
         return words
 

@@ -328,7 +328,8 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
                 judged = summary.judged_by(task.problem, found.before)
                 judged |= summary.reconstruction_entry(found, task.config.seed)
                 further = {"reconstruction": judged, "finetuned_by": "ptq"}
-            content = summary.collect(task, policy, tuned, {}, {name: session.used}, choice=session.choice) | further
+            used = {name: session.used}
+            content = summary.collect(task, policy, tuned, {}, used, choice=session.choice, trials=session.trials) | further
             run.save_result(ResultRecord.from_dict(content))
 
 
