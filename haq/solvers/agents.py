@@ -226,6 +226,7 @@ class Agent(Solver):
 
     uses_sensitivities = True
     chooses_ahead = True
+    takes_agent = True
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search in one of the two environments, and leave global generators as they were."""

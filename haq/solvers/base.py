@@ -18,18 +18,22 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import quantizers as Q
+from envs import MixedPrecisionEnv
 from haq import solvers
 from haq.problem.evaluator import Evaluation
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers import ENVS, SOLVERS, lacking
+from haq.solvers import ENVS, PLAN, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
 from haq.store.units import PERCENT, describe_amount, show, show_difference
 from hw_models.registry import printable
+
+if TYPE_CHECKING:
+    from haq.solvers.agent_file import AgentFile
 
 
 class NothingGoodEnough(ValueError):
@@ -136,6 +140,7 @@ class Session:
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
+        agent: What an agent starts from, which `haq pretrain` made; None for one that knows nothing yet.
         trials: Every trial, in order.
         best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite.
         saturated: The share of an agent's actions at a bound, by episode.
@@ -151,6 +156,7 @@ class Session:
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
+    agent: AgentFile | None = None
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
@@ -230,6 +236,7 @@ class Solver(ABC):
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
+        takes_agent: Whether it can start from `Session.agent`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
     """
 
@@ -238,6 +245,7 @@ class Solver(ABC):
     uses_sensitivities: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
+    takes_agent: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
 
     def __init_subclass__(cls) -> None:
@@ -301,6 +309,8 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
             evaluated no policy within the budget.
     """
     found = find_solver(solver)
+    if session.agent is not None:
+        check_takes_agent(found, session.agent, session.env)
     try:
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
@@ -354,6 +364,32 @@ def _is_ours(solver: Solver) -> bool:
 def _reason(error: Exception) -> str:
     """Write what somebody's code raised on one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def check_takes_agent(solver: Solver, agent: AgentFile, env: str = PLAN) -> None:
+    """Check that a solver can start from a pretrained agent.
+
+    Args:
+        solver: The solver.
+        agent: The agent.
+        env: The environment of agents.
+
+    Raises:
+        ValueError: In one sentence, for a solver that is no agent, or one of another kind, for another environment than that
+            which the agent was trained in, and for an agent that observes other features than this version shows.
+    """
+    what = agent.source or "a pretrained agent"
+    if not getattr(solver, "takes_agent", False):
+        raise ValueError(
+            f"solver {_called(solver)!r} is no agent that could start from {what}: leave the agent out, or choose "
+            f"{agent.record.kind}, which it is"
+        )
+    if env != PLAN:
+        raise ValueError(
+            f"{what} knows what the environment {PLAN!r} shows, and {env!r} shows something else: leave one of the two out"
+        )
+    agent.check_kind(solver.name)
+    agent.check_features(MixedPrecisionEnv.FEATURES)
 
 
 def check_env(name: str) -> str:

@@ -19,7 +19,7 @@ from haq.console.options import option_name, setting
 from haq.data.memory import parse_bytes
 from haq.problem import CORRECTIONS, KINDS, OBJECTIVES, ROUNDINGS
 from haq.problem.device import CPU, WRITTEN, check_device_name
-from haq.solvers import ENVS, SOLVERS
+from haq.solvers import ENVS, PLAN, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
 from haq.store.units import UNITS
@@ -49,7 +49,7 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "agent")
 HALF = "0.5"  # the budget, unless one is given
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
 
@@ -256,11 +256,18 @@ class SearchConfig(_Config):
     )
     evaluations: int = setting(200, "policies that a solver may evaluate", group=SOLVING, least=1)
     env: str = setting(
-        "plan",
+        PLAN,
         "of agents: plan (relative to a plan for what is left) or haq (HAQ's own)",
         group=SOLVING,
         metavar="NAME",
         names=lambda: ENVS,
+    )
+    agent: str | None = setting(
+        None,
+        "what haq pretrain wrote: the solver, an agent of that kind, starts from it (--env plan)",
+        group=SOLVING,
+        metavar="FILE",
+        default_words="an agent that knows nothing yet",
     )
     ahead: int = setting(
         1,
@@ -396,6 +403,11 @@ class SearchConfig(_Config):
             parse_bytes(self.memory)
         self.check_bits()
         self.check_reference()
+        if self.agent is not None and self.env != PLAN:
+            raise ValueError(
+                f"--agent {files.quoted(self.agent)} knows what --env {PLAN} shows, and --env {self.env} shows something else: "
+                "leave one of the two out"
+            )
         self._check_goal()
         self.scheme_names()
         self.normalization()
@@ -494,6 +506,8 @@ class SearchConfig(_Config):
             found["hw"] = Path(self.hw.removeprefix("lut:"))
         if self.reference_file is not None:
             found["reference"] = self.reference_file
+        if self.agent is not None:
+            found["agent"] = Path(self.agent)
         return found
 
     def code(self) -> list[tuple[str, str]]:
@@ -764,6 +778,7 @@ class SweepConfig(_Config):
         *MEASURED,
         "evaluations",
         "sensitivity_kind",
+        "agent",
         "device",
         "amp",
     )

@@ -39,6 +39,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Trial, solve
 from haq.solvers.sensitivity import computed
 from haq.store import files, history
@@ -57,6 +58,7 @@ from haq.study.task import (
     load_target,
     machine_signature,
     objective_of,
+    read_agent,
     schemes_of,
     signature_of_schemes,
     versions,
@@ -174,6 +176,11 @@ class SearchRun:
                 "go on where it began, or start a new run"
             )
         return SearchTask.build(self.config, target, callbacks.get("progress", no_progress))
+
+    def read_agent(self) -> AgentFile | None:
+        """Read the agent that this run was asked for with, if any; raises what `haq.study.task.read_agent` does."""
+        self._check_files("agent")
+        return read_agent(self.config, [self.config.solver])
 
     def load_network(self) -> LoadedNetwork:
         """Load the network and data that this run was asked for; ValueError or FileNotFoundError if they aren't here."""
@@ -372,6 +379,8 @@ class SearchRun:
             ahead=self.config.ahead,
             checkpoint=self.checkpoint(solver, task, **asked),
         )
+        if mine:
+            session.agent = task.agent
         try:
             found = solve(solver, session, self.config.seed)
         except ValueError:

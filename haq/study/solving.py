@@ -30,6 +30,7 @@ from haq.problem.goal import CHEAPEST
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, check_kind
 from haq.solvers import base
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Solver, Trial
 from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
@@ -348,6 +349,7 @@ def solve(
     ahead: int = 1,
     sensitivities: Sensitivities | str = "loss",
     env: str = "plan",
+    agent: str | Path | AgentFile | None = None,
     workers: int | None = None,
 ) -> Result:
     """Look for the best policy of a problem. Progress is shown in a terminal and in a notebook.
@@ -363,6 +365,7 @@ def solve(
         sensitivities: What is known of single layers, such as an earlier result's `sensitivities`; or the kind that is to be
             measured: "loss" or "kl", or "hessian" or "gradient", which cost no evaluation.
         env: The environment of agents: "plan", or "haq" for that of HAQ's paper.
+        agent: What the solver, an agent of that kind, starts from: the file that `haq pretrain` wrote, or its content.
         workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
 
     Returns:
@@ -389,6 +392,7 @@ def solve(
         given.check(problem, given.signature, Path("sensitivities"))
     else:
         kind = check_kind(sensitivities)
+    starting = _starting(agent)
     name = getattr(found, "name", "") or type(found).__name__
     for sentence in doubts(problem):
         logger.warning(sentence)
@@ -401,10 +405,19 @@ def solve(
             if on_trial is not None:
                 on_trial(trial)
 
-        session = Session(problem, evaluations, follow, given, kind, env=base.check_env(env), ahead=ahead)
+        session = Session(problem, evaluations, follow, given, kind, env=base.check_env(env), ahead=ahead, agent=starting)
         with working(problem.evaluator, workers, device=problem.evaluator.device.type):
             base.solve(found, session, seed)
     return Result(problem, name, seed, session)
+
+
+def _starting(agent: Any) -> AgentFile | None:
+    """Read what an agent is to start from. Raises TypeError for what is neither a file nor its content."""
+    if agent is None or isinstance(agent, AgentFile):
+        return agent
+    if isinstance(agent, str | Path):
+        return AgentFile.read(Path(agent))
+    raise TypeError(f"agent is a {type(agent).__name__}; it must be the path of a file that haq pretrain wrote")
 
 
 def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
