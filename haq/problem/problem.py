@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
+from haq import problem as room
 from haq.data.memory import allowed_bytes
 from haq.problem.batches import (
     Batches,
@@ -71,6 +72,9 @@ from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, pla
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
+
+if TYPE_CHECKING:
+    from haq.problem import TabularProblem as Tabular
 
 REPEATED = 1e-3  # of an output's size: what it may differ by from call to call, in sums of another order
 TOP = Q.MAX_BITS - 1  # the place of 8 bits in a table
@@ -273,6 +277,35 @@ class Problem:
             self.float_result = self.evaluator.measure_teacher()
         _check_share(self.objective, self.float_result.value)
         self.goal.check(self.objective, self.float_result.value)
+
+    @staticmethod
+    def tabular(
+        path: str | os.PathLike[str],
+        budget: float | str | None = None,
+        *,
+        max_drop: float | None = None,
+        at_least: float | str | None = None,
+        tradeoff: str | tuple[float, float] | None = None,
+    ) -> Tabular:
+        """Read a problem of which every policy is known; it needs no network.
+
+        Args:
+            path: An .npz file as `haq.problem.table_file` describes it.
+            budget: The name of one of the file's limits, such as "0.15", or an amount: "5.9uJ", or a number in the metric's
+                unit. None: the first limit; where the cheapest is looked for, all that is known.
+            max_drop: Look for the cheapest policy instead; see `Problem`.
+            at_least: Likewise.
+            tradeoff: See `Problem`.
+
+        Returns:
+            The problem, which tells `best_value` and `test(policy)` besides.
+
+        Raises:
+            OutOfReach: A ValueError, for a budget that nothing meets, or within which not everything is known.
+            ValueError: Naming the file and the key, for a file that isn't one.
+        """
+        # Found by its name: it stands on this file.
+        return room.TabularProblem(path, budget, max_drop=max_drop, at_least=at_least, tradeoff=tradeoff)
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""

@@ -18,10 +18,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import quantizers as Q
-from envs import MixedPrecisionEnv
+from envs import FEATURES
 from haq import solvers
 from haq.problem.evaluator import Evaluation
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
@@ -227,6 +227,14 @@ class Session:
         return evaluation
 
 
+class Spending(NamedTuple):
+    """What a part of a solver's evaluations goes into."""
+
+    words: str  # such as "the first policies, the plan's optima under random weights"
+    count: int  # evaluations
+    wanted: int | None = None  # how many it would take to do this whole; None: it takes what there is
+
+
 class Solver(ABC):
     """Looks for the best policy of a problem within a number of evaluations.
 
@@ -264,6 +272,19 @@ class Solver(ABC):
             session: Evaluates policies, as many as are `left`.
             seed: What everything random comes from. Global generators are left as they are.
         """
+
+    def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
+        """Tell, before anything is evaluated, what evaluations will go into, in their order.
+
+        Args:
+            problem: What is to be solved: the best policy within its budgets.
+            evaluations: How many there are, without those that sensitivities take.
+
+        Returns:
+            What they go into. Less in sum than there are means that the others are not used; a `wanted` above its `count`
+            that something is left out, as there are too few.
+        """
+        return [Spending("policies that it chooses one after the other", evaluations)]
 
 
 def find_solver(solver: str | type[Solver] | Solver) -> Solver:
@@ -389,7 +410,7 @@ def check_takes_agent(solver: Solver, agent: AgentFile, env: str = PLAN) -> None
             f"{what} knows what the environment {PLAN!r} shows, and {env!r} shows something else: leave one of the two out"
         )
     agent.check_kind(solver.name)
-    agent.check_features(MixedPrecisionEnv.FEATURES)
+    agent.check_features(FEATURES)
 
 
 def check_env(name: str) -> str:
