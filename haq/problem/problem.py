@@ -290,7 +290,7 @@ class Problem:
         """Read a problem of which every policy is known; it needs no network.
 
         Args:
-            path: An .npz file as `haq.problem.table_file` describes it.
+            path: An .npz file as `haq.problem.table_file` describes it, or the name of one that ships with the package.
             budget: The name of one of the file's limits, such as "0.15", or an amount: "5.9uJ", or a number in the metric's
                 unit. None: the first limit; where the cheapest is looked for, all that is known.
             max_drop: Look for the cheapest policy instead; see `Problem`.

@@ -334,9 +334,7 @@ class TabularProblem(Problem):
         """
         if target not in (self.target, self.target.name):
             name = getattr(target, "name", target)
-            raise ValueError(
-                f"the table {self.file.name!r} knows the costs of {self.target.name}, and none of {str(name)[:SHOWN]}"
-            )
+            raise ValueError(f"the table {self.file.name!r} has costs of {self.target.name}, none of {str(name)[:SHOWN]}")
         made = copy.copy(self)
         if max_drop is not None:
             made.goal = read_goal(self.objective, max_drop, None, None)
