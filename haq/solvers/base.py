@@ -40,6 +40,10 @@ class NothingGoodEnough(ValueError):
     """A search for the cheapest policy that is good enough evaluated none that is."""
 
 
+class NothingFound(ValueError):
+    """A search evaluated no policy within the budget whose outputs are finite."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A policy with what it was measured to give and what it costs.
@@ -348,12 +352,12 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
-        raise ValueError(
+        raise NothingFound(
             f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "
             "all: choose more bits or a larger budget"
         )
     if session.best is None:
-        raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
+        raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     return session.best
 
 

@@ -34,6 +34,7 @@ SOLVING = "How it is searched"
 TUNING = "Fine-tuning"
 WORK = "Who works"
 FOLDERS = "The run"
+BENCH = "What is measured"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
@@ -51,6 +52,7 @@ BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
 ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "agent")
 HALF = "0.5"  # the budget, unless one is given
+MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
 
 
@@ -1033,6 +1035,58 @@ class FinetuneConfig(AnotherScheme):
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
         check_rate(self.learning_rate)
+        return self
+
+
+class BenchConfig(_Config):
+    """Which solvers are measured, on which tables; what `haq bench` is asked."""
+
+    # Both may be given several times, which the command sees to.
+    solver: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    seeds: int = setting(10, "searches of each solver that draws: seeds 0, 1, 2 ...", group=BENCH, metavar="N")
+    evaluations: tuple[int, ...] = setting(
+        (25, 50, 100, 200, 400),
+        "after how many evaluations the regret is told, parted by commas",
+        group=BENCH,
+        metavar="N,N",
+        default_words="25,50,100,200,400",
+    )
+
+    @field_validator("solver", "tables", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = (value,)
+        if isinstance(value, tuple | list) and all(isinstance(part, str) for part in value):
+            return tuple(part.strip() for part in ",".join(value).split(",") if part.strip())
+        return value
+
+    @field_validator("evaluations", mode="before")
+    @classmethod
+    def _read_counts(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+            raise ValueError(
+                f"--evaluations is {value[:80]!r}; it must be integers of at least 1 parted by commas: 50,100,200"
+            )
+        return tuple(sorted({int(part) for part in parts}))
+
+    @model_validator(mode="after")
+    def _check_all(self) -> BenchConfig:
+        if not self.solver:
+            raise ValueError(f"--solver is missing: give at least one of {', '.join(SOLVERS.names())}, or module:Name")
+        for name in self.solver:
+            check_name(SOLVERS, name)
+        for option, values in (("solver", self.solver), ("tables", self.tables)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{option} is {','.join(values)!r}; each of them can be given once")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise ValueError(
+                f"--seeds is {self.seeds!r}; it must be an integer from 1 to {MOST_SEEDS}: so many are 0, 1, 2 ..."
+            )
         return self
 
 

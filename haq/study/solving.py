@@ -298,12 +298,14 @@ class Result:
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is in use and is not overwritten: name another folder")
+        # Before anything is written: a problem that is a table has none.
+        quantized = self.quantized
         folder.mkdir(parents=True, exist_ok=True)
         PolicyRecord.of(self.policy).write(folder / POLICY)
         history.write(folder / HISTORY, self._rows(), other_metrics(self.problem))
         ProblemRecord.from_dict(outline(self.problem)).write(folder / PROBLEM)
         write(folder / SOLUTION, json.dumps(self.to_dict(), indent=2) + "\n")
-        save_quantized(folder / QUANTIZED, self.quantized)
+        save_quantized(folder / QUANTIZED, quantized)
         save_picture(self.problem, self.policy, folder / PICTURE)
         return folder
 
