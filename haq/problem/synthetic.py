@@ -25,17 +25,22 @@ trend of kinds or places of layers is put in: what is to be learned of these has
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 import hw_models
+import quantizers as Q
 from haq.problem.decision import Decision, priced, ten_places
+from haq.problem.evaluator import Evaluation
 from hw_models.storage import BITS
 from hw_models.target import price
-from hw_models.widths import at_places
+from hw_models.widths import FLOAT, at_places, pair_words
 from hw_models.workload import Call, Layer, Workload
 
 Floats = NDArray[np.float64]
@@ -45,6 +50,7 @@ METRICS = ("latency", "energy", "storage")
 LEAST_OPTIONS = 6  # of a decision, on average
 LEAST_DECISIONS = 4  # that are free
 JUDGED = 64  # random policies that the damage is counted in
+SHARES = (0.1, 0.7)  # of the way from the cheapest policy to the dearest: budgets
 TRIES = 100  # problems drawn until one has something to decide
 
 
@@ -88,15 +94,24 @@ class Response:
         return accuracy, loss
 
 
+class Judge(Protocol):
+    """Tells what policies are worth, many of them at once and without a network."""
+
+    float_accuracy: float
+
+    def judge(self, options: Options) -> tuple[Floats, Floats]:
+        """Tell accuracy (0 to 1) and loss (nats) of option vectors (n, decisions), shape (n,) each."""
+        ...
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """A made-up problem, as plain data.
+    """A problem to train on: what the environments need of one (`envs.SearchProblem`), and what any policy is worth.
 
     Attributes:
         name: What it is called.
-        target: The name of its hardware target.
         metric: What is limited.
-        workload: Its layers, each a decision of its own.
+        workload: Its layers.
         cost: In the metric's unit, shape (layers, 10, 10).
         decisions: What may be chosen.
         quantization_error: Of weights and activations by width, shape (decisions, 2, 10).
@@ -105,29 +120,60 @@ class Drawn:
     """
 
     name: str
-    target: str
     metric: str
     workload: Workload
     cost: Floats
     decisions: list[Decision]
     quantization_error: Floats
     limit: float
-    response: Response
+    response: Judge
+
+    @property
+    def float_accuracy(self) -> float:
+        """Return the accuracy of the float network."""
+        return self.response.float_accuracy
+
+    def decide(self, pairs: Iterable[Iterable[int]]) -> Q.BitPolicy:
+        """Make a policy of one pair of widths for each of the decisions; float is 32."""
+        found: dict[str, tuple[int | None, int | None]] = {}
+        for decision, (w, a) in zip(self.decisions, pairs, strict=True):
+            for layer in decision.layers:
+                found[self.workload.names[layer]] = (_policy_width(w), _policy_width(a))
+        return Q.BitPolicy({name: found[name] for name in self.workload.names})
+
+    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+        """Tell accuracy and loss of a policy. Raises ValueError, naming the layer, for a pair that can't be chosen."""
+        options = []
+        for decision in self.decisions:
+            name = self.workload.names[decision.layers[0]]
+            pair = [width or FLOAT for width in policy[name]]
+            found = np.flatnonzero((decision.pairs == pair).all(1))
+            if not len(found):
+                raise ValueError(f"layer {name!r} of {self.name} can't have {pair_words(*policy[name])}")
+            options.append(int(found[0]))
+        accuracy, loss = self.response.judge(np.array([options]))
+        return Evaluation(float(accuracy[0]), float(loss[0]), 1)
 
 
-def draw(generator: np.random.Generator, name: str = "synthetic") -> Drawn:
+def _policy_width(width: int) -> int | None:
+    """Return a width as policies hold it: None for float."""
+    if width == FLOAT:
+        return None
+    return int(width)
+
+
+def draw(generator: np.random.Generator) -> Drawn:
     """Make up a problem.
 
     Args:
         generator: What everything random comes from.
-        name: What it is to be called.
 
     Returns:
         The problem.
     """
     for _ in range(TRIES):
         workload = draw_workload(generator)
-        target, metric, cost, supported = _priced_somewhere(workload, generator)
+        target, metric, cost, supported = priced_somewhere(workload, generator)
         decisions = _draw_decisions(workload, cost, supported, generator)
         counts = [len(decision.pairs) for decision in decisions if len(decision.pairs) > 1]
         if len(counts) >= LEAST_DECISIONS and np.mean(counts) >= LEAST_OPTIONS:
@@ -135,10 +181,10 @@ def draw(generator: np.random.Generator, name: str = "synthetic") -> Drawn:
     else:
         raise RuntimeError(f"{TRIES} made-up problems in a row had nothing to decide: the shipped targets do too few widths")
     low, high = (sum(float(pick(decision.prices)) for decision in decisions) for pick in (np.min, np.max))
-    limit = low + generator.uniform(0.1, 0.7) * (high - low)
+    limit = low + generator.uniform(*SHARES) * (high - low)
     errors = _draw_errors(len(workload), generator)
     response = _draw_response(decisions, errors, limit, generator)
-    return Drawn(name, target, metric, workload, cost, decisions, errors, limit, response)
+    return Drawn(f"synthetic on {target}", metric, workload, cost, decisions, errors, limit, response)
 
 
 def draw_workload(generator: np.random.Generator) -> Workload:
@@ -212,9 +258,7 @@ def _linear(number: int, features: int, out: int) -> Layer:
     return Layer(f"{number}", "linear", features, out, one, one, one, one, 1, True, (Call(one, one),))
 
 
-def _priced_somewhere(
-    workload: Workload, generator: np.random.Generator
-) -> tuple[str, str, Floats, NDArray[np.bool_]]:
+def priced_somewhere(workload: Workload, generator: np.random.Generator) -> tuple[str, str, Floats, NDArray[np.bool_]]:
     """Price layers on a random shipped target.
 
     Args:
@@ -225,9 +269,15 @@ def _priced_somewhere(
         The target's name, a metric, costs and what is supported, shape (layers, 10, 10).
     """
     name = str(generator.choice(hw_models.target_names()))
-    table = price(hw_models.load_target(name), workload)
+    table = price(_target(name), workload)
     metric = str(generator.choice([metric for metric in METRICS if metric in table.metrics]))
     return name, metric, priced(table, metric), table.supported
+
+
+@functools.cache
+def _target(name: str) -> hw_models.Target:
+    """Load a shipped target, once."""
+    return hw_models.load_target(name)
 
 
 def _draw_decisions(
