@@ -34,6 +34,7 @@ SOLVING = "How it is searched"
 TUNING = "Fine-tuning"
 WORK = "Who works"
 FOLDERS = "The run"
+AGENT_TRAINING = "Training"
 BENCH = "What is measured"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
@@ -45,6 +46,7 @@ RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
 ADAROUND = "adaround"  # what rounds the weights of a single policy, with GPTQ for those that are searched
 METHODS = ("train", "ptq")  # of fine-tuning
+AGENTS = ("ddpg", "td3", "sac")  # that can be pretrained
 OF_TRAINING = ("epochs", "learning_rate", "amp", "optimizer", "schedule", "patience")  # options of the first of them
 NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
@@ -1035,6 +1037,31 @@ class FinetuneConfig(AnotherScheme):
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
         check_rate(self.learning_rate)
+        return self
+
+
+class PretrainConfig(_Config):
+    """How an agent is trained: the options of `haq pretrain`."""
+
+    solver: str = setting(
+        AGENTS[0], f"the agent: {', '.join(AGENTS)}", group=AGENT_TRAINING, metavar="NAME", names=lambda: AGENTS
+    )
+    episodes: int = setting(30_000, "episodes that are played, 64 at a time", group=AGENT_TRAINING, least=1, metavar="N")
+    seed: int = setting(0, "of everything random", group=AGENT_TRAINING, least=0)
+
+    @field_validator("solver")
+    @classmethod
+    def _check_solver(cls, name: str) -> str:
+        if name not in AGENTS:
+            raise ValueError(f"unknown agent {name[:40]!r}; --solver can be {', '.join(AGENTS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_seed(self) -> PretrainConfig:
+        if self.seed >= 2**32:
+            raise ValueError(
+                f"--seed is {self.seed}; it must be an integer from 0 to {2**32 - 1}, which every generator takes"
+            )
         return self
 
 
