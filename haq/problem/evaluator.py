@@ -24,6 +24,7 @@ from haq.problem.objective import (
     Accuracy,
     Agreement,
     BlackBox,
+    MetricObjective,
     NotFinite,
     Objective,
     ValueObjective,
@@ -39,6 +40,7 @@ from haq.problem.tally import ScoreTally, Tally, ValueTally, check_by_sample, wo
 from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
 
 KEPT_BYTES = 1 << 30  # of activations, all batches together; and of the teacher's outputs
+COMPARED = 64  # policies whose values are kept by sample, to be held against each other
 RISK = 1e-3  # that an evaluation is stopped although the policy isn't below the accuracy to beat
 
 # Of a batch's number and the batch: what the objective looks at of the outputs, and, where they are attacked, of those of the
@@ -130,6 +132,7 @@ class Evaluator:
         self._ask_teacher()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self.pool: Pool | None = None
+        self._values: dict[Q.BitPolicy, Tensor | None] = {}  # by sample, of the policies compared last
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
 
     def _check_calls(self) -> None:
@@ -238,6 +241,7 @@ class Evaluator:
             if not self._snapshot.holds(self._kept_samples(), len(stored)):
                 self._ask_teacher()
             self.cache.clear()
+            self._values.clear()
             self.__dict__.pop("prefix", None)
             for layer in Q.quant_layers(self.network).values():
                 layer.cache.clear()
@@ -247,7 +251,7 @@ class Evaluator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "pool": None, "_snapshot": None}
+        state = self.__dict__ | {"cache": {}, "pool": None, "_values": {}, "_snapshot": None}
         if not self._asks_again:
             state["teacher"] = None
         state.pop("prefix", None)
@@ -332,9 +336,42 @@ class Evaluator:
             self._snapshot.take_attributes()
         return known
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Tell the pool, if there is one, what it will be asked for."""
-        if self.pool is not None:
+    def by_sample(self, policy: Q.BitPolicy) -> Tensor | None:
+        """Tell what a policy is worth on every sample; the mean is the value that `evaluate` tells.
+
+        Nothing of it is kept while a search goes on: the few policies that are compared in the end are run again, here, with
+        the same outputs, whoever evaluated them before.
+
+        Returns:
+            In the order in which samples were given: whether each is answered rightly (booleans), or its value (float64).
+            None where values aren't means over samples, and for outputs that can't be judged.
+        """
+        self._forget_what_changed()
+        if policy in self._values:
+            return self._values[policy]
+        if isinstance(self.objective, BlackBox | MetricObjective):
+            return None
+        network = self.prepared(policy)
+        answers = self._answers(network)
+        if network is self.network and not self.objective.attacked:
+            answers = self._resuming()
+        found = _values_of(self._measured(network, answers, None)[1])
+        assert self._snapshot is not None
+        self._snapshot.take_attributes()
+        if len(self._values) >= COMPARED:
+            self._values.pop(next(iter(self._values)))
+        self._values[policy] = found
+        return found
+
+    @property
+    def races(self) -> bool:
+        """Say whether an evaluation can end early: values are shares of samples, several batches of them in random order."""
+        samples = self.samples
+        return self.objective.takes_scores and samples is not None and samples.is_shuffled and len(samples) > 1
+
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Tell the pool, if there is one, what it will be asked for, and what that is to beat."""
+        if self.pool is not None and beat is None:
             self.pool.expect(policy for policy in policies if policy not in self.cache)
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:
@@ -353,6 +390,11 @@ class Evaluator:
         Raises ValueError for outputs that the objective can't judge.
         """
         return self._measure(network, self._answers(network), None)
+
+    def measure_by_sample(self, network: nn.Module) -> tuple[Evaluation, Tensor | None]:
+        """Tell the value and the loss of any network, as `measure` does, and its value on every sample, as `by_sample`."""
+        found, tally = self._measured(network, self._answers(network), None)
+        return found, _values_of(tally)
 
     def measure_teacher(self) -> Evaluation:
         """Tell the value and the loss of the teacher.
@@ -373,7 +415,7 @@ class Evaluator:
             of_batches = known
             answers = lambda number, batch: (of_batches[number],)  # noqa: E731
         with evaluation_mode(self.teacher):
-            result = self._judged(self.teacher, answers, None)
+            result, _ = self._judged(self.teacher, answers, None)
         if not math.isfinite(result.accuracy) or not math.isfinite(result.loss):
             raise ValueError(
                 f"objective {self.objective.name!r} gives no finite number for the float network on the search samples: value "
@@ -441,19 +483,28 @@ class Evaluator:
 
     def _measure(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
         """Judge outputs; those that aren't all finite are worth nothing."""
+        return self._measured(network, answers, beat)[0]
+
+    def _measured(self, network: nn.Module, answers: Answers, beat: float | None) -> tuple[Evaluation, Tally | None]:
+        """Judge outputs, as `_measure` does, and return beside it what knows more of them, if they can be judged."""
         has_teacher = self.expected is not None or self.outputs is not None or self._asks_again
         try:
-            found = self._judged(network, answers, beat)
+            found, tally = self._judged(network, answers, beat)
         except NotFinite:
-            return worthless(self.objective, self.count, has_teacher)
+            return worthless(self.objective, self.count, has_teacher), None
         if math.isnan(found.accuracy) or math.isnan(found.loss) or math.isinf(found.accuracy):
-            return worthless(self.objective, self.count, has_teacher)
-        return found
+            return worthless(self.objective, self.count, has_teacher), None
+        return found, tally
 
-    def _judged(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
-        """Judge outputs. Raises NotFinite for those that can't be."""
+    def _judged(self, network: nn.Module, answers: Answers, beat: float | None) -> tuple[Evaluation, Tally | None]:
+        """Judge outputs, and return beside it what took them. Raises NotFinite for those that can't be."""
         if isinstance(self.objective, BlackBox):
-            return self._told(self.objective, network, answers)
+            return self._told(self.objective, network, answers), None
+        tally = self._tallied(answers, beat)
+        return tally.result(), tally
+
+    def _tallied(self, answers: Answers, beat: float | None) -> Tally:
+        """Take outputs, as many as it needs to judge them. Raises NotFinite for those that can't be judged."""
         tally: Tally = ScoreTally(self.objective, self.order, self.expected)
         if isinstance(self.objective, ValueObjective):
             tally = ValueTally(self.objective, self.order)
@@ -472,7 +523,7 @@ class Evaluator:
                 share = tally.share()
                 if tally.seen < self.count and share is not None and self._is_below(share, tally.seen, beat):
                     break
-        return tally.result()
+        return tally
 
     def _told(self, objective: BlackBox, network: nn.Module, answers: Answers) -> Evaluation:
         """Judge by an objective that is given the network; the divergence is told where there are samples to tell it by."""
@@ -547,6 +598,13 @@ class Evaluator:
         needed = min(max(math.ceil(beat * self.count - 1e-6), 0), self.count)
         right, looks = round(share * seen), len(self.samples) - 1
         return bool(hypergeom.cdf(right, self.count, needed, seen) <= RISK / looks)
+
+
+def _values_of(tally: Tally | None) -> Tensor | None:
+    """Return the value of every sample; None if nothing knows it."""
+    if tally is None:
+        return None
+    return tally.by_sample()
 
 
 def _samples_of(inputs: Tensor | Samples | None, labels: Tensor | None) -> Samples | None:

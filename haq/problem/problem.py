@@ -42,6 +42,7 @@ from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF, read_goal
 from haq.problem.limits import ROUNDING, Limit, PeakLimit, budgets_of
 from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
+from haq.problem.paired import error_of_difference
 from haq.problem.peak import PeakOfDecisions
 from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
@@ -791,6 +792,14 @@ class Problem:
                         f"{_words(policy[second])}"
                     )
 
+    def allows(self, policy: object) -> bool:
+        """Say whether a policy is one of this problem's, whatever it costs; see `check_policy`."""
+        try:
+            self.check_policy(policy)
+        except NotAllowed:
+            return False
+        return True
+
     def _check_pair(self, index: int, pair: tuple[int | None, int | None]) -> None:
         """Raise NotAllowed for bits that a layer may not take; see `check_policy`."""
         name = self.workload.names[index]
@@ -815,13 +824,59 @@ class Problem:
         """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets."""
         return self.limits[0].holds(cost)
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Say which policies will be evaluated, so that a pool of workers, if there is one, can begin."""
-        self.evaluator.expect(policies)
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Say which policies will be evaluated, and what they are to beat, so that a pool of workers can begin."""
+        self.evaluator.expect(policies, beat)
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples."""
-        return self.evaluator.evaluate(policy)
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
+        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
+
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.evaluate`).
+        """
+        return self.evaluator.evaluate(policy, beat)
+
+    def judging(self, samples: Batches | Samples) -> Evaluator:
+        """Make what judges policies of this problem on other samples, exactly as they are judged on the search samples.
+
+        Args:
+            samples: Inputs and targets, as `search` of the problem.
+
+        Returns:
+            An evaluator with a network of its own.
+
+        Raises:
+            ValueError, TypeError: For samples that can't be read, and for an objective that looks at samples of its own.
+        """
+        if isinstance(self.objective, BlackBox):
+            raise ValueError(
+                f"objective {self.objective.name!r} is given the network and looks at samples of its own: policies can't be "
+                "judged on others"
+            )
+        found = _read_search(samples, self.network, self.objective, self.forward, None)
+        assert found is not None
+        return Evaluator(
+            Q.copy_network(self.evaluator.network),
+            found,
+            teacher=self.network,
+            tune=self.evaluator.tune,
+            objective=self.objective,
+            forward=self.forward,
+        )
+
+    def paired_error(self, policy: Q.BitPolicy, other: Q.BitPolicy) -> float | None:
+        """Tell the standard error of the difference of two policies' values on the search samples, paired by sample.
+
+        Both are wrong about mostly the same samples, so it is smaller than that of either value (`haq.problem.paired`). The
+        policies are run again for it, unless they were compared lately.
+
+        Args:
+            policy: One of them.
+            other: The other.
+
+        Returns:
+            The error, in the objective's unit (a share for "%"); None where values aren't means over samples.
+        """
+        return error_of_difference(self.evaluator.by_sample(policy), self.evaluator.by_sample(other))
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""

@@ -11,6 +11,7 @@ from hw_models.registry import Registry, requires
 
 if TYPE_CHECKING:
     from haq.solvers import cheapest as cheapest
+    from haq.solvers import choice as choice
     from haq.solvers import ilp as ilp
     from haq.solvers.base import Session as Session
     from haq.solvers.base import Solver as Solver
@@ -68,6 +69,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "agents",
         "base",
         "cheapest",
+        "choice",
         "evolution",
         "exhaustive",
         "greedy",

@@ -21,10 +21,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr
 
 import quantizers as Q
@@ -34,7 +33,7 @@ from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
 from haq.solvers.base import Session, Solver, Spending
 from haq.solvers.process import Process
-from haq.solvers.space import Flags, Floats, Options, Space
+from haq.solvers.space import Floats, Options, Space
 from haq.store.units import PERCENT
 
 FEWEST = 10  # policies to begin with

@@ -52,7 +52,7 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "agent")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials", "agent")
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -280,6 +280,15 @@ class SearchConfig(_Config):
         group=SOLVING,
         least=1,
     )
+    confirm: int | None = setting(
+        None,
+        "judge the best few policies again in the end, on so many samples of the train split, which are set apart for it: "
+        "neither calibration nor fine-tuning sees them",
+        group=SOLVING,
+        least=1,
+        metavar="N",
+        default_words="none",
+    )
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
     finetune_steps: int = setting(0, "steps by which every policy is fine-tuned before it is judged", group=TUNING, least=0)
@@ -314,6 +323,14 @@ class SearchConfig(_Config):
         "take it from an earlier run of this network and data, for whatever target and budget, instead of measuring it",
         group=SOLVING,
         metavar="RUN|FILE",
+    )
+    trials: str | None = setting(
+        None,
+        "learn from earlier runs or sweeps of this network and data, for whatever target and budget; may be given several "
+        "times, or parted by commas",
+        group=SOLVING,
+        metavar="RUN",
+        several=True,
     )
     threads: int | None = setting(
         None,
@@ -667,6 +684,13 @@ class SearchConfig(_Config):
             raise ValueError(f"--reference: {error}, or a policy.json") from None
 
     @property
+    def trial_folders(self) -> list[Path]:
+        """List the runs and sweeps whose trials are given."""
+        if self.trials is None:
+            return []
+        return [Path(part) for part in self.trials.split(",") if part]
+
+    @property
     def reference_file(self) -> Path | None:
         """Return the policy that budgets are fractions of, where that is a file."""
         if self.reference is None or not self.reference.endswith(".json"):
@@ -782,6 +806,7 @@ class SweepConfig(_Config):
         *MEASURED,
         "evaluations",
         "sensitivity_kind",
+        "trials",
         "agent",
         "device",
         "amp",

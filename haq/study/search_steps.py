@@ -19,7 +19,7 @@ from haq.attacks.threat_model import parse_eps
 from haq.console.progress import Live, follow_steps, follow_training
 from haq.problem.objective import Objective
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers.base import Session, Trial
+from haq.solvers.base import Choice, Session, Trial
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
 from haq.store.units import PERCENT, show
@@ -53,6 +53,7 @@ class _Found:
     policies: dict[str, Q.BitPolicy] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)  # evaluations
     saturated: dict[str, float] = field(default_factory=dict)  # the share of an agent's actions at a bound
+    choices: dict[str, Choice] = field(default_factory=dict)
 
 
 def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str, Any], Q.BitPolicy]:
@@ -83,7 +84,7 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         if tuned is not None:
             run.save_checkpoint(tuned, task)
         policies = {name: found.policies[name] for name in rivals if name in found.policies}
-        result = summary.collect(task, policy, tuned, policies, found.used, found.saturated)
+        result = summary.collect(task, policy, tuned, policies, found.used, found.saturated, found.choices[config.solver])
         if reconstructed is not None:
             entry = summary.reconstruction_entry(reconstructed, config.seed)
             result["reconstruction"] = summary.judged_by(task.problem, reconstructed.before) | entry
@@ -107,8 +108,10 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
     found = _Found()
     for name in solvers:
         session = _solve(bar, task, run, name, sensitivities)
-        if session.best is not None:
-            found.policies[name] = session.best.policy
+        if session.chosen is not None:
+            found.policies[name] = session.chosen.policy
+        if session.choice is not None:
+            found.choices[name] = session.choice
         found.used[name] = session.used
         if session.saturated:
             found.saturated[name] = statistics.mean(session.saturated)
@@ -138,7 +141,7 @@ def _finetune(
     return training.finetune(
         task.network,
         network,
-        task.dataset.train,
+        task.to_train_on,
         epochs=config.finetune_epochs,
         seed=config.seed,
         learning_rate=config.learning_rate,

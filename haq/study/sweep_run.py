@@ -302,8 +302,8 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
                 session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             except NothingGoodEnough:
                 return  # the others go on; it has its history, and no result
-            assert session.best is not None
-            policy = session.best.policy
+            assert session.chosen is not None
+            policy = session.chosen.policy
             tuned, further = None, {}
             if task.config.rounding == ADAROUND:
                 found = task.reconstruct(policy, task.config.seed)
@@ -312,7 +312,7 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
                 judged = summary.judged_by(task.problem, found.before)
                 judged |= summary.reconstruction_entry(found, task.config.seed)
                 further = {"reconstruction": judged, "finetuned_by": "ptq"}
-            content = summary.collect(task, policy, tuned, {}, {name: session.used}) | further
+            content = summary.collect(task, policy, tuned, {}, {name: session.used}, choice=session.choice) | further
             run.save_result(ResultRecord.from_dict(content))
 
 

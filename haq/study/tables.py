@@ -28,6 +28,7 @@ from haq.store.records import (
     SAME,
     SPLITS,
     UNIFORM_8,
+    ChoiceRecord,
     GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
@@ -35,6 +36,7 @@ from haq.store.records import (
     ReconstructionRecord,
     TuningRecord,
     error_key,
+    paired_key,
     share_key,
     short_reference,
     span_words,
@@ -270,7 +272,7 @@ def _finetuning_words(task: SearchTask) -> str:
         return rounding or "none"
     if rounding:
         rounding += "; then "
-    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train {task.problem.samples_are}"
+    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.to_train_on):,} train {task.problem.samples_are}"
     if adversary_of(task.config):
         words += f", against R+FGSM at eps {task.config.eps}"
     return words
@@ -410,6 +412,10 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     """
     print_layers(console, task.problem, policy)
     _print_comparison(console, task, result)
+    if sentence := differences_sentence(objective_of(task.problem), result):
+        say(console, sentence)
+    if result.get("choice"):
+        say(console, choice_sentence(result["choice"]))
     if result.get("goal"):
         say(console, goal_sentence(result))
     for budget in result.get("budgets") or [result["budget"]]:
@@ -426,6 +432,42 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     if result.get("tuning"):
         say(console, tuning_sentence(result["tuning"]))
     print_doubts(console, task)
+
+
+def choice_sentence(entry: Mapping[str, Any]) -> str:
+    """Say which policy was chosen, and why (`haq.study.result.choice_entry`)."""
+    return f"{begin(ChoiceRecord.from_dict(entry, 'the choice').words)}."
+
+
+def differences_sentence(judging: JudgingRecord, result: Mapping[str, Any]) -> str:
+    """Say how far what was found is from what it is held against, on the test split, with paired standard errors.
+
+    Args:
+        judging: What values are of.
+        result: What result.json holds.
+
+    Returns:
+        A sentence; nothing where no standard error is known.
+    """
+    key = share_key("test", judging.objective)
+    value = judging.checked(result["found"][key], key)
+    of_float, errors = paired_key(key, "float"), paired_key(key, "found")
+    parts = []
+    if result["found"].get(of_float) is not None:
+        other = judging.checked(result["float"][key], key)
+        parts.append(judging.difference(value, other, result["found"][of_float], "float"))
+    rows = {reference_label(result): result["uniform8"]}
+    rows |= {f"{name}'s": row for name, row in result["rivals"].items()}
+    for name, row in rows.items():
+        if row.get(errors) is not None:
+            parts.append(judging.difference(value, judging.checked(row[key], key), row[errors], name))
+    tuned = result["finetuned"]
+    if tuned is not None and tuned.get(errors) is not None:
+        words = judging.difference(judging.checked(tuned[key], key), value, tuned[errors], "it")
+        parts.append(f"{FINETUNED[result.get('finetuned_by', 'train')]}, {words}")
+    if not parts:
+        return ""
+    return f"On the test split what was found is {'; '.join(parts)} (± is the paired standard error)."
 
 
 def print_doubts(console: Console, task: SearchTask) -> None:
@@ -672,13 +714,14 @@ def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
     if problem.goal.kind == TRADEOFF:
         return _traded_sentence(problem, result, key)
     name = max(values, key=lambda name: judging.score(values[name]))
-    than = judging.held_against(values[name], judging.checked(result["found"][key], key))
+    error = result["rivals"][name].get(paired_key(key, "found"))
+    than = judging.difference(values[name], judging.checked(result["found"][key], key), error, f"{result['solver']}'s")
     measured = ""
     if objective.also:
         measured = f" ({objective.words})"
     return (
         f"{_rivals_words(problem)} ({', '.join(result['rivals'])}): the best is {name} with "
-        f"{judging.show(values[name])} on the search split{measured}, {than} {result['solver']}."
+        f"{judging.show(values[name])} on the search split{measured}, {than}."
     )
 
 
