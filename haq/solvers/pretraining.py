@@ -112,7 +112,11 @@ def draw_from(file: TableFile, generator: np.random.Generator) -> Drawn:
         if found is not None:
             return found
     cost = np.where(np.isnan(file.cost), np.nanmax(file.cost, axis=(1, 2), keepdims=True), file.cost)
-    found = _at_budget(file, file.target, file.metric, cost, generator, least=1)
+    known = int((file.accuracy != UNKNOWN).sum())
+    found = _at_budget(file, file.target, file.metric, cost, generator, least=min(KNOWN, known))
+    if found is None:
+        # What is known is scattered: some of it costs more than what isn't.
+        found = _at_budget(file, file.target, file.metric, cost, generator, least=1)
     assert found is not None  # every file has a limit that something is within
     return found
 
@@ -145,7 +149,7 @@ def _at_budget(
     known = np.sort(total[total < np.min(total[unknown], initial=np.inf)])
     if len(known) < least:
         return None
-    low, high = float(known[min(least, len(known)) - 1]), float(known[-1])
+    low, high = float(known[least - 1]), float(known[-1])
     limit = low + generator.uniform(*synthetic.SHARES) * (high - low)
     name = f"{file.name} on {target}"
     return Drawn(name, metric, file.workload, cost, decisions, file.noise, limit, Table(file))
