@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ from haq.store.files import AGENT_SCHEMA, check_file, check_schema, quoted
 from haq.store.records import AgentRecord
 from hw_models.registry import printable
 
+if TYPE_CHECKING:
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
 ENDING = ".safetensors"
+PARTS = ("actor", "critic")
 MOST = 2**28  # bytes of a file that is read
 REMEDY = "haq pretrain makes one"
 
@@ -110,6 +115,24 @@ class AgentFile:
                     f"{index + 1} of {len(known)} is {_named(its)}, and here it is {_named(ours)}; pretrain it anew"
                 )
 
+    def start(self, agent: OffPolicyAlgorithm) -> None:
+        """Give an agent these networks; its target networks become copies of them.
+
+        Args:
+            agent: The agent, of this kind and of these sizes.
+
+        Raises:
+            ValueError: Naming the tensor, if its networks are others.
+        """
+        self.check_shapes(networks_of(agent))
+        for part in PARTS:
+            prefix = f"{part}/"
+            state = {name.removeprefix(prefix): one for name, one in self.tensors.items() if name.startswith(prefix)}
+            getattr(agent, part).load_state_dict(state)
+            target = getattr(agent, f"{part}_target", None)
+            if target is not None:
+                target.load_state_dict(state)
+
     def check_shapes(self, expected: Mapping[str, Tensor]) -> None:
         """Raise ValueError, naming the first that isn't, unless the tensors are those of networks of its record's sizes.
 
@@ -125,16 +148,19 @@ class AgentFile:
                 )
 
 
+def networks_of(agent: OffPolicyAlgorithm) -> dict[str, Tensor]:
+    """Return the tensors of an agent's actor and critics, by name; targets are copies and are left out."""
+    found = {}
+    for part in PARTS:
+        for name, tensor in getattr(agent, part).state_dict().items():
+            found[f"{part}/{name}"] = tensor
+    return found
+
+
 def check_ending(path: Path) -> None:
     """Raise ValueError unless a path is named as an agent's file is."""
     if path.suffix != ENDING:
         raise ValueError(f"{path} isn't named as an agent's file: its name must end in {ENDING}")
-
-
-def checksum(path: Path) -> str:
-    """Return what tells a file of an agent from any other; raises what `AgentFile.read` does for a file that is too large."""
-    check_file(path, MOST)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _named(features: Sequence[str]) -> str:

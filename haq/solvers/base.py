@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import quantizers as Q
-from envs import FEATURES
 from haq import solvers
 from haq.problem import racing
 from haq.problem.evaluator import Evaluation, Evaluator
@@ -358,6 +357,9 @@ class Solver(ABC):
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
 
+    def check_agent(self, agent: AgentFile) -> None:
+        """Raise ValueError, in one sentence, for an agent that it can't start from; asked only if it `takes_agent`."""
+
     @abstractmethod
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Evaluate policies through the session, which counts them and keeps the best.
@@ -512,7 +514,7 @@ def check_takes_agent(solver: Solver, agent: AgentFile, env: str = PLAN) -> None
 
     Raises:
         ValueError: In one sentence, for a solver that is no agent, or one of another kind, for another environment than that
-            which the agent was trained in, and for an agent that observes other features than this version shows.
+            which the agent was trained in, and for an agent that this version can't go on with.
     """
     what = agent.source or "a pretrained agent"
     if not getattr(solver, "takes_agent", False):
@@ -524,8 +526,7 @@ def check_takes_agent(solver: Solver, agent: AgentFile, env: str = PLAN) -> None
         raise ValueError(
             f"{what} knows what the environment {PLAN!r} shows, and {env!r} shows something else: leave one of the two out"
         )
-    agent.check_kind(solver.name)
-    agent.check_features(FEATURES)
+    solver.check_agent(agent)
 
 
 def check_env(name: str) -> str:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
@@ -33,26 +32,19 @@ from numpy.typing import NDArray
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch import Tensor, nn
 
-import hw_models
 from envs import FEATURES, Episodes, SearchProblem, View
-from envs.base import unit_box
 from haq.problem import synthetic, table_file
 from haq.problem.decision import Decision
 from haq.problem.evaluator import one_thread
 from haq.problem.synthetic import Drawn, Options
 from haq.problem.table_file import UNKNOWN, TableFile
-from haq.solvers.agent_file import AgentFile
-from haq.solvers.agents import HIDDEN, kept_random_state, truncated_normal
+from haq.solvers.actor import HIDDEN, NoProblem, kept_random_state, make_agent, truncated_normal
+from haq.solvers.agent_file import AgentFile, networks_of
 from haq.store.records import AgentRecord
 
 Floats = NDArray[np.float64]
 Observations = NDArray[np.float32]
 
-KINDS: dict[str, type[OffPolicyAlgorithm]] = {
-    "ddpg": stable_baselines3.DDPG,
-    "td3": stable_baselines3.TD3,
-    "sac": stable_baselines3.SAC,
-}
 EPISODES = 30_000
 SYNTHETIC = "synthetic"
 MOST_SYNTHETIC = 10_000
@@ -248,59 +240,6 @@ class Practice:
         return gained
 
 
-class _NoProblem(gymnasium.Env[Observations, Observations]):
-    """What an agent is made for: the spaces that all problems have."""
-
-    def __init__(self) -> None:
-        self.observation_space = unit_box(len(FEATURES))
-        self.action_space = unit_box(2)
-
-
-def make_agent(kind: str, hidden: Sequence[int], seed: int) -> OffPolicyAlgorithm:
-    """Make an untrained agent for any problem.
-
-    Args:
-        kind: "ddpg", "td3" or "sac".
-        hidden: The sizes of its networks' hidden layers.
-        seed: What its weights come from.
-
-    Returns:
-        The agent, of Stable-Baselines3.
-    """
-    return KINDS[kind](
-        "MlpPolicy", _NoProblem(), buffer_size=1, policy_kwargs={"net_arch": list(hidden)}, seed=seed, device="cpu"
-    )
-
-
-def networks_of(agent: OffPolicyAlgorithm) -> dict[str, Tensor]:
-    """Return the tensors of an agent's actor and critics, by name; targets are copies and are left out."""
-    found = {}
-    for part in ("actor", "critic"):
-        for name, tensor in getattr(agent, part).state_dict().items():
-            found[f"{part}/{name}"] = tensor
-    return found
-
-
-def start_from(agent: OffPolicyAlgorithm, file: AgentFile) -> None:
-    """Give an agent the networks of a pretrained one; its target networks become copies of them.
-
-    Args:
-        agent: The agent, of the same kind and sizes.
-        file: The pretrained one.
-
-    Raises:
-        ValueError: Naming the tensor, if its networks are others.
-    """
-    file.check_shapes(networks_of(agent))
-    for part in ("actor", "critic"):
-        prefix = f"{part}/"
-        state = {name.removeprefix(prefix): one for name, one in file.tensors.items() if name.startswith(prefix)}
-        getattr(agent, part).load_state_dict(state)
-        target = getattr(agent, f"{part}_target", None)
-        if target is not None:
-            target.load_state_dict(state)
-
-
 def zero_shot(problem: SearchProblem, file: AgentFile) -> list[int]:
     """Tell what a pretrained agent chooses for a problem without any evaluation.
 
@@ -311,8 +250,9 @@ def zero_shot(problem: SearchProblem, file: AgentFile) -> list[int]:
     Returns:
         An option for each decision, within all budgets.
     """
-    agent = make_agent(file.record.kind, file.record.hidden, 0)
-    start_from(agent, file)
+    with kept_random_state():
+        agent = make_agent(file.record.kind, NoProblem(), 0, file.record.hidden)
+    file.start(agent)
     episodes = Episodes(problem)
     view = View(episodes.features)
     seen = episodes.begin(1)
@@ -393,7 +333,7 @@ class Trainer:
             hidden: The sizes of its networks' hidden layers.
             seed: What its weights and everything random come from.
         """
-        self.agent = make_agent(kind, hidden, seed)
+        self.agent = make_agent(kind, NoProblem(), seed, hidden)
         self.generator = np.random.default_rng(seed)
         self.steps = Steps.empty()
         self.actor: Any = self.agent.actor  # type: ignore[attr-defined]
@@ -506,7 +446,7 @@ def pretrain(
             seed=seed,
         )
         file = AgentFile(record, kept)
-        start_from(trainer.agent, file)
+        file.start(trainer.agent)
         rows = []
         for held_back, of_words in ((False, trained), (True, held)):
             rows += [_row(word, held_back, trainer, of_word) for word, of_word in of_words.items() if of_word]
