@@ -1,19 +1,19 @@
 """Bayesian optimization: a Gaussian process learns from every trial what policies are worth, and chooses the next to evaluate.
 
-    start         plan's optima for the calibration errors and for errors under random weights, and random policies
+    start         plans for the calibration errors, as they are and under random weights, and random policies
     then, always  of many candidates the unseen one with the largest expected improvement (Jones et al., "Efficient global
                   optimization of expensive black-box functions", 1998)
 
-What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities are
-measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it to the
-value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right near
-the best policies: the better a trial, the more it counts.
+What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities
+are measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it to
+the value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right
+near the best policies: the better a trial, the more it counts.
 
-Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random weights,
-what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
+Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random
+weights, what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
 
-Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed by
-doing it again with its history at hand.
+Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed
+by doing it again with its history at hand.
 """
 
 from __future__ import annotations
