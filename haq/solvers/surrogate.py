@@ -5,8 +5,8 @@
                   optimization of expensive black-box functions", 1998)
 
 What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities
-are measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it to
-the value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right
+are measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it
+to the value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right
 near the best policies: the better a trial, the more it counts.
 
 Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random
