@@ -16,10 +16,11 @@ problem.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import gymnasium
 import numpy as np
 import stable_baselines3
 import torch
@@ -31,10 +32,11 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 import envs
-from envs.base import reward_of
+from envs.base import reward_of, unit_box
 from envs.view import FEATURES
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.problem import Problem
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.space import Options
 from haq.solvers.surrogate import Model
 
@@ -137,13 +139,17 @@ class Actor:
         saturated: The share of its actions without noise that lay at a bound, by choice.
     """
 
-    def __init__(self, name: str, problem: Problem, seed: int) -> None:
-        """Make an agent that learned nothing.
+    def __init__(self, name: str, problem: Problem, seed: int, start: AgentFile | None = None) -> None:
+        """Make an agent that learned nothing on this problem.
 
         Args:
             name: "ddpg", "td3" or "sac".
             problem: What is searched; some decision has more than one option.
             seed: What everything random comes from.
+            start: A pretrained agent, whose networks it begins with; None for those of chance.
+
+        Raises:
+            ValueError: If the pretrained agent's networks aren't what its file says.
         """
         self.name = name
         self.env = envs.MixedPrecisionEnv(problem)
@@ -152,10 +158,19 @@ class Actor:
         self._draws = np.random.default_rng([seed, 1])
         self.saturated: list[float] = []
         with kept_random_state():
-            self.agent = make_agent(name, envs.ViewEnv(self.env), seed)
+            self.agent = self._begun(seed, start)
             self._random = torch.get_rng_state()
         self.memory = Memory(self.agent.observation_space, self.agent.action_space, np.random.default_rng([seed, 2]))
         self.agent.replay_buffer = self.memory
+
+    def _begun(self, seed: int, start: AgentFile | None) -> OffPolicyAlgorithm:
+        """Make the agent."""
+        env = envs.ViewEnv(self.env)
+        if start is None:
+            return make_agent(self.name, env, seed)
+        agent = make_agent(self.name, env, seed, start.record.hidden)
+        start.start(agent)
+        return agent
 
     def learn(self, options: tuple[int, ...], evaluation: Evaluation) -> None:
         """Remember a policy that was evaluated as an episode."""
@@ -234,13 +249,14 @@ class Actor:
             self._random = torch.get_rng_state()
 
 
-def make_agent(name: str, env: envs.ViewEnv, seed: int) -> OffPolicyAlgorithm:
+def make_agent(name: str, env: gymnasium.Env[Any, Any], seed: int, hidden: Sequence[int] = HIDDEN) -> OffPolicyAlgorithm:
     """Make an agent of Stable-Baselines3 that learns from returns.
 
     Args:
         name: "ddpg", "td3" or "sac".
         env: What it sees and does.
         seed: What everything random comes from.
+        hidden: The sizes of its networks' hidden layers.
 
     Returns:
         The agent, untrained.
@@ -253,12 +269,38 @@ def make_agent(name: str, env: envs.ViewEnv, seed: int) -> OffPolicyAlgorithm:
         batch_size=BATCH,
         tau=TAU,
         gamma=1.0,
-        policy_kwargs={"net_arch": HIDDEN},
+        policy_kwargs={"net_arch": list(hidden)},
         seed=seed,
         device="cpu",
     )
     agent.set_logger(Logger(None, []))
     return agent
+
+
+class NoProblem(gymnasium.Env[Floats, Floats]):
+    """What an agent is made for where there is no problem yet: the spaces that all problems have."""
+
+    def __init__(self) -> None:
+        """Make the spaces."""
+        self.observation_space = unit_box(len(FEATURES))
+        self.action_space = unit_box(2)
+
+
+def check_start(name: str, start: AgentFile) -> None:
+    """Check that an agent can begin with the networks of a pretrained one.
+
+    Args:
+        name: "ddpg", "td3" or "sac".
+        start: The pretrained agent.
+
+    Raises:
+        ValueError: In one sentence, for one of another kind, that observes other features, or whose networks aren't what its
+            file says.
+    """
+    start.check_kind(name)
+    start.check_features(FEATURES)
+    with kept_random_state():
+        start.start(make_agent(name, NoProblem(), 0, start.record.hidden))
 
 
 @contextmanager
