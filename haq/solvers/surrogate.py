@@ -56,6 +56,7 @@ MOST_STALE_ROUNDS = 20  # rounds without a policy that is new, after which there
 TINY = 1e-12
 
 START, RANDOMLY, PLANNED, NEIGHBOUR, KNOWN = "start", "random", "plan", "neighbour", "known"
+CHANGED = ", changed"  # follows a proposer's name where a neighbour of what it proposed was chosen
 
 
 class Learned(NamedTuple):
@@ -439,14 +440,23 @@ class Search:
         gains = self.model.improvement(options)
         for _ in range(STEPS):
             order = np.argsort(-_rounded(gains), kind="stable")[:CLIMBED]
-            near = self._new(self._neighbours(options[order]), set(map(tuple, options.tolist())))
+            changed, of = self._neighbours(options[order])
+            near = self._new(changed, set(map(tuple, options.tolist())))
             if not len(near):
                 break
+            parents = dict(zip(map(tuple, changed[::-1].tolist()), order[of[::-1]].tolist(), strict=True))
+            origins = [*origins, *(self._changed_from(origins[parents[row]]) for row in map(tuple, near.tolist()))]
             options = np.concatenate([options, near])
             gains = np.concatenate([gains, self.model.improvement(near)])
-            origins = [*origins, *[NEIGHBOUR] * len(near)]
         best = int(np.argmax(_rounded(gains)))
         return tuple(options[best].tolist()), origins[best]
+
+    def _changed_from(self, origin: str) -> str:
+        """Say where a neighbour came from: what others proposed stays theirs, and that it was changed is told."""
+        for proposer in self.proposers:
+            if origin in (proposer.name, proposer.name + CHANGED):
+                return proposer.name + CHANGED
+        return NEIGHBOUR
 
     def _candidates(self) -> Candidates:
         """Propose policies within the budgets that weren't chosen."""
@@ -474,12 +484,14 @@ class Search:
         half = len(within) // 2
         return np.concatenate([self.space.filled(within[:half], self._draws), within[half:]])
 
-    def _neighbours(self, options: Options) -> Options:
-        """Draw policies within the budgets that differ from given ones in one decision or in two."""
-        rows = np.repeat(options, SINGLES + PAIRS, axis=0)
+    def _neighbours(self, options: Options) -> tuple[Options, Options]:
+        """Draw policies within the budgets that differ from given ones in one decision or in two; and tell of which each is."""
+        of = np.repeat(np.arange(len(options)), SINGLES + PAIRS)
+        rows = options[of]
         changes = np.tile([1] * SINGLES + [2] * PAIRS, len(options))
         changed = self.space.changed(rows, changes, self._draws)
-        return changed[self.space.fits(changed)]
+        fits = self.space.fits(changed)
+        return changed[fits], of[fits]
 
     def _new(self, options: Options, before: set[tuple[int, ...]]) -> Options:
         """Return policies that weren't chosen, aren't in `before`, and fit the budgets, each once."""
