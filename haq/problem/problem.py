@@ -835,9 +835,11 @@ class Problem:
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
         """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
 
-        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.evaluate`).
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.race`).
         """
-        return self.evaluator.evaluate(policy, beat)
+        if beat is None:
+            return self.evaluator.evaluate(policy)
+        return self.evaluator.race(policy, beat)
 
     def judging(self, samples: Batches | Samples) -> Evaluator:
         """Make what judges policies of this problem on other samples, exactly as they are judged on the search samples.

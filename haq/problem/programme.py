@@ -203,6 +203,18 @@ class Programme:
         """Say whether the decisions that follow can be chosen so that all limits hold."""
         return self.completion(start) is not None
 
+    def used_after(self, starts: NDArray[np.int64]) -> Floats:
+        """Tell of many starts, shape (n, first decisions), what `used` tells of one; shape (n, limits)."""
+        return self._stock.used_after(starts)
+
+    def possible_after(self, starts: NDArray[np.int64]) -> Flags:
+        """Tell of many starts, shape (n, first decisions), what `possible` tells of one; shape (n, options)."""
+        return self._stock.possible_after(starts)[:, : self.counts[starts.shape[1]]]
+
+    def completes_surely(self, starts: NDArray[np.int64]) -> Flags:
+        """Tell which of many starts, shape (n, first decisions), simple bounds show to complete; of others see `completes`."""
+        return self._stock.completes_after(starts)
+
     def completion(self, start: Sequence[int]) -> tuple[int, ...] | None:
         """Find an option for every decision that fits, the first ones being given; None if there is none.
 

@@ -522,6 +522,7 @@ class Surrogate(Solver):
     name = "surrogate"
     summary = "a Gaussian process learns from every trial, and chooses the next (Bayesian optimization)"
     chooses_ahead = True
+    races = True
     goals = (BEST.kind, CHEAPEST, TRADEOFF)
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:

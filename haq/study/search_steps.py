@@ -83,6 +83,7 @@ class _Found:
 
     policies: dict[str, Q.BitPolicy] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)  # evaluations
+    trials: dict[str, list[Trial]] = field(default_factory=dict)
     saturated: dict[str, float] = field(default_factory=dict)  # the share of an agent's actions at a bound
     choices: dict[str, Choice] = field(default_factory=dict)
 
@@ -116,7 +117,16 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         if tuned is not None:
             run.save_checkpoint(tuned, task)
         policies = {name: found.policies[name] for name in rivals.names if name in found.policies}
-        result = summary.collect(task, policy, tuned, policies, found.used, found.saturated, found.choices[config.solver])
+        result = summary.collect(
+            task,
+            policy,
+            tuned,
+            policies,
+            found.used,
+            found.saturated,
+            found.choices[config.solver],
+            found.trials[config.solver],
+        )
         if reconstructed is not None:
             entry = summary.reconstruction_entry(reconstructed, config.seed)
             result["reconstruction"] = summary.judged_by(task.problem, reconstructed.before) | entry
@@ -161,6 +171,7 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
         if session.choice is not None:
             found.choices[name] = session.choice
         found.used[name] = session.used
+        found.trials[name] = session.trials
         if session.saturated:
             found.saturated[name] = statistics.mean(session.saturated)
     return found

@@ -31,6 +31,7 @@ from haq.problem.goal import CHEAPEST
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, check_kind
 from haq.solvers import base
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Solver, Trial
 from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store import history
@@ -40,7 +41,7 @@ from haq.store.records import PolicyRecord, ProblemRecord
 from haq.store.units import describe_amount, finite, metric_words, show
 from haq.study.known_trials import check_uses_trials, gather
 from haq.study.picture import draw_policy, save_picture
-from haq.study.result import budgets_used, costs
+from haq.study.result import budgets_used, costs, racing_entries
 from haq.study.search_run import check_same_policy, history_row, other_metrics
 from haq.study.tables import PolicyTable, best_words, share_words
 from haq.study.task import goal_of, objective_of, outline, versions
@@ -338,6 +339,7 @@ class Result:
             "quantized_is": self.kept,
             **budgets_used(problem, self.policy),
             **goals,
+            **racing_entries(problem, self.session.trials),
             "versions": versions(problem.evaluator.device),
         }
 
@@ -358,6 +360,8 @@ def solve(
     trials: Given | Iterable[Given] | None = None,
     env: str = "plan",
     iterate: bool = False,
+    race: bool = True,
+    agent: str | Path | AgentFile | None = None,
     workers: int | None = None,
 ) -> Result:
     """Look for the best policy of a problem. Progress is shown in a terminal and in a notebook.
@@ -379,6 +383,9 @@ def solve(
         env: The environment of agents: "plan", or "haq" for that of HAQ's paper.
         iterate: Whether `ilp` goes on after its first solution, with what adds up fitted to all trials, until nothing
             improves.
+        race: Whether solvers that know how to go on with it end an evaluation as soon as a part of the samples tells that the
+            policy can't be among the best. Only where values are shares of samples.
+        agent: What the solver, an agent of that kind, starts from: the file that `haq pretrain` wrote, or its content.
         workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
 
     Returns:
@@ -408,6 +415,7 @@ def solve(
         given.check(problem, given.signature, Path("sensitivities"))
     else:
         kind = check_kind(sensitivities)
+    starting = _starting(agent)
     name = getattr(found, "name", "") or type(found).__name__
     known: list[tuple[Q.BitPolicy, Evaluation]] = []
     if trials is not None:
@@ -427,10 +435,30 @@ def solve(
             if on_trial is not None:
                 on_trial(trial)
 
-        session = Session(problem, evaluations, follow, given, kind, known=known, env=base.check_env(env), ahead=ahead)
+        session = Session(
+            problem,
+            evaluations,
+            follow,
+            given,
+            kind,
+            known=known,
+            env=base.check_env(env),
+            ahead=ahead,
+            agent=starting,
+            race=race,
+        )
         with working(problem.evaluator, workers, device=problem.evaluator.device.type):
             base.solve(found, session, seed)
     return Result(problem, name, seed, session)
+
+
+def _starting(agent: Any) -> AgentFile | None:
+    """Read what an agent is to start from. Raises TypeError for what is neither a file nor its content."""
+    if agent is None or isinstance(agent, AgentFile):
+        return agent
+    if isinstance(agent, str | Path):
+        return AgentFile.read(Path(agent))
+    raise TypeError(f"agent is a {type(agent).__name__}; it must be the path of a file that haq pretrain wrote")
 
 
 def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:

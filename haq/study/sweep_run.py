@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,16 @@ from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.front import fronts, pareto
 from haq.study.search_run import SearchRun, check_unused
-from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
+from haq.study.task import (
+    SearchTask,
+    check_signature,
+    check_versions,
+    load_target,
+    objective_of,
+    read_agent,
+    threads,
+    versions,
+)
 from haq.study.workers.processes import Crew
 from hw_models.target import is_compiled, is_measured
 
@@ -80,13 +89,14 @@ class SweepContext:
             ValueError: If no budget is in reach of any target, and what the parts raise.
         """
         check_iterates(sweep)
+        agent = read_agent(sweep.settings, sweep.solvers)
         targets = {hw: load_target(settings_on(sweep, hw), **callbacks) for hw in sweep.hw}
         tasks: dict[str, SearchTask] = {}
         first: SearchTask | None = None
         for hw, target in targets.items():
             settings = settings_on(sweep, hw)
             if first is None:
-                tasks[hw] = first = SearchTask.build(settings, target)
+                tasks[hw] = first = replace(SearchTask.build(settings, target), agent=agent)
                 # All searches are allowed the same, which the file of the sweep then says.
                 sweep = sweep.replace(settings=sweep.settings.replace(evaluations=first.evaluations))
             else:
@@ -147,6 +157,8 @@ class SweepContext:
         settings = task.config.replace(**changes)
         if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
+        if task.agent is not None and not getattr(SOLVERS.get(cell.solver), "takes_agent", False):
+            task, settings = replace(task, agent=None), settings.replace(agent=None)
         return task.on(settings, task.problem.target)
 
     def signature(self) -> dict[str, str]:
@@ -328,7 +340,8 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
                 judged = summary.judged_by(task.problem, found.before)
                 judged |= summary.reconstruction_entry(found, task.config.seed)
                 further = {"reconstruction": judged, "finetuned_by": "ptq"}
-            content = summary.collect(task, policy, tuned, {}, {name: session.used}, choice=session.choice) | further
+            used = {name: session.used}
+            content = summary.collect(task, policy, tuned, {}, used, choice=session.choice, trials=session.trials) | further
             run.save_result(ResultRecord.from_dict(content))
 
 

@@ -33,6 +33,7 @@ from haq.store.records import (
     GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
+    RacingRecord,
     ReachedRecord,
     ReconstructionRecord,
     TuningRecord,
@@ -469,6 +470,8 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, goal_sentence(result))
     for budget in result.get("budgets") or [result["budget"]]:
         say(console, budget_sentence(budget, reference_label(result)))
+    if result.get("racing"):
+        say(console, racing_sentence(result["racing"]))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
@@ -481,6 +484,11 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     if result.get("tuning"):
         say(console, tuning_sentence(result["tuning"]))
     print_doubts(console, task)
+
+
+def racing_sentence(entry: Mapping[str, Any]) -> str:
+    """Say how many evaluations ended early, and what that saved (`haq.study.result.racing_entries`)."""
+    return f"{begin(RacingRecord.from_dict(entry, 'the racing').words)}."
 
 
 def choice_sentence(entry: Mapping[str, Any]) -> str:
