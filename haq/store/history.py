@@ -267,9 +267,7 @@ def tells_images(path: Path) -> bool:
     return _told(path, text[:1000].split("\n"))[0]
 
 
-def write(
-    path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = (), tells_images: bool | None = None
-) -> None:
+def write(path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = (), tells_images: bool | None = None) -> None:
     """Write a whole history.
 
     Args:
