@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ class Problem:
         forward: Computes outputs of (network, batch); None: the network is called with the inputs.
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
+        float_seconds: How long that took.
     """
 
     _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
@@ -270,12 +272,14 @@ class Problem:
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
         self.layer_errors = np.array([[ten_places(one.tolist(), 0.0) for one in of_layer] for of_layer in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
+        began = time.perf_counter()
         with evaluation_mode(network):
             with _no_other_layers(network, self.workload.names):
                 self.evaluator = Evaluator(
                     qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
                 )
             self.float_result = self.evaluator.measure_teacher()
+            self.float_seconds = time.perf_counter() - began
         _check_share(self.objective, self.float_result.value)
         self.goal.check(self.objective, self.float_result.value)
 

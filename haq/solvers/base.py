@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
@@ -27,10 +27,13 @@ from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers import ENVS, SOLVERS, lacking
+from haq.solvers import ENVS, PLAN, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
 from haq.store.units import PERCENT, describe_amount, show, show_difference
 from hw_models.registry import printable
+
+if TYPE_CHECKING:
+    from haq.solvers.agent_file import AgentFile
 
 
 class NothingGoodEnough(ValueError):
@@ -182,6 +185,7 @@ class Session:
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
+        agent: What an agent starts from, which `haq pretrain` made; None for one that knows nothing yet.
         trials: Every trial, in order.
         best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite, and none that
             was cut short.
@@ -203,6 +207,7 @@ class Session:
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
+    agent: AgentFile | None = None
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
@@ -242,6 +247,11 @@ class Session:
     def left(self) -> int:
         """Count the evaluations that are left."""
         return self.evaluations - len(self._seen)
+
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return what a solver can learn from: every trial of the whole search, of which this may be a part."""
+        return self.trials
 
     def seen(self, policy: Q.BitPolicy) -> bool:
         """Say whether a policy was asked for before."""
@@ -363,7 +373,10 @@ class Solver(ABC):
             its other searches, with which it then shares one allowance.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
+        iterates: Whether it can be made with `iterate=True`, to go on after its first solution.
+        takes_agent: Whether it can start from `Session.agent`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
+        most_measured: The share of its evaluations that sensitivities take at most.
         races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
     """
 
@@ -371,8 +384,11 @@ class Solver(ABC):
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
     uses_trials: ClassVar[bool] = False
+    most_measured: float = 1.0
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
+    iterates: ClassVar[bool] = False
+    takes_agent: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
     races: ClassVar[bool] = False
 
@@ -381,6 +397,9 @@ class Solver(ABC):
         super().__init_subclass__()
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
+
+    def check_agent(self, agent: AgentFile) -> None:
+        """Raise ValueError, in one sentence, for an agent that it can't start from; asked only if it `takes_agent`."""
 
     @abstractmethod
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
@@ -407,20 +426,34 @@ class Solver(ABC):
         return [Spending("policies that it chooses one after the other", evaluations)]
 
 
-def find_solver(solver: str | type[Solver] | Solver) -> Solver:
+def find_solver(solver: str | type[Solver] | Solver, iterate: bool = False) -> Solver:
     """Return a solver that is given as a name, as `module:Name`, as a class or as itself.
+
+    Args:
+        solver: What is given.
+        iterate: Whether it is to go on after its first solution, which `ilp` can.
+
+    Returns:
+        The solver.
 
     Raises:
         ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks; for a
-            class that can't be made, with the reason.
+            class that can't be made, with the reason; and for one that is to iterate and can't.
         ImportError: For a solver of somebody else's that can't be imported.
     """
-    found: object = solver
+    found: Any = solver
+    options = {}
     if isinstance(solver, str):
         found = SOLVERS.get(solver)
+    if iterate:
+        if not getattr(found, "iterates", False):
+            raise ValueError(f"solver {solver!r} has no first solution to go on from: only ilp iterates")
+        if not isinstance(found, type):
+            found = type(found)
+        options["iterate"] = True
     if isinstance(found, type):
         try:
-            found = found()
+            found = found(**options)
         except Exception as error:
             raise ValueError(
                 f"solver {solver!r} can't be made ({_reason(error)}): give an instance, or a class without arguments"
@@ -453,6 +486,8 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
             evaluated no policy within the budget.
     """
     found = find_solver(solver)
+    if session.agent is not None:
+        check_takes_agent(found, session.agent, session.env)
     try:
         _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
@@ -524,6 +559,31 @@ def _is_ours(solver: Solver) -> bool:
 def _reason(error: Exception) -> str:
     """Write what somebody's code raised on one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def check_takes_agent(solver: Solver, agent: AgentFile, env: str = PLAN) -> None:
+    """Check that a solver can start from a pretrained agent.
+
+    Args:
+        solver: The solver.
+        agent: The agent.
+        env: The environment of agents.
+
+    Raises:
+        ValueError: In one sentence, for a solver that is no agent, or one of another kind, for another environment than that
+            which the agent was trained in, and for an agent that this version can't go on with.
+    """
+    what = agent.source or "a pretrained agent"
+    if not getattr(solver, "takes_agent", False):
+        raise ValueError(
+            f"solver {_called(solver)!r} is no agent that could start from {what}: leave the agent out, or choose "
+            f"{agent.record.kind}, which it is"
+        )
+    if env != PLAN:
+        raise ValueError(
+            f"{what} knows what the environment {PLAN!r} shows, and {env!r} shows something else: leave one of the two out"
+        )
+    solver.check_agent(agent)
 
 
 def check_env(name: str) -> str:

@@ -88,6 +88,11 @@ class Stage(Session):
         return min(self.evaluations - self.used, self.whole.left)
 
     @property
+    def everything(self) -> Sequence[Trial]:
+        """Return every trial of the whole search."""
+        return self.whole.trials
+
+    @property
     def races(self) -> bool:
         """Say whether evaluations may end early; see `Session.races`."""
         return self.whole.races

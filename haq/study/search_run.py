@@ -41,6 +41,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Trial, find_solver, solve
 from haq.solvers.sensitivity import computed
 from haq.store import files, history
@@ -61,6 +62,7 @@ from haq.study.task import (
     load_target,
     machine_signature,
     objective_of,
+    read_agent,
     schemes_of,
     signature_of_schemes,
     versions,
@@ -186,6 +188,11 @@ class SearchRun:
                 "go on where it began, or start a new run"
             )
         return SearchTask.build(self.config, target, callbacks.get("progress", no_progress))
+
+    def read_agent(self) -> AgentFile | None:
+        """Read the agent that this run was asked for with, if any; raises what `haq.study.task.read_agent` does."""
+        self._check_files("agent")
+        return read_agent(self.config, [self.config.solver])
 
     def load_network(self) -> LoadedNetwork:
         """Load the network and data that this run was asked for; ValueError or FileNotFoundError if they aren't here."""
@@ -393,7 +400,7 @@ class SearchRun:
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
             task.problem,
-            self.config.evaluations,
+            task.evaluations,
             record,
             sensitivities,
             self.config.sensitivity_kind,
@@ -406,8 +413,10 @@ class SearchRun:
             race=self.races,
             recorded=self._recorded.get(solver, {}),
         )
+        if mine:
+            session.agent = task.agent
         try:
-            found = solve(solver, session, self.config.seed)
+            found = solve(find_solver(solver, mine and self.config.iterate), session, self.config.seed)
         except ValueError:
             # What the run's own solver found isn't lost for a rival that found nothing good enough.
             if mine or not _found_nothing(session):
@@ -617,7 +626,8 @@ class SearchRun:
         first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
         if evaluation > first:
             rate = (time.monotonic() - began) / (evaluation - first)
-            writer.add_scalar(f"{solver}/seconds_left", rate * (self.config.evaluations - evaluation), evaluation)
+            left = (self.config.evaluations or evaluation) - evaluation
+            writer.add_scalar(f"{solver}/seconds_left", rate * left, evaluation)
 
     def _events(self) -> Any:
         if self._writer is None and has_tensorboard():
