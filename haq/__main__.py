@@ -29,14 +29,14 @@ from haq.version import __version__
 # By heading: a command's name, and the module that has it as `cli`. A module is imported when its command is called or its
 # own help is shown.
 COMMANDS = {
-    "Find a policy": {"search": "haq.search", "sweep": "haq.sweep"},
+    "Find a policy": {"search": "haq.search", "sweep": "haq.sweep", "pretrain": "haq.pretrain"},
     "Use what was found": {
         "finetune": "haq.finetune",
         "evaluate": "haq.evaluate",
         "robustness": "haq.robustness",
         "deploy": "haq.deploy",
     },
-    "Look at it": {"report": "haq.report", "runs": "haq.runs"},
+    "Look at it": {"report": "haq.report", "runs": "haq.runs", "bench": "haq.bench"},
     "What there is": {
         "list": "haq.list",
         "hardware": "haq.hardware",

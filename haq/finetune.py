@@ -117,7 +117,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)
-        result["finetuned"] = summary.entry(task, policy, network)
+        result["finetuned"] = summary.entry(task, policy, network, found=policy)
         result.pop("finetuned_scheme", None)
         if config.scheme is not None:
             result["finetuned_scheme"] = config.scheme
@@ -159,7 +159,7 @@ def _better_earlier(run: SearchRun, task: SearchTask, tuned: _Tuned, config: Fin
         return None  # it is of another policy, or damaged: it is replaced
     if earlier is None or not has_schemes(earlier, schemes_in(tuned.network)):
         return None
-    held = training.hold_out(task.dataset.train)[1]
+    held = training.hold_out(task.to_train_on)[1]
     judge = training.judge_of(
         task.network, held, adversary_of(task.config), objective=task.problem.objective, loss=named_loss(config.loss)
     )
@@ -185,9 +185,10 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
     return {
         **summary.budgets_used(task.problem, policy),
         **summary.goal_entries(task, policy),
-        "uniform8": summary.entry(task, task.problem.reference_policy),
+        "uniform8": summary.entry(task, task.problem.reference_policy, found=policy),
         "policy": encoded,
         "found": summary.entry(task, policy),
+        "choice": None,  # nobody chose it
     }
 
 
@@ -227,7 +228,7 @@ def _train(task: SearchTask, policy: Q.BitPolicy, config: FinetuneConfig, state:
         network = training.finetune(
             task.network,
             task.problem.quantized(policy),
-            task.dataset.train,
+            task.to_train_on,
             epochs=config.epochs,
             seed=config.seed,
             learning_rate=config.learning_rate,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from haq.console.values import FILE, FOLDER
 from haq.study.config import FOLDERS, SearchConfig, WorkersConfig
 
 if TYPE_CHECKING:
+    from haq.study.known_trials import KnownTrials
     from haq.study.search_run import SearchRun
     from haq.study.task import SearchTask
 
@@ -88,12 +90,13 @@ def run_search(
     folder = out or default_folder(config)
     check_unused(folder)
     task = _load(config, output)
+    known = _read_trials(task)
     if dry_run:
-        _print_plan(output, task, workers, None)
+        _print_plan(output, task, workers, None, known)
         return 0
-    _print_plan(output, task, workers, folder)
+    _print_plan(output, task, workers, folder, known)
     with writing(folder, _go_on(folder, config)):
-        return _carry_out(task, SearchRun.create(folder, task), workers, output)
+        return _carry_out(task, SearchRun.create(folder, task, known), workers, output)
 
 
 def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: str | None = None) -> int:
@@ -120,10 +123,11 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
             run.drop_checkpoint("finetuning")
             see = command_line("python", "-m", "haq.evaluate", folder, *run.config.trust_words())
             raise ValueError(f"{folder} is finished; see it with {see}")
+        agent = run.read_agent()
         with follow_loading(output.notes, "loading network and data, calibrating") as follow:
-            task = run.build(**follow)
+            task = replace(run.build(**follow), agent=agent)
         _check_end(task)
-        _print_plan(output, task, workers, folder)
+        _print_plan(output, task, workers, folder, run.known(task.problem))
         run.check(task, same_versions=True)
         run.complete(task)
         say(output.notes, f"resuming: {run.prepare_resume(task.problem)} evaluations are there already")
@@ -132,19 +136,28 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
 
 def _load(config: SearchConfig, output: Output) -> SearchTask:
     """Load all that a search names, and the sensitivities that it is given."""
-    import dataclasses
-
     from haq.solvers.base import find_solver
-    from haq.study.task import SearchTask, load_target
+    from haq.study.known_trials import check_uses_trials
+    from haq.study.task import SearchTask, load_target, read_agent
 
-    find_solver(config.solver)
+    find_solver(config.solver, config.iterate)
+    if config.trials is not None:
+        check_uses_trials(config.solver)
+    agent = read_agent(config, [config.solver])
     with follow_loading(output.notes, "loading network and data, calibrating") as follow:
-        task = SearchTask.build(config, load_target(config, **follow), follow["progress"])
+        task = replace(SearchTask.build(config, load_target(config, **follow), follow["progress"]), agent=agent)
     if config.sensitivity is not None:
         kind = task.read_sensitivities(Path(config.sensitivity)).kind
-        task = dataclasses.replace(task, config=config.replace(sensitivity_kind=kind))
+        task = replace(task, config=config.replace(sensitivity_kind=kind))
     _check_end(task)
     return task
+
+
+def _read_trials(task: SearchTask) -> KnownTrials:
+    """Read the trials that a search is given."""
+    from haq.study import known_trials
+
+    return known_trials.read(task.config.trial_folders, task)
 
 
 def _check_end(task: SearchTask) -> None:
@@ -189,12 +202,15 @@ def _is_kept(result: Mapping[str, Any]) -> bool:
     return bool(good_enough and all(budget["holds"] for budget in budgets))
 
 
-def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder: Path | None) -> None:
+def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder: Path | None, known: KnownTrials) -> None:
     from haq.study import tables
     from haq.study.search_run import has_tensorboard
     from haq.study.search_steps import rivals_of
 
-    tables.print_plan(output.notes, task, folder, rivals_of(task.config.solver), _describe_workers(workers, task.config))
+    rivals = rivals_of(task)
+    tables.print_plan(output.notes, task, folder, rivals.names, rivals.words, _describe_workers(workers, task.config))
+    if task.config.trials is not None:
+        say(output.notes, f"trials: {known.words(task.problem)}")
     tables.print_doubts(output.results, task)
     if not has_tensorboard():
         say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")
@@ -202,10 +218,10 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
 
 def _describe_workers(workers: WorkersConfig, config: SearchConfig) -> str:
     """Who evaluates policies, and what keeps the solver from using all of them."""
-    from haq.solvers import SOLVERS
+    from haq.solvers.base import find_solver
 
     words = workers.describe()
-    if not workers.exceed(config.ahead) or not SOLVERS.get(config.solver).chooses_ahead:
+    if not workers.exceed(config.ahead) or not find_solver(config.solver, config.iterate).chooses_ahead:
         return words
     return f"{words}; beyond sensitivities {config.solver} keeps {config.ahead} of them busy (--ahead)"
 

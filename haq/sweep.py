@@ -93,7 +93,7 @@ def run_sweep(
     _print_plan(output, context, workers, folder)
     # The sweep's folder is held until the end; each search holds its own.
     with writing(folder, sweep_run.go_on(folder, config)):
-        sweep_run.begin(folder, config, context)
+        sweep_run.begin(folder, context.sweep, context)
         return _carry_out(folder, context, workers, output)
 
 

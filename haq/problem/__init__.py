@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from haq.problem.evaluator import Evaluation as Evaluation
     from haq.problem.objective import Objective as Objective
     from haq.problem.problem import Problem as Problem
+    from haq.problem.tabular import TabularProblem as TabularProblem
 
 # What a solver can know of single layers. The last two are computed, without an evaluation.
 KINDS = ("loss", "kl", "hessian", "gradient")
@@ -91,6 +92,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "evaluator": ["Evaluation"],
         "objective": ["Objective"],
         "problem": ["Problem"],
+        "tabular": ["TabularProblem"],
     },
 )
 __all__ += ["CORRECTIONS", "KINDS", "OBJECTIVES", "ROBUST", "ROUNDINGS"]

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from haq.problem.evaluator import evaluation_mode
-from haq.problem.objective import MetricObjective, Objective, ValueObjective, per_sample, which_correct
-from haq.problem.tally import wanted_of
-from quantizers.calling import count_of, to_device
+from haq.problem.objective import MetricObjective, Objective, ValueObjective
+from haq.problem.tally import measure_by_sample
 
 if TYPE_CHECKING:
     from haq.data import Split
@@ -30,6 +28,28 @@ def has_values_by_sample(objective: Objective) -> bool:
     return objective.takes_scores
 
 
+def error_of_difference(values: Tensor | None, others: Tensor | None) -> float | None:
+    """Tell the standard error of the difference of two means over the same samples.
+
+    Of shares it is that of McNemar's test (Psychometrika 12, 1947): with b samples that only one network answers rightly and
+    c that only the other does, sqrt(b + c - (b - c)^2 / n) / n, but for n - 1 in place of n.
+
+    Args:
+        values: Of every sample, shape (samples,): numbers, or booleans.
+        others: Likewise of the same samples, in the same order.
+
+    Returns:
+        The standard deviation of the difference by sample over the square root of their number; None where something isn't
+        known or not finite, and of a single sample.
+    """
+    if values is None or others is None or len(values) != len(others) or len(values) < 2:
+        return None
+    difference = values.double() - others.double()
+    if not bool(difference.isfinite().all()):
+        return None
+    return float(difference.std() / len(difference) ** 0.5)
+
+
 def paired_error(
     objective: Objective, network: Network, split: Split, module: nn.Module, batch_size: int = 250
 ) -> float | None:
@@ -43,29 +63,12 @@ def paired_error(
         batch_size: Samples at a time.
 
     Returns:
-        The standard deviation of the difference by sample over the square root of their number; None where values aren't
-        means over samples, or there is but one.
+        As `error_of_difference` tells; None where values aren't means over samples.
     """
     if not has_values_by_sample(objective):
         return None
-    differences: list[Tensor] = []
-    for given, targets in split.batches(batch_size):
-        inputs = to_device(network.preprocess(given), network.device)
-        wanted = wanted_of(objective, network, inputs, targets)
-        values = []
-        for one in (network.module, module):
-            with torch.inference_mode(), evaluation_mode(one):
-                outputs = objective.read(network.run(one, inputs, targets))
-                values.append(_values(objective, outputs, wanted, count_of(inputs)))
-        differences.append(values[0] - values[1])
-    found = torch.cat(differences)
-    if len(found) < 2 or not bool(found.isfinite().all()):
-        return None
-    return float(found.std() / len(found) ** 0.5)
-
-
-def _values(objective: Objective, outputs: Tensor, wanted: Tensor, count: int) -> Tensor:
-    """Return what an objective says of every sample of a batch."""
-    if isinstance(objective, ValueObjective):
-        return per_sample(objective, "values", objective.values(outputs, wanted), count)
-    return which_correct(objective, (outputs,), wanted).double().cpu()
+    values = []
+    for one in (network.module, module):
+        with evaluation_mode(one):
+            values.append(measure_by_sample(objective, network, split, one, batch_size).by_sample)
+    return error_of_difference(*values)

@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import hw_models
 import quantizers as Q
+from haq import problem as room
 from haq.data.memory import allowed_bytes
 from haq.problem.batches import (
     Batches,
@@ -41,6 +43,7 @@ from haq.problem.evaluator import Evaluation, Evaluator, evaluation_mode
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF, read_goal
 from haq.problem.limits import ROUNDING, Limit, PeakLimit, budgets_of
 from haq.problem.objective import AnyObjective, BlackBox, Objective, described, find_objective
+from haq.problem.paired import error_of_difference
 from haq.problem.peak import PeakOfDecisions
 from haq.problem.programme import Programme
 from haq.problem.samples import KeptSamples, Samples, outputs_of, pieces, samples_in
@@ -71,6 +74,9 @@ from hw_models.widths import FLOAT, PLACES, at_places, pair_words, place_of, pla
 from quantizers.calling import Forward, device_of, inputs_of, leaves, map_tensors, takes, targets_of, to_device
 from quantizers.observers import OnProgress, no_progress
 from quantizers.policy import QUANTIZABLE
+
+if TYPE_CHECKING:
+    from haq.problem import TabularProblem as Tabular
 
 REPEATED = 1e-3  # of an output's size: what it may differ by from call to call, in sums of another order
 TOP = Q.MAX_BITS - 1  # the place of 8 bits in a table
@@ -117,6 +123,7 @@ class Problem:
         forward: Computes outputs of (network, batch); None: the network is called with the inputs.
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
+        float_seconds: How long that took.
     """
 
     _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
@@ -265,14 +272,45 @@ class Problem:
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
         self.layer_errors = np.array([[ten_places(one.tolist(), 0.0) for one in of_layer] for of_layer in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
+        began = time.perf_counter()
         with evaluation_mode(network):
             with _no_other_layers(network, self.workload.names):
                 self.evaluator = Evaluator(
                     qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
                 )
             self.float_result = self.evaluator.measure_teacher()
+            self.float_seconds = time.perf_counter() - began
         _check_share(self.objective, self.float_result.value)
         self.goal.check(self.objective, self.float_result.value)
+
+    @staticmethod
+    def tabular(
+        path: str | os.PathLike[str],
+        budget: float | str | None = None,
+        *,
+        max_drop: float | None = None,
+        at_least: float | str | None = None,
+        tradeoff: str | tuple[float, float] | None = None,
+    ) -> Tabular:
+        """Read a problem of which every policy is known; it needs no network.
+
+        Args:
+            path: An .npz file as `haq.problem.table_file` describes it, or the name of one that ships with the package.
+            budget: The name of one of the file's limits, such as "0.15", or an amount: "5.9uJ", or a number in the metric's
+                unit. None: the first limit; where the cheapest is looked for, all that is known.
+            max_drop: Look for the cheapest policy instead; see `Problem`.
+            at_least: Likewise.
+            tradeoff: See `Problem`.
+
+        Returns:
+            The problem, which tells `best_value` and `test(policy)` besides.
+
+        Raises:
+            OutOfReach: A ValueError, for a budget that nothing meets, or within which not everything is known.
+            ValueError: Naming the file and the key, for a file that isn't one.
+        """
+        # Found by its name: it stands on this file.
+        return room.TabularProblem(path, budget, max_drop=max_drop, at_least=at_least, tradeoff=tradeoff)
 
     def __repr__(self) -> str:
         """Say on one line what is searched."""
@@ -758,6 +796,14 @@ class Problem:
                         f"{_words(policy[second])}"
                     )
 
+    def allows(self, policy: object) -> bool:
+        """Say whether a policy is one of this problem's, whatever it costs; see `check_policy`."""
+        try:
+            self.check_policy(policy)
+        except NotAllowed:
+            return False
+        return True
+
     def _check_pair(self, index: int, pair: tuple[int | None, int | None]) -> None:
         """Raise NotAllowed for bits that a layer may not take; see `check_policy`."""
         name = self.workload.names[index]
@@ -782,13 +828,61 @@ class Problem:
         """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets."""
         return self.limits[0].holds(cost)
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Say which policies will be evaluated, so that a pool of workers, if there is one, can begin."""
-        self.evaluator.expect(policies)
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Say which policies will be evaluated, and what they are to beat, so that a pool of workers can begin."""
+        self.evaluator.expect(policies, beat)
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples."""
-        return self.evaluator.evaluate(policy)
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
+        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
+
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.race`).
+        """
+        if beat is None:
+            return self.evaluator.evaluate(policy)
+        return self.evaluator.race(policy, beat)
+
+    def judging(self, samples: Batches | Samples) -> Evaluator:
+        """Make what judges policies of this problem on other samples, exactly as they are judged on the search samples.
+
+        Args:
+            samples: Inputs and targets, as `search` of the problem.
+
+        Returns:
+            An evaluator with a network of its own.
+
+        Raises:
+            ValueError, TypeError: For samples that can't be read, and for an objective that looks at samples of its own.
+        """
+        if isinstance(self.objective, BlackBox):
+            raise ValueError(
+                f"objective {self.objective.name!r} is given the network and looks at samples of its own: policies can't be "
+                "judged on others"
+            )
+        found = _read_search(samples, self.network, self.objective, self.forward, None)
+        assert found is not None
+        return Evaluator(
+            Q.copy_network(self.evaluator.network),
+            found,
+            teacher=self.network,
+            tune=self.evaluator.tune,
+            objective=self.objective,
+            forward=self.forward,
+        )
+
+    def paired_error(self, policy: Q.BitPolicy, other: Q.BitPolicy) -> float | None:
+        """Tell the standard error of the difference of two policies' values on the search samples, paired by sample.
+
+        Both are wrong about mostly the same samples, so it is smaller than that of either value (`haq.problem.paired`). The
+        policies are run again for it, unless they were compared lately.
+
+        Args:
+            policy: One of them.
+            other: The other.
+
+        Returns:
+            The error, in the objective's unit (a share for "%"); None where values aren't means over samples.
+        """
+        return error_of_difference(self.evaluator.by_sample(policy), self.evaluator.by_sample(other))
 
     def quantized(self, policy: Q.BitPolicy) -> nn.Module:
         """Make a copy of the calibrated quantized network, at the bits of a policy, that can be trained."""

@@ -25,6 +25,7 @@ from haq.problem.objective import (
     per_sample,
     single_number,
     value_of,
+    which_correct,
 )
 from quantizers.calling import count_of, leaves, samples, to_device
 
@@ -71,6 +72,19 @@ class Evaluation(NamedTuple):
             return self.accuracy
         return -self.accuracy
 
+    def together(self, other: Evaluation) -> Evaluation:
+        """Return what a policy is worth on these samples and others: means weighted by how many they are."""
+        count = self.images + other.images
+
+        def mean(one: float, another: float) -> float:
+            return (self.images * one + other.images * another) / count
+
+        divergence = None
+        if self.divergence is not None and other.divergence is not None:
+            divergence = mean(self.divergence, other.divergence)
+        value, loss = mean(self.accuracy, other.accuracy), mean(self.loss, other.loss)
+        return Evaluation(value, loss, count, divergence, self.higher_is_better)
+
 
 def worthless(objective: Objective, count: int, has_teacher: bool) -> Evaluation:
     """Return what a network whose outputs aren't finite is worth.
@@ -108,11 +122,14 @@ class Tally(Protocol):
             ValueError: Naming the objective, for what it may not return.
         """
 
-    def share(self) -> float | None:
-        """Return the share of samples so far that count as correct; None where values are no such thing."""
+    def good(self) -> float | None:
+        """Return how much of the samples so far is good, each from 0 to 1; None where values are no such thing."""
 
     def result(self) -> Evaluation:
         """Tell what all is worth that was taken."""
+
+    def by_sample(self) -> Tensor | None:
+        """Tell the value of every sample that was taken, whose mean `result` tells; None where values are no such mean."""
 
 
 class ScoreTally:
@@ -154,9 +171,9 @@ class ScoreTally:
         self.parts.append(outputs)
         self.labels.append(targets)
 
-    def share(self) -> float | None:
-        """Return the share of samples so far that count as correct."""
-        return self.right / self.seen
+    def good(self) -> float | None:
+        """Return the number of samples so far that count as correct."""
+        return self.right
 
     def result(self) -> Evaluation:
         """Tell what all is worth that was taken."""
@@ -168,6 +185,12 @@ class ScoreTally:
             divergence = _divergence(outputs[0], self.expected[index]) / self.seen
         loss = mean_loss(self.objective, outputs, torch.cat(self.labels)[back], divergence)
         return Evaluation(self.right / self.seen, loss, self.seen, divergence)
+
+    def by_sample(self) -> Tensor | None:
+        """Tell which samples are answered rightly, booleans in the order in which samples were given."""
+        back = self.order[: self.seen].argsort()
+        batches = zip(self.parts, self.labels, strict=True)
+        return torch.cat([which_correct(self.objective, outputs, labels).cpu() for outputs, labels in batches])[back]
 
 
 class ValueTally:
@@ -187,6 +210,7 @@ class ValueTally:
         self.values: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.divergences: list[Tensor] = []
+        self._sum, self._summed = 0.0, 0  # of how many batches the sum is
 
     def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
         """Take the outputs of a batch.
@@ -242,9 +266,19 @@ class ValueTally:
             return stacked.amin(0)
         return stacked.amax(0)
 
-    def share(self) -> float | None:
-        """Return nothing: values are no shares of samples."""
-        return None
+    def good(self) -> float | None:
+        """Return the sum of the values, or of 1 less each where smaller ones are better; None unless all are from 0 to 1."""
+        for values in self.values[self._summed :]:
+            if not bool(((values >= 0) & (values <= 1)).all()):
+                self._sum = math.nan
+            elif self.objective.higher_is_better:
+                self._sum += float(values.sum())
+            else:
+                self._sum += float((1 - values).sum())
+        self._summed = len(self.values)
+        if not self.values or math.isnan(self._sum):
+            return None
+        return self._sum
 
     def result(self) -> Evaluation:
         """Tell what all is worth that was taken."""
@@ -266,6 +300,12 @@ class ValueTally:
         elif divergence is not None:
             loss = divergence
         return Evaluation(value, loss, self.seen, divergence, objective.higher_is_better, error)
+
+    def by_sample(self) -> Tensor | None:
+        """Tell the value of every sample, float64, in the order in which samples were given; None of a metric."""
+        if isinstance(self.objective, MetricObjective):
+            return None
+        return self._in_order(self.values)
 
     def _worst_metric(self, objective: MetricObjective) -> float:
         """Tell the worst of the metrics of all versions of the inputs; NaN if there is one."""
@@ -370,18 +410,32 @@ def measure(
         The objective's value. Of class scores it is the share of samples that count as correct; those with an output that is
         NaN count as wrong.
     """
-    return measure_with_error(objective, network, split, module, batch_size, called)[0]
+    return measure_by_sample(objective, network, split, module, batch_size, called).value
 
 
-def measure_with_error(
+class Measured(NamedTuple):
+    """What a network was measured to give on some samples.
+
+    Attributes:
+        value: The objective's.
+        error: The standard error of a value that is a mean of values by sample, no shares; None where it isn't known.
+        by_sample: The value of every sample, or whether it is answered rightly; None where values aren't means over samples.
+    """
+
+    value: float
+    error: float | None = None
+    by_sample: Tensor | None = None
+
+
+def measure_by_sample(
     objective: Objective,
     network: Network,
     split: Split,
     module: nn.Module,
     batch_size: int = 250,
     called: str = "test",
-) -> tuple[float, float | None]:
-    """Measure a network on any samples, and tell how far chance moves the value.
+) -> Measured:
+    """Measure a network on any samples, and tell what it is worth on each.
 
     Args:
         objective: As in `measure`.
@@ -392,12 +446,12 @@ def measure_with_error(
         called: Likewise.
 
     Returns:
-        The value; and its standard error, where it is a mean of values by sample and no share.
+        The value, how far chance moves it, and what is known by sample.
     """
     module.eval()
     if isinstance(objective, BlackBox):
-        return _or_worst(objective, value_of(objective, module, called)), None
-    right = 0
+        return Measured(_or_worst(objective, value_of(objective, module, called)))
+    right: list[Tensor] = []
     tally: ValueTally | None = None
     if isinstance(objective, ValueObjective):
         tally = ValueTally(objective)
@@ -410,16 +464,17 @@ def measure_with_error(
         with torch.inference_mode():
             outputs = tuple(objective.read(network.run(module, one, targets)) for one in (inputs, *more))
             if tally is None:
-                right += count_correct(objective, outputs, wanted)
+                right.append(which_correct(objective, outputs, wanted).cpu())
                 continue
             try:
                 tally.add(outputs, wanted, None, count_of(inputs))
             except NotFinite:
-                return objective.worst, None
+                return Measured(objective.worst)
     if tally is None:
-        return right / len(split), None
+        by_sample = torch.cat(right)
+        return Measured(int(by_sample.sum()) / len(split), None, by_sample)
     result = tally.result()
-    return _or_worst(objective, result.accuracy), result.error
+    return Measured(_or_worst(objective, result.accuracy), result.error, tally.by_sample())
 
 
 def wanted_of(objective: Objective, network: Network, inputs: Any, targets: Any) -> Any:

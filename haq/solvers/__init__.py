@@ -11,13 +11,15 @@ from hw_models.registry import Registry, requires
 
 if TYPE_CHECKING:
     from haq.solvers import cheapest as cheapest
+    from haq.solvers import choice as choice
     from haq.solvers import ilp as ilp
     from haq.solvers.base import Session as Session
     from haq.solvers.base import Solver as Solver
     from haq.solvers.base import Trial as Trial
 
 # The environments that agents can learn in.
-ENVS = ("plan", "haq")
+PLAN = "plan"
+ENVS = (PLAN, "haq")
 _lacking_names = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
 
 
@@ -45,6 +47,10 @@ SOLVERS: Registry[type[Solver]] = Registry(
         "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning as in HAQ: an actor, and a critic that it learns from"),
         "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
         "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
+        "surrogate": (
+            "haq.solvers.surrogate:Surrogate",
+            "a Gaussian process learns from every trial, and chooses the next (Bayesian optimization)",
+        ),
         "ilp": ("haq.solvers.ilp:IntegerProgramme", "measured sensitivities, and the policy that is optimal if they add up"),
         "greedy": (
             "haq.solvers.greedy:Greedy",
@@ -63,17 +69,20 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "agents",
         "base",
         "cheapest",
+        "choice",
         "evolution",
         "exhaustive",
         "greedy",
         "hessian",
         "ilp",
+        "iterated",
         "random_search",
         "sensitivity",
+        "surrogate",
     ],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
-__all__ += ["ENVS", "SOLVERS"]
+__all__ += ["ENVS", "PLAN", "SOLVERS"]
 
 
 def __dir__() -> list[str]:

@@ -21,7 +21,6 @@ With `--env haq` only the first of these holds: the agent is HAQ's, on `haq/HAQ-
 
 from __future__ import annotations
 
-import copy
 import json
 import operator
 import random
@@ -46,6 +45,8 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.problem import Problem
 from haq.solvers import greedy, ilp, sensitivity
+from haq.solvers.actor import check_start
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Solver
 
 Floats = NDArray[np.float32]
@@ -226,6 +227,11 @@ class Agent(Solver):
 
     uses_sensitivities = True
     chooses_ahead = True
+    takes_agent = True
+
+    def check_agent(self, agent: AgentFile) -> None:
+        """Raise ValueError, in one sentence, for a pretrained agent that it can't start from."""
+        check_start(self.name, agent)
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search in one of the two environments, and leave global generators as they were."""
@@ -292,9 +298,8 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
     env = envs.MixedPrecisionEnv(problem, loss_increase, judge=session.evaluate)
     agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
     learner = Learner(agent, np.random.default_rng(seed), session)
-    player = copy.copy(env)
-    player.judge = not_evaluated
-    players = [copy.copy(player) for _ in range(CANDIDATES)]
+    players = [envs.MixedPrecisionEnv(problem, loss_increase, not_evaluated) for _ in range(CANDIDATES)]
+    player = players[0]
     proposals = [ilp.propose(problem, loss_increase), greedy.propose(problem, loss_increase)]
     proposals = list(dict.fromkeys(proposals))[: session.left]
     if not learner.restore():

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,24 @@ class Stage(Session):
         """Count the evaluations that are left of the stage's and of the whole search's."""
         return min(self.evaluations - self.used, self.whole.left)
 
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return every trial of the whole search."""
+        return self.whole.trials
+
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early; see `Session.races`."""
+        return self.whole.races
+
+    def racing_beat(self) -> float | None:
+        """Tell which value a policy must reach for the goal of the whole search; see `Session.racing_beat`."""
+        return self.whole.racing_beat()
+
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Say which policies will be asked for; see `Session.expect`."""
+        self.whole.expect(policies, beat)
+
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy, as `Session.evaluate` does; what the whole search knows already costs it nothing.
 
@@ -95,12 +113,12 @@ class Stage(Session):
             RuntimeError: Beyond the allowance.
         """
         if policy in self._seen:
-            return self.problem.evaluate(policy)
+            return self._seen[policy]
         evaluation = self.whole.evaluate(policy)
         trial = Trial.of(self.problem, policy, evaluation)
-        self._seen.add(policy)
+        self._seen[policy] = evaluation
         self.trials.append(trial)
-        sound = trial.feasible and math.isfinite(trial.loss)
+        sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
         if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
         if sound and self.ends and self.whole.problem.meets(evaluation):
@@ -179,6 +197,7 @@ class Stages:
             env=whole.env,
             ahead=whole.ahead,
             saturated=whole.saturated,
+            race=whole.race,
             whole=whole,
             ends=ends,
         )

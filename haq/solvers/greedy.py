@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 import quantizers as Q
 from haq.problem.decision import Decision
+from haq.problem.peak import padded
 from haq.problem.problem import Problem
 from haq.problem.programme import STEP, Programme
 from haq.solvers import sensitivity
@@ -48,26 +49,37 @@ def propose(problem: Problem, loss_increase: NDArray[np.float64]) -> Q.BitPolicy
 
 def _within(problem: Problem, losses: Sequence[NDArray[np.float64]]) -> list[int]:
     """Descend within one budget; returns an option per decision."""
-    costs = [decision.prices for decision in problem.decisions]
-    chosen = [int(cost.argmax()) for cost in costs]
-    while not problem.within_budget(total := sum(cost[pick] for cost, pick in zip(costs, chosen, strict=True))):
-        steps = [
-            ((losses[i][j] - losses[i][pick]) / (costs[i][pick] - costs[i][j]), i, j)
-            for i, pick in enumerate(chosen)
-            for j in np.flatnonzero(costs[i] < costs[i][pick])
-        ]
-        _, layer, option = min(steps)
-        chosen[layer] = int(option)
-    while gains := [
-        (losses[i][j] - losses[i][pick], i, j)
-        for i, pick in enumerate(chosen)
-        for j in np.flatnonzero(losses[i] < losses[i][pick])
-        if problem.within_budget(total - costs[i][pick] + costs[i][j])
-    ]:
-        _, layer, option = min(gains)
-        total += costs[layer][option] - costs[layer][chosen[layer]]
-        chosen[layer] = int(option)
-    return chosen
+    loss, cost = padded(losses, np.inf), padded([decision.prices for decision in problem.decisions], np.inf)
+    rows = np.arange(len(cost))
+    chosen = np.array([decision.prices.argmax() for decision in problem.decisions])
+    taken = cost[rows, chosen].tolist()
+    # What each option costs in loss for what it saves. A step changes one row of it alone.
+    steps = np.array([_steps(loss[row], cost[row], chosen[row]) for row in rows])
+    while not problem.within_budget(total := sum(taken)):
+        # Of steps that are alike the first is taken.
+        row, option = divmod(int(steps.argmin()), steps.shape[1])
+        chosen[row] = option
+        taken[row] = float(cost[row, option])
+        steps[row] = _steps(loss[row], cost[row], option)
+    while True:
+        gains = loss - loss[rows, chosen][:, None]
+        price = total - cost[rows, chosen][:, None] + cost
+        gains[(gains >= 0) | ~problem.limits[0].holds(price)] = np.inf
+        row, option = divmod(int(gains.argmin()), gains.shape[1])
+        if not np.isfinite(gains[row, option]):
+            picks: list[int] = chosen.tolist()
+            return picks
+        total += float(cost[row, option] - cost[row, chosen[row]])
+        chosen[row] = option
+
+
+def _steps(loss: NDArray[np.float64], cost: NDArray[np.float64], pick: int) -> NDArray[np.float64]:
+    """Tell what options of one decision add to the loss for what they save; infinite for those that save nothing."""
+    saved = cost[pick] - cost
+    cheaper = saved > 0
+    found: NDArray[np.float64] = np.full(len(loss), np.inf)
+    found[cheaper] = (loss[cheaper] - loss[pick]) / saved[cheaper]
+    return found
 
 
 def _within_all(programme: Programme, losses: Sequence[NDArray[np.float64]], decisions: Sequence[Decision]) -> list[int]:

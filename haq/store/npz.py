@@ -1,10 +1,11 @@
-"""Arrays from an .npz file that nobody vouches for: no pickle, nothing unpacked, no more memory than the file has bytes."""
+"""Arrays from an .npz file that nobody vouches for: no pickle, and no more memory than is allowed beforehand."""
 
 from __future__ import annotations
 
 import io
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from haq.store.files import check_file
+from haq.store.units import describe_bytes
 
 KINDS = "biufU"  # of NumPy's types: truth values, integers, floats, text
 
 
-def read(path: Path, names: set[str], most: int) -> dict[str, NDArray[Any]]:
+def read(path: Path, names: set[str] | None, most: int, unpacked: int | None = None) -> dict[str, NDArray[Any]]:
     """Read the arrays of a file that `numpy.savez` wrote.
 
     Args:
         path: The file.
-        names: The names that the arrays must have.
+        names: The names that the arrays must have; None takes whatever there is.
         most: Bytes up to which the file is read.
+        unpacked: Bytes that the arrays of a compressed file may take in memory; None refuses compressed ones.
 
     Returns:
         The arrays by name, not writable.
@@ -35,19 +38,27 @@ def read(path: Path, names: set[str], most: int) -> dict[str, NDArray[Any]]:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
-            _check_entries(entries, names)
+            _check_entries(entries, names, unpacked)
             return {_name(entry): _array(file.read(entry)) for entry in entries}
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:  # the last: encrypted
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:  # the last: encrypted
         raise ValueError(f"it is damaged: {error}") from error
 
 
-def _check_entries(entries: list[zipfile.ZipInfo], names: set[str]) -> None:
+def _check_entries(entries: list[zipfile.ZipInfo], names: set[str] | None, unpacked: int | None) -> None:
     found = [_name(entry) for entry in entries]
+    if names is None:
+        names = set(found)
     wrong = sorted(set(found) ^ names)
     if not wrong and len(found) > len(names):
         wrong = sorted(name for name in found if found.count(name) > 1)
     if wrong:
         raise ValueError(f"the array {wrong[0][:40]!r} is missing, or there once too often")
+    if unpacked is not None:
+        # No more is unpacked of an entry than it says.
+        size = sum(entry.file_size for entry in entries)
+        if size > unpacked:
+            raise ValueError(f"its arrays take {describe_bytes(size)} in memory, and {describe_bytes(unpacked)} are allowed")
+        return
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("it is compressed, which nothing of ours is")
 
@@ -64,9 +75,11 @@ def _array(content: bytes) -> NDArray[Any]:
         shape, fortran, dtype = npy.read_array_header_2_0(stream)
     if dtype.hasobject:
         raise ValueError(f"an array of {dtype} isn't read, it may hold code")
-    if dtype.kind not in KINDS or fortran:
+    if dtype.kind not in KINDS:
         raise ValueError(f"an array of {dtype} isn't read")
     if math.prod(shape) * dtype.itemsize != len(content) - stream.tell():
         raise ValueError("an array isn't of the size that it says")
-    values: NDArray[Any] = np.frombuffer(content, dtype, offset=stream.tell()).reshape(shape)
-    return values
+    values: NDArray[Any] = np.frombuffer(content, dtype, offset=stream.tell())
+    if fortran:
+        return values.reshape(shape[::-1]).T
+    return values.reshape(shape)

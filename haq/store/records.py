@@ -7,6 +7,7 @@
     sweep.json         SweepRecord          what a sweep was asked; FinishedSweepRecord, with what it found
     sensitivity.json   SensitivityRecord    what is known of single operands
     robustness.json    RobustnessRecord     what attacks found
+    AGENT.safetensors  AgentRecord          what a pretrained agent is, in the header
 
 `Record.read(path)` refuses what doesn't fit in one sentence with the file, the key, its value and what would be accepted;
 `record.write(path)` writes beside and renames. Torch isn't needed, and nothing that is read is executed. The lists and
@@ -36,6 +37,7 @@ from haq.store.units import (
     metric_words,
     plotted,
     show,
+    show_error,
     worst_of,
 )
 from hw_models.registry import join_words
@@ -44,6 +46,7 @@ from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
+MOST_UNITS, MOST_HIDDEN = 4096, 8  # of a pretrained agent's networks: of a hidden layer, and such layers
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
 SPLITS = ("search", "test")
 ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
@@ -88,6 +91,19 @@ def share_key(split: str, objective: str) -> str:
 def error_key(key: str) -> str:
     """Name the key under which files hold the standard error of the value under another key."""
     return f"{key}_error"
+
+
+def paired_key(key: str, other: str) -> str:
+    """Name the key under which files hold the paired standard error of a value's difference from another row's.
+
+    Args:
+        key: The key of the value.
+        other: The other row: "float" or "found".
+
+    Returns:
+        Such as "test_accuracy_from_float_error".
+    """
+    return error_key(f"{key}_from_{other}")
 
 
 def short_reference(words: str) -> str:
@@ -279,6 +295,33 @@ class JudgingRecord(Record):
         """Say how far a value is from another; see `haq.store.units.held_against`."""
         return held_against(value, other, self.objective_unit, self.higher_is_better)
 
+    def difference(self, value: float, other: float, error: float | None, than: str) -> str:
+        """Say how far a value is from another on the same samples, with the standard error of that: "0.42 ± 0.11 points below".
+
+        Args:
+            value: The value.
+            other: What it is held against.
+            error: The paired standard error of their difference; None where it isn't known.
+            than: What the other value is of.
+
+        Returns:
+            The words, with "than" behind them. A difference below its standard error is called none.
+        """
+        words = self.held_against(value, other)
+        if not error or not math.isfinite(value) or not math.isfinite(other):
+            return f"{words} {than}"
+        shown = show_error(error, self.objective_unit)
+        number, space, rest = words.partition(" ")
+        if not number[0].isdigit():
+            unit = self.objective_unit
+            if unit == PERCENT:
+                unit = "points"
+            return f"{words} {than} (± {shown} {unit}".rstrip() + ")"
+        said = f"{number} ± {shown}{space}{rest} {than}"
+        if abs(value - other) < error:
+            said += " (no difference)"
+        return said
+
     def on_axis(self, words: str) -> str:
         """Write the title of an axis of values: words, the unit, and the direction if it isn't the usual one."""
         parts = [words]
@@ -334,6 +377,10 @@ class Measurement(RootModel[Values]):
     def error(self, split: str, objective: str) -> float | None:
         """Return the standard error of a value, where it is known."""
         return _error_of(self.root, share_key(split, objective))
+
+    def paired_error(self, split: str, objective: str, other: str) -> float | None:
+        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
+        return self.root.get(paired_key(share_key(split, objective), other))
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -936,6 +983,97 @@ class ReachedRecord(JudgingRecord):
         return "MISSED"
 
 
+class ChoiceRecord(JudgingRecord):
+    """Which policy a search returned, the best on the search split or another, and why (`haq.solvers.choice`).
+
+    Attributes:
+        best_policy: The policy that is best on the search split.
+        best: Its value there.
+        chosen: The value there of the policy that was returned.
+        is_best: Whether that is the same policy.
+        below: How much worse the returned one is than the best, by what was looked for (of a trade-off its value), on all
+            samples that the choice was made by; negative if it is better on all of them.
+        error: The paired standard error of that.
+        best_divergence: How far the best is from the float network's outputs, on these samples; None where nobody knows.
+        chosen_divergence: Likewise the returned one.
+        divergence_unit: What these are in.
+        compared: How many policies were held against the best, sample by sample.
+        finalists: How many were judged again; 0 if none were.
+        confirmed: On how many further samples.
+        confirmed_best: The value of the best on these.
+        confirmed_chosen: The value of the returned one on these.
+    """
+
+    objective: str
+    best_policy: PolicyRecord
+    best: float | None
+    chosen: float | None
+    is_best: bool
+    below: float = 0.0
+    error: Annotated[float, Field(ge=0)] = 0.0
+    best_divergence: float | None = None
+    chosen_divergence: float | None = None
+    divergence_unit: str = "nats"
+    compared: Count = 0
+    finalists: Count = 0
+    confirmed: Count = 0
+    confirmed_best: float | None = None
+    confirmed_chosen: float | None = None
+
+    @property
+    def words(self) -> str:
+        """Say what was chosen, and why."""
+        best, chosen = (self.checked(getattr(self, name), name) for name in ("best", "chosen"))
+        again = ""
+        if self.confirmed:
+            again = f"; of {self.finalists} that were judged again on {self.confirmed:,} further {self.samples_are}"
+        first = f"best on the search split: {self.show(best)}{self._divergence_words(self.best_divergence)}{again}"
+        if self.is_best:
+            return f"{first}; chosen: the same{self._why_same()}"
+        shown = self.show(chosen) + self._divergence_words(self.chosen_divergence)
+        return f"{first}; chosen: {shown}{self._why_other()}"
+
+    def _why_same(self) -> str:
+        """Say why the best itself was chosen, where there was a choice."""
+        if self.confirmed:
+            return f", with {self.show(self.confirmed_best)} on these"
+        if self.best_divergence is None or not self.compared:
+            return ""
+        return f", held against {self.compared} closer to float"
+
+    def _why_other(self) -> str:
+        """Say why another policy than the best was chosen."""
+        parts = []
+        if self.confirmed:
+            parts.append(f"with {self.show(self.confirmed_chosen)} on these against {self.show(self.confirmed_best)}")
+        if 0 < self.below <= self.error:
+            parts.append(f"within one standard error ({show_error(self.error, self.objective_unit)}{self._points})")
+        if self.chosen_divergence is not None and self.best_divergence is not None:
+            if self.chosen_divergence < self.best_divergence:
+                parts.append("closer to float")
+        if not parts:
+            return ""
+        return f", {', '.join(parts)}"
+
+    @property
+    def _points(self) -> str:
+        if self.objective_unit == PERCENT:
+            return " points"
+        return f" {self.objective_unit}".rstrip()
+
+    def _divergence_words(self, divergence: float | None) -> str:
+        """Write how far a policy is from float, in brackets."""
+        if divergence is None:
+            return ""
+        return f" ({divergence:.4g} {self.divergence_unit}".rstrip() + " from float)"
+
+    @model_validator(mode="after")
+    def _check_values(self) -> ChoiceRecord:
+        self.checked(self.best, "best")
+        self.checked(self.chosen, "chosen")
+        return self
+
+
 class TuningRecord(JudgingRecord):
     """How a fine-tuning was judged on samples of the train split that it held out."""
 
@@ -990,6 +1128,24 @@ class ReconstructionRecord(JudgingRecord):
         return self
 
 
+class RacingRecord(Record):
+    """How many evaluations of a search ended early, since a part of the samples told that the policy can't be chosen."""
+
+    evaluations: Count
+    cut: Count
+    images: Count  # that were looked at, all evaluations together
+    of_images: Count  # that there would have been
+
+    @property
+    def words(self) -> str:
+        """Say it."""
+        share = self.images / max(self.of_images, 1)
+        return (
+            f"{self.cut:,} of {self.evaluations:,} evaluations ended early, as soon as it was clear that the policy can't be "
+            f"chosen: {100 * share:.0f} % of the work was done"
+        )
+
+
 class ResultRecord(FileRecord, JudgingRecord):
     """result.json: what a finished search found. Costs are in seconds, joules and bytes, shares from 0 to 1."""
 
@@ -1029,6 +1185,8 @@ class ResultRecord(FileRecord, JudgingRecord):
     budgets: Annotated[list[BudgetRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
     reached: ReachedRecord | None = None  # of the cheapest policy
+    choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
+    racing: RacingRecord | None = None  # where evaluations ended early
 
     @property
     def all_budgets(self) -> list[BudgetRecord]:
@@ -1041,7 +1199,8 @@ class ResultRecord(FileRecord, JudgingRecord):
         parts = []
         for split in SPLITS:
             value, of_float = (self.value(row, split) for row in (self.found, self.of_float))
-            parts.append(f"{split}: {self.held_against(value, of_float)} float")
+            error = self.found.paired_error(split, self.objective, "float")
+            parts.append(f"{split}: {self.difference(value, of_float, error, 'float')}")
         return ", ".join(parts)
 
     @property
@@ -1357,6 +1516,28 @@ class SensitivityRecord(FileRecord):
     bits: Annotated[list[AnyWidth], Field(min_length=2, max_length=2)]
     base: PolicyRecord
     loss_increases: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
+
+
+class AgentRecord(Record):
+    """What the header of a pretrained agent's file says of it; `haq.solvers.agent_file` reads the networks beside it.
+
+    Attributes:
+        kind: The algorithm, which is the name of the solver that it can start.
+        features: What it observes, by name and in this order.
+        hidden: The sizes of its networks' hidden layers.
+        trained_on: The problems that it was trained on.
+        episodes: How many it played in training.
+        seed: What everything random came from in training.
+    """
+
+    WHAT = "the header of a pretrained agent"
+
+    kind: Literal["ddpg", "td3", "sac"]
+    features: Annotated[list[str], Field(min_length=1, max_length=MOST)]
+    hidden: Annotated[list[Annotated[int, Field(ge=1, le=MOST_UNITS)]], Field(min_length=1, max_length=MOST_HIDDEN)]
+    trained_on: Names
+    episodes: Count
+    seed: Count
 
 
 def _uniform_widths(bits: int | str) -> int | str:

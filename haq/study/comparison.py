@@ -315,7 +315,7 @@ class _RunNetworks:
         trained = training.finetune(
             self.loaded.network,
             network,
-            self.loaded.dataset.train,
+            self.loaded.to_train_on,
             epochs=config.finetune_epochs,
             seed=config.seed,
             amp=config.amp,

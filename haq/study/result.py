@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import quantizers as Q
 from haq.problem.chance import standard_error
-from haq.problem.paired import has_values_by_sample, paired_error
+from haq.problem.evaluator import Evaluation
+from haq.problem.paired import error_of_difference
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
-from haq.problem.tally import measure_with_error
+from haq.problem.tally import measure_by_sample
+from haq.solvers.base import Choice, Trial
 from haq.store.files import RESULT_SCHEMA
-from haq.store.records import COST_KEYS, OF_TARGETS, UNIFORM_8, ObjectiveRecord, error_key, share_key
+from haq.store.records import (
+    COST_KEYS,
+    OF_TARGETS,
+    SPLITS,
+    UNIFORM_8,
+    ObjectiveRecord,
+    error_key,
+    paired_key,
+    share_key,
+)
 from haq.store.units import finite, kind_of_cost
 from haq.study.task import SearchTask, goal_of, objective_of, threads
 from haq.training.config import Judgement, Outcome
@@ -24,7 +36,9 @@ from hw_models.widths import FLOAT, FLOAT_WORD, pair_words, places
 MOST_PAIRS = 10  # that all layers can have; of more, uniform policies are only those of one width
 
 
-def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None) -> dict[str, float | None]:
+def entry(
+    task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None, found: Q.BitPolicy | None = None
+) -> dict[str, float | None]:
     """Measure a policy on the search and the test split, and price it.
 
     Args:
@@ -32,39 +46,86 @@ def entry(task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None
         policy: The policy; None for the float network.
         module: A fine-tuned network at that policy; without it the policy is applied to the float network's weights, and they
             are fine-tuned as far as every policy of the search was.
+        found: The policy that was found, if this is held against it.
 
     Returns:
-        Values of the objective (and of what is measured beside it) by split, and costs: seconds, joules, bytes; None where
-        the target has no such metric, and for values that are infinite.
+        Values of the objective (and of what is measured beside it) by split, with the paired standard errors of their
+        differences from the float network's and from those of what was found, as far as they are known; and costs: seconds,
+        joules, bytes; None where the target has no such metric, and for values that are infinite.
     """
     if module is not None:
-        return measure(task, module) | costs(task.problem, policy)
-    if policy not in task.measured:
+        row, by_sample = measure(task, module)
+    else:
+        row, by_sample = _measured(task, policy)
+    errors: dict[str, float | None] = {}
+    if policy is not None:
+        errors = _paired_errors(task, by_sample, None)
+    if found is not None and (module is not None or policy != found):
+        errors |= _paired_errors(task, by_sample, found)
+    return row | errors | costs(task.problem, policy)
+
+
+def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, float | None], dict[str, Tensor | None]]:
+    """Measure a policy (None: the float network) once; see `measure`."""
+    if policy not in task.measured or policy not in task.by_sample:
         module = task.network.module
         if policy is not None:
             module = task.problem.evaluator.prepared(policy)
-        task.measured[policy] = measure(task, module)
-    return task.measured[policy] | costs(task.problem, policy)
+        task.measured[policy], task.by_sample[policy] = measure(task, module)
+    return task.measured[policy], task.by_sample[policy]
 
 
-def measure(task: SearchTask, module: nn.Module) -> dict[str, float | None]:
-    """Measure a network on the search split, exactly as policies were judged, and on the test split."""
+def _paired_errors(
+    task: SearchTask, by_sample: dict[str, Tensor | None], other: Q.BitPolicy | None
+) -> dict[str, float | None]:
+    """Tell the paired standard errors of differences from another policy, as far as they are known.
+
+    Args:
+        task: The search.
+        by_sample: The value of every sample, by split.
+        other: The policy that was found; None for the float network.
+
+    Returns:
+        The errors by the keys of files.
+    """
+    name = "found"
+    if other is None:
+        name = "float"
+    others = _measured(task, other)[1]
+    found: dict[str, float | None] = {}
+    for split in SPLITS:
+        error = error_of_difference(by_sample.get(split), others.get(split))
+        if error is not None:
+            found[paired_key(share_key(split, task.problem.objective.name), name)] = error
+    return found
+
+
+def measure(task: SearchTask, module: nn.Module) -> tuple[dict[str, float | None], dict[str, Tensor | None]]:
+    """Measure a network on the search split, exactly as policies were judged, and on the test split.
+
+    Args:
+        task: The search.
+        module: The network.
+
+    Returns:
+        Values by the keys of files; and by split the value of every sample, None where values aren't means over samples.
+    """
     objective = task.problem.objective
     values: dict[str, float | None] = {}
     for other in objective.also:
         for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
             values[share_key(name, other.name)] = finite(measure_on(other, task.network, split, module, called=name))
     key = share_key("search", objective.name)
-    judged = task.problem.evaluator.measure(module.eval())
+    judged, by_sample = task.problem.evaluator.measure_by_sample(module.eval())
     values[key] = finite(judged.accuracy)
     if judged.error is not None:
         values[error_key(key)] = finite(judged.error)
-    tested, error = measure_with_error(objective, task.network, task.dataset.test, module)
+    tested = measure_by_sample(objective, task.network, task.dataset.test, module)
     key = share_key("test", objective.name)
-    values[key] = finite(tested)
-    if error is not None:
-        values[error_key(key)] = finite(error)
-    return values
+    values[key] = finite(tested.value)
+    if tested.error is not None:
+        values[error_key(key)] = finite(tested.error)
+    return values, {"search": by_sample, "test": tested.by_sample}
 
 
 def costs(problem: Problem, policy: Q.BitPolicy | None) -> dict[str, float | None]:
@@ -136,6 +197,8 @@ def collect(
     rivals: dict[str, Q.BitPolicy],
     evaluations: dict[str, int],
     saturated: dict[str, float] | None = None,
+    choice: Choice | None = None,
+    trials: Sequence[Trial] = (),
 ) -> dict[str, Any]:
     """Measure now everything that a summary shows.
 
@@ -146,6 +209,8 @@ def collect(
         rivals: What other solvers found, by name.
         evaluations: How many evaluations were used, by solver.
         saturated: The share of actions at a bound, by agent.
+        choice: Why this policy was returned, where it is known.
+        trials: What the run's own solver tried.
 
     Returns:
         Plain data: what result.json holds (`haq.store.records.ResultRecord`).
@@ -153,7 +218,10 @@ def collect(
     problem = task.problem
     tuned = None
     if finetuned is not None:
-        tuned = entry(task, policy, finetuned)
+        tuned = entry(task, policy, finetuned, found=policy)
+    entries = goal_entries(task, policy)
+    if choice is not None:
+        entries["choice"] = choice_entry(problem, choice)
     return {
         "schema": RESULT_SCHEMA,
         **objective_of(problem).differences(),
@@ -173,14 +241,39 @@ def collect(
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         **budgets_used(problem, policy),
         "float": entry(task, None),
-        "uniform8": entry(task, problem.reference_policy),
+        "uniform8": entry(task, problem.reference_policy, found=policy),
         "uniform": [_uniform(task, bits, same) for bits, same in uniform_policies(problem).items()],
         "policy": policy.to_dict(),
         "found": entry(task, policy),
         "finetuned": tuned,
-        "rivals": {name: entry(task, rival) for name, rival in rivals.items()},
+        "rivals": {name: entry(task, rival, found=policy) for name, rival in rivals.items()},
         "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
-        **goal_entries(task, policy),
+        **entries,
+        **racing_entries(problem, trials),
+    }
+
+
+def racing_entries(problem: Problem, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Tell how many evaluations ended early, and what that saved (`haq.store.records.RacingRecord`); nothing if none did.
+
+    Args:
+        problem: What was searched.
+        trials: What was tried.
+
+    Returns:
+        The entry `racing`, or none.
+    """
+    cut = sum(not trial.whole for trial in trials)
+    if not cut:
+        return {}
+    seen = sum(trial.evaluation.images for trial in trials)
+    return {
+        "racing": {
+            "evaluations": len(trials),
+            "cut": cut,
+            "images": seen,
+            "of_images": len(trials) * problem.evaluator.count,
+        }
     }
 
 
@@ -276,6 +369,50 @@ def budgets_used(problem: Problem, policy: Q.BitPolicy) -> dict[str, Any]:
     return entries
 
 
+def choice_entry(problem: Problem, choice: Choice) -> dict[str, Any]:
+    """Tell as plain data which policy a search returned, and why (`haq.store.records.ChoiceRecord`).
+
+    Args:
+        problem: What was searched.
+        choice: What `haq.solvers.choice` chose.
+
+    Returns:
+        The fields of the record.
+    """
+    best, chosen = choice.best, choice.trial
+    unit = "nats"
+    if problem.objective.distribution is not None:
+        unit = problem.objective.distribution.unit
+    found: dict[str, Any] = {
+        **objective_of(problem).to_dict(),
+        "best_policy": best.policy.to_dict(),
+        "best": finite(best.value),
+        "chosen": finite(chosen.value),
+        "is_best": chosen.policy == best.policy,
+        "below": finite(choice.below),
+        "error": choice.error,
+        "best_divergence": _divergence(best.evaluation, choice.confirmed_best),
+        "chosen_divergence": _divergence(chosen.evaluation, choice.confirmed_trial),
+        "divergence_unit": unit,
+        "compared": choice.compared,
+    }
+    if choice.confirmed_best is not None and choice.confirmed_trial is not None:
+        found |= {
+            "finalists": choice.finalists,
+            "confirmed": choice.confirmed,
+            "confirmed_best": finite(choice.confirmed_best.value),
+            "confirmed_chosen": finite(choice.confirmed_trial.value),
+        }
+    return found
+
+
+def _divergence(evaluation: Evaluation, again: Evaluation | None) -> float | None:
+    """Return how far a policy is from float on all samples that it was judged by."""
+    if again is not None:
+        evaluation = evaluation.together(again)
+    return finite(evaluation.divergence)
+
+
 def goal_entries(task: SearchTask, policy: Q.BitPolicy) -> dict[str, Any]:
     """Tell as plain data what was looked for, where that isn't the best policy, and whether a policy is that.
 
@@ -307,11 +444,8 @@ def _reached(task: SearchTask, policy: Q.BitPolicy) -> dict[str, Any]:
     problem, judging = task.problem, objective_of(task.problem)
     objective, goal = problem.objective, problem.goal
     found, of_float = entry(task, policy), entry(task, None)
-    module: nn.Module | None = None
-    if goal.max_drop is not None and has_values_by_sample(objective):
-        module = problem.evaluator.prepared(policy)
     told: dict[str, Any] = {}
-    for split in ("search", "test"):
+    for split in SPLITS:
         key = share_key(split, objective.name)
         value = judging.checked(found[key], key)
         float_value = judging.checked(of_float[key], key)
@@ -323,9 +457,11 @@ def _reached(task: SearchTask, policy: Q.BitPolicy) -> dict[str, Any]:
         error = None
         if None not in errors:
             error = math.hypot(*(one for one in errors if one is not None))
-        if module is not None:
-            error = paired_error(objective, task.network, getattr(task.dataset, split), module)
-            told["paired"] = error is not None
+        if goal.max_drop is not None:
+            paired = found.get(paired_key(key, "float"))
+            told["paired"] = paired is not None
+            if paired is not None:
+                error = paired
         told |= {split: finite(value), f"{split}_least": finite(least), f"{split}_error": error}
         told[f"{split}_holds"] = goal.is_met(objective, value, float_value)
     least = told.pop("search_least")

@@ -19,8 +19,9 @@ from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
-from haq.solvers.base import Trial
+from haq.solvers.base import Trial, find_solver
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
+from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store.files import SENSITIVITY
 from haq.store.records import (
     COST_KEYS,
@@ -28,13 +29,16 @@ from haq.store.records import (
     SAME,
     SPLITS,
     UNIFORM_8,
+    ChoiceRecord,
     GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
+    RacingRecord,
     ReachedRecord,
     ReconstructionRecord,
     TuningRecord,
     error_key,
+    paired_key,
     share_key,
     short_reference,
     span_words,
@@ -63,7 +67,9 @@ PINNED_MARK = "*"
 FEW_PAIRS = 8  # of widths, that a plan names one by one
 
 
-def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], workers: str) -> None:
+def print_plan(
+    console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], of_rivals: str, workers: str
+) -> None:
     """Say what a search will do.
 
     Args:
@@ -71,6 +77,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         task: The search.
         folder: Where results go; None if nothing is written.
         rivals: Solvers for comparison.
+        of_rivals: What these cost, in words, or why there are none.
         workers: Who evaluates policies, in words.
     """
     problem = task.problem
@@ -90,10 +97,12 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "bits": _bits_words(problem),
         "scheme": scheme_words(problem),
         "weights": rounding_words(problem, task.config.correction),
-        "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
-        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
-        "objective": problem.objective.words,
+        "solver": _solver_words(task),
         "evaluations": _evaluations_words(task, workers),
+        "spent on": "\n".join(_spending_lines(task)),
+        "sensitivities": _sensitivities_words(task, folder, rivals),
+        "for comparison": "; ".join(filter(None, [_rivals_allowance(rivals), of_rivals])),
+        "objective": problem.objective.words,
         "fine-tuning": _finetuning_words(task),
         "seed": str(config.seed),
         "results in": results_in,
@@ -234,8 +243,46 @@ def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, l
     return {name: sorted(widths) for name, widths in found.items()}
 
 
-def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
+def _solver_words(task: SearchTask) -> str:
+    if task.config.iterate:
+        return f"{task.config.solver}, iterated"
+    return task.config.solver
+
+
+def _rivals_allowance(rivals: Sequence[str]) -> str:
+    if not rivals:
+        return ""
+    return f"{' and '.join(rivals)}, at most as many evaluations each"
+
+
+def _spending_lines(task: SearchTask) -> list[str]:
+    """Say what evaluations go into, and about how long they take."""
+    config, problem = task.config, task.problem
+    found = find_solver(config.solver, config.iterate)
+    known = config.sensitivity is not None
+    lines = words_of(spending(found, problem, task.evaluations, config.sensitivity_kind, known), task.evaluations)
+    lines.append(time_words(problem, task.evaluations))
+    return [line for line in lines if line]
+
+
+def _sensitivities_words(task: SearchTask, folder: Path | None, rivals: Sequence[str]) -> str:
     config, needed = task.config, evaluations_for_all(task.problem)
+    uses = find_solver(config.solver, config.iterate).uses_sensitivities
+    if not uses and not rivals and not config.sensitivity:
+        return NONE
+    return f"{config.sensitivity_kind}, {_source_words(task, folder, uses, needed)}"
+
+
+def _source_words(task: SearchTask, folder: Path | None, uses: bool, needed: int) -> str:
+    """Say where sensitivities are from.
+
+    Args:
+        task: The search.
+        folder: Of the run; None if there is none.
+        uses: Whether the search's own solver works with them.
+        needed: How many evaluations it takes to measure all of them.
+    """
+    config = task.config
     if config.sensitivity:
         source = Path(config.sensitivity)
         if folder is not None and (folder / SENSITIVITY).is_file():
@@ -247,14 +294,19 @@ def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
         return words
     if config.sensitivity_kind in COMPUTED:
         return "computed, without evaluations"
+    if not uses:
+        return f"not needed by {config.solver}"
     words = "measured by each solver that needs them"
-    if config.evaluations < needed:
-        words += f"; all of them take {needed} evaluations, and what {config.evaluations} leave out is guessed"
+    if task.evaluations <= needed:
+        words += f"; all of them take {needed} evaluations, and what {task.evaluations} leave out is guessed"
     return words
 
 
 def _evaluations_words(task: SearchTask, workers: str) -> str:
-    words = str(task.config.evaluations)
+    words = str(task.evaluations)
+    usual = proposed(task.problem)
+    if usual != task.evaluations:
+        words += f" ({usual} are proposed for this size)"
     if task.problem.evaluator.count:
         words += f", each on {task.problem.evaluator.count:,} search {task.problem.samples_are}"
     if task.config.finetune_steps:
@@ -270,7 +322,7 @@ def _finetuning_words(task: SearchTask) -> str:
         return rounding or "none"
     if rounding:
         rounding += "; then "
-    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.dataset.train):,} train {task.problem.samples_are}"
+    words = f"{rounding}{task.config.finetune_epochs} epochs on {len(task.to_train_on):,} train {task.problem.samples_are}"
     if adversary_of(task.config):
         words += f", against R+FGSM at eps {task.config.eps}"
     return words
@@ -410,10 +462,16 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     """
     print_layers(console, task.problem, policy)
     _print_comparison(console, task, result)
+    if sentence := differences_sentence(objective_of(task.problem), result):
+        say(console, sentence)
+    if result.get("choice"):
+        say(console, choice_sentence(result["choice"]))
     if result.get("goal"):
         say(console, goal_sentence(result))
     for budget in result.get("budgets") or [result["budget"]]:
         say(console, budget_sentence(budget, reference_label(result)))
+    if result.get("racing"):
+        say(console, racing_sentence(result["racing"]))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
@@ -426,6 +484,47 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     if result.get("tuning"):
         say(console, tuning_sentence(result["tuning"]))
     print_doubts(console, task)
+
+
+def racing_sentence(entry: Mapping[str, Any]) -> str:
+    """Say how many evaluations ended early, and what that saved (`haq.study.result.racing_entries`)."""
+    return f"{begin(RacingRecord.from_dict(entry, 'the racing').words)}."
+
+
+def choice_sentence(entry: Mapping[str, Any]) -> str:
+    """Say which policy was chosen, and why (`haq.study.result.choice_entry`)."""
+    return f"{begin(ChoiceRecord.from_dict(entry, 'the choice').words)}."
+
+
+def differences_sentence(judging: JudgingRecord, result: Mapping[str, Any]) -> str:
+    """Say how far what was found is from what it is held against, on the test split, with paired standard errors.
+
+    Args:
+        judging: What values are of.
+        result: What result.json holds.
+
+    Returns:
+        A sentence; nothing where no standard error is known.
+    """
+    key = share_key("test", judging.objective)
+    value = judging.checked(result["found"][key], key)
+    of_float, errors = paired_key(key, "float"), paired_key(key, "found")
+    parts = []
+    if result["found"].get(of_float) is not None:
+        other = judging.checked(result["float"][key], key)
+        parts.append(judging.difference(value, other, result["found"][of_float], "float"))
+    rows = {reference_label(result): result["uniform8"]}
+    rows |= {f"{name}'s": row for name, row in result["rivals"].items()}
+    for name, row in rows.items():
+        if row.get(errors) is not None:
+            parts.append(judging.difference(value, judging.checked(row[key], key), row[errors], name))
+    tuned = result["finetuned"]
+    if tuned is not None and tuned.get(errors) is not None:
+        words = judging.difference(judging.checked(tuned[key], key), value, tuned[errors], "it")
+        parts.append(f"{FINETUNED[result.get('finetuned_by', 'train')]}, {words}")
+    if not parts:
+        return ""
+    return f"On the test split what was found is {'; '.join(parts)} (± is the paired standard error)."
 
 
 def print_doubts(console: Console, task: SearchTask) -> None:
@@ -672,13 +771,14 @@ def _rivals_sentence(problem: Problem, result: Mapping[str, Any]) -> str:
     if problem.goal.kind == TRADEOFF:
         return _traded_sentence(problem, result, key)
     name = max(values, key=lambda name: judging.score(values[name]))
-    than = judging.held_against(values[name], judging.checked(result["found"][key], key))
+    error = result["rivals"][name].get(paired_key(key, "found"))
+    than = judging.difference(values[name], judging.checked(result["found"][key], key), error, f"{result['solver']}'s")
     measured = ""
     if objective.also:
         measured = f" ({objective.words})"
     return (
         f"{_rivals_words(problem)} ({', '.join(result['rivals'])}): the best is {name} with "
-        f"{judging.show(values[name])} on the search split{measured}, {than} {result['solver']}."
+        f"{judging.show(values[name])} on the search split{measured}, {than}."
     )
 
 

@@ -20,17 +20,22 @@ import hw_models
 import quantizers as Q
 from haq import data, networks, training
 from haq.attacks.threat_model import parse_eps
+from haq.data.dataset import Split, stratified, whole_groups, without
 from haq.data.memory import allowed_bytes
 from haq.data.sources import Stream
 from haq.problem import OBJECTIVES
 from haq.problem.batches import Owned
 from haq.problem.device import CPU, describe_device, find_device, kind_of
+from haq.problem.evaluator import Evaluator
 from haq.problem.goal import BEST, TRADEOFF
-from haq.problem.objective import build_objective
+from haq.problem.objective import BlackBox, build_objective
 from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
+from haq.solvers.agent_file import AgentFile
+from haq.solvers.base import check_takes_agent, find_solver
+from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
@@ -102,6 +107,22 @@ class LoadedNetwork:
             return inputs
         return [(inputs, targets)]
 
+    @property
+    def to_train_on(self) -> Split:
+        """Return the train split without what is set apart to judge the best few policies again (`--confirm`)."""
+        return self._parted[0]
+
+    @property
+    def to_confirm(self) -> Split | None:
+        """Return the samples by which the best few policies are judged again; None if none were asked for."""
+        return self._parted[1]
+
+    @functools.cached_property
+    def _parted(self) -> tuple[Split, Split | None]:
+        if self.config.confirm is None:
+            return self.dataset.train, None
+        return set_apart(self.dataset, self.config.confirm)
+
     def _first_batches(self) -> Iterator[Any]:
         """Yield preprocessed batches of samples that can't be had by index, in the order in which they come."""
         seen = 0
@@ -147,11 +168,15 @@ class SearchTask(LoadedNetwork):
 
     Attributes:
         problem: What is searched.
+        agent: What the solver starts from, which `read_agent` reads; None where nobody searches.
         measured: Values on the search and the test split by policy (None: the float network), as far as they were measured.
+        by_sample: The value of every sample of a split, by policy and split, where values are means over samples.
     """
 
     problem: Problem
+    agent: AgentFile | None = None
     measured: dict[Q.BitPolicy | None, dict[str, float | None]] = field(default_factory=dict)
+    by_sample: dict[Q.BitPolicy | None, dict[str, Tensor | None]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -174,10 +199,15 @@ class SearchTask(LoadedNetwork):
         network = loaded.network
         dataset = loaded.dataset
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
+        if loaded.to_confirm is not None and isinstance(objective, BlackBox):
+            raise ValueError(
+                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others to "
+                "judge policies by again: leave --confirm out"
+            )
         tuning = None
         if config.finetune_steps:
             tuning = training.ShortTuning(
-                network, dataset.train, config.finetune_steps, config.seed, config.learning_rate, objective
+                network, loaded.to_train_on, config.finetune_steps, config.seed, config.learning_rate, objective
             )
         # It is sent to other processes, which have the network already.
         preprocess = replace(network, module=nn.Identity(), forward=None).preprocess
@@ -208,7 +238,22 @@ class SearchTask(LoadedNetwork):
             on_progress=on_progress,
             **loaded._forward(),
         )
+        if config.evaluations is None:
+            config = config.replace(evaluations=proposed(problem))
         return SearchTask(config, network, dataset, problem)
+
+    @property
+    def evaluations(self) -> int:
+        """Return how many policies a solver may evaluate."""
+        return self.config.evaluations or proposed(self.problem)
+
+    @functools.cached_property
+    def confirm(self) -> Evaluator | None:
+        """Return what judges the best few policies again; None if that wasn't asked for."""
+        if self.to_confirm is None:
+            return None
+        preprocess = replace(self.network, module=nn.Identity(), forward=None).preprocess
+        return self.problem.judging(samples_of(self.to_confirm, preprocess, allowed_bytes(self.config.memory)))
 
     def on(self, config: SearchConfig, target: hw_models.Target) -> SearchTask:
         """Put the same network and data on another target or within another budget; all that was evaluated is shared."""
@@ -231,7 +276,7 @@ class SearchTask(LoadedNetwork):
         return training.reconstruct(
             self.network,
             self.problem.quantized(policy),
-            self.dataset.train,
+            self.to_train_on,
             seed=seed,
             adversary=adversary_of(self.config),
             objective=self.problem.objective,
@@ -286,6 +331,8 @@ class SearchTask(LoadedNetwork):
         if self.config.reference_file is not None:
             widths = json.dumps(self.problem.reference_policy.to_dict())
             found["reference"] = hashlib.sha256(widths.encode()).hexdigest()[:16]
+        if self.agent is not None:
+            found["agent"] = self.agent.checksum
         return {**self.network_signature(), **found, **machine_signature(self.problem.target)}
 
     def _schemes_signature(self) -> dict[str, str]:
@@ -300,6 +347,74 @@ class SearchTask(LoadedNetwork):
             if value != before:
                 found[name] = value
         return found
+
+
+def read_agent(config: SearchConfig, solvers: Iterable[str]) -> AgentFile | None:
+    """Read the agent that is asked for.
+
+    Args:
+        config: What is asked for.
+        solvers: The solvers that are asked for; those that are no agents do without it, but not all of them.
+
+    Returns:
+        The agent; None if none is asked for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For a file that is no agent, or of another kind or version, and if none of the solvers is an agent.
+    """
+    if config.agent is None:
+        return None
+    agent = AgentFile.read(Path(config.agent))
+    found = [find_solver(name) for name in solvers]
+    takers = [solver for solver in found if getattr(solver, "takes_agent", False)]
+    for solver in takers or found[:1]:
+        check_takes_agent(solver, agent, config.env)
+    return agent
+
+
+def set_apart(dataset: data.Dataset, count: int) -> tuple[Split, Split]:
+    """Set samples of the train split apart, to judge policies by that neither calibration nor training has seen.
+
+    Those that set the scales stay in the train split, so that a search is the same with and without.
+
+    Args:
+        dataset: The data.
+        count: How many samples: of every class its share. Where there are groups, whole groups with at least so many.
+
+    Returns:
+        What is left to train on, and what is set apart. The choice never changes.
+
+    Raises:
+        ValueError: If there are too few, or they can't be had by number.
+    """
+    train = dataset.train
+    if isinstance(train.source, Stream):
+        raise ValueError(
+            f"--confirm sets samples of the train split apart, and those of {dataset.name} come one after the other: leave it "
+            "out"
+        )
+    taken = dataset.fair(CALIBRATION)
+    free = without(len(train), taken)
+    grouped = train.groups is not None and len(train.groups.unique()) > 1
+    if grouped:
+        assert train.groups is not None
+        free = (~torch.isin(train.groups, train.groups[taken].unique())).nonzero().flatten()
+    most = len(free) // 2
+    if count > most:
+        words = f"it must be at most {most:,}"
+        if most < 1:
+            words = "leave it out"
+        raise ValueError(
+            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are neither "
+            f"used to set scales nor of a group with such; half of them are left to train on: {words}"
+        )
+    if grouped:
+        assert train.groups is not None
+        chosen = free[whole_groups(train.groups[free], count, "the train split")]
+    else:
+        chosen = free[stratified(training.classes_of(train)[free], count)]
+    return train.subset(without(len(train), chosen)), train.subset(chosen.sort().values)
 
 
 def owned(calibration: Any) -> Owned:
