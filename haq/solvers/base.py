@@ -176,8 +176,6 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
-        known: Trials of other searches of this network, whatever they cost: they don't count, and a policy of them is only
-            found if it is asked for.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
@@ -200,7 +198,6 @@ class Session:
     sensitivities: Sensitivities | None = None
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
-    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
@@ -327,8 +324,9 @@ class Solver(ABC):
         name: What it is called in messages.
         summary: One line about it.
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
-        uses_trials: Whether it learns from the session's `known`: trials of earlier searches. In a sweep also those of
-            its other searches, with which it then shares one allowance.
+        uses_trials: Whether it learns from the session's `known`, trials of other searches.
+        shares: Whether searches of a sweep learn from each other's trials as they come, and share their evaluations: it has
+            `begin(problem, session, seed)`, which returns a `haq.solvers.surrogate.Search`.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
@@ -339,6 +337,7 @@ class Solver(ABC):
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
     uses_trials: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
@@ -422,7 +421,6 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     """
     found = find_solver(solver)
     try:
-        _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
         else:
@@ -446,20 +444,6 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     session.choice = solvers.choice.choose(session)
     return session.choice.trial
-
-
-def _evaluate_best_known(session: Session) -> None:
-    """Evaluate the best of the known trials that may be chosen: a policy that is found was evaluated by the search itself."""
-    best: Trial | None = None
-    for policy, evaluation in session.known:
-        trial = Trial.of(session.problem, policy, evaluation)
-        is_whole = evaluation.images == session.problem.evaluator.count
-        if not trial.feasible or not is_whole or not math.isfinite(trial.loss) or not session.problem.allows(policy):
-            continue
-        if best is None or trial.rank < best.rank:
-            best = trial
-    if best is not None and session.left:
-        session.evaluate(best.policy)
 
 
 def _closest(session: Session) -> str:

@@ -16,6 +16,7 @@ import quantizers as Q
 from haq import search, sweep
 from haq.console.errors import EXIT_INTERRUPTED
 from haq.solvers.base import Session
+from haq.solvers.space import Space
 from haq.study import known_trials
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, call, history
@@ -162,7 +163,7 @@ def test_in_python_another_network_is_found_out() -> None:
 
 def test_policies_that_differ_where_nothing_can_be_chosen_are_left_out() -> None:
     problem = make_problem(small_network())
-    is_describable = known_trials.Describable(problem)
+    is_describable = Space(problem).describes
     at_four = problem.uniform(4, keep_pinned=True)
     assert is_describable(at_four)
     # Widths that can't be chosen here, in layers that can be.
@@ -177,8 +178,8 @@ def test_policies_that_differ_where_nothing_can_be_chosen_are_left_out() -> None
         target="edge",
         tied=[["depthwise", "pointwise"]],
     )
-    assert known_trials.Describable(tied)(at_four)
-    assert not known_trials.Describable(tied)(Q.BitPolicy({**at_four, "depthwise": (8, 8)}))
+    assert Space(tied).describes(at_four)
+    assert not Space(tied).describes(Q.BitPolicy({**at_four, "depthwise": (8, 8)}))
     result = haq.solve(
         haq.Problem(
             problem.network,
