@@ -210,6 +210,7 @@ class Session:
     choice: Choice | None = None
     confirm: Evaluator | None = None
     _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
+    _adopted: int = 0
     _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -232,12 +233,12 @@ class Session:
     @property
     def used(self) -> int:
         """Count the policies evaluated."""
-        return len(self._seen)
+        return len(self._seen) - self._adopted
 
     @property
     def left(self) -> int:
         """Count the evaluations that are left."""
-        return self.evaluations - len(self._seen)
+        return self.evaluations - self.used
 
     def seen(self, policy: Q.BitPolicy) -> bool:
         """Say whether a policy was asked for before."""
@@ -298,6 +299,23 @@ class Session:
             evaluation = self.problem.evaluate(policy)
         else:
             evaluation = self.problem.evaluate(policy, beat)
+        self.on_trial(self._take(policy, evaluation))
+        return evaluation
+
+    def adopt(self, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
+        """Take a policy that another search with this session's evaluator evaluated: a trial that doesn't count.
+
+        Args:
+            policy: One that this session has no trial of.
+            evaluation: What it gave.
+
+        Returns:
+            The trial, of which `on_trial` isn't told.
+        """
+        self._adopted += 1
+        return self._take(policy, evaluation)
+
+    def _take(self, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
         trial = Trial.of(self.problem, policy, evaluation)
         self._seen[policy] = evaluation
         self.trials.append(trial)
@@ -305,8 +323,7 @@ class Session:
         sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
         if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
-        self.on_trial(trial)
-        return evaluation
+        return trial
 
 
 class Spending(NamedTuple):
@@ -433,6 +450,23 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         if error is session.failure or _is_ours(found):
             raise
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
+    return conclude(found, session)
+
+
+def conclude(found: Solver, session: Session) -> Trial:
+    """Choose what a search returns, once its solver is done.
+
+    Args:
+        found: The solver.
+        session: Its allowance, with what was tried.
+
+    Returns:
+        The trial that was chosen; `session.choice` says why.
+
+    Raises:
+        NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
+        ValueError: Naming the solver, if it evaluated no policy within the budget.
+    """
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):

@@ -1,8 +1,8 @@
 """Searches of one network that share what they learn: what a policy is worth depends on neither hardware nor budget.
 
 Every search chooses by its own problem and learns from the trials of all. They have one allowance together: `allowance`. First
-each begins with a few policies, as many in all as one search begins with, then they take turns: every other policy is chosen
-by the search after the last one, the others by the search whose last choice promised most.
+each begins with a few policies, as many in all as one search begins with, and chooses one. From then on the search chooses
+whose last choice promised most; every few times the next one in turn does, whose promise may be out of date.
 
 Everything follows from the seed, from the searches in their order and from what was evaluated, in its order; who evaluates
 changes nothing.
@@ -19,11 +19,12 @@ from haq.problem.evaluator import Evaluation
 from haq.problem.goal import CHEAPEST
 from haq.solvers.surrogate import Search, wanted_start
 
-FURTHER = 10  # each further search adds one part in so many of a search's evaluations
+FURTHER = 8  # each further search adds one part in so many of a search's evaluations
+IN_TURN = 8  # one choice in so many is that of the next search in turn
 
 
 def allowance(searches: int, evaluations: int) -> int:
-    """Return how many policies searches may evaluate together: those of one, and a tenth as many for each further one.
+    """Return how many policies searches may evaluate together: those of one, and an eighth as many for each further one.
 
     Args:
         searches: How many there are.
@@ -101,9 +102,9 @@ class Sharing:
     def _next(self) -> int:
         """Return the place of the search that chooses now."""
         there = [place for place in range(len(self.searches)) if place not in self._over]
-        total = sum(self._chosen)
-        if total % 2 and math.isfinite(max(self._promise(place) for place in there)):
-            return max(there, key=lambda place: (self._promise(place), -place))
+        promises = {place: self._promise(place) for place in there}
+        if sum(self._chosen) % IN_TURN and math.isfinite(max(promises.values())):
+            return max(there, key=lambda place: (promises[place], -place))
         while self._turns % len(self.searches) in self._over:
             self._turns += 1
         place = self._turns % len(self.searches)

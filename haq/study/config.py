@@ -789,6 +789,7 @@ class SweepConfig(_Config):
         "bits",
         *MEASURED,
         "evaluations",
+        "ahead",
         "sensitivity_kind",
         "trials",
         "device",
