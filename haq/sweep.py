@@ -97,7 +97,7 @@ def run_sweep(
     _print_plan(output, context, workers, folder, known)
     # The sweep's folder is held until the end; each search holds its own.
     with writing(folder, sweep_run.go_on(folder, config)):
-        sweep_run.begin(folder, config, context, known)
+        sweep_run.begin(folder, context.sweep, context, known)
         return _carry_out(folder, context, workers, output)
 
 

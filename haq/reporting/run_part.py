@@ -89,6 +89,8 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
     sentences += _goal_sentences(result)
     if result.shared is not None:
         sentences.append(f"By {result.shared.words}.")
+    if result.racing is not None:
+        sentences.append(f"{result.racing.words}.")
     return " ".join(sentences)
 
 

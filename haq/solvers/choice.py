@@ -170,7 +170,7 @@ def finalists(trials: Iterable[Trial], best: Trial) -> list[Trial]:
 
 def is_candidate(trial: Trial) -> bool:
     """Say whether a trial may be returned: it is feasible, evaluated on all samples, and its outputs are finite."""
-    return trial.feasible and math.isfinite(trial.loss) and math.isfinite(trial.value)
+    return trial.feasible and trial.whole and math.isfinite(trial.loss) and math.isfinite(trial.value)
 
 
 def divergence_of(trial: Trial) -> float | None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import quantizers as Q
 from haq.problem.evaluator import Evaluation
 from haq.problem.goal import CHEAPEST
+from haq.solvers.base import Session
 from haq.solvers.surrogate import Search, wanted_start
 
 FURTHER = 8  # each further search adds one part in so many of a search's evaluations
@@ -94,10 +95,19 @@ class Sharing:
                 self._over.add(place)
                 continue
             self._chosen[place] += 1
-            search.expect(options)
+            self._expect(place, options)
             self._waiting.append(place)
             return True
         return False
+
+    def _expect(self, place: int, options: tuple[int, ...]) -> None:
+        """Let a policy that a search chose be evaluated; no other chooses it too."""
+        chooser = self.searches[place]
+        policy = chooser.space.policy(options)
+        others = [search for search in self.searches if search is not chooser]
+        chooser.expect(options, [search.session for search in others if may_return(search.session, policy)])
+        for search in others:
+            search.leave(policy)
 
     def _next(self) -> int:
         """Return the place of the search that chooses now."""
@@ -128,6 +138,9 @@ class Sharing:
         for search in self.searches:
             if search is not chooser:
                 search.know(policy, evaluation)
-                if evaluation.images == search.problem.evaluator.count:
-                    search.leave(policy)
         self.on_trial(place, policy, evaluation)
+
+
+def may_return(session: Session, policy: Q.BitPolicy) -> bool:
+    """Say whether a policy is one that the search of a session may return, as far as its costs say."""
+    return session.problem.allows(policy) and session.problem.holds(policy)

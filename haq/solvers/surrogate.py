@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -388,7 +388,7 @@ class Search:
             self.model.learn(policy, self.space.options(policy), evaluation)
 
     def leave(self, policy: Q.BitPolicy) -> None:
-        """Never choose a policy: what it is worth is known to the last bit."""
+        """Never choose a policy, which another search of the same sweep has chosen."""
         options = self.space.options(policy)
         if options is not None:
             self._chosen.add(options)
@@ -397,11 +397,21 @@ class Search:
     def _may_choose(self) -> bool:
         return len(self._waiting) < min(self.session.ahead, self.session.left)
 
-    def expect(self, options: tuple[int, ...]) -> None:
-        """Let a policy that was chosen be evaluated, and wait in line to be learned from."""
+    def expect(self, options: tuple[int, ...], others: Iterable[Session] = ()) -> None:
+        """Let a policy that was chosen be evaluated, and wait in line to be learned from.
+
+        Args:
+            options: The policy.
+            others: Sessions of other searches that may return it too: its evaluation ends early only if none of them would.
+        """
         policy = self.space.policy(options)
         self._waiting.append((options, policy))
-        self.session.expect([policy], beat=self.session.racing_beat())
+        beats = [session.racing_beat() for session in (self.session, *others)]
+        known = [beat for beat in beats if beat is not None]
+        beat = None
+        if len(known) == len(beats):
+            beat = min(known)
+        self.session.expect([policy], beat=beat)
 
     def learn(self, options: tuple[int, ...], policy: Q.BitPolicy, evaluation: Evaluation) -> None:
         """Take what a policy gave."""
@@ -566,6 +576,7 @@ class Surrogate(Solver):
     chooses_ahead = True
     uses_trials = True
     shares = True
+    races = True
     goals = (BEST.kind, CHEAPEST, TRADEOFF)
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:

@@ -171,6 +171,13 @@ def of_rows(found: Iterable[HistoryRow], names: Sequence[str], problem: Problem)
 def evaluation_of(row: HistoryRow, problem: Problem) -> Evaluation:
     """Return what a row of a history says that a policy of a problem was measured to give."""
     higher, count = problem.objective.higher_is_better, problem.evaluator.count
+    if row.images is not None:
+        if row.images >= count:
+            raise ValueError(
+                f"evaluation {row.evaluation} of {row.solver} is said to have been cut short after {row.images:,} "
+                f"{problem.samples_are}, and there are {count:,}: put the history back as it was, or start a new run"
+            )
+        count = row.images
     return Evaluation(row.accuracy, row.loss, count, row.divergence, higher)
 
 

@@ -36,12 +36,13 @@ import quantizers as Q
 from haq import networks
 from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation
-from haq.problem.goal import CHEAPEST
+from haq.problem.goal import CHEAPEST, TRADEOFF
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
-from haq.solvers.base import Session, Trial, solve
+from haq.solvers.agent_file import AgentFile
+from haq.solvers.base import Session, Trial, find_solver, solve
 from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
@@ -61,6 +62,7 @@ from haq.study.task import (
     load_target,
     machine_signature,
     objective_of,
+    read_agent,
     schemes_of,
     signature_of_schemes,
     versions,
@@ -81,6 +83,8 @@ class SearchRun:
         self.folder, self.config = folder, config
         self._expected: list[HistoryRow] = []  # of an interrupted search, still to be met again
         self._met: list[HistoryRow] = []  # of it, met again
+        self._recorded: dict[str, dict[Q.BitPolicy, Evaluation]] = {}  # what it was told, by solver
+        self._tells_images: bool | None = None  # whether its history has a column for that; None until it is looked at
         self._known = 0  # loss increases in its file of sensitivities, as far as we wrote it
         self._began: dict[str, tuple[int, float]] = {}  # by solver: the first evaluation of this process, and when it was
         self._writer: Any = None
@@ -123,7 +127,7 @@ class SearchRun:
             write_trials(folder / TRIALS, known.trials, task.problem)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
         run._write_problem(task)
-        history.write(folder / HISTORY, others=other_metrics(task.problem))
+        history.write(folder / HISTORY, others=other_metrics(task.problem), tells_images=run._may_race(task.problem))
         if sensitivities is not None:
             run.save_sensitivities(sensitivities, task)
         return run
@@ -192,6 +196,11 @@ class SearchRun:
                 "go on where it began, or start a new run"
             )
         return SearchTask.build(self.config, target, callbacks.get("progress", no_progress))
+
+    def read_agent(self) -> AgentFile | None:
+        """Read the agent that this run was asked for with, if any; raises what `haq.study.task.read_agent` does."""
+        self._check_files("agent")
+        return read_agent(self.config, [self.config.solver])
 
     def load_network(self) -> LoadedNetwork:
         """Load the network and data that this run was asked for; ValueError or FileNotFoundError if they aren't here."""
@@ -305,17 +314,38 @@ class SearchRun:
         return policy
 
     def prepare_resume(self, problem: Problem) -> int:
-        """Give the problem what was evaluated before; returns how many evaluations that saves."""
+        """Give the problem what was evaluated before; returns how many evaluations that saves.
+
+        What was cut short is no answer to whoever asks for the policy: only the same solver is told it again.
+        """
         path = self.folder / HISTORY
         self._expected = []
+        self._recorded = {}
+        self._tells_images = self._may_race(problem)
         if path.exists():
             limits = history.Limits.of(objective_of(problem))
             self._expected = history.read(path, len(problem.workload), limits, other_metrics(problem))
-        for trial in known_trials.of_rows(self._expected, problem.workload.names, problem):
-            problem.evaluator.cache[trial.policy] = trial.evaluation
+            self._tells_images = history.tells_images(path)
+        for solver, policy, evaluation in known_trials.of_rows(self._expected, problem.workload.names, problem):
+            self._recorded.setdefault(solver, {})[policy] = evaluation
+            if evaluation.images == problem.evaluator.count:
+                problem.evaluator.cache[policy] = evaluation
         # Without the line that was being written when the run was killed.
-        history.write(path, self._expected, other_metrics(problem))
+        history.write(path, self._expected, other_metrics(problem), self._tells_images)
         return len(self._expected)
+
+    def _may_race(self, problem: Problem) -> bool:
+        """Say whether evaluations of a new run may end early: if its solver and its problem allow it, and it is wanted."""
+        solver = find_solver(self.config.solver)
+        may = getattr(solver, "races", False) and self.config.race is not False
+        return bool(may and problem.evaluator.races and problem.goal.kind != TRADEOFF)
+
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early: if the history has a column for that, as those of earlier versions hadn't."""
+        if self._tells_images is None:
+            self._tells_images = history.tells_images(self.folder / HISTORY)
+        return self._tells_images
 
     def complete(self, task: SearchTask) -> None:
         """Write what a kill, just as the folder was made, has left out."""
@@ -337,11 +367,11 @@ class SearchRun:
         """
         row = history_row(solver, evaluation, trial, problem)
         if self._expected:
-            if self._expected[0].line() == row.line():
+            if self._expected[0].line(True) == row.line(True):
                 self._met.append(self._expected.pop(0))
                 return
             self._leave_history(self._expected[0], row, problem)
-        history.append(self.folder / HISTORY, row)
+        history.append(self.folder / HISTORY, row, self.races)
         if solver != SHARED:
             self._show(row, problem, best)
 
@@ -379,7 +409,7 @@ class SearchRun:
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
             task.problem,
-            self.config.evaluations,
+            task.evaluations,
             record,
             sensitivities,
             self.config.sensitivity_kind,
@@ -389,9 +419,13 @@ class SearchRun:
             ahead=self.config.ahead,
             checkpoint=self.checkpoint(solver, task, **asked),
             confirm=task.confirm,
+            race=self.races,
+            recorded=self.recorded(solver),
         )
+        if mine:
+            session.agent = task.agent
         try:
-            found = solve(solver, session, self.config.seed)
+            found = solve(find_solver(solver, mine and self.config.iterate), session, self.config.seed)
         except ValueError:
             # What the run's own solver found isn't lost for a rival that found nothing good enough.
             if mine or not _found_nothing(session):
@@ -400,6 +434,10 @@ class SearchRun:
         if mine:
             self.save_policy(found.policy)
         return session
+
+    def recorded(self, solver: str) -> dict[Q.BitPolicy, Evaluation]:
+        """Return what a solver was told before the search was interrupted, by policy."""
+        return self._recorded.get(solver, {})
 
     def _known_by(self, solver: str, problem: Problem) -> list[tuple[Q.BitPolicy, Evaluation]]:
         """Return what a solver is told of earlier searches: rivals, which the run's own is held against, nothing."""
@@ -576,7 +614,7 @@ class SearchRun:
             f"{row.solver} goes on from evaluation {row.evaluation} otherwise than it had begun: another processor?"
         )
         self._expected = []
-        history.write(self.folder / HISTORY, self._met, other_metrics(problem))
+        history.write(self.folder / HISTORY, self._met, other_metrics(problem), self.races)
 
     def _show(self, row: HistoryRow, problem: Problem, best: Trial | None) -> None:
         """Show an evaluation to TensorBoard, if it is there, with the best so far and the time left."""
@@ -596,7 +634,8 @@ class SearchRun:
         first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
         if evaluation > first:
             rate = (time.monotonic() - began) / (evaluation - first)
-            writer.add_scalar(f"{solver}/seconds_left", rate * (self.config.evaluations - evaluation), evaluation)
+            left = (self.config.evaluations or evaluation) - evaluation
+            writer.add_scalar(f"{solver}/seconds_left", rate * left, evaluation)
 
     def _events(self) -> Any:
         if self._writer is None and has_tensorboard():
@@ -729,6 +768,9 @@ def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) ->
         The row.
     """
     weight_bits, activation_bits = problem.bit_arrays(trial.policy)
+    images = None
+    if not trial.whole:
+        images = trial.evaluation.images
     return HistoryRow(
         solver,
         evaluation,
@@ -740,6 +782,7 @@ def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) ->
         trial.feasible,
         trial.evaluation.divergence,
         tuple(problem.costs(trial.policy).values())[1:],
+        images,
     )
 
 

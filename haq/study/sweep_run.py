@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from haq.problem.evaluator import one_thread
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, largest_widths
 from haq.solvers import SOLVERS
-from haq.solvers.base import NothingGoodEnough, Session, Trial
+from haq.solvers.base import NothingGoodEnough, Session, Solver, Trial, find_solver
 from haq.solvers.sensitivity import by_evaluation, computed
 from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA, TRIALS
 from haq.store.lock import writing
@@ -50,7 +50,16 @@ from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepC
 from haq.study.front import fronts, pareto
 from haq.study.known_trials import KnownTrials
 from haq.study.search_run import SearchRun, check_unused, read_trials, write_trials
-from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
+from haq.study.task import (
+    SearchTask,
+    check_signature,
+    check_versions,
+    load_target,
+    objective_of,
+    read_agent,
+    threads,
+    versions,
+)
 from haq.study.workers.processes import Crew
 from hw_models.target import is_compiled, is_measured
 
@@ -82,13 +91,17 @@ class SweepContext:
         Raises:
             ValueError: If no budget is in reach of any target, and what the parts raise.
         """
+        check_iterates(sweep)
+        agent = read_agent(sweep.settings, sweep.solvers)
         targets = {hw: load_target(settings_on(sweep, hw), **callbacks) for hw in sweep.hw}
         tasks: dict[str, SearchTask] = {}
         first: SearchTask | None = None
         for hw, target in targets.items():
             settings = settings_on(sweep, hw)
             if first is None:
-                tasks[hw] = first = SearchTask.build(settings, target)
+                tasks[hw] = first = replace(SearchTask.build(settings, target), agent=agent)
+                # All searches are allowed the same, which the file of the sweep then says.
+                sweep = sweep.replace(settings=sweep.settings.replace(evaluations=first.evaluations))
             else:
                 tasks[hw] = first.on(settings, target)
         unreachable: dict[str, list[str]] = {hw: [] for hw in tasks}
@@ -123,7 +136,7 @@ class SweepContext:
                     continue
                 for solver in self.sweep.solvers:
                     seeds = 1
-                    if SOLVERS.get(solver).draws:
+                    if solver_of(self.sweep.settings, solver).draws:
                         seeds = self.sweep.seeds
                     cells += [SweepCell(hw, budget, solver, seed, drop) for seed in range(seeds)]
         return cells
@@ -145,9 +158,12 @@ class SweepContext:
             changes["max_drop"] = float(cell.max_drop)
         if not SOLVERS.get(cell.solver).uses_trials:
             changes["trials"] = None
+        changes["iterate"] = task.config.iterate and _iterates(cell.solver)
         settings = task.config.replace(**changes)
         if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
+        if task.agent is not None and not getattr(SOLVERS.get(cell.solver), "takes_agent", False):
+            task, settings = replace(task, agent=None), settings.replace(agent=None)
         return task.on(settings, task.problem.target)
 
     def signature(self) -> dict[str, str]:
@@ -183,6 +199,21 @@ def _can_share(first: Problem, other: Problem) -> bool:
     """
     bases = [problem.decide(largest_widths(problem)) for problem in (first, other)]
     return bases[0] == bases[1] and first.bits[0] <= other.bits[0]
+
+
+def solver_of(settings: SearchConfig, name: str) -> Solver:
+    """Return a solver of a sweep, which iterates if that is asked for and it can."""
+    return find_solver(name, settings.iterate and _iterates(name))
+
+
+def _iterates(solver: str) -> bool:
+    return bool(getattr(SOLVERS.get(solver), "iterates", False))
+
+
+def check_iterates(sweep: SweepConfig) -> None:
+    """Raise ValueError if solvers of a sweep are to iterate and none of them can."""
+    if sweep.settings.iterate and not any(map(_iterates, sweep.solvers)):
+        raise ValueError(f"--iterate is of ilp, which --solvers {','.join(sweep.solvers)} leaves out: add it")
 
 
 def shares_sensitivities(sweep: SweepConfig) -> bool:
@@ -340,7 +371,7 @@ def finish(run: SearchRun, task: SearchTask, session: Session, shared: SharedRec
     if shared is not None:
         further["shared"] = shared.to_dict()
     used = {task.config.solver: session.used}
-    content = summary.collect(task, policy, tuned, {}, used, choice=session.choice) | further
+    content = summary.collect(task, policy, tuned, {}, used, choice=session.choice, trials=session.own) | further
     run.save_result(ResultRecord.from_dict(content))
 
 

@@ -16,7 +16,7 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Trial, conclude, find_solver
-from haq.solvers.sharing import Sharing, allowance
+from haq.solvers.sharing import Sharing, allowance, may_return
 from haq.store.records import SharedRecord
 from haq.study import sweep_run
 from haq.study.config import SweepCell, WorkersConfig
@@ -40,7 +40,7 @@ def groups(cells: Sequence[SweepCell]) -> list[Group]:
 
 def evaluations_of(group: Group, context: SweepContext) -> int:
     """Return how many policies searches may evaluate together."""
-    return allowance(len(group), context.sweep.settings.evaluations)
+    return allowance(len(group), context.first.evaluations)
 
 
 def search(
@@ -112,7 +112,7 @@ class _Group:
             seed=config.seed,
             searches=len(self.runs),
             evaluations=len(self.sharing.spent),
-            alone=config.evaluations,
+            alone=self.tasks[0].evaluations,
             known=len(self.sessions[0].known),
         )
         for run, task, session in zip(self.runs, self.tasks, self.sessions, strict=True):
@@ -138,6 +138,8 @@ class _Group:
             env=task.config.env,
             ahead=task.config.ahead,
             confirm=task.confirm,
+            race=run.races,
+            recorded=run.recorded(task.config.solver),
         )
         return session
 
@@ -148,7 +150,7 @@ class _Group:
                 continue
             problem = task.problem
             trial = Trial.of(problem, policy, evaluation)
-            if trial.whole and problem.allows(policy) and problem.holds(policy) and not session.seen(policy):
+            if trial.whole and may_return(session, policy):
                 trial = session.adopt(policy, evaluation)
             self._shared[other] += 1
             run.record(SHARED, self._shared[other], trial, problem)
