@@ -179,6 +179,8 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
+        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
+            and aren't among `trials`; a solver may learn from them.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
@@ -201,6 +203,7 @@ class Session:
     sensitivities: Sensitivities | None = None
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
+    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None

@@ -78,12 +78,6 @@ def test_runs_and_sweeps_for_other_hardware_and_budgets_are_known() -> None:
     # They aren't counted, and rivals are told nothing of them.
     assert seen()[0].used == 6
     assert len([row for row in history(Path("new")) if row["solver"].endswith("Listens")]) == 6
-    # The best of those within this budget is evaluated here, first.
-    problem = seen()[0].problem
-    fitting = {policy: value for policy, value in expected.items() if problem.holds(policy)}
-    assert fitting
-    best = min(fitting, key=lambda policy: (-fitting[policy][0], fitting[policy][1], problem.policy_cost(policy)))
-    assert seen()[0].trials[0].policy == best
     copied = Path("new/trials.csv").read_text().splitlines()
     assert len(copied) == 1 + len(expected)
 
@@ -144,6 +138,22 @@ def test_in_python_a_result_and_a_folder_are_known(tmp_path: Path) -> None:
     again = make_problem(small_network(), budget=0.7)
     haq.solve(again, "small_job:Listens", evaluations=3, trials=[tmp_path / "saved", first])
     assert known(seen()[1]) == known(seen()[0])
+
+
+def test_the_best_that_is_known_is_evaluated_first_and_teaches() -> None:
+    problem = make_problem(small_network())
+    first = haq.solve(problem, "random", evaluations=12)
+    other = problem.on("cloud", 0.7)
+    found = haq.solve(other, "surrogate", evaluations=3, trials=first)
+    fitting = [trial for trial in first.trials if other.holds(trial.policy)]
+    best = min(fitting, key=lambda trial: (-trial.value, trial.loss))
+    assert found.trials[0].policy == best.policy
+    assert found.session.used == 3
+    assert found.session.best is not None
+    assert found.session.best.value >= best.value
+    # What is known takes the place of the policies that a search begins with.
+    alone = haq.solve(other, "surrogate", evaluations=3)
+    assert found.trials[1].policy not in {trial.policy for trial in alone.trials[:1]}
 
 
 def test_in_python_another_network_is_found_out() -> None:
