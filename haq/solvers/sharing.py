@@ -1,8 +1,9 @@
 """Searches of one network that share what they learn: what a policy is worth depends on neither hardware nor budget.
 
-Every search chooses by its own problem and learns from the trials of all. They have one allowance together: `allowance`. First
-each begins with a few policies, as many in all as one search begins with, and chooses one. From then on the search chooses
-whose last choice promised most; every few times the next one in turn does, whose promise may be out of date.
+Every search chooses by its own problem, learns from the trials of all, and may return each that is within its own budgets.
+They have one allowance together: `allowance`. First each begins with a few policies, as many in all as one search begins with,
+and chooses one. From then on the search chooses whose last choice promised most; every few times the next one in turn does,
+whose promise may be out of date.
 
 Everything follows from the seed, from the searches in their order and from what was evaluated, in its order; who evaluates
 changes nothing.
@@ -136,8 +137,12 @@ class Sharing:
             return
         self.spent[policy] = evaluation
         for search in self.searches:
-            if search is not chooser:
-                search.know(policy, evaluation)
+            if search is chooser:
+                continue
+            search.know(policy, evaluation)
+            is_whole = evaluation.images >= search.problem.evaluator.count
+            if is_whole and may_return(search.session, policy):
+                search.session.adopt(policy, evaluation)
         self.on_trial(place, policy, evaluation)
 
 

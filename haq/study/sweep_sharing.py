@@ -16,7 +16,7 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Trial, conclude, find_solver
-from haq.solvers.sharing import Sharing, allowance, may_return
+from haq.solvers.sharing import Sharing, allowance
 from haq.store.records import SharedRecord
 from haq.study import sweep_run
 from haq.study.config import SweepCell, WorkersConfig
@@ -128,7 +128,7 @@ class _Group:
     def _session(self, run: SearchRun, task: SearchTask) -> Session:
         def record(trial: Trial) -> None:
             run.record(task.config.solver, session.used, trial, task.problem, session.best)
-            self._keep_best(run, session, trial)
+            self._keep_best(run, session, trial.policy)
 
         session = Session(
             task.problem,
@@ -144,19 +144,16 @@ class _Group:
         return session
 
     def _share(self, place: int, policy: Q.BitPolicy, evaluation: Evaluation) -> None:
-        """Write a policy that one search evaluated into the runs of the others, who may return it."""
+        """Write a policy that one search evaluated into the runs of the others."""
         for other, (run, task, session) in enumerate(zip(self.runs, self.tasks, self.sessions, strict=True)):
             if other == place:
                 continue
-            problem = task.problem
-            trial = Trial.of(problem, policy, evaluation)
-            if trial.whole and may_return(session, policy):
-                trial = session.adopt(policy, evaluation)
             self._shared[other] += 1
-            run.record(SHARED, self._shared[other], trial, problem)
-            self._keep_best(run, session, trial)
+            run.record(SHARED, self._shared[other], Trial.of(task.problem, policy, evaluation), task.problem)
+            self._keep_best(run, session, policy)
         self.on_evaluation(len(self.sharing.spent))
 
-    def _keep_best(self, run: SearchRun, session: Session, trial: Trial) -> None:
-        if trial is session.best and not run.is_behind:  # what is met again may still be refused
-            run.save_policy(trial.policy)
+    def _keep_best(self, run: SearchRun, session: Session, policy: Q.BitPolicy) -> None:
+        is_best = session.best is not None and session.best.policy == policy
+        if is_best and not run.is_behind:  # what is met again may still be refused
+            run.save_policy(policy)

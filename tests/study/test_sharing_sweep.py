@@ -85,7 +85,8 @@ def test_one_search_that_shares_with_nobody_is_that_search() -> None:
 def test_a_sweep_killed_anywhere_goes_on_as_if_nothing_had_happened(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [*SMALL, "--hw", "edge,cloud", "--budgets", "0.8", "--max-drops", "2", "--solvers", "surrogate", "--evaluations", "6"]
+    asked = [*SMALL, "--hw", "edge,cloud", "--budgets", "0.8", "--max-drops", "2", "--solvers", "surrogate"]
+    asked += ["--evaluations", "6"]
     assert call(sweep.main, *asked, "--out", "whole") == 0
     whole = files("whole")
     record, left = SearchRun.record, [0]
@@ -141,7 +142,7 @@ def test_a_sweep_is_given_trials_too(capsys: pytest.CaptureFixture[str]) -> None
     assert not Path("second/edge-0.7-random-seed0/trials.csv").exists()
     # The best of them that fits is evaluated here before it is returned.
     problem = SearchRun.load(Path("second/edge-0.7-surrogate-seed0")).load_problem()
-    known = [row for row in history(Path("first/edge-0.6-surrogate-seed0"))]
+    known = history(Path("first/edge-0.6-surrogate-seed0"))
     fitting = [float(row["accuracy"]) for row in known if float(row["cost"]) <= problem.limit]
     tried = history(Path("second/edge-0.7-surrogate-seed0"))
     assert max(float(row["accuracy"]) for row in tried if row["within_budget"] == "1") >= max(fitting)
