@@ -995,7 +995,7 @@ class ChoiceRecord(JudgingRecord):
         best_divergence: How far the best is from the float network's outputs, on these samples; None where nobody knows.
         chosen_divergence: Likewise the returned one.
         divergence_unit: What these are in.
-        compared: How many policies were held against the best, sample by sample.
+        compared: How many policies were within one paired standard error of the best, which is one of them.
         finalists: How many were judged again; 0 if none were.
         confirmed: On how many further samples.
         confirmed_best: The value of the best on these.
@@ -1012,7 +1012,7 @@ class ChoiceRecord(JudgingRecord):
     best_divergence: float | None = None
     chosen_divergence: float | None = None
     divergence_unit: str = "nats"
-    compared: Count = 0
+    compared: Count = 1
     finalists: Count = 0
     confirmed: Count = 0
     confirmed_best: float | None = None
@@ -1022,36 +1022,44 @@ class ChoiceRecord(JudgingRecord):
     def words(self) -> str:
         """Say what was chosen, and why."""
         best, chosen = (self.checked(getattr(self, name), name) for name in ("best", "chosen"))
-        again = ""
+        parts = [f"best on the search split: {self.show(best)}{self._divergence_words(self.best_divergence)}"]
         if self.confirmed:
-            again = f"; of {self.finalists} that were judged again on {self.confirmed:,} further {self.samples_are}"
-        first = f"best on the search split: {self.show(best)}{self._divergence_words(self.best_divergence)}{again}"
+            parts[0] += f", {self.show(self.confirmed_best)} on {self.confirmed:,} further {self.samples_are}"
         if self.is_best:
-            return f"{first}; chosen: the same{self._why_same()}"
-        shown = self.show(chosen) + self._divergence_words(self.chosen_divergence)
-        return f"{first}; chosen: {shown}{self._why_other()}"
+            parts.append(f"chosen: the same{self._why_same()}")
+            return "; ".join(parts)
+        found = f"chosen: {self.show(chosen)}{self._divergence_words(self.chosen_divergence)}"
+        if self.confirmed:
+            found += f", {self.show(self.confirmed_chosen)} on the further {self.samples_are}"
+        return "; ".join([*parts, found + self._why_other()])
+
+    @property
+    def _among(self) -> str:
+        """Say which policies could have been chosen."""
+        judged = ""
+        if self.confirmed:
+            judged = f"of {self.finalists} that were judged again "
+        if self.compared == 1:
+            return f"{judged}no other is within one standard error".lstrip()
+        return f"{judged}{self.compared} are within one standard error"
 
     def _why_same(self) -> str:
         """Say why the best itself was chosen, where there was a choice."""
-        if self.confirmed:
-            return f", with {self.show(self.confirmed_best)} on these"
-        if self.best_divergence is None or not self.compared:
-            return ""
-        return f", held against {self.compared} closer to float"
+        if self.compared == 1:
+            return f" ({self._among})"
+        return f", with the best rank by value, divergence and loss ({self._among})"
 
     def _why_other(self) -> str:
         """Say why another policy than the best was chosen."""
-        parts = []
-        if self.confirmed:
-            parts.append(f"with {self.show(self.confirmed_chosen)} on these against {self.show(self.confirmed_best)}")
-        if 0 < self.below <= self.error:
-            parts.append(f"within one standard error ({show_error(self.error, self.objective_unit)}{self._points})")
-        if self.chosen_divergence is not None and self.best_divergence is not None:
-            if self.chosen_divergence < self.best_divergence:
-                parts.append("closer to float")
-        if not parts:
-            return ""
-        return f", {', '.join(parts)}"
+        if self.compared == 1 and self.confirmed:
+            return f", better on all of them ({self._among})"
+        within = ""
+        if self.below > 0:
+            within = f", {self._amount(self.below)} ± {self._amount(self.error)}{self._points} below the best"
+        return f"{within}, with the best rank by value, divergence and loss ({self._among})"
+
+    def _amount(self, difference: float) -> str:
+        return show_error(difference, self.objective_unit)
 
     @property
     def _points(self) -> str:

@@ -4,7 +4,7 @@
     problem.json        what is searched: layers, what they cost at every pair of bits, the limit
     history.csv         every evaluation, in order
     sensitivity.json    what is known of single operands, if the search was given it or measured it
-    policy.json         the best policy so far; in the end, what was found
+    policy.json         the best policy so far; in the end the one that was chosen (`haq.solvers.choice`)
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
     checkpoint/         the fine-tuned network and its scales; agents after their last episode; an interrupted fine-tuning
