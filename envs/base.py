@@ -57,6 +57,34 @@ class SearchProblem(Protocol):
         ...
 
 
+class Choices:
+    """What there is to decide in a problem, and what its widths are numbered by.
+
+    Attributes:
+        problem: What is to be searched.
+        free: The indices of the problem's decisions that have more than one option.
+        decisions: These decisions.
+        rungs: The widths of their options in their order, each of shape (options, 2): 16 bits is one step above 8, and float
+            is the next.
+        low: The smallest of all of them.
+        high: The largest.
+        programme: What fits several budgets; None where there is one, of a sum.
+    """
+
+    def __init__(self, problem: SearchProblem) -> None:
+        """Find out what there is to decide. Raises ValueError if every decision has a single option."""
+        self.problem = problem
+        self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
+        if not self.free:
+            raise ValueError("every layer has a single allowed pair of bits: there is nothing to decide")
+        self.decisions = [problem.decisions[index] for index in self.free]
+        self.rungs = [rungs(decision.pairs) for decision in self.decisions]
+        every = np.concatenate(self.rungs)
+        self.low = int(every.min())
+        self.high = int(every.max())
+        self.programme: Programme | None = getattr(problem, "several", None)
+
+
 class PolicyEnv(gymnasium.Env[Observation, Observation]):
     """An environment in which one episode decides one policy. Its subclasses say how."""
 
@@ -74,17 +102,10 @@ class PolicyEnv(gymnasium.Env[Observation, Observation]):
         """
         self.problem = problem
         self.judge: Judge = judge or problem.evaluate
-        self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
-        if not self.free:
-            raise ValueError("every layer has a single allowed pair of bits: there is nothing to decide")
-        self.decisions = [problem.decisions[index] for index in self.free]
-        # Widths are as far apart as they are in their order: 16 bits is one step above 8, and float is the next.
-        self._rungs = [rungs(decision.pairs) for decision in self.decisions]
-        every = np.concatenate(self._rungs)
-        self._low = int(every.min())
-        self._high = int(every.max())
-        # None where there is one budget, of a sum.
-        self._programme: Programme | None = getattr(problem, "several", None)
+        choices = Choices(problem)
+        self.free, self.decisions = choices.free, choices.decisions
+        self._rungs, self._low, self._high = choices.rungs, choices.low, choices.high
+        self._programme = choices.programme
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode. Nothing is random, and there are no options."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,24 +50,35 @@ class Plan:
                     np.minimum(best[count:], reached, out=best[count:])
             self.values.insert(0, best)
 
-    def slack(self, decision: int, left: float) -> int:
-        """Return the whole steps that the decisions from one on may spend beyond their cheapest options."""
+    def slack(self, decision: int, left: Any) -> NDArray[np.int64]:
+        """Return the whole steps that the decisions from one on may spend beyond their cheapest options.
+
+        Args:
+            decision: Its index.
+            left: What there is to spend, one amount or an array of any shape.
+
+        Returns:
+            Steps, of that shape.
+        """
+        left = np.asarray(left, float)
         if self.step <= 0:
-            return 0
-        spare = left - self.cheapest_from[decision]
-        return int(np.clip(spare / self.step + 1e-9, 0, GRAIN))
+            return np.zeros(left.shape, np.int64)
+        steps: NDArray[np.int64] = np.clip((left - self.cheapest_from[decision]) / self.step + 1e-9, 0, GRAIN).astype(np.int64)
+        return steps
 
-    def least(self, decision: int, left: float) -> float:
-        """Return the least loss that the decisions from one on add within what is left."""
-        return float(self.values[decision][self.slack(decision, left)])
+    def least(self, decision: int, left: Any) -> Array:
+        """Return the least loss that the decisions from one on add within what is left (any shape)."""
+        found: Array = self.values[decision][self.slack(decision, left)]
+        return found
 
-    def option(self, decision: int, left: float) -> int:
-        """Return the option to take now for the least loss in the end."""
-        slack = self.slack(decision, left)
+    def option(self, decision: int, left: Any) -> NDArray[np.int64]:
+        """Return the option to take now for the least loss in the end, for what is left (any shape)."""
+        slack = self.slack(decision, left)[..., None]
         steps = self.steps[decision]
         rest = self.values[decision + 1][np.maximum(slack - steps, 0)]
         total = np.where(steps <= slack, self.losses[decision] + rest, np.inf)
-        return int(total.argmin())
+        found: NDArray[np.int64] = total.argmin(-1)
+        return found
 
 
 class Programme(Protocol):

@@ -1,9 +1,11 @@
 """How far from the best policy every solver stays, on problems small enough for the best to be known.
 
     python -m experiments.regret [--problems NAME ...] [--solvers NAME ...] [--seeds N] [--ahead N] [--processes N] [--quick]
+    python -m experiments.regret --write-tables haq/problem/tables
 
-Problems. Small networks, trained here on the default data set, of which *every* policy is evaluated, with real quantized
-forward passes on the 2,000 search images, on the target `edge`; first and last layer at 8 bits:
+Problems. Small networks, trained on the default data set, of which *every* policy within the larger budget was evaluated,
+with real quantized forward passes on the 2,000 search and the 2,000 test images, on the target `edge`; first and last layer
+at 8 bits. Their tables ship with the package; the second line makes them anew:
 
     plain       four free layers, 12 pairs of bits each: 20,736 policies
     low         the same network at 1 to 4 weight and 1 to 3 activation bits: 20,736
@@ -27,17 +29,15 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import hashlib
 import itertools
 import json
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,20 +51,19 @@ from torch.nn import functional as F
 
 import haq
 import hw_models
-import quantizers as Q
 from experiments import shared
 from haq import data, networks, training
 from haq.console.errors import run_command
 from haq.console.progress import progress
 from haq.problem.decision import Decision, read_bits
-from haq.problem.evaluator import Evaluation
-from haq.problem.goal import BEST
-from haq.problem.limits import ROUNDING, Limit
-from haq.problem.objective import find_objective
+from haq.problem.limits import ROUNDING
+from haq.problem.sensitivity import largest_widths
+from haq.problem.table_file import UNKNOWN, TableFile, find, read
+from haq.problem.tabular import TabularProblem
 from haq.solvers import SOLVERS, random_search, sensitivity
 from haq.solvers.base import Session, Trial, solve
 from haq.study.config import SearchConfig
-from hw_models.widths import WIDTHS, places
+from hw_models.widths import PLACES, WIDTHS
 
 NAME = "regret"
 FOLDER = Path("docs/experiments")
@@ -72,6 +71,8 @@ HAWQ = Path(__file__).with_name("hawqv3_resnet18.json")
 ALLOWED = (50, 100, 200, 400)
 NEAR = 0.1  # points: a run this close has found it
 EPOCHS = 15
+BATCH = 500  # images that a layer is given at a time
+IMAGENET = 50_000  # images that HAWQ-V3 is judged on
 CERTAIN = ("ilp", "greedy")
 SHOWN = ("ddpg", "ilp", "greedy", "evolution", "random")
 COLUMNS = ("problem", "solver", "evaluations", "mean regret", "least", "most", f"within {NEAR}", "seconds")
@@ -125,93 +126,47 @@ NETWORKS = {
 }
 
 
-class Known(haq.Problem):
-    """A problem of which every policy's evaluation is known already, and the best within the budget with it."""
-
-    def __init__(self, of: Any, title: str, fraction: float, accuracy: Floats, loss: Floats) -> None:
-        """Keep what is known of every policy.
-
-        Args:
-            of: What a problem holds: workload, cost, widths, groups, decisions, quantization_error, metric, float_result.
-            title: What it is called.
-            fraction: The budget, from the cheapest policy (0) to the dearest (1).
-            accuracy: One axis per decision, one entry per option.
-            loss: Likewise.
-        """
-        for field in ("workload", "cost", "widths", "groups", "decisions", "quantization_error", "metric", "float_result"):
-            setattr(self, field, getattr(of, field))
-        self.objective = find_objective("accuracy")
-        self.title, self._elsewhere = title, getattr(of, "evaluate", None)
-        self._accuracy, self._loss = accuracy, loss
-        self._option = [{tuple(pair): i for i, pair in enumerate(d.pairs.tolist())} for d in self.decisions]
-        low, high = (sum(float(pick(d.prices)) for d in self.decisions) for pick in (np.min, np.max))
-        amount = low + fraction * (high - low)
-        self.limits = (Limit(self.metric, "", amount, high, low, high),)
-        self.peak, self.goal = None, BEST
-        price = functools.reduce(np.add.outer, [decision.prices for decision in self.decisions])
-        within = price <= self.limit * (1 + ROUNDING)
-        self.best, self.policies, self.within = float(accuracy[within].max()), accuracy.size, int(within.sum())
-
-    def check_policy(self, policy: object) -> None:
-        """Take every policy: what is known has no pinned layers and no schemes."""
-
-    def policy_cost(self, policy: Mapping[str, tuple[int | None, int | None]]) -> float:
-        """Add up what the layers cost; every pair can be done."""
-        w, a = self.bit_arrays(policy)
-        return float(self.cost[np.arange(len(w)), places(w), places(a)].sum())
-
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Everything is known already."""
-
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        pairs = [policy[self.workload.names[group[0]]] for group in self.groups]
-        try:
-            index = tuple(options[pair] for options, pair in zip(self._option, pairs, strict=True))  # type: ignore[index]
-        except KeyError:
-            # Sensitivities change one operand at a time, which need not be an option.
-            assert self._elsewhere is not None
-            found: Evaluation = self._elsewhere(policy)
-            return found
-        return Evaluation(float(self._accuracy[index]), float(self._loss[index]), 1)
-
-
-def load(name: str, quick: bool = False) -> list[Known]:
-    """The problems of one name: its network at two budgets, or HAWQ-V3's three."""
+def load(name: str) -> dict[str, TabularProblem]:
+    """The problems of one name, by title: a network's at each of its budgets, or HAWQ-V3's three."""
     if name == "hawqv3":
-        return published(json.loads(HAWQ.read_text(encoding="utf-8")))
-    given = NETWORKS[name]
-    pairs, epochs = given.pairs, EPOCHS
-    if quick:
-        pairs, epochs = given.pairs[-2:], 1
-    problem, images, labels = trained(name, given.build, epochs)
-    for number, decision in enumerate(problem.decisions):
-        if len(decision.pairs) > 1:
-            problem.decisions[number] = restricted(problem, decision, pairs)
-    state = b"".join(t.numpy().tobytes() for t in problem.network.state_dict().values())
-    key = hashlib.sha256(state + repr([d.pairs.tolist() for d in problem.decisions]).encode()).hexdigest()[:16]
-    path = data.cache_folder() / f"{NAME}-{name}-{key}.npz"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part.npz")
-        np.savez(partial, *enumerate_all(problem, images, labels))
-        partial.replace(path)
-    with np.load(path, allow_pickle=False) as kept:
-        accuracy, loss = kept.values()
-    check(problem, accuracy, loss)
-    return [Known(problem, f"{name}, budget {budget}", budget, accuracy, loss) for budget in given.budgets]
+        files = published(json.loads(HAWQ.read_text(encoding="utf-8")))
+        return {f"{file.name}, budget 0.5": TabularProblem(file) for file in files}
+    file = read(find(name))
+    return {f"{file.name}, budget {budget}": TabularProblem(file, budget) for budget in file.limits}
 
 
-def trained(name: str, build: Callable[[], list[nn.Module]], epochs: int) -> tuple[haq.Problem, Tensor, Tensor]:
-    """A problem, and the images and labels that judge it."""
+def write_tables(folder: Path, quick: bool, console: Console) -> None:
+    """Train the networks, evaluate every policy within the larger budget, and write their tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, given in NETWORKS.items():
+        start = time.perf_counter()
+        pairs, epochs = given.pairs, EPOCHS
+        if quick:
+            pairs, epochs = given.pairs[-2:], 1
+        problem, test = trained(name, given.build, epochs)
+        for number, decision in enumerate(problem.decisions):
+            if len(decision.pairs) > 1:
+                problem.decisions[number] = restricted(problem, decision, pairs)
+        with console.status(f"{name}: every policy"):
+            made = enumerated(problem, name, given.budgets, test)
+        made.write(folder / f"{name}.npz")
+        known, seconds = int((made.accuracy >= 0).sum()), time.perf_counter() - start
+        console.print(f"{folder / name}.npz: {known:,} of {len(made.accuracy):,} policies evaluated, {seconds:.0f} s")
+
+
+def trained(name: str, build: Callable[[], list[nn.Module]], epochs: int) -> tuple[haq.Problem, tuple[Tensor, Tensor]]:
+    """A problem, and the images and labels of the test split."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = networks.Network(name, nn.Sequential(*build()), (1, 28, 28), (0.286,), (0.353,))
     dataset = data.load()
     training.fit(network, dataset.train, training.TrainConfig(epochs, learning_rate=0.1, seed=0))
-    images, labels = next(dataset.search.batches(len(dataset.search)))
-    images = network.preprocess(images).contiguous()
+    splits = []
+    for split in (dataset.search, dataset.test):
+        images, labels = next(split.batches(len(split)))
+        splits.append((network.preprocess(images).contiguous(), labels))
     calibrate = network.preprocess(dataset.train.images[dataset.fair(512)]).contiguous()
-    return haq.Problem(network.module, calibrate, (images, labels), "edge", budget=1.0, bits=(1, 8)), images, labels
+    return haq.Problem(network.module, calibrate, splits[0], "edge", budget=1.0, bits=(1, 8)), splits[1]
 
 
 def restricted(problem: haq.Problem, decision: Decision, pairs: Sequence[tuple[int, int]]) -> Decision:
@@ -219,43 +174,125 @@ def restricted(problem: haq.Problem, decision: Decision, pairs: Sequence[tuple[i
     return made._replace(prices=made.of(problem.cost[list(decision.layers)].sum(0)))
 
 
+def enumerated(problem: haq.Problem, name: str, budgets: Sequence[float], test: tuple[Tensor, Tensor]) -> TableFile:
+    """Evaluate every policy of a sequential network within the larger budget, and those that sensitivities ask for."""
+    low, high = (sum(float(pick(d.prices)) for d in problem.decisions) for pick in (np.min, np.max))
+    limits = {str(budget): low + budget * (high - low) for budget in budgets}
+    samples = problem.evaluator.samples
+    assert samples is not None
+    # The evaluator's own, as they were given.
+    search = tuple(torch.cat(parts)[problem.evaluator.order.argsort()] for parts in zip(*samples, strict=True))
+    values = enumerate_all(problem, max(limits.values()), [search, test])
+    check(problem, max(limits.values()), values[0])
+    bits, images = hw_models.BITS, problem.evaluator.count
+    nothing = np.full((len(problem.workload.layers), PLACES, PLACES), np.nan)
+    cost = nothing.copy()
+    cost[:, :bits, :bits] = problem.cost[:, :bits, :bits]
+    return TableFile(
+        name=name,
+        metric=problem.metric,
+        target=problem.target.name,
+        widths=problem.widths,
+        float_accuracy=problem.float_accuracy,
+        search_images=images,
+        test_images=len(test[1]),
+        limits=limits,
+        workload=hw_models.Workload(problem.workload.layers),
+        groups=problem.groups,
+        cost=cost,
+        noise=problem.quantization_error,
+        pairs=[decision.pairs for decision in problem.decisions],
+        prices=[decision.prices for decision in problem.decisions],
+        accuracy=values[0].accuracy,
+        loss=values[0].loss,
+        kl=values[0].kl,
+        accuracy_test=values[1].accuracy,
+        loss_test=values[1].loss,
+        extra=further(problem),
+    )
+
+
+def further(problem: haq.Problem) -> dict[tuple[tuple[int, int], ...], tuple[float, float, float]]:
+    """Evaluate the widest policy, and those in which one decision takes another pair, or one operand another width."""
+    highest = largest_widths(problem)
+    asked = [highest]
+    for number, decision in enumerate(problem.decisions):
+        widths = [sorted(set(decision.pairs[:, operand].tolist())) for operand in (0, 1)]
+        for pair in itertools.product(*widths):
+            changed = highest.copy()
+            changed[number] = pair
+            asked.append(changed)
+    found = {}
+    for pairs in asked:
+        judged = problem.evaluate(problem.decide(pairs))
+        assert judged.divergence is not None
+        found[tuple((w, a) for w, a in pairs.tolist())] = (judged.accuracy, judged.loss, judged.divergence)
+    return found
+
+
+class Values(NamedTuple):
+    """Of every policy, on one split; the accuracy is -1 where it wasn't evaluated."""
+
+    accuracy: Floats
+    loss: Floats
+    kl: Floats
+
+
 @torch.inference_mode()
-def enumerate_all(problem: haq.Problem, images: Tensor, labels: Tensor) -> tuple[Floats, Floats]:
-    """Measure accuracy and loss of every policy of a sequential network, one axis per decision.
+def enumerate_all(problem: haq.Problem, limit: float, splits: Sequence[tuple[Tensor, Tensor]]) -> list[Values]:
+    """Measure every policy of a sequential network within a limit, on several splits.
 
     Each layer's output is computed once for all that follows from it.
     """
     order = {problem.workload.names[decision.layers[0]]: i for i, decision in enumerate(problem.decisions)}
-    shape = [len(decision.pairs) for decision in problem.decisions]
-    accuracy, loss = np.zeros(shape), np.zeros(shape)
+    counts = [len(decision.pairs) for decision in problem.decisions]
+    values = [Values(np.full(counts, UNKNOWN), np.zeros(counts), np.zeros(counts)) for _ in splits]
     parts = list(problem.evaluator.network.named_children())
+    expected = [torch.cat([problem.network(batch) for batch in images.split(BATCH)]) for images, _ in splits]
+    cheapest = [float(decision.prices.min()) for decision in problem.decisions]
 
-    def follow(position: int, x: Tensor, index: tuple[int, ...]) -> None:
+    def judge(outputs: list[Tensor], index: tuple[int, ...]) -> None:
+        for found, scores, (_, labels), wanted in zip(values, outputs, splits, expected, strict=True):
+            found.accuracy[index] = float((scores.argmax(1) == labels).double().mean())
+            found.loss[index] = float(F.cross_entropy(scores.double(), labels))
+            found.kl[index] = float(problem.objective.divergence(scores.double(), wanted.double()).mean())
+
+    def follow(position: int, inputs: list[Tensor], index: tuple[int, ...], spent: float) -> None:
         for place, (name, part) in enumerate(parts[position:], start=position):
-            if name in order:
-                for option, (w, a) in enumerate(problem.decisions[order[name]].pairs.tolist()):
-                    part.weight_bits, part.activation_bits = w, a
-                    # A layer may return what its next call writes over.
-                    follow(place + 1, torch.cat([part(batch).clone() for batch in x.split(500)]), (*index, option))
-                return
-            x = part(x)
-        accuracy[index] = float((x.argmax(1) == labels).double().mean())
-        loss[index] = float(F.cross_entropy(x.double(), labels))
+            if name not in order:
+                inputs = [part(x) for x in inputs]
+                continue
+            decision = problem.decisions[order[name]]
+            for option, (w, a) in enumerate(decision.pairs.tolist()):
+                least = spent + float(decision.prices[option]) + sum(cheapest[len(index) + 1 :])
+                if least > limit * (1 + ROUNDING):
+                    continue
+                part.weight_bits, part.activation_bits = w, a
+                # A layer may return what its next call writes over.
+                outputs = [torch.cat([part(batch).clone() for batch in x.split(BATCH)]) for x in inputs]
+                follow(place + 1, outputs, (*index, option), spent + float(decision.prices[option]))
+            return
+        judge(inputs, index)
 
-    follow(0, images, ())
-    return accuracy, loss
+    follow(0, [images for images, _ in splits], (), 0.0)
+    return [Values(*(array.reshape(-1) for array in found)) for found in values]
 
 
-def check(problem: haq.Problem, accuracy: Floats, loss: Floats) -> None:
-    """Raise RuntimeError if what was enumerated isn't what the evaluator says."""
+def check(problem: haq.Problem, limit: float, values: Values) -> None:
+    """Raise RuntimeError if what was enumerated isn't what the evaluator says, or misses a policy within the limit."""
     random = np.random.default_rng(0)
-    for picks in (tuple(random_search.draw(problem, random)) for _ in range(20)):
+    limited = problem.limited_to(limit)
+    for _ in range(20):
+        picks = tuple(random_search.lowered(limited, random_search.draw(problem, random), random))
         found = problem.evaluate(random_search.policy(problem, list(picks)))
-        if abs(found.accuracy - accuracy[picks]) > 1e-9 or abs(found.loss - loss[picks]) > 1e-5:
-            raise RuntimeError(f"options {picks} were enumerated as {accuracy[picks]}, {loss[picks]} but are {found}")
+        place = np.ravel_multi_index(picks, [len(decision.pairs) for decision in problem.decisions])
+        enumerated = [float(array[place]) for array in values]
+        wanted = [found.accuracy, found.loss, found.divergence]
+        if not np.allclose(enumerated, wanted, rtol=0, atol=[1e-9, 1e-5, 1e-5]):
+            raise RuntimeError(f"options {picks} were enumerated as {enumerated} but are {found}")
 
 
-def published(given: dict[str, Any]) -> list[Known]:
+def published(given: dict[str, Any]) -> list[TableFile]:
     """HAWQ-V3's problems: 19 layers of ResNet-18 at 4 or 8 bits, some of them tied."""
     network = networks.load("torchvision:resnet18", pretrained=False).module
     traced = hw_models.trace(network.eval(), torch.zeros(1, 3, 224, 224))
@@ -263,27 +300,53 @@ def published(given: dict[str, Any]) -> list[Known]:
     first = {other: one for one, other in given["tied_pairs"]}
     groups = [(i, *(o for o, one in first.items() if one == i)) for i in range(given["layers"]) if i not in first]
     harm = np.array(given["trace"])[:, None] * np.stack([given["dw2_4bit"], given["dw2_8bit"]], axis=1)
-    parameters, bops = np.array(given["parameters"]), np.array(given["bops"])
+    # Published are millions of parameters (of 2^20) and of bit operations, and milliseconds.
+    parameters, bops = np.array(given["parameters"]) * 2**20, np.array(given["bops"]) * 1e6
+    latency = np.stack([given["latency_int4"], given["latency_int8"]], axis=1) / 1000
     costs = {
-        "modelsize": np.stack([parameters * 4, parameters * 8], axis=1),
-        "bops": np.stack([bops / 4, bops], axis=1),
-        "latency": np.stack([given["latency_int4"], given["latency_int8"]], axis=1),
+        "modelsize": ("storage", np.stack([parameters * 4 / 8, parameters], axis=1)),
+        "bops": ("bops", np.stack([bops / 4, bops], axis=1)),
+        "latency": ("latency", latency),
     }
-    total = functools.reduce(np.add.outer, [harm[list(group)].sum(0) for group in groups])
+    total = functools.reduce(np.add.outer, [harm[list(group)].sum(0) for group in groups]).reshape(-1)
+    # The loss is all that is predicted; the share of it that is left stands for the accuracy.
+    accuracy = 1 - total / harm[:, 0].sum()
+    nothing = np.zeros(PLACES)
+    noise = np.stack([[np.interp(WIDTHS, (4, 8), harm[list(g)].sum(0)), nothing] for g in groups]) / harm.sum()
+    pairs = np.array([(4, 8), (8, 8)])  # its sensitivities are those of weights; activations follow
     made = []
-    for case, cost in costs.items():
-        of = SimpleNamespace(
-            workload=workload, groups=groups, metric="latency", float_result=Evaluation(1.0, 0.0, 1), widths=read_bits((4, 8))
-        )
+    for case, (metric, of_layers) in costs.items():
         # Between and below the two widths that were published, cost is taken to be linear in bits; nothing chooses them.
-        per_bit = (cost[:, 1] - cost[:, 0]) / 4
-        of.cost = np.repeat((cost[:, :1] + per_bit[:, None] * (np.array(WIDTHS) - 4))[:, :, None], len(WIDTHS), axis=2)
-        pairs = np.array([(4, 8), (8, 8)])  # its sensitivities are those of weights; activations follow
-        of.decisions = [Decision(group, pairs, cost[list(group)].sum(0)) for group in groups]
-        nothing = np.zeros(len(WIDTHS))
-        noise = np.stack([[np.interp(WIDTHS, (4, 8), harm[list(g)].sum(0)), nothing] for g in groups])
-        of.quantization_error = noise / harm.sum()
-        made.append(Known(of, f"hawqv3 {case}, budget 0.5", 0.5, 1 - total / harm[:, 0].sum(), total))
+        per_bit = (of_layers[:, 1] - of_layers[:, 0]) / 4
+        cost = np.full((len(of_layers), PLACES, PLACES), np.nan)
+        widths = np.arange(1, hw_models.BITS + 1)
+        cost[:, : hw_models.BITS, : hw_models.BITS] = (of_layers[:, :1] + per_bit[:, None] * (widths - 4))[:, :, None]
+        prices = [of_layers[list(group)].sum(0) for group in groups]
+        low, high = (sum(float(pick(of_decision)) for of_decision in prices) for pick in (np.min, np.max))
+        made.append(
+            TableFile(
+                name=f"hawqv3 {case}",
+                metric=metric,
+                target="published",
+                widths=read_bits("4,8"),
+                float_accuracy=1.0,
+                search_images=IMAGENET,
+                test_images=IMAGENET,
+                limits={"0.5": low + 0.5 * (high - low)},
+                workload=workload,
+                groups=groups,
+                cost=cost,
+                noise=noise,
+                pairs=[pairs] * len(groups),
+                prices=prices,
+                accuracy=accuracy,
+                loss=total,
+                kl=total,
+                accuracy_test=accuracy,
+                loss_test=total,
+                extra={},
+            )
+        )
     return made
 
 
@@ -303,31 +366,34 @@ class Outcome(NamedTuple):
 
 
 @functools.cache
-def known(name: str, quick: bool) -> list[Known]:
-    return load(name, quick)
+def known(name: str) -> dict[str, TabularProblem]:
+    return load(name)
 
 
-def one_search(asked: tuple[str, bool, int, str, int, int, int]) -> Outcome:
-    name, quick, number, solver, evaluations, seed, ahead = asked
+def one_search(asked: tuple[str, str, str, int, int, int]) -> Outcome:
+    name, title, solver, evaluations, seed, ahead = asked
     torch.set_num_threads(1)
-    problem = known(name, quick)[number]
+    problem = known(name)[title]
+    most = problem.best_value
     curve: list[float] = []
 
     def on_trial(found: Trial) -> None:
-        best = 100 * problem.best
+        best = 100 * most
         if curve:
             best = curve[-1]
         if found.feasible:
-            best = min(best, 100 * (problem.best - found.accuracy))
+            best = min(best, 100 * (most - found.accuracy))
         curve.append(best)
 
     start = time.perf_counter()
-    found = solve(solver, Session(problem, evaluations, on_trial, ahead=ahead), seed)
+    session = Session(problem, evaluations, on_trial, ahead=ahead)
+    solve(solver, session, seed)
     seconds = time.perf_counter() - start
-    return Outcome(problem.title, solver, evaluations, seed, 100 * (problem.best - found.accuracy), curve, seconds)
+    assert session.best is not None
+    return Outcome(title, solver, evaluations, seed, 100 * (most - session.best.accuracy), curve, seconds)
 
 
-def additivity(problem: Known) -> float:
+def additivity(problem: TabularProblem) -> float:
     """Correlation of the loss of random policies with the sum of the rises that were measured."""
     rise = sensitivity.measure(problem, Session(problem, 10000), keep=1)
     random = np.random.default_rng(0)
@@ -452,7 +518,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--processes", type=int, default=2, help="searches at a time; the figures don't depend on it")
     parser.add_argument(
-        "--quick", action="store_true", help="only see that it runs: 2 pairs per layer, one seed; saves nothing"
+        "--quick", action="store_true", help="only see that it runs: one seed, or 2 pairs a layer; saves nothing"
+    )
+    parser.add_argument(
+        "--write-tables", type=Path, metavar="FOLDER", help="train and enumerate the networks, and search nothing"
     )
     parser.add_argument("--out", type=Path, help=f"folder for page, picture and table (default: {FOLDER})")
     options = parser.parse_args(arguments)
@@ -463,25 +532,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.stdout.isatty():
         console = Console(width=110)
     torch.set_num_threads(1)
+    if options.write_tables is not None:
+        write_tables(options.write_tables, options.quick, console)
+        return 0
     out = shared.folder_for(options.out, options.quick, FOLDER)
     about = []
     additive = {}
     asked = []
     for name in options.problems:
-        with console.status(f"{name}: every policy"):
-            problems = known(name, options.quick)
-        for number, problem in enumerate(problems):
-            additive[problem.title] = additivity(problem)
+        with console.status(f"{name}: how additive it is"):
+            problems = known(name)
+        for title, problem in problems.items():
+            additive[title] = additivity(problem)
+            within = int((problem.file.all_prices() <= problem.limit * (1 + ROUNDING)).sum())
             about.append(
-                f"{problem.title}: {problem.within:,} of {problem.policies:,} policies within the budget, the best at "
-                f"{100 * problem.best:.2f} %; additive to {additive[problem.title]:.2f}"
+                f"{title}: {within:,} of {len(problem.file.accuracy):,} policies within the budget, the best at "
+                f"{100 * problem.best_value:.2f} %; additive to {additive[title]:.2f}"
             )
             console.print(about[-1])
             for solver, evaluations in itertools.product(options.solvers, allowed):
                 repeats = seeds
                 if solver in CERTAIN:
                     repeats = 1
-                asked += [(name, options.quick, number, solver, evaluations, seed, options.ahead) for seed in range(repeats)]
+                asked += [(name, title, solver, evaluations, seed, options.ahead) for seed in range(repeats)]
     # Forked, so that what is known comes along.
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool, progress(console) as bar:
         task = bar.add_task("searches", total=len(asked), note="")

@@ -36,7 +36,7 @@ COMMANDS = {
         "robustness": "haq.robustness",
         "deploy": "haq.deploy",
     },
-    "Look at it": {"report": "haq.report", "runs": "haq.runs"},
+    "Look at it": {"report": "haq.report", "runs": "haq.runs", "bench": "haq.bench"},
     "What there is": {
         "list": "haq.list",
         "hardware": "haq.hardware",

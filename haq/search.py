@@ -22,6 +22,7 @@ from haq.console.values import FILE, FOLDER
 from haq.study.config import FOLDERS, SearchConfig, WorkersConfig
 
 if TYPE_CHECKING:
+    from haq.study.known_trials import KnownTrials
     from haq.study.search_run import SearchRun
     from haq.study.task import SearchTask
 
@@ -88,12 +89,13 @@ def run_search(
     folder = out or default_folder(config)
     check_unused(folder)
     task = _load(config, output)
+    known = _read_trials(task)
     if dry_run:
-        _print_plan(output, task, workers, None)
+        _print_plan(output, task, workers, None, known)
         return 0
-    _print_plan(output, task, workers, folder)
+    _print_plan(output, task, workers, folder, known)
     with writing(folder, _go_on(folder, config)):
-        return _carry_out(task, SearchRun.create(folder, task), workers, output)
+        return _carry_out(task, SearchRun.create(folder, task, known), workers, output)
 
 
 def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: str | None = None) -> int:
@@ -123,7 +125,7 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
         with follow_loading(output.notes, "loading network and data, calibrating") as follow:
             task = run.build(**follow)
         _check_end(task)
-        _print_plan(output, task, workers, folder)
+        _print_plan(output, task, workers, folder, run.known(task.problem))
         run.check(task, same_versions=True)
         run.complete(task)
         say(output.notes, f"resuming: {run.prepare_resume(task.problem)} evaluations are there already")
@@ -135,9 +137,12 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
     import dataclasses
 
     from haq.solvers.base import find_solver
+    from haq.study.known_trials import check_uses_trials
     from haq.study.task import SearchTask, load_target
 
     find_solver(config.solver)
+    if config.trials is not None:
+        check_uses_trials(config.solver)
     with follow_loading(output.notes, "loading network and data, calibrating") as follow:
         task = SearchTask.build(config, load_target(config, **follow), follow["progress"])
     if config.sensitivity is not None:
@@ -145,6 +150,13 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
         task = dataclasses.replace(task, config=config.replace(sensitivity_kind=kind))
     _check_end(task)
     return task
+
+
+def _read_trials(task: SearchTask) -> KnownTrials:
+    """Read the trials that a search is given."""
+    from haq.study import known_trials
+
+    return known_trials.read(task.config.trial_folders, task)
 
 
 def _check_end(task: SearchTask) -> None:
@@ -189,12 +201,14 @@ def _is_kept(result: Mapping[str, Any]) -> bool:
     return bool(good_enough and all(budget["holds"] for budget in budgets))
 
 
-def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder: Path | None) -> None:
+def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder: Path | None, known: KnownTrials) -> None:
     from haq.study import tables
     from haq.study.search_run import has_tensorboard
     from haq.study.search_steps import rivals_of
 
     tables.print_plan(output.notes, task, folder, rivals_of(task.config.solver), _describe_workers(workers, task.config))
+    if task.config.trials is not None:
+        say(output.notes, f"trials: {known.words(task.problem)}")
     tables.print_doubts(output.results, task)
     if not has_tensorboard():
         say(output.notes, "TensorBoard events: none (pip install 'haq[report]' to have them)")

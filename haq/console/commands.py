@@ -106,7 +106,10 @@ class Command(_Page):
         for param in self.params:
             is_typed = ctx.get_parameter_source(str(param.name)) is not ParameterSource.DEFAULT
             if is_typed and isinstance(param.type, TextType) and param.type.names is not None:
-                trust.trust(*trust.names_in(str(ctx.params.get(str(param.name)))))
+                value = ctx.params.get(str(param.name))
+                if isinstance(value, tuple):
+                    value = ",".join(value)
+                trust.trust(*trust.names_in(str(value)))
         return left
 
 

@@ -410,9 +410,15 @@ class Evaluator:
             self._snapshot.take_attributes()
         return self._values[policy]
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Tell the pool, if there is one, what it will be asked for."""
-        if self.pool is not None:
+    @property
+    def races(self) -> bool:
+        """Say whether an evaluation can end early: values are shares of samples, several batches of them in random order."""
+        samples = self.samples
+        return self.objective.takes_scores and samples is not None and samples.is_shuffled and len(samples) > 1
+
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Tell the pool, if there is one, what it will be asked for, and what that is to beat."""
+        if self.pool is not None and beat is None:
             self.pool.expect(policy for policy in policies if policy not in self.cache)
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:

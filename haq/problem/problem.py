@@ -291,7 +291,7 @@ class Problem:
         """Read a problem of which every policy is known; it needs no network.
 
         Args:
-            path: An .npz file as `haq.problem.table_file` describes it.
+            path: An .npz file as `haq.problem.table_file` describes it, or the name of one that ships with the package.
             budget: The name of one of the file's limits, such as "0.15", or an amount: "5.9uJ", or a number in the metric's
                 unit. None: the first limit; where the cheapest is looked for, all that is known.
             max_drop: Look for the cheapest policy instead; see `Problem`.
@@ -792,6 +792,14 @@ class Problem:
                         f"{_words(policy[second])}"
                     )
 
+    def allows(self, policy: object) -> bool:
+        """Say whether a policy is one of this problem's, whatever it costs; see `check_policy`."""
+        try:
+            self.check_policy(policy)
+        except NotAllowed:
+            return False
+        return True
+
     def _check_pair(self, index: int, pair: tuple[int | None, int | None]) -> None:
         """Raise NotAllowed for bits that a layer may not take; see `check_policy`."""
         name = self.workload.names[index]
@@ -816,13 +824,16 @@ class Problem:
         """Say whether a cost by the main metric is within its budget, but for rounding; see `holds` for all budgets."""
         return self.limits[0].holds(cost)
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Say which policies will be evaluated, so that a pool of workers, if there is one, can begin."""
-        self.evaluator.expect(policies)
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Say which policies will be evaluated, and what they are to beat, so that a pool of workers can begin."""
+        self.evaluator.expect(policies, beat)
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples."""
-        return self.evaluator.evaluate(policy)
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
+        """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
+
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.evaluate`).
+        """
+        return self.evaluator.evaluate(policy, beat)
 
     def judging(self, samples: Batches | Samples) -> Evaluator:
         """Make what judges policies of this problem on other samples, exactly as they are judged on the search samples.

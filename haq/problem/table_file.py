@@ -9,7 +9,7 @@ An .npz file holds these arrays; nothing in it can be executed.
     cost                        (layers, 8, 8): by the bits of weights and of activations, less 1, in the metric's unit
     noise                       (decisions, 2, 8): the relative squared error of weights and of activations, by their bits
     pairs_0, prices_0, ...      of every decision: (options, 2) bits of weights and of activations; (options,) what they cost
-    accuracy, loss, kl          (policies,) in C order of the options: on the search images; accuracy is -1 where it isn't known
+    accuracy, loss, kl          (policies,) in C order of the options, on the search images; accuracy is -1 where not known
     accuracy_test, loss_test    the same on the test images
     extra_pairs, extra          (M, decisions, 2) bits and (M, 3) accuracy, loss and kl of further policies, those that
                                 sensitivities of single operands ask for
@@ -40,6 +40,7 @@ from hw_models.metrics import METRICS, PEAK
 from hw_models.registry import printable
 from hw_models.widths import PLACES, WIDTHS, places
 
+FOLDER = Path(__file__).with_name("tables")
 MOST_BYTES = 1 << 28  # of a file
 MOST_UNPACKED = 1 << 29  # bytes of its arrays in memory
 MOST_IMAGES = 10**9
@@ -156,11 +157,23 @@ class TableFile:
         partial.replace(path)
 
 
+def shipped() -> list[str]:
+    """List the names of the tables that ship with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.npz"))
+
+
+def find(path: str | os.PathLike[str]) -> Path:
+    """Return the file that is meant: the package's own for one of its names, such as "deep", or else the path."""
+    if str(path) in shipped():
+        return FOLDER / f"{path}.npz"
+    return Path(path)
+
+
 def read(path: str | os.PathLike[str]) -> TableFile:
     """Read an enumerated problem.
 
     Args:
-        path: An .npz file.
+        path: An .npz file, or the name of one that ships with the package.
 
     Returns:
         What it holds, checked.
@@ -169,11 +182,14 @@ def read(path: str | os.PathLike[str]) -> TableFile:
         TableError: A ValueError in one sentence that names the file, the key, and what is expected.
         FileNotFoundError: If there is no such file.
     """
-    path = Path(path)
+    path = find(path)
     try:
         arrays = npz.read(path, None, MOST_BYTES, MOST_UNPACKED)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}: give the .npz of an enumerated problem") from None
+        ours = ", ".join(shipped())
+        raise FileNotFoundError(
+            f"there is no {path}: give the .npz file of an enumerated problem, or one of ours: {ours}"
+        ) from None
     except (ValueError, MemoryError) as error:
         reason = printable(" ".join(str(error).split()))
         raise TableError(f"{path} is not the .npz file of an enumerated problem: {reason}") from None

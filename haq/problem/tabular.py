@@ -106,6 +106,11 @@ class TableEvaluator(Evaluator):
         return self.__dict__ | {"cache": {}, "pool": None}
 
     @property
+    def network(self) -> NoReturn:  # type: ignore[override]
+        """Refuse to give the quantized network, which isn't there. Raises ValueError."""
+        raise no_network(self.file.name)
+
+    @property
     def worker_threads(self) -> int:
         """Tell how many threads a worker takes."""
         return 1
@@ -297,6 +302,8 @@ class TabularProblem(Problem):
     def reach(self) -> str:
         """Say in words which budgets can be met and are known."""
         low, high = describe_amount(self.smallest, self.metric, UP), describe_amount(self.largest, self.metric, DOWN)
+        if self.largest == self.smallest:
+            high = low
         keys = ", ".join(repr(key) for key in self.file.limits)
         return f"in the table {self.file.name!r}, {self.metric} can be from {low} to {high}, or one of its limits {keys}"
 
@@ -339,9 +346,7 @@ class TabularProblem(Problem):
         """
         if target not in (self.target, self.target.name):
             name = getattr(target, "name", target)
-            raise ValueError(
-                f"the table {self.file.name!r} knows the costs of {self.target.name}, and none of {str(name)[:SHOWN]}"
-            )
+            raise ValueError(f"the table {self.file.name!r} has costs of {self.target.name}, none of {str(name)[:SHOWN]}")
         made = copy.copy(self)
         if max_drop is not None:
             made.goal = read_goal(self.objective, max_drop, None, None)
@@ -369,11 +374,14 @@ class TabularProblem(Problem):
             self.tradeoff_target = amount
             self.limits = (self._limit(largest, is_given=False),)
             return
-        # Amounts are written with few digits, rounded up and down.
-        highest = parse_budget(describe_amount(largest, self.metric, UP), self.metric, 1.0)
+        if amount in self.file.limits.values():
+            self.limits = (self._limit(amount),)
+            return
         known = self._is_known(amount)
-        if known and amount > highest * (1 + ROUNDING):
-            known = False
+        if math.isinf(self._unknown_from):
+            # A number beyond the dearest policy is meant as something else; amounts are written with few digits.
+            highest = parse_budget(describe_amount(largest, self.metric, UP), self.metric, 1.0)
+            known = amount <= highest * (1 + ROUNDING)
         if amount < self.smallest * (1 - ROUNDING) or not known:
             raise OutOfReach(f"budget {str(budget)[:SHOWN]} is out of reach: {self.reach}")
         self.limits = (self._limit(amount),)

@@ -46,6 +46,10 @@ SOLVERS: Registry[type[Solver]] = Registry(
         "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning as in HAQ: an actor, and a critic that it learns from"),
         "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
         "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
+        "surrogate": (
+            "haq.solvers.surrogate:Surrogate",
+            "a Gaussian process learns from every trial, and chooses the next (Bayesian optimization)",
+        ),
         "ilp": ("haq.solvers.ilp:IntegerProgramme", "measured sensitivities, and the policy that is optimal if they add up"),
         "greedy": (
             "haq.solvers.greedy:Greedy",
@@ -72,6 +76,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "ilp",
         "random_search",
         "sensitivity",
+        "surrogate",
     ],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )

@@ -21,7 +21,6 @@ With `--env haq` only the first of these holds: the agent is HAQ's, on `haq/HAQ-
 
 from __future__ import annotations
 
-import copy
 import json
 import operator
 import random
@@ -292,9 +291,8 @@ def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, s
     env = envs.MixedPrecisionEnv(problem, loss_increase, judge=session.evaluate)
     agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
     learner = Learner(agent, np.random.default_rng(seed), session)
-    player = copy.copy(env)
-    player.judge = not_evaluated
-    players = [copy.copy(player) for _ in range(CANDIDATES)]
+    players = [envs.MixedPrecisionEnv(problem, loss_increase, not_evaluated) for _ in range(CANDIDATES)]
+    player = players[0]
     proposals = [ilp.propose(problem, loss_increase), greedy.propose(problem, loss_increase)]
     proposals = list(dict.fromkeys(proposals))[: session.left]
     if not learner.restore():

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
+from haq.problem import racing
 from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
@@ -34,6 +35,10 @@ from hw_models.registry import printable
 
 class NothingGoodEnough(ValueError):
     """A search for the cheapest policy that is good enough evaluated none that is."""
+
+
+class NothingFound(ValueError):
+    """A search evaluated no policy within the budget whose outputs are finite."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Trial:
         goal: What is looked for: "best", "cheapest" or "tradeoff" (`haq.problem.goal`).
         within: Whether it is within all budgets; None: that is what `feasible` says.
         worth: The value of a trade-off.
+        whole: Whether all search samples were looked at. A trial that was cut short was told early that it can't be among the
+            best: its value and loss are means over the samples that were seen, and it is never chosen.
     """
 
     policy: Q.BitPolicy
@@ -61,6 +68,7 @@ class Trial:
     goal: str = BEST.kind
     within: bool | None = None
     worth: float = 0.0
+    whole: bool = True
 
     @classmethod
     def of(cls, problem: Problem, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
@@ -81,7 +89,8 @@ class Trial:
         if goal.kind == TRADEOFF:
             worth = goal.worth(evaluation.value, cost, problem.tradeoff_target)
         feasible = within and problem.meets(evaluation)
-        return cls(policy, evaluation, cost, feasible, objective.title, objective.unit, goal.kind, within, worth)
+        whole = evaluation.images >= problem.evaluator.count
+        return cls(policy, evaluation, cost, feasible, objective.title, objective.unit, goal.kind, within, worth, whole)
 
     @property
     def accuracy(self) -> float:
@@ -167,12 +176,18 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
+        known: Trials of other searches of this network, whatever they cost: they don't count, and a policy of them is only
+            found if it is asked for.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
         trials: Every trial, in order.
-        best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite.
+        best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite, and none that
+            was cut short.
+        race: Whether evaluations may end early (`racing_beat`).
+        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
+            and aren't among `trials`; a solver may learn from them.
         choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
@@ -185,6 +200,7 @@ class Session:
     sensitivities: Sensitivities | None = None
     sensitivity_kind: str = "loss"
     on_sensitivities: Callable[[Sensitivities], None] = lambda measured: None
+    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
@@ -192,9 +208,12 @@ class Session:
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
     failure: Exception | None = None
+    race: bool = True
+    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
     choice: Choice | None = None
     confirm: Evaluator | None = None
-    _seen: set[Q.BitPolicy] = field(default_factory=set)
+    _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
+    _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say on one line how far it is and what was found."""
@@ -227,12 +246,33 @@ class Session:
         """Say whether a policy was asked for before."""
         return policy in self._seen
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
+    def racing_beat(self) -> float | None:
+        """Tell below which value nobody needs to know how bad a policy is; None if every policy is to be evaluated whole.
+
+        It follows from the trials so far. Give it to `expect` with the policies that are chosen now.
+        """
+        if not self.race or self.best is None or not self.problem.evaluator.races:
+            return None
+        return racing.beat(self.problem, self.best.value)
+
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Say that these policies will be asked for, probably in this order.
 
-        It changes no result: they count, and come, in the order in which they are asked for.
+        Without `beat` it changes no result: they count, and come, in the order in which they are asked for.
+
+        Args:
+            policies: What is chosen.
+            beat: A value of the objective. The evaluation of a policy that is expected for the first time ends as soon as a
+                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at. What is
+                known when a policy is chosen decides, so that neither workers nor an interruption change anything.
         """
-        self.problem.expect(policies)
+        policies = list(policies)
+        for policy in policies:
+            self._beats.setdefault(policy, beat)
+        if beat is None:
+            self.problem.expect(policies)
+        else:
+            self.problem.expect(policies, beat)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy; one that is new is counted and becomes a trial.
@@ -245,7 +285,7 @@ class Session:
         """
         self.problem.check_policy(policy)
         if policy in self._seen:
-            return self.problem.evaluate(policy)
+            return self._seen[policy]
         if not self.left:
             raise RuntimeError(f"all {self.evaluations} evaluations are used")
         try:
@@ -256,12 +296,17 @@ class Session:
 
     def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy that is new, and make a trial of it."""
-        evaluation = self.problem.evaluate(policy)
+        beat = self._beats.get(policy)
+        if beat is None:
+            evaluation = self.problem.evaluate(policy)
+        else:
+            evaluation = self.problem.evaluate(policy, beat)
         trial = Trial.of(self.problem, policy, evaluation)
-        self._seen.add(policy)
+        self._seen[policy] = evaluation
         self.trials.append(trial)
         # A network whose outputs aren't finite (an infinite loss) is worth nothing, whatever it costs.
-        if trial.feasible and math.isfinite(trial.loss) and (self.best is None or trial.rank < self.best.rank):
+        sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
+        if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
         self.on_trial(trial)
         return evaluation
@@ -282,17 +327,22 @@ class Solver(ABC):
         name: What it is called in messages.
         summary: One line about it.
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
+        uses_trials: Whether it learns from the session's `known`: trials of earlier searches. In a sweep also those of
+            its other searches, with which it then shares one allowance.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
+        races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
+    uses_trials: ClassVar[bool] = False
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
+    races: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Call a class that gives itself no name after itself."""
@@ -372,6 +422,7 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     """
     found = find_solver(solver)
     try:
+        _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
         else:
@@ -387,14 +438,28 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
-        raise ValueError(
+        raise NothingFound(
             f"solver {_called(found)!r} evaluated no policy within the budget whose outputs are finite, {session.used} in "
             "all: choose more bits or a larger budget"
         )
     if session.best is None:
-        raise ValueError(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
+        raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     session.choice = solvers.choice.choose(session)
     return session.choice.trial
+
+
+def _evaluate_best_known(session: Session) -> None:
+    """Evaluate the best of the known trials that may be chosen: a policy that is found was evaluated by the search itself."""
+    best: Trial | None = None
+    for policy, evaluation in session.known:
+        trial = Trial.of(session.problem, policy, evaluation)
+        is_whole = evaluation.images == session.problem.evaluator.count
+        if not trial.feasible or not is_whole or not math.isfinite(trial.loss) or not session.problem.allows(policy):
+            continue
+        if best is None or trial.rank < best.rank:
+            best = trial
+    if best is not None and session.left:
+        session.evaluate(best.policy)
 
 
 def _closest(session: Session) -> str:

@@ -95,12 +95,12 @@ class Stage(Session):
             RuntimeError: Beyond the allowance.
         """
         if policy in self._seen:
-            return self.problem.evaluate(policy)
+            return self._seen[policy]
         evaluation = self.whole.evaluate(policy)
         trial = Trial.of(self.problem, policy, evaluation)
-        self._seen.add(policy)
+        self._seen[policy] = evaluation
         self.trials.append(trial)
-        sound = trial.feasible and math.isfinite(trial.loss)
+        sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
         if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
         if sound and self.ends and self.whole.problem.meets(evaluation):

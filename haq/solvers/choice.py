@@ -80,8 +80,8 @@ def finalists(trials: Iterable[Trial], best: Trial) -> list[Trial]:
 
 
 def is_candidate(trial: Trial) -> bool:
-    """Say whether a trial may be returned: it is feasible, and its network's outputs are finite."""
-    return trial.feasible and math.isfinite(trial.loss) and math.isfinite(trial.value)
+    """Say whether a trial may be returned: it is feasible, looked at whole, and its network's outputs are finite."""
+    return trial.feasible and trial.whole and math.isfinite(trial.loss) and math.isfinite(trial.value)
 
 
 def preferred(session: Session, trials: Sequence[Trial], paired_error: PairedError) -> Choice:

@@ -24,6 +24,7 @@ from haq.store.files import (
     SENSITIVITY,
     SWEEP,
     SWEEP_PICTURE,
+    TRIALS,
 )
 from haq.store.inventory import (
     FINISHED,
@@ -46,6 +47,7 @@ FILES = (
     POLICY,
     RESULT,
     SENSITIVITY,
+    TRIALS,
     SWEEP,
     LOCK,
     POLICY_PICTURE,

@@ -23,6 +23,7 @@ from hw_models.files import read_text as read_text
 
 CONFIG, PROBLEM, HISTORY, POLICY, RESULT = "config.yaml", "problem.json", "history.csv", "policy.json", "result.json"
 SWEEP, LOCK, SENSITIVITY, REPORT = "sweep.json", ".lock", "sensitivity.json", "report.html"
+TRIALS = "trials.csv"  # of earlier searches, as a history has them
 POLICY_PICTURE, SWEEP_PICTURE, ROBUSTNESS_PICTURE = "policy.png", "sweep.png", "robustness.png"
 ROBUSTNESS, ATTACKED = Path("robustness"), "robustness.json"  # a folder, and what comes of it
 SENSITIVITIES = "sensitivity"  # the run in a sweep that measured for all of them
@@ -37,7 +38,7 @@ SWEEP_SCHEMA, ROBUSTNESS_SCHEMA, SENSITIVITY_SCHEMA = "haq-sweep-2", "haq-robust
 MOST_CONFIG, MOST_JSON, MOST_HISTORY = 64 * 1024, 32 * 1024**2, 64 * 1024**2
 WRITTEN = (LOCK, PART, ".json", ".npz", ".png")  # what is put into a folder that isn't a run's, by attacks on a model
 # All there is, if a process was killed while it made a folder.
-LEFTOVERS = {LOCK, f"{CONFIG}{PART}", f"{SWEEP}{PART}"}
+LEFTOVERS = {LOCK, TRIALS, *(f"{name}{PART}" for name in (CONFIG, SWEEP, TRIALS))}
 
 
 def read_json(path: Path, what: str = "JSON") -> dict[str, Any]:

@@ -34,6 +34,7 @@ SOLVING = "How it is searched"
 TUNING = "Fine-tuning"
 WORK = "Who works"
 FOLDERS = "The run"
+BENCH = "What is measured"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
 MOST_BUDGETS = 1000
@@ -49,8 +50,9 @@ NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm")
+ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials")
 HALF = "0.5"  # the budget, unless one is given
+MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
 
 
@@ -312,6 +314,14 @@ class SearchConfig(_Config):
         "take it from an earlier run of this network and data, for whatever target and budget, instead of measuring it",
         group=SOLVING,
         metavar="RUN|FILE",
+    )
+    trials: str | None = setting(
+        None,
+        "learn from earlier runs or sweeps of this network and data, for whatever target and budget; may be given several "
+        "times, or parted by commas",
+        group=SOLVING,
+        metavar="RUN",
+        several=True,
     )
     threads: int | None = setting(
         None,
@@ -658,6 +668,13 @@ class SearchConfig(_Config):
             raise ValueError(f"--reference: {error}, or a policy.json") from None
 
     @property
+    def trial_folders(self) -> list[Path]:
+        """List the runs and sweeps whose trials are given."""
+        if self.trials is None:
+            return []
+        return [Path(part) for part in self.trials.split(",") if part]
+
+    @property
     def reference_file(self) -> Path | None:
         """Return the policy that budgets are fractions of, where that is a file."""
         if self.reference is None or not self.reference.endswith(".json"):
@@ -773,6 +790,7 @@ class SweepConfig(_Config):
         *MEASURED,
         "evaluations",
         "sensitivity_kind",
+        "trials",
         "device",
         "amp",
     )
@@ -1027,6 +1045,58 @@ class FinetuneConfig(AnotherScheme):
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
         check_rate(self.learning_rate)
+        return self
+
+
+class BenchConfig(_Config):
+    """Which solvers are measured, on which tables; what `haq bench` is asked."""
+
+    # Both may be given several times, which the command sees to.
+    solver: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    seeds: int = setting(10, "searches of each solver that draws: seeds 0, 1, 2 ...", group=BENCH, metavar="N")
+    evaluations: tuple[int, ...] = setting(
+        (25, 50, 100, 200, 400),
+        "after how many evaluations the regret is told, parted by commas",
+        group=BENCH,
+        metavar="N,N",
+        default_words="25,50,100,200,400",
+    )
+
+    @field_validator("solver", "tables", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = (value,)
+        if isinstance(value, tuple | list) and all(isinstance(part, str) for part in value):
+            return tuple(part.strip() for part in ",".join(value).split(",") if part.strip())
+        return value
+
+    @field_validator("evaluations", mode="before")
+    @classmethod
+    def _read_counts(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+            raise ValueError(
+                f"--evaluations is {value[:80]!r}; it must be integers of at least 1 parted by commas: 50,100,200"
+            )
+        return tuple(sorted({int(part) for part in parts}))
+
+    @model_validator(mode="after")
+    def _check_all(self) -> BenchConfig:
+        if not self.solver:
+            raise ValueError(f"--solver is missing: give at least one of {', '.join(SOLVERS.names())}, or module:Name")
+        for name in self.solver:
+            check_name(SOLVERS, name)
+        for option, values in (("solver", self.solver), ("tables", self.tables)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{option} is {','.join(values)!r}; each of them can be given once")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise ValueError(
+                f"--seeds is {self.seeds!r}; it must be an integer from 1 to {MOST_SEEDS}: so many are 0, 1, 2 ..."
+            )
         return self
 
 

@@ -4,6 +4,7 @@
     problem.json        what is searched: layers, what they cost at every pair of bits, the limit
     history.csv         every evaluation, in order
     sensitivity.json    what is known of single operands, if the search was given it or measured it
+    trials.csv          trials of earlier searches that it was given, as a history has them
     policy.json         the best policy so far; in the end the one that was chosen (`haq.solvers.choice`)
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
@@ -24,7 +25,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,13 @@ from haq.solvers.base import Session, Trial, solve
 from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
-from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY
+from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY, TRIALS
 from haq.store.history import HistoryRow
 from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.store.shell import command_line
+from haq.study import known_trials
+from haq.study.known_trials import KnownTrial, KnownTrials
 from haq.study.task import (
     LoadedNetwork,
     SearchConfig,
@@ -82,23 +86,26 @@ class SearchRun:
         self._writer: Any = None
 
     @classmethod
-    def create(cls, folder: Path, task: SearchTask) -> SearchRun:
-        """Start a new folder, with a copy of the sensitivities that the run is given.
+    def create(cls, folder: Path, task: SearchTask, known: KnownTrials | None = None) -> SearchRun:
+        """Start a new folder, with a copy of the sensitivities and the trials that the run is given.
 
         Args:
             folder: Where; made if need be.
             task: What is searched.
+            known: The trials that it is given; None: those of the folders that its settings name.
 
         Returns:
             The run.
 
         Raises:
-            ValueError: Touching nothing, if there is anything in the folder, or the sensitivities are refused.
+            ValueError: Touching nothing, if there is anything in the folder, or the sensitivities or trials are refused.
         """
         check_unused(folder)
         sensitivities = None
         if task.config.sensitivity is not None:
             sensitivities = task.read_sensitivities(Path(task.config.sensitivity))
+        if known is None and task.config.trials is not None:
+            known = known_trials.read(task.config.trial_folders, task)
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "schema": RUN_SCHEMA,
@@ -108,6 +115,9 @@ class SearchRun:
             "versions": versions(task.network.device),
         }
         run = cls(folder, task.config)
+        if known is not None:
+            # Before the file that says that there is a run: the folders they are from may be gone when it goes on.
+            run._write_trials(known.trials, task.problem)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
         run._write_problem(task)
         history.write(folder / HISTORY, others=other_metrics(task.problem))
@@ -293,11 +303,8 @@ class SearchRun:
         if path.exists():
             limits = history.Limits.of(objective_of(problem))
             self._expected = history.read(path, len(problem.workload), limits, other_metrics(problem))
-        higher, count = problem.objective.higher_is_better, problem.evaluator.count
-        for row in self._expected:
-            policy = problem.policy(row.weight_bits, row.activation_bits)
-            evaluation = Evaluation(row.accuracy, row.loss, count, row.divergence, higher)
-            problem.evaluator.cache[policy] = evaluation
+        for trial in known_trials.of_rows(self._expected, problem.workload.names, problem):
+            problem.evaluator.cache[trial.policy] = trial.evaluation
         # Without the line that was being written when the run was killed.
         history.write(path, self._expected, other_metrics(problem))
         return len(self._expected)
@@ -368,6 +375,7 @@ class SearchRun:
             sensitivities,
             self.config.sensitivity_kind,
             lambda measured: self.save_sensitivities(measured, task),
+            known=self._known_by(solver, task.problem),
             env=self.config.env,
             ahead=self.config.ahead,
             checkpoint=self.checkpoint(solver, task, **asked),
@@ -383,6 +391,12 @@ class SearchRun:
         if mine:
             self.save_policy(found.policy)
         return session
+
+    def _known_by(self, solver: str, problem: Problem) -> list[tuple[Q.BitPolicy, Evaluation]]:
+        """Return what a solver is told of earlier searches: rivals, which the run's own is held against, nothing."""
+        if solver != self.config.solver:
+            return []
+        return self.known(problem).pairs
 
     def checkpoint(self, name: str, task: SearchTask, **asked: Any) -> Checkpoint:
         """Return where something of this run, asked for in that way, keeps what it goes on with.
@@ -417,6 +431,14 @@ class SearchRun:
         if known is not None:
             self.save_sensitivities(known, task)
         return known
+
+    def known(self, problem: Problem) -> KnownTrials:
+        """Return the trials of earlier searches that the run was given: what stands in its folder."""
+        if self.config.trials is None:
+            return KnownTrials()
+        limits = history.Limits.of(objective_of(problem))
+        rows = history.read(self.folder / TRIALS, len(problem.workload), limits, other_metrics(problem))
+        return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem)))
 
     def save_sensitivities(self, measured: Sensitivities, task: SearchTask) -> None:
         """Write sensitivities, unless a solver before knew more of them."""
@@ -530,6 +552,9 @@ class SearchRun:
 
     def _state(self, name: str) -> Path:
         return self.folder / CHECKPOINT.parent / f"{name}.state"
+
+    def _write_trials(self, known: Sequence[KnownTrial], problem: Problem) -> None:
+        history.write(self.folder / TRIALS, known_rows(known, problem), other_metrics(problem))
 
     def _write_problem(self, task: SearchTask) -> None:
         ProblemRecord.from_dict(task.outline()).write(self.folder / PROBLEM)
@@ -712,6 +737,24 @@ def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) ->
         trial.evaluation.divergence,
         tuple(problem.costs(trial.policy).values())[1:],
     )
+
+
+def known_rows(known: Iterable[KnownTrial], problem: Problem) -> list[HistoryRow]:
+    """Write trials as the rows of a history, at what they cost here.
+
+    Args:
+        known: The trials.
+        problem: What is searched with them.
+
+    Returns:
+        The rows; those of each solver are numbered from 1.
+    """
+    numbers: Counter[str] = Counter()
+    found = []
+    for solver, policy, evaluation in known:
+        numbers[solver] += 1
+        found.append(history_row(solver, numbers[solver], Trial.of(problem, policy, evaluation), problem))
+    return found
 
 
 def _short(row: HistoryRow) -> str:

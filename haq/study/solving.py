@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from rich.console import Console
 from torch import nn
@@ -37,6 +38,7 @@ from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
 from haq.store.history import HistoryRow
 from haq.store.records import PolicyRecord, ProblemRecord
 from haq.store.units import describe_amount, finite, metric_words, show
+from haq.study.known_trials import check_uses_trials, gather
 from haq.study.picture import draw_policy, save_picture
 from haq.study.result import budgets_used, choice_entry, costs
 from haq.study.search_run import check_same_policy, history_row, other_metrics
@@ -62,6 +64,9 @@ SOLUTION = "solution.json"
 SOLUTION_SCHEMA = "haq-solution-1"
 QUANTIZED = "quantized.safetensors"
 PICTURE = "policy.png"
+
+
+Given = Union["Result", str, "os.PathLike[str]"]  # what holds the trials of an earlier search
 
 
 class Trials(list[Trial]):
@@ -303,12 +308,14 @@ class Result:
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is in use and is not overwritten: name another folder")
+        # Before anything is written: a problem that is a table has none.
+        quantized = self.quantized
         folder.mkdir(parents=True, exist_ok=True)
         PolicyRecord.of(self.policy).write(folder / POLICY)
         history.write(folder / HISTORY, self._rows(), other_metrics(self.problem))
         ProblemRecord.from_dict(outline(self.problem)).write(folder / PROBLEM)
         write(folder / SOLUTION, json.dumps(self.to_dict(), indent=2) + "\n")
-        save_quantized(folder / QUANTIZED, self.quantized)
+        save_quantized(folder / QUANTIZED, quantized)
         save_picture(self.problem, self.policy, folder / PICTURE)
         return folder
 
@@ -353,6 +360,7 @@ def solve(
     on_trial: Callable[[Trial], None] | None = None,
     ahead: int = 1,
     sensitivities: Sensitivities | str = "loss",
+    trials: Given | Iterable[Given] | None = None,
     env: str = "plan",
     workers: int | None = None,
     confirm: Batches | Samples | None = None,
@@ -369,6 +377,9 @@ def solve(
             have something to do; the result depends on it.
         sensitivities: What is known of single layers, such as an earlier result's `sensitivities`; or the kind that is to be
             measured: "loss" or "kl", or "hessian" or "gradient", which cost no evaluation.
+        trials: What earlier searches of this network and data tried, whatever they were of: results, folders of runs and
+            sweeps, folders that results were saved into, or one of these. They cost nothing; a solver must learn from them
+            (`Solver.uses_trials`).
         env: The environment of agents: "plan", or "haq" for that of HAQ's paper.
         workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
         confirm: Further held-out samples, as `search` of the problem, which neither search nor calibration has seen: the best
@@ -379,9 +390,10 @@ def solve(
         What was found.
 
     Raises:
-        TypeError: For a problem that is none, and for an `on_trial` that can't be called.
-        ValueError: For something that is no solver, for numbers out of range, for whatever the solver refuses, and if it
-            fails or evaluated no policy within the budget; for `confirm`, if it can't be read.
+        TypeError: For a problem that is none, for an `on_trial` that can't be called, and for trials that are none.
+        FileNotFoundError: For a folder that holds no trials.
+        ValueError: For something that is no solver, for numbers out of range, for trials of another problem, for `confirm` if
+            it can't be read, for whatever the solver refuses, and if it fails or evaluated no policy within the budget.
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; it must be a haq.Problem, made of the network")
@@ -403,6 +415,10 @@ def solve(
     if confirm is not None:
         confirming = problem.judging(confirm)
     name = getattr(found, "name", "") or type(found).__name__
+    known: list[tuple[Q.BitPolicy, Evaluation]] = []
+    if trials is not None:
+        check_uses_trials(found)
+        known = gather(trials, problem).pairs
     for sentence in doubts(problem):
         logger.warning(sentence)
     with _shown(problem.objective.title) as bar:
@@ -414,7 +430,7 @@ def solve(
             if on_trial is not None:
                 on_trial(trial)
 
-        session = Session(problem, evaluations, follow, given, kind, env=base.check_env(env), ahead=ahead)
+        session = Session(problem, evaluations, follow, given, kind, known=known, env=base.check_env(env), ahead=ahead)
         session.confirm = confirming
         with working(problem.evaluator, workers, device=problem.evaluator.device.type):
             base.solve(found, session, seed)

@@ -1,0 +1,548 @@
+"""Bayesian optimization: a Gaussian process learns from every trial what policies are worth, and chooses the next to evaluate.
+
+    start         plan's optima for the calibration errors and for errors under random weights, and random policies
+    then, always  of many candidates the unseen one with the largest expected improvement (Jones et al., "Efficient global
+                  optimization of expensive black-box functions", 1998)
+
+What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities are
+measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it to the
+value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right near
+the best policies: the better a trial, the more it counts.
+
+Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random weights,
+what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
+
+Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed by
+doing it again with its history at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from scipy.special import ndtr
+
+import quantizers as Q
+from envs.base import REWARD_SCALE
+from haq.problem.evaluator import Evaluation, one_thread
+from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
+from haq.problem.problem import Problem
+from haq.solvers.base import Session, Solver, Spending
+from haq.solvers.process import Process
+from haq.solvers.space import Floats, Options, Space
+from haq.store.units import PERCENT
+
+FEWEST = 10  # policies to begin with
+BEYOND = 3  # as many more than there are free decisions
+SPREAD = 1.0  # standard deviation of the logarithms of random weights
+RANDOM = 160  # candidates that are drawn at random
+NEARBY = 320  # candidates that differ from the best trials
+ELITE = 6  # best trials around which these are
+MOST_CHANGED = 4  # decisions in which they differ at most
+PLANS = 2  # candidates that are planned
+CLIMBED = 4  # most promising candidates whose neighbours are looked at
+STEPS = 2  # times in a row
+PAIRS = 60  # neighbours of each that differ in two decisions
+SINGLES = 60  # neighbours of each that differ in one
+GROWTH = 1.08  # trials more, as a factor, after which the processes are fitted anew
+NEAR = 1 / 4  # of the range of values: what counts as near the best
+FAR = 1e-2  # weight of a trial that is far from it
+SPREAD_OF_LOSS = 1.5  # standard deviation of one sample's loss, in parts of the mean
+MOST_STALE_ROUNDS = 20  # rounds without a policy that is new, after which there seem to be none
+TINY = 1e-12
+
+START, RANDOMLY, PLANNED, NEIGHBOUR, KNOWN = "start", "random", "plan", "neighbour", "known"
+
+
+class Learned(NamedTuple):
+    """A policy of which it is known what it is worth."""
+
+    features: Floats
+    evaluation: Evaluation
+    options: tuple[int, ...] | None  # None: a policy that can't be chosen here
+    believed: bool = False  # chosen, and not evaluated yet: what it is worth is what was predicted
+
+
+class Proposer(Protocol):
+    """Something that proposes candidates beside those of the search itself."""
+
+    name: str
+
+    def learn(self, options: tuple[int, ...], evaluation: Evaluation) -> None:
+        """Take a policy that was evaluated, the first ones included, in the order in which they were chosen."""
+
+    def propose(self, model: Model, count: int) -> list[tuple[int, ...]]:
+        """Propose option vectors within the budgets.
+
+        Args:
+            model: What was learned so far.
+            count: About how many are wanted.
+        """
+
+
+class Model:
+    """What is expected of policies that weren't evaluated.
+
+    Attributes:
+        trials: What it learned from.
+        best: The best feasible trial among them, by the problem's goal; None if there is none.
+    """
+
+    def __init__(self, space: Space, count: int) -> None:
+        """Begin with nothing.
+
+        Args:
+            space: The policies.
+            count: The samples that a whole evaluation stands on.
+        """
+        self.space = space
+        self.problem = space.problem
+        self.count = count
+        self.trials: list[Learned] = []
+        self.best: Learned | None = None
+        features = len(space.features(np.zeros((1, len(space.counts)), np.int64))[0])
+        self._of_loss = Process(features)
+        self._of_rest = Process(features)
+        self._fitted = 0.0  # trials at the last fit
+        self._current = False
+
+    def learn(self, policy: Q.BitPolicy, options: tuple[int, ...] | None, evaluation: Evaluation) -> None:
+        """Take a policy that was evaluated.
+
+        Args:
+            policy: The policy.
+            options: Its option vector; None if it can't be chosen here.
+            evaluation: What it gave.
+        """
+        if options is None:
+            features = self.space.features_of(policy)
+        else:
+            features = self.space.features(np.array([options]))[0]
+        self.trials.append(Learned(features, evaluation, options))
+        self._current = False
+
+    def believe(self, options: tuple[int, ...]) -> None:
+        """Take it that a policy that was chosen gives what is expected of it, until it is known."""
+        self._fit()
+        row = np.array([options])
+        features = self.space.features(row)
+        mean, _ = self.predict(row)
+        quality, _ = self._of_loss.predict(features)
+        loss = self._loss_of(float(quality[0]))
+        higher = self.problem.objective.higher_is_better
+        value = float(mean[0])
+        if not higher:
+            value = -value
+        evaluation = Evaluation(value, loss, self.count, None, higher)
+        self.trials.append(Learned(features[0], evaluation, options, believed=True))
+        self._current = False
+
+    def forget_believed(self) -> None:
+        """Forget what was only believed."""
+        self.trials = [trial for trial in self.trials if not trial.believed]
+        self._current = False
+
+    def predict(self, options: Options) -> tuple[Floats, Floats]:
+        """Predict policies' scores, of which larger ones are better, in the unit of the objective.
+
+        Args:
+            options: Shape (policies, decisions).
+
+        Returns:
+            Means and standard deviations, shape (policies,) each.
+        """
+        self._fit()
+        x = self.space.features(options)
+        quality, of_quality = self._of_loss.predict(x)
+        rest, of_rest = self._of_rest.predict(x)
+        mean = self._line[0] + self._line[1] * quality + rest
+        return mean, np.hypot(self._line[1] * of_quality, of_rest)
+
+    def reward(self, options: Options) -> Floats:
+        """Predict what an agent gets for policies, shape (policies,); see `envs.base.reward_of`."""
+        objective, float_value = self.problem.objective, self.problem.float_accuracy
+        mean, _ = self.predict(options)
+        better = mean - float(objective.signed(float_value))
+        if objective.unit == PERCENT and objective.higher_is_better:
+            return REWARD_SCALE * better
+        x = better / (abs(float_value) or 1.0)
+        return REWARD_SCALE * x / (1 + np.abs(x))
+
+    def improvement(self, options: Options) -> Floats:
+        """Tell how much better than the best policies are expected to be, shape (policies,).
+
+        Of the best policy that is the expected improvement of the score; of the cheapest what a policy saves, times the
+        probability that it is good enough; of a trade-off the expected improvement of its value.
+        """
+        mean, deviation = self.predict(options)
+        problem, goal = self.problem, self.problem.goal
+        if goal.kind == TRADEOFF:
+            target = problem.tradeoff_target
+            factor = np.array([goal.worth(1.0, float(cost), target) for cost in self.space.costs(options)])
+            best = 0.0
+            if self.best is not None:
+                best = self._worth(self.best)
+            return _expected(mean * factor, deviation * factor, best)
+        if goal.kind == CHEAPEST:
+            least = float(problem.objective.signed(goal.threshold(problem.objective, problem.float_accuracy)))
+            sure = ndtr((mean - least) / np.maximum(deviation, TINY))
+            if self.best is None:
+                return sure
+            saved = self._cost(self.best) * (1 - TINY) - self.space.costs(options)
+            return np.maximum(saved, 0.0) * sure
+        best = float(mean.max())
+        if self.best is not None:
+            best = self.best.evaluation.score
+        return _expected(mean, deviation, best)
+
+    def elite(self, count: int) -> Options:
+        """Return the best trials that can be chosen, the best first, shape (at most count, decisions)."""
+        found = [trial for trial in self.trials if trial.options is not None]
+        ranked = sorted(found, key=self._rank)[:count]
+        return np.array([trial.options for trial in ranked], np.int64).reshape(len(ranked), len(self.space.counts))
+
+    def _rank(self, trial: Learned) -> tuple[float, ...]:
+        """Sort better trials first, by the problem's goal; those that may not be chosen come last."""
+        evaluation = trial.evaluation
+        kind = self.problem.goal.kind
+        if kind == TRADEOFF:
+            return 0.0, -self._worth(trial), evaluation.loss
+        if kind == CHEAPEST:
+            if self.problem.meets(evaluation):
+                return 0.0, self._cost(trial), -evaluation.score
+            return 1.0, -evaluation.score, evaluation.loss
+        return 0.0, -evaluation.score, evaluation.loss
+
+    def _cost(self, trial: Learned) -> float:
+        return float(self.space.costs(np.array([trial.options]))[0])
+
+    def _worth(self, trial: Learned) -> float:
+        problem = self.problem
+        return problem.goal.worth(trial.evaluation.value, self._cost(trial), problem.tradeoff_target)
+
+    def _fit(self) -> None:
+        """Learn what the trials say, if that isn't what is known already."""
+        if self._current:
+            return
+        self._current = True
+        self._set_best()
+        anew = len(self.trials) >= self._fitted * GROWTH + 1
+        if anew:
+            self._fitted = len(self.trials)
+        x = np.array([trial.features for trial in self.trials])
+        with one_thread():
+            self._learn(x, anew)
+
+    def _set_best(self) -> None:
+        """Find the best feasible trial that was evaluated whole."""
+        self.best = None
+        whole = [t for t in self.trials if t.options is not None and not t.believed and t.evaluation.images >= self.count]
+        sound = [trial for trial in whole if math.isfinite(trial.evaluation.loss)]
+        if self.problem.goal.kind == CHEAPEST:
+            sound = [trial for trial in sound if self.problem.meets(trial.evaluation)]
+        if not sound:
+            return
+        rows = np.array([trial.options for trial in sound])
+        within = [trial for trial, fits in zip(sound, self.space.fits(rows), strict=True) if fits]
+        if within:
+            self.best = min(within, key=self._rank)
+
+    def _learn(self, x: Floats, anew: bool) -> None:
+        quality, scores = self._values()
+        images = np.array([max(trial.evaluation.images, 1) for trial in self.trials])
+        unseen = np.maximum(1 - images / self.count, 0.0) / images  # of the variance of one sample, for a part of them
+        self._of_loss.learn(x, quality, extra=np.square(SPREAD_OF_LOSS) * unseen * self._relative, fit=anew)
+        weights = self._weights(scores)
+        design = np.stack([np.ones(len(scores)), quality], axis=1)
+        root = np.sqrt(weights)
+        self._line = np.linalg.lstsq(design * root[:, None], scores * root, rcond=None)[0]
+        # A larger loss is never a sign of a better value.
+        if self._line[1] < 0:
+            self._line = np.array([float(np.average(scores, weights=weights)), 0.0])
+        of_value = unseen * np.maximum(np.square(np.std(scores)), TINY)
+        if self.problem.objective.unit == PERCENT:
+            share = np.clip(np.abs(scores), 0.0, 1.0)
+            of_value = unseen * share * (1 - share)
+        self._of_rest.learn(x, scores - design @ self._line, 1 / weights, extra=of_value, fit=anew)
+
+    def _values(self) -> tuple[Floats, Floats]:
+        """Return quality, which is larger the smaller a loss is, and the score of every trial, all of them finite."""
+        losses = np.array([trial.evaluation.loss for trial in self.trials])
+        scores = np.array([trial.evaluation.score for trial in self.trials])
+        finite = np.isfinite(losses) & np.isfinite(scores)
+        if not finite.any():
+            return np.zeros(len(losses)), np.zeros(len(scores))
+        # Outputs that aren't finite are worth less than all others.
+        losses = np.where(finite, losses, losses[finite].max() + np.ptp(losses[finite]))
+        scores = np.where(finite, scores, scores[finite].min() - np.ptp(scores[finite]))
+        self._is_ratio = bool(losses.min() > 0)
+        self._relative = 1.0
+        if self._is_ratio:
+            return -np.log(losses), scores
+        self._relative = float(np.square(losses.std()))
+        return -losses, scores
+
+    def _loss_of(self, quality: float) -> float:
+        if self._is_ratio:
+            return math.exp(-quality)
+        return -quality
+
+    def _weights(self, scores: Floats) -> Floats:
+        """Tell how much every trial counts for the line and for what is beyond it: less the farther it is from the best."""
+        problem = self.problem
+        top = float(scores.max())
+        if problem.goal.kind == CHEAPEST:
+            top = float(problem.objective.signed(problem.goal.threshold(problem.objective, problem.float_accuracy)))
+        away = np.abs(scores - top)
+        near = NEAR * float(np.median(away)) or 1.0
+        return np.exp(-np.minimum(away / near, 700.0)) + FAR
+
+
+class Candidates(NamedTuple):
+    """Policies that may be chosen, and who proposed them."""
+
+    options: Options
+    origins: list[str]
+
+
+class Search:
+    """One search: what was learned, what was chosen but isn't learned yet, and where choices came from.
+
+    Attributes:
+        origins: Where every choice came from, in order: "start", "random", "neighbour", "plan", or a proposer's name.
+    """
+
+    def __init__(self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = ()) -> None:
+        """Begin a search.
+
+        Args:
+            problem: What is searched.
+            session: Evaluates policies.
+            seed: What everything random comes from.
+            proposers: Who proposes candidates beside the search itself.
+        """
+        self.problem = problem
+        self.session = session
+        self.space = Space(problem)
+        self.model = Model(self.space, problem.evaluator.count)
+        self.proposers = list(proposers)
+        self.origins: list[str] = []
+        self._draws = np.random.default_rng(seed)
+        self._chosen: set[tuple[int, ...]] = set()
+        self._waiting: deque[tuple[tuple[int, ...], Q.BitPolicy]] = deque()
+        for policy, evaluation in session.known:
+            self.model.learn(policy, self.space.options(policy), evaluation)
+        self._start = deque(self._first_policies())
+
+    def run(self) -> None:
+        """Choose and evaluate, until all evaluations are used or nothing new is found."""
+        while True:
+            while self._may_choose:
+                found = self.choose()
+                if found is None:
+                    break
+                self.expect(found)
+            if not self._waiting:
+                return
+            options, policy = self._waiting.popleft()
+            self.learn(options, policy, self.session.evaluate(policy))
+
+    @property
+    def _may_choose(self) -> bool:
+        return len(self._waiting) < min(self.session.ahead, self.session.left)
+
+    def expect(self, options: tuple[int, ...]) -> None:
+        """Let a policy that was chosen be evaluated, and wait in line to be learned from."""
+        policy = self.space.policy(options)
+        self._waiting.append((options, policy))
+        self.session.expect([policy], beat=self.session.racing_beat())
+
+    def learn(self, options: tuple[int, ...], policy: Q.BitPolicy, evaluation: Evaluation) -> None:
+        """Take what a policy gave."""
+        self.model.learn(policy, options, evaluation)
+        for proposer in self.proposers:
+            proposer.learn(options, evaluation)
+
+    def choose(self) -> tuple[int, ...] | None:
+        """Choose the next policy; None if nothing new is found."""
+        while self._start:
+            options, origin = self._start.popleft()
+            if options not in self._chosen:
+                return self._take(options, origin)
+        if not self.model.trials:
+            return None
+        with one_thread():
+            for options, _ in self._waiting:
+                self.model.believe(options)
+            found = self._most_promising()
+            self.model.forget_believed()
+        if found is None:
+            return None
+        return self._take(*found)
+
+    def _take(self, options: tuple[int, ...], origin: str) -> tuple[int, ...]:
+        self._chosen.add(options)
+        self.origins.append(origin)
+        return options
+
+    def _first_policies(self) -> list[tuple[tuple[int, ...], str]]:
+        """List the policies to begin with: of known trials the best; otherwise plans and random policies."""
+        count = start_of(len(self.space.free), self.session.left)
+        known = [trial for trial in self.model.trials if trial.options is not None]
+        if known:
+            rows = np.array([trial.options for trial in known])
+            within = [trial for trial, fits in zip(known, self.space.fits(rows), strict=True) if fits]
+            count = max(count - len(known), 0)
+            if within:
+                best = min(within, key=self.model._rank)
+                assert best.options is not None
+                return [(best.options, KNOWN), *self._drawn_policies(count)]
+            count = max(count, 1)
+        return self._drawn_policies(count)
+
+    def _drawn_policies(self, count: int) -> list[tuple[tuple[int, ...], str]]:
+        """Draw policies: the plan for the errors as they are, then three of four planned under random weights."""
+        found: dict[tuple[int, ...], str] = {}
+        for number in range(MOST_STALE_ROUNDS * count):
+            if len(found) == count:
+                break
+            if number % 4 == 3:
+                options = tuple(self.space.random(1, self._draws)[0].tolist())
+            else:
+                options = self._planned(weighted=number > 0)
+            found.setdefault(options, START)
+        return list(found.items())
+
+    def _planned(self, weighted: bool) -> tuple[int, ...]:
+        """Plan for the sum of the errors, or for errors, or their roots, under random weights."""
+        errors = np.square(self.space.errors)
+        if weighted:
+            if self._draws.random() < 0.5:
+                errors = self.space.errors
+            errors = errors * np.exp(SPREAD * self._draws.standard_normal((len(errors), 1, 2)))
+        losses = [row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)]
+        return self.space.planned(losses)
+
+    def _most_promising(self) -> tuple[tuple[int, ...], str] | None:
+        """Return the candidate with the largest expected improvement, and where it came from; None without any."""
+        for _ in range(MOST_STALE_ROUNDS):
+            found = self._candidates()
+            if found.origins:
+                break
+        else:
+            return None
+        options, origins = found
+        gains = self.model.improvement(options)
+        for _ in range(STEPS):
+            order = np.argsort(-_rounded(gains), kind="stable")[:CLIMBED]
+            near = self._new(self._neighbours(options[order]), set(map(tuple, options.tolist())))
+            if not len(near):
+                break
+            options = np.concatenate([options, near])
+            gains = np.concatenate([gains, self.model.improvement(near)])
+            origins = [*origins, *[NEIGHBOUR] * len(near)]
+        best = int(np.argmax(_rounded(gains)))
+        return tuple(options[best].tolist()), origins[best]
+
+    def _candidates(self) -> Candidates:
+        """Propose policies within the budgets that weren't chosen."""
+        space, draws = self.space, self._draws
+        elite = self.model.elite(ELITE)
+        parts = [(RANDOMLY, space.random(RANDOM, draws))]
+        if len(elite):
+            parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
+        parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
+        for proposer in self.proposers:
+            proposed = proposer.propose(self.model, RANDOM)
+            parts.append((proposer.name, np.array(proposed, np.int64).reshape(-1, len(space.counts))))
+        options, origins, before = [np.zeros((0, len(space.counts)), np.int64)], [], set[tuple[int, ...]]()
+        for origin, rows in parts:
+            new = self._new(rows, before)
+            before.update(map(tuple, new.tolist()))
+            options.append(new)
+            origins += [origin] * len(new)
+        return Candidates(np.concatenate(options), origins)
+
+    def _around(self, options: Options) -> Options:
+        """Draw up to four decisions of policies anew; half of them then fill the budgets."""
+        changes = self._draws.integers(1, MOST_CHANGED + 1, size=len(options))
+        within = self.space.lowered(self.space.changed(options, changes, self._draws), self._draws)
+        half = len(within) // 2
+        return np.concatenate([self.space.filled(within[:half], self._draws), within[half:]])
+
+    def _neighbours(self, options: Options) -> Options:
+        """Draw policies within the budgets that differ from given ones in one decision or in two."""
+        rows = np.repeat(options, SINGLES + PAIRS, axis=0)
+        changes = np.tile([1] * SINGLES + [2] * PAIRS, len(options))
+        changed = self.space.changed(rows, changes, self._draws)
+        return changed[self.space.fits(changed)]
+
+    def _new(self, options: Options, before: set[tuple[int, ...]]) -> Options:
+        """Return policies that weren't chosen, aren't in `before`, and fit the budgets, each once."""
+        if not len(options):
+            return options
+        listed = list(map(tuple, options.tolist()))
+        first: dict[tuple[int, ...], int] = {}
+        for index, row in enumerate(listed):
+            if row not in before and row not in self._chosen:
+                first.setdefault(row, index)
+        found = options[list(first.values())]
+        return found[self.space.fits(found)]
+
+
+def start_of(free: int, evaluations: int) -> int:
+    """Return how many policies a search begins with before it learns: at most half of its evaluations, and one at least."""
+    return min(wanted_start(free), max(evaluations // 2, 1))
+
+
+def wanted_start(free: int) -> int:
+    """Return how many policies a search should begin with, for so many free decisions."""
+    return max(FEWEST, free + BEYOND)
+
+
+def start_spending(problem: Problem, evaluations: int) -> list[Spending]:
+    """Tell what evaluations go into; see `Solver.spending`."""
+    free = sum(len(decision.pairs) > 1 for decision in problem.decisions)
+    start = start_of(free, evaluations)
+    return [
+        Spending(
+            "first policies: plans for the calibration errors under random weights, and random ones", start, wanted_start(free)
+        ),
+        Spending("policies with the largest expected improvement", evaluations - start),
+    ]
+
+
+class Surrogate(Solver):
+    """A Gaussian process that learns from every trial, and chooses the next by expected improvement."""
+
+    name = "surrogate"
+    summary = "a Gaussian process learns from every trial, and chooses the next (Bayesian optimization)"
+    chooses_ahead = True
+    goals = (BEST.kind, CHEAPEST, TRADEOFF)
+
+    def solve(self, problem: Problem, session: Session, seed: int) -> None:
+        """Search until the evaluations are used, or there is nothing new."""
+        Search(problem, session, seed).run()
+
+    def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
+        """Tell what the evaluations go into."""
+        return start_spending(problem, evaluations)
+
+
+def _expected(mean: Floats, deviation: Floats, best: float) -> Floats:
+    """Return the expected improvement on the best; equation 15 of Jones et al., 1998."""
+    deviation = np.maximum(deviation, TINY)
+    z = (mean - best) / deviation
+    density = np.exp(-np.square(z) / 2) / math.sqrt(2 * math.pi)
+    gain: Floats = (mean - best) * ndtr(z) + deviation * density
+    return gain
+
+
+def _rounded(values: Floats) -> Floats:
+    """Round to nine digits of the largest: what differs by less is the same, on any processor."""
+    most = float(np.abs(values).max(initial=0.0)) or 1.0
+    return np.round(values / most, 9)
