@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 import quantizers as Q
@@ -688,7 +689,7 @@ def _check_given(objective: Objective, samples: Samples | None, has_targets: boo
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread within.
+    """Compute with one thread within, in torch and in the linear algebra of NumPy and SciPy.
 
     Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations
     don't wait for others' threads.
@@ -696,9 +697,18 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _linear_algebra().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def _linear_algebra() -> ThreadpoolController:
+    """Find the libraries of linear algebra, which takes milliseconds."""
+    import scipy.linalg  # noqa: F401  it brings one of its own
+
+    return ThreadpoolController()
 
 
 @contextmanager

@@ -74,7 +74,9 @@ def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, f
     return task.measured[policy], task.by_sample[policy]
 
 
-def _paired_errors(task: SearchTask, by_sample: dict[str, Tensor | None], other: Q.BitPolicy | None) -> dict[str, float | None]:
+def _paired_errors(
+    task: SearchTask, by_sample: dict[str, Tensor | None], other: Q.BitPolicy | None
+) -> dict[str, float | None]:
     """Tell the paired standard errors of differences from another policy, as far as they are known.
 
     Args:
