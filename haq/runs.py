@@ -362,6 +362,8 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield "budget", _budget_words(budget, short_reference(result.reference))
     if result.reached is not None:
         yield "reached", result.reached_words
+    if result.choice is not None:
+        yield "choice", result.choice.words
     name_of_reference = "uniform8"
     if result.reference != UNIFORM_8:
         name_of_reference = "reference"
@@ -375,7 +377,16 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
     for name, row in measured.items():
         if row is not None:
             search, test = (result.show(result.value(row, split)) for split in ("search", "test"))
-            yield name, f"{search} search, {test} test {result.objective_title} (measured)"
+            yield name, f"{search} search, {test} test {result.objective_title} (measured){_against_float(result, row)}"
+
+
+def _against_float(result: ResultRecord, row: Measurement) -> str:
+    """Say how far a row is from float on the test split, where the standard error of that is known."""
+    error = row.paired_error("test", result.objective, "float")
+    if error is None:
+        return ""
+    value, of_float = (result.value(one, "test") for one in (row, result.of_float))
+    return f"; test {result.difference(value, of_float, error, 'float')}"
 
 
 def _budget_words(budget: BudgetRecord, reference: str) -> str:

@@ -20,6 +20,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
 from haq.solvers.base import Trial
+from haq.solvers.choice import LAST
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.store.files import SENSITIVITY
 from haq.store.records import (
@@ -96,6 +97,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
         "objective": problem.objective.words,
         "evaluations": _evaluations_words(task, workers),
+        **_confirmation_words(task),
         "fine-tuning": _finetuning_words(task),
         "seed": str(config.seed),
         "results in": results_in,
@@ -262,6 +264,17 @@ def _evaluations_words(task: SearchTask, workers: str) -> str:
     if task.config.finetune_steps:
         words += f" after {task.config.finetune_steps} steps of fine-tuning"
     return f"{words}, {workers}"
+
+
+def _confirmation_words(task: SearchTask) -> dict[str, str]:
+    """Say by what the best few policies are judged again, by the name of a plan's row."""
+    if task.to_confirm is None:
+        return {}
+    count = len(task.to_confirm)
+    return {
+        "confirmation": f"the best {LAST} are judged again on {count:,} {task.problem.samples_are} of the train split, which are "
+        "set apart for it: neither calibration nor fine-tuning sees them"
+    }
 
 
 def _finetuning_words(task: SearchTask) -> str:

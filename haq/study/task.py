@@ -38,6 +38,7 @@ from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.finetuning import classes_of
 from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
@@ -375,7 +376,7 @@ def set_apart(dataset: data.Dataset, count: int) -> tuple[Split, Split]:
         assert train.groups is not None
         chosen = free[whole_groups(train.groups[free], count, "the train split")]
     else:
-        chosen = free[stratified(training.classes_of(train)[free], count)]
+        chosen = free[stratified(classes_of(train)[free], count)]
     return train.subset(without(len(train), chosen)), train.subset(chosen.sort().values)
 
 
