@@ -117,7 +117,8 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)
-        result["finetuned"] = summary.entry(task, policy, network, found=policy)
+        result["finetuned"], by_sample = summary.entry_by_sample(task, policy, network, found=policy)
+        result["answers"] = summary.answers_entry(task, policy, by_sample)
         result.pop("finetuned_scheme", None)
         if config.scheme is not None:
             result["finetuned_scheme"] = config.scheme

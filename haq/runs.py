@@ -243,6 +243,9 @@ def print_comparison(console: Console, content: Mapping[str, Any]) -> None:
         say(console, f"Their {content['values']} can't be compared: {content['reason']}.")
     if len(content["order"]) > 1:
         say(console, f"By test {content['objective_title']}, the best one first: {', '.join(content['order'])}", wrap=False)
+    if content["below_best"]:
+        parts = [f"{name} is {words}" for name, words in content["below_best"].items()]
+        say(console, f"On the same test samples, ± one paired standard error: {'; '.join(parts)}.", wrap=False)
 
 
 def _name_and_question(run: RunSummary) -> RenderableType:
@@ -460,7 +463,8 @@ def _judging(runs: Sequence[RunSummary], comparable: bool) -> dict[str, Any]:
         aren't of one objective.
     """
     if not comparable:
-        return {"objective_title": "", "objective_unit": "", "values": _values_of(runs).lower(), "order": []}
+        values = _values_of(runs).lower()
+        return {"objective_title": "", "objective_unit": "", "values": values, "order": [], "below_best": {}}
     first = runs[0]
     tested = [run for run in runs if run.test is not None]
     tested.sort(key=lambda run: run.test or 0.0, reverse=first.higher_is_better)
@@ -469,7 +473,28 @@ def _judging(runs: Sequence[RunSummary], comparable: bool) -> dict[str, Any]:
         "objective_unit": first.objective_unit,
         "values": _values_of(runs).lower(),
         "order": [str(run.folder) for run in tested],
+        "below_best": _below_best(tested),
     }
+
+
+def _below_best(runs: Sequence[RunSummary]) -> dict[str, str]:
+    """Say how far runs are from the best of them on the test split, where it is known which samples they answer rightly.
+
+    Args:
+        runs: All with a value on the test split, the best one first.
+
+    Returns:
+        Words by folder, for all but the best.
+    """
+    found: dict[str, str] = {}
+    for run in runs[1:]:
+        first, other = runs[0].result, run.result
+        if first is None or other is None or first.answers is None or other.answers is None:
+            continue
+        error = first.answers.paired_error(other.answers)
+        values = [result.value(result.last, "test") for result in (other, first)]
+        found[str(run.folder)] = first.difference(*values, error, str(runs[0].folder))
+    return found
 
 
 def _values_of(runs: Sequence[RunSummary]) -> str:

@@ -15,6 +15,7 @@ mappings of a file are bounded, so that a hostile one can't ask for more memory 
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -1080,6 +1081,49 @@ class ChoiceRecord(JudgingRecord):
         return self
 
 
+class AnswersRecord(Record):
+    """Which test samples networks answer rightly: a bit each, so that runs can be held against each other sample by sample.
+
+    Attributes:
+        count: The number of samples.
+        found: Of what was found: bits in the order of the samples, the first one highest, written in base64.
+        finetuned: Of the same, fine-tuned; None if it wasn't.
+    """
+
+    count: Count
+    found: str
+    finetuned: str | None = None
+
+    @property
+    def last(self) -> int:
+        """Return the bits of what was measured last, as a whole number."""
+        return _bits_of(self.finetuned or self.found)
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> AnswersRecord:
+        for text in filter(None, (self.found, self.finetuned)):
+            try:
+                length = len(base64.b64decode(text, validate=True))
+            except ValueError:
+                raise ValueError("'answers' holds what is no base64") from None
+            if length != -(-self.count // 8):
+                raise ValueError(f"'answers' holds {length} bytes; of {self.count} samples there must be {-(-self.count // 8)}")
+        return self
+
+    def paired_error(self, other: AnswersRecord) -> float | None:
+        """Tell the paired standard error of the difference of two shares, as `haq.problem.paired` does; None of other samples."""
+        count = self.count
+        if count != other.count or count < 2:
+            return None
+        mine, others = self.last, other.last
+        more, fewer = (mine & ~others).bit_count(), (others & ~mine).bit_count()
+        return math.sqrt(max(more + fewer - (more - fewer) ** 2 / count, 0.0) / (count - 1) / count)
+
+
+def _bits_of(text: str) -> int:
+    return int.from_bytes(base64.b64decode(text), "big")
+
+
 class TuningRecord(JudgingRecord):
     """How a fine-tuning was judged on samples of the train split that it held out."""
 
@@ -1174,6 +1218,7 @@ class ResultRecord(FileRecord, JudgingRecord):
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
     reached: ReachedRecord | None = None  # of the cheapest policy
     choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
+    answers: AnswersRecord | None = None  # on the test split, of shares
 
     @property
     def all_budgets(self) -> list[BudgetRecord]:

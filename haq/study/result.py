@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 import quantizers as Q
@@ -52,6 +55,23 @@ def entry(
         differences from the float network's and from those of what was found, as far as they are known; and costs: seconds,
         joules, bytes; None where the target has no such metric, and for values that are infinite.
     """
+    return entry_by_sample(task, policy, module, found)[0]
+
+
+def entry_by_sample(
+    task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None, found: Q.BitPolicy | None = None
+) -> tuple[dict[str, float | None], dict[str, Tensor | None]]:
+    """Measure and price a policy, as `entry` does.
+
+    Args:
+        task: As `entry` takes it.
+        policy: Likewise.
+        module: Likewise.
+        found: Likewise.
+
+    Returns:
+        What `entry` returns; and by split the value of every sample, None where values aren't means over samples.
+    """
     if module is not None:
         row, by_sample = measure(task, module)
     else:
@@ -61,7 +81,34 @@ def entry(
         errors = _paired_errors(task, by_sample, None)
     if found is not None and (module is not None or policy != found):
         errors |= _paired_errors(task, by_sample, found)
-    return row | errors | costs(task.problem, policy)
+    return row | errors | costs(task.problem, policy), by_sample
+
+
+def answers_entry(
+    task: SearchTask, policy: Q.BitPolicy, finetuned: dict[str, Tensor | None] | None
+) -> dict[str, Any] | None:
+    """Tell as plain data which test samples are answered rightly (`haq.store.records.AnswersRecord`).
+
+    Args:
+        task: The search.
+        policy: What was found.
+        finetuned: The value of every sample of the same after fine-tuning, by split; None if it wasn't fine-tuned.
+
+    Returns:
+        The fields of the record; None for values that are no shares.
+    """
+    found = _measured(task, policy)[1]["test"]
+    if found is None or found.dtype != torch.bool:
+        return None
+    told: dict[str, Any] = {"count": len(found), "found": _packed(found)}
+    if finetuned is not None and finetuned["test"] is not None:
+        told["finetuned"] = _packed(finetuned["test"])
+    return told
+
+
+def _packed(right: Tensor) -> str:
+    """Write booleans as bits in base64."""
+    return base64.b64encode(np.packbits(right.numpy()).tobytes()).decode()
 
 
 def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, float | None], dict[str, Tensor | None]]:
@@ -213,12 +260,16 @@ def collect(
         Plain data: what result.json holds (`haq.store.records.ResultRecord`).
     """
     problem = task.problem
-    tuned = None
+    tuned: dict[str, float | None] | None = None
+    by_sample: dict[str, Tensor | None] | None = None
     if finetuned is not None:
-        tuned = entry(task, policy, finetuned, found=policy)
+        tuned, by_sample = entry_by_sample(task, policy, finetuned, found=policy)
     entries = goal_entries(task, policy)
     if choice is not None:
         entries["choice"] = choice_entry(problem, choice)
+    answers = answers_entry(task, policy, by_sample)
+    if answers is not None:
+        entries["answers"] = answers
     return {
         "schema": RESULT_SCHEMA,
         **objective_of(problem).differences(),
