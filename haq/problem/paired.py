@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from haq.networks import Network
 
 
-APART = 0.23  # see `estimated_error`
+APART = 0.22  # see `estimated_error`
 
 
 def has_values_by_sample(objective: Objective) -> bool:
@@ -59,8 +59,8 @@ def estimated_error(one: Evaluation, other: Evaluation) -> float | None:
 
     The share of samples that just one of two networks answers rightly grows with the square root of the sum of their
     divergences from the float network: `APART` times that (in nats) was measured for pairs of policies near the best of five
-    problems, within 30 % for two pairs in three (`experiments/choice.py --calibrate`); the error, which is the square root of
-    it, within 15 %.
+    problems (0.20 to 0.26 on average), within 16 to 30 % for two pairs in three (`experiments/choice.py`); the error, which is
+    the square root of it, within 8 to 15 %.
 
     Args:
         one: A policy's share, and its divergence.

@@ -1107,7 +1107,9 @@ class AnswersRecord(Record):
             except ValueError:
                 raise ValueError("'answers' holds what is no base64") from None
             if length != -(-self.count // 8):
-                raise ValueError(f"'answers' holds {length} bytes; of {self.count} samples there must be {-(-self.count // 8)}")
+                raise ValueError(
+                    f"'answers' holds {length} bytes; of {self.count} samples there must be {-(-self.count // 8)}"
+                )
         return self
 
     def paired_error(self, other: AnswersRecord) -> float | None:

@@ -84,9 +84,7 @@ def entry_by_sample(
     return row | errors | costs(task.problem, policy), by_sample
 
 
-def answers_entry(
-    task: SearchTask, policy: Q.BitPolicy, finetuned: dict[str, Tensor | None] | None
-) -> dict[str, Any] | None:
+def answers_entry(task: SearchTask, policy: Q.BitPolicy, finetuned: dict[str, Tensor | None] | None) -> dict[str, Any] | None:
     """Tell as plain data which test samples are answered rightly (`haq.store.records.AnswersRecord`).
 
     Args:

@@ -16,7 +16,7 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation, Kept
 from haq.problem.goal import CHEAPEST, Goal
 from haq.problem.objective import ValueObjective, find_objective
-from haq.problem.paired import error_of_difference, estimated_error
+from haq.problem.paired import APART, error_of_difference, estimated_error
 from haq.solvers import choice
 from haq.solvers.base import Session, Trial
 from haq.store.records import ChoiceRecord
@@ -141,7 +141,7 @@ def test_the_paired_error_of_shares_is_mcnemars() -> None:
 def test_the_error_of_a_table_grows_with_the_divergences() -> None:
     one, other = Evaluation(0.9, 0.1, 600, 0.04), Evaluation(0.89, 0.1, 600, 0.05)
     error = estimated_error(one, other)
-    assert error == pytest.approx(math.sqrt((0.23 * 0.3 - 0.01**2) / 599))
+    assert error == pytest.approx(math.sqrt((APART * 0.3 - 0.01**2) / 599))
     assert estimated_error(one, other._replace(divergence=0.5)) > error  # type: ignore[operator]
     assert estimated_error(one, other._replace(divergence=None)) is None
     # The share of samples that differ is at least the difference itself.

@@ -131,7 +131,9 @@ def test_an_objective_with_samples_of_its_own_is_refused(tmp_path: Path, capsys:
 
 
 def test_a_task_trains_on_what_is_left() -> None:
-    config = SearchConfig.from_options({"network": "small_job:network", "data": "small_job:splits", "hw": "edge", "confirm": 30})
+    config = SearchConfig.from_options(
+        {"network": "small_job:network", "data": "small_job:splits", "hw": "edge", "confirm": 30}
+    )
     task = SearchTask.build(config)
     assert len(task.to_train_on) == COUNT - 30
     assert task.confirm is not None
