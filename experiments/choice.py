@@ -4,9 +4,9 @@
 
 Networks: those of `experiments.regret`. Evolution searches once; of what it tried, the outputs of the best policies on all
 held-out images are computed. Then, again and again, these images are divided anew: so many judge policies as a search does,
-the others test what a rule returns. So every rule meets hundreds of searches and not one, and the standard errors are those of
-real answers. What is told is the accuracy of the returned policy on the test part, in points, beside that of the policy that is
-best on the search part.
+the others test what a rule returns. So every rule meets hundreds of searches and not one, and the standard errors are those
+of real answers. What is told is the accuracy of the returned policy on the test part, in points, beside that of the policy
+that is best on the search part.
 
 Tables: enumerated problems (`haq.Problem.tabular`), whose search and test images are what they are. Every solver searches with
 every seed; standard errors are estimated (`haq.problem.paired.estimated_error`). Beside the rules there is ilp's policy.

@@ -30,6 +30,7 @@ from haq.store.units import NOTHING, describe_amount, describe_bytes, finite, me
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
+    from haq.store.records import ResultRecord
     from haq.study.config import SearchConfig, SweepConfig
 
 HOME = Path("runs")
@@ -307,6 +308,7 @@ def _next_words(run: RunSummary) -> list[Any]:
 
 def _config(run: RunSummary) -> SearchConfig | SweepConfig | None:
     """Return what a run or sweep was asked for, checked; None if that isn't known. Raises ValueError naming the file."""
+    from haq.store.records import ResultRecord
     from haq.study.config import SearchConfig, SweepConfig
 
     name = CONFIG

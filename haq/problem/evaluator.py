@@ -392,7 +392,7 @@ class Evaluator:
     def by_sample(self, policy: Q.BitPolicy) -> Tensor | None:
         """Tell what a policy is worth on every sample; the mean is the value that `evaluate` tells.
 
-        What was evaluated here lately is remembered, all else is run again, with the same outputs, whoever evaluated it before.
+        What was evaluated here lately is remembered. All else is run again, with the same outputs, whoever ran it before.
 
         Returns:
             In the order in which samples were given: whether each is answered rightly (booleans), or its value (float64).

@@ -3,9 +3,9 @@
 The best of many values on the search samples is the best of what is measured and of luck, and on other samples the luck is
 gone (the winner's curse). Policies whose values differ by less than the standard error of the difference, paired by sample,
 can't be told apart by their values. Two other measures can tell more of them, since both hang on every output and not only on
-the few samples whose answers change: how far the outputs are from the float network's (the divergence), and the loss. So of the
-policies within one paired standard error of the best (the rule of Breiman et al., "Classification and Regression Trees", 1984,
-section 3.4.3) the one is returned that has the best rank by value, divergence and loss, all three together.
+the few samples whose answers change: how far the outputs are from the float network's (the divergence), and the loss. So of
+the policies within one paired standard error of the best (the rule of Breiman et al., "Classification and Regression Trees",
+1984, section 3.4.3) the one is returned that has the best rank by value, divergence and loss, all three together.
 `experiments/choice.py` holds it against others.
 
 * At most `MOST` policies, the best by their values, are held against the best.

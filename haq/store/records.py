@@ -295,7 +295,7 @@ class JudgingRecord(Record):
         return held_against(value, other, self.objective_unit, self.higher_is_better)
 
     def difference(self, value: float, other: float, error: float | None, than: str) -> str:
-        """Say how far a value is from another on the same samples, with the standard error of that: "0.42 ± 0.11 points below".
+        """Say how far a value is from another on the same samples, and how sure that is: "0.42 ± 0.11 points below float".
 
         Args:
             value: The value.
@@ -1113,7 +1113,7 @@ class AnswersRecord(Record):
         return self
 
     def paired_error(self, other: AnswersRecord) -> float | None:
-        """Tell the paired standard error of the difference of two shares, as `haq.problem.paired` does; None of other samples."""
+        """Tell the standard error of the difference of two shares, paired by sample; None if samples aren't the same."""
         count = self.count
         if count != other.count or count < 2:
             return None

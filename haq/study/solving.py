@@ -113,8 +113,8 @@ class Result:
         solver: The solver's name.
         seed: What everything random came from.
         session: The allowance that it had, with what was tried.
-        trial: The trial that was chosen: the best within the budget, or one that can't be told from it on the search images and
-            is more likely to be as good on others.
+        trial: The trial that was chosen: the best within the budget, or one that can't be told from it on the search images
+            and is more likely to be as good on others.
         best: The best trial on the search images.
         choice: Why `trial` was chosen.
         finetuned: What the last `finetune` returned, better on the search images or not; None before.

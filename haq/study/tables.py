@@ -272,8 +272,8 @@ def _confirmation_words(task: SearchTask) -> dict[str, str]:
         return {}
     count = len(task.to_confirm)
     return {
-        "confirmation": f"the best {LAST} are judged again on {count:,} {task.problem.samples_are} of the train split, which are "
-        "set apart for it: neither calibration nor fine-tuning sees them"
+        "confirmation": f"the best {LAST} are judged again on {count:,} {task.problem.samples_are} of the train split, which "
+        "are set apart for it: neither calibration nor fine-tuning sees them"
     }
 
 

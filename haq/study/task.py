@@ -197,8 +197,8 @@ class SearchTask(LoadedNetwork):
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         if loaded.to_confirm is not None and isinstance(objective, BlackBox):
             raise ValueError(
-                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others to "
-                "judge policies by again: leave --confirm out"
+                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others "
+                "to judge policies by again: leave --confirm out"
             )
         tuning = None
         if config.finetune_steps:
@@ -369,8 +369,8 @@ def set_apart(dataset: data.Dataset, count: int) -> tuple[Split, Split]:
         if most < 1:
             words = "leave it out"
         raise ValueError(
-            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are neither "
-            f"used to set scales nor of a group with such; half of them are left to train on: {words}"
+            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are "
+            f"neither used to set scales nor of a group with such; half of them are left to train on: {words}"
         )
     if grouped:
         assert train.groups is not None

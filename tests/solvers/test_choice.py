@@ -264,8 +264,8 @@ def test_the_record_says_what_was_chosen_and_why(searched: tuple[haq.Problem, Se
         "compared": 7,
     }
     assert ChoiceRecord.from_dict(other).words == (
-        "best on the search split: 92.10 % (0.142 nats from float); chosen: 92.00 % (0.101 nats from float), 0.10 ± 0.25 points "
-        "below the best, with the best rank by value, divergence and loss (7 are within one standard error)"
+        "best on the search split: 92.10 % (0.142 nats from float); chosen: 92.00 % (0.101 nats from float), 0.10 ± 0.25 "
+        "points below the best, with the best rank by value, divergence and loss (7 are within one standard error)"
     )
     same = other | {"is_best": True, "chosen": 0.921, "below": 0.0, "compared": 1}
     assert ChoiceRecord.from_dict(same).words == (
