@@ -308,7 +308,6 @@ def _next_words(run: RunSummary) -> list[Any]:
 
 def _config(run: RunSummary) -> SearchConfig | SweepConfig | None:
     """Return what a run or sweep was asked for, checked; None if that isn't known. Raises ValueError naming the file."""
-    from haq.store.records import ResultRecord
     from haq.study.config import SearchConfig, SweepConfig
 
     name = CONFIG

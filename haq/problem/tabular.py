@@ -175,6 +175,14 @@ class TableEvaluator(Evaluator):
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Do nothing: everything is known already."""
 
+    def by_sample(self, policy: Q.BitPolicy) -> None:
+        """Tell nothing: what a policy is worth on single images isn't known."""
+
+    @property
+    def races(self) -> bool:
+        """Say that no evaluation ends early: each is known whole."""
+        return False
+
     def measure(self, network: Any) -> NoReturn:
         """Refuse to judge a network. Raises ValueError: there are no images."""
         raise no_network(self.file.name)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from haq.solvers.base import Trial as Trial
 
 # The environments that agents can learn in.
-ENVS = ("plan", "haq")
+PLAN = "plan"
+ENVS = (PLAN, "haq")
 _lacking_names = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
 
 
@@ -74,13 +75,14 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "greedy",
         "hessian",
         "ilp",
+        "iterated",
         "random_search",
         "sensitivity",
         "surrogate",
     ],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
-__all__ += ["ENVS", "SOLVERS"]
+__all__ += ["ENVS", "PLAN", "SOLVERS"]
 
 
 def __dir__() -> list[str]:

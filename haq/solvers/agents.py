@@ -45,6 +45,8 @@ import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.problem import Problem
 from haq.solvers import greedy, ilp, sensitivity
+from haq.solvers.actor import check_start
+from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Solver
 
 Floats = NDArray[np.float32]
@@ -225,6 +227,11 @@ class Agent(Solver):
 
     uses_sensitivities = True
     chooses_ahead = True
+    takes_agent = True
+
+    def check_agent(self, agent: AgentFile) -> None:
+        """Raise ValueError, in one sentence, for a pretrained agent that it can't start from."""
+        check_start(self.name, agent)
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search in one of the two environments, and leave global generators as they were."""

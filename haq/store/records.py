@@ -7,6 +7,7 @@
     sweep.json         SweepRecord          what a sweep was asked; FinishedSweepRecord, with what it found
     sensitivity.json   SensitivityRecord    what is known of single operands
     robustness.json    RobustnessRecord     what attacks found
+    AGENT.safetensors  AgentRecord          what a pretrained agent is, in the header
 
 `Record.read(path)` refuses what doesn't fit in one sentence with the file, the key, its value and what would be accepted;
 `record.write(path)` writes beside and renames. Torch isn't needed, and nothing that is read is executed. The lists and
@@ -46,6 +47,7 @@ from hw_models.widths import ACCEPTED, FLOAT, PLACES, pair_words, place_of, read
 
 MOST = 10_000  # entries of a list or a mapping; of policies, layers
 MOST_SEARCHES = 100_000
+MOST_UNITS, MOST_HIDDEN = 4096, 8  # of a pretrained agent's networks: of a hidden layer, and such layers
 POLICY_SCHEMA, POLICY_VERSION = "haq-bit-policy", 1
 SPLITS = ("search", "test")
 ROBUST = "+robust"  # behind the name of an objective whose inputs are attacked too
@@ -400,6 +402,7 @@ class ConfigRecord(FileRecord):
     settings: Settings
     signature: Texts = {}
     versions: Texts = {}
+    searches: Count = 0  # that share what they try, in the sweep that it is of
 
     @classmethod
     def read(cls, path: Path) -> ConfigRecord:
@@ -1180,6 +1183,55 @@ class ReconstructionRecord(JudgingRecord):
         return self
 
 
+class SharedRecord(Record):
+    """What searches of a sweep shared that learn from each other's trials.
+
+    Attributes:
+        solver: Theirs.
+        seed: Theirs.
+        searches: How many they are.
+        evaluations: How many policies were evaluated, by all together.
+        alone: How many one that is alone may evaluate.
+        known: How many trials of earlier searches they were given.
+    """
+
+    solver: str
+    seed: int
+    searches: Count
+    evaluations: Count
+    alone: Count
+    known: Count = 0
+
+    @property
+    def words(self) -> str:
+        """Say it in a sentence, without a full stop."""
+        given = ""
+        if self.known:
+            given = f", and {self.known:,} trials of earlier searches"
+        return (
+            f"{self.solver}, seed {self.seed}: {self.searches} searches shared {self.evaluations:,} evaluations{given}; one "
+            f"alone may evaluate {self.alone:,}"
+        )
+
+
+class RacingRecord(Record):
+    """How many evaluations of a search ended early, since a part of the samples told that the policy can't be chosen."""
+
+    evaluations: Count
+    cut: Count
+    images: Count  # that were looked at, all evaluations together
+    of_images: Count  # that there would have been
+
+    @property
+    def words(self) -> str:
+        """Say it."""
+        share = self.images / max(self.of_images, 1)
+        return (
+            f"{self.cut:,} of {self.evaluations:,} evaluations ended early, as soon as it was clear that the policy can't be "
+            f"chosen: {100 * share:.0f} % of the work was done"
+        )
+
+
 class ResultRecord(FileRecord, JudgingRecord):
     """result.json: what a finished search found. Costs are in seconds, joules and bytes, shares from 0 to 1."""
 
@@ -1219,8 +1271,10 @@ class ResultRecord(FileRecord, JudgingRecord):
     budgets: Annotated[list[BudgetRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
     reached: ReachedRecord | None = None  # of the cheapest policy
+    shared: SharedRecord | None = None  # of a search that is one of several in a sweep
     choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
     answers: AnswersRecord | None = None  # on the test split, of shares
+    racing: RacingRecord | None = None  # where evaluations ended early
 
     @property
     def all_budgets(self) -> list[BudgetRecord]:
@@ -1490,6 +1544,7 @@ class FinishedSweepRecord(SweepRecord, JudgingRecord):
     images: Counts
     of_float: Measurement = Field(alias="float")
     sensitivities: SharedSensitivities | None = None
+    shared: Annotated[list[SharedRecord], Field(max_length=MOST_SEARCHES)] = []
     targets: Annotated[dict[str, SweepTarget], Field(max_length=MOST)]
     specialisation: SpecialisationRecord | None
 
@@ -1550,6 +1605,28 @@ class SensitivityRecord(FileRecord):
     bits: Annotated[list[AnyWidth], Field(min_length=2, max_length=2)]
     base: PolicyRecord
     loss_increases: Annotated[list[DecisionIncreases], Field(max_length=MOST)]
+
+
+class AgentRecord(Record):
+    """What the header of a pretrained agent's file says of it; `haq.solvers.agent_file` reads the networks beside it.
+
+    Attributes:
+        kind: The algorithm, which is the name of the solver that it can start.
+        features: What it observes, by name and in this order.
+        hidden: The sizes of its networks' hidden layers.
+        trained_on: The problems that it was trained on.
+        episodes: How many it played in training.
+        seed: What everything random came from in training.
+    """
+
+    WHAT = "the header of a pretrained agent"
+
+    kind: Literal["ddpg", "td3", "sac"]
+    features: Annotated[list[str], Field(min_length=1, max_length=MOST)]
+    hidden: Annotated[list[Annotated[int, Field(ge=1, le=MOST_UNITS)]], Field(min_length=1, max_length=MOST_HIDDEN)]
+    trained_on: Names
+    episodes: Count
+    seed: Count
 
 
 def _uniform_widths(bits: int | str) -> int | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from haq.problem.paired import error_of_difference
 from haq.problem.problem import Problem
 from haq.problem.tally import measure as measure_on
 from haq.problem.tally import measure_by_sample
-from haq.solvers.base import Choice
+from haq.solvers.base import Choice, Trial
 from haq.store.files import RESULT_SCHEMA
 from haq.store.records import (
     COST_KEYS,
@@ -242,6 +243,7 @@ def collect(
     evaluations: dict[str, int],
     saturated: dict[str, float] | None = None,
     choice: Choice | None = None,
+    trials: Sequence[Trial] = (),
 ) -> dict[str, Any]:
     """Measure now everything that a summary shows.
 
@@ -253,6 +255,7 @@ def collect(
         evaluations: How many evaluations were used, by solver.
         saturated: The share of actions at a bound, by agent.
         choice: Why this policy was returned, where it is known.
+        trials: What the run's own solver tried.
 
     Returns:
         Plain data: what result.json holds (`haq.store.records.ResultRecord`).
@@ -295,6 +298,31 @@ def collect(
         "rivals": {name: entry(task, rival, found=policy) for name, rival in rivals.items()},
         "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
         **entries,
+        **racing_entries(problem, trials),
+    }
+
+
+def racing_entries(problem: Problem, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Tell how many evaluations ended early, and what that saved (`haq.store.records.RacingRecord`); nothing if none did.
+
+    Args:
+        problem: What was searched.
+        trials: What was tried.
+
+    Returns:
+        The entry `racing`, or none.
+    """
+    cut = sum(not trial.whole for trial in trials)
+    if not cut:
+        return {}
+    seen = sum(trial.evaluation.images for trial in trials)
+    return {
+        "racing": {
+            "evaluations": len(trials),
+            "cut": cut,
+            "images": seen,
+            "of_images": len(trials) * problem.evaluator.count,
+        }
     }
 
 
