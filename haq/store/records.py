@@ -381,7 +381,7 @@ class Measurement(RootModel[Values]):
 
     def paired_error(self, split: str, objective: str, other: str) -> float | None:
         """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
-        return self.root.get(paired_key(share_key(split, objective), other))
+        return paired_error_of(self.root, split, objective, other)
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -916,6 +916,10 @@ class JudgedRecord(Record):
     def error(self, split: str, objective: str) -> float | None:
         """Return the standard error of a value, where it is known."""
         return _error_of(self.model_extra or {}, share_key(split, objective))
+
+    def paired_error(self, split: str, objective: str, other: str) -> float | None:
+        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
+        return paired_error_of(self.model_extra or {}, split, objective, other)
 
 
 class UniformResult(JudgedRecord):
@@ -1692,7 +1696,17 @@ def _entry_of(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _error_of(values: Mapping[str, Any], key: str) -> float | None:
-    error = values.get(error_key(key))
-    if isinstance(error, bool) or not isinstance(error, (int, float)):
+    return _number_of(values, error_key(key))
+
+
+def paired_error_of(values: Mapping[str, Any], split: str, objective: str, other: str) -> float | None:
+    """Return the paired standard error of a difference, where a row has it; see `Measurement.paired_error`."""
+    return _number_of(values, paired_key(share_key(split, objective), other))
+
+
+def _number_of(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a standard error; None where there is none, or anything else."""
+    error = values.get(key)
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or error < 0:
         return None
     return float(error)
