@@ -56,7 +56,8 @@ def test_it_is_nearer_to_the_best_than_the_first_solution_at_the_same_count_of_e
     plain, found = Session(problem, 50), Session(problem, 50)
     IntegerProgramme().solve(problem, plain, 0)
     ITERATED.solve(problem, found, 0)
-    assert plain.best is not None and found.best is not None
+    assert plain.best is not None
+    assert found.best is not None
     # Of 600 images: four tenths of a point are two or three.
     assert problem.best_value - found.best.value < 0.006
     assert found.best.value >= plain.best.value
@@ -114,7 +115,8 @@ def test_it_ends_when_the_programme_proposes_nothing_new() -> None:
     problem.limit = problem.smallest * 1.02
     session = searched(problem, 3000)
     within = costs_of(problem, every(problem))[:, 0] <= problem.limit * (1 + 1e-9)
-    assert within.sum() < 8 and session.used < 40
+    assert within.sum() < 8
+    assert session.used < 40
     assert {trial.policy for trial in session.trials if trial.within}
 
 
@@ -140,7 +142,8 @@ def test_policies_are_chosen_ahead() -> None:
 def test_several_budgets_are_kept(metrics: tuple[str, ...]) -> None:
     problem = chip(metrics, **dict(zip(metrics, (0.7, 0.75), strict=False)))
     session = searched(problem, 30)
-    assert session.best is not None and problem.holds(session.best.policy)
+    assert session.best is not None
+    assert problem.holds(session.best.policy)
     choices = every(problem)
     limits = [limit.amount * (1 + 1e-9) for limit in problem.limits]
     within = (costs_of(problem, choices) <= limits).all(1)
@@ -184,7 +187,8 @@ def test_the_cheapest_policy_that_is_good_enough_is_found() -> None:
     session = searched(made, 40)
     plain = Session(made, 40)
     solve("ilp", plain, 0)
-    assert session.best is not None and plain.best is not None
+    assert session.best is not None
+    assert plain.best is not None
     assert made.meets(session.best.evaluation)
     assert session.best.cost <= plain.best.cost * 1.02
 
@@ -201,7 +205,8 @@ def test_outputs_that_are_not_finite_teach_nothing_and_stop_nothing() -> None:
 
     problem.evaluate = evaluate  # type: ignore[method-assign]
     session = searched(problem, 30)
-    assert session.best is not None and math.isfinite(session.best.loss)
+    assert session.best is not None
+    assert math.isfinite(session.best.loss)
     assert any(math.isinf(trial.loss) for trial in session.trials)
 
 
@@ -217,7 +222,8 @@ def test_smaller_values_can_be_better() -> None:
 
     problem.evaluate = evaluate  # type: ignore[method-assign]
     session, other = searched(problem, 25), searched(chip(), 25)
-    assert session.best is not None and other.best is not None
+    assert session.best is not None
+    assert other.best is not None
     assert session.best.value == pytest.approx(1 - other.best.value)
 
 
@@ -232,10 +238,13 @@ def test_the_linear_programme_is_exact_also_beside_what_was_found(metrics: tuple
     choices = [one for one in every(problem).tolist() if problem.fits(one)]
     total = {tuple(one): sum(float(row[pick]) for row, pick in zip(losses, one, strict=True)) for one in choices}
     best = within_budgets(problem, losses)
-    assert best is not None and tuple(best) == min(total, key=total.__getitem__)
+    assert best is not None
+    assert tuple(best) == min(total, key=total.__getitem__)
     beside = [best]
     other = within_budgets(problem, losses, beside)
-    assert other is not None and other != best and problem.fits(other)
+    assert other is not None
+    assert other != best
+    assert problem.fits(other)
     # The next best of the options beside which none of their decision is as good in every respect.
     rows = [np.stack([loss, d.prices, *d.others]) for loss, d in zip(losses, problem.decisions, strict=True)]
     worth = [[not ((r <= r[:, [i]]).all(0) & (r < r[:, [i]]).any(0)).any() for i in range(r.shape[1])] for r in rows]
@@ -254,7 +263,8 @@ def test_terms_of_two_layers_make_it_better_than_without_them() -> None:
         found = model.best(terms, [])
         losses, between = model._alone(terms), model._between(terms)
         total = [model._total(losses, between, one) for one in choices]
-        assert found is not None and problem.fits(found)
+        assert found is not None
+        assert problem.fits(found)
         start = within_budgets(problem, losses)
         assert start is not None
         assert model._total(losses, between, found) <= model._total(losses, between, start)
@@ -290,7 +300,8 @@ def test_only_a_solver_that_has_a_first_solution_iterates() -> None:
     with pytest.raises(ValueError, match="solver 'random' has no first solution to go on from: only ilp iterates"):
         find_solver("random", iterate=True)
     assert isinstance(find_solver("ilp", iterate=True), IntegerProgramme)
-    assert find_solver("ilp", iterate=True).draws and not find_solver("ilp").draws
+    assert find_solver("ilp", iterate=True).draws
+    assert not find_solver("ilp").draws
     result = haq.solve(make_problem(small_network(), 0.5), "ilp", evaluations=30, iterate=True)
     assert 26 < result.session.used <= 30
 
