@@ -87,6 +87,8 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
             of_what = f" of {metric_words(budget.metric)}"
         sentences.append(f"The budget of {amount(budget.limit, budget.metric)}{of_what} {verdict}.")
     sentences += _goal_sentences(result)
+    if result.shared is not None:
+        sentences.append(f"By {result.shared.words}.")
     if result.racing is not None:
         sentences.append(f"{result.racing.words}.")
     return " ".join(sentences)

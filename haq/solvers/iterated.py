@@ -111,12 +111,14 @@ def propose(model: Model, terms: Terms, session: Session, waiting: Sequence[Q.Bi
         session: Knows what was evaluated.
         waiting: What was chosen and isn't evaluated yet.
     """
-    beside: list[list[int]] = []
+    # What was proposed before is likely to be the best again; what else was evaluated is met seldom.
+    beside = list(model.proposed)
     for _ in range(NEXT_BEST):
         options = model.best(terms, beside)
         if options is None:
             return None
         policy = model.policy(options)
+        model.proposed.append(options)
         if not session.seen(policy) and policy not in waiting:
             return policy
         beside.append(options)
@@ -136,6 +138,7 @@ class Model:
         """
         self.problem = problem
         count = len(problem.decisions)
+        self.proposed: list[list[int]] = []  # options that were found already
         self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
         self.first_layers = [decision.layers[0] for decision in problem.decisions]
         self.option_places = [decision.places for decision in problem.decisions]

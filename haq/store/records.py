@@ -401,6 +401,7 @@ class ConfigRecord(FileRecord):
     settings: Settings
     signature: Texts = {}
     versions: Texts = {}
+    searches: Count = 0  # that share what they try, in the sweep that it is of
 
     @classmethod
     def read(cls, path: Path) -> ConfigRecord:
@@ -1128,6 +1129,37 @@ class ReconstructionRecord(JudgingRecord):
         return self
 
 
+class SharedRecord(Record):
+    """What searches of a sweep shared that learn from each other's trials.
+
+    Attributes:
+        solver: Theirs.
+        seed: Theirs.
+        searches: How many they are.
+        evaluations: How many policies were evaluated, by all together.
+        alone: How many one that is alone may evaluate.
+        known: How many trials of earlier searches they were given.
+    """
+
+    solver: str
+    seed: int
+    searches: Count
+    evaluations: Count
+    alone: Count
+    known: Count = 0
+
+    @property
+    def words(self) -> str:
+        """Say it in a sentence, without a full stop."""
+        given = ""
+        if self.known:
+            given = f", and {self.known:,} trials of earlier searches"
+        return (
+            f"{self.solver}, seed {self.seed}: {self.searches} searches shared {self.evaluations:,} evaluations{given}; one "
+            f"alone may evaluate {self.alone:,}"
+        )
+
+
 class RacingRecord(Record):
     """How many evaluations of a search ended early, since a part of the samples told that the policy can't be chosen."""
 
@@ -1185,6 +1217,7 @@ class ResultRecord(FileRecord, JudgingRecord):
     budgets: Annotated[list[BudgetRecord], Field(max_length=len(COST_KEYS))] = []  # all of them, where there are others
     goal: GoalRecord | None = None  # where it isn't the best policy within the budget
     reached: ReachedRecord | None = None  # of the cheapest policy
+    shared: SharedRecord | None = None  # of a search that is one of several in a sweep
     choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
     racing: RacingRecord | None = None  # where evaluations ended early
 
@@ -1456,6 +1489,7 @@ class FinishedSweepRecord(SweepRecord, JudgingRecord):
     images: Counts
     of_float: Measurement = Field(alias="float")
     sensitivities: SharedSensitivities | None = None
+    shared: Annotated[list[SharedRecord], Field(max_length=MOST_SEARCHES)] = []
     targets: Annotated[dict[str, SweepTarget], Field(max_length=MOST)]
     specialisation: SpecialisationRecord | None
 

@@ -23,6 +23,7 @@ from haq.store.records import (
 )
 from haq.store.units import PERCENT, describe_amount, metric_words, show
 from haq.study.sweep_run import SweepContext, shares_sensitivities
+from haq.study.sweep_sharing import evaluations_of, groups
 from haq.study.tables import errors_words, rounding_words, scheme_words
 from hw_models.registry import join_words
 
@@ -58,10 +59,24 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",
         "sensitivities": sensitivities,
+        **_sharing_words(context),
         "searches": f"{len(context.cells())}, {workers}",
         "results in": results_in,
     }
     console.print(key_table(rows.items()))
+
+
+def _sharing_words(context: SweepContext) -> dict[str, str]:
+    """Say of each solver whose searches learn from each other's trials how many evaluations these share."""
+    found = {}
+    for group in groups(context.cells()):
+        words = f"{len(group)} searches by {group[0].solver} share {evaluations_of(group, context):,} evaluations"
+        if context.sweep.seeds > 1:
+            words += ", of each seed"
+        found[group[0].solver] = words
+    if not found:
+        return {}
+    return {"shared": "; ".join(found.values())}
 
 
 def _target_words(context: SweepContext, hw: str) -> str:
@@ -114,6 +129,8 @@ def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
             say(console, f"{target.name}: budgets {target.left_out}.")
         if target.missed:
             say(console, f"{target.name}: nothing good enough was found for {'; '.join(target.missed)}.")
+    for shared in sweep.shared:
+        say(console, f"{shared.words}.")
     if sweep.specialisation is not None:
         _print_specialisation(console, sweep, sweep.specialisation)
 

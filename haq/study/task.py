@@ -655,10 +655,16 @@ def machine_signature(target: hw_models.Target) -> dict[str, str]:
     return {"machine": json.dumps(dict(key))}
 
 
+@functools.cache
+def _version_of(package: str) -> str:
+    """Look up the version of an installed package, which takes a while, once: in a process it stays what it is."""
+    return importlib.metadata.version(package)
+
+
 def versions(device: torch.device | None = None) -> dict[str, str]:
     """Tell the versions on which the result of a search depends to the last bit, and the device, if that isn't the CPU."""
     packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
-    found = {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    found = {"haq": __version__, **{name: _version_of(name) for name in packages}}
     if device is not None and device.type != CPU:
         found["device"] = describe_device(device)
     return found
