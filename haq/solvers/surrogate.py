@@ -334,7 +334,9 @@ class Search:
         gain: The expected improvement of the last choice (`Model.improvement`); infinite for those to begin with.
     """
 
-    def __init__(self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = ()) -> None:
+    def __init__(
+        self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = (), *, alone: bool = False
+    ) -> None:
         """Begin a search.
 
         Args:
@@ -342,13 +344,15 @@ class Search:
             session: Evaluates policies.
             seed: What everything random comes from.
             proposers: Who proposes candidates beside the search itself.
+            alone: Whether nobody else does, but for the first policies: what they are worth without the others.
         """
         self.problem = problem
         self.session = session
         self.space = Space(problem)
         self.model = Model(self.space, problem.evaluator.count)
         self.proposers = list(proposers)
-        self.origins: list[str] = []
+        self.alone = alone
+        self.origins = session.origins
         self.gain = math.inf
         self._draws = np.random.default_rng(seed)
         self._chosen: set[tuple[int, ...]] = set()
@@ -494,7 +498,10 @@ class Search:
             return None
         options, origins = found
         gains = self.model.improvement(options)
-        for _ in range(STEPS):
+        steps = STEPS
+        if self.alone:
+            steps = 0
+        for _ in range(steps):
             order = np.argsort(-_rounded(gains), kind="stable")[:CLIMBED]
             changed, of = self._neighbours(options[order])
             near = self._new(changed, set(map(tuple, options.tolist())))
@@ -518,11 +525,13 @@ class Search:
     def _candidates(self) -> Candidates:
         """Propose policies within the budgets that weren't chosen."""
         space, draws = self.space, self._draws
-        elite = self.model.elite(ELITE)
-        parts = [(RANDOMLY, space.random(RANDOM, draws))]
-        if len(elite):
-            parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
-        parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
+        parts: list[tuple[str, Options]] = []
+        if not self.alone:
+            elite = self.model.elite(ELITE)
+            parts.append((RANDOMLY, space.random(RANDOM, draws)))
+            if len(elite):
+                parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
+            parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
         for proposer in self.proposers:
             proposed = proposer.propose(self.model, RANDOM)
             parts.append((proposer.name, np.array(proposed, np.int64).reshape(-1, len(space.counts))))
