@@ -260,9 +260,7 @@ def test_terms_of_two_operands_are_nothing_where_trials_add_up() -> None:
     predicted = model._predicted(rows)
 
     def trials(values: Any) -> list[Trial]:
-        return [
-            Trial(one, Evaluation(0.5, float(value), 96), 0.0, True) for one, value in zip(policies, values, strict=True)
-        ]
+        return [Trial(one, Evaluation(0.5, float(value), 96), 0.0, True) for one, value in zip(policies, values, strict=True)]
 
     assert model.learn(trials(1 + 3 * predicted), of_value=False)
     assert model.of_two == 0
