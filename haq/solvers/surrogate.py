@@ -424,7 +424,13 @@ class Search:
         self.session.expect([policy], beat=beat)
 
     def learn(self, options: tuple[int, ...], policy: Q.BitPolicy, evaluation: Evaluation) -> None:
-        """Take what a policy gave."""
+        """Take what a policy gave.
+
+        Args:
+            options: Its option vector.
+            policy: The policy.
+            evaluation: What it gave.
+        """
         self.model.learn(policy, options, evaluation)
         for proposer in self.proposers:
             proposer.learn(options, evaluation)
@@ -479,14 +485,19 @@ class Search:
         return list(found.items())
 
     def _planned(self, weighted: bool) -> tuple[int, ...]:
-        """Plan for the sum of the errors, or for errors, or their roots, under random weights."""
-        errors = np.square(self.space.errors)
+        """Plan for the sum of the errors, or under random weights."""
         if weighted:
-            if self._draws.random() < 0.5:
-                errors = self.space.errors
-            errors = errors * np.exp(SPREAD * self._draws.standard_normal((len(errors), 1, 2)))
-        losses = [row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)]
-        return self.space.planned(losses)
+            return self.space.planned(self._weighted())
+        errors = np.square(self.space.errors)
+        return self.space.planned([row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)])
+
+    def _weighted(self) -> list[Floats]:
+        """Sum errors, or their roots, of weights and activations under random weights, by decision."""
+        errors = np.square(self.space.errors)
+        if self._draws.random() < 0.5:
+            errors = self.space.errors
+        errors = errors * np.exp(SPREAD * self._draws.standard_normal((len(errors), 1, 2)))
+        return [row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)]
 
     def _most_promising(self) -> tuple[tuple[int, ...], str] | None:
         """Return the candidate with the largest expected improvement, and where it came from; None without any."""
@@ -531,7 +542,7 @@ class Search:
             parts.append((RANDOMLY, space.random(RANDOM, draws)))
             if len(elite):
                 parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
-            parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
+            parts.append((PLANNED, np.concatenate([space.planned_quickly(self._weighted(), draws) for _ in range(PLANS)])))
         for proposer in self.proposers:
             proposed = proposer.propose(self.model, RANDOM)
             parts.append((proposer.name, np.array(proposed, np.int64).reshape(-1, len(space.counts))))
@@ -610,7 +621,16 @@ class Surrogate(Solver):
         self.begin(problem, session, seed).run()
 
     def begin(self, problem: Problem, session: Session, seed: int) -> Search:
-        """Begin a search that is led a policy at a time; see `haq.solvers.sharing`."""
+        """Begin a search that is led a policy at a time; see `haq.solvers.sharing`.
+
+        Args:
+            problem: What is searched.
+            session: Evaluates policies.
+            seed: What everything random comes from.
+
+        Returns:
+            The search, of which nothing was evaluated yet.
+        """
         return Search(problem, session, seed)
 
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
