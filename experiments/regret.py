@@ -181,10 +181,10 @@ def enumerated(problem: haq.Problem, name: str, budgets: Sequence[float], test: 
     samples = problem.evaluator.samples
     assert samples is not None
     # The evaluator's own, as they were given.
-    search = tuple(torch.cat(parts)[problem.evaluator.order.argsort()] for parts in zip(*samples, strict=True))
-    values = enumerate_all(problem, max(limits.values()), [search, test])
+    images, labels = (torch.cat(parts)[problem.evaluator.order.argsort()] for parts in zip(*samples, strict=True))
+    values = enumerate_all(problem, max(limits.values()), [(images, labels), test])
     check(problem, max(limits.values()), values[0])
-    bits, images = hw_models.BITS, problem.evaluator.count
+    bits = hw_models.BITS
     nothing = np.full((len(problem.workload.layers), PLACES, PLACES), np.nan)
     cost = nothing.copy()
     cost[:, :bits, :bits] = problem.cost[:, :bits, :bits]
@@ -194,7 +194,7 @@ def enumerated(problem: haq.Problem, name: str, budgets: Sequence[float], test: 
         target=problem.target.name,
         widths=problem.widths,
         float_accuracy=problem.float_accuracy,
-        search_images=images,
+        search_images=len(labels),
         test_images=len(test[1]),
         limits=limits,
         workload=hw_models.Workload(problem.workload.layers),
@@ -287,6 +287,7 @@ def check(problem: haq.Problem, limit: float, values: Values) -> None:
         found = problem.evaluate(random_search.policy(problem, list(picks)))
         place = np.ravel_multi_index(picks, [len(decision.pairs) for decision in problem.decisions])
         enumerated = [float(array[place]) for array in values]
+        assert found.divergence is not None
         wanted = [found.accuracy, found.loss, found.divergence]
         if not np.allclose(enumerated, wanted, rtol=0, atol=[1e-9, 1e-5, 1e-5]):
             raise RuntimeError(f"options {picks} were enumerated as {enumerated} but are {found}")
