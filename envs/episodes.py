@@ -84,7 +84,6 @@ class Episodes(Choices):
             # The peak of memory, which is no sum, comes last.
             limits = sorted(problem.limits[1:], key=lambda limit: not limit.is_sum)  # type: ignore[attr-defined]
             further = [limit.metric for limit in limits]
-        self._further = len(further)
         self.features = feature_names(self._count, further)
         fixed = sum(float(decision.prices[0]) for decision in problem.decisions if len(decision.pairs) == 1)
         self._total = problem.limit - fixed
@@ -98,6 +97,11 @@ class Episodes(Choices):
                 losses[index] = loss
             self._within = PlanWithin(losses, self.programme)
         self._layers = self._describe_layers()
+        # What is added to the loss if every step follows the plan.
+        planned = self._plan.least(0, self._total)
+        if self._within is not None:
+            planned = self._within.plan(np.zeros((1, 0), np.int64))[1][0]
+        self._least_of_all = max(float(planned), TINY)
         self.begin(0)
 
     @property
@@ -181,28 +185,22 @@ class Episodes(Choices):
         """Return the actions that ask for just these options of the present step, shape (episodes, 2)."""
         return self.actions_for(self.rungs[self.step][options])
 
-    def _taken(self) -> list[list[int]]:
-        """Return the options of all decisions before the one of this step, by episode."""
+    def _taken(self) -> Options:
+        """Return the options of all decisions before the one of this step, shape (episodes, decisions)."""
         following = len(self.problem.decisions)
         if not self.is_over:
             following = self.free[self.step]
-        taken: list[list[int]] = self.options[:, :following].tolist()
-        return taken
+        return self.options[:, :following]
 
     def _make_plan(self) -> None:
         """Find what the plan gives to this step, and what loss it predicts for those that follow."""
-        count = len(self.options)
-        self._planned = np.zeros(count, np.int64)
-        if self._within is None:
-            self._rest = self._plan.least(self.step, self.left)
-            if not self.is_over:
-                self._planned = self._plan.option(self.step, self.left)
+        if self._within is not None:
+            self._planned, self._rest = self._within.plan(self._taken())
             return
-        self._rest = np.zeros(count)
-        for episode, taken in enumerate(self._taken()):
-            self._rest[episode] = self._within.least(taken)
-            if not self.is_over:
-                self._planned[episode] = self._within.option(taken)
+        self._rest = self._plan.least(self.step, self.left)
+        self._planned = np.zeros(len(self.options), np.int64)
+        if not self.is_over:
+            self._planned = self._plan.option(self.step, self.left)
 
     def _chosen(self, actions: Array) -> Options:
         """The options nearest to what is asked for, of those that can be afforded."""
@@ -211,8 +209,7 @@ class Episodes(Choices):
         asked = planned + np.where(actions > 0, actions * (self.high - planned), actions * (planned - self.low))
         distance = np.square(rungs - asked[:, None]).sum(2)
         if self._within is not None:
-            taken = self._taken()
-            return np.array([self._within.first(one, row) for one, row in zip(taken, distance, strict=True)], np.int64)
+            return self._within.firsts(self._taken(), distance)
         prices = self.decisions[self.step].prices
         spare = self.left - self._plan.cheapest_from[self.step + 1] + 1e-9 * self.problem.limit
         chosen: Options = np.where(prices <= spare[:, None], distance, np.inf).argmin(1)
@@ -259,31 +256,21 @@ class Episodes(Choices):
             planned = self.rungs[step][self._planned]
         reach = max(self.high - self.low, 1)
         expected = self.lost + self._rest
-        least = max(self._least_of_all(), TINY)
         dynamic = [
             self.left / max(self._total, TINY),
             self._slack_left(),
             *((planned - self.low) / reach).T,
             *((previous - self.low) / reach).T,
             self.lost / np.maximum(expected, TINY),
-            np.log2(np.maximum(expected / least, 1.0)) / 4,
+            np.log2(np.maximum(expected / self._least_of_all, 1.0)) / 4,
         ]
         if self.programme is not None:
-            used = np.zeros((count, self._further))
-            for episode, taken in enumerate(self._taken()):
-                used[episode] = self.programme.used(taken)[1:]
-            dynamic += [*used.T]
+            dynamic += [*self.programme.used_after(self._taken())[:, 1:].T]
         decided = 2 * (self._decided - self.low) / reach - 1
         decided[:, step:] = 0
         fixed = np.broadcast_to(self._layers[last], (count, self._layers.shape[1]))
         parts = (fixed, 2 * np.stack(dynamic, axis=1) - 1, decided.reshape(count, 2 * steps))
         return np.clip(np.concatenate(parts, axis=1), -1, 1).astype(np.float32)
-
-    def _least_of_all(self) -> float:
-        """Predict the loss in the end if every step follows the plan."""
-        if self._within is not None:
-            return self._within.least(())
-        return float(self._plan.least(0, self._total))
 
     def _slack_left(self) -> Array:
         """The share that is left of what the budget leaves beyond the cheapest policy, shape (episodes,)."""

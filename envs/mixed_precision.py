@@ -79,9 +79,9 @@ class MixedPrecisionEnv(PolicyEnv):
         """
         super().__init__(problem, judge)
         self.action_space = unit_box(2)
-        self._episodes = Episodes(problem, loss_increase)
-        self.features = self._episodes.features
-        self.observation_space = unit_box(self._episodes.size)
+        self.episodes = Episodes(problem, loss_increase)
+        self.features = self.episodes.features
+        self.observation_space = unit_box(self.episodes.size)
         self._start()
 
     def step(self, action: NDArray[np.float32]) -> Step:
@@ -89,32 +89,32 @@ class MixedPrecisionEnv(PolicyEnv):
 
         Raises ValueError, changing nothing, for anything but two finite numbers.
         """
-        if self._episodes.is_over:
+        if self.episodes.is_over:
             raise RuntimeError("the episode is over: call reset()")
-        asked = checked_action(action, 2, self._episodes.step)
-        self._seen = self._episodes.act(asked[None])[0]
-        if not self._episodes.is_over:
+        asked = checked_action(action, 2, self.episodes.step)
+        self._seen = self.episodes.act(asked[None])[0]
+        if not self.episodes.is_over:
             return self._observe(), 0.0, False, False, {}
-        options = self._episodes.options[0].tolist()
+        options = self.episodes.options[0].tolist()
         pairs = [decision.pairs[option] for decision, option in zip(self.problem.decisions, options, strict=True)]
-        cost = float(self.problem.limit - self._episodes.left[0])
-        return self._finish(np.array(pairs), cost, float(self._episodes.saturation[0]))
+        cost = float(self.problem.limit - self.episodes.left[0])
+        return self._finish(np.array(pairs), cost, float(self.episodes.saturation[0]))
 
     def planned(self) -> tuple[int, int]:
         """Return the pair of widths, float being 32, that the plan gives to what this step decides."""
-        w, a = self.decisions[self._episodes.step].pairs[int(self._episodes.planned()[0])]
+        w, a = self.decisions[self.episodes.step].pairs[int(self.episodes.planned()[0])]
         return int(w), int(a)
 
     def action_for(self, w: int | None, a: int | None) -> NDArray[np.float32]:
         """Return the action that asks for just these widths at the present step; None or 32 is float."""
-        return self._episodes.actions_for(np.array([[place_of(w) + 1, place_of(a) + 1]]))[0]
+        return self.episodes.actions_for(np.array([[place_of(w) + 1, place_of(a) + 1]]))[0]
 
     def next_layer(self) -> str:
         """Return the name of the (first) layer that the next step decides."""
-        return self.problem.workload.names[self.decisions[self._episodes.step].layers[0]]
+        return self.problem.workload.names[self.decisions[self.episodes.step].layers[0]]
 
     def _start(self) -> None:
-        self._seen = self._episodes.begin(1)[0]
+        self._seen = self.episodes.begin(1)[0]
 
     def _observe(self) -> Observation:
         return self._seen

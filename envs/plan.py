@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 GRAIN = 8192  # steps that the slack is divided into
-MOST_KEPT = 50_000  # plans that are remembered
 
 
 class Plan:
@@ -96,8 +95,19 @@ class Programme(Protocol):
         """Say whether the decisions that follow can be chosen so that all limits hold."""
         ...
 
-    def used(self, start: Sequence[int]) -> Array:
-        """Tell the least of each limit, the peak of memory being the last, that is used in the end, as shares of them."""
+    def used_after(self, starts: NDArray[np.int64]) -> Array:
+        """Tell the least of each limit, the peak of memory being the last, that is used in the end, as shares of them.
+
+        It is asked about many starts at once, shape (n, first decisions), and answers in the shape (n, limits).
+        """
+        ...
+
+    def possible_after(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell of many starts what `possible` tells of one, shape (n, options)."""
+        ...
+
+    def completes_surely(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which of many starts certainly complete, shape (n,); of others `completes` tells."""
         ...
 
     def fits(self, options: Sequence[int]) -> bool:
@@ -145,7 +155,6 @@ class PlanWithin:
         self.cheapest_from = np.array([plan.cheapest_from for plan in self.plans])
         self.grains = np.array([plan.step or np.inf for plan in self.plans])
         self._rows = np.arange(len(self.plans))
-        self._known: dict[tuple[int, ...], tuple[int, float]] = {}
 
     def first(self, taken: Sequence[int], preference: Array) -> int:
         """Return the option of the next decision after which all budgets can still be met, and that is preferred.
@@ -160,34 +169,52 @@ class PlanWithin:
                 return int(option)
         raise ValueError(f"after the options {list(taken)} no policy is within all budgets")
 
-    def least(self, taken: Sequence[int]) -> float:
-        """Return about the least loss that the decisions that follow add."""
-        return self._plan(taken)[1]
+    def firsts(self, taken: NDArray[np.int64], preferences: Array) -> NDArray[np.int64]:
+        """Return what `first` does of many episodes.
 
-    def option(self, taken: Sequence[int]) -> int:
-        """Return the option to take now, after those that were taken."""
-        return self._plan(taken)[0]
+        Args:
+            taken: The options of the decisions before, shape (episodes, decisions).
+            preferences: A number for every option of the next one, shape (episodes, options); the least is preferred.
 
-    def _plan(self, taken: Sequence[int]) -> tuple[int, float]:
-        """Return the option to take now, and the least loss that is added from now on."""
-        key = tuple(taken)
-        if key not in self._known:
-            if len(self._known) >= MOST_KEPT:
-                self._known.clear()
-            self._known[key] = self._planned(key)
-        return self._known[key]
+        Returns:
+            Options, shape (episodes,).
+        """
+        possible = self.programme.possible_after(taken)
+        order = np.argsort(preferences, axis=1, kind="stable")
+        place = np.take_along_axis(possible, order, axis=1).argmax(1)
+        found: NDArray[np.int64] = np.take_along_axis(order, place[:, None], axis=1)
+        sure = self.programme.completes_surely(np.concatenate([taken, found], axis=1))
+        sure &= np.take_along_axis(possible, found, axis=1)[:, 0]
+        for episode in np.flatnonzero(~sure):
+            found[episode] = self.first(taken[episode].tolist(), preferences[episode])
+        return found[:, 0]
 
-    def _planned(self, taken: tuple[int, ...]) -> tuple[int, float]:
-        decision = len(taken)
+    def plan(self, taken: NDArray[np.int64]) -> tuple[NDArray[np.int64], Array]:
+        """Plan what follows, of many episodes.
+
+        Args:
+            taken: The options of the decisions before, shape (episodes, decisions).
+
+        Returns:
+            The options to take now (0 where nothing is left to decide), and about the least losses that are added from now
+            on, each of shape (episodes,).
+        """
+        count, decision = taken.shape
+        options, least = np.zeros(count, np.int64), np.zeros(count)
         if decision == len(self.losses):
-            return 0, 0.0
-        if list(taken) == self.best[:decision]:
-            rest = zip(self.losses[decision:], self.best[decision:], strict=True)
-            return self.best[decision], float(sum(loss[option] for loss, option in rest))
-        left = self.totals - self.prices[:, np.arange(decision), list(taken)].sum(1)
-        # What `Plan.slack` tells, of all at once.
+            return options, least
+        as_best = (taken == self.best[:decision]).all(1)
+        options[as_best] = self.best[decision]
+        rest = zip(self.losses[decision:], self.best[decision:], strict=True)
+        least[as_best] = float(sum(loss[option] for loss, option in rest))
+        others = taken[~as_best]
+        if not len(others):
+            return options, least
+        left = self.totals - self.prices[:, np.arange(decision), others].sum(-1).T
+        # What `Plan.slack` tells, of all at once; shape (episodes, surrogates).
         slack = np.clip((left - self.cheapest_from[:, decision]) / self.grains + 1e-9, 0, GRAIN).astype(int)
-        after = np.maximum(slack[:, None] - self.steps[decision], 0)
-        rest_of = self.values[decision + 1][self._rows[:, None], after].max(0)
-        option = self.first(taken, self.losses[decision] + rest_of)
-        return option, float(self.values[decision][self._rows, slack].max())
+        after = np.maximum(slack[:, :, None] - self.steps[decision], 0)
+        rest_of = self.values[decision + 1][self._rows[:, None], after].max(1)
+        options[~as_best] = self.firsts(others, self.losses[decision] + rest_of)
+        least[~as_best] = self.values[decision][self._rows, slack].max(1)
+        return options, least

@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only see that it runs: saves nothing")
     parser.add_argument("--out", type=Path, help=f"folder for the page (default: {FOLDER})")
     options = parser.parse_args(arguments)
-    evaluations = {"random": 60, "ddpg": SearchConfig().evaluations}
+    evaluations = {"random": 60, "ddpg": 200}
     repeats, tasks = options.repeats, 3000
     if options.quick:
         evaluations = {"random": 8, "ddpg": 40}

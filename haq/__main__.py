@@ -29,7 +29,7 @@ from haq.version import __version__
 # By heading: a command's name, and the module that has it as `cli`. A module is imported when its command is called or its
 # own help is shown.
 COMMANDS = {
-    "Find a policy": {"search": "haq.search", "sweep": "haq.sweep"},
+    "Find a policy": {"search": "haq.search", "sweep": "haq.sweep", "pretrain": "haq.pretrain"},
     "Use what was found": {
         "finetune": "haq.finetune",
         "evaluate": "haq.evaluate",

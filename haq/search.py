@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +111,15 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
     Returns:
         The exit status.
     """
+    from haq.store.files import CONFIG
     from haq.store.lock import writing
+    from haq.store.records import ConfigRecord
     from haq.study.search_run import SearchRun
     from haq.study.task import check_same_kind
 
+    if ConfigRecord.read(folder / CONFIG).searches > 1:
+        go_on = command_line("python", "-m", "haq.sweep", "--resume", folder.parent)
+        raise ValueError(f"{folder} is one of a sweep's searches, which share what they try: go on with {go_on}")
     check_same_kind(folder, SearchRun.load(folder).config.device, device)
     run = SearchRun.load(folder, device)
     with writing(run.folder, run.go_on):
@@ -122,8 +128,9 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
             run.drop_checkpoint("finetuning")
             see = command_line("python", "-m", "haq.evaluate", folder, *run.config.trust_words())
             raise ValueError(f"{folder} is finished; see it with {see}")
+        agent = run.read_agent()
         with follow_loading(output.notes, "loading network and data, calibrating") as follow:
-            task = run.build(**follow)
+            task = replace(run.build(**follow), agent=agent)
         _check_end(task)
         _print_plan(output, task, workers, folder, run.known(task.problem))
         run.check(task, same_versions=True)
@@ -134,20 +141,19 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
 
 def _load(config: SearchConfig, output: Output) -> SearchTask:
     """Load all that a search names, and the sensitivities that it is given."""
-    import dataclasses
-
     from haq.solvers.base import find_solver
     from haq.study.known_trials import check_uses_trials
-    from haq.study.task import SearchTask, load_target
+    from haq.study.task import SearchTask, load_target, read_agent
 
-    find_solver(config.solver)
+    find_solver(config.solver, config.iterate)
     if config.trials is not None:
         check_uses_trials(config.solver)
+    agent = read_agent(config, [config.solver])
     with follow_loading(output.notes, "loading network and data, calibrating") as follow:
-        task = SearchTask.build(config, load_target(config, **follow), follow["progress"])
+        task = replace(SearchTask.build(config, load_target(config, **follow), follow["progress"]), agent=agent)
     if config.sensitivity is not None:
         kind = task.read_sensitivities(Path(config.sensitivity)).kind
-        task = dataclasses.replace(task, config=config.replace(sensitivity_kind=kind))
+        task = replace(task, config=config.replace(sensitivity_kind=kind))
     _check_end(task)
     return task
 
@@ -206,7 +212,8 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
     from haq.study.search_run import has_tensorboard
     from haq.study.search_steps import rivals_of
 
-    tables.print_plan(output.notes, task, folder, rivals_of(task.config.solver), _describe_workers(workers, task.config))
+    rivals = rivals_of(task)
+    tables.print_plan(output.notes, task, folder, rivals.names, rivals.words, _describe_workers(workers, task.config))
     if task.config.trials is not None:
         say(output.notes, f"trials: {known.words(task.problem)}")
     tables.print_doubts(output.results, task)
@@ -216,10 +223,10 @@ def _print_plan(output: Output, task: SearchTask, workers: WorkersConfig, folder
 
 def _describe_workers(workers: WorkersConfig, config: SearchConfig) -> str:
     """Who evaluates policies, and what keeps the solver from using all of them."""
-    from haq.solvers import SOLVERS
+    from haq.solvers.base import find_solver
 
     words = workers.describe()
-    if not workers.exceed(config.ahead) or not SOLVERS.get(config.solver).chooses_ahead:
+    if not workers.exceed(config.ahead) or not find_solver(config.solver, config.iterate).chooses_ahead:
         return words
     return f"{words}; beyond sensitivities {config.solver} keeps {config.ahead} of them busy (--ahead)"
 

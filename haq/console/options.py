@@ -82,7 +82,7 @@ def setting(
         description: What it is, in a few words, for the help and for a reader of the model.
         group: The heading that it stands under in a help: "Hardware".
         metavar: What stands for its value in a help: "NAME". By default from its type.
-        spellings: Other names of the option: ("--reward",).
+        spellings: Other names of the option: ("--reward",). One that begins with "--no-" switches a flag off.
         names: Gives the values that a shell can complete; called only when one does.
         default_words: What the help says of the default, where that isn't the default itself.
         least: The smallest number that is accepted.
@@ -143,6 +143,8 @@ class Option(click.Option):
         if self.hidden:
             return None
         written = ", ".join(sorted(self.opts, key=lambda word: (word.startswith("--"), self.opts.index(word))))
+        if self.secondary_opts:
+            written = f"{written}, {', '.join(self.secondary_opts)}"
         if not self.is_flag and not self.count:
             written = f"{written} {self.metavar or getattr(self.type, 'written', self.type.name.upper())}"
         about = self.help or ""
@@ -200,9 +202,14 @@ def _option_of(name: str, field: FieldInfo) -> Decorator:
     others: dict[str, Any] = {"is_flag": True} if is_flag else {"type": kind, "metavar": about["metavar"]}
     if about["several"]:
         others |= {"multiple": True, "callback": _join}
+    written = [option_name(name)]
+    for spelling in about["spellings"]:
+        if is_flag and spelling.startswith("--no-"):
+            written[0] += f"/{spelling}"
+        else:
+            written.append(spelling)
     return click.option(
-        option_name(name),
-        *about["spellings"],
+        *written,
         name,
         cls=Option,
         help=field.description,

@@ -12,13 +12,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 import quantizers as Q
 from haq.data.labels import class_numbers
+from haq.problem import racing
 from haq.problem.guarding import apart
 from haq.problem.objective import (
     Accuracy,
@@ -40,22 +44,85 @@ from haq.problem.tally import ScoreTally, Tally, ValueTally, check_by_sample, wo
 from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
 
 KEPT_BYTES = 1 << 30  # of activations, all batches together; and of the teacher's outputs
-COMPARED = 64  # policies whose values are kept by sample, to be held against each other
-RISK = 1e-3  # that an evaluation is stopped although the policy isn't below the accuracy to beat
+KEPT_VALUES = 64 << 20  # bytes of values by sample, of the policies that were evaluated last
+RISK = 1e-3  # that an evaluation is stopped although the policy isn't worse than the value to beat
 
 # Of a batch's number and the batch: what the objective looks at of the outputs, and, where they are attacked, of those of the
 # attacked samples.
 Answers = Callable[[int, Any], tuple[Any, ...]]
 
 
+class Judged(NamedTuple):
+    """An evaluation, and how it came about.
+
+    Attributes:
+        evaluation: What a policy was measured to give.
+        goods: By batch that was looked at, how much was good of all samples until then: their number, where values are shares
+            of samples. Nothing where no evaluation ends early.
+    """
+
+    evaluation: Evaluation
+    goods: tuple[float, ...]
+
+
 class Pool(Protocol):
     """Workers that evaluate policies for an evaluator, each on its own copy of it (`haq.study.workers`)."""
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Begin with policies that will be asked for."""
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Begin with policies that will be asked for, and what they are to beat."""
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
-        """Wait for a policy's evaluation."""
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
+        """Wait for what `Evaluator.judge` finds."""
+
+
+class Kept:
+    """The value of every sample, of the policies that were evaluated last; which are answered rightly takes a bit each."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._packed: dict[Q.BitPolicy, tuple[int, NDArray[Any] | None]] = {}
+        self._size = 0
+
+    def keep(self, policy: Q.BitPolicy, tally: Tally | None) -> None:
+        """Take what is known of a policy; the oldest are forgotten beyond `KEPT_VALUES`."""
+        self._drop(policy)
+        values: Tensor | None = None
+        if tally is not None:
+            values = tally.by_sample()
+        if values is None:
+            self._packed[policy] = 0, None
+            return
+        packed = values.numpy()
+        if values.dtype == torch.bool:
+            packed = np.packbits(packed)
+        self._packed[policy] = len(values), packed
+        self._size += packed.nbytes
+        while self._size > KEPT_VALUES and len(self._packed) > 2:
+            self._drop(next(iter(self._packed)))
+
+    def _drop(self, policy: Q.BitPolicy) -> None:
+        """Forget a policy, if it is known."""
+        _, packed = self._packed.pop(policy, (0, None))
+        if packed is not None:
+            self._size -= packed.nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._packed.clear()
+        self._size = 0
+
+    def __contains__(self, policy: Q.BitPolicy) -> bool:
+        """Say whether a policy is among them."""
+        return policy in self._packed
+
+    def __getitem__(self, policy: Q.BitPolicy) -> Tensor | None:
+        """Return the value of every sample; None where there is none."""
+        count, packed = self._packed[policy]
+        if packed is None:
+            return None
+        if packed.dtype == np.uint8:
+            return torch.from_numpy(np.unpackbits(packed, count=count).astype(bool))
+        return torch.from_numpy(packed)
 
 
 class Evaluator:
@@ -131,8 +198,9 @@ class Evaluator:
         self.outputs: list[Any] | None = None  # other outputs of the teacher, by batch
         self._ask_teacher()
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
+        self._kept: dict[Q.BitPolicy, Judged] = {}  # of what is in the cache and was evaluated for this evaluator
         self.pool: Pool | None = None
-        self._values: dict[Q.BitPolicy, Tensor | None] = {}  # by sample, of the policies compared last
+        self._values = Kept()
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
 
     def _check_calls(self) -> None:
@@ -241,6 +309,7 @@ class Evaluator:
             if not self._snapshot.holds(self._kept_samples(), len(stored)):
                 self._ask_teacher()
             self.cache.clear()
+            self._kept.clear()
             self._values.clear()
             self.__dict__.pop("prefix", None)
             for layer in Q.quant_layers(self.network).values():
@@ -251,7 +320,7 @@ class Evaluator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "pool": None, "_values": {}, "_snapshot": None}
+        state = self.__dict__ | {"cache": {}, "_kept": {}, "pool": None, "_values": Kept(), "_snapshot": None}
         if not self._asks_again:
             state["teacher"] = None
         state.pop("prefix", None)
@@ -312,67 +381,111 @@ class Evaluator:
             return list(zip(inputs, self.labels[self.order].split(list(self.samples.sizes)), strict=True))
         return [(one, self._targets(batch)) for one, batch in zip(inputs, self.samples, strict=True)]
 
+    @property
+    def races(self) -> bool:
+        """Say whether an evaluation can end early: values are shares, of several batches of samples in random order."""
+        samples = self.samples
+        return samples is not None and samples.is_shuffled and len(samples) > 1 and racing.has_shares(self.objective)
+
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
         """Tell the value and the loss of a policy.
 
-        Given an accuracy to beat, evaluation ends after a part of the samples, taken in random order without replacement, if
-        that part tells that the accuracy on all of them is below `beat`. A policy that isn't below it is stopped with a
-        probability of at most `RISK`, all looks together: after each batch the number of right answers is held against its
-        hypergeometric distribution for a policy that just reaches `beat`, at the level RISK / looks (union bound). The
-        probability is that of the order of samples, which is drawn once for all policies. Only where values are shares of
-        samples, and these are in a random order, does an evaluation end early.
+        Given a value to beat, evaluation ends after a part of the samples, taken in random order without replacement, if that
+        part tells that the value on all of them is worse than `beat`. A policy that isn't worse is stopped with a probability
+        of at most `RISK`, all looks together: after each batch the number of right answers is held against its
+        hypergeometric distribution for a policy that just reaches `beat`, at the level RISK / looks (union bound); other
+        values from 0 to 1 against Hoeffding's bound. The probability is that of the order of samples, which is drawn once for
+        all policies. Only where `races` does an evaluation end early.
+
+        What is known of the policy already answers, if it is whole, or was cut short and is worse than `beat`.
         """
         self._forget_what_changed()
         known = self.cache.get(policy)
-        if self.pool is not None and beat is None and (known is None or known.images < self.count):
-            self.cache[policy] = known = self.pool.evaluate(policy)
-        if known is None or (known.images < self.count and not self._is_below(known.accuracy, known.images, beat)):
-            network = self.prepared(policy)
-            answers = self._answers(network)
-            if network is self.network and not self.objective.attacked:
-                answers = self._resuming()
-            self.cache[policy] = known = self._measure(network, answers, beat)
-            assert self._snapshot is not None
-            self._snapshot.take_attributes()
-        return known
+        if known is not None:
+            good = self._good(known.accuracy) * known.images
+            if known.images >= self.count or self._is_below(good, known.images, beat):
+                return known
+        return self._judged_anew(policy, beat)
+
+    def race(self, policy: Q.BitPolicy, beat: float) -> Evaluation:
+        """Tell the value and the loss of a policy that is to beat a value, as `evaluate` does.
+
+        What is returned depends on policy and value alone, and not on what was asked before, as a search's result must not: a
+        policy that is known whole, and that a part of the samples tells to be worse, is evaluated on that part once more.
+        """
+        if not self.races:
+            return self.evaluate(policy)
+        self._forget_what_changed()
+        known, kept = self.cache.get(policy), self._kept.get(policy)
+        if known is not None and kept is not None and kept.evaluation == known:
+            looks = self._looks(kept.goods, beat)
+            if looks is None and known.images >= self.count:
+                return known
+            if looks == len(kept.goods) and known.images < self.count:
+                return known
+        return self._judged_anew(policy, beat)
+
+    def _judged_anew(self, policy: Q.BitPolicy, beat: float | None) -> Evaluation:
+        """Evaluate a policy here or by the pool, and keep what stands on most samples."""
+        if not self.races:
+            beat = None
+        if self.pool is not None:
+            judged = self.pool.evaluate(policy, beat)
+        else:
+            judged = self.judge(policy, beat)
+        known = self.cache.get(policy)
+        if known is None or known.images <= judged.evaluation.images:
+            self.cache[policy] = judged.evaluation
+            self._kept[policy] = judged
+        return judged.evaluation
+
+    def judge(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
+        """Evaluate a policy here, whatever is known of it."""
+        self._forget_what_changed()
+        goods: list[float] = []
+        found, tally = self._run(policy, beat, goods)
+        if found.images == self.count:
+            self._values.keep(policy, tally)
+        return Judged(found, tuple(goods))
+
+    def _run(
+        self, policy: Q.BitPolicy, beat: float | None = None, goods: list[float] | None = None
+    ) -> tuple[Evaluation, Tally | None]:
+        """Run the network at a policy, and judge its outputs; arguments and result are those of `_measured`."""
+        network = self.prepared(policy)
+        answers = self._answers(network)
+        if network is self.network and not self.objective.attacked:
+            answers = self._resuming()
+        found = self._measured(network, answers, beat, goods)
+        assert self._snapshot is not None
+        self._snapshot.take_attributes()
+        return found
 
     def by_sample(self, policy: Q.BitPolicy) -> Tensor | None:
         """Tell what a policy is worth on every sample; the mean is the value that `evaluate` tells.
 
-        Nothing of it is kept while a search goes on: the few policies that are compared in the end are run again, here, with
-        the same outputs, whoever evaluated them before.
+        What was evaluated here lately is remembered. All else is run again, with the same outputs, whoever ran it before.
 
         Returns:
             In the order in which samples were given: whether each is answered rightly (booleans), or its value (float64).
             None where values aren't means over samples, and for outputs that can't be judged.
         """
         self._forget_what_changed()
-        if policy in self._values:
-            return self._values[policy]
         if isinstance(self.objective, BlackBox | MetricObjective):
             return None
-        network = self.prepared(policy)
-        answers = self._answers(network)
-        if network is self.network and not self.objective.attacked:
-            answers = self._resuming()
-        found = _values_of(self._measured(network, answers, None)[1])
-        assert self._snapshot is not None
-        self._snapshot.take_attributes()
-        if len(self._values) >= COMPARED:
-            self._values.pop(next(iter(self._values)))
-        self._values[policy] = found
-        return found
-
-    @property
-    def races(self) -> bool:
-        """Say whether an evaluation can end early: values are shares of samples, several batches of them in random order."""
-        samples = self.samples
-        return self.objective.takes_scores and samples is not None and samples.is_shuffled and len(samples) > 1
+        if policy not in self._values:
+            self._values.keep(policy, self._run(policy)[1])
+        return self._values[policy]
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Tell the pool, if there is one, what it will be asked for, and what that is to beat."""
-        if self.pool is not None and beat is None:
-            self.pool.expect(policy for policy in policies if policy not in self.cache)
+        if self.pool is None:
+            return
+        new = (policy for policy in policies if policy not in self.cache)
+        if beat is None or not self.races:
+            self.pool.expect(new)
+        else:
+            self.pool.expect(new, beat)
 
     def prepared(self, policy: Q.BitPolicy) -> nn.Module:
         """Give the network that a policy is judged by: at its bits, and tuned if there is a `tune`."""
@@ -389,11 +502,11 @@ class Evaluator:
 
         Raises ValueError for outputs that the objective can't judge.
         """
-        return self._measure(network, self._answers(network), None)
+        return self._measure(network, self._answers(network))
 
     def measure_by_sample(self, network: nn.Module) -> tuple[Evaluation, Tensor | None]:
         """Tell the value and the loss of any network, as `measure` does, and its value on every sample, as `by_sample`."""
-        found, tally = self._measured(network, self._answers(network), None)
+        found, tally = self._measured(network, self._answers(network))
         return found, _values_of(tally)
 
     def measure_teacher(self) -> Evaluation:
@@ -415,7 +528,7 @@ class Evaluator:
             of_batches = known
             answers = lambda number, batch: (of_batches[number],)  # noqa: E731
         with evaluation_mode(self.teacher):
-            result, _ = self._judged(self.teacher, answers, None)
+            result, _ = self._judged(self.teacher, answers)
         if not math.isfinite(result.accuracy) or not math.isfinite(result.loss):
             raise ValueError(
                 f"objective {self.objective.name!r} gives no finite number for the float network on the search samples: value "
@@ -481,33 +594,53 @@ class Evaluator:
 
         return answers
 
-    def _measure(self, network: nn.Module, answers: Answers, beat: float | None) -> Evaluation:
+    def _measure(self, network: nn.Module, answers: Answers) -> Evaluation:
         """Judge outputs; those that aren't all finite are worth nothing."""
-        return self._measured(network, answers, beat)[0]
+        return self._measured(network, answers)[0]
 
-    def _measured(self, network: nn.Module, answers: Answers, beat: float | None) -> tuple[Evaluation, Tally | None]:
-        """Judge outputs, as `_measure` does, and return beside it what knows more of them, if they can be judged."""
+    def _measured(
+        self, network: nn.Module, answers: Answers, beat: float | None = None, goods: list[float] | None = None
+    ) -> tuple[Evaluation, Tally | None]:
+        """Judge outputs, as `_measure` does, and return beside it what knows more of them, if they can be judged.
+
+        `beat` and `goods` are those of `_tallied`.
+        """
         has_teacher = self.expected is not None or self.outputs is not None or self._asks_again
         try:
-            found, tally = self._judged(network, answers, beat)
+            found, tally = self._judged(network, answers, beat, goods)
         except NotFinite:
             return worthless(self.objective, self.count, has_teacher), None
         if math.isnan(found.accuracy) or math.isnan(found.loss) or math.isinf(found.accuracy):
             return worthless(self.objective, self.count, has_teacher), None
         return found, tally
 
-    def _judged(self, network: nn.Module, answers: Answers, beat: float | None) -> tuple[Evaluation, Tally | None]:
+    def _judged(
+        self, network: nn.Module, answers: Answers, beat: float | None = None, goods: list[float] | None = None
+    ) -> tuple[Evaluation, Tally | None]:
         """Judge outputs, and return beside it what took them. Raises NotFinite for those that can't be."""
         if isinstance(self.objective, BlackBox):
             return self._told(self.objective, network, answers), None
-        tally = self._tallied(answers, beat)
+        tally = self._tallied(answers, beat, goods)
         return tally.result(), tally
 
-    def _tallied(self, answers: Answers, beat: float | None) -> Tally:
-        """Take outputs, as many as it needs to judge them. Raises NotFinite for those that can't be judged."""
+    def _tallied(self, answers: Answers, beat: float | None, goods: list[float] | None) -> Tally:
+        """Take outputs, as many as it needs to judge them.
+
+        Args:
+            answers: Computes them.
+            beat: As of `evaluate`.
+            goods: Is told after every batch how much was good until then, as far as an evaluation can end early.
+
+        Returns:
+            What took them.
+
+        Raises:
+            NotFinite: For outputs that can't be judged.
+        """
         tally: Tally = ScoreTally(self.objective, self.order, self.expected)
         if isinstance(self.objective, ValueObjective):
             tally = ValueTally(self.objective, self.order)
+        races = self.races
         with closing(self._each(answers)) as each:
             for number, (batch, outputs) in enumerate(each):
                 expected = self._expected(number, batch)
@@ -520,8 +653,14 @@ class Evaluator:
                     targets = self._targets(batch)
                 with torch.inference_mode():
                     tally.add(outputs, targets, expected, samples_in(batch))
-                share = tally.share()
-                if tally.seen < self.count and share is not None and self._is_below(share, tally.seen, beat):
+                good = tally.good()
+                races = races and good is not None and tally.seen < self.count
+                if not races:
+                    continue
+                assert good is not None
+                if goods is not None:
+                    goods.append(good)
+                if self._is_below(good, tally.seen, beat):
                     break
         return tally
 
@@ -588,16 +727,41 @@ class Evaluator:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # threads made from now on would have taken over the pool's setting
 
-    def _is_below(self, share: float, seen: int, beat: float | None) -> bool:
-        """Say whether the part of the samples that was looked at tells that the share of all of them is below `beat`."""
-        if beat is None or self.samples is None or not self.samples.is_shuffled:
-            return False
-        from scipy.stats import hypergeom  # it takes half a second to import
+    def _good(self, value: float) -> float:
+        """Return how much of all samples is good, from 0 to 1, for a value that is a share."""
+        if self.objective.higher_is_better:
+            return value
+        return 1 - value
 
-        # Right answers that reach `beat`, which may be such a share itself, rounded.
-        needed = min(max(math.ceil(beat * self.count - 1e-6), 0), self.count)
-        right, looks = round(share * seen), len(self.samples) - 1
-        return bool(hypergeom.cdf(right, self.count, needed, seen) <= RISK / looks)
+    def _is_below(self, good: float, seen: int, beat: float | None) -> bool:
+        """Say whether the part of the samples that was looked at tells that the value of all of them is worse than `beat`.
+
+        Args:
+            good: How much of the part was good.
+            seen: The samples of the part.
+            beat: The value; None is worse than any.
+
+        Returns:
+            Whether it is.
+        """
+        if beat is None or not self.races:
+            return False
+        assert self.samples is not None
+        looks = len(self.samples) - 1
+        chance = racing.chance_of_bounded
+        if self.objective.takes_scores:
+            chance = racing.chance_of_counted
+        return chance(good, seen, self._good(beat), self.count) <= RISK / looks
+
+    def _looks(self, goods: tuple[float, ...], beat: float) -> int | None:
+        """Tell after how many batches an evaluation ends; None if those that are known don't tell."""
+        assert self.samples is not None
+        seen = 0
+        for number, (good, size) in enumerate(zip(goods, self.samples.sizes, strict=False), 1):
+            seen += size
+            if self._is_below(good, seen, beat):
+                return number
+        return None
 
 
 def _values_of(tally: Tally | None) -> Tensor | None:
@@ -634,7 +798,7 @@ def _check_given(objective: Objective, samples: Samples | None, has_targets: boo
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread within.
+    """Compute with one thread within, in torch and in the linear algebra of NumPy and SciPy.
 
     Sums of floats depend on the number of threads: with one, they don't depend on the machine's, and small operations
     don't wait for others' threads.
@@ -642,9 +806,18 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _linear_algebra().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def _linear_algebra() -> ThreadpoolController:
+    """Find the libraries of linear algebra, which takes milliseconds."""
+    import scipy.linalg  # noqa: F401  it brings one of its own
+
+    return ThreadpoolController()
 
 
 @contextmanager

@@ -63,17 +63,22 @@ class PeakOfDecisions:
         """Return the bytes of buffers (..., buffers) of which the widest reader's bits are given; 0 bits: no reader."""
         return -(-self.elements * np.where(self.reads.any(1), widest, FLOAT_BITS) // 8)
 
-    def widest(self, options: Sequence[int]) -> NDArray[np.int64]:
-        """Return the bits of every buffer if the first decisions take these options, and no other reads any."""
-        count = len(options)
-        taken = self.widths[np.arange(count), np.asarray(options, int)]
-        found: NDArray[np.int64] = np.where(self.reads[:, :count], taken, 0).max(1, initial=0)
+    def widest(self, options: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bits of every buffer if the first decisions take these options, and no other reads any.
+
+        Of options of shape (..., decisions) it is of shape (..., buffers).
+        """
+        chosen = np.asarray(options, int)
+        count = chosen.shape[-1]
+        taken = self.widths[np.arange(count), chosen]
+        found: NDArray[np.int64] = np.where(self.reads[:, :count], taken[..., None, :], 0).max(-1, initial=0)
         return found
 
     def moments(self, widest: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the bytes held at each moment (..., moments), for buffers of given bits (..., buffers)."""
-        held: NDArray[np.int64] = self.sizes(widest) @ self.alive.T.astype(np.int64)
-        return held
+        # As floats, whose products are fast; they hold whole numbers up to 2 ** 53 exactly.
+        held = self.sizes(widest).astype(float) @ self.alive.T.astype(float)
+        return held.astype(np.int64)
 
     def amount(self, options: Sequence[int]) -> float:
         """Return the bytes of an option for every decision."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ class Problem:
         forward: Computes outputs of (network, batch); None: the network is called with the inputs.
         evaluator: Evaluates policies.
         float_result: The evaluation of the float network.
+        float_seconds: How long that took.
     """
 
     _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
@@ -270,12 +272,14 @@ class Problem:
         errors = [self.schemes[name].quantization_errors(layer) for name, layer in layers.items()]
         self.layer_errors = np.array([[ten_places(one.tolist(), 0.0) for one in of_layer] for of_layer in errors])
         self.quantization_error = np.array([self.layer_errors[list(group)].mean(0) for group in self.groups])
+        began = time.perf_counter()
         with evaluation_mode(network):
             with _no_other_layers(network, self.workload.names):
                 self.evaluator = Evaluator(
                     qnetwork, samples, teacher=network, tune=tune, objective=self.objective, forward=forward
                 )
             self.float_result = self.evaluator.measure_teacher()
+            self.float_seconds = time.perf_counter() - began
         _check_share(self.objective, self.float_result.value)
         self.goal.check(self.objective, self.float_result.value)
 
@@ -831,9 +835,11 @@ class Problem:
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Evaluation:
         """Tell the objective's value (`accuracy`) and the loss of a policy on the search samples.
 
-        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.evaluate`).
+        Given a value to `beat`, it ends once a part of the samples tells that the policy is worse (`Evaluator.race`).
         """
-        return self.evaluator.evaluate(policy, beat)
+        if beat is None:
+            return self.evaluator.evaluate(policy)
+        return self.evaluator.race(policy, beat)
 
     def judging(self, samples: Batches | Samples) -> Evaluator:
         """Make what judges policies of this problem on other samples, exactly as they are judged on the search samples.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, eye_array, kron, vstack
 
 from haq.problem.decision import Decision
 from haq.problem.limits import ROUNDING
@@ -81,12 +81,14 @@ class Programme:
         """Find an option for every decision that fits, the first ones being given; None if there is none."""
         return self.best(np.zeros(self._available.shape), start)
 
-    def best(self, losses: Any, start: Sequence[int] = ()) -> list[int] | None:
+    def best(self, losses: Any, start: Sequence[int] = (), beside: Sequence[Sequence[int]] = ()) -> list[int] | None:
         """Find the options with the least total loss that fit.
 
         Args:
             losses: What every option loses, by decision: arrays (options,), or one array (decisions, options).
             start: The options that the first decisions take.
+            beside: Options of all decisions that are not to be found again. What is found beside them has no option that is
+                worse than another one of its decision in every respect.
 
         Returns:
             An option for every decision; None if nothing fits.
@@ -101,11 +103,11 @@ class Programme:
             options: list[int] = available.argmax(1).tolist()
         else:
             sums = [(cost, float(limit)) for cost, limit in zip(self.prices, self._ceilings, strict=True)]
-            found = minimise(table, available, sums, peak=self.peak)
+            found = minimise(table, available, sums, peak=self.peak, beside=beside)
             if found is None:
                 return None
             options = found.tolist()
-        if not self.fits(options):
+        if not self.fits(options) or options in [list(one) for one in beside]:
             return None
         return options
 
@@ -200,6 +202,18 @@ class Programme:
     def completes(self, start: Sequence[int]) -> bool:
         """Say whether the decisions that follow can be chosen so that all limits hold."""
         return self.completion(start) is not None
+
+    def used_after(self, starts: NDArray[np.int64]) -> Floats:
+        """Tell of many starts, shape (n, first decisions), what `used` tells of one; shape (n, limits)."""
+        return self._stock.used_after(starts)
+
+    def possible_after(self, starts: NDArray[np.int64]) -> Flags:
+        """Tell of many starts, shape (n, first decisions), what `possible` tells of one; shape (n, options)."""
+        return self._stock.possible_after(starts)[:, : self.counts[starts.shape[1]]]
+
+    def completes_surely(self, starts: NDArray[np.int64]) -> Flags:
+        """Tell which of many starts, shape (n, first decisions), simple bounds show to complete; of others see `completes`."""
+        return self._stock.completes_after(starts)
 
     def completion(self, start: Sequence[int]) -> tuple[int, ...] | None:
         """Find an option for every decision that fits, the first ones being given; None if there is none.
@@ -309,6 +323,7 @@ def minimise(
     peak: PeakOfDecisions | None = None,
     tied: Sequence[Sequence[int]] = (),
     of_peak: bool = False,
+    beside: Sequence[Sequence[int]] = (),
 ) -> NDArray[np.int64] | None:
     """Choose one option per row with the least total loss within limits, proven optimal.
 
@@ -319,6 +334,7 @@ def minimise(
         peak: A limit of the peak of memory.
         tied: Groups of rows that must take the same option.
         of_peak: Make the peak of memory as small as it can be, whatever its limit, instead of losses.
+        beside: Options of all rows that are not to be found again.
 
     Returns:
         Option indices, shape (rows,); None if nothing fits.
@@ -328,6 +344,7 @@ def minimise(
     """
     rows, options = losses.shape
     equal, within, held = _constraints(available, limits, peak, tied, of_peak)
+    within += _others(beside, available, held)
     goal = np.append(_goal(losses, available).ravel(), np.zeros(held))
     if of_peak:
         goal[-1] = 1.0
@@ -419,6 +436,26 @@ def _constraints(
     return equal, [*(_widened(one, held) for one in within), *memory], held
 
 
+def _others(beside: Sequence[Sequence[int]], available: Flags, held: int) -> list[LinearConstraint]:
+    """Say that a solution differs from given ones (Balas and Jeroslow, "Canonical cuts on the unit hypercube", 1972).
+
+    Args:
+        beside: An option for every row each.
+        available: Which options may be taken.
+        held: How many variables there are beside those of the options.
+
+    Returns:
+        A constraint for all of them.
+    """
+    rows, options = available.shape
+    if not beside:
+        return []
+    cuts = np.zeros((len(beside), rows * options + held))
+    for cut, chosen in zip(cuts, beside, strict=True):
+        cut[np.arange(rows) * options + np.asarray(chosen, int)] = 1
+    return [LinearConstraint(csr_array(cuts), -np.inf, rows - 1)]
+
+
 def _goal(losses: Floats, available: Flags) -> Floats:
     """Scale losses, of which only differences within a row matter, to numbers that suit HiGHS."""
     goal = np.where(available, losses, 0.0)
@@ -440,7 +477,7 @@ def _sum(costs: Floats, limit: float, available: Flags) -> LinearConstraint:
 
 def _structure(rows: int, options: int, tied: Sequence[Sequence[int]]) -> list[LinearConstraint]:
     """Say that every row takes one option, and tied ones the same."""
-    one_each = csr_array(np.kron(np.eye(rows), np.ones(options)))
+    one_each = csr_array(kron(eye_array(rows), np.ones((1, options))))
     alike = []
     for group in tied:
         for other in group[1:]:

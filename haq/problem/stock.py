@@ -85,43 +85,77 @@ class Stock:
         """Tell which options of the next decision simple bounds leave possible, shape (options,)."""
         if start not in self._possible:
             self._forget_if_many()
-            self._possible[start] = self._bounded(start)
+            self._possible[start] = self._bounded(len(start), *self._state(start))
         return self._possible[start]
 
-    def _bounded(self, start: tuple[int, ...]) -> NDArray[np.bool_]:
-        count = len(start)
-        left, widest = self._state(start)
-        weighed = self._weights @ (left[:, None] - self._finite[:, count])
-        possible: NDArray[np.bool_] = np.all(weighed >= self._least_from[:, count + 1, None] - CLOSE, axis=0)
+    def possible_after(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell of many starts (n, first decisions) what `possible` tells of one, shape (n, options)."""
+        return self._bounded(starts.shape[1], *self._states_of(starts))
+
+    def _bounded(self, count: int, left: Floats, widest: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell what simple bounds leave possible of a decision.
+
+        Args:
+            count: Its index.
+            left: What is left of the limits, shape (..., limits).
+            widest: Which bits every buffer is read with, shape (..., buffers).
+
+        Returns:
+            Shape (..., options).
+        """
+        weighed = self._weights @ (left[..., None] - self._finite[:, count])
+        possible: NDArray[np.bool_] = np.all(weighed >= self._least_from[:, count + 1, None] - CLOSE, axis=-2)
         possible &= self._there[count]
         if self._peak is None:
             return possible
-        rest = np.maximum(widest, self._narrowest_from[count + 1])
+        rest = np.maximum(widest, self._narrowest_from[count + 1])[..., None, :]
         with_option = np.maximum(rest, np.where(self._peak.reads[:, count], self._peak.widths[count, :, None], 0))
-        possible &= self._peak.moments(with_option).max(1) <= self._peak.limit * (1 + ROUNDING)
+        possible &= self._peak.moments(with_option).max(-1) <= self._peak.limit * (1 + ROUNDING)
         return possible
 
     def used(self, start: tuple[int, ...]) -> Floats:
         """Tell the least of each limit that is used in the end, as a share of it; the peak of memory comes last."""
-        count = len(start)
-        left, widest = self._state(start)
+        return self.used_after(np.array([start], np.int64).reshape(1, len(start)))[0]
+
+    def used_after(self, starts: NDArray[np.int64]) -> Floats:
+        """Tell of many starts (n, first decisions) what `used` tells of one, shape (n, limits)."""
+        count = starts.shape[1]
+        left, widest = self._states_of(starts)
         used: Floats = 1 - left / self._limits + self._least_from[: len(self._limits), count]
         if self._peak is None:
             return used
         rest = np.maximum(widest, self._narrowest_from[count])
-        return np.append(used, self._peak.moments(rest).max() / self._peak.limit)
+        peaks = self._peak.moments(rest).max(-1) / self._peak.limit
+        return np.concatenate([used, peaks[:, None]], axis=1)
+
+    def completes_after(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which of many starts (n, first decisions) the end of anything in stock completes so that it fits, shape (n,)."""
+        fits: NDArray[np.bool_] = self._fits(starts.shape[1], *self._states_of(starts)).any(-1)
+        return fits
 
     def complete(self, start: tuple[int, ...]) -> tuple[int, ...] | None:
         """Complete the first decisions' options by the end of what is in stock, if any of it fits."""
-        count = len(start)
-        left, widest = self._state(start)
-        fits = (self._costs_from[:, count] <= left + CLOSE * self._limits).all(1)
-        if self._peak is not None and fits.any():
-            together = np.maximum(widest, self._widest_from[:, count])
-            fits &= self._peak.moments(together).max(1) <= self._peak.limit * (1 + ROUNDING)
+        fits = self._fits(len(start), *self._state(start))
         if not fits.any():
             return None
-        return start + self._kept[int(fits.argmax())][count:]
+        return start + self._kept[int(fits.argmax())][len(start) :]
+
+    def _fits(self, count: int, left: Floats, widest: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Tell which ends of what is in stock fit.
+
+        Args:
+            count: How many decisions are made.
+            left: What they leave of the limits, shape (..., limits).
+            widest: Which bits they read every buffer with, shape (..., buffers).
+
+        Returns:
+            Shape (..., kept).
+        """
+        fits: NDArray[np.bool_] = (self._costs_from[:, count] <= left[..., None, :] + CLOSE * self._limits).all(-1)
+        if self._peak is not None and fits.any():
+            together = np.maximum(widest[..., None, :], self._widest_from[:, count])
+            fits &= self._peak.moments(together).max(-1) <= self._peak.limit * (1 + ROUNDING)
+        return fits
 
     def search(self, start: tuple[int, ...]) -> tuple[tuple[int, ...] | None, bool]:
         """Look for options that complete the first decisions', by weights of the limits that grow where a limit is exceeded.
@@ -179,14 +213,20 @@ class Stock:
         """Tell what the first decisions leave of the limits, and which bits they read every buffer with."""
         found = self._states.get(start)
         if found is None:
-            left = self._limits - self._prices[:, np.arange(len(start)), list(start)].sum(1)
-            widest = np.zeros(self._widest_from.shape[2], np.int64)
-            if self._peak is not None:
-                widest = self._peak.widest(start)
-            found = (left, widest)
+            left, widest = self._states_of(np.array([start], np.int64).reshape(1, len(start)))
+            found = (left[0], widest[0])
             self._forget_if_many()
             self._states[start] = found
         return found
+
+    def _states_of(self, starts: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
+        """Tell of many starts (n, first decisions) what `_state` tells of one, shapes (n, limits) and (n, buffers)."""
+        taken = np.arange(starts.shape[1])
+        left = self._limits - self._prices[:, taken, starts].sum(-1).T
+        widest = np.zeros((len(starts), self._widest_from.shape[2]), np.int64)
+        if self._peak is not None:
+            widest = self._peak.widest(starts)
+        return left, widest
 
     def _forget_if_many(self) -> None:
         for kept in (self._states, self._possible):

@@ -19,7 +19,6 @@ from haq.problem.objective import (
     Objective,
     ValueObjective,
     attacked_inputs,
-    count_correct,
     mean_loss,
     named,
     per_sample,
@@ -122,8 +121,8 @@ class Tally(Protocol):
             ValueError: Naming the objective, for what it may not return.
         """
 
-    def share(self) -> float | None:
-        """Return the share of samples so far that count as correct; None where values are no such thing."""
+    def good(self) -> float | None:
+        """Return how much of the samples so far is good, each from 0 to 1; None where values are no such thing."""
 
     def result(self) -> Evaluation:
         """Tell what all is worth that was taken."""
@@ -151,6 +150,7 @@ class ScoreTally:
         self.expected = expected
         self.seen = 0
         self.right = 0
+        self.correct: list[Tensor] = []
         self.parts: list[tuple[Tensor, ...]] = []
         self.labels: list[Tensor] = []
 
@@ -166,14 +166,16 @@ class ScoreTally:
         outputs = tuple(part.cpu() for part in outputs)
         if any(bool(part.isnan().any()) for part in outputs):
             raise NotFinite
-        self.right += count_correct(self.objective, outputs, targets)
+        correct = which_correct(self.objective, outputs, targets)
+        self.correct.append(correct.cpu())
+        self.right += int(correct.sum())
         self.seen += len(targets)
         self.parts.append(outputs)
         self.labels.append(targets)
 
-    def share(self) -> float | None:
-        """Return the share of samples so far that count as correct."""
-        return self.right / self.seen
+    def good(self) -> float | None:
+        """Return the number of samples so far that count as correct."""
+        return self.right
 
     def result(self) -> Evaluation:
         """Tell what all is worth that was taken."""
@@ -188,9 +190,7 @@ class ScoreTally:
 
     def by_sample(self) -> Tensor | None:
         """Tell which samples are answered rightly, booleans in the order in which samples were given."""
-        back = self.order[: self.seen].argsort()
-        batches = zip(self.parts, self.labels, strict=True)
-        return torch.cat([which_correct(self.objective, outputs, labels).cpu() for outputs, labels in batches])[back]
+        return torch.cat(self.correct)[self.order[: self.seen].argsort()]
 
 
 class ValueTally:
@@ -210,6 +210,7 @@ class ValueTally:
         self.values: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.divergences: list[Tensor] = []
+        self._sum, self._summed = 0.0, 0  # of how many batches the sum is
 
     def add(self, outputs: tuple[Any, ...], targets: Any, expected: Any, count: int) -> None:
         """Take the outputs of a batch.
@@ -265,9 +266,19 @@ class ValueTally:
             return stacked.amin(0)
         return stacked.amax(0)
 
-    def share(self) -> float | None:
-        """Return nothing: values are no shares of samples."""
-        return None
+    def good(self) -> float | None:
+        """Return the sum of the values, or of 1 less each where smaller ones are better; None unless all are from 0 to 1."""
+        for values in self.values[self._summed :]:
+            if not bool(((values >= 0) & (values <= 1)).all()):
+                self._sum = math.nan
+            elif self.objective.higher_is_better:
+                self._sum += float(values.sum())
+            else:
+                self._sum += float((1 - values).sum())
+        self._summed = len(self.values)
+        if not self.values or math.isnan(self._sum):
+            return None
+        return self._sum
 
     def result(self) -> Evaluation:
         """Tell what all is worth that was taken."""

@@ -356,6 +356,8 @@ def _tried_says(run: RunFolder) -> str:
     problem, metric = run.problem, run.problem.metric
     inside = sum(one.within_budget for one in run.history)
     says = f"{len(run.history):,} evaluations by {', '.join(_solvers(run))}, {inside:,} of them {_inside_words(problem)}. "
+    if cut := sum(not one.whole for one in run.history):
+        says += f"{cut:,} ended early, and have the value of the {problem.samples_are} that were looked at. "
     if run.best is not None:
         found = f"{problem.show(run.best.accuracy)} at {amount(run.best.cost, metric)}"
         says += f"The {_best_words(problem)} of {run.best.solver}, ringed, has {found}; "
@@ -588,7 +590,7 @@ def _records(problem: ProblemRecord, rows: list[HistoryRow]) -> Iterator[History
     best = math.inf
     for one in rows:
         rank = problem.rank(one.accuracy, one.loss, one.cost)[0]
-        if one.within_budget and rank < best:
+        if one.within_budget and one.whole and rank < best:
             best = rank
             yield one
 

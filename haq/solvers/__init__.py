@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from haq.solvers.base import Trial as Trial
 
 # The environments that agents can learn in.
-ENVS = ("plan", "haq")
+PLAN = "plan"
+ENVS = (PLAN, "haq")
 _lacking_names = requires("solve", "uses_sensitivities", "draws", "chooses_ahead")
 
 
@@ -43,7 +44,7 @@ SOLVERS: Registry[type[Solver]] = Registry(
     "solver",
     "haq.solvers",
     {
-        "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning as in HAQ: an actor, and a critic that it learns from"),
+        "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning: an actor and its critic, which imagine episodes, beside the surrogate"),
         "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
         "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
         "surrogate": (
@@ -74,13 +75,14 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "greedy",
         "hessian",
         "ilp",
+        "iterated",
         "random_search",
         "sensitivity",
         "surrogate",
     ],
     submod_attrs={"base": ["Session", "Solver", "Trial"]},
 )
-__all__ += ["ENVS", "SOLVERS"]
+__all__ += ["ENVS", "PLAN", "SOLVERS"]
 
 
 def __dir__() -> list[str]:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import quantizers as Q
 from haq import solvers
@@ -27,10 +27,13 @@ from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import NotAllowed, Problem
 from haq.problem.sensitivity import Sensitivities
-from haq.solvers import ENVS, SOLVERS, lacking
+from haq.solvers import ENVS, PLAN, SOLVERS, lacking
 from haq.store.checkpoint import Checkpoint
 from haq.store.units import PERCENT, describe_amount, show, show_difference
 from hw_models.registry import printable
+
+if TYPE_CHECKING:
+    from haq.solvers.agent_file import AgentFile
 
 
 class NothingGoodEnough(ValueError):
@@ -148,7 +151,7 @@ class Choice:
         below: How much worse `trial` is than `best`, by `Trial.score` on all samples that were looked at; negative if it is
             better on all of them.
         error: The paired standard error of that; 0 of the same policy.
-        compared: How many policies were held against the best, by sample.
+        compared: How many policies were within one standard error of the best, which is one of them.
         finalists: How many were judged again on further held-out samples; 0 where there were none.
         confirmed: How many samples these were.
         confirmed_trial: What `trial` gave on these.
@@ -159,7 +162,7 @@ class Choice:
     best: Trial
     below: float = 0.0
     error: float = 0.0
-    compared: int = 0
+    compared: int = 1
     finalists: int = 0
     confirmed: int = 0
     confirmed_trial: Evaluation | None = None
@@ -176,21 +179,22 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
-        known: Trials of other searches of this network, whatever they cost: they don't count, and a policy of them is only
-            found if it is asked for.
+        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
+            and aren't among `trials`; a solver may learn from them.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
         checkpoint: Where an agent keeps its state.
+        agent: What an agent starts from, which `haq pretrain` made; None for one that knows nothing yet.
         trials: Every trial, in order.
         best: The best feasible trial so far, by the problem's goal; none whose network's outputs aren't finite, and none that
             was cut short.
         race: Whether evaluations may end early (`racing_beat`).
-        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
-            and aren't among `trials`; a solver may learn from them.
+        recorded: What an interrupted search of the same solver was told, which it is told again.
         choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
+        origins: Where every choice came from, in order, if the solver tells it (`haq.solvers.surrogate.Search`).
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
 
@@ -204,16 +208,21 @@ class Session:
     env: str = "plan"
     ahead: int = 1
     checkpoint: Checkpoint | None = None
+    agent: AgentFile | None = None
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
-    known: Sequence[tuple[Q.BitPolicy, Evaluation]] = ()
+    recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)
     choice: Choice | None = None
     confirm: Evaluator | None = None
     _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
+    _adopted: set[Q.BitPolicy] = field(default_factory=set)
     _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
+    _whole: set[Q.BitPolicy] = field(default_factory=set)
+    _indexed: int = 0  # of the known trials
 
     def __repr__(self) -> str:
         """Say on one line how far it is and what was found."""
@@ -235,25 +244,48 @@ class Session:
     @property
     def used(self) -> int:
         """Count the policies evaluated."""
-        return len(self._seen)
+        return len(self._seen) - len(self._adopted)
 
     @property
     def left(self) -> int:
         """Count the evaluations that are left."""
-        return self.evaluations - len(self._seen)
+        return self.evaluations - self.used
+
+    @property
+    def own(self) -> list[Trial]:
+        """Return the trials that count: all but those that were adopted."""
+        return [trial for trial in self.trials if trial.policy not in self._adopted]
+
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return what a solver can learn from: every trial of the whole search, of which this may be a part."""
+        return self.trials
 
     def seen(self, policy: Q.BitPolicy) -> bool:
         """Say whether a policy was asked for before."""
         return policy in self._seen
 
-    def racing_beat(self) -> float | None:
-        """Tell below which value nobody needs to know how bad a policy is; None if every policy is to be evaluated whole.
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early: values are shares, no trade-off is looked for, and it is wanted."""
+        problem = self.problem
+        return self.race and problem.evaluator.races and problem.goal.kind != TRADEOFF
 
-        It follows from the trials so far. Give it to `expect` with the policies that are chosen now.
+    def racing_beat(self) -> float | None:
+        """Tell which value a policy must reach to be worth a whole evaluation; None if every policy is evaluated whole.
+
+        It follows from the trials so far. Give it to `expect` with the policies that are chosen now. Where the best policy is
+        looked for, it is so far below the best that what doesn't reach it is never chosen (`racing.beat`); where the cheapest
+        is, the value that is good enough. Of a trade-off, the value that is needed depends on the cost: nothing ends early.
         """
-        if not self.race or self.best is None or not self.problem.evaluator.races:
+        problem = self.problem
+        if not self.races:
             return None
-        return racing.beat(self.problem, self.best.value)
+        if problem.goal.kind == CHEAPEST:
+            return problem.goal.threshold(problem.objective, problem.float_accuracy)
+        if self.best is None:
+            return None
+        return racing.beat(problem, self.best.value)
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Say that these policies will be asked for, probably in this order.
@@ -263,16 +295,32 @@ class Session:
         Args:
             policies: What is chosen.
             beat: A value of the objective. The evaluation of a policy that is expected for the first time ends as soon as a
-                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at. What is
-                known when a policy is chosen decides, so that neither workers nor an interruption change anything.
+                part of the samples tells that it is worse (`Evaluator.evaluate`); None: all samples are looked at, as they
+                are of what another search evaluated whole. What is known when a policy is chosen decides, so that neither
+                workers nor an interruption change anything.
         """
         policies = list(policies)
-        for policy in policies:
-            self._beats.setdefault(policy, beat)
-        if beat is None:
-            self.problem.expect(policies)
-        else:
-            self.problem.expect(policies, beat)
+        new = [policy for policy in policies if policy not in self._beats and policy not in self._seen]
+        known = self._known_whole()
+        for policy in new:
+            self._beats[policy] = beat
+            if policy in known:
+                self._beats[policy] = None
+        for value in dict.fromkeys(self._beats[policy] for policy in new):
+            group = [policy for policy in new if self._beats[policy] == value and policy not in self.recorded]
+            if value is None:
+                self.problem.expect(group)
+            else:
+                self.problem.expect(group, value)
+
+    def _known_whole(self) -> set[Q.BitPolicy]:
+        """Return the policies that another search evaluated whole: of these nothing is saved by less."""
+        count = self.problem.evaluator.count
+        for policy, evaluation in self.known[self._indexed :]:
+            if evaluation.images >= count:
+                self._whole.add(policy)
+        self._indexed = len(self.known)
+        return self._whole
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy; one that is new is counted and becomes a trial.
@@ -297,10 +345,29 @@ class Session:
     def _evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy that is new, and make a trial of it."""
         beat = self._beats.get(policy)
-        if beat is None:
+        if policy in self.recorded:
+            evaluation = self.recorded[policy]
+        elif beat is None:
             evaluation = self.problem.evaluate(policy)
         else:
             evaluation = self.problem.evaluate(policy, beat)
+        self.on_trial(self._take(policy, evaluation))
+        return evaluation
+
+    def adopt(self, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
+        """Take a policy that another search with this session's evaluator evaluated: a trial that doesn't count.
+
+        Args:
+            policy: One that this session has no trial of.
+            evaluation: What it gave.
+
+        Returns:
+            The trial, of which `on_trial` isn't told.
+        """
+        self._adopted.add(policy)
+        return self._take(policy, evaluation)
+
+    def _take(self, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
         trial = Trial.of(self.problem, policy, evaluation)
         self._seen[policy] = evaluation
         self.trials.append(trial)
@@ -308,8 +375,7 @@ class Session:
         sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
         if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
-        self.on_trial(trial)
-        return evaluation
+        return trial
 
 
 class Spending(NamedTuple):
@@ -327,11 +393,15 @@ class Solver(ABC):
         name: What it is called in messages.
         summary: One line about it.
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
-        uses_trials: Whether it learns from the session's `known`: trials of earlier searches. In a sweep also those of
-            its other searches, with which it then shares one allowance.
+        uses_trials: Whether it learns from the session's `known`, trials of other searches.
+        shares: Whether searches of a sweep learn from each other's trials as they come, and share their evaluations: it has
+            `begin(problem, session, seed)`, which returns a `haq.solvers.surrogate.Search`.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
+        iterates: Whether it can be made with `iterate=True`, to go on after its first solution.
+        takes_agent: Whether it can start from `Session.agent`.
         goals: What it can look for by itself, of "best", "cheapest" and "tradeoff".
+        most_measured: The share of its evaluations that sensitivities take at most.
         races: Whether it lets evaluations end early that can't be among the best (`Session.racing_beat`).
     """
 
@@ -339,8 +409,12 @@ class Solver(ABC):
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
     uses_trials: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+    most_measured: float = 1.0
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
+    iterates: ClassVar[bool] = False
+    takes_agent: ClassVar[bool] = False
     goals: ClassVar[tuple[str, ...]] = (BEST.kind,)
     races: ClassVar[bool] = False
 
@@ -349,6 +423,9 @@ class Solver(ABC):
         super().__init_subclass__()
         if "name" not in cls.__dict__:
             cls.name = cls.__name__
+
+    def check_agent(self, agent: AgentFile) -> None:
+        """Raise ValueError, in one sentence, for an agent that it can't start from; asked only if it `takes_agent`."""
 
     @abstractmethod
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
@@ -375,20 +452,34 @@ class Solver(ABC):
         return [Spending("policies that it chooses one after the other", evaluations)]
 
 
-def find_solver(solver: str | type[Solver] | Solver) -> Solver:
+def find_solver(solver: str | type[Solver] | Solver, iterate: bool = False) -> Solver:
     """Return a solver that is given as a name, as `module:Name`, as a class or as itself.
+
+    Args:
+        solver: What is given.
+        iterate: Whether it is to go on after its first solution, which `ilp` can.
+
+    Returns:
+        The solver.
 
     Raises:
         ValueError: For an unknown name, naming the close ones; for a thing that is no solver, naming what it lacks; for a
-            class that can't be made, with the reason.
+            class that can't be made, with the reason; and for one that is to iterate and can't.
         ImportError: For a solver of somebody else's that can't be imported.
     """
-    found: object = solver
+    found: Any = solver
+    options = {}
     if isinstance(solver, str):
         found = SOLVERS.get(solver)
+    if iterate:
+        if not getattr(found, "iterates", False):
+            raise ValueError(f"solver {solver!r} has no first solution to go on from: only ilp iterates")
+        if not isinstance(found, type):
+            found = type(found)
+        options["iterate"] = True
     if isinstance(found, type):
         try:
-            found = found()
+            found = found(**options)
         except Exception as error:
             raise ValueError(
                 f"solver {solver!r} can't be made ({_reason(error)}): give an instance, or a class without arguments"
@@ -421,8 +512,9 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
             evaluated no policy within the budget.
     """
     found = find_solver(solver)
+    if session.agent is not None:
+        check_takes_agent(found, session.agent, session.env)
     try:
-        _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
         else:
@@ -435,6 +527,23 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         if error is session.failure or _is_ours(found):
             raise
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
+    return conclude(found, session)
+
+
+def conclude(found: Solver, session: Session) -> Trial:
+    """Choose what a search returns, once its solver is done.
+
+    Args:
+        found: The solver.
+        session: Its allowance, with what was tried.
+
+    Returns:
+        The trial that was chosen; `session.choice` says why.
+
+    Raises:
+        NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
+        ValueError: Naming the solver, if it evaluated no policy within the budget.
+    """
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
@@ -448,25 +557,13 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     return session.choice.trial
 
 
-def _evaluate_best_known(session: Session) -> None:
-    """Evaluate the best of the known trials that may be chosen: a policy that is found was evaluated by the search itself."""
-    best: Trial | None = None
-    for policy, evaluation in session.known:
-        trial = Trial.of(session.problem, policy, evaluation)
-        is_whole = evaluation.images == session.problem.evaluator.count
-        if not trial.feasible or not is_whole or not math.isfinite(trial.loss) or not session.problem.allows(policy):
-            continue
-        if best is None or trial.rank < best.rank:
-            best = trial
-    if best is not None and session.left:
-        session.evaluate(best.policy)
-
-
 def _closest(session: Session) -> str:
     """Say how good the best policy is that was evaluated within the budgets, if there is one."""
     problem = session.problem
     asked = problem.goal.words(problem.objective)
     within = [trial for trial in session.trials if trial.within and math.isfinite(trial.loss)]
+    # What was cut short is far from good enough; if nothing else is there, what it had on a part of the samples must do.
+    within = [trial for trial in within if trial.whole] or within
     if not within:
         return f"of {session.used} evaluated none is within the budgets with outputs that are finite; asked was {asked}"
     best = min(within, key=lambda trial: (-trial.evaluation.score, trial.loss))
@@ -490,6 +587,31 @@ def _is_ours(solver: Solver) -> bool:
 def _reason(error: Exception) -> str:
     """Write what somebody's code raised on one line."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def check_takes_agent(solver: Solver, agent: AgentFile, env: str = PLAN) -> None:
+    """Check that a solver can start from a pretrained agent.
+
+    Args:
+        solver: The solver.
+        agent: The agent.
+        env: The environment of agents.
+
+    Raises:
+        ValueError: In one sentence, for a solver that is no agent, or one of another kind, for another environment than that
+            which the agent was trained in, and for an agent that this version can't go on with.
+    """
+    what = agent.source or "a pretrained agent"
+    if not getattr(solver, "takes_agent", False):
+        raise ValueError(
+            f"solver {_called(solver)!r} is no agent that could start from {what}: leave the agent out, or choose "
+            f"{agent.record.kind}, which it is"
+        )
+    if env != PLAN:
+        raise ValueError(
+            f"{what} knows what the environment {PLAN!r} shows, and {env!r} shows something else: leave one of the two out"
+        )
+    solver.check_agent(agent)
 
 
 def check_env(name: str) -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,24 @@ class Stage(Session):
     def left(self) -> int:
         """Count the evaluations that are left of the stage's and of the whole search's."""
         return min(self.evaluations - self.used, self.whole.left)
+
+    @property
+    def everything(self) -> Sequence[Trial]:
+        """Return every trial of the whole search."""
+        return self.whole.trials
+
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early; see `Session.races`."""
+        return self.whole.races
+
+    def racing_beat(self) -> float | None:
+        """Tell which value a policy must reach for the goal of the whole search; see `Session.racing_beat`."""
+        return self.whole.racing_beat()
+
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Say which policies will be asked for; see `Session.expect`."""
+        self.whole.expect(policies, beat)
 
     def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
         """Evaluate a policy, as `Session.evaluate` does; what the whole search knows already costs it nothing.
@@ -179,6 +197,7 @@ class Stages:
             env=whole.env,
             ahead=whole.ahead,
             saturated=whole.saturated,
+            race=whole.race,
             whole=whole,
             ends=ends,
         )

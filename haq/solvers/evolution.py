@@ -27,6 +27,7 @@ class Evolution(Solver):
     name = "evolution"
     summary = "policies are crossed and mutated, and the best survive"
     chooses_ahead = True
+    races = True
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Fill a population, then breed until the evaluations are used or nothing new is found."""
@@ -49,14 +50,35 @@ class Evolution(Solver):
                     stale_rounds = 0
                     chosen = policy(problem, repaired)
                     waiting[chosen] = repaired
-                    session.expect([chosen])
+                    session.expect([chosen], beat_of(problem, session, population))
             if not waiting:
                 return
             chosen = next(iter(waiting))
             options = waiting.pop(chosen)
             session.evaluate(chosen)
-            population.append((session.trials[-1].rank, options))
-            population = sorted(population)[:POPULATION]
+            # What was cut short is worse than the worst, whatever it is worth.
+            if session.trials[-1].whole:
+                population.append((session.trials[-1].rank, options))
+                population = sorted(population)[:POPULATION]
+
+
+def beat_of(problem: Problem, session: Session, population: list[Member]) -> float | None:
+    """Tell which value a child must reach to be worth a whole evaluation.
+
+    Args:
+        problem: What is searched.
+        session: Knows what may still be chosen in the end.
+        population: The members so far, the worst of them last.
+
+    Returns:
+        The value below which it is neither taken into the population nor chosen, so that the search is the same as if every
+        child were evaluated whole; None for a population that takes every child.
+    """
+    beat = session.racing_beat()
+    if beat is None or len(population) < POPULATION:
+        return None
+    worst = float(problem.objective.signed(-population[-1][0][0]))
+    return min(beat, worst, key=problem.objective.signed)
 
 
 def breed(problem: Problem, population: list[Member], random: np.random.Generator) -> list[int]:

@@ -11,21 +11,57 @@ import quantizers as Q
 from haq.problem.peak import PeakOfDecisions, padded
 from haq.problem.problem import Problem
 from haq.problem.programme import minimise
-from haq.solvers import sensitivity
-from haq.solvers.base import Session, Solver
+from haq.solvers import iterated, sensitivity
+from haq.solvers.base import Session, Solver, Spending
+
+MEASURED = 0.5  # of the evaluations, what sensitivities take at most if policies are to follow from which more is learned
 
 
 class IntegerProgramme(Solver):
-    """Measures sensitivities, then evaluates the policy that is optimal if they add up."""
+    """Measures sensitivities, then evaluates the policy that is optimal if they add up.
+
+    Iterated, it fits what adds up to all trials, and solves again (`haq.solvers.iterated`).
+    """
 
     name = "ilp"
     summary = "measured sensitivities, and the policy that is optimal if they add up"
     uses_sensitivities = True
     draws = False
+    iterates = True
+    most_measured = 1.0
+
+    def __init__(self, iterate: bool = False) -> None:
+        """Take how it is to go on after the first solution.
+
+        Args:
+            iterate: Whether at all.
+        """
+        self.iterate = iterate
+        if iterate:
+            # What a class says is of its solvers as they come.
+            self.draws = self.chooses_ahead = self.races = True  # type: ignore[misc]
+            self.most_measured = MEASURED
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
-        """Measure sensitivities, then evaluate one policy."""
-        session.evaluate(propose(problem, sensitivity.measure(problem, session, keep=1)))
+        """Measure sensitivities, then evaluate one policy; iterated, as many as are left."""
+        keep = max(session.evaluations - int(self.most_measured * session.evaluations), 1)
+        loss_increase = sensitivity.measure(problem, session, keep)
+        first = propose(problem, loss_increase)
+        if self.iterate:
+            iterated.search(problem, session, first, loss_increase, seed)
+        else:
+            session.evaluate(first)
+
+    def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
+        """Tell what evaluations go into beside sensitivities; see `Solver.spending`."""
+        found = [Spending("the policy that is optimal if sensitivities add up", min(evaluations, 1))]
+        if self.iterate and evaluations > 1:
+            found.append(
+                Spending(
+                    "what the programme proposes once it is fitted to all trials, until nothing improves", evaluations - 1
+                )
+            )
+        return found
 
 
 def propose(problem: Problem, loss_increase: NDArray[np.float64]) -> Q.BitPolicy:

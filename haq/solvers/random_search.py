@@ -12,6 +12,7 @@ from haq.problem.programme import STEP, Programme
 from haq.solvers.base import Session, Solver
 
 AHEAD = 256  # policies that are drawn before the first of them is evaluated
+RACED = 16  # policies that are begun with before the first of them is evaluated, where those after it are to beat it
 MOST_STALE_ROUNDS = 100  # draws in a row that are no new policy, after which there seem to be none
 
 
@@ -23,6 +24,7 @@ class RandomSearch(Solver):
 
     name = "random"
     summary = "random policies that fill the budget"
+    races = True
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Draw and evaluate until the evaluations are used or nothing new is drawn."""
@@ -36,8 +38,14 @@ class RandomSearch(Solver):
                 if repaired is not None:
                     stale_rounds = 0
                     drawn.append(policy(problem, repaired))
-            session.expect(drawn)
-            for one in drawn:
+            window = AHEAD
+            if session.races:
+                window = RACED
+            expected = 0
+            for place, one in enumerate(drawn):
+                soon = drawn[expected : place + window]
+                session.expect(soon, session.racing_beat())
+                expected += len(soon)
                 session.evaluate(one)
 
 

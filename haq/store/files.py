@@ -33,6 +33,7 @@ PART = ".part"  # the end of a name, while its file is written
 # The versions of the files that are written, and the only ones that are read.
 RUN_SCHEMA, PROBLEM_SCHEMA, RESULT_SCHEMA = "haq-run-2", "haq-problem-2", "haq-result-2"
 SWEEP_SCHEMA, ROBUSTNESS_SCHEMA, SENSITIVITY_SCHEMA = "haq-sweep-2", "haq-robustness-2", "haq-sensitivity-2"
+AGENT_SCHEMA = "haq-agent-1"
 
 # Bytes up to which a file is read. What we write is far smaller: the largest history so far has 3 MB.
 MOST_CONFIG, MOST_JSON, MOST_HISTORY = 64 * 1024, 32 * 1024**2, 64 * 1024**2

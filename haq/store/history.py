@@ -1,7 +1,8 @@
 """The history of a run: every evaluation, in order, one a line.
 
 A row has the widths of each layer, such as 8-16-float, and the cost in the unit of the run's metric. Where further metrics are
-limited, what they cost stands behind, in columns of their names.
+limited, what they cost stands behind, in columns of their names. Where evaluations may end early, a column `images` before
+these tells how many samples were looked at, and is empty for all of them.
 
 A line that doesn't end was being written when the run was killed, and doesn't count. All others must be evaluations, those of
 each solver numbered 1, 2, 3 and so on.
@@ -107,9 +108,17 @@ class HistoryRow(NamedTuple):
     within_budget: bool
     divergence: float | None
     others: tuple[float, ...] = ()  # costs of the further metrics that are limited, in their units
+    images: int | None = None  # samples that were looked at, if the evaluation was cut short
 
     @classmethod
-    def parse(cls, line: str, layers: int | None = None, limits: Limits = SHARES, others: Sequence[str] = ()) -> HistoryRow:
+    def parse(
+        cls,
+        line: str,
+        layers: int | None = None,
+        limits: Limits = SHARES,
+        others: Sequence[str] = (),
+        tells_images: bool = False,
+    ) -> HistoryRow:
         """Read a line, without its end.
 
         Args:
@@ -117,6 +126,7 @@ class HistoryRow(NamedTuple):
             layers: How many layers the network has; None if that isn't known.
             limits: What its values can be.
             others: The further metrics that are limited.
+            tells_images: Whether there is a column `images`.
 
         Returns:
             The row, which `line` writes again as it was.
@@ -125,7 +135,7 @@ class HistoryRow(NamedTuple):
             ValueError: Saying which column is wrong, and what it must be.
         """
         cells = line.split(",")
-        columns = (*COLUMNS, *others)
+        columns = _columns(others, tells_images)
         if len(cells) != len(columns):
             raise ValueError(f"{len(cells)} columns, not {len(columns)}")
         text = dict(zip(columns, cells, strict=True))
@@ -141,6 +151,11 @@ class HistoryRow(NamedTuple):
         divergence = None
         if text["divergence"]:
             divergence = limits.number("divergence", text["divergence"])
+        images = None
+        if text.get(IMAGES):
+            if not _EVALUATION.fullmatch(text[IMAGES]):
+                raise ValueError(f"the images are {text[IMAGES][:40]!r}, not a number from 1, or nothing for all of them")
+            images = int(text[IMAGES])
         if text["within_budget"] not in ("0", "1"):
             raise ValueError(f"within_budget is {text['within_budget'][:40]!r}, not 0 or 1")
         return cls(
@@ -154,10 +169,18 @@ class HistoryRow(NamedTuple):
             text["within_budget"] == "1",
             divergence,
             tuple(limits.number("cost", text[name], name) for name in others),
+            images,
         )
 
-    def line(self) -> str:
-        """Write the row as a line of the file, with its end; floats to their last bit."""
+    def line(self, tells_images: bool = False) -> str:
+        """Write the row as a line of the file, with its end; floats to their last bit.
+
+        Args:
+            tells_images: Whether the file has a column `images`.
+
+        Returns:
+            The line.
+        """
         divergence = ""
         if self.divergence is not None:
             divergence = repr(self.divergence)
@@ -171,9 +194,16 @@ class HistoryRow(NamedTuple):
             repr(self.cost),
             str(int(self.within_budget)),
             divergence,
-            *map(repr, self.others),
         ]
+        if tells_images:
+            cells.append(str(self.images or ""))
+        cells += map(repr, self.others)
         return ",".join(cells) + "\n"
+
+    @property
+    def whole(self) -> bool:
+        """Say whether all samples were looked at: only then may the policy be chosen."""
+        return self.images is None
 
     @property
     def rank(self) -> tuple[float, float, float]:
@@ -189,6 +219,7 @@ class HistoryRow(NamedTuple):
 
 COLUMNS = HistoryRow._fields[: HistoryRow._fields.index("others")]
 HEADER = ",".join(COLUMNS) + "\n"
+IMAGES = "images"
 
 
 def read(
@@ -212,7 +243,7 @@ def read(
     """
     text = files.read_text(path, files.MOST_HISTORY)
     lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    told = _others(path, lines)
+    tells_images, told = _told(path, lines)
     if others is not None and told != tuple(others):
         raise ValueError(
             f"{path} tells what policies cost in {' and '.join(told) or 'no further metric'}, where it is "
@@ -222,7 +253,7 @@ def read(
     counts: dict[str, int] = {}
     for number, line in enumerate(lines[1:], 2):
         try:
-            row = HistoryRow.parse(line, layers, limits, told)
+            row = HistoryRow.parse(line, layers, limits, told, tells_images)
             _check_count(row, counts)
             rows.append(row)
         except ValueError as error:
@@ -230,33 +261,70 @@ def read(
     return rows
 
 
-def write(path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = ()) -> None:
+def tells_images(path: Path) -> bool:
+    """Say whether a history tells how many samples were looked at; ValueError if the file is none."""
+    text = files.read_text(path, files.MOST_HISTORY)
+    return _told(path, text[:1000].split("\n"))[0]
+
+
+def write(path: Path, rows: Iterable[HistoryRow] = (), others: Sequence[str] = (), tells_images: bool | None = None) -> None:
     """Write a whole history.
 
     Args:
         path: The file.
         rows: Its rows.
         others: The further metrics that are limited, of which the rows tell what they cost.
+        tells_images: Whether there is a column `images`; None: if one of the rows needs it.
     """
-    header = ",".join((*COLUMNS, *others)) + "\n"
-    files.write(path, header + "".join(row.line() for row in rows))
+    rows = list(rows)
+    if tells_images is None:
+        tells_images = not all(row.whole for row in rows)
+    header = ",".join(_columns(others, tells_images)) + "\n"
+    files.write(path, header + "".join(row.line(tells_images) for row in rows))
 
 
-def append(path: Path, row: HistoryRow) -> None:
-    """Add a row at the end of a history."""
+def append(path: Path, row: HistoryRow, tells_images: bool = False) -> None:
+    """Add a row at the end of a history.
+
+    Args:
+        path: The file.
+        row: The row.
+        tells_images: Whether there is a column `images`.
+    """
     with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(row.line())
+        file.write(row.line(tells_images))
 
 
-def _others(path: Path, lines: Sequence[str]) -> tuple[str, ...]:
-    """Return the further metrics that the header of a history names; ValueError if it is none of a history."""
+def _columns(others: Sequence[str], tells_images: bool) -> tuple[str, ...]:
+    """List the columns of a history."""
+    if tells_images:
+        return (*COLUMNS, IMAGES, *others)
+    return (*COLUMNS, *others)
+
+
+def _told(path: Path, lines: Sequence[str]) -> tuple[bool, tuple[str, ...]]:
+    """Tell what the header of a history has beside the columns of all: whether images, and which further metrics.
+
+    Args:
+        path: The file, for messages.
+        lines: Its lines.
+
+    Returns:
+        Both.
+
+    Raises:
+        ValueError: If it is the header of no history.
+    """
     columns: list[str] = []
     if lines:
         columns = lines[0][:1000].split(",")
     others = tuple(columns[len(COLUMNS) :])
+    has_images = others[:1] == (IMAGES,)
+    if has_images:
+        others = others[1:]
     is_known = set(others) <= set(UNITS) and len(set(others)) == len(others)
     if tuple(columns[: len(COLUMNS)]) == COLUMNS and is_known:
-        return others
+        return has_images, others
     # What else stands there is nobody's to read: the file may be a link to anything.
     known = [name for name in dict.fromkeys(columns) if name in COLUMNS]
     raise ValueError(f"{path} has the columns {','.join(known) or 'of no history'}, not {HEADER.strip()}: start a new run")

@@ -234,7 +234,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
             "search": result.value(result.found, "search"),
             "test": result.value(result.last, "test"),
         }
-    within = [row for row in rows if row.within_budget]
+    within = [row for row in rows if row.within_budget and row.whole]
     best = None
     if within:
         best = min(within, key=lambda row: _rank(row, judging)).accuracy

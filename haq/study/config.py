@@ -19,7 +19,7 @@ from haq.console.options import option_name, setting
 from haq.data.memory import parse_bytes
 from haq.problem import CORRECTIONS, KINDS, OBJECTIVES, ROUNDINGS
 from haq.problem.device import CPU, WRITTEN, check_device_name
-from haq.solvers import ENVS, SOLVERS
+from haq.solvers import ENVS, PLAN, SOLVERS
 from haq.store import files
 from haq.store.shell import command_line
 from haq.store.units import UNITS
@@ -34,6 +34,7 @@ SOLVING = "How it is searched"
 TUNING = "Fine-tuning"
 WORK = "Who works"
 FOLDERS = "The run"
+AGENT_TRAINING = "Training"
 BENCH = "What is measured"
 
 MEASURED = ("threads", "target", "cold")  # fields that go with targets that are measured
@@ -45,12 +46,25 @@ RATE_WORDS = "0.005, less where steps are few"
 LINEAR = "linear"  # the scheme of what isn't given another
 ADAROUND = "adaround"  # what rounds the weights of a single policy, with GPTQ for those that are searched
 METHODS = ("train", "ptq")  # of fine-tuning
+AGENTS = ("ddpg", "td3", "sac")  # that can be pretrained
 OF_TRAINING = ("epochs", "learning_rate", "amp", "optimizer", "schedule", "patience")  # options of the first of them
 NONE = "none"  # no correction
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
-ONLY_IF_GIVEN = ("reference", "max_drop", "at_least", "tradeoff", "confirm", "trials")
+ONLY_IF_GIVEN = (
+    "reference",
+    "max_drop",
+    "at_least",
+    "tradeoff",
+    "confirm",
+    "trials",
+    "evaluations",
+    "iterate",
+    "race",
+    "agent",
+)
+OF_YES_OR_NO = ("cold", "amp", "iterate", "race")
 HALF = "0.5"  # the budget, unless one is given
 MOST_SEEDS = 1000  # of one benchmark
 TRADEOFFS = ("soft", "hard")  # of MnasNet's objective, with the paper's constants
@@ -256,13 +270,32 @@ class SearchConfig(_Config):
         metavar="NAME",
         names=lambda: SOLVERS.names(),
     )
-    evaluations: int = setting(200, "policies that a solver may evaluate", group=SOLVING, least=1)
+    evaluations: int | None = setting(
+        None,
+        "policies that a solver may evaluate",
+        group=SOLVING,
+        least=1,
+        metavar="N",
+        default_words="proposed from the number of layers and of their widths: 200 for 12 layers at 2:8 bits, 420 for 54",
+    )
+    iterate: bool = setting(
+        False,
+        "of ilp: go on after its first solution, with what adds up fitted to all trials, until nothing improves",
+        group=SOLVING,
+    )
     env: str = setting(
-        "plan",
+        PLAN,
         "of agents: plan (relative to a plan for what is left) or haq (HAQ's own)",
         group=SOLVING,
         metavar="NAME",
         names=lambda: ENVS,
+    )
+    agent: str | None = setting(
+        None,
+        "what haq pretrain wrote: the solver, an agent of that kind, starts from it (--env plan)",
+        group=SOLVING,
+        metavar="FILE",
+        default_words="an agent that knows nothing yet",
     )
     ahead: int = setting(
         1,
@@ -279,6 +312,14 @@ class SearchConfig(_Config):
         least=1,
         metavar="N",
         default_words="none",
+    )
+    race: bool | None = setting(
+        None,
+        "end an evaluation as soon as a part of the images tells that the policy can't be among the best, where the solver "
+        "knows how to go on with that and the objective's values are shares",
+        group=SOLVING,
+        spellings=("--no-race",),
+        default_words="on",
     )
     seed: int = setting(0, "of everything random but the data's splits", group=SOLVING, least=0)
     finetune_epochs: int = setting(12, "of the network that was found; 0 leaves fine-tuning out", group=TUNING, least=0)
@@ -415,6 +456,11 @@ class SearchConfig(_Config):
             parse_bytes(self.memory)
         self.check_bits()
         self.check_reference()
+        if self.agent is not None and self.env != PLAN:
+            raise ValueError(
+                f"--agent {files.quoted(self.agent)} knows what --env {PLAN} shows, and --env {self.env} shows something else: "
+                "leave one of the two out"
+            )
         self._check_goal()
         self.scheme_names()
         self.normalization()
@@ -490,7 +536,7 @@ class SearchConfig(_Config):
                 known = ", ".join(cls.model_fields)
                 raise ValueError(f"unknown setting {name[:40]!r}: it may be of a newer version of haq; known: {known}")
             kind: Any = cls.model_fields[name].annotation
-            if not isinstance(value, kind) or (isinstance(value, bool) and name not in ("cold", "amp")):
+            if not isinstance(value, kind) or (isinstance(value, bool) and name not in OF_YES_OR_NO):
                 raise ValueError(
                     f"setting {name!r} is {str(value)[:40]!r}, a {type(value).__name__}; it must be {_wanted(cls, name)}"
                 )
@@ -513,6 +559,8 @@ class SearchConfig(_Config):
             found["hw"] = Path(self.hw.removeprefix("lut:"))
         if self.reference_file is not None:
             found["reference"] = self.reference_file
+        if self.agent is not None:
+            found["agent"] = Path(self.agent)
         return found
 
     def code(self) -> list[tuple[str, str]]:
@@ -549,7 +597,7 @@ class SearchConfig(_Config):
         """Return plain data, by field; of what most runs do without only what was given."""
         found = super().to_dict()
         for name in ONLY_IF_GIVEN:
-            if found[name] is None:
+            if found[name] in (None, False):
                 del found[name]
         return found
 
@@ -701,7 +749,9 @@ class SearchConfig(_Config):
             if value == default or is_brought or name in leave_out:
                 continue
             words.append(option_name(name))
-            if value is not True:
+            if value is False:
+                words[-1] = f"--no-{words[-1].removeprefix('--')}"
+            elif value is not True:
                 words.append(str(value))
         return words
 
@@ -789,8 +839,11 @@ class SweepConfig(_Config):
         "bits",
         *MEASURED,
         "evaluations",
+        "ahead",
+        "iterate",
         "sensitivity_kind",
         "trials",
+        "agent",
         "device",
         "amp",
     )
@@ -1045,6 +1098,31 @@ class FinetuneConfig(AnotherScheme):
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be at least 1")
         check_rate(self.learning_rate)
+        return self
+
+
+class PretrainConfig(_Config):
+    """How an agent is trained: the options of `haq pretrain`."""
+
+    solver: str = setting(
+        AGENTS[0], f"the agent: {', '.join(AGENTS)}", group=AGENT_TRAINING, metavar="NAME", names=lambda: AGENTS
+    )
+    episodes: int = setting(30_000, "episodes that are played, 64 at a time", group=AGENT_TRAINING, least=1, metavar="N")
+    seed: int = setting(0, "of everything random", group=AGENT_TRAINING, least=0)
+
+    @field_validator("solver")
+    @classmethod
+    def _check_solver(cls, name: str) -> str:
+        if name not in AGENTS:
+            raise ValueError(f"unknown agent {name[:40]!r}; --solver can be {', '.join(AGENTS)}")
+        return name
+
+    @model_validator(mode="after")
+    def _check_seed(self) -> PretrainConfig:
+        if self.seed >= 2**32:
+            raise ValueError(
+                f"--seed is {self.seed}; it must be an integer from 0 to {2**32 - 1}, which every generator takes"
+            )
         return self
 
 

@@ -5,7 +5,7 @@
     history.csv         every evaluation, in order
     sensitivity.json    what is known of single operands, if the search was given it or measured it
     trials.csv          trials of earlier searches that it was given, as a history has them
-    policy.json         the best policy so far; in the end, what was found
+    policy.json         the best policy so far; in the end the one that was chosen (`haq.solvers.choice`)
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
     checkpoint/         the fine-tuned network and its scales; agents after their last episode; an interrupted fine-tuning
@@ -36,12 +36,13 @@ import quantizers as Q
 from haq import networks
 from haq.problem.device import find_device
 from haq.problem.evaluator import Evaluation
-from haq.problem.goal import CHEAPEST
+from haq.problem.goal import CHEAPEST, TRADEOFF
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
-from haq.solvers.base import Session, Trial, solve
+from haq.solvers.agent_file import AgentFile
+from haq.solvers.base import Session, Trial, find_solver, solve
 from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
@@ -51,7 +52,7 @@ from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.store.shell import command_line
 from haq.study import known_trials
-from haq.study.known_trials import KnownTrial, KnownTrials
+from haq.study.known_trials import SHARED, KnownTrial, KnownTrials
 from haq.study.task import (
     LoadedNetwork,
     SearchConfig,
@@ -61,6 +62,7 @@ from haq.study.task import (
     load_target,
     machine_signature,
     objective_of,
+    read_agent,
     schemes_of,
     signature_of_schemes,
     versions,
@@ -81,18 +83,21 @@ class SearchRun:
         self.folder, self.config = folder, config
         self._expected: list[HistoryRow] = []  # of an interrupted search, still to be met again
         self._met: list[HistoryRow] = []  # of it, met again
+        self._recorded: dict[str, dict[Q.BitPolicy, Evaluation]] = {}  # what it was told, by solver
+        self._tells_images: bool | None = None  # whether its history has a column for that; None until it is looked at
         self._known = 0  # loss increases in its file of sensitivities, as far as we wrote it
         self._began: dict[str, tuple[int, float]] = {}  # by solver: the first evaluation of this process, and when it was
         self._writer: Any = None
 
     @classmethod
-    def create(cls, folder: Path, task: SearchTask, known: KnownTrials | None = None) -> SearchRun:
+    def create(cls, folder: Path, task: SearchTask, known: KnownTrials | None = None, searches: int = 0) -> SearchRun:
         """Start a new folder, with a copy of the sensitivities and the trials that the run is given.
 
         Args:
             folder: Where; made if need be.
             task: What is searched.
             known: The trials that it is given; None: those of the folders that its settings name.
+            searches: How many searches of a sweep share what they try, if it is one of them.
 
         Returns:
             The run.
@@ -107,20 +112,22 @@ class SearchRun:
         if known is None and task.config.trials is not None:
             known = known_trials.read(task.config.trial_folders, task)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
+        content: dict[str, Any] = {
             "schema": RUN_SCHEMA,
             "command": task.config.command(),
             "settings": task.config.to_dict(),
             "signature": task.signature(),
             "versions": versions(task.network.device),
         }
+        if searches:
+            content["searches"] = searches
         run = cls(folder, task.config)
         if known is not None:
             # Before the file that says that there is a run: the folders they are from may be gone when it goes on.
-            run._write_trials(known.trials, task.problem)
+            write_trials(folder / TRIALS, known.trials, task.problem)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
         run._write_problem(task)
-        history.write(folder / HISTORY, others=other_metrics(task.problem))
+        history.write(folder / HISTORY, others=other_metrics(task.problem), tells_images=run._may_race(task.problem))
         if sensitivities is not None:
             run.save_sensitivities(sensitivities, task)
         return run
@@ -155,6 +162,11 @@ class SearchRun:
         return os.path.lexists(self.folder / RESULT)
 
     @property
+    def is_behind(self) -> bool:
+        """Tell whether some of an interrupted search's history is still to be met again."""
+        return bool(self._expected)
+
+    @property
     def go_on(self) -> str:
         """Return the command that goes on with the search."""
         return command_line("python", "-m", "haq.search", "--resume", self.folder, *self.config.trust_words())
@@ -184,6 +196,11 @@ class SearchRun:
                 "go on where it began, or start a new run"
             )
         return SearchTask.build(self.config, target, callbacks.get("progress", no_progress))
+
+    def read_agent(self) -> AgentFile | None:
+        """Read the agent that this run was asked for with, if any; raises what `haq.study.task.read_agent` does."""
+        self._check_files("agent")
+        return read_agent(self.config, [self.config.solver])
 
     def load_network(self) -> LoadedNetwork:
         """Load the network and data that this run was asked for; ValueError or FileNotFoundError if they aren't here."""
@@ -297,17 +314,38 @@ class SearchRun:
         return policy
 
     def prepare_resume(self, problem: Problem) -> int:
-        """Give the problem what was evaluated before; returns how many evaluations that saves."""
+        """Give the problem what was evaluated before; returns how many evaluations that saves.
+
+        What was cut short is no answer to whoever asks for the policy: only the same solver is told it again.
+        """
         path = self.folder / HISTORY
         self._expected = []
+        self._recorded = {}
+        self._tells_images = self._may_race(problem)
         if path.exists():
             limits = history.Limits.of(objective_of(problem))
             self._expected = history.read(path, len(problem.workload), limits, other_metrics(problem))
-        for trial in known_trials.of_rows(self._expected, problem.workload.names, problem):
-            problem.evaluator.cache[trial.policy] = trial.evaluation
+            self._tells_images = history.tells_images(path)
+        for solver, policy, evaluation in known_trials.of_rows(self._expected, problem.workload.names, problem):
+            self._recorded.setdefault(solver, {})[policy] = evaluation
+            if evaluation.images == problem.evaluator.count:
+                problem.evaluator.cache[policy] = evaluation
         # Without the line that was being written when the run was killed.
-        history.write(path, self._expected, other_metrics(problem))
+        history.write(path, self._expected, other_metrics(problem), self._tells_images)
         return len(self._expected)
+
+    def _may_race(self, problem: Problem) -> bool:
+        """Say whether evaluations of a new run may end early: if its solver and its problem allow it, and it is wanted."""
+        solver = find_solver(self.config.solver)
+        may = getattr(solver, "races", False) and self.config.race is not False
+        return bool(may and problem.evaluator.races and problem.goal.kind != TRADEOFF)
+
+    @property
+    def races(self) -> bool:
+        """Say whether evaluations may end early: if the history has a column for that, as those of earlier versions hadn't."""
+        if self._tells_images is None:
+            self._tells_images = history.tells_images(self.folder / HISTORY)
+        return self._tells_images
 
     def complete(self, task: SearchTask) -> None:
         """Write what a kill, just as the folder was made, has left out."""
@@ -315,7 +353,7 @@ class SearchRun:
             self._write_problem(task)
 
     def record(self, solver: str, evaluation: int, trial: Trial, problem: Problem, best: Trial | None = None) -> None:
-        """Append one evaluation to the history, and show it to TensorBoard.
+        """Append one evaluation to the history, and show it to TensorBoard unless it is another search's.
 
         Args:
             solver: Who asked for it.
@@ -329,12 +367,13 @@ class SearchRun:
         """
         row = history_row(solver, evaluation, trial, problem)
         if self._expected:
-            if self._expected[0].line() == row.line():
+            if self._expected[0].line(True) == row.line(True):
                 self._met.append(self._expected.pop(0))
                 return
             self._leave_history(self._expected[0], row, problem)
-        history.append(self.folder / HISTORY, row)
-        self._show(row, problem, best)
+        history.append(self.folder / HISTORY, row, self.races)
+        if solver != SHARED:
+            self._show(row, problem, best)
 
     def close(self) -> None:
         """Close what TensorBoard reads."""
@@ -370,7 +409,7 @@ class SearchRun:
         asked = {name: getattr(self.config, name) for name in ("evaluations", "seed", "env", "ahead")}
         session = Session(
             task.problem,
-            self.config.evaluations,
+            task.evaluations,
             record,
             sensitivities,
             self.config.sensitivity_kind,
@@ -380,9 +419,13 @@ class SearchRun:
             ahead=self.config.ahead,
             checkpoint=self.checkpoint(solver, task, **asked),
             confirm=task.confirm,
+            race=self.races,
+            recorded=self.recorded(solver),
         )
+        if mine:
+            session.agent = task.agent
         try:
-            found = solve(solver, session, self.config.seed)
+            found = solve(find_solver(solver, mine and self.config.iterate), session, self.config.seed)
         except ValueError:
             # What the run's own solver found isn't lost for a rival that found nothing good enough.
             if mine or not _found_nothing(session):
@@ -391,6 +434,10 @@ class SearchRun:
         if mine:
             self.save_policy(found.policy)
         return session
+
+    def recorded(self, solver: str) -> dict[Q.BitPolicy, Evaluation]:
+        """Return what a solver was told before the search was interrupted, by policy."""
+        return self._recorded.get(solver, {})
 
     def _known_by(self, solver: str, problem: Problem) -> list[tuple[Q.BitPolicy, Evaluation]]:
         """Return what a solver is told of earlier searches: rivals, which the run's own is held against, nothing."""
@@ -436,9 +483,7 @@ class SearchRun:
         """Return the trials of earlier searches that the run was given: what stands in its folder."""
         if self.config.trials is None:
             return KnownTrials()
-        limits = history.Limits.of(objective_of(problem))
-        rows = history.read(self.folder / TRIALS, len(problem.workload), limits, other_metrics(problem))
-        return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem)))
+        return read_trials(self.folder / TRIALS, problem)
 
     def save_sensitivities(self, measured: Sensitivities, task: SearchTask) -> None:
         """Write sensitivities, unless a solver before knew more of them."""
@@ -553,9 +598,6 @@ class SearchRun:
     def _state(self, name: str) -> Path:
         return self.folder / CHECKPOINT.parent / f"{name}.state"
 
-    def _write_trials(self, known: Sequence[KnownTrial], problem: Problem) -> None:
-        history.write(self.folder / TRIALS, known_rows(known, problem), other_metrics(problem))
-
     def _write_problem(self, task: SearchTask) -> None:
         ProblemRecord.from_dict(task.outline()).write(self.folder / PROBLEM)
 
@@ -572,7 +614,7 @@ class SearchRun:
             f"{row.solver} goes on from evaluation {row.evaluation} otherwise than it had begun: another processor?"
         )
         self._expected = []
-        history.write(self.folder / HISTORY, self._met, other_metrics(problem))
+        history.write(self.folder / HISTORY, self._met, other_metrics(problem), self.races)
 
     def _show(self, row: HistoryRow, problem: Problem, best: Trial | None) -> None:
         """Show an evaluation to TensorBoard, if it is there, with the best so far and the time left."""
@@ -592,7 +634,8 @@ class SearchRun:
         first, began = self._began.setdefault(solver, (evaluation, time.monotonic()))
         if evaluation > first:
             rate = (time.monotonic() - began) / (evaluation - first)
-            writer.add_scalar(f"{solver}/seconds_left", rate * (self.config.evaluations - evaluation), evaluation)
+            left = (self.config.evaluations or evaluation) - evaluation
+            writer.add_scalar(f"{solver}/seconds_left", rate * left, evaluation)
 
     def _events(self) -> Any:
         if self._writer is None and has_tensorboard():
@@ -725,6 +768,9 @@ def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) ->
         The row.
     """
     weight_bits, activation_bits = problem.bit_arrays(trial.policy)
+    images = None
+    if not trial.whole:
+        images = trial.evaluation.images
     return HistoryRow(
         solver,
         evaluation,
@@ -736,6 +782,7 @@ def history_row(solver: str, evaluation: int, trial: Trial, problem: Problem) ->
         trial.feasible,
         trial.evaluation.divergence,
         tuple(problem.costs(trial.policy).values())[1:],
+        images,
     )
 
 
@@ -755,6 +802,18 @@ def known_rows(known: Iterable[KnownTrial], problem: Problem) -> list[HistoryRow
         numbers[solver] += 1
         found.append(history_row(solver, numbers[solver], Trial.of(problem, policy, evaluation), problem))
     return found
+
+
+def write_trials(path: Path, known: Iterable[KnownTrial], problem: Problem) -> None:
+    """Write trials of earlier searches into a file, as a history has them."""
+    history.write(path, known_rows(known, problem), other_metrics(problem))
+
+
+def read_trials(path: Path, problem: Problem) -> KnownTrials:
+    """Read what `write_trials` wrote, for the same network and metrics; ValueError for anything else."""
+    limits = history.Limits.of(objective_of(problem))
+    rows = history.read(path, len(problem.workload), limits, other_metrics(problem))
+    return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem)))
 
 
 def _short(row: HistoryRow) -> str:

@@ -20,6 +20,7 @@ from haq.console.progress import Live, follow_steps, follow_training
 from haq.problem.objective import Objective
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers.base import Choice, Session, Trial
+from haq.solvers.sensitivity import COMPUTED, computed, evaluations_for_all
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
 from haq.store.units import PERCENT, show
@@ -33,12 +34,42 @@ from haq.training.reconstruction import Reconstructed
 
 logger = logging.getLogger("haq")
 RIVALS = ("greedy", "ilp")
+CHEAP = "hessian"  # the kind of sensitivities of rivals that would measure longer than the search itself takes
 VERIFIED = 200  # images
 
 
-def rivals_of(solver: str) -> tuple[str, ...]:
-    """Name the solvers that a solver is compared with."""
-    return tuple(name for name in RIVALS if name != solver)
+@dataclass(frozen=True)
+class Rivals:
+    """The solvers that a search is compared with, which work with sensitivities, and where they have these from."""
+
+    names: tuple[str, ...]
+    kind: str | None = None  # of sensitivities that are computed for them; None: those of the search
+    words: str = ""  # what these cost, or why there are no rivals
+
+
+def rivals_of(task: SearchTask) -> Rivals:
+    """Choose the rivals of a search: never does what they need take longer than the search itself.
+
+    Args:
+        task: The search.
+
+    Returns:
+        The rivals.
+    """
+    config, problem = task.config, task.problem
+    names = tuple(name for name in RIVALS if name != config.solver)
+    if config.sensitivity is not None or config.sensitivity_kind in COMPUTED:
+        return Rivals(names, words="they know the same sensitivities")
+    if config.solver in RIVALS and not config.iterate:
+        return Rivals(names, words="what one measures the other need not evaluate again")
+    needed = evaluations_for_all(problem)
+    together = f"{' and '.join(names)} measure sensitivities together"
+    if needed < task.evaluations:
+        return Rivals(names, words=f"{together}: {needed} evaluations beside the search's own {task.evaluations}")
+    too_long = f"to measure sensitivities for {' and '.join(names)} would take {needed} evaluations, longer than the search"
+    if problem.objective.distribution is not None and problem.calibration:
+        return Rivals(names, CHEAP, f"{too_long}: theirs are of kind {CHEAP}, which costs none")
+    return Rivals((), words=f"none: {too_long}; choose more --evaluations, or a --sensitivity that is there")
 
 
 def can_be_verified(objective: Objective) -> bool:
@@ -52,6 +83,7 @@ class _Found:
 
     policies: dict[str, Q.BitPolicy] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)  # evaluations
+    trials: dict[str, list[Trial]] = field(default_factory=dict)
     saturated: dict[str, float] = field(default_factory=dict)  # the share of an agent's actions at a bound
     choices: dict[str, Choice] = field(default_factory=dict)
 
@@ -68,9 +100,10 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
         What result.json holds, and the policy.
     """
     config = task.config
-    rivals = rivals_of(config.solver)
+    rivals = rivals_of(task)
+    names = (config.solver, *rivals.names)
     with Live(console, task.problem.objective.title) as bar:
-        found = _solve_all(bar, task, run, (config.solver, *rivals))
+        found = _solve_all(bar, task, run, names, rivals.kind)
         policy = found.policies[config.solver]
         tuned = None
         reconstructed: Reconstructed | None = None
@@ -83,8 +116,17 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
             tuned = _finetune(bar, task, run, network, outcomes.append)
         if tuned is not None:
             run.save_checkpoint(tuned, task)
-        policies = {name: found.policies[name] for name in rivals if name in found.policies}
-        result = summary.collect(task, policy, tuned, policies, found.used, found.saturated, found.choices[config.solver])
+        policies = {name: found.policies[name] for name in rivals.names if name in found.policies}
+        result = summary.collect(
+            task,
+            policy,
+            tuned,
+            policies,
+            found.used,
+            found.saturated,
+            found.choices[config.solver],
+            found.trials[config.solver],
+        )
         if reconstructed is not None:
             entry = summary.reconstruction_entry(reconstructed, config.seed)
             result["reconstruction"] = summary.judged_by(task.problem, reconstructed.before) | entry
@@ -103,16 +145,33 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
     return result, policy
 
 
-def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequence[str]) -> _Found:
+def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequence[str], kind: str | None) -> _Found:
+    """Run solvers, the search's own first.
+
+    Args:
+        bar: Where progress is shown.
+        task: What is searched.
+        run: The run.
+        solvers: Their names.
+        kind: Of sensitivities that are computed for the others; None: those of the search.
+    """
     sensitivities = run.sensitivities(task)
     found = _Found()
     for name in solvers:
+        if name != task.config.solver and kind is not None:
+            try:
+                sensitivities = sensitivities or computed(task.problem, kind)
+            except (RuntimeError, ValueError) as error:
+                # A network need not be one that gradients go through; what was found is there all the same.
+                logger.warning(f"no rivals: their sensitivities can't be computed ({' '.join(str(error).split())[:200]})")
+                break
         session = _solve(bar, task, run, name, sensitivities)
         if session.chosen is not None:
             found.policies[name] = session.chosen.policy
         if session.choice is not None:
             found.choices[name] = session.choice
         found.used[name] = session.used
+        found.trials[name] = session.trials
         if session.saturated:
             found.saturated[name] = statistics.mean(session.saturated)
     return found
@@ -120,7 +179,7 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
 
 def _solve(bar: Progress, task: SearchTask, run: SearchRun, name: str, sensitivities: Sensitivities | None) -> Session:
     """Run one solver, and show where it is."""
-    evaluations, unit = task.config.evaluations, task.problem.objective.unit
+    evaluations, unit = task.evaluations, task.problem.objective.unit
     line = bar.add_task(name, total=evaluations)
 
     def on_evaluation(count: int, trial: Trial, best: Trial | None) -> None:

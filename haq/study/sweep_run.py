@@ -7,7 +7,8 @@
 
 What a policy is worth doesn't depend on the target: network, data, scales and evaluations are shared by all searches of a
 process, and sensitivities by all of them. A search's result depends on nothing but its own settings, so neither their order
-nor the number of processes does anything to it.
+nor the number of processes does anything to it. Only the searches of a solver that learns from others' trials are one search
+over all their problems (`haq.study.sweep_sharing`), one for every seed, of which the same holds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,19 @@ from haq.problem.evaluator import one_thread
 from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, largest_widths
 from haq.solvers import SOLVERS
-from haq.solvers.base import NothingGoodEnough, Session, Trial
+from haq.solvers.base import NothingGoodEnough, Session, Solver, Trial, find_solver
 from haq.solvers.sensitivity import by_evaluation, computed
-from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
+from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA, TRIALS
 from haq.store.lock import writing
 from haq.store.records import (
     UNIFORM_8,
     FinishedSweepRecord,
     PolicyRecord,
     ResultRecord,
+    SharedRecord,
     SweepRecord,
     error_key,
+    paired_key,
     share_key,
 )
 from haq.store.shell import command_line
@@ -46,8 +49,18 @@ from haq.store.units import kind_of_cost
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.front import fronts, pareto
-from haq.study.search_run import SearchRun, check_unused
-from haq.study.task import SearchTask, check_signature, check_versions, load_target, objective_of, threads, versions
+from haq.study.known_trials import KnownTrials
+from haq.study.search_run import SearchRun, check_unused, read_trials, write_trials
+from haq.study.task import (
+    SearchTask,
+    check_signature,
+    check_versions,
+    load_target,
+    objective_of,
+    read_agent,
+    threads,
+    versions,
+)
 from haq.study.workers.processes import Crew
 from hw_models.target import is_compiled, is_measured
 
@@ -79,13 +92,17 @@ class SweepContext:
         Raises:
             ValueError: If no budget is in reach of any target, and what the parts raise.
         """
+        check_iterates(sweep)
+        agent = read_agent(sweep.settings, sweep.solvers)
         targets = {hw: load_target(settings_on(sweep, hw), **callbacks) for hw in sweep.hw}
         tasks: dict[str, SearchTask] = {}
         first: SearchTask | None = None
         for hw, target in targets.items():
             settings = settings_on(sweep, hw)
             if first is None:
-                tasks[hw] = first = SearchTask.build(settings, target)
+                tasks[hw] = first = replace(SearchTask.build(settings, target), agent=agent)
+                # All searches are allowed the same, which the file of the sweep then says.
+                sweep = sweep.replace(settings=sweep.settings.replace(evaluations=first.evaluations))
             else:
                 tasks[hw] = first.on(settings, target)
         unreachable: dict[str, list[str]] = {hw: [] for hw in tasks}
@@ -120,7 +137,7 @@ class SweepContext:
                     continue
                 for solver in self.sweep.solvers:
                     seeds = 1
-                    if SOLVERS.get(solver).draws:
+                    if solver_of(self.sweep.settings, solver).draws:
                         seeds = self.sweep.seeds
                     cells += [SweepCell(hw, budget, solver, seed, drop) for seed in range(seeds)]
         return cells
@@ -140,9 +157,14 @@ class SweepContext:
         changes: dict[str, Any] = {"budget": cell.budget, "solver": cell.solver, "seed": cell.seed, "sensitivity_kind": kind}
         if cell.max_drop:
             changes["max_drop"] = float(cell.max_drop)
+        if not SOLVERS.get(cell.solver).uses_trials:
+            changes["trials"] = None
+        changes["iterate"] = task.config.iterate and _iterates(cell.solver)
         settings = task.config.replace(**changes)
         if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
             settings = settings.replace(sensitivity=str(folder / SENSITIVITIES / SENSITIVITY))
+        if task.agent is not None and not getattr(SOLVERS.get(cell.solver), "takes_agent", False):
+            task, settings = replace(task, agent=None), settings.replace(agent=None)
         return task.on(settings, task.problem.target)
 
     def signature(self) -> dict[str, str]:
@@ -180,18 +202,34 @@ def _can_share(first: Problem, other: Problem) -> bool:
     return bases[0] == bases[1] and first.bits[0] <= other.bits[0]
 
 
+def solver_of(settings: SearchConfig, name: str) -> Solver:
+    """Return a solver of a sweep, which iterates if that is asked for and it can."""
+    return find_solver(name, settings.iterate and _iterates(name))
+
+
+def _iterates(solver: str) -> bool:
+    return bool(getattr(SOLVERS.get(solver), "iterates", False))
+
+
+def check_iterates(sweep: SweepConfig) -> None:
+    """Raise ValueError if solvers of a sweep are to iterate and none of them can."""
+    if sweep.settings.iterate and not any(map(_iterates, sweep.solvers)):
+        raise ValueError(f"--iterate is of ilp, which --solvers {','.join(sweep.solvers)} leaves out: add it")
+
+
 def shares_sensitivities(sweep: SweepConfig) -> bool:
     """Tell whether any solver works with sensitivities."""
     return any(SOLVERS.get(solver).uses_sensitivities for solver in sweep.solvers)
 
 
-def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
+def begin(folder: Path, sweep: SweepConfig, context: SweepContext, given: KnownTrials | None = None) -> None:
     """Start a sweep's folder.
 
     Args:
         folder: Where.
         sweep: What is asked for.
         context: What its searches stand on.
+        given: Trials of earlier searches, of which the folder gets a copy.
 
     Raises:
         ValueError: Touching nothing, if there is anything in the folder.
@@ -205,6 +243,9 @@ def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
         "signature": context.signature(),
         "versions": versions(context.first.network.device),
     }
+    if given is not None:
+        # First: the folders that they are from may be gone when the sweep goes on.
+        write_trials(folder / TRIALS, given.trials, context.first.problem)
     SweepRecord.from_dict(content).write(folder / SWEEP)
 
 
@@ -227,6 +268,13 @@ def read(folder: Path) -> SweepRecord:
 def go_on(folder: Path, asked: SweepConfig | SearchConfig) -> str:
     """Return the command that goes on with a sweep, which was asked for in that way."""
     return command_line("python", "-m", "haq.sweep", "--resume", folder, *asked.trust_words())
+
+
+def known(folder: Path, context: SweepContext) -> KnownTrials:
+    """Return the trials of earlier searches that a sweep was given: what stands in its folder."""
+    if context.sweep.settings.trials is None:
+        return KnownTrials()
+    return read_trials(folder / TRIALS, context.first.problem)
 
 
 def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
@@ -259,7 +307,7 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
         The sensitivities.
     """
     task = context.first
-    with _opened(folder / SENSITIVITIES, task) as run:
+    with opened(folder / SENSITIVITIES, task) as run:
         if (run.folder / SENSITIVITY).is_file():
             return task.read_sensitivities(run.folder)
 
@@ -293,24 +341,39 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
         on_evaluation: Called after every evaluation.
     """
     name = task.config.solver
-    with _opened(folder, task) as run, one_thread():
+    with opened(folder, task) as run, one_thread():
         if not run.finished:
             try:
                 session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             except NothingGoodEnough:
                 return  # the others go on; it has its history, and no result
-            assert session.chosen is not None
-            policy = session.chosen.policy
-            tuned, further = None, {}
-            if task.config.rounding == ADAROUND:
-                found = task.reconstruct(policy, task.config.seed)
-                tuned = found.network
-                run.save_checkpoint(tuned, task)
-                judged = summary.judged_by(task.problem, found.before)
-                judged |= summary.reconstruction_entry(found, task.config.seed)
-                further = {"reconstruction": judged, "finetuned_by": "ptq"}
-            content = summary.collect(task, policy, tuned, {}, {name: session.used}, choice=session.choice) | further
-            run.save_result(ResultRecord.from_dict(content))
+            finish(run, task, session)
+
+
+def finish(run: SearchRun, task: SearchTask, session: Session, shared: SharedRecord | None = None) -> None:
+    """Measure what a search of a sweep found, and write its result.
+
+    Args:
+        run: The search's.
+        task: What was searched.
+        session: What was tried, and what was chosen.
+        shared: What it shared with other searches.
+    """
+    assert session.chosen is not None
+    policy = session.chosen.policy
+    tuned, further = None, dict[str, Any]()
+    if task.config.rounding == ADAROUND:
+        found = task.reconstruct(policy, task.config.seed)
+        tuned = found.network
+        run.save_checkpoint(tuned, task)
+        judged = summary.judged_by(task.problem, found.before)
+        judged |= summary.reconstruction_entry(found, task.config.seed)
+        further = {"reconstruction": judged, "finetuned_by": "ptq"}
+    if shared is not None:
+        further["shared"] = shared.to_dict()
+    used = {task.config.solver: session.used}
+    content = summary.collect(task, policy, tuned, {}, used, choice=session.choice, trials=session.own) | further
+    run.save_result(ResultRecord.from_dict(content))
 
 
 def run_all(
@@ -362,7 +425,7 @@ def _run_on_cluster(
     with ExitStack() as held:
         left = {}
         for cell in cells:
-            run = held.enter_context(_opened(folder / cell.folder, context.task(cell, folder, kind)))
+            run = held.enter_context(opened(folder / cell.folder, context.task(cell, folder, kind)))
             if not run.finished:
                 left[cell] = run.folder
         with ray_workers.connected(address):
@@ -380,6 +443,8 @@ def _run_in_processes(
 ) -> None:
     there = context, kind, context.first.problem.evaluator.cache, context.first.measured
     devices = spread(context.sweep.settings.device)
+    if not cells:
+        return
     crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)), devices=devices)
     try:
         waiting = {crew.submit(cell): cell for cell in cells}
@@ -457,12 +522,27 @@ def collect(
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
+        **_shared(folder, cells),
         "targets": {hw: _of_target(context, hw, results, policies) | _missed(hw, missed) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
     record = SweepRecord.from_dict(content)
     assert isinstance(record, FinishedSweepRecord)
     return record
+
+
+def _shared(folder: Path, cells: Sequence[SweepCell]) -> dict[str, Any]:
+    """Say what searches shared that learn from each other's trials; nothing if none do."""
+    found = {}
+    for cell in cells:
+        run = SearchRun.load(folder / cell.folder)
+        if run.finished:
+            record = run.load_result().shared
+            if record is not None:
+                found[cell.solver, cell.seed] = record.to_dict()
+    if not found:
+        return {}
+    return {"shared": list(found.values())}
 
 
 def _missed(hw: str, cells: Sequence[SweepCell]) -> dict[str, Any]:
@@ -590,12 +670,13 @@ def _shares(result: ResultRecord) -> dict[str, float | None]:
 
 
 def _judged(row: Mapping[str, Any], *keys: str) -> dict[str, float | None]:
-    """Return values under their names, and their standard errors where they are known."""
+    """Return values under their names, and their standard errors and those of their differences from float, where known."""
     found = {}
     for key in keys:
         found[key] = row[key]
-        if error_key(key) in row:
-            found[error_key(key)] = row[error_key(key)]
+        for further in (error_key(key), paired_key(key, "float")):
+            if further in row:
+                found[further] = row[further]
     return found
 
 
@@ -613,8 +694,14 @@ def _score(result: ResultRecord) -> float:
 
 
 @contextmanager
-def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
-    """Open the run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
+def opened(folder: Path, task: SearchTask, searches: int = 0) -> Iterator[SearchRun]:
+    """Open the run of a folder in a sweep's, ready to go on, or a new one; its folder is held meanwhile.
+
+    Args:
+        folder: The run's.
+        task: What is searched.
+        searches: How many searches share what they try, if it is one of them.
+    """
     with writing(folder, go_on(folder.parent, task.config), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():
             run = SearchRun.load(folder)
@@ -622,7 +709,10 @@ def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
             run.complete(task)
             run.prepare_resume(task.problem)
         else:
-            run = SearchRun.create(folder, task)
+            given = None
+            if task.config.trials is not None:
+                given = read_trials(folder.parent / TRIALS, task.problem)
+            run = SearchRun.create(folder, task, given, searches)
         try:
             yield run
         finally:

@@ -19,8 +19,10 @@ from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
-from haq.solvers.base import Trial
+from haq.solvers.base import Trial, find_solver
+from haq.solvers.choice import LAST
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
+from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store.files import SENSITIVITY
 from haq.store.records import (
     COST_KEYS,
@@ -32,6 +34,7 @@ from haq.store.records import (
     GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
+    RacingRecord,
     ReachedRecord,
     ReconstructionRecord,
     TuningRecord,
@@ -65,7 +68,9 @@ PINNED_MARK = "*"
 FEW_PAIRS = 8  # of widths, that a plan names one by one
 
 
-def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], workers: str) -> None:
+def print_plan(
+    console: Console, task: SearchTask, folder: Path | None, rivals: Sequence[str], of_rivals: str, workers: str
+) -> None:
     """Say what a search will do.
 
     Args:
@@ -73,6 +78,7 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         task: The search.
         folder: Where results go; None if nothing is written.
         rivals: Solvers for comparison.
+        of_rivals: What these cost, in words, or why there are none.
         workers: Who evaluates policies, in words.
     """
     problem = task.problem
@@ -92,10 +98,13 @@ def print_plan(console: Console, task: SearchTask, folder: Path | None, rivals: 
         "bits": _bits_words(problem),
         "scheme": scheme_words(problem),
         "weights": rounding_words(problem, task.config.correction),
-        "solver": f"{config.solver}; for comparison {' and '.join(rivals)}, as many evaluations each",
-        "sensitivities": f"{config.sensitivity_kind}, {_sensitivities_words(task, folder)}",
-        "objective": problem.objective.words,
+        "solver": _solver_words(task),
         "evaluations": _evaluations_words(task, workers),
+        "spent on": "\n".join(_spending_lines(task)),
+        "sensitivities": _sensitivities_words(task, folder, rivals),
+        "for comparison": "; ".join(filter(None, [_rivals_allowance(rivals), of_rivals])),
+        "objective": problem.objective.words,
+        **_confirmation_words(task),
         "fine-tuning": _finetuning_words(task),
         "seed": str(config.seed),
         "results in": results_in,
@@ -236,8 +245,46 @@ def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, l
     return {name: sorted(widths) for name, widths in found.items()}
 
 
-def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
+def _solver_words(task: SearchTask) -> str:
+    if task.config.iterate:
+        return f"{task.config.solver}, iterated"
+    return task.config.solver
+
+
+def _rivals_allowance(rivals: Sequence[str]) -> str:
+    if not rivals:
+        return ""
+    return f"{' and '.join(rivals)}, at most as many evaluations each"
+
+
+def _spending_lines(task: SearchTask) -> list[str]:
+    """Say what evaluations go into, and about how long they take."""
+    config, problem = task.config, task.problem
+    found = find_solver(config.solver, config.iterate)
+    known = config.sensitivity is not None
+    lines = words_of(spending(found, problem, task.evaluations, config.sensitivity_kind, known), task.evaluations)
+    lines.append(time_words(problem, task.evaluations))
+    return [line for line in lines if line]
+
+
+def _sensitivities_words(task: SearchTask, folder: Path | None, rivals: Sequence[str]) -> str:
     config, needed = task.config, evaluations_for_all(task.problem)
+    uses = find_solver(config.solver, config.iterate).uses_sensitivities
+    if not uses and not rivals and not config.sensitivity:
+        return NONE
+    return f"{config.sensitivity_kind}, {_source_words(task, folder, uses, needed)}"
+
+
+def _source_words(task: SearchTask, folder: Path | None, uses: bool, needed: int) -> str:
+    """Say where sensitivities are from.
+
+    Args:
+        task: The search.
+        folder: Of the run; None if there is none.
+        uses: Whether the search's own solver works with them.
+        needed: How many evaluations it takes to measure all of them.
+    """
+    config = task.config
     if config.sensitivity:
         source = Path(config.sensitivity)
         if folder is not None and (folder / SENSITIVITY).is_file():
@@ -249,19 +296,35 @@ def _sensitivities_words(task: SearchTask, folder: Path | None) -> str:
         return words
     if config.sensitivity_kind in COMPUTED:
         return "computed, without evaluations"
+    if not uses:
+        return f"not needed by {config.solver}"
     words = "measured by each solver that needs them"
-    if config.evaluations < needed:
-        words += f"; all of them take {needed} evaluations, and what {config.evaluations} leave out is guessed"
+    if task.evaluations <= needed:
+        words += f"; all of them take {needed} evaluations, and what {task.evaluations} leave out is guessed"
     return words
 
 
 def _evaluations_words(task: SearchTask, workers: str) -> str:
-    words = str(task.config.evaluations)
+    words = str(task.evaluations)
+    usual = proposed(task.problem)
+    if usual != task.evaluations:
+        words += f" ({usual} are proposed for this size)"
     if task.problem.evaluator.count:
         words += f", each on {task.problem.evaluator.count:,} search {task.problem.samples_are}"
     if task.config.finetune_steps:
         words += f" after {task.config.finetune_steps} steps of fine-tuning"
     return f"{words}, {workers}"
+
+
+def _confirmation_words(task: SearchTask) -> dict[str, str]:
+    """Say by what the best few policies are judged again, by the name of a plan's row."""
+    if task.to_confirm is None:
+        return {}
+    count = len(task.to_confirm)
+    return {
+        "confirmation": f"the best {LAST} are judged again on {count:,} {task.problem.samples_are} of the train split, which "
+        "are set apart for it: neither calibration nor fine-tuning sees them"
+    }
 
 
 def _finetuning_words(task: SearchTask) -> str:
@@ -420,6 +483,8 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, goal_sentence(result))
     for budget in result.get("budgets") or [result["budget"]]:
         say(console, budget_sentence(budget, reference_label(result)))
+    if result.get("racing"):
+        say(console, racing_sentence(result["racing"]))
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:
@@ -432,6 +497,11 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
     if result.get("tuning"):
         say(console, tuning_sentence(result["tuning"]))
     print_doubts(console, task)
+
+
+def racing_sentence(entry: Mapping[str, Any]) -> str:
+    """Say how many evaluations ended early, and what that saved (`haq.study.result.racing_entries`)."""
+    return f"{begin(RacingRecord.from_dict(entry, 'the racing').words)}."
 
 
 def choice_sentence(entry: Mapping[str, Any]) -> str:

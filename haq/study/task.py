@@ -33,11 +33,15 @@ from haq.problem.problem import Problem
 from haq.problem.samples import pieces, samples_in, samples_of
 from haq.problem.schemes import AnyScheme, describe_schemes, linear_for, roundings_by_layer, schemes_by_layer
 from haq.problem.sensitivity import Sensitivities
+from haq.solvers.agent_file import AgentFile
+from haq.solvers.base import check_takes_agent, find_solver
+from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.finetuning import classes_of
 from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
@@ -165,11 +169,13 @@ class SearchTask(LoadedNetwork):
 
     Attributes:
         problem: What is searched.
+        agent: What the solver starts from, which `read_agent` reads; None where nobody searches.
         measured: Values on the search and the test split by policy (None: the float network), as far as they were measured.
         by_sample: The value of every sample of a split, by policy and split, where values are means over samples.
     """
 
     problem: Problem
+    agent: AgentFile | None = None
     measured: dict[Q.BitPolicy | None, dict[str, float | None]] = field(default_factory=dict)
     by_sample: dict[Q.BitPolicy | None, dict[str, Tensor | None]] = field(default_factory=dict)
 
@@ -196,8 +202,8 @@ class SearchTask(LoadedNetwork):
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         if loaded.to_confirm is not None and isinstance(objective, BlackBox):
             raise ValueError(
-                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others to "
-                "judge policies by again: leave --confirm out"
+                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others "
+                "to judge policies by again: leave --confirm out"
             )
         tuning = None
         if config.finetune_steps:
@@ -233,7 +239,14 @@ class SearchTask(LoadedNetwork):
             on_progress=on_progress,
             **loaded._forward(),
         )
+        if config.evaluations is None:
+            config = config.replace(evaluations=proposed(problem))
         return SearchTask(config, network, dataset, problem)
+
+    @property
+    def evaluations(self) -> int:
+        """Return how many policies a solver may evaluate."""
+        return self.config.evaluations or proposed(self.problem)
 
     @functools.cached_property
     def confirm(self) -> Evaluator | None:
@@ -319,6 +332,8 @@ class SearchTask(LoadedNetwork):
         if self.config.reference_file is not None:
             widths = json.dumps(self.problem.reference_policy.to_dict())
             found["reference"] = hashlib.sha256(widths.encode()).hexdigest()[:16]
+        if self.agent is not None:
+            found["agent"] = self.agent.checksum
         return {**self.network_signature(), **found, **machine_signature(self.problem.target)}
 
     def _schemes_signature(self) -> dict[str, str]:
@@ -333,6 +348,30 @@ class SearchTask(LoadedNetwork):
             if value != before:
                 found[name] = value
         return found
+
+
+def read_agent(config: SearchConfig, solvers: Iterable[str]) -> AgentFile | None:
+    """Read the agent that is asked for.
+
+    Args:
+        config: What is asked for.
+        solvers: The solvers that are asked for; those that are no agents do without it, but not all of them.
+
+    Returns:
+        The agent; None if none is asked for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For a file that is no agent, or of another kind or version, and if none of the solvers is an agent.
+    """
+    if config.agent is None:
+        return None
+    agent = AgentFile.read(Path(config.agent))
+    found = [find_solver(name) for name in solvers]
+    takers = [solver for solver in found if getattr(solver, "takes_agent", False)]
+    for solver in takers or found[:1]:
+        check_takes_agent(solver, agent, config.env)
+    return agent
 
 
 def set_apart(dataset: data.Dataset, count: int) -> tuple[Split, Split]:
@@ -368,14 +407,14 @@ def set_apart(dataset: data.Dataset, count: int) -> tuple[Split, Split]:
         if most < 1:
             words = "leave it out"
         raise ValueError(
-            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are neither "
-            f"used to set scales nor of a group with such; half of them are left to train on: {words}"
+            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are "
+            f"neither used to set scales nor of a group with such; half of them are left to train on: {words}"
         )
     if grouped:
         assert train.groups is not None
         chosen = free[whole_groups(train.groups[free], count, "the train split")]
     else:
-        chosen = free[stratified(training.classes_of(train)[free], count)]
+        chosen = free[stratified(classes_of(train)[free], count)]
     return train.subset(without(len(train), chosen)), train.subset(chosen.sort().values)
 
 
@@ -617,10 +656,16 @@ def machine_signature(target: hw_models.Target) -> dict[str, str]:
     return {"machine": json.dumps(dict(key))}
 
 
+@functools.cache
+def _version_of(package: str) -> str:
+    """Look up the version of an installed package, which takes a while, once: in a process it stays what it is."""
+    return importlib.metadata.version(package)
+
+
 def versions(device: torch.device | None = None) -> dict[str, str]:
     """Tell the versions on which the result of a search depends to the last bit, and the device, if that isn't the CPU."""
     packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
-    found = {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    found = {"haq": __version__, **{name: _version_of(name) for name in packages}}
     if device is not None and device.type != CPU:
         found["device"] = describe_device(device)
     return found

@@ -31,7 +31,7 @@ import torch
 
 import quantizers as Q
 from haq.problem.device import CPU, kind_of, spread
-from haq.problem.evaluator import Evaluation, Evaluator
+from haq.problem.evaluator import Evaluator, Judged
 from haq.study.workers import moving
 
 logger = logging.getLogger("haq")
@@ -41,6 +41,7 @@ STOPPED = 10  # looks after which a worker that somebody has stopped is taken fo
 WAKE_S = 0.2  # seconds between two looks at what else than its tasks a crew has to see to
 END_S = 10.0  # seconds in which a process that was killed is gone
 
+Asked = tuple[Q.BitPolicy, float | None]  # of evaluators: a policy, and what it is to beat
 Task = tuple[int, Any, "Future[Any]"]  # its number, by which earlier ones go first
 
 
@@ -333,22 +334,24 @@ class Processes:
         """
         self.count = count
         self._crew = Crew(_evaluating, (evaluator, evaluator.worker_threads), count, devices=devices)
-        self._futures: dict[Q.BitPolicy, Future[Evaluation]] = {}
+        self._futures: dict[Asked, Future[Judged]] = {}
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Begin with policies that will be asked for."""
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Begin with policies that will be asked for, and what they are to beat."""
         for policy in policies:
-            if policy not in self._futures:
-                self._futures[policy] = self._crew.submit(policy)
+            key = (policy, beat)
+            if key not in self._futures:
+                self._futures[key] = self._crew.submit(key)
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
         """Wait for a policy's evaluation.
 
         Raises ChildProcessError if workers are killed again and again, and what evaluation raises.
         """
-        self.expect([policy])
-        self._crew.wait([self._futures[policy]])
-        return self._futures.pop(policy).result()
+        self.expect([policy], beat)
+        key = (policy, beat)
+        self._crew.wait([self._futures[key]])
+        return self._futures.pop(key).result()
 
     def close(self) -> None:
         """End the processes."""
@@ -443,6 +446,6 @@ def _portable(error: BaseException) -> BaseException:
     return error
 
 
-def _evaluating(tell: Any, evaluator: Evaluator, threads: int) -> Callable[[Q.BitPolicy], Evaluation]:
+def _evaluating(tell: Any, evaluator: Evaluator, threads: int) -> Callable[[Asked], Judged]:
     torch.set_num_threads(threads)
-    return evaluator.evaluate
+    return lambda asked: evaluator.judge(*asked)

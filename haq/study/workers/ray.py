@@ -27,11 +27,12 @@ import torch
 
 import quantizers as Q
 from haq.problem.device import CPU, find_device
-from haq.problem.evaluator import Evaluation, Evaluator
+from haq.problem.evaluator import Evaluator, Judged
 from haq.store import files as store_files
 from haq.study.search_run import HISTORY
 from haq.study.task import versions
 from haq.study.workers import moving
+from haq.study.workers.processes import Asked
 
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
@@ -287,25 +288,26 @@ class Evaluations:
         """
         # Two policies each, so that none waits for us while we wait for another.
         self._crew = Crew(_Evaluator, evaluator, evaluator.worker_threads, most, depth=2, device=device)
-        self._asked: set[Q.BitPolicy] = set()
-        self._found: dict[Q.BitPolicy, Evaluation] = {}
+        self._asked: set[Asked] = set()
+        self._found: dict[Asked, Judged] = {}
 
-    def expect(self, policies: Iterable[Q.BitPolicy]) -> None:
-        """Begin with policies that will be asked for."""
+    def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
+        """Begin with policies that will be asked for, and what they are to beat."""
         for policy in policies:
-            if policy not in self._asked:
-                self._asked.add(policy)
-                self._crew.submit(policy)
+            if (policy, beat) not in self._asked:
+                self._asked.add((policy, beat))
+                self._crew.submit((policy, beat))
 
-    def evaluate(self, policy: Q.BitPolicy) -> Evaluation:
+    def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
         """Wait for a policy's evaluation; raises what `Crew.wait` raises."""
-        self.expect([policy])
-        while policy not in self._found:
+        self.expect([policy], beat)
+        asked = (policy, beat)
+        while asked not in self._found:
             for key, found, last in self._crew.wait():
                 if not last:
                     self._found[key] = found
-        self._asked.remove(policy)
-        return self._found.pop(policy)
+        self._asked.remove(asked)
+        return self._found.pop(asked)
 
 
 class _Evaluator:
@@ -316,8 +318,8 @@ class _Evaluator:
         self._evaluator = moving.load(given, device)
         return versions_on(device)
 
-    def work(self, policy: Q.BitPolicy) -> Iterator[Evaluation]:
-        yield self._evaluator.evaluate(policy)
+    def work(self, asked: Asked) -> Iterator[Judged]:
+        yield self._evaluator.judge(*asked)
 
 
 def run_folders(
