@@ -10,6 +10,7 @@ of the first seed are beginnings of the longest, one search tells all counts of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -335,19 +336,19 @@ def search(problem: TabularProblem, asked: Asked, solver: Any) -> Searched:
 
 
 def load(tables: Sequence[str]) -> list[TableFile]:
-    """Read tables. Raises ValueError for a file that is none, and for two of one name.
+    """Read tables. Raises ValueError for a file that is none.
 
     Args:
         tables: Names of those that ship with the package, or paths.
 
     Returns:
-        What they hold.
+        What they hold; where two have the same name, the second is called by its path.
     """
     files: list[TableFile] = []
     for table in tables:
         file = read(table)
         if file.name in [one.name for one in files]:
-            raise ValueError(f"two of the tables are called {file.name!r}: give each of them once")
+            file = dataclasses.replace(file, name=table)
         files.append(file)
     return files
 
