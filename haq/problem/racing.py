@@ -13,6 +13,7 @@ of the paired standard errors; the value to beat is certainly below all that may
 from __future__ import annotations
 
 import math
+
 from haq.problem.objective import MetricObjective, Objective, ValueObjective
 from haq.store.units import PERCENT
 
