@@ -111,10 +111,15 @@ def resume_search(folder: Path, workers: WorkersConfig, output: Output, device: 
     Returns:
         The exit status.
     """
+    from haq.store.files import CONFIG
     from haq.store.lock import writing
+    from haq.store.records import ConfigRecord
     from haq.study.search_run import SearchRun
     from haq.study.task import check_same_kind
 
+    if ConfigRecord.read(folder / CONFIG).searches > 1:
+        go_on = command_line("python", "-m", "haq.sweep", "--resume", folder.parent)
+        raise ValueError(f"{folder} is one of a sweep's searches, which share what they try: go on with {go_on}")
     check_same_kind(folder, SearchRun.load(folder).config.device, device)
     run = SearchRun.load(folder, device)
     with writing(run.folder, run.go_on):

@@ -17,6 +17,7 @@ from haq.console.output import Output
 from haq.console.progress import follow_loading, progress
 from haq.console.tables import say, say_next
 from haq.console.values import FILE, FOLDER
+from haq.solvers import SOLVERS
 from haq.study.config import FOLDERS, SearchConfig, SweepConfig, WorkersConfig
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from haq.problem.sensitivity import Sensitivities
     from haq.store.records import FinishedSweepRecord
+    from haq.study.known_trials import KnownTrials
     from haq.study.sweep_run import SweepCell, SweepContext
 
 
@@ -81,19 +83,21 @@ def run_sweep(
         The exit status.
     """
     from haq.store.lock import writing
-    from haq.study import sweep_run
+    from haq.study import known_trials, sweep_run
     from haq.study.search_run import check_unused, unused_folder
 
     folder = out or unused_folder(f"sweep-{config.settings.metric}")
     check_unused(folder)
+    _check_trials(config)
     context = _load(config, output)
+    known = known_trials.read(config.settings.trial_folders, context.first)
     if dry_run:
-        _print_plan(output, context, workers, None)
+        _print_plan(output, context, workers, None, known)
         return 0
-    _print_plan(output, context, workers, folder)
+    _print_plan(output, context, workers, folder, known)
     # The sweep's folder is held until the end; each search holds its own.
     with writing(folder, sweep_run.go_on(folder, config)):
-        sweep_run.begin(folder, context.sweep, context)
+        sweep_run.begin(folder, context.sweep, context, known)
         return _carry_out(folder, context, workers, output)
 
 
@@ -124,7 +128,7 @@ def resume_sweep(folder: Path, workers: WorkersConfig, output: Output) -> int:
         asked = sweep_run.asked_of(earlier)
         asked.check_code(folder / SWEEP)
         context = _load(asked, output)
-        _print_plan(output, context, workers, folder)
+        _print_plan(output, context, workers, folder, sweep_run.known(folder, context))
         sweep_run.check(folder, earlier, context)
         return _carry_out(folder, context, workers, output)
 
@@ -146,11 +150,23 @@ def _load(config: SweepConfig, output: Output) -> SweepContext:
         return SweepContext.load(config, **follow)
 
 
-def _print_plan(output: Output, context: SweepContext, workers: WorkersConfig, folder: Path | None) -> None:
+def _check_trials(config: SweepConfig) -> None:
+    """Raise ValueError if trials of earlier searches are given, and no solver would learn from them."""
+    from haq.study.known_trials import check_uses_trials
+
+    if config.settings.trials is not None and not any(SOLVERS.get(solver).uses_trials for solver in config.solvers):
+        check_uses_trials(config.solvers[0])
+
+
+def _print_plan(
+    output: Output, context: SweepContext, workers: WorkersConfig, folder: Path | None, known: KnownTrials
+) -> None:
     from haq.study import sweep_tables, tables
     from haq.study.search_run import has_tensorboard
 
     sweep_tables.print_plan(output.notes, context, folder, workers.describe())
+    if context.sweep.settings.trials is not None:
+        say(output.notes, f"trials: {known.words(context.first.problem)} of {context.sweep.hw[0]}")
     # The network and its images are the same on every target.
     tables.print_doubts(output.results, next(iter(context.tasks.values())))
     if not has_tensorboard():
@@ -178,7 +194,7 @@ def _search(folder: Path, context: SweepContext, workers: WorkersConfig, output:
     """Measure sensitivities, then search everywhere, with progress bars; write what was found."""
     from haq.reporting import pictures
     from haq.store.files import SWEEP, SWEEP_PICTURE
-    from haq.study import sweep_run
+    from haq.study import sweep_run, sweep_sharing
 
     cells = context.cells()
     sensitivities: Sensitivities | None = None
@@ -193,11 +209,32 @@ def _search(folder: Path, context: SweepContext, workers: WorkersConfig, output:
         def on_search(cell: SweepCell) -> None:
             bar.update(line, advance=1, note=cell.folder)
 
-        sweep_run.run_all(folder, context, cells, kind, workers.workers, on_search, workers.ray)
+        together = sweep_sharing.groups(cells)
+        for group in together:
+            _search_together(bar, folder, context, group, workers)
+            for cell in group:
+                on_search(cell)
+        others = [cell for cell in cells if not any(cell in group for group in together)]
+        sweep_run.run_all(folder, context, others, kind, workers.workers, on_search, workers.ray)
         found = sweep_run.collect(folder, context, cells, sensitivities)
     pictures.save(pictures.draw_sweep(found), folder / SWEEP_PICTURE)
     found.write(folder / SWEEP)  # last: it says that all is there
     return found
+
+
+def _search_together(
+    bar: Progress, folder: Path, context: SweepContext, group: tuple[SweepCell, ...], workers: WorkersConfig
+) -> None:
+    """Run the searches that learn from each other's trials."""
+    from haq.study import sweep_sharing
+
+    total = sweep_sharing.evaluations_of(group, context)
+    line = bar.add_task(f"{group[0].solver}, seed {group[0].seed}", total=total, note=f"{len(group)} searches share")
+
+    def on_evaluation(count: int) -> None:
+        bar.update(line, completed=count)
+
+    sweep_sharing.search(folder, context, group, workers, on_evaluation)
 
 
 def _measure_sensitivities(bar: Progress, context: SweepContext, folder: Path) -> Sensitivities:

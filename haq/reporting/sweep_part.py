@@ -56,7 +56,8 @@ def _of_finished(sweep: FinishedSweepRecord, name: str, anchor: str) -> Part:
         [
             f"{searches} searches of {sweep.network} on {sweep.data}, for {sweep.metric}, by "
             f"{', '.join(sweep.asked.solvers)}. {begin(sweep.objective_title)} is of policies as they were found, without "
-            "fine-tuning."
+            "fine-tuning.",
+            *(f"By {shared.words}." for shared in sweep.shared),
         ],
         _facts(sweep),
         sections,

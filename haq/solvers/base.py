@@ -153,7 +153,7 @@ class Choice:
         below: How much worse `trial` is than `best`, by `Trial.score` on all samples that were looked at; negative if it is
             better on all of them.
         error: The paired standard error of that; 0 of the same policy.
-        compared: How many policies were held against the best, by sample.
+        compared: How many policies were within one standard error of the best, which is one of them.
         finalists: How many were judged again on further held-out samples; 0 where there were none.
         confirmed: How many samples these were.
         confirmed_trial: What `trial` gave on these.
@@ -164,7 +164,7 @@ class Choice:
     best: Trial
     below: float = 0.0
     error: float = 0.0
-    compared: int = 0
+    compared: int = 1
     finalists: int = 0
     confirmed: int = 0
     confirmed_trial: Evaluation | None = None
@@ -181,8 +181,8 @@ class Session:
         on_trial: Is told every trial, once it is among `trials`.
         sensitivities: What a solver that works with them need not measure; None lets it measure those of
             `sensitivity_kind`, which it leaves here and tells `on_sensitivities`.
-        known: Trials of other searches of this network, whatever they cost: they don't count, and a policy of them is only
-            found if it is asked for.
+        known: Trials of other searches of the same network and samples, whatever they were searched for. They aren't counted
+            and aren't among `trials`; a solver may learn from them.
         env: The environment of agents: "plan" or "haq".
         ahead: How many policies a solver may choose before it learns what the first of them is worth; it says by `expect`
             what it will ask for, so that others can evaluate it meanwhile.
@@ -196,6 +196,7 @@ class Session:
         choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
+        origins: Where every choice came from, in order, if the solver tells it (`haq.solvers.surrogate.Search`).
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
 
@@ -213,12 +214,14 @@ class Session:
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
     recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)
     choice: Choice | None = None
     confirm: Evaluator | None = None
     _seen: dict[Q.BitPolicy, Evaluation] = field(default_factory=dict)
+    _adopted: set[Q.BitPolicy] = field(default_factory=set)
     _beats: dict[Q.BitPolicy, float | None] = field(default_factory=dict)
     _whole: set[Q.BitPolicy] = field(default_factory=set)
     _indexed: int = 0  # of the known trials
@@ -243,12 +246,17 @@ class Session:
     @property
     def used(self) -> int:
         """Count the policies evaluated."""
-        return len(self._seen)
+        return len(self._seen) - len(self._adopted)
 
     @property
     def left(self) -> int:
         """Count the evaluations that are left."""
-        return self.evaluations - len(self._seen)
+        return self.evaluations - self.used
+
+    @property
+    def own(self) -> list[Trial]:
+        """Return the trials that count: all but those that were adopted."""
+        return [trial for trial in self.trials if trial.policy not in self._adopted]
 
     @property
     def everything(self) -> Sequence[Trial]:
@@ -345,6 +353,23 @@ class Session:
             evaluation = self.problem.evaluate(policy)
         else:
             evaluation = self.problem.evaluate(policy, beat)
+        self.on_trial(self._take(policy, evaluation))
+        return evaluation
+
+    def adopt(self, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
+        """Take a policy that another search with this session's evaluator evaluated: a trial that doesn't count.
+
+        Args:
+            policy: One that this session has no trial of.
+            evaluation: What it gave.
+
+        Returns:
+            The trial, of which `on_trial` isn't told.
+        """
+        self._adopted.add(policy)
+        return self._take(policy, evaluation)
+
+    def _take(self, policy: Q.BitPolicy, evaluation: Evaluation) -> Trial:
         trial = Trial.of(self.problem, policy, evaluation)
         self._seen[policy] = evaluation
         self.trials.append(trial)
@@ -352,8 +377,7 @@ class Session:
         sound = trial.feasible and trial.whole and math.isfinite(trial.loss)
         if sound and (self.best is None or trial.rank < self.best.rank):
             self.best = trial
-        self.on_trial(trial)
-        return evaluation
+        return trial
 
 
 class Spending(NamedTuple):
@@ -371,8 +395,9 @@ class Solver(ABC):
         name: What it is called in messages.
         summary: One line about it.
         uses_sensitivities: Whether it works with the session's sensitivities, and measures them if there are none.
-        uses_trials: Whether it learns from the session's `known`: trials of earlier searches. In a sweep also those of
-            its other searches, with which it then shares one allowance.
+        uses_trials: Whether it learns from the session's `known`, trials of other searches.
+        shares: Whether searches of a sweep learn from each other's trials as they come, and share their evaluations: it has
+            `begin(problem, session, seed)`, which returns a `haq.solvers.surrogate.Search`.
         draws: Whether anything is random, so that another seed is another search.
         chooses_ahead: Whether what it does depends on `Session.ahead`.
         iterates: Whether it can be made with `iterate=True`, to go on after its first solution.
@@ -386,6 +411,7 @@ class Solver(ABC):
     summary: ClassVar[str] = ""
     uses_sensitivities: ClassVar[bool] = False
     uses_trials: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
     most_measured: float = 1.0
     draws: ClassVar[bool] = True
     chooses_ahead: ClassVar[bool] = False
@@ -491,7 +517,6 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
     if session.agent is not None:
         check_takes_agent(found, session.agent, session.env)
     try:
-        _evaluate_best_known(session)
         if session.problem.goal.kind in getattr(found, "goals", (BEST.kind,)):
             found.solve(session.problem, session, seed)
         else:
@@ -504,6 +529,23 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         if error is session.failure or _is_ours(found):
             raise
         raise ValueError(f"solver {_called(found)!r} failed: {_reason(error)}") from error
+    return conclude(found, session)
+
+
+def conclude(found: Solver, session: Session) -> Trial:
+    """Choose what a search returns, once its solver is done.
+
+    Args:
+        found: The solver.
+        session: Its allowance, with what was tried.
+
+    Returns:
+        The trial that was chosen; `session.choice` says why.
+
+    Raises:
+        NothingGoodEnough: A ValueError, naming the solver and the best that it saw.
+        ValueError: Naming the solver, if it evaluated no policy within the budget.
+    """
     if session.best is None and session.problem.goal.kind == CHEAPEST:
         raise NothingGoodEnough(f"solver {_called(found)!r} found no policy that is good enough: {_closest(session)}")
     if session.best is None and any(trial.feasible for trial in session.trials):
@@ -515,20 +557,6 @@ def solve(solver: str | type[Solver] | Solver, session: Session, seed: int) -> T
         raise NothingFound(f"solver {_called(found)!r} evaluated no policy within the budget, {session.used} in all")
     session.choice = solvers.choice.choose(session)
     return session.choice.trial
-
-
-def _evaluate_best_known(session: Session) -> None:
-    """Evaluate the best of the known trials that may be chosen: a policy that is found was evaluated by the search itself."""
-    best: Trial | None = None
-    for policy, evaluation in session.known:
-        trial = Trial.of(session.problem, policy, evaluation)
-        is_whole = evaluation.images == session.problem.evaluator.count
-        if not trial.feasible or not is_whole or not math.isfinite(trial.loss) or not session.problem.allows(policy):
-            continue
-        if best is None or trial.rank < best.rank:
-            best = trial
-    if best is not None and session.left:
-        session.evaluate(best.policy)
 
 
 def _closest(session: Session) -> str:

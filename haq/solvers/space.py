@@ -5,7 +5,7 @@ An option vector has the number of an option for every decision of the problem; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +59,7 @@ class Space:
         # Operands whose width makes a difference: the others would only be zeros in every distance.
         spans = np.ptp(np.where(self.there[..., None], self.errors, self.errors[:, :1]), axis=1)
         self._columns = np.argwhere(spans > 0)
+        self._fixed = np.argwhere(spans <= 0)
         self._scale = max(float(self.errors[self.free].max(initial=0.0)), 1e-12)
 
     def _errors_of(self, decision: int, pairs: NDArray[np.int64]) -> Floats:
@@ -80,11 +81,6 @@ class Space:
         for row, decision in enumerate(self.problem.decisions):
             self.prices[0, row, : self.counts[row]] = decision.prices
         self.limits = np.array([self.problem.limit])
-
-    @property
-    def size(self) -> float:
-        """Return how many policies there are, whatever they cost."""
-        return float(np.prod(self.counts.astype(float)))
 
     def policy(self, options: Sequence[int] | Options) -> Q.BitPolicy:
         """Make the policy of an option vector."""
@@ -115,6 +111,20 @@ class Space:
         pairs = np.stack([w[first], a[first]], axis=1)
         errors = np.array([self._errors_of(row, pair[None])[0] for row, pair in enumerate(pairs)])
         return errors[self._columns[:, 0], self._columns[:, 1]] / self._scale
+
+    def describes(self, policy: Q.BitPolicy) -> bool:
+        """Tell whether the features of a policy of the network say all of it.
+
+        Not if layers that are tied here have different widths, or an operand that can't be chosen here has another width.
+        """
+        pairs = np.stack(self.problem.bit_arrays(policy), axis=1)
+        for decision in self.problem.decisions:
+            if (pairs[list(decision.layers)] != pairs[decision.layers[0]]).any():
+                return False
+        first = [decision.layers[0] for decision in self.problem.decisions]
+        errors = np.array([self._errors_of(row, pair[None])[0] for row, pair in enumerate(pairs[first])])
+        rows, operands = self._fixed.T
+        return bool((errors[rows, operands] == self.errors[rows, 0, operands]).all())
 
     def totals(self, options: Options) -> Floats:
         """Return what policies cost by every limit that is a sum, shape (policies, limits)."""
@@ -265,11 +275,6 @@ class Space:
             parts = self._peaks(options, decision) / self._peak.limit - 1
             found += np.where(parts > ROUNDING, parts, 0.0)
         return found
-
-
-def unique(options: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return option vectors without those that came before."""
-    return list(dict.fromkeys(options))
 
 
 def _picked(among: Flags, draws: np.random.Generator) -> NDArray[np.int64]:

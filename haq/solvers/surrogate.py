@@ -1,26 +1,26 @@
 """Bayesian optimization: a Gaussian process learns from every trial what policies are worth, and chooses the next to evaluate.
 
-    start         plan's optima for the calibration errors and for errors under random weights, and random policies
+    start         plans for the calibration errors, as they are and under random weights, and random policies
     then, always  of many candidates the unseen one with the largest expected improvement (Jones et al., "Efficient global
                   optimization of expensive black-box functions", 1998)
 
-What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities are
-measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it to the
-value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right near
-the best policies: the better a trial, the more it counts.
+What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities
+are measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it
+to the value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be
+right near the best policies: the better a trial, the more it counts.
 
-Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random weights,
-what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
+Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random
+weights, what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
 
-Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed by
-doing it again with its history at hand.
+Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed
+by doing it again with its history at hand.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
 from haq.solvers.base import Session, Solver, Spending
 from haq.solvers.process import Process
-from haq.solvers.space import Floats, Options, Space
+from haq.solvers.space import Flags, Floats, Options, Space
 from haq.store.units import PERCENT
 
 FEWEST = 10  # policies to begin with
@@ -49,13 +49,14 @@ STEPS = 2  # times in a row
 PAIRS = 60  # neighbours of each that differ in two decisions
 SINGLES = 60  # neighbours of each that differ in one
 GROWTH = 1.08  # trials more, as a factor, after which the processes are fitted anew
-NEAR = 1 / 4  # of the range of values: what counts as near the best
+NEAR = 1.0  # how far from the best a trial is that counts a third, in parts of how far the median is
 FAR = 1e-2  # weight of a trial that is far from it
 SPREAD_OF_LOSS = 1.5  # standard deviation of one sample's loss, in parts of the mean
 MOST_STALE_ROUNDS = 20  # rounds without a policy that is new, after which there seem to be none
 TINY = 1e-12
 
 START, RANDOMLY, PLANNED, NEIGHBOUR, KNOWN = "start", "random", "plan", "neighbour", "known"
+CHANGED = ", changed"  # follows a proposer's name where a neighbour of what it proposed was chosen
 
 
 class Learned(NamedTuple):
@@ -109,6 +110,8 @@ class Model:
         self._of_rest = Process(features)
         self._fitted = 0.0  # trials at the last fit
         self._current = False
+        self._is_ratio = False
+        self._line = np.zeros(2)
 
     def learn(self, policy: Q.BitPolicy, options: tuple[int, ...] | None, evaluation: Evaluation) -> None:
         """Take a policy that was evaluated.
@@ -202,8 +205,18 @@ class Model:
     def elite(self, count: int) -> Options:
         """Return the best trials that can be chosen, the best first, shape (at most count, decisions)."""
         found = [trial for trial in self.trials if trial.options is not None]
-        ranked = sorted(found, key=self._rank)[:count]
-        return np.array([trial.options for trial in ranked], np.int64).reshape(len(ranked), len(self.space.counts))
+        fits = self._within(found)
+        # Those that cost too much, as trials of other searches may, come last.
+        places = sorted(range(len(found)), key=lambda place: (not fits[place], self._rank(found[place])))[:count]
+        rows = [found[place].options for place in places]
+        return np.array(rows, np.int64).reshape(len(rows), len(self.space.counts))
+
+    def _within(self, trials: Sequence[Learned]) -> Flags:
+        """Tell which trials can be chosen within all budgets, shape (trials,)."""
+        found = np.array([trial.options is not None for trial in trials], bool)
+        if found.any():
+            found[found] = self.space.fits(np.array([trial.options for trial in trials if trial.options is not None]))
+        return found
 
     def _rank(self, trial: Learned) -> tuple[float, ...]:
         """Sort better trials first, by the problem's goal; those that may not be chosen come last."""
@@ -244,18 +257,20 @@ class Model:
         sound = [trial for trial in whole if math.isfinite(trial.evaluation.loss)]
         if self.problem.goal.kind == CHEAPEST:
             sound = [trial for trial in sound if self.problem.meets(trial.evaluation)]
-        if not sound:
-            return
-        rows = np.array([trial.options for trial in sound])
-        within = [trial for trial, fits in zip(sound, self.space.fits(rows), strict=True) if fits]
+        within = [trial for trial, fits in zip(sound, self._within(sound), strict=True) if fits]
         if within:
             self.best = min(within, key=self._rank)
 
     def _learn(self, x: Floats, anew: bool) -> None:
-        quality, scores = self._values()
+        losses, scores = self._measured()
+        quality = -losses
+        spread = SPREAD_OF_LOSS * losses.std()
+        self._is_ratio = bool(losses.min() > 0)
+        if self._is_ratio:
+            quality, spread = -np.log(losses), SPREAD_OF_LOSS
         images = np.array([max(trial.evaluation.images, 1) for trial in self.trials])
         unseen = np.maximum(1 - images / self.count, 0.0) / images  # of the variance of one sample, for a part of them
-        self._of_loss.learn(x, quality, extra=np.square(SPREAD_OF_LOSS) * unseen * self._relative, fit=anew)
+        self._of_loss.learn(x, quality, extra=unseen * spread**2, fit=anew)
         weights = self._weights(scores)
         design = np.stack([np.ones(len(scores)), quality], axis=1)
         root = np.sqrt(weights)
@@ -263,30 +278,26 @@ class Model:
         # A larger loss is never a sign of a better value.
         if self._line[1] < 0:
             self._line = np.array([float(np.average(scores, weights=weights)), 0.0])
-        of_value = unseen * np.maximum(np.square(np.std(scores)), TINY)
+        of_value = unseen * np.square(np.std(scores))
         if self.problem.objective.unit == PERCENT:
             share = np.clip(np.abs(scores), 0.0, 1.0)
             of_value = unseen * share * (1 - share)
         self._of_rest.learn(x, scores - design @ self._line, 1 / weights, extra=of_value, fit=anew)
 
-    def _values(self) -> tuple[Floats, Floats]:
-        """Return quality, which is larger the smaller a loss is, and the score of every trial, all of them finite."""
+    def _measured(self) -> tuple[Floats, Floats]:
+        """Return the loss and the score of every trial, all of them finite."""
         losses = np.array([trial.evaluation.loss for trial in self.trials])
         scores = np.array([trial.evaluation.score for trial in self.trials])
         finite = np.isfinite(losses) & np.isfinite(scores)
         if not finite.any():
-            return np.zeros(len(losses)), np.zeros(len(scores))
+            return np.ones(len(losses)), np.zeros(len(scores))
         # Outputs that aren't finite are worth less than all others.
         losses = np.where(finite, losses, losses[finite].max() + np.ptp(losses[finite]))
         scores = np.where(finite, scores, scores[finite].min() - np.ptp(scores[finite]))
-        self._is_ratio = bool(losses.min() > 0)
-        self._relative = 1.0
-        if self._is_ratio:
-            return -np.log(losses), scores
-        self._relative = float(np.square(losses.std()))
-        return -losses, scores
+        return losses, scores
 
     def _loss_of(self, quality: float) -> float:
+        """Return the loss of a quality, which is larger the smaller the loss is."""
         if self._is_ratio:
             return math.exp(-quality)
         return -quality
@@ -294,11 +305,17 @@ class Model:
     def _weights(self, scores: Floats) -> Floats:
         """Tell how much every trial counts for the line and for what is beyond it: less the farther it is from the best."""
         problem = self.problem
-        top = float(scores.max())
+        # Policies that cost too much, of other searches, say little of the best ones that don't.
+        within = self._within(self.trials)
+        if not within.any():
+            within = np.ones(len(scores), bool)
+        top = float(scores[within].max())
         if problem.goal.kind == CHEAPEST:
             top = float(problem.objective.signed(problem.goal.threshold(problem.objective, problem.float_accuracy)))
+        if problem.goal.kind == TRADEOFF and self.best is not None:
+            top = self.best.evaluation.score
         away = np.abs(scores - top)
-        near = NEAR * float(np.median(away)) or 1.0
+        near = NEAR * float(np.median(away[within])) or 1.0
         return np.exp(-np.minimum(away / near, 700.0)) + FAR
 
 
@@ -314,9 +331,12 @@ class Search:
 
     Attributes:
         origins: Where every choice came from, in order: "start", "random", "neighbour", "plan", or a proposer's name.
+        gain: The expected improvement of the last choice (`Model.improvement`); infinite for those to begin with.
     """
 
-    def __init__(self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = ()) -> None:
+    def __init__(
+        self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = (), *, alone: bool = False
+    ) -> None:
         """Begin a search.
 
         Args:
@@ -324,18 +344,21 @@ class Search:
             session: Evaluates policies.
             seed: What everything random comes from.
             proposers: Who proposes candidates beside the search itself.
+            alone: Whether nobody else does, but for the first policies: what they are worth without the others.
         """
         self.problem = problem
         self.session = session
         self.space = Space(problem)
         self.model = Model(self.space, problem.evaluator.count)
         self.proposers = list(proposers)
-        self.origins: list[str] = []
+        self.alone = alone
+        self.origins = session.origins
+        self.gain = math.inf
         self._draws = np.random.default_rng(seed)
         self._chosen: set[tuple[int, ...]] = set()
         self._waiting: deque[tuple[tuple[int, ...], Q.BitPolicy]] = deque()
         for policy, evaluation in session.known:
-            self.model.learn(policy, self.space.options(policy), evaluation)
+            self.know(policy, evaluation)
         self._start = deque(self._first_policies())
 
     def run(self) -> None:
@@ -348,18 +371,57 @@ class Search:
                 self.expect(found)
             if not self._waiting:
                 return
-            options, policy = self._waiting.popleft()
-            self.learn(options, policy, self.session.evaluate(policy))
+            self.evaluate()
+
+    def evaluate(self) -> tuple[Q.BitPolicy, Evaluation]:
+        """Evaluate the policy that has waited longest, learn from it, and return it with what it gave."""
+        options, policy = self._waiting.popleft()
+        evaluation = self.session.evaluate(policy)
+        self.learn(options, policy, evaluation)
+        return policy, evaluation
+
+    def begin_with(self, count: int, place: int) -> None:
+        """Begin with fewer policies, where several searches begin together.
+
+        Args:
+            count: How many are left, beside the best of known trials.
+            place: Which of them is the first.
+        """
+        known = [one for one in self._start if one[1] == KNOWN]
+        others = [one for one in self._start if one[1] != KNOWN]
+        place %= max(len(others), 1)
+        self._start = deque([*known, *(others[place:] + others[:place])[:count]])
+
+    def know(self, policy: Q.BitPolicy, evaluation: Evaluation) -> None:
+        """Learn from a policy that another search evaluated, whatever it costs here, if it can be described here."""
+        if self.space.describes(policy):
+            self.model.learn(policy, self.space.options(policy), evaluation)
+
+    def leave(self, policy: Q.BitPolicy) -> None:
+        """Never choose a policy, which another search of the same sweep has chosen."""
+        options = self.space.options(policy)
+        if options is not None:
+            self._chosen.add(options)
 
     @property
     def _may_choose(self) -> bool:
         return len(self._waiting) < min(self.session.ahead, self.session.left)
 
-    def expect(self, options: tuple[int, ...]) -> None:
-        """Let a policy that was chosen be evaluated, and wait in line to be learned from."""
+    def expect(self, options: tuple[int, ...], others: Iterable[Session] = ()) -> None:
+        """Let a policy that was chosen be evaluated, and wait in line to be learned from.
+
+        Args:
+            options: The policy.
+            others: Sessions of other searches that may return it too: its evaluation ends early only if none of them would.
+        """
         policy = self.space.policy(options)
         self._waiting.append((options, policy))
-        self.session.expect([policy], beat=self.session.racing_beat())
+        beats = [session.racing_beat() for session in (self.session, *others)]
+        known = [beat for beat in beats if beat is not None]
+        beat = None
+        if len(known) == len(beats):
+            beat = min(known)
+        self.session.expect([policy], beat=beat)
 
     def learn(self, options: tuple[int, ...], policy: Q.BitPolicy, evaluation: Evaluation) -> None:
         """Take what a policy gave."""
@@ -394,8 +456,7 @@ class Search:
         count = start_of(len(self.space.free), self.session.left)
         known = [trial for trial in self.model.trials if trial.options is not None]
         if known:
-            rows = np.array([trial.options for trial in known])
-            within = [trial for trial, fits in zip(known, self.space.fits(rows), strict=True) if fits]
+            within = [trial for trial, fits in zip(known, self.model._within(known), strict=True) if fits]
             count = max(count - len(known), 0)
             if within:
                 best = min(within, key=self.model._rank)
@@ -437,25 +498,40 @@ class Search:
             return None
         options, origins = found
         gains = self.model.improvement(options)
-        for _ in range(STEPS):
+        steps = STEPS
+        if self.alone:
+            steps = 0
+        for _ in range(steps):
             order = np.argsort(-_rounded(gains), kind="stable")[:CLIMBED]
-            near = self._new(self._neighbours(options[order]), set(map(tuple, options.tolist())))
+            changed, of = self._neighbours(options[order])
+            near = self._new(changed, set(map(tuple, options.tolist())))
             if not len(near):
                 break
+            parents = dict(zip(map(tuple, changed[::-1].tolist()), order[of[::-1]].tolist(), strict=True))
+            origins = [*origins, *(self._changed_from(origins[parents[row]]) for row in map(tuple, near.tolist()))]
             options = np.concatenate([options, near])
             gains = np.concatenate([gains, self.model.improvement(near)])
-            origins = [*origins, *[NEIGHBOUR] * len(near)]
         best = int(np.argmax(_rounded(gains)))
+        self.gain = float(gains[best])
         return tuple(options[best].tolist()), origins[best]
+
+    def _changed_from(self, origin: str) -> str:
+        """Say where a neighbour came from: what others proposed stays theirs, and that it was changed is told."""
+        for proposer in self.proposers:
+            if origin in (proposer.name, proposer.name + CHANGED):
+                return proposer.name + CHANGED
+        return NEIGHBOUR
 
     def _candidates(self) -> Candidates:
         """Propose policies within the budgets that weren't chosen."""
         space, draws = self.space, self._draws
-        elite = self.model.elite(ELITE)
-        parts = [(RANDOMLY, space.random(RANDOM, draws))]
-        if len(elite):
-            parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
-        parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
+        parts: list[tuple[str, Options]] = []
+        if not self.alone:
+            elite = self.model.elite(ELITE)
+            parts.append((RANDOMLY, space.random(RANDOM, draws)))
+            if len(elite):
+                parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
+            parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
         for proposer in self.proposers:
             proposed = proposer.propose(self.model, RANDOM)
             parts.append((proposer.name, np.array(proposed, np.int64).reshape(-1, len(space.counts))))
@@ -474,12 +550,14 @@ class Search:
         half = len(within) // 2
         return np.concatenate([self.space.filled(within[:half], self._draws), within[half:]])
 
-    def _neighbours(self, options: Options) -> Options:
-        """Draw policies within the budgets that differ from given ones in one decision or in two."""
-        rows = np.repeat(options, SINGLES + PAIRS, axis=0)
+    def _neighbours(self, options: Options) -> tuple[Options, Options]:
+        """Draw policies within the budgets that differ from given ones in one decision or in two; and tell of which each is."""
+        of = np.repeat(np.arange(len(options)), SINGLES + PAIRS)
+        rows = options[of]
         changes = np.tile([1] * SINGLES + [2] * PAIRS, len(options))
         changed = self.space.changed(rows, changes, self._draws)
-        return changed[self.space.fits(changed)]
+        fits = self.space.fits(changed)
+        return changed[fits], of[fits]
 
     def _new(self, options: Options, before: set[tuple[int, ...]]) -> Options:
         """Return policies that weren't chosen, aren't in `before`, and fit the budgets, each once."""
@@ -522,12 +600,18 @@ class Surrogate(Solver):
     name = "surrogate"
     summary = "a Gaussian process learns from every trial, and chooses the next (Bayesian optimization)"
     chooses_ahead = True
+    uses_trials = True
+    shares = True
     races = True
     goals = (BEST.kind, CHEAPEST, TRADEOFF)
 
     def solve(self, problem: Problem, session: Session, seed: int) -> None:
         """Search until the evaluations are used, or there is nothing new."""
-        Search(problem, session, seed).run()
+        self.begin(problem, session, seed).run()
+
+    def begin(self, problem: Problem, session: Session, seed: int) -> Search:
+        """Begin a search that is led a policy at a time; see `haq.solvers.sharing`."""
+        return Search(problem, session, seed)
 
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
         """Tell what the evaluations go into."""

@@ -839,6 +839,7 @@ class SweepConfig(_Config):
         "bits",
         *MEASURED,
         "evaluations",
+        "ahead",
         "iterate",
         "sensitivity_kind",
         "trials",

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import quantizers as Q
 from haq.problem import ROBUST
 from haq.problem.evaluator import Evaluation
 from haq.problem.problem import Problem
 from haq.solvers.base import Solver, find_solver
+from haq.solvers.space import Space
 from haq.store import history
 from haq.store.files import CONFIG, HISTORY, PROBLEM
 from haq.store.history import HistoryRow
@@ -30,7 +29,6 @@ from haq.store.records import ConfigRecord, ProblemRecord
 from haq.store.units import show
 from haq.study.config import SearchConfig
 from haq.study.task import SearchTask
-from hw_models.widths import places
 
 OF_HARDWARE = ("target", "machine", "reference")  # parts of a run's signature that say nothing of what policies are worth
 REMEDY = "leave it out of the trials that are given"
@@ -183,30 +181,6 @@ def evaluation_of(row: HistoryRow, problem: Problem) -> Evaluation:
     return Evaluation(row.accuracy, row.loss, count, row.divergence, higher)
 
 
-class Describable:
-    """Tells which policies can be described by what a problem decides: the others would teach wrong things."""
-
-    def __init__(self, problem: Problem) -> None:
-        """Look at what the options of every decision leave open."""
-        self.problem = problem
-        self._errors = problem.quantization_error
-        self._fixed = []  # (decision, operand, error) where all options leave the same error
-        for row, decision in enumerate(problem.decisions):
-            for operand in (0, 1):
-                left = self._errors[row, operand, decision.places[:, operand]]
-                if np.ptp(left) == 0:
-                    self._fixed.append((row, operand, float(left[0])))
-
-    def __call__(self, policy: Q.BitPolicy) -> bool:
-        """Say whether layers that are tied here have the same widths, and what can't be chosen here is as it is here."""
-        pairs = np.stack(self.problem.bit_arrays(policy), axis=1)
-        for group in self.problem.groups:
-            if (pairs[list(group)] != pairs[group[0]]).any():
-                return False
-        where = places(pairs[[group[0] for group in self.problem.groups]])
-        return all(self._errors[row, operand, where[row, operand]] == error for row, operand, error in self._fixed)
-
-
 def is_known_whole(evaluation: Evaluation, problem: Problem) -> bool:
     """Say whether an evaluation is of all samples that policies of a problem are judged on."""
     return evaluation.images == problem.evaluator.count
@@ -217,7 +191,7 @@ class _Gathered:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self._is_describable = Describable(problem)
+        self._space = Space(problem)
         self._trials: dict[Q.BitPolicy, KnownTrial] = {}
         self._counts: Counter[str] = Counter()
         self._left_out: set[Q.BitPolicy] = set()
@@ -261,7 +235,7 @@ class _Gathered:
             before = self._trials.get(trial.policy)
             if before is not None and before.evaluation.images >= trial.evaluation.images:
                 continue
-            if not self._is_describable(trial.policy):
+            if not self._space.describes(trial.policy):
                 self._left_out.add(trial.policy)
                 continue
             if before is None:

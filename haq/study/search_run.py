@@ -5,7 +5,7 @@
     history.csv         every evaluation, in order
     sensitivity.json    what is known of single operands, if the search was given it or measured it
     trials.csv          trials of earlier searches that it was given, as a history has them
-    policy.json         the best policy so far; in the end, what was found
+    policy.json         the best policy so far; in the end the one that was chosen (`haq.solvers.choice`)
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
     checkpoint/         the fine-tuned network and its scales; agents after their last episode; an interrupted fine-tuning
@@ -52,7 +52,7 @@ from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.store.shell import command_line
 from haq.study import known_trials
-from haq.study.known_trials import KnownTrial, KnownTrials
+from haq.study.known_trials import SHARED, KnownTrial, KnownTrials
 from haq.study.task import (
     LoadedNetwork,
     SearchConfig,
@@ -90,13 +90,14 @@ class SearchRun:
         self._writer: Any = None
 
     @classmethod
-    def create(cls, folder: Path, task: SearchTask, known: KnownTrials | None = None) -> SearchRun:
+    def create(cls, folder: Path, task: SearchTask, known: KnownTrials | None = None, searches: int = 0) -> SearchRun:
         """Start a new folder, with a copy of the sensitivities and the trials that the run is given.
 
         Args:
             folder: Where; made if need be.
             task: What is searched.
             known: The trials that it is given; None: those of the folders that its settings name.
+            searches: How many searches of a sweep share what they try, if it is one of them.
 
         Returns:
             The run.
@@ -111,17 +112,19 @@ class SearchRun:
         if known is None and task.config.trials is not None:
             known = known_trials.read(task.config.trial_folders, task)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {
+        content: dict[str, Any] = {
             "schema": RUN_SCHEMA,
             "command": task.config.command(),
             "settings": task.config.to_dict(),
             "signature": task.signature(),
             "versions": versions(task.network.device),
         }
+        if searches:
+            content["searches"] = searches
         run = cls(folder, task.config)
         if known is not None:
             # Before the file that says that there is a run: the folders they are from may be gone when it goes on.
-            run._write_trials(known.trials, task.problem)
+            write_trials(folder / TRIALS, known.trials, task.problem)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
         run._write_problem(task)
         history.write(folder / HISTORY, others=other_metrics(task.problem), tells_images=run._may_race(task.problem))
@@ -157,6 +160,11 @@ class SearchRun:
     def finished(self) -> bool:
         """Tell whether the search has come to its end."""
         return os.path.lexists(self.folder / RESULT)
+
+    @property
+    def is_behind(self) -> bool:
+        """Tell whether some of an interrupted search's history is still to be met again."""
+        return bool(self._expected)
 
     @property
     def go_on(self) -> str:
@@ -345,7 +353,7 @@ class SearchRun:
             self._write_problem(task)
 
     def record(self, solver: str, evaluation: int, trial: Trial, problem: Problem, best: Trial | None = None) -> None:
-        """Append one evaluation to the history, and show it to TensorBoard.
+        """Append one evaluation to the history, and show it to TensorBoard unless it is another search's.
 
         Args:
             solver: Who asked for it.
@@ -364,7 +372,8 @@ class SearchRun:
                 return
             self._leave_history(self._expected[0], row, problem)
         history.append(self.folder / HISTORY, row, self.races)
-        self._show(row, problem, best)
+        if solver != SHARED:
+            self._show(row, problem, best)
 
     def close(self) -> None:
         """Close what TensorBoard reads."""
@@ -411,7 +420,7 @@ class SearchRun:
             checkpoint=self.checkpoint(solver, task, **asked),
             confirm=task.confirm,
             race=self.races,
-            recorded=self._recorded.get(solver, {}),
+            recorded=self.recorded(solver),
         )
         if mine:
             session.agent = task.agent
@@ -425,6 +434,10 @@ class SearchRun:
         if mine:
             self.save_policy(found.policy)
         return session
+
+    def recorded(self, solver: str) -> dict[Q.BitPolicy, Evaluation]:
+        """Return what a solver was told before the search was interrupted, by policy."""
+        return self._recorded.get(solver, {})
 
     def _known_by(self, solver: str, problem: Problem) -> list[tuple[Q.BitPolicy, Evaluation]]:
         """Return what a solver is told of earlier searches: rivals, which the run's own is held against, nothing."""
@@ -470,9 +483,7 @@ class SearchRun:
         """Return the trials of earlier searches that the run was given: what stands in its folder."""
         if self.config.trials is None:
             return KnownTrials()
-        limits = history.Limits.of(objective_of(problem))
-        rows = history.read(self.folder / TRIALS, len(problem.workload), limits, other_metrics(problem))
-        return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem)))
+        return read_trials(self.folder / TRIALS, problem)
 
     def save_sensitivities(self, measured: Sensitivities, task: SearchTask) -> None:
         """Write sensitivities, unless a solver before knew more of them."""
@@ -586,9 +597,6 @@ class SearchRun:
 
     def _state(self, name: str) -> Path:
         return self.folder / CHECKPOINT.parent / f"{name}.state"
-
-    def _write_trials(self, known: Sequence[KnownTrial], problem: Problem) -> None:
-        history.write(self.folder / TRIALS, known_rows(known, problem), other_metrics(problem))
 
     def _write_problem(self, task: SearchTask) -> None:
         ProblemRecord.from_dict(task.outline()).write(self.folder / PROBLEM)
@@ -794,6 +802,18 @@ def known_rows(known: Iterable[KnownTrial], problem: Problem) -> list[HistoryRow
         numbers[solver] += 1
         found.append(history_row(solver, numbers[solver], Trial.of(problem, policy, evaluation), problem))
     return found
+
+
+def write_trials(path: Path, known: Iterable[KnownTrial], problem: Problem) -> None:
+    """Write trials of earlier searches into a file, as a history has them."""
+    history.write(path, known_rows(known, problem), other_metrics(problem))
+
+
+def read_trials(path: Path, problem: Problem) -> KnownTrials:
+    """Read what `write_trials` wrote, for the same network and metrics; ValueError for anything else."""
+    limits = history.Limits.of(objective_of(problem))
+    rows = history.read(path, len(problem.workload), limits, other_metrics(problem))
+    return KnownTrials(tuple(known_trials.of_rows(rows, problem.workload.names, problem)))
 
 
 def _short(row: HistoryRow) -> str:

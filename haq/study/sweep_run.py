@@ -7,7 +7,8 @@
 
 What a policy is worth doesn't depend on the target: network, data, scales and evaluations are shared by all searches of a
 process, and sensitivities by all of them. A search's result depends on nothing but its own settings, so neither their order
-nor the number of processes does anything to it.
+nor the number of processes does anything to it. Only the searches of a solver that learns from others' trials are one search
+over all their problems (`haq.study.sweep_sharing`), one for every seed, of which the same holds.
 """
 
 from __future__ import annotations
@@ -30,15 +31,17 @@ from haq.problem.sensitivity import Sensitivities, largest_widths
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Solver, Trial, find_solver
 from haq.solvers.sensitivity import by_evaluation, computed
-from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA
+from haq.store.files import CONFIG, SENSITIVITIES, SENSITIVITY, SWEEP, SWEEP_SCHEMA, TRIALS
 from haq.store.lock import writing
 from haq.store.records import (
     UNIFORM_8,
     FinishedSweepRecord,
     PolicyRecord,
     ResultRecord,
+    SharedRecord,
     SweepRecord,
     error_key,
+    paired_key,
     share_key,
 )
 from haq.store.shell import command_line
@@ -46,7 +49,8 @@ from haq.store.units import kind_of_cost
 from haq.study import result as summary
 from haq.study.config import ADAROUND, MEASURED, SearchConfig, SweepCell, SweepConfig
 from haq.study.front import fronts, pareto
-from haq.study.search_run import SearchRun, check_unused
+from haq.study.known_trials import KnownTrials
+from haq.study.search_run import SearchRun, check_unused, read_trials, write_trials
 from haq.study.task import (
     SearchTask,
     check_signature,
@@ -153,6 +157,8 @@ class SweepContext:
         changes: dict[str, Any] = {"budget": cell.budget, "solver": cell.solver, "seed": cell.seed, "sensitivity_kind": kind}
         if cell.max_drop:
             changes["max_drop"] = float(cell.max_drop)
+        if not SOLVERS.get(cell.solver).uses_trials:
+            changes["trials"] = None
         changes["iterate"] = task.config.iterate and _iterates(cell.solver)
         settings = task.config.replace(**changes)
         if SOLVERS.get(cell.solver).uses_sensitivities and _can_share(self.first.problem, task.problem):
@@ -216,13 +222,14 @@ def shares_sensitivities(sweep: SweepConfig) -> bool:
     return any(SOLVERS.get(solver).uses_sensitivities for solver in sweep.solvers)
 
 
-def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
+def begin(folder: Path, sweep: SweepConfig, context: SweepContext, given: KnownTrials | None = None) -> None:
     """Start a sweep's folder.
 
     Args:
         folder: Where.
         sweep: What is asked for.
         context: What its searches stand on.
+        given: Trials of earlier searches, of which the folder gets a copy.
 
     Raises:
         ValueError: Touching nothing, if there is anything in the folder.
@@ -236,6 +243,9 @@ def begin(folder: Path, sweep: SweepConfig, context: SweepContext) -> None:
         "signature": context.signature(),
         "versions": versions(context.first.network.device),
     }
+    if given is not None:
+        # First: the folders that they are from may be gone when the sweep goes on.
+        write_trials(folder / TRIALS, given.trials, context.first.problem)
     SweepRecord.from_dict(content).write(folder / SWEEP)
 
 
@@ -258,6 +268,13 @@ def read(folder: Path) -> SweepRecord:
 def go_on(folder: Path, asked: SweepConfig | SearchConfig) -> str:
     """Return the command that goes on with a sweep, which was asked for in that way."""
     return command_line("python", "-m", "haq.sweep", "--resume", folder, *asked.trust_words())
+
+
+def known(folder: Path, context: SweepContext) -> KnownTrials:
+    """Return the trials of earlier searches that a sweep was given: what stands in its folder."""
+    if context.sweep.settings.trials is None:
+        return KnownTrials()
+    return read_trials(folder / TRIALS, context.first.problem)
 
 
 def check(folder: Path, record: SweepRecord, context: SweepContext) -> None:
@@ -290,7 +307,7 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
         The sensitivities.
     """
     task = context.first
-    with _opened(folder / SENSITIVITIES, task) as run:
+    with opened(folder / SENSITIVITIES, task) as run:
         if (run.folder / SENSITIVITY).is_file():
             return task.read_sensitivities(run.folder)
 
@@ -324,25 +341,39 @@ def search(folder: Path, task: SearchTask, on_evaluation: Callable[[], None] = l
         on_evaluation: Called after every evaluation.
     """
     name = task.config.solver
-    with _opened(folder, task) as run, one_thread():
+    with opened(folder, task) as run, one_thread():
         if not run.finished:
             try:
                 session = run.search(task, name, run.sensitivities(task), lambda count, trial, best: on_evaluation())
             except NothingGoodEnough:
                 return  # the others go on; it has its history, and no result
-            assert session.chosen is not None
-            policy = session.chosen.policy
-            tuned, further = None, {}
-            if task.config.rounding == ADAROUND:
-                found = task.reconstruct(policy, task.config.seed)
-                tuned = found.network
-                run.save_checkpoint(tuned, task)
-                judged = summary.judged_by(task.problem, found.before)
-                judged |= summary.reconstruction_entry(found, task.config.seed)
-                further = {"reconstruction": judged, "finetuned_by": "ptq"}
-            used = {name: session.used}
-            content = summary.collect(task, policy, tuned, {}, used, choice=session.choice, trials=session.trials) | further
-            run.save_result(ResultRecord.from_dict(content))
+            finish(run, task, session)
+
+
+def finish(run: SearchRun, task: SearchTask, session: Session, shared: SharedRecord | None = None) -> None:
+    """Measure what a search of a sweep found, and write its result.
+
+    Args:
+        run: The search's.
+        task: What was searched.
+        session: What was tried, and what was chosen.
+        shared: What it shared with other searches.
+    """
+    assert session.chosen is not None
+    policy = session.chosen.policy
+    tuned, further = None, dict[str, Any]()
+    if task.config.rounding == ADAROUND:
+        found = task.reconstruct(policy, task.config.seed)
+        tuned = found.network
+        run.save_checkpoint(tuned, task)
+        judged = summary.judged_by(task.problem, found.before)
+        judged |= summary.reconstruction_entry(found, task.config.seed)
+        further = {"reconstruction": judged, "finetuned_by": "ptq"}
+    if shared is not None:
+        further["shared"] = shared.to_dict()
+    used = {task.config.solver: session.used}
+    content = summary.collect(task, policy, tuned, {}, used, choice=session.choice, trials=session.own) | further
+    run.save_result(ResultRecord.from_dict(content))
 
 
 def run_all(
@@ -394,7 +425,7 @@ def _run_on_cluster(
     with ExitStack() as held:
         left = {}
         for cell in cells:
-            run = held.enter_context(_opened(folder / cell.folder, context.task(cell, folder, kind)))
+            run = held.enter_context(opened(folder / cell.folder, context.task(cell, folder, kind)))
             if not run.finished:
                 left[cell] = run.folder
         with ray_workers.connected(address):
@@ -412,6 +443,8 @@ def _run_in_processes(
 ) -> None:
     there = context, kind, context.first.problem.evaluator.cache, context.first.measured
     devices = spread(context.sweep.settings.device)
+    if not cells:
+        return
     crew = Crew(_searching, (folder, there, torch.get_num_threads()), min(workers, len(cells)), devices=devices)
     try:
         waiting = {crew.submit(cell): cell for cell in cells}
@@ -489,12 +522,27 @@ def collect(
         "images": {"test": len(task.dataset.test), "search": len(task.dataset.search)},
         "float": summary.entry(task, None),
         "sensitivities": shared,
+        **_shared(folder, cells),
         "targets": {hw: _of_target(context, hw, results, policies) | _missed(hw, missed) for hw in context.tasks},
         "specialisation": _specialisation(context, results, policies),
     }
     record = SweepRecord.from_dict(content)
     assert isinstance(record, FinishedSweepRecord)
     return record
+
+
+def _shared(folder: Path, cells: Sequence[SweepCell]) -> dict[str, Any]:
+    """Say what searches shared that learn from each other's trials; nothing if none do."""
+    found = {}
+    for cell in cells:
+        run = SearchRun.load(folder / cell.folder)
+        if run.finished:
+            record = run.load_result().shared
+            if record is not None:
+                found[cell.solver, cell.seed] = record.to_dict()
+    if not found:
+        return {}
+    return {"shared": list(found.values())}
 
 
 def _missed(hw: str, cells: Sequence[SweepCell]) -> dict[str, Any]:
@@ -622,12 +670,13 @@ def _shares(result: ResultRecord) -> dict[str, float | None]:
 
 
 def _judged(row: Mapping[str, Any], *keys: str) -> dict[str, float | None]:
-    """Return values under their names, and their standard errors where they are known."""
+    """Return values under their names, and their standard errors and those of their differences from float, where known."""
     found = {}
     for key in keys:
         found[key] = row[key]
-        if error_key(key) in row:
-            found[error_key(key)] = row[error_key(key)]
+        for further in (error_key(key), paired_key(key, "float")):
+            if further in row:
+                found[further] = row[further]
     return found
 
 
@@ -645,8 +694,14 @@ def _score(result: ResultRecord) -> float:
 
 
 @contextmanager
-def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
-    """Open the run of a folder, ready to go on, or a new one; its folder is held meanwhile."""
+def opened(folder: Path, task: SearchTask, searches: int = 0) -> Iterator[SearchRun]:
+    """Open the run of a folder in a sweep's, ready to go on, or a new one; its folder is held meanwhile.
+
+    Args:
+        folder: The run's.
+        task: What is searched.
+        searches: How many searches share what they try, if it is one of them.
+    """
     with writing(folder, go_on(folder.parent, task.config), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():
             run = SearchRun.load(folder)
@@ -654,7 +709,10 @@ def _opened(folder: Path, task: SearchTask) -> Iterator[SearchRun]:
             run.complete(task)
             run.prepare_resume(task.problem)
         else:
-            run = SearchRun.create(folder, task)
+            given = None
+            if task.config.trials is not None:
+                given = read_trials(folder.parent / TRIALS, task.problem)
+            run = SearchRun.create(folder, task, given, searches)
         try:
             yield run
         finally:

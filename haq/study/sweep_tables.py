@@ -21,8 +21,9 @@ from haq.store.records import (
     SweepTarget,
     short_reference,
 )
-from haq.store.units import PERCENT, describe_amount, metric_words, show
+from haq.store.units import PERCENT, describe_amount, metric_words, show, show_error
 from haq.study.sweep_run import SweepContext, shares_sensitivities
+from haq.study.sweep_sharing import evaluations_of, groups
 from haq.study.tables import errors_words, rounding_words, scheme_words
 from hw_models.registry import join_words
 
@@ -58,10 +59,24 @@ def print_plan(console: Console, context: SweepContext, folder: Path | None, wor
         **{f"on {hw}": _target_words(context, hw) for hw in context.tasks},
         "solvers": f"{', '.join(sweep.solvers)}; {sweep.settings.evaluations} evaluations, {draws}",
         "sensitivities": sensitivities,
+        **_sharing_words(context),
         "searches": f"{len(context.cells())}, {workers}",
         "results in": results_in,
     }
     console.print(key_table(rows.items()))
+
+
+def _sharing_words(context: SweepContext) -> dict[str, str]:
+    """Say of each solver whose searches learn from each other's trials how many evaluations these share."""
+    found = {}
+    for group in groups(context.cells()):
+        words = f"{len(group)} searches by {group[0].solver} share {evaluations_of(group, context):,} evaluations"
+        if context.sweep.seeds > 1:
+            words += ", of each seed"
+        found[group[0].solver] = words
+    if not found:
+        return {}
+    return {"shared": "; ".join(found.values())}
 
 
 def _target_words(context: SweepContext, hw: str) -> str:
@@ -114,6 +129,8 @@ def print_result(console: Console, sweep: FinishedSweepRecord) -> None:
             say(console, f"{target.name}: budgets {target.left_out}.")
         if target.missed:
             say(console, f"{target.name}: nothing good enough was found for {'; '.join(target.missed)}.")
+    for shared in sweep.shared:
+        say(console, f"{shared.words}.")
     if sweep.specialisation is not None:
         _print_specialisation(console, sweep, sweep.specialisation)
 
@@ -205,6 +222,7 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
         errors = errors_words(sweep, [sweep.of_float.error(split, sweep.objective) for split in SPLITS])
     if errors:
         errors = f"; {errors}"
+    errors += _paired_words(sweep, target)
     seeds = ""
     if sweep.asked.seeds > 1:
         seeds = "; means of several seeds, below them smallest and largest"
@@ -213,6 +231,19 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
         f"{sweep.accuracy_is}; cost {target.cost_is}{seeds}. *: nothing costs less and has a better test {objective}. "
         "Uniform policies keep the fixed layers' bits"
     )
+
+
+def _paired_words(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
+    """Say how large the paired standard errors of differences from float are on the test split; nothing if none is known."""
+    known = [row.paired_error("test", sweep.objective, "float") for row in (*target.found, *target.uniform)]
+    errors = [error for error in known if error]
+    if not errors:
+        return ""
+    low, high = (show_error(error, sweep.objective_unit) for error in (min(errors), max(errors)))
+    unit = sweep.objective_unit
+    if unit == PERCENT:
+        unit = "points"
+    return f"; differences from float have paired standard errors of {low} to {high} {unit}".rstrip() + ", smaller ones say nothing"
 
 
 def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special: SpecialisationRecord) -> None:

@@ -16,6 +16,7 @@ import quantizers as Q
 from haq import search, sweep
 from haq.console.errors import EXIT_INTERRUPTED
 from haq.solvers.base import Session
+from haq.solvers.space import Space
 from haq.study import known_trials
 from haq.study.search_run import SearchRun
 from tests.commands.test_search_command import MODULE, call, history
@@ -77,12 +78,6 @@ def test_runs_and_sweeps_for_other_hardware_and_budgets_are_known() -> None:
     # They aren't counted, and rivals are told nothing of them.
     assert seen()[0].used == 6
     assert len([row for row in history(Path("new")) if row["solver"].endswith("Listens")]) == 6
-    # The best of those within this budget is evaluated here, first.
-    problem = seen()[0].problem
-    fitting = {policy: value for policy, value in expected.items() if problem.holds(policy)}
-    assert fitting
-    best = min(fitting, key=lambda policy: (-fitting[policy][0], fitting[policy][1], problem.policy_cost(policy)))
-    assert seen()[0].trials[0].policy == best
     copied = Path("new/trials.csv").read_text().splitlines()
     assert len(copied) == 1 + len(expected)
 
@@ -145,6 +140,22 @@ def test_in_python_a_result_and_a_folder_are_known(tmp_path: Path) -> None:
     assert known(seen()[1]) == known(seen()[0])
 
 
+def test_the_best_that_is_known_is_evaluated_first_and_teaches() -> None:
+    problem = make_problem(small_network())
+    first = haq.solve(problem, "random", evaluations=12)
+    other = problem.on("cloud", 0.7)
+    found = haq.solve(other, "surrogate", evaluations=3, trials=first)
+    fitting = [trial for trial in first.trials if other.holds(trial.policy)]
+    best = min(fitting, key=lambda trial: (-trial.value, trial.loss))
+    assert found.trials[0].policy == best.policy
+    assert found.session.used == 3
+    assert found.session.best is not None
+    assert found.session.best.value >= best.value
+    # What is known takes the place of the policies that a search begins with.
+    alone = haq.solve(other, "surrogate", evaluations=3)
+    assert found.trials[1].policy not in {trial.policy for trial in alone.trials[:1]}
+
+
 def test_in_python_another_network_is_found_out() -> None:
     first = haq.solve(make_problem(small_network()), "random", evaluations=4)
     with pytest.raises(ValueError, match="result 1 are of another network, other data or another quantization"):
@@ -162,7 +173,7 @@ def test_in_python_another_network_is_found_out() -> None:
 
 def test_policies_that_differ_where_nothing_can_be_chosen_are_left_out() -> None:
     problem = make_problem(small_network())
-    is_describable = known_trials.Describable(problem)
+    is_describable = Space(problem).describes
     at_four = problem.uniform(4, keep_pinned=True)
     assert is_describable(at_four)
     # Widths that can't be chosen here, in layers that can be.
@@ -177,8 +188,8 @@ def test_policies_that_differ_where_nothing_can_be_chosen_are_left_out() -> None
         target="edge",
         tied=[["depthwise", "pointwise"]],
     )
-    assert known_trials.Describable(tied)(at_four)
-    assert not known_trials.Describable(tied)(Q.BitPolicy({**at_four, "depthwise": (8, 8)}))
+    assert Space(tied).describes(at_four)
+    assert not Space(tied).describes(Q.BitPolicy({**at_four, "depthwise": (8, 8)}))
     result = haq.solve(
         haq.Problem(
             problem.network,
