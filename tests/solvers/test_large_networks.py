@@ -127,7 +127,9 @@ def test_what_is_left_out_for_want_of_evaluations_is_said() -> None:
 
 def test_a_solver_of_ones_own_need_not_say_anything() -> None:
     problem = make_problem(small_network(), 0.5)
-    duck = SimpleNamespace(solve=lambda problem, session, seed: None, uses_sensitivities=False, draws=True, chooses_ahead=False)
+    duck = SimpleNamespace(
+        solve=lambda problem, session, seed: None, uses_sensitivities=False, draws=True, chooses_ahead=False
+    )
     assert spending.spending(duck, problem, 7, "loss") == [Spending("policies that it chooses", 7)]  # type: ignore[arg-type]
 
     class Mine(Solver):
@@ -199,7 +201,9 @@ def test_a_dry_run_proposes_the_evaluations(
     assert call(search.main, *SMALL, "--solver", "ilp", "--iterate", "--dry-run") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "solver ilp, iterated evaluations 100, each on 64 search images" in out
-    assert re.search(r"\d+ for sensitivities, one operand at a time 1 for the policy that is optimal if sensitivities add up", out)
+    assert re.search(
+        r"\d+ for sensitivities, one operand at a time 1 for the policy that is optimal if sensitivities add up", out
+    )
     assert call(search.main, *SMALL, "--solver", "random", "--iterate", "--dry-run") == 1
     assert "has no first solution to go on from: only ilp iterates" in capsys.readouterr().err
 
