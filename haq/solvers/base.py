@@ -194,6 +194,7 @@ class Session:
         choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
+        origins: Where every choice came from, in order, if the solver tells it (`haq.solvers.surrogate.Search`).
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
 
@@ -211,6 +212,7 @@ class Session:
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
     recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)
