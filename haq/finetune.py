@@ -91,6 +91,7 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
             task = run.build(**follow)
             run.check(task)
             result |= _measured_anew(task, policy, result)
+            of_found = summary.entry_by_sample(task, policy)[1]
             task = with_scheme(task, config.scheme)
         state: Checkpoint | None = None
         kept = f"\nInterrupted; {folder} is as it was."
@@ -117,7 +118,8 @@ def run_finetuning(folder: Path, config: FinetuneConfig, output: Output, *, resu
         run.save_checkpoint(network, task)
         # It was another network that was verified.
         result.pop("verified", None)
-        result["finetuned"] = summary.entry(task, policy, network, found=policy)
+        result["finetuned"], by_sample = summary.entry_by_sample(task, policy, network, found=of_found)
+        result["answers"] = summary.answers_entry(of_found, by_sample)
         result.pop("finetuned_scheme", None)
         if config.scheme is not None:
             result["finetuned_scheme"] = config.scheme
@@ -182,12 +184,13 @@ def _measured_anew(task: SearchTask, policy: Q.BitPolicy, result: dict[str, Any]
     encoded = policy.to_dict()
     if result.get("policy", encoded) == encoded:
         return {}
+    row, of_found = summary.entry_by_sample(task, policy)
     return {
         **summary.budgets_used(task.problem, policy),
         **summary.goal_entries(task, policy),
-        "uniform8": summary.entry(task, task.problem.reference_policy, found=policy),
+        "uniform8": summary.entry(task, task.problem.reference_policy, found=of_found),
         "policy": encoded,
-        "found": summary.entry(task, policy),
+        "found": row,
         "choice": None,  # nobody chose it
     }
 

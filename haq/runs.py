@@ -30,6 +30,7 @@ from haq.store.units import NOTHING, describe_amount, describe_bytes, finite, me
 from hw_models.registry import printable
 
 if TYPE_CHECKING:
+    from haq.store.records import ResultRecord
     from haq.study.config import SearchConfig, SweepConfig
 
 HOME = Path("runs")
@@ -243,6 +244,9 @@ def print_comparison(console: Console, content: Mapping[str, Any]) -> None:
         say(console, f"Their {content['values']} can't be compared: {content['reason']}.")
     if len(content["order"]) > 1:
         say(console, f"By test {content['objective_title']}, the best one first: {', '.join(content['order'])}", wrap=False)
+    if content["below_best"]:
+        parts = [f"{name} is {words}" for name, words in content["below_best"].items()]
+        say(console, f"On the same test samples, ± one paired standard error: {'; '.join(parts)}.", wrap=False)
 
 
 def _name_and_question(run: RunSummary) -> RenderableType:
@@ -362,6 +366,8 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
         yield "budget", _budget_words(budget, short_reference(result.reference))
     if result.reached is not None:
         yield "reached", result.reached_words
+    if result.choice is not None:
+        yield "choice", result.choice.words
     name_of_reference = "uniform8"
     if result.reference != UNIFORM_8:
         name_of_reference = "reference"
@@ -375,7 +381,16 @@ def _results(run: RunSummary) -> Iterator[tuple[str, str]]:
     for name, row in measured.items():
         if row is not None:
             search, test = (result.show(result.value(row, split)) for split in ("search", "test"))
-            yield name, f"{search} search, {test} test {result.objective_title} (measured)"
+            yield name, f"{search} search, {test} test {result.objective_title} (measured){_against_float(result, row)}"
+
+
+def _against_float(result: ResultRecord, row: Measurement) -> str:
+    """Say how far a row is from float on the test split, where the standard error of that is known."""
+    error = row.paired_error("test", result.objective, "float")
+    if error is None:
+        return ""
+    value, of_float = (result.value(one, "test") for one in (row, result.of_float))
+    return f"; test {result.difference(value, of_float, error, 'float')}"
 
 
 def _budget_words(budget: BudgetRecord, reference: str) -> str:
@@ -449,7 +464,8 @@ def _judging(runs: Sequence[RunSummary], comparable: bool) -> dict[str, Any]:
         aren't of one objective.
     """
     if not comparable:
-        return {"objective_title": "", "objective_unit": "", "values": _values_of(runs).lower(), "order": []}
+        values = _values_of(runs).lower()
+        return {"objective_title": "", "objective_unit": "", "values": values, "order": [], "below_best": {}}
     first = runs[0]
     tested = [run for run in runs if run.test is not None]
     tested.sort(key=lambda run: run.test or 0.0, reverse=first.higher_is_better)
@@ -458,7 +474,28 @@ def _judging(runs: Sequence[RunSummary], comparable: bool) -> dict[str, Any]:
         "objective_unit": first.objective_unit,
         "values": _values_of(runs).lower(),
         "order": [str(run.folder) for run in tested],
+        "below_best": _below_best(tested),
     }
+
+
+def _below_best(runs: Sequence[RunSummary]) -> dict[str, str]:
+    """Say how far runs are from the best of them on the test split, where it is known which samples they answer rightly.
+
+    Args:
+        runs: All with a value on the test split, the best one first.
+
+    Returns:
+        Words by folder, for all but the best.
+    """
+    found: dict[str, str] = {}
+    for run in runs[1:]:
+        first, other = runs[0].result, run.result
+        if first is None or other is None or first.answers is None or other.answers is None:
+            continue
+        error = first.answers.paired_error(other.answers)
+        values = [result.value(result.last, "test") for result in (other, first)]
+        found[str(run.folder)] = first.difference(*values, error, str(runs[0].folder))
+    return found
 
 
 def _values_of(runs: Sequence[RunSummary]) -> str:

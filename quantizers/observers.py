@@ -112,7 +112,7 @@ class _Channels:
                 # A step of weights that are next to nothing would be none in float32.
                 scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
             if power_of_two:
-                scale = self.best_of((2 ** scale.log2().floor(), 2 ** scale.log2().ceil()), bits)
+                scale = self.best_of(torch.stack([2 ** scale.log2().floor(), 2 ** scale.log2().ceil()]), bits)
             scales.append(scale)
             errors.append(self.errors(scale, bits)[self.live].sum() / self.energy)
         return torch.stack(scales).float(), torch.stack(errors).float()
@@ -124,34 +124,37 @@ class _Channels:
             return torch.where(self.live, self.rows.abs().mean(1), 1.0)
         if rule == "mse":
             # Below half the step of the next width down, clipping has long cost more than it saves.
-            return self.best_of((self.largest * (step / GRID / high) for step in range(GRID, GRID // 8, -1)), bits)
+            factors = [step / GRID / high for step in range(GRID, GRID // 8, -1)]
+            return self.best_of(self.largest * self.largest.new_tensor(factors)[:, None], bits)
         clip = self.clip
         if rule == "max":
             clip = self.largest
         return torch.where(self.live & (clip > 0), clip / high, 1.0)
 
-    def best_of(self, candidates: Iterable[Tensor], bits: int) -> Tensor:
-        """Return for each channel the candidate with the smallest error."""
+    def best_of(self, candidates: Tensor, bits: int) -> Tensor:
+        """Return for each channel the candidate, of (candidates, channels), with the smallest error: the first of equals."""
         best, error = torch.ones_like(self.largest), torch.full_like(self.largest, torch.inf)
-        for candidate in candidates:
-            scale = torch.where(self.live & (candidate > 0), candidate, 1.0)
-            left = self.errors(scale, bits)
+        scales = torch.where(self.live & (candidates > 0), candidates, 1.0)
+        # Those of a small layer all at once: most of the time would go into calls for a few numbers.
+        for some in scales.split(max(1, CACHED_VALUES // max(1, self.rows.numel()))):
+            left, index = self.errors(some, bits).min(0)
             better = left < error
-            best, error = torch.where(better, scale, best), torch.where(better, left, error)
+            best = torch.where(better, some.gather(0, index[None])[0], best)
+            error = torch.where(better, left, error)
         return best
 
     def errors(self, scale: Tensor, bits: int) -> Tensor:
-        """Return the squared error of each channel."""
+        """Return the squared error of each channel, for scales (..., channels)."""
         # A few channels at a time, so that all temporaries stay in the processor's cache. Rows that
         # are too long for that are summed at once: some threads would add in another order.
         count = CACHED_VALUES // max(1, self.rows.shape[1])
         if count < 4:
             count = max(1, len(self.rows))
         parts = []
-        for rows, step in zip(self.rows.split(count), scale[:, None].split(count), strict=True):
-            left = quantize_tensor(rows, step, bits, True).mul_(step)
-            parts.append(torch.sub(rows, left, out=left).square_().sum(1))
-        return torch.cat(parts)
+        for rows, step in zip(self.rows.split(count), scale[..., None].split(count, -2), strict=True):
+            left = quantize_tensor(rows.expand(*step.shape[:-1], -1), step, bits, True).mul_(step)
+            parts.append(torch.sub(rows, left, out=left).square_().sum(-1))
+        return torch.cat(parts, -1)
 
 
 def fit_activation_scales(
@@ -254,8 +257,9 @@ class _Magnitudes:
     def errors(self, grid: Tensor, bits: int) -> Tensor:
         """Return the squared error of each scale. Signed or not, a magnitude's error is that of its positive side."""
         high = integer_range(bits, self.signed)[1]
-        rounded = (self.centres / grid[:, None]).round().clamp(max=high) * grid[:, None]
-        return (self.counts * (self.centres - rounded).square()).sum(1)
+        # In place: these are large enough for a new piece of memory each.
+        left = (self.centres / grid[:, None]).round_().clamp_(max=high).mul_(grid[:, None])
+        return torch.sub(self.centres, left, out=left).square_().mul_(self.counts).sum(1)
 
     def of_signs(self, power_of_two: bool) -> tuple[Tensor, Tensor]:
         """Return the scales to choose from for one signed bit, and the squared error of each."""

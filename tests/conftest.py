@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -72,6 +74,28 @@ hypothesis.settings.load_profile("patient")
 def one_thread() -> None:
     # Two threads on a busy core are slower than one, and the suite's networks are tiny.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pictures_once() -> Iterator[None]:
+    """Draw the same policy of the same problem once: a picture takes a quarter of a small search."""
+    from haq.reporting import pictures
+    from haq.store import files
+    from haq.study import picture, search_steps
+    from haq.study.task import outline
+
+    drawn: dict[tuple[str, Q.BitPolicy], bytes] = {}
+
+    def save_picture(problem: haq.Problem, policy: Q.BitPolicy, path: Path) -> None:
+        key = json.dumps(outline(problem)), policy
+        if key not in drawn:
+            pictures.save(picture.draw_policy(problem, policy), path)
+            drawn[key] = path.read_bytes()
+        files.write(path, drawn[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_steps, "save_picture", save_picture)
+        yield
 
 
 def small_network(seed: int = 0) -> nn.Module:

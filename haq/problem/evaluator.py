@@ -14,7 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ from haq.problem.tally import ScoreTally, Tally, ValueTally, check_by_sample, wo
 from quantizers.calling import Forward, call, device_of, inputs_of, leaves, targets_of, to_device
 
 KEPT_BYTES = 1 << 30  # of activations, all batches together; and of the teacher's outputs
-COMPARED = 64  # policies whose values are kept by sample, to be held against each other
+KEPT_VALUES = 64 << 20  # bytes of values by sample, of the policies that were evaluated last
 RISK = 1e-3  # that an evaluation is stopped although the policy isn't worse than the value to beat
 
 # Of a batch's number and the batch: what the objective looks at of the outputs, and, where they are attacked, of those of the
@@ -71,6 +73,56 @@ class Pool(Protocol):
 
     def evaluate(self, policy: Q.BitPolicy, beat: float | None = None) -> Judged:
         """Wait for what `Evaluator.judge` finds."""
+
+
+class Kept:
+    """The value of every sample, of the policies that were evaluated last; which are answered rightly takes a bit each."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._packed: dict[Q.BitPolicy, tuple[int, NDArray[Any] | None]] = {}
+        self._size = 0
+
+    def keep(self, policy: Q.BitPolicy, tally: Tally | None) -> None:
+        """Take what is known of a policy; the oldest are forgotten beyond `KEPT_VALUES`."""
+        self._drop(policy)
+        values: Tensor | None = None
+        if tally is not None:
+            values = tally.by_sample()
+        if values is None:
+            self._packed[policy] = 0, None
+            return
+        packed = values.numpy()
+        if values.dtype == torch.bool:
+            packed = np.packbits(packed)
+        self._packed[policy] = len(values), packed
+        self._size += packed.nbytes
+        while self._size > KEPT_VALUES and len(self._packed) > 2:
+            self._drop(next(iter(self._packed)))
+
+    def _drop(self, policy: Q.BitPolicy) -> None:
+        """Forget a policy, if it is known."""
+        _, packed = self._packed.pop(policy, (0, None))
+        if packed is not None:
+            self._size -= packed.nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._packed.clear()
+        self._size = 0
+
+    def __contains__(self, policy: Q.BitPolicy) -> bool:
+        """Say whether a policy is among them."""
+        return policy in self._packed
+
+    def __getitem__(self, policy: Q.BitPolicy) -> Tensor | None:
+        """Return the value of every sample; None where there is none."""
+        count, packed = self._packed[policy]
+        if packed is None:
+            return None
+        if packed.dtype == np.uint8:
+            return torch.from_numpy(np.unpackbits(packed, count=count).astype(bool))
+        return torch.from_numpy(packed)
 
 
 class Evaluator:
@@ -148,7 +200,7 @@ class Evaluator:
         self.cache: dict[Q.BitPolicy, Evaluation] = {}
         self._kept: dict[Q.BitPolicy, Judged] = {}  # of what is in the cache and was evaluated for this evaluator
         self.pool: Pool | None = None
-        self._values: dict[Q.BitPolicy, Tensor | None] = {}  # by sample, of the policies compared last
+        self._values = Kept()
         self._snapshot: Snapshot | None = Snapshot(network, self._stored())
 
     def _check_calls(self) -> None:
@@ -268,7 +320,7 @@ class Evaluator:
 
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere, with the same results: not what is only remembered."""
-        state = self.__dict__ | {"cache": {}, "_kept": {}, "pool": None, "_values": {}, "_snapshot": None}
+        state = self.__dict__ | {"cache": {}, "_kept": {}, "pool": None, "_values": Kept(), "_snapshot": None}
         if not self._asks_again:
             state["teacher"] = None
         state.pop("prefix", None)
@@ -391,7 +443,9 @@ class Evaluator:
         """Evaluate a policy here, whatever is known of it."""
         self._forget_what_changed()
         goods: list[float] = []
-        found, _ = self._run(policy, beat, goods)
+        found, tally = self._run(policy, beat, goods)
+        if found.images == self.count:
+            self._values.keep(policy, tally)
         return Judged(found, tuple(goods))
 
     def _run(
@@ -410,23 +464,18 @@ class Evaluator:
     def by_sample(self, policy: Q.BitPolicy) -> Tensor | None:
         """Tell what a policy is worth on every sample; the mean is the value that `evaluate` tells.
 
-        Nothing of it is kept while a search goes on: the few policies that are compared in the end are run again, here, with
-        the same outputs, whoever evaluated them before.
+        What was evaluated here lately is remembered. All else is run again, with the same outputs, whoever ran it before.
 
         Returns:
             In the order in which samples were given: whether each is answered rightly (booleans), or its value (float64).
             None where values aren't means over samples, and for outputs that can't be judged.
         """
         self._forget_what_changed()
-        if policy in self._values:
-            return self._values[policy]
         if isinstance(self.objective, BlackBox | MetricObjective):
             return None
-        found = _values_of(self._run(policy)[1])
-        if len(self._values) >= COMPARED:
-            self._values.pop(next(iter(self._values)))
-        self._values[policy] = found
-        return found
+        if policy not in self._values:
+            self._values.keep(policy, self._run(policy)[1])
+        return self._values[policy]
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Tell the pool, if there is one, what it will be asked for, and what that is to beat."""

@@ -26,6 +26,7 @@ from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import CHEAPEST, TRADEOFF, read_goal
 from haq.problem.limits import ROUNDING, Limit
 from haq.problem.objective import find_objective
+from haq.problem.paired import estimated_error
 from haq.problem.problem import FARTHEST, TOP, Problem
 from haq.problem.schemes import schemes_by_layer
 from haq.problem.table_file import UNKNOWN, TableFile, read
@@ -326,6 +327,10 @@ class TabularProblem(Problem):
             ValueError: Naming it, for a policy that the table doesn't know.
         """
         return self.evaluator.tested(policy)  # type: ignore[attr-defined,no-any-return]
+
+    def paired_error(self, policy: Q.BitPolicy, other: Q.BitPolicy) -> float | None:
+        """Estimate the paired standard error of two policies from their divergences (`haq.problem.paired.estimated_error`)."""
+        return estimated_error(self.evaluate(policy), self.evaluate(other))
 
     def on(
         self,

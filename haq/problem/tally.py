@@ -19,7 +19,6 @@ from haq.problem.objective import (
     Objective,
     ValueObjective,
     attacked_inputs,
-    count_correct,
     mean_loss,
     named,
     per_sample,
@@ -151,6 +150,7 @@ class ScoreTally:
         self.expected = expected
         self.seen = 0
         self.right = 0
+        self.correct: list[Tensor] = []
         self.parts: list[tuple[Tensor, ...]] = []
         self.labels: list[Tensor] = []
 
@@ -166,7 +166,9 @@ class ScoreTally:
         outputs = tuple(part.cpu() for part in outputs)
         if any(bool(part.isnan().any()) for part in outputs):
             raise NotFinite
-        self.right += count_correct(self.objective, outputs, targets)
+        correct = which_correct(self.objective, outputs, targets)
+        self.correct.append(correct.cpu())
+        self.right += int(correct.sum())
         self.seen += len(targets)
         self.parts.append(outputs)
         self.labels.append(targets)
@@ -188,9 +190,7 @@ class ScoreTally:
 
     def by_sample(self) -> Tensor | None:
         """Tell which samples are answered rightly, booleans in the order in which samples were given."""
-        back = self.order[: self.seen].argsort()
-        batches = zip(self.parts, self.labels, strict=True)
-        return torch.cat([which_correct(self.objective, outputs, labels).cpu() for outputs, labels in batches])[back]
+        return torch.cat(self.correct)[self.order[: self.seen].argsort()]
 
 
 class ValueTally:

@@ -64,7 +64,7 @@ def of_run(run: RunFolder, name: str, anchor: str) -> Part:
 
 def _verdict(run: RunFolder, result: ResultRecord) -> str:
     objective = result.objective_title
-    found, of_float = (result.value(row, "test") for row in (result.found, result.of_float))
+    found = result.value(result.found, "test")
     tuned = ""
     if result.finetuned:
         tuned = f"; fine-tuned, {result.show(result.value(result.finetuned, 'test'))}"
@@ -74,7 +74,7 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
         takes.append(f"{words}, {budget.used_fraction:.3f} of {short_reference(result.reference)}")
     sentences = [
         f"The policy found by {result.solver} has {result.show(found)} {objective} on the test split, "
-        f"{result.held_against(found, of_float)} float{tuned} (measured). It takes {'; '.join(takes)}."
+        f"{_against_float(result, result.found)}{tuned} (measured). It takes {'; '.join(takes)}."
     ]
     for budget in result.all_budgets:
         if budget.limit is None:
@@ -91,7 +91,15 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
         sentences.append(f"By {result.shared.words}.")
     if result.racing is not None:
         sentences.append(f"{result.racing.words}.")
+    if result.choice is not None:
+        sentences.append(f"{begin(result.choice.words)}.")
     return " ".join(sentences)
+
+
+def _against_float(result: ResultRecord, row: Measurement) -> str:
+    """Say how far a network is from float on the test split, with the paired standard error where it is known."""
+    value, of_float = (result.value(one, "test") for one in (row, result.of_float))
+    return result.difference(value, of_float, row.paired_error("test", result.objective, "float"), "float")
 
 
 def _kind(run: RunFolder, metric: str) -> str:
@@ -144,7 +152,7 @@ def _facts(run: RunFolder, result: ResultRecord) -> list[Fact]:
 
     def judged(label: str, measured: Measurement) -> Fact:
         value = result.value(measured, "test")
-        return Fact(label, result.show(value), f"test {objective}, measured; {result.held_against(value, of_float)} float")
+        return Fact(label, result.show(value), f"test {objective}, measured; {_against_float(result, measured)}")
 
     facts = [
         Fact("Float", result.show(of_float), f"test {objective}, measured"),
@@ -251,7 +259,24 @@ def _results(run: RunFolder, result: ResultRecord) -> Table:
         if result.counts_samples:
             both = ", right both times"
         note += f" Worst case: {run.problem.objective_is}{both}; a cheap attack, no evaluation of robustness."
+    if rivals := _rivals_note(result):
+        note += f" {rivals}"
     return Table(f"{result.network} on {result.data}, {result.target}", head, rows, note)
+
+
+def _rivals_note(result: ResultRecord) -> str:
+    """Say how far what was found is from what it is held against, on the test split; nothing where no error is known."""
+    value = result.value(result.found, "test")
+    rows = {short_reference(result.reference): result.uniform8}
+    rows |= {f"{name}'s": row for name, row in result.rivals.items()}
+    parts = []
+    for name, row in rows.items():
+        error = row.paired_error("test", result.objective, "found")
+        if error is not None:
+            parts.append(result.difference(value, result.value(row, "test"), error, name))
+    if not parts:
+        return ""
+    return f"On the test split what was found is {', '.join(parts)}; ± is the paired standard error."
 
 
 def _count(result: ResultRecord, solver: str) -> str:

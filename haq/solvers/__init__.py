@@ -44,7 +44,7 @@ SOLVERS: Registry[type[Solver]] = Registry(
     "solver",
     "haq.solvers",
     {
-        "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning as in HAQ: an actor, and a critic that it learns from"),
+        "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning: an actor and its critic, which imagine episodes, beside the surrogate"),
         "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
         "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
         "surrogate": (

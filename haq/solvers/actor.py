@@ -2,8 +2,8 @@
 
 An episode of `haq/MixedPrecision-v0` decides one policy, and costs nothing until that policy is evaluated. So an agent plays
 many of them for each evaluation, all at once (`envs.Episodes`). What an imagined policy is worth the surrogate predicts
-(`haq.solvers.surrogate.Model.reward`), anew whenever it has learned more: model-based reinforcement learning, as in Dyna (Sutton,
-SIGART Bulletin 1991), with a model of the return. What it plays last are its proposals, and the surrogate's expected
+(`haq.solvers.surrogate.Model.reward`), anew whenever it has learned more: model-based reinforcement learning, as in Dyna
+(Sutton, SIGART Bulletin 1991), with a model of the return. What it plays last are its proposals, and the surrogate's expected
 improvement chooses among them and those of all other generators.
 
 The return of an episode is given to every one of its steps, since the reward comes at the end only. Returns are brought to one
@@ -173,8 +173,11 @@ class Actor:
         return agent
 
     def learn(self, options: tuple[int, ...], evaluation: Evaluation) -> None:
-        """Remember a policy that was evaluated as an episode."""
-        self._remember_taking(np.array([options]), np.array([reward_of(self.problem, evaluation)]))
+        """Remember a policy that was evaluated as an episode; of one that was cut short the model knows more."""
+        reward = np.nan
+        if evaluation.images >= self.problem.evaluator.count:
+            reward = reward_of(self.problem, evaluation)
+        self._remember_taking(np.array([options]), np.array([reward]))
 
     def propose(self, model: Model, count: int) -> list[tuple[int, ...]]:
         """Play episodes around the actor's actions, learn from some of them, and return the policies of all.
@@ -217,8 +220,8 @@ class Actor:
             sigmas: Of the noise in each, shape (episodes,); 0 is what the actor does.
 
         Returns:
-            What was seen before every step, shape (episodes, steps, features), the actions, shape (episodes, steps, entries), and
-            the policies, shape (episodes, decisions).
+            What was seen before every step, shape (episodes, steps, features), the actions, shape (episodes, steps,
+            entries), and the policies, shape (episodes, decisions).
         """
         episodes = self.env.episodes
         seen, done = [self._view(episodes.begin(len(sigmas)))], list[Floats]()

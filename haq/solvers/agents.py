@@ -1,22 +1,17 @@
-"""Agents from Stable-Baselines3 (DDPG, TD3, SAC) on `haq/MixedPrecision-v0`.
+"""Agents from Stable-Baselines3 (DDPG, TD3, SAC): proposers of candidates beside a surrogate's own, or HAQ's own search.
 
-From HAQ (Wang et al., CVPR 2019, section 3.5): DDPG with hidden layers of 400 and 300, replay of transitions in batches of
-64, soft updates of 0.01, no discount, and truncated-normal exploration around the actor's action that decays by a factor per
-episode. What is different is due to one thing: a search has hundreds of episodes and not thousands.
+Unless asked for HAQ's environment, an agent proposes and the surrogate chooses (`haq.solvers.actor`,
+`haq.solvers.surrogate`): the search is that of `surrogate`, with the same first policies and the same candidates, and the
+agent's beside them. How many of the choices came from its actor is counted (`contribution`).
 
-* The return of an episode is given to every one of its steps (n-step returns as long as the episode). The reward comes at
-  the end only; learned one step at a time it doesn't arrive in time.
-* The agent doesn't start from nothing. As many of its evaluations as that takes, but for a tenth, go into the sensitivities
-  that greedy descent and the integer programme work with: a plan made of half of them is worse than none. They make the
-  environment's plan, from which actions are deviations, and the policies that greedy and the programme propose are the first
-  episodes.
-* An episode costs nothing until its policy is evaluated. So many are played for each evaluation, around the actor's actions
-  and around those of the best episodes so far, and the one evaluated is that for which the critic expects most.
+With `--env haq` it is HAQ's (Wang et al., CVPR 2019, section 3.5): DDPG on `haq/HAQ-v0` with hidden layers of 400 and 300,
+replay of transitions in batches of 64, soft updates of 0.01, no discount, and truncated-normal exploration around the actor's
+action that decays by a factor per episode; every episode is evaluated. One thing is different, since a search has hundreds of
+episodes and not thousands: the return of an episode is given to every one of its steps (n-step returns as long as the
+episode). The reward comes at the end only; learned one step at a time it doesn't arrive in time.
 
-* With `--ahead N` the agent chooses N policies before it learns what the first of them is worth, so that as many processes can
-  evaluate them. What it does depends on N, but not on how many there are.
-
-With `--env haq` only the first of these holds: the agent is HAQ's, on `haq/HAQ-v0`.
+With `--ahead N` N policies are chosen before it is learned what the first of them is worth, so that as many processes can
+evaluate them. What is done depends on N, but not on how many there are.
 """
 
 from __future__ import annotations
@@ -25,8 +20,7 @@ import json
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +29,6 @@ import numpy as np
 import stable_baselines3
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch import Tensor
@@ -43,29 +36,28 @@ from torch import Tensor
 import envs
 import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
+from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
-from haq.solvers import greedy, ilp, sensitivity
-from haq.solvers.actor import check_start
+from haq.solvers import PLAN, cheapest
+from haq.solvers.actor import Actor, check_start, kept_random_state, truncated_normal
 from haq.solvers.agent_file import AgentFile
-from haq.solvers.base import Session, Solver
+from haq.solvers.base import Session, Solver, Spending, Trial
+from haq.solvers.surrogate import CHANGED, KNOWN, START, Search, start_spending
 
 Floats = NDArray[np.float32]
 
+MOST_BEST = 10  # what is called the best policies of a search
+# Of HAQ.
 HIDDEN = [400, 300]
 RATE = 1e-3
+PAPER_RATE = 1e-4  # of the actor
 BATCH = 64
 TAU = 0.01
 UPDATES = 16  # gradient steps per episode
 SIGMA = 0.5  # of the noise around the actor's actions
-DECAY = 0.98  # of that, per episode
-CANDIDATES = 32  # episodes played for each that is evaluated
-ELITE = 4  # best episodes around which half of them are played
-CHANGED = (0.1, 0.2, 0.4)  # shares of their decisions that are made anew
-# Of HAQ.
-PAPER_RATE = 1e-4  # of the actor
-PAPER_DECAY = 0.99  # of the noise, per episode
+PAPER_DECAY = 0.99  # of that, per episode
 WARM_UP = 20  # episodes at random
-MOST_STALE_ROUNDS = 3  # rounds without a policy that is new, after which there seem to be none
+MOST_STALE_ROUNDS = 30  # episodes in a row without a policy that is new, after which there seem to be none
 NOT_EVALUATED = Evaluation(0.0, 0.0, 0)
 
 
@@ -91,11 +83,6 @@ class PaperSAC(OwnRates, stable_baselines3.SAC):
     """SAC with learning rates of its own for actor and critic."""
 
 
-AGENTS: dict[str, type[OffPolicyAlgorithm]] = {
-    "ddpg": stable_baselines3.DDPG,
-    "td3": stable_baselines3.TD3,
-    "sac": stable_baselines3.SAC,
-}
 PAPER_AGENTS: dict[str, type[OffPolicyAlgorithm]] = {"ddpg": PaperDDPG, "td3": PaperTD3, "sac": PaperSAC}
 
 
@@ -120,8 +107,8 @@ class Learner:
     draws: np.random.Generator
     session: Session
     sigma: float = SIGMA
-    chosen: int = 0  # episodes, without demonstrations
-    stale_rounds: int = 0  # choices in a row that came to nothing
+    chosen: int = 0  # episodes
+    stale_rounds: int = 0  # those in a row that came to nothing new
     episodes: list[Episode] = field(default_factory=list)
     waiting: deque[Episode] = field(default_factory=deque)
 
@@ -223,11 +210,22 @@ class Learner:
 
 
 class Agent(Solver):
-    """An agent of Stable-Baselines3 (`AGENTS[name]`) in the session's environment."""
+    """An agent of Stable-Baselines3 that proposes candidates to the surrogate; or HAQ's own."""
 
-    uses_sensitivities = True
     chooses_ahead = True
     takes_agent = True
+    uses_trials = True
+    races = True
+    goals = (BEST.kind, CHEAPEST, TRADEOFF)
+
+    def __init__(self, *, alone: bool = False) -> None:
+        """Choose who proposes candidates.
+
+        Args:
+            alone: Whether nobody else proposes candidates after the first ones: what the agent is worth without the others.
+                What these are worth without the agent `surrogate` tells.
+        """
+        self.alone = alone
 
     def check_agent(self, agent: AgentFile) -> None:
         """Raise ValueError, in one sentence, for a pretrained agent that it can't start from."""
@@ -239,18 +237,31 @@ class Agent(Solver):
             # There is nothing to learn where there is nothing to decide.
             session.evaluate(problem.decide(decision.pairs[0] for decision in problem.decisions))
             return
+        if session.env != PLAN:
+            self._solve_as_haq(problem, session, seed)
+            return
+        actor = Actor(self.name, problem, seed, session.agent)
+        actor.saturated = session.saturated
+        Search(problem, session, seed, [actor], alone=self.alone).run()
+
+    def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
+        """Tell what the evaluations go into."""
+        return start_spending(problem, evaluations)
+
+    def _solve_as_haq(self, problem: Problem, session: Session, seed: int) -> None:
+        if problem.goal.kind != BEST.kind:
+            # HAQ knows no other goal: it is led from budget to budget.
+            cheapest.search(self, session, seed)
+            return
         with kept_random_state():
-            if session.env == "haq":
-                search_as_haq(PAPER_AGENTS[self.name], problem, session, seed)
-            else:
-                search(AGENTS[self.name], problem, session, seed)
+            search_as_haq(PAPER_AGENTS[self.name], problem, session, seed)
 
 
 class DDPG(Agent):
     """Deep deterministic policy gradients (Lillicrap et al., ICLR 2016), what HAQ searches with."""
 
     name = "ddpg"
-    summary = "reinforcement learning as in HAQ: an actor, and a critic that it learns from"
+    summary = "reinforcement learning: an actor and its critic, which imagine episodes, beside the surrogate"
 
 
 class TD3(Agent):
@@ -267,69 +278,51 @@ class SAC(Agent):
     summary = "the same with an actor that is rewarded for staying random"
 
 
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Put the global generators back in the end: Stable-Baselines3 seeds and uses them."""
-    python = random.getstate()
-    array = np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
+class Contribution(NamedTuple):
+    """How much of a search came from an agent: what its actor proposed, and the surrogate chose.
+
+    Attributes:
+        choices: Policies that were chosen after the first ones.
+        proposed: Of these, what the actor proposed.
+        changed: Of these, neighbours of what the actor proposed.
+        best: The best policies that were found, at most ten.
+        best_proposed: Of these, what the actor proposed.
+        best_changed: Of these, neighbours of what the actor proposed.
+    """
+
+    choices: int
+    proposed: int
+    changed: int
+    best: int
+    best_proposed: int
+    best_changed: int
+
+
+def contribution(name: str, session: Session) -> Contribution | None:
+    """Count what an agent's actor contributed to a search; None where choices weren't told apart."""
+    if not session.origins:
+        return None
+    pairs = list(zip(session.origins, session.trials, strict=False))
+    chosen = [origin for origin, _ in pairs if origin not in (START, KNOWN)]
+    sound = [pair for pair in pairs if pair[1].feasible and pair[1].whole]
+    best = [origin for origin, _ in sorted(sound, key=_rank)[:MOST_BEST]]
+    return Contribution(
+        len(chosen),
+        chosen.count(name),
+        chosen.count(name + CHANGED),
+        len(best),
+        best.count(name),
+        best.count(name + CHANGED),
+    )
+
+
+def _rank(pair: tuple[str, Trial]) -> tuple[float, float, float]:
+    return pair[1].rank
 
 
 def not_evaluated(policy: Q.BitPolicy) -> Evaluation:
     """Judge the policy of an imagined episode, whose reward nobody looks at."""
     return NOT_EVALUATED
-
-
-def search(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
-    """Measure sensitivities, show the rivals' policies, then play an episode for each evaluation that is left.
-
-    Args:
-        kind: The agent's class.
-        problem: What is searched.
-        session: Evaluates policies.
-        seed: What everything random comes from.
-    """
-    loss_increase = sensitivity.measure(problem, session, keep=max(session.evaluations // 10, 1))
-    env = envs.MixedPrecisionEnv(problem, loss_increase, judge=session.evaluate)
-    agent = make_agent(kind, env, len(env.decisions), seed, session.evaluations + 2)
-    learner = Learner(agent, np.random.default_rng(seed), session)
-    players = [envs.MixedPrecisionEnv(problem, loss_increase, not_evaluated) for _ in range(CANDIDATES)]
-    player = players[0]
-    proposals = [ilp.propose(problem, loss_increase), greedy.propose(problem, loss_increase)]
-    proposals = list(dict.fromkeys(proposals))[: session.left]
-    if not learner.restore():
-        for proposal in proposals:
-            learner.choose(play(player, follow(player, proposal)))
-    while True:
-        while learner.may_choose and learner.stale_rounds < MOST_STALE_ROUNDS:
-            with one_thread():
-                choose_best(learner, players)
-        if not learner.waiting:
-            return
-        episode = learner.learn(env)
-        learner.stale_rounds = 0
-        if len(learner.episodes) > len(proposals):
-            session.saturated.append(episode.saturated)
-        learner.save()
-
-
-def choose_best(learner: Learner, players: list[envs.MixedPrecisionEnv]) -> None:
-    """Imagine episodes, and choose the new one for which the critic expects most, if there is one."""
-    waiting = {episode.policy for episode in learner.waiting}
-    candidates = imagine(learner.agent, players, learner.episodes, learner.sigma, learner.draws)
-    new = [one for one in candidates if not learner.session.seen(one.policy) and one.policy not in waiting]
-    if not new:
-        learner.stale_rounds += 1
-        return
-    learner.stale_rounds = 0
-    best = new[int(np.argmax(expected(learner.agent, new)))].policy
-    learner.choose(play(players[0], follow(players[0], best)))
-    learner.sigma *= DECAY
 
 
 def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Session, seed: int) -> None:
@@ -357,7 +350,7 @@ def search_as_haq(kind: type[OffPolicyAlgorithm], problem: Problem, session: Ses
 
     learner.restore()
     while True:
-        while learner.may_choose and learner.stale_rounds < 10 * MOST_STALE_ROUNDS:
+        while learner.may_choose and learner.stale_rounds < MOST_STALE_ROUNDS:
             with one_thread():
                 learner.choose(play(player, explore))
             learner.chosen += 1
@@ -415,16 +408,6 @@ def play(env: gymnasium.Env, act: Callable[[int, Floats], Floats]) -> Episode:
     return Episode(info["policy"], np.array(observations), np.array(actions, np.float32), reward, info["saturated"])
 
 
-def follow(env: envs.MixedPrecisionEnv, policy: Q.BitPolicy) -> Callable[[int, Floats], Floats]:
-    """Make what decides just this policy."""
-
-    def act(step: int, observation: Floats) -> Floats:
-        w, a = policy[env.next_layer()]
-        return env.action_for(w, a)
-
-    return act
-
-
 def _as_tensors(episode: Episode) -> dict[str, Any]:
     """Put an episode into plain data and tensors."""
     return {
@@ -439,86 +422,3 @@ def _as_tensors(episode: Episode) -> dict[str, Any]:
 def _from_tensors(kept: dict[str, Any]) -> Episode:
     policy = Q.BitPolicy.from_dict(kept["policy"])
     return Episode(policy, kept["observations"].numpy(), kept["actions"].numpy(), kept["reward"], kept["saturated"])
-
-
-def imagine(
-    agent: OffPolicyAlgorithm,
-    players: list[envs.MixedPrecisionEnv],
-    episodes: list[Episode],
-    sigma: float,
-    draws: np.random.Generator,
-) -> list[Episode]:
-    """Play one episode with each player without evaluating anything.
-
-    A quarter of them are played around the actor's actions, a quarter at random, and half with the bits of one of the best
-    episodes, some of which are drawn or planned anew.
-
-    Args:
-        agent: Chooses actions.
-        players: Environments.
-        episodes: What was played and evaluated so far.
-        sigma: Of the noise around the actor's actions.
-        draws: What is drawn from.
-
-    Returns:
-        What was played, an episode for each player.
-    """
-    best = sorted(episodes, key=lambda episode: -episode.reward)[:ELITE]
-    observations = [np.array([player.reset()[0] for player in players])]
-    guides: list[Episode | None] = [None] * len(players)
-    if best:
-        for i in range(1, len(players), 2):
-            guides[i] = best[int(draws.integers(len(best)))]
-    actions: list[Floats] = []
-    policies: list[Q.BitPolicy] = []
-    for _ in players[0].decisions:
-        asked = agent.predict(observations[-1], deterministic=True)[0]
-        noisy = truncated_normal(asked, sigma, draws)
-        for i, (player, guide) in enumerate(zip(players, guides, strict=True)):
-            if i % 4 == 0:
-                noisy[i] = draws.uniform(-1, 1, 2)
-            elif guide is not None and draws.random() < CHANGED[i % len(CHANGED)]:
-                noisy[i] = 0
-                if draws.random() < 0.5:
-                    noisy[i] = draws.uniform(-1, 1, 2)
-            elif guide is not None:
-                w, a = guide.policy[player.next_layer()]
-                noisy[i] = player.action_for(w, a)
-        actions.append(noisy)
-        following = []
-        for player, action in zip(players, noisy, strict=True):
-            observation, _, done, _, info = player.step(action)
-            following.append(observation)
-            if done:
-                policies.append(info["policy"])
-        observations.append(np.array(following))
-    seen, done_ = np.stack(observations, axis=1), np.stack(actions, axis=1)
-    return [Episode(policy, o, a, np.nan) for policy, o, a in zip(policies, seen, done_, strict=True)]
-
-
-@torch.no_grad()
-def expected(agent: OffPolicyAlgorithm, episodes: list[Episode]) -> Floats:
-    """Tell what the critic expects of episodes: the mean over their steps, each of which it is asked about."""
-    observations = torch.as_tensor(np.stack([episode.observations[:-1] for episode in episodes]))
-    actions = torch.as_tensor(np.stack([episode.actions for episode in episodes]))
-    values = torch.stack(agent.critic(observations.flatten(0, 1), actions.flatten(0, 1)))  # type: ignore[attr-defined]
-    result: Floats = values.min(0).values.view(len(episodes), -1).mean(1).numpy()
-    return result
-
-
-def truncated_normal(mean: Floats, sigma: float, draws: np.random.Generator) -> Floats:
-    """Draw around actions, cut off where they would leave [-1, 1], by the inverse of the distribution function.
-
-    Unlike noise that is added and clipped, it puts no weight on the bounds themselves.
-
-    Args:
-        mean: The actions.
-        sigma: Standard deviation before it is cut off.
-        draws: What is drawn from.
-
-    Returns:
-        Actions, of mean's shape.
-    """
-    low, high = ndtr((-1 - mean) / sigma), ndtr((1 - mean) / sigma)
-    drawn = mean + sigma * ndtri(low + (high - low) * draws.random(mean.shape))
-    return np.clip(drawn, -1, 1).astype(np.float32)

@@ -151,7 +151,7 @@ class Choice:
         below: How much worse `trial` is than `best`, by `Trial.score` on all samples that were looked at; negative if it is
             better on all of them.
         error: The paired standard error of that; 0 of the same policy.
-        compared: How many policies were held against the best, by sample.
+        compared: How many policies were within one standard error of the best, which is one of them.
         finalists: How many were judged again on further held-out samples; 0 where there were none.
         confirmed: How many samples these were.
         confirmed_trial: What `trial` gave on these.
@@ -162,7 +162,7 @@ class Choice:
     best: Trial
     below: float = 0.0
     error: float = 0.0
-    compared: int = 0
+    compared: int = 1
     finalists: int = 0
     confirmed: int = 0
     confirmed_trial: Evaluation | None = None
@@ -194,6 +194,7 @@ class Session:
         choice: What the search returns, once it is over: not always the best, whose value is lucky in part.
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
+        origins: Where every choice came from, in order, if the solver tells it (`haq.solvers.surrogate.Search`).
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
 
@@ -211,6 +212,7 @@ class Session:
     trials: list[Trial] = field(default_factory=list)
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
     recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)

@@ -41,6 +41,8 @@ LEAST_PART = 0.1  # of the mean sensitivity in the first solution, what every op
 MOST_PART = 3.0  # of the whole first solution, what none varies by more than
 SPREADS = (0.15, 0.4, 1.0)  # standard deviations of terms of one operand, in parts of its sensitivity
 OF_TWO = (0.0, 0.4)  # those of two operands, in parts of the product of their sensitivities
+SUPPORT = 1.0  # nats by which terms of two operands must make trials likelier
+GUESSED = 0.7  # standard deviation of the logarithm by which a sensitivity is taken to be wrong
 NOISES = (0.1, 0.3)  # standard deviations of what is left, in parts of that of what was measured
 FADING = 1.0  # how much less a trial says whose predicted loss is e times that of the first solution, or a part of it
 LEAST_WEIGHT = 1e-3
@@ -84,14 +86,17 @@ def search(problem: Problem, session: Session, first: Q.BitPolicy, loss_increase
         # One loss and one value after the other: a policy of a lower loss isn't always one of a better value.
         of_value = rounds // 2 % 2 == 1
         chosen: list[Q.BitPolicy] = []
-        if model.learn(session.everything, of_value):
-            for place in range(min(session.ahead, session.left)):
+        knows = model.learn(session.everything, of_value)
+        for place in range(min(session.ahead, session.left)):
+            if not knows:
+                terms = model.guessed(random)
+            elif (rounds + place) % 2:
+                terms = model.drawn(random)
+            else:
                 terms = model.expected()
-                if (rounds + place) % 2:
-                    terms = model.drawn(random)
-                proposal = propose(model, terms, session, chosen)
-                if proposal is not None:
-                    chosen.append(proposal)
+            proposal = propose(model, terms, session, chosen)
+            if proposal is not None:
+                chosen.append(proposal)
         rounds += 1
         stale += 1
         session.expect(chosen, session.racing_beat())
@@ -111,12 +116,14 @@ def propose(model: Model, terms: Terms, session: Session, waiting: Sequence[Q.Bi
         session: Knows what was evaluated.
         waiting: What was chosen and isn't evaluated yet.
     """
-    beside: list[list[int]] = []
+    # What was proposed before is likely to be the best again; what else was evaluated is met seldom.
+    beside = list(model.proposed)
     for _ in range(NEXT_BEST):
         options = model.best(terms, beside)
         if options is None:
             return None
         policy = model.policy(options)
+        model.proposed.append(options)
         if not session.seen(policy) and policy not in waiting:
             return policy
         beside.append(options)
@@ -136,6 +143,7 @@ class Model:
         """
         self.problem = problem
         count = len(problem.decisions)
+        self.proposed: list[list[int]] = []  # options that were found already
         self.free = [index for index, decision in enumerate(problem.decisions) if len(decision.pairs) > 1]
         self.first_layers = [decision.layers[0] for decision in problem.decisions]
         self.option_places = [decision.places for decision in problem.decisions]
@@ -163,19 +171,21 @@ class Model:
         Returns:
             Whether there are enough of them whose outputs are finite.
         """
-        sound = [trial for trial in trials if math.isfinite(trial.loss) and math.isfinite(trial.value)]
-        if len(sound) < FEWEST:
+        values = np.array([trial.loss for trial in trials])
+        if of_value:
+            values = np.array([-trial.evaluation.score for trial in trials])
+        sound = np.isfinite(values) & np.isfinite([trial.loss for trial in trials])
+        if sound.sum() < FEWEST:
             return False
-        widths = np.array([self._places(trial.policy) for trial in sound])
+        # Outputs that aren't finite are as bad as the worst that are.
+        values = np.where(sound, values, values[sound].max())
+        widths = np.array([self._places(trial.policy) for trial in trials])
         predicted = self._predicted(widths)
         weights = 1 / (1 + np.square(FADING * np.log(np.maximum(predicted, TINY) / self.around)))
         if self.problem.evaluator.count:
             # What was cut short is known of a part of the samples.
-            weights *= np.array([trial.evaluation.images for trial in sound]) / self.problem.evaluator.count
+            weights *= np.array([trial.evaluation.images for trial in trials]) / self.problem.evaluator.count
         near = np.sort(np.argsort(-weights, kind="stable")[:MOST_KNOWN])
-        values = np.array([trial.loss for trial in sound])
-        if of_value:
-            values = np.array([-trial.evaluation.score for trial in sound])
         self.widths = widths[near]
         self.weights = np.maximum(weights[near], LEAST_WEIGHT)
         self.values = _clipped(values[near], self.weights)
@@ -199,6 +209,8 @@ class Model:
                     noise = np.maximum(np.square(part * deviation), TINY) / self.weights
                     factor = cho_factor(shared + np.diag(noise), lower=True)
                     likelihood, line, dual = self._solved(factor)
+                    if of_two:
+                        likelihood -= SUPPORT
                     if likelihood > best:
                         best = likelihood
                         self.spread, self.of_two, self.noise = slope * spread, slope * of_two, np.sqrt(noise)
@@ -255,6 +267,11 @@ class Model:
         of_trials = of_trials + self.noise * random.standard_normal(len(self.values))
         rest = self.values - self.design @ self.line - of_trials
         return self._terms(cho_solve(self.factor, rest), prior)
+
+    def guessed(self, random: np.random.Generator) -> Terms:
+        """Draw terms by sensitivities alone, as long as nothing else is known: each operand's wrong by a factor."""
+        factors = np.exp(GUESSED * random.standard_normal((len(self.sensitivities), 1)))
+        return Terms(self.sensitivities * factors)
 
     def _values_of(self, terms: Terms) -> Floats:
         return terms.one[np.arange(len(terms.one)), self.widths].sum(1)

@@ -2,12 +2,12 @@
 
     problems    enumerated ones (`haq.problem.table_file`), each at `VARIANTS` budgets, on its own hardware or on another that
                 is shipped, as far as everything within the budget is known; and made-up ones (`haq.problem.synthetic`)
-    a round     `TOGETHER` episodes on one of them at random: every step takes the actor's action or, in one step of four, one
-                around it. The return, given to each step, is how much better the policy is than the plan's, in units of what
-                random deviations from the plan lose on this problem, so that problems weigh the same
+    a round     `TOGETHER` episodes on one of them at random: one of what the actor does, and others that differ from it in one
+                step each. What a policy has more than the actor's own is due to that step, and is its return, in units of what
+                single steps change on this problem, so that problems weigh the same
     then        gradient steps on what was played last, on any problem: critics learn the return, and once they have, the
-                actor what the critics say is best, as far as it is better than the plan by more than `ANCHOR` says. There is
-                nothing to bootstrap and so no target network. SAC's actor is also rewarded for staying random
+                actor what the critics say is best, as far as that is better than the plan by more than `ANCHOR` says. There
+                is nothing to bootstrap and so no target network. SAC's actor is also rewarded for staying random
 
 Like in a search, actions are deviations from the plan for the calibration errors: an agent that knows nothing plays the plan.
 It begins as such. One problem in five isn't trained on: now and then the agent is judged on these, and of all that it was on the
@@ -51,15 +51,14 @@ MOST_SYNTHETIC = 10_000
 VARIANTS = 12  # problems that an enumerated one stands for
 KNOWN = 100  # policies within the budget that an enumerated problem must have
 TOGETHER = 64  # episodes of a round
-DEVIATING = 0.25  # share of their steps that aren't the actor's own
-SIGMA = 0.5  # of the noise around its actions there
+SIGMA = 0.5  # of the noise around the actor's action in the step that differs
 UPDATES = 4  # gradient steps after a round
 BATCH = 256
-KEPT = 50_000  # steps that are learned from, the last ones
+KEPT = 12_000  # steps that are learned from, the last ones
 ACTOR_RATE = 1e-4
 CRITIC_RATE = 1e-3
 WARM_UP = 0.25  # share of the rounds in which critics learn alone
-ANCHOR = 0.1  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
+ANCHOR = 0.02  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
 ENTROPY = 0.01  # what a nat of randomness is worth to SAC's actor, in the return's unit
 LARGEST_RETURN = 3.0
 APART = 5  # of so many problems, one is held back
@@ -204,7 +203,7 @@ class Practice:
     Attributes:
         problem: The problem.
         planned: The accuracy of the plan's policy.
-        unit: How far from that policies are, on average, that deviate from the plan at random.
+        unit: How far from that policies are, on average, that differ from the plan's in a random step.
     """
 
     def __init__(self, problem: Drawn, generator: np.random.Generator) -> None:
@@ -220,10 +219,43 @@ class Practice:
         self.problem = problem
         self.episodes = Episodes(problem)
         self._view = View(self.episodes.features)
-        self.planned = float(self.play(lambda seen: np.zeros((1, 2)), 1)[0])
-        others = self.play(lambda seen: truncated_normal(np.zeros((TOGETHER, 2)), SIGMA, generator), TOGETHER)
-        # No less than a tenth of a point: what is nearly the same everywhere is no reason to learn anything.
-        self.unit = max(float(np.abs(others - self.planned).mean()), 1e-3)
+        accuracy, _, _ = self.play_round(lambda seen: np.zeros((len(seen), 2), np.float32), generator)
+        self.planned = float(accuracy[0])
+        # No less than a thirtieth of a point: what is nearly the same everywhere is no reason to learn anything.
+        self.unit = max(float(np.abs(accuracy - self.planned).mean()), 3e-4)
+
+    def play_round(
+        self, act: Callable[[Observations], Observations], generator: np.random.Generator
+    ) -> tuple[Floats, Observations, Observations]:
+        """Play the episode of what `act` does, and `TOGETHER` - 1 that differ from it in one random step.
+
+        Args:
+            act: What is done where (n, features) is seen, shape (n, 2).
+            generator: What is drawn from.
+
+        Returns:
+            The accuracies, shape (episodes,), that of `act` alone first. Then, of the steps that differ, in the order of their
+            episodes, and then of all of the first episode: what was seen, shape (n, features), and what was done, (n, 2).
+        """
+        steps = len(self.episodes.decisions)
+        differing = generator.integers(steps, size=TOGETHER)
+        differing[0] = steps  # none
+        seen_then: list[Observations] = []
+        done: list[Observations] = []
+
+        def with_noise(seen: Observations) -> Observations:
+            asked = act(seen)
+            noisy = truncated_normal(asked, SIGMA, generator)
+            here = differing == len(done)
+            seen_then.append(seen)
+            done.append(np.where(here[:, None], noisy, asked).astype(np.float32))
+            return done[-1]
+
+        accuracy = self.play(with_noise, TOGETHER)
+        rows = np.arange(1, TOGETHER)
+        all_seen, all_done = np.stack(seen_then), np.stack(done)
+        seen = np.concatenate([all_seen[differing[1:], rows], all_seen[:, 0]])
+        return accuracy, seen, np.concatenate([all_done[differing[1:], rows], all_done[:, 0]])
 
     def play(self, act: Callable[[Observations], NDArray[Any]], count: int) -> Floats:
         """Play so many episodes of what `act` does with what it sees (count, features); returns the policies' accuracies."""
@@ -346,21 +378,11 @@ class Trainer:
         self._of_critic = torch.optim.Adam(self.critic.parameters(), CRITIC_RATE)
 
     def play(self, practice: Practice) -> None:
-        """Play a round on one problem, and remember its steps."""
-        seen_then: list[Observations] = []
-        actions: list[Observations] = []
-
-        def act(seen: Observations) -> Observations:
-            asked = _asked(self.agent, seen)
-            noisy = truncated_normal(asked, SIGMA, self.generator)
-            deviates = self.generator.random(TOGETHER) < DEVIATING
-            seen_then.append(seen)
-            actions.append(np.where(deviates[:, None], noisy, asked).astype(np.float32))
-            return actions[-1]
-
-        accuracy = practice.play(act, TOGETHER)
-        returns = np.clip(practice.gained(accuracy), -LARGEST_RETURN, LARGEST_RETURN)
-        self.steps.add(np.concatenate(seen_then), np.concatenate(actions), np.tile(returns, len(actions)))
+        """Play a round on one problem, and remember the steps that say something."""
+        accuracy, seen, actions = practice.play_round(lambda seen: _asked(self.agent, seen), self.generator)
+        gained = np.zeros(len(seen))
+        gained[: TOGETHER - 1] = (accuracy[1:] - accuracy[0]) / practice.unit
+        self.steps.add(seen, actions, np.clip(gained, -LARGEST_RETURN, LARGEST_RETURN))
 
     def learn(self, *, critics_alone: bool) -> None:
         """Make gradient steps on what was played."""

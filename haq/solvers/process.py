@@ -1,7 +1,7 @@
 """A Gaussian process for what policies are worth: a constant, a linear part, and a smooth one with a length per feature.
 
-Rasmussen & Williams, "Gaussian Processes for Machine Learning", 2006: equations 2.23 and 2.24 predict, 5.8 and 5.9 fit. Libraries
-were tried: scikit-learn's has no priors, and forms the gradient of every length as a matrix of its own.
+Rasmussen & Williams, "Gaussian Processes for Machine Learning", 2006: equations 2.23 and 2.24 predict, 5.8 and 5.9 fit.
+Libraries were tried: scikit-learn's has no priors, and forms the gradient of every length as a matrix of its own.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ An option vector has the number of an option for every decision of the problem; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,11 +81,6 @@ class Space:
         for row, decision in enumerate(self.problem.decisions):
             self.prices[0, row, : self.counts[row]] = decision.prices
         self.limits = np.array([self.problem.limit])
-
-    @property
-    def size(self) -> float:
-        """Return how many policies there are, whatever they cost."""
-        return float(np.prod(self.counts.astype(float)))
 
     def policy(self, options: Sequence[int] | Options) -> Q.BitPolicy:
         """Make the policy of an option vector."""
@@ -280,11 +275,6 @@ class Space:
             parts = self._peaks(options, decision) / self._peak.limit - 1
             found += np.where(parts > ROUNDING, parts, 0.0)
         return found
-
-
-def unique(options: Iterable[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Return option vectors without those that came before."""
-    return list(dict.fromkeys(options))
 
 
 def _picked(among: Flags, draws: np.random.Generator) -> NDArray[np.int64]:

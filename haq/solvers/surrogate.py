@@ -1,19 +1,19 @@
 """Bayesian optimization: a Gaussian process learns from every trial what policies are worth, and chooses the next to evaluate.
 
-    start         plan's optima for the calibration errors and for errors under random weights, and random policies
+    start         plans for the calibration errors, as they are and under random weights, and random policies
     then, always  of many candidates the unseen one with the largest expected improvement (Jones et al., "Efficient global
                   optimization of expensive black-box functions", 1998)
 
-What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities are
-measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it to the
-value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be right near
-the best policies: the better a trial, the more it counts.
+What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities
+are measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it
+to the value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be
+right near the best policies: the better a trial, the more it counts.
 
-Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random weights,
-what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
+Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random
+weights, what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
 
-Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed by
-doing it again with its history at hand.
+Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed
+by doing it again with its history at hand.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ STEPS = 2  # times in a row
 PAIRS = 60  # neighbours of each that differ in two decisions
 SINGLES = 60  # neighbours of each that differ in one
 GROWTH = 1.08  # trials more, as a factor, after which the processes are fitted anew
-NEAR = 1 / 4  # of the range of values: what counts as near the best
+NEAR = 1.0  # how far from the best a trial is that counts a third, in parts of how far the median is
 FAR = 1e-2  # weight of a trial that is far from it
 SPREAD_OF_LOSS = 1.5  # standard deviation of one sample's loss, in parts of the mean
 MOST_STALE_ROUNDS = 20  # rounds without a policy that is new, after which there seem to be none
 TINY = 1e-12
 
 START, RANDOMLY, PLANNED, NEIGHBOUR, KNOWN = "start", "random", "plan", "neighbour", "known"
+CHANGED = ", changed"  # follows a proposer's name where a neighbour of what it proposed was chosen
 
 
 class Learned(NamedTuple):
@@ -109,6 +110,8 @@ class Model:
         self._of_rest = Process(features)
         self._fitted = 0.0  # trials at the last fit
         self._current = False
+        self._is_ratio = False
+        self._line = np.zeros(2)
 
     def learn(self, policy: Q.BitPolicy, options: tuple[int, ...] | None, evaluation: Evaluation) -> None:
         """Take a policy that was evaluated.
@@ -259,10 +262,15 @@ class Model:
             self.best = min(within, key=self._rank)
 
     def _learn(self, x: Floats, anew: bool) -> None:
-        quality, scores = self._values()
+        losses, scores = self._measured()
+        quality = -losses
+        spread = SPREAD_OF_LOSS * losses.std()
+        self._is_ratio = bool(losses.min() > 0)
+        if self._is_ratio:
+            quality, spread = -np.log(losses), SPREAD_OF_LOSS
         images = np.array([max(trial.evaluation.images, 1) for trial in self.trials])
         unseen = np.maximum(1 - images / self.count, 0.0) / images  # of the variance of one sample, for a part of them
-        self._of_loss.learn(x, quality, extra=np.square(SPREAD_OF_LOSS) * unseen * self._relative, fit=anew)
+        self._of_loss.learn(x, quality, extra=unseen * spread**2, fit=anew)
         weights = self._weights(scores)
         design = np.stack([np.ones(len(scores)), quality], axis=1)
         root = np.sqrt(weights)
@@ -270,30 +278,26 @@ class Model:
         # A larger loss is never a sign of a better value.
         if self._line[1] < 0:
             self._line = np.array([float(np.average(scores, weights=weights)), 0.0])
-        of_value = unseen * np.maximum(np.square(np.std(scores)), TINY)
+        of_value = unseen * np.square(np.std(scores))
         if self.problem.objective.unit == PERCENT:
             share = np.clip(np.abs(scores), 0.0, 1.0)
             of_value = unseen * share * (1 - share)
         self._of_rest.learn(x, scores - design @ self._line, 1 / weights, extra=of_value, fit=anew)
 
-    def _values(self) -> tuple[Floats, Floats]:
-        """Return quality, which is larger the smaller a loss is, and the score of every trial, all of them finite."""
+    def _measured(self) -> tuple[Floats, Floats]:
+        """Return the loss and the score of every trial, all of them finite."""
         losses = np.array([trial.evaluation.loss for trial in self.trials])
         scores = np.array([trial.evaluation.score for trial in self.trials])
         finite = np.isfinite(losses) & np.isfinite(scores)
         if not finite.any():
-            return np.zeros(len(losses)), np.zeros(len(scores))
+            return np.ones(len(losses)), np.zeros(len(scores))
         # Outputs that aren't finite are worth less than all others.
         losses = np.where(finite, losses, losses[finite].max() + np.ptp(losses[finite]))
         scores = np.where(finite, scores, scores[finite].min() - np.ptp(scores[finite]))
-        self._is_ratio = bool(losses.min() > 0)
-        self._relative = 1.0
-        if self._is_ratio:
-            return -np.log(losses), scores
-        self._relative = float(np.square(losses.std()))
-        return -losses, scores
+        return losses, scores
 
     def _loss_of(self, quality: float) -> float:
+        """Return the loss of a quality, which is larger the smaller the loss is."""
         if self._is_ratio:
             return math.exp(-quality)
         return -quality
@@ -308,6 +312,8 @@ class Model:
         top = float(scores[within].max())
         if problem.goal.kind == CHEAPEST:
             top = float(problem.objective.signed(problem.goal.threshold(problem.objective, problem.float_accuracy)))
+        if problem.goal.kind == TRADEOFF and self.best is not None:
+            top = self.best.evaluation.score
         away = np.abs(scores - top)
         near = NEAR * float(np.median(away[within])) or 1.0
         return np.exp(-np.minimum(away / near, 700.0)) + FAR
@@ -328,7 +334,9 @@ class Search:
         gain: The expected improvement of the last choice (`Model.improvement`); infinite for those to begin with.
     """
 
-    def __init__(self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = ()) -> None:
+    def __init__(
+        self, problem: Problem, session: Session, seed: int, proposers: Sequence[Proposer] = (), *, alone: bool = False
+    ) -> None:
         """Begin a search.
 
         Args:
@@ -336,13 +344,15 @@ class Search:
             session: Evaluates policies.
             seed: What everything random comes from.
             proposers: Who proposes candidates beside the search itself.
+            alone: Whether nobody else does, but for the first policies: what they are worth without the others.
         """
         self.problem = problem
         self.session = session
         self.space = Space(problem)
         self.model = Model(self.space, problem.evaluator.count)
         self.proposers = list(proposers)
-        self.origins: list[str] = []
+        self.alone = alone
+        self.origins = session.origins
         self.gain = math.inf
         self._draws = np.random.default_rng(seed)
         self._chosen: set[tuple[int, ...]] = set()
@@ -488,26 +498,40 @@ class Search:
             return None
         options, origins = found
         gains = self.model.improvement(options)
-        for _ in range(STEPS):
+        steps = STEPS
+        if self.alone:
+            steps = 0
+        for _ in range(steps):
             order = np.argsort(-_rounded(gains), kind="stable")[:CLIMBED]
-            near = self._new(self._neighbours(options[order]), set(map(tuple, options.tolist())))
+            changed, of = self._neighbours(options[order])
+            near = self._new(changed, set(map(tuple, options.tolist())))
             if not len(near):
                 break
+            parents = dict(zip(map(tuple, changed[::-1].tolist()), order[of[::-1]].tolist(), strict=True))
+            origins = [*origins, *(self._changed_from(origins[parents[row]]) for row in map(tuple, near.tolist()))]
             options = np.concatenate([options, near])
             gains = np.concatenate([gains, self.model.improvement(near)])
-            origins = [*origins, *[NEIGHBOUR] * len(near)]
         best = int(np.argmax(_rounded(gains)))
         self.gain = float(gains[best])
         return tuple(options[best].tolist()), origins[best]
 
+    def _changed_from(self, origin: str) -> str:
+        """Say where a neighbour came from: what others proposed stays theirs, and that it was changed is told."""
+        for proposer in self.proposers:
+            if origin in (proposer.name, proposer.name + CHANGED):
+                return proposer.name + CHANGED
+        return NEIGHBOUR
+
     def _candidates(self) -> Candidates:
         """Propose policies within the budgets that weren't chosen."""
         space, draws = self.space, self._draws
-        elite = self.model.elite(ELITE)
-        parts = [(RANDOMLY, space.random(RANDOM, draws))]
-        if len(elite):
-            parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
-        parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
+        parts: list[tuple[str, Options]] = []
+        if not self.alone:
+            elite = self.model.elite(ELITE)
+            parts.append((RANDOMLY, space.random(RANDOM, draws)))
+            if len(elite):
+                parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
+            parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
         for proposer in self.proposers:
             proposed = proposer.propose(self.model, RANDOM)
             parts.append((proposer.name, np.array(proposed, np.int64).reshape(-1, len(space.counts))))
@@ -526,12 +550,14 @@ class Search:
         half = len(within) // 2
         return np.concatenate([self.space.filled(within[:half], self._draws), within[half:]])
 
-    def _neighbours(self, options: Options) -> Options:
-        """Draw policies within the budgets that differ from given ones in one decision or in two."""
-        rows = np.repeat(options, SINGLES + PAIRS, axis=0)
+    def _neighbours(self, options: Options) -> tuple[Options, Options]:
+        """Draw policies within the budgets that differ from given ones in one decision or in two; and tell of which each is."""
+        of = np.repeat(np.arange(len(options)), SINGLES + PAIRS)
+        rows = options[of]
         changes = np.tile([1] * SINGLES + [2] * PAIRS, len(options))
         changed = self.space.changed(rows, changes, self._draws)
-        return changed[self.space.fits(changed)]
+        fits = self.space.fits(changed)
+        return changed[fits], of[fits]
 
     def _new(self, options: Options, before: set[tuple[int, ...]]) -> Options:
         """Return policies that weren't chosen, aren't in `before`, and fit the budgets, each once."""

@@ -16,6 +16,7 @@ mappings of a file are bounded, so that a hostile one can't ask for more memory 
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -296,7 +297,7 @@ class JudgingRecord(Record):
         return held_against(value, other, self.objective_unit, self.higher_is_better)
 
     def difference(self, value: float, other: float, error: float | None, than: str) -> str:
-        """Say how far a value is from another on the same samples, with the standard error of that: "0.42 ± 0.11 points below".
+        """Say how far a value is from another on the same samples, and how sure that is: "0.42 ± 0.11 points below float".
 
         Args:
             value: The value.
@@ -380,7 +381,7 @@ class Measurement(RootModel[Values]):
 
     def paired_error(self, split: str, objective: str, other: str) -> float | None:
         """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
-        return self.root.get(paired_key(share_key(split, objective), other))
+        return paired_error_of(self.root, split, objective, other)
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -916,6 +917,10 @@ class JudgedRecord(Record):
         """Return the standard error of a value, where it is known."""
         return _error_of(self.model_extra or {}, share_key(split, objective))
 
+    def paired_error(self, split: str, objective: str, other: str) -> float | None:
+        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
+        return paired_error_of(self.model_extra or {}, split, objective, other)
+
 
 class UniformResult(JudgedRecord):
     """A uniform policy that the policy found is held against, with its share on the search split."""
@@ -998,7 +1003,7 @@ class ChoiceRecord(JudgingRecord):
         best_divergence: How far the best is from the float network's outputs, on these samples; None where nobody knows.
         chosen_divergence: Likewise the returned one.
         divergence_unit: What these are in.
-        compared: How many policies were held against the best, sample by sample.
+        compared: How many policies were within one paired standard error of the best, which is one of them.
         finalists: How many were judged again; 0 if none were.
         confirmed: On how many further samples.
         confirmed_best: The value of the best on these.
@@ -1015,7 +1020,7 @@ class ChoiceRecord(JudgingRecord):
     best_divergence: float | None = None
     chosen_divergence: float | None = None
     divergence_unit: str = "nats"
-    compared: Count = 0
+    compared: Count = 1
     finalists: Count = 0
     confirmed: Count = 0
     confirmed_best: float | None = None
@@ -1025,36 +1030,44 @@ class ChoiceRecord(JudgingRecord):
     def words(self) -> str:
         """Say what was chosen, and why."""
         best, chosen = (self.checked(getattr(self, name), name) for name in ("best", "chosen"))
-        again = ""
+        parts = [f"best on the search split: {self.show(best)}{self._divergence_words(self.best_divergence)}"]
         if self.confirmed:
-            again = f"; of {self.finalists} that were judged again on {self.confirmed:,} further {self.samples_are}"
-        first = f"best on the search split: {self.show(best)}{self._divergence_words(self.best_divergence)}{again}"
+            parts[0] += f", {self.show(self.confirmed_best)} on {self.confirmed:,} further {self.samples_are}"
         if self.is_best:
-            return f"{first}; chosen: the same{self._why_same()}"
-        shown = self.show(chosen) + self._divergence_words(self.chosen_divergence)
-        return f"{first}; chosen: {shown}{self._why_other()}"
+            parts.append(f"chosen: the same{self._why_same()}")
+            return "; ".join(parts)
+        found = f"chosen: {self.show(chosen)}{self._divergence_words(self.chosen_divergence)}"
+        if self.confirmed:
+            found += f", {self.show(self.confirmed_chosen)} on the further {self.samples_are}"
+        return "; ".join([*parts, found + self._why_other()])
+
+    @property
+    def _among(self) -> str:
+        """Say which policies could have been chosen."""
+        judged = ""
+        if self.confirmed:
+            judged = f"of {self.finalists} that were judged again "
+        if self.compared == 1:
+            return f"{judged}no other is within one standard error".lstrip()
+        return f"{judged}{self.compared} are within one standard error"
 
     def _why_same(self) -> str:
         """Say why the best itself was chosen, where there was a choice."""
-        if self.confirmed:
-            return f", with {self.show(self.confirmed_best)} on these"
-        if self.best_divergence is None or not self.compared:
-            return ""
-        return f", held against {self.compared} closer to float"
+        if self.compared == 1:
+            return f" ({self._among})"
+        return f", with the best rank by value, divergence and loss ({self._among})"
 
     def _why_other(self) -> str:
         """Say why another policy than the best was chosen."""
-        parts = []
-        if self.confirmed:
-            parts.append(f"with {self.show(self.confirmed_chosen)} on these against {self.show(self.confirmed_best)}")
-        if 0 < self.below <= self.error:
-            parts.append(f"within one standard error ({show_error(self.error, self.objective_unit)}{self._points})")
-        if self.chosen_divergence is not None and self.best_divergence is not None:
-            if self.chosen_divergence < self.best_divergence:
-                parts.append("closer to float")
-        if not parts:
-            return ""
-        return f", {', '.join(parts)}"
+        if self.compared == 1 and self.confirmed:
+            return f", better on all of them ({self._among})"
+        within = ""
+        if self.below > 0:
+            within = f", {self._amount(self.below)} ± {self._amount(self.error)}{self._points} below the best"
+        return f"{within}, with the best rank by value, divergence and loss ({self._among})"
+
+    def _amount(self, difference: float) -> str:
+        return show_error(difference, self.objective_unit)
 
     @property
     def _points(self) -> str:
@@ -1073,6 +1086,51 @@ class ChoiceRecord(JudgingRecord):
         self.checked(self.best, "best")
         self.checked(self.chosen, "chosen")
         return self
+
+
+class AnswersRecord(Record):
+    """Which test samples networks answer rightly: a bit each, so that runs can be held against each other sample by sample.
+
+    Attributes:
+        count: The number of samples.
+        found: Of what was found: bits in the order of the samples, the first one highest, written in base64.
+        finetuned: Of the same, fine-tuned; None if it wasn't.
+    """
+
+    count: Count
+    found: str
+    finetuned: str | None = None
+
+    @property
+    def last(self) -> int:
+        """Return the bits of what was measured last, as a whole number."""
+        return _bits_of(self.finetuned or self.found)
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> AnswersRecord:
+        for text in filter(None, (self.found, self.finetuned)):
+            try:
+                length = len(base64.b64decode(text, validate=True))
+            except ValueError:
+                raise ValueError("'answers' holds what is no base64") from None
+            if length != -(-self.count // 8):
+                raise ValueError(
+                    f"'answers' holds {length} bytes; of {self.count} samples there must be {-(-self.count // 8)}"
+                )
+        return self
+
+    def paired_error(self, other: AnswersRecord) -> float | None:
+        """Tell the standard error of the difference of two shares, paired by sample; None if samples aren't the same."""
+        count = self.count
+        if count != other.count or count < 2:
+            return None
+        mine, others = self.last, other.last
+        more, fewer = (mine & ~others).bit_count(), (others & ~mine).bit_count()
+        return math.sqrt(max(more + fewer - (more - fewer) ** 2 / count, 0.0) / (count - 1) / count)
+
+
+def _bits_of(text: str) -> int:
+    return int.from_bytes(base64.b64decode(text), "big")
 
 
 class TuningRecord(JudgingRecord):
@@ -1219,6 +1277,7 @@ class ResultRecord(FileRecord, JudgingRecord):
     reached: ReachedRecord | None = None  # of the cheapest policy
     shared: SharedRecord | None = None  # of a search that is one of several in a sweep
     choice: ChoiceRecord | None = None  # why this policy; earlier versions returned the best on the search split
+    answers: AnswersRecord | None = None  # on the test split, of shares
     racing: RacingRecord | None = None  # where evaluations ended early
 
     @property
@@ -1637,7 +1696,17 @@ def _entry_of(values: Mapping[str, Any], key: str) -> Any:
 
 
 def _error_of(values: Mapping[str, Any], key: str) -> float | None:
-    error = values.get(error_key(key))
-    if isinstance(error, bool) or not isinstance(error, (int, float)):
+    return _number_of(values, error_key(key))
+
+
+def paired_error_of(values: Mapping[str, Any], split: str, objective: str, other: str) -> float | None:
+    """Return the paired standard error of a difference, where a row has it; see `Measurement.paired_error`."""
+    return _number_of(values, paired_key(share_key(split, objective), other))
+
+
+def _number_of(values: Mapping[str, Any], key: str) -> float | None:
+    """Return a standard error; None where there is none, or anything else."""
+    error = values.get(key)
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or error < 0:
         return None
     return float(error)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 import quantizers as Q
@@ -36,8 +39,11 @@ from hw_models.widths import FLOAT, FLOAT_WORD, pair_words, places
 MOST_PAIRS = 10  # that all layers can have; of more, uniform policies are only those of one width
 
 
+BySample = dict[str, Tensor | None]  # by split the value of every sample; None where values aren't means over samples
+
+
 def entry(
-    task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None, found: Q.BitPolicy | None = None
+    task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None, found: BySample | None = None
 ) -> dict[str, float | None]:
     """Measure a policy on the search and the test split, and price it.
 
@@ -46,12 +52,29 @@ def entry(
         policy: The policy; None for the float network.
         module: A fine-tuned network at that policy; without it the policy is applied to the float network's weights, and they
             are fine-tuned as far as every policy of the search was.
-        found: The policy that was found, if this is held against it.
+        found: Of what was found, if this is held against it.
 
     Returns:
         Values of the objective (and of what is measured beside it) by split, with the paired standard errors of their
         differences from the float network's and from those of what was found, as far as they are known; and costs: seconds,
         joules, bytes; None where the target has no such metric, and for values that are infinite.
+    """
+    return entry_by_sample(task, policy, module, found)[0]
+
+
+def entry_by_sample(
+    task: SearchTask, policy: Q.BitPolicy | None, module: nn.Module | None = None, found: BySample | None = None
+) -> tuple[dict[str, float | None], BySample]:
+    """Measure and price a policy, as `entry` does.
+
+    Args:
+        task: As `entry` takes it.
+        policy: Likewise.
+        module: Likewise.
+        found: Likewise.
+
+    Returns:
+        What `entry` returns, and the value of every sample.
     """
     if module is not None:
         row, by_sample = measure(task, module)
@@ -59,13 +82,37 @@ def entry(
         row, by_sample = _measured(task, policy)
     errors: dict[str, float | None] = {}
     if policy is not None:
-        errors = _paired_errors(task, by_sample, None)
-    if found is not None and (module is not None or policy != found):
-        errors |= _paired_errors(task, by_sample, found)
-    return row | errors | costs(task.problem, policy)
+        errors = _paired_errors(task, by_sample, _measured(task, None)[1], "float")
+    if found is not None:
+        errors |= _paired_errors(task, by_sample, found, "found")
+    return row | errors | costs(task.problem, policy), by_sample
 
 
-def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, float | None], dict[str, Tensor | None]]:
+def answers_entry(found: BySample, finetuned: BySample | None) -> dict[str, Any] | None:
+    """Tell as plain data which test samples are answered rightly (`haq.store.records.AnswersRecord`).
+
+    Args:
+        found: Of what was found.
+        finetuned: Of the same after fine-tuning; None if it wasn't fine-tuned.
+
+    Returns:
+        The fields of the record; None for values that are no shares.
+    """
+    right = found["test"]
+    if right is None or right.dtype != torch.bool:
+        return None
+    told: dict[str, Any] = {"count": len(right), "found": _packed(right)}
+    if finetuned is not None and finetuned["test"] is not None:
+        told["finetuned"] = _packed(finetuned["test"])
+    return told
+
+
+def _packed(right: Tensor) -> str:
+    """Write booleans as bits in base64."""
+    return base64.b64encode(np.packbits(right.numpy()).tobytes()).decode()
+
+
+def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, float | None], BySample]:
     """Measure a policy (None: the float network) once; see `measure`."""
     if policy not in task.measured or policy not in task.by_sample:
         module = task.network.module
@@ -75,23 +122,18 @@ def _measured(task: SearchTask, policy: Q.BitPolicy | None) -> tuple[dict[str, f
     return task.measured[policy], task.by_sample[policy]
 
 
-def _paired_errors(
-    task: SearchTask, by_sample: dict[str, Tensor | None], other: Q.BitPolicy | None
-) -> dict[str, float | None]:
-    """Tell the paired standard errors of differences from another policy, as far as they are known.
+def _paired_errors(task: SearchTask, by_sample: BySample, others: BySample, name: str) -> dict[str, float | None]:
+    """Tell the paired standard errors of differences, as far as they are known.
 
     Args:
         task: The search.
-        by_sample: The value of every sample, by split.
-        other: The policy that was found; None for the float network.
+        by_sample: Of a network.
+        others: Of another.
+        name: What the other is called in the keys of files.
 
     Returns:
         The errors by the keys of files.
     """
-    name = "found"
-    if other is None:
-        name = "float"
-    others = _measured(task, other)[1]
     found: dict[str, float | None] = {}
     for split in SPLITS:
         error = error_of_difference(by_sample.get(split), others.get(split))
@@ -100,7 +142,7 @@ def _paired_errors(
     return found
 
 
-def measure(task: SearchTask, module: nn.Module) -> tuple[dict[str, float | None], dict[str, Tensor | None]]:
+def measure(task: SearchTask, module: nn.Module) -> tuple[dict[str, float | None], BySample]:
     """Measure a network on the search split, exactly as policies were judged, and on the test split.
 
     Args:
@@ -216,12 +258,17 @@ def collect(
         Plain data: what result.json holds (`haq.store.records.ResultRecord`).
     """
     problem = task.problem
-    tuned = None
+    tuned: dict[str, float | None] | None = None
+    by_sample: BySample | None = None
+    row, of_found = entry_by_sample(task, policy)
     if finetuned is not None:
-        tuned = entry(task, policy, finetuned, found=policy)
+        tuned, by_sample = entry_by_sample(task, policy, finetuned, found=of_found)
     entries = goal_entries(task, policy)
     if choice is not None:
         entries["choice"] = choice_entry(problem, choice)
+    answers = answers_entry(of_found, by_sample)
+    if answers is not None:
+        entries["answers"] = answers
     return {
         "schema": RESULT_SCHEMA,
         **objective_of(problem).differences(),
@@ -241,12 +288,12 @@ def collect(
         "cost_is": f"{problem.table.provenance}, {problem.target.description}, batch {problem.table.batch}",
         **budgets_used(problem, policy),
         "float": entry(task, None),
-        "uniform8": entry(task, problem.reference_policy, found=policy),
+        "uniform8": entry(task, problem.reference_policy, found=of_found),
         "uniform": [_uniform(task, bits, same) for bits, same in uniform_policies(problem).items()],
         "policy": policy.to_dict(),
-        "found": entry(task, policy),
+        "found": row,
         "finetuned": tuned,
-        "rivals": {name: entry(task, rival, found=policy) for name, rival in rivals.items()},
+        "rivals": {name: entry(task, rival, found=of_found) for name, rival in rivals.items()},
         "rival_policies": {name: rival.to_dict() for name, rival in rivals.items()},
         **entries,
         **racing_entries(problem, trials),

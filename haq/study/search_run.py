@@ -5,7 +5,7 @@
     history.csv         every evaluation, in order
     sensitivity.json    what is known of single operands, if the search was given it or measured it
     trials.csv          trials of earlier searches that it was given, as a history has them
-    policy.json         the best policy so far; in the end, what was found
+    policy.json         the best policy so far; in the end the one that was chosen (`haq.solvers.choice`)
     result.json         the summary; there once the run is finished
     policy.png          bits per layer over each layer's share of the cost
     checkpoint/         the fine-tuned network and its scales; agents after their last episode; an interrupted fine-tuning

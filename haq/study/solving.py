@@ -26,13 +26,14 @@ from haq.console.progress import Live
 from haq.networks.checkpoint import load_quantized, save_quantized
 from haq.problem.batches import Batches
 from haq.problem.chance import doubts
-from haq.problem.evaluator import Evaluation
+from haq.problem.evaluator import Evaluation, Evaluator
 from haq.problem.goal import CHEAPEST
 from haq.problem.problem import Problem
+from haq.problem.samples import Samples
 from haq.problem.sensitivity import Sensitivities, check_kind
 from haq.solvers import base
 from haq.solvers.agent_file import AgentFile
-from haq.solvers.base import Session, Solver, Trial
+from haq.solvers.base import Choice, Session, Solver, Trial
 from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
@@ -41,7 +42,7 @@ from haq.store.records import PolicyRecord, ProblemRecord
 from haq.store.units import describe_amount, finite, metric_words, show
 from haq.study.known_trials import check_uses_trials, gather
 from haq.study.picture import draw_policy, save_picture
-from haq.study.result import budgets_used, costs, racing_entries
+from haq.study.result import budgets_used, choice_entry, costs, racing_entries
 from haq.study.search_run import check_same_policy, history_row, other_metrics
 from haq.study.tables import PolicyTable, best_words, share_words
 from haq.study.task import goal_of, objective_of, outline, versions
@@ -114,7 +115,10 @@ class Result:
         solver: The solver's name.
         seed: What everything random came from.
         session: The allowance that it had, with what was tried.
-        trial: The best trial within the budget.
+        trial: The trial that was chosen: the best within the budget, or one that can't be told from it on the search images
+            and is more likely to be as good on others.
+        best: The best trial on the search images.
+        choice: Why `trial` was chosen.
         finetuned: What the last `finetune` returned, better on the search images or not; None before.
         kept: Which network `quantized` is, in words: "fine-tuned", "fine-tuned earlier" or "calibrated only".
     """
@@ -128,12 +132,14 @@ class Result:
             seed: What everything random came from.
             session: The session, once the solver is done.
         """
-        assert session.best is not None
+        assert session.choice is not None
         self.problem = problem
         self.solver = solver
         self.seed = seed
         self.session = session
-        self.trial: Trial = session.best
+        self.choice: Choice = session.choice
+        self.trial: Trial = self.choice.trial
+        self.best: Trial = self.choice.best
         self.finetuned: nn.Module | None = None
         self.kept = CALIBRATED
         self._quantized: nn.Module | None = None
@@ -318,10 +324,10 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as plain data."""
         problem = self.problem
-        goals = {}
+        further: dict[str, Any] = {"choice": choice_entry(problem, self.choice)}
         goal = goal_of(problem)
         if goal is not None:
-            goals["goal"] = goal
+            further["goal"] = goal
         tuned = None
         if self._finetuned_result is not None:
             tuned = _entry(self._finetuned_result)
@@ -338,7 +344,7 @@ class Result:
             "finetuned": tuned,
             "quantized_is": self.kept,
             **budgets_used(problem, self.policy),
-            **goals,
+            **further,
             **racing_entries(problem, self.session.trials),
             "versions": versions(problem.evaluator.device),
         }
@@ -363,6 +369,7 @@ def solve(
     race: bool = True,
     agent: str | Path | AgentFile | None = None,
     workers: int | None = None,
+    confirm: Batches | Samples | None = None,
 ) -> Result:
     """Look for the best policy of a problem. Progress is shown in a terminal and in a notebook.
 
@@ -387,6 +394,9 @@ def solve(
             policy can't be among the best. Only where values are shares of samples.
         agent: What the solver, an agent of that kind, starts from: the file that `haq pretrain` wrote, or its content.
         workers: Processes that evaluate policies; None for this one. The result doesn't depend on their number.
+        confirm: Further held-out samples, as `search` of the problem, which neither search nor calibration has seen: the best
+            few policies are judged again on them, and the one that is returned is chosen by both together. Don't fine-tune on
+            them before.
 
     Returns:
         What was found.
@@ -394,8 +404,8 @@ def solve(
     Raises:
         TypeError: For a problem that is none, for an `on_trial` that can't be called, and for trials that are none.
         FileNotFoundError: For a folder that holds no trials.
-        ValueError: For something that is no solver, for numbers out of range, for trials of another problem, for whatever the
-            solver refuses, and if it fails or evaluated no policy within the budget.
+        ValueError: For something that is no solver, for numbers out of range, for trials of another problem, for `confirm` if
+            it can't be read, for whatever the solver refuses, and if it fails or evaluated no policy within the budget.
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"problem is a {type(problem).__name__}; it must be a haq.Problem, made of the network")
@@ -415,6 +425,9 @@ def solve(
         given.check(problem, given.signature, Path("sensitivities"))
     else:
         kind = check_kind(sensitivities)
+    confirming: Evaluator | None = None
+    if confirm is not None:
+        confirming = problem.judging(confirm)
     starting = _starting(agent)
     name = getattr(found, "name", "") or type(found).__name__
     known: list[tuple[Q.BitPolicy, Evaluation]] = []
@@ -446,6 +459,7 @@ def solve(
             ahead=ahead,
             agent=starting,
             race=race,
+            confirm=confirming,
         )
         with working(problem.evaluator, workers, device=problem.evaluator.device.type):
             base.solve(found, session, seed)

@@ -41,6 +41,7 @@ from haq.store.records import (
     SharedRecord,
     SweepRecord,
     error_key,
+    paired_key,
     share_key,
 )
 from haq.store.shell import command_line
@@ -669,12 +670,13 @@ def _shares(result: ResultRecord) -> dict[str, float | None]:
 
 
 def _judged(row: Mapping[str, Any], *keys: str) -> dict[str, float | None]:
-    """Return values under their names, and their standard errors where they are known."""
+    """Return values under their names, and their standard errors and those of their differences from float, where known."""
     found = {}
     for key in keys:
         found[key] = row[key]
-        if error_key(key) in row:
-            found[error_key(key)] = row[error_key(key)]
+        for further in (error_key(key), paired_key(key, "float")):
+            if further in row:
+                found[further] = row[further]
     return found
 
 

@@ -21,7 +21,7 @@ from haq.store.records import (
     SweepTarget,
     short_reference,
 )
-from haq.store.units import PERCENT, describe_amount, metric_words, show
+from haq.store.units import PERCENT, describe_amount, metric_words, show, show_error
 from haq.study.sweep_run import SweepContext, shares_sensitivities
 from haq.study.sweep_sharing import evaluations_of, groups
 from haq.study.tables import errors_words, rounding_words, scheme_words
@@ -222,6 +222,7 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
         errors = errors_words(sweep, [sweep.of_float.error(split, sweep.objective) for split in SPLITS])
     if errors:
         errors = f"; {errors}"
+    errors += _paired_words(sweep, target)
     seeds = ""
     if sweep.asked.seeds > 1:
         seeds = "; means of several seeds, below them smallest and largest"
@@ -230,6 +231,19 @@ def _caption(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
         f"{sweep.accuracy_is}; cost {target.cost_is}{seeds}. *: nothing costs less and has a better test {objective}. "
         "Uniform policies keep the fixed layers' bits"
     )
+
+
+def _paired_words(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
+    """Say how large the paired standard errors of differences from float are on the test split; nothing if none is known."""
+    known = [row.paired_error("test", sweep.objective, "float") for row in (*target.found, *target.uniform)]
+    errors = [error for error in known if error]
+    if not errors:
+        return ""
+    low, high = (show_error(error, sweep.objective_unit) for error in (min(errors), max(errors)))
+    unit = sweep.objective_unit
+    if unit == PERCENT:
+        unit = "points"
+    return f"; differences from float have paired standard errors of {low} to {high} {unit}".rstrip() + ", smaller ones say nothing"
 
 
 def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special: SpecialisationRecord) -> None:

@@ -20,6 +20,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import lacking_integers
 from haq.solvers.base import Trial, find_solver
+from haq.solvers.choice import LAST
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store.files import SENSITIVITY
@@ -103,6 +104,7 @@ def print_plan(
         "sensitivities": _sensitivities_words(task, folder, rivals),
         "for comparison": "; ".join(filter(None, [_rivals_allowance(rivals), of_rivals])),
         "objective": problem.objective.words,
+        **_confirmation_words(task),
         "fine-tuning": _finetuning_words(task),
         "seed": str(config.seed),
         "results in": results_in,
@@ -312,6 +314,17 @@ def _evaluations_words(task: SearchTask, workers: str) -> str:
     if task.config.finetune_steps:
         words += f" after {task.config.finetune_steps} steps of fine-tuning"
     return f"{words}, {workers}"
+
+
+def _confirmation_words(task: SearchTask) -> dict[str, str]:
+    """Say by what the best few policies are judged again, by the name of a plan's row."""
+    if task.to_confirm is None:
+        return {}
+    count = len(task.to_confirm)
+    return {
+        "confirmation": f"the best {LAST} are judged again on {count:,} {task.problem.samples_are} of the train split, which "
+        "are set apart for it: neither calibration nor fine-tuning sees them"
+    }
 
 
 def _finetuning_words(task: SearchTask) -> str:

@@ -41,6 +41,7 @@ from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
 from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
+from haq.training.finetuning import classes_of
 from haq.training.goals import UserLoss
 from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
@@ -201,8 +202,8 @@ class SearchTask(LoadedNetwork):
         objective = build_objective(config.objective, network, dataset, parse_eps(config.eps))
         if loaded.to_confirm is not None and isinstance(objective, BlackBox):
             raise ValueError(
-                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others to "
-                "judge policies by again: leave --confirm out"
+                f"objective {objective.name!r} is given the network and looks at samples of its own, so there are no others "
+                "to judge policies by again: leave --confirm out"
             )
         tuning = None
         if config.finetune_steps:
@@ -406,14 +407,14 @@ def set_apart(dataset: data.Dataset, count: int) -> tuple[Split, Split]:
         if most < 1:
             words = "leave it out"
         raise ValueError(
-            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are neither "
-            f"used to set scales nor of a group with such; half of them are left to train on: {words}"
+            f"--confirm is {count:,}, and of the {len(train):,} {train.samples_are} of the train split {len(free):,} are "
+            f"neither used to set scales nor of a group with such; half of them are left to train on: {words}"
         )
     if grouped:
         assert train.groups is not None
         chosen = free[whole_groups(train.groups[free], count, "the train split")]
     else:
-        chosen = free[stratified(training.classes_of(train)[free], count)]
+        chosen = free[stratified(classes_of(train)[free], count)]
     return train.subset(without(len(train), chosen)), train.subset(chosen.sort().values)
 
 
@@ -655,10 +656,16 @@ def machine_signature(target: hw_models.Target) -> dict[str, str]:
     return {"machine": json.dumps(dict(key))}
 
 
+@functools.cache
+def _version_of(package: str) -> str:
+    """Look up the version of an installed package, which takes a while, once: in a process it stays what it is."""
+    return importlib.metadata.version(package)
+
+
 def versions(device: torch.device | None = None) -> dict[str, str]:
     """Tell the versions on which the result of a search depends to the last bit, and the device, if that isn't the CPU."""
     packages = ("torch", "numpy", "scipy", "gymnasium", "stable-baselines3")
-    found = {"haq": __version__, **{name: importlib.metadata.version(name) for name in packages}}
+    found = {"haq": __version__, **{name: _version_of(name) for name in packages}}
     if device is not None and device.type != CPU:
         found["device"] = describe_device(device)
     return found

@@ -24,13 +24,12 @@ import torch
 import yaml
 
 from haq import data, deploy, evaluate, finetune, networks, report, robustness, runs, search, sweep, train
-from haq.attacks import base
 from haq.console import errors
 from haq.store.files import MOST_HISTORY
 from haq.store.records import PolicyRecord, ResultRecord
 from haq.study import solving
 from hw_models import trust
-from tests.commands.test_robustness_command import MODULE, TINY
+from tests.commands.test_robustness_command import MODULE, lessen
 from tests.conftest import enter
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -85,7 +84,7 @@ def _killed(*arguments: object) -> None:
 
 def _enter(place: Path, patch: pytest.MonkeyPatch) -> None:
     enter(place, patch, MODULE)
-    patch.setitem(base.ATTACK_BUDGETS, "quick", TINY)
+    lessen(patch)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from multiprocessing import resource_tracker, spawn
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import quantizers as Q
 from haq import networks, robustness, search
-from haq.attacks import base
+from haq.attacks import base, masking
 from haq.console.errors import run_command
 from haq.study.comparison import ComparisonSpec, gather
 from tests.conftest import enter, images
@@ -46,9 +47,24 @@ TINY = base.AttackBudget(3, 1, 4, 0, 5, 2)
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty current folder with a small job in it; efforts that take no time."""
+    """An empty current folder with a small job in it."""
     enter(tmp_path, monkeypatch, MODULE)
-    monkeypatch.setitem(base.ATTACK_BUDGETS, "quick", TINY)
+
+
+def lessen(patch: pytest.MonkeyPatch) -> None:
+    """Let attacks and their checks take no time."""
+    for name in ("quick", "standard"):
+        patch.setitem(base.ATTACK_BUDGETS, name, TINY)
+    patch.setattr(masking, "CURVE", (0.5, 1, 4))
+    patch.setattr(masking, "CURVE_STEPS", 4)
+
+
+@pytest.fixture(autouse=True)
+def little_effort() -> Iterator[pytest.MonkeyPatch]:
+    """Undone where worker processes, which know nothing of it, must find the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        lessen(patch)
+        yield patch
 
 
 def call(*arguments: str) -> int:
@@ -145,7 +161,9 @@ def test_interrupted_it_goes_on_without_losing_finished_attacks(
     assert result("parts") == result("whole")
 
 
-def test_the_number_of_workers_changes_nothing() -> None:
+@pytest.mark.slow  # with an attack of the user's, below, it isn't
+def test_the_number_of_workers_changes_nothing(little_effort: pytest.MonkeyPatch) -> None:
+    little_effort.undo()
     asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--uniform", "8")
     assert call(*asked, "--out", "one", "--workers", "1") == 0
     assert call(*asked, "--out", "two", "--workers", "2") == 0
@@ -310,8 +328,9 @@ class Climb(EvaluationAttack):
 """
 
 
-def test_an_attack_of_the_users_is_run_on_every_network() -> None:
+def test_an_attack_of_the_users_is_run_on_every_network(little_effort: pytest.MonkeyPatch) -> None:
     """In worker processes too, where no number of them changes it. This one finds more than FGSM does."""
+    little_effort.undo()
     Path("mine.py").write_text(STEP)
     asked = ("small_job:network", "--data", "small_job:splits", "--attacks", "fgsm,mine:Climb", "--eps", "0.3")
     assert call(*asked, "--out", "one", "--workers", "1") == 0

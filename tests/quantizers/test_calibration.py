@@ -288,3 +288,17 @@ def test_scales_by_the_output_are_positive_whatever_the_layer_is_like(power_of_t
         assert (scales[:, 1] == 1).all()
         if power_of_two:
             assert torch.equal(scales, 2 ** scales.log2().round())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (1, 7), (5, 1), (3, 0), (0, 3), (4, 200)])
+def test_candidates_that_are_measured_together_are_measured_as_one_by_one(
+    shape: tuple[int, ...], power_of_two: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit; of a channel of zeros, and where several lose as much, too."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(4).round().div(4)
+    weight[1:2] = 0
+    together = fit_weight_scales(weight, power_of_two=power_of_two)
+    monkeypatch.setattr(observers, "CACHED_VALUES", 1)
+    alone = fit_weight_scales(weight, power_of_two=power_of_two)
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))

@@ -166,7 +166,7 @@ def test_the_value_on_every_split_is_that_of_the_quantized_network(case: str) ->
     task = build(case)
     policy = task.problem.uniform(4)
     module = task.problem.quantized(policy)
-    found = result.measure(task, module)
+    found = result.measure(task, module)[0]
     objective = task.problem.objective
     for name, split in (("search", task.dataset.search), ("test", task.dataset.test)):
         values = []
