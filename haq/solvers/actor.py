@@ -53,6 +53,7 @@ TAU = 0.01
 BATCH = 256  # steps of episodes
 UPDATES = 8  # gradient steps per evaluation
 IMAGINED = 32  # episodes per evaluation
+FIRST = 3  # policies of a pretrained agent that a search begins with
 FEWEST_UPDATES = 1
 MOST_EPISODES = 1024  # that are remembered
 SIGMA = 0.5  # the largest of the noise around the actor's actions
@@ -197,6 +198,14 @@ class Actor:
             chosen = self._draws.permutation(count)[:IMAGINED]
             self.memory.remember(seen[chosen], done[chosen], options[chosen], np.full(len(chosen), np.nan))
         return list(map(tuple, options.tolist()))
+
+    def first_proposals(self) -> list[tuple[int, ...]]:
+        """Return the policies of a pretrained agent before anything is evaluated: what it does, and what is near that."""
+        sigmas = np.geomspace(LEAST_SIGMA, SIGMA, IMAGINED)
+        sigmas[0] = 0
+        with one_thread(), self._own_random():
+            options = self.play(sigmas)[2]
+        return list(dict.fromkeys(map(tuple, options.tolist())))[:FIRST]
 
     def train(self, model: Model, updates: int = UPDATES) -> None:
         """Learn from what is remembered, as the model sees it now.
