@@ -260,23 +260,24 @@ def main(arguments: list[str] | None = None) -> int:
             for name in options.problems:
                 if network_of(name) == network:
                     outcomes += outcomes_of(name, seed, options.solver, made.agent)
-    lines = claims(outcomes, options.solver)
+        if out is not None:
+            # What takes long is kept as it goes.
+            command = " ".join([f"python -m experiments.{NAME}", *sys.argv[1:]])
+            about = [
+                f"{options.solver}, {seed + 1} seeds, {options.episodes:,} episodes of training on {len(networks) - 1} of "
+                f"{len(networks)} networks and {options.synthetic} made-up problems; one thread",
+                f"seconds per evaluation of searches with {max(ALLOWED)}: {per_evaluation(outcomes)}",
+                *kept,
+            ]
+            save(out, command, about, outcomes, claims(outcomes, options.solver))
     table = Table(title="Regret in points after so many evaluations", box=box.SIMPLE_HEAD, pad_edge=False)
     shared.add_columns(table, COLUMNS, left=COLUMNS[:2])
     for row in rows(outcomes):
         table.add_row(*row)
     console.print(table)
-    for line in lines:
+    for line in claims(outcomes, options.solver):
         console.print(line, markup=False, highlight=False)
     if out is not None:
-        about = [
-            f"{options.solver}, {options.seeds} seeds, {options.episodes:,} episodes of training on {len(networks) - 1} networks "
-            f"of {len(networks)} and {options.synthetic} made-up problems; one thread",
-            f"seconds per evaluation of searches with 50: {per_evaluation(outcomes)}",
-            *kept,
-        ]
-        command = " ".join([f"python -m experiments.{NAME}", *sys.argv[1:]])
-        save(out, command, about, outcomes, lines)
         console.print(f"written: {out / NAME}.md and .csv")
     return 0
 
