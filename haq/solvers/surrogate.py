@@ -438,6 +438,18 @@ class Search:
         place %= max(len(others), 1)
         self._start = deque([*known, *(others[place:] + others[:place])[:count]])
 
+    def begin_from(self, policies: Sequence[tuple[int, ...]], origin: str) -> None:
+        """Begin with given policies, in place of the last of the search's own; the first of these stays.
+
+        Args:
+            policies: Option vectors within the budgets.
+            origin: Where they come from.
+        """
+        own = list(self._start)
+        given = dict.fromkeys(policies)
+        new = [(options, origin) for options in given if options != own[0][0]][: max(len(own) - 1, 0)]
+        self._start = deque([own[0], *new, *own[1 : len(own) - len(new)]])
+
     def know(self, policy: Q.BitPolicy, evaluation: Evaluation) -> None:
         """Learn from a policy that another search evaluated, whatever it costs here, if it can be described here."""
         if self.space.describes(policy):
