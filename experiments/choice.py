@@ -283,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in given.tables:
         file = read(find(path))
         for budget in file.limits:
-            for called, table in ((file.name, file), (f"{file.name} swapped", swapped(file))):
-                problem = TabularProblem(table, budget)
+            for called, one in ((file.name, file), (f"{file.name} swapped", swapped(file))):
+                problem = TabularProblem(one, budget)
                 found[f"{called}, {budget}"] = on_table(problem, given.solvers, allowed, given.seeds)
     head, lines = table_of(found)
     table = Table(box=box.SIMPLE_HEAD, title="test accuracy beside that of the best on the search images, points")
