@@ -52,13 +52,13 @@ VARIANTS = 12  # problems that an enumerated one stands for
 KNOWN = 100  # policies within the budget that an enumerated problem must have
 TOGETHER = 64  # episodes of a round
 SIGMA = 0.5  # of the noise around the actor's action in the step that differs
-UPDATES = 4  # gradient steps after a round
+UPDATES = 6  # gradient steps after a round
 BATCH = 256
 KEPT = 12_000  # steps that are learned from, the last ones
 ACTOR_RATE = 1e-4
 CRITIC_RATE = 1e-3
-WARM_UP = 0.25  # share of the rounds in which critics learn alone
-ANCHOR = 0.02  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
+WARM_UP = 0.4  # share of the rounds in which critics learn alone
+ANCHOR = 0.1  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
 ENTROPY = 0.01  # what a nat of randomness is worth to SAC's actor, in the return's unit
 LARGEST_RETURN = 3.0
 APART = 5  # of so many problems, one is held back
@@ -414,6 +414,10 @@ class Trainer:
         found = [practice.gained(practice.play(lambda seen: _asked(self.agent, seen), 1))[0] for practice in practices]
         return np.array(found)
 
+    def score(self, practices: Sequence[Practice]) -> float:
+        """Tell how much it gains over the plan on average, in the problems' units, none of which counts for all others."""
+        return float(np.clip(self.gained(practices), -LARGEST_RETURN, LARGEST_RETURN).mean())
+
 
 def pretrain(
     problems: dict[str, list[Drawn]],
@@ -448,12 +452,12 @@ def pretrain(
         to_judge = [one for of_word in held.values() for one in of_word] or to_train
         trainer = Trainer(kind, hidden, seed)
         rounds = -(-episodes // TOGETHER)
-        best, kept, kept_at = float(trainer.gained(to_judge).mean()), _copied(trainer.agent), 0
+        best, kept, kept_at = trainer.score(to_judge), _copied(trainer.agent), 0
         for number in range(1, rounds + 1):
             trainer.play(to_train[int(trainer.generator.integers(len(to_train)))])
             trainer.learn(critics_alone=number < WARM_UP * rounds)
             if number % max(rounds // JUDGED, 1) == 0 or number == rounds:
-                gained = float(trainer.gained(to_judge).mean())
+                gained = trainer.score(to_judge)
                 if gained > best:
                     best, kept, kept_at = gained, _copied(trainer.agent), number * TOGETHER
                 on_progress(number * TOGETHER, best)
