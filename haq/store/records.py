@@ -380,8 +380,17 @@ class Measurement(RootModel[Values]):
         return _error_of(self.root, share_key(split, objective))
 
     def paired_error(self, split: str, objective: str, other: str) -> float | None:
-        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
-        return paired_error_of(self.root, split, objective, other)
+        """Return the paired standard error of the difference of two rows, where it is known.
+
+        Args:
+            split: "search" or "test".
+            objective: The objective's name.
+            other: The other row: "float" or "found".
+
+        Returns:
+            The error, in the objective's unit; None where files don't tell.
+        """
+        return _paired_error_of(self.root, split, objective, other)
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -918,8 +927,17 @@ class JudgedRecord(Record):
         return _error_of(self.model_extra or {}, share_key(split, objective))
 
     def paired_error(self, split: str, objective: str, other: str) -> float | None:
-        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
-        return paired_error_of(self.model_extra or {}, split, objective, other)
+        """Return the paired standard error of the difference of two rows, where it is known.
+
+        Args:
+            split: "search" or "test".
+            objective: The objective's name.
+            other: The other row: "float" or "found".
+
+        Returns:
+            The error, in the objective's unit; None where files don't tell.
+        """
+        return _paired_error_of(self.model_extra or {}, split, objective, other)
 
 
 class UniformResult(JudgedRecord):
@@ -1699,7 +1717,7 @@ def _error_of(values: Mapping[str, Any], key: str) -> float | None:
     return _number_of(values, error_key(key))
 
 
-def paired_error_of(values: Mapping[str, Any], split: str, objective: str, other: str) -> float | None:
+def _paired_error_of(values: Mapping[str, Any], split: str, objective: str, other: str) -> float | None:
     """Return the paired standard error of a difference, where a row has it; see `Measurement.paired_error`."""
     return _number_of(values, paired_key(share_key(split, objective), other))
 
