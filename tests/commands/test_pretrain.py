@@ -76,9 +76,7 @@ def test_the_command_says_how_well_the_agent_does_and_writes_the_same_again(
         (["--out", "agent.safetensors"], "agent.safetensors is there already and is not overwritten"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_sentence(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_what_cannot_be_done_is_said_in_a_sentence(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     before = Path("agent.safetensors").read_bytes()
     assert run_command(lambda: pretrain.main(words)) == 2
     error = " ".join(capsys.readouterr().err.split())
