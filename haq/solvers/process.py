@@ -1,7 +1,4 @@
-"""A Gaussian process for what policies are worth: a constant, two linear parts, and a smooth one with a length per feature.
-
-One linear part has a slope per feature, the other a single slope that all features share: an error of one layer is likely to
-do what an error of another does, which is all that is known in the beginning.
+"""A Gaussian process for what policies are worth: a constant, a linear part, and a smooth one with a length per feature.
 
 Rasmussen & Williams, "Gaussian Processes for Machine Learning", 2006: equations 2.23 and 2.24 predict, 5.8 and 5.9 fit.
 Libraries were tried: scikit-learn's has no priors, and forms the gradient of every length as a matrix of its own.
@@ -21,7 +18,6 @@ Floats = NDArray[np.float64]
 # Means and standard deviations of the logarithms of what is fitted, which has a normal prior each.
 CONSTANT = 1.0  # variance of the constant, not fitted: values are standardized
 LINEAR = (math.log(0.3), 1.0)  # variance of the linear part
-SHARED = (math.log(0.3), 1.0)  # variance of the linear part whose slope all features share
 SMOOTH = (math.log(0.5), 1.0)  # variance of the smooth part
 NOISE = (math.log(1e-2), 1.5)  # variance of the noise
 LENGTH = 1.0  # standard deviation only: of one feature's length, in parts of the typical distance of two policies
@@ -41,7 +37,7 @@ class Process:
             length: The mean of the prior of every feature's length, a logarithm.
         """
         self.features = features
-        self._prior = np.array([LINEAR, SHARED, SMOOTH, NOISE, *[(length, LENGTH)] * features]).T
+        self._prior = np.array([LINEAR, SMOOTH, NOISE, *[(length, LENGTH)] * features]).T
         self._parameters = self._prior[0].copy()
         self._x = np.zeros((0, features))
 
@@ -74,9 +70,6 @@ class Process:
         self._x = (x - self._centre) / typical
         self._typical = typical
         self._squares = np.square(self._x)
-        self._sums = self._x.sum(1)
-        self._unit = float(self._sums.std()) or 1.0
-        self._sums = self._sums / self._unit
         if fit and len(y) > 2:
             low, high = self._prior[0] - RANGE, self._prior[0] + RANGE
             found = minimize(
@@ -101,39 +94,36 @@ class Process:
             Means and standard deviations, without noise, shape (policies,) each, in the unit of the values.
         """
         x = (x - self._centre) / self._typical
-        linear, shared, smooth, _, lengths = self._unpacked(self._parameters)
-        sums = x.sum(1) / self._unit
-        cross = CONSTANT + linear * (x @ self._x.T) + shared * np.outer(sums, self._sums)
-        cross += smooth * np.exp(-0.5 * _distances(x / lengths, self._x / lengths))
+        linear, smooth, _, lengths = self._unpacked(self._parameters)
+        cross = CONSTANT + linear * (x @ self._x.T) + smooth * np.exp(-0.5 * _distances(x / lengths, self._x / lengths))
         mean = self._mean + self._size * (cross @ self._weights)
         known = solve_triangular(self._factor[0], cross.T, lower=True, check_finite=False)
-        own = CONSTANT + linear * np.square(x).sum(1) + shared * np.square(sums) + smooth
+        own = CONSTANT + linear * np.square(x).sum(1) + smooth
         variance = np.maximum(own - np.square(known).sum(0), 1e-12)
         return mean, self._size * np.sqrt(variance)
 
     @property
     def noise(self) -> float:
         """Return the standard deviation of the noise, in the unit of the values."""
-        return self._size * math.sqrt(math.exp(self._parameters[3]))
+        return self._size * math.sqrt(math.exp(self._parameters[2]))
 
-    def _unpacked(self, parameters: Floats) -> tuple[float, float, float, float, Floats]:
-        linear, shared, smooth, noise = np.exp(parameters[:4])
-        return float(linear), float(shared), float(smooth), float(noise), np.exp(parameters[4:])
+    def _unpacked(self, parameters: Floats) -> tuple[float, float, float, Floats]:
+        linear, smooth, noise = np.exp(parameters[:3])
+        return float(linear), float(smooth), float(noise), np.exp(parameters[3:])
 
-    def _covariance(self, parameters: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-        """Return the covariance of the values, its two linear parts and its smooth part."""
-        linear, shared, smooth, noise, lengths = self._unpacked(parameters)
+    def _covariance(self, parameters: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return the covariance of the values, and its linear and its smooth part."""
+        linear, smooth, noise, lengths = self._unpacked(parameters)
         of_line = linear * (self._x @ self._x.T)
-        of_sums = shared * np.outer(self._sums, self._sums)
         scaled = self._x / lengths
         of_smooth = smooth * np.exp(-0.5 * _distances(scaled, scaled))
-        total = CONSTANT + of_line + of_sums + of_smooth
+        total = CONSTANT + of_line + of_smooth
         total[np.diag_indices_from(total)] += noise * self._noise + self._extra
-        return total, of_line, of_sums, of_smooth
+        return total, of_line, of_smooth
 
     def _objective(self, parameters: Floats) -> tuple[float, Floats]:
         """Return the negative logarithm of the posterior, and its gradient."""
-        total, of_line, of_sums, of_smooth = self._covariance(parameters)
+        total, of_line, of_smooth = self._covariance(parameters)
         try:
             factor = cho_factor(total, lower=True, check_finite=False)
         except LinAlgError:
@@ -143,7 +133,7 @@ class Process:
         beyond = (parameters - self._prior[0]) / self._prior[1]
         value = 0.5 * float(self._y @ weights) + float(np.log(np.diag(factor[0])).sum()) + 0.5 * float(beyond @ beyond)
         outer = np.outer(weights, weights) - inverse
-        _, _, _, noise, lengths = self._unpacked(parameters)
+        _, _, noise, lengths = self._unpacked(parameters)
         of_lengths = outer * of_smooth
         rows = of_lengths.sum(1)
         # The sum over pairs of outer x smooth x (difference)^2, for every feature, without a matrix for each.
@@ -151,7 +141,6 @@ class Process:
         gradient = np.concatenate(
             [
                 [0.5 * float((outer * of_line).sum())],
-                [0.5 * float((outer * of_sums).sum())],
                 [0.5 * float(of_lengths.sum())],
                 [0.5 * noise * float(np.diag(outer) @ self._noise)],
                 0.5 * apart / np.square(lengths),
@@ -160,7 +149,7 @@ class Process:
         return value, -gradient + beyond / self._prior[1]
 
     def _factorize(self) -> None:
-        total, _, _, _ = self._covariance(self._parameters)
+        total, _, _ = self._covariance(self._parameters)
         self._factor = cho_factor(total, lower=True, check_finite=False)
         self._weights = cho_solve(self._factor, self._y, check_finite=False)
 
