@@ -154,7 +154,7 @@ def one_search(study: Study, problem: haq.Problem, budget: str, solver: str, see
         evaluating[0] += time.process_time() - begin
         return found
 
-    problem.evaluate = timed  # type: ignore[method-assign]
+    problem.evaluate = timed  # type: ignore[method-assign,assignment]
     session = Session(problem, evaluations, sensitivity_kind="hessian")
     begin = time.process_time()
     try:
@@ -258,9 +258,11 @@ def load_rows(path: Path) -> list[Row]:
         for line in csv.DictReader(file):
             if None in line.values():
                 continue
-            numbers = [float(line[name]) for name in ("search", "test", "error", "solving", "evaluating")]
+            search, test, error, *seconds = (
+                float(line[name]) for name in ("search", "test", "error", "solving", "evaluating")
+            )
             asked = line["budget"], line["solver"], int(line["seed"]), int(line["evaluations"]), line["crops"]
-            made.append(Row(*asked, *numbers, line["bits"]))  # type: ignore[arg-type]
+            made.append(Row(*asked, search, test, error, seconds[0], seconds[1], line["bits"]))
     return made
 
 

@@ -1,22 +1,23 @@
 """Whether an agent that was trained on other problems is of use on one that it never saw.
 
-    python -m experiments.transfer [--problems NAME ...] [--seeds N] [--solver ddpg|td3|sac] [--episodes N] [--synthetic N] [--quick]
+    python -m experiments.transfer [--problems NAME ...] [--seeds N] [--solver NAME] [--episodes N] [--synthetic N] [--quick]
 
-RAMP (Gautam and Jha, arXiv 2603.17891, 2026) trains a SAC agent that sees 11 features of a layer on Llama 2 7B, and reports that
-it does as well on Llama 2 13B and Mistral 7B without training there, "often surpassing target-specific training". Ours is trained
-on enumerated problems (`haq.problem.table_file`), at random budgets and on random hardware, and on made-up ones
+RAMP (Gautam and Jha, arXiv 2603.17891, 2026) trains a SAC agent, which sees 11 features of a layer, on Llama 2 7B, and reports
+that it does well on Llama 2 13B and Mistral 7B without training there, "often surpassing target-specific training". Ours is
+trained on enumerated problems (`haq.problem.table_file`), at random budgets and on random hardware, and on made-up ones
 (`haq.problem.synthetic`), and judged on the problems of the one network that was left out; `plain` and `low` are one network.
 
 Regret: accuracy of the best policy within the budget minus that of the best found, in points, on the images that judged both;
-the mean over seeds, and its standard error. Every seed is an agent trained anew, and every allowance a search of its own.
+the mean over seeds, and its standard error. Every seed is an agent trained anew, every allowance a search of its own.
 
-    0 evaluations    what the agent does without noise; the plan's optimum for the calibration errors, which costs no evaluation
-                     either, and is the first policy that `surrogate` evaluates
-    10, 25, 50       searches that may evaluate so many policies, each from nothing but the pretrained agent's
+    0 evaluations    what the agent does without noise; the plan's optimum for the calibration errors, which costs no
+                     evaluation either, and is the first policy that `surrogate` evaluates
+    10, 25, 50       searches that may evaluate so many policies; those of a pretrained agent begin with what it does
 
-The claim of zero-shot transfer holds for us if the pretrained agent's policy, with no evaluation at all, is not worse than what
-the same agent finds that begins with nothing and may evaluate 50. We ask besides whether it is better than the plan, which needs
-no agent, and whether searches that start from it find more than those that don't. What doesn't hold is printed like what does.
+The claim of zero-shot transfer holds for us if the pretrained agent's policy, without any evaluation, is not worse than what
+the same agent finds that begins with nothing and may evaluate 50. We ask besides whether it is better than the plan, which
+needs no agent, and whether searches that start from it find more than those that don't. What doesn't hold is printed like what
+does.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from rich.console import Console
 from rich.table import Table
 
 import envs
-import haq
 from experiments import shared
 from haq.console.errors import run_command
 from haq.problem.synthetic import Drawn
@@ -96,7 +96,9 @@ def untrained(kind: str, seed: int) -> AgentFile:
     return AgentFile(record, networks_of(made))
 
 
-def searched(problem: TabularProblem, solver: str, evaluations: int, seed: int, agent: AgentFile | None) -> tuple[float, float]:
+def searched(
+    problem: TabularProblem, solver: str, evaluations: int, seed: int, agent: AgentFile | None
+) -> tuple[float, float]:
     """Search; returns the regret in points and the seconds."""
     start = time.perf_counter()
     session = Session(problem, evaluations, agent=agent)
@@ -114,8 +116,9 @@ def outcomes_of(name: str, seed: int, kind: str, agent: AgentFile) -> list[Outco
     """Judge everybody on the problems of one table, with one seed."""
     found = []
     for title, problem in problems_of(name):
-        found.append(Outcome(title, PRETRAINED, 0, seed, judged(problem, pretraining.zero_shot(problem, agent)), 0.0))
-        found.append(Outcome(title, UNTRAINED, 0, seed, judged(problem, pretraining.zero_shot(problem, untrained(kind, seed))), 0.0))
+        for who, made in ((PRETRAINED, agent), (UNTRAINED, untrained(kind, seed))):
+            regret = judged(problem, pretraining.zero_shot(problem, made))
+            found.append(Outcome(title, who, 0, seed, regret, 0.0))
         if seed == 0:
             found.append(Outcome(title, PLAN, 0, seed, judged(problem, planned(problem)), 0.0))
         for evaluations in ALLOWED:
@@ -147,7 +150,8 @@ def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
     problems = list(dict.fromkeys(o.problem for o in outcomes))
     for problem in problems:
         for who in order:
-            made.append([problem, who, *(written(*mean_of(outcomes, problem, who, n)) for n in (0, *ALLOWED))])
+            cells = [written(*mean_of(outcomes, problem, who, evaluations)) for evaluations in (0, *ALLOWED)]
+            made.append([problem, who, *cells])
     for who in order:
         cells = []
         for evaluations in (0, *ALLOWED):

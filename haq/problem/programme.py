@@ -162,7 +162,7 @@ class Programme:
         return fits
 
     def excesses(self, options: Sequence[int]) -> Floats:
-        """Tell what `excess` does of all decisions, shape (decisions, options); infinite where a decision has fewer options."""
+        """Tell what `excess` does of all decisions, shape (decisions, options); infinite where there is no option."""
         if self.peak is None:
             rows = np.arange(len(options))
             rest = self.totals(options)[:, None] - self.prices[:, rows, np.asarray(options, int)]

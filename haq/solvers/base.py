@@ -428,6 +428,7 @@ class Solver(ABC):
 
     def check_agent(self, agent: AgentFile) -> None:
         """Raise ValueError, in one sentence, for an agent that it can't start from; asked only if it `takes_agent`."""
+        agent.check_kind(self.name)
 
     @abstractmethod
     def solve(self, problem: Problem, session: Session, seed: int) -> None:

@@ -9,8 +9,8 @@
                 actor what the critics say is best, as far as that is better than the plan by more than `ANCHOR` says. There
                 is nothing to bootstrap and so no target network. SAC's actor is also rewarded for staying random
 
-Like in a search, actions are deviations from the plan for the calibration errors: an agent that knows nothing plays the plan.
-It begins as such. One problem in five isn't trained on: now and then the agent is judged on these, and of all that it was on the
+As in a search, actions are deviations from the plan for the calibration errors: an agent that knows nothing plays the plan. It
+begins as such. One problem in five isn't trained on: now and then the agent is judged on these, and of all that it was on the
 way the one that does best there is kept.
 
 The same problems, kind and seed give the same file. A run takes minutes and writes its file at the end; one that was killed is
@@ -180,15 +180,15 @@ def read_problems(words: Sequence[str], seed: int) -> dict[str, list[Drawn]]:
 
 def _count_of(word: str) -> int:
     """Return how many made-up problems a word asks for; 0 for a table. Raises ValueError for neither."""
-    kind, colon, number = word.partition(":")
+    kind, _, number = word.partition(":")
     if kind == SYNTHETIC:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > MOST_SYNTHETIC:
             raise ValueError(f"{word[:80]!r} must be {SYNTHETIC}:N, N problems that are made up, from 1 to {MOST_SYNTHETIC}")
         return int(number)
     if word not in table_file.shipped() and Path(word).suffix != ".npz":
         raise ValueError(
-            f"{word[:80]!r} is no problem to train on: give the name of a table ({_shipped_words()}), the path of an .npz file, "
-            f"or {SYNTHETIC}:N"
+            f"{word[:80]!r} is no problem to train on: give the name of a table ({_shipped_words()}), the path of an .npz "
+            f"file, or {SYNTHETIC}:N"
         )
     return 0
 
@@ -341,7 +341,13 @@ class Steps:
         return cls(*(np.zeros(shape, np.float32) for shape in shapes))
 
     def add(self, seen: Observations, actions: Observations, returns: Floats) -> None:
-        """Take steps, in place of the oldest."""
+        """Take steps, in place of the oldest.
+
+        Args:
+            seen: Observations, shape (n, features).
+            actions: What was done there, shape (n, 2).
+            returns: What it gave in the end, shape (n,).
+        """
         places = (self.count + np.arange(len(seen))) % KEPT
         self.seen[places], self.actions[places], self.returns[places] = seen, actions, returns
         self.count += len(seen)

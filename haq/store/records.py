@@ -432,7 +432,7 @@ class ConfigRecord(FileRecord):
     @property
     def evaluations(self) -> int:
         """Return how many policies the solver may evaluate."""
-        return int(self.settings["evaluations"])
+        return int(self.settings.get("evaluations", 0))
 
     @property
     def objective(self) -> str:
@@ -446,7 +446,8 @@ class ConfigRecord(FileRecord):
             value = self.settings.get(name)
             if not isinstance(value, str):
                 raise ValueError(f"setting {name!r} is {quoted(value)}; it must be text")
-        evaluations = self.settings.get("evaluations")
+        # A run says how many; settings alone need not, and what is proposed is taken then.
+        evaluations = self.settings.get("evaluations", 0)
         if isinstance(evaluations, bool) or not isinstance(evaluations, int):
             raise ValueError(f"setting 'evaluations' is {quoted(evaluations)}; it must be an integer")
         return self

@@ -127,9 +127,8 @@ def test_what_is_left_out_for_want_of_evaluations_is_said() -> None:
 
 def test_a_solver_of_ones_own_need_not_say_anything() -> None:
     problem = make_problem(small_network(), 0.5)
-    duck = SimpleNamespace(
-        solve=lambda problem, session, seed: None, uses_sensitivities=False, draws=True, chooses_ahead=False
-    )
+    says = {"uses_sensitivities": False, "draws": True, "chooses_ahead": False}
+    duck = SimpleNamespace(solve=lambda problem, session, seed: None, **says)
     assert spending.spending(duck, problem, 7, "loss") == [Spending("policies that it chooses", 7)]  # type: ignore[arg-type]
 
     class Mine(Solver):
@@ -204,7 +203,7 @@ def test_a_dry_run_proposes_the_evaluations(
     assert re.search(
         r"\d+ for sensitivities, one operand at a time 1 for the policy that is optimal if sensitivities add up", out
     )
-    assert call(search.main, *SMALL, "--solver", "random", "--iterate", "--dry-run") == 1
+    assert call(search.main, *SMALL, "--solver", "random", "--iterate", "--dry-run") == 2
     assert "has no first solution to go on from: only ilp iterates" in capsys.readouterr().err
 
 
