@@ -200,7 +200,9 @@ def test_a_dry_run_proposes_the_evaluations(
     assert call(search.main, *SMALL, "--solver", "ilp", "--iterate", "--dry-run") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "solver ilp, iterated evaluations 100, each on 64 search images" in out
-    assert re.search(r"\d+ for sensitivities, one operand at a time 1 for the policy that is optimal if sensitivities add up", out)
+    assert re.search(
+        r"\d+ for sensitivities, one operand at a time 1 for the policy that is optimal if sensitivities add up", out
+    )
     assert call(search.main, *SMALL, "--solver", "random", "--iterate", "--dry-run") == 2
     assert "has no first solution to go on from: only ilp iterates" in capsys.readouterr().err
 
