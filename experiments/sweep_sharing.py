@@ -99,9 +99,9 @@ def compare(named: Sequence[tuple[str, str, haq.Problem]], evaluations: int, see
     rows = []
     for (hw, budget, problem), best in zip(named, found, strict=True):
         own, other = (alone(problem, evaluations, one) for one in (seed, seed + OTHER))
-        errors = [problem.paired_error(one.policy, own.policy) or 0.0 for one in (best, other)]
-        values = [100 * trial.value for trial in (best, own, other)]
-        rows.append(Row(evaluations, seed, hw, budget, *values, *(100 * error for error in errors), spent))
+        error, other_error = (100 * (problem.paired_error(one.policy, own.policy) or 0.0) for one in (best, other))
+        values = 100 * best.value, 100 * own.value, 100 * other.value
+        rows.append(Row(evaluations, seed, hw, budget, values[0], values[1], values[2], error, other_error, spent))
     return rows
 
 
