@@ -4,8 +4,8 @@
 
 `haq sweep --hw edge,cloud,bismo-overlay --budgets 0.3:0.9:0.1 --solvers surrogate` on the default network, and beside it a
 search of its own for each of these problems, with N evaluations each, once with the seed of the sweep and once with another,
-which tells how far a search is from itself. The bars: at most 3.5 times the evaluations of one search, and every result within one
-standard error of that of the search of its own, paired by sample, on the search split.
+which tells how far a search is from itself. The bars: at most 3.5 times the evaluations of one search, and every result within
+one standard error of that of the search of its own, paired by sample, on the search split.
 """
 
 from __future__ import annotations
