@@ -42,23 +42,47 @@ from haq.solvers.surrogate import Model
 
 Floats = NDArray[np.float32]
 
-AGENTS: dict[str, type[OffPolicyAlgorithm]] = {
-    "ddpg": stable_baselines3.DDPG,
-    "td3": stable_baselines3.TD3,
-    "sac": stable_baselines3.SAC,
-}
 HIDDEN = [64, 64]
-RATE = 1e-3
+ACTOR_RATE = 6e-4
+CRITIC_RATE = 3e-3
 TAU = 0.01
 BATCH = 256  # steps of episodes
 UPDATES = 8  # gradient steps per evaluation
-IMAGINED = 32  # episodes per evaluation
-FEWEST_UPDATES = 1
+CRITICS_FIRST = 100  # gradient steps in which critics learn alone: what they say in the beginning leads nowhere
+BLIND = 1e-2  # by which the weights of the actor's last layer are multiplied: it begins with the plan
+IMAGINED = 32  # episodes per evaluation that are learned from
+ELITE = 16  # best policies among what is remembered, from which half of what is learned is drawn
+FIRST = 3  # policies of a pretrained agent that a search begins with
 MOST_EPISODES = 1024  # that are remembered
-SIGMA = 0.5  # the largest of the noise around the actor's actions
-LEAST_SIGMA = 0.05
+SIGMA = 1.0  # the largest of the noise around the actor's actions
+LEAST_SIGMA = 0.1
 FARTHEST = 3.0  # standard deviations from the mean beyond which a return counts as much
 TINY = 1e-12
+
+
+class OwnRates:
+    """An agent whose optimizers keep the learning rates that they were given.
+
+    Stable-Baselines3 would set one rate, the critic's, for all of them before every training.
+    """
+
+    def _update_learning_rate(self, optimizers: Any) -> None:
+        pass
+
+
+class DDPG(OwnRates, stable_baselines3.DDPG):
+    """DDPG with learning rates of its own for actor and critic."""
+
+
+class TD3(OwnRates, stable_baselines3.TD3):
+    """TD3 with learning rates of its own for actor and critic."""
+
+
+class SAC(OwnRates, stable_baselines3.SAC):
+    """SAC with learning rates of its own for actor and critic."""
+
+
+AGENTS: dict[str, type[OffPolicyAlgorithm]] = {"ddpg": DDPG, "td3": TD3, "sac": SAC}
 
 
 class Memory(ReplayBuffer):
@@ -118,13 +142,21 @@ class Memory(ReplayBuffer):
         scale = max(float(rewards.std()), TINY)
         returns = np.clip((rewards - rewards.mean()) / scale, -FARTHEST, FARTHEST)
         steps = [len(one) for one in self.done]
+        self._rows = np.arange(sum(steps)).reshape(len(steps), -1)
+        order = np.argsort(-returns, kind="stable")
+        _, first = np.unique(self.options[order], axis=0, return_index=True)
+        self._best = order[np.sort(first)[:ELITE]]
         self._seen = torch.as_tensor(np.concatenate(self.seen))
         self._done = torch.as_tensor(np.concatenate(self.done))
         self._returns = torch.as_tensor(np.repeat(returns, steps).astype(np.float32)[:, None])
 
     def sample(self, batch_size: int, env: Any = None) -> ReplayBufferSamples:
-        """Draw steps with the returns of their episodes."""
-        rows = torch.as_tensor(self.draws.integers(len(self._returns), size=batch_size))
+        """Draw steps with the returns of their episodes, half of them from the best policies."""
+        half = batch_size // 2
+        best = self._rows[self._best].ravel()
+        drawn = self.draws.integers(len(self._returns), size=batch_size)
+        drawn[:half] = best[self.draws.integers(len(best), size=half)]
+        rows = torch.as_tensor(drawn)
         seen, returns = self._seen[rows], self._returns[rows]
         return ReplayBufferSamples(seen, self._done[rows], seen, torch.ones_like(returns), returns)
 
@@ -162,12 +194,15 @@ class Actor:
             self._random = torch.get_rng_state()
         self.memory = Memory(self.agent.observation_space, self.agent.action_space, np.random.default_rng([seed, 2]))
         self.agent.replay_buffer = self.memory
+        self._has_learned = False
 
     def _begun(self, seed: int, start: AgentFile | None) -> OffPolicyAlgorithm:
         """Make the agent."""
         env = envs.ViewEnv(self.env)
         if start is None:
-            return make_agent(self.name, env, seed)
+            agent = make_agent(self.name, env, seed)
+            blind(agent)
+            return agent
         agent = make_agent(self.name, env, seed, start.record.hidden)
         start.start(agent)
         return agent
@@ -198,6 +233,14 @@ class Actor:
             self.memory.remember(seen[chosen], done[chosen], options[chosen], np.full(len(chosen), np.nan))
         return list(map(tuple, options.tolist()))
 
+    def first_proposals(self) -> list[tuple[int, ...]]:
+        """Return the policies of a pretrained agent before anything is evaluated: what it does, and what is near that."""
+        sigmas = np.geomspace(LEAST_SIGMA, SIGMA, IMAGINED)
+        sigmas[0] = 0
+        with one_thread(), self._own_random():
+            options = self.play(sigmas)[2]
+        return list(dict.fromkeys(map(tuple, options.tolist())))[:FIRST]
+
     def train(self, model: Model, updates: int = UPDATES) -> None:
         """Learn from what is remembered, as the model sees it now.
 
@@ -211,7 +254,17 @@ class Actor:
             rewards[imagined] = model.reward(self.memory.options[imagined])
         rewards[~np.isfinite(rewards)] = rewards[np.isfinite(rewards)].min(initial=0.0)
         self.memory.judge(rewards)
+        if not self._has_learned:
+            self._has_learned = True
+            self._set_rate(0.0)
+            self.agent.train(CRITICS_FIRST, BATCH)
+            self._set_rate(ACTOR_RATE)
         self.agent.train(updates, BATCH)
+
+    def _set_rate(self, rate: float) -> None:
+        """Let the actor learn at a rate."""
+        for group in self.agent.actor.optimizer.param_groups:  # type: ignore[attr-defined]
+            group["lr"] = rate
 
     def play(self, sigmas: NDArray[np.float64]) -> tuple[Floats, Floats, Options]:
         """Play episodes around the actor's actions.
@@ -267,7 +320,7 @@ def make_agent(name: str, env: gymnasium.Env[Any, Any], seed: int, hidden: Seque
     agent = AGENTS[name](
         "MlpPolicy",
         env,
-        learning_rate=RATE,
+        learning_rate=CRITIC_RATE,
         buffer_size=1,
         batch_size=BATCH,
         tau=TAU,
@@ -278,6 +331,14 @@ def make_agent(name: str, env: gymnasium.Env[Any, Any], seed: int, hidden: Seque
     )
     agent.set_logger(Logger(None, []))
     return agent
+
+
+@torch.no_grad()
+def blind(agent: OffPolicyAlgorithm) -> None:
+    """Let an actor do nearly nothing, whatever it sees: an action of 0 is the plan's."""
+    last = [part for part in agent.actor.mu.modules() if isinstance(part, torch.nn.Linear)][-1]  # type: ignore[attr-defined]
+    last.weight.mul_(BLIND)
+    last.bias.zero_()
 
 
 class NoProblem(gymnasium.Env[Floats, Floats]):

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
-import stable_baselines3
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.logger import Logger
@@ -39,7 +38,7 @@ from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
 from haq.solvers import PLAN, cheapest
-from haq.solvers.actor import Actor, check_start, kept_random_state, truncated_normal
+from haq.solvers.actor import AGENTS, Actor, check_start, kept_random_state, truncated_normal
 from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Solver, Spending, Trial
 from haq.solvers.surrogate import CHANGED, KNOWN, START, Search, start_spending
@@ -59,31 +58,6 @@ PAPER_DECAY = 0.99  # of that, per episode
 WARM_UP = 20  # episodes at random
 MOST_STALE_ROUNDS = 30  # episodes in a row without a policy that is new, after which there seem to be none
 NOT_EVALUATED = Evaluation(0.0, 0.0, 0)
-
-
-class OwnRates:
-    """An agent whose optimizers keep the learning rates that they were given.
-
-    Stable-Baselines3 would set one rate, the critic's, for all of them before every training.
-    """
-
-    def _update_learning_rate(self, optimizers: Any) -> None:
-        pass
-
-
-class PaperDDPG(OwnRates, stable_baselines3.DDPG):
-    """DDPG with learning rates of its own for actor and critic."""
-
-
-class PaperTD3(OwnRates, stable_baselines3.TD3):
-    """TD3 with learning rates of its own for actor and critic."""
-
-
-class PaperSAC(OwnRates, stable_baselines3.SAC):
-    """SAC with learning rates of its own for actor and critic."""
-
-
-PAPER_AGENTS: dict[str, type[OffPolicyAlgorithm]] = {"ddpg": PaperDDPG, "td3": PaperTD3, "sac": PaperSAC}
 
 
 class Episode(NamedTuple):
@@ -242,7 +216,10 @@ class Agent(Solver):
             return
         actor = Actor(self.name, problem, seed, session.agent)
         actor.saturated = session.saturated
-        Search(problem, session, seed, [actor], alone=self.alone).run()
+        search = Search(problem, session, seed, [actor], alone=self.alone)
+        if session.agent is not None:
+            search.begin_from(actor.first_proposals(), self.name)
+        search.run()
 
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
         """Tell what the evaluations go into."""
@@ -254,7 +231,7 @@ class Agent(Solver):
             cheapest.search(self, session, seed)
             return
         with kept_random_state():
-            search_as_haq(PAPER_AGENTS[self.name], problem, session, seed)
+            search_as_haq(AGENTS[self.name], problem, session, seed)
 
 
 class DDPG(Agent):
