@@ -95,12 +95,11 @@ class _Group:
         self.on_evaluation = on_evaluation
         self.evaluations = evaluations
         config = tasks[0].config
-        self.solver: Any = find_solver(config.solver)
+        self.solver = find_solver(config.solver)
         self._shared = [0] * len(runs)  # trials of others that were written
         self.sessions = [self._session(run, task) for run, task in zip(runs, tasks, strict=True)]
-        searches = [
-            self.solver.begin(task.problem, session, config.seed) for task, session in zip(tasks, self.sessions, strict=True)
-        ]
+        sharing: Any = self.solver  # its class says that it has `begin`
+        searches = [sharing.begin(task.problem, one, config.seed) for task, one in zip(tasks, self.sessions, strict=True)]
         self.sharing = Sharing(searches, evaluations, self._share)
 
     def run(self) -> None:
