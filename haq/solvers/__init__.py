@@ -44,7 +44,10 @@ SOLVERS: Registry[type[Solver]] = Registry(
     "solver",
     "haq.solvers",
     {
-        "ddpg": ("haq.solvers.agents:DDPG", "reinforcement learning: an actor and its critic, which imagine episodes, beside the surrogate"),
+        "ddpg": (
+            "haq.solvers.agents:DDPG",
+            "reinforcement learning: an actor and its critic, which imagine episodes, beside the surrogate",
+        ),
         "td3": ("haq.solvers.agents:TD3", "the same with two critics and a delayed actor"),
         "sac": ("haq.solvers.agents:SAC", "the same with an actor that is rewarded for staying random"),
         "surrogate": (
@@ -69,6 +72,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "agents",
         "base",
         "cheapest",
+        "contribution",
         "choice",
         "evolution",
         "exhaustive",

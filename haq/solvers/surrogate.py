@@ -353,6 +353,7 @@ class Search:
         self.proposers = list(proposers)
         self.alone = alone
         self.origins = session.origins
+        session.proposers = [proposer.name for proposer in self.proposers]
         self.gain = math.inf
         self._draws = np.random.default_rng(seed)
         self._chosen: set[tuple[int, ...]] = set()
@@ -551,7 +552,7 @@ class Search:
         return np.concatenate([self.space.filled(within[:half], self._draws), within[half:]])
 
     def _neighbours(self, options: Options) -> tuple[Options, Options]:
-        """Draw policies within the budgets that differ from given ones in one decision or in two; and tell of which each is."""
+        """Draw policies within the budgets that differ from given ones in one decision or two; and tell of which each is."""
         of = np.repeat(np.arange(len(options)), SINGLES + PAIRS)
         rows = options[of]
         changes = np.tile([1] * SINGLES + [2] * PAIRS, len(options))
