@@ -8,8 +8,9 @@ the others test what a rule returns. So every rule meets hundreds of searches an
 of real answers. What is told is the accuracy of the returned policy on the test part, in points, beside that of the policy
 that is best on the search part.
 
-Tables: enumerated problems (`haq.Problem.tabular`), whose search and test images are what they are. Every solver searches with
-every seed; standard errors are estimated (`haq.problem.paired.estimated_error`). Beside the rules there is ilp's policy.
+Tables: enumerated problems (`haq.Problem.tabular`), as they are, and with search and test images swapped: so few images test,
+and good policies are so few, that one table is one throw of a coin. Every solver searches with every seed; standard errors
+are estimated (`haq.problem.paired.estimated_error`). Beside the rules there is ilp's policy.
 
 With --networks it also tells how well that estimate fits: the share of images that just one of two policies answers rightly,
 over the square root of the sum of their divergences.
@@ -18,6 +19,7 @@ over the square root of the sum of their divergences.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -33,11 +35,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-import haq
 from experiments import regret, shared
 from haq import data, networks
 from haq.console.errors import run_command
 from haq.problem.paired import APART
+from haq.problem.table_file import TableFile, find, read
 from haq.problem.tabular import TabularProblem
 from haq.solvers import choice
 from haq.solvers.base import Session, Trial, solve
@@ -193,6 +195,19 @@ def fit(pool: Pool) -> tuple[float, float]:
     return statistics.mean(found), statistics.stdev(found) / statistics.mean(found)
 
 
+def swapped(file: TableFile) -> TableFile:
+    """Let the test images judge, and the search images test: twice as many problems of the same policies."""
+    return dataclasses.replace(
+        file,
+        accuracy=file.accuracy_test,
+        loss=file.loss_test,
+        accuracy_test=file.accuracy,
+        loss_test=file.loss,
+        search_images=file.test_images,
+        test_images=file.search_images,
+    )
+
+
 def on_table(problem: TabularProblem, solvers: Sequence[str], allowed: Iterable[int], seeds: int) -> dict[str, list[float]]:
     """Search a table with every solver and seed, and tell what every rule gains over the best on the search images."""
     gains: dict[str, list[float]] = {}
@@ -266,9 +281,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for size in SIZES:
             found[f"{name}, {size}"] = on_network(pool, size, given.splits)
     for path in given.tables:
-        for budget in haq.Problem.tabular(path).file.limits:
-            problem = haq.Problem.tabular(path, budget=budget)
-            found[f"{problem.file.name}, {budget}"] = on_table(problem, given.solvers, allowed, given.seeds)
+        file = read(find(path))
+        for budget in file.limits:
+            for called, one in ((file.name, file), (f"{file.name} swapped", swapped(file))):
+                problem = TabularProblem(one, budget)
+                found[f"{called}, {budget}"] = on_table(problem, given.solvers, allowed, given.seeds)
     head, lines = table_of(found)
     table = Table(box=box.SIMPLE_HEAD, title="test accuracy beside that of the best on the search images, points")
     shared.add_columns(table, head, ("rule",))

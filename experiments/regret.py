@@ -47,7 +47,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import haq
 import hw_models
@@ -71,7 +70,6 @@ HAWQ = Path(__file__).with_name("hawqv3_resnet18.json")
 ALLOWED = (50, 100, 200, 400)
 NEAR = 0.1  # points: a run this close has found it
 EPOCHS = 15
-BATCH = 500  # images that a layer is given at a time
 IMAGENET = 50_000  # images that HAWQ-V3 is judged on
 CERTAIN = ("ilp", "greedy")
 SHOWN = ("ddpg", "ilp", "greedy", "evolution", "random")
@@ -135,10 +133,13 @@ def load(name: str) -> dict[str, TabularProblem]:
     return {f"{file.name}, budget {budget}": TabularProblem(file, budget) for budget in file.limits}
 
 
-def write_tables(folder: Path, quick: bool, console: Console) -> None:
-    """Train the networks, evaluate every policy within the larger budget, and write their tables."""
+def write_tables(folder: Path, names: Sequence[str], quick: bool, console: Console) -> None:
+    """Train networks, evaluate every policy of theirs within the larger budget, and write their tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, given in NETWORKS.items():
+    for name in names:
+        if name not in NETWORKS:
+            continue
+        given = NETWORKS[name]
         start = time.perf_counter()
         pairs, epochs = given.pairs, EPOCHS
         if quick:
@@ -181,10 +182,10 @@ def enumerated(problem: haq.Problem, name: str, budgets: Sequence[float], test: 
     samples = problem.evaluator.samples
     assert samples is not None
     # The evaluator's own, as they were given.
-    search = tuple(torch.cat(parts)[problem.evaluator.order.argsort()] for parts in zip(*samples, strict=True))
-    values = enumerate_all(problem, max(limits.values()), [search, test])
+    images, labels = (torch.cat(parts)[problem.evaluator.order.argsort()] for parts in zip(*samples, strict=True))
+    values = enumerate_all(problem, max(limits.values()), [(images, labels), test])
     check(problem, max(limits.values()), values[0])
-    bits, images = hw_models.BITS, problem.evaluator.count
+    bits = hw_models.BITS
     nothing = np.full((len(problem.workload.layers), PLACES, PLACES), np.nan)
     cost = nothing.copy()
     cost[:, :bits, :bits] = problem.cost[:, :bits, :bits]
@@ -194,7 +195,7 @@ def enumerated(problem: haq.Problem, name: str, budgets: Sequence[float], test: 
         target=problem.target.name,
         widths=problem.widths,
         float_accuracy=problem.float_accuracy,
-        search_images=images,
+        search_images=len(labels),
         test_images=len(test[1]),
         limits=limits,
         workload=hw_models.Workload(problem.workload.layers),
@@ -248,19 +249,28 @@ def enumerate_all(problem: haq.Problem, limit: float, splits: Sequence[tuple[Ten
     counts = [len(decision.pairs) for decision in problem.decisions]
     values = [Values(np.full(counts, UNKNOWN), np.zeros(counts), np.zeros(counts)) for _ in splits]
     parts = list(problem.evaluator.network.named_children())
-    expected = [torch.cat([problem.network(batch) for batch in images.split(BATCH)]) for images, _ in splits]
     cheapest = [float(decision.prices.min()) for decision in problem.decisions]
+    images, labels = (torch.cat(both) for both in zip(*splits, strict=True))
+    sizes = [len(of_split) for _, of_split in splits]
+    wanted = torch.log_softmax(problem.network(images).double(), 1)
+    shares = wanted.exp()
+    # Of a split's images; the Kullback-Leibler divergence is the difference of this and what follows from the scores.
+    entropies = [float(rows.sum(1).mean()) for rows in (shares * wanted).split(sizes)]
 
-    def judge(outputs: list[Tensor], index: tuple[int, ...]) -> None:
-        for found, scores, (_, labels), wanted in zip(values, outputs, splits, expected, strict=True):
-            found.accuracy[index] = float((scores.argmax(1) == labels).double().mean())
-            found.loss[index] = float(F.cross_entropy(scores.double(), labels))
-            found.kl[index] = float(problem.objective.divergence(scores.double(), wanted.double()).mean())
+    def judge(scores: Tensor, index: tuple[int, ...]) -> None:
+        logs = torch.log_softmax(scores.double(), 1)
+        right = (scores.argmax(1) == labels).double().split(sizes)
+        losses = logs.gather(1, labels[:, None]).neg().split(sizes)
+        crossed = (shares * logs).sum(1).split(sizes)
+        for number, found in enumerate(values):
+            found.accuracy[index] = float(right[number].mean())
+            found.loss[index] = float(losses[number].mean())
+            found.kl[index] = entropies[number] - float(crossed[number].mean())
 
-    def follow(position: int, inputs: list[Tensor], index: tuple[int, ...], spent: float) -> None:
+    def follow(position: int, x: Tensor, index: tuple[int, ...], spent: float) -> None:
         for place, (name, part) in enumerate(parts[position:], start=position):
             if name not in order:
-                inputs = [part(x) for x in inputs]
+                x = part(x)
                 continue
             decision = problem.decisions[order[name]]
             for option, (w, a) in enumerate(decision.pairs.tolist()):
@@ -269,12 +279,11 @@ def enumerate_all(problem: haq.Problem, limit: float, splits: Sequence[tuple[Ten
                     continue
                 part.weight_bits, part.activation_bits = w, a
                 # A layer may return what its next call writes over.
-                outputs = [torch.cat([part(batch).clone() for batch in x.split(BATCH)]) for x in inputs]
-                follow(place + 1, outputs, (*index, option), spent + float(decision.prices[option]))
+                follow(place + 1, part(x).clone(), (*index, option), spent + float(decision.prices[option]))
             return
-        judge(inputs, index)
+        judge(x, index)
 
-    follow(0, [images for images, _ in splits], (), 0.0)
+    follow(0, images, (), 0.0)
     return [Values(*(array.reshape(-1) for array in found)) for found in values]
 
 
@@ -287,6 +296,7 @@ def check(problem: haq.Problem, limit: float, values: Values) -> None:
         found = problem.evaluate(random_search.policy(problem, list(picks)))
         place = np.ravel_multi_index(picks, [len(decision.pairs) for decision in problem.decisions])
         enumerated = [float(array[place]) for array in values]
+        assert found.divergence is not None
         wanted = [found.accuracy, found.loss, found.divergence]
         if not np.allclose(enumerated, wanted, rtol=0, atol=[1e-9, 1e-5, 1e-5]):
             raise RuntimeError(f"options {picks} were enumerated as {enumerated} but are {found}")
@@ -533,7 +543,7 @@ def main(arguments: list[str] | None = None) -> int:
         console = Console(width=110)
     torch.set_num_threads(1)
     if options.write_tables is not None:
-        write_tables(options.write_tables, options.quick, console)
+        write_tables(options.write_tables, options.problems, options.quick, console)
         return 0
     out = shared.folder_for(options.out, options.quick, FOLDER)
     about = []

@@ -454,15 +454,14 @@ def draw(searches: Searches, path: Path) -> None:
     figure = Figure(figsize=(4 * columns, 2.7 * lines + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    for panel, place in itertools.zip_longest(panels, places):
-        panel.set_visible(place is not None)
-        if place is None:
-            continue
+    for panel in panels[len(places) :]:
+        panel.set_visible(False)
+    for panel, (table, budget) in zip(panels, places, strict=False):
         for color, solver in enumerate(searches.solvers):
-            means = [statistics.mean(searches.regrets(*place, solver, count)) for count in searches.counts]
+            means = [statistics.mean(searches.regrets(table, budget, solver, count)) for count in searches.counts]
             shown = np.maximum(means, 0.01)
             panel.plot(searches.counts, shown, color=f"C{color % 10}", marker=".", label=solver, linewidth=1.2)
-        panel.set(title=" ".join(place), xscale="log", yscale="log", ylim=(0.009, None))
+        panel.set(title=f"{table} {budget}", xscale="log", yscale="log", ylim=(0.009, None))
         panel.set_xticks(searches.counts, [str(count) for count in searches.counts])
         panel.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
@@ -559,9 +558,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     out = shared.folder_for(options.out, options.quick, FOLDER)
     found = tables(options.tables)
-    seeds, counts = options.seeds, COUNTS
+    seeds, counts = options.seeds, list(COUNTS)
     if options.quick:
-        found, seeds, counts = found[:1], 1, COUNTS[:1]
+        found, seeds, counts = found[:1], 1, counts[:1]
     searches = Searches(found, installed(console, options.solvers), seeds, counts)
     path = None
     if out is not None:

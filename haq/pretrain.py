@@ -1,8 +1,8 @@
 """Train an agent on many problems, so that a search can start from what it knows.
 
-It plays enumerated problems, within random budgets and on random hardware, and problems that are made up; no network is needed.
-What comes out is a file for --agent of haq search and haq sweep. The same options give the same file; a run that is interrupted
-is begun again.
+It plays enumerated problems, within random budgets and on random hardware, and problems that are made up; no network is
+needed. What comes out is a file for --agent of haq search and haq sweep. The same options give the same file; a run that is
+interrupted is begun again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ MADE_UP = "synthetic:64"
 @option(
     "--on",
     TEXT,
-    "what to train on, parted by commas: names of tables that ship with the package, .npz files, and synthetic:N for N problems "
-    "that are made up; may be given several times",
+    "what to train on, parted by commas: names of tables that ship with the package, .npz files, and synthetic:N for N "
+    "problems that are made up; may be given several times",
     group=AGENT_TRAINING,
     metavar="PROBLEMS",
     default_words=f"all tables that ship with the package, {MADE_UP}",

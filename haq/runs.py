@@ -493,8 +493,8 @@ def _below_best(runs: Sequence[RunSummary]) -> dict[str, str]:
         if first is None or other is None or first.answers is None or other.answers is None:
             continue
         error = first.answers.paired_error(other.answers)
-        values = [result.value(result.last, "test") for result in (other, first)]
-        found[str(run.folder)] = first.difference(*values, error, str(runs[0].folder))
+        value, best = (result.value(result.last, "test") for result in (other, first))
+        found[str(run.folder)] = first.difference(value, best, error, str(runs[0].folder))
     return found
 
 

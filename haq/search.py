@@ -153,7 +153,7 @@ def _load(config: SearchConfig, output: Output) -> SearchTask:
         task = replace(SearchTask.build(config, load_target(config, **follow), follow["progress"]), agent=agent)
     if config.sensitivity is not None:
         kind = task.read_sensitivities(Path(config.sensitivity)).kind
-        task = replace(task, config=config.replace(sensitivity_kind=kind))
+        task = replace(task, config=task.config.replace(sensitivity_kind=kind))
     _check_end(task)
     return task
 

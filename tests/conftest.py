@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import os
 import sys
@@ -63,6 +64,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return len(LONG), -counts[item.path]
 
     items.sort(key=place)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what was imported out of every garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 # A test never asserts seconds: this machine may be busy.

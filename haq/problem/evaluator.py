@@ -52,6 +52,9 @@ RISK = 1e-3  # that an evaluation is stopped although the policy isn't worse tha
 Answers = Callable[[int, Any], tuple[Any, ...]]
 
 
+Asked = tuple[Q.BitPolicy, float | None]  # of workers: a policy, and what it is to beat
+
+
 class Judged(NamedTuple):
     """An evaluation, and how it came about.
 

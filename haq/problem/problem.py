@@ -653,6 +653,11 @@ class Problem:
         return f"; bits {words} would reach {at_one_bit:.3f}"
 
     @property
+    def network_words(self) -> str:
+        """Name the network: by its class."""
+        return type(self.network).__name__
+
+    @property
     def samples_are(self) -> str:
         """Name what policies are judged on: images, or samples where inputs are anything else."""
         inputs = inputs_of(self.calibration[0], self.network)

@@ -145,11 +145,31 @@ class Programme:
 
     def room(self, options: Sequence[int], decision: int) -> Flags:
         """Tell which options of a decision fit, all others taking theirs, shape (options,)."""
-        totals, moments = self._instead(options, decision)
-        fits: Flags = np.all(totals <= self.limits[:, None] * (1 + ROUNDING), axis=0)
+        fits: Flags = np.all(self._totals_instead(options, decision) <= self.limits[:, None] * (1 + ROUNDING), axis=0)
         if self.peak is not None:
-            fits &= moments[0].max(1) <= self.peak.limit * (1 + ROUNDING)
+            fits &= self._held_instead(options, decision).max(1) <= self.peak.limit * (1 + ROUNDING)
         return fits
+
+    def rooms(self, options: Sequence[int], wanted: Flags) -> Flags:
+        """Tell which of the wanted options fit, each instead of its decision's own, shape (decisions, options)."""
+        rows = np.arange(len(options))
+        rest = self.totals(options)[:, None] - self.prices[:, rows, np.asarray(options, int)]
+        fits: Flags = np.all(rest[:, :, None] + self.prices <= self.limits[:, None, None] * (1 + ROUNDING), axis=0)
+        fits &= wanted
+        if self.peak is not None:
+            for decision in np.flatnonzero(fits.any(1)).tolist():
+                fits[decision, : self.counts[decision]] &= self.room(options, decision)
+        return fits
+
+    def excesses(self, options: Sequence[int]) -> Floats:
+        """Tell what `excess` does of all decisions, shape (decisions, options); infinite where there is no option."""
+        if self.peak is None:
+            rows = np.arange(len(options))
+            rest = self.totals(options)[:, None] - self.prices[:, rows, np.asarray(options, int)]
+            parts = (rest[:, :, None] + self.prices) / self.limits[:, None, None] - 1
+            found: Floats = np.where(parts > ROUNDING, parts, 0.0).sum(0)
+            return np.where(self._available, found, np.inf)
+        return padded([self.excess(options, decision) for decision in range(len(options))], np.inf)
 
     def excess(self, options: Sequence[int], decision: int) -> Floats:
         """Tell by how much limits are exceeded with each option of a decision, all others taking theirs, shape (options,).
@@ -158,34 +178,62 @@ class Programme:
         over the moments. What counts there is half what the widest reader of a buffer asks for and half what all of them do
         on average: to narrow one of two readers is a step, though the buffer is as large as before.
         """
-        totals, moments = self._instead(options, decision)
-        parts = totals / self.limits[:, None] - 1
+        parts = self._totals_instead(options, decision) / self.limits[:, None] - 1
         found: Floats = np.where(parts > ROUNDING, parts, 0.0).sum(0)
         if self.peak is not None:
-            over = moments[0] > self.peak.limit * (1 + ROUNDING)
-            found += np.where(over, moments[0] - self.peak.limit + moments[1], 0.0).sum(1) / self.peak.limit
+            held, limit = self._held_instead(options, decision), self.peak.limit
+            over = held > limit * (1 + ROUNDING)
+            if over.any():
+                found += np.where(over, held - limit + self._asked_instead(options, decision), 0.0).sum(1) / limit
         return found
 
-    def _instead(self, options: Sequence[int], decision: int) -> tuple[Floats, tuple[Floats, Floats]]:
-        """Tell what there is with each option of a decision, all others taking theirs.
+    def _totals_instead(self, options: Sequence[int], decision: int) -> Floats:
+        """Return the totals with each option of a decision, all others taking theirs, shape (limits, options)."""
+        prices = self.prices[:, decision, : self.counts[decision]]
+        found: Floats = (self.totals(options) - prices[:, options[decision]])[:, None] + prices
+        return found
+
+    def _held_instead(self, options: Sequence[int], decision: int) -> Floats:
+        """Return the bytes at every moment with each option of a decision, shape (options, moments)."""
+        peak = self.peak
+        assert peak is not None
+        # Only the buffers that the decision reads are other ones.
+        now, touched, read = self._read_instead(options, decision)
+        widest = now.max(1)
+        before = peak.sizes(widest)
+        instead = np.repeat(widest[None], len(read), axis=0)
+        instead[:, touched] = read.max(2)
+        change = peak.sizes(instead)[:, touched] - before[touched]
+        alive = peak.alive.T.astype(np.int64)
+        return (before @ alive + change @ alive[touched]).astype(float)
+
+    def _asked_instead(self, options: Sequence[int], decision: int) -> Floats:
+        """Return the same with buffers as large as their readers ask for on average."""
+        peak = self.peak
+        assert peak is not None
+        now, touched, read = self._read_instead(options, decision)
+        together = np.repeat(now.sum(1)[None], len(read), axis=0)
+        together[:, touched] = read.sum(2)
+        found: Floats = (peak.elements * together / (8 * np.maximum(peak.reads.sum(1), 1))) @ peak.alive.T
+        return found
+
+    def _read_instead(
+        self, options: Sequence[int], decision: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.intp], NDArray[np.int64]]:
+        """Tell with which bits buffers are read, now and with each option of a decision.
 
         Returns:
-            The totals, shape (limits, options); and bytes at every moment, shape (options, moments), as buffers are, and with
-            buffers as large as their readers ask for on average.
+            The bits of every reader now, shape (buffers, decisions), 0 for one that doesn't read it; the buffers that the
+            decision reads; and the bits of their readers with each option, shape (options, these, decisions).
         """
-        count = self.counts[decision]
-        prices = self.prices[:, decision, :count]
-        totals = (self.totals(options) - prices[:, options[decision]])[:, None] + prices
-        if self.peak is None:
-            return totals, (np.zeros((count, 0)), np.zeros((count, 0)))
         peak = self.peak
+        assert peak is not None
         taken = peak.widths[np.arange(len(options)), np.asarray(options, int)]
-        widths = np.where(np.arange(len(taken)) == decision, peak.widths[decision, :count, None], taken)
-        read = np.where(peak.reads, widths[:, None], 0)
-        readers = np.maximum(peak.reads.sum(1), 1)
-        held = peak.moments(read.max(2)).astype(float)
-        asked = (peak.elements * read.sum(2) / (8 * readers)) @ peak.alive.T
-        return totals, (held, asked)
+        now: NDArray[np.int64] = np.where(peak.reads, taken, 0)
+        touched = np.flatnonzero(peak.reads[:, decision])
+        read = np.repeat(now[touched][None], self.counts[decision], axis=0)
+        read[:, :, decision] = peak.widths[decision, : self.counts[decision], None]
+        return now, touched, read
 
     def used(self, start: Sequence[int]) -> Floats:
         """Tell the least of each limit that is used in the end if the first decisions take these options, as shares of them.

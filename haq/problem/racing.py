@@ -13,13 +13,9 @@ of the paired standard errors; the value to beat is certainly below all that may
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from haq.problem.objective import MetricObjective, Objective, ValueObjective
 from haq.store.units import PERCENT
-
-if TYPE_CHECKING:
-    from haq.problem.problem import Problem
 
 
 def has_shares(objective: Objective) -> bool:
@@ -100,16 +96,17 @@ def margin(share: float, count: int) -> float:
     return (half + root) / (count + 1) + 1 / count
 
 
-def beat(problem: Problem, best: float) -> float:
+def beat(objective: Objective, best: float, count: int) -> float:
     """Tell the value below which policies aren't evaluated to their end.
 
     Args:
-        problem: What is searched, whose values are shares.
+        objective: What policies are judged by, in shares.
         best: The best value so far.
+        count: The number of samples.
 
     Returns:
         The value.
     """
-    if problem.objective.higher_is_better:
-        return best - margin(best, problem.evaluator.count)
-    return best + margin(1 - best, problem.evaluator.count)
+    if objective.higher_is_better:
+        return best - margin(best, count)
+    return best + margin(1 - best, count)

@@ -49,6 +49,11 @@ class GivenCosts(CostTable):
     given: str = ""  # the metric
     costs: Floats = field(default_factory=lambda: np.empty(0))
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """List the metric of the file."""
+        return (self.given,)
+
     def metric(self, name: str) -> Floats:
         """Return the costs of the file for its own metric; see `CostTable.metric`."""
         if name == self.given:
@@ -297,6 +302,11 @@ class TabularProblem(Problem):
         return (self.metric,)
 
     @property
+    def network_words(self) -> str:
+        """Name the network, which isn't here: as the table is called."""
+        return self.file.name
+
+    @property
     def samples_are(self) -> str:
         """Name what policies are judged on."""
         return IMAGES
@@ -432,14 +442,11 @@ def no_network(name: str) -> ValueError:
 
 
 def _table_of(file: TableFile) -> GivenCosts:
-    """Make the cost table of a file. Raises ValueError for costs that can't be."""
-    own = {"latency": "latency_s", "energy": "energy_j", "storage": "storage_bytes"}
-    arrays: dict[str, Any] = {"latency_s": None, "energy_j": None, "storage_bytes": hw_models.storage_bytes(file.workload)}
-    # What the file doesn't price can't be done.
-    arrays["storage_bytes"] = np.where(np.isfinite(file.cost), arrays["storage_bytes"], np.nan)
-    if file.metric in own:
-        arrays[own[file.metric]] = file.cost
-    return GivenCosts(file.target, "estimated", file.workload, 1, **arrays, given=file.metric, costs=file.cost)
+    """Make the cost table of a file: what it doesn't price can't be done."""
+    priced = np.isfinite(file.cost)
+    # Only whether it is finite matters of it: what costs are told is for `GivenCosts.metric` to say.
+    stored = np.where(priced, hw_models.storage_bytes(file.workload), np.nan)
+    return GivenCosts(file.target, "estimated", file.workload, 1, None, None, stored, given=file.metric, costs=file.cost)
 
 
 def _number(value: Any) -> float | None:

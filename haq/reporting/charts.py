@@ -29,6 +29,7 @@ from haq.reporting.drawing import (
     micro_words,
     palette,
     plot,
+    priced,
     rounded,
     scale_of,
     shape_by,
@@ -288,14 +289,14 @@ def tried(run: RunFolder) -> Picture:
     uniform, dear = _with_room(run, uniform)
     points = [(one.cost, one.accuracy) for one in run.history if one.cost < math.inf]  # the target can't do the others
     points += [(one.cost, one.value) for one in uniform]
-    best = front(points, problem.higher_is_better)
+    best = front([*priced(run.history, axes[0]), *((one.cost, one.value) for one in uniform)], problem.higher_is_better)
     edge = edge_of(problem, [value for _, value in points])
     best_points = set(best)
     beyond = sum(is_beyond(problem, value, edge) for _, value in points)
     cells = []
     for one in run.history:
         on_front = ""
-        if (one.cost, one.accuracy) in best_points:
+        if one.whole and (one.cost, one.accuracy) in best_points:
             on_front = "yes"
         widths = [" ".join(map(width_words, bits)) for bits in (one.weight_bits, one.activation_bits)]
         costs = [_amount(axis.cost(one), axis.metric) for axis in axes]
@@ -312,8 +313,7 @@ def tried(run: RunFolder) -> Picture:
         )
     specs = [_points(run, axes[0], uniform, best, edge)]
     for axis in axes[1:]:
-        points = [(axis.cost(one), one.accuracy) for one in run.history if axis.cost(one) < math.inf]
-        specs.append(_points(run, axis, [], front(points, problem.higher_is_better), edge))
+        specs.append(_points(run, axis, [], front(priced(run.history, axis), problem.higher_is_better), edge))
     verdict = "budget"
     if problem.goal is not None or len(axes) > 1:
         verdict = "verdict"

@@ -26,6 +26,7 @@ from haq.reporting.drawing import (
     micro,
     palette,
     plot,
+    priced,
     rounded,
     scale_of,
     shape_by,
@@ -340,5 +341,4 @@ def _axes_of(run: RunFolder) -> dict[str, CostAxis]:
 
 def _priced(run: RunFolder, metric: str) -> list[tuple[float, float]]:
     """Cost, by a metric, and value of what a run's solver tried and the target can do."""
-    axis = _axes_of(run)[metric]
-    return [(axis.cost(one), one.accuracy) for one in run.history if one.solver == run.solver and one.cost < math.inf]
+    return priced([one for one in run.history if one.solver == run.solver], _axes_of(run)[metric])

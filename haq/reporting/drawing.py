@@ -78,6 +78,11 @@ class CostAxis(NamedTuple):
         return row.others[self.column]
 
 
+def priced(rows: Iterable[HistoryRow], axis: CostAxis) -> list[tuple[float, float]]:
+    """List cost and value of what may be on a front: of what the target can do, and what was evaluated on all samples."""
+    return [(axis.cost(row), row.accuracy) for row in rows if row.whole and axis.cost(row) < math.inf]
+
+
 def cost_axes(problem: ProblemRecord) -> list[CostAxis]:
     """List the metrics against which values are drawn: the main one, then the others that are limited."""
     found = [CostAxis(problem.metric, problem.limit, problem.uniform8, problem.cost_kind, -1)]

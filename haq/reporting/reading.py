@@ -62,7 +62,8 @@ class RunFolder:
     @cached_property
     def best(self) -> HistoryRow | None:
         """Return what the run's own solver found within its budget, or its best so far; None if there is none yet."""
-        mine = [row for row in self.history if row.within_budget and row.whole and row.solver == self.solver]
+        may_be_returned = (self.solver, history.SHARED)
+        mine = [row for row in self.history if row.within_budget and row.whole and row.solver in may_be_returned]
         if self.policy is not None:
             weight_bits, activation_bits = zip(*self.policy, strict=True)
             of_policy = [row for row in mine if (row.weight_bits, row.activation_bits) == (weight_bits, activation_bits)]

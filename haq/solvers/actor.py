@@ -52,6 +52,7 @@ CRITICS_FIRST = 100  # gradient steps in which critics learn alone: what they sa
 BLIND = 1e-2  # by which the weights of the actor's last layer are multiplied: it begins with the plan
 IMAGINED = 32  # episodes per evaluation that are learned from
 ELITE = 16  # best policies among what is remembered, from which half of what is learned is drawn
+FIRST = 3  # policies of a pretrained agent that a search begins with
 MOST_EPISODES = 1024  # that are remembered
 SIGMA = 1.0  # the largest of the noise around the actor's actions
 LEAST_SIGMA = 0.1
@@ -232,6 +233,14 @@ class Actor:
             chosen = self._draws.permutation(count)[:IMAGINED]
             self.memory.remember(seen[chosen], done[chosen], options[chosen], np.full(len(chosen), np.nan))
         return list(map(tuple, options.tolist()))
+
+    def first_proposals(self) -> list[tuple[int, ...]]:
+        """Return the policies of a pretrained agent before anything is evaluated: what it does, and what is near that."""
+        sigmas = np.geomspace(LEAST_SIGMA, SIGMA, IMAGINED)
+        sigmas[0] = 0
+        with one_thread(), self._own_random():
+            options = self.play(sigmas)[2]
+        return list(dict.fromkeys(map(tuple, options.tolist())))[:FIRST]
 
     def train(self, model: Model, updates: int = UPDATES) -> None:
         """Learn from what is remembered, as the model sees it now.

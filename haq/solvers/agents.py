@@ -215,7 +215,10 @@ class Agent(Solver):
             return
         actor = Actor(self.name, problem, seed, session.agent)
         actor.saturated = session.saturated
-        Search(problem, session, seed, [actor], alone=self.alone).run()
+        search = Search(problem, session, seed, [actor], alone=self.alone)
+        if session.agent is not None:
+            search.begin_from(actor.first_proposals(), self.name)
+        search.run()
 
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:
         """Tell what the evaluations go into."""

@@ -138,6 +138,8 @@ class Trial:
             words = "not good enough"
         elif self.goal == CHEAPEST:
             words = "good enough"
+        if not self.whole:
+            words += f", cut short after {self.evaluation.images:,} samples"
         return f"Trial({self.title} {show(self.value, self.unit)}, loss {self.loss:.4g}, cost {self.cost:.4g}, {words})"
 
 
@@ -287,7 +289,7 @@ class Session:
             return problem.goal.threshold(problem.objective, problem.float_accuracy)
         if self.best is None:
             return None
-        return racing.beat(problem, self.best.value)
+        return racing.beat(problem.objective, self.best.value, problem.evaluator.count)
 
     def expect(self, policies: Iterable[Q.BitPolicy], beat: float | None = None) -> None:
         """Say that these policies will be asked for, probably in this order.
@@ -428,6 +430,7 @@ class Solver(ABC):
 
     def check_agent(self, agent: AgentFile) -> None:
         """Raise ValueError, in one sentence, for an agent that it can't start from; asked only if it `takes_agent`."""
+        agent.check_kind(self.name)
 
     @abstractmethod
     def solve(self, problem: Problem, session: Session, seed: int) -> None:

@@ -61,6 +61,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it fill a range evenly
 WINDOW, LEAST_WINDOW = 0.05, 0.01  # how far below the best so far, at most and at least, every third policy costs
 SHRINK, GROW = 0.9, 1.5  # of that, without and with success
 ORIGINS = 12  # trials whose surroundings are looked at
+MOST_MOVES = 400  # changes of one decision of which any two are looked at together
 LOOKED_AT = 150  # neighbours of each
 FEWEST = 3  # trials that anything can be told from
 TINY = 1e-12
@@ -578,13 +579,15 @@ class Neighbours:
         now_loss = np.array([loss[pick] for loss, pick in zip(self.losses, options, strict=True)])
         cheaper = self.price - now_price[self.owner]
         worse = self.loss - now_loss[self.owner]
+        moves = _best_moves(cheaper, worse)
+        owner, cheaper, worse = self.owner[moves], cheaper[moves], worse[moves]
         # Two changes of different decisions; on the diagonal one alone.
         price = now_price.sum() + cheaper[:, None] + cheaper[None, :]
         loss = now_loss.sum() + worse[:, None] + worse[None, :]
         alone = np.arange(len(cheaper))
         price[alone, alone] -= cheaper
         loss[alone, alone] -= worse
-        possible = np.triu(self.owner[:, None] != self.owner[None, :]) | np.eye(len(alone), dtype=bool)
+        possible = np.triu(owner[:, None] != owner[None, :]) | np.eye(len(alone), dtype=bool)
         first, second = np.nonzero(possible)
         price, loss = price[first, second], loss[first, second]
         # About half of what a policy has beyond the trend its neighbours have as well.
@@ -596,7 +599,7 @@ class Neighbours:
         found = {}
         for index in order:
             changed = list(options)
-            for move in (first[index], second[index]):
+            for move in (moves[first[index]], moves[second[index]]):
                 changed[self.owner[move]] = int(self.option[move])
             if gains[index] > 0:
                 found[tuple(changed)] = (float(price[index]), float(loss[index]))
@@ -677,6 +680,22 @@ class Neighbours:
 def _is_sound(trial: Trial) -> bool:
     """Say whether a network's outputs were finite."""
     return math.isfinite(trial.loss) and math.isfinite(trial.value)
+
+
+def _best_moves(cheaper: Floats, worse: Floats) -> NDArray[np.int64]:
+    """Choose the changes of one decision of which any two are looked at together: where there are many, the best trades.
+
+    Args:
+        cheaper: How much more than now the policy would cost.
+        worse: How much it would add to the loss.
+
+    Returns:
+        Their numbers, in their order.
+    """
+    if len(cheaper) <= MOST_MOVES:
+        return np.arange(len(cheaper))
+    usual = float(np.median(np.abs(worse))) / max(float(np.median(np.abs(cheaper))), TINY)
+    return np.sort(np.argsort(_rounded(worse + usual * cheaper), kind="stable")[:MOST_MOVES])
 
 
 def undominated(prices: Floats, losses: Floats) -> NDArray[np.int64]:

@@ -96,24 +96,22 @@ def _within_all(programme: Programme, losses: Sequence[NDArray[np.float64]], dec
         An option per decision.
     """
     chosen = [int(decision.prices.argmax()) for decision in decisions]
+    loss, rows = padded(losses, np.inf), np.arange(len(decisions))
     while not programme.fits(chosen):
-        steps: list[tuple[float, int, int]] = []
-        for i, pick in enumerate(chosen):
-            excess = programme.excess(chosen, i)
-            closer = np.flatnonzero(excess < excess[pick] - STEP)
-            steps.extend(((losses[i][j] - losses[i][pick]) / (excess[pick] - excess[j]), i, int(j)) for j in closer)
-        if not steps:
+        excess = programme.excesses(chosen)
+        saved = excess[rows, chosen][:, None] - excess
+        closer = saved > STEP
+        if not closer.any():
             return programme.choose(losses)
-        _, layer, option = min(steps)
+        steps = np.full(saved.shape, np.inf)
+        steps[closer] = (loss - loss[rows, chosen][:, None])[closer] / saved[closer]
+        layer, option = divmod(int(steps.argmin()), steps.shape[1])
         chosen[layer] = option
     while True:
-        gains: list[tuple[float, int, int]] = []
-        for i, pick in enumerate(chosen):
-            better = losses[i] < losses[i][pick]
-            if better.any():
-                fitting = np.flatnonzero(better & programme.room(chosen, i))
-                gains.extend((losses[i][j] - losses[i][pick], i, int(j)) for j in fitting)
-        if not gains:
+        gains = loss - loss[rows, chosen][:, None]
+        gains[gains >= 0] = np.inf
+        gains[~programme.rooms(chosen, np.isfinite(gains))] = np.inf
+        layer, option = divmod(int(gains.argmin()), gains.shape[1])
+        if not np.isfinite(gains[layer, option]):
             return chosen
-        _, layer, option = min(gains)
         chosen[layer] = option

@@ -115,6 +115,9 @@ def propose(model: Model, terms: Terms, session: Session, waiting: Sequence[Q.Bi
         terms: What adds up.
         session: Knows what was evaluated.
         waiting: What was chosen and isn't evaluated yet.
+
+    Returns:
+        The policy.
     """
     # What was proposed before is likely to be the best again; what else was evaluated is met seldom.
     beside = list(model.proposed)

@@ -9,8 +9,8 @@
                 actor what the critics say is best, as far as that is better than the plan by more than `ANCHOR` says. There
                 is nothing to bootstrap and so no target network. SAC's actor is also rewarded for staying random
 
-Like in a search, actions are deviations from the plan for the calibration errors: an agent that knows nothing plays the plan.
-It begins as such. One problem in five isn't trained on: now and then the agent is judged on these, and of all that it was on the
+As in a search, actions are deviations from the plan for the calibration errors: an agent that knows nothing plays the plan. It
+begins as such. One problem in five isn't trained on: now and then the agent is judged on these, and of all that it was on the
 way the one that does best there is kept.
 
 The same problems, kind and seed give the same file. A run takes minutes and writes its file at the end; one that was killed is
@@ -52,13 +52,13 @@ VARIANTS = 12  # problems that an enumerated one stands for
 KNOWN = 100  # policies within the budget that an enumerated problem must have
 TOGETHER = 64  # episodes of a round
 SIGMA = 0.5  # of the noise around the actor's action in the step that differs
-UPDATES = 4  # gradient steps after a round
+UPDATES = 6  # gradient steps after a round
 BATCH = 256
 KEPT = 12_000  # steps that are learned from, the last ones
 ACTOR_RATE = 1e-4
 CRITIC_RATE = 1e-3
-WARM_UP = 0.25  # share of the rounds in which critics learn alone
-ANCHOR = 0.02  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
+WARM_UP = 0.4  # share of the rounds in which critics learn alone
+ANCHOR = 0.1  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
 ENTROPY = 0.01  # what a nat of randomness is worth to SAC's actor, in the return's unit
 LARGEST_RETURN = 3.0
 APART = 5  # of so many problems, one is held back
@@ -180,15 +180,15 @@ def read_problems(words: Sequence[str], seed: int) -> dict[str, list[Drawn]]:
 
 def _count_of(word: str) -> int:
     """Return how many made-up problems a word asks for; 0 for a table. Raises ValueError for neither."""
-    kind, colon, number = word.partition(":")
+    kind, _, number = word.partition(":")
     if kind == SYNTHETIC:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", number) or int(number) > MOST_SYNTHETIC:
             raise ValueError(f"{word[:80]!r} must be {SYNTHETIC}:N, N problems that are made up, from 1 to {MOST_SYNTHETIC}")
         return int(number)
     if word not in table_file.shipped() and Path(word).suffix != ".npz":
         raise ValueError(
-            f"{word[:80]!r} is no problem to train on: give the name of a table ({_shipped_words()}), the path of an .npz file, "
-            f"or {SYNTHETIC}:N"
+            f"{word[:80]!r} is no problem to train on: give the name of a table ({_shipped_words()}), the path of an .npz "
+            f"file, or {SYNTHETIC}:N"
         )
     return 0
 
@@ -341,7 +341,13 @@ class Steps:
         return cls(*(np.zeros(shape, np.float32) for shape in shapes))
 
     def add(self, seen: Observations, actions: Observations, returns: Floats) -> None:
-        """Take steps, in place of the oldest."""
+        """Take steps, in place of the oldest.
+
+        Args:
+            seen: Observations, shape (n, features).
+            actions: What was done there, shape (n, 2).
+            returns: What it gave in the end, shape (n,).
+        """
         places = (self.count + np.arange(len(seen))) % KEPT
         self.seen[places], self.actions[places], self.returns[places] = seen, actions, returns
         self.count += len(seen)
@@ -414,6 +420,10 @@ class Trainer:
         found = [practice.gained(practice.play(lambda seen: _asked(self.agent, seen), 1))[0] for practice in practices]
         return np.array(found)
 
+    def score(self, practices: Sequence[Practice]) -> float:
+        """Tell how much it gains over the plan on average, in the problems' units, none of which counts for all others."""
+        return float(np.clip(self.gained(practices), -LARGEST_RETURN, LARGEST_RETURN).mean())
+
 
 def pretrain(
     problems: dict[str, list[Drawn]],
@@ -448,12 +458,12 @@ def pretrain(
         to_judge = [one for of_word in held.values() for one in of_word] or to_train
         trainer = Trainer(kind, hidden, seed)
         rounds = -(-episodes // TOGETHER)
-        best, kept, kept_at = float(trainer.gained(to_judge).mean()), _copied(trainer.agent), 0
+        best, kept, kept_at = trainer.score(to_judge), _copied(trainer.agent), 0
         for number in range(1, rounds + 1):
             trainer.play(to_train[int(trainer.generator.integers(len(to_train)))])
             trainer.learn(critics_alone=number < WARM_UP * rounds)
             if number % max(rounds // JUDGED, 1) == 0 or number == rounds:
-                gained = float(trainer.gained(to_judge).mean())
+                gained = trainer.score(to_judge)
                 if gained > best:
                     best, kept, kept_at = gained, _copied(trainer.agent), number * TOGETHER
                 on_progress(number * TOGETHER, best)

@@ -20,7 +20,7 @@ CONSTANT = 1.0  # variance of the constant, not fitted: values are standardized
 LINEAR = (math.log(0.3), 1.0)  # variance of the linear part
 SMOOTH = (math.log(0.5), 1.0)  # variance of the smooth part
 NOISE = (math.log(1e-2), 1.5)  # variance of the noise
-LENGTH = (0.0, 1.0)  # of one feature, in parts of what lets features be as far apart as policies are
+LENGTH = 1.0  # standard deviation only: of one feature's length, in parts of the typical distance of two policies
 JITTER = 1e-8
 STEPS = 30  # of one fit
 RANGE = 6.0  # how far, in logarithms, anything can be from the mean of its prior
@@ -29,14 +29,15 @@ RANGE = 6.0  # how far, in logarithms, anything can be from the mean of its prio
 class Process:
     """A Gaussian process on policies' features, fitted by the maximum of the posterior."""
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, length: float = 0.0) -> None:
         """Begin with what the priors say.
 
         Args:
             features: How many there are.
+            length: The mean of the prior of every feature's length, a logarithm.
         """
         self.features = features
-        self._prior = np.array([LINEAR, SMOOTH, NOISE, *[LENGTH] * features]).T
+        self._prior = np.array([LINEAR, SMOOTH, NOISE, *[(length, LENGTH)] * features]).T
         self._parameters = self._prior[0].copy()
         self._x = np.zeros((0, features))
 

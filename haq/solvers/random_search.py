@@ -98,11 +98,13 @@ def lowered(problem: Problem, chosen: list[int], random: np.random.Generator) ->
         return _lowered_within_all(problem.several, chosen, random)
     prices = [decision.prices for decision in problem.decisions]
     chosen = list(chosen)
-    while not problem.within_budget(total_price(problem, chosen)):
+    taken = [float(row[pick]) for row, pick in zip(prices, chosen, strict=True)]
+    while not problem.within_budget(sum(taken)):
         layer = int(random.integers(len(prices)))
         cheaper = np.flatnonzero(prices[layer] < prices[layer][chosen[layer]])
         if len(cheaper):
             chosen[layer] = int(random.choice(cheaper))
+            taken[layer] = float(prices[layer][chosen[layer]])
     return chosen
 
 

@@ -155,13 +155,36 @@ class Space:
         """
         if self.problem.several is not None:
             return tuple(self.problem.several.choose(losses))
-        plan = Plan(losses, [decision.prices for decision in self.problem.decisions], self.problem.limit)
-        left = self.problem.limit
+        return self._within_one(losses, [decision.prices for decision in self.problem.decisions], self.problem.limit)
+
+    def planned_quickly(self, losses: Sequence[Floats], draws: np.random.Generator) -> Options:
+        """Find options with a small total loss within all budgets.
+
+        Args:
+            losses: What every option loses, by decision.
+            draws: What is drawn from.
+
+        Returns:
+            One policy, shape (1, decisions). Within several budgets it is planned for a single one, their sum under random
+            weights, and then brought within each; there may be none, shape (0, decisions).
+        """
+        if self.problem.several is None:
+            return np.array([self.planned(losses)])
+        weights = draws.random(len(self.limits))
+        prices = np.tensordot(weights / self.limits, np.where(self.there, self.prices, 0.0), axes=1)
+        rows = [row[:count] for row, count in zip(prices, self.counts, strict=True)]
+        planned = np.array([self._within_one(losses, rows, float(weights.sum()))])
+        return self.filled(self.lowered(planned, draws), draws)
+
+    def _within_one(self, losses: Sequence[Floats], prices: Sequence[Floats], limit: float) -> tuple[int, ...]:
+        """Plan within one budget of a sum."""
+        plan = Plan(losses, prices, limit)
+        left = limit
         chosen = []
-        for row, decision in enumerate(self.problem.decisions):
+        for row, price in enumerate(prices):
             option = plan.option(row, left)
             chosen.append(option)
-            left -= float(decision.prices[option])
+            left -= float(price[option])
         return tuple(chosen)
 
     def drawn(self, count: int, draws: np.random.Generator) -> Options:

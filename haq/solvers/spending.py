@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from haq.problem.goal import BEST
 from haq.problem.problem import Problem
 from haq.solvers.base import Solver, Spending
+from haq.solvers.cheapest import MEASURED
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
 
 PER_ROOT = 24  # evaluations for the root of a bit of choice
@@ -68,9 +69,6 @@ def spending(solver: Solver, problem: Problem, evaluations: int, kind: str, know
 
 def most_for_sensitivities(solver: Solver, problem: Problem, evaluations: int) -> int:
     """Return how many evaluations sensitivities may take of a solver's."""
-    # Found late: it stands on the solvers.
-    from haq.solvers.cheapest import MEASURED
-
     share = getattr(solver, "most_measured", 1.0)
     if problem.goal.kind != BEST.kind and problem.goal.kind not in getattr(solver, "goals", ()):
         share = MEASURED

@@ -48,7 +48,9 @@ CLIMBED = 4  # most promising candidates whose neighbours are looked at
 STEPS = 2  # times in a row
 PAIRS = 60  # neighbours of each that differ in two decisions
 SINGLES = 60  # neighbours of each that differ in one
-GROWTH = 1.08  # trials more, as a factor, after which the processes are fitted anew
+GROWTH = 1.16  # trials more, as a factor, after which a view is fitted anew
+LENGTHS = (0.0, 0.7)  # what is expected of the logarithms of lengths, of views that choose in turn
+MOST_LEARNED = 400  # trials that a view is made of
 NEAR = 1.0  # how far from the best a trial is that counts a third, in parts of how far the median is
 FAR = 1e-2  # weight of a trial that is far from it
 SPREAD_OF_LOSS = 1.5  # standard deviation of one sample's loss, in parts of the mean
@@ -85,6 +87,59 @@ class Proposer(Protocol):
         """
 
 
+class Columns(NamedTuple):
+    """What was measured of policies, and how well it is known."""
+
+    quality: Floats  # larger the smaller the loss is
+    scores: Floats
+    weights: Floats  # how much each counts
+    of_quality: Floats  # the variance of what was measured on a part of the samples
+    of_scores: Floats
+
+
+class View:
+    """One way to see trials: a process for the quality, a line from it to the score, and a process for what is beyond."""
+
+    def __init__(self, features: int, length: float) -> None:
+        """Begin with nothing.
+
+        Args:
+            features: How many there are.
+            length: The logarithm of the length that is expected of a feature.
+        """
+        self.of_loss = Process(features, length)
+        self.of_rest = Process(features, length)
+        self.line = np.zeros(2)
+        self._fitted = 0  # trials at the last fit
+
+    def learn(self, x: Floats, columns: Columns, trials: int) -> None:
+        """Take what was measured.
+
+        Args:
+            x: Features, shape (policies, features).
+            columns: What was measured of them.
+            trials: How many there are in all.
+        """
+        anew = trials >= self._fitted * GROWTH + 1
+        if anew:
+            self._fitted = trials
+        self.of_loss.learn(x, columns.quality, extra=columns.of_quality, fit=anew)
+        design = np.stack([np.ones(len(x)), columns.quality], axis=1)
+        root = np.sqrt(columns.weights)
+        self.line = np.linalg.lstsq(design * root[:, None], columns.scores * root, rcond=None)[0]
+        # A larger loss is never a sign of a better value.
+        if self.line[1] < 0:
+            self.line = np.array([float(np.average(columns.scores, weights=columns.weights)), 0.0])
+        rest = columns.scores - design @ self.line
+        self.of_rest.learn(x, rest, 1 / columns.weights, extra=columns.of_scores, fit=anew)
+
+    def predict(self, x: Floats) -> tuple[Floats, Floats]:
+        """Return means and standard deviations of scores."""
+        quality, of_quality = self.of_loss.predict(x)
+        rest, of_rest = self.of_rest.predict(x)
+        return self.line[0] + self.line[1] * quality + rest, np.hypot(self.line[1] * of_quality, of_rest)
+
+
 class Model:
     """What is expected of policies that weren't evaluated.
 
@@ -106,12 +161,10 @@ class Model:
         self.trials: list[Learned] = []
         self.best: Learned | None = None
         features = len(space.features(np.zeros((1, len(space.counts)), np.int64))[0])
-        self._of_loss = Process(features)
-        self._of_rest = Process(features)
-        self._fitted = 0.0  # trials at the last fit
+        self._views = [View(features, length) for length in LENGTHS]
+        self._view = self._views[0]
         self._current = False
         self._is_ratio = False
-        self._line = np.zeros(2)
 
     def learn(self, policy: Q.BitPolicy, options: tuple[int, ...] | None, evaluation: Evaluation) -> None:
         """Take a policy that was evaluated.
@@ -134,7 +187,7 @@ class Model:
         row = np.array([options])
         features = self.space.features(row)
         mean, _ = self.predict(row)
-        quality, _ = self._of_loss.predict(features)
+        quality, _ = self._view.of_loss.predict(features)
         loss = self._loss_of(float(quality[0]))
         higher = self.problem.objective.higher_is_better
         value = float(mean[0])
@@ -159,11 +212,7 @@ class Model:
             Means and standard deviations, shape (policies,) each.
         """
         self._fit()
-        x = self.space.features(options)
-        quality, of_quality = self._of_loss.predict(x)
-        rest, of_rest = self._of_rest.predict(x)
-        mean = self._line[0] + self._line[1] * quality + rest
-        return mean, np.hypot(self._line[1] * of_quality, of_rest)
+        return self._view.predict(self.space.features(options))
 
     def reward(self, options: Options) -> Floats:
         """Predict what an agent gets for policies, shape (policies,); see `envs.base.reward_of`."""
@@ -243,12 +292,10 @@ class Model:
             return
         self._current = True
         self._set_best()
-        anew = len(self.trials) >= self._fitted * GROWTH + 1
-        if anew:
-            self._fitted = len(self.trials)
-        x = np.array([trial.features for trial in self.trials])
+        # In turn: no one of them is the best everywhere.
+        self._view = self._views[len(self.trials) % len(self._views)]
         with one_thread():
-            self._learn(x, anew)
+            self._learn()
 
     def _set_best(self) -> None:
         """Find the best feasible trial that was evaluated whole."""
@@ -261,8 +308,9 @@ class Model:
         if within:
             self.best = min(within, key=self._rank)
 
-    def _learn(self, x: Floats, anew: bool) -> None:
+    def _learn(self) -> None:
         losses, scores = self._measured()
+        weights = self._weights(scores)
         quality = -losses
         spread = SPREAD_OF_LOSS * losses.std()
         self._is_ratio = bool(losses.min() > 0)
@@ -270,19 +318,17 @@ class Model:
             quality, spread = -np.log(losses), SPREAD_OF_LOSS
         images = np.array([max(trial.evaluation.images, 1) for trial in self.trials])
         unseen = np.maximum(1 - images / self.count, 0.0) / images  # of the variance of one sample, for a part of them
-        self._of_loss.learn(x, quality, extra=unseen * spread**2, fit=anew)
-        weights = self._weights(scores)
-        design = np.stack([np.ones(len(scores)), quality], axis=1)
-        root = np.sqrt(weights)
-        self._line = np.linalg.lstsq(design * root[:, None], scores * root, rcond=None)[0]
-        # A larger loss is never a sign of a better value.
-        if self._line[1] < 0:
-            self._line = np.array([float(np.average(scores, weights=weights)), 0.0])
-        of_value = unseen * np.square(np.std(scores))
+        of_score = unseen * np.square(np.std(scores))
         if self.problem.objective.unit == PERCENT:
             share = np.clip(np.abs(scores), 0.0, 1.0)
-            of_value = unseen * share * (1 - share)
-        self._of_rest.learn(x, scores - design @ self._line, 1 / weights, extra=of_value, fit=anew)
+            of_score = unseen * share * (1 - share)
+        columns = Columns(quality, scores, weights, unseen * spread**2, of_score)
+        x = np.array([trial.features for trial in self.trials])
+        if len(x) > MOST_LEARNED:
+            # What is farthest from the best says least.
+            kept = np.sort(np.argsort(-_rounded(weights), kind="stable")[:MOST_LEARNED])
+            x, columns = x[kept], Columns(*(column[kept] for column in columns))
+        self._view.learn(x, columns, len(self.trials))
 
     def _measured(self) -> tuple[Floats, Floats]:
         """Return the loss and the score of every trial, all of them finite."""
@@ -393,6 +439,18 @@ class Search:
         place %= max(len(others), 1)
         self._start = deque([*known, *(others[place:] + others[:place])[:count]])
 
+    def begin_from(self, policies: Sequence[tuple[int, ...]], origin: str) -> None:
+        """Begin with given policies, in place of the last of the search's own; the first of these stays.
+
+        Args:
+            policies: Option vectors within the budgets.
+            origin: Where they come from.
+        """
+        own = list(self._start)
+        given = dict.fromkeys(policies)
+        new = [(options, origin) for options in given if options != own[0][0]][: max(len(own) - 1, 0)]
+        self._start = deque([own[0], *new, *own[1 : len(own) - len(new)]])
+
     def know(self, policy: Q.BitPolicy, evaluation: Evaluation) -> None:
         """Learn from a policy that another search evaluated, whatever it costs here, if it can be described here."""
         if self.space.describes(policy):
@@ -425,7 +483,13 @@ class Search:
         self.session.expect([policy], beat=beat)
 
     def learn(self, options: tuple[int, ...], policy: Q.BitPolicy, evaluation: Evaluation) -> None:
-        """Take what a policy gave."""
+        """Take what a policy gave.
+
+        Args:
+            options: Its option vector.
+            policy: The policy.
+            evaluation: What it gave.
+        """
         self.model.learn(policy, options, evaluation)
         for proposer in self.proposers:
             proposer.learn(options, evaluation)
@@ -480,14 +544,19 @@ class Search:
         return list(found.items())
 
     def _planned(self, weighted: bool) -> tuple[int, ...]:
-        """Plan for the sum of the errors, or for errors, or their roots, under random weights."""
-        errors = np.square(self.space.errors)
+        """Plan for the sum of the errors, or under random weights."""
         if weighted:
-            if self._draws.random() < 0.5:
-                errors = self.space.errors
-            errors = errors * np.exp(SPREAD * self._draws.standard_normal((len(errors), 1, 2)))
-        losses = [row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)]
-        return self.space.planned(losses)
+            return self.space.planned(self._weighted())
+        errors = np.square(self.space.errors)
+        return self.space.planned([row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)])
+
+    def _weighted(self) -> list[Floats]:
+        """Sum errors, or their roots, of weights and activations under random weights, by decision."""
+        errors = np.square(self.space.errors)
+        if self._draws.random() < 0.5:
+            errors = self.space.errors
+        errors = errors * np.exp(SPREAD * self._draws.standard_normal((len(errors), 1, 2)))
+        return [row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)]
 
     def _most_promising(self) -> tuple[tuple[int, ...], str] | None:
         """Return the candidate with the largest expected improvement, and where it came from; None without any."""
@@ -532,7 +601,7 @@ class Search:
             parts.append((RANDOMLY, space.random(RANDOM, draws)))
             if len(elite):
                 parts.append((NEIGHBOUR, self._around(elite[draws.integers(len(elite), size=NEARBY)])))
-            parts.append((PLANNED, np.array([self._planned(weighted=True) for _ in range(PLANS)])))
+            parts.append((PLANNED, np.concatenate([space.planned_quickly(self._weighted(), draws) for _ in range(PLANS)])))
         for proposer in self.proposers:
             proposed = proposer.propose(self.model, RANDOM)
             parts.append((proposer.name, np.array(proposed, np.int64).reshape(-1, len(space.counts))))
@@ -552,7 +621,7 @@ class Search:
         return np.concatenate([self.space.filled(within[:half], self._draws), within[half:]])
 
     def _neighbours(self, options: Options) -> tuple[Options, Options]:
-        """Draw policies within the budgets that differ from given ones in one decision or two; and tell of which each is."""
+        """Draw policies within the budgets that differ from given ones in one decision or in two, and tell of which."""
         of = np.repeat(np.arange(len(options)), SINGLES + PAIRS)
         rows = options[of]
         changes = np.tile([1] * SINGLES + [2] * PAIRS, len(options))
@@ -611,7 +680,16 @@ class Surrogate(Solver):
         self.begin(problem, session, seed).run()
 
     def begin(self, problem: Problem, session: Session, seed: int) -> Search:
-        """Begin a search that is led a policy at a time; see `haq.solvers.sharing`."""
+        """Begin a search that is led a policy at a time; see `haq.solvers.sharing`.
+
+        Args:
+            problem: What is searched.
+            session: Evaluates policies.
+            seed: What everything random comes from.
+
+        Returns:
+            The search, of which nothing was evaluated yet.
+        """
         return Search(problem, session, seed)
 
     def spending(self, problem: Problem, evaluations: int) -> list[Spending]:

@@ -25,6 +25,7 @@ from hw_models.widths import FLOAT_WORD, width_of, width_words
 if TYPE_CHECKING:
     from haq.store.records import JudgingRecord
 
+SHARED = "shared"  # in place of a solver: what other searches of the same sweep evaluated, which the run may return too
 _WIDTH = rf"(?:[1-8]|16|{FLOAT_WORD})"
 _BITS = re.compile(rf"{_WIDTH}(?:-{_WIDTH})*")
 _SOLVER = re.compile(r"[A-Za-z0-9_.:+-]{1,80}")  # module:Name, too

@@ -219,11 +219,12 @@ def _read_run(folder: Path) -> dict[str, Any]:
         limits = history.SHARES
         if judging is not None:
             limits = history.Limits.of(judging)
-        rows = [row for row in history.read(folder / HISTORY, limits=limits) if row.solver == config.solver]
+        may_be_returned = (config.solver, history.SHARED)
+        rows = [row for row in history.read(folder / HISTORY, limits=limits) if row.solver in may_be_returned]
     found: dict[str, Any] = {
         "settings": config.settings,
         "config": config,
-        "done": len(rows),
+        "done": sum(row.solver == config.solver for row in rows),
         "asked": config.evaluations,
         "judging": judging,
     }

@@ -380,8 +380,17 @@ class Measurement(RootModel[Values]):
         return _error_of(self.root, share_key(split, objective))
 
     def paired_error(self, split: str, objective: str, other: str) -> float | None:
-        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
-        return paired_error_of(self.root, split, objective, other)
+        """Return the paired standard error of the difference of two rows, where it is known.
+
+        Args:
+            split: "search" or "test".
+            objective: The objective's name.
+            other: The other row: "float" or "found".
+
+        Returns:
+            The error, in the objective's unit; None where files don't tell.
+        """
+        return _paired_error_of(self.root, split, objective, other)
 
     def cost(self, metric: str) -> float | None:
         """Return the latency (s), energy (J) or storage (bytes); None where the target doesn't tell."""
@@ -423,7 +432,7 @@ class ConfigRecord(FileRecord):
     @property
     def evaluations(self) -> int:
         """Return how many policies the solver may evaluate."""
-        return int(self.settings["evaluations"])
+        return int(self.settings.get("evaluations", 0))
 
     @property
     def objective(self) -> str:
@@ -437,7 +446,8 @@ class ConfigRecord(FileRecord):
             value = self.settings.get(name)
             if not isinstance(value, str):
                 raise ValueError(f"setting {name!r} is {quoted(value)}; it must be text")
-        evaluations = self.settings.get("evaluations")
+        # A run says how many; settings alone need not, and what is proposed is taken then.
+        evaluations = self.settings.get("evaluations", 0)
         if isinstance(evaluations, bool) or not isinstance(evaluations, int):
             raise ValueError(f"setting 'evaluations' is {quoted(evaluations)}; it must be an integer")
         return self
@@ -918,8 +928,17 @@ class JudgedRecord(Record):
         return _error_of(self.model_extra or {}, share_key(split, objective))
 
     def paired_error(self, split: str, objective: str, other: str) -> float | None:
-        """Return the standard error of a value's difference from that of another row ("float", "found"), where it is known."""
-        return paired_error_of(self.model_extra or {}, split, objective, other)
+        """Return the paired standard error of the difference of two rows, where it is known.
+
+        Args:
+            split: "search" or "test".
+            objective: The objective's name.
+            other: The other row: "float" or "found".
+
+        Returns:
+            The error, in the objective's unit; None where files don't tell.
+        """
+        return _paired_error_of(self.model_extra or {}, split, objective, other)
 
 
 class UniformResult(JudgedRecord):
@@ -1723,7 +1742,7 @@ def _error_of(values: Mapping[str, Any], key: str) -> float | None:
     return _number_of(values, error_key(key))
 
 
-def paired_error_of(values: Mapping[str, Any], split: str, objective: str, other: str) -> float | None:
+def _paired_error_of(values: Mapping[str, Any], split: str, objective: str, other: str) -> float | None:
     """Return the paired standard error of a difference, where a row has it; see `Measurement.paired_error`."""
     return _number_of(values, paired_key(share_key(split, objective), other))
 

@@ -10,6 +10,7 @@ of the first seed are beginnings of the longest, one search tells all counts of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -202,14 +203,12 @@ class Bench:
         problem, last = self.problems[place], self.counts[-1]
         one_search = self.is_one_search(place, solver)
         seeds = self.seeds_of(solver)
-        regrets, errors = {}, {}
+        by_seed = {}
         for count in self.counts:
             length = count
             if one_search:
                 length = last
-            values = [self.found[Asked(place, solver, length, seed)].after(count) for seed in seeds]
-            regrets[count] = statistics.mean(values)
-            errors[count] = _error_of(values)
+            by_seed[count] = [self.found[Asked(place, solver, length, seed)].after(count) for seed in seeds]
         longest = [self.found[Asked(place, solver, last, seed)] for seed in seeds]
         nothing = sum(one.tested is None for one in longest)
         return Row(
@@ -219,8 +218,9 @@ class Bench:
             one_search=one_search,
             best=problem.best_value,
             image=POINTS / problem.file.search_images,
-            regrets=regrets,
-            errors=errors,
+            regrets={count: statistics.mean(values) for count, values in by_seed.items()},
+            errors={count: _error_of(values) for count, values in by_seed.items()},
+            by_seed=by_seed,
             nothing=nothing,
             milliseconds=1000 * statistics.median(one.seconds / len(one.regrets) for one in longest),
             tested=_mean([one.tested for one in longest]),
@@ -249,6 +249,7 @@ class Row(NamedTuple):
     image: float | None  # points that one search image is worth
     regrets: dict[int, float]  # mean over seeds by count of evaluations, in points
     errors: dict[int, float | None]  # their standard errors; None of a single seed
+    by_seed: dict[int, list[float]]  # the same of every seed; of a mean over problems nothing
     nothing: int  # searches that found no policy within the budget
     milliseconds: float  # of the processor per evaluation, the median over the longest searches
     tested: float | None  # mean accuracy on test images of the policies that the longest searches returned
@@ -293,6 +294,7 @@ def means(rows: Sequence[Row]) -> list[Row]:
                 image=None,
                 regrets={count: statistics.mean(row.regrets[count] for row in own) for count in counts},
                 errors=errors,
+                by_seed={},
                 nothing=sum(row.nothing for row in own),
                 milliseconds=statistics.median(row.milliseconds for row in own),
                 tested=_mean([row.tested for row in own]),
@@ -335,19 +337,19 @@ def search(problem: TabularProblem, asked: Asked, solver: Any) -> Searched:
 
 
 def load(tables: Sequence[str]) -> list[TableFile]:
-    """Read tables. Raises ValueError for a file that is none, and for two of one name.
+    """Read tables. Raises ValueError for a file that is none.
 
     Args:
         tables: Names of those that ship with the package, or paths.
 
     Returns:
-        What they hold.
+        What they hold; where two have the same name, the second is called by its path.
     """
     files: list[TableFile] = []
     for table in tables:
         file = read(table)
         if file.name in [one.name for one in files]:
-            raise ValueError(f"two of the tables are called {file.name!r}: give each of them once")
+            file = dataclasses.replace(file, name=table)
         files.append(file)
     return files
 

@@ -458,8 +458,8 @@ class SearchConfig(_Config):
         self.check_reference()
         if self.agent is not None and self.env != PLAN:
             raise ValueError(
-                f"--agent {files.quoted(self.agent)} knows what --env {PLAN} shows, and --env {self.env} shows something else: "
-                "leave one of the two out"
+                f"--agent {files.quoted(self.agent)} knows what --env {PLAN} shows, and --env {self.env} shows something "
+                "else: leave one of the two out"
             )
         self._check_goal()
         self.scheme_names()

@@ -34,7 +34,6 @@ OF_HARDWARE = ("target", "machine", "reference")  # parts of a run's signature t
 REMEDY = "leave it out of the trials that are given"
 SAME = 0.01  # the relative difference of two losses that may be the same policy's on two machines
 SAME_LOSS = 1e-4  # and the absolute one, nats
-SHARED = "shared"  # whose rows of a history are trials of a sweep's other searches
 
 
 class KnownTrial(NamedTuple):

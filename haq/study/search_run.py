@@ -47,12 +47,12 @@ from haq.solvers.sensitivity import computed
 from haq.store import files, history
 from haq.store.checkpoint import Checkpoint
 from haq.store.files import CHECKPOINT, CONFIG, HISTORY, POLICY, PROBLEM, RESULT, RUN_SCHEMA, SENSITIVITY, TRIALS
-from haq.store.history import HistoryRow
+from haq.store.history import SHARED, HistoryRow
 from haq.store.lock import check_can_be_made, is_held
 from haq.store.records import ConfigRecord, PolicyRecord, ProblemRecord, ResultRecord
 from haq.store.shell import command_line
 from haq.study import known_trials
-from haq.study.known_trials import SHARED, KnownTrial, KnownTrials
+from haq.study.known_trials import KnownTrial, KnownTrials
 from haq.study.task import (
     LoadedNetwork,
     SearchConfig,

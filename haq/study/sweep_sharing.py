@@ -17,10 +17,10 @@ from haq.problem.evaluator import Evaluation, one_thread
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Trial, conclude, find_solver
 from haq.solvers.sharing import Sharing, allowance
+from haq.store.history import SHARED
 from haq.store.records import SharedRecord
 from haq.study import sweep_run
 from haq.study.config import SweepCell, WorkersConfig
-from haq.study.known_trials import SHARED
 from haq.study.search_run import SearchRun
 from haq.study.sweep_run import SweepContext
 from haq.study.task import SearchTask

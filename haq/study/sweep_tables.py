@@ -243,7 +243,8 @@ def _paired_words(sweep: FinishedSweepRecord, target: SweepTarget) -> str:
     unit = sweep.objective_unit
     if unit == PERCENT:
         unit = "points"
-    return f"; differences from float have paired standard errors of {low} to {high} {unit}".rstrip() + ", smaller ones say nothing"
+    errors_are = f"{low} to {high} {unit}".rstrip()
+    return f"; differences from float have paired standard errors of {errors_are}, smaller ones say nothing"
 
 
 def _print_specialisation(console: Console, sweep: FinishedSweepRecord, special: SpecialisationRecord) -> None:

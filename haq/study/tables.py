@@ -247,6 +247,8 @@ def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, l
 
 
 def _solver_words(task: SearchTask) -> str:
+    if task.config.agent is not None:
+        return f"{task.config.solver}, from {task.config.agent}"
     if task.config.iterate:
         return f"{task.config.solver}, iterated"
     return task.config.solver

@@ -480,7 +480,7 @@ def outline(problem: Problem, network: str = "", origin: str = "", data: str = "
     return {
         "schema": PROBLEM_SCHEMA,
         **objective_of(problem).differences(),
-        "network": network or type(problem.network).__name__,
+        "network": network or problem.network_words,
         "origin": origin,
         "data": data,
         "images": problem.evaluator.count,

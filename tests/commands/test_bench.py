@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from haq import bench
-from haq.console.errors import run_command
+from haq.console.errors import EXIT_INTERRUPTED, run_command
 from haq.problem.tabular import TabularProblem
 from haq.solvers.base import Session, Solver, solve
 from haq.solvers.random_search import RandomSearch
-from haq.study.bench import Asked, Bench, Place, _searching, load
+from haq.study.bench import Asked, Bench, Place, Searched, _searching, load
 from haq.study.workers import moving
 from tests.problem.test_tabular import made
 
@@ -65,6 +66,7 @@ def test_regret_is_that_of_the_best_within_the_budget(table: Path, capsys: pytes
             returned.append(problem.test(solve("random", session, seed).policy).value)
             assert session.best is not None
             regrets.append(100 * (problem.best_value - session.best.value))
+        assert row["by_seed"][str(count)] == pytest.approx(regrets)
         assert row["regrets"][str(count)] == pytest.approx(statistics.mean(regrets))
         assert row["errors"][str(count)] == pytest.approx(statistics.stdev(regrets) / math.sqrt(3))
     assert row["tested"] == pytest.approx(statistics.mean(returned))
@@ -104,6 +106,33 @@ def test_workers_change_nothing(table: Path) -> None:
     assert [row._replace(milliseconds=0.0) for row in here.rows()] == [row._replace(milliseconds=0.0) for row in there.rows()]
 
 
+def test_what_is_done_is_told_when_it_is_interrupted(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Bench.run
+
+    def interrupted(self: Bench, workers: int | None, on_search: Callable[[Searched], None]) -> None:
+        def stop(searched: Searched) -> None:
+            on_search(searched)
+            if searched.asked.place.budget == "0.6":
+                raise KeyboardInterrupt
+
+        run(self, workers, stop)
+
+    monkeypatch.setattr(Bench, "run", interrupted)
+    words = ["--solver", "random", "--tables", str(table), "--evaluations", "2", "--seeds", "1", "--out", "part.json"]
+    assert bench.main(words) == EXIT_INTERRUPTED
+    assert "Interrupted" in capsys.readouterr().out
+    (row, *others) = json.loads(Path("part.json").read_text())["results"]
+    assert row["budget"] == "tight"
+    assert len(others) <= 1
+
+
+def test_tables_of_one_name_are_told_apart(table: Path) -> None:
+    found = Bench(load(["made.npz", "./made.npz"]), ["random"], 1, [2])
+    assert [place.table for place in found.places] == ["made", "made", "./made.npz", "./made.npz"]
+
+
 def test_a_solver_that_finds_nothing_is_told(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--solver", f"{__name__}:Dear", "--tables", str(table), "--evaluations", "4"]) == 0
     printed = capsys.readouterr().out
@@ -121,7 +150,6 @@ def test_a_solver_that_finds_nothing_is_told(table: Path, capsys: pytest.Capture
         (["--solver", "random", "--seeds", "0"], "--seeds is 0; it must be an integer from 1"),
         (["--solver", "random", "--evaluations", "5,0"], "--evaluations is '5,0'; it must be integers of at least 1"),
         (["--solver", "random", "--tables", "nowhere"], "there is no nowhere: give the .npz file of an enumerated problem"),
-        (["--solver", "random", "--tables", "made.npz,./made.npz"], "two of the tables are called 'made'"),
         (["--solver", "random", "--tables", "there.json"], "is not the .npz file of an enumerated problem"),
         (["--solver", "random", "--workers", "0"], "--workers is 0"),
         (["--solver", "random", "--out", "there.json"], "there.json exists and is not overwritten"),

@@ -19,6 +19,7 @@ import pytest
 import quantizers as Q
 from haq import deploy, hardware, robustness, search, sweep, train
 from haq.console.errors import run_command
+from tests.commands.test_robustness_command import lessen
 from tests.hw_models.conftest import install
 
 ROOT = Path(__file__).parents[2]
@@ -106,10 +107,13 @@ def test_a_search_with_one_of_each(given: dict[str, str], plugin: Path, capsys: 
         assert name in Path("run/config.yaml").read_text()
 
 
-def test_what_was_found_is_attacked_and_written(plugin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_found_is_attacked_and_written(
+    plugin: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Commands that go on with a run know its scheme, network and data from the run."""
+    lessen(monkeypatch)
     assert call(search.main, *options(NAMES), *QUICK, "--out", "run") == 0, capsys.readouterr().err
-    attack = ["--attacks", "plugin_attack", "--images", "32", "--uniform", "8"]
+    attack = ["--attacks", "plugin_attack", "--images", "32", "--uniform", "8", "--workers", "1"]
     assert call(robustness.main, "run", *attack) == 0, capsys.readouterr().err
     networks = read("run/robustness/robustness.json")["networks"]
     assert {"float", "found"} <= set(networks)

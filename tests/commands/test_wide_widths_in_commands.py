@@ -13,13 +13,12 @@ import torch
 import haq
 import quantizers as Q
 from haq import deploy, evaluate, finetune, robustness, search
-from haq.attacks import base
 from haq.console.errors import run_command
 from haq.deployment.graph import capture
 from haq.deployment.onnx import export, verify
 from haq.study.comparison import ComparisonSpec, _RunNetworks
 from haq.study.search_run import SearchRun
-from tests.commands.test_robustness_command import MODULE, TINY
+from tests.commands.test_robustness_command import MODULE, lessen
 from tests.conftest import brightest, enter, fitted_network, images
 
 # Depthwise layers at 8 bits alone, the last layer in float on another processor, weights alone where the input is large.
@@ -44,7 +43,7 @@ JOB = ["--network", "small_job:network", "--data", "small_job:splits", "--hw", "
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     enter(tmp_path, monkeypatch, f"{MODULE}\n{CHIP}")
-    monkeypatch.setitem(base.ATTACK_BUDGETS, "quick", TINY)
+    lessen(monkeypatch)
     monkeypatch.setattr("haq.training.reconstruction.ITERATIONS", 5)
 
 

@@ -127,16 +127,17 @@ def test_the_default_network_at_even_bits(bits: int) -> None:
 @pytest.mark.parametrize(
     ("name", "bits", "scheme"),
     [
-        ("torchvision:resnet18", (8, 8), Q.Linear(calibration="max")),
         ("torchvision:resnet18", (1, 1), "binary"),
-        ("torchvision:resnet18", (3, 2), "lsq"),
+        # Small networks are at other bits, and of other schemes, below.
+        pytest.param("torchvision:resnet18", (8, 8), Q.Linear(calibration="max"), marks=pytest.mark.slow),
+        pytest.param("torchvision:resnet18", (3, 2), "lsq", marks=pytest.mark.slow),
         ("timm:mobilenetv2_100", (4, 6), "lsq"),
     ],
 )
 def test_published_networks(name: str, bits: Bits, scheme: Any) -> None:
     torch.manual_seed(0)
     network = randomised(networks.load(name, pretrained=False).module)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
     # In a network of random weights one tie makes thousands of integers differ behind it: how many is not looked at.
     program, _ = deploy(network, bits, x, scheme)
     assert not {"Sum", "FloatConvolution"} & set(kinds(program))

@@ -106,6 +106,34 @@ def changed(arrays: Arrays, **meta: Any) -> Arrays:
     return arrays | {"meta": np.array(json.dumps({key: value for key, value in found.items() if value is not None}))}
 
 
+def without(key: str) -> Callable[[], Arrays]:
+    return lambda: {name: array for name, array in made().items() if name != key}
+
+
+def edited(key: str, change: Callable[[NDArray[Any]], None]) -> Callable[[], Arrays]:
+    def edit() -> Arrays:
+        arrays = made()
+        change(arrays[key])
+        return arrays
+
+    return edit
+
+
+def put(value: Any, *where: int) -> Callable[[NDArray[Any]], None]:
+    def change(array: NDArray[Any]) -> None:
+        array[where or (0,)] = value
+
+    return change
+
+
+def of_meta(**fields: Any) -> Callable[[], Arrays]:
+    return lambda: changed(made(), **fields)
+
+
+def swapped(**arrays: NDArray[Any]) -> Callable[[], Arrays]:
+    return lambda: made() | arrays
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
     path = tmp_path / "made.npz"
@@ -146,6 +174,8 @@ def test_every_solver_searches_it(table: Path, solver: str) -> None:
     assert problem.best_value - 0.03 <= result.trial.value <= problem.best_value
     assert "accuracy" in repr(result)
     assert "somewhere" in str(result.table())
+    assert result.to_dict()["found"]["energy_j"] == pytest.approx(result.trial.cost)
+    assert "made" in repr(problem) + problem._repr_html_()
 
 
 @pytest.mark.parametrize("name", ["haq/MixedPrecision-v0", "haq/HAQ-v0"])
@@ -163,6 +193,12 @@ def test_both_environments_decide_it(table: Path, name: str) -> None:
             _, reward, over, _, info = env.step(env.action_space.sample())
         assert problem.holds(info["policy"])
         assert reward == pytest.approx(10 * (info["accuracy"] - problem.float_accuracy))
+
+
+def test_what_was_found_is_drawn(table: Path) -> None:
+    result = haq.solve(tabular(table), "random", evaluations=3)
+    assert result.plot().axes
+    assert "somewhere" in result._repr_html_()
 
 
 def test_a_session_counts_and_keeps_the_best(table: Path) -> None:
@@ -292,6 +328,9 @@ def test_workers_change_nothing(table: Path) -> None:
         made() | {"meta": np.frombuffer(str(made()["meta"]).encode(), np.uint8)},
         made() | {"pairs_1": made()["pairs_1"].astype(np.int64), "extra_pairs": made()["extra_pairs"].astype(np.int64)},
         made() | {"extra_pairs": np.zeros((0, 4, 2), np.int8), "extra": np.zeros((0, 3))},
+        # What a layer costs at other widths is nobody's business.
+        edited("cost", put(0.0, 2, 0, 0))(),
+        edited("cost", put(1e9, 2, 0, 0))(),
     ],
 )
 def test_other_tables_are_read(arrays: Arrays, tmp_path: Path) -> None:
@@ -325,34 +364,6 @@ def test_ours_ship_with_the_package() -> None:
     assert problem.best_value == pytest.approx(0.88)
     assert problem.limit == pytest.approx(5.839514129710465e-06)
     assert sum(path.stat().st_size for path in table_file.FOLDER.iterdir()) < 6e6
-
-
-def without(key: str) -> Callable[[], Arrays]:
-    return lambda: {name: array for name, array in made().items() if name != key}
-
-
-def edited(key: str, change: Callable[[NDArray[Any]], None]) -> Callable[[], Arrays]:
-    def edit() -> Arrays:
-        arrays = made()
-        change(arrays[key])
-        return arrays
-
-    return edit
-
-
-def put(value: Any, *where: int) -> Callable[[NDArray[Any]], None]:
-    def change(array: NDArray[Any]) -> None:
-        array[where or (0,)] = value
-
-    return change
-
-
-def of_meta(**fields: Any) -> Callable[[], Arrays]:
-    return lambda: changed(made(), **fields)
-
-
-def swapped(**arrays: NDArray[Any]) -> Callable[[], Arrays]:
-    return lambda: made() | arrays
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from haq.reporting.drawing import front
 from haq.store.units import describe_amount, percent
 from haq.study.config import SearchConfig, SweepConfig
 from haq.study.front import pareto
-from tests.commands.test_robustness_command import MODULE
+from tests.commands.test_robustness_command import MODULE, lessen
 from tests.reporting.written_runs import OBJECTIVES, change, write, write_robustness, write_run
 
 SMALL = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -43,6 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(place)
         patch.setattr(sys, "path", [str(place), *sys.path])
         patch.delitem(sys.modules, "small_job", raising=False)
+        lessen(patch)
         small = [*SMALL, "--evaluations", "40"]
         assert search.main([*small, "--budget", "0.6", "--finetune-epochs", "1", "--seed", "3", "--out", "run"]) == 0
         attacks = ["--attacks", "fgsm", "--images", "32", "--workers", "1", "--defensive", "0"]

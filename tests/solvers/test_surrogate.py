@@ -222,10 +222,10 @@ def test_what_is_cut_short_is_known_less_well() -> None:
     rows = space.random(12, np.random.default_rng(0))
     count = problem.evaluator.count
     deviations = []
-    for images in (count, max(count // 4, 1)):
+    for seen in (count, max(count // 4, 1)):
         model = Model(space, count)
         for number, row in enumerate(rows):
-            model.learn(space.policy(row), tuple(row.tolist()), Evaluation(0.5 + 0.01 * number, 1.0 - 0.02 * number, images))
+            model.learn(space.policy(row), tuple(row.tolist()), Evaluation(0.5 + 0.01 * number, 1.0 - 0.02 * number, seen))
         deviations.append(float(model.predict(rows)[1].mean()))
     assert deviations[1] > deviations[0]
     assert model.best is None  # none of them is whole

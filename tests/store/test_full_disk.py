@@ -16,7 +16,7 @@ import pytest
 from haq import finetune, robustness, search, sweep, train
 from haq.console import errors
 from haq.store import files
-from tests.commands.test_robustness_command import MODULE
+from tests.commands.test_robustness_command import MODULE, lessen
 from tests.conftest import enter
 
 JOB = ["--network", "small_job:network", "--data", "small_job:splits"]
@@ -96,7 +96,8 @@ def test_fine_tuning_leaves_the_run_as_it_was(disk: Path, capsys: pytest.Capture
     assert call(finetune.main, "disk/run", "--epochs", "1") == 0
 
 
-def test_finished_attacks_are_kept(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_attacks_are_kept(disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lessen(monkeypatch)
     arguments = ["disk/run", "--attacks", "fgsm,rfgsm", "--images", "32", "--workers", "1", "--defensive", "0"]
     assert call(search.main, *QUICK, "--out", "disk/run") == 0
     ballast = fill(disk, 24 * 1024)

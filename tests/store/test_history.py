@@ -37,12 +37,15 @@ def test_a_line_is_what_it_was() -> None:
         st.booleans(),
         st.none() | POSITIVE,
         st.just(()),
+        st.none() | st.integers(1, 999_999_999),
     )
 )
 def test_rows_are_read_as_they_are_written(row: HistoryRow) -> None:
-    again = HistoryRow.parse(row.line().removesuffix("\n"))
+    again = HistoryRow.parse(row.line(True).removesuffix("\n"), tells_images=True)
     assert again == row
-    assert again.line() == row.line()
+    assert again.line(True) == row.line(True)
+    whole = row._replace(images=None)
+    assert HistoryRow.parse(whole.line().removesuffix("\n")) == whole
 
 
 def test_rows_are_added_and_a_line_that_has_no_end_does_not_count(tmp_path: Path) -> None:

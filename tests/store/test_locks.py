@@ -22,7 +22,7 @@ from haq.store.lock import check_can_be_made, is_held, writing
 from haq.study import sweep_run
 from haq.study.search_run import SearchRun, check_unused, unused_folder
 from hw_models.trust import trust
-from tests.commands.test_robustness_command import MODULE
+from tests.commands.test_robustness_command import MODULE, lessen
 from tests.conftest import enter
 
 ROOT = Path(__file__).parents[2]
@@ -184,7 +184,10 @@ def test_a_checkpoint_is_trained_by_one_process(capsys: pytest.CaptureFixture[st
     assert call(train.main, *arguments) == 0
 
 
-def test_attacks_on_a_model_are_written_by_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_attacks_on_a_model_are_written_by_one_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessen(monkeypatch)
     arguments = ["small_job:network", "--data", "small_job:splits", "--attacks", "fgsm", "--images", "32", "--workers", "1"]
     with held("attacked"):
         refused(capsys, "attacked", robustness.main, *arguments, "--out", "attacked")

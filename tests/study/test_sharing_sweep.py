@@ -115,6 +115,16 @@ def test_a_sweep_killed_anywhere_goes_on_as_if_nothing_had_happened(
         assert [name for name in whole if whole[name] != cut[name]] == []
 
 
+@pytest.mark.slow
+def test_the_number_of_workers_changes_nothing() -> None:
+    asked = [*SMALL, "--hw", "edge,cloud", "--budgets", "0.6,0.8", "--solvers", "surrogate", "--evaluations", "12"]
+    assert call(sweep.main, *asked, "--ahead", "3", "--out", "here") == 0
+    assert call(sweep.main, *asked, "--ahead", "3", "--workers", "2", "--out", "there") == 0
+    here, there = files("here"), files("there")
+    assert here.keys() == there.keys()
+    assert [name for name in here if here[name] != there[name]] == []
+
+
 def test_seeds_share_apart_and_other_solvers_are_left_alone() -> None:
     asked = [*SMALL, "--hw", "edge", "--budgets", "0.6,0.8", "--evaluations", "4", "--seeds", "2"]
     assert call(sweep.main, *asked, "--solvers", "random,surrogate", "--out", "both") == 0

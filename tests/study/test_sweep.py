@@ -135,7 +135,7 @@ def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_number_of_workers_changes_nothing() -> None:
-    arguments = [*QUICK, "--hw", "edge,cloud", "--budgets", "0.6", "--solvers", "ilp,ddpg", "--evaluations", "8"]
+    arguments = [*QUICK, "--hw", "edge,cloud", "--budgets", "0.6", "--solvers", "ilp,random", "--evaluations", "8"]
     assert call(sweep.main, *arguments, "--out", "here") == 0
     assert call(sweep.main, *arguments, "--workers", "2", "--out", "there") == 0
     here, there = files("here"), files("there")

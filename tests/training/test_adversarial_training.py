@@ -270,7 +270,9 @@ def test_an_interrupted_training_goes_on_exactly(kind: str, tmp_path: Path) -> N
     assert all(torch.equal(value, part.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
-def test_training_against_attacks_makes_a_network_bear_them() -> None:
+# The others are held against their formulas above; here it is to be seen that training by one is worth it.
+@pytest.mark.parametrize("kind", ["rfgsm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pgd", "free"))])
+def test_training_against_attacks_makes_a_network_bear_them(kind: str) -> None:
     """On the shipped images, at an eps that takes nearly everything from a network trained without."""
     dataset, eps = data.load(), 0.1
     some, test = dataset.train.subset(torch.arange(2000)), dataset.test.subset(torch.arange(500))
@@ -288,10 +290,9 @@ def test_training_against_attacks_makes_a_network_bear_them() -> None:
 
     clean, attacked = found(None)
     assert attacked < 0.15 < 0.65 < clean
-    for kind in KINDS:
-        clean, defended = found(Adversary(kind, eps))
-        assert defended > attacked + 0.2, kind
-        assert clean > defended
+    clean, defended = found(Adversary(kind, eps))
+    assert defended > attacked + 0.2
+    assert clean > defended
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import torch
 
 import quantizers as Q
 from haq.problem.device import CPU, kind_of, spread
-from haq.problem.evaluator import Evaluator, Judged
+from haq.problem.evaluator import Asked, Evaluator, Judged
 from haq.study.workers import moving
 
 logger = logging.getLogger("haq")
@@ -41,7 +41,6 @@ STOPPED = 10  # looks after which a worker that somebody has stopped is taken fo
 WAKE_S = 0.2  # seconds between two looks at what else than its tasks a crew has to see to
 END_S = 10.0  # seconds in which a process that was killed is gone
 
-Asked = tuple[Q.BitPolicy, float | None]  # of evaluators: a policy, and what it is to beat
 Task = tuple[int, Any, "Future[Any]"]  # its number, by which earlier ones go first
 
 

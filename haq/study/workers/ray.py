@@ -27,12 +27,11 @@ import torch
 
 import quantizers as Q
 from haq.problem.device import CPU, find_device
-from haq.problem.evaluator import Evaluator, Judged
+from haq.problem.evaluator import Asked, Evaluator, Judged
 from haq.store import files as store_files
 from haq.study.search_run import HISTORY
 from haq.study.task import versions
 from haq.study.workers import moving
-from haq.study.workers.processes import Asked
 
 logger = logging.getLogger("haq")
 GROWTH = 2.0  # seconds between two looks at whether the cluster is there, and has become larger
