@@ -399,6 +399,7 @@ class Search:
         self.proposers = list(proposers)
         self.alone = alone
         self.origins = session.origins
+        session.proposers = [proposer.name for proposer in self.proposers]
         self.gain = math.inf
         self._draws = np.random.default_rng(seed)
         self._chosen: set[tuple[int, ...]] = set()
