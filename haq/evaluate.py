@@ -77,7 +77,7 @@ def run_evaluation(folder: Path, output: Output, scheme: str | None = None, devi
     changed = found is not None and not run.is_found(found, policy)
     # Under attack it was measured by the search; python -m haq.robustness does it again.
     if scheme is None and not changed:
-        result |= {name: earlier[name] for name in ("verified", "choice", "racing") if name in earlier}
+        result |= {name: earlier[name] for name in ("verified", "choice", "racing", "contribution") if name in earlier}
     if not run.finished:
         say(output.results, f"{folder} is not finished: this is the best policy so far", wrap=False)
     if changed:

@@ -129,7 +129,7 @@ class Stock:
         return np.concatenate([used, peaks[:, None]], axis=1)
 
     def completes_after(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell which of many starts (n, first decisions) the end of anything in stock completes so that it fits, shape (n,)."""
+        """Tell which of many starts (n, first decisions) the end of anything in stock completes, shape (n,)."""
         fits: NDArray[np.bool_] = self._fits(starts.shape[1], *self._states_of(starts)).any(-1)
         return fits
 

@@ -91,6 +91,8 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
         sentences.append(f"By {result.shared.words}.")
     if result.racing is not None:
         sentences.append(f"{result.racing.words}.")
+    if result.contribution is not None:
+        sentences.append(f"{begin(result.contribution.words)}.")
     if result.choice is not None:
         sentences.append(f"{begin(result.choice.words)}.")
     return " ".join(sentences)

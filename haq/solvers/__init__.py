@@ -72,6 +72,7 @@ __getattr__, _, __all__ = lazy_loader.attach(
         "agents",
         "base",
         "cheapest",
+        "contribution",
         "choice",
         "evolution",
         "exhaustive",

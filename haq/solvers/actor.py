@@ -229,6 +229,7 @@ class Actor:
             sigmas = np.geomspace(LEAST_SIGMA, SIGMA, count)
             sigmas[0] = 0
             seen, done, options = self.play(sigmas)
+            self.saturated.append(float(self.env.episodes.saturation[0]))
             chosen = self._draws.permutation(count)[:IMAGINED]
             self.memory.remember(seen[chosen], done[chosen], options[chosen], np.full(len(chosen), np.nan))
         return list(map(tuple, options.tolist()))
@@ -248,6 +249,8 @@ class Actor:
             model: It predicts the rewards of what was imagined.
             updates: Gradient steps.
         """
+        if not self.memory.seen:
+            return
         rewards = self.memory.real.copy()
         imagined = np.isnan(rewards)
         if imagined.any():
@@ -283,7 +286,6 @@ class Actor:
             noisy = truncated_normal(asked, np.maximum(sigmas, TINY)[:, None], self._draws)
             done.append(np.where(sigmas[:, None] > 0, noisy, asked).astype(np.float32))
             seen.append(self._view(episodes.act(done[-1])))
-        self.saturated.append(float(episodes.saturation[sigmas == 0].mean()))
         return np.stack(seen[:-1], axis=1), np.stack(done, axis=1), episodes.options
 
     def _remember_taking(self, options: Options, rewards: NDArray[np.float64]) -> None:

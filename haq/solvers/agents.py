@@ -2,7 +2,7 @@
 
 Unless asked for HAQ's environment, an agent proposes and the surrogate chooses (`haq.solvers.actor`,
 `haq.solvers.surrogate`): the search is that of `surrogate`, with the same first policies and the same candidates, and the
-agent's beside them. How many of the choices came from its actor is counted (`contribution`).
+agent's beside them. How many of the choices came from its actor is counted (`haq.solvers.contribution`).
 
 With `--env haq` it is HAQ's (Wang et al., CVPR 2019, section 3.5): DDPG on `haq/HAQ-v0` with hidden layers of 400 and 300,
 replay of transitions in batches of 64, soft updates of 0.01, no discount, and truncated-normal exploration around the actor's
@@ -40,12 +40,11 @@ from haq.problem.problem import Problem
 from haq.solvers import PLAN, cheapest
 from haq.solvers.actor import AGENTS, Actor, check_start, kept_random_state, truncated_normal
 from haq.solvers.agent_file import AgentFile
-from haq.solvers.base import Session, Solver, Spending, Trial
-from haq.solvers.surrogate import CHANGED, KNOWN, START, Search, start_spending
+from haq.solvers.base import Session, Solver, Spending
+from haq.solvers.surrogate import Search, start_spending
 
 Floats = NDArray[np.float32]
 
-MOST_BEST = 10  # what is called the best policies of a search
 # Of HAQ.
 HIDDEN = [400, 300]
 RATE = 1e-3
@@ -253,48 +252,6 @@ class SAC(Agent):
 
     name = "sac"
     summary = "the same with an actor that is rewarded for staying random"
-
-
-class Contribution(NamedTuple):
-    """How much of a search came from an agent: what its actor proposed, and the surrogate chose.
-
-    Attributes:
-        choices: Policies that were chosen after the first ones.
-        proposed: Of these, what the actor proposed.
-        changed: Of these, neighbours of what the actor proposed.
-        best: The best policies that were found, at most ten.
-        best_proposed: Of these, what the actor proposed.
-        best_changed: Of these, neighbours of what the actor proposed.
-    """
-
-    choices: int
-    proposed: int
-    changed: int
-    best: int
-    best_proposed: int
-    best_changed: int
-
-
-def contribution(name: str, session: Session) -> Contribution | None:
-    """Count what an agent's actor contributed to a search; None where choices weren't told apart."""
-    if not session.origins:
-        return None
-    pairs = list(zip(session.origins, session.trials, strict=False))
-    chosen = [origin for origin, _ in pairs if origin not in (START, KNOWN)]
-    sound = [pair for pair in pairs if pair[1].feasible and pair[1].whole]
-    best = [origin for origin, _ in sorted(sound, key=_rank)[:MOST_BEST]]
-    return Contribution(
-        len(chosen),
-        chosen.count(name),
-        chosen.count(name + CHANGED),
-        len(best),
-        best.count(name),
-        best.count(name + CHANGED),
-    )
-
-
-def _rank(pair: tuple[str, Trial]) -> tuple[float, float, float]:
-    return pair[1].rank
 
 
 def not_evaluated(policy: Q.BitPolicy) -> Evaluation:

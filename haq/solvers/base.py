@@ -197,6 +197,7 @@ class Session:
         confirm: Judges the last few policies again, on further held-out samples; None for nothing of that kind.
         saturated: The share of an agent's actions at a bound, by episode.
         origins: Where every choice came from, in order, if the solver tells it (`haq.solvers.surrogate.Search`).
+        proposers: The names of those who proposed candidates beside the solver itself, as they are in `origins`.
         failure: What went wrong in an evaluation, which is no solver's fault.
     """
 
@@ -215,6 +216,7 @@ class Session:
     best: Trial | None = None
     saturated: list[float] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
+    proposers: list[str] = field(default_factory=list)
     failure: Exception | None = None
     race: bool = True
     recorded: Mapping[Q.BitPolicy, Evaluation] = field(default_factory=dict)

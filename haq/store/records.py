@@ -1255,6 +1255,29 @@ class RacingRecord(Record):
         )
 
 
+class ContributionRecord(Record):
+    """How much of a search came from an agent's actor (`haq.solvers.agents.Contribution`)."""
+
+    agent: str
+    choices: Count  # after the first policies
+    proposed: Count  # of these, by the actor
+    changed: Count  # of these, neighbours of what the actor proposed
+    best: Count  # the best policies
+    best_proposed: Count
+    best_changed: Count
+
+    @property
+    def words(self) -> str:
+        """Say it."""
+        if not self.choices:
+            return f"the actor of {self.agent} proposed nothing: there were first policies alone"
+        return (
+            f"of {self.choices:,} policies that were chosen after the first ones the actor of {self.agent} proposed "
+            f"{self.proposed:,} ({100 * self.proposed / self.choices:.0f} %), and {self.changed:,} are neighbours of what it "
+            f"proposed; of the {self.best} best it proposed {self.best_proposed}, and {self.best_changed} are such neighbours"
+        )
+
+
 class ResultRecord(FileRecord, JudgingRecord):
     """result.json: what a finished search found. Costs are in seconds, joules and bytes, shares from 0 to 1."""
 
@@ -1268,6 +1291,7 @@ class ResultRecord(FileRecord, JudgingRecord):
     solver: str
     evaluations: Counts  # by solver
     saturated_actions: Annotated[dict[str, float], Field(max_length=MOST)] = {}  # the share at a bound, by agent
+    contribution: ContributionRecord | None = None  # of the agent, if the solver is one
     seed: int
     scheme: str = "linear"
     objective: str

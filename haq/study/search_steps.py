@@ -20,6 +20,7 @@ from haq.console.progress import Live, follow_steps, follow_training
 from haq.problem.objective import Objective
 from haq.problem.sensitivity import Sensitivities
 from haq.solvers.base import Choice, Session, Trial
+from haq.solvers.contribution import Contribution, contribution
 from haq.solvers.sensitivity import COMPUTED, computed, evaluations_for_all
 from haq.store.files import ROBUSTNESS
 from haq.store.records import ResultRecord
@@ -86,6 +87,7 @@ class _Found:
     trials: dict[str, list[Trial]] = field(default_factory=dict)
     saturated: dict[str, float] = field(default_factory=dict)  # the share of an agent's actions at a bound
     choices: dict[str, Choice] = field(default_factory=dict)
+    contribution: Contribution | None = None  # of the agent, if the search's own solver is one
 
 
 def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str, Any], Q.BitPolicy]:
@@ -127,6 +129,8 @@ def search(console: Console, task: SearchTask, run: SearchRun) -> tuple[dict[str
             found.choices[config.solver],
             found.trials[config.solver],
         )
+        if found.contribution is not None:
+            result["contribution"] = found.contribution._asdict()
         if reconstructed is not None:
             entry = summary.reconstruction_entry(reconstructed, config.seed)
             result["reconstruction"] = summary.judged_by(task.problem, reconstructed.before) | entry
@@ -172,6 +176,8 @@ def _solve_all(bar: Progress, task: SearchTask, run: SearchRun, solvers: Sequenc
             found.choices[name] = session.choice
         found.used[name] = session.used
         found.trials[name] = session.trials
+        if name == task.config.solver:
+            found.contribution = contribution(session)
         if session.saturated:
             found.saturated[name] = statistics.mean(session.saturated)
     return found

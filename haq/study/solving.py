@@ -34,6 +34,7 @@ from haq.problem.sensitivity import Sensitivities, check_kind
 from haq.solvers import base
 from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Choice, Session, Solver, Trial
+from haq.solvers.contribution import Contribution, contribution
 from haq.solvers.spending import proposed, spending, time_words, words_of
 from haq.store import history
 from haq.store.files import CHECKPOINT, HISTORY, POLICY, PROBLEM, write
@@ -195,6 +196,11 @@ class Result:
         return self.trials
 
     @property
+    def contribution(self) -> Contribution | None:
+        """Return how much came from an agent's actor; None if no agent searched, or in HAQ's own environment."""
+        return contribution(self.session)
+
+    @property
     def sensitivities(self) -> Sensitivities | None:
         """Return what the solver knew of single layers; another search of this network can be given them."""
         return self.session.sensitivities
@@ -325,6 +331,9 @@ class Result:
         """Return what was found as plain data."""
         problem = self.problem
         further: dict[str, Any] = {"choice": choice_entry(problem, self.choice)}
+        from_actor = self.contribution
+        if from_actor is not None:
+            further["contribution"] = from_actor._asdict()
         goal = goal_of(problem)
         if goal is not None:
             further["goal"] = goal

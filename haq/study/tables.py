@@ -31,6 +31,7 @@ from haq.store.records import (
     SPLITS,
     UNIFORM_8,
     ChoiceRecord,
+    ContributionRecord,
     GoalRecord,
     JudgingRecord,
     ObjectiveRecord,
@@ -487,6 +488,8 @@ def print_result(console: Console, task: SearchTask, policy: Q.BitPolicy, result
         say(console, budget_sentence(budget, reference_label(result)))
     if result.get("racing"):
         say(console, racing_sentence(result["racing"]))
+    if result.get("contribution"):
+        say(console, f"{begin(ContributionRecord.from_dict(result['contribution']).words)}.")
     for name, share in result.get("saturated_actions", {}).items():
         say(console, f"Actions of {name} at a bound: {percent(share, 1)}.")
     if result["rivals"]:

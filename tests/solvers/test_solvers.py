@@ -16,13 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stable_baselines3 import DDPG
 from torch import nn
 
 import envs
 import haq
 import quantizers as Q
-from haq.solvers import SOLVERS, agents, ilp, sensitivity
+from haq.solvers import SOLVERS, actor, ilp, sensitivity
 from haq.solvers.base import Session, Trial, find_solver, solve
 from tests.conftest import images, make_problem, small_network
 
@@ -329,54 +328,11 @@ def test_sensitivities_are_those_measured() -> None:
 
 def test_truncated_noise_stays_inside_without_piling_up() -> None:
     random = np.random.default_rng(0)
-    drawn = agents.truncated_normal(np.full((20000, 1), 0.9, np.float32), 0.5, random)
+    drawn = actor.truncated_normal(np.full((20000, 1), 0.9, np.float32), 0.5, random)
     assert drawn.min() >= -1
     assert drawn.max() <= 1
     assert (np.abs(drawn) == 1).mean() < 1e-3  # clipped normal noise would put 42 % there
-    assert np.abs(agents.truncated_normal(np.zeros((20000, 1), np.float32), 0.5, random).mean()) < 0.02
-
-
-def test_the_agent_is_no_worse_than_what_it_starts_from() -> None:
-    """Within its own evaluations it has tried what greedy descent and the integer programme propose."""
-    found, tried = run("ddpg", make_problem(small_network(), 0.5), 120)
-    for name in ("greedy", "ilp"):
-        assert found.rank <= run(name, make_problem(small_network(), 0.5), 60)[0].rank
-    assert len(tried) <= 120
-
-
-def test_episodes_reach_the_replay_buffer_as_they_were_played_and_the_critic_learns_them() -> None:
-    problem = make_problem(small_network(), 0.5)
-    env = envs.MixedPrecisionEnv(problem)
-    steps = len(env.decisions)
-    agent = agents.make_agent(DDPG, env, steps, seed=0, episodes=30)
-    tried = {found.policy: found for found in run("random", problem, 12)[1]}
-    episodes = [agents.play(env, agents.follow(env, policy)) for policy in tried]
-    learner = agents.Learner(agent, np.random.default_rng(0), Session(problem, 12))
-    assert [episode.policy for episode in episodes] == list(tried)
-    for episode, found in zip(episodes, tried.values(), strict=True):
-        assert episode.reward == pytest.approx(10 * (found.accuracy - problem.float_accuracy))
-        learner.choose(episode)
-        learned = learner.learn(env)
-        assert (learned.policy, learned.reward) == (episode.policy, episode.reward)
-    assert agent.replay_buffer is not None
-    assert agent.replay_buffer.size() == 12 * steps
-    assert agent.replay_buffer.rewards[steps - 1, 0] == pytest.approx(episodes[0].reward)
-    agent.train(300, 64)
-    believed, rewards = agents.expected(agent, episodes), [episode.reward for episode in episodes]
-    assert np.corrcoef(believed, rewards)[0, 1] > 0.8
-
-
-def test_imagined_episodes_are_what_would_have_been_played() -> None:
-    problem = make_problem(small_network(), 0.5)
-    env = envs.MixedPrecisionEnv(problem)
-    agent = agents.make_agent(DDPG, env, len(env.decisions), seed=0, episodes=3)
-    best = [agents.play(env, agents.follow(env, found.policy)) for found in run("random", problem, 3)[1]]
-    imagined = agents.imagine(agent, [envs.MixedPrecisionEnv(problem) for _ in range(8)], best, 0.5, np.random.default_rng(0))
-    assert len(imagined) == 8
-    for episode in imagined:
-        played = agents.play(env, agents.follow(env, episode.policy))
-        assert problem.within_budget(problem.policy_cost(played.policy))
-        assert np.allclose(played.observations, episode.observations)
+    assert np.abs(actor.truncated_normal(np.zeros((20000, 1), np.float32), 0.5, random).mean()) < 0.02
 
 
 @pytest.mark.parametrize("name", ["ddpg", pytest.param("sac", marks=pytest.mark.slow)])
