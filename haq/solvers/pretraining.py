@@ -30,7 +30,7 @@ import stable_baselines3
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from torch import Tensor, nn
+from torch import Tensor
 
 from envs import FEATURES, Episodes, SearchProblem, View
 from haq.problem import synthetic, table_file
@@ -38,7 +38,7 @@ from haq.problem.decision import Decision
 from haq.problem.evaluator import one_thread
 from haq.problem.synthetic import Drawn, Options
 from haq.problem.table_file import UNKNOWN, TableFile
-from haq.solvers.actor import HIDDEN, NoProblem, kept_random_state, make_agent, truncated_normal
+from haq.solvers.actor import HIDDEN, NoProblem, blind, kept_random_state, make_agent, truncated_normal
 from haq.solvers.agent_file import AgentFile, networks_of
 from haq.store.records import AgentRecord
 
@@ -64,7 +64,6 @@ LARGEST_RETURN = 3.0
 NO_PRICES: Floats = np.empty(0)
 APART = 5  # of so many problems, one is held back
 JUDGED = 20  # times that an agent is judged on these, while it is trained
-BLIND = 1e-2  # by which the weights of the actor's last layer are multiplied in the beginning
 
 
 class Table:
@@ -379,12 +378,7 @@ class Trainer:
         self.steps = Steps.empty()
         self.actor: Any = self.agent.actor  # type: ignore[attr-defined]
         self.critic: Any = self.agent.critic  # type: ignore[attr-defined]
-        last: Any = [module for module in self.actor.modules() if isinstance(module, nn.Linear)][-1]
-        if kind == "sac":
-            last = self.actor.mu
-        with torch.no_grad():
-            last.weight *= BLIND
-            last.bias *= 0
+        blind(self.agent)
         self._of_actor = torch.optim.Adam(self.actor.parameters(), ACTOR_RATE)
         self._of_critic = torch.optim.Adam(self.critic.parameters(), CRITIC_RATE)
 

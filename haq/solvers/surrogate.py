@@ -454,6 +454,8 @@ class Search:
             origin: Where they come from.
         """
         own = list(self._start)
+        if not own:
+            return
         given = dict.fromkeys(policies)
         new = [(options, origin) for options in given if options != own[0][0]][: max(len(own) - 1, 0)]
         self._start = deque([own[0], *new, *own[1 : len(own) - len(new)]])

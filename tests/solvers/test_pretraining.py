@@ -214,7 +214,7 @@ def test_a_search_begins_with_what_a_pretrained_agent_does() -> None:
     result = haq.solve(problem, "ddpg", evaluations=4, agent=changed)
     assert random_search.policy(problem, chosen) in [trial.policy for trial in result.trials]
     assert result.session.origins[:2] == ["start", "ddpg"]
-    assert haq.solve(problem, "ddpg", evaluations=2).session.origins == ["start", "start"]
+    assert haq.solve(problem, "ddpg", evaluations=4).session.origins[:2] == ["start", "start"]
     again = haq.solve(problem, "ddpg", evaluations=4, agent=changed)
     assert [trial.policy for trial in again.trials] == [trial.policy for trial in result.trials]
 
