@@ -45,9 +45,8 @@ def test_an_actor_proposes_what_is_within_all_budgets(name: str) -> None:
     for problem in (make_problem(small_network(), 0.5), several()):
         proposer = actor.Actor(name, problem, 0)
         model: Any = OfWidths(np.zeros(len(problem.decisions)))
-        first = proposer.env.episodes.begin(4)
-        assert len(first) == 4
-        proposer.learn(tuple([0] * len(problem.decisions)), Evaluation(0.5, 1.0, problem.evaluator.count))
+        planned = proposer.play(np.zeros(1))[2][0]
+        proposer.learn(tuple(planned.tolist()), Evaluation(0.5, 1.0, problem.evaluator.count))
         for _ in range(2):
             proposed = proposer.propose(model, 20)
             assert len(proposed) == 20
@@ -77,10 +76,10 @@ def test_an_agent_learns_from_imagined_episodes_what_the_model_likes(name: str) 
     model: Any = OfWidths(liked)
     proposer = actor.Actor(name, problem, 0)
     planned = model.reward(proposer.play(np.zeros(1))[2])[0]
-    for _ in range(40):
+    for _ in range(30):
         proposed = np.array(proposer.propose(model, 32))
-    assert model.reward(proposed[:1])[0] > planned
-    assert model.reward(proposed).max() == 0
+    assert planned < -10
+    assert model.reward(proposed[:1])[0] > planned / 2
 
 
 def test_what_is_remembered_is_what_was_played_with_its_return() -> None:
