@@ -177,7 +177,9 @@ def test_critics_learn_which_steps_are_worth_it() -> None:
     for _ in range(20):
         trainer.play(practice)
         trainer.learn(critics_alone=True)
-    accuracy, seen, actions = practice.play_round(lambda observed: np.zeros((len(observed), 2)), np.random.default_rng(1))
+    accuracy, seen, actions = practice.play_round(
+        lambda observed: np.zeros((len(observed), 2), np.float32), np.random.default_rng(1)
+    )
     gained = (accuracy[1:] - accuracy[0]) / practice.unit
     with torch.no_grad():
         values = trainer.critic(*(torch.as_tensor(part[: len(gained)]) for part in (seen, actions)))[0][:, 0].numpy()
