@@ -99,7 +99,7 @@ class Judge(Protocol):
 
     @property
     def float_accuracy(self) -> float:
-        """The accuracy of the float network."""
+        """Return the accuracy of the float network."""
         ...
 
     def judge(self, options: Options) -> tuple[Floats, Floats]:

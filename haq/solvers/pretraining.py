@@ -41,6 +41,7 @@ from haq.problem.table_file import UNKNOWN, TableFile
 from haq.solvers.actor import HIDDEN, NoProblem, blind, kept_random_state, make_agent, truncated_normal
 from haq.solvers.agent_file import AgentFile, networks_of
 from haq.store.records import AgentRecord
+from hw_models.widths import places
 
 Floats = NDArray[np.float64]
 Observations = NDArray[np.float32]
@@ -95,12 +96,11 @@ def draw_from(file: TableFile, generator: np.random.Generator) -> Drawn:
     """
     for _ in range(3):
         target, metric, cost, supported = synthetic.priced_somewhere(file.workload, generator)
-        places = [Decision(group, pairs, NO_PRICES).places for group, pairs in zip(file.groups, file.pairs, strict=True)]
-        can = [
-            supported[layer, of[:, 0], of[:, 1]].all()
-            for group, of in zip(file.groups, places, strict=True)
-            for layer in group
-        ]
+        can = []
+        for group, pairs in zip(file.groups, file.pairs, strict=True):
+            of = places(pairs)
+            together: NDArray[np.bool_] = np.all(supported[list(group)], axis=0)
+            can.append(bool(together[of[:, 0], of[:, 1]].all()))
         if not all(can):
             continue
         found = _at_budget(file, target, metric, cost, generator)
