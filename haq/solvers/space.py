@@ -192,8 +192,12 @@ class Space:
         return (draws.random((count, len(self.counts))) * self.counts).astype(np.int64)
 
     def random(self, count: int, draws: np.random.Generator) -> Options:
-        """Draw policies that fill the budgets."""
-        return self.filled(self.lowered(self.drawn(count, draws), draws), draws)
+        """Draw policies that fill the budgets: so many, or fewer, but one at least."""
+        found = self.lowered(self.drawn(count, draws), draws)
+        if not len(found) and self.problem.several is not None:
+            # No decision alone leads within all budgets: of all that fit, the one with the least sum of random numbers.
+            found = np.array([self.planned([draws.random(size) for size in self.counts])])
+        return self.filled(found, draws)
 
     def changed(self, options: Options, changes: NDArray[np.int64], draws: np.random.Generator) -> Options:
         """Draw the options of some decisions anew.

@@ -85,7 +85,7 @@ def test_what_is_proposed_is_what_is_taken_where_nothing_is_asked_for(caplog: py
 # ---- What they are spent on
 
 
-@pytest.mark.parametrize("solver", [*SOLVERS, IntegerProgramme(iterate=True)], ids=str)
+@pytest.mark.parametrize("solver", [*SOLVERS, IntegerProgramme(iterate=True)], ids=[*SOLVERS, "ilp iterated"])
 @pytest.mark.parametrize("evaluations", [1, 5, 400])
 def test_every_solver_says_what_its_evaluations_go_into(solver: Any, evaluations: int) -> None:
     problem = make_problem(small_network(), 0.5)
