@@ -33,10 +33,25 @@ class SearchProblem(Protocol):
     (`envs.plan.Programme`).
     """
 
-    workload: Workload
-    cost: Array  # (layers, 10, 10), indexed [layer, place of the weights' width, place of the activations' width]
-    limit: float
-    quantization_error: Array  # (decisions, 2, 10)
+    @property
+    def workload(self) -> Workload:
+        """The layers."""
+        ...
+
+    @property
+    def cost(self) -> Array:
+        """Shape (layers, 10, 10), indexed [layer, place of the weights' width, place of the activations' width]."""
+        ...
+
+    @property
+    def limit(self) -> float:
+        """What a policy may cost."""
+        ...
+
+    @property
+    def quantization_error(self) -> Array:
+        """Of weights and activations by width, shape (decisions, 2, 10)."""
+        ...
 
     @property
     def decisions(self) -> Sequence[Any]:

@@ -4,8 +4,8 @@
 
 `haq sweep --hw edge,cloud,bismo-overlay --budgets 0.3:0.9:0.1 --solvers surrogate` on the default network, and beside it a
 search of its own for each of these problems, with N evaluations each, once with the seed of the sweep and once with another,
-which tells how far a search is from itself. The bars: at most 3.5 times the evaluations of one search, and every result within one
-standard error of that of the search of its own, paired by sample, on the search split.
+which tells how far a search is from itself. The bars: at most 3.5 times the evaluations of one search, and every result within
+one standard error of that of the search of its own, paired by sample, on the search split.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def compare(named: Sequence[tuple[str, str, haq.Problem]], evaluations: int, see
     rows = []
     for (hw, budget, problem), best in zip(named, found, strict=True):
         own, other = (alone(problem, evaluations, one) for one in (seed, seed + OTHER))
-        errors = [problem.paired_error(one.policy, own.policy) or 0.0 for one in (best, other)]
-        values = [100 * trial.value for trial in (best, own, other)]
-        rows.append(Row(evaluations, seed, hw, budget, *values, *(100 * error for error in errors), spent))
+        error, other_error = (100 * (problem.paired_error(one.policy, own.policy) or 0.0) for one in (best, other))
+        values = 100 * best.value, 100 * own.value, 100 * other.value
+        rows.append(Row(evaluations, seed, hw, budget, values[0], values[1], values[2], error, other_error, spent))
     return rows
 
 

@@ -91,6 +91,7 @@ def untrained(kind: str, seed: int) -> AgentFile:
     """Make an agent as a search without a pretrained one begins with it."""
     with actor.kept_random_state():
         made = actor.make_agent(kind, actor.NoProblem(), seed)
+        actor.blind(made)
     features = list(envs.FEATURES)
     record = AgentRecord(kind=kind, features=features, hidden=actor.HIDDEN, trained_on=[], episodes=0, seed=seed)  # type: ignore[arg-type]
     return AgentFile(record, networks_of(made))

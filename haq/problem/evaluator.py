@@ -751,7 +751,7 @@ class Evaluator:
             return False
         assert self.samples is not None
         looks = len(self.samples) - 1
-        chance = racing.chance_of_bounded
+        chance: Callable[[float, int, float, int], float] = racing.chance_of_bounded
         if self.objective.takes_scores:
             chance = racing.chance_of_counted
         return chance(good, seen, self._good(beat), self.count) <= RISK / looks

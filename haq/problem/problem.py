@@ -672,6 +672,11 @@ class Problem:
         return f"{before}{self.evaluator.count:,} {split}{self.samples_are}"
 
     @property
+    def has_gradients(self) -> bool:
+        """Say whether outputs can be held against the float network's, so that gradients tell what quantization does."""
+        return self.objective.distribution is not None and self.evaluator.samples is not None
+
+    @property
     def float_accuracy(self) -> float:
         """Return the objective's value of the float network, on the search samples."""
         return self.float_result.accuracy

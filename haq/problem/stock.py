@@ -129,8 +129,8 @@ class Stock:
         return np.concatenate([used, peaks[:, None]], axis=1)
 
     def completes_after(self, starts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Tell which of many starts (n, first decisions) the end of anything in stock completes so that it fits, shape (n,)."""
-        fits: NDArray[np.bool_] = self._fits(starts.shape[1], *self._states_of(starts)).any(-1)
+        """Tell which of many starts (n, first decisions) the end of anything in stock completes, shape (n,)."""
+        fits: NDArray[np.bool_] = np.any(self._fits(starts.shape[1], *self._states_of(starts)), axis=-1)
         return fits
 
     def complete(self, start: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -151,7 +151,8 @@ class Stock:
         Returns:
             Shape (..., kept).
         """
-        fits: NDArray[np.bool_] = (self._costs_from[:, count] <= left[..., None, :] + CLOSE * self._limits).all(-1)
+        within = self._costs_from[:, count] <= left[..., None, :] + CLOSE * self._limits
+        fits: NDArray[np.bool_] = np.all(within, axis=-1)
         if self._peak is not None and fits.any():
             together = np.maximum(widest[..., None, :], self._widest_from[:, count])
             fits &= self._peak.moments(together).max(-1) <= self._peak.limit * (1 + ROUNDING)

@@ -97,14 +97,17 @@ class Response:
 class Judge(Protocol):
     """Tells what policies are worth, many of them at once and without a network."""
 
-    float_accuracy: float
+    @property
+    def float_accuracy(self) -> float:
+        """Return the accuracy of the float network."""
+        ...
 
     def judge(self, options: Options) -> tuple[Floats, Floats]:
         """Tell accuracy (0 to 1) and loss (nats) of option vectors (n, decisions), shape (n,) each."""
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Drawn:
     """A problem to train on: what the environments need of one (`envs.SearchProblem`), and what any policy is worth.
 

@@ -313,7 +313,8 @@ def tried(run: RunFolder) -> Picture:
         )
     specs = [_points(run, axes[0], uniform, best, edge)]
     for axis in axes[1:]:
-        specs.append(_points(run, axis, [], front(priced(run.history, axis), problem.higher_is_better), edge))
+        best_by_axis = front(priced(run.history, axis), problem.higher_is_better)
+        specs += [_points(run, axis, [], best_by_axis, edge)]
     verdict = "budget"
     if problem.goal is not None or len(axes) > 1:
         verdict = "verdict"

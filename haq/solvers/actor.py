@@ -266,7 +266,7 @@ class Actor:
 
     def _set_rate(self, rate: float) -> None:
         """Let the actor learn at a rate."""
-        for group in self.agent.actor.optimizer.param_groups:  # type: ignore[attr-defined]
+        for group in self.agent.actor.optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = rate
 
     def play(self, sigmas: NDArray[np.float64]) -> tuple[Floats, Floats, Options]:
@@ -335,10 +335,17 @@ def make_agent(name: str, env: gymnasium.Env[Any, Any], seed: int, hidden: Seque
     return agent
 
 
+def last_layer(agent: OffPolicyAlgorithm) -> torch.nn.Linear:
+    """Return the layer of an actor that its actions come from, without noise."""
+    mean = agent.actor.mu
+    assert isinstance(mean, torch.nn.Module)
+    return [part for part in mean.modules() if isinstance(part, torch.nn.Linear)][-1]
+
+
 @torch.no_grad()
 def blind(agent: OffPolicyAlgorithm) -> None:
     """Let an actor do nearly nothing, whatever it sees: an action of 0 is the plan's."""
-    last = [part for part in agent.actor.mu.modules() if isinstance(part, torch.nn.Linear)][-1]  # type: ignore[attr-defined]
+    last = last_layer(agent)
     last.weight.mul_(BLIND)
     last.bias.zero_()
 

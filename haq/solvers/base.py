@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import quantizers as Q
 from haq import solvers
@@ -382,7 +382,8 @@ class Session:
         return trial
 
 
-class Spending(NamedTuple):
+@dataclass(frozen=True)
+class Spending:
     """What a part of a solver's evaluations goes into."""
 
     words: str  # such as "the first policies, the plan's optima under random weights"

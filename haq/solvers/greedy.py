@@ -103,7 +103,7 @@ def _within_all(programme: Programme, losses: Sequence[NDArray[np.float64]], dec
         closer = saved > STEP
         if not closer.any():
             return programme.choose(losses)
-        steps = np.full(saved.shape, np.inf)
+        steps: NDArray[np.float64] = np.full(saved.shape, np.inf)
         steps[closer] = (loss - loss[rows, chosen][:, None])[closer] / saved[closer]
         layer, option = divmod(int(steps.argmin()), steps.shape[1])
         chosen[layer] = option

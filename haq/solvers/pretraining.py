@@ -30,7 +30,7 @@ import stable_baselines3
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from torch import Tensor, nn
+from torch import Tensor
 
 from envs import FEATURES, Episodes, SearchProblem, View
 from haq.problem import synthetic, table_file
@@ -38,9 +38,10 @@ from haq.problem.decision import Decision
 from haq.problem.evaluator import one_thread
 from haq.problem.synthetic import Drawn, Options
 from haq.problem.table_file import UNKNOWN, TableFile
-from haq.solvers.actor import HIDDEN, NoProblem, kept_random_state, make_agent, truncated_normal
+from haq.solvers.actor import HIDDEN, NoProblem, blind, kept_random_state, make_agent, truncated_normal
 from haq.solvers.agent_file import AgentFile, networks_of
 from haq.store.records import AgentRecord
+from hw_models.widths import places
 
 Floats = NDArray[np.float64]
 Observations = NDArray[np.float32]
@@ -61,9 +62,9 @@ WARM_UP = 0.4  # share of the rounds in which critics learn alone
 ANCHOR = 0.1  # what an action of 1 must gain in return, so that what is no better than the plan isn't done
 ENTROPY = 0.01  # what a nat of randomness is worth to SAC's actor, in the return's unit
 LARGEST_RETURN = 3.0
+NO_PRICES: Floats = np.empty(0)
 APART = 5  # of so many problems, one is held back
 JUDGED = 20  # times that an agent is judged on these, while it is trained
-BLIND = 1e-2  # by which the weights of the actor's last layer are multiplied in the beginning
 
 
 class Table:
@@ -95,9 +96,12 @@ def draw_from(file: TableFile, generator: np.random.Generator) -> Drawn:
     """
     for _ in range(3):
         target, metric, cost, supported = synthetic.priced_somewhere(file.workload, generator)
-        places = [Decision(group, pairs, pairs[:, 0]).places for group, pairs in zip(file.groups, file.pairs, strict=True)]
-        can = [supported[list(group)].all(0)[of[:, 0], of[:, 1]] for group, of in zip(file.groups, places, strict=True)]
-        if not all(options.all() for options in can):
+        can = []
+        for group, pairs in zip(file.groups, file.pairs, strict=True):
+            of = places(pairs)
+            together: NDArray[np.bool_] = np.all(supported[list(group)], axis=0)
+            can.append(bool(together[of[:, 0], of[:, 1]].all()))
+        if not all(can):
             continue
         found = _at_budget(file, target, metric, cost, generator)
         if found is not None:
@@ -131,7 +135,7 @@ def _at_budget(
     decisions = []
     total = np.zeros(1)
     for group, pairs in zip(file.groups, file.pairs, strict=True):
-        decision = Decision(group, pairs, np.empty(0))
+        decision = Decision(group, pairs, NO_PRICES)
         decision = decision._replace(prices=decision.of(cost[list(group)].sum(0)))
         decisions.append(decision)
         total = np.add.outer(total, decision.prices).reshape(-1)
@@ -337,8 +341,8 @@ class Steps:
     @classmethod
     def empty(cls) -> Steps:
         """Make room for `KEPT` steps."""
-        shapes = ((KEPT, len(FEATURES)), (KEPT, 2), (KEPT,))
-        return cls(*(np.zeros(shape, np.float32) for shape in shapes))
+        seen, actions = np.zeros((KEPT, len(FEATURES)), np.float32), np.zeros((KEPT, 2), np.float32)
+        return cls(seen, actions, np.zeros(KEPT, np.float32))
 
     def add(self, seen: Observations, actions: Observations, returns: Floats) -> None:
         """Take steps, in place of the oldest.
@@ -374,12 +378,7 @@ class Trainer:
         self.steps = Steps.empty()
         self.actor: Any = self.agent.actor  # type: ignore[attr-defined]
         self.critic: Any = self.agent.critic  # type: ignore[attr-defined]
-        last = [module for module in self.actor.modules() if isinstance(module, nn.Linear)]
-        if kind == "sac":
-            last = [self.actor.mu]
-        with torch.no_grad():
-            last[-1].weight *= BLIND
-            last[-1].bias *= 0
+        blind(self.agent)
         self._of_actor = torch.optim.Adam(self.actor.parameters(), ACTOR_RATE)
         self._of_critic = torch.optim.Adam(self.critic.parameters(), CRITIC_RATE)
 

@@ -182,7 +182,7 @@ class Space:
         left = limit
         chosen = []
         for row, price in enumerate(prices):
-            option = plan.option(row, left)
+            option = int(plan.option(row, left))
             chosen.append(option)
             left -= float(price[option])
         return tuple(chosen)

@@ -83,10 +83,11 @@ def words_of(parts: Sequence[Spending], evaluations: int) -> list[str]:
         evaluations: How many there are.
     """
     lines = []
-    for words, count, wanted in parts:
+    for part in parts:
+        count, wanted = part.count, part.wanted
         if not count and not wanted:
             continue
-        line = f"{count} for {words}"
+        line = f"{count} for {part.words}"
         if wanted is not None and wanted > count:
             line += f" ({wanted} would be all; {wanted - count} are left out, for {evaluations} evaluations)"
         lines.append(line)

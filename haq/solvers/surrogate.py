@@ -1,13 +1,14 @@
 """Bayesian optimization: a Gaussian process learns from every trial what policies are worth, and chooses the next to evaluate.
 
-    start         plans for the calibration errors, as they are and under random weights, and random policies
+    start         plans for the calibration errors and for what gradients predict of the loss (where there are gradients), as
+                  they are and under random weights, and random policies
     then, always  of many candidates the unseen one with the largest expected improvement (Jones et al., "Efficient global
                   optimization of expensive black-box functions", 1998)
 
-What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has; no sensitivities
-are measured. The loss, which differs little from samples to samples, tells most: one process learns it, a line leads from it
-to the value, and a second process learns what the value has beyond the line. The line, and what is beyond it, need only be
-right near the best policies: the better a trial, the more it counts.
+What is learned of a policy are the roots of its operands' relative calibration errors, at the widths it has. No evaluation
+goes into sensitivities. The loss, which differs little from samples to samples, tells most: one process learns it, a line
+leads from it to the value, and a second process learns what the value has beyond the line. The line, and what is beyond it,
+need only be right near the best policies: the better a trial, the more it counts.
 
 Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random
 weights, what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
@@ -18,6 +19,7 @@ by doing it again with its history at hand.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -31,14 +33,18 @@ from envs.base import REWARD_SCALE
 from haq.problem.evaluator import Evaluation, one_thread
 from haq.problem.goal import BEST, CHEAPEST, TRADEOFF
 from haq.problem.problem import Problem
+from haq.solvers import greedy, ilp, sensitivity
 from haq.solvers.base import Session, Solver, Spending
 from haq.solvers.process import Process
 from haq.solvers.space import Flags, Floats, Options, Space
 from haq.store.units import PERCENT
 
+logger = logging.getLogger("haq")
+
 FEWEST = 10  # policies to begin with
 BEYOND = 3  # as many more than there are free decisions
 SPREAD = 1.0  # standard deviation of the logarithms of random weights
+GUIDED = 0.5  # share of the plans that go by predicted losses, where there are any
 RANDOM = 160  # candidates that are drawn at random
 NEARBY = 320  # candidates that differ from the best trials
 ELITE = 6  # best trials around which these are
@@ -406,6 +412,7 @@ class Search:
         self._waiting: deque[tuple[tuple[int, ...], Q.BitPolicy]] = deque()
         for policy, evaluation in session.known:
             self.know(policy, evaluation)
+        self._guides = self._increases()
         self._start = deque(self._first_policies())
 
     def run(self) -> None:
@@ -447,6 +454,8 @@ class Search:
             origin: Where they come from.
         """
         own = list(self._start)
+        if not own:
+            return
         given = dict.fromkeys(policies)
         new = [(options, origin) for options in given if options != own[0][0]][: max(len(own) - 1, 0)]
         self._start = deque([own[0], *new, *own[1 : len(own) - len(new)]])
@@ -531,31 +540,60 @@ class Search:
         return self._drawn_policies(count)
 
     def _drawn_policies(self, count: int) -> list[tuple[tuple[int, ...], str]]:
-        """Draw policies: the plan for the errors as they are, then three of four planned under random weights."""
+        """Draw policies: plans for what is predicted as it is, then three of four planned under random weights."""
         found: dict[tuple[int, ...], str] = {}
+        for options in self._proposals()[:count]:
+            found.setdefault(options, START)
         for number in range(MOST_STALE_ROUNDS * count):
             if len(found) == count:
                 break
-            if number % 4 == 3:
+            if number % 4 == 2:
                 options = tuple(self.space.random(1, self._draws)[0].tolist())
             else:
-                options = self._planned(weighted=number > 0)
+                options = self.space.planned(self._weighted())
             found.setdefault(options, START)
         return list(found.items())
 
-    def _planned(self, weighted: bool) -> tuple[int, ...]:
-        """Plan for the sum of the errors, or under random weights."""
-        if weighted:
-            return self.space.planned(self._weighted())
-        errors = np.square(self.space.errors)
-        return self.space.planned([row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)])
+    def _increases(self) -> Floats | None:
+        """Return how much every pair of widths is predicted to raise the loss, shape (decisions, 10, 10); None if unknown.
+
+        That is what the session knows, or what gradients on the calibration samples tell, which costs no evaluation.
+        """
+        problem, known = self.problem, self.session.sensitivities
+        if known is None and problem.has_gradients:
+            try:
+                known = sensitivity.computed(problem, "gradient")
+            except ValueError as error:
+                logger.info(f"the search begins without predicted losses: {error}")
+        if known is None:
+            return None
+        return known.table(problem)
+
+    def _proposals(self) -> list[tuple[int, ...]]:
+        """List the plan for the sum of the errors, and what programme and greedy descent make of predicted losses."""
+        found = [self.space.planned(self._sums(np.square(self.space.errors)))]
+        if self._guides is not None:
+            for propose in (ilp.propose, greedy.propose):
+                options = self.space.options(propose(self.problem, self._guides))
+                assert options is not None
+                found.append(options)
+        return list(dict.fromkeys(found))
 
     def _weighted(self) -> list[Floats]:
-        """Sum errors, or their roots, of weights and activations under random weights, by decision."""
+        """Sum what operands do, by decision, under random weights: errors, their roots or predicted losses."""
+        weights = np.exp(SPREAD * self._draws.standard_normal((len(self.space.counts), 1, 2)))
+        kind = self._draws.random()
+        if self._guides is not None and kind < GUIDED:
+            decisions = self.problem.decisions
+            losses = [decision.of(table) for decision, table in zip(decisions, self._guides, strict=True)]
+            return [loss * weight[0, 0] for loss, weight in zip(losses, weights, strict=True)]
         errors = np.square(self.space.errors)
-        if self._draws.random() < 0.5:
+        if kind < (1 + GUIDED) / 2:
             errors = self.space.errors
-        errors = errors * np.exp(SPREAD * self._draws.standard_normal((len(errors), 1, 2)))
+        return self._sums(errors * weights)
+
+    def _sums(self, errors: Floats) -> list[Floats]:
+        """Sum errors of weights and of activations, shape (decisions, options, 2), by decision."""
         return [row[:count].sum(1) for row, count in zip(errors, self.space.counts, strict=True)]
 
     def _most_promising(self) -> tuple[tuple[int, ...], str] | None:

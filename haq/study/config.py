@@ -597,7 +597,8 @@ class SearchConfig(_Config):
         """Return plain data, by field; of what most runs do without only what was given."""
         found = super().to_dict()
         for name in ONLY_IF_GIVEN:
-            if found[name] in (None, False):
+            # A drop of 0 is one, though 0 equals False.
+            if found[name] is None or found[name] is False:
                 del found[name]
         return found
 

@@ -318,7 +318,7 @@ def measure_sensitivities(folder: Path, context: SweepContext, on_evaluation: Ca
         settings = context.sweep.settings
         measured = computed(task.problem, settings.sensitivity_kind)
         if measured is None:
-            session = Session(task.problem, settings.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
+            session = Session(task.problem, task.evaluations, record, sensitivity_kind=settings.sensitivity_kind)
             others = [other.problem for other in context.tasks.values()]
             measured = by_evaluation(task.problem, session, 0, others)
         run.save_sensitivities(measured, task)

@@ -14,8 +14,11 @@ from typing import Any
 
 import quantizers as Q
 from haq.problem.evaluator import Evaluation, one_thread
+from haq.problem.problem import Problem
+from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Trial, conclude, find_solver
+from haq.solvers.sensitivity import computed
 from haq.solvers.sharing import Sharing, allowance
 from haq.store.history import SHARED
 from haq.store.records import SharedRecord
@@ -95,12 +98,12 @@ class _Group:
         self.on_evaluation = on_evaluation
         self.evaluations = evaluations
         config = tasks[0].config
-        self.solver: Any = find_solver(config.solver)
+        self.solver = find_solver(config.solver)
         self._shared = [0] * len(runs)  # trials of others that were written
+        self._known_losses: dict[Any, Sensitivities | None] = {}
         self.sessions = [self._session(run, task) for run, task in zip(runs, tasks, strict=True)]
-        searches = [
-            self.solver.begin(task.problem, session, config.seed) for task, session in zip(tasks, self.sessions, strict=True)
-        ]
+        sharing: Any = self.solver  # its class says that it has `begin`
+        searches = [sharing.begin(task.problem, one, config.seed) for task, one in zip(tasks, self.sessions, strict=True)]
         self.sharing = Sharing(searches, evaluations, self._share)
 
     def run(self) -> None:
@@ -134,6 +137,7 @@ class _Group:
             task.problem,
             self.evaluations,
             record,
+            sensitivities=self._predicted(task.problem),
             known=run.known(task.problem).pairs,
             env=task.config.env,
             ahead=task.config.ahead,
@@ -142,6 +146,15 @@ class _Group:
             recorded=run.recorded(task.config.solver),
         )
         return session
+
+    def _predicted(self, problem: Problem) -> Sensitivities | None:
+        """Tell what gradients predict of the loss, computed once for all problems that decide the same."""
+        if not problem.has_gradients:
+            return None
+        asked = (decided_layers(problem), problem.bits, problem.decide(largest_widths(problem)))
+        if asked not in self._known_losses:
+            self._known_losses[asked] = computed(problem, "gradient")
+        return self._known_losses[asked]
 
     def _share(self, place: int, policy: Q.BitPolicy, evaluation: Evaluation) -> None:
         """Write a policy that one search evaluated into the runs of the others."""

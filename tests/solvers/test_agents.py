@@ -1,4 +1,4 @@
-"""Agents propose candidates to the surrogate: what they learn from, what they may not disturb, and what is counted as theirs."""
+"""Agents propose candidates to the surrogate: what they learn from, must not disturb, and what is counted as theirs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import envs
 import haq
 from haq.problem.evaluator import Evaluation
 from haq.solvers import actor, agents
-from haq.solvers.base import Session, solve
+from haq.solvers.base import Session, Trial, solve
 from haq.solvers.contribution import contribution
 from haq.solvers.surrogate import CHANGED, START, Search, Surrogate
 from haq.store.records import ContributionRecord
@@ -24,7 +24,9 @@ NAMES = ("ddpg", "td3", "sac")
 
 
 def several() -> haq.Problem:
-    (problem,) = chips.random_budgets(chips.base_problem(chips.WIDE, ((4, 4),), ("latency", "storage", "peak_memory")), 1, seed=5)
+    (problem,) = chips.random_budgets(
+        chips.base_problem(chips.WIDE, ((4, 4),), ("latency", "storage", "peak_memory")), 1, seed=5
+    )
     return problem
 
 
@@ -184,7 +186,13 @@ def test_what_came_from_the_actor_is_counted() -> None:
 def test_an_evaluation_that_draws_from_global_generators_changes_nothing() -> None:
     problem = make_problem(small_network())
     quiet = [trial.policy for trial in searched(problem, "sac").trials]
-    loud = Session(problem, 16, on_trial=lambda trial: [random.random(), np.random.rand(3), torch.rand(3)] and None)
+
+    def on_trial(trial: Trial) -> None:
+        random.random()
+        np.random.rand(3)
+        torch.rand(3)
+
+    loud = Session(problem, 16, on_trial=on_trial)
     solve("sac", loud, 0)
     assert [trial.policy for trial in loud.trials] == quiet
 

@@ -79,8 +79,13 @@ def test_what_adds_up_is_learned_from_whole_policies() -> None:
 
     least = min(added(options) for options in choices[within])
     made = copy.copy(problem)
-    made.evaluate = lambda p: Evaluation(-added(model.options_of(p)), added(model.options_of(p)), 8)  # type: ignore[method-assign]
     model = _Options(made)
+
+    def evaluate(policy: Any) -> Evaluation:
+        loss = added(model.options_of(policy))
+        return Evaluation(-loss, loss, 8)
+
+    made.evaluate = evaluate  # type: ignore[method-assign]
     given = Session(made, 10)
     first = ilp.propose(made, wrong)
     iterated.search(made, given, first, wrong, seed=0)
