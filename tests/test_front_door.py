@@ -306,8 +306,8 @@ def test_solvers_say_of_themselves_what_lists_say_of_them() -> None:
         assert (row.origin, solver.name, solver.summary) == (BUILT_IN, row.name, row.line)
     having = {what: {n for n in SOLVERS if getattr(SOLVERS.get(n), what)} for what in ("uses_sensitivities", "chooses_ahead")}
     assert having == {
-        "uses_sensitivities": {"ddpg", "td3", "sac", "ilp", "greedy"},
-        "chooses_ahead": {"ddpg", "td3", "sac", "evolution"},
+        "uses_sensitivities": {"ilp", "greedy"},
+        "chooses_ahead": {"ddpg", "td3", "sac", "evolution", "surrogate"},
     }
     assert {name for name in SOLVERS if not SOLVERS.get(name).draws} == {"ilp", "greedy", "exhaustive"}
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from haq.problem.goal import BEST
 from haq.problem.problem import Problem
+from haq.solvers import PLAN
 from haq.solvers.base import Solver, Spending
 from haq.solvers.cheapest import MEASURED
 from haq.solvers.sensitivity import COMPUTED, evaluations_for_all
@@ -37,7 +38,9 @@ def proposed(problem: Problem) -> int:
     return found
 
 
-def spending(solver: Solver, problem: Problem, evaluations: int, kind: str, known: bool = False) -> list[Spending]:
+def spending(
+    solver: Solver, problem: Problem, evaluations: int, kind: str, known: bool = False, env: str = PLAN
+) -> list[Spending]:
     """Tell what a solver's evaluations will go into, those of sensitivities included.
 
     Args:
@@ -46,6 +49,7 @@ def spending(solver: Solver, problem: Problem, evaluations: int, kind: str, know
         evaluations: How many policies it may evaluate.
         kind: The kind of sensitivities.
         known: Whether there are some already.
+        env: The environment of agents.
 
     Returns:
         What they go into, in their order.
@@ -58,8 +62,12 @@ def spending(solver: Solver, problem: Problem, evaluations: int, kind: str, know
         if count > 1:
             parts.append(Spending("sensitivities, one operand at a time", count, needed))
             left -= count
-    if problem.goal.kind != BEST.kind and problem.goal.kind not in getattr(solver, "goals", ()):
+    as_haq = env != PLAN and getattr(solver, "takes_agent", False)
+    knows_goal = problem.goal.kind in getattr(solver, "goals", ()) and not as_haq
+    if problem.goal.kind != BEST.kind and not knows_goal:
         return [*parts, Spending("searches within one budget after the other, and what follows from them", left)]
+    if as_haq:
+        return [*parts, Spending("episodes that the agent plays, the first ones at random", left)]
     # Somebody's own solver need not say.
     tell = getattr(solver, "spending", None)
     if tell is None:

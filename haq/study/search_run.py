@@ -41,6 +41,7 @@ from haq.problem.objective import Objective
 from haq.problem.problem import Problem
 from haq.problem.schemes import obeying
 from haq.problem.sensitivity import Sensitivities, signed
+from haq.solvers import PLAN
 from haq.solvers.agent_file import AgentFile
 from haq.solvers.base import Session, Trial, find_solver, solve
 from haq.solvers.sensitivity import computed
@@ -337,6 +338,8 @@ class SearchRun:
     def _may_race(self, problem: Problem) -> bool:
         """Say whether evaluations of a new run may end early: if its solver and its problem allow it, and it is wanted."""
         solver = find_solver(self.config.solver)
+        if self.config.env != PLAN and getattr(solver, "takes_agent", False):
+            return False  # HAQ evaluates all that it plays whole
         may = getattr(solver, "races", False) and self.config.race is not False
         return bool(may and problem.evaluator.races and problem.goal.kind != TRADEOFF)
 

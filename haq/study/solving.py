@@ -445,7 +445,7 @@ def solve(
         known = gather(trials, problem).pairs
     for sentence in doubts(problem):
         logger.warning(sentence)
-    parts = spending(found, problem, evaluations, kind, given is not None)
+    parts = spending(found, problem, evaluations, kind, given is not None, env)
     said = [*words_of(parts, evaluations), time_words(problem, evaluations)]
     logger.info(f"{name}, {evaluations} evaluations: {'; '.join(filter(None, said))}")
     with _shown(problem.objective.title) as bar:

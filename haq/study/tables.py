@@ -265,7 +265,8 @@ def _spending_lines(task: SearchTask) -> list[str]:
     config, problem = task.config, task.problem
     found = find_solver(config.solver, config.iterate)
     known = config.sensitivity is not None
-    lines = words_of(spending(found, problem, task.evaluations, config.sensitivity_kind, known), task.evaluations)
+    parts = spending(found, problem, task.evaluations, config.sensitivity_kind, known, config.env)
+    lines = words_of(parts, task.evaluations)
     lines.append(time_words(problem, task.evaluations))
     return [line for line in lines if line]
 
