@@ -65,7 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         _enter(place, patch)
-        arguments = [*JOB, "--budget", "0.6", "--solver", "random", "--evaluations", "6", "--finetune-epochs", "1"]
+        arguments = [*JOB, "--budget", "0.6", "--solver", "ilp", "--evaluations", "6", "--finetune-epochs", "1"]
         assert search.main([*arguments, "--out", "run"]) == 0
         assert COMMANDS["robustness"]() == 0
         begun = [*JOB, "--hw", "edge", "--budgets", "0.6", "--solvers", "random", "--evaluations", "4"]
@@ -483,7 +483,7 @@ CASES: list[tuple[str, str, Callable[[], object], str]] = [
         "history: a row too few",
         "unfinished compare report",
         lambda: _history(lambda rows: rows.pop(2)),
-        "line 3: evaluation 3 of random, where its evaluation 2 must be",
+        "line 3: evaluation 3 of ilp, where its evaluation 2 must be",
     ),
     ("history: a NUL byte", "unfinished", _cell(0, "ran\0dom"), "the solver is"),
     (

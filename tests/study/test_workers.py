@@ -161,8 +161,6 @@ def test_the_search_command_writes_the_same_with_workers(capsys: pytest.CaptureF
     for name in (
         "policy.json",
         "result.json",
-        "sensitivity.json",
-        "checkpoint/ddpg.state",
         "checkpoint/quantized.safetensors",
     ):
         assert Path("alone", name).read_bytes() == Path("together", name).read_bytes(), name
