@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
             # What takes long is kept as it goes.
             command = " ".join([f"python -m experiments.{NAME}", *sys.argv[1:]])
             about = [
-                f"{options.solver}, {seed + 1} seeds, {options.episodes:,} episodes of training on {len(networks) - 1} of "
+                f"{options.solver}, seeds 0 to {seed}, {options.episodes:,} episodes of training on {len(networks) - 1} of "
                 f"{len(networks)} networks and {options.synthetic} made-up problems; one thread",
                 f"seconds per evaluation of searches with {max(ALLOWED)}: {per_evaluation(outcomes)}",
                 *kept,
