@@ -246,7 +246,7 @@ def print_comparison(console: Console, content: Mapping[str, Any]) -> None:
         say(console, f"By test {content['objective_title']}, the best one first: {', '.join(content['order'])}", wrap=False)
     if content["below_best"]:
         parts = [f"{name} is {words}" for name, words in content["below_best"].items()]
-        say(console, f"On the same test samples, ± one paired standard error: {'; '.join(parts)}.", wrap=False)
+        say(console, f"On the same test samples, ± one paired standard error: {'; '.join(parts)}.")
 
 
 def _name_and_question(run: RunSummary) -> RenderableType:

@@ -107,7 +107,8 @@ def test_every_trial_is_told_and_kept() -> None:
     told: list[haq.Trial] = []
     result = haq.solve(make_problem(small_network()), "random", evaluations=6, on_trial=told.append)
     assert told == result.trials == result.history
-    assert result.trial == min((trial for trial in told if trial.feasible), key=lambda trial: trial.rank)
+    assert result.best == min((trial for trial in told if trial.feasible and trial.whole), key=lambda trial: trial.rank)
+    assert result.trial in told
     assert all(trial.accuracy == trial.evaluation.accuracy and trial.loss == trial.evaluation.loss for trial in told)
     with pytest.raises(AttributeError):
         told[0].cost = 0.0  # type: ignore[misc]

@@ -20,6 +20,7 @@ An .npz file holds these arrays; nothing in it can be executed.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -35,6 +36,7 @@ import hw_models
 from haq.problem.decision import WidthsAsked, read_bits, ten_places
 from haq.problem.limits import ROUNDING
 from haq.store import npz
+from haq.store.files import write
 from haq.store.units import describe_amount
 from hw_models.metrics import METRICS, PEAK
 from hw_models.registry import printable
@@ -151,10 +153,9 @@ class TableFile:
         for index, (pairs, prices) in enumerate(zip(self.pairs, self.prices, strict=True)):
             arrays[f"pairs_{index}"] = pairs.astype(np.int8)
             arrays[f"prices_{index}"] = prices
-        partial = path.with_name(f"{path.name}.part")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        partial.replace(path)
+        content = io.BytesIO()
+        np.savez_compressed(content, **arrays)
+        write(path, content.getvalue())
 
 
 def shipped() -> list[str]:

@@ -76,7 +76,16 @@ def spending(
 
 
 def most_for_sensitivities(solver: Solver, problem: Problem, evaluations: int) -> int:
-    """Return how many evaluations sensitivities may take of a solver's."""
+    """Return how many evaluations sensitivities may take of a solver's.
+
+    Args:
+        solver: The solver.
+        problem: What is to be solved.
+        evaluations: How many it is allowed.
+
+    Returns:
+        The number of evaluations.
+    """
     share = getattr(solver, "most_measured", 1.0)
     if problem.goal.kind != BEST.kind and problem.goal.kind not in getattr(solver, "goals", ()):
         share = MEASURED

@@ -808,7 +808,13 @@ def known_rows(known: Iterable[KnownTrial], problem: Problem) -> list[HistoryRow
 
 
 def write_trials(path: Path, known: Iterable[KnownTrial], problem: Problem) -> None:
-    """Write trials of earlier searches into a file, as a history has them."""
+    """Write trials of earlier searches into a file, as a history has them.
+
+    Args:
+        path: The file.
+        known: The trials.
+        problem: What is searched now.
+    """
     history.write(path, known_rows(known, problem), other_metrics(problem))
 
 

@@ -701,6 +701,9 @@ def opened(folder: Path, task: SearchTask, searches: int = 0) -> Iterator[Search
         folder: The run's.
         task: What is searched.
         searches: How many searches share what they try, if it is one of them.
+
+    Returns:
+        The run, within a `with` statement.
     """
     with writing(folder, go_on(folder.parent, task.config), wait_s=ORPHAN_S):
         if (folder / CONFIG).exists():

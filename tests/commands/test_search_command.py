@@ -287,7 +287,8 @@ def test_a_dry_run_says_it_all_and_writes_nothing(capsys: pytest.CaptureFixture[
         "latency",
         "0.6 of uniform 8 bits",
         "ddpg",
-        "30, each on 64",
+        "30 (",
+        "each on 64",
         "seed",
         "nothing is written",
     ):
