@@ -1,8 +1,9 @@
 """Agents from Stable-Baselines3 (DDPG, TD3, SAC): proposers of candidates beside a surrogate's own, or HAQ's own search.
 
 Unless asked for HAQ's environment, an agent proposes and the surrogate chooses (`haq.solvers.actor`,
-`haq.solvers.surrogate`): the search is that of `surrogate`, with the same first policies and the same candidates, and the
-agent's beside them. How many of the choices came from its actor is counted (`haq.solvers.contribution`).
+`haq.solvers.surrogate`). The search is that of `surrogate`, with the same first policies; of those that follow, every second
+is chosen among the agent's candidates alone, the others among its and everybody's. How many choices came from its actor
+is counted (`haq.solvers.contribution`).
 
 With `--env haq` it is HAQ's (Wang et al., CVPR 2019, section 3.5): DDPG on `haq/HAQ-v0` with hidden layers of 400 and 300,
 replay of transitions in batches of 64, soft updates of 0.01, no discount, and truncated-normal exploration around the actor's

@@ -13,6 +13,9 @@ need only be right near the best policies: the better a trial, the more it count
 Candidates are random policies that fill the budgets, the best trials with a few decisions drawn anew, plans under random
 weights, what others propose (`Proposer`: agents do), and the neighbours of the most promising of all these.
 
+Where there are proposers, every second policy is chosen among their candidates alone: beside the neighbours of neighbours,
+some of which promise more than they keep, few of theirs would ever be chosen.
+
 Everything follows from the seed and from what was evaluated, in its order. A search that was interrupted is therefore resumed
 by doing it again with its history at hand.
 """
@@ -60,6 +63,7 @@ MOST_LEARNED = 400  # trials that a view is made of
 NEAR = 1.0  # how far from the best a trial is that counts a third, in parts of how far the median is
 FAR = 1e-2  # weight of a trial that is far from it
 SPREAD_OF_LOSS = 1.5  # standard deviation of one sample's loss, in parts of the mean
+TURNS = 2  # in one of so many turns everybody proposes candidates, in the others proposers alone, if there are any
 MOST_STALE_ROUNDS = 20  # rounds without a policy that is new, after which there seem to be none
 TINY = 1e-12
 
@@ -598,16 +602,18 @@ class Search:
 
     def _most_promising(self) -> tuple[tuple[int, ...], str] | None:
         """Return the candidate with the largest expected improvement, and where it came from; None without any."""
+        alone = self._is_proposers_turn
         for _ in range(MOST_STALE_ROUNDS):
-            found = self._candidates()
+            found = self._candidates(alone)
             if found.origins:
                 break
+            alone = self.alone  # they have nothing new: then everybody again
         else:
             return None
         options, origins = found
         gains = self.model.improvement(options)
         steps = STEPS
-        if self.alone:
+        if alone:
             steps = 0
         for _ in range(steps):
             order = np.argsort(-_rounded(gains), kind="stable")[:CLIMBED]
@@ -630,11 +636,16 @@ class Search:
                 return proposer.name + CHANGED
         return NEIGHBOUR
 
-    def _candidates(self) -> Candidates:
-        """Propose policies within the budgets that weren't chosen."""
+    @property
+    def _is_proposers_turn(self) -> bool:
+        """Say whether only others propose candidates of the next policy, as they do in turn with everybody."""
+        return self.alone or (bool(self.proposers) and len(self.origins) % TURNS != 0)
+
+    def _candidates(self, alone: bool = False) -> Candidates:
+        """Propose policies within the budgets that weren't chosen; `alone`: without the search's own."""
         space, draws = self.space, self._draws
         parts: list[tuple[str, Options]] = []
-        if not self.alone:
+        if not alone:
             elite = self.model.elite(ELITE)
             parts.append((RANDOMLY, space.random(RANDOM, draws)))
             if len(elite):

@@ -131,6 +131,8 @@ def test_an_agent_begins_as_the_surrogate_does_and_measures_no_sensitivities() -
     start = without.origins.count(START)
     assert start >= 8
     assert [trial.policy for trial in with_agent.trials[:start]] == [trial.policy for trial in without.trials[:start]]
+    # From then on the agent's candidates are in turn the only ones, and some of all.
+    assert all(origin == "ddpg" for origin in with_agent.origins[start + 1 - start % 2 :: 2])
     assert with_agent.sensitivities is None
     assert len(with_agent.trials) == 16
     assert with_agent.saturated
