@@ -53,7 +53,7 @@ BLIND = 1e-2  # by which the weights of the actor's last layer are multiplied: i
 IMAGINED = 32  # episodes per evaluation that are learned from
 ELITE = 16  # best policies among what is remembered, from which half of what is learned is drawn
 FIRST = 3  # policies of a pretrained agent that a search begins with
-MOST_EPISODES = 1024  # that are remembered
+MOST_EPISODES = 512  # that are remembered
 SIGMA = 1.0  # the largest of the noise around the actor's actions
 LEAST_SIGMA = 0.1
 FARTHEST = 3.0  # standard deviations from the mean beyond which a return counts as much
@@ -327,7 +327,7 @@ def make_agent(name: str, env: gymnasium.Env[Any, Any], seed: int, hidden: Seque
         batch_size=BATCH,
         tau=TAU,
         gamma=1.0,
-        policy_kwargs={"net_arch": list(hidden)},
+        policy_kwargs={"net_arch": list(hidden), "optimizer_kwargs": {"fused": True}},
         seed=seed,
         device="cpu",
     )
