@@ -22,6 +22,7 @@ Options = NDArray[np.int64]  # (policies, decisions)
 Flags = NDArray[np.bool_]
 
 MOST_LOWERED = 50  # rounds, times the number of decisions, after which a draw that isn't within the budgets is given up
+STILL = 4  # the same, without a decision that leads towards them
 
 
 class Space:
@@ -227,9 +228,11 @@ class Space:
         """
         options = options.copy()
         over = np.flatnonzero(~self.fits(options))
+        still = np.zeros(len(options), np.int64)  # rounds since a policy was last lowered
+        stuck = np.zeros(len(options), bool)
         for _ in range(MOST_LOWERED * len(self.free)):
             if not len(over):
-                return options
+                break
             rows = options[over]
             decision = self.free[draws.integers(len(self.free), size=len(over))]
             excess = self._excess(rows, decision)
@@ -238,8 +241,13 @@ class Space:
             picked = _picked(closer, draws)
             moved = picked >= 0
             options[over[moved], decision[moved]] = picked[moved]
-            over = over[~self.fits(options[over])]
-        return np.delete(options, over, axis=0)
+            still[over] += 1
+            still[over[moved]] = 0
+            # Within several budgets there may be no single decision that leads towards them.
+            stuck[over] = still[over] > STILL * len(self.free)
+            over = over[~self.fits(options[over]) & ~stuck[over]]
+        stuck[over] = True
+        return options[~stuck]
 
     def filled(self, options: Options, draws: np.random.Generator) -> Options:
         """Fill the budgets: in random order, decisions get more bits as far as what is left of all of them allows.
