@@ -123,7 +123,7 @@ class SearchRun:
         if searches:
             content["searches"] = searches
         run = cls(folder, task.config)
-        if known is not None:
+        if known is not None and task.config.trials is not None:
             # Before the file that says that there is a run: the folders they are from may be gone when it goes on.
             write_trials(folder / TRIALS, known.trials, task.problem)
         ConfigRecord.from_dict(content).write(folder / CONFIG)
