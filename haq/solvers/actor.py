@@ -339,7 +339,7 @@ def last_layer(agent: OffPolicyAlgorithm) -> torch.nn.Linear:
     """Return the layer of an actor that its actions come from, without noise."""
     mean = agent.actor.mu
     assert isinstance(mean, torch.nn.Module)
-    return [part for part in mean.modules() if isinstance(part, torch.nn.Linear)][-1]
+    return [part for part in mean.modules() if type(part) is torch.nn.Linear][-1]
 
 
 @torch.no_grad()
