@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,8 @@ from haq.solvers.hessian import curvature
 from haq.solvers.layer_outputs import gradient_increases, remaining_errors
 from hw_models.storage import BITS
 from hw_models.widths import PLACES, place_of, places
+
+logger = logging.getLogger("haq")
 
 # A width in the middle says most; from it and the calibrated error the others can be guessed until they are measured. But for
 # one bit, where that error is far too kind.
@@ -192,6 +195,18 @@ def _distribution_of(problem: Problem, kind: str) -> Distribution:
 
 
 COMPUTED: dict[str, Callable[[Problem], Sensitivities]] = {"hessian": by_hessian, "gradient": by_gradient}
+
+
+def predicted(problem: Problem) -> Sensitivities | None:
+    """Tell what gradients predict of the loss, which costs no evaluation; None, with a warning, where they can't be had."""
+    if not problem.has_gradients:
+        return None
+    try:
+        return by_gradient(problem)
+    except (ValueError, RuntimeError) as error:
+        # A network whose outputs have no gradient can be searched all the same.
+        logger.warning(f"the search begins without what gradients predict of the loss: {' '.join(str(error).split())}")
+        return None
 
 
 def computed(problem: Problem, kind: str) -> Sensitivities | None:

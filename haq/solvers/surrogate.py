@@ -22,7 +22,6 @@ by doing it again with its history at hand.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -41,8 +40,6 @@ from haq.solvers.base import Session, Solver, Spending
 from haq.solvers.process import Process
 from haq.solvers.space import Flags, Floats, Options, Space
 from haq.store.units import PERCENT
-
-logger = logging.getLogger("haq")
 
 FEWEST = 10  # policies to begin with
 BEYOND = 3  # as many more than there are free decisions
@@ -563,15 +560,12 @@ class Search:
 
         That is what the session knows, or what gradients on the calibration samples tell, which costs no evaluation.
         """
-        problem, known = self.problem, self.session.sensitivities
-        if known is None and problem.has_gradients:
-            try:
-                known = sensitivity.computed(problem, "gradient")
-            except ValueError as error:
-                logger.info(f"the search begins without predicted losses: {error}")
+        known = self.session.sensitivities
+        if known is None:
+            known = sensitivity.predicted(self.problem)
         if known is None:
             return None
-        return known.table(problem)
+        return known.table(self.problem)
 
     def _proposals(self) -> list[tuple[int, ...]]:
         """List the plan for the sum of the errors, and what programme and greedy descent make of predicted losses."""

@@ -18,7 +18,7 @@ from haq.problem.problem import Problem
 from haq.problem.sensitivity import Sensitivities, decided_layers, largest_widths
 from haq.solvers import SOLVERS
 from haq.solvers.base import NothingGoodEnough, Session, Trial, conclude, find_solver
-from haq.solvers.sensitivity import computed
+from haq.solvers.sensitivity import predicted
 from haq.solvers.sharing import Sharing, allowance
 from haq.store.history import SHARED
 from haq.store.records import SharedRecord
@@ -149,11 +149,9 @@ class _Group:
 
     def _predicted(self, problem: Problem) -> Sensitivities | None:
         """Tell what gradients predict of the loss, computed once for all problems that decide the same."""
-        if not problem.has_gradients:
-            return None
         asked = (decided_layers(problem), problem.bits, problem.decide(largest_widths(problem)))
         if asked not in self._known_losses:
-            self._known_losses[asked] = computed(problem, "gradient")
+            self._known_losses[asked] = predicted(problem)
         return self._known_losses[asked]
 
     def _share(self, place: int, policy: Q.BitPolicy, evaluation: Evaluation) -> None:

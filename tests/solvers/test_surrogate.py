@@ -263,3 +263,15 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     for trial in whole[:11]:
         replayed.evaluator.cache[trial.policy] = trial.evaluation
     assert [trial.policy for trial in run(replayed, 16)] == [trial.policy for trial in whole]
+
+
+def test_a_network_without_gradients_is_searched_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    class Blind(torch.nn.Sequential):
+        @torch.no_grad()
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    network, inputs = Blind(*small_network()), images(32)
+    problem = haq.Problem(network, images(32, 1), (inputs, network(inputs).argmax(1)), "edge", budget=0.6, bits="4,6,8")
+    assert len(run(problem, 12)) == 12
+    assert "without what gradients predict" in caplog.text
