@@ -61,14 +61,15 @@ class Residual:
 
 @dataclass(frozen=True)
 class Table:
-    """A function as so many parabolas, one behind the other: of v, with t = v inverse + shift, that of floor(t).
+    """A function as so many parabolas, one behind the other: of v, with t = v inverse + start, that of i = floor(t).
 
-    The first and the last go on to infinity. With r = t - floor(t), it is (c2 r + c1) r + c0. Every operation is rounded once.
+    The first and the last go on to infinity. With r = v inverse + (start - i), it is (c2 r + c1) r + c0. Every operation is rounded
+    once.
     """
 
     segments: int
     inverse: float
-    shift: float
+    start: float
 
     def constants(self, coefficients: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
         """Return its coefficients, of (segments, 3), as a buffer: four numbers for each, which are read at once."""
@@ -327,12 +328,15 @@ class Builder:
         """
         T = self.T
         splat = self.splat
-        t = self.fma(v, splat(table.inverse, "float32"), splat(table.shift, "float32"))
+        v = T.bind(v)
+        inverse = splat(table.inverse, "float32")
+        start = splat(table.start, "float32")
+        t = self.fma(v, inverse, start)
         floor = T.call_llvm_pure_intrin("float32x16", "llvm.floor.v16f32", t)
         # A value that isn't a number is in the first: no index is outside of the buffer.
         floor = T.max(floor, splat(0.0, "float32"))
         floor = T.bind(T.min(floor, splat(table.segments - 1.0, "float32")))
-        r = T.bind(t - floor)
+        r = self.fma(v, inverse, start - floor)
         index = T.alloc_buffer((LANES,), "int32")
         self.put(index, 0, floor.astype("int32x16"), LANES)
         rows = [self.vector(coefficients, index[lane] * TABLE_ROW, TABLE_ROW) for lane in range(LANES)]
