@@ -287,7 +287,8 @@ class _Writer:
             channels = self.values[epilogue.outputs[0].value].shape[2]
             constants |= builder.per_channel("slope", np.broadcast_to(epilogue.slope, channels))
         if epilogue.table is not None:
-            table = builder.Table(epilogue.table.segments, epilogue.table.inverse, epilogue.table.start)
+            few = epilogue.table.segments <= builder.IN_REGISTERS and self.cpu.has("avx512f")
+            table = builder.Table(epilogue.table.segments, epilogue.table.inverse, epilogue.table.start, few)
             constants |= table.constants(epilogue.table.coefficients)
         bounds = (epilogue.low, epilogue.high)
         made = builder.Epilogue(outputs, tuple(residuals), *bounds, epilogue.slope is not None, table)
@@ -487,6 +488,8 @@ def compile_program(
         "machine": target.key,
         "calls": list(functions),
         "arguments": [[a.name, list(a.shape), a.dtype] for a in arguments],
+        "input_dims": list(program.input_dims),
+        "output_dims": list(program.output_dims),
         "steps": step_names,
         "values": {
             value: [*places[name][:2], list(program.values[value].shape)]
@@ -508,8 +511,9 @@ def _planar(value: Value) -> tuple[int, int, int]:
 class Deployed:
     """A compiled network.
 
-    Called with images (N, C, H, W) of float32, it returns outputs (N, classes), or (N, C, H, W): as a torch tensor if it was
-    given one, else as a NumPy array. Several threads may call it; their images are computed one after the other.
+    Called with images (N, C, H, W) of float32, or with (N, C, L) if that is what the network takes, it returns outputs
+    (N, classes), (N, C, H, W) or (N, C, L): as a torch tensor if it was given one, else as a NumPy array. Several threads may
+    call it; their images are computed one after the other.
 
     Raises FileNotFoundError and ValueError for a folder that isn't one or is damaged, and for a machine that can't run its
     code. What it loads is a library, and thus code: load nothing that you wouldn't run.
@@ -528,10 +532,16 @@ class Deployed:
         self._lock = threading.Lock()  # the arrays hold one image at a time
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """The channels, height and width of an image."""
-        channels, height, width = self._shapes[INPUT]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of an image: channels, height and width, or channels and length."""
+        return self._dims("input_dims", self._shapes[INPUT])
+
+    def _dims(self, name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        """Return torch's shape of what goes in or comes out, for one image and without the batch."""
+        dims = self.description.get(name)
+        if dims is None:  # a folder of an older version of haq
+            return otherwise
+        return tuple(dims[1:])
 
     def __call__(self, images: Any) -> Any:
         """Compute the outputs of images; ValueError unless they are finite, float32 and of the network's shape."""
@@ -547,14 +557,15 @@ class Deployed:
         made = np.empty((len(given), *self._shapes[OUTPUT]), np.float32)
         for number, image in enumerate(given):
             with self._lock:
-                self._input[...] = image
+                self._input[...] = image.reshape(self._input.shape)
                 self.run()
                 made[number] = self._output
         # Inside, channels are last.
-        made = np.ascontiguousarray(made.transpose(0, 3, 1, 2))
-        if made.shape[2:] == (1, 1):
-            made = made[:, :, 0, 0]
-        return made
+        made = made.transpose(0, 3, 1, 2)
+        shape = made.shape[1:]
+        if shape[1:] == (1, 1):
+            shape = shape[:1]
+        return np.ascontiguousarray(made.reshape(len(made), *self._dims("output_dims", shape)))
 
     def run(self) -> None:
         """Compute the output of the image that the input buffer holds: what is timed, by one thread and no other at work."""
