@@ -72,19 +72,42 @@ class Exporter(ABC):
     name      by which it is chosen: `haq deploy RUN --to NAME`
     summary   one line about it
     output    what is written within a run's folder, a file or a folder, unless --out says otherwise
-    options   options of `haq deploy` that `export` takes: of "threads", "target", "cold"
+    options   options of `haq deploy` that it takes:
+              "threads", "target", "cold"   where kernels are measured; `export` is given their values
+              "flavour"     --for NAME, one of `flavours`; `export` is given the name
+              "residuals"   --residuals 8: it writes nodes of kind "quantize", so that there may be quantizers in front of
+                            additions and poolings; nothing of it is given to `export`
+    flavours  what it can write for (`--for`)
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     output: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
+    flavours: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer and the reason, for a quantized network that can't be written.
 
         It is called before anything is captured, compiled or written.
+        """
+
+    def check_operations(  # noqa: B027 - an exporter that refuses nothing more has none
+        self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]
+    ) -> None:
+        """Raise ValueError for a captured network that `export` would refuse, and for nothing else.
+
+        It is what `haq deploy --check` asks, before there is a run: it compiles nothing and writes nothing.
+
+        Args:
+            network: The quantized network, in evaluation mode.
+            graph: Its operations.
+            images: Images (N, C, H, W), as the network takes them.
+            options: Those of `Exporter.options` that were given, by name.
+
+        Raises:
+            ValueError: Naming the layer, the operation and the reason.
         """
 
     @abstractmethod
@@ -161,11 +184,46 @@ class Exporter(ABC):
         return cls.export_any is not Exporter.export_any
 
 
+def policy_storage_bytes(network: nn.Module, images: Tensor) -> int:
+    """Count what a search prints as the storage of a policy: weights at their bits, scales and biases, but no norms.
+
+    Args:
+        network: The quantized network, at its present bits.
+        images: Images (N, C, H, W), of which the first is run through it.
+
+    Returns:
+        Bytes.
+    """
+    import numpy as np
+
+    import hw_models
+    import quantizers as Q
+    from hw_models.storage import FLOAT_BYTES, untied_bytes
+    from hw_models.widths import FLOAT, places
+
+    workload = hw_models.trace(Q.float_copy(network).eval(), images[:1])
+    policy = Q.get_policy(network)
+    layers = Q.quant_layers(network)
+    bits = np.array([[width or FLOAT for width in policy.get(layer.name, (None, None))] for layer in workload.layers])
+    total = float(untied_bytes(workload, bits[:, 0]))
+    stored = hw_models.storage_bytes(workload)
+    for row, layer, (w, a), w_bits in zip(stored, workload.layers, places(bits), bits[:, 0], strict=True):
+        total += row[w, a]
+        if layer.name not in layers or w_bits == FLOAT:
+            continue
+        scheme = layers[layer.name].scheme
+        total += scheme.storage_overhead_bytes(int(w_bits), layer.weights)
+        if getattr(scheme, "per_channel", True) is False:
+            total -= FLOAT_BYTES * (layer.out_channels - 1)
+    return round(total)
+
+
 # Our own, in a line each.
 SUMMARIES = {
     "tvm": "a folder with one library for this machine's processor, integers from end to end",
     "onnx": "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others",
     "qonnx": "a file of QONNX, for tools of FPGAs",
+    "c": "a folder with a C99 file, for microcontrollers: integers from end to end, weights at their bits",
 }
 REQUIRED = ("name", "summary", "output", "check", "export", "compare")
 

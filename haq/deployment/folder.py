@@ -2,7 +2,7 @@
 
     network.so        the code
     network.json      what the network is and what it was compiled for, with the size and the SHA-256 of the other two
-    constants.npz     the arenas of constants: weights and factors
+    constants.npz     weights at their bits, and other constants, in one array of bytes (`hw_models.tvm_cpu.packing`)
 
 `read` looks at everything before anything is loaded: a library that is cut short ends the process that calls it, and changed
 weights give other answers without a word. Who made the folder no hash can tell: its library is code. Importing this needs
@@ -27,13 +27,13 @@ from haq.store.files import quoted
 from haq.store.records import MOST, Count, Names, Record, Settings
 from haq.store.units import describe_bytes
 
-FORMAT = "haq-deployed-2"
+FORMAT = "haq-deployed-3"
 LIBRARY = "network.so"
 DESCRIPTION = "network.json"
 CONSTANTS = "constants.npz"
 INPUT = "input"
 OUTPUT = "output"
-CONSTANT = "const_"  # begins the names of arenas that constants.npz holds
+PACKED = "packed"  # the array of constants.npz
 MOST_THREADS = 1024
 MOST_DIMS = 8
 MOST_BYTES = 2**34  # of all arenas together
@@ -69,6 +69,7 @@ class Description(Record):
     target: Settings
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)]
     machine: Settings
+    unpack: Names
     calls: Annotated[Names, Field(min_length=1)]
     arguments: Annotated[list[tuple[str, Sizes, Type]], Field(min_length=2, max_length=MOST)]
     input_dims: Dims | None = None  # torch's shapes for one image, of folders that are young enough
@@ -92,6 +93,8 @@ class Description(Record):
                 raise ValueError(f"'arguments' must have {name!r} once, with three sizes")
         if len(set(names)) != len(names):
             raise ValueError("'arguments' has a name twice")
+        if [dtype for name, _, dtype in self.arguments if name == PACKED] != ["uint8"]:
+            raise ValueError(f"'arguments' must have {PACKED!r}, bytes of {CONSTANTS}")
         size = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in self.arguments)
         if size > MOST_BYTES:
             raise ValueError(

@@ -246,6 +246,23 @@ class Builder:
                 self.put(buffer, at + start, self.vector(beside, start, size), size)
                 start += size
 
+    def where(self, conditions: Sequence[Any], value: Callable[[], Any], otherwise: Any) -> Any:
+        """Return a value that is looked up only where all conditions are true.
+
+        Args:
+            conditions: What must be true; those that always are may be the Python value.
+            value: Gives the value.
+            otherwise: What is returned elsewhere.
+
+        Returns:
+            The one or the other.
+        """
+        made = value()
+        for condition in conditions:
+            if condition is not True:
+                made = self.T.if_then_else(condition, made, otherwise)
+        return made
+
     def splat(self, value: float, dtype: str, lanes: int = LANES) -> Any:
         """Return a vector that holds the same number in all lanes.
 
