@@ -35,12 +35,14 @@ INPUT = "input"
 OUTPUT = "output"
 PACKED = "packed"  # the array of constants.npz
 MOST_THREADS = 1024
+MOST_DIMS = 8
 MOST_BYTES = 2**34  # of all arenas together
 AGAIN = "deploy the network again"
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, le=MOST_BYTES)]
 Sizes = Annotated[list[Size], Field(min_length=1, max_length=3)]
+Dims = Annotated[list[Size], Field(min_length=2, max_length=MOST_DIMS)]
 Type = Literal["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
 
 
@@ -70,6 +72,8 @@ class Description(Record):
     unpack: Names
     calls: Annotated[Names, Field(min_length=1)]
     arguments: Annotated[list[tuple[str, Sizes, Type]], Field(min_length=2, max_length=MOST)]
+    input_dims: Dims | None = None  # torch's shapes for one image, of folders that are young enough
+    output_dims: Dims | None = None
     steps: Annotated[list[Step], Field(max_length=MOST)]
     values: Annotated[dict[str, tuple[str, Size, Sizes]], Field(max_length=MOST)]
     sha256: Hash  # of all other entries
@@ -96,6 +100,14 @@ class Description(Record):
             raise ValueError(
                 f"'arguments' take {describe_bytes(size)} of memory; at most {describe_bytes(MOST_BYTES)} are given"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_dims(self) -> Description:
+        shapes = {name: shape for name, shape, _ in self.arguments}
+        for name, dims in ((INPUT, self.input_dims), (OUTPUT, self.output_dims)):
+            if dims is not None and (dims[0] != 1 or math.prod(dims) != math.prod(shapes[name])):
+                raise ValueError(f"'{name}_dims' are {dims}, which is no shape of {math.prod(shapes[name]):,} numbers")
         return self
 
     @model_validator(mode="after")

@@ -40,17 +40,22 @@ from haq.deployment.program import (
     Fixed,
     Float,
     FloatConvolution,
+    Lookup,
+    Move,
     Pool,
+    Product,
     Program,
     Quantize,
     Representation,
+    Resize,
     Sum,
     Value,
+    read_by,
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
 from haq.store import npz
 from haq.store.units import percent
-from hw_models.tvm_cpu import builder, kernels, packing, steps
+from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
 from hw_models.tvm_cpu.kernel import Kernel
@@ -119,20 +124,19 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
     made: list[Part] = []
     values = program.values
     image = values[program.input].shape
-    if any(step.input == program.input and not isinstance(step, Quantize) for step in program.steps):
+    if any(program.input in read_by(step) and not isinstance(step, Quantize) for step in program.steps):
         interleave = steps.Interleave(image, builder.Output("float"))
         made.append(Part("input", interleave, {"input": INPUT, "output0": program.input}, {}))
+    writer = _Writer(values, target)
     for step in program.steps:
         if isinstance(step, Quantize):
             made.append(_quantize(step, values, image))
         elif isinstance(step, Convolution) and step.is_low_bit:
-            made.append(_convolution(step, values, chosen[_layer(step)]))
+            made.append(writer.convolution(step, chosen[_layer(step)]))
         elif isinstance(step, Convolution | FloatConvolution):
-            made += _float_convolution(step, values, target)
-        elif isinstance(step, Pool):
-            made.append(_pool(step, values))
+            made += writer.float_convolution(step)
         else:
-            made.append(_sum(step, values))
+            made.append(writer.between_layers(step))
     return made
 
 
@@ -143,81 +147,178 @@ def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int
     return Part(step.name, code, {"input": INPUT, "output0": step.output}, {})
 
 
-def _convolution(step: Convolution, values: Mapping[str, Value], chosen: Kernel) -> Part:
-    epilogue, names = _epilogue(step.epilogue, values)
-    codes = values[step.input].representation
-    assert isinstance(codes, Codes)
-    kernel = replace(chosen, epilogue=epilogue, zero=codes.zero_point)
-    constants = kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
-    return Part(step.name, kernel, {**names, "input": step.input}, constants, step.weights.astype(np.int64))
+class _Writer:
+    """Writes code for steps, given the program's values and the processor."""
 
+    def __init__(self, values: Mapping[str, Value], target: CpuTarget) -> None:
+        self.values = values
+        self.cpu = target.cpu
 
-def _float_convolution(step: Convolution | FloatConvolution, values: Mapping[str, Value], target: CpuTarget) -> list[Part]:
-    """Write code for a layer in float32: of a float operand, or of one of 16 bits.
+    def convolution(self, step: Convolution, chosen: Kernel) -> Part:
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        codes = self.values[step.input].representation
+        assert isinstance(codes, Codes)
+        kernel = replace(chosen, epilogue=epilogue, zero=codes.zero_point)
+        constants |= kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
+        return Part(step.name, kernel, {**names, "input": step.input}, constants, step.weights.astype(np.int64))
 
-    There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
-    """
-    epilogue, names = _epilogue(step.epilogue, values)
-    names["input"] = step.input
-    made = []
-    if isinstance(values[step.input].representation, Codes):
-        made.append(_real(step, values[step.input]))
-        names["input"] = made[-1].values["output0"]
-    kernel = kernels.float_kernel(step.conv, target.cpu, epilogue)
-    constants = kernel.constants(step.weights.astype(np.float32), step.epilogue.multiplier, step.epilogue.offset)
-    return [*made, Part(step.name, kernel, names, constants, step.weights)]
+    def float_convolution(self, step: Convolution | FloatConvolution) -> list[Part]:
+        """Write code for a layer in float32: of a float operand, or of one of 16 bits.
 
+        There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
+        """
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        names["input"] = step.input
+        made = []
+        if isinstance(self.values[step.input].representation, Codes):
+            made.append(self._real(step, self.values[step.input]))
+            names["input"] = made[-1].values["output0"]
+        kernel = kernels.float_kernel(step.conv, self.cpu, epilogue)
+        constants |= kernel.constants(step.weights.astype(np.float32), step.epilogue.multiplier, step.epilogue.offset)
+        return [*made, Part(step.name, kernel, names, constants, step.weights)]
 
-def _real(step: Convolution | FloatConvolution, source: Value) -> Part:
-    """Turn codes into the float32 numbers that a layer takes: real values beside float weights, else the integers."""
-    codes = source.representation
-    assert isinstance(codes, Codes)
-    epilogue = builder.Epilogue((builder.Output("float"),))
-    code = steps.Elementwise(source.shape, codes.dtype, epilogue, codes.zero)
-    channels = source.shape[2]
-    scale = 1.0
-    if isinstance(step, FloatConvolution):
-        scale = codes.scale
-    factors = np.full(channels, scale), np.zeros(channels)
-    names = {"input": step.input, "output0": f"{step.name}:real"}
-    return Part(f"{step.name}, its input", code, names, epilogue.constants(*factors))
+    def _real(self, step: Convolution | FloatConvolution, source: Value) -> Part:
+        """Turn codes into the float32 numbers that a layer takes: real values beside float weights, else the integers."""
+        codes = source.representation
+        assert isinstance(codes, Codes)
+        epilogue = builder.Epilogue((builder.Output("float"),))
+        code = steps.Elementwise(self._stored(step.input), epilogue, self.cpu.threads)
+        channels = source.shape[2]
+        scale = 1.0
+        if isinstance(step, FloatConvolution):
+            scale = codes.scale
+        factors = np.full(channels, scale), np.zeros(channels)
+        names = {"input": step.input, "output0": f"{step.name}:real"}
+        return Part(f"{step.name}, its input", code, names, epilogue.constants(*factors))
 
+    def between_layers(self, step: Sum | Pool | Product | Resize | Move | Lookup) -> Part:
+        """Write code for a step without weights."""
+        if isinstance(step, Sum):
+            return self._sum(step)
+        if isinstance(step, Pool):
+            return self._pool(step)
+        if isinstance(step, Product):
+            return self._product(step)
+        if isinstance(step, Resize):
+            return self._resize(step)
+        if isinstance(step, Move):
+            return self._move(step)
+        return self._lookup(step)
 
-def _pool(step: Pool, values: Mapping[str, Value]) -> Part:
-    epilogue, names = _epilogue(step.epilogue, values)
-    source = values[step.input]
-    kind = {"max": "max", "avg": "sum"}[step.kind]
-    window = step.window
-    sizes = (window.kernel, window.stride, window.padding, window.dilation)
-    of_epilogue: builder.Epilogue | None = epilogue
-    constants = _factors(epilogue, source.shape, step.epilogue)
-    if isinstance(source.representation, Codes):
-        # The largest of codes is a code.
-        of_epilogue = None
+    def _sum(self, step: Sum) -> Part:
+        source = self._stored(step.input)
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        constants |= _factors(epilogue, source.shape, step.epilogue)
+        code = steps.Elementwise(source, epilogue, self.cpu.threads)
+        return Part(step.name, code, {**names, "input": step.input}, constants)
+
+    def _pool(self, step: Pool) -> Part:
+        source = self._stored(step.input)
+        wanted = step.epilogue.outputs
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        of_epilogue: builder.Epilogue | None = epilogue
+        constants |= _factors(epilogue, source.shape, step.epilogue)
+        codes = self.values[step.input].representation
+        if step.kind == "max" and isinstance(codes, Codes) and [self.values[o.value].representation for o in wanted] == [codes]:
+            # The largest of codes is a code.
+            of_epilogue = None
+            constants = {}
+        sizes = [(1, 1), (1, 1), (0, 0), (1, 1)]
+        if step.window is not None:
+            window = step.window
+            sizes = [window.kernel, window.stride, window.padding, window.dilation]
+        if step.ranges is not None:
+            constants |= {"rows": step.ranges.rows, "columns": step.ranges.columns}
+        if step.factors is not None:
+            constants["factors"] = step.factors
+        code = steps.Pool(
+            {"max": "max", "avg": "sum"}[step.kind],
+            source,
+            step.output_size,
+            *sizes,
+            of_epilogue,
+            step.ranges is not None,
+            step.factors is not None,
+            self.cpu.threads,
+        )
+        return Part(step.name, code, {**names, "input": step.input}, constants)
+
+    def _product(self, step: Product) -> Part:
+        first, second = self._stored(step.input), self._stored(step.other)
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        code = steps.Product(first, second, epilogue, self.cpu.threads)
+        constants |= _factors(epilogue, first.shape, step.epilogue)
+        return Part(step.name, code, {**names, "input0": step.input, "input1": step.other}, constants)
+
+    def _resize(self, step: Resize) -> Part:
+        source = self._stored(step.input)
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        constants |= _factors(epilogue, source.shape, step.epilogue)
+        for name, taps in (("row", step.rows), ("column", step.columns)):
+            constants[f"{name}s"] = np.stack([taps.first, taps.second], 1).astype(np.int32)
+            constants[f"{name}_weights"] = taps.weight.astype(np.float32)
+        size = len(step.rows.first), len(step.columns.first)
+        code = steps.Resize(source, size, epilogue, self.cpu.threads)
+        return Part(step.name, code, {**names, "input": step.input}, constants)
+
+    def _move(self, step: Move) -> Part:
+        stored = self._stored(step.output)
+        zero = stored.zero
+        codes = self.values[step.output].representation
+        if isinstance(codes, Codes) and codes.one_step == 2:
+            zero += 1  # one signed bit has no zero; torch takes it for +1
+        sizes = tuple(math.prod(self.values[name].shape) for name in step.inputs)
+        code = move.Move(step.index, sizes, stored.shape[2], stored.dtype, zero, self.cpu.threads)
+        names = {f"input{number}": name for number, name in enumerate(step.inputs)}
+        return Part(step.name, code, {**names, "output0": step.output}, code.constants())
+
+    def _lookup(self, step: Lookup) -> Part:
+        dtypes = tuple(self.values[name].representation.dtype for name in step.outputs)
+        code = steps.Lookup(math.prod(self.values[step.input].shape), dtypes, self.cpu.threads)
+        names = {f"output{number}": name for number, name in enumerate(step.outputs)}
+        entries = {f"entries{number}": array for number, array in enumerate(step.entries)}
+        return Part(step.name, code, {**names, "input": step.input}, entries)
+
+    def _stored(self, name: str) -> steps.Stored:
+        value = self.values[name]
+        return steps.Stored(value.shape, value.representation.dtype, _zero(value.representation))
+
+    def _epilogue(self, epilogue: ProgramEpilogue) -> tuple[builder.Epilogue, dict[str, str], dict[str, NDArray[Any]]]:
+        """Translate an epilogue for the kernels.
+
+        Returns it, which of the program's values its buffers are, and its constants beside multiplier and offset.
+        """
+        outputs = tuple(_output(self.values[o.value].representation, o.factor) for o in epilogue.outputs)
+        names = {f"output{index}": output.value for index, output in enumerate(epilogue.outputs)}
+        residuals = []
+        for index, residual in enumerate(epilogue.residuals):
+            representation = self.values[residual.value].representation
+            residuals.append(builder.Residual(representation.dtype, residual.factor, _zero(representation)))
+            names[f"residual{index}"] = residual.value
+        table = None
         constants = {}
-    code = steps.Pool(kind, source.shape, step.output_size, *sizes, of_epilogue, source.representation.dtype)
-    return Part(step.name, code, {**names, "input": step.input}, constants)
+        if epilogue.slope is not None:
+            channels = self.values[epilogue.outputs[0].value].shape[2]
+            constants |= builder.per_channel("slope", np.broadcast_to(epilogue.slope, channels))
+        if epilogue.table is not None:
+            few = epilogue.table.segments <= builder.IN_REGISTERS and self.cpu.has("avx512f")
+            table = builder.Table(epilogue.table.segments, epilogue.table.inverse, epilogue.table.start, few)
+            constants |= table.constants(epilogue.table.coefficients)
+        bounds = (epilogue.low, epilogue.high)
+        made = builder.Epilogue(outputs, tuple(residuals), *bounds, epilogue.slope is not None, table)
+        return made, names, constants
 
 
-def _sum(step: Sum, values: Mapping[str, Value]) -> Part:
-    epilogue, names = _epilogue(step.epilogue, values)
-    source = values[step.input]
-    code = steps.Elementwise(source.shape, source.representation.dtype, epilogue)
-    return Part(step.name, code, {**names, "input": step.input}, _factors(epilogue, source.shape, step.epilogue))
+def _zero(representation: Representation) -> int:
+    """Return the number that stands for real zero."""
+    if isinstance(representation, Codes):
+        return representation.zero
+    return 0
 
 
 def _factors(epilogue: builder.Epilogue, shape: tuple[int, int, int], factors: ProgramEpilogue) -> dict[str, NDArray[Any]]:
     channels = (shape[2],)
     return epilogue.constants(np.broadcast_to(factors.multiplier, channels), np.broadcast_to(factors.offset, channels))
-
-
-def _epilogue(epilogue: ProgramEpilogue, values: Mapping[str, Value]) -> tuple[builder.Epilogue, dict[str, str]]:
-    """Translate an epilogue for the kernels, and say which of a program's values its buffers are."""
-    outputs = tuple(_output(values[o.value].representation, o.factor) for o in epilogue.outputs)
-    residuals = tuple(builder.Residual("int32", residual.factor) for residual in epilogue.residuals)
-    names = {f"output{index}": output.value for index, output in enumerate(epilogue.outputs)}
-    names |= {f"residual{index}": residual.value for index, residual in enumerate(epilogue.residuals)}
-    return builder.Epilogue(outputs, residuals, epilogue.low, epilogue.high), names
 
 
 def _output(representation: Representation, factor: float) -> builder.Output:
@@ -433,6 +534,8 @@ def compile_program(
         "unpack": list(unpack),
         "calls": list(functions),
         "arguments": [[a.name, list(a.shape), a.dtype] for a in arguments],
+        "input_dims": list(program.input_dims),
+        "output_dims": list(program.output_dims),
         "steps": step_names,
         "values": {
             value: [*places[name][:2], list(program.values[value].shape)]
@@ -528,8 +631,9 @@ def _planar(value: Value) -> tuple[int, int, int]:
 class Deployed:
     """A compiled network.
 
-    Called with images (N, C, H, W) of float32, it returns outputs (N, classes), or (N, C, H, W): as a torch tensor if it was
-    given one, else as a NumPy array. Several threads may call it; their images are computed one after the other.
+    Called with images (N, C, H, W) of float32, or with (N, C, L) if that is what the network takes, it returns outputs
+    (N, classes), (N, C, H, W) or (N, C, L): as a torch tensor if it was given one, else as a NumPy array. Several threads may
+    call it; their images are computed one after the other.
 
     Raises FileNotFoundError and ValueError for a folder that isn't one or is damaged, and for a machine that can't run its
     code. What it loads is a library, and thus code: load nothing that you wouldn't run.
@@ -551,10 +655,16 @@ class Deployed:
         self._lock = threading.Lock()  # the arrays hold one image at a time
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """The channels, height and width of an image."""
-        channels, height, width = self._shapes[INPUT]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of an image: channels, height and width, or channels and length."""
+        return self._dims("input_dims", self._shapes[INPUT])
+
+    def _dims(self, name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        """Return torch's shape of what goes in or comes out, for one image and without the batch."""
+        dims = self.description.get(name)
+        if dims is None:  # a folder of an older version of haq
+            return otherwise
+        return tuple(dims[1:])
 
     def __call__(self, images: Any) -> Any:
         """Compute the outputs of images; ValueError unless they are finite, float32 and of the network's shape."""
@@ -570,14 +680,15 @@ class Deployed:
         made = np.empty((len(given), *self._shapes[OUTPUT]), np.float32)
         for number, image in enumerate(given):
             with self._lock:
-                self._input[...] = image
+                self._input[...] = image.reshape(self._input.shape)
                 self.run()
                 made[number] = self._output
         # Inside, channels are last.
-        made = np.ascontiguousarray(made.transpose(0, 3, 1, 2))
-        if made.shape[2:] == (1, 1):
-            made = made[:, :, 0, 0]
-        return made
+        made = made.transpose(0, 3, 1, 2)
+        shape = made.shape[1:]
+        if shape[1:] == (1, 1):
+            shape = shape[:1]
+        return np.ascontiguousarray(made.reshape(len(made), *self._dims("output_dims", shape)))
 
     def run(self) -> None:
         """Compute the output of the image that the input buffer holds: what is timed, by one thread and no other at work."""
