@@ -386,7 +386,7 @@ def test_bad_folders_and_images(written: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has no network.json: python -m haq.deploy RUN --to tvm"):
         deploy.load(tmp_path)
     (tmp_path / "network.json").write_text("{}")
-    with pytest.raises(ValueError, match="is of format 'None', not 'haq-deployed-2'"):
+    with pytest.raises(ValueError, match="is of format 'None', not 'haq-deployed-3'"):
         deploy.load(tmp_path)
     deployed = deploy.load(written)
     with pytest.raises(ValueError, match=r"float32 images \(N, 3, 16, 16\), not float32 of \(1, 1, 16, 16\)"):
