@@ -11,6 +11,7 @@ EXPORTERS: Registry[type[Exporter]] = Registry(
     {
         "tvm": ("haq.deployment.tvm:TvmExporter", SUMMARIES["tvm"]),
         "onnx": ("haq.deployment.onnx:OnnxExporter", SUMMARIES["onnx"]),
+        "executorch": ("haq.deployment.executorch:ExecutorchExporter", SUMMARIES["executorch"]),
         "qonnx": ("haq.deployment.onnx:QonnxExporter", SUMMARIES["qonnx"]),
     },
     check=lacking,
