@@ -67,7 +67,7 @@ class GraphWriter:
             "haq",
             [self._value("input", batch, first.shape, vector=not kinds & {"conv", "max_pool", "avg_pool"})],
             [self._value("output", batch, last.shape, vector=bool(kinds & {"linear", "flatten"}))],
-            [self.onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
+            [self.onnx.numpy_helper.from_array(value, name) for name, value in self.constants.items()],
         )
         opsets = [helper.make_opsetid("", self.opset), *further]
         return helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="haq")
@@ -80,13 +80,32 @@ class GraphWriter:
         return self.onnx.helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, size)
 
     def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Write a node, and return the name of what it makes."""
+        """Write a node.
+
+        Args:
+            kind: The operator.
+            inputs: The names of what it reads.
+            output: The name of what it makes, and of the node.
+            attributes: The operator's.
+
+        Returns:
+            `output`.
+        """
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, value: Any, dtype: Any = np.float32) -> str:
-        """Write a constant, and return its name."""
-        self.constants[name] = np.asarray(value, dtype)
+        """Write a constant.
+
+        Args:
+            name: The name of the initializer.
+            value: Numbers; a number alone becomes a tensor of no dimensions.
+            dtype: Its type in the file.
+
+        Returns:
+            The name.
+        """
+        self.constants[name] = np.asarray(value, dtype, order="C")
         return name
 
     def write(self, node: Node) -> None:
