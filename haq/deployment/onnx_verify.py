@@ -16,6 +16,7 @@ from haq.deployment.exporter import Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
+from haq.deployment.program import Codes
 from haq.store.units import percent
 
 BATCH = 64
@@ -125,7 +126,7 @@ def compare(
         equal = np.ones(len(real), bool)  # images all of whose integers were the same so far
         for name, x in zip(names, entered, strict=True):
             codes, q = inputs[name.partition("@")[0]], integers[name]
-            gap = np.abs(np.rint(x / np.float32(codes.scale)).astype(int).reshape(q.shape) - q)
+            gap = np.abs(_integers(x, codes).reshape(q.shape) - q)
             values += q.size
             different += int((gap > 0).sum())
             steps = max(steps, int(gap.max()))
@@ -138,6 +139,13 @@ def compare(
         if not apart <= OUTPUT_SHARE * np.abs(real).max():
             fault = fault or f"gives outputs that are off by {apart:.3g} where every layer gets the same integers"
     return Verification(flavour, len(images), same / len(images), worst, largest, values, different, steps, fault)
+
+
+def _integers(x: Array, codes: Codes) -> Array:
+    """Return the integers of what enters a layer; signs may have any scale in a file, and the layer's sums another."""
+    if codes.one_step == 2:
+        return np.sign(x).astype(int)
+    return np.rint(x / np.float32(codes.scale)).astype(int)
 
 
 def _other_layers(other: set[str], rounded: set[str]) -> str:

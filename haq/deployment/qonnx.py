@@ -89,70 +89,135 @@ def _runner(model: Any) -> Runner:
 
 
 class _Writer(GraphWriter):
-    """Writes quantized layers with Quant and BipolarQuant."""
+    """Writes quantized layers with Quant and BipolarQuant, and all else in the form that tools of FPGAs take."""
 
-    def __init__(self, graph: Graph, network: nn.Module) -> None:
-        super().__init__(graph, network)
-        # Results that others than batch norms read.
-        self.followed = {name for node in graph.nodes if node.kind != "batch_norm" for name in node.inputs}
-        self.weights: dict[str, str] = {}
+    def model(self, batch: int | str, further: tuple[Any, ...] = ()) -> Any:
+        """Write everything; see `GraphWriter.model`. No Identity stands behind the last operation."""
+        made = super().model(batch, further)
+        *_, last = made.graph.node
+        (result,) = last.input
+        if result == "input":
+            return made
+        made.graph.node.remove(last)
+        for node in made.graph.node:
+            for names in (node.input, node.output):
+                for place, name in enumerate(names):
+                    if name == result:
+                        names[place] = last.output[0]
+        return made
+
+    def write(self, node: Node) -> None:
+        """Write what a node of the graph computes."""
+        if node.kind == "avg_pool" and self._is_global(node):
+            self.op("GlobalAveragePool", list(node.inputs), node.name)
+        else:
+            super().write(node)
+
+    def _is_global(self, node: Node) -> bool:
+        """Tell whether a pooling is over the whole map."""
+        assert node.window is not None
+        whole = node.window.kernel == self.shapes[node.inputs[0]][:2]
+        return whole and node.shape[:2] == (1, 1) and node.window.padding == (0, 0)
 
     def layer(self, node: Node) -> None:
-        """Write a convolution or linear layer."""
-        name = node.module
+        """Write a convolution or linear layer.
+
+        Signs are -1 and 1, and what the layer sums is multiplied by their scales: of scaled signs, qonnx infers float.
+        """
+        name, linear = node.module, node.kind == "linear"
         layer = self.layers[name]
         (source,) = node.inputs
         step = self.call(name)
-        if name not in self.weights:
-            self.weights[name] = self._weight(name, layer)
+        factor = np.ones(1, np.float32)
         if layer.activation_bits is not None:
-            source = self._activation(step, name, layer, source)
-        inputs = [source, self.weights[name]]
-        made = node.name
-        bias = None
-        real_bias = layer.effective_bias()
-        if real_bias is not None:
-            bias = real_bias.detach().float().numpy()
-        apart = layer.activation_bits is not None and (bias is not None or node.name in self.followed)
-        if apart:
-            made = f"{node.name}:sums"
-        elif bias is not None:
-            inputs.append(self.constant(f"{name}.bias", bias))
-        if node.kind == "linear":
-            self.op("Gemm", inputs, made, transB=1)
+            codes = integer_activations(name, layer)
+            source = self._activation(step, source, codes)
+            if _is_sign(codes):
+                factor = factor * np.float32(codes.scale)
+        weight, scale_of_signs = self._weight(step, name, layer, linear)
+        factor = factor * scale_of_signs
+        bias = layer.effective_bias()
+        inputs = [source, weight]
+        further: list[tuple[str, str]] = []  # operators that follow, with their constants
+        if (factor != 1).any():
+            further.append(("Mul", self.constant(f"{step}:scale_of_signs", _along_channels(factor, linear))))
+        if bias is not None:
+            numbers = bias.detach().float().numpy()
+            if linear or further:
+                further.append(("Add", self.constant(f"{name}.bias", _along_channels(numbers, linear))))
+            else:
+                inputs.append(self.constant(f"{name}.bias", numbers))
+        between = [f"{node.name}:sums", f"{node.name}:scaled"][: len(further)]
+        made = [*between, node.name]
+        if linear:
+            self.op("MatMul", inputs, made[0])
         else:
             assert node.window is not None
-            self.op("Conv", inputs, made, group=node.window.groups, **self.window(node))
-        if apart:
-            if bias is None:
-                bias = np.zeros(node.shape[2])
-            if node.kind == "conv":
-                bias = bias.reshape(-1, 1, 1)
-            self.op("Add", [made, self.constant(f"{name}.bias", bias)], node.name)
+            self.op("Conv", inputs, made[0], group=node.window.groups, **self.window(node))
+        for place, (operator, constant) in enumerate(further):
+            self.op(operator, [made[place], constant], made[place + 1])
 
-    def _activation(self, step: str, name: str, layer: Q.QuantLayer, source: str) -> str:
+    def _activation(self, step: str, source: str, codes: Codes) -> str:
         """Write what enters a layer: codes times their scale."""
-        codes = integer_activations(name, layer)
         scale = self.constant(f"{step}:input_scale", codes.scale)
         return self._quant(source, f"{step}{INPUT}", scale, codes, codes.narrow and codes.signed)
 
-    def _weight(self, name: str, layer: Q.QuantLayer) -> str:
-        """Write a layer's weights."""
+    def _weight(self, step: str, name: str, layer: Q.QuantLayer, linear: bool) -> tuple[str, Array]:
+        """Write a layer's weights, those of a linear layer transposed.
+
+        FINN takes no quantized weights that several layers read, so every call of a layer has its own.
+
+        Returns:
+            The name, and what the layer's sums must be multiplied by: the scales of signs, one for all or one per channel.
+        """
+        unscaled = np.ones(1, np.float32)
         if layer.weight_bits is None:
-            return self.constant(f"{name}.weight", layer.weight.detach().float().numpy())
+            weight = layer.weight.detach().float().numpy()
+            if linear:
+                weight = weight.T
+            return self.constant(f"{name}.weight", weight), unscaled
         q, scales, bits = integer_weights(name, layer)
-        each = scales.astype(np.float32).reshape(-1, *[1] * (q.ndim - 1))
-        real = self.constant(f"{name}.weight", q * each)
-        scale = self.constant(f"{name}:weight_scale", each)
-        return self._quant(real, f"{name}:weight", scale, Codes(1.0, bits, True), int(q.min()) > -(2 ** (bits - 1)))
+        scales = scales.astype(np.float32)
+        if (scales == scales[0]).all():
+            scales = scales[:1]
+        codes = Codes(1.0, bits, True)
+        made = f"{step}:weight"
+        if _is_sign(codes):
+            if linear:
+                q = q.T
+            return self._quant(self.constant(f"{name}.weight", q), made, "", codes, False), scales
+        each = scales.reshape(-1, *[1] * (q.ndim - 1))
+        real = q * each
+        if linear:
+            real, each = real.T, each.T
+        if len(scales) == 1:
+            each = scales[0]
+        constant = self.constant(f"{name}.weight", real)
+        narrow = int(q.min()) > -(2 ** (bits - 1))
+        return self._quant(constant, made, self.constant(f"{name}:weight_scale", each), codes, narrow), unscaled
 
     def _quant(self, source: str, made: str, scale: str, codes: Codes, narrow: bool) -> str:
-        if codes.bits == 1 and codes.signed:
-            return self.op("BipolarQuant", [source, scale], made, domain=QONNX_DOMAIN)
+        """Write what quantizes a tensor; signs have scale 1 instead of the one that is named."""
+        if _is_sign(codes):
+            return self.op("BipolarQuant", [source, self.constant("one", 1)], made, domain=QONNX_DOMAIN)
         zero = self.constant(f"zero_{codes.zero_point}", codes.zero_point)
         inputs = [source, scale, zero, self.constant(f"bits_{codes.bits}", codes.bits)]
         attributes = {"signed": int(codes.signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return self.op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
+
+
+def _is_sign(codes: Codes) -> bool:
+    """Tell whether numbers are -1 and 1."""
+    return codes.bits == 1 and codes.signed
+
+
+def _along_channels(values: Array, linear: bool) -> Array:
+    """Shape one value, or one per channel, to broadcast against vectors (N, C) or maps (N, C, H, W)."""
+    if len(values) == 1:
+        return values.reshape(())
+    if linear:
+        return values
+    return values.reshape(-1, 1, 1)
 
 
 class QonnxExporter(Exporter):
