@@ -189,6 +189,7 @@ SUMMARIES = {
     "tvm": "a folder with one library for this machine's processor, integers from end to end",
     "onnx": "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others",
     "qonnx": "a file of QONNX, for tools of FPGAs",
+    "c": "a folder with a C99 file, for microcontrollers: integers from end to end, weights at their bits",
 }
 REQUIRED = ("name", "summary", "output", "check", "export", "compare")
 
