@@ -51,6 +51,14 @@ from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
 from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
+from quantizers.residuals import (
+    ResidualGrid,
+    ResidualQuantizer,
+    insert_residual_quantizers,
+    remove_residual_quantizers,
+    residual_places,
+    residual_quantizers,
+)
 from quantizers.scheme import (
     IntegerActivations,
     IntegerWeights,
@@ -92,6 +100,8 @@ __all__ = [
     "RSign",
     "ReconstructedPart",
     "Reconstruction",
+    "ResidualGrid",
+    "ResidualQuantizer",
     "Scheme",
     "SchemeLayer",
     "SchemeRow",
@@ -117,6 +127,7 @@ __all__ = [
     "fold_batch_norm",
     "fold_shifts",
     "get_policy",
+    "insert_residual_quantizers",
     "integer_range",
     "kept_share",
     "layerwise_pruning",
@@ -134,6 +145,9 @@ __all__ = [
     "reconstruct",
     "reestimate_norms",
     "remove_filters",
+    "remove_residual_quantizers",
+    "residual_places",
+    "residual_quantizers",
     "row_of",
     "scheme_names",
     "scheme_records",

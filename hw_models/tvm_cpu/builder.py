@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LANES = 16  # output channels in a block
+WORTH_WAKING = 2**14  # elements of a loop that is worth several threads
+TABLE_ROW = 4  # numbers of a parabola, the last of them nothing
 
 
 class Argument(NamedTuple):
@@ -50,23 +52,43 @@ class Output:
 
 @dataclass(frozen=True)
 class Residual:
-    """Something to be added: real value = factor * stored integer."""
+    """Something to be added: real value = factor * (stored number - zero)."""
 
     dtype: str
     factor: float
+    zero: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A function as so many parabolas, one behind the other: of v, with t = v inverse + shift, that of floor(t).
+
+    The first and the last go on to infinity. With r = t - floor(t), it is (c2 r + c1) r + c0. Every operation is rounded once.
+    """
+
+    segments: int
+    inverse: float
+    shift: float
+
+    def constants(self, coefficients: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
+        """Return its coefficients, of (segments, 3), as a buffer: four numbers for each, which are read at once."""
+        return {"table": np.pad(coefficients.astype(np.float32), ((0, 0), (0, 1))).reshape(-1)}
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """v = clip(sum * multiplier[c] + offset[c] + residuals, low, high), and what is written of it.
+    """v = clip(f(sum * multiplier[c] + offset[c] + residuals), low, high), and what is written of it.
 
-    In float32: the sum is rounded, then every product is added with one rounding (`conv.fma`).
+    In float32: the sum is rounded, then every product is added with one rounding (`conv.fma`). f(v) is v; with `slope` it is
+    v slope[c] where v < 0; with a `table` it is that.
     """
 
     outputs: tuple[Output, ...] = (Output(),)
     residuals: tuple[Residual, ...] = ()
     low: float = -math.inf
     high: float = math.inf
+    slope: bool = False
+    table: Table | None = None
 
     def arguments(self, shape: tuple[int, ...]) -> list[Argument]:
         """List the buffers of an epilogue on a map whose channels are last.
@@ -76,13 +98,22 @@ class Epilogue:
         made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
         made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
         if any(output.kind != "sums" for output in self.outputs):
-            made += [Argument(name, (shape[-1] + LANES,), "float32") for name in ("multiplier", "offset")]
+            names = ["multiplier", "offset"]
+            if self.slope:
+                names.append("slope")
+            made += [Argument(name, (shape[-1] + LANES,), "float32") for name in names]
+        if self.table is not None:
+            made.append(Argument("table", (self.table.segments * TABLE_ROW,), "float32"))
         return made
 
     def constants(self, multiplier: NDArray[np.floating], offset: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
         """Return its factors, of (channels,), as buffers."""
-        made = {"multiplier": multiplier, "offset": offset}
-        return {name: np.pad(values.astype(np.float32), (0, LANES)) for name, values in made.items()}
+        return {**per_channel("multiplier", multiplier), **per_channel("offset", offset)}
+
+
+def per_channel(name: str, values: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
+    """Return numbers of (channels,) as a buffer that can be read 16 at a time from any on."""
+    return {name: np.pad(values.astype(np.float32), (0, LANES))}
 
 
 class Builder:
@@ -246,8 +277,14 @@ class Builder:
         scale, offset = (self.vector(buffers[name], channel, LANES) for name in ("multiplier", "offset"))
         v = self.fma(sums.astype("float32x16"), scale, offset)
         for index, residual in enumerate(epilogue.residuals):
-            stored = self.some(buffers[f"residual{index}"], at, residual.dtype, count).astype("int32x16")
-            v = self.fma(stored.astype("float32x16"), splat(residual.factor, "float32"), v)
+            stored = self.some(buffers[f"residual{index}"], at, residual.dtype, count)
+            v = self.fma(self.real(stored, residual.dtype, residual.zero), splat(residual.factor, "float32"), v)
+        if epilogue.slope:
+            slope = self.vector(buffers["slope"], channel, LANES)
+            v = T.bind(v)
+            v = T.Select(v >= splat(0.0, "float32"), v, v * slope)
+        if epilogue.table is not None:
+            v = self.looked_up(buffers["table"], epilogue.table, v)
         if epilogue.low > -math.inf:
             v = T.max(v, splat(epilogue.low, "float32"))
         if epilogue.high < math.inf:
@@ -258,6 +295,50 @@ class Builder:
             if output.factor != 1:
                 made = v * splat(output.factor, "float32")
             self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
+
+    def real(self, stored: Any, dtype: str, zero: int = 0) -> Any:
+        """Return 16 stored numbers as float32, less the number that stands for zero.
+
+        Args:
+            stored: A vector of 16.
+            dtype: Of an element.
+            zero: What stands for real zero.
+
+        Returns:
+            A vector of 16 float32.
+        """
+        if dtype == "float32":
+            return stored
+        whole = stored.astype("int32x16")
+        if zero:
+            whole = whole - self.splat(zero, "int32")
+        return self.T.bind(whole.astype("float32x16"))
+
+    def looked_up(self, coefficients: Any, table: Table, v: Any) -> Any:
+        """Return a function of 16 values.
+
+        Args:
+            coefficients: The buffer of `Table.constants`.
+            table: What it is of.
+            v: A vector of 16 float32.
+
+        Returns:
+            Likewise.
+        """
+        T = self.T
+        splat = self.splat
+        t = self.fma(v, splat(table.inverse, "float32"), splat(table.shift, "float32"))
+        floor = T.call_llvm_pure_intrin("float32x16", "llvm.floor.v16f32", t)
+        # A value that isn't a number is in the first: no index is outside of the buffer.
+        floor = T.max(floor, splat(0.0, "float32"))
+        floor = T.bind(T.min(floor, splat(table.segments - 1.0, "float32")))
+        r = T.bind(t - floor)
+        index = T.alloc_buffer((LANES,), "int32")
+        self.put(index, 0, floor.astype("int32x16"), LANES)
+        rows = [self.vector(coefficients, index[lane] * TABLE_ROW, TABLE_ROW) for lane in range(LANES)]
+        rows = [T.bind(row) for row in rows]
+        c0, c1, c2 = (T.Shuffle(rows, [TABLE_ROW * lane + power for lane in range(LANES)]) for power in range(3))
+        return self.fma(self.fma(c2, r, c1), r, c0)
 
     def rounded(self, values: Any, output: Output) -> Any:
         """Return 16 values as an output stores them."""
@@ -304,7 +385,7 @@ class Code:
     `offset` and others that `workspace` doesn't have are constants. The others are between the functions.
     """
 
-    constant = ("weights", "multiplier", "offset", "initial", "border", "rows", "columns")
+    constant = ("weights", "multiplier", "offset", "slope", "table", "initial", "border", "rows", "columns")
 
     def arguments(self) -> dict[str, list[Argument]]:
         """List what each function takes, by its stage."""
@@ -369,3 +450,10 @@ def segments(total: int, size: int) -> list[tuple[int, int, int]]:
     if rest:
         made.append((rounds * size, 1, rest))
     return made
+
+
+def useful(threads: int, elements: int) -> int:
+    """Return how many threads a loop over so many elements is worth: to wake them takes as long as some thousand elements."""
+    if elements < WORTH_WAKING:
+        return 1
+    return threads
