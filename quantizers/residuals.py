@@ -29,7 +29,8 @@ from quantizers.copying import copy_network, evaluating
 from quantizers.functional import MAX_BITS, followed, integer_range
 from quantizers.layers import QuantLayer
 from quantizers.left_in_float import close_fast_paths
-from quantizers.observers import Observer, first_input
+from quantizers.observers import Observer, first_input, observe
+from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme
 
 BITS = MAX_BITS
@@ -166,6 +167,30 @@ def insert_residual_quantizers(
         for owner, names in finder.places().items():
             _rewrite(owner, finder.graph(owner), looked.constants(owner), names)
         _check_same(made, expected, run)
+    return made
+
+
+def add_residual_quantizers(qnetwork: nn.Module, calibrate: Batches, *, forward: Forward | None = None) -> nn.Module:
+    """Make a copy of a quantized network with residual quantizers, which it was made and trained without.
+
+    Args:
+        qnetwork: What `quantize` made, at its bits; it is left alone.
+        calibrate: Inputs that set the scales, as `quantize` takes them.
+        forward: What runs the network on a batch, as in `quantize`.
+
+    Returns:
+        The copy, whose residual quantizers are calibrated on what the quantized layers compute.
+
+    Raises:
+        ValueError: As `insert_residual_quantizers`.
+    """
+    batches = list(batches_of(calibrate, qnetwork))
+    made = insert_residual_quantizers(qnetwork, batches, forward=forward)
+    layers = {name: module for name, module in made.named_modules() if isinstance(module, QuantLayer)}
+    quantizers: dict[str, nn.Module] = dict(residual_quantizers(made))
+    first = FirstReaders(quantizers, layers)
+    observers = observe(made, {**layers, **quantizers}, batches, also=(first.hooks(),), forward=forward)
+    calibrate_residuals(made, observers, layers, first.found)
     return made
 
 
@@ -460,7 +485,9 @@ class _Look(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").strip("_")
-        if self._running and _meeting(name, args, kwargs or {}):
+        # What layers do to their inputs and weights is theirs.
+        of_layer = any(isinstance(module, QUANTIZABLE) for module in self._running)
+        if self._running and not of_layer and _meeting(name, args, kwargs or {}):
             self.owners[self._running[-1]] = None
         return func(*args, **(kwargs or {}))
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 LANES = 16  # output channels in a block
 WORTH_WAKING = 2**14  # elements of a loop that is worth several threads
+POWERS = 3  # of a parabola
+IN_REGISTERS = 2 * LANES  # segments of a table
 TABLE_ROW = 4  # numbers of a parabola, the last of them nothing
 
 
@@ -61,18 +63,34 @@ class Residual:
 
 @dataclass(frozen=True)
 class Table:
-    """A function as so many parabolas, one behind the other: of v, with t = v inverse + shift, that of floor(t).
+    """A function as so many parabolas, one behind the other: of v, with t = v inverse + start, that of i = floor(t).
 
-    The first and the last go on to infinity. With r = t - floor(t), it is (c2 r + c1) r + c0. Every operation is rounded once.
+    The first and the last go on to infinity. With r = v inverse + (start - i), it is (c2 r + c1) r + c0. Every operation is
+    rounded once. With `in_registers` there are at most 32, and instructions of AVX-512 pick from them.
     """
 
     segments: int
     inverse: float
-    shift: float
+    start: float
+    in_registers: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many numbers its buffer has."""
+        if self.in_registers:
+            return POWERS * up(self.segments, LANES)
+        return TABLE_ROW * self.segments
 
     def constants(self, coefficients: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
-        """Return its coefficients, of (segments, 3), as a buffer: four numbers for each, which are read at once."""
-        return {"table": np.pad(coefficients.astype(np.float32), ((0, 0), (0, 1))).reshape(-1)}
+        """Return its coefficients, of (segments, 3), as a buffer.
+
+        There are four numbers for each segment, which are read at once; in registers all of one power are side by side.
+        """
+        numbers = coefficients.astype(np.float32)
+        if self.in_registers:
+            missing = up(self.segments, LANES) - self.segments
+            return {"table": np.pad(numbers.T, ((0, 0), (0, missing))).reshape(-1)}
+        return {"table": np.pad(numbers, ((0, 0), (0, TABLE_ROW - POWERS))).reshape(-1)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,7 @@ class Epilogue:
                 names.append("slope")
             made += [Argument(name, (shape[-1] + LANES,), "float32") for name in names]
         if self.table is not None:
-            made.append(Argument("table", (self.table.segments * TABLE_ROW,), "float32"))
+            made.append(Argument("table", (self.table.size,), "float32"))
         return made
 
     def constants(self, multiplier: NDArray[np.floating], offset: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
@@ -228,6 +246,23 @@ class Builder:
                 self.put(buffer, at + start, self.vector(beside, start, size), size)
                 start += size
 
+    def where(self, conditions: Sequence[Any], value: Callable[[], Any], otherwise: Any) -> Any:
+        """Return a value that is looked up only where all conditions are true.
+
+        Args:
+            conditions: What must be true; those that always are may be the Python value.
+            value: Gives the value.
+            otherwise: What is returned elsewhere.
+
+        Returns:
+            The one or the other.
+        """
+        made = value()
+        for condition in conditions:
+            if condition is not True:
+                made = self.T.if_then_else(condition, made, otherwise)
+        return made
+
     def splat(self, value: float, dtype: str, lanes: int = LANES) -> Any:
         """Return a vector that holds the same number in all lanes.
 
@@ -327,18 +362,37 @@ class Builder:
         """
         T = self.T
         splat = self.splat
-        t = self.fma(v, splat(table.inverse, "float32"), splat(table.shift, "float32"))
+        v = T.bind(v)
+        inverse = splat(table.inverse, "float32")
+        start = splat(table.start, "float32")
+        t = self.fma(v, inverse, start)
         floor = T.call_llvm_pure_intrin("float32x16", "llvm.floor.v16f32", t)
         # A value that isn't a number is in the first: no index is outside of the buffer.
         floor = T.max(floor, splat(0.0, "float32"))
         floor = T.bind(T.min(floor, splat(table.segments - 1.0, "float32")))
-        r = T.bind(t - floor)
-        index = T.alloc_buffer((LANES,), "int32")
-        self.put(index, 0, floor.astype("int32x16"), LANES)
-        rows = [self.vector(coefficients, index[lane] * TABLE_ROW, TABLE_ROW) for lane in range(LANES)]
-        rows = [T.bind(row) for row in rows]
-        c0, c1, c2 = (T.Shuffle(rows, [TABLE_ROW * lane + power for lane in range(LANES)]) for power in range(3))
+        r = self.fma(v, inverse, start - floor)
+        c0, c1, c2 = self._coefficients(coefficients, table, T.bind(floor.astype("int32x16")))
         return self.fma(self.fma(c2, r, c1), r, c0)
+
+    def _coefficients(self, coefficients: Any, table: Table, segment: Any) -> list[Any]:
+        """Return the coefficients of 16 segments: a vector for each power."""
+        T = self.T
+        if not table.in_registers:
+            index = T.alloc_buffer((LANES,), "int32")
+            self.put(index, 0, segment, LANES)
+            rows = [T.bind(self.vector(coefficients, index[lane] * TABLE_ROW, TABLE_ROW)) for lane in range(LANES)]
+            return [T.Shuffle(rows, [TABLE_ROW * lane + power for lane in range(LANES)]) for power in range(POWERS)]
+        size = up(table.segments, LANES)
+        picked = []
+        for power in range(POWERS):
+            first = self.vector(coefficients, power * size, LANES)
+            if size == LANES:
+                found = T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", first, segment)
+            else:
+                second = self.vector(coefficients, power * size + LANES, LANES)
+                found = T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", first, segment, second)
+            picked.append(T.bind(found))
+        return picked
 
     def rounded(self, values: Any, output: Output) -> Any:
         """Return 16 values as an output stores them."""

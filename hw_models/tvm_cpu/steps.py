@@ -59,28 +59,6 @@ class Interleave(Code):
 
 
 @dataclass(frozen=True)
-class Elementwise(Code):
-    """An epilogue on a map of float32, of fixed point numbers, or of codes, of which `zero` stands for real zero."""
-
-    shape: Shape
-    dtype: str
-    epilogue: Epilogue
-    zero: int = 0
-    threads: int = 1
-
-    def arguments(self) -> dict[str, list[Argument]]:
-        """List the map and what the epilogue takes."""
-        return {"main": [Argument("input", self.shape, self.dtype), *self.epilogue.arguments(self.shape)]}
-
-    def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
-        def block(pixel: Any, channel: Any, at: Any, count: int) -> None:
-            stored = b.some(buffers["input"], at, self.dtype, count)
-            b.epilogue(buffers, self.epilogue, b.real(stored, self.dtype, self.zero), channel, at, count)
-
-        _pixels(b, self.shape, self.threads, block)
-
-
-@dataclass(frozen=True)
 class Stored:
     """How a map is stored: its sizes, the type of its numbers, and the number that stands for real zero."""
 
@@ -88,61 +66,72 @@ class Stored:
     dtype: str
     zero: int = 0
 
-    def read(self, b: Builder, buffer: Any, pixel: Any, channel: Any, count: int, of: Shape) -> Any:
-        """Return 16 float32 of a map that is as large as another or has 1 where that has more.
+    def read(self, b: Builder, buffer: Any, pixel: Any, channel: Any, count: int) -> Any:
+        """Return 16 numbers of a pixel as float32.
 
         Args:
             b: Builds the function.
             buffer: The map.
-            pixel: Which one of the other map's.
+            pixel: Which one.
             channel: The first one.
             count: How many channels there are to be read.
-            of: The other map's sizes.
 
         Returns:
-            A vector; of one channel, its number in all lanes.
+            A vector.
         """
-        height, width, channels = self.shape
-        if (height, width) == (1, 1):
-            pixel = 0
-        elif (height, width) == (1, of[1]):
-            pixel = pixel % width
-        elif (height, width) == (of[0], 1):
-            pixel = pixel // of[1]
-        if channels == of[2]:
-            stored = b.some(buffer, pixel * channels + channel, self.dtype, count)
-        else:
-            stored = b.T.broadcast(buffer[pixel], LANES)
+        stored = b.some(buffer, pixel * self.shape[2] + channel, self.dtype, count)
         return b.real(stored, self.dtype, self.zero)
 
 
 @dataclass(frozen=True)
+class Elementwise(Code):
+    """An epilogue on a map."""
+
+    image: Stored
+    epilogue: Epilogue
+    threads: int = 1
+
+    def arguments(self) -> dict[str, list[Argument]]:
+        """List the map and what the epilogue takes."""
+        shape = self.image.shape
+        return {"main": [Argument("input", shape, self.image.dtype), *self.epilogue.arguments(shape)]}
+
+    def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
+        def block(pixel: Any, channel: Any, at: Any, count: int) -> None:
+            values = self.image.read(b, buffers["input"], pixel, channel, count)
+            b.epilogue(buffers, self.epilogue, values, channel, at, count)
+
+        _pixels(b, self.image.shape, self.threads, block)
+
+
+@dataclass(frozen=True)
 class Product(Code):
-    """The products of two maps, each as large as the larger of the two or 1, and an epilogue."""
+    """The products of a map with another one, with a number for each channel or with one for each pixel, and an epilogue."""
 
     first: Stored
     second: Stored
     epilogue: Epilogue
     threads: int = 1
 
-    @property
-    def shape(self) -> Shape:
-        """The sizes of the result."""
-        height, width, channels = map(max, zip(self.first.shape, self.second.shape, strict=True))
-        return height, width, channels
-
     def arguments(self) -> dict[str, list[Argument]]:
         """List both maps and what the epilogue takes."""
         maps = [Argument(f"input{i}", x.shape, x.dtype) for i, x in enumerate((self.first, self.second))]
-        return {"main": [*maps, *self.epilogue.arguments(self.shape)]}
+        return {"main": [*maps, *self.epilogue.arguments(self.first.shape)]}
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
+        height, width, channels = self.second.shape
+
         def block(pixel: Any, channel: Any, at: Any, count: int) -> None:
-            x = self.first.read(b, buffers["input0"], pixel, channel, count, self.shape)
-            y = self.second.read(b, buffers["input1"], pixel, channel, count, self.shape)
+            x = self.first.read(b, buffers["input0"], pixel, channel, count)
+            if self.second.shape == self.first.shape:
+                y = self.second.read(b, buffers["input1"], pixel, channel, count)
+            elif (height, width) == (1, 1):
+                y = self.second.read(b, buffers["input1"], 0, channel, count)
+            else:
+                y = b.real(b.T.broadcast(buffers["input1"][pixel], LANES), self.second.dtype, self.second.zero)
             b.epilogue(buffers, self.epilogue, b.T.bind(x * y), channel, at, count)
 
-        _pixels(b, self.shape, self.threads, block)
+        _pixels(b, self.first.shape, self.threads, block)
 
 
 @dataclass(frozen=True)
@@ -211,7 +200,7 @@ class Resize(Code):
                     pair = []
                     for column in range(2):
                         pixel = line + buffers["columns"][2 * x + column]
-                        pair.append(T.bind(self.image.read(b, buffers["input"], pixel, channel, count, self.image.shape)))
+                        pair.append(T.bind(self.image.read(b, buffers["input"], pixel, channel, count)))
                     between.append(b.fma(pair[1] - pair[0], across, pair[0]))
                 value = b.fma(between[1] - between[0], down, between[0])
                 b.epilogue(buffers, self.epilogue, value, channel, (y * width + x) * channels + channel, count)
@@ -223,21 +212,18 @@ class Resize(Code):
 class Pool(Code):
     """The largest (`max`), or the sum (`sum`), of the numbers in each window, and an epilogue.
 
-    Of fixed point numbers, of float32, or of codes, of which `zero` stands for real zero. Without an epilogue the largest codes
-    stay codes of their type. With `ranges` a window is not the same everywhere: row y of the result sums `rows[y]` (from, to) of
+    Without an epilogue the largest codes stay codes of their type. With `ranges` a window is not the same everywhere: row y of the result sums `rows[y]` (from, to) of
     the image, columns likewise. With `divided` every sum is float32 and multiplied by its pixel's factor.
     """
 
     kind: str
-    shape: Shape
+    image: Stored
     output_size: Size
     kernel: Size
     stride: Size
     padding: Size
     dilation: Size
     epilogue: Epilogue | None
-    stored: str = "int32"
-    zero: int = 0
     ranges: bool = False
     divided: bool = False
     threads: int = 1
@@ -245,42 +231,42 @@ class Pool(Code):
     @property
     def _dtype(self) -> str:
         """What is compared, or summed."""
-        if self.epilogue is None or self.stored == "float32":
-            return self.stored
+        if self.epilogue is None or self.image.dtype == "float32":
+            return self.image.dtype
         return "int32"
 
     def arguments(self) -> dict[str, list[Argument]]:
         """List the map and what is written of it."""
         height, width = self.output_size
-        shape = (height, width, self.shape[2])
+        shape = (height, width, self.image.shape[2])
         places = []
         if self.ranges:
             places += [Argument("rows", (height, 2), "int32"), Argument("columns", (width, 2), "int32")]
         if self.divided:
             places.append(Argument("factors", (height, width), "float32"))
-        ends = [Argument("output0", shape, self.stored)]
+        ends = [Argument("output0", shape, self.image.dtype)]
         if self.epilogue is not None:
             ends = self.epilogue.arguments(shape)
-        return {"main": [Argument("input", self.shape, self.stored), *places, *ends]}
+        return {"main": [Argument("input", self.image.shape, self.image.dtype), *places, *ends]}
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
         height, width = self.output_size
-        work = height * width * self.shape[2] * self.kernel[0] * self.kernel[1]
+        work = height * width * self.image.shape[2] * self.kernel[0] * self.kernel[1]
         with b.loop(height, useful(self.threads, work)) as y, b.loop(width) as x:
-            _blocks(b, self.shape[2], lambda channel, count: self._block(b, buffers, y, x, channel, count))
+            _blocks(b, self.image.shape[2], lambda channel, count: self._block(b, buffers, y, x, channel, count))
 
     def _block(self, b: Builder, buffers: dict[str, Any], y: Any, x: Any, channel: Any, count: int) -> None:
         T = b.T
         dtype = self._dtype
-        width, channels = self.shape[1:]
+        width, channels = self.image.shape[1:]
         source = buffers["input"]
         found = T.alloc_buffer((LANES,), dtype)
         b.put(found, 0, b.splat(self._least, dtype), LANES)
 
         def take(row: Any, column: Any) -> None:
-            stored = b.some(source, (row * width + column) * channels + channel, self.stored, count)
-            if self.stored != dtype:
-                stored = stored.astype("int32x16") - b.splat(self.zero, "int32")
+            stored = b.some(source, (row * width + column) * channels + channel, self.image.dtype, count)
+            if self.image.dtype != dtype:
+                stored = stored.astype("int32x16") - b.splat(self.image.zero, "int32")
             before = b.vector(found, 0, LANES)
             after = T.max
             if self.kind == "sum":
@@ -314,7 +300,7 @@ class Pool(Code):
         return -(2**31)
 
     def _window(self, b: Builder, y: Any, x: Any, take: Callable[[Any, Any], None]) -> None:
-        height, width = self.shape[:2]
+        height, width = self.image.shape[:2]
         with b.loop(self.kernel[0]) as ky, b.loop(self.kernel[1]) as kx:
             row = y * self.stride[0] - self.padding[0] + ky * self.dilation[0]
             column = x * self.stride[1] - self.padding[1] + kx * self.dilation[1]
@@ -327,7 +313,7 @@ class Pool(Code):
 
     def _overhangs(self, axis: int) -> bool:
         last = (self.output_size[axis] - 1) * self.stride[axis] + (self.kernel[axis] - 1) * self.dilation[axis]
-        return self.padding[axis] > 0 or last - self.padding[axis] >= self.shape[axis]
+        return self.padding[axis] > 0 or last - self.padding[axis] >= self.image.shape[axis]
 
 
 def _if_inside(b: Builder, bounds: list[tuple[Any, int]], do: Callable[[], None]) -> None:
