@@ -46,6 +46,7 @@ TAKEN = ("main", "stdint", "stdio", "string")  # names of other files
 CODE = Path(__file__).with_name("steps.c")
 WORD = 4  # bytes
 CHECKED = 8  # images on which a network is compared before it is written
+TOGETHER = 4  # output channels that steps.c computes at once
 PER_LINE = 20  # numbers
 # Compilers whose sizes are told, the first that is there, with the options of a usual target.
 COMPILERS = (
@@ -164,10 +165,11 @@ def _written_over(
 
 
 def _scratch(fixed: FixedProgram) -> Iterator[tuple[int, int]]:
-    """Tell of each step with packed weights how many bytes a channel's take unpacked."""
+    """Tell of each step with packed weights how many bytes those of the channels that are computed together take unpacked."""
     for index, step in enumerate(fixed.steps):
         if isinstance(step, Convolution) and step.w_bits < BYTE_BITS:
-            yield index, step.conv.taps
+            together = min(TOGETHER, step.conv.out_channels // step.conv.groups)
+            yield index, together * step.conv.taps
 
 
 # --------------------------------------------------------------------------------------------------------------------- code
@@ -271,9 +273,9 @@ class _Writer:
         """Add what the steps need: a function that nothing calls is a warning."""
         convolutions = [step for step in self.fixed.steps if isinstance(step, Convolution)]
         if convolutions:
-            self.used |= {"convolution_type", "convolution", "dot"}
+            self.used.add("convolution_type")
             packed = {step.w_bits < BYTE_BITS for step in convolutions}
-            self.used.add({(True,): "filter_of_bits", (False,): "filter_of_bytes"}.get(tuple(packed), "filter_of_both"))
+            self.used.add({(True,): "weights_of_bits", (False,): "weights_of_bytes"}.get(tuple(packed), "weights_of_both"))
             if True in packed:
                 self.used.add("unpacked")
         if any(output.factor for epilogue in self.fixed.epilogues for output in epilogue.outputs):
@@ -429,7 +431,11 @@ int main(void)
             pointers = [f"    .weights = weights_{index},", "    .packed = 0,", "    .scratch = 0,"]
         window = self._window(conv.input_size, conv.in_channels, conv.output_size, conv.out_channels, conv)
         fields = [window, f"    .groups = {conv.groups},", f"    .bits = {step.w_bits},", *pointers]
-        return table + self._declare(index, "convolution", "convolution", step, what, fields)
+        function = "convolution"
+        if conv.groups == conv.in_channels and conv.groups > 1:
+            function = "depthwise"
+        self.used.add(function)
+        return table + self._declare(index, "convolution", function, step, what, fields)
 
     def _pool(self, index: int, step: Pool) -> str:
         height, width, channels = self.fixed.values[step.input].shape
