@@ -26,7 +26,7 @@ from haq.console.options import argument, option, options_of, output_options, tr
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import command_line, key_table, say
-from haq.console.values import FOLDER, TextType
+from haq.console.values import FOLDER, TEXT, ChoiceType, TextType, did_you_mean
 from haq.deployment import EXPORTERS
 from haq.store.records import FINETUNED
 from haq.store.units import UNITS, percent
@@ -45,6 +45,7 @@ COMPARED = 200  # test images whose integers are compared layer by layer
 BATCH = 250  # test images at once
 LATENCY_APART = 0.2  # beyond which a measured latency is said to be other than the run's
 WRITTEN = "What is written"  # the heading of options
+RESIDUALS = ("8", "float")  # widths of what enters additions and average poolings
 
 
 def load(path: str | Path) -> Deployed:
@@ -120,13 +121,37 @@ def to_tvm(
     default="tvm",
 )
 @option("--out", FOLDER, "folder or file to write", group=WRITTEN, metavar="PATH", default_words="in the run's folder")
+@option(
+    "--for",
+    TEXT,
+    "what the file is for, where a format has several kinds of files",
+    group=WRITTEN,
+    metavar="NAME",
+    default_words="whatever reads the format",
+    parameter="flavour",
+)
+@option(
+    "--residuals",
+    ChoiceType(RESIDUALS),
+    "what enters additions and average poolings: integers of 8 bits, or as it is",
+    group=WRITTEN,
+    default_words="as in the run",
+)
 @options_of(AnotherScheme)
 @options_of(SearchConfig, only=MEASURED)
 @trust_option()
 @output_options()
-def cli(run: Path, to: str, out: Path | None, given: dict[str, Any], as_json: bool) -> int:
+def cli(
+    run: Path,
+    to: str,
+    out: Path | None,
+    flavour: str | None,
+    residuals: str | None,
+    given: dict[str, Any],
+    as_json: bool,
+) -> int:
     """Deploy what a run found."""
-    return run_deployment(run, to, out, given, Output.open(as_json))
+    return run_deployment(run, to, out, {**given, "flavour": flavour, "residuals": residuals}, Output.open(as_json))
 
 
 main = main_of(cli)
@@ -139,7 +164,7 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
         folder: The run's folder.
         to: The name of an exporter.
         out: The file or folder to write; None for one in the run's folder.
-        given: The options that the user gave: scheme, device, threads, target and cold.
+        given: The options that the user gave: scheme, device, threads, target, cold, flavour (--for) and residuals.
         output: Where to print.
 
     Returns:
@@ -162,6 +187,7 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
             loaded = run.load_network()
             run.check(loaded)
             network, tuned = _quantized(run, loaded, asked.scheme)
+            network = _with_residuals(network, loaded, given.get("residuals"))
             # It was quantized where the run was; what is written runs on processors, and is compared there.
             network.cpu()
             loaded.network.to("cpu")
@@ -264,11 +290,26 @@ def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None
 
 
 def _options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the options that are an exporter's. Raises ValueError for one that it doesn't take."""
-    options = {name: given[name] for name in MEASURED if given.get(name) is not None}
-    if foreign := [name for name in options if name not in exporter.options]:
+    """Take the options that are for an exporter. Raises ValueError for one that it doesn't take, or not with this value."""
+    options = {name: given[name] for name in (*MEASURED, "flavour") if given.get(name) is not None}
+    if foreign := [name for name in options if name in MEASURED and name not in exporter.options]:
         raise ValueError(f"--{foreign[0]} is for networks whose kernels are measured (--to tvm), not for --to {to}")
+    flavour = options.get("flavour")
+    if flavour is not None and "flavour" not in exporter.options:
+        raise ValueError(f"--for {flavour} is for formats that have files of several kinds; --to {to} has one: leave it out")
+    if flavour is not None and flavour not in exporter.flavours:
+        close = did_you_mean(flavour, exporter.flavours)
+        raise ValueError(f"--for is {flavour!r}{close} What --to {to} can write for: {', '.join(exporter.flavours)}")
+    if given.get("residuals") == "8" and "residuals" not in exporter.options:
+        raise ValueError(f"--residuals 8 can't be written by --to {to}, which has additions and poolings in float")
     return options
+
+
+def _with_residuals(network: nn.Module, loaded: LoadedNetwork, residuals: str | None) -> nn.Module:
+    """Put quantizers in front of additions and average poolings, if `--residuals 8` asks for it."""
+    if residuals == "8":
+        raise ValueError("--residuals 8 isn't there yet: leave it out, or give float")
+    return network
 
 
 def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tuple[nn.Module, bool]:

@@ -246,6 +246,7 @@ def option(
     default_words: str | None = None,
     spellings: Sequence[str] = (),
     multiple: bool = False,
+    parameter: str | None = None,
 ) -> Decorator:
     """Give a command an option that is no field of a model.
 
@@ -259,16 +260,17 @@ def option(
         default_words: What the help says of the default, where that isn't the default itself.
         spellings: Other names of the option.
         multiple: Whether it may be given several times; the command then gets a tuple.
+        parameter: The command's argument; by default called like the option: `out`.
 
     Returns:
-        The decorator. The command's argument is called like the option: `out`.
+        The decorator.
     """
     if default_words is None and default is not None:
         default_words = str(default)
     return click.option(
         name,
         *spellings,
-        name.lstrip("-").replace("-", "_"),
+        parameter or name.lstrip("-").replace("-", "_"),
         cls=Option,
         type=kind,
         help=description,

@@ -11,7 +11,7 @@ EXPORTERS: Registry[type[Exporter]] = Registry(
     {
         "tvm": ("haq.deployment.tvm:TvmExporter", SUMMARIES["tvm"]),
         "onnx": ("haq.deployment.onnx:OnnxExporter", SUMMARIES["onnx"]),
-        "qonnx": ("haq.deployment.onnx:QonnxExporter", SUMMARIES["qonnx"]),
+        "qonnx": ("haq.deployment.qonnx:QonnxExporter", SUMMARIES["qonnx"]),
         "c": ("haq.deployment.c:CExporter", SUMMARIES["c"]),
     },
     check=lacking,

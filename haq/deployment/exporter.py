@@ -72,19 +72,42 @@ class Exporter(ABC):
     name      by which it is chosen: `haq deploy RUN --to NAME`
     summary   one line about it
     output    what is written within a run's folder, a file or a folder, unless --out says otherwise
-    options   options of `haq deploy` that `export` takes: of "threads", "target", "cold"
+    options   options of `haq deploy` that it takes:
+              "threads", "target", "cold"   where kernels are measured; `export` is given their values
+              "flavour"     --for NAME, one of `flavours`; `export` is given the name
+              "residuals"   --residuals 8: it writes nodes of kind "quantize", so that there may be quantizers in front of
+                            additions and poolings; nothing of it is given to `export`
+    flavours  what it can write for (`--for`)
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     output: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
+    flavours: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer and the reason, for a quantized network that can't be written.
 
         It is called before anything is captured, compiled or written.
+        """
+
+    def check_operations(  # noqa: B027 - an exporter that refuses nothing more has none
+        self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]
+    ) -> None:
+        """Raise ValueError for a captured network that `export` would refuse, and for nothing else.
+
+        It is what `haq deploy --check` asks, before there is a run: it compiles nothing and writes nothing.
+
+        Args:
+            network: The quantized network, in evaluation mode.
+            graph: Its operations.
+            images: Images (N, C, H, W), as the network takes them.
+            options: Those of `Exporter.options` that were given, by name.
+
+        Raises:
+            ValueError: Naming the layer, the operation and the reason.
         """
 
     @abstractmethod

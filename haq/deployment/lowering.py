@@ -41,6 +41,7 @@ from hw_models.tvm_cpu.conv import Conv
 HEADROOM = 8
 FIXED_LIMIT = 2**30
 ELEMENTWISE = ("batch_norm", "relu", "clamp", "add")
+LOWERED = (*ELEMENTWISE, "input", "conv", "linear", "max_pool", "avg_pool", "flatten", "output")
 
 
 def integer_weights(name: str, layer: Q.QuantLayer) -> tuple[NDArray[np.int8] | NDArray[np.int16], NDArray[np.float64], int]:
@@ -183,6 +184,9 @@ class _Group:
 
 def _groups(graph: Graph) -> tuple[dict[str, _Group], str]:
     """Put the graph's operations into groups that a step each will do, in order; return them and the group of the output."""
+    for node in graph.nodes:
+        if node.kind not in LOWERED or node.ranges is not None or len(node.dims) == 3:
+            raise ValueError(f"layer {node.module!r} can't be deployed: operation {node.name} ({node.kind})")
     sources, readers = _sources_and_readers(graph)
     groups: dict[str, _Group] = {}
     done: set[str] = set()
@@ -246,6 +250,7 @@ class _Lowering:
             if layer.activation_bits is not None:
                 self.codes[name] = integer_activations(name, layer)
         self.groups, self.output = _groups(graph)
+        self.ends = graph.nodes[0].dims, graph.nodes[-1].dims
         with torch.no_grad():
             self.largest = {node.name: float(x.abs().max()) for node, x in evaluate(graph, self.layers, calibrate)}
         self.values: dict[str, Value] = {}
@@ -260,7 +265,8 @@ class _Lowering:
         for group in self.groups.values():
             if group.wanted:
                 steps += self._steps(group)
-        return Program(tuple(steps), self.values, _name("input", Float()), self.found[self.output, Float()])
+        output = self.found[self.output, Float()]
+        return Program(tuple(steps), self.values, _name("input", Float()), output, *self.ends)
 
     def _ask(self, group: _Group) -> None:
         """Ask the groups before for what this one reads."""

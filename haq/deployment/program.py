@@ -7,17 +7,21 @@ A value is an array of (images, height, width, channels) in one of three represe
     Fixed   int32, real value i step: what is added up, or pooled, before it is quantized
     Float   float32: the network's input and output, and what enters and leaves layers that the policy leaves in float
 
-A step sums integers and ends in an `Epilogue`, which is float32 for each output by itself:
+A step makes a number acc for each output and ends in an `Epilogue`, which is float32 for each output by itself:
 
-    v = fma(acc, multiplier[c], offset[c]);   v = fma(i, factor, v) for each residual;   v = clip(v, low, high)
+    v = fma(acc, multiplier[c], offset[c]);   v = fma(i, factor, v) for each residual
+    v = v where v >= 0 else v slope[c], where there is a slope;   v = table(v), where there is a `Table`
+    v = clip(v, low, high)
     and for each output, u = v factor:    Codes clip(round(u)), one signed bit +1 where u >= 0, else -1
                                           Fixed clip(round(u))        Float u
 
-v is in units of the first output's step, whose factor is 1. Rounding is half to even; integers become float32 before they
-are multiplied. Batch norms, biases and scales are folded into multiplier and offset in float64 and rounded once.
+v is in units of the first output's step, whose factor is 1; before a table it is a real value, and the table gives units.
+Rounding is half to even; integers become float32 before they are multiplied, and Codes are taken without their zero: q, not
+the byte. Batch norms, biases and scales are folded into multiplier and offset in float64 and rounded once.
 
 `haq.deployment.lowering` makes a program, `haq.deployment.interpreter` computes it slowly and compares it with the network.
-A flatten is no step: channels last bytes stay where they are, and the columns of the linear layer are permuted.
+A flatten in front of a linear layer is no step: channels last bytes stay where they are, and the columns of the layer are
+permuted. Other operations that move values are a `Move`, one for a chain of them.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import quantizers as Q
-from haq.deployment.graph import Shape, Window
+from haq.deployment.nodes import Ranges, Shape, Taps, Window
 from hw_models.tvm_cpu.conv import Conv, zero_point
 
 Array: TypeAlias = NDArray[Any]
@@ -148,7 +152,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Residual:
-    """v += value factor; `value` is Fixed."""
+    """v += value factor; `value` is Fixed, or the q of Codes, of the step's shape."""
 
     value: str
     factor: float
@@ -163,8 +167,34 @@ class Output:
 
 
 @dataclass(frozen=True, eq=False)
+class Table:
+    """A function of one value as a piece of a parabola for each of `segments` equal parts of its domain.
+
+    In float32, each operation rounded once:
+
+        t = fma(v, inverse, start);   i = clip(floor(t), 0, segments - 1);   r = fma(v, inverse, start - i)
+        v = fma(fma(coefficients[i, 2], r, coefficients[i, 1]), r, coefficients[i, 0])
+
+    `inverse` is a power of two, the segments per unit; `start` is a whole number, so that start - i is exact. Beyond the ends
+    the outermost segments go on, and they are straight lines: coefficients[0, 2] = coefficients[-1, 2] = 0.
+    """
+
+    start: float
+    inverse: float
+    coefficients: NDArray[np.float32]
+
+    @property
+    def segments(self) -> int:
+        """How many there are."""
+        return len(self.coefficients)
+
+
+@dataclass(frozen=True, eq=False)
 class Epilogue:
-    """What becomes of a sum; see the module. `multiplier` and `offset` are float32 of (channels,)."""
+    """What becomes of a sum; see the module. `multiplier`, `offset` and `slope` are float32 of (channels,).
+
+    There is a slope (of a PReLU or leaky ReLU), or a table (of any other function of each value), or neither.
+    """
 
     multiplier: NDArray[np.float32]
     offset: NDArray[np.float32]
@@ -172,6 +202,8 @@ class Epilogue:
     low: float
     high: float
     outputs: tuple[Output, ...]
+    slope: NDArray[np.float32] | None = None
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +261,7 @@ class FloatConvolution:
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """acc = the integers of `input` (Fixed), or its values (the network's input, Float). Additions are residuals."""
+    """acc = the integers of `input` (Fixed, or the q of Codes), or its values (Float). Additions are residuals."""
 
     name: str
     input: str
@@ -241,19 +273,107 @@ class Pool:
     """acc = the largest of each window, or the sum of each.
 
     `kind` "max": of Fixed, or of the q of Codes, whose order is that of real values; padding is never the largest. "avg": the
-    int32 sum of Fixed; padding is zero. If the input is Codes the output is one value of the same Codes, and the epilogue
-    changes nothing.
+    exact sum of Fixed or of the q of Codes, which fits into 32 bits; padding is zero. If the input is Codes and the only
+    output is one value of the same Codes, the epilogue changes nothing.
+
+    An average whose divisor isn't the same everywhere has no window: it sums up the rows and columns of `ranges`, and
+    acc = float32(sum) factors[y, x], rounded once; `factors` is float32 of (H_out, W_out), one over the divisors.
     """
 
     name: str
     kind: str
     input: str
-    window: Window
+    window: Window | None
     output_size: tuple[int, int]
+    epilogue: Epilogue
+    ranges: Ranges | None = None
+    factors: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """acc = float32(input) float32(other), rounded once, of the integers of Fixed or Codes, or the values of Float.
+
+    `input` is of the output's shape (height, width, channels); `other` is too, or it is (1, 1, channels), one factor per
+    channel, or (height, width, 1), one per place.
+    """
+
+    name: str
+    input: str
+    other: str
     epilogue: Epilogue
 
 
-Step: TypeAlias = Quantize | Convolution | FloatConvolution | Sum | Pool
+@dataclass(frozen=True, eq=False)
+class Resize:
+    """Bilinear interpolation of Fixed or Codes, in float32, each operation rounded once.
+
+    With the rows y0, y1 between which output row y lies (`rows.first`, `rows.second`), its weight wy, `rows.weight` in float32,
+    and columns likewise:
+
+        top = fma(x[y0, x1] - x[y0, x0], wx, x[y0, x0]);   bottom = fma(x[y1, x1] - x[y1, x0], wx, x[y1, x0])
+        acc = fma(bottom - top, wy, top)
+    """
+
+    name: str
+    input: str
+    rows: Taps
+    columns: Taps
+    epilogue: Epilogue
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """Takes values to other places, for any chain of operations that compute nothing.
+
+    The inputs are flattened, each in its order (height, width, channels), and put one behind the other; `index`, int32 of the
+    output's shape (height, width, channels), says which of them each value of `output` is. -1 is real zero: 0 of Fixed and
+    Float, the zero of Codes, and +1 of one signed bit, as which zero is quantized. All inputs and the output are of one
+    representation.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    index: NDArray[np.int32]
+    output: str
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A function of Codes of at most 8 bits: each output is entries[stored byte].
+
+    `outputs` are the names of values of any representation. `entries` holds an array of 256 for each, of its type: codes as
+    they are stored. Bytes that don't occur have the entry of the nearest one that does.
+    """
+
+    name: str
+    input: str
+    outputs: tuple[str, ...]
+    entries: tuple[Array, ...]
+
+
+Step: TypeAlias = Quantize | Convolution | FloatConvolution | Sum | Pool | Product | Resize | Move | Lookup
+
+
+def written_by(step: Step) -> tuple[str, ...]:
+    """Name the values that a step writes."""
+    if isinstance(step, Quantize | Move):
+        return (step.output,)
+    if isinstance(step, Lookup):
+        return step.outputs
+    return tuple(output.value for output in step.epilogue.outputs)
+
+
+def read_by(step: Step) -> tuple[str, ...]:
+    """Name the values that a step reads, what its epilogue adds included."""
+    if isinstance(step, Move):
+        return step.inputs
+    if isinstance(step, Quantize | Lookup):
+        return (step.input,)
+    read = [step.input]
+    if isinstance(step, Product):
+        read.append(step.other)
+    return (*read, *(residual.value for residual in step.epilogue.residuals))
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,13 +381,15 @@ class Program:
     """Steps in order, and the values they read and write by name.
 
     `input` and `output` are Float; the input is images with their channels last, the output of a classifier is of
-    (1, 1, classes).
+    (1, 1, classes). `input_dims` and `output_dims` are torch's shapes for one image, (1, C, H, W), (1, C, L) or (1, C).
     """
 
     steps: tuple[Step, ...]
     values: Mapping[str, Value]
     input: str
     output: str
+    input_dims: tuple[int, ...]
+    output_dims: tuple[int, ...]
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -169,6 +169,47 @@ def test_options_that_an_exporter_does_not_take(place: Path, capsys: pytest.Capt
         assert f"--{name} is for networks whose kernels are measured (--to tvm), not for --to onnx" in " ".join(err.split())
 
 
+FLAVOURED = """
+from haq.deployment.exporter import Exporter, Verdict
+
+class Flavoured(Exporter):
+    name, summary, output = "flavoured", "a file of several kinds", "flavoured.txt"
+    options, flavours = ("flavour",), ("vanilla", "chocolate")
+    def check(self, network):
+        pass
+    def export(self, network, graph, images, path, *, notes, options, on_progress):
+        path.write_text(str(options.get("flavour")))
+    def compare(self, network, graph, samples, path):
+        return Verdict(True, ())
+"""
+
+
+def test_what_a_file_is_for_is_given_to_exporters_that_have_several_kinds(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "flavoured_job.py").write_text(FLAVOURED)
+    monkeypatch.syspath_prepend(tmp_path)
+    to = ["--to", "flavoured_job:Flavoured", "--out", str(tmp_path / "out.txt")]
+    for options, sentence in (
+        (
+            ["--to", "tvm", "--for", "vanilla"],
+            "--for vanilla is for formats that have files of several kinds; --to tvm has",
+        ),
+        (
+            [*to, "--for", "vanila"],
+            "--for is 'vanila'; did you mean vanilla? What --to flavoured_job:Flavoured can write",
+        ),
+        ([*to, "--residuals", "8"], "--residuals 8 can't be written by --to flavoured_job:Flavoured"),
+        ([*to, "--residuals", "7"], "--residuals is '7'. Known: 8, float"),
+    ):
+        assert call(*options) == EXIT_BAD_INPUT
+        assert sentence in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "out.txt").exists()
+    for options, written in (([], "None"), (["--for", "vanilla", "--residuals", "float"], "vanilla")):
+        assert call(*to, *options) == 0
+        assert (tmp_path / "out.txt").read_text() == written
+
+
 def test_printed_commands_are_quoted(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
