@@ -32,13 +32,12 @@ from haq.deployment.program import BYTE_BITS, Codes
 WIDE_OPSET = 21
 WIDE_IR_VERSION = 10
 HALF_BYTE_BITS = 4
+BETWEEN = {"add", "mul", "function", "prelu", "avg_pool", "resize", "batch_norm", "output"}  # that nothing is fused with
 FLAVOUR = "for"  # among a file's properties: what it is for
 # Half a step of the sums may be so many steps of the integers that these are rounded to next.
 LARGEST_ROUNDING = 1 / 8
 # Integers of few bits are moved up in their bytes, as weights always are, where it would be more than this.
 FINE = 1 / 512
-# Where both operands have so many bits together, a bias is rounded to steps of the sums even if nothing is rounded behind it.
-FINE_BITS = 15
 
 
 class IntegerWriter(GraphWriter):
@@ -278,12 +277,19 @@ class IntegerWriter(GraphWriter):
         else:
             whole = layer.weight.detach().double().numpy()
             real = self.constant(f"{step}.weight", whole * _along(scale, whole.ndim))
-        # Where ONNX Runtime sees a DequantizeLinear in front of real weights and a QuantizeLinear behind them, it makes them
-        # 8 bits wide.
-        inputs = [self._enter(node, step, plain=wanted is None and node.kind == "conv"), real]
+        inputs = [self._enter(node, step, plain=not self._may_be_rounded(node, made)), real]
         if bias.any():
             inputs.append(self.constant(f"{step}.bias", bias))
         self._multiply(node, inputs, made)
+
+    def _may_be_rounded(self, node: Node, made: str) -> bool:
+        """Tell whether a QuantizeLinear may stand behind a layer with real weights.
+
+        Where ONNX Runtime sees it, and a DequantizeLinear in front of them, it makes these weights 8 bits wide. It does so with
+        linear layers whatever is behind them.
+        """
+        kinds = {reader.kind for reader in self.readers.get(made, [])}
+        return node.kind == "linear" or not kinds <= BETWEEN
 
     def _following(self, node: Node) -> tuple[Array, Array, str]:
         """Return what batch norms behind a layer do to its channels, and the name of the last of them."""
@@ -356,7 +362,7 @@ class IntegerWriter(GraphWriter):
             self._multiply(node, inputs, made)
         elif node.kind == "conv" or self.flavour is not None:
             self._multiply(node, [*inputs, self.constant(f"{step}.bias", weights.bias)], made)
-        elif form.wanted is not None or codes.bits + form.up + weights.bits + form.shift >= FINE_BITS:
+        elif form.wanted is not None:
             step_of_input = np.float32(codes.scale / 2.0**form.up)
             steps = step_of_input * scales
             limit = 2.0**31 - 1
@@ -365,6 +371,7 @@ class IntegerWriter(GraphWriter):
             given = [self.constant(f"{step}.bias", rounded, np.int32), self.constant(f"{step}.bias_scale", steps)]
             self._multiply(node, [*inputs, self.op("DequantizeLinear", given, f"{step}:bias", axis=0)], made)
         else:
+            # Nothing is rounded behind it, so the bias isn't either.
             self._multiply(node, inputs, f"{made}:sums")
             self.op("Add", [f"{made}:sums", self.constant(f"{step}.bias", weights.bias)], made)
 
@@ -382,7 +389,7 @@ class IntegerWriter(GraphWriter):
         if key not in self.stored:
             self.stored[key] = name
             if weights.bits == BYTE_BITS or (self.flavour is not None and weights.bits > HALF_BYTE_BITS):
-                self.constant(name, weights.q, np.int8)
+                self.constant(name, weights.q * 2**shift, np.int8)
             elif self.flavour is not None:
                 integers = self.constant(f"{name}4", weights.q, self._int4())
                 self.op("Cast", [integers], name, to=self.onnx.TensorProto.INT8)
@@ -425,18 +432,13 @@ class IntegerWriter(GraphWriter):
         if grid is None and codes.bits == 1:
             return self._signs(source, codes, made, plain, up)
         if grid is None:
-            return self._wide(source, codes, made)
+            return self._wide(source, codes, made, plain)
         integers = self.integers_of(source, grid)
         if up:
             integers = self.op("BitShift", [integers, self.constant(f"uint8_{up}", up, np.uint8)], f"{made}:up", direction="LEFT")
             grid = dataclasses.replace(grid, scale=grid.scale / 2.0**up, zero=grid.zero << up)
         scale = self.scalar(grid.scale, source)
-        if plain:
-            return self.op("DequantizeLinear", [integers, scale, self.zero(grid)], made)
-        real = self.op("Cast", [integers], f"{made}:real", to=self.onnx.TensorProto.FLOAT)
-        if grid.zero:
-            real = self.op("Sub", [real, self.constant(f"float_{grid.zero}", grid.zero)], f"{made}:centred")
-        return self.op("Mul", [real, scale], made)
+        return self._real(integers, scale, self.zero(grid), grid.zero, made, plain)
 
     def _signs(self, source: str, codes: Codes, made: str, plain: bool, up: int) -> str:
         zero = 2 ** (BYTE_BITS - 1)
@@ -449,7 +451,7 @@ class IntegerWriter(GraphWriter):
         integers = self.op("Where", [positive, *ends], f"{made}:integers")
         return self.op("DequantizeLinear", [integers, scale, self.constant(f"uint8_{zero}", zero, np.uint8)], made)
 
-    def _wide(self, source: str, codes: Codes, made: str) -> str:
+    def _wide(self, source: str, codes: Codes, made: str, plain: bool) -> str:
         """Write integers of 16 bits. ONNX Runtime has no Clip of them. What is clipped before it is divided rounds to the same."""
         self.opset, self.ir_version = WIDE_OPSET, WIDE_IR_VERSION
         dtype = np.dtype(np.uint16)
@@ -463,7 +465,16 @@ class IntegerWriter(GraphWriter):
             low, high = (self.constant(f"{made}:{end}", value) for end, value in zip(("low", "high"), ends, strict=True))
             real = self.op("Clip", [real, low, high], f"{made}:clipped")
         integers = self.op("QuantizeLinear", [real, scale, zero], f"{made}:integers")
-        return self.op("DequantizeLinear", [integers, scale, zero], made)
+        return self._real(integers, scale, zero, codes.zero_point, made, plain)
+
+    def _real(self, integers: str, scale: str, zero: str, zero_point: int, made: str, plain: bool) -> str:
+        """Write the real values of integers, with a DequantizeLinear if it may be seen; see `_enter`."""
+        if plain:
+            return self.op("DequantizeLinear", [integers, scale, zero], made)
+        real = self.op("Cast", [integers], f"{made}:real", to=self.onnx.TensorProto.FLOAT)
+        if zero_point:
+            real = self.op("Sub", [real, self.constant(f"float_{zero_point}", zero_point)], f"{made}:centred")
+        return self.op("Mul", [real, scale], made)
 
 
 @dataclass(frozen=True)
