@@ -824,7 +824,7 @@ class TvmExporter(Exporter):
     name = "tvm"
     summary = SUMMARIES["tvm"]
     output = "deployed"
-    options = ("threads", "target", "cold")
+    options = ("threads", "target", "cold", "residuals")
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless quantized layers compute with integers times a scale."""
