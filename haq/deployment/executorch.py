@@ -9,10 +9,11 @@ XNNPACK's integer kernels take int8 on both sides: an activation with one scale 
 each output channel, a bias of int32, and a result that is rounded to int8 at once. So batch norms are folded, a result is
 clipped as its reader wants it before it is rounded, and fewer bits are a part of int8's range. What isn't so stays in float32
 in network.pte, with the same values: a layer of 16 bits, one beside float, and one whose result others read unrounded, as
-the last layer's is, and an addition's operands without `--residuals 8`.
+the last layer's is, and an addition's operands without `--residuals 8`; and one whose bias would move by more than
+BIAS_STEPS, rounded as XNNPACK rounds it, to a multiple of both operands' scales.
 
-The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and XNNPACK
-rounds the bias to multiples of both scales' product.
+The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and the bias
+is rounded to finer multiples.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ TIMED = 200  # calls
 SHOWN = 3  # names in a line
 TRANSPARENT = ("max_pool", "flatten", "move")  # kinds that do the same to rounded values as to others
 SUMS = 2**31  # what sums in int32 stay below
+BIAS_STEPS = 1 / 64  # of the result's step, by which rounding the bias may move it
 RATIOS = (2.0**-32, 2.0**8)  # of scales, input times weight over output, between which XNNPACK has kernels
 
 
@@ -282,7 +284,13 @@ class Plan:
         if output is None or output.wide or output.sign:
             return False
         ratios = layer.rounding.scale * layer.weight[1].astype(np.float64) / output.scale
-        return bool(ratios.min() >= RATIOS[0] and ratios.max() < RATIOS[1])
+        if ratios.min() < RATIOS[0] or ratios.max() >= RATIOS[1]:
+            return False
+        if layer.bias is None:
+            return True
+        exact = layer.bias / output.scale
+        moved = np.abs(np.rint(exact / ratios) * ratios - exact)
+        return bool(moved.max() <= BIAS_STEPS)
 
 
 def rounding_between(node: Node) -> Rounding:
