@@ -172,12 +172,14 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
     """
     from haq.deployment.exporter import AnySamples
     from haq.store.lock import writing
+    from haq.study.residuals import with_residuals
     from haq.study.search_run import SearchRun
 
     exporter = EXPORTERS.get(to)()
     options = _options_of_exporter(exporter, to, given)
     asked = AnotherScheme.model_validate({"scheme": given.get("scheme"), "device": given.get("device")})
     run = SearchRun.load(folder, asked.device)
+    _check_residuals(exporter, to, given.get("residuals"), run.config.residuals)
     path = out or run.folder / exporter.output
     with ExitStack() as held:
         if path.resolve().is_relative_to(run.folder.resolve()):
@@ -187,7 +189,8 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
             loaded = run.load_network()
             run.check(loaded)
             network, tuned = _quantized(run, loaded, asked.scheme)
-            network = _with_residuals(network, loaded, given.get("residuals"))
+            residuals = with_residuals(loaded, network, given.get("residuals"))
+            network = residuals.network
             # It was quantized where the run was; what is written runs on processors, and is compared there.
             network.cpu()
             loaded.network.to("cpu")
@@ -216,12 +219,13 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
             else:
                 verdict = exporter.compare(network, graph, samples, path)
     latency = _compare_latency(run, verdict)
-    output.results.print(key_table([*verdict.rows, *latency.rows]))
+    rows = [*residuals.rows, *verdict.rows, *latency.rows]
+    output.results.print(key_table(rows))
     if latency.warning:
         say(output.results, latency.warning)
     output.print_json(
         {"written": str(path), "exporter": to, "fine_tuned": tuned, "same_answers": verdict.same_answers}
-        | {"compared": dict([*verdict.rows, *latency.rows]), "latency_s": verdict.latency_s}
+        | {"compared": dict(rows), "latency_s": verdict.latency_s, "by_residuals": residuals.values}
         | {"predicted_latency_s": latency.predicted_s, "latency_warning": latency.warning}
     )
     if not verdict.same_answers:
@@ -300,16 +304,19 @@ def _options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) 
     if flavour is not None and flavour not in exporter.flavours:
         close = did_you_mean(flavour, exporter.flavours)
         raise ValueError(f"--for is {flavour!r}{close} What --to {to} can write for: {', '.join(exporter.flavours)}")
-    if given.get("residuals") == "8" and "residuals" not in exporter.options:
-        raise ValueError(f"--residuals 8 can't be written by --to {to}, which has additions and poolings in float")
     return options
 
 
-def _with_residuals(network: nn.Module, loaded: LoadedNetwork, residuals: str | None) -> nn.Module:
-    """Put quantizers in front of additions and average poolings, if `--residuals 8` asks for it."""
-    if residuals == "8":
-        raise ValueError("--residuals 8 isn't there yet: leave it out, or give float")
-    return network
+def _check_residuals(exporter: Exporter, to: str, asked: str | None, of_run: str) -> None:
+    """Raise ValueError if additions and average poolings are to have 8 bits, and an exporter has them in float."""
+    if (asked or of_run) != "8" or "residuals" in exporter.options:
+        return
+    if asked is None:
+        raise ValueError(
+            f"the run was searched with --residuals 8, which can't be written by --to {to}, which has additions and poolings "
+            "in float: give --residuals float, and see what that changes"
+        )
+    raise ValueError(f"--residuals 8 can't be written by --to {to}, which has additions and poolings in float")
 
 
 def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tuple[nn.Module, bool]:

@@ -51,6 +51,15 @@ from quantizers.norms import reestimate_norms
 from quantizers.policy import END_BITS, BitPolicy, ends
 from quantizers.pruning import MainSubsidiary, kept_share, layerwise_pruning, masked_layers, remove_filters
 from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconstruct
+from quantizers.residuals import (
+    ResidualGrid,
+    ResidualQuantizer,
+    add_residual_quantizers,
+    insert_residual_quantizers,
+    remove_residual_quantizers,
+    residual_places,
+    residual_quantizers,
+)
 from quantizers.scheme import (
     IntegerActivations,
     IntegerWeights,
@@ -92,6 +101,8 @@ __all__ = [
     "RSign",
     "ReconstructedPart",
     "Reconstruction",
+    "ResidualGrid",
+    "ResidualQuantizer",
     "Scheme",
     "SchemeLayer",
     "SchemeRow",
@@ -100,6 +111,7 @@ __all__ = [
     "WeightClipping",
     "Wiring",
     "activation_scales",
+    "add_residual_quantizers",
     "backward_mode",
     "bagging",
     "binarize",
@@ -117,6 +129,7 @@ __all__ = [
     "fold_batch_norm",
     "fold_shifts",
     "get_policy",
+    "insert_residual_quantizers",
     "integer_range",
     "kept_share",
     "layerwise_pruning",
@@ -134,6 +147,9 @@ __all__ = [
     "reconstruct",
     "reestimate_norms",
     "remove_filters",
+    "remove_residual_quantizers",
+    "residual_places",
+    "residual_quantizers",
     "row_of",
     "scheme_names",
     "scheme_records",

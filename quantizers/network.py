@@ -31,6 +31,15 @@ from quantizers.left_in_float import Guard, Reads, close_fast_paths, make_float,
 from quantizers.moments import InputMoments, Passes
 from quantizers.observers import Observer, OnProgress, no_progress, observe
 from quantizers.policy import QUANTIZABLE, BitPolicy, Bits
+from quantizers.residuals import (
+    FirstReaders,
+    ResidualGrid,
+    calibrate_residuals,
+    read_residual_state,
+    remove_residual_quantizers,
+    residual_quantizers,
+    residual_state,
+)
 from quantizers.rounding import gptq
 from quantizers.scheme import Scheme, failing_as, try_out
 
@@ -140,13 +149,14 @@ def _quantized(
 ) -> tuple[nn.Module, dict[str, str]]:
     """Return the quantized copy of a network, and the functions that read weights past their layers (`Reads`)."""
     schemes = wanted.schemes
-    _check_sources(schemes, policy, calibrate, state)
+    _check_sources(schemes, policy, calibrate, state, bool(residual_quantizers(network)))
     _check_wanted(wanted, calibrate)
     if already := quant_layers(network):
         raise ValueError(f"the network is quantized already (layer {next(iter(already))}): use set_policy")
     if hasattr(network, "_orig_mod"):
         raise ValueError("the network is compiled: quantize what was compiled (its `_orig_mod`), and compile the result")
     made = copy_network(network)
+    residuals: dict[str, nn.Module] = dict(residual_quantizers(made))
     floats: dict[str, nn.Module] = {name: m for name, m in made.named_modules() if isinstance(m, QUANTIZABLE)}
     _check_names(policy, floats, made)
     close_fast_paths(made)
@@ -157,9 +167,10 @@ def _quantized(
     if wanted.correction is not None:
         means = {name: MeanInput() for name in policy}
     passes = _passes(made, wanted, floats, calibrate)
+    first = FirstReaders(residuals, policy)
     if calibrate is not None:
-        also = (means, passes.hooks())
-        observers = observe(made, floats, calibrate, reads, also, on_progress, wanted.forward)
+        also = (means, passes.hooks(), first.hooks())
+        observers = observe(made, {**floats, **residuals}, calibrate, reads, also, on_progress, wanted.forward)
     readers = read_by_others(made, reads.found)
     if state is None:
         _check_complete(policy, floats, observers, readers)
@@ -188,6 +199,8 @@ def _quantized(
             module.register_forward_pre_hook(Guard(name))
     if state is not None:
         load_quantizer_state(made, state)
+    else:
+        calibrate_residuals(made, observers, quant_layers(made), first.found)
     set_policy(made, policy)
     _warn_of_uncorrected(uncorrected)
     return made, reads.found
@@ -250,10 +263,11 @@ def _check_sources(
     policy: Mapping[str, Bits],
     calibrate: Batches | None,
     state: Mapping[str, Tensor] | None,
+    has_residuals: bool,
 ) -> None:
     if calibrate is not None and state is not None:
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), not both")
-    needing = any(schemes[name].needs_data_at(*bits) for name, bits in policy.items())
+    needing = has_residuals or any(schemes[name].needs_data_at(*bits) for name, bits in policy.items())
     if calibrate is None and state is None and needing:
         raise ValueError("give `calibrate` (batches of inputs) or `state` (of quantizer_state), one of the two")
 
@@ -375,9 +389,20 @@ def _sample(layer: QuantLayer, observer: Observer | None) -> Tensor:
     return repeated.reshape(shape).to(layer.weight)
 
 
-def float_copy(network: nn.Module) -> nn.Module:
-    """Make a copy of a quantized network as a float network again, with the weights as they are now."""
+def float_copy(network: nn.Module, *, keep_residuals: bool = False) -> nn.Module:
+    """Make a copy of a quantized network as a float network again, with the weights as they are now.
+
+    Args:
+        network: The quantized network.
+        keep_residuals: Whether residual quantizers stay where they are, and quantize: torch.export then writes them down as
+            `fake_quantize_per_tensor_affine`, with numbers for scale, zero point and bounds.
+
+    Returns:
+        The copy.
+    """
     made = copy_network(network)
+    if not keep_residuals:
+        remove_residual_quantizers(made)
     for layer in quant_layers(made).values():
         make_unquantized(layer)
     make_float(made)
@@ -513,8 +538,9 @@ def quantizer_state(network: nn.Module) -> dict[str, Tensor]:
 
     Keys are the layer's name, a dot, and the tensor's; beside the scheme's there are `signed` and
     `calibrated`, and what post-training quantization found (`bias_shift` and others), where it did.
+    Residual quantizers have `scale`, `zero_point`, `low` and `high`.
     """
-    state = {}
+    state = residual_state(network)
     for name, layer in quant_layers(network).items():
         for key in layer.state_names:
             state[f"{name}.{key}"] = getattr(layer, key).detach().clone()
@@ -543,6 +569,7 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
     expected = [f"{name}.{key}" for name, layer in layers.items() for key in layer.state_names]
     flags = {f"{name}.{flag}": (layer, flag) for name, layer in layers.items() for flag in FLAGS}
     found = {f"{name}.{key}" for name in layers for key in (*FOUND_AFTER_TRAINING, TAILORED_FOR)}
+    expected += [f"{name}.{key}" for name in residual_quantizers(network) for key in ResidualGrid._fields]
     if wrong := sorted((set(expected) | set(flags)) ^ (set(state) - found)):
         raise ValueError(f"the quantizer state is of another network: {len(wrong)} names differ, such as {wrong[0]}")
     for name, layer in layers.items():
@@ -552,6 +579,9 @@ def load_quantizer_state(network: nn.Module, state: Mapping[str, Tensor]) -> Non
         _check_bits(name, layer, bits, signed, calibrated)
         _check_known(name, bits, state)
         _check_found(name, layer, state)
+    grids = read_residual_state(network, state)
+    for quantizer, grid in grids.items():
+        quantizer.set_grid(grid)
     for name, layer in layers.items():
         for key in layer.state_names:
             _load_tensor(layer, key, state[f"{name}.{key}"])

@@ -13,6 +13,8 @@ EXPORTERS: Registry[type[Exporter]] = Registry(
         "onnx": ("haq.deployment.onnx:OnnxExporter", SUMMARIES["onnx"]),
         "executorch": ("haq.deployment.executorch:ExecutorchExporter", SUMMARIES["executorch"]),
         "qonnx": ("haq.deployment.onnx:QonnxExporter", SUMMARIES["qonnx"]),
+        "qonnx": ("haq.deployment.qonnx:QonnxExporter", SUMMARIES["qonnx"]),
+        "c": ("haq.deployment.c:CExporter", SUMMARIES["c"]),
     },
     check=lacking,
 )

@@ -184,12 +184,47 @@ class Exporter(ABC):
         return cls.export_any is not Exporter.export_any
 
 
+def policy_storage_bytes(network: nn.Module, images: Tensor) -> int:
+    """Count what a search prints as the storage of a policy: weights at their bits, scales and biases, but no norms.
+
+    Args:
+        network: The quantized network, at its present bits.
+        images: Images (N, C, H, W), of which the first is run through it.
+
+    Returns:
+        Bytes.
+    """
+    import numpy as np
+
+    import hw_models
+    import quantizers as Q
+    from hw_models.storage import FLOAT_BYTES, untied_bytes
+    from hw_models.widths import FLOAT, places
+
+    workload = hw_models.trace(Q.float_copy(network).eval(), images[:1])
+    policy = Q.get_policy(network)
+    layers = Q.quant_layers(network)
+    bits = np.array([[width or FLOAT for width in policy.get(layer.name, (None, None))] for layer in workload.layers])
+    total = float(untied_bytes(workload, bits[:, 0]))
+    stored = hw_models.storage_bytes(workload)
+    for row, layer, (w, a), w_bits in zip(stored, workload.layers, places(bits), bits[:, 0], strict=True):
+        total += row[w, a]
+        if layer.name not in layers or w_bits == FLOAT:
+            continue
+        scheme = layers[layer.name].scheme
+        total += scheme.storage_overhead_bytes(int(w_bits), layer.weights)
+        if getattr(scheme, "per_channel", True) is False:
+            total -= FLOAT_BYTES * (layer.out_channels - 1)
+    return round(total)
+
+
 # Our own, in a line each.
 SUMMARIES = {
     "tvm": "a folder with one library for this machine's processor, integers from end to end",
     "onnx": "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others",
     "qonnx": "a file of QONNX, for tools of FPGAs",
     "executorch": "a file of torch.export with Q/DQ operators, and one for ExecuTorch on phones",
+    "c": "a folder with a C99 file, for microcontrollers: integers from end to end, weights at their bits",
 }
 REQUIRED = ("name", "summary", "output", "check", "export", "compare")
 

@@ -2,7 +2,7 @@
 
     network.so        the code
     network.json      what the network is and what it was compiled for, with the size and the SHA-256 of the other two
-    constants.npz     the arenas of constants: weights and factors
+    constants.npz     weights at their bits, and other constants, in one array of bytes (`hw_models.tvm_cpu.packing`)
 
 `read` looks at everything before anything is loaded: a library that is cut short ends the process that calls it, and changed
 weights give other answers without a word. Who made the folder no hash can tell: its library is code. Importing this needs
@@ -27,20 +27,22 @@ from haq.store.files import quoted
 from haq.store.records import MOST, Count, Names, Record, Settings
 from haq.store.units import describe_bytes
 
-FORMAT = "haq-deployed-2"
+FORMAT = "haq-deployed-3"
 LIBRARY = "network.so"
 DESCRIPTION = "network.json"
 CONSTANTS = "constants.npz"
 INPUT = "input"
 OUTPUT = "output"
-CONSTANT = "const_"  # begins the names of arenas that constants.npz holds
+PACKED = "packed"  # the array of constants.npz
 MOST_THREADS = 1024
+MOST_DIMS = 8
 MOST_BYTES = 2**34  # of all arenas together
 AGAIN = "deploy the network again"
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=0, le=MOST_BYTES)]
 Sizes = Annotated[list[Size], Field(min_length=1, max_length=3)]
+Dims = Annotated[list[Size], Field(min_length=2, max_length=MOST_DIMS)]
 Type = Literal["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
 
 
@@ -67,8 +69,11 @@ class Description(Record):
     target: Settings
     threads: Annotated[int, Field(ge=1, le=MOST_THREADS)]
     machine: Settings
+    unpack: Names
     calls: Annotated[Names, Field(min_length=1)]
     arguments: Annotated[list[tuple[str, Sizes, Type]], Field(min_length=2, max_length=MOST)]
+    input_dims: Dims | None = None  # torch's shapes for one image, of folders that are young enough
+    output_dims: Dims | None = None
     steps: Annotated[list[Step], Field(max_length=MOST)]
     values: Annotated[dict[str, tuple[str, Size, Sizes]], Field(max_length=MOST)]
     sha256: Hash  # of all other entries
@@ -88,11 +93,21 @@ class Description(Record):
                 raise ValueError(f"'arguments' must have {name!r} once, with three sizes")
         if len(set(names)) != len(names):
             raise ValueError("'arguments' has a name twice")
+        if [dtype for name, _, dtype in self.arguments if name == PACKED] != ["uint8"]:
+            raise ValueError(f"'arguments' must have {PACKED!r}, bytes of {CONSTANTS}")
         size = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in self.arguments)
         if size > MOST_BYTES:
             raise ValueError(
                 f"'arguments' take {describe_bytes(size)} of memory; at most {describe_bytes(MOST_BYTES)} are given"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_dims(self) -> Description:
+        shapes = {name: shape for name, shape, _ in self.arguments}
+        for name, dims in ((INPUT, self.input_dims), (OUTPUT, self.output_dims)):
+            if dims is not None and (dims[0] != 1 or math.prod(dims) != math.prod(shapes[name])):
+                raise ValueError(f"'{name}_dims' are {dims}, which is no shape of {math.prod(shapes[name]):,} numbers")
         return self
 
     @model_validator(mode="after")

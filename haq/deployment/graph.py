@@ -72,7 +72,7 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
         raise ValueError(
             f"a network is deployed with images of finite numbers; image {int(finite.int().argmin())} has NaN or infinity"
         )
-    plain: Any = Q.float_copy(network).eval()
+    plain: Any = Q.float_copy(network, keep_residuals=True).eval()
     image = example[:1].clone()
     expected = plain(image.clone())
     try:

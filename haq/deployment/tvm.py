@@ -1,7 +1,8 @@
 """A program of integers as machine code: one library whose functions go over arenas of memory, one for each type of number.
 
-What is written is a folder of three files (`haq.deployment.folder`). `Deployed` runs it: the `calls` of its description in
-order, each with the input, the output and all arenas. The code of a network reads and writes nothing but these arrays.
+What is written is a folder of three files (`haq.deployment.folder`). `Deployed` runs it: once the functions `unpack` of its
+description, which make the arenas of constants of what the file has packed, then for every image the `calls` in order, each
+with the input, the output and all arenas. The code of a network reads and writes nothing but these arrays.
 
 Kernels multiply integers of up to 8 bits. A layer with an operand of 16 bits, or in float, is computed in float32: its
 quantized operands are the same integers, and their products are summed as PyTorch sums them.
@@ -19,7 +20,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.deployment import folder as folders
 from haq.deployment import interpreter
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
-from haq.deployment.folder import CONSTANT, CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
+from haq.deployment.folder import CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT, PACKED
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
 from haq.deployment.program import (
@@ -39,28 +40,35 @@ from haq.deployment.program import (
     Fixed,
     Float,
     FloatConvolution,
+    Lookup,
+    Move,
     Pool,
+    Product,
     Program,
     Quantize,
     Representation,
+    Resize,
     Sum,
     Value,
+    read_by,
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
 from haq.store import npz
 from haq.store.units import percent
-from hw_models.tvm_cpu import builder, kernels, steps
+from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
+from hw_models.tvm_cpu.kernel import Kernel
 
 if TYPE_CHECKING:
-    from hw_models.tvm_cpu.kernel import Kernel
     from hw_models.tvm_cpu.target import CpuTarget
 
 ALIGNMENT = 64  # bytes, of everything that kernels look at
 TOGETHER = 8  # steps in a function: one of all of them takes long to compile
 TIMED = 200  # calls
 SHOWN = 3  # names in a line
+WEIGHTS = "weights of the program"  # among the constants of a part
+CONSTANT = "const_"  # begins the names of arenas that hold constants
 CHECKED = 8  # images on which a network is compared before it is compiled, and its code afterwards
 
 Layer = tuple[Conv, int, int, bool]
@@ -68,12 +76,23 @@ Layer = tuple[Conv, int, int, bool]
 
 @dataclass(frozen=True)
 class Part:
-    """Code for a step, with the names of the program's values that its buffers are, and its constants."""
+    """Code for a step, with the names of the program's values that its buffers are, and its constants.
+
+    `weights` are those of a kernel as its program has them, (C_out, C_in / groups, kh, kw): what it makes of them isn't stored.
+    """
 
     name: str
     code: Code
     values: Mapping[str, str]
     constants: Mapping[str, NDArray[Any]]
+    weights: NDArray[Any] | None = None
+
+    @property
+    def made(self) -> list[str]:
+        """The constants that come from the weights."""
+        if self.weights is None or not isinstance(self.code, Kernel):
+            return []
+        return self.code.of_weights()
 
 
 def layers(program: Program) -> list[Layer]:
@@ -105,20 +124,19 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
     made: list[Part] = []
     values = program.values
     image = values[program.input].shape
-    if any(step.input == program.input and not isinstance(step, Quantize) for step in program.steps):
+    if any(program.input in read_by(step) and not isinstance(step, Quantize) for step in program.steps):
         interleave = steps.Interleave(image, builder.Output("float"))
         made.append(Part("input", interleave, {"input": INPUT, "output0": program.input}, {}))
+    writer = _Writer(values, target)
     for step in program.steps:
         if isinstance(step, Quantize):
             made.append(_quantize(step, values, image))
         elif isinstance(step, Convolution) and step.is_low_bit:
-            made.append(_convolution(step, values, chosen[_layer(step)]))
+            made.append(writer.convolution(step, chosen[_layer(step)]))
         elif isinstance(step, Convolution | FloatConvolution):
-            made += _float_convolution(step, values, target)
-        elif isinstance(step, Pool):
-            made.append(_pool(step, values))
+            made += writer.float_convolution(step)
         else:
-            made.append(_sum(step, values))
+            made.append(writer.between_layers(step))
     return made
 
 
@@ -129,81 +147,178 @@ def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int
     return Part(step.name, code, {"input": INPUT, "output0": step.output}, {})
 
 
-def _convolution(step: Convolution, values: Mapping[str, Value], chosen: Kernel) -> Part:
-    epilogue, names = _epilogue(step.epilogue, values)
-    codes = values[step.input].representation
-    assert isinstance(codes, Codes)
-    kernel = replace(chosen, epilogue=epilogue, zero=codes.zero_point)
-    constants = kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
-    return Part(step.name, kernel, {**names, "input": step.input}, constants)
+class _Writer:
+    """Writes code for steps, given the program's values and the processor."""
 
+    def __init__(self, values: Mapping[str, Value], target: CpuTarget) -> None:
+        self.values = values
+        self.cpu = target.cpu
 
-def _float_convolution(step: Convolution | FloatConvolution, values: Mapping[str, Value], target: CpuTarget) -> list[Part]:
-    """Write code for a layer in float32: of a float operand, or of one of 16 bits.
+    def convolution(self, step: Convolution, chosen: Kernel) -> Part:
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        codes = self.values[step.input].representation
+        assert isinstance(codes, Codes)
+        kernel = replace(chosen, epilogue=epilogue, zero=codes.zero_point)
+        constants |= kernel.constants(step.weights, step.epilogue.multiplier, step.epilogue.offset)
+        return Part(step.name, kernel, {**names, "input": step.input}, constants, step.weights.astype(np.int64))
 
-    There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
-    """
-    epilogue, names = _epilogue(step.epilogue, values)
-    names["input"] = step.input
-    made = []
-    if isinstance(values[step.input].representation, Codes):
-        made.append(_real(step, values[step.input]))
-        names["input"] = made[-1].values["output0"]
-    kernel = kernels.float_kernel(step.conv, target.cpu, epilogue)
-    constants = kernel.constants(step.weights.astype(np.float32), step.epilogue.multiplier, step.epilogue.offset)
-    return [*made, Part(step.name, kernel, names, constants)]
+    def float_convolution(self, step: Convolution | FloatConvolution) -> list[Part]:
+        """Write code for a layer in float32: of a float operand, or of one of 16 bits.
 
+        There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
+        """
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        names["input"] = step.input
+        made = []
+        if isinstance(self.values[step.input].representation, Codes):
+            made.append(self._real(step, self.values[step.input]))
+            names["input"] = made[-1].values["output0"]
+        kernel = kernels.float_kernel(step.conv, self.cpu, epilogue)
+        constants |= kernel.constants(step.weights.astype(np.float32), step.epilogue.multiplier, step.epilogue.offset)
+        return [*made, Part(step.name, kernel, names, constants, step.weights)]
 
-def _real(step: Convolution | FloatConvolution, source: Value) -> Part:
-    """Turn codes into the float32 numbers that a layer takes: real values beside float weights, else the integers."""
-    codes = source.representation
-    assert isinstance(codes, Codes)
-    epilogue = builder.Epilogue((builder.Output("float"),))
-    code = steps.Elementwise(source.shape, codes.dtype, epilogue, codes.zero)
-    channels = source.shape[2]
-    scale = 1.0
-    if isinstance(step, FloatConvolution):
-        scale = codes.scale
-    factors = np.full(channels, scale), np.zeros(channels)
-    names = {"input": step.input, "output0": f"{step.name}:real"}
-    return Part(f"{step.name}, its input", code, names, epilogue.constants(*factors))
+    def _real(self, step: Convolution | FloatConvolution, source: Value) -> Part:
+        """Turn codes into the float32 numbers that a layer takes: real values beside float weights, else the integers."""
+        codes = source.representation
+        assert isinstance(codes, Codes)
+        epilogue = builder.Epilogue((builder.Output("float"),))
+        code = steps.Elementwise(self._stored(step.input), epilogue, self.cpu.threads)
+        channels = source.shape[2]
+        scale = 1.0
+        if isinstance(step, FloatConvolution):
+            scale = codes.scale
+        factors = np.full(channels, scale), np.zeros(channels)
+        names = {"input": step.input, "output0": f"{step.name}:real"}
+        return Part(f"{step.name}, its input", code, names, epilogue.constants(*factors))
 
+    def between_layers(self, step: Sum | Pool | Product | Resize | Move | Lookup) -> Part:
+        """Write code for a step without weights."""
+        if isinstance(step, Sum):
+            return self._sum(step)
+        if isinstance(step, Pool):
+            return self._pool(step)
+        if isinstance(step, Product):
+            return self._product(step)
+        if isinstance(step, Resize):
+            return self._resize(step)
+        if isinstance(step, Move):
+            return self._move(step)
+        return self._lookup(step)
 
-def _pool(step: Pool, values: Mapping[str, Value]) -> Part:
-    epilogue, names = _epilogue(step.epilogue, values)
-    source = values[step.input]
-    kind = {"max": "max", "avg": "sum"}[step.kind]
-    window = step.window
-    sizes = (window.kernel, window.stride, window.padding, window.dilation)
-    of_epilogue: builder.Epilogue | None = epilogue
-    constants = _factors(epilogue, source.shape, step.epilogue)
-    if isinstance(source.representation, Codes):
-        # The largest of codes is a code.
-        of_epilogue = None
+    def _sum(self, step: Sum) -> Part:
+        source = self._stored(step.input)
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        constants |= _factors(epilogue, source.shape, step.epilogue)
+        code = steps.Elementwise(source, epilogue, self.cpu.threads)
+        return Part(step.name, code, {**names, "input": step.input}, constants)
+
+    def _pool(self, step: Pool) -> Part:
+        source = self._stored(step.input)
+        wanted = step.epilogue.outputs
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        of_epilogue: builder.Epilogue | None = epilogue
+        constants |= _factors(epilogue, source.shape, step.epilogue)
+        codes = self.values[step.input].representation
+        if step.kind == "max" and isinstance(codes, Codes) and [self.values[o.value].representation for o in wanted] == [codes]:
+            # The largest of codes is a code.
+            of_epilogue = None
+            constants = {}
+        sizes = [(1, 1), (1, 1), (0, 0), (1, 1)]
+        if step.window is not None:
+            window = step.window
+            sizes = [window.kernel, window.stride, window.padding, window.dilation]
+        if step.ranges is not None:
+            constants |= {"rows": step.ranges.rows, "columns": step.ranges.columns}
+        if step.factors is not None:
+            constants["factors"] = step.factors
+        code = steps.Pool(
+            {"max": "max", "avg": "sum"}[step.kind],
+            source,
+            step.output_size,
+            *sizes,
+            of_epilogue,
+            step.ranges is not None,
+            step.factors is not None,
+            self.cpu.threads,
+        )
+        return Part(step.name, code, {**names, "input": step.input}, constants)
+
+    def _product(self, step: Product) -> Part:
+        first, second = self._stored(step.input), self._stored(step.other)
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        code = steps.Product(first, second, epilogue, self.cpu.threads)
+        constants |= _factors(epilogue, first.shape, step.epilogue)
+        return Part(step.name, code, {**names, "input0": step.input, "input1": step.other}, constants)
+
+    def _resize(self, step: Resize) -> Part:
+        source = self._stored(step.input)
+        epilogue, names, constants = self._epilogue(step.epilogue)
+        constants |= _factors(epilogue, source.shape, step.epilogue)
+        for name, taps in (("row", step.rows), ("column", step.columns)):
+            constants[f"{name}s"] = np.stack([taps.first, taps.second], 1).astype(np.int32)
+            constants[f"{name}_weights"] = taps.weight.astype(np.float32)
+        size = len(step.rows.first), len(step.columns.first)
+        code = steps.Resize(source, size, epilogue, self.cpu.threads)
+        return Part(step.name, code, {**names, "input": step.input}, constants)
+
+    def _move(self, step: Move) -> Part:
+        stored = self._stored(step.output)
+        zero = stored.zero
+        codes = self.values[step.output].representation
+        if isinstance(codes, Codes) and codes.one_step == 2:
+            zero += 1  # one signed bit has no zero; torch takes it for +1
+        sizes = tuple(math.prod(self.values[name].shape) for name in step.inputs)
+        code = move.Move(step.index, sizes, stored.shape[2], stored.dtype, zero, self.cpu.threads)
+        names = {f"input{number}": name for number, name in enumerate(step.inputs)}
+        return Part(step.name, code, {**names, "output0": step.output}, code.constants())
+
+    def _lookup(self, step: Lookup) -> Part:
+        dtypes = tuple(self.values[name].representation.dtype for name in step.outputs)
+        code = steps.Lookup(math.prod(self.values[step.input].shape), dtypes, self.cpu.threads)
+        names = {f"output{number}": name for number, name in enumerate(step.outputs)}
+        entries = {f"entries{number}": array for number, array in enumerate(step.entries)}
+        return Part(step.name, code, {**names, "input": step.input}, entries)
+
+    def _stored(self, name: str) -> steps.Stored:
+        value = self.values[name]
+        return steps.Stored(value.shape, value.representation.dtype, _zero(value.representation))
+
+    def _epilogue(self, epilogue: ProgramEpilogue) -> tuple[builder.Epilogue, dict[str, str], dict[str, NDArray[Any]]]:
+        """Translate an epilogue for the kernels.
+
+        Returns it, which of the program's values its buffers are, and its constants beside multiplier and offset.
+        """
+        outputs = tuple(_output(self.values[o.value].representation, o.factor) for o in epilogue.outputs)
+        names = {f"output{index}": output.value for index, output in enumerate(epilogue.outputs)}
+        residuals = []
+        for index, residual in enumerate(epilogue.residuals):
+            representation = self.values[residual.value].representation
+            residuals.append(builder.Residual(representation.dtype, residual.factor, _zero(representation)))
+            names[f"residual{index}"] = residual.value
+        table = None
         constants = {}
-    code = steps.Pool(kind, source.shape, step.output_size, *sizes, of_epilogue, source.representation.dtype)
-    return Part(step.name, code, {**names, "input": step.input}, constants)
+        if epilogue.slope is not None:
+            channels = self.values[epilogue.outputs[0].value].shape[2]
+            constants |= builder.per_channel("slope", np.broadcast_to(epilogue.slope, channels))
+        if epilogue.table is not None:
+            few = epilogue.table.segments <= builder.IN_REGISTERS and self.cpu.has("avx512f")
+            table = builder.Table(epilogue.table.segments, epilogue.table.inverse, epilogue.table.start, few)
+            constants |= table.constants(epilogue.table.coefficients)
+        bounds = (epilogue.low, epilogue.high)
+        made = builder.Epilogue(outputs, tuple(residuals), *bounds, epilogue.slope is not None, table)
+        return made, names, constants
 
 
-def _sum(step: Sum, values: Mapping[str, Value]) -> Part:
-    epilogue, names = _epilogue(step.epilogue, values)
-    source = values[step.input]
-    code = steps.Elementwise(source.shape, source.representation.dtype, epilogue)
-    return Part(step.name, code, {**names, "input": step.input}, _factors(epilogue, source.shape, step.epilogue))
+def _zero(representation: Representation) -> int:
+    """Return the number that stands for real zero."""
+    if isinstance(representation, Codes):
+        return representation.zero
+    return 0
 
 
 def _factors(epilogue: builder.Epilogue, shape: tuple[int, int, int], factors: ProgramEpilogue) -> dict[str, NDArray[Any]]:
     channels = (shape[2],)
     return epilogue.constants(np.broadcast_to(factors.multiplier, channels), np.broadcast_to(factors.offset, channels))
-
-
-def _epilogue(epilogue: ProgramEpilogue, values: Mapping[str, Value]) -> tuple[builder.Epilogue, dict[str, str]]:
-    """Translate an epilogue for the kernels, and say which of a program's values its buffers are."""
-    outputs = tuple(_output(values[o.value].representation, o.factor) for o in epilogue.outputs)
-    residuals = tuple(builder.Residual("int32", residual.factor) for residual in epilogue.residuals)
-    names = {f"output{index}": output.value for index, output in enumerate(epilogue.outputs)}
-    names |= {f"residual{index}": residual.value for index, residual in enumerate(epilogue.residuals)}
-    return builder.Epilogue(outputs, residuals, epilogue.low, epilogue.high), names
 
 
 def _output(representation: Representation, factor: float) -> builder.Output:
@@ -266,11 +381,19 @@ Places = dict[str, tuple[str, int, tuple[int, ...], str]]  # buffer -> arena, st
 
 @dataclass(frozen=True)
 class Plan:
-    """Where everything is: for each part the places of its buffers, and the arenas."""
+    """Where everything is: for each part the places of its buffers, and the arenas.
+
+    arenas       by name: type, elements
+    constants    what the arenas of constants hold
+    packed       what the file has of them
+    stored       for each part how `packed` holds its weights (WEIGHTS), and those of its constants that don't come from them
+    """
 
     places: list[Places]
-    arenas: dict[str, tuple[str, int]]  # name -> type, elements
+    arenas: dict[str, tuple[str, int]]
     constants: dict[str, NDArray[Any]]
+    packed: NDArray[np.uint8]
+    stored: list[dict[str, packing.Stored]]
 
 
 def plan(made: list[Part], program: Program, *, reuse: bool = True) -> Plan:
@@ -322,7 +445,28 @@ def plan(made: list[Part], program: Program, *, reuse: bool = True) -> Plan:
         constants[f"{CONSTANT}{dtype}"][start : start + array.size] = array.reshape(-1)
     arenas = {f"work_{dtype}": (dtype, size) for dtype, size in memory.sizes.items()}
     arenas |= {name: (str(array.dtype), array.size) for name, array in constants.items()}
-    return Plan(places, arenas, constants)
+    return Plan(places, arenas, constants, *_pack(made))
+
+
+def _pack(made: list[Part]) -> tuple[NDArray[np.uint8], list[dict[str, packing.Stored]]]:
+    """Write what a network's code needs of numbers as a file holds them, and say where each is."""
+    names: list[tuple[int, str]] = []
+    arrays: list[NDArray[Any]] = []
+    for index, part in enumerate(made):
+        if part.made and part.weights is not None:
+            names.append((index, WEIGHTS))
+            arrays.append(part.weights)
+        for name, array in part.constants.items():
+            # Arenas are 0 where nothing is written.
+            content = np.trim_zeros(array.reshape(-1), "b")
+            if name not in part.made and content.size:
+                names.append((index, name))
+                arrays.append(content)
+    packed, found = packing.pack(arrays)
+    stored: list[dict[str, packing.Stored]] = [{} for _ in made]
+    for (index, name), where in zip(names, found, strict=True):
+        stored[index][name] = where
+    return packed, stored
 
 
 def compile_program(
@@ -358,35 +502,40 @@ def compile_program(
     shapes = {INPUT: _planar(program.values[program.input]), OUTPUT: program.values[program.output].shape}
     arguments = [builder.Argument(name, shape, "float32") for name, shape in shapes.items()]
     arguments += [builder.Argument(name, (size,), dtype) for name, (dtype, size) in planned.arenas.items()]
+    arguments.append(builder.Argument(PACKED, planned.packed.shape, "uint8"))
+    unpack = {}
     functions = {}
     for start in range(0, len(made), TOGETHER):
-        b = builder.Builder()
-        some = list(zip(made, planned.places, strict=True))[start : start + TOGETHER]
-
-        def body(arenas: dict[str, Any], b: builder.Builder = b, some: list[tuple[Part, Places]] = some) -> None:
-            for part, places in some:
-                views = {name: b.view(arenas[arena], at, shape, dtype) for name, (arena, at, shape, dtype) in places.items()}
-                for stage in part.code.arguments():
-                    part.code.emit(b, stage, views)
-
+        of = slice(start, start + TOGETHER)
+        symbol = f"unpack_{start}"
+        unpack[symbol] = _function(symbol, arguments, made[of], planned.places[of], planned.stored[of])
         symbol = f"steps_{start}"
-        functions[symbol] = b.function(symbol, arguments, body)
+        functions[symbol] = _function(symbol, arguments, made[of], planned.places[of], None)
     on_progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
+    # It runs once, in less time than it would take to be compiled well.
+    plainly = tvm.target.Target({**target.cpu.target, "opt-level": 0})
+    unpacking = tvm.compile(tvm.IRModule(unpack), target=plainly)
     folder.mkdir(parents=True, exist_ok=True)
     # The description is written last: until then the folder isn't taken for a network, nor for the one it held before.
     for name in (DESCRIPTION, LIBRARY, CONSTANTS):
         (folder / name).unlink(missing_ok=True)  # it may be a link to somewhere
-    module.export_library(str(folder / LIBRARY))
-    np.savez(folder / CONSTANTS, **planned.constants)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as place:
+        # Not as a module that the other imports: then the library would hold both as data, too.
+        unpacking.mod.write_to_file(f"{place}/unpack.o")
+        module.export_library(str(folder / LIBRARY), addons=[f"{place}/unpack.o"])
+    write_packed(folder / CONSTANTS, planned.packed)
     step_names = [{"name": part.name, "code": getattr(part.code, "name", type(part.code).__name__.lower())} for part in made]
     content = {
         **notes,
         "target": target.cpu.target,
         "threads": target.cpu.threads,
         "machine": target.key,
+        "unpack": list(unpack),
         "calls": list(functions),
         "arguments": [[a.name, list(a.shape), a.dtype] for a in arguments],
+        "input_dims": list(program.input_dims),
+        "output_dims": list(program.output_dims),
         "steps": step_names,
         "values": {
             value: [*places[name][:2], list(program.values[value].shape)]
@@ -397,7 +546,81 @@ def compile_program(
     }
     folders.write(folder, content)
     on_progress(1, 1, "")
-    return Deployed(folder)
+    deployed = Deployed(folder)
+    for name, expected in planned.constants.items():
+        if deployed.arena(name).tobytes() != expected.tobytes():
+            (folder / DESCRIPTION).unlink()
+            raise ValueError(f"{folder} isn't a network: its constants {name!r} are unpacked as others; this is a mistake of haq's")
+    return deployed
+
+
+def write_packed(file: Path | IO[bytes], packed: NDArray[np.uint8]) -> None:
+    """Write the file of constants."""
+    np.savez_compressed(file, **{PACKED: packed})  # type: ignore[arg-type]
+
+
+def _function(
+    symbol: str,
+    arguments: list[builder.Argument],
+    made: list[Part],
+    places: list[Places],
+    stored: list[dict[str, packing.Stored]] | None,
+) -> Any:
+    """Build a function of some parts.
+
+    Args:
+        symbol: Its name.
+        arguments: What it takes.
+        made: The parts.
+        places: Those of each part's buffers.
+        stored: How each part's constants are held, for the function that unpacks them; None for the one that computes.
+
+    Returns:
+        TVM's function.
+    """
+    b = builder.Builder()
+
+    def body(arenas: dict[str, Any]) -> None:
+        for index, part in enumerate(made):
+            views = {
+                name: b.view(arenas[arena], at, shape, dtype) for name, (arena, at, shape, dtype) in places[index].items()
+            }
+            if stored is not None:
+                _unpack(b, part, views, arenas[PACKED], stored[index])
+                continue
+            for stage in part.code.arguments():
+                part.code.emit(b, stage, views)
+
+    return b.function(symbol, arguments, body)
+
+
+def _unpack(
+    b: builder.Builder, part: Part, views: dict[str, Any], packed: Any, stored: Mapping[str, packing.Stored]
+) -> None:
+    """Write the code that makes a part's constants.
+
+    Args:
+        b: Builds the function.
+        part: The part.
+        views: Its buffers, by name.
+        packed: The buffer of what the file holds.
+        stored: How that has them.
+    """
+    for name, where in stored.items():
+        if name != WEIGHTS:
+            assert isinstance(where, packing.Planes)
+            with b.loop(where.count) as index:
+                b.T.buffer_store(views[name], where.value(b, packed, index), [index])
+            continue
+        assert isinstance(part.code, Kernel)
+        dtype = "int32"
+        if part.code.is_float:
+            dtype = "float32"
+
+        def weight(index: Any, where: packing.Stored = where, dtype: str = dtype) -> Any:
+            return where.value(b, packed, index).astype(dtype)
+
+        part.code.unpack(b, {name: views[name] for name in part.made}, weight)
 
 
 def _planar(value: Value) -> tuple[int, int, int]:
@@ -408,8 +631,9 @@ def _planar(value: Value) -> tuple[int, int, int]:
 class Deployed:
     """A compiled network.
 
-    Called with images (N, C, H, W) of float32, it returns outputs (N, classes), or (N, C, H, W): as a torch tensor if it was
-    given one, else as a NumPy array. Several threads may call it; their images are computed one after the other.
+    Called with images (N, C, H, W) of float32, or with (N, C, L) if that is what the network takes, it returns outputs
+    (N, classes), (N, C, H, W) or (N, C, L): as a torch tensor if it was given one, else as a NumPy array. Several threads may
+    call it; their images are computed one after the other.
 
     Raises FileNotFoundError and ValueError for a folder that isn't one or is damaged, and for a machine that can't run its
     code. What it loads is a library, and thus code: load nothing that you wouldn't run.
@@ -419,8 +643,11 @@ class Deployed:
         """Check a folder, and load what is in it."""
         self.folder = Path(folder)
         self.description = folders.read(self.folder)
-        self._calls = _load_calls(self.folder, self.description)
+        library = _load_library(self.folder, self.description)
+        self._calls = [library[name] for name in self.description["calls"]]
         self._arrays = _load_arrays(self.folder, self.description)
+        for name in self.description["unpack"]:
+            library[name](*self._arrays.values())
         self._shapes = {name: tuple(shape) for name, shape, _ in self.description["arguments"]}
         self._arguments = list(self._arrays.values())
         self._input = np.from_dlpack(self._arrays[INPUT]).reshape(self._shapes[INPUT])
@@ -428,10 +655,16 @@ class Deployed:
         self._lock = threading.Lock()  # the arrays hold one image at a time
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """The channels, height and width of an image."""
-        channels, height, width = self._shapes[INPUT]
-        return channels, height, width
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of an image: channels, height and width, or channels and length."""
+        return self._dims("input_dims", self._shapes[INPUT])
+
+    def _dims(self, name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+        """Return torch's shape of what goes in or comes out, for one image and without the batch."""
+        dims = self.description.get(name)
+        if dims is None:  # a folder of an older version of haq
+            return otherwise
+        return tuple(dims[1:])
 
     def __call__(self, images: Any) -> Any:
         """Compute the outputs of images; ValueError unless they are finite, float32 and of the network's shape."""
@@ -447,28 +680,34 @@ class Deployed:
         made = np.empty((len(given), *self._shapes[OUTPUT]), np.float32)
         for number, image in enumerate(given):
             with self._lock:
-                self._input[...] = image
+                self._input[...] = image.reshape(self._input.shape)
                 self.run()
                 made[number] = self._output
         # Inside, channels are last.
-        made = np.ascontiguousarray(made.transpose(0, 3, 1, 2))
-        if made.shape[2:] == (1, 1):
-            made = made[:, :, 0, 0]
-        return made
+        made = made.transpose(0, 3, 1, 2)
+        shape = made.shape[1:]
+        if shape[1:] == (1, 1):
+            shape = shape[:1]
+        return np.ascontiguousarray(made.reshape(len(made), *self._dims("output_dims", shape)))
 
     def run(self) -> None:
         """Compute the output of the image that the input buffer holds: what is timed, by one thread and no other at work."""
         for call in self._calls:
             call(*self._arguments)
 
+    def arena(self, name: str) -> NDArray[Any]:
+        """Return an array that the code works on."""
+        content: NDArray[Any] = self._arrays[name].numpy()
+        return content
+
     def value(self, name: str) -> NDArray[Any]:
         """Return a value of the program as the last image left it, of a network that was compiled without reusing memory."""
         arena, start, shape = self.description["values"][name]
-        values: NDArray[Any] = self._arrays[arena].numpy()[start : start + math.prod(shape)].reshape(shape)
+        values: NDArray[Any] = self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
         return values
 
 
-def _load_calls(folder: Path, description: Mapping[str, Any]) -> list[Any]:
+def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
     """Load the functions of a folder that was checked, from a copy.
 
     What becomes of the folder afterwards is nothing to a process that runs its network: a library that is written over in its
@@ -487,7 +726,7 @@ def _load_calls(folder: Path, description: Mapping[str, Any]) -> list[Any]:
         with tempfile.TemporaryDirectory() as place:
             copy = shutil.copy(path, place)
             library = tvm.runtime.load_module(copy)
-        return [library[name] for name in description["calls"]]
+        return {name: library[name] for name in (*description["unpack"], *description["calls"])}
     except Exception as error:
         # Errors of TVM, of the system's loader, and of a folder for copies that no code may run from.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -495,25 +734,29 @@ def _load_calls(folder: Path, description: Mapping[str, Any]) -> list[Any]:
 
 
 def _load_arrays(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the arenas of a folder that was checked, with its constants in them."""
+    """Make the arrays of a folder that was checked: what is packed, and the arenas."""
     import tvm
 
     arguments = description["arguments"]
-    names = {name for name, _, _ in arguments if name.startswith(CONSTANT)}
-    path = folder / CONSTANTS
-    try:
-        constants = npz.read(path, names, description["files"][CONSTANTS]["bytes"])
-    except ValueError as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
     arrays = {}
     for name, shape, dtype in arguments:
         content: NDArray[Any] = np.zeros(math.prod(shape), dtype)
-        if name in names:
-            if constants[name].shape != content.shape or constants[name].dtype != content.dtype:
-                raise ValueError(f"{path} has {name!r} of another size or type than {DESCRIPTION} says")
-            content = constants[name]
+        if name == PACKED:
+            content = _load_packed(folder, description, content.size)
         arrays[name] = tvm.runtime.tensor(content)
     return arrays
+
+
+def _load_packed(folder: Path, description: Mapping[str, Any], size: int) -> NDArray[np.uint8]:
+    path = folder / CONSTANTS
+    try:
+        file = npz.read(path, {PACKED}, description["files"][CONSTANTS]["bytes"], size + npz.HEADER)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    packed = file[PACKED]
+    if packed.shape != (size,) or packed.dtype != np.uint8:
+        raise ValueError(f"{path} has {PACKED!r} of another size or type than {DESCRIPTION} says")
+    return packed
 
 
 def compile_network(
@@ -625,6 +868,7 @@ class TvmExporter(Exporter):
             ("  other than in PyTorch", of_own),
             ("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}"),
             ("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}"),
+            ("constants in the file", _constants(deployed, policy_storage_bytes(network, samples.compared))),
             ("latency, measured", f"{1e6 * latency_s:.1f} us ({processor}, median of {TIMED})"),
         ]
         return Verdict(answers.same == answers.count, tuple(rows), latency_s, deployed.description["machine"])
@@ -643,6 +887,12 @@ def _some(names: list[str], total: int) -> str:
     if len(names) > SHOWN:
         shown += ", ..."
     return f"{len(names)} of {total}: {shown}"
+
+
+def _constants(deployed: Deployed, storage: int) -> str:
+    """Say how large the file of constants is, beside what a search counts for the policy."""
+    size = deployed.description["files"][CONSTANTS]["bytes"]
+    return f"{size:,} bytes, {size / storage:.2f} x the policy's storage of {storage:,}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 haq-checkpoint-1    a float network
 haq-network-2       a quantized network: the tensors of the float network under their own keys, those of its quantizers under
-                    "quantizer/"; policy and schemes as JSON in the header, and a hash of the structure of the float network
+                    "quantizer/"; policy and schemes as JSON in the header, and a hash of the structure of the float network;
+                    with residual quantizers also where these are
 
 Nothing that a file holds is imported or executed, and its tensors are read once their sizes are known to be those of its
 network. The same content gives the same bytes.
@@ -35,6 +36,7 @@ from haq.store.files import check_file, check_schema, kind_of, quoted, write
 from hw_models import trust
 from hw_models.registry import printable
 from quantizers.layers import OWN_ATTRIBUTES, QuantLayer, float_class
+from quantizers.residuals import ResidualQuantizer, ResidualQuantizers, plain_class
 
 CHECKPOINT_FORMAT = "haq-checkpoint-1"
 QUANTIZED_FORMAT = "haq-network-2"
@@ -48,7 +50,7 @@ MOST_SHORT_NOTE = 1000  # characters of what else is read of it
 MOST_HEADER = 2**24  # bytes of a header: the names and shapes of tensors, and notes
 MOST_FILE = 2**40
 MOST_VALUE = 1e6  # of a mean or a deviation; its inverse is the least of a deviation
-RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure")
+RESERVED = ("format", "network", "classes", "input_shape", "mean", "std", "policy", "schemes", "structure", "residuals")
 # The ends of the names of tensors that must be finite. What else a scheme keeps is its own affair: borders are infinite.
 FINITE = ("weight", "bias", "running_mean", "running_var", "_scale", "_clip", "_offset", "_signed", "_error", "codebook")
 STEPS = ("_scale", "_clip")  # the ends of the names of tensors whose values are distances
@@ -106,6 +108,8 @@ def save_quantized(
     header["policy"] = json.dumps(Q.get_policy(qnetwork).to_dict())
     header["schemes"] = json.dumps(Q.scheme_records(qnetwork))
     header["structure"] = structure(qnetwork)
+    if Q.residual_quantizers(qnetwork):
+        header["residuals"] = json.dumps(Q.residual_places(qnetwork))
     header |= _free(notes)
     tensors = _contiguous(qnetwork.state_dict())
     for key, tensor in _contiguous(Q.quantizer_state(qnetwork)).items():
@@ -143,7 +147,7 @@ def load_quantized(path: Path, module: nn.Module | None = None) -> nn.Module:
     state = {key.removeprefix(QUANTIZER): tensor for key, tensor in tensors.items() if key.startswith(QUANTIZER)}
     weights = float_tensors(tensors)
     try:
-        qnetwork = Q.quantize(module, policy, scheme=schemes, state=state)
+        qnetwork = Q.quantize(_with_residuals(header, module), policy, scheme=schemes, state=state)
         _check_tensors(Q.quantizer_state(qnetwork), state)
         _check_meaning(qnetwork, state)
         _check_tensors(qnetwork.state_dict(), weights)
@@ -161,7 +165,9 @@ def structure(network: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, module in network.named_modules():
-        kind = type(module)
+        if isinstance(module, ResidualQuantizer | ResidualQuantizers):
+            continue
+        kind = plain_class(module)
         if isinstance(module, QuantLayer):
             kind = float_class(module)
         constants = set(getattr(kind, "__constants__", ()))
@@ -453,6 +459,17 @@ def _policy_and_schemes(header: Header) -> tuple[Q.BitPolicy, dict[str, Q.Scheme
     except _WRONG as error:
         raise ValueError(f"{header.path} has a header without bits and schemes: {_short(error)}") from error
     return policy, schemes
+
+
+def _with_residuals(header: Header, module: nn.Module) -> nn.Module:
+    """Return a float network with residual quantizers where the network of a file has some."""
+    if "residuals" not in header.notes or Q.residual_quantizers(module):
+        return module
+    _check_length(header, "residuals", MOST_NOTE)
+    places = json.loads(header.notes["residuals"])
+    if not isinstance(places, dict):
+        raise ValueError("its residuals are no places by module")
+    return Q.insert_residual_quantizers(module, places=places)
 
 
 def _import_trusted_schemes(path: Path, records: object) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from quantizers.residuals import ResidualQuantizer
 
 # Where functions are from that count what they change in place: torch itself, and what it is written in.
 COUNTING = ("torch", "torch.functional", "torch.nn.functional", "torch._tensor", "_operator", "builtins", "math")
@@ -117,7 +118,7 @@ class Prefix:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QuantLayer) or super().is_leaf_module(module, name)
+        return isinstance(module, QuantLayer | ResidualQuantizer) or super().is_leaf_module(module, name)
 
 
 def _cut(network: nn.Module) -> tuple[list[fx.GraphModule], list[list[QuantLayer]], list[list[str]]]:
@@ -203,6 +204,8 @@ def _is_known(module: nn.Module) -> bool:
     if isinstance(module, QuantLayer):
         known = type(module) in (QuantConv1d, QuantConv2d, QuantLinear)
         return known and type(module.scheme).__module__.partition(".")[0] == "quantizers"
+    if isinstance(module, ResidualQuantizer):
+        return True
     return type(module).__module__.startswith("torch.nn.modules.")
 
 

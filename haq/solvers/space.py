@@ -195,8 +195,8 @@ class Space:
     def random(self, count: int, draws: np.random.Generator) -> Options:
         """Draw policies that fill the budgets: so many, or fewer, but one at least."""
         found = self.lowered(self.drawn(count, draws), draws)
-        if not len(found) and self.problem.several is not None:
-            # No decision alone leads within all budgets: of all that fit, the one with the least sum of random numbers.
+        if not len(found):
+            # No decision alone led within the budgets: of all that fit, the one with the least sum of random numbers.
             found = np.array([self.planned([draws.random(size) for size in self.counts])])
         return self.filled(found, draws)
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from haq.store.files import check_file
 from haq.store.units import describe_bytes
 
+HEADER = 1024  # bytes that an array's description takes in a file, at most, if it is one of ours
+COMPRESSED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # ways of which no more is unpacked than is asked for
 KINDS = "biufU"  # of NumPy's types: truth values, integers, floats, text
 
 
@@ -54,6 +56,8 @@ def _check_entries(entries: list[zipfile.ZipInfo], names: set[str] | None, unpac
     if wrong:
         raise ValueError(f"the array {wrong[0][:40]!r} is missing, or there once too often")
     if unpacked is not None:
+        if any(entry.compress_type not in COMPRESSED for entry in entries):
+            raise ValueError("it is compressed in another way than ours are")
         # No more is unpacked of an entry than it says.
         size = sum(entry.file_size for entry in entries)
         if size > unpacked:

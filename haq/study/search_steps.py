@@ -35,7 +35,7 @@ from haq.training.reconstruction import Reconstructed
 
 logger = logging.getLogger("haq")
 RIVALS = ("greedy", "ilp")
-CHEAP = "hessian"  # the kind of sensitivities of rivals that would measure longer than the search itself takes
+CHEAP = "gradient"  # the kind of sensitivities of rivals, where a search measures none: it costs no evaluation
 VERIFIED = 200  # images
 
 
@@ -63,13 +63,14 @@ def rivals_of(task: SearchTask) -> Rivals:
         return Rivals(names, words="they know the same sensitivities")
     if config.solver in RIVALS and not config.iterate:
         return Rivals(names, words="what one measures the other need not evaluate again")
+    together = " and ".join(names)
+    if problem.has_gradients and problem.calibration:
+        return Rivals(names, CHEAP, f"{together} know sensitivities of kind {CHEAP}, which cost no evaluation")
     needed = evaluations_for_all(problem)
-    together = f"{' and '.join(names)} measure sensitivities together"
     if needed < task.evaluations:
-        return Rivals(names, words=f"{together}: {needed} evaluations beside the search's own {task.evaluations}")
-    too_long = f"to measure sensitivities for {' and '.join(names)} would take {needed} evaluations, longer than the search"
-    if problem.objective.distribution is not None and problem.calibration:
-        return Rivals(names, CHEAP, f"{too_long}: theirs are of kind {CHEAP}, which costs none")
+        beside = f"{needed} evaluations beside the search's own {task.evaluations}"
+        return Rivals(names, words=f"{together} measure sensitivities together: {beside}")
+    too_long = f"to measure sensitivities for {together} would take {needed} evaluations, longer than the search"
     return Rivals((), words=f"none: {too_long}; choose more --evaluations, or a --sensitivity that is there")
 
 

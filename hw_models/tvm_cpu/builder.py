@@ -13,6 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 LANES = 16  # output channels in a block
+WORTH_WAKING = 2**14  # elements of a loop that is worth several threads
+POWERS = 3  # of a parabola
+IN_REGISTERS = 2 * LANES  # segments of a table
+TABLE_ROW = 4  # numbers of a parabola, the last of them nothing
 
 
 class Argument(NamedTuple):
@@ -50,23 +54,59 @@ class Output:
 
 @dataclass(frozen=True)
 class Residual:
-    """Something to be added: real value = factor * stored integer."""
+    """Something to be added: real value = factor * (stored number - zero)."""
 
     dtype: str
     factor: float
+    zero: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A function as so many parabolas, one behind the other: of v, with t = v inverse + start, that of i = floor(t).
+
+    The first and the last go on to infinity. With r = v inverse + (start - i), it is (c2 r + c1) r + c0. Every operation is
+    rounded once. With `in_registers` there are at most 32, and instructions of AVX-512 pick from them.
+    """
+
+    segments: int
+    inverse: float
+    start: float
+    in_registers: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many numbers its buffer has."""
+        if self.in_registers:
+            return POWERS * up(self.segments, LANES)
+        return TABLE_ROW * self.segments
+
+    def constants(self, coefficients: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
+        """Return its coefficients, of (segments, 3), as a buffer.
+
+        There are four numbers for each segment, which are read at once; in registers all of one power are side by side.
+        """
+        numbers = coefficients.astype(np.float32)
+        if self.in_registers:
+            missing = up(self.segments, LANES) - self.segments
+            return {"table": np.pad(numbers.T, ((0, 0), (0, missing))).reshape(-1)}
+        return {"table": np.pad(numbers, ((0, 0), (0, TABLE_ROW - POWERS))).reshape(-1)}
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """v = clip(sum * multiplier[c] + offset[c] + residuals, low, high), and what is written of it.
+    """v = clip(f(sum * multiplier[c] + offset[c] + residuals), low, high), and what is written of it.
 
-    In float32: the sum is rounded, then every product is added with one rounding (`conv.fma`).
+    In float32: the sum is rounded, then every product is added with one rounding (`conv.fma`). f(v) is v; with `slope` it is
+    v slope[c] where v < 0; with a `table` it is that.
     """
 
     outputs: tuple[Output, ...] = (Output(),)
     residuals: tuple[Residual, ...] = ()
     low: float = -math.inf
     high: float = math.inf
+    slope: bool = False
+    table: Table | None = None
 
     def arguments(self, shape: tuple[int, ...]) -> list[Argument]:
         """List the buffers of an epilogue on a map whose channels are last.
@@ -76,13 +116,22 @@ class Epilogue:
         made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
         made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
         if any(output.kind != "sums" for output in self.outputs):
-            made += [Argument(name, (shape[-1] + LANES,), "float32") for name in ("multiplier", "offset")]
+            names = ["multiplier", "offset"]
+            if self.slope:
+                names.append("slope")
+            made += [Argument(name, (shape[-1] + LANES,), "float32") for name in names]
+        if self.table is not None:
+            made.append(Argument("table", (self.table.size,), "float32"))
         return made
 
     def constants(self, multiplier: NDArray[np.floating], offset: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
         """Return its factors, of (channels,), as buffers."""
-        made = {"multiplier": multiplier, "offset": offset}
-        return {name: np.pad(values.astype(np.float32), (0, LANES)) for name, values in made.items()}
+        return {**per_channel("multiplier", multiplier), **per_channel("offset", offset)}
+
+
+def per_channel(name: str, values: NDArray[np.floating]) -> dict[str, NDArray[Any]]:
+    """Return numbers of (channels,) as a buffer that can be read 16 at a time from any on."""
+    return {name: np.pad(values.astype(np.float32), (0, LANES))}
 
 
 class Builder:
@@ -197,6 +246,23 @@ class Builder:
                 self.put(buffer, at + start, self.vector(beside, start, size), size)
                 start += size
 
+    def where(self, conditions: Sequence[Any], value: Callable[[], Any], otherwise: Any) -> Any:
+        """Return a value that is looked up only where all conditions are true.
+
+        Args:
+            conditions: What must be true; those that always are may be the Python value.
+            value: Gives the value.
+            otherwise: What is returned elsewhere.
+
+        Returns:
+            The one or the other.
+        """
+        made = value()
+        for condition in conditions:
+            if condition is not True:
+                made = self.T.if_then_else(condition, made, otherwise)
+        return made
+
     def splat(self, value: float, dtype: str, lanes: int = LANES) -> Any:
         """Return a vector that holds the same number in all lanes.
 
@@ -246,8 +312,14 @@ class Builder:
         scale, offset = (self.vector(buffers[name], channel, LANES) for name in ("multiplier", "offset"))
         v = self.fma(sums.astype("float32x16"), scale, offset)
         for index, residual in enumerate(epilogue.residuals):
-            stored = self.some(buffers[f"residual{index}"], at, residual.dtype, count).astype("int32x16")
-            v = self.fma(stored.astype("float32x16"), splat(residual.factor, "float32"), v)
+            stored = self.some(buffers[f"residual{index}"], at, residual.dtype, count)
+            v = self.fma(self.real(stored, residual.dtype, residual.zero), splat(residual.factor, "float32"), v)
+        if epilogue.slope:
+            slope = self.vector(buffers["slope"], channel, LANES)
+            v = T.bind(v)
+            v = T.Select(v >= splat(0.0, "float32"), v, v * slope)
+        if epilogue.table is not None:
+            v = self.looked_up(buffers["table"], epilogue.table, v)
         if epilogue.low > -math.inf:
             v = T.max(v, splat(epilogue.low, "float32"))
         if epilogue.high < math.inf:
@@ -258,6 +330,69 @@ class Builder:
             if output.factor != 1:
                 made = v * splat(output.factor, "float32")
             self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
+
+    def real(self, stored: Any, dtype: str, zero: int = 0) -> Any:
+        """Return 16 stored numbers as float32, less the number that stands for zero.
+
+        Args:
+            stored: A vector of 16.
+            dtype: Of an element.
+            zero: What stands for real zero.
+
+        Returns:
+            A vector of 16 float32.
+        """
+        if dtype == "float32":
+            return stored
+        whole = stored.astype("int32x16")
+        if zero:
+            whole = whole - self.splat(zero, "int32")
+        return self.T.bind(whole.astype("float32x16"))
+
+    def looked_up(self, coefficients: Any, table: Table, v: Any) -> Any:
+        """Return a function of 16 values.
+
+        Args:
+            coefficients: The buffer of `Table.constants`.
+            table: What it is of.
+            v: A vector of 16 float32.
+
+        Returns:
+            Likewise.
+        """
+        T = self.T
+        splat = self.splat
+        v = T.bind(v)
+        inverse = splat(table.inverse, "float32")
+        start = splat(table.start, "float32")
+        t = self.fma(v, inverse, start)
+        floor = T.call_llvm_pure_intrin("float32x16", "llvm.floor.v16f32", t)
+        # A value that isn't a number is in the first: no index is outside of the buffer.
+        floor = T.max(floor, splat(0.0, "float32"))
+        floor = T.bind(T.min(floor, splat(table.segments - 1.0, "float32")))
+        r = self.fma(v, inverse, start - floor)
+        c0, c1, c2 = self._coefficients(coefficients, table, T.bind(floor.astype("int32x16")))
+        return self.fma(self.fma(c2, r, c1), r, c0)
+
+    def _coefficients(self, coefficients: Any, table: Table, segment: Any) -> list[Any]:
+        """Return the coefficients of 16 segments: a vector for each power."""
+        T = self.T
+        if not table.in_registers:
+            index = T.alloc_buffer((LANES,), "int32")
+            self.put(index, 0, segment, LANES)
+            rows = [T.bind(self.vector(coefficients, index[lane] * TABLE_ROW, TABLE_ROW)) for lane in range(LANES)]
+            return [T.Shuffle(rows, [TABLE_ROW * lane + power for lane in range(LANES)]) for power in range(POWERS)]
+        size = up(table.segments, LANES)
+        picked = []
+        for power in range(POWERS):
+            first = self.vector(coefficients, power * size, LANES)
+            if size == LANES:
+                found = T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", first, segment)
+            else:
+                second = self.vector(coefficients, power * size + LANES, LANES)
+                found = T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", first, segment, second)
+            picked.append(T.bind(found))
+        return picked
 
     def rounded(self, values: Any, output: Output) -> Any:
         """Return 16 values as an output stores them."""
@@ -304,7 +439,7 @@ class Code:
     `offset` and others that `workspace` doesn't have are constants. The others are between the functions.
     """
 
-    constant = ("weights", "multiplier", "offset", "initial", "border", "rows", "columns")
+    constant = ("weights", "multiplier", "offset", "slope", "table", "initial", "border", "rows", "columns")
 
     def arguments(self) -> dict[str, list[Argument]]:
         """List what each function takes, by its stage."""
@@ -369,3 +504,10 @@ def segments(total: int, size: int) -> list[tuple[int, int, int]]:
     if rest:
         made.append((rounds * size, 1, rest))
     return made
+
+
+def useful(threads: int, elements: int) -> int:
+    """Return how many threads a loop over so many elements is worth: to wake them takes as long as some thousand elements."""
+    if elements < WORTH_WAKING:
+        return 1
+    return threads

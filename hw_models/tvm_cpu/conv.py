@@ -158,11 +158,11 @@ def reference(conv: Conv, weights: NDArray[np.integer], activations: NDArray[np.
     return sums
 
 
-def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Sum up the weights that meet padding.
+def border_taps(conv: Conv) -> tuple[NDArray[np.bool_], NDArray[np.int32], NDArray[np.int32]]:
+    """Say which taps meet padding.
 
-    Returns a row of C_out for each different border, and the border of each output row and of each output column, so that
-    output (y, x) has sums[rows[y] + columns[x]].
+    Returns the taps (kh, kw) that are outside for each different border, and the border of each output row and of each output
+    column, so that output (y, x) has border rows[y] + columns[x].
     """
     hit: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = []
     for axis in (0, 1):
@@ -172,10 +172,19 @@ def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.in
         different, index = np.unique(outside, axis=0, return_inverse=True)
         hit.append((index.reshape(-1).astype(np.int32), different))
     (rows, vertical), (columns, horizontal) = hit
-    whole = weights.astype(np.int64).sum(1)
     # Taps that are outside in either direction.
-    sums = [(whole * (v[:, None] | h[None])).sum((1, 2)) for v in vertical for h in horizontal]
-    return np.array(sums, np.int32), rows * len(horizontal), columns
+    taps = vertical[:, None, :, None] | horizontal[None, :, None, :]
+    return taps.reshape(-1, *conv.kernel), rows * len(horizontal), columns
+
+
+def border_sums(conv: Conv, weights: NDArray[np.integer]) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Sum up the weights that meet padding.
+
+    Returns a row of C_out for each border of `border_taps`, and the borders of rows and columns.
+    """
+    taps, rows, columns = border_taps(conv)
+    whole = weights.astype(np.int64).sum(1)
+    return np.array([(whole * some).sum((1, 2)) for some in taps], np.int32), rows, columns
 
 
 def fma(x: NDArray[np.float32], y: NDArray[np.float32] | float, z: NDArray[np.float32] | float) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ time where the processor has VNNI.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,20 @@ class Depthwise(Kernel):
             raise ValueError(f"sums of {self.w_bits} by {self.a_bits} bits don't fit into 16 bits")
         padding = [(0, 0), (0, 0), (0, self._channels - self.conv.in_channels)]
         return {"weights": np.pad(weights[:, 0].transpose(1, 2, 0), padding)}
+
+    def unpack(self, b: Builder, buffers: dict[str, Any], weight: Callable[[Any], Any]) -> None:
+        """Write the code that makes the weights' buffer; see `Kernel.unpack`."""
+        taps = self.conv.kernel[0] * self.conv.kernel[1]
+        dtype = "int16"
+        if self.is_float:
+            dtype = "float32"
+        with b.loop(taps) as tap, b.loop(self._channels) as channel:
+
+            def value(at: Any = channel * taps + tap) -> Any:
+                return weight(at).astype(dtype)
+
+            made = b.where([channel < self.conv.in_channels], value, b.const(0, dtype))
+            b.T.buffer_store(buffers["weights"], made, [tap * self._channels + channel])
 
     def _prepare(self, b: Builder, buffers: dict[str, Any]) -> None:
         self._pad(b, buffers, 1, LANES)
@@ -200,6 +215,30 @@ class DepthwiseDot(Depthwise):
             made[:, index, : conv.in_channels, start : start + kw] = weights[:, 0].transpose(1, 0, 2)
         initial = np.pad(-self._zero * weights.sum((1, 2, 3)), (0, self._channels - conv.in_channels))
         return {"weights": made, "initial": initial}
+
+    def unpack(self, b: Builder, buffers: dict[str, Any], weight: Callable[[Any], Any]) -> None:
+        """Write the code that makes the buffers which come from the weights; see `Kernel.unpack`."""
+        conv = self.conv
+        T = b.T
+        kh, kw = conv.kernel
+        with b.loop(self._channels) as channel:
+            exists = channel < conv.in_channels
+            with b.loop(kh) as ky:
+                for index in range(self._of_window):
+                    at = ((ky * self._of_window + index) * self._channels + channel) * 4
+                    for part in range(4):
+                        kx = part - index * conv.stride[1]
+                        made = b.const(0, "int8")
+                        if 0 <= kx < kw:
+                            place = (channel * kh + ky) * kw + kx
+                            made = b.where([exists], lambda place=place: weight(place).astype("int8"), made)  # type: ignore[misc]
+                        T.buffer_store(buffers["weights"], made, [at + part])
+            if "initial" in buffers:
+                total = T.alloc_buffer((1,), "int32")
+                T.buffer_store(total, b.const(0, "int32"), [0])
+                with T.If(exists), T.Then(), b.loop(kh * kw) as tap:
+                    T.buffer_store(total, total[0] + weight(channel * kh * kw + tap), [0])
+                T.buffer_store(buffers["initial"], total[0] * -self._zero, [channel])
 
     def _tile(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,21 @@ class Kernel(Code):
 
     def _constants(self, weights: NDArray[Any]) -> dict[str, NDArray[Any]]:
         raise NotImplementedError
+
+    def unpack(self, b: Builder, buffers: dict[str, Any], weight: Callable[[Any], Any]) -> None:
+        """Write the code that makes the buffers which come from the weights: the same numbers as `constants`.
+
+        Args:
+            b: Builds the function.
+            buffers: Those of `of_weights`, by name.
+            weight: Writes the code that reads a weight, as int32 or float32, by its place in (C_out, C_in / groups, kh, kw).
+        """
+        raise NotImplementedError
+
+    def of_weights(self) -> list[str]:
+        """List the buffers that come from the weights."""
+        names = {a.name for arguments in self.arguments().values() for a in arguments}
+        return [name for name in ("weights", "initial", "border") if name in names]
 
     # Shared by all kernels.
 

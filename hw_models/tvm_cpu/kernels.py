@@ -22,6 +22,7 @@ rounding half to even to the codes of the next layer. Sums don't wrap: `Conv` re
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from hw_models.storage import BITS
 from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Epilogue, Output, segments
-from hw_models.tvm_cpu.conv import Conv, border_sums
+from hw_models.tvm_cpu.conv import Conv, border_sums, border_taps
 from hw_models.tvm_cpu.cpu import Cpu
 from hw_models.tvm_cpu.depthwise import Depthwise, DepthwiseDot
 from hw_models.tvm_cpu.kernel import Kernel
@@ -159,7 +160,7 @@ class Direct(Kernel):
         if self._initial:
             main.append(Argument("initial", (conv.groups, self._blocks * LANES), "int32"))
         if self._border:
-            borders = len(border_sums(conv, np.zeros((1, 1, *conv.kernel), np.int8))[0])
+            borders = len(border_taps(conv)[0])
             main.append(Argument("border", (borders, conv.groups, self._blocks * LANES), "int32"))
             main += [Argument("rows", (height,), "int32"), Argument("columns", (width,), "int32")]
         stages["main"] = main + self._ends()
@@ -244,6 +245,135 @@ class Direct(Kernel):
         planes = (codes[..., None, :, :] >> np.arange(self.w_bits, dtype=np.uint32)[:, None, None]) & 1
         words = (planes.astype(np.uint64) << np.arange(WORD, dtype=np.uint64)).sum(-1)
         return words.astype(np.uint32).reshape(-1)
+
+    def unpack(self, b: Builder, buffers: dict[str, Any], weight: Callable[[Any], Any]) -> None:
+        """Write the code that makes the buffers which come from the weights; see `Kernel.unpack`."""
+        conv = self.conv
+        length = self._runs[1]
+        with b.loop(conv.groups * self._blocks) as block, b.loop(conv.kernel[0]) as ky, b.loop(self._runs[0]) as kx:
+            with b.loop(self._vectors_of_run) as step:
+                run = (block * conv.kernel[0] + ky) * self._runs[0] + kx
+                vector = run * self._vectors_of_run + step
+
+                def element(part: int, lane: Any, channel: Any, block: Any = block, ky: Any = ky, start: Any = kx * length, step: Any = step) -> Any:
+                    chunk = step * self._parts + part
+                    return self._element(b, weight, block, ky, start, chunk, lane, channel)
+
+                if self.how == "bits":
+                    self._unpack_planes(b, buffers["weights"], vector, element)
+                else:
+                    self._unpack_vector(b, buffers["weights"], vector, element)
+        if self._initial or self._border:
+            with b.loop(conv.groups * self._blocks * LANES) as lane:
+                self._unpack_initial(b, buffers, weight, lane)
+
+    def _element(
+        self, b: Builder, weight: Callable[[Any], Any], block: Any, ky: Any, start: Any, chunk: Any, lane: Any, channel: Any
+    ) -> Any:
+        """The weight at a place of the layout, 0 where none is.
+
+        Args:
+            b: Builds the function.
+            weight: Reads a weight by its place.
+            block: Of 16 output channels, counted over all groups.
+            ky: Row of the kernel.
+            start: Of the run, in chunks of a row.
+            chunk: Within the run.
+            lane: Of the block.
+            channel: Within the chunk.
+
+        Returns:
+            The weight.
+        """
+        kh, kw = self.conv.kernel
+        output = block % self._blocks * LANES + lane
+        kx = (start + chunk) // self._chunks
+        inside = (start + chunk) % self._chunks * self._chunk + channel
+        at = (block // self._blocks * self._outputs + output) * self._inputs + inside
+        conditions: list[Any] = []
+        if self._outputs % LANES:
+            conditions.append(output < self._outputs)
+        if self._inputs % self._chunk:
+            conditions.append(inside < self._inputs)
+        if self._runs[1] % self._parts:
+            conditions.append(chunk < self._runs[1])
+        nothing = b.const(0, "int32")
+        if self.how == "float":
+            nothing = b.const(0.0, "float32")
+        return b.where(conditions, lambda: weight((at * kh + ky) * kw + kx), nothing)
+
+    def _unpack_vector(self, b: Builder, made: Any, vector: Any, element: Callable[[int, Any, Any], Any]) -> None:
+        size = self._chunk
+        with b.loop(LANES) as lane, b.loop(size) as channel:
+            place = lane * size + channel
+            if self.how == "bytes" and self.cpu.dot == "madd":
+                place = (channel // 2 * LANES + lane) * 2 + channel % 2
+            elif self.how == "bytes" and self.cpu.dot == "plain":
+                place = channel * LANES + lane
+            value = element(0, lane, channel)
+            if self.how == "packed":
+                value = b.const(0, "int32")
+                for part in range(self._parts):
+                    value = value | ((element(part, lane, channel) & (2**self.w_bits - 1)) << (self.w_bits * part))
+            b.T.buffer_store(made, value.astype(self._weights().dtype), [vector * LANES * size + place])
+
+    def _unpack_planes(self, b: Builder, made: Any, vector: Any, element: Callable[[int, Any, Any], Any]) -> None:
+        T = b.T
+        with b.loop(LANES) as lane:
+            words = T.alloc_buffer((self.w_bits,), "uint32")
+            for plane in range(self.w_bits):
+                T.buffer_store(words, b.const(0, "uint32"), [plane])
+            with b.loop(WORD) as channel:
+                value = T.bind(element(0, lane, channel))
+                if self.w_bits == 1:
+                    value = T.Select(value > 0, b.const(1, "int32"), b.const(0, "int32"))
+                for plane in range(self.w_bits):
+                    bit = ((value >> plane) & 1).astype("uint32") << channel.astype("uint32")
+                    T.buffer_store(words, words[plane] | bit, [plane])
+            for plane in range(self.w_bits):
+                T.buffer_store(made, words[plane], [(vector * self.w_bits + plane) * LANES + lane])
+
+    def _unpack_initial(self, b: Builder, buffers: dict[str, Any], weight: Callable[[Any], Any], lane: Any) -> None:
+        """What the sums of a channel begin at, and what borders add: sums of its weights."""
+        conv = self.conv
+        T = b.T
+        lanes = self._blocks * LANES
+        of_tap = conv.kernel[0] * conv.kernel[1]
+        output = lane % lanes
+        first = (lane // lanes * self._outputs + output) * self._inputs * of_tap
+        sums = T.alloc_buffer((of_tap,), "int32")
+        for tap in range(of_tap):
+            T.buffer_store(sums, b.const(0, "int32"), [tap])
+        start = T.alloc_buffer((1,), "int32")
+        T.buffer_store(start, b.const(0, "int32"), [0])
+        with T.If(output < self._outputs), T.Then():
+            with b.loop(self._inputs) as channel, b.loop(of_tap) as tap:
+                T.buffer_store(sums, sums[tap] + weight(first + channel * of_tap + tap), [tap])
+            total = sums[0]
+            for tap in range(1, of_tap):
+                total = total + sums[tap]
+            T.buffer_store(start, self._begin(b, total), [0])
+        if self._initial:
+            T.buffer_store(buffers["initial"], start[0], [lane])
+        if self._border:
+            for border, taps in enumerate(border_taps(conv)[0]):
+                total = start[0]
+                for tap in np.flatnonzero(taps):
+                    total = total + sums[int(tap)]
+                T.buffer_store(buffers["border"], total, [border * conv.groups * lanes + lane])
+
+    def _begin(self, b: Builder, total: Any) -> Any:
+        """What the sums of a channel whose weights sum up to `total` begin at."""
+        if self.how == "bits":
+            if self._bipolar and self.w_bits == 1:
+                return b.const(self.conv.taps, "int32")
+            if self._bipolar:
+                return total * -1
+            return total * -self.zero
+        begin = total * (128 * (self.cpu.dot == "sdot") - self._zero)
+        if self.how == "packed":
+            return begin << (8 - self.w_bits)
+        return begin
 
     # Code
 

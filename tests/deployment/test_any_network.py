@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq import deploy
 from haq.deployment.exporter import AnySamples
-from haq.deployment.onnx import OnnxExporter, QonnxExporter
+from haq.deployment.onnx import OnnxExporter
+from haq.deployment.qonnx import QonnxExporter
 from quantizers.calling import call, leaves
 
 onnx = pytest.importorskip("onnx")

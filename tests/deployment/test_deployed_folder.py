@@ -22,8 +22,12 @@ CONTENT: dict[str, Any] = {
     "target": {"kind": "llvm"},
     "threads": 1,
     "machine": {"processor": "Z80"},
+    "unpack": ["unpack_0"],
     "calls": ["steps_0"],
-    "arguments": [["input", [1, 8, 8], "float32"], ["output", [1, 1, 4], "float32"], ["const_int8", [64], "int8"]],
+    "arguments": [
+        *(["input", [1, 8, 8], "float32"], ["output", [1, 1, 4], "float32"]),
+        *(["const_int8", [64], "int8"], ["packed", [32], "uint8"]),
+    ],
     "steps": [{"name": "conv", "code": "bytes"}],
     "values": {"x": ["const_int8", 0, [8, 8]]},
 }
@@ -35,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "deployed"
     made.mkdir()
     (made / LIBRARY).write_bytes(bytes(range(256)))
-    np.savez(made / CONSTANTS, const_int8=np.arange(64, dtype=np.int8))
+    np.savez_compressed(made / CONSTANTS, packed=np.arange(32, dtype=np.uint8))
     folders.write(made, CONTENT)
     return made
 
@@ -115,13 +119,15 @@ def test_a_damaged_file_is_refused(folder: Path, name: str, damage: Callable[[Pa
         ({"arguments": 7}, "'arguments' is 7; it must be a list"),
         ({"arguments": CONTENT["arguments"][1:]}, "'arguments' "),
         ({"arguments": [*CONTENT["arguments"], ["work", [2**34], "float32"]]}, "'arguments' take .* at most"),
-        ({"arguments": [*CONTENT["arguments"], ["work", [1], "object"]]}, "'arguments.3.2' is 'object'"),
+        ({"arguments": [*CONTENT["arguments"], ["work", [1], "object"]]}, "'arguments.4.2' is 'object'"),
         ({"values": {"x": ["const_int8", 1, [8, 8]]}}, "value 'x' isn't within 'const_int8'"),
         ({"files": {"../network.so": {"bytes": 1, "sha256": "0" * 64}}}, "'files' has '../network.so'"),
         ({"target": None}, "'target' is nothing; it must be a mapping"),
-        ({"format": "haq-deployed-1"}, "is of format 'haq-deployed-1', not 'haq-deployed-2': deploy the network again"),
+        ({"format": "haq-deployed-2"}, "is of format 'haq-deployed-2', not 'haq-deployed-3': deploy the network again"),
         ({"files": ...}, "is of an older version of haq, without sizes and hashes of its files: deploy the network again"),
         ({"calls": ...}, "'calls' is missing"),
+        ({"unpack": ...}, "'unpack' is missing"),
+        ({"arguments": CONTENT["arguments"][:-1]}, "'arguments' must have 'packed', bytes of constants.npz"),
     ],
 )
 def test_a_changed_description_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -138,9 +144,9 @@ def test_a_changed_description_is_refused(folder: Path, change: dict[str, Any], 
         ("", "is not the description of a deployed network"),
         ("[]", "it must be an object, not a list"),
         ("[" * 100_000, "it is nested too deeply"),
-        ('{"format": "haq-deployed-2", "files": ' + '{"a": ' * 5000 + "1" + "}" * 5001, "nested too deeply|'files"),
+        ('{"format": "haq-deployed-3", "files": ' + '{"a": ' * 5000 + "1" + "}" * 5001, "nested too deeply|'files"),
         ('{"threads": 1, "threads": 1}', "'threads' is there twice"),
-        ('{"format": "haq-deployed-2", "files": {}, "threads": ' + "9" * 5000 + "}", "is not the description"),
+        ('{"format": "haq-deployed-3", "files": {}, "threads": ' + "9" * 5000 + "}", "is not the description"),
         ("\0" * 34_000_000, "was not read; at most"),
     ],
 )

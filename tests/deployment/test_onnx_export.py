@@ -17,8 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import quantizers as Q
 from haq import networks
+from haq.deployment import onnx as onnx_files
+from haq.deployment import qonnx as qonnx_files
 from haq.deployment.graph import capture
-from haq.deployment.onnx import FLAVOURS, OnnxExporter, Verification, export, verify
+from haq.deployment.onnx import OnnxExporter, export, verify
+from haq.deployment.onnx_verify import Verification
 from tests.conftest import images, small_network
 
 onnx = pytest.importorskip("onnx")
@@ -26,6 +29,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("qonnx")
 
 Bits = tuple[int | None, int | None]
+FLAVOURS: dict[str, Any] = {"onnx": onnx_files, "qonnx": qonnx_files}
 
 
 def randomised(network: nn.Module) -> nn.Module:
@@ -51,9 +55,9 @@ def exported(network: nn.Module, policy: Any, x: Tensor, path: Path, scheme: Any
     quantized = Q.quantize(network, policy, calibrate=x, scheme=scheme)
     graph = capture(quantized, x)
     found = []
-    for flavour in FLAVOURS:
-        export(graph, quantized, path / f"{flavour}.onnx", flavour=flavour)
-        found.append(verify(path / f"{flavour}.onnx", quantized, x))
+    for flavour, files in FLAVOURS.items():
+        files.export(graph, quantized, path / f"{flavour}.onnx")
+        found.append(files.verify(path / f"{flavour}.onnx", quantized, x))
         print(found[-1])
         assert found[-1].flavour == flavour
         assert found[-1].images == len(x)
@@ -292,20 +296,18 @@ def test_what_has_no_integers_is_refused(flavour: str, scheme: str, bits: Bits, 
     policy = dict.fromkeys(Q.BitPolicy.uniform(network, w=8, a=8), bits)
     quantized = Q.quantize(network, policy, calibrate=x, scheme=scheme)
     with pytest.raises(ValueError, match=message):
-        export(capture(quantized, x), quantized, tmp_path / "net.onnx", flavour=flavour)
+        FLAVOURS[flavour].export(capture(quantized, x), quantized, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_flavour_and_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     network, x = small_network(), images(4)
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=x)
     graph = capture(quantized, x)
-    with pytest.raises(ValueError, match="unknown flavour 'tvm' of ONNX; known: onnx, qonnx"):
-        export(graph, quantized, tmp_path / "net.onnx", flavour="tvm")
     for name, flavour in [("qonnx.core.modelwrapper", "qonnx"), ("onnx", "onnx")]:
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=rf"the package {name.partition('.')[0]}: pip install 'haq\[onnx\]'"):
-            export(graph, quantized, tmp_path / "net.onnx", flavour=flavour)
+            FLAVOURS[flavour].export(graph, quantized, tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -318,7 +320,7 @@ def test_a_file_of_another_network_is_not_put_in_its_place(tmp_path: Path) -> No
     graph, path = capture(quantized, x), tmp_path / "net.onnx"
     path.write_text("the one before")
     given: dict[str, Any] = {"notes": {}, "options": {}, "on_progress": lambda *told: None}
-    with patch("haq.deployment.onnx.export", lambda graph, network, path, flavour: export(graph, wrong, path)):
+    with patch("haq.deployment.onnx.export", lambda graph, network, path: export(graph, wrong, path)):
         with pytest.raises(ValueError, match=r"as a file of onnx it gives layer '3' integers that are off by up to \d+, from"):
             OnnxExporter().export(quantized, graph, x, path, **given)
         wrong[0].bias.data -= 1

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from haq import deploy
-from haq.deployment import interpreter
+from haq.deployment import interpreter, qonnx
 from haq.deployment import tvm as tvm_code
 from haq.deployment.exporter import Samples
 from haq.deployment.graph import Graph, capture
@@ -196,8 +196,8 @@ def test_qonnx(policy: Any, tmp_path: Path) -> None:
     pytest.importorskip("qonnx")
     network, x, graph = quantized(policy)
     path = tmp_path / "network.onnx"
-    export(graph, network, path, flavour="qonnx")
-    found = verify(path, network, x)
+    qonnx.export(graph, network, path)
+    found = qonnx.verify(path, network, x)
     assert not found.fault
     assert found.same_answers == 1
     model, held = contents(path)

@@ -256,7 +256,10 @@ def test_the_integer_programme_is_optimal(data: st.DataObject) -> None:
         return
     chosen = ilp.allocate(loss, cost, limit, tied)
     assert cost[rows, chosen].sum() <= limit + 1e-9 * max(limit, 1)
-    assert loss[rows, chosen].sum() == pytest.approx(min(fitting), abs=1e-6)
+    # A sum that is the limit itself may come out a last bit above it: then it may be taken, or not.
+    at_most = limit + 1e-9 * max(limit, 1)
+    least = min(total for total, price in totals if price <= at_most)
+    assert least - 1e-6 <= loss[rows, chosen].sum() <= min(fitting) + 1e-6
     assert all(chosen[a] == chosen[b] for a, b in tied)
 
 

@@ -1,0 +1,168 @@
+"""An ONNX file of any flavour beside the fake-quantized network that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq.deployment.exporter import Verdict
+from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
+from haq.deployment.lowering import integer_activations
+from haq.deployment.onnx_any import package
+from haq.deployment.program import Codes
+from haq.store.units import percent
+
+BATCH = 64
+CHECKED = 4  # images on which a file is compared before it is put in its place
+INPUT = ":input"  # ends the names of tensors that enter layers
+
+Array = NDArray[Any]
+# The outputs for images, and the tensors of these names.
+Runner = Callable[[Array, list[str]], tuple[Array, list[Array]]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """An ONNX file against the fake-quantized network it was made of.
+
+    same_answers        the share of images with the same largest output
+    output_difference   the largest difference of outputs, and `largest_output` the largest output there is
+    values, different   how many integers enter layers, and how many of them are others; by how many steps at most (`steps`)
+    fault               in words that continue "it", where the file differs by more than rounding; nothing if it doesn't
+    """
+
+    flavour: str
+    images: int
+    same_answers: float
+    output_difference: float
+    largest_output: float
+    values: int
+    different: int
+    steps: int
+    fault: str = ""
+
+    def __str__(self) -> str:
+        """Describe it in a sentence."""
+        by = ""
+        if self.different:
+            by = f", by up to {self.steps}"
+        return (
+            f"{self.flavour}: same answer on {percent(self.same_answers)} of {self.images} images, outputs differ by up to "
+            f"{self.output_difference:.3g} (the largest is {self.largest_output:.3g}); of {self.values} integers that enter "
+            f"layers {self.different} differ{by}"
+        )
+
+    def verdict(self) -> Verdict:
+        """Describe it in lines of a table."""
+        same = round(self.same_answers * self.images)
+        others = f"{self.different:,}"
+        if self.different:
+            others = f"{self.different:,}, by up to {self.steps}"
+        rows = (
+            ("same answer as in PyTorch", f"{same:,} of {self.images:,} test images"),
+            ("integers that enter layers", f"{self.values:,}, of {self.images:,} images"),
+            ("  other than in PyTorch", others),
+            ("largest difference of outputs from PyTorch's", f"{self.output_difference:.3g}"),
+            ("largest output", f"{self.largest_output:.3g}"),
+        )
+        return Verdict(self.same_answers == 1, rows)
+
+
+def compare(
+    path: str | Path, network: nn.Module, images: Tensor, *, flavour: str, make_runner: Callable[[Any], Runner]
+) -> Verification:
+    """Run a file on images beside the network in PyTorch.
+
+    Runners add in another order: where a float32 sum falls on the other side of a tie, an integer differs by one step, and in
+    deep networks at 8 bits many do behind it (see `haq.deployment.interpreter.compare`).
+
+    Args:
+        path: The file.
+        network: The quantized network that it was made of.
+        images: Images (N, C, H, W).
+        flavour: What the file is called in messages.
+        make_runner: Makes what runs the file, of onnx's model.
+
+    Returns:
+        What differs.
+
+    Raises:
+        ValueError: Without images, for NaN or infinity in them, and for a file that isn't ONNX.
+        ImportError: Naming what to install.
+    """
+    if not len(images):
+        raise ValueError("a file is verified on images, and there are none")
+    images = images.float()
+    if not images.isfinite().all():
+        raise ValueError("a file is verified on images of finite numbers, and these have NaN or infinity")
+    model = _read_model(path)
+    run = make_runner(model)
+    inputs = {}
+    for name, layer in Q.quant_layers(network).items():
+        if layer.activation_bits is not None:
+            inputs[name] = integer_activations(name, layer)
+    rounded = {output for node in model.graph.node for output in node.output if output.endswith(INPUT)}
+    same = values = different = steps = 0
+    worst = largest = 0.0
+    fault = ""
+    for batch in images.split(BATCH):
+        expected, integers = fake_quantized(network, batch)
+        other = {f"{name}{INPUT}" for name in integers} ^ rounded
+        fault = fault or _other_layers(other, rounded)
+        names = [name for name in integers if f"{name}{INPUT}" in rounded]
+        outputs, entered = run(batch.numpy(), [f"{name}{INPUT}" for name in names])
+        real = expected.numpy()
+        outputs = outputs.reshape(real.shape)
+        same += int((outputs.argmax(1) == real.argmax(1)).reshape(len(real), -1).all(1).sum())
+        worst = max(worst, float(np.abs(outputs - real).max()))
+        largest = max(largest, float(np.abs(real).max()))
+        equal = np.ones(len(real), bool)  # images all of whose integers were the same so far
+        for name, x in zip(names, entered, strict=True):
+            codes, q = inputs[name.partition("@")[0]], integers[name]
+            gap = np.abs(_integers(x, codes).reshape(q.shape) - q)
+            values += q.size
+            different += int((gap > 0).sum())
+            steps = max(steps, int(gap.max()))
+            of_image = gap.reshape(len(gap), -1).max(1)
+            most = int(of_image[equal].max(initial=0))
+            if most > codes.one_step:
+                fault = fault or f"gives layer {name!r} integers that are off by up to {most}, from the same ones before"
+            equal &= of_image == 0
+        apart = float(np.abs(outputs - real)[equal].max(initial=0))
+        if not apart <= OUTPUT_SHARE * np.abs(real).max():
+            fault = fault or f"gives outputs that are off by {apart:.3g} where every layer gets the same integers"
+    return Verification(flavour, len(images), same / len(images), worst, largest, values, different, steps, fault)
+
+
+def _integers(x: Array, codes: Codes) -> Array:
+    """Return the integers of what enters a layer; signs may have any scale in a file, and the layer's sums another."""
+    if codes.one_step == 2:
+        return np.sign(x).astype(int)
+    return np.rint(x / np.float32(codes.scale)).astype(int)
+
+
+def _other_layers(other: set[str], rounded: set[str]) -> str:
+    """Say which of some tensors enters a layer otherwise than in the network."""
+    for tensor in sorted(other):
+        name = tensor.removesuffix(INPUT)
+        if tensor in rounded:
+            return f"rounds what enters layer {name!r}, which the network doesn't"
+        return f"doesn't round what enters layer {name!r}, which the network does"
+    return ""
+
+
+def _read_model(path: str | Path) -> Any:
+    reader = package("onnx")
+    try:
+        return reader.load(str(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # those of protobuf, which is onnx's affair
+        raise ValueError(f"{path} is not a file of ONNX: {error}") from error

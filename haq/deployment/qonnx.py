@@ -1,0 +1,260 @@
+"""A quantized network as an ONNX file with the nodes of QONNX: for tools of FPGAs."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import Tensor, nn
+
+import quantizers as Q
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.graph import Graph, Node
+from haq.deployment.lowering import check_integers, integer_activations, integer_weights
+from haq.deployment.onnx_any import package
+from haq.deployment.onnx_nodes import IR_VERSION, Array, GraphWriter
+from haq.deployment.onnx_verify import CHECKED, INPUT, Runner, Verification, compare
+from haq.deployment.program import Codes
+from haq.store.files import write
+
+QONNX_DOMAIN = "qonnx.custom_op.general"
+
+
+def export(graph: Graph, network: nn.Module, path: str | Path) -> None:
+    """Write a captured network with its present weights, scales and bits to a file of QONNX, for one image (1, C, H, W).
+
+    Weights are float32, and go through the nodes Quant and BipolarQuant of QONNX (Pappalardo et al. 2022, arXiv 2206.07527),
+    as inputs of layers do. What the policy leaves in float has no such nodes, a layer's weights or its input or both. A
+    layer's input, quantized, is the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
+
+    Args:
+        graph: The operations of the network.
+        network: The quantized network.
+        path: The file.
+
+    Raises:
+        ValueError: Naming the layer and its scheme, for weights or activations that are not integers times a scale.
+        ImportError: Naming what to install.
+    """
+    helper = package("onnx").helper
+    model = _Writer(graph, network).model(1, (helper.make_opsetid(QONNX_DOMAIN, 1),))
+    # QONNX executes no file that lacks the shape of any tensor.
+    wrapper = package("qonnx.core.modelwrapper").ModelWrapper(model)
+    model = wrapper.transform(package("qonnx.transformation.infer_shapes").InferShapes()).model
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, model.SerializeToString())
+
+
+def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification:
+    """Run a file of `export` on images (N, C, H, W) beside the network in PyTorch.
+
+    The interpreter of the package `qonnx` runs it; see `onnx_verify.compare`.
+
+    Args:
+        path: The file.
+        network: The quantized network that it was made of.
+        images: Images (N, C, H, W).
+
+    Returns:
+        What differs.
+
+    Raises:
+        ValueError: Without images, for NaN or infinity in them, and for a file that isn't ONNX.
+        ImportError: Naming what to install.
+    """
+    return compare(path, network, images, flavour="qonnx", make_runner=_runner)
+
+
+def _runner(model: Any) -> Runner:
+    execution = package("qonnx.core.onnx_exec")
+    make = execution.qonnx_make_model
+    wrapper = package("qonnx.core.modelwrapper").ModelWrapper(model)
+    resize = package("qonnx.transformation.change_batchsize").ChangeBatchSize
+    infer = package("qonnx.transformation.infer_shapes").InferShapes
+
+    def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
+        sized = wrapper.transform(resize(len(images))).transform(infer())
+        # QONNX has ONNX Runtime execute each node as a file of onnx's newest version, which it may not know yet.
+        with mock.patch.object(execution, "qonnx_make_model", functools.partial(make, ir_version=IR_VERSION)):
+            held = execution.execute_onnx(sized, {"input": images}, return_full_exec_context=True)
+        return held["output"], [held[name] for name in names]
+
+    return run
+
+
+class _Writer(GraphWriter):
+    """Writes quantized layers with Quant and BipolarQuant, and all else in the form that tools of FPGAs take."""
+
+    def model(self, batch: int | str, further: tuple[Any, ...] = ()) -> Any:
+        """Write everything; see `GraphWriter.model`. No Identity stands behind the last operation."""
+        made = super().model(batch, further)
+        *_, last = made.graph.node
+        (result,) = last.input
+        if result == "input":
+            return made
+        made.graph.node.remove(last)
+        for node in made.graph.node:
+            for names in (node.input, node.output):
+                for place, name in enumerate(names):
+                    if name == result:
+                        names[place] = last.output[0]
+        return made
+
+    def write(self, node: Node) -> None:
+        """Write what a node of the graph computes."""
+        if node.kind == "avg_pool" and self._is_global(node):
+            self.op("GlobalAveragePool", list(node.inputs), node.name)
+        else:
+            super().write(node)
+
+    def _is_global(self, node: Node) -> bool:
+        """Tell whether a pooling is over the whole map."""
+        assert node.window is not None
+        whole = node.window.kernel == self.shapes[node.inputs[0]][:2]
+        return whole and node.shape[:2] == (1, 1) and node.window.padding == (0, 0)
+
+    def layer(self, node: Node) -> None:
+        """Write a convolution or linear layer.
+
+        Signs are -1 and 1, and what the layer sums is multiplied by their scales: of scaled signs, qonnx infers float.
+        """
+        name, linear = node.module, node.kind == "linear"
+        layer = self.layers[name]
+        (source,) = node.inputs
+        step = self.call(name)
+        factor = np.ones(1, np.float32)
+        if layer.activation_bits is not None:
+            codes = integer_activations(name, layer)
+            source = self._activation(step, source, codes)
+            if _is_sign(codes):
+                factor = factor * np.float32(codes.scale)
+        weight, scale_of_signs = self._weight(step, name, layer, linear)
+        factor = factor * scale_of_signs
+        bias = layer.effective_bias()
+        inputs = [source, weight]
+        further: list[tuple[str, str]] = []  # operators that follow, with their constants
+        if (factor != 1).any():
+            further.append(("Mul", self.constant(f"{step}:scale_of_signs", _along_channels(factor, linear))))
+        if bias is not None:
+            numbers = bias.detach().float().numpy()
+            if linear or further:
+                further.append(("Add", self.constant(f"{name}.bias", _along_channels(numbers, linear))))
+            else:
+                inputs.append(self.constant(f"{name}.bias", numbers))
+        between = [f"{node.name}:sums", f"{node.name}:scaled"][: len(further)]
+        made = [*between, node.name]
+        if linear:
+            self.op("MatMul", inputs, made[0])
+        else:
+            assert node.window is not None
+            self.op("Conv", inputs, made[0], group=node.window.groups, **self.window(node))
+        for place, (operator, constant) in enumerate(further):
+            self.op(operator, [made[place], constant], made[place + 1])
+
+    def _activation(self, step: str, source: str, codes: Codes) -> str:
+        """Write what enters a layer: codes times their scale."""
+        scale = self.constant(f"{step}:input_scale", codes.scale)
+        return self._quant(source, f"{step}{INPUT}", scale, codes, codes.narrow and codes.signed)
+
+    def _weight(self, step: str, name: str, layer: Q.QuantLayer, linear: bool) -> tuple[str, Array]:
+        """Write a layer's weights, those of a linear layer transposed.
+
+        FINN takes no quantized weights that several layers read, so every call of a layer has its own.
+
+        Returns:
+            The name, and what the layer's sums must be multiplied by: the scales of signs, one for all or one per channel.
+        """
+        unscaled = np.ones(1, np.float32)
+        if layer.weight_bits is None:
+            weight = layer.weight.detach().float().numpy()
+            if linear:
+                weight = weight.T
+            return self.constant(f"{name}.weight", weight), unscaled
+        q, scales, bits = integer_weights(name, layer)
+        scales = scales.astype(np.float32)
+        if (scales == scales[0]).all():
+            scales = scales[:1]
+        codes = Codes(1.0, bits, True)
+        made = f"{step}:weight"
+        if _is_sign(codes):
+            if linear:
+                q = q.T
+            return self._quant(self.constant(f"{name}.weight", q), made, "", codes, False), scales
+        each = scales.reshape(-1, *[1] * (q.ndim - 1))
+        real = q * each
+        if linear:
+            real, each = real.T, each.T
+        if len(scales) == 1:
+            each = scales[0]
+        constant = self.constant(f"{name}.weight", real)
+        narrow = int(q.min()) > -(2 ** (bits - 1))
+        return self._quant(constant, made, self.constant(f"{name}:weight_scale", each), codes, narrow), unscaled
+
+    def _quant(self, source: str, made: str, scale: str, codes: Codes, narrow: bool) -> str:
+        """Write what quantizes a tensor; signs have scale 1 instead of the one that is named."""
+        if _is_sign(codes):
+            return self.op("BipolarQuant", [source, self.constant("one", 1)], made, domain=QONNX_DOMAIN)
+        zero = self.constant(f"zero_{codes.zero_point}", codes.zero_point)
+        inputs = [source, scale, zero, self.constant(f"bits_{codes.bits}", codes.bits)]
+        attributes = {"signed": int(codes.signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
+        return self.op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
+
+
+def _is_sign(codes: Codes) -> bool:
+    """Tell whether numbers are -1 and 1."""
+    return codes.bits == 1 and codes.signed
+
+
+def _along_channels(values: Array, linear: bool) -> Array:
+    """Shape one value, or one per channel, to broadcast against vectors (N, C) or maps (N, C, H, W)."""
+    if len(values) == 1:
+        return values.reshape(())
+    if linear:
+        return values
+    return values.reshape(-1, 1, 1)
+
+
+class QonnxExporter(Exporter):
+    """A file of QONNX, for tools of FPGAs."""
+
+    name = "qonnx"
+    summary = SUMMARIES["qonnx"]
+    output = "network-qonnx.onnx"
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
+        check_integers(network, always_weights=True)
+
+    def export(
+        self,
+        network: nn.Module,
+        graph: Graph,
+        images: Tensor,
+        path: Path,
+        *,
+        notes: Mapping[str, Any],
+        options: Mapping[str, Any],
+        on_progress: OnProgress,
+    ) -> None:
+        """Write a network, if the file computes what it does; see `Exporter.export`."""
+        with tempfile.TemporaryDirectory() as place:
+            made = Path(place, "network-qonnx.onnx")
+            export(graph, network, made)
+            self._check(network, made, images[:CHECKED])
+            write(path, made.read_bytes())
+
+    def _check(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
+        found = verify(path, network, images)
+        if found.fault:
+            raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
+        return found
+
+    def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
+        """Run the file on some test images; see `Exporter.compare`."""
+        return self._check(network, path, samples.compared).verdict()

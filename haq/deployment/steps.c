@@ -1,0 +1,332 @@
+/* part types */
+/* A value in the arena: int32 ("words"), or bytes q + zero. */
+struct value {
+    uint32_t at; /* bytes from the arena's beginning; of words a multiple of 4 */
+    uint8_t words;
+    uint8_t zero;
+};
+
+/* Where a convolution or pooling looks. Values are (height, width, channels), channels last. */
+struct window {
+    int32_t in_height, in_width, in_channels;
+    int32_t out_height, out_width, out_channels;
+    int32_t kernel_height, kernel_width;
+    int32_t stride_height, stride_width;
+    int32_t top, left; /* padding, which is zero; at the other ends there is as much as needed */
+    int32_t dilation_height, dilation_width;
+};
+
+/* Of a sum v, the integer round(v factor / 2^shift) between low and high; without a factor round(v / 2^shift). */
+struct output {
+    struct value value;
+    int32_t low, high;
+    int32_t factor;
+    uint8_t shift;
+    uint8_t sign; /* the sign of v, -1 or 1, in its place */
+};
+
+/* What is added to a sum before that: the value's integers times factor 2^left. */
+struct residual {
+    struct value value;
+    int32_t factor;
+    uint8_t left;
+};
+
+/* What becomes of a sum: v = sum multiplier 2^left + offset 2^offset_left + residuals, and its outputs. */
+struct epilogue {
+    uint8_t per_channel; /* 0: one multiplier and offset are for all channels */
+    uint8_t offset_left;
+    uint8_t residual_count, output_count;
+    const int32_t *multipliers;
+    const uint8_t *lefts;
+    const int32_t *offsets;
+    struct residual residuals[MOST_RESIDUALS];
+    struct output outputs[MOST_OUTPUTS];
+};
+
+/* Everything that is computed lives here; a place is used again once what it held was read for the last time. */
+static union {
+    int32_t words[ARENA_WORDS];
+    uint8_t bytes[4 * ARENA_WORDS];
+} arena;
+
+/* Numbers below zero must be shifted right as by every known compiler: towards minus infinity. */
+typedef char shifts_keep_the_sign[(-3 >> 1) == -2 ? 1 : -1];
+
+/* part left_shift */
+/* Multiply by a power of two; the exporter has made sure that the product is below 2^62. */
+static int64_t left_shift(int64_t number, int left)
+{
+    return (int64_t)((uint64_t)number << left);
+}
+
+/* part round_shift */
+/* Divide by 2^shift, 1 to 62, and round to the nearest integer, ties to the even one. */
+static int64_t round_shift(int64_t number, int shift)
+{
+    const int64_t odd = (number >> shift) & 1;
+    return (number + (((int64_t)1 << (shift - 1)) - 1) + odd) >> shift;
+}
+
+/* part scaled */
+/* Multiply by factor / 2^shift, 32 to 93, and round once, as above. The product has 93 bits: it is made of two halves. */
+static int64_t scaled(int64_t number, int32_t factor, int shift)
+{
+    const int64_t low = (number & 0x7fffffff) * factor;
+    const int64_t top = (number >> 31) * factor + (low >> 31);
+    const int64_t kept = top >> (shift - 31);
+    const int64_t lost = top - left_shift(kept, shift - 31);
+    const int64_t half = (int64_t)1 << (shift - 32);
+    if (lost > half || (lost == half && ((low & 0x7fffffff) != 0 || (kept & 1) != 0)))
+        return kept + 1;
+    return kept;
+}
+
+/* part store */
+static void store(const struct value *value, int32_t index, int32_t number)
+{
+    if (value->words)
+        arena.words[value->at / 4 + (uint32_t)index] = number;
+    else
+        arena.bytes[value->at + (uint32_t)index] = (uint8_t)(number + value->zero);
+}
+
+/* part load */
+static int32_t load(const struct value *value, int32_t index)
+{
+    if (value->words)
+        return arena.words[value->at / 4 + (uint32_t)index];
+    return (int32_t)arena.bytes[value->at + (uint32_t)index] - value->zero;
+}
+
+/* part finish */
+/* Make the outputs' numbers at an index out of a sum. */
+static void finish(const struct epilogue *e, int32_t index, int32_t channel, int64_t sum)
+{
+    const int32_t c = e->per_channel ? channel : 0;
+    int64_t v = left_shift(sum * e->multipliers[c], e->lefts[c]) + left_shift(e->offsets[c], e->offset_left);
+    for (int i = 0; i < e->residual_count; i++) {
+        const struct residual *r = &e->residuals[i];
+        v += left_shift((int64_t)load(&r->value, index) * r->factor, r->left);
+    }
+    for (int i = 0; i < e->output_count; i++) {
+        const struct output *o = &e->outputs[i];
+        int64_t number;
+        if (o->sign)
+            number = v >= 0 ? 1 : -1;
+        else if (o->factor)
+            number = scaled(v, o->factor, o->shift);
+        else
+            number = round_shift(v, o->shift);
+        if (number < o->low)
+            number = o->low;
+        if (number > o->high)
+            number = o->high;
+        store(&o->value, index, (int32_t)number);
+    }
+}
+
+/* part convolution_type */
+struct convolution {
+    struct value input;
+    struct window window;
+    int32_t groups;
+    const int8_t *weights;  /* (out_channels, kernel_height, kernel_width, in_channels / groups) of 8 bits, */
+    const uint8_t *packed;  /* or one after the other at fewer bits */
+    uint8_t bits;
+    uint32_t scratch; /* where a channel's weights are unpacked to, in the arena */
+    struct epilogue epilogue;
+};
+
+/* part unpacked */
+/* Unpack a channel's weights: two's complement, the lowest bits first; of one bit, 0 is -1 and 1 is 1. */
+static const int8_t *unpacked(const struct convolution *c, int32_t channel, int32_t taps)
+{
+    int8_t *weights = (int8_t *)&arena.bytes[c->scratch];
+    const int32_t sign = (int32_t)1 << (c->bits - 1);
+    uint32_t bit = (uint32_t)channel * (uint32_t)taps * c->bits;
+    for (int32_t i = 0; i < taps; i++) {
+        const uint8_t *at = &c->packed[bit / 8];
+        const uint32_t two = at[0] | (uint32_t)at[1] << 8;
+        const int32_t number = (int32_t)(two >> (bit % 8)) & (2 * sign - 1);
+        weights[i] = (int8_t)(c->bits == 1 ? 2 * number - 1 : (number ^ sign) - sign);
+        bit += c->bits;
+    }
+    return weights;
+}
+
+/* part filter_of_bytes */
+static const int8_t *filter(const struct convolution *c, int32_t channel, int32_t taps)
+{
+    return c->weights + channel * taps;
+}
+
+/* part filter_of_bits */
+static const int8_t *filter(const struct convolution *c, int32_t channel, int32_t taps)
+{
+    return unpacked(c, channel, taps);
+}
+
+/* part filter_of_both */
+static const int8_t *filter(const struct convolution *c, int32_t channel, int32_t taps)
+{
+    if (c->weights)
+        return c->weights + channel * taps;
+    return unpacked(c, channel, taps);
+}
+
+/* part dot */
+/* Sum up products of q and weights. */
+static int32_t dot(const uint8_t *bytes, int32_t zero, const int8_t *weights, int32_t count)
+{
+    int32_t sum = 0;
+    if (zero == 0)
+        for (int32_t i = 0; i < count; i++)
+            sum += bytes[i] * weights[i];
+    else
+        for (int32_t i = 0; i < count; i++)
+            sum += (bytes[i] - zero) * weights[i];
+    return sum;
+}
+
+/* part convolution */
+/* Sum up what one output sees. The image's rows that it sees are [row, row + ...), whatever lies outside is zero. */
+static int32_t window_sum(const struct convolution *c, const int8_t *weights, int32_t first, int32_t y, int32_t x)
+{
+    const struct window *w = &c->window;
+    const int32_t inputs = w->in_channels / c->groups;
+    const int32_t column = x * w->stride_width - w->left;
+    int32_t sum = 0;
+    for (int32_t i = 0; i < w->kernel_height; i++) {
+        const int32_t row = y * w->stride_height - w->top + i * w->dilation_height;
+        if (row < 0 || row >= w->in_height)
+            continue;
+        for (int32_t j = 0; j < w->kernel_width; j++) {
+            const int32_t here = column + j * w->dilation_width;
+            if (here < 0 || here >= w->in_width)
+                continue;
+            sum += dot(&arena.bytes[c->input.at + (uint32_t)((row * w->in_width + here) * w->in_channels + first)],
+                       c->input.zero, weights + (i * w->kernel_width + j) * inputs, inputs);
+        }
+    }
+    return sum;
+}
+
+static void convolution(const struct convolution *c)
+{
+    const struct window *w = &c->window;
+    const int32_t inputs = w->in_channels / c->groups;
+    const int32_t outputs = w->out_channels / c->groups;
+    for (int32_t channel = 0; channel < w->out_channels; channel++) {
+        const int8_t *weights = filter(c, channel, w->kernel_height * w->kernel_width * inputs);
+        for (int32_t y = 0; y < w->out_height; y++)
+            for (int32_t x = 0; x < w->out_width; x++) {
+                const int32_t sum = window_sum(c, weights, channel / outputs * inputs, y, x);
+                finish(&c->epilogue, (y * w->out_width + x) * w->out_channels + channel, channel, sum);
+            }
+    }
+}
+
+/* part pool_type */
+struct pool {
+    struct value input;
+    struct window window;
+    struct epilogue epilogue;
+};
+
+/* part max_pool */
+static void max_pool(const struct pool *p)
+{
+    const struct window *w = &p->window;
+    int32_t index = 0;
+    for (int32_t y = 0; y < w->out_height; y++)
+        for (int32_t x = 0; x < w->out_width; x++)
+            for (int32_t channel = 0; channel < w->out_channels; channel++) {
+                int32_t largest = INT32_MIN;
+                for (int32_t i = 0; i < w->kernel_height; i++)
+                    for (int32_t j = 0; j < w->kernel_width; j++) {
+                        const int32_t row = y * w->stride_height - w->top + i * w->dilation_height;
+                        const int32_t column = x * w->stride_width - w->left + j * w->dilation_width;
+                        if (row >= 0 && row < w->in_height && column >= 0 && column < w->in_width) {
+                            const int32_t number = load(&p->input, (row * w->in_width + column) * w->in_channels + channel);
+                            if (number > largest)
+                                largest = number;
+                        }
+                    }
+                finish(&p->epilogue, index++, channel, largest);
+            }
+}
+
+/* part sum_pool */
+static void sum_pool(const struct pool *p)
+{
+    const struct window *w = &p->window;
+    int32_t index = 0;
+    for (int32_t y = 0; y < w->out_height; y++)
+        for (int32_t x = 0; x < w->out_width; x++)
+            for (int32_t channel = 0; channel < w->out_channels; channel++) {
+                int32_t sum = 0;
+                for (int32_t i = 0; i < w->kernel_height; i++)
+                    for (int32_t j = 0; j < w->kernel_width; j++) {
+                        const int32_t row = y * w->stride_height - w->top + i * w->dilation_height;
+                        const int32_t column = x * w->stride_width - w->left + j * w->dilation_width;
+                        if (row >= 0 && row < w->in_height && column >= 0 && column < w->in_width)
+                            sum += load(&p->input, (row * w->in_width + column) * w->in_channels + channel);
+                    }
+                finish(&p->epilogue, index++, channel, sum);
+            }
+}
+
+/* part each */
+struct each {
+    struct value input;
+    int32_t size, channels;
+    struct epilogue epilogue;
+};
+
+static void each(const struct each *s)
+{
+    for (int32_t index = 0; index < s->size; index++)
+        finish(&s->epilogue, index, index % s->channels, load(&s->input, index));
+}
+
+/* part image */
+/* An image's number x becomes round(x factor / 2^shift) between low and high, or its sign. */
+struct image {
+    struct value value;
+    int32_t low, high;
+    int32_t factor;
+    int16_t shift;
+    uint8_t sign;
+};
+
+typedef char floats_have_32_bits[sizeof(float) == 4 ? 1 : -1];
+
+/* Compute with the 24 digits of a float as an integer, which needs no unit for floats and rounds alike everywhere. */
+static int32_t quantized(float x, const struct image *image)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int negative = bits >> 31 != 0;
+    int exponent = bits >> 23 & 255;
+    int64_t number = bits & 0x7fffff;
+    if (exponent == 255 && number != 0)
+        return 0; /* not a number */
+    if (exponent > 0)
+        number += 0x800000;
+    else
+        exponent = 1;
+    number *= negative ? -(int64_t)image->factor : image->factor;
+    if (image->sign)
+        return number >= 0 ? 1 : -1;
+    const int shift = image->shift + 150 - exponent;
+    if (shift > 60)
+        number = 0;
+    else if (shift >= 22)
+        number = round_shift(number, shift);
+    if (number < image->low)
+        return image->low;
+    if (number > image->high)
+        return image->high;
+    return (int32_t)number;
+}
