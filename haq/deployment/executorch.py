@@ -40,7 +40,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph, Node
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
@@ -48,9 +48,6 @@ from haq.deployment.nodes import COMPUTED, is_own
 from haq.deployment.program import BYTE_BITS, Codes
 from haq.store.files import write
 from haq.store.units import describe_bytes
-from hw_models import trace
-from hw_models.storage import float_bytes, storage_bytes
-from hw_models.widths import places, width_of
 
 INSTALL = "pip install executorch"
 PT2, PTE = ".pt2", ".pte"
@@ -753,8 +750,9 @@ class ExecutorchExporter(Exporter):
         check_integers(network, always_weights=True)
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
-        """Raise ValueError unless Q/DQ operators compute what the network does; see `Exporter.check_operations`."""
-        self._made(network, graph, images)
+        """Raise ValueError, naming the layer, for what has no Q/DQ operators; see `Exporter.check_operations`."""
+        with torch.no_grad():
+            QdqNetwork(Plan(graph, network)).eval()(images[:1])
 
     def _made(self, network: nn.Module, graph: Graph, images: Tensor) -> QdqNetwork:
         qdq = QdqNetwork(Plan(graph, network)).eval()
@@ -877,12 +875,8 @@ def _answers(network: nn.Module, runs: Mapping[str, Callable[[Tensor], Tensor]],
 
 def _size_words(path: Path, network: nn.Module, images: Tensor) -> str:
     """Say how large a file is, and what the policy's parameters take at their bits."""
-    workload = trace(Q.float_copy(network), images[:1].clone())
-    policy = Q.get_policy(network)
-    widths = [[width_of(bits) for bits in policy[name]] for name in workload.names]
-    w, a = np.array(widths).T
-    stored = storage_bytes(workload)[np.arange(len(widths)), places(w), places(a)].sum() + float_bytes(workload)
-    return f"{describe_bytes(path.stat().st_size)} (the policy's parameters at their bits: {describe_bytes(int(stored))})"
+    stored = policy_storage_bytes(network, images)
+    return f"{describe_bytes(path.stat().st_size)} (the policy's parameters at their bits: {describe_bytes(stored)})"
 
 
 def _taken_words(found: Lowered) -> str:
