@@ -11,9 +11,9 @@ EXPORTERS: Registry[type[Exporter]] = Registry(
     {
         "tvm": ("haq.deployment.tvm:TvmExporter", SUMMARIES["tvm"]),
         "onnx": ("haq.deployment.onnx:OnnxExporter", SUMMARIES["onnx"]),
-        "executorch": ("haq.deployment.executorch:ExecutorchExporter", SUMMARIES["executorch"]),
         "qonnx": ("haq.deployment.qonnx:QonnxExporter", SUMMARIES["qonnx"]),
         "c": ("haq.deployment.c:CExporter", SUMMARIES["c"]),
+        "executorch": ("haq.deployment.executorch:ExecutorchExporter", SUMMARIES["executorch"]),
     },
     check=lacking,
 )

@@ -139,13 +139,13 @@ struct convolution {
 };
 
 /* part unpacked */
-/* Unpack a channel's weights: two's complement, the lowest bits first; of one bit, 0 is -1 and 1 is 1. */
-static const int8_t *unpacked(const struct convolution *c, int32_t channel, int32_t taps)
+/* Unpack weights: two's complement, the lowest bits first; of one bit, 0 is -1 and 1 is 1. */
+static const int8_t *unpacked(const struct convolution *c, int32_t start, int32_t count)
 {
     int8_t *weights = (int8_t *)&arena.bytes[c->scratch];
     const int32_t sign = (int32_t)1 << (c->bits - 1);
-    uint32_t bit = (uint32_t)channel * (uint32_t)taps * c->bits;
-    for (int32_t i = 0; i < taps; i++) {
+    uint32_t bit = (uint32_t)start * c->bits;
+    for (int32_t i = 0; i < count; i++) {
         const uint8_t *at = &c->packed[bit / 8];
         const uint32_t two = at[0] | (uint32_t)at[1] << 8;
         const int32_t number = (int32_t)(two >> (bit % 8)) & (2 * sign - 1);
@@ -155,61 +155,81 @@ static const int8_t *unpacked(const struct convolution *c, int32_t channel, int3
     return weights;
 }
 
-/* part filter_of_bytes */
-static const int8_t *filter(const struct convolution *c, int32_t channel, int32_t taps)
+/* part weights_of_bytes */
+static const int8_t *weights_of(const struct convolution *c, int32_t start, int32_t count)
 {
-    return c->weights + channel * taps;
+    (void)count;
+    return &c->weights[start];
 }
 
-/* part filter_of_bits */
-static const int8_t *filter(const struct convolution *c, int32_t channel, int32_t taps)
+/* part weights_of_bits */
+static const int8_t *weights_of(const struct convolution *c, int32_t start, int32_t count)
 {
-    return unpacked(c, channel, taps);
+    return unpacked(c, start, count);
 }
 
-/* part filter_of_both */
-static const int8_t *filter(const struct convolution *c, int32_t channel, int32_t taps)
+/* part weights_of_both */
+static const int8_t *weights_of(const struct convolution *c, int32_t start, int32_t count)
 {
     if (c->weights)
-        return c->weights + channel * taps;
-    return unpacked(c, channel, taps);
-}
-
-/* part dot */
-/* Sum up products of q and weights. */
-static int32_t dot(const uint8_t *bytes, int32_t zero, const int8_t *weights, int32_t count)
-{
-    int32_t sum = 0;
-    if (zero == 0)
-        for (int32_t i = 0; i < count; i++)
-            sum += bytes[i] * weights[i];
-    else
-        for (int32_t i = 0; i < count; i++)
-            sum += (bytes[i] - zero) * weights[i];
-    return sum;
+        return &c->weights[start];
+    return unpacked(c, start, count);
 }
 
 /* part convolution */
-/* Sum up what one output sees. The image's rows that it sees are [row, row + ...), whatever lies outside is zero. */
-static int32_t window_sum(const struct convolution *c, const int8_t *weights, int32_t first, int32_t y, int32_t x)
+/* Add to the sums of `channels` outputs, 1 to 4, the products of q with their weights, which begin `taps` apart. */
+static void add_products(const uint8_t *bytes, int32_t zero, const int8_t *weights, int32_t count, int32_t channels,
+                         int32_t taps, int32_t *sums)
+{
+    if (channels == 4) {
+        const int8_t *second = weights + taps, *third = second + taps, *fourth = third + taps;
+        int32_t sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+        for (int32_t i = 0; i < count; i++) {
+            const int32_t q = bytes[i] - zero;
+            sum0 += q * weights[i];
+            sum1 += q * second[i];
+            sum2 += q * third[i];
+            sum3 += q * fourth[i];
+        }
+        sums[0] += sum0;
+        sums[1] += sum1;
+        sums[2] += sum2;
+        sums[3] += sum3;
+        return;
+    }
+    for (int32_t k = 0; k < channels; k++)
+        for (int32_t i = 0; i < count; i++)
+            sums[k] += (bytes[i] - zero) * weights[k * taps + i];
+}
+
+/* Sum up what outputs at (y, x) see, from channel `first` of the image on. What lies outside of the image is zero. */
+static void sum_window(const struct convolution *c, const int8_t *weights, int32_t channels, int32_t first, int32_t y,
+                       int32_t x, int32_t *sums)
 {
     const struct window *w = &c->window;
     const int32_t inputs = w->in_channels / c->groups;
+    const int32_t taps = w->kernel_height * w->kernel_width * inputs;
     const int32_t column = x * w->stride_width - w->left;
-    int32_t sum = 0;
+    /* Neighbours in a row that are all seen lie one after the other, in the weights too. */
+    const int together = inputs == w->in_channels && w->dilation_width == 1;
+    const int32_t begin = column < 0 ? -column : 0;
+    const int32_t end = column + w->kernel_width > w->in_width ? w->in_width - column : w->kernel_width;
     for (int32_t i = 0; i < w->kernel_height; i++) {
         const int32_t row = y * w->stride_height - w->top + i * w->dilation_height;
+        const uint8_t *bytes = &arena.bytes[c->input.at];
+        const int8_t *of_row = weights + i * w->kernel_width * inputs;
         if (row < 0 || row >= w->in_height)
             continue;
-        for (int32_t j = 0; j < w->kernel_width; j++) {
+        bytes += row * w->in_width * w->in_channels + first;
+        if (together && begin < end)
+            add_products(bytes + (column + begin) * inputs, c->input.zero, of_row + begin * inputs, (end - begin) * inputs,
+                         channels, taps, sums);
+        for (int32_t j = 0; !together && j < w->kernel_width; j++) {
             const int32_t here = column + j * w->dilation_width;
-            if (here < 0 || here >= w->in_width)
-                continue;
-            sum += dot(&arena.bytes[c->input.at + (uint32_t)((row * w->in_width + here) * w->in_channels + first)],
-                       c->input.zero, weights + (i * w->kernel_width + j) * inputs, inputs);
+            if (here >= 0 && here < w->in_width)
+                add_products(bytes + here * w->in_channels, c->input.zero, of_row + j * inputs, inputs, channels, taps, sums);
         }
     }
-    return sum;
 }
 
 static void convolution(const struct convolution *c)
@@ -217,11 +237,47 @@ static void convolution(const struct convolution *c)
     const struct window *w = &c->window;
     const int32_t inputs = w->in_channels / c->groups;
     const int32_t outputs = w->out_channels / c->groups;
-    for (int32_t channel = 0; channel < w->out_channels; channel++) {
-        const int8_t *weights = filter(c, channel, w->kernel_height * w->kernel_width * inputs);
+    const int32_t taps = w->kernel_height * w->kernel_width * inputs;
+    int32_t channels;
+    for (int32_t channel = 0; channel < w->out_channels; channel += channels) {
+        const int32_t left = outputs - channel % outputs; /* in this group */
+        channels = left < 4 ? left : 4;
+        const int8_t *weights = weights_of(c, channel * taps, channels * taps);
         for (int32_t y = 0; y < w->out_height; y++)
             for (int32_t x = 0; x < w->out_width; x++) {
-                const int32_t sum = window_sum(c, weights, channel / outputs * inputs, y, x);
+                const int32_t index = (y * w->out_width + x) * w->out_channels + channel;
+                int32_t sums[4] = {0, 0, 0, 0};
+                sum_window(c, weights, channels, channel / outputs * inputs, y, x, sums);
+                for (int32_t k = 0; k < channels; k++)
+                    finish(&c->epilogue, index + k, channel + k, sums[k]);
+            }
+    }
+}
+
+/* part depthwise */
+/* A convolution in which every output sees one channel. */
+static void depthwise(const struct convolution *c)
+{
+    const struct window *w = &c->window;
+    const int32_t outputs = w->out_channels / w->in_channels;
+    const int32_t zero = c->input.zero;
+    for (int32_t channel = 0; channel < w->out_channels; channel++) {
+        const int32_t taps = w->kernel_height * w->kernel_width;
+        const int8_t *weights = weights_of(c, channel * taps, taps);
+        const uint8_t *bytes = &arena.bytes[c->input.at + (uint32_t)(channel / outputs)];
+        for (int32_t y = 0; y < w->out_height; y++)
+            for (int32_t x = 0; x < w->out_width; x++) {
+                int32_t sum = 0;
+                for (int32_t i = 0; i < w->kernel_height; i++) {
+                    const int32_t row = y * w->stride_height - w->top + i * w->dilation_height;
+                    if (row < 0 || row >= w->in_height)
+                        continue;
+                    for (int32_t j = 0; j < w->kernel_width; j++) {
+                        const int32_t column = x * w->stride_width - w->left + j * w->dilation_width;
+                        if (column >= 0 && column < w->in_width)
+                            sum += (bytes[(row * w->in_width + column) * w->in_channels] - zero) * weights[i * w->kernel_width + j];
+                    }
+                }
                 finish(&c->epilogue, (y * w->out_width + x) * w->out_channels + channel, channel, sum);
             }
     }
