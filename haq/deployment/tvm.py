@@ -830,6 +830,10 @@ class TvmExporter(Exporter):
         """Raise ValueError, naming the layer, unless quantized layers compute with integers times a scale."""
         check_integers(network)
 
+    def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the layer, for what has no integer program; see `Exporter.check_operations`."""
+        lower(graph, network, images)
+
     def export(
         self,
         network: nn.Module,
