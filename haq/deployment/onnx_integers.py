@@ -189,7 +189,9 @@ class IntegerWriter(GraphWriter):
         source = self.integers_of(node.inputs[0], grid)
         real = self._dequantize(source, grid, f"{node.name}:real", node.inputs[0])
         pooled = self.op("MaxPool", [real], f"{node.name}:largest", **self.window(node))
-        made = self.op("QuantizeLinear", [pooled, self.scalar(grid.scale, node.name), self.zero(grid)], f"{node.name}:integers")
+        made = self.op(
+            "QuantizeLinear", [pooled, self.scalar(grid.scale, node.name), self.zero(grid)], f"{node.name}:integers"
+        )
         self.integers_there[node.name, grid.key] = [(made, grid.low, grid.high)]
 
     def _write_avg_pool(self, node: Node, inputs: list[str]) -> None:
@@ -354,7 +356,9 @@ class IntegerWriter(GraphWriter):
             return self._wide(source, codes, made)
         integers = self.integers_of(source, grid)
         if up:
-            integers = self.op("BitShift", [integers, self.constant(f"uint8_{up}", up, np.uint8)], f"{made}:up", direction="LEFT")
+            integers = self.op(
+                "BitShift", [integers, self.constant(f"uint8_{up}", up, np.uint8)], f"{made}:up", direction="LEFT"
+            )
             grid = dataclasses.replace(grid, scale=grid.scale / 2.0**up, zero=grid.zero << up)
         scale = self.scalar(grid.scale, source)
         if plain:
