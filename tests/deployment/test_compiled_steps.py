@@ -162,7 +162,7 @@ def compiled(program: Program, folder: Path, threads: int = 1) -> tvm_code.Deplo
 
 @pytest.mark.parametrize(("channels", "threads"), [(3, 2), (17, 1), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(15, 3, marks=pytest.mark.slow)])
 def test_every_step_and_representation(channels: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hw_models.tvm_cpu.builder.WORTH_WAKING", 0)
+    monkeypatch.setattr("hw_models.tvm_cpu.builder.WORTH_DIVIDING", 0)
     program = Steps(channels).program()
     deployed = compiled(program, tmp_path, threads)
     for seed in range(2):
