@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -340,11 +342,46 @@ def test_a_library_that_is_none_is_refused(written: Path, tmp_path: Path) -> Non
     folders.write(folder, content)
     with pytest.raises(ValueError, match=r"network.so can't be loaded, from a copy in .*: "):
         deploy.load(folder)
-    np.savez(folder / "constants.npz", const_int8=np.zeros(3, np.int8))
-    shutil.copy(written / "network.so", folder)
+
+
+def zipped(path: Path, name: str, content: bytes, how: int) -> None:
+    with zipfile.ZipFile(path, "w", how) as file:
+        file.writestr(f"{name}.npy", content)
+
+
+def test_constants_that_are_none_are_refused(written: Path, tmp_path: Path) -> None:
+    """Again as somebody made and described them: other sizes and types, and what would fill the memory."""
+    folder = tmp_path / "deployed"
+    shutil.copytree(written, folder)
+    content = json.loads((folder / "network.json").read_text())
+    for entry in ("files", "sha256", "format"):
+        del content[entry]
+    path = folder / "constants.npz"
+    whole = np.load(path)["packed"]
+
+    def refused(message: str) -> None:
+        folders.write(folder, content)
+        with pytest.raises(ValueError, match=f"constants.npz {message}"):
+            deploy.load(folder)
+
+    np.savez(path, other=whole)
+    refused("can't be read: the array '(other|packed)' is missing")
+    for wrong in (whole[:-1], whole.reshape(1, -1), whole.astype(np.int8)):
+        np.savez(path, packed=wrong)
+        refused("has 'packed' of another size or type than network.json says")
+    np.savez_compressed(path, packed=np.zeros(2**24, np.uint8))
+    assert path.stat().st_size < 2**16
+    refused("can't be read: its arrays take 16.8 MB in memory, and .* are allowed")
+    held = io.BytesIO()
+    np.save(held, whole)
+    for how in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        zipped(path, "packed", held.getvalue(), how)
+        refused("can't be read: it is compressed in another way than ours are")
+    zipped(path, "packed", held.getvalue()[:-7], zipfile.ZIP_DEFLATED)
+    refused("can't be read: an array isn't of the size that it says")
+    zipped(path, "packed", held.getvalue(), zipfile.ZIP_DEFLATED)
     folders.write(folder, content)
-    with pytest.raises(ValueError, match=r"constants.npz"):
-        deploy.load(folder)
+    assert isinstance(deploy.load(folder), deploy.Deployed)
 
 
 class Reused(nn.Module):
