@@ -18,6 +18,7 @@ import quantizers as Q
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import FLAVOUR
 from haq.deployment.onnx_verify import Array, Runner, read_model
+from hw_models.runtimes.openvino import same_signal_stack
 from hw_models.storage import storage_bytes, untied_bytes
 from hw_models.widths import place_of, width_of
 
@@ -100,7 +101,8 @@ def openvino_runner(model: Any) -> Runner:
 def _compiled(model: Any) -> Any:
     core = openvino().Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    return core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", settings)
+    with same_signal_stack():
+        return core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", settings)
 
 
 def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], ...]:
