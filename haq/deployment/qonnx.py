@@ -291,6 +291,10 @@ class QonnxExporter(Exporter):
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
 
+    def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the layer, for what has no nodes; see `Exporter.check_operations`."""
+        _Writer(graph, network).model(1)
+
     def export(
         self,
         network: nn.Module,
