@@ -112,7 +112,7 @@ class OnnxExporter(Exporter):
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the layer, for what has no nodes; see `Exporter.check_operations`."""
-        _Writer(graph, network).model("N")
+        IntegerWriter(graph, network, options.get("flavour")).model("N")
 
     def export(
         self,
