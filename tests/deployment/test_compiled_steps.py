@@ -168,7 +168,7 @@ def test_every_step_and_representation(channels: int, threads: int, tmp_path: Pa
     for seed in range(2):
         images = 2 * torch.randn(1, channels, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed)).numpy()
         deployed(images)
-        for name, expected in interpreter.held(program, images).items():
+        for name, expected in interpreter.compute_values(program, images).items():
             if name != program.output:
                 assert np.array_equal(deployed.value(name), expected[0]), name
 
