@@ -184,7 +184,6 @@ class Plan:
     Attributes:
         nodes: The operations that are left, in order: batch norms behind layers are folded.
         layers: The layers by the names of their operations.
-        entries: The operations that a layer's rounded input enters first, with the names of the layers' calls.
         in_integers: The layers that XNNPACK has integer kernels for.
     """
 
@@ -209,7 +208,6 @@ class Plan:
                 behind[name].append(node)
         self.nodes: list[Node] = []
         self.layers: dict[str, Layer] = {}
-        self.entries: dict[str, str] = {}
         self._names: dict[str, str] = {}  # of every operation, the one whose result is its own
         self._owners: dict[str, str] = {}  # of what a layer does to its own input, the layer's operation
         calls: dict[str, int] = {}
@@ -226,11 +224,10 @@ class Plan:
                 if for_xnnpack and layer.rounding is not None and layer.rounding.wide:
                     layer = replace(layer, rounding=layer.rounding._replace(in_float=True))
                 self.layers[node.name] = layer
-                entry, source = node, before[node.inputs[0]]
+                source = before[node.inputs[0]]
                 while source.kind == "move" and is_own(source.module, node.module):
                     self._owners[source.name] = node.name
-                    entry, source = source, before[source.inputs[0]]
-                self.entries[entry.name] = layer.call
+                    source = before[source.inputs[0]]
         # Who reads the result of an operation, and in which ways; None is float.
         self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
         self.asked: dict[str, list[Rounding | None]] = {node.name: [] for node in self.nodes}
@@ -420,11 +417,11 @@ class QdqNetwork(nn.Module):
             rounding = self.plan.read_as(node)
             names = self.plan.inputs(node)
             inputs = [read(name, rounding) for name in names]
-            if self.watch is not None and rounding is not None and node.name in self.plan.entries:
-                self.watch(self.plan.entries[node.name], inputs[0], rounding)
             if node.kind in ("relu", "clamp"):
                 made = self._clip(node, inputs[0], clipped)
             elif node.name in self.plan.layers:
+                if self.watch is not None and rounding is not None:
+                    self.watch(self.plan.layers[node.name].call, inputs[0], rounding)
                 made = self._multiply(node, inputs[0])
             elif node.kind == "move":
                 made = self._move(node, inputs, images.shape[0])
@@ -635,10 +632,11 @@ def lowered(program: Any) -> Lowered:
     Raises:
         ImportError: With what to install.
     """
-    partitioner = package("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
+    partitioners = package("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    lower = package("executorch.exir").to_edge_transform_and_lower
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        edge = package("executorch.exir").to_edge_transform_and_lower(program, partitioner=[partitioner])
+        edge = lower(program, partitioner=[partitioners.XnnpackPartitioner()])
         whole = edge.exported_program().graph_module
         taken = 0
         for name, part in whole.named_children():
@@ -657,7 +655,9 @@ def _operators(module: Any) -> list[str]:
 def package(name: str) -> Any:
     """Import a part of executorch, which is optional. Raises ImportError with what to install."""
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it is made with
+            return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"ExecuTorch's programs need the package executorch: {INSTALL}") from error
 
