@@ -54,6 +54,7 @@ from quantizers.reconstruction import ReconstructedPart, Reconstruction, reconst
 from quantizers.residuals import (
     ResidualGrid,
     ResidualQuantizer,
+    add_residual_quantizers,
     insert_residual_quantizers,
     remove_residual_quantizers,
     residual_places,
@@ -110,6 +111,7 @@ __all__ = [
     "WeightClipping",
     "Wiring",
     "activation_scales",
+    "add_residual_quantizers",
     "backward_mode",
     "bagging",
     "binarize",

@@ -26,10 +26,11 @@ from torch.overrides import TorchFunctionMode
 from quantizers.batches import Batches, batches_of, called, copied, prepared
 from quantizers.calling import Forward, count_of, inputs_of, leaves, map_tensors, samples
 from quantizers.copying import copy_network, evaluating
-from quantizers.functional import MAX_BITS, followed, integer_range
+from quantizers.functional import MAX_BITS, blocks, blockwise, differentiated, followed, integer_range, result_like
 from quantizers.layers import QuantLayer
 from quantizers.left_in_float import close_fast_paths
-from quantizers.observers import Observer, first_input
+from quantizers.observers import Observer, first_input, observe
+from quantizers.policy import QUANTIZABLE
 from quantizers.scheme import Scheme
 
 BITS = MAX_BITS
@@ -75,18 +76,33 @@ class ResidualQuantizer(nn.Module):
         return ResidualGrid(self.scale, self.zero_point, self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the nearest values on the grid, in x's type; what isn't finite stays so."""
+        """Return the nearest values on the grid, in x's type; NaN stays NaN."""
         if not self.calibrated:
             return x
         values = x
         if x.dtype in (torch.float16, torch.bfloat16):
             values = x.float()
-        made = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, self.low, self.high)
+        if values.dtype == torch.float32 and not differentiated(x) and not followed(x):
+            made = self._in_pieces(values)
+        else:
+            made = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, self.low, self.high)
+            # Torch makes integers of NaN. Whoever trains would not be told.
+            if not followed(x) and bool(x.isnan().any()):
+                made = torch.where(x.isnan(), values, made)
         if made.dtype != x.dtype:
             made = made.to(x.dtype)
-        # Torch makes integers of NaN. Whoever computed it would not be told.
-        if not followed(x) and not bool(x.isfinite().all()):
-            made = torch.where(x.isfinite(), made, x)
+        return made
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        """Compute the same, a few times as fast: torch's function writes down for a gradient what was clipped."""
+        # As there, it is multiplied by the inverse of the scale, in float32.
+        inverse = float(1 / torch.tensor(self.scale, dtype=torch.float32))
+        low, high = self.low - self.zero_point, self.high - self.zero_point
+        if not blockwise(x):
+            return (x * inverse).round_().clamp_(low, high).mul_(self.scale)
+        made = result_like(x, reuse=True)
+        for source, target in blocks(x, made):
+            torch.mul(source, inverse, out=target).round_().clamp_(low, high).mul_(self.scale)
         return made
 
     def extra_repr(self) -> str:
@@ -169,6 +185,30 @@ def insert_residual_quantizers(
     return made
 
 
+def add_residual_quantizers(qnetwork: nn.Module, calibrate: Batches, *, forward: Forward | None = None) -> nn.Module:
+    """Make a copy of a quantized network with residual quantizers, which it was made and trained without.
+
+    Args:
+        qnetwork: What `quantize` made, at its bits; it is left alone.
+        calibrate: Inputs that set the scales, as `quantize` takes them.
+        forward: What runs the network on a batch, as in `quantize`.
+
+    Returns:
+        The copy, whose residual quantizers are calibrated on what the quantized layers compute.
+
+    Raises:
+        ValueError: As `insert_residual_quantizers`.
+    """
+    batches = list(batches_of(calibrate, qnetwork))
+    made = insert_residual_quantizers(qnetwork, batches, forward=forward)
+    layers = {name: module for name, module in made.named_modules() if isinstance(module, QuantLayer)}
+    quantizers: dict[str, nn.Module] = dict(residual_quantizers(made))
+    first = FirstReaders(quantizers, layers)
+    observers = observe(made, {**layers, **quantizers}, batches, also=(first.hooks(),), forward=forward)
+    calibrate_residuals(made, observers, layers, first.found)
+    return made
+
+
 def residual_places(network: nn.Module) -> dict[str, Any]:
     """Describe where a network has residual quantizers, as plain data for `insert_residual_quantizers`.
 
@@ -240,16 +280,16 @@ class FirstReaders:
         return hooks
 
     def _note(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        x = first_input(module, inputs, named)
+        x: Tensor = first_input(module, inputs, named)
         if not x.is_inference():
             self._tensors[id(x)] = weakref.ref(x), x._version, name
 
     def _look(self, name: str, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        x = first_input(module, inputs, named)
+        x: Tensor = first_input(module, inputs, named)
         if id(x) not in self._tensors or x.is_inference():
             return
         seen, version, quantizer = self._tensors[id(x)]
-        if seen() is x and x._version == version:
+        if x is seen() and x._version == version:
             self.found.setdefault(quantizer, name)
 
 
@@ -460,7 +500,9 @@ class _Look(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "").strip("_")
-        if self._running and _meeting(name, args, kwargs or {}):
+        # What layers do to their inputs and weights is theirs.
+        of_layer = any(isinstance(module, QUANTIZABLE) for module in self._running)
+        if self._running and not of_layer and _meeting(name, args, kwargs or {}):
             self.owners[self._running[-1]] = None
         return func(*args, **(kwargs or {}))
 
@@ -733,9 +775,13 @@ def _empty_module(kind: type[nn.Module]) -> nn.Module:
     return made.__new__(made)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _rewritten_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return the class of modules of a class whose code was rewritten."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
 
     # Whoever asks for its signature, to call it, sees that of the module's own code.
     @functools.wraps(kind.forward)
@@ -743,7 +789,8 @@ def _rewritten_class(kind: type[nn.Module]) -> type[nn.Module]:
         return self.residual_code.function(self.training)(self, *inputs, **named)
 
     content = {"__doc__": f"{kind.__name__} with residual quantizers.", "forward": forward}
-    return type(f"Residual{kind.__name__}", (_Rewritten, kind), content)
+    _CLASSES[kind] = type(f"Residual{kind.__name__}", (_Rewritten, kind), content)
+    return _CLASSES[kind]
 
 
 def _rewrite(owner: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any], names: list[str]) -> None:

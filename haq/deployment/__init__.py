@@ -13,6 +13,7 @@ EXPORTERS: Registry[type[Exporter]] = Registry(
         "onnx": ("haq.deployment.onnx:OnnxExporter", SUMMARIES["onnx"]),
         "qonnx": ("haq.deployment.qonnx:QonnxExporter", SUMMARIES["qonnx"]),
         "c": ("haq.deployment.c:CExporter", SUMMARIES["c"]),
+        "executorch": ("haq.deployment.executorch:ExecutorchExporter", SUMMARIES["executorch"]),
     },
     check=lacking,
 )

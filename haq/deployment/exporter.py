@@ -224,6 +224,7 @@ SUMMARIES = {
     "onnx": "a file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others",
     "qonnx": "a file of QONNX, for tools of FPGAs",
     "c": "a folder with a C99 file, for microcontrollers: integers from end to end, weights at their bits",
+    "executorch": "a file of torch.export with Q/DQ operators, and one for ExecuTorch on phones",
 }
 REQUIRED = ("name", "summary", "output", "check", "export", "compare")
 

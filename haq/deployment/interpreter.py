@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.deployment.graph import Window, max_pool, sum_pool
 from haq.deployment.lowering import integer_activations
+from haq.deployment.nodes import Taps, Window, max_pool, sum_pool, sum_ranges
 from haq.deployment.program import (
     Array,
     Codes,
@@ -21,29 +22,35 @@ from haq.deployment.program import (
     Epilogue,
     Fixed,
     FloatConvolution,
+    Lookup,
+    Move,
     Pool,
+    Product,
     Program,
     Quantize,
+    Resize,
+    Table,
     Value,
 )
+from haq.deployment.tables import to_codes
 from haq.store.units import percent
 from hw_models.tvm_cpu.conv import Conv, fma
 
 OUTPUT_SHARE = 0.02  # of the largest output: what may be between outputs that were computed from the same integers
 
 
-def check_images(images: Array, shape: tuple[int, int, int], taker: str = "the program takes images") -> None:
+def check_images(images: Array, shape: tuple[int, ...], taker: str = "the program takes images") -> None:
     """Raise ValueError unless images are what a network takes.
 
     Args:
         images: What was given.
-        shape: Channels, height and width of an image.
+        shape: Channels, height and width of an image; channels and length of a signal; or the size of a vector.
         taker: How the message begins.
 
     Raises:
         ValueError: Unless they are finite, float32 and (N, *shape).
     """
-    if images.ndim != 4 or images.shape[1:] != shape or images.dtype != np.float32:
+    if images.shape[1:] != tuple(shape) or images.dtype != np.float32:
         sizes = ", ".join(map(str, shape))
         raise ValueError(f"{taker} (N, {sizes}), not {images.dtype} of {images.shape}; they must be float32")
     if not np.isfinite(images).all():
@@ -58,7 +65,7 @@ def run(
 
     Args:
         program: The program.
-        images: Images (N, C, H, W).
+        images: Images (N, C, H, W), or signals (N, C, L), or vectors.
         given: Integers by the names of convolution steps, that layers compute with in place of those that reach them.
 
     Returns:
@@ -68,21 +75,38 @@ def run(
     Raises:
         ValueError: For images of another shape than the program's, not of float32, or with NaN or infinity in them.
     """
-    height, width, channels = program.values[program.input].shape
-    check_images(images, (channels, height, width))
-    held: dict[str, Array] = {program.input: np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
+    held, entered = _compute(program, images, given)
+    output = _first(held[program.output]).reshape(-1, *program.output_dims[1:])
+    return np.ascontiguousarray(output), entered
+
+
+def compute_values(program: Program, images: Array) -> dict[str, Array]:
+    """Compute all values of a program as they are stored, (N, *shape), by name; see `run`."""
+    return _compute(program, images, None)[0]
+
+
+def _compute(
+    program: Program, images: Array, given: Mapping[str, Array] | None
+) -> tuple[dict[str, Array], dict[str, NDArray[np.int32]]]:
+    check_images(images, program.input_dims[1:])
+    held: dict[str, Array] = {program.input: _stored(images, program.values[program.input])}
     entered: dict[str, NDArray[np.int32]] = {}
     for step in program.steps:
-        representation = program.values[step.input].representation
-        x = held[step.input]
-        if isinstance(representation, Codes):
-            x = x.astype(np.int32) - representation.zero
         if isinstance(step, Quantize):
             codes = program.values[step.output].representation
             assert isinstance(codes, Codes)
-            held[step.output] = _to_codes(x / np.float32(codes.scale), codes)
+            held[step.output] = to_codes(held[step.input] / np.float32(codes.scale), codes)
             continue
+        if isinstance(step, Move):
+            held[step.output] = _moved(step, held, program.values[step.output])
+            continue
+        if isinstance(step, Lookup):
+            for output, entries in zip(step.outputs, step.entries, strict=True):
+                held[output] = entries[held[step.input]]
+            continue
+        x = _integers(step.input, held, program.values)
         if isinstance(step, Convolution | FloatConvolution):
+            representation = program.values[step.input].representation
             if isinstance(representation, Codes):
                 entered[step.name] = _first(x)
                 if given is not None and step.name in given:
@@ -90,13 +114,53 @@ def run(
             sums = _layer_sums(step, x, representation)
         elif isinstance(step, Pool):
             sums = _pool_sums(step, x)
+        elif isinstance(step, Product):
+            sums = x.astype(np.float32) * _integers(step.other, held, program.values).astype(np.float32)
+        elif isinstance(step, Resize):
+            sums = _between_rows(step, x.astype(np.float32))
         else:
             sums = x
         _finish(step.epilogue, sums, held, program.values)
-    output = _first(held[program.output])
-    if output.shape[2:] == (1, 1):
-        output = output[:, :, 0, 0]
-    return np.ascontiguousarray(output), entered
+    return held, entered
+
+
+def _stored(images: Array, value: Value) -> Array:
+    """Return images with their channels last."""
+    height, width, channels = value.shape
+    return _last(images.reshape(-1, channels, height, width))
+
+
+def _integers(name: str, held: Mapping[str, Array], values: Mapping[str, Value]) -> Array:
+    """Return a value's integers, of codes without their zero; of Float the numbers."""
+    representation = values[name].representation
+    if isinstance(representation, Codes):
+        made: Array = held[name].astype(np.int32) - representation.zero
+        return made
+    return held[name]
+
+
+def _moved(step: Move, held: Mapping[str, Array], value: Value) -> Array:
+    zero: Any = 0
+    if isinstance(value.representation, Codes):
+        zero = to_codes(np.zeros(1), value.representation)[0]
+    count = len(held[step.inputs[0]])
+    dtype = np.dtype(value.representation.dtype)
+    parts = [held[name].reshape(count, -1) for name in step.inputs]
+    flat = np.concatenate([*parts, np.full((count, 1), zero, dtype)], 1)
+    return flat[:, step.index.reshape(-1)].reshape(count, *value.shape)
+
+
+def _between_rows(step: Resize, x: Array) -> Array:
+    """Interpolate bilinearly: along the rows' columns, then between the rows."""
+    weight = step.columns.weight.astype(np.float32)[:, None]
+    top = _between_columns(x[:, step.rows.first], step.columns, weight)
+    bottom = _between_columns(x[:, step.rows.second], step.columns, weight)
+    return fma(bottom - top, step.rows.weight.astype(np.float32)[:, None, None], top)
+
+
+def _between_columns(x: Array, columns: Taps, weight: Array) -> Array:
+    left = x[:, :, columns.first]
+    return fma(x[:, :, columns.second] - left, weight, left)
 
 
 def _layer_sums(step: Convolution | FloatConvolution, x: Array, representation: object) -> Array:
@@ -111,6 +175,12 @@ def _pool_sums(step: Pool, x: Array) -> Array:
     image = torch.from_numpy(_first(x).astype(np.float64))
     if step.kind == "max":
         return _last(max_pool(image, step.window, step.output_size).numpy())
+    if step.ranges is not None:
+        assert step.factors is not None
+        sums = _last(sum_ranges(image, step.ranges).numpy())
+        made: Array = sums.astype(np.float32) * step.factors[:, :, None]
+        return made
+    assert step.window is not None
     return _last(sum_pool(image, step.window, step.output_size).numpy())
 
 
@@ -133,26 +203,30 @@ def _convolve(conv: Conv, x: Array, weights: Array, dtype: torch.dtype) -> Array
 def _finish(epilogue: Epilogue, sums: Array, held: dict[str, Array], values: Mapping[str, Value]) -> None:
     v = fma(sums.astype(np.float32), epilogue.multiplier, epilogue.offset)
     for residual in epilogue.residuals:
-        v = fma(held[residual.value].astype(np.float32), residual.factor, v)
+        v = fma(_integers(residual.value, held, values).astype(np.float32), residual.factor, v)
+    if epilogue.slope is not None:
+        v = np.where(v >= 0, v, v * epilogue.slope)
+    if epilogue.table is not None:
+        v = apply_table(epilogue.table, v)
     v = v.clip(np.float32(epilogue.low), np.float32(epilogue.high))
     for output in epilogue.outputs:
         u = v * np.float32(output.factor)
         representation = values[output.value].representation
         if isinstance(representation, Codes):
-            held[output.value] = _to_codes(u, representation)
+            held[output.value] = to_codes(u, representation)
         elif isinstance(representation, Fixed):
             held[output.value] = np.rint(u).clip(-representation.limit, representation.limit).astype(np.int32)
         else:
             held[output.value] = u
 
 
-def _to_codes(ratio: Array, codes: Codes) -> Array:
-    if codes.bits == 1 and codes.signed:
-        q: Array = np.where(ratio >= 0, 1, -1)
-    else:
-        q = np.rint(ratio).clip(*codes.range)
-    made: Array = (q + codes.zero).astype(codes.dtype)
-    return made
+def apply_table(table: Table, v: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Compute a table's function as `program.Table` says."""
+    start, inverse = np.float32(table.start), np.float32(table.inverse)
+    i = np.floor(fma(v, inverse, start)).clip(0, table.segments - 1)
+    r = fma(v, inverse, (start - i).astype(np.float32))
+    constant, linear, square = table.coefficients[i.astype(np.int64)].transpose(-1, *range(v.ndim))
+    return fma(fma(square, r, linear), r, constant)
 
 
 @dataclass(frozen=True)
@@ -222,7 +296,8 @@ class Comparison:
 def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, NDArray[np.int32]]]:
     """Return the outputs of the fake-quantized network, and the integers that enter its layers, by the names of `run`.
 
-    The integers are in the layers' own shapes. For images of float64 all but the quantized weights is computed in float64.
+    The integers are in the layers' own shapes, with what `padding_mode` puts around them unless it is zeros. For images of
+    float64 all but the quantized weights is computed in float64.
     """
     network = Q.copy_network(network).eval()
     if images.dtype == torch.float64:
@@ -246,7 +321,10 @@ def fake_quantized(network: nn.Module, images: Tensor) -> tuple[Tensor, dict[str
             if calls > 1:
                 key = f"{name}@{calls}"
             real = layer.scheme.activation(layer, inputs[0], codes.bits)
-            entered[key] = (real / codes.scale).round().to(torch.int32).numpy()
+            made = (real / codes.scale).round()
+            if getattr(module, "padding_mode", "zeros") != "zeros":
+                made = F.pad(made, module._reversed_padding_repeated_twice, mode=module.padding_mode)  # type: ignore[arg-type]
+            entered[key] = made.to(torch.int32).numpy()
 
         layer.register_forward_pre_hook(before)
 

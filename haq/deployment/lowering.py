@@ -1,14 +1,14 @@
 """From the graph of a quantized network to its program of integers.
 
-Operations are put into groups that a step each does: a convolution with the batch norm, the addition and the ReLU behind it.
-Then, from the last to the first, every group asks those before it for what it reads; at last each writes its step.
+Operations are put into groups that a step each does (`haq.deployment.groups`). Then, from the last to the first, every group
+asks those before it for what it reads; at last each writes its step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.deployment.graph import Graph, Node, Shape, evaluate
+from haq.deployment.groups import Group, Grouping
+from haq.deployment.nodes import Graph, evaluate
 from haq.deployment.program import (
+    BYTE_BITS,
     Array,
     Codes,
     Convolution,
@@ -25,23 +27,26 @@ from haq.deployment.program import (
     Fixed,
     Float,
     FloatConvolution,
+    Lookup,
+    Move,
     Output,
     Pool,
+    Product,
     Program,
     Quantize,
     Representation,
     Residual,
+    Resize,
     Step,
     Sum,
     Value,
 )
+from haq.deployment.tables import entries, make_table
 from hw_models.tvm_cpu.conv import Conv
 
 # A value may become so many times larger than in calibration before Fixed clips it.
 HEADROOM = 8
 FIXED_LIMIT = 2**30
-ELEMENTWISE = ("batch_norm", "relu", "clamp", "add")
-LOWERED = (*ELEMENTWISE, "input", "conv", "linear", "max_pool", "avg_pool", "flatten", "output")
 
 
 def integer_weights(name: str, layer: Q.QuantLayer) -> tuple[NDArray[np.int8] | NDArray[np.int16], NDArray[np.float64], int]:
@@ -116,128 +121,6 @@ def lower(graph: Graph, network: nn.Module, calibrate: Tensor) -> Program:
     return _Lowering(graph, network, calibrate).program()
 
 
-@dataclass(eq=False)
-class _Group:
-    """An operation and those after it that its epilogue does: y multiplier + offset + residuals, then clipped."""
-
-    head: Node
-    sources: tuple[str, ...]  # of the head: names of groups
-    shape: Shape
-    multiplier: NDArray[np.float64]
-    offset: NDArray[np.float64]
-    value: str = ""  # the last operation's name, which is the group's
-    residuals: list[str] = field(default_factory=list)
-    low: float = -math.inf
-    high: float = math.inf
-    # What others want of it.
-    codes: list[Codes] = field(default_factory=list)
-    fixed_limit: int | None = None
-    wants_float: bool = False
-
-    def absorb(self, node: Node, sources: tuple[str, ...], known: Mapping[str, _Group]) -> bool:
-        """Do the work of one more operation, if it can be done here."""
-        clipped = self.low > -math.inf or self.high < math.inf
-        if node.kind in ("relu", "clamp"):
-            self.low = min(max(self.low, node.low), node.high)
-            self.high = min(max(self.high, node.low), node.high)
-        elif node.kind == "batch_norm" and not clipped and not self.residuals:
-            self._absorb_batch_norm(node)
-        elif node.kind == "add" and not clipped:
-            others = [source for source in sources if source != self.value]
-            if len(others) != 1 or others[0] not in known or known[others[0]].shape != self.shape:
-                return False
-            self.residuals.append(others[0])
-        else:
-            return False
-        self.value = node.name
-        return True
-
-    def _absorb_batch_norm(self, node: Node) -> None:
-        assert node.scale is not None
-        assert node.shift is not None
-        if len(node.scale) != len(self.multiplier):
-            raise ValueError(f"layer {node.module!r} can't be deployed: it is a batch norm of a flattened map")
-        self.multiplier = self.multiplier * node.scale
-        self.offset = self.offset * node.scale + node.shift
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything reads it."""
-        return bool(self.codes) or self.fixed_limit is not None or self.wants_float
-
-    @property
-    def pools_codes(self) -> bool:
-        """Whether the largest of codes can be taken in place of the codes of the largest: all want the same ones."""
-        alone = len(self.codes) == 1 and self.fixed_limit is None and not self.wants_float
-        return self.head.kind == "max_pool" and self.plain and alone
-
-    @property
-    def plain(self) -> bool:
-        """Whether nothing was absorbed."""
-        return self.value == self.head.name and self.head.kind not in ELEMENTWISE
-
-    @property
-    def multiplies(self) -> bool:
-        """Whether it begins with a layer that has weights."""
-        return self.head.kind in ("conv", "linear")
-
-
-def _groups(graph: Graph) -> tuple[dict[str, _Group], str]:
-    """Put the graph's operations into groups that a step each will do, in order; return them and the group of the output."""
-    for node in graph.nodes:
-        if node.kind not in LOWERED or node.ranges is not None or len(node.dims) == 3:
-            raise ValueError(f"layer {node.module!r} can't be deployed: operation {node.name} ({node.kind})")
-    sources, readers = _sources_and_readers(graph)
-    groups: dict[str, _Group] = {}
-    done: set[str] = set()
-    for node in graph.nodes:
-        if node.kind in ("flatten", "output") or node.name in done:
-            continue
-        group = _begin_group(node, sources[node.name], groups)
-        while len(after := readers.get(group.value, [])) == 1 and group.absorb(after[0], sources[after[0].name], groups):
-            done.add(group.value)
-        groups[group.value] = group
-    last = graph.nodes[-1]
-    result = groups[sources[last.name][0]]
-    if result.shape != last.shape:
-        raise ValueError("a network whose output is a flattened map can't be deployed")
-    result.wants_float = True
-    return groups, result.value
-
-
-def _sources_and_readers(graph: Graph) -> tuple[dict[str, tuple[str, ...]], dict[str, list[Node]]]:
-    """Tell what every operation reads and which ones read it, as if there were no flattens in between."""
-    flat: dict[str, str] = {}  # what is flattened, by the name of the flatten
-    readers: dict[str, list[Node]] = {}
-    sources: dict[str, tuple[str, ...]] = {}
-    for node in graph.nodes:
-        sources[node.name] = tuple(flat.get(name, name) for name in node.inputs)
-        if node.kind == "flatten":
-            flat[node.name] = sources[node.name][0]
-            continue
-        for name in sources[node.name]:
-            readers.setdefault(name, []).append(node)
-    return sources, readers
-
-
-def _begin_group(node: Node, sources: tuple[str, ...], groups: Mapping[str, _Group]) -> _Group:
-    """Begin a group with an operation that none before it could do."""
-    elementwise = node.kind in ELEMENTWISE
-    shape = node.shape
-    if elementwise:
-        # A map that is flattened in between still is one.
-        shape = groups[sources[0]].shape
-    group = _Group(node, sources, shape, np.ones(shape[2]), np.zeros(shape[2]), node.name)
-    if node.kind == "add":
-        first, second = sources
-        if groups[first].shape != groups[second].shape:
-            raise ValueError(f"operation {node.name!r} can't be deployed: it adds flattened maps of different shapes")
-        group.residuals.append(second)
-    elif elementwise:
-        group.absorb(node, sources, groups)
-    return group
-
-
 class _Lowering:
     def __init__(self, graph: Graph, network: nn.Module, calibrate: Tensor) -> None:
         everything = Q.quant_layers(network)
@@ -249,101 +132,205 @@ class _Lowering:
                 self.weights[name] = integer_weights(name, layer)
             if layer.activation_bits is not None:
                 self.codes[name] = integer_activations(name, layer)
-        self.groups, self.output = _groups(graph)
-        self.ends = graph.nodes[0].dims, graph.nodes[-1].dims
         with torch.no_grad():
             self.largest = {node.name: float(x.abs().max()) for node, x in evaluate(graph, self.layers, calibrate)}
+        grouping = Grouping(graph, self.largest)
+        self.groups, self.output = grouping.groups, grouping.output
+        self.ends = graph.nodes[0].dims, graph.nodes[-1].dims
         self.values: dict[str, Value] = {}
-        self.found: dict[tuple[str, Representation], str] = {}
+        self.found: dict[tuple[Group, Representation], str] = {}
+        self.fixed: dict[Group, Fixed] = {}
         self.calls: dict[str, int] = {}
 
     def program(self) -> Program:
-        for group in reversed(self.groups.values()):
+        for group in reversed(self.groups):
             if group.wanted:
                 self._ask(group)
+        self._fix()
         steps: list[Step] = []
-        for group in self.groups.values():
+        for group in self.groups:
             if group.wanted:
                 steps += self._steps(group)
         output = self.found[self.output, Float()]
         return Program(tuple(steps), self.values, _name("input", Float()), output, *self.ends)
 
-    def _ask(self, group: _Group) -> None:
+    # ------------------------------------------------------------------------------------------------------------ asking
+
+    def _ask(self, group: Group) -> None:
         """Ask the groups before for what this one reads."""
-        for name in group.residuals:
-            self._ask_fixed(name, FIXED_LIMIT)
-        if group.head.kind == "input":
-            return
-        source = self.groups[group.sources[0]]
-        if group.multiplies:
+        for residual in group.residuals:
+            self._ask_integers(residual, FIXED_LIMIT)
+        kind = group.head.kind
+        if kind == "move":
+            for source in group.sources:
+                self._ask_alike(group, source)
+        elif kind == "quantize":
+            _ask_codes(group.sources[0], quantizer_codes(group))
+        elif group.multiplies:
             codes = self.codes.get(group.head.module)
             if codes is None:
-                source.wants_float = True
-            elif codes not in source.codes:
-                source.codes.append(codes)
-        elif group.pools_codes:
-            source.codes += [codes for codes in group.codes if codes not in source.codes]
+                group.sources[0].wants_float = True
+            else:
+                _ask_codes(group.sources[0], codes)
+        elif group.pools_codes and not group.sources[0].quantizes:
+            for codes in group.codes:
+                _ask_codes(group.sources[0], codes)
         else:
-            area = 1
-            if group.head.kind == "avg_pool" and group.head.window is not None:
+            limit = FIXED_LIMIT
+            if kind == "avg_pool":
                 # The sum of a window must fit into 32 bits, too.
-                area = math.prod(group.head.window.kernel)
-            self._ask_fixed(group.sources[0], FIXED_LIMIT >> math.ceil(math.log2(area)))
+                limit >>= math.ceil(math.log2(_area(group)))
+            for source in group.sources:
+                self._ask_integers(source, limit)
 
-    def _ask_fixed(self, name: str, limit: int) -> None:
-        group = self.groups[name]
+    def _ask_alike(self, group: Group, source: Group) -> None:
+        """Ask for all that is wanted of a move."""
+        for codes in group.codes:
+            _ask_codes(source, codes)
+        if group.fixed_limit is not None:
+            self._ask_fixed(source, group.fixed_limit)
+        source.wants_float = source.wants_float or group.wants_float
+
+    def _ask_integers(self, group: Group, limit: int) -> None:
+        """Ask for integers: those that a quantizer between layers has, or Fixed."""
+        if group.quantizes:
+            group.is_read = True
+        else:
+            self._ask_fixed(group, limit)
+
+    def _ask_fixed(self, group: Group, limit: int) -> None:
         group.fixed_limit = min(group.fixed_limit or FIXED_LIMIT, limit)
 
-    def _steps(self, group: _Group) -> Iterator[Step]:
-        if group.head.kind == "input":
+    def _fix(self) -> None:
+        """Find the step of every Fixed value. Those that a move puts together have one: that of the largest."""
+        together: dict[Group, list[Group]] = {}
+        for group in self.groups:
+            if group.fixed_limit is not None:
+                together[group] = [group]
+        for group in together:
+            if group.head.kind != "move":
+                continue
+            for source in group.sources:
+                if together[source] is not together[group]:
+                    members = together[source] + together[group]
+                    together.update(dict.fromkeys(members, members))
+        for group, members in together.items():
+            limit = min(member.fixed_limit or FIXED_LIMIT for member in members)
+            self.fixed[group] = Fixed(max(self._fixed_step(member, limit) for member in members), limit)
+
+    def _fixed_step(self, group: Group, limit: int) -> float:
+        """Return the least step in which a group's values fit, with headroom, or 0 for a move, which has none of its own."""
+        if group.head.kind == "move":
+            return 0.0
+        largest = self.largest[group.value] or 1.0
+        if not math.isfinite(largest):
+            raise ValueError(f"operation {group.value!r} gives values that are not finite on the images of `calibrate`")
+        return float(2.0 ** math.ceil(math.log2(HEADROOM * largest / limit)))
+
+    # ----------------------------------------------------------------------------------------------------------- writing
+
+    def _steps(self, group: Group) -> Iterator[Step]:
+        kind = group.head.kind
+        if kind == "input":
             yield from self._input_steps(group)
+        elif kind == "move":
+            yield from self._move_steps(group)
+        elif kind == "quantize":
+            yield from self._quantizer_steps(group)
         elif group.multiplies:
             yield self._convolution(group)
-        elif group.pools_codes:
+        elif group.pools_codes and not group.sources[0].quantizes:
             (codes,) = group.codes
             yield self._pool(group, self.found[group.sources[0], codes], codes.scale)
-        elif group.head.kind in ELEMENTWISE:
-            value, step = self._fixed(group.sources[0])
-            yield Sum(group.value, value, self._epilogue(group, np.full(1, step)))
+        elif self._looks_up(group):
+            yield self._lookup(group)
         else:
-            value, step = self._fixed(group.sources[0])
-            yield self._pool(group, value, step)
+            value, step = self._integers(group.sources[0])
+            yield self._step(group, value, step)
 
-    def _input_steps(self, group: _Group) -> Iterator[Step]:
+    def _step(self, group: Group, value: str, step: float) -> Step:
+        """Write the step of a group that reads integers, whose unit is `step`."""
+        head = group.head
+        if head.kind in ("max_pool", "avg_pool"):
+            return self._pool(group, value, step)
+        if head.kind == "mul":
+            other, unit = self._integers(group.sources[1])
+            return Product(group.value, value, other, self._epilogue(group, np.full(1, step * unit)))
+        if head.kind == "resize":
+            assert head.rows is not None
+            assert head.columns is not None
+            return Resize(group.value, value, head.rows, head.columns, self._epilogue(group, np.full(1, step)))
+        return Sum(group.value, value, self._epilogue(group, np.full(1, step)))
+
+    def _input_steps(self, group: Group) -> Iterator[Step]:
         """Quantize the network's input for each layer that reads it, and hold what else is wanted of it."""
-        name = group.head.name
-        value = self._hold(name, group.shape, Float())
+        value = self._hold(group, group.head.name, Float())
         if group.plain:
             for codes in group.codes:
-                yield Quantize(f"quantize {codes.kind}", value, self._hold(name, group.shape, codes))
+                yield Quantize(f"quantize {codes.kind}", value, self._hold(group, group.head.name, codes))
             group.codes = []
             group.wants_float = False
         if group.wanted:
             yield Sum(group.value, value, self._epilogue(group, np.ones(1)))
 
-    def _pool(self, group: _Group, value: str, step: float) -> Pool:
-        window = group.head.window
-        assert window is not None
-        size = group.head.shape[:2]
-        if group.head.kind == "max_pool":
-            return Pool(group.value, "max", value, window, size, self._epilogue(group, np.full(1, step)))
-        mean = step / math.prod(window.kernel)
-        return Pool(group.value, "avg", value, window, size, self._epilogue(group, np.full(1, mean)))
+    def _move_steps(self, group: Group) -> Iterator[Step]:
+        """Move each representation that is wanted by itself: what is rounded is the same before and after."""
+        assert group.view is not None
+        index = group.view.stored.reshape(group.shape).astype(np.int32)
+        for representation in self._wanted(group):
+            inputs = tuple(self.found[source, representation] for source in group.sources)
+            value = self._hold(group, group.value, representation)
+            yield Move(value, inputs, index, value)
 
-    def _convolution(self, group: _Group) -> Convolution | FloatConvolution:
+    def _quantizer_steps(self, group: Group) -> Iterator[Step]:
+        """Write what is wanted of a quantizer between layers beside its integers, which the step before has written."""
+        own = quantizer_codes(group)
+        value = self.found[group.sources[0], own]
+        self.found[group, own] = value
+        group.codes = [codes for codes in group.codes if codes != own]
+        if group.codes or group.fixed_limit is not None or group.wants_float:
+            yield Sum(group.value, value, self._epilogue(group, np.full(1, own.scale)))
+
+    def _looks_up(self, group: Group) -> bool:
+        """Say whether a group is a function of so few different integers that there can be an entry for each."""
+        source = group.sources[0]
+        return group.head.kind == "function" and source.quantizes and quantizer_codes(source).bits <= BYTE_BITS
+
+    def _lookup(self, group: Group) -> Lookup:
+        source = group.sources[0]
+        codes = quantizer_codes(source)
+        wanted = self._wanted(group)
+        outputs = tuple(self._hold(group, group.value, representation) for representation in wanted)
+        made = tuple(entries(group.head, codes, group.low, group.high, representation) for representation in wanted)
+        return Lookup(group.value, self.found[source, codes], outputs, made)
+
+    def _pool(self, group: Group, value: str, step: float) -> Pool:
+        head = group.head
+        size = _size(group)
+        if head.kind == "max_pool":
+            return Pool(group.value, "max", value, head.window, size, self._epilogue(group, np.full(1, step)))
+        if head.ranges is not None:
+            epilogue = self._epilogue(group, np.full(1, step))
+            factors = (1 / head.ranges.divisors).astype(np.float32)
+            return Pool(group.value, "avg", value, None, size, epilogue, head.ranges, factors)
+        assert head.window is not None
+        mean = step / math.prod(head.window.kernel)
+        return Pool(group.value, "avg", value, head.window, size, self._epilogue(group, np.full(1, mean)))
+
+    def _convolution(self, group: Group) -> Convolution | FloatConvolution:
         name = group.head.module
         layer = self.layers[name]
-        source = self.groups[group.sources[0]]
+        source = group.sources[0]
         codes = self.codes.get(name)
         step = self._step_name(name)
         bias = _bias(layer)
-        value = self.found[source.value, codes or Float()]
+        value = self.found[source, codes or Float()]
         if name not in self.weights:
             real = layer.quantized_weight().detach().float().contiguous().numpy()
-            conv, floats = _sizes(group.head, source.shape, real)
+            conv, floats = _sizes(group, real)
             return FloatConvolution(step, name, value, conv, floats, self._epilogue(group, np.ones(1), bias))
         integers, scale, bits = self.weights[name]
-        conv, weights = _sizes(group.head, source.shape, integers)
+        conv, weights = _sizes(group, integers)
         assert codes is not None
         epilogue = self._epilogue(group, scale * codes.scale, bias)
         return Convolution(step, name, value, conv, bits, codes.bits, codes.signed, weights, epilogue)
@@ -355,54 +342,101 @@ class _Lowering:
             return layer
         return f"{layer}@{self.calls[layer]}"
 
-    def _epilogue(self, group: _Group, scale: NDArray[np.float64], bias: NDArray[np.float64] | float = 0.0) -> Epilogue:
+    def _epilogue(self, group: Group, scale: NDArray[np.float64], bias: NDArray[np.float64] | float = 0.0) -> Epilogue:
         """Make the end of a group's step; `scale` is what one of the head's sums is worth."""
         wanted = self._wanted(group)
         unit = wanted[0].unit
+        before = unit  # of v, in front of a table
+        table = None
+        if group.function is not None:
+            before = 1.0
+            table = make_table(group.function, group.given, HEADROOM, unit)
         residuals = []
-        for name in group.residuals:
-            value, step = self._fixed(name)
-            residuals.append(Residual(value, float(np.float32(step / unit))))
+        for residual in group.residuals:
+            value, step = self._integers(residual)
+            residuals.append(Residual(value, float(np.float32(step / before))))
         outputs = []
         for representation in wanted:
-            value = self._hold(group.value, group.shape, representation)
+            value = self._hold(group, group.value, representation)
             outputs.append(Output(value, float(np.float32(unit / representation.unit))))
+        slope = None
+        if group.slope is not None:
+            slope = group.slope.astype(np.float32)
         return Epilogue(
-            (scale * group.multiplier / unit).astype(np.float32),
-            ((bias * group.multiplier + group.offset) / unit).astype(np.float32),
+            (scale * group.multiplier / before).astype(np.float32),
+            ((bias * group.multiplier + group.offset) / before).astype(np.float32),
             tuple(residuals),
             # As torch divides what it clipped: where many values are exactly a bound, all of them round as they do there.
             float(np.float32(group.low) / np.float32(unit)),
             float(np.float32(group.high) / np.float32(unit)),
             tuple(outputs),
+            slope,
+            table,
         )
 
-    def _wanted(self, group: _Group) -> list[Representation]:
+    def _wanted(self, group: Group) -> list[Representation]:
         """List the representations that others want of a group."""
         wanted: list[Representation] = [*group.codes]
         if group.fixed_limit is not None:
-            largest = self.largest[group.value] or 1.0
-            if not math.isfinite(largest):
-                raise ValueError(f"operation {group.value!r} gives values that are not finite on the images of `calibrate`")
-            wanted.append(Fixed(2.0 ** math.ceil(math.log2(HEADROOM * largest / group.fixed_limit)), group.fixed_limit))
+            wanted.append(self.fixed[group])
         if group.wants_float:
             wanted.append(Float())
         return wanted
 
-    def _fixed(self, group: str) -> tuple[str, float]:
-        """Return a group's Fixed value, and its step."""
-        for (name, representation), value in self.found.items():
-            if name == group and isinstance(representation, Fixed):
-                return value, representation.step
-        raise AssertionError(f"{group} was not asked for Fixed")
+    def _integers(self, group: Group) -> tuple[str, float]:
+        """Return a group's integers, and what one is worth."""
+        if group.quantizes:
+            codes = quantizer_codes(group)
+            return self.found[group, codes], codes.scale
+        fixed = self.fixed[group]
+        return self.found[group, fixed], fixed.step
 
-    def _hold(self, group: str, shape: Shape, representation: Representation) -> str:
-        name = _name(group, representation)
+    def _hold(self, group: Group, name: str, representation: Representation) -> str:
+        name = _name(name, representation)
         while name in self.values:  # codes of the same width but another scale
             name += "'"
-        self.values[name] = Value(representation, shape)
+        self.values[name] = Value(representation, group.shape)
         self.found[group, representation] = name
         return name
+
+
+def quantizer_codes(group: Group) -> Codes:
+    """Return the integers of a quantizer between layers, which has 2^bits of them, or one less that lie evenly around zero.
+
+    Raises ValueError, naming it, where it has another number of them.
+    """
+    node = group.head
+    assert node.scale is not None
+    count = int(node.high - node.low) + 1
+    if node.zero_point == 0 and node.low == -node.high and count + 1 in (4, 8, 16, 32, 64, 128, 256):
+        return Codes(float(node.scale), count.bit_length(), signed=True)
+    bits = count.bit_length() - 1
+    if count != 2**bits or bits > 2 * BYTE_BITS:
+        raise ValueError(
+            f"layer {node.module!r} can't be deployed: it quantizes to {count} integers, not to 2, 4, 8, ... or 65536"
+        )
+    zero_point = node.zero_point - int(node.low)
+    if zero_point == 2 ** (bits - 1) and bits <= BYTE_BITS and node.low < 0:
+        return Codes(float(node.scale), bits, signed=True, narrow=False)
+    return Codes(float(node.scale), bits, signed=False, zero_point=zero_point)
+
+
+def _ask_codes(group: Group, codes: Codes) -> None:
+    if codes not in group.codes:
+        group.codes.append(codes)
+
+
+def _size(group: Group) -> tuple[int, int]:
+    return group.head.shape[:2]
+
+
+def _area(group: Group) -> int:
+    """Return how many values an average pooling adds up at most."""
+    ranges = group.head.ranges
+    if ranges is not None:
+        return int(np.diff(ranges.rows).max() * np.diff(ranges.columns).max())
+    assert group.head.window is not None
+    return math.prod(group.head.window.kernel)
 
 
 def _bias(layer: Q.QuantLayer) -> NDArray[np.float64]:
@@ -416,15 +450,20 @@ def _name(group: str, representation: Representation) -> str:
     return f"{group}:{representation.kind}"
 
 
-def _sizes(node: Node, source: Shape, weights: Array) -> tuple[Conv, Array]:
+def _sizes(group: Group, weights: Array) -> tuple[Conv, Array]:
     """Return a layer's convolution on one image, and its weights in our order: (C_out, C_in / groups, kh, kw)."""
-    height, width, channels = source
+    node = group.head
+    height, width, channels = group.sources[0].shape
     try:
         if node.kind == "linear":
+            columns = group.columns
+            if columns is None:
+                columns = np.arange(weights.shape[1])
             # torch flattens with the channels first, here they are last.
-            columns = np.arange(height * width * channels).reshape(channels, height, width).transpose(1, 2, 0).reshape(-1)
             weights = np.ascontiguousarray(weights[:, columns, None, None])
             return Conv(len(columns), len(weights), (1, 1), (1, 1)), weights
+        if weights.ndim == 3:  # of a Conv1d
+            weights = weights[:, :, None]
         window = node.window
         assert window is not None
         sizes = (window.kernel, window.stride, window.padding, window.dilation, window.groups)

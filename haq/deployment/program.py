@@ -308,8 +308,8 @@ class Product:
 class Resize:
     """Bilinear interpolation of Fixed or Codes, in float32, each operation rounded once.
 
-    With the rows y0, y1 between which output row y lies (`rows.first`, `rows.second`), its weight wy, `rows.weight` in float32,
-    and columns likewise:
+    With the rows y0 and y1 between which output row y lies (`rows.first`, `rows.second`), its weight wy (`rows.weight`, in
+    float32), and columns likewise:
 
         top = fma(x[y0, x1] - x[y0, x0], wx, x[y0, x0]);   bottom = fma(x[y1, x1] - x[y1, x0], wx, x[y1, x0])
         acc = fma(bottom - top, wy, top)

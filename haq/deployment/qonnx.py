@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
+from haq.deployment.nodes import is_own
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import IR_VERSION, Array, GraphWriter
 from haq.deployment.onnx_verify import CHECKED, INPUT, Runner, Verification, compare
 from haq.deployment.program import Codes
@@ -89,35 +94,51 @@ def _runner(model: Any) -> Runner:
 
 
 class _Writer(GraphWriter):
-    """Writes quantized layers with Quant and BipolarQuant, and all else in the form that tools of FPGAs take."""
+    """Writes quantizers with Quant and BipolarQuant, and all else in the form that tools of FPGAs take."""
+
+    def __init__(self, graph: Graph, network: nn.Module) -> None:
+        super().__init__(graph, network)
+        self.known = {node.name: node for node in graph.nodes}
+        self.readers = Counter(name for node in graph.nodes for name in node.inputs)
 
     def model(self, batch: int | str, further: tuple[Any, ...] = ()) -> Any:
         """Write everything; see `GraphWriter.model`. No Identity stands behind the last operation."""
-        made = super().model(batch, further)
-        *_, last = made.graph.node
+        for node in self.graph.nodes[1:]:
+            with torch.no_grad():
+                self.write(node)
+        last = self.nodes[-1]
         (result,) = last.input
-        if result == "input":
-            return made
-        made.graph.node.remove(last)
-        for node in made.graph.node:
-            for names in (node.input, node.output):
-                for place, name in enumerate(names):
-                    if name == result:
-                        names[place] = last.output[0]
-        return made
+        if result != "input":
+            self.nodes.remove(last)
+            for node in self.nodes:
+                for names in (node.input, node.output):
+                    names[:] = ["output" if name == result else name for name in names]
+        self._drop_unread()
+        return self.assemble(batch, further)
 
-    def write(self, node: Node) -> None:
-        """Write what a node of the graph computes."""
-        if node.kind == "avg_pool" and self._is_global(node):
-            self.op("GlobalAveragePool", list(node.inputs), node.name)
+    def _drop_unread(self) -> None:
+        """Leave out operators and constants that nobody reads: clamps that quantizers do, and moves that layers do."""
+        read = {"output"}
+        kept = []
+        for node in reversed(self.nodes):
+            if node.output[0] in read:
+                read.update(node.input)
+                kept.append(node)
+        self.nodes = kept[::-1]
+        self.constants = {name: value for name, value in self.constants.items() if name in read}
+
+    # ------------------------------------------------------------------------------------------------------- operations
+
+    def _write_avg_pool(self, node: Node, inputs: list[str]) -> None:
+        if self.is_global(node):
+            self.op("GlobalAveragePool", inputs, node.name)
         else:
-            super().write(node)
+            super()._write_avg_pool(node, inputs)
 
-    def _is_global(self, node: Node) -> bool:
-        """Tell whether a pooling is over the whole map."""
-        assert node.window is not None
-        whole = node.window.kernel == self.shapes[node.inputs[0]][:2]
-        return whole and node.shape[:2] == (1, 1) and node.window.padding == (0, 0)
+    def _write_quantize(self, node: Node, inputs: list[str]) -> None:
+        codes = codes_of(node)
+        source = self._before_quantizer(inputs[0], node.name, codes)
+        self._quant(source, node.name, self.constant(f"{node.name}:scale", codes.scale), codes, codes.narrow and codes.signed)
 
     def layer(self, node: Node) -> None:
         """Write a convolution or linear layer.
@@ -126,25 +147,24 @@ class _Writer(GraphWriter):
         """
         name, linear = node.module, node.kind == "linear"
         layer = self.layers[name]
-        (source,) = node.inputs
         step = self.call(name)
         factor = np.ones(1, np.float32)
+        codes = None
         if layer.activation_bits is not None:
             codes = integer_activations(name, layer)
-            source = self._activation(step, source, codes)
             if _is_sign(codes):
                 factor = factor * np.float32(codes.scale)
         weight, scale_of_signs = self._weight(step, name, layer, linear)
         factor = factor * scale_of_signs
-        bias = layer.effective_bias()
-        inputs = [source, weight]
+        inputs = [self._enter(node, step, codes), weight]
         further: list[tuple[str, str]] = []  # operators that follow, with their constants
         if (factor != 1).any():
-            further.append(("Mul", self.constant(f"{step}:scale_of_signs", _along_channels(factor, linear))))
+            further.append(("Mul", self.constant(f"{step}:scale_of_signs", _along_channels(factor, node))))
+        bias = layer.effective_bias()
         if bias is not None:
             numbers = bias.detach().float().numpy()
             if linear or further:
-                further.append(("Add", self.constant(f"{name}.bias", _along_channels(numbers, linear))))
+                further.append(("Add", self.constant(f"{name}.bias", _along_channels(numbers, node))))
             else:
                 inputs.append(self.constant(f"{name}.bias", numbers))
         between = [f"{node.name}:sums", f"{node.name}:scaled"][: len(further)]
@@ -157,10 +177,37 @@ class _Writer(GraphWriter):
         for place, (operator, constant) in enumerate(further):
             self.op(operator, [made[place], constant], made[place + 1])
 
-    def _activation(self, step: str, source: str, codes: Codes) -> str:
-        """Write what enters a layer: codes times their scale."""
-        scale = self.constant(f"{step}:input_scale", codes.scale)
-        return self._quant(source, f"{step}{INPUT}", scale, codes, codes.narrow and codes.signed)
+    # -------------------------------------------------------------------------------------------------------- quantizers
+
+    def _enter(self, node: Node, step: str, codes: Codes | None) -> str:
+        """Write what enters a layer: codes times their scale, and behind them what the layer does to its own input."""
+        own = []
+        source = self.known[node.inputs[0]]
+        while source.kind == "move" and is_own(source.module, node.module):
+            own.append(source)
+            source = self.known[source.inputs[0]]
+        made = source.name
+        if codes is not None:
+            scale = self.constant(f"{step}:input_scale", codes.scale)
+            made = self._before_quantizer(made, step, codes)
+            made = self._quant(made, f"{step}{INPUT}", scale, codes, codes.narrow and codes.signed)
+        for move in reversed(own):
+            moved = f"{step}:{move.name}"
+            write_move(self, move, [made], moved)
+            made = moved
+        return made
+
+    def _before_quantizer(self, name: str, step: str, codes: Codes) -> str:
+        """Return the tensor that a quantizer reads.
+
+        FINN makes one node of a ReLU and the quantizer behind it, and takes the ReLU away from whoever else reads it: so each
+        quantizer gets one of its own. A clamp is a ReLU in front of a quantizer that ends before the clamp does; neither FINN
+        nor hls4ml has a clamp.
+        """
+        node = self.known[name]
+        if not is_relu_for(node, codes) or (node.high == math.inf and self.readers[name] == 1):
+            return name
+        return self.op("Relu", list(node.inputs), f"{step}:relu")
 
     def _weight(self, step: str, name: str, layer: Q.QuantLayer, linear: bool) -> tuple[str, Array]:
         """Write a layer's weights, those of a linear layer transposed.
@@ -206,18 +253,31 @@ class _Writer(GraphWriter):
         return self.op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
 
 
+def codes_of(node: Node) -> Codes:
+    """Return the integers of a quantizer between layers."""
+    assert node.scale is not None
+    signed = node.low < 0
+    bits = int(node.high - node.low).bit_length()
+    return Codes(float(node.scale), bits, signed, narrow=signed and node.low > -(2 ** (bits - 1)), zero_point=node.zero_point)
+
+
+def is_relu_for(node: Node, codes: Codes) -> bool:
+    """Tell whether a quantizer can't tell a clamp from a ReLU: it starts at 0 and ends behind the quantizer's integers."""
+    if node.kind not in ("relu", "clamp") or node.low != 0 or codes.signed or codes.zero_point:
+        return False
+    return node.high > (codes.range[1] - 0.5) * codes.scale
+
+
 def _is_sign(codes: Codes) -> bool:
     """Tell whether numbers are -1 and 1."""
     return codes.bits == 1 and codes.signed
 
 
-def _along_channels(values: Array, linear: bool) -> Array:
-    """Shape one value, or one per channel, to broadcast against vectors (N, C) or maps (N, C, H, W)."""
+def _along_channels(values: Array, node: Node) -> Array:
+    """Shape one value, or one per channel, to broadcast against a layer's result."""
     if len(values) == 1:
         return values.reshape(())
-    if linear:
-        return values
-    return values.reshape(-1, 1, 1)
+    return values.reshape(-1, *[1] * (len(node.dims) - 2))
 
 
 class QonnxExporter(Exporter):
@@ -230,6 +290,10 @@ class QonnxExporter(Exporter):
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
+
+    def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the layer, for what has no nodes; see `Exporter.check_operations`."""
+        _Writer(graph, network).model(1)
 
     def export(
         self,

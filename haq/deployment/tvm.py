@@ -220,7 +220,11 @@ class _Writer:
         of_epilogue: builder.Epilogue | None = epilogue
         constants |= _factors(epilogue, source.shape, step.epilogue)
         codes = self.values[step.input].representation
-        if step.kind == "max" and isinstance(codes, Codes) and [self.values[o.value].representation for o in wanted] == [codes]:
+        if (
+            step.kind == "max"
+            and isinstance(codes, Codes)
+            and [self.values[o.value].representation for o in wanted] == [codes]
+        ):
             # The largest of codes is a code.
             of_epilogue = None
             constants = {}
@@ -551,7 +555,9 @@ def compile_program(
     for name, expected in planned.constants.items():
         if deployed.arena(name).tobytes() != expected.tobytes():
             (folder / DESCRIPTION).unlink()
-            raise ValueError(f"{folder} isn't a network: its constants {name!r} are unpacked as others; this is a mistake of haq's")
+            raise ValueError(
+                f"{folder} isn't a network: its constants {name!r} are unpacked as others; this is a mistake of haq's"
+            )
     return deployed
 
 
@@ -601,9 +607,7 @@ def _function(
     return b.function(symbol, arguments, body)
 
 
-def _unpack(
-    b: builder.Builder, part: Part, views: dict[str, Any], packed: Any, stored: Mapping[str, packing.Stored]
-) -> None:
+def _unpack(b: builder.Builder, part: Part, views: dict[str, Any], packed: Any, stored: Mapping[str, packing.Stored]) -> None:
     """Write the code that makes a part's constants.
 
     Args:
@@ -830,11 +834,15 @@ class TvmExporter(Exporter):
     name = "tvm"
     summary = SUMMARIES["tvm"]
     output = "deployed"
-    options = ("threads", "target", "cold")
+    options = ("threads", "target", "cold", "residuals")
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless quantized layers compute with integers times a scale."""
         check_integers(network)
+
+    def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the layer, for what has no integer program; see `Exporter.check_operations`."""
+        lower(graph, network, images)
 
     def export(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+import quantizers as Q
 from haq.data.dataset import Split
 from haq.data.labels import class_numbers, native
 from haq.data.memory import allowed_bytes
@@ -81,6 +82,15 @@ def check_quantization(correction: Any, rounding: Any) -> None:
         raise ValueError(f"unknown correction {correction!r}; it can be {', '.join(map(repr, CORRECTIONS))}, or None")
     if rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {rounding!r}; it can be {', '.join(map(repr, ROUNDINGS))}")
+
+
+def check_residuals(residuals: Any) -> int | None:
+    """Return the bits of what additions and average pools take, None for float. Raises ValueError for any other width."""
+    if residuals in (None, "float"):
+        return None
+    if isinstance(residuals, bool) or str(residuals) != str(Q.MAX_BITS):
+        raise ValueError(f"residuals is {residuals!r}; it can be {Q.MAX_BITS}, or 'float', which None is too")
+    return Q.MAX_BITS
 
 
 def _check_network(network: nn.Module) -> None:

@@ -29,6 +29,7 @@ from haq.problem.batches import (
     check_arguments,
     check_dense,
     check_quantization,
+    check_residuals,
     check_target,
     gathered,
     gathered_calibration,
@@ -99,6 +100,7 @@ class Problem:
         workload: Its layers.
         schemes: The quantization scheme of every layer, by name; it obeys the target's capabilities.
         roundings: How the weights of every layer are rounded, "nearest" or "gptq", by name.
+        residuals: The bits of what additions and average pools take; None where that stays in float.
         target: The hardware target.
         table: Its cost table for the workload.
         cost: Costs in the metric's unit, shape (layers, 10, 10), indexed [layer, place of the weights' width, place of the
@@ -126,6 +128,7 @@ class Problem:
         float_seconds: How long that took.
     """
 
+    residuals: int | None = None
     _several: tuple[Programme | None, list[Decision], tuple[Limit, ...]] = (None, [], ())
 
     def __init__(
@@ -153,6 +156,7 @@ class Problem:
         max_drop: float | None = None,
         at_least: float | str | None = None,
         tradeoff: str | tuple[float, float] | None = None,
+        residuals: int | str | None = None,
         on_progress: OnProgress = no_progress,
     ) -> None:
         """Trace and price a network, calibrate its quantizers, and evaluate it in float.
@@ -204,6 +208,8 @@ class Problem:
             at_least: The same with the value that the objective must have: 0.92 or "92%" of a share.
             tradeoff: Look for the largest value x (cost / budget)^w, MnasNet's objective: "soft", "hard" or the exponents
                 (within the budget, beyond it).
+            residuals: The width of what additions and average pools take: 8, or "float", which None is too
+                (`quantizers.insert_residual_quantizers`). The float network, which policies are held against, has none.
             on_progress: Told how many of how many steps of calibration are done.
 
         Raises:
@@ -212,6 +218,7 @@ class Problem:
         """
         check_arguments(network, target, metric, bits, pinned)
         check_quantization(correction, rounding)
+        self.residuals = check_residuals(residuals)
         allowed_bytes(memory, "`memory`")
         if forward is not None and not callable(forward):
             raise TypeError(f"forward is {forward!r}; it must be a function of (network, batch), or None")
@@ -231,6 +238,9 @@ class Problem:
             _check_same_kind(self.calibration, example, network)
         else:
             _check_forward(forward, self.calibration[0], network)
+        to_quantize = network
+        if self.residuals is not None:
+            to_quantize = Q.insert_residual_quantizers(network, self.calibration, forward=forward)
         self.goal = read_goal(self.objective, max_drop, at_least, tradeoff)
         self._budgets = self._asked(budget, metric)
         self.metric = self._main_metric(metric)
@@ -258,7 +268,7 @@ class Problem:
         self.roundings = roundings_by_layer(rounding, self.schemes, self.workload, count)
         with evaluation_mode(network):
             qnetwork = Q.quantize(
-                network,
+                to_quantize,
                 calibration_policy(self.schemes),
                 scheme=self.schemes,
                 calibrate=self.calibration,
@@ -332,6 +342,8 @@ class Problem:
             "objective": f"{self.objective.words}{self.count_words(', on ')}",
             "float network": show(self.float_accuracy, self.objective.unit),
         }
+        if self.residuals is not None:
+            rows["residuals"] = self.residuals_words
         if self.workload.unpriced:
             rows["not priced"] = self.workload.unpriced_words
         return html_table("Problem", ("", ""), rows.items())
@@ -651,6 +663,14 @@ class Problem:
         if self.bits[1] <= 8:
             words = f"1:{self.bits[1]}"
         return f"; bits {words} would reach {at_one_bit:.3f}"
+
+    @property
+    def residuals_words(self) -> str:
+        """Say how wide what additions and average pools take is, and how many tensors that are."""
+        if self.residuals is None:
+            return "float"
+        count = len(Q.residual_quantizers(self.evaluator.network))
+        return f"{self.residuals} bits at the operands of additions and the inputs of average pools, {count} tensors"
 
     @property
     def network_words(self) -> str:

@@ -86,6 +86,8 @@ def _verdict(run: RunFolder, result: ResultRecord) -> str:
         if len(result.all_budgets) > 1:
             of_what = f" of {metric_words(budget.metric)}"
         sentences.append(f"The budget of {amount(budget.limit, budget.metric)}{of_what} {verdict}.")
+    if result.residuals is not None:
+        sentences.append(f"Additions and average pools take {result.residuals} bits, in all that was evaluated.")
     sentences += _goal_sentences(result)
     if result.shared is not None:
         sentences.append(f"By {result.shared.words}.")

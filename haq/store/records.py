@@ -1294,6 +1294,7 @@ class ResultRecord(FileRecord, JudgingRecord):
     contribution: ContributionRecord | None = None  # of the agent, if the solver is one
     seed: int
     scheme: str = "linear"
+    residuals: Literal[8] | None = None  # the bits of what additions and average pools take; None for float
     objective: str
     objective_is: str
     finetune_steps: Count = 0

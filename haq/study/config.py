@@ -49,6 +49,8 @@ METHODS = ("train", "ptq")  # of fine-tuning
 AGENTS = ("ddpg", "td3", "sac")  # that can be pretrained
 OF_TRAINING = ("epochs", "learning_rate", "amp", "optimizer", "schedule", "patience")  # options of the first of them
 NONE = "none"  # no correction
+FLOAT = "float"
+RESIDUALS = ("8", FLOAT)  # widths of what enters additions and average poolings
 # How runs were quantized before these settings were there: such a run goes on as it began.
 BEFORE = {"correction": NONE, "rounding": "nearest"}
 # Settings that files have only where they were given, since most runs do without.
@@ -263,6 +265,13 @@ class SearchConfig(_Config):
         metavar="NAME",
         names=lambda: (*CORRECTIONS, NONE),
     )
+    residuals: str = setting(
+        FLOAT,
+        "of what additions and average poolings take: 8 bits, as runtimes want it that compute these in integers, or float",
+        group=SEARCHED,
+        metavar="WIDTH",
+        names=lambda: RESIDUALS,
+    )
     solver: str = setting(
         "ddpg",
         "a name as `haq list solvers` shows them, or module:Name",
@@ -434,6 +443,13 @@ class SearchConfig(_Config):
             raise ValueError(f"unknown correction {name!r}; it can be {', '.join((*CORRECTIONS, NONE))}")
         return name
 
+    @field_validator("residuals")
+    @classmethod
+    def _check_residuals(cls, width: str) -> str:
+        if width not in RESIDUALS:
+            raise ValueError(f"--residuals is {files.quoted(width)}; it can be {' or '.join(RESIDUALS)}")
+        return width
+
     @field_validator("device")
     @classmethod
     def _check_device(cls, name: str) -> str:
@@ -600,6 +616,8 @@ class SearchConfig(_Config):
             # A drop of 0 is one, though 0 equals False.
             if found[name] is None or found[name] is False:
                 del found[name]
+        if found["residuals"] == FLOAT:
+            del found["residuals"]
         return found
 
     def budgets(self) -> dict[str, str]:
@@ -833,6 +851,7 @@ class SweepConfig(_Config):
         "scheme",
         "rounding",
         "correction",
+        "residuals",
         "objective",
         "eps",
         "metric",

@@ -266,6 +266,8 @@ def collect(
     entries = goal_entries(task, policy)
     if choice is not None:
         entries["choice"] = choice_entry(problem, choice)
+    if problem.residuals is not None:
+        entries["residuals"] = problem.residuals
     answers = answers_entry(of_found, by_sample)
     if answers is not None:
         entries["answers"] = answers

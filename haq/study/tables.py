@@ -99,6 +99,7 @@ def print_plan(
         "bits": _bits_words(problem),
         "scheme": scheme_words(problem),
         "weights": rounding_words(problem, task.config.correction),
+        **residuals_words(problem),
         "solver": _solver_words(task),
         "evaluations": _evaluations_words(task, workers),
         "spent on": "\n".join(_spending_lines(task)),
@@ -228,6 +229,13 @@ def rounding_words(problem: Problem, correction: str) -> str:
     if correction == NONE:
         return f"{words}; biases are not corrected"
     return f"{words}; biases get the {correction} correction"
+
+
+def residuals_words(problem: Problem) -> dict[str, str]:
+    """Say how wide what additions and average pools take is, by the name of a plan's row; nothing for float."""
+    if problem.residuals is None:
+        return {}
+    return {"residuals": problem.residuals_words}
 
 
 def _widths_without_integers(problem: Problem, lacking: set[str]) -> dict[str, list[int]]:

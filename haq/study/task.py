@@ -39,7 +39,7 @@ from haq.solvers.spending import proposed
 from haq.store.files import MOST_JSON, PROBLEM_SCHEMA, SENSITIVITY, check_file
 from haq.store.records import UNIFORM_8, ObjectiveRecord
 from haq.store.units import finite
-from haq.study.config import ADAROUND, BEFORE, LINEAR, NONE, SearchConfig
+from haq.study.config import ADAROUND, BEFORE, FLOAT, LINEAR, NONE, SearchConfig
 from haq.training.adversaries import Adversary
 from haq.training.finetuning import classes_of
 from haq.training.goals import UserLoss
@@ -47,7 +47,7 @@ from haq.training.reconstruction import Reconstructed
 from haq.version import __version__
 from hw_models.registry import import_by_name
 from hw_models.storage import BITS
-from hw_models.widths import FLOAT
+from hw_models.widths import FLOAT as FLOAT_WIDTH
 from quantizers.calling import Forward, inputs_of, leaves
 from quantizers.observers import OnProgress, no_progress
 
@@ -134,17 +134,20 @@ class LoadedNetwork:
                 return
 
     def quantized(self, policy: Q.BitPolicy, schemes: Mapping[str, Q.Scheme]) -> nn.Module:
-        """Quantize the network as the search does: with the same calibration, correction and rounding."""
+        """Quantize the network as the search does: with the same calibration, correction, rounding and residuals."""
         images = self.calibration()
         workload = self.traced(images)
+        module = self.network.module
+        if self.config.residuals != FLOAT:
+            module = Q.insert_residual_quantizers(module, images, **self.called_by())
         return Q.quantize(
-            self.network.module,
+            module,
             policy,
             scheme=schemes,
             calibrate=images,
             correction=correction_of(self.config),
             rounding=roundings_by_layer(self.config.searched_rounding, schemes, workload, _count(images)),
-            **self._forward(),
+            **self.called_by(),
         ).eval()
 
     def traced(self, calibration: Any) -> hw_models.Workload:
@@ -156,7 +159,7 @@ class LoadedNetwork:
             return hw_models.trace(self.network.module, first, forward=self.network.forward)
         return hw_models.trace(self.network.module, inputs_of(first, self.network.module))
 
-    def _forward(self) -> dict[str, Any]:
+    def called_by(self) -> dict[str, Any]:
         """Return the arguments that say how the network is called, if that isn't by its inputs."""
         if self.network.forward is None:
             return {}
@@ -236,8 +239,9 @@ class SearchTask(LoadedNetwork):
             tune=tuning,
             correction=correction_of(config),
             rounding=config.searched_rounding,
+            residuals=config.residuals,
             on_progress=on_progress,
-            **loaded._forward(),
+            **loaded.called_by(),
         )
         if config.evaluations is None:
             config = config.replace(evaluations=proposed(problem))
@@ -347,6 +351,8 @@ class SearchTask(LoadedNetwork):
             value = getattr(self.config, name)
             if value != before:
                 found[name] = value
+        if self.config.residuals != FLOAT:
+            found["residuals"] = self.config.residuals
         return found
 
 
@@ -548,7 +554,7 @@ def _further(problem: Problem) -> dict[str, Any]:
 def _as_in_policies(widths: Iterable[int]) -> list[int | None]:
     """Return widths as policies say them, float being None."""
     found: list[int | None] = list(widths)
-    return [*(width for width in found if width != FLOAT), *(None for width in found if width == FLOAT)]
+    return [*(width for width in found if width != FLOAT_WIDTH), *(None for width in found if width == FLOAT_WIDTH)]
 
 
 def goal_of(problem: Problem) -> dict[str, Any] | None:

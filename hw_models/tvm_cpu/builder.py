@@ -196,6 +196,7 @@ class Builder:
 
         self.T: Any = builder
         self._ir = IRBuilder
+        self._tile: _Tile | None = None
         self.divides = False  # whether threads divided anything
 
     @contextmanager
@@ -428,8 +429,43 @@ class Builder:
             slope = self.vector(buffers["slope"], channel, LANES)
             v = T.bind(v)
             v = T.Select(v >= splat(0.0, "float32"), v, v * slope)
-        if epilogue.table is not None:
-            v = self.looked_up(buffers["table"], epilogue.table, v)
+        if epilogue.table is None:
+            self._finish(buffers, epilogue, v, at, count)
+        elif self._tile is None:
+            self._finish(buffers, epilogue, self.looked_up(buffers["table"], epilogue.table, v), at, count)
+        else:
+            self._tile.add(v, lambda looked_up: self._finish(buffers, epilogue, looked_up, at, count))
+
+    @contextmanager
+    def tile(self, buffers: dict[str, Any], epilogue: Epilogue, most: int) -> Iterator[None]:
+        """Let the epilogues that are written here look up their functions in one loop: the code for it is long.
+
+        Args:
+            buffers: What the function takes.
+            epilogue: The epilogue of all of them.
+            most: How many they are at most.
+
+        Yields:
+            Nothing.
+        """
+        table = epilogue.table
+        if table is None or table.in_registers or most == 1:
+            yield
+            return
+        values = self.T.alloc_buffer((most * LANES,), "float32")
+        self._tile = tile = _Tile(self, values)
+        yield
+        self._tile = None
+        with self.loop(len(tile.finish)) as index:
+            looked_up = self.looked_up(buffers["table"], table, self.vector(values, index * LANES, LANES))
+            self.put(values, index * LANES, looked_up, LANES)
+        for index, finish in enumerate(tile.finish):
+            finish(self.T.bind(self.vector(values, index * LANES, LANES)))
+
+    def _finish(self, buffers: dict[str, Any], epilogue: Epilogue, v: Any, at: Any, count: int) -> None:
+        """Write 16 values that a function was applied to."""
+        T = self.T
+        splat = self.splat
         if epilogue.low > -math.inf:
             v = T.max(v, splat(epilogue.low, "float32"))
         if epilogue.high < math.inf:
@@ -540,6 +576,19 @@ class Builder:
         for lane in range(count):
             self.T.buffer_store(beside, buffer[at + lane], [lane])
         return self.vector(beside, 0, LANES)
+
+
+class _Tile:
+    """Values that wait for their function, and what is done with each afterwards."""
+
+    def __init__(self, b: Builder, values: Any) -> None:
+        self.finish: list[Callable[[Any], None]] = []
+        self._b = b
+        self._values = values
+
+    def add(self, v: Any, finish: Callable[[Any], None]) -> None:
+        self._b.put(self._values, len(self.finish) * LANES, v, LANES)
+        self.finish.append(finish)
 
 
 class Code:

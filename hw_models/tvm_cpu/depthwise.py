@@ -172,17 +172,18 @@ class Depthwise(Kernel):
                 if before is not None:
                     total = before + total
                 sums[column] = T.bind(total)
-        for column, total in enumerate(sums):
-            at = ((image * height + y) * width + x + column) * conv.out_channels + channel
-            if lanes == LANES:
-                b.epilogue(buffers, self.epilogue, total, channel, at, count)
-                continue
-            both = T.alloc_buffer((lanes,), "int16")
-            b.put(both, 0, total, lanes)
-            for half in (0, LANES):
-                if count > half:
-                    value = T.bind(b.vector(both, half, LANES).astype("int32x16"))
-                    b.epilogue(buffers, self.epilogue, value, channel + half, at + half, min(LANES, count - half))
+        with b.tile(buffers, self.epilogue, columns * lanes // LANES):
+            for column, total in enumerate(sums):
+                at = ((image * height + y) * width + x + column) * conv.out_channels + channel
+                if lanes == LANES:
+                    b.epilogue(buffers, self.epilogue, total, channel, at, count)
+                    continue
+                both = T.alloc_buffer((lanes,), "int16")
+                b.put(both, 0, total, lanes)
+                for half in (0, LANES):
+                    if count > half:
+                        value = T.bind(b.vector(both, half, LANES).astype("int32x16"))
+                        b.epilogue(buffers, self.epilogue, value, channel + half, at + half, min(LANES, count - half))
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,7 @@ class DepthwiseDot(Depthwise):
                     at = ((ky * self._of_window + index) * self._channels + channel) * 4
                     dot = ("int32x16", "llvm.x86.avx512.vpdpbusd.512", sums[first + index], window, b.vector(weights, at, 64))
                     sums[first + index] = T.bind(T.call_llvm_pure_intrin(*dot))
-        for column, total in enumerate(sums):
-            at = ((image * height + y) * width + x + column) * conv.out_channels + channel
-            b.epilogue(buffers, self.epilogue, total, channel, at, count)
+        with b.tile(buffers, self.epilogue, columns):
+            for column, total in enumerate(sums):
+                at = ((image * height + y) * width + x + column) * conv.out_channels + channel
+                b.epilogue(buffers, self.epilogue, total, channel, at, count)

@@ -638,16 +638,17 @@ class Direct(Kernel):
                         self._step(b, buffers, sums, vectors, places, step, self._parts, shift)
                 if rest:
                     self._step(b, buffers, sums, vectors, places, whole, rest, shift)
-        for (dy, dx), s in zip(pixels, sums, strict=True):
-            at = (image * height + y + dy) * width + x + dx
-            for index in outputs:
-                value = b.vector(s, index * LANES, LANES)
-                value = T.bind(self._true(b, buffers, value, first + index * LANES, group, at, y + dy, x + dx))
-                channel = group * self._outputs + (block + index) * LANES
-                some = LANES
-                if index == blocks - 1:
-                    some = count
-                b.epilogue(buffers, self.epilogue, value, channel, at * conv.out_channels + channel, some)
+        with b.tile(buffers, self.epilogue, len(pixels) * blocks):
+            for (dy, dx), s in zip(pixels, sums, strict=True):
+                at = (image * height + y + dy) * width + x + dx
+                for index in outputs:
+                    value = b.vector(s, index * LANES, LANES)
+                    value = T.bind(self._true(b, buffers, value, first + index * LANES, group, at, y + dy, x + dx))
+                    channel = group * self._outputs + (block + index) * LANES
+                    some = LANES
+                    if index == blocks - 1:
+                        some = count
+                    b.epilogue(buffers, self.epilogue, value, channel, at * conv.out_channels + channel, some)
 
     def _start(self, b: Builder, buffers: dict[str, Any], pixels: int, blocks: int, first: Any) -> list[Any]:
         """Sums for each pixel of some blocks, from channel `first` on, with what they begin at."""

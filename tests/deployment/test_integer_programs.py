@@ -21,7 +21,23 @@ from haq import networks
 from haq.deployment.graph import Graph, capture
 from haq.deployment.interpreter import Comparison, compare, run
 from haq.deployment.lowering import integer_activations, integer_weights, lower
-from haq.deployment.program import Codes, Convolution, Fixed, Float, FloatConvolution, Pool, Program, Quantize, Sum
+from haq.deployment.program import (
+    Codes,
+    Convolution,
+    Epilogue,
+    Fixed,
+    Float,
+    FloatConvolution,
+    Lookup,
+    Move,
+    Pool,
+    Product,
+    Program,
+    Quantize,
+    Sum,
+    read_by,
+    written_by,
+)
 from hw_models.tvm_cpu.conv import reference, zero_point
 from tests.conftest import images, small_network
 
@@ -64,24 +80,46 @@ def check_program(program: Program) -> None:
     """Values are written once, before they are read, and are what their readers take them for."""
     written = {program.input}
     for step in program.steps:
-        outputs = [step.output] if isinstance(step, Quantize) else [output.value for output in step.epilogue.outputs]
-        read = [step.input] if isinstance(step, Quantize) else [step.input, *(r.value for r in step.epilogue.residuals)]
-        assert set(read) <= written
+        outputs = written_by(step)
+        assert set(read_by(step)) <= written
         assert not set(outputs) & written
         written |= set(outputs)
-        taken = program.values[step.input].representation
+        represented = [program.values[value].representation for value in (*read_by(step), *outputs)]
         if isinstance(step, Convolution):
+            taken = represented[0]
             assert isinstance(taken, Codes)
             assert (taken.bits, taken.signed) == (step.a_bits, step.signed)
             assert step.weights.dtype == np.int8
-        elif isinstance(step, Pool) and isinstance(taken, Codes):
-            assert [program.values[value].representation for value in outputs] == [taken]
-        if not isinstance(step, Quantize):
-            assert step.epilogue.outputs[0].factor == 1
-            assert step.epilogue.multiplier.dtype == step.epilogue.offset.dtype == np.float32
-            assert all(isinstance(program.values[r.value].representation, Fixed) for r in step.epilogue.residuals)
+        elif isinstance(step, Move):
+            assert len(set(represented)) == 1
+            assert step.index.shape == program.values[step.output].shape
+            assert step.index.dtype == np.int32
+            assert step.index.max() < sum(np.prod(program.values[name].shape) for name in step.inputs)
+        elif isinstance(step, Lookup):
+            assert [entries.dtype for entries in step.entries] == [found.dtype for found in represented[1:]]
+        elif isinstance(step, Product):
+            whole, other = (program.values[name].shape for name in (step.input, step.other))
+            assert whole == program.values[outputs[0]].shape
+            assert other in (whole, (1, 1, whole[2]), (*whole[:2], 1))
+        if not isinstance(step, Quantize | Move | Lookup):
+            check_epilogue(program, step.epilogue)
     assert written == set(program.values)
     assert program.values[program.output].representation == Float()
+
+
+def check_epilogue(program: Program, epilogue: Epilogue) -> None:
+    assert epilogue.outputs[0].factor == 1
+    assert epilogue.multiplier.dtype == epilogue.offset.dtype == np.float32
+    assert epilogue.slope is None or epilogue.table is None
+    shape = program.values[epilogue.outputs[0].value].shape
+    for residual in epilogue.residuals:
+        assert isinstance(program.values[residual.value].representation, Fixed | Codes)
+        assert program.values[residual.value].shape == shape
+    if epilogue.table is not None:
+        assert epilogue.table.start == epilogue.table.segments / 2
+        assert epilogue.table.inverse == 2.0 ** round(np.log2(epilogue.table.inverse))
+        assert epilogue.table.coefficients.dtype == np.float32
+        assert (epilogue.table.coefficients[[0, -1], 2] == 0).all()
 
 
 def equal(found: Comparison) -> bool:
@@ -435,16 +473,12 @@ def test_schemes_that_are_refused(scheme: str, bits: Bits, message: str) -> None
         lower(graph, quantized, x)
 
 
-def test_a_flattened_output_and_a_norm_of_a_flattened_map_are_refused() -> None:
-    x = torch.rand(2, 3, 4, 4)
-    for after, message in [
-        ((nn.Flatten(),), "flattened map"),
-        ((nn.Flatten(), nn.BatchNorm1d(48)), "layer '2'.*flattened map"),
-    ]:
-        network = sequence(nn.Conv2d(3, 3, 1), *after)
-        quantized = Q.quantize(network, {"0": (4, 4)}, calibrate=x)
-        with pytest.raises(ValueError, match=message):
-            lower(capture(quantized, x), quantized, x)
+def test_a_flattened_output_and_a_norm_of_a_flattened_map_move_values() -> None:
+    torch.manual_seed(0)
+    for after in ((nn.Flatten(),), (nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 4))):
+        program, found = deploy(randomised(sequence(nn.Conv2d(3, 3, 1), *after)), (4, 4), torch.rand(2, 3, 4, 4))
+        assert kinds(program).count("Move") == 1
+        assert equal(found)
 
 
 def test_images_of_another_size_are_refused() -> None:
