@@ -185,9 +185,8 @@ class Shares:
 class Builder:
     """TVM's builder, and what is written with it again and again.
 
-    Threads go through a function together (`together`) and wait for each other behind every stage (`stage`). Within a stage,
-    they divide loops; everything else of it is done by all of them, in places of their own, unless it is said to be done
-    `once`.
+    Threads go through a function together (`together`) and wait for each other behind every stage (`stage`). Within a stage
+    they divide loops, and what writes anything is in such a loop, or is said to be done `once`.
     """
 
     def __init__(self) -> None:
@@ -222,20 +221,14 @@ class Builder:
                 with self.once(threads):
                     yield
 
-    def wait(self, threads: int) -> None:
-        """Let threads wait for each other within a stage that they divide."""
-        if threads > 1:
-            with self.stage(threads, True):
-                self.T.evaluate(self.const(0, "int32"))
-
     @contextmanager
     def once(self, threads: int) -> Iterator[None]:
         """Let one thread do what is written."""
         if threads == 1:
             yield
             return
-        # Nobody else gets a round of it.
-        with self.T.parallel(0, 1):
+        # Of a loop of one round the compiler would make none. What isn't in a parallel loop has no places of its own in memory.
+        with self.T.parallel(0, 2) as index, self.T.If(index == 0), self.T.Then():
             yield
 
     @contextmanager
@@ -283,7 +276,8 @@ class Builder:
     def loop(self, extent: int, threads: int = 1) -> Iterator[Any]:
         """Write a loop, run by several threads if there are; one round of it isn't a loop."""
         if extent == 1:
-            yield 0
+            with self.once(threads):
+                yield 0
         elif threads > 1:
             self.divides = True
             with self.T.parallel(0, extent) as index:

@@ -501,7 +501,7 @@ class Direct(Kernel):
             sums = buffers["pixel_sums"]
         pixels = conv.batch * high * wide * conv.groups
         threads = useful(self.threads, pixels * self._inputs)
-        with b.loop(pixels, threads) as pixel:
+        with b.stage(threads, True), b.loop(pixels, threads) as pixel:
             # As many words at once as hold a whole number of chunks.
             at_once = LANES // self.a_bits
             whole = self._chunks // at_once
@@ -523,7 +523,6 @@ class Direct(Kernel):
             T.buffer_store(sums, total, [pixel])
         if self._flat:
             return
-        b.wait(threads)
         with b.loop(conv.batch) as image, b.loop(height, threads) as y, b.loop(width) as x, b.loop(conv.groups) as group:
             total = b.const(0, "int32")
             for ky in range(kh):
