@@ -245,7 +245,7 @@ class CExporter(Exporter):
         check_integers(network)
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
-        """Raise ValueError for what has no integer form; see `Exporter.check_operations`."""
+        """Raise ValueError, naming the layer, for what has no program without floats; see `Exporter.check_operations`."""
         fixed_point.fixed_point(lower(graph, network, images))
 
     def export(

@@ -9,10 +9,11 @@ XNNPACK's integer kernels take int8 on both sides: an activation with one scale 
 each output channel, a bias of int32, and a result that is rounded to int8 at once. So batch norms are folded, a result is
 clipped as its reader wants it before it is rounded, and fewer bits are a part of int8's range. What isn't so stays in float32
 in network.pte, with the same values: a layer of 16 bits, one beside float, and one whose result others read unrounded, as
-the last layer's is, and an addition's operands without `--residuals 8`.
+the last layer's is, and an addition's operands without `--residuals 8`; and one whose bias would move by more than
+BIAS_STEPS, rounded as XNNPACK rounds it, to a multiple of both operands' scales.
 
-The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and XNNPACK
-rounds the bias to multiples of both scales' product.
+The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and the bias
+is rounded to finer multiples.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
 
 import quantizers as Q
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph, Node
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
@@ -47,9 +48,6 @@ from haq.deployment.nodes import COMPUTED, is_own
 from haq.deployment.program import BYTE_BITS, Codes
 from haq.store.files import write
 from haq.store.units import describe_bytes
-from hw_models import trace
-from hw_models.storage import float_bytes, storage_bytes
-from hw_models.widths import places, width_of
 
 INSTALL = "pip install executorch"
 PT2, PTE = ".pt2", ".pte"
@@ -58,6 +56,7 @@ TIMED = 200  # calls
 SHOWN = 3  # names in a line
 TRANSPARENT = ("max_pool", "flatten", "move")  # kinds that do the same to rounded values as to others
 SUMS = 2**31  # what sums in int32 stay below
+BIAS_STEPS = 1 / 64  # of the result's step, by which rounding the bias may move it
 RATIOS = (2.0**-32, 2.0**8)  # of scales, input times weight over output, between which XNNPACK has kernels
 
 
@@ -185,7 +184,6 @@ class Plan:
     Attributes:
         nodes: The operations that are left, in order: batch norms behind layers are folded.
         layers: The layers by the names of their operations.
-        entries: The operations that a layer's rounded input enters first, with the names of the layers' calls.
         in_integers: The layers that XNNPACK has integer kernels for.
     """
 
@@ -210,7 +208,6 @@ class Plan:
                 behind[name].append(node)
         self.nodes: list[Node] = []
         self.layers: dict[str, Layer] = {}
-        self.entries: dict[str, str] = {}
         self._names: dict[str, str] = {}  # of every operation, the one whose result is its own
         self._owners: dict[str, str] = {}  # of what a layer does to its own input, the layer's operation
         calls: dict[str, int] = {}
@@ -227,11 +224,10 @@ class Plan:
                 if for_xnnpack and layer.rounding is not None and layer.rounding.wide:
                     layer = replace(layer, rounding=layer.rounding._replace(in_float=True))
                 self.layers[node.name] = layer
-                entry, source = node, before[node.inputs[0]]
+                source = before[node.inputs[0]]
                 while source.kind == "move" and is_own(source.module, node.module):
                     self._owners[source.name] = node.name
-                    entry, source = source, before[source.inputs[0]]
-                self.entries[entry.name] = layer.call
+                    source = before[source.inputs[0]]
         # Who reads the result of an operation, and in which ways; None is float.
         self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
         self.asked: dict[str, list[Rounding | None]] = {node.name: [] for node in self.nodes}
@@ -282,7 +278,13 @@ class Plan:
         if output is None or output.wide or output.sign:
             return False
         ratios = layer.rounding.scale * layer.weight[1].astype(np.float64) / output.scale
-        return bool(ratios.min() >= RATIOS[0] and ratios.max() < RATIOS[1])
+        if ratios.min() < RATIOS[0] or ratios.max() >= RATIOS[1]:
+            return False
+        if layer.bias is None:
+            return True
+        exact = layer.bias / output.scale
+        moved = np.abs(np.rint(exact / ratios) * ratios - exact)
+        return bool(moved.max() <= BIAS_STEPS)
 
 
 def rounding_between(node: Node) -> Rounding:
@@ -415,11 +417,11 @@ class QdqNetwork(nn.Module):
             rounding = self.plan.read_as(node)
             names = self.plan.inputs(node)
             inputs = [read(name, rounding) for name in names]
-            if self.watch is not None and rounding is not None and node.name in self.plan.entries:
-                self.watch(self.plan.entries[node.name], inputs[0], rounding)
             if node.kind in ("relu", "clamp"):
                 made = self._clip(node, inputs[0], clipped)
             elif node.name in self.plan.layers:
+                if self.watch is not None and rounding is not None:
+                    self.watch(self.plan.layers[node.name].call, inputs[0], rounding)
                 made = self._multiply(node, inputs[0])
             elif node.kind == "move":
                 made = self._move(node, inputs, images.shape[0])
@@ -630,10 +632,11 @@ def lowered(program: Any) -> Lowered:
     Raises:
         ImportError: With what to install.
     """
-    partitioner = package("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
+    partitioners = package("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    lower = package("executorch.exir").to_edge_transform_and_lower
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        edge = package("executorch.exir").to_edge_transform_and_lower(program, partitioner=[partitioner])
+        edge = lower(program, partitioner=[partitioners.XnnpackPartitioner()])
         whole = edge.exported_program().graph_module
         taken = 0
         for name, part in whole.named_children():
@@ -652,7 +655,9 @@ def _operators(module: Any) -> list[str]:
 def package(name: str) -> Any:
     """Import a part of executorch, which is optional. Raises ImportError with what to install."""
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it is made with
+            return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"ExecuTorch's programs need the package executorch: {INSTALL}") from error
 
@@ -745,8 +750,9 @@ class ExecutorchExporter(Exporter):
         check_integers(network, always_weights=True)
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
-        """Raise ValueError unless Q/DQ operators compute what the network does; see `Exporter.check_operations`."""
-        self._made(network, graph, images)
+        """Raise ValueError, naming the layer, for what has no Q/DQ operators; see `Exporter.check_operations`."""
+        with torch.no_grad():
+            QdqNetwork(Plan(graph, network)).eval()(images[:1])
 
     def _made(self, network: nn.Module, graph: Graph, images: Tensor) -> QdqNetwork:
         qdq = QdqNetwork(Plan(graph, network)).eval()
@@ -869,12 +875,8 @@ def _answers(network: nn.Module, runs: Mapping[str, Callable[[Tensor], Tensor]],
 
 def _size_words(path: Path, network: nn.Module, images: Tensor) -> str:
     """Say how large a file is, and what the policy's parameters take at their bits."""
-    workload = trace(Q.float_copy(network), images[:1].clone())
-    policy = Q.get_policy(network)
-    widths = [[width_of(bits) for bits in policy[name]] for name in workload.names]
-    w, a = np.array(widths).T
-    stored = storage_bytes(workload)[np.arange(len(widths)), places(w), places(a)].sum() + float_bytes(workload)
-    return f"{describe_bytes(path.stat().st_size)} (the policy's parameters at their bits: {describe_bytes(int(stored))})"
+    stored = policy_storage_bytes(network, images)
+    return f"{describe_bytes(path.stat().st_size)} (the policy's parameters at their bits: {describe_bytes(stored)})"
 
 
 def _taken_words(found: Lowered) -> str:

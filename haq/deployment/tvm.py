@@ -58,6 +58,7 @@ from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
+from hw_models.tvm_cpu.cpu import use_threads
 from hw_models.tvm_cpu.kernel import Kernel
 
 if TYPE_CHECKING:
@@ -125,12 +126,12 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
     values = program.values
     image = values[program.input].shape
     if any(program.input in read_by(step) and not isinstance(step, Quantize) for step in program.steps):
-        interleave = steps.Interleave(image, builder.Output("float"))
+        interleave = steps.Interleave(image, builder.Output("float"), threads=target.cpu.threads)
         made.append(Part("input", interleave, {"input": INPUT, "output0": program.input}, {}))
     writer = _Writer(values, target)
     for step in program.steps:
         if isinstance(step, Quantize):
-            made.append(_quantize(step, values, image))
+            made.append(_quantize(step, values, image, target.cpu.threads))
         elif isinstance(step, Convolution) and step.is_low_bit:
             made.append(writer.convolution(step, chosen[_layer(step)]))
         elif isinstance(step, Convolution | FloatConvolution):
@@ -140,10 +141,10 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
     return made
 
 
-def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int]) -> Part:
+def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int], threads: int) -> Part:
     codes = values[step.output].representation
     assert isinstance(codes, Codes)
-    code = steps.Interleave(image, _output(codes, 1.0), codes.scale)
+    code = steps.Interleave(image, _output(codes, 1.0), codes.scale, threads)
     return Part(step.name, code, {"input": INPUT, "output0": step.output}, {})
 
 
@@ -512,9 +513,9 @@ def compile_program(
     for start in range(0, len(made), TOGETHER):
         of = slice(start, start + TOGETHER)
         symbol = f"unpack_{start}"
-        unpack[symbol] = _function(symbol, arguments, made[of], planned.places[of], planned.stored[of])
+        unpack[symbol] = _function(symbol, arguments, made[of], planned.places[of], planned.stored[of], 1)
         symbol = f"steps_{start}"
-        functions[symbol] = _function(symbol, arguments, made[of], planned.places[of], None)
+        functions[symbol] = _function(symbol, arguments, made[of], planned.places[of], None, target.cpu.threads)
     on_progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     # It runs once, in less time than it would take to be compiled well.
@@ -571,6 +572,7 @@ def _function(
     made: list[Part],
     places: list[Places],
     stored: list[dict[str, packing.Stored]] | None,
+    threads: int,
 ) -> Any:
     """Build a function of some parts.
 
@@ -580,6 +582,7 @@ def _function(
         made: The parts.
         places: Those of each part's buffers.
         stored: How each part's constants are held, for the function that unpacks them; None for the one that computes.
+        threads: How many compute it.
 
     Returns:
         TVM's function.
@@ -587,6 +590,8 @@ def _function(
     b = builder.Builder()
 
     def body(arenas: dict[str, Any]) -> None:
+        stages: list[tuple[Code, str]] = []
+        buffers: list[dict[str, Any]] = []
         for index, part in enumerate(made):
             views = {
                 name: b.view(arenas[arena], at, shape, dtype) for name, (arena, at, shape, dtype) in places[index].items()
@@ -594,8 +599,10 @@ def _function(
             if stored is not None:
                 _unpack(b, part, views, arenas[PACKED], stored[index])
                 continue
-            for stage in part.code.arguments():
-                part.code.emit(b, stage, views)
+            stages += [(part.code, stage) for stage in part.code.arguments()]
+            buffers += [views for _ in part.code.arguments()]
+        if stored is None:
+            builder.write_stages(b, threads, stages, buffers)
 
     return b.function(symbol, arguments, body)
 
@@ -650,6 +657,7 @@ class Deployed:
         library = _load_library(self.folder, self.description)
         self._calls = [library[name] for name in self.description["calls"]]
         self._arrays = _load_arrays(self.folder, self.description)
+        self._threads: int = self.description["threads"]
         for name in self.description["unpack"]:
             library[name](*self._arrays.values())
         self._shapes = {name: tuple(shape) for name, shape, _ in self.description["arguments"]}
@@ -696,6 +704,7 @@ class Deployed:
 
     def run(self) -> None:
         """Compute the output of the image that the input buffer holds: what is timed, by one thread and no other at work."""
+        use_threads(self._threads)
         for call in self._calls:
             call(*self._arguments)
 
@@ -719,14 +728,11 @@ def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any
     """
     import tvm
 
-    from hw_models.measured.processor import kept_processors
     from hw_models.tvm_cpu.target import check_runs_here
 
     path = folder / LIBRARY
     check_runs_here(description["target"], json.dumps(description["target"]))
     try:
-        with kept_processors():
-            tvm.get_global_func("runtime.config_threadpool")(1, description["threads"])
         with tempfile.TemporaryDirectory() as place:
             copy = shutil.copy(path, place)
             library = tvm.runtime.load_module(copy)
@@ -828,11 +834,15 @@ class TvmExporter(Exporter):
     name = "tvm"
     summary = SUMMARIES["tvm"]
     output = "deployed"
-    options = ("threads", "target", "cold")
+    options = ("threads", "target", "cold", "residuals")
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless quantized layers compute with integers times a scale."""
         check_integers(network)
+
+    def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the layer, for what has no integer program; see `Exporter.check_operations`."""
+        lower(graph, network, images)
 
     def export(
         self,

@@ -36,6 +36,11 @@ class Kernel(Code):
         raise NotImplementedError
 
     @property
+    def threads(self) -> int:  # type: ignore[override]
+        """How many threads compute it."""
+        return self.cpu.threads
+
+    @property
     def is_float(self) -> bool:
         """Whether it is for float32 weights and activations, which have no bits."""
         return self.w_bits == 0
@@ -140,9 +145,10 @@ class Kernel(Code):
             pieces(b, count, lambda offset, lanes: b.put(target, at + offset, b.splat(self._zero, self._dtype, lanes), lanes))
 
         with b.loop(conv.batch) as image:
-            for start, count in ((0, top), (top + height, high - top - height)):
-                fill((image * high + start) * wide * pixel, count * wide * pixel)
-            with b.loop(height, self.cpu.threads) as y:
+            with b.once(self.threads):
+                for start, count in ((0, top), (top + height, high - top - height)):
+                    fill((image * high + start) * wide * pixel, count * wide * pixel)
+            with b.loop(height, self.threads) as y:
                 line = (image * high + y + top) * wide * pixel
                 fill(line, left * pixel)
                 fill(line + (left + width) * pixel, (wide - left - width) * pixel)

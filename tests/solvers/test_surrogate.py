@@ -271,7 +271,7 @@ def test_a_network_without_gradients_is_searched_with_a_warning(caplog: pytest.L
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x)
 
-    network, inputs = Blind(*small_network()), images(32)
+    network, inputs = Blind(*small_network().children()), images(32)
     problem = haq.Problem(network, images(32, 1), (inputs, network(inputs).argmax(1)), "edge", budget=0.6, bits="4,6,8")
     assert len(run(problem, 12)) == 12
     assert "without what gradients predict" in caplog.text
