@@ -138,7 +138,44 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
             made += writer.float_convolution(step)
         else:
             made.append(writer.between_layers(step))
+    _frame(made, program)
     return made
+
+
+def _frame(made: list[Part], program: Program) -> None:
+    """Let maps be written into the padding of the layer that reads them, where it is the only one that does."""
+    readers: dict[str, list[int]] = {}
+    for index, part in enumerate(made):
+        for name, value in part.values.items():
+            if not name.startswith("output"):
+                readers.setdefault(value, []).append(index)
+    for index, part in enumerate(made):
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        outputs = list(epilogue.outputs)
+        for place in range(len(outputs)):
+            value = part.values[f"output{place}"]
+            if value == program.output or len(readers[value]) != 1:
+                continue
+            (reader,) = readers[value]
+            code = made[reader].code
+            frame = None
+            if isinstance(code, Kernel) and made[reader].values["input"] == value:
+                frame = code.frame()
+            if frame is not None and frame.shape == _map(program.values, value):
+                outputs[place] = replace(outputs[place], frame=frame)
+                made[reader] = replace(made[reader], code=replace(code, framed=True))
+        # Not the part as it was above: it may be framed itself by now.
+        code = made[index].code
+        made[index] = replace(made[index], code=replace(code, epilogue=replace(epilogue, outputs=tuple(outputs))))
+
+
+def _map(values: Mapping[str, Value], name: str) -> tuple[int, ...] | None:
+    """Return the sizes of a value; None for what isn't one of the program's, such as codes as real numbers."""
+    if name not in values:
+        return None
+    return values[name].shape
 
 
 def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int], threads: int) -> Part:
@@ -548,6 +585,7 @@ def compile_program(
             for name, value in part.values.items()
             if value in program.values
         },
+        "frames": _frames(made),
     }
     folders.write(folder, content)
     on_progress(1, 1, "")
@@ -564,6 +602,20 @@ def compile_program(
 def write_packed(file: Path | IO[bytes], packed: NDArray[np.uint8]) -> None:
     """Write the file of constants."""
     np.savez_compressed(file, **{PACKED: packed})  # type: ignore[arg-type]
+
+
+def _frames(made: list[Part]) -> dict[str, list[int]]:
+    """Say of every value that lies within padding how many rows of it are above and below, and columns left and right."""
+    found = {}
+    for part in made:
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None:
+                frame = output.frame
+                found[part.values[f"output{index}"]] = [frame.top, frame.bottom, frame.left, frame.right]
+    return found
 
 
 def _function(
@@ -716,8 +768,13 @@ class Deployed:
     def value(self, name: str) -> NDArray[Any]:
         """Return a value of the program as the last image left it, of a network that was compiled without reusing memory."""
         arena, start, shape = self.description["values"][name]
-        values: NDArray[Any] = self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
-        return values
+        if name not in self.description["frames"]:
+            return self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
+        top, bottom, left, right = self.description["frames"][name]
+        height, width, channels = shape
+        framed = (top + height + bottom, left + width + right, channels)
+        whole = self.arena(arena)[start : start + math.prod(framed)].reshape(framed)
+        return whole[top : top + height, left : left + width]
 
 
 def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,58 @@ class Argument(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What lies around a map of (height, width, channels): the padding of the layer that reads it, numbers for real zero."""
+
+    shape: tuple[int, int, int]
+    top: int
+    bottom: int
+    left: int
+    right: int
+    zero: int = 0
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The height, width and channels of both together."""
+        height, width, channels = self.shape
+        return self.top + height + self.bottom, self.left + width + self.right, channels
+
+    @property
+    def _before(self) -> int:
+        """Numbers before the map's first one."""
+        return (self.top * self.size[1] + self.left) * self.shape[2]
+
+    @property
+    def _between(self) -> int:
+        """Numbers between two rows."""
+        return (self.left + self.right) * self.shape[2]
+
+    def place(self, at: Any) -> Any:
+        """Return where a number of the map is."""
+        return at + at // (self.shape[1] * self.shape[2]) * self._between + self._before
+
+    def fill(self, b: Builder, buffer: Any, dtype: str) -> None:
+        """Write the code that writes it.
+
+        Args:
+            b: Builds the function.
+            buffer: Of the map and what lies around it.
+            dtype: Of a number.
+        """
+
+        def zeros(at: Any, count: int) -> None:
+            pieces(b, count, lambda offset, lanes: b.put(buffer, at + offset, b.splat(self.zero, dtype, lanes), lanes))
+
+        height, width, channels = self.shape
+        zeros(0, self._before)
+        if self._between:
+            with b.loop(height - 1) as row:
+                zeros(self._before + width * channels + row * self.size[1] * channels, self._between)
+        end = self._before + ((height - 1) * self.size[1] + width) * channels
+        zeros(end, math.prod(self.size) - end)
+
+
+@dataclass(frozen=True)
 class Output:
     """What an epilogue writes of its real values v, with f = `factor`.
 
@@ -37,6 +89,8 @@ class Output:
     fixed   32-bit integers clip(round(f v), low, high), at most 2^30 in size
     float   f v
     sums    the integer sums themselves, before any epilogue
+
+    With a `frame` they are written into the middle of it, and it around them.
     """
 
     kind: str = "codes"
@@ -44,6 +98,7 @@ class Output:
     low: int = 0
     high: int = 255
     zero: int = 0
+    frame: Frame | None = None
 
     @property
     def dtype(self) -> str:
@@ -115,7 +170,11 @@ class Epilogue:
         Its factors can be read 16 at a time from any on.
         """
         made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
-        made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
+        for i, output in enumerate(self.outputs):
+            size = shape
+            if output.frame is not None:
+                size = output.frame.size
+            made.append(Argument(f"output{i}", size, output.dtype))
         if any(output.kind != "sums" for output in self.outputs):
             names = ["multiplier", "offset"]
             if self.slope:
@@ -198,6 +257,7 @@ class Builder:
         self._ir = IRBuilder
         self._tile: _Tile | None = None
         self.divides = False  # whether threads divided anything
+        self._alone = False  # whether one thread does what is written now
 
     @contextmanager
     def together(self, threads: int) -> Iterator[None]:
@@ -224,12 +284,14 @@ class Builder:
     @contextmanager
     def once(self, threads: int) -> Iterator[None]:
         """Let one thread do what is written."""
-        if threads == 1:
+        if threads == 1 or self._alone:
             yield
             return
         # Of a loop of one round the compiler would make none. What isn't in a parallel loop has no places of its own in memory.
         with self.T.parallel(0, 2) as index, self.T.If(index == 0), self.T.Then():
+            self._alone = True
             yield
+            self._alone = False
 
     @contextmanager
     def share(self, shares: Shares, loop: int) -> Iterator[Any]:
@@ -475,7 +537,10 @@ class Builder:
             made = v
             if output.factor != 1:
                 made = v * splat(output.factor, "float32")
-            self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
+            place = at
+            if output.frame is not None:
+                place = output.frame.place(at)
+            self.put_some(buffers[f"output{index}"], place, self.rounded(made, output), output.dtype, count)
 
     def real(self, stored: Any, dtype: str, zero: int = 0) -> Any:
         """Return 16 stored numbers as float32, less the number that stands for zero.
@@ -631,6 +696,13 @@ class Code:
             buffers: What the function takes, by name.
         """
         getattr(self, f"_{stage}")(b, buffers)
+        epilogue = getattr(self, "epilogue", None)
+        if stage != "main" or epilogue is None:
+            return
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None:
+                with b.once(self.threads):
+                    output.frame.fill(b, buffers[f"output{index}"], output.dtype)
 
     def workspace(self) -> dict[str, Argument]:
         """List the buffers between the functions, by name."""

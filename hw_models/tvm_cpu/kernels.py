@@ -47,7 +47,7 @@ from hw_models.tvm_cpu.cpu import Cpu
 from hw_models.tvm_cpu.depthwise import Depthwise, DepthwiseDot
 from hw_models.tvm_cpu.kernel import Kernel
 
-VERSION = 4  # of the code that is generated: what was measured with another isn't comparable
+VERSION = 5  # of the code that is generated: what was measured with another isn't comparable
 WORD = 32  # channels in a word of bits
 # Pairs of planes up to which a kernel on bits is tried: measured, it wins up to 4 with VNNI or with AVX2, and up to 6 in fully
 # connected layers, which wait for their weights.
@@ -133,7 +133,7 @@ class Direct(Kernel):
     @property
     def _prepared(self) -> bool:
         """Whether the image is read as it comes."""
-        return self.how != "bits" and not self.conv.padded and self._inputs % self._chunk == 0
+        return self.how != "bits" and (self.framed or not self.conv.padded) and self._inputs % self._chunk == 0
 
     @property
     def _border(self) -> bool:
