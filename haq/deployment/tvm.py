@@ -89,6 +89,11 @@ class Part:
     weights: NDArray[Any] | None = None
 
     @property
+    def bits(self) -> list[str]:
+        """The buffers of codes that are stored as planes of bits."""
+        return [a.name for some in self.code.arguments().values() for a in some if a.dtype == "uint32"]
+
+    @property
     def made(self) -> list[str]:
         """The constants that come from the weights."""
         if self.weights is None or not isinstance(self.code, Kernel):
@@ -111,13 +116,14 @@ def _layer(step: Convolution) -> Layer:
     return step.conv, step.w_bits, step.a_bits, step.signed
 
 
-def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -> list[Part]:
+def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget, *, planes: bool = True) -> list[Part]:
     """Write code for every step of a program.
 
     Args:
         program: The program.
         chosen: The kernels of its integer convolutions.
         target: The processor.
+        planes: Whether codes may be written as bits, for layers that read them so.
 
     Returns:
         A part for each step, and what brings the input and float layers their numbers.
@@ -138,12 +144,18 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
             made += writer.float_convolution(step)
         else:
             made.append(writer.between_layers(step))
-    _frame(made, program)
+    _frame(made, program, planes)
     return made
 
 
-def _frame(made: list[Part], program: Program) -> None:
-    """Let maps be written into the padding of the layer that reads them, where it is the only one that does."""
+def _frame(made: list[Part], program: Program, planes: bool) -> None:
+    """Let maps be written into the padding of the layer that reads them, where it is the only one that does.
+
+    Args:
+        made: The parts, which are changed.
+        program: Their program.
+        planes: Whether codes may be written as bits, for layers that read them so.
+    """
     readers: dict[str, list[int]] = {}
     for index, part in enumerate(made):
         for name, value in part.values.items():
@@ -160,11 +172,16 @@ def _frame(made: list[Part], program: Program) -> None:
                 continue
             (reader,) = readers[value]
             code = made[reader].code
-            frame = None
-            if isinstance(code, Kernel) and made[reader].values["input"] == value:
-                frame = code.frame()
-            if frame is not None and frame.shape == _map(program.values, value):
-                outputs[place] = replace(outputs[place], frame=frame)
+            if not isinstance(code, Kernel) or made[reader].values["input"] != value:
+                continue
+            if _map(program.values, value) != (*code.conv.input_size, code.conv.in_channels):
+                continue
+            frame = code.frame()
+            bits = code.planes()
+            if bits is not None and not (planes and getattr(part.code, "whole_blocks", True)):
+                continue
+            if frame is not None:
+                outputs[place] = replace(outputs[place], frame=frame, planes=bits)
                 made[reader] = replace(made[reader], code=replace(code, framed=True))
         # Not the part as it was above: it may be framed itself by now.
         code = made[index].code
@@ -539,7 +556,7 @@ def compile_program(
     import tvm
 
     chosen = {layer: choice.kernel for layer, choice in target.fastest(layers(program)).items()}
-    made = parts(program, chosen, target)
+    made = parts(program, chosen, target, planes=reuse)  # who looks at values wants to see codes
     planned = plan(made, program, reuse=reuse)
     shapes = {INPUT: _planar(program.values[program.input]), OUTPUT: program.values[program.output].shape}
     arguments = [builder.Argument(name, shape, "float32") for name, shape in shapes.items()]
@@ -583,7 +600,7 @@ def compile_program(
             value: [*places[name][:2], list(program.values[value].shape)]
             for part, places in zip(made, planned.places, strict=True)
             for name, value in part.values.items()
-            if value in program.values
+            if value in program.values and name not in part.bits
         },
         "frames": _frames(made),
     }
@@ -612,7 +629,7 @@ def _frames(made: list[Part]) -> dict[str, list[int]]:
         if epilogue is None:
             continue
         for index, output in enumerate(epilogue.outputs):
-            if output.frame is not None:
+            if output.frame is not None and output.planes is None:
                 frame = output.frame
                 found[part.values[f"output{index}"]] = [frame.top, frame.bottom, frame.left, frame.right]
     return found

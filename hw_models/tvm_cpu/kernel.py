@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.tvm_cpu.builder import Argument, Builder, Code, Epilogue, Frame, pieces, up
+from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Code, Epilogue, Frame, Planes, pieces, up
 from hw_models.tvm_cpu.conv import Conv, check_codes, weight_range, zero_point
 from hw_models.tvm_cpu.cpu import Cpu
 
@@ -126,6 +126,16 @@ class Kernel(Code):
         (height, width), (top, left) = conv.input_size, conv.padding
         sides = top, high - top - height, left, wide - left - width
         return Frame((height, width, conv.in_channels), *sides, self._zero)
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether outputs are written 16 at a time, from a multiple of 16 on."""
+        conv = self.conv
+        return conv.groups in (1, conv.out_channels) or conv.out_channels // conv.groups % LANES == 0
+
+    def planes(self) -> Planes | None:
+        """Return how whoever writes the input can write it as bits, so that nothing is packed; None where it isn't read so."""
+        return None
 
     @property
     def _prepared(self) -> bool:
