@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hw_models.runtimes.openvino import same_signal_stack
 from hw_models.tvm_cpu.conv import Conv
 
 OPSET, IR_VERSION = 17, 10
@@ -211,7 +212,8 @@ def openvino_rival(name: str, model: Any, example: NDArray[Any], precision: str 
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     if precision:
         settings["INFERENCE_PRECISION_HINT"] = precision
-    compiled = core.compile_model(read, "CPU", settings)
+    with same_signal_stack():
+        compiled = core.compile_model(read, "CPU", settings)
     request = compiled.create_infer_request()
     buffer = np.ascontiguousarray(example).copy()
     request.set_input_tensor(ov.Tensor(buffer, shared_memory=True))

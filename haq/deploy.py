@@ -3,6 +3,7 @@
     tvm     a folder with one library for this machine's processor; layers of 16 bits and float are computed in float32
     onnx    a file with QuantizeLinear and DequantizeLinear; with layers of 16 bits it is of opset 21
     qonnx   a file of QONNX, for tools of FPGAs
+    executorch  a program of torch.export with Q/DQ operators, and one for ExecuTorch's runtime where that is installed
 
 What installed packages offer besides is listed by `haq list exporters`. `haq.deploy.load(FOLDER)(images)` runs what --to tvm
 writes.
@@ -15,22 +16,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from haq import data, networks
 from haq.console.commands import command, main_of
 from haq.console.errors import run_command
 from haq.console.options import argument, option, options_of, output_options, trust_option
 from haq.console.output import Output
 from haq.console.progress import follow_loading
-from haq.console.tables import command_line, key_table, say
-from haq.console.values import FOLDER, TEXT, ChoiceType, TextType, did_you_mean
+from haq.console.tables import Column, command_line, key_table, print_columns, say
+from haq.console.values import FOLDER, TEXT, ChoiceType, TextType
 from haq.deployment import EXPORTERS
 from haq.store.records import FINETUNED
 from haq.store.units import UNITS, percent
-from haq.study.config import MEASURED, AnotherScheme, SearchConfig
+from haq.study.config import LINEAR, MEASURED, AnotherScheme, SearchConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,6 +47,9 @@ COMPARED = 200  # test images whose integers are compared layer by layer
 BATCH = 250  # test images at once
 LATENCY_APART = 0.2  # beyond which a measured latency is said to be other than the run's
 WRITTEN = "What is written"  # the heading of options
+CHECKED = "Whether a network could be deployed"  # another heading
+DEFAULT = "tvm"
+EIGHT = "8/8"
 RESIDUALS = ("8", "float")  # widths of what enters additions and average poolings
 
 
@@ -109,16 +114,22 @@ def to_tvm(
 @command(
     "deploy",
     __doc__,
-    examples=("haq deploy RUN", "haq deploy RUN --to onnx", "haq deploy RUN --to mymodule:MyExporter --out net.bin"),
+    examples=(
+        "haq deploy RUN",
+        "haq deploy RUN --to onnx",
+        "haq deploy RUN --to mymodule:MyExporter --out net.bin",
+        "haq deploy --check mobilenetv2_100 --to tvm --to c --bits 8/8,4/8",
+    ),
 )
-@argument("run", FOLDER, "the folder of a search")
+@argument("run", FOLDER, "the folder of a search; none with --check", required=False)
 @option(
     "--to",
     TextType(EXPORTERS.names),
-    "the format: a name as `haq list exporters` shows them, or module:Name",
+    "the format: a name as `haq list exporters` shows them, or module:Name; with --check it may be given several times",
     group=WRITTEN,
     metavar="NAME",
-    default="tvm",
+    default_words=f"{DEFAULT}; with --check all there are",
+    multiple=True,
 )
 @option("--out", FOLDER, "folder or file to write", group=WRITTEN, metavar="PATH", default_words="in the run's folder")
 @option(
@@ -135,23 +146,58 @@ def to_tvm(
     ChoiceType(RESIDUALS),
     "what enters additions and average poolings: integers of 8 bits, or as it is",
     group=WRITTEN,
-    default_words="as in the run",
+    default_words="as in the run; float with --check",
 )
 @options_of(AnotherScheme)
 @options_of(SearchConfig, only=MEASURED)
+@option(
+    "--check",
+    TextType(networks.NETWORKS.names),
+    "say for which formats this network could be deployed, and why not; nothing is written, and its weights aren't needed",
+    group=CHECKED,
+    metavar="NETWORK",
+)
+@option("--bits", TEXT, "widths W/A that its layers have, in turn", group=CHECKED, metavar="LIST", default_words="8/8")
+@option(
+    "--data",
+    TextType(data.DATASETS.names),
+    "what it takes, if it doesn't say so itself",
+    group=CHECKED,
+    metavar="NAME",
+    default_words="images of noise",
+)
 @trust_option()
 @output_options()
 def cli(
-    run: Path,
-    to: str,
-    out: Path | None,
-    flavour: str | None,
-    residuals: str | None,
+    run: Path | None,
+    to: tuple[str, ...],
+    check: str | None,
     given: dict[str, Any],
     as_json: bool,
+    **others: Any,
 ) -> int:
-    """Deploy what a run found."""
-    return run_deployment(run, to, out, {**given, "flavour": flavour, "residuals": residuals}, Output.open(as_json))
+    """Deploy what a run found, or say whether a network could be deployed."""
+    asked = {**given, **{name: others[name] for name in ("flavour", "residuals")}}
+    of_check = {name: others[name] for name in ("bits", "data")}
+    if check is not None:
+        _refuse({"RUN": run, "--out": others["out"]}, "doesn't go with --check, which writes nothing")
+        _refuse(
+            {f"--{name}": given.get(name) for name in (*MEASURED, "device")}, "doesn't go with --check, which runs nothing"
+        )
+        return run_check(check, to, {**asked, **of_check}, Output.open(as_json))
+    _refuse({f"--{name}": value for name, value in of_check.items()}, "goes with --check; a run has its own")
+    if run is None:
+        raise ValueError("RUN is missing, the folder of a search; or give --check NETWORK; see haq deploy --help")
+    if len(to) > 1:
+        raise ValueError(f"--to is given {len(to)} times, and a run is deployed to one format at a time")
+    return run_deployment(run, (*to, DEFAULT)[0], others["out"], asked, Output.open(as_json))
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    """Raise ValueError for the first option that was given, and may not be."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} {why}")
 
 
 main = main_of(cli)
@@ -172,11 +218,12 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
     """
     from haq.deployment.exporter import AnySamples
     from haq.store.lock import writing
+    from haq.study.deployable import options_of_exporter
     from haq.study.residuals import with_residuals
     from haq.study.search_run import SearchRun
 
     exporter = EXPORTERS.get(to)()
-    options = _options_of_exporter(exporter, to, given)
+    options = options_of_exporter(exporter, to, given)
     asked = AnotherScheme.model_validate({"scheme": given.get("scheme"), "device": given.get("device")})
     run = SearchRun.load(folder, asked.device)
     _check_residuals(exporter, to, given.get("residuals"), run.config.residuals)
@@ -231,6 +278,45 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
     if not verdict.same_answers:
         return 1
     return 0
+
+
+def run_check(name: str, to: Sequence[str], given: Mapping[str, Any], output: Output) -> int:
+    """Say for which formats a network could be deployed; nothing is compiled or written.
+
+    Args:
+        name: The network, by name.
+        to: Exporters by name; without any, all of them.
+        given: The options that the user gave: scheme, flavour (--for), residuals, bits and data.
+        output: Where to print.
+
+    Returns:
+        The exit status: 1 if one of the exporters that are named can't write it.
+    """
+    from haq.deployment.graph import DEPLOYABLE
+    from haq.study.deployable import ask, quantized_by_name, read_pairs
+
+    chosen = {key: given[key] for key in ("scheme", "residuals") if given.get(key) is not None}
+    pairs = read_pairs(given.get("bits") or EIGHT)
+    with follow_loading(output.notes, "loading the network and looking at its operations"):
+        answers = ask(
+            quantized_by_name(name, pairs=pairs, data=given.get("data"), config=SearchConfig(**chosen)),
+            to,
+            given.get("flavour"),
+        )
+    written = [f"{answer.exporter} --for {answer.flavour}" if answer.flavour else answer.exporter for answer in answers]
+    columns = [
+        Column("--to", written),
+        Column("deployable", ["no" if answer.reason else "yes" for answer in answers]),
+        Column("why not", [answer.reason for answer in answers], least=40),
+    ]
+    print_columns(output.results, f"{name} at {given.get('bits') or EIGHT}", columns)
+    if any("operation" in answer.reason for answer in answers):
+        say(output.results, f"Deployable are {DEPLOYABLE}.")
+    output.print_json(
+        {"network": name, "bits": given.get("bits") or EIGHT, "scheme": given.get("scheme") or LINEAR}
+        | {"exporters": [{**answer._asdict(), "deployable": not answer.reason} for answer in answers]}
+    )
+    return int(bool(to) and any(answer.reason for answer in answers))
 
 
 class _ComparedLatency(NamedTuple):
@@ -293,30 +379,16 @@ def _predicted_latency_s(run: SearchRun, problem: ProblemRecord) -> float | None
     return total * UNITS["latency"][problem.unit]
 
 
-def _options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the options that are for an exporter. Raises ValueError for one that it doesn't take, or not with this value."""
-    options = {name: given[name] for name in (*MEASURED, "flavour") if given.get(name) is not None}
-    if foreign := [name for name in options if name in MEASURED and name not in exporter.options]:
-        raise ValueError(f"--{foreign[0]} is for networks whose kernels are measured (--to tvm), not for --to {to}")
-    flavour = options.get("flavour")
-    if flavour is not None and "flavour" not in exporter.options:
-        raise ValueError(f"--for {flavour} is for formats that have files of several kinds; --to {to} has one: leave it out")
-    if flavour is not None and flavour not in exporter.flavours:
-        close = did_you_mean(flavour, exporter.flavours)
-        raise ValueError(f"--for is {flavour!r}{close} What --to {to} can write for: {', '.join(exporter.flavours)}")
-    return options
-
-
 def _check_residuals(exporter: Exporter, to: str, asked: str | None, of_run: str) -> None:
     """Raise ValueError if additions and average poolings are to have 8 bits, and an exporter has them in float."""
-    if (asked or of_run) != "8" or "residuals" in exporter.options:
-        return
-    if asked is None:
-        raise ValueError(
-            f"the run was searched with --residuals 8, which can't be written by --to {to}, which has additions and poolings "
-            "in float: give --residuals float, and see what that changes"
-        )
-    raise ValueError(f"--residuals 8 can't be written by --to {to}, which has additions and poolings in float")
+    from haq.study.deployable import check_residuals
+
+    try:
+        check_residuals(exporter, to, asked or of_run)
+    except ValueError as error:
+        if asked is not None:
+            raise
+        raise ValueError(f"{error}: the run was searched with it; give --residuals float, and see what that changes") from None
 
 
 def _quantized(run: SearchRun, loaded: LoadedNetwork, scheme: str | None) -> tuple[nn.Module, bool]:
@@ -348,26 +420,15 @@ def _seen_by(exporter: Exporter, network: nn.Module, loaded: LoadedNetwork) -> t
 
     Raises ValueError, naming what an exporter can't write.
     """
-    from torch import Tensor
-
     from haq.deployment.exporter import AnySamples
     from haq.deployment.graph import capture
+    from haq.study.deployable import check_inputs, unlike_images
 
     inputs, targets = next(loaded.dataset.test.batches(COMPARED))
     inputs = loaded.network.preprocess(inputs)
     forward = getattr(loaded.network, "forward", None)
-    others = ""
-    if forward is not None:
-        others = "is called by a function of its own"
-    elif not isinstance(inputs, Tensor):
-        others = f"takes a {type(inputs).__name__}"
-    elif inputs.dim() not in (2, 4) or not inputs.is_floating_point():
-        others = f"takes {inputs.dtype} of {inputs.dim()} dimensions"
-    if others and not exporter.takes_any():
-        raise ValueError(
-            f"--to {exporter.name} writes networks that take images, or vectors, as one tensor, and this one {others}: "
-            "--to onnx takes any inputs"
-        )
+    others = unlike_images(forward, inputs)
+    check_inputs(exporter, exporter.name, others)
     if not others:
         try:
             return capture(network, inputs[:1].contiguous()), _samples(loaded)

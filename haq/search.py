@@ -8,7 +8,7 @@ evaluations. All of it goes to a folder, from which a search that was interrupte
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from haq.console.options import flag, option, options_of, output_options, part_o
 from haq.console.output import Output
 from haq.console.progress import follow_loading
 from haq.console.tables import command_line, say
-from haq.console.values import FILE, FOLDER
+from haq.console.values import FILE, FOLDER, TextType
+from haq.deployment import EXPORTERS
 from haq.study.config import FOLDERS, SearchConfig, WorkersConfig
 
 if TYPE_CHECKING:
@@ -44,11 +45,25 @@ if TYPE_CHECKING:
 @option("--out", FOLDER, "folder of the run", group=FOLDERS, default_words="one under runs/")
 @option("--config", FILE, "take options from a run's config.yaml; those that are given besides win", group=FOLDERS)
 @option("--resume", FOLDER, "go on with an interrupted run", group=FOLDERS, metavar="RUN")
+@option(
+    "--check-deploy",
+    TextType(EXPORTERS.names),
+    "begin only if whatever the search may find could be deployed to these formats, as `haq deploy --to` takes them, such as "
+    "tvm,c",
+    group=FOLDERS,
+    metavar="NAMES",
+)
 @flag("--dry-run", "say what would be done, and stop", group=FOLDERS)
 @trust_option()
 @output_options()
 def cli(
-    given: dict[str, Any], out: Path | None, config: Path | None, resume: Path | None, dry_run: bool, as_json: bool
+    given: dict[str, Any],
+    out: Path | None,
+    config: Path | None,
+    resume: Path | None,
+    check_deploy: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> int:
     """Begin a search, or go on with one."""
     workers = WorkersConfig(**part_of(given, WorkersConfig))
@@ -56,21 +71,28 @@ def cli(
     output = Output.open(as_json)
     if resume is not None:
         device = options.pop("device", None)
-        if options or out or config or dry_run:
+        if options or out or config or dry_run or check_deploy:
             raise ValueError(
                 "--resume RUN goes on with what the run was asked for: no other option but --device, --workers, --ray and "
                 "--json goes"
             )
         return resume_search(resume, workers, output, device)
     asked = SearchConfig.from_options(options, config)
-    return run_search(asked, workers, output, out=out, dry_run=dry_run)
+    formats = tuple((check_deploy or "").split(",")) if check_deploy else ()
+    return run_search(asked, workers, output, out=out, dry_run=dry_run, formats=formats)
 
 
 main = main_of(cli)
 
 
 def run_search(
-    config: SearchConfig, workers: WorkersConfig, output: Output, *, out: Path | None = None, dry_run: bool = False
+    config: SearchConfig,
+    workers: WorkersConfig,
+    output: Output,
+    *,
+    out: Path | None = None,
+    dry_run: bool = False,
+    formats: Sequence[str] = (),
 ) -> int:
     """Begin a search, and carry it out.
 
@@ -80,6 +102,7 @@ def run_search(
         output: Where to print.
         out: The folder of the run; None for one under runs/.
         dry_run: Whether to say what would be done, and stop.
+        formats: Exporters that must be able to write whatever it may find (--check-deploy).
 
     Returns:
         The exit status: 1 if what was found is not within the budgets, or not good enough.
@@ -89,7 +112,13 @@ def run_search(
 
     folder = out or default_folder(config)
     check_unused(folder)
+    for name in formats:
+        EXPORTERS.get(name)  # an unknown one is told before anything is loaded
     task = _load(config, output)
+    if formats:
+        from haq.study.deployable import check_search
+
+        check_search(task, formats)
     known = _read_trials(task)
     if dry_run:
         _print_plan(output, task, workers, None, known)

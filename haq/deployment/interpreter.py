@@ -75,6 +75,19 @@ def run(
     Raises:
         ValueError: For images of another shape than the program's, not of float32, or with NaN or infinity in them.
     """
+    held, entered = _compute(program, images, given)
+    output = _first(held[program.output]).reshape(-1, *program.output_dims[1:])
+    return np.ascontiguousarray(output), entered
+
+
+def compute_values(program: Program, images: Array) -> dict[str, Array]:
+    """Compute all values of a program as they are stored, (N, *shape), by name; see `run`."""
+    return _compute(program, images, None)[0]
+
+
+def _compute(
+    program: Program, images: Array, given: Mapping[str, Array] | None
+) -> tuple[dict[str, Array], dict[str, NDArray[np.int32]]]:
     check_images(images, program.input_dims[1:])
     held: dict[str, Array] = {program.input: _stored(images, program.values[program.input])}
     entered: dict[str, NDArray[np.int32]] = {}
@@ -108,8 +121,7 @@ def run(
         else:
             sums = x
         _finish(step.epilogue, sums, held, program.values)
-    output = _first(held[program.output]).reshape(-1, *program.output_dims[1:])
-    return np.ascontiguousarray(output), entered
+    return held, entered
 
 
 def _stored(images: Array, value: Value) -> Array:

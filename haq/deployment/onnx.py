@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.deployment import onnx_any
+from haq.deployment import onnx_any, onnx_runtimes, onnx_tensorrt
 from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict
 from haq.deployment.graph import Graph
-from haq.deployment.lowering import check_integers
+from haq.deployment.lowering import check_integers, integer_activations
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import IntegerWriter
-from haq.deployment.onnx_nodes import Array
-from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare
+from haq.deployment.onnx_verify import CHECKED, Verification, compare
 from haq.store.files import write
+from haq.store.units import describe_amount
+
+FLAVOURS = ("tensorrt", "openvino")
 
 
 def export(graph: Graph, network: nn.Module, path: str | Path, flavour: str | None = None) -> None:
@@ -46,17 +47,28 @@ def export(graph: Graph, network: nn.Module, path: str | Path, flavour: str | No
             a kind that the flavour takes.
         ImportError: Naming what to install.
     """
-    model = IntegerWriter(graph, network, flavour).model("N")
+    model = _model(graph, network, flavour)
     package("onnx").checker.check_model(model, full_check=True)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, model.SerializeToString())
 
 
+def _model(graph: Graph, network: nn.Module, flavour: str | None) -> Any:
+    """Make onnx's ModelProto; see `export`."""
+    if flavour is not None and flavour not in FLAVOURS:
+        raise ValueError(f"unknown flavour {flavour!r} of ONNX; known: {', '.join(FLAVOURS)}")
+    if flavour == "tensorrt":
+        onnx_tensorrt.check(network)
+        network, graph = onnx_tensorrt.signed_network(network), onnx_tensorrt.signed_graph(graph)
+    return IntegerWriter(graph, network, flavour).model("N")
+
+
 def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification:
     """Run a file of `export` on images (N, C, H, W), as its user would, beside the network in PyTorch.
 
-    ONNX Runtime on the CPU runs it, with the optimizations that it makes by default; see `onnx_verify.compare`.
+    ONNX Runtime on the CPU runs it, with the optimizations that it makes by default, or OpenVINO what is for it; see
+    `onnx_verify.compare`. A file for TensorRT, which has no processor here, is run by ONNX Runtime too.
 
     Args:
         path: The file.
@@ -64,39 +76,43 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
         images: Images (N, C, H, W).
 
     Returns:
-        What differs.
+        What differs, with lines about the operators that are computed in integers, and about the size of the file.
 
     Raises:
         ValueError: Without images, for NaN or infinity in them, and for a file that isn't ONNX.
         ImportError: Naming what to install.
     """
-    return compare(path, network, images, flavour="onnx", make_runner=_runner)
+    flavour = onnx_runtimes.flavour_of(path)
+    make_runner = onnx_runtimes.onnxruntime_runner
+    held = None
+    if flavour == "openvino":
+        make_runner = onnx_runtimes.openvino_runner
+    if flavour == "tensorrt":
+        held = onnx_tensorrt.signed_network(network)
+    found = compare(path, network, images, flavour=flavour or "onnx", make_runner=make_runner, held=held)
+    rows = (*onnx_runtimes.operators(path, flavour), _size(path, network, images))
+    if flavour == "tensorrt":
+        rows = (*rows, *_halved(network))
+    return dataclasses.replace(found, further=rows)
 
 
-def _runner(model: Any) -> Runner:
-    runtime = package("onnxruntime")
-    helper = package("onnx").helper
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+def _size(path: str | Path, network: nn.Module, images: Tensor) -> tuple[str, str]:
+    """Tell how large a file is, and how large what the policy stores."""
+    size = Path(path).stat().st_size
+    stored = onnx_runtimes.stored_bytes(network, images)
+    words = f"{describe_amount(size, 'storage')}, {size / stored:.2f} of the {describe_amount(stored, 'storage')} that layers store"
+    return "size of the file", words
 
-    def session(model: Any) -> Any:
-        return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    # What is looked into can't be optimized away, so the file is run as it is, too.
-    plain = session(model)
-    opened = None
-
-    def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
-        nonlocal opened
-        if opened is None:
-            model.graph.output.extend(helper.make_tensor_value_info(name, 1, None) for name in names)
-            opened = session(model)
-        entered = []
-        if names:
-            entered = opened.run(names, {"input": images})
-        return plain.run(["output"], {"input": images})[0], entered
-
-    return run
+def _halved(network: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Tell how many inputs of layers lose a bit in TensorRT's signed integers."""
+    count = 0
+    for name, layer in Q.quant_layers(network).items():
+        if layer.activation_bits is not None:
+            count += onnx_tensorrt.is_halved(integer_activations(name, layer))
+    if not count:
+        return ()
+    return (("inputs of 8 unsigned bits that TensorRT has 7 of", f"{count:,}"),)
 
 
 class OnnxExporter(Exporter):
@@ -105,10 +121,16 @@ class OnnxExporter(Exporter):
     name = "onnx"
     summary = SUMMARIES["onnx"]
     output = "network.onnx"
+    options = ("flavour", "residuals")
+    flavours = FLAVOURS
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
+
+    def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
+        """Raise ValueError for what can't be written; see `Exporter.check_operations`."""
+        _model(graph, network, options.get("flavour"))
 
     def export(
         self,
@@ -122,9 +144,11 @@ class OnnxExporter(Exporter):
         on_progress: OnProgress,
     ) -> None:
         """Write a network, if the file computes what it does; see `Exporter.export`."""
+        if options.get("flavour") == "openvino":
+            onnx_runtimes.openvino()
         with tempfile.TemporaryDirectory() as place:
             made = Path(place, "network.onnx")
-            export(graph, network, made)
+            export(graph, network, made, options.get("flavour"))
             self._check(network, made, images[:CHECKED])
             write(path, made.read_bytes())
 

@@ -10,6 +10,7 @@ with every image then.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,13 @@ from haq.deployment.program import BYTE_BITS, Codes
 # The first whose QuantizeLinear and DequantizeLinear take integers of 16 bits.
 WIDE_OPSET = 21
 WIDE_IR_VERSION = 10
+HALF_BYTE_BITS = 4
+BETWEEN = {"add", "mul", "function", "prelu", "avg_pool", "resize", "batch_norm", "output"}  # that nothing is fused with
+FLAVOUR = "for"  # among a file's properties: what it is for
 # Half a step of the sums may be so many steps of the integers that these are rounded to next.
 LARGEST_ROUNDING = 1 / 8
 # Integers of few bits are moved up in their bytes, as weights always are, where it would be more than this.
 FINE = 1 / 512
-# Where both operands have so many bits together, a bias is rounded to steps of the sums even if nothing is rounded behind it.
-FINE_BITS = 15
 
 
 class IntegerWriter(GraphWriter):
@@ -60,14 +62,18 @@ class IntegerWriter(GraphWriter):
             if grid is not None:
                 of_readers[node.name] = grid
         self.of_readers = of_readers
-        self.wanted = wanted_grids(graph, of_readers)
+        self.wanted: dict[str, Grid] = {}
+        if not self.signed:  # TensorRT fuses a convolution with the ReLU behind it
+            self.wanted = wanted_grids(graph, of_readers)
         self.readers: dict[str, list[Node]] = {}
         for node in graph.nodes:
             for name in node.inputs:
                 self.readers.setdefault(name, []).append(node)
         self.real = {"input"}  # nodes whose real tensor is there
-        # By the name of a node and the key of a grid: a tensor of integers, and between what they lie.
-        self.integers_there: dict[tuple[str, tuple[float, int]], list[tuple[str, int, int]]] = {}
+        # By the name of a node and the key of a grid: the tensor of its integers, and between what they lie.
+        self.whole: dict[tuple[str, tuple[float, int]], tuple[str, int, int]] = {}
+        # The same, clipped to the ends of a grid.
+        self.clipped: dict[tuple[str, tuple[float, int], tuple[int, int]], str] = {}
         self.scales: dict[float, str] = {}  # the names of constants
         self.folded: set[str] = set()  # batch norms that layers before them do
         self.packer = Packer(self)
@@ -86,7 +92,10 @@ class IntegerWriter(GraphWriter):
             with torch.no_grad():
                 self.write(node)
         self.packer.write()
-        return self.assemble(batch, further)
+        made = self.assemble(batch, further)
+        if self.flavour is not None:
+            self.onnx.helper.set_model_props(made, {FLAVOUR: self.flavour})
+        return made
 
     # ------------------------------------------------------------------------------------------------ integers and real
 
@@ -103,35 +112,66 @@ class IntegerWriter(GraphWriter):
 
     def integers_of(self, name: str, grid: Grid) -> str:
         """Return the tensor with a node's result as integers on a grid, writing it if need be."""
-        there = self.integers_there.setdefault((name, grid.key), [])
-        for tensor, low, high in there:
-            if grid.low <= low and high <= grid.high:
-                return tensor
-        if not there:
+        key = name, grid.key
+        if key not in self.whole and self.flavour is None:
             self._round(name, grid)
-        for tensor, low, high in there:
+        if key in self.whole:
+            tensor, low, high = self.whole[key]
             if grid.low <= low and high <= grid.high:
                 return tensor
-        tensor = there[0][0]
-        made = self.free(f"{name}:clipped")
-        bounds = [self.constant(f"{grid.dtype}_{bound}", bound, grid.dtype) for bound in (grid.low, grid.high)]
-        self.op("Clip", [tensor, *bounds], made)
-        there.append((made, grid.low, grid.high))
-        return made
+        ends = grid.low, grid.high
+        if (*key, ends) not in self.clipped:
+            if self.flavour is not None:
+                self._round(name, grid)
+            else:
+                made = self.free(f"{name}:clipped")
+                bounds = [self.constant(f"{grid.dtype}_{bound}", bound, grid.dtype) for bound in ends]
+                self.clipped[*key, ends] = self.op("Clip", [tensor, *bounds], made)
+        return self.clipped[*key, ends]
 
     def _round(self, name: str, grid: Grid) -> None:
         """Put a node's real result on a grid."""
         source = self.real_of(name)
-        low, high = np.iinfo(grid.dtype).min, np.iinfo(grid.dtype).max
-        if grid.signed and (grid.low, grid.high) != (low, high):
-            # TensorRT wants DequantizeLinear behind QuantizeLinear. What is clipped before it is divided rounds to the same.
+        low, high = int(np.iinfo(grid.dtype).min), int(np.iinfo(grid.dtype).max)
+        if self.flavour is not None:
+            # These fuse a Clip with what is before it, and want DequantizeLinear right behind QuantizeLinear. What is clipped
+            # before it is divided rounds to the same.
+            source = self._clipped(name, source, grid, low, high)
             low, high = grid.low, grid.high
-            ends = [np.float32(end) * np.float32(grid.scale) for end in (low, high)]
-            bounds = [self.constant(self.free(f"{name}:bound"), end) for end in ends]
-            source = self.op("Clip", [source, *bounds], self.free(f"{name}:clipped"))
         made = self.free(f"{name}:integers")
         self.op("QuantizeLinear", [source, self.scalar(grid.scale, name), self.zero(grid)], made)
-        self.integers_there[name, grid.key].append((made, int(low), int(high)))
+        if self.flavour is not None:
+            self.clipped[name, grid.key, (low, high)] = made
+        else:
+            self.whole[name, grid.key] = made, low, high
+
+    def _clipped(self, name: str, source: str, grid: Grid, low: int, high: int) -> str:
+        """Clip a node's real result to a grid's ends, but for an end that it can't be beyond, or that the bytes have."""
+        ends = [-math.inf, math.inf]
+        if grid.low > low and not (grid.low == grid.zero and self._is_positive(name)):
+            ends[0] = float(np.float32(grid.low - grid.zero) * np.float32(grid.scale))
+        if grid.high < high:
+            ends[1] = float(np.float32(grid.high - grid.zero) * np.float32(grid.scale))
+        if ends == [-math.inf, math.inf]:
+            return source
+        if ends == [0, math.inf]:
+            return self.op("Relu", [source], self.free(f"{name}:clipped"))
+        bounds = ["", ""]
+        for place, end in enumerate(ends):
+            if not math.isinf(end):
+                bounds[place] = self.constant(self.free(f"{name}:bound"), end)
+        return self.op("Clip", [source, *bounds], self.free(f"{name}:clipped"))
+
+    def _is_positive(self, name: str) -> bool:
+        """Tell whether a node's result is nowhere negative."""
+        node = self.graph[name]
+        if node.kind in ("relu", "clamp"):
+            return node.low >= 0
+        if node.kind == "quantize":
+            return node.low >= node.zero_point
+        if node.kind in ("max_pool", "avg_pool", "flatten", "move"):
+            return all(self._is_positive(before) for before in node.inputs)
+        return False
 
     def free(self, name: str) -> str:
         """Return a name that no tensor has yet."""
@@ -145,9 +185,8 @@ class IntegerWriter(GraphWriter):
     def real_of(self, name: str) -> str:
         """Return the tensor with a node's real result, writing it if it is there as integers."""
         if name not in self.real:
-            (scale, zero), there = next((key[1], value) for key, value in self.integers_there.items() if key[0] == name)
-            grid = Grid(scale, zero, 0, 0, self.signed)
-            self._dequantize(there[-1][0], grid, name, name)
+            (scale, zero), tensor = next((key[1], held[0]) for key, held in self.whole.items() if key[0] == name)
+            self._dequantize(tensor, Grid(scale, zero, 0, 0, self.signed), name, name)
             self.real.add(name)
         return name
 
@@ -162,11 +201,11 @@ class IntegerWriter(GraphWriter):
         if node.kind == "quantize":
             own = self.of_readers[node.name]
             tensor = self.integers_of(node.inputs[0], own)
-            self.integers_there[node.name, own.key] = [(tensor, own.low, own.high)]
+            self.whole[node.name, own.key] = tensor, own.low, own.high
         elif grid is not None and node.kind in ("relu", "clamp"):
             grid = grid.clamped(node.low, node.high)
             tensor = self.integers_of(node.inputs[0], grid)
-            self.integers_there[node.name, grid.key] = [(tensor, grid.low, grid.high)]
+            self.whole[node.name, grid.key] = tensor, grid.low, grid.high
         elif grid is not None and node.kind in ("flatten", "move"):
             sources = [self.integers_of(name, grid) for name in node.inputs]
             made = f"{node.name}:integers"
@@ -174,7 +213,7 @@ class IntegerWriter(GraphWriter):
                 self.op("Flatten", sources, made)
             else:
                 write_move(self, node, sources, made, self.zero(grid))
-            self.integers_there[node.name, grid.key] = [(made, grid.low, grid.high)]
+            self.whole[node.name, grid.key] = made, grid.low, grid.high
         elif grid is not None and node.kind == "max_pool":
             self._max_pool(node, grid)
         else:
@@ -190,7 +229,7 @@ class IntegerWriter(GraphWriter):
         real = self._dequantize(source, grid, f"{node.name}:real", node.inputs[0])
         pooled = self.op("MaxPool", [real], f"{node.name}:largest", **self.window(node))
         made = self.op("QuantizeLinear", [pooled, self.scalar(grid.scale, node.name), self.zero(grid)], f"{node.name}:integers")
-        self.integers_there[node.name, grid.key] = [(made, grid.low, grid.high)]
+        self.whole[node.name, grid.key] = made, grid.low, grid.high
 
     def _write_avg_pool(self, node: Node, inputs: list[str]) -> None:
         if self.is_global(node) and len(node.dims) == 4:
@@ -214,6 +253,8 @@ class IntegerWriter(GraphWriter):
         weights = None
         if layer.weight_bits is not None:
             q, steps, bits = integer_weights(name, layer)
+            if self.signed:
+                bits = BYTE_BITS  # they are in int8, whatever they take
             if q.dtype == np.int8:
                 weights = FoldedWeights(q.astype(np.int8), bits, steps * scale, bias).positive()
         form = None
@@ -222,8 +263,12 @@ class IntegerWriter(GraphWriter):
         if form is not None:
             self._integer_layer(node, step, form, made)
             return
-        if weights is not None:
-            shifted = weights.shift(True)
+        if self.signed and weights is not None:
+            real = self._real_for_tensorrt(node, step, weights)
+        elif weights is not None:
+            shifted = 0
+            if self.flavour is None:
+                shifted = weights.shift(True)
             integers = self._stored(f"{step}.weight", weights, shifted)
             real = self._real_weights(step, integers, weights.scale / 2.0**shifted, weights.q.ndim)
         elif layer.weight_bits is not None:
@@ -232,12 +277,19 @@ class IntegerWriter(GraphWriter):
         else:
             whole = layer.weight.detach().double().numpy()
             real = self.constant(f"{step}.weight", whole * _along(scale, whole.ndim))
-        # Where ONNX Runtime sees a DequantizeLinear in front of real weights and a QuantizeLinear behind them, it makes them
-        # 8 bits wide.
-        inputs = [self._enter(node, step, plain=wanted is None and node.kind == "conv"), real]
+        inputs = [self._enter(node, step, plain=not self._may_be_rounded(node, made)), real]
         if bias.any():
             inputs.append(self.constant(f"{step}.bias", bias))
         self._multiply(node, inputs, made)
+
+    def _may_be_rounded(self, node: Node, made: str) -> bool:
+        """Tell whether a QuantizeLinear may stand behind a layer with real weights.
+
+        Where ONNX Runtime sees it, and a DequantizeLinear in front of them, it makes these weights 8 bits wide. It does so with
+        linear layers whatever is behind them.
+        """
+        kinds = {reader.kind for reader in self.readers.get(made, [])}
+        return node.kind == "linear" or not kinds <= BETWEEN
 
     def _following(self, node: Node) -> tuple[Array, Array, str]:
         """Return what batch norms behind a layer do to its channels, and the name of the last of them."""
@@ -249,9 +301,34 @@ class IntegerWriter(GraphWriter):
             (after,) = readers
             assert after.scale is not None
             assert after.shift is not None
+            if self.signed and not self._can_turn(node, scale * after.scale):
+                return scale, shift, made
             scale, shift = scale * after.scale, shift * after.scale + after.shift
             self.folded.add(after.name)
             made = after.name
+
+    def _can_turn(self, node: Node, scale: Array) -> bool:
+        """Tell whether integers of 8 bits have a positive scale, as TensorRT wants it: -128 can't be turned."""
+        layer = self.layers[node.module]
+        if layer.weight_bits is None:
+            return True
+        q, _, _ = integer_weights(node.module, layer)
+        return bool((q.reshape(len(q), -1).min(1)[scale < 0] > -(2 ** (BYTE_BITS - 1))).all())
+
+    def _real_for_tensorrt(self, node: Node, step: str, weights: FoldedWeights) -> str:
+        """Write weights whose input is real: of 4 bits where TensorRT takes such ones, in linear layers, and else real."""
+        bits = self.layers[node.module].weight_bits
+        assert bits is not None
+        if node.kind == "linear" and bits <= HALF_BYTE_BITS:
+            scale = self.constant(f"{step}.scale", weights.scale)
+            integers = self.constant(f"{step}.weight", weights.q, self._int4())
+            return self.op("DequantizeLinear", [integers, scale], f"{step}:weight", axis=0)
+        return self.constant(f"{step}.weight", weights.q * _along(weights.scale, weights.q.ndim))
+
+    def _int4(self) -> np.dtype[Any]:
+        """Return the type of integers of 4 bits, which newer files have."""
+        self.opset, self.ir_version = WIDE_OPSET, WIDE_IR_VERSION
+        return self.onnx.helper.tensor_dtype_to_np_dtype(self.onnx.TensorProto.INT4)
 
     def _integer_form(self, node: Node, weights: FoldedWeights, codes: Codes, wanted: Grid | None) -> _Form | None:
         """Return a layer's weights as integer kernels take them; None where none fits."""
@@ -285,7 +362,7 @@ class IntegerWriter(GraphWriter):
             self._multiply(node, inputs, made)
         elif node.kind == "conv" or self.flavour is not None:
             self._multiply(node, [*inputs, self.constant(f"{step}.bias", weights.bias)], made)
-        elif form.wanted is not None or codes.bits + form.up + weights.bits + form.shift >= FINE_BITS:
+        elif form.wanted is not None:
             step_of_input = np.float32(codes.scale / 2.0**form.up)
             steps = step_of_input * scales
             limit = 2.0**31 - 1
@@ -294,6 +371,7 @@ class IntegerWriter(GraphWriter):
             given = [self.constant(f"{step}.bias", rounded, np.int32), self.constant(f"{step}.bias_scale", steps)]
             self._multiply(node, [*inputs, self.op("DequantizeLinear", given, f"{step}:bias", axis=0)], made)
         else:
+            # Nothing is rounded behind it, so the bias isn't either.
             self._multiply(node, inputs, f"{made}:sums")
             self.op("Add", [f"{made}:sums", self.constant(f"{step}.bias", weights.bias)], made)
 
@@ -310,8 +388,11 @@ class IntegerWriter(GraphWriter):
         key = weights.q.tobytes(), weights.bits, shift
         if key not in self.stored:
             self.stored[key] = name
-            if weights.bits == BYTE_BITS:
-                self.constant(name, weights.q, np.int8)
+            if weights.bits == BYTE_BITS or (self.flavour is not None and weights.bits > HALF_BYTE_BITS):
+                self.constant(name, weights.q * 2**shift, np.int8)
+            elif self.flavour is not None:
+                integers = self.constant(f"{name}4", weights.q, self._int4())
+                self.op("Cast", [integers], name, to=self.onnx.TensorProto.INT8)
             else:
                 self.packer.add(name, weights.q, weights.bits, shift)
         return self.stored[key]
@@ -351,18 +432,13 @@ class IntegerWriter(GraphWriter):
         if grid is None and codes.bits == 1:
             return self._signs(source, codes, made, plain, up)
         if grid is None:
-            return self._wide(source, codes, made)
+            return self._wide(source, codes, made, plain)
         integers = self.integers_of(source, grid)
         if up:
             integers = self.op("BitShift", [integers, self.constant(f"uint8_{up}", up, np.uint8)], f"{made}:up", direction="LEFT")
             grid = dataclasses.replace(grid, scale=grid.scale / 2.0**up, zero=grid.zero << up)
         scale = self.scalar(grid.scale, source)
-        if plain:
-            return self.op("DequantizeLinear", [integers, scale, self.zero(grid)], made)
-        real = self.op("Cast", [integers], f"{made}:real", to=self.onnx.TensorProto.FLOAT)
-        if grid.zero:
-            real = self.op("Sub", [real, self.constant(f"float_{grid.zero}", grid.zero)], f"{made}:centred")
-        return self.op("Mul", [real, scale], made)
+        return self._real(integers, scale, self.zero(grid), grid.zero, made, plain)
 
     def _signs(self, source: str, codes: Codes, made: str, plain: bool, up: int) -> str:
         zero = 2 ** (BYTE_BITS - 1)
@@ -375,7 +451,7 @@ class IntegerWriter(GraphWriter):
         integers = self.op("Where", [positive, *ends], f"{made}:integers")
         return self.op("DequantizeLinear", [integers, scale, self.constant(f"uint8_{zero}", zero, np.uint8)], made)
 
-    def _wide(self, source: str, codes: Codes, made: str) -> str:
+    def _wide(self, source: str, codes: Codes, made: str, plain: bool) -> str:
         """Write integers of 16 bits. ONNX Runtime has no Clip of them. What is clipped before it is divided rounds to the same."""
         self.opset, self.ir_version = WIDE_OPSET, WIDE_IR_VERSION
         dtype = np.dtype(np.uint16)
@@ -389,7 +465,16 @@ class IntegerWriter(GraphWriter):
             low, high = (self.constant(f"{made}:{end}", value) for end, value in zip(("low", "high"), ends, strict=True))
             real = self.op("Clip", [real, low, high], f"{made}:clipped")
         integers = self.op("QuantizeLinear", [real, scale, zero], f"{made}:integers")
-        return self.op("DequantizeLinear", [integers, scale, zero], made)
+        return self._real(integers, scale, zero, codes.zero_point, made, plain)
+
+    def _real(self, integers: str, scale: str, zero: str, zero_point: int, made: str, plain: bool) -> str:
+        """Write the real values of integers, with a DequantizeLinear if it may be seen; see `_enter`."""
+        if plain:
+            return self.op("DequantizeLinear", [integers, scale, zero], made)
+        real = self.op("Cast", [integers], f"{made}:real", to=self.onnx.TensorProto.FLOAT)
+        if zero_point:
+            real = self.op("Sub", [real, self.constant(f"float_{zero_point}", zero_point)], f"{made}:centred")
+        return self.op("Mul", [real, scale], made)
 
 
 @dataclass(frozen=True)

@@ -158,9 +158,7 @@ def _upsample_nearest(move: _Move) -> bool:
     if whole:
         scales = move.writer.constant(f"{move.made}:scales", [1, 1, *factors])
         inputs = [*move.inputs, "", scales]
-        return move.last(
-            "Resize", inputs, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
-        )
+        return move.last("Resize", inputs, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
     source = move.inputs[0]
     for axis, along in enumerate(taken[:-1]):
         rows = move.writer.constant(f"{move.made}:places{axis}", along, np.int64)

@@ -300,10 +300,11 @@ class QonnxExporter(Exporter):
         check_integers(network, always_weights=True)
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the layer, for what the tool doesn't take that the file is for (`--for`)."""
+        """Raise ValueError, naming the layer, for what can't be written, or isn't taken by the tool that it is for (`--for`)."""
         flavour = options.get("flavour")
         if flavour is not None:
             check_flow(FLOWS[flavour], graph, Q.quant_layers(network))
+        _Writer(graph, network).model(1)
 
     def export(
         self,

@@ -23,6 +23,7 @@ struct output {
     int32_t factor;
     uint8_t shift;
     uint8_t sign; /* the sign of v, -1 or 1, in its place */
+    uint8_t left; /* v 2^left in place of v, for a value that is much finer than v */
 };
 
 /* What is added to a sum before that: the value's integers times factor 2^left. */
@@ -32,7 +33,21 @@ struct residual {
     uint8_t left;
 };
 
-/* What becomes of a sum: v = sum multiplier 2^left + offset 2^offset_left + residuals, and its outputs. */
+/* Numbers with one exponent: times x each is round(x 2^left mantissa / 2^shift). */
+struct factors {
+    const int32_t *mantissas;
+    uint8_t left, shift;
+};
+
+/* A function as a piece of a parabola for each of `segments` equal parts of its domain: three coefficients each. */
+struct table {
+    const int32_t *coefficients;
+    int32_t segments, start;
+    uint8_t fraction; /* binary digits of a place within a segment */
+    uint8_t guard;    /* binary digits that results have more than coefficients */
+};
+
+/* What becomes of a sum: v = sum multiplier 2^left + offset 2^offset_left + residuals, its function, and its outputs. */
 struct epilogue {
     uint8_t per_channel; /* 0: one multiplier and offset are for all channels */
     uint8_t offset_left;
@@ -42,6 +57,8 @@ struct epilogue {
     const int32_t *offsets;
     struct residual residuals[MOST_RESIDUALS];
     struct output outputs[MOST_OUTPUTS];
+    struct factors slopes;     /* by which v below zero is multiplied, if there are any */
+    const struct table *table; /* what becomes of v, if there is one */
 };
 
 /* Everything that is computed lives here; a place is used again once what it held was read for the last time. */
@@ -82,6 +99,42 @@ static int64_t scaled(int64_t number, int32_t factor, int shift)
     return kept;
 }
 
+/* part near */
+/* Multiply by 2^left a number that matters only if it is below 2^(61 - left). */
+static int64_t near(int64_t number, int left)
+{
+    const int64_t limit = (int64_t)1 << (61 - left);
+    if (number > limit)
+        number = limit;
+    if (number < -limit)
+        number = -limit;
+    return left_shift(number, left);
+}
+
+/* part times */
+static int64_t times(const struct factors *factors, int32_t index, int64_t number)
+{
+    return scaled(left_shift(number, factors->left), factors->mantissas[index], factors->shift);
+}
+
+/* part bent */
+/* Look a function up: the outermost segments are straight lines, and go on. */
+static int64_t bent(const struct table *table, int64_t v)
+{
+    const int32_t last = table->segments - 1;
+    int64_t segment = (v >> table->fraction) + table->start;
+    if (segment < 0)
+        segment = 0;
+    if (segment > last)
+        segment = last;
+    const int32_t *c = &table->coefficients[3 * segment];
+    const int64_t rest = v - left_shift(segment - table->start, table->fraction);
+    if (segment == 0 || segment == last)
+        return left_shift(c[0], table->guard) + scaled(rest, c[1], table->fraction - table->guard);
+    const int64_t place = rest >> (table->fraction - 30);
+    return left_shift(c[0], table->guard) + (((c[1] + (c[2] * place >> 30)) * place) >> (30 - table->guard));
+}
+
 /* part store */
 static void store(const struct value *value, int32_t index, int32_t number)
 {
@@ -99,6 +152,37 @@ static int32_t load(const struct value *value, int32_t index)
     return (int32_t)arena.bytes[value->at + (uint32_t)index] - value->zero;
 }
 
+/* part function_of_none */
+static int64_t function(const struct epilogue *e, int32_t c, int64_t v)
+{
+    (void)e;
+    (void)c;
+    return v;
+}
+
+/* part function_of_slopes */
+static int64_t function(const struct epilogue *e, int32_t c, int64_t v)
+{
+    if (e->slopes.mantissas && v < 0)
+        return times(&e->slopes, c, v);
+    return v;
+}
+
+/* part function_of_tables */
+static int64_t function(const struct epilogue *e, int32_t c, int64_t v)
+{
+    (void)c;
+    return e->table ? bent(e->table, v) : v;
+}
+
+/* part function_of_both */
+static int64_t function(const struct epilogue *e, int32_t c, int64_t v)
+{
+    if (e->slopes.mantissas && v < 0)
+        v = times(&e->slopes, c, v);
+    return e->table ? bent(e->table, v) : v;
+}
+
 /* part finish */
 /* Make the outputs' numbers at an index out of a sum. */
 static void finish(const struct epilogue *e, int32_t index, int32_t channel, int64_t sum)
@@ -109,13 +193,14 @@ static void finish(const struct epilogue *e, int32_t index, int32_t channel, int
         const struct residual *r = &e->residuals[i];
         v += left_shift((int64_t)load(&r->value, index) * r->factor, r->left);
     }
+    v = function(e, c, v);
     for (int i = 0; i < e->output_count; i++) {
         const struct output *o = &e->outputs[i];
         int64_t number;
         if (o->sign)
             number = v >= 0 ? 1 : -1;
         else if (o->factor)
-            number = scaled(v, o->factor, o->shift);
+            number = scaled(o->left ? near(v, o->left) : v, o->factor, o->shift);
         else
             number = round_shift(v, o->shift);
         if (number < o->low)
@@ -331,6 +416,171 @@ static void sum_pool(const struct pool *p)
                     }
                 finish(&p->epilogue, index++, channel, sum);
             }
+}
+
+/* part average */
+/* An average pooling whose divisor isn't the same everywhere. */
+struct average {
+    struct value input;
+    int32_t in_width, channels;
+    int32_t out_height, out_width;
+    const int32_t *rows, *columns; /* of each output the first, and the one after the last */
+    struct factors factors;        /* of each place */
+    struct epilogue epilogue;
+};
+
+static void average(const struct average *a)
+{
+    int32_t index = 0;
+    for (int32_t y = 0; y < a->out_height; y++)
+        for (int32_t x = 0; x < a->out_width; x++)
+            for (int32_t channel = 0; channel < a->channels; channel++) {
+                int32_t sum = 0;
+                for (int32_t row = a->rows[2 * y]; row < a->rows[2 * y + 1]; row++)
+                    for (int32_t column = a->columns[2 * x]; column < a->columns[2 * x + 1]; column++)
+                        sum += load(&a->input, (row * a->in_width + column) * a->channels + channel);
+                finish(&a->epilogue, index++, channel, times(&a->factors, y * a->out_width + x, sum));
+            }
+}
+
+/* part product */
+/* Numbers times those of the same place and channel, of the channel alone, or of the place alone. */
+struct product {
+    struct value input, other;
+    int32_t size, channels;
+    uint8_t of_channel, of_place;
+    uint8_t right; /* products are divided by 2^right, so that they fit into 32 bits */
+    struct epilogue epilogue;
+};
+
+static void product(const struct product *p)
+{
+    for (int32_t index = 0; index < p->size; index++) {
+        const int32_t channel = index % p->channels;
+        const int32_t other = p->of_channel ? channel : p->of_place ? index / p->channels : index;
+        int64_t number = (int64_t)load(&p->input, index) * load(&p->other, other);
+        if (p->right)
+            number = round_shift(number, p->right);
+        finish(&p->epilogue, index, channel, number);
+    }
+}
+
+/* part resize */
+/* Bilinear interpolation: between two rows (or columns) each, by a weight of 30 digits. */
+struct resize {
+    struct value input;
+    int32_t in_width, channels;
+    int32_t out_height, out_width;
+    const int32_t *rows, *columns; /* first, second, weight */
+    uint8_t left;
+    struct epilogue epilogue;
+};
+
+static int64_t between(int64_t first, int64_t second, int32_t weight)
+{
+    return first + round_shift((second - first) * weight, 30);
+}
+
+static int64_t between_columns(const struct resize *r, int32_t row, const int32_t *columns, int32_t channel)
+{
+    const int64_t first = load(&r->input, (row * r->in_width + columns[0]) * r->channels + channel);
+    const int64_t second = load(&r->input, (row * r->in_width + columns[1]) * r->channels + channel);
+    return between(left_shift(first, r->left), left_shift(second, r->left), columns[2]);
+}
+
+static void resize(const struct resize *r)
+{
+    int32_t index = 0;
+    for (int32_t y = 0; y < r->out_height; y++)
+        for (int32_t x = 0; x < r->out_width; x++)
+            for (int32_t channel = 0; channel < r->channels; channel++) {
+                const int32_t *rows = &r->rows[3 * y];
+                const int32_t *columns = &r->columns[3 * x];
+                const int64_t top = between_columns(r, rows[0], columns, channel);
+                const int64_t bottom = between_columns(r, rows[1], columns, channel);
+                finish(&r->epilogue, index++, channel, between(top, bottom, rows[2]));
+            }
+}
+
+/* part move_type */
+/* Some of a value's channels, which come from elsewhere unchanged. NOWHERE is real zero. */
+#define NOWHERE INT32_MIN
+
+struct piece {
+    struct value input;
+    int32_t first, count;                     /* channels of the output */
+    const int32_t *rows, *columns, *channels; /* of the output: what they add up to is where in the input it is */
+};
+
+struct move {
+    struct value output;
+    int32_t height, width, channels;
+    int32_t zero;
+    int32_t piece_count;
+    const struct piece *pieces;
+};
+
+/* part move */
+static void move(const struct move *m)
+{
+    for (const struct piece *p = m->pieces; p < m->pieces + m->piece_count; p++)
+        for (int32_t y = 0; y < m->height; y++)
+            for (int32_t x = 0; x < m->width; x++)
+                for (int32_t c = 0; c < p->count; c++) {
+                    const int32_t row = p->rows[y], column = p->columns[x], channel = p->channels[c];
+                    int32_t number = m->zero;
+                    if (row != NOWHERE && column != NOWHERE && channel != NOWHERE)
+                        number = load(&p->input, row + column + channel);
+                    store(&m->output, (y * m->width + x) * m->channels + p->first + c, number);
+                }
+}
+
+/* part scatter */
+/* A move without any pattern, of a place for each number. */
+struct scatter {
+    struct value output;
+    int32_t size;
+    int32_t zero;
+    int32_t input_count;
+    const struct value *inputs;
+    const int32_t *sizes;   /* of the inputs, which lie one behind the other, */
+    const int32_t *indices; /* and each number's place in them */
+};
+
+static void scatter(const struct scatter *s)
+{
+    for (int32_t index = 0; index < s->size; index++) {
+        int32_t from = s->indices[index];
+        int32_t number = s->zero;
+        if (from >= 0) {
+            int32_t i = 0;
+            while (from >= s->sizes[i])
+                from -= s->sizes[i++];
+            number = load(&s->inputs[i], from);
+        }
+        store(&s->output, index, number);
+    }
+}
+
+/* part lookup */
+/* A function of bytes: an entry for each of 256. */
+struct lookup {
+    struct value input;
+    int32_t size;
+    struct value output;
+    const uint8_t *bytes; /* entries as they are stored, */
+    const int32_t *words; /* or of 32 bits */
+};
+
+static void lookup(const struct lookup *l)
+{
+    for (int32_t index = 0; index < l->size; index++) {
+        const uint8_t byte = arena.bytes[l->input.at + (uint32_t)index];
+        if (l->bytes)
+            arena.bytes[l->output.at + (uint32_t)index] = l->bytes[byte];
+        else
+            arena.words[l->output.at / 4 + (uint32_t)index] = l->words[byte];
+    }
 }
 
 /* part each */

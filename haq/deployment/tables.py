@@ -15,12 +15,13 @@ from haq.deployment.program import Array, Codes, Fixed, Representation, Table
 Values = NDArray[np.float64]
 NARROWEST, WIDEST = 2.0**-6, 2.0**20  # the least and the largest domain, from minus this to it
 STRAIGHT_BY = 64.0  # functions that become straight at all are so from here on
-FEWEST, MOST = 256, 4096  # segments
+FEWEST, MOST = 8, 4096  # segments; Hardswish and other functions of few pieces need no more than 8
 FLOAT32_LARGEST = float(np.finfo(np.float32).max)
 TOLERANCE = 2.0**-22  # of the largest value in calibration: nearly as close as float32 is
 STRAIGHT = 2.0**-20  # likewise, of what is taken for straight
 ALLOWED = 2.0**-10  # beyond it a function is refused: a quarter of a step of 8 bits
-PLACES = 16  # in each segment, where a table is looked at
+PLACES = 16  # in each segment, where a table is looked at,
+LOOKED_AT = 4096  # and in the whole domain at least
 
 
 def make_table(node: Node, largest: float, headroom: float, unit: float) -> Table:
@@ -110,7 +111,7 @@ def _pieces(node: Node, end: float, segments: int) -> Values:
 def _error(node: Node, pieces: Values, end: float, largest: float) -> tuple[float, float]:
     """Return how far a table is from its function where values are in calibration, and the function's largest value there."""
     inverse = len(pieces) / (2 * end)
-    step = 1 / (inverse * PLACES)
+    step = 2 * end / max(len(pieces) * PLACES, LOOKED_AT)
     x = np.arange(-largest, largest + step, step)
     at = (x + end) * inverse
     i = np.floor(at).clip(0, len(pieces) - 1).astype(int)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +75,44 @@ class OpenVino:
         return False
 
 
+class SignalStack(ctypes.Structure):
+    """What sigaltstack(2) of Linux takes: where a thread's handlers of signals run."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+    NONE = 2  # of flags: the thread's ordinary stack
+
+    @classmethod
+    def present(cls) -> SignalStack:
+        """Return that of this thread."""
+        found = cls()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+        return found
+
+    def is_set(self) -> bool:
+        """Make it that of this thread; False if it can't be."""
+        failed: int = ctypes.CDLL(None).sigaltstack(ctypes.byref(self), None)
+        return not failed
+
+
+@contextmanager
+def same_signal_stack() -> Iterator[None]:
+    """Give this thread its stack for signals back, after whatever compiles a network with OpenVINO.
+
+    OpenVINO's plugin for processors sets a stack of its own and frees its memory, but not the setting, with the last core: the
+    next signal that Python handles, as that of a child process that ends, would end this process then.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    before = SignalStack.present()
+    try:
+        yield
+    finally:
+        # One that has become too small, as OpenVINO asked for a processor's larger registers, can't be set again.
+        if not before.is_set():
+            SignalStack(flags=SignalStack.NONE).is_set()
+
+
 def _compiled(operator: Operator, threads: int) -> Any:
     import openvino
 
@@ -81,4 +123,5 @@ def _compiled(operator: Operator, threads: int) -> Any:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    return core.compile_model(core.read_model(operator.model(joined=True), b""), "CPU", settings)
+    with same_signal_stack():
+        return core.compile_model(core.read_model(operator.model(joined=True), b""), "CPU", settings)

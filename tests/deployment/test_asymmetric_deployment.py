@@ -110,7 +110,9 @@ def test_onnx(bits: Bits, tmp_path: Path) -> None:
         print(found)
         assert not found.fault
         assert found.same_answers == 1
-        assert found.different <= 1e-3 * found.values
+        # ONNX Runtime rounds biases to steps of the sums that it adds them to.
+        share = {onnx: 1e-2, qonnx: 1e-3}[files]
+        assert found.different <= share * found.values
 
 
 @pytest.mark.slow  # kernels are measured; those with zero points are in tests/hw_models/test_low_bit_kernels.py

@@ -20,7 +20,7 @@ import quantizers as Q
 from haq import data, deploy, networks, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.deployment import c as c_code
-from haq.deployment import fixed_point
+from haq.deployment import c_source, fixed_point
 from haq.deployment.c import Compiled, CExporter
 from haq.deployment.fixed_point import FixedProgram, run_integers
 from haq.deployment.graph import capture
@@ -177,7 +177,7 @@ def test_weights_take_their_bits() -> None:
         convolutions = [step for step in fixed.steps if isinstance(step, Convolution)]
         exact = sum(-(-step.weights.size * bits // 8) for step in convolutions)
         # A reader takes two bytes at a time, and so there is one more per layer.
-        assert exact <= c_code.generate(fixed, "net").weight_bytes <= exact + len(convolutions)
+        assert exact <= c_source.generate(fixed, "net").bytes["weights"] <= exact + len(convolutions)
 
 
 @given(st.integers(1, 8).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1))))
@@ -186,7 +186,7 @@ def test_packed_weights_are_the_weights(given: tuple[int, list[int]]) -> None:
     weights = np.array(numbers) - 2 ** (bits - 1)
     if bits == 1:
         weights = 2 * np.array(numbers) - 1
-    stream = int.from_bytes(c_code.pack(weights, bits).tobytes(), "little")
+    stream = int.from_bytes(c_source.pack(weights, bits).tobytes(), "little")
     read = [(stream >> (bits * index)) % 2**bits for index in range(len(numbers))]
     if bits > 1:
         read = [(number + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1) for number in read]
@@ -199,7 +199,7 @@ def test_values_that_are_needed_together_have_places_of_their_own() -> None:
     network, x = everything()
     quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=x).eval()
     fixed = fixed_point.fixed_point(lower(capture(quantized, x), quantized, x))
-    arena = c_code.plan(fixed)
+    arena = c_source.plan(fixed)
     held = {image.value for image in fixed.image}
     last = {fixed.output: len(fixed.steps)}
     for index, (step, epilogue) in enumerate(zip(fixed.steps, fixed.epilogues, strict=True)):
@@ -211,7 +211,7 @@ def test_values_that_are_needed_together_have_places_of_their_own() -> None:
         over = {residual.value for residual in epilogue.residuals if last[residual.value] == index}
         if type(step).__name__ == "Sum":
             over.add(step.input)
-        spans = [(name, arena.places[name], c_code.value_bytes(fixed.values[name])) for name in held | written]
+        spans = [(name, arena.places[name], c_source.value_bytes(fixed.values[name])) for name in held | written]
         if index in arena.scratch:
             spans.append(("scratch", arena.scratch[index], 1))
         for name, start, size in spans:
@@ -222,7 +222,7 @@ def test_values_that_are_needed_together_have_places_of_their_own() -> None:
                 assert name == other or apart or replaced
         held = {name for name in held | written if last.get(name, -1) > index}
         largest = max(largest, sum(size for _, _, size in spans))
-    total = sum(c_code.value_bytes(value) for value in fixed.values.values())
+    total = sum(c_source.value_bytes(value) for value in fixed.values.values())
     assert arena.size < 0.6 * total
     assert arena.size <= 1.1 * largest
 
@@ -239,12 +239,15 @@ def test_the_description_says_what_there_is(tmp_path: Path) -> None:
     header = (folder / "my_net_2.h").read_text()
     assert f"#define MY_NET_2_ARENA_BYTES {described['arena_bytes']}" in header
     assert f"#define MY_NET_2_OUTPUT_SIZE {described['output']['shape'][2]}" in header
-    assert described["flash_bytes"] > described["weight_bytes"] + described["factor_bytes"]
+    assert described["flash_bytes"] > sum(described["constant_bytes"].values())
     assert described["ram_bytes"] >= described["arena_bytes"]
     assert len((folder / "main.c").read_text().splitlines()) <= 20
     code = (folder / "my_net_2.c").read_text()
     assert "malloc" not in code
-    assert {line for line in code.splitlines() if line.startswith("#include <")} == {"#include <stdint.h>", "#include <string.h>"}
+    assert {line for line in code.splitlines() if line.startswith("#include <")} == {
+        "#include <stdint.h>",
+        "#include <string.h>",
+    }
     # Floats are looked at in one place, and nothing is computed with them.
     after = code[code.index("_run(void)") :]
     assert "float" not in after
@@ -252,10 +255,17 @@ def test_the_description_says_what_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("net", "net"), ("2 nets", "network_2_nets"), ("", "network"), ("é", "network"), ("a*/b", "a_b"), ("main", "main_network")],
+    [
+        ("net", "net"),
+        ("2 nets", "network_2_nets"),
+        ("", "network"),
+        ("é", "network"),
+        ("a*/b", "a_b"),
+        ("main", "main_network"),
+    ],
 )
 def test_identifiers(text: str, name: str) -> None:
-    assert c_code.identifier(text) == name
+    assert c_source.identifier(text) == name
 
 
 @needs_gcc

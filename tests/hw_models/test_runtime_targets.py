@@ -3,8 +3,11 @@ network, kept in the cache, and what the runtime would turn into float is not su
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from haq.study.sweep_run import settings_on
 from hw_models.measured import trusted as trust
 from hw_models.measured.timing import Timing
 from hw_models.runtimes import measure as measuring
-from hw_models.runtimes import operators, runtime, target
+from hw_models.runtimes import openvino, operators, runtime, target
 from hw_models.runtimes.measure import COPIES, FOOTPRINT, copies_of, measure
 from hw_models.runtimes.operators import INTEGER, WHOLE_FLOAT, Operator
 from hw_models.runtimes.runtime import possible_pairs
@@ -145,6 +148,26 @@ def test_copies_take_as_many_bytes_as_the_network() -> None:
     vast = Operator(Conv(2**16 - 1, 2**16, (1, 1), (1, 1)), "linear", WHOLE_FLOAT)
     with pytest.raises(ValueError, match="more than an ONNX file holds"):
         vast.model()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sigaltstack is looked at as Linux has it")
+def test_signals_are_handled_after_openvino_as_before() -> None:
+    pytest.importorskip("openvino")
+
+    def stack() -> tuple[object, ...]:
+        found = openvino.SignalStack.present()
+        return found.start, found.flags, found.size
+
+    before = stack()
+    conv, form = LAYERS["linear"]
+    openvino.OpenVino().load(Operator(conv, form, INTEGER), 1)()
+    gc.collect()
+    assert stack() == before
+    rung: list[int] = []
+    handler = signal.signal(signal.SIGUSR1, lambda number, frame: rung.append(number))
+    signal.raise_signal(signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, handler)
+    assert rung == [signal.SIGUSR1]
 
 
 # Measuring

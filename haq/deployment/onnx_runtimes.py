@@ -1,0 +1,188 @@
+"""ONNX files in the runtimes that compute them: what comes out, and what is computed in integers."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hw_models
+import quantizers as Q
+from haq.deployment.onnx_any import package
+from haq.deployment.onnx_integers import FLAVOUR
+from haq.deployment.onnx_verify import Array, Runner, read_model
+from hw_models.runtimes.openvino import same_signal_stack
+from hw_models.storage import storage_bytes, untied_bytes
+from hw_models.widths import place_of, width_of
+
+# Operators with weights, by whether ONNX Runtime computes them in integers.
+INTEGER_LAYERS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger")
+REAL_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "MatMulNBits")
+# The same in OpenVINO, which names the numbers that an operator reads.
+LAYERS_OF_OPENVINO = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
+BYTES = ("u8", "i8")
+# On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits each, unless this is 1.
+# On other processors it changes nothing.
+EXACT = "session.x64quantprecision"
+SERIOUS = 3  # what ONNX Runtime logs: errors
+
+
+def flavour_of(path: str | Path) -> str | None:
+    """Return what a file is for, as its properties say; None for one that is for any runtime."""
+    properties = {entry.key: entry.value for entry in read_model(path).metadata_props}
+    return properties.get(FLAVOUR)
+
+
+def openvino() -> Any:
+    """Import openvino. Raises ImportError with the line that installs it."""
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise ImportError("files for OpenVINO are run by the package openvino: pip install 'haq[runtimes]'") from error
+
+
+def _session(model: bytes, optimized: Path | None = None) -> Any:
+    runtime = package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry(EXACT, "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.log_severity_level = SERIOUS
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_runner(model: Any) -> Runner:
+    """Make what runs a model in ONNX Runtime on the CPU, with the optimizations that it makes by default."""
+    # What is looked into can't be optimized away, so the file is run as it is, too.
+    plain = _session(model.SerializeToString())
+    opened = None
+
+    def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
+        nonlocal opened
+        if opened is None:
+            opened = _session(_with_outputs(model, names).SerializeToString())
+        entered = []
+        if names:
+            entered = opened.run(names, {"input": images})
+        return plain.run(["output"], {"input": images})[0], entered
+
+    return run
+
+
+def _with_outputs(model: Any, names: list[str]) -> Any:
+    """Make tensors outputs of a model."""
+    model.graph.output.extend(package("onnx").helper.make_tensor_value_info(name, 1, None) for name in names)
+    return model
+
+
+def openvino_runner(model: Any) -> Runner:
+    """Make what runs a model in OpenVINO on the CPU, where what isn't integers is computed in float32."""
+    plain = _compiled(model)
+    opened = None
+
+    def run(images: Array, names: list[str]) -> tuple[Array, list[Array]]:
+        nonlocal opened
+        if opened is None:
+            opened = _compiled(_with_outputs(model, names))
+        found = opened(images)
+        return plain(images)[0], [found[1 + place] for place in range(len(names))]
+
+    return run
+
+
+def _compiled(model: Any) -> Any:
+    core = openvino().Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    with same_signal_stack():
+        return core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", settings)
+
+
+def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], ...]:
+    """Count what a runtime computes in integers, of the operators that it has made of a file.
+
+    Args:
+        path: The file.
+        flavour: What it is for.
+
+    Returns:
+        Lines of a table.
+    """
+    if flavour == "tensorrt":
+        whole, real = _between_integers(read_model(path))
+        return (("layers between integers of 8 bits", f"{whole:,} of {whole + real:,}"),)
+    if flavour == "openvino":
+        kinds = openvino_kinds(path)
+        whole = sum(count for (kind, precision), count in kinds.items() if kind in LAYERS_OF_OPENVINO and precision in BYTES)
+        every = sum(count for (kind, _), count in kinds.items() if kind in LAYERS_OF_OPENVINO)
+        return (("layers that OpenVINO computes in integers", f"{whole:,} of {every:,}"),)
+    kinds_here = onnxruntime_kinds(path)
+    whole = sum(kinds_here.get(kind, 0) for kind in INTEGER_LAYERS)
+    real = sum(kinds_here.get(kind, 0) for kind in REAL_LAYERS)
+    named = ", ".join(
+        f"{count:,} {kind}" for kind, count in sorted(kinds_here.items()) if kind in INTEGER_LAYERS or kind.startswith("QLinear")
+    )
+    rows = [("layers that ONNX Runtime computes in integers", f"{whole:,} of {whole + real:,}")]
+    if named:
+        rows.append(("  its operators of integers", named))
+        rows.append(("  on x86 without VNNI", f"set {EXACT} to 1 in its session options, as was done here"))
+    return tuple(rows)
+
+
+def onnxruntime_kinds(path: str | Path) -> Mapping[str, int]:
+    """Count the operators of the model that ONNX Runtime makes of a file when it loads it, by kind."""
+    with tempfile.TemporaryDirectory() as place:
+        optimized = Path(place, "optimized.onnx")
+        _session(Path(path).read_bytes(), optimized)
+        return Counter(node.op_type for node in read_model(optimized).graph.node)
+
+
+def openvino_kinds(path: str | Path) -> Mapping[tuple[str, str], int]:
+    """Count the operators that OpenVINO runs, by kind and by the numbers that they read."""
+    found: Counter[tuple[str, str]] = Counter()
+    for node in _compiled(read_model(path)).get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        found[facts["layerType"].value, str(facts["runtimePrecision"].value)] += 1
+    return found
+
+
+def _between_integers(model: Any) -> tuple[int, int]:
+    """Count the layers whose input and weights are dequantized integers, and the others."""
+    made_by = {output: node.op_type for node in model.graph.node for output in node.output}
+    whole = real = 0
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            if all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2]):
+                whole += 1
+            else:
+                real += 1
+    return whole, real
+
+
+def stored_bytes(network: nn.Module, images: Tensor) -> int:
+    """Sum what the policy of a network stores: weights at their bits, scales and biases, as searches count it.
+
+    Args:
+        network: The quantized network.
+        images: Images that it takes, one at least.
+
+    Returns:
+        Bytes.
+    """
+    policy = Q.get_policy(network)
+    workload = hw_models.trace(Q.float_copy(network), images[:1])
+    table = storage_bytes(workload)
+    total = 0.0
+    widths = []
+    for row, layer in zip(table, workload.layers, strict=True):
+        w, a = policy[layer.name]
+        widths.append(width_of(w))
+        total += float(row[place_of(w), place_of(a)])
+    return int(total + untied_bytes(workload, np.array(widths)))
