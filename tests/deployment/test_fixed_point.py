@@ -240,7 +240,7 @@ def unbounded(fixed: FixedProgram, x: Any) -> Any:
         if isinstance(step, Convolution):
             sums = fixed_point._convolve(step.conv, sums.astype(np.int64), step.weights).astype(object)
         elif hasattr(step, "window"):
-            sums = fixed_point._pool(step, sums.astype(np.int64)).astype(object)
+            sums = fixed_point._pool(step, fixed_point.Head(), sums.astype(np.int64)).astype(object)
         left = epilogue.left.astype(object)
         v = sums * epilogue.multiplier.astype(object) * 2**left + epilogue.offset.astype(object) * 2**epilogue.offset_left
         for residual in epilogue.residuals:

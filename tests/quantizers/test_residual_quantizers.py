@@ -151,6 +151,22 @@ def test_a_layer_of_8_bits_reads_what_is_quantized_on_its_own_grid(net: nn.Modul
     assert torch.allclose(layer.scheme.activation(layer, x, 8), x, rtol=1e-6)
 
 
+def test_a_layers_grid_that_does_not_cover_the_tensor_is_not_taken(net: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        net.stem.weight[0] *= 30
+        net.stem.weight[0].abs_()
+        # The layer hardly looks at the channel whose values are large, and clips them.
+        net.blocks[0].conv1.weight[:, 0] *= 1e-6
+    made = quantized(net, images.abs(), scheme=Q.Linear(calibration="output"))
+    layer, quantizer = made.blocks[0].conv1, Q.residual_quantizers(made)["blocks.0.residual_quantizers.of_x"]
+    reaches = quantizer.scale * (quantizer.high - quantizer.zero_point)
+    assert reaches > 3 * 127 * float(layer.activation_scale[7])
+    # DoReFa's grid ends at 1, whatever the values are.
+    made = quantized(net, images.abs(), scheme=Q.DoReFa())
+    grid = Q.residual_quantizers(made)["blocks.0.residual_quantizers.of_x"].grid
+    assert grid.scale * (grid.high - grid.zero_point) == pytest.approx(reaches, rel=0.1)
+
+
 def test_they_change_what_the_network_computes_by_little(net: nn.Module, images: Tensor) -> None:
     made, without = quantized(net, images), Q.quantize(net, Q.BitPolicy.uniform(net, w=8, a=8), calibrate=images)
     expected = net(images)
