@@ -85,7 +85,17 @@ class Rounding(NamedTuple):
 
     @classmethod
     def placed(cls, scale: float, low: int, high: int, *, wide: bool = False) -> Rounding:
-        """Find integers q, of real value q scale, a place in signed integers: as they are, or else from the smallest on."""
+        """Find integers a place among signed ones: as they are, or else from the smallest on.
+
+        Args:
+            scale: The real value of 1.
+            low: The smallest integer.
+            high: The largest.
+            wide: Whether they are put into 16 bits, not 8.
+
+        Returns:
+            The rounding.
+        """
         smallest = np.iinfo(np.int8).min
         if wide:
             smallest = np.iinfo(np.int16).min
@@ -315,6 +325,8 @@ def _folded(node: Node, layer: Q.QuantLayer, norms: list[Node], number: int) -> 
     if bias is not None:
         shift = bias.detach().double().numpy()
     for norm in norms:
+        assert norm.scale is not None
+        assert norm.shift is not None
         factor, shift = factor * norm.scale, shift * norm.scale + norm.shift
     by_channel = (-1, *[1] * (layer.weight.dim() - 1))
     weight = None
