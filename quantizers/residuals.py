@@ -583,7 +583,7 @@ def _are_added(one: Any, other: Any) -> bool:
 
 
 def _is_pool(x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
-    """Say whether a mean is over height and width of maps, over the length of (N, C, L), or over tokens (N, L, C)."""
+    """Say whether a mean is over height, width or both of maps, over the length of (N, C, L), or over tokens (N, L, C)."""
     dims = named.get("dim", named.get("axis"))
     if len(args) > 1:
         dims = args[1]
@@ -592,11 +592,12 @@ def _is_pool(x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool
     if not isinstance(dims, list | tuple) or not all(isinstance(dim, int) for dim in dims):
         return False
     over = {dim % x.dim() for dim in dims}
-    if x.dim() == 4:
-        return over == {2, 3}
-    # With their dimension kept, such means are parts of norms.
+    if x.dim() == 4 and over == {2, 3}:
+        return True
+    # With their dimension kept, means over one are parts of norms.
     keeps = named.get("keepdim", len(args) > 2 and args[2])
-    return x.dim() == 3 and len(over) == 1 and 0 not in over and not keeps
+    first = {3: 1, 4: 2}.get(x.dim(), x.dim())
+    return len(over) == 1 and min(over) >= first and not keeps
 
 
 class _OwnCode(fx.Tracer):

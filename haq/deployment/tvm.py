@@ -89,6 +89,11 @@ class Part:
     weights: NDArray[Any] | None = None
 
     @property
+    def bits(self) -> list[str]:
+        """The buffers of codes that are stored as planes of bits."""
+        return [a.name for some in self.code.arguments().values() for a in some if a.dtype == "uint32"]
+
+    @property
     def made(self) -> list[str]:
         """The constants that come from the weights."""
         if self.weights is None or not isinstance(self.code, Kernel):
@@ -111,13 +116,14 @@ def _layer(step: Convolution) -> Layer:
     return step.conv, step.w_bits, step.a_bits, step.signed
 
 
-def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -> list[Part]:
+def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget, *, planes: bool = True) -> list[Part]:
     """Write code for every step of a program.
 
     Args:
         program: The program.
         chosen: The kernels of its integer convolutions.
         target: The processor.
+        planes: Whether codes may be written as bits, for layers that read them so.
 
     Returns:
         A part for each step, and what brings the input and float layers their numbers.
@@ -138,7 +144,55 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
             made += writer.float_convolution(step)
         else:
             made.append(writer.between_layers(step))
+    _frame(made, program, planes)
     return made
+
+
+def _frame(made: list[Part], program: Program, planes: bool) -> None:
+    """Let maps be written into the padding of the layer that reads them, where it is the only one that does.
+
+    Args:
+        made: The parts, which are changed.
+        program: Their program.
+        planes: Whether codes may be written as bits, for layers that read them so.
+    """
+    readers: dict[str, list[int]] = {}
+    for index, part in enumerate(made):
+        for name, value in part.values.items():
+            if not name.startswith("output"):
+                readers.setdefault(value, []).append(index)
+    for index, part in enumerate(made):
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        outputs = list(epilogue.outputs)
+        for place in range(len(outputs)):
+            value = part.values[f"output{place}"]
+            if value == program.output or len(readers[value]) != 1:
+                continue
+            (reader,) = readers[value]
+            code = made[reader].code
+            if not isinstance(code, Kernel) or made[reader].values["input"] != value:
+                continue
+            if _map(program.values, value) != (*code.conv.input_size, code.conv.in_channels):
+                continue
+            frame = code.frame()
+            bits = code.planes()
+            if bits is not None and not (planes and getattr(part.code, "whole_blocks", True)):
+                continue
+            if frame is not None:
+                outputs[place] = replace(outputs[place], frame=frame, planes=bits)
+                made[reader] = replace(made[reader], code=replace(code, framed=True))
+        # Not the part as it was above: it may be framed itself by now.
+        code = made[index].code
+        made[index] = replace(made[index], code=replace(code, epilogue=replace(epilogue, outputs=tuple(outputs))))
+
+
+def _map(values: Mapping[str, Value], name: str) -> tuple[int, ...] | None:
+    """Return the sizes of a value; None for what isn't one of the program's, such as codes as real numbers."""
+    if name not in values:
+        return None
+    return values[name].shape
 
 
 def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int], threads: int) -> Part:
@@ -502,7 +556,7 @@ def compile_program(
     import tvm
 
     chosen = {layer: choice.kernel for layer, choice in target.fastest(layers(program)).items()}
-    made = parts(program, chosen, target)
+    made = parts(program, chosen, target, planes=reuse)  # who looks at values wants to see codes
     planned = plan(made, program, reuse=reuse)
     shapes = {INPUT: _planar(program.values[program.input]), OUTPUT: program.values[program.output].shape}
     arguments = [builder.Argument(name, shape, "float32") for name, shape in shapes.items()]
@@ -546,8 +600,9 @@ def compile_program(
             value: [*places[name][:2], list(program.values[value].shape)]
             for part, places in zip(made, planned.places, strict=True)
             for name, value in part.values.items()
-            if value in program.values
+            if value in program.values and name not in part.bits
         },
+        "frames": _frames(made),
     }
     folders.write(folder, content)
     on_progress(1, 1, "")
@@ -564,6 +619,20 @@ def compile_program(
 def write_packed(file: Path | IO[bytes], packed: NDArray[np.uint8]) -> None:
     """Write the file of constants."""
     np.savez_compressed(file, **{PACKED: packed})  # type: ignore[arg-type]
+
+
+def _frames(made: list[Part]) -> dict[str, list[int]]:
+    """Say of every value that lies within padding how many rows of it are above and below, and columns left and right."""
+    found = {}
+    for part in made:
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None and output.planes is None:
+                frame = output.frame
+                found[part.values[f"output{index}"]] = [frame.top, frame.bottom, frame.left, frame.right]
+    return found
 
 
 def _function(
@@ -716,8 +785,13 @@ class Deployed:
     def value(self, name: str) -> NDArray[Any]:
         """Return a value of the program as the last image left it, of a network that was compiled without reusing memory."""
         arena, start, shape = self.description["values"][name]
-        values: NDArray[Any] = self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
-        return values
+        if name not in self.description["frames"]:
+            return self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
+        top, bottom, left, right = self.description["frames"][name]
+        height, width, channels = shape
+        framed = (top + height + bottom, left + width + right, channels)
+        whole = self.arena(arena)[start : start + math.prod(framed)].reshape(framed)
+        return whole[top : top + height, left : left + width]
 
 
 def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:

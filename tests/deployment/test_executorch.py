@@ -79,11 +79,15 @@ def deployed(network: nn.Module, x: Tensor, folder: Path) -> Verdict:
     return exporter.compare(network, graph, Samples(x, x, lambda: [(x, torch.zeros(len(x)))]), path)
 
 
+@pytest.mark.parametrize("residuals", [False, True])
 @pytest.mark.parametrize("pair", [(8, 8), (3, 4), (1, 1), (16, 16), (8, None), (None, 5)])
-def test_operators_compute_what_the_network_does(pair: Pair) -> None:
+def test_operators_compute_what_the_network_does(pair: Pair, residuals: bool) -> None:
     """Before anything is exported: by integers that enter layers, and outputs."""
     x = noise(24)
-    network = quantized(everything(), pair, x)
+    network = everything()
+    if residuals:
+        network = Q.insert_residual_quantizers(network, x)
+    network = quantized(network, pair, x)
     graph = capture(network, x[:1])
     exporter = ExecutorchExporter()
     exporter.check_operations(network, graph, x, options={})
@@ -221,7 +225,7 @@ def test_what_computes_something_else_is_not_written(tmp_path: Path, monkeypatch
     x = images(8)
     network = quantized(small_network(), (8, 8), x)
     monkeypatch.setattr(QdqNetwork, "_clip", lambda self, node, x, clipped: x.clamp(node.low, 0.01))
-    with pytest.raises(ValueError, match=r"can't be deployed: as a program of executorch it gives layer 'depthwise' integers"):
+    with pytest.raises(ValueError, match=r"can't be deployed: as a program of executorch it gives 'depthwise' integers"):
         deployed(network, x, tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"layer 'stem' can't be deployed: weights of scheme 'kmeans'"):
