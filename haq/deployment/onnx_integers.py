@@ -21,10 +21,10 @@ from torch import nn
 from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import integer_activations, integer_weights
 from haq.deployment.nodes import is_own
+from haq.deployment.onnx_compact import INPUT
 from haq.deployment.onnx_grids import Grid, grid_of_codes, grid_of_node, wanted_grids
 from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import Array, GraphWriter
-from haq.deployment.onnx_verify import INPUT
 from haq.deployment.onnx_weights import FoldedWeights, Packer
 from haq.deployment.program import BYTE_BITS, Codes
 
@@ -126,8 +126,8 @@ class IntegerWriter(GraphWriter):
             else:
                 made = self.free(f"{name}:clipped")
                 bounds = [self.constant(f"{grid.dtype}_{bound}", bound, grid.dtype) for bound in ends]
-                self.clipped[*key, ends] = self.op("Clip", [tensor, *bounds], made)
-        return self.clipped[*key, ends]
+                self.clipped[(*key, ends)] = self.op("Clip", [tensor, *bounds], made)
+        return self.clipped[(*key, ends)]
 
     def _round(self, name: str, grid: Grid) -> None:
         """Put a node's real result on a grid."""
