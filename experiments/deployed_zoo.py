@@ -67,56 +67,56 @@ class Case(NamedTuple):
 
 
 NETWORKS = (
-    Case("torchvision:resnet18", 64),
-    Case("torchvision:mobilenet_v2", 32),
     Case("torchvision:mobilenet_v3_small", 96),
-    Case("torchvision:mobilenet_v3_large", 32),
-    Case("torchvision:efficientnet_b0", 64),
-    Case("torchvision:mnasnet0_5", 32),
-    Case("torchvision:shufflenet_v2_x0_5", 32),
-    Case("torchvision:shufflenet_v2_x1_0", 32),
-    Case("torchvision:squeezenet1_0", 32),
+    Case("audio:plain", 4000),
+    Case("audio:dilated", 2000),
     Case("torchvision:squeezenet1_1", 32),
+    Case("torchvision:shufflenet_v2_x0_5", 32),
+    Case("pytorchcv:shufflenet_g3_wd4", 32),
+    Case("timm:efficientnet_lite0", 32),
+    Case("torchvision:mnasnet0_5", 32),
+    Case("timm:ghostnet_100", 32),
+    Case("timm:mobileone_s0", 32),
+    Case("pytorchcv:proxylessnas_cpu", 32),
+    Case("pytorchcv:densenet40_k12_cifar10", 32),
+    Case("timm:lcnet_050", 32),
+    Case("timm:tinynet_e", 32),
+    Case("pytorchcv:preresnet20_cifar10", 32),
+    Case("pytorchcv:resnet20_cifar10", 32),
+    Case("pytorchcv:mobilenet_wd4", 32),
+    Case("timm:repvgg_a0", 32),
+    Case("timm:regnety_002", 32),
+    Case("timm:seresnet18", 64),
+    Case("torchvision:resnet18", 64),
+    Case("timm:resnet18d", 32),
+    Case("torchvision:mobilenet_v2", 32),
+    Case("torchvision:efficientnet_b0", 64),
+    Case("pytorchcv:igcv3_wd4", 32),
+    Case("pytorchcv:menet108_8x1_g3", 32),
+    Case("timm:semnasnet_075", 32),
+    Case("timm:hardcorenas_a", 32),
+    Case("timm:mobilenetv4_conv_small_050", 32),
+    Case("timm:dla46_c", 32),
+    Case("pytorchcv:peleenet", 32),
+    Case("pytorchcv:hardnet39ds", 32),
+    Case("timm:fbnetc_100", 32),
+    Case("timm:repghostnet_050", 32),
+    Case("timm:spnasnet_100", 32),
+    Case("pytorchcv:shufflenet_g1_wd2", 32),
+    Case("pytorchcv:shufflenetv2_wd2", 32),
     Case("torchvision:densenet121", 32),
+    Case("torchvision:mobilenet_v3_large", 32),
+    Case("torchvision:squeezenet1_0", 32),
+    Case("torchvision:shufflenet_v2_x1_0", 32),
     Case("torchvision:googlenet", 32),
     Case("torchvision:regnet_y_400mf", 32),
     Case("timm:mobilenetv2_100", 32),
     Case("timm:mobilenetv3_small_100", 32),
-    Case("timm:efficientnet_lite0", 32),
-    Case("timm:ghostnet_100", 32),
-    Case("timm:mobileone_s0", 32),
     Case("timm:mnasnet_100", 32),
-    Case("timm:lcnet_050", 32),
-    Case("timm:tinynet_e", 32),
-    Case("timm:hardcorenas_a", 32),
-    Case("timm:seresnet18", 64),
-    Case("timm:resnet18d", 32),
-    Case("timm:repvgg_a0", 32),
-    Case("timm:regnety_002", 32),
-    Case("timm:fbnetc_100", 32),
-    Case("timm:spnasnet_100", 32),
-    Case("timm:semnasnet_075", 32),
     Case("timm:mixnet_s", 32),
-    Case("timm:mobilenetv4_conv_small_050", 32),
     Case("timm:ese_vovnet19b_slim_dw", 32),
-    Case("timm:dla46_c", 32),
     Case("timm:rexnet_100", 32),
-    Case("timm:repghostnet_050", 32),
     Case("timm:hrnet_w18_small", 32),
-    Case("pytorchcv:shufflenet_g3_wd4", 32),
-    Case("pytorchcv:shufflenet_g1_wd2", 32),
-    Case("pytorchcv:shufflenetv2_wd2", 32),
-    Case("pytorchcv:proxylessnas_cpu", 32),
-    Case("pytorchcv:mobilenet_wd4", 32),
-    Case("pytorchcv:menet108_8x1_g3", 32),
-    Case("pytorchcv:igcv3_wd4", 32),
-    Case("pytorchcv:peleenet", 32),
-    Case("pytorchcv:hardnet39ds", 32),
-    Case("pytorchcv:resnet20_cifar10", 32),
-    Case("pytorchcv:preresnet20_cifar10", 32),
-    Case("pytorchcv:densenet40_k12_cifar10", 32),
-    Case("audio:plain", 4000),
-    Case("audio:dilated", 2000),
 )
 
 
@@ -164,11 +164,11 @@ class PlainAudio(nn.Module):
 class DilatedAudio(nn.Module):
     """Residual convolutions over a sound, wider and wider apart, with gates and SiLU; it ends in a value every eight samples."""
 
-    def __init__(self, width: int = 20) -> None:
+    def __init__(self, width: int = 20, blocks: int = 4) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv1d(1, width, 9, 8, 4), nn.BatchNorm1d(width), nn.SiLU())
-        self.signals = nn.ModuleList(self._block(width, 2**number) for number in range(4))
-        self.gates = nn.ModuleList(self._block(width, 2**number) for number in range(4))
+        self.signals = nn.ModuleList(self._block(width, 2**number) for number in range(blocks))
+        self.gates = nn.ModuleList(self._block(width, 2**number) for number in range(blocks))
         self.last = nn.Conv1d(width, 3, 1)
 
     def _block(self, width: int, dilation: int) -> nn.Module:
@@ -193,6 +193,10 @@ def network_of(case: Case) -> tuple[nn.Module, tuple[int, ...]]:
     else:
         network = networks.load(case.name, pretrained=False).module
         shape = (3, case.size, case.size)
+        last = getattr(getattr(network, "features", None), "final_pool", None)
+        if isinstance(last, nn.AvgPool2d):
+            # Its 7x7 are all of the map that images of 224x224 become.
+            network.features.final_pool = nn.AdaptiveAvgPool2d(1)
     network.train()
     with torch.no_grad():
         for _ in range(BATCHES):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment import onnx_any, onnx_runtimes, onnx_tensorrt
-from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, integer_activations
 from haq.deployment.onnx_any import package
@@ -102,7 +102,7 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
 def _size(path: str | Path, network: nn.Module, images: Tensor) -> tuple[str, str]:
     """Tell how large a file is, and how large what the policy stores."""
     size = Path(path).stat().st_size
-    stored = onnx_runtimes.stored_bytes(network, images)
+    stored = policy_storage_bytes(network, images)
     words = f"{describe_amount(size, 'storage')}, {size / stored:.2f} of the {describe_amount(stored, 'storage')} that layers store"
     return "size of the file", words
 

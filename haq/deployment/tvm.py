@@ -58,6 +58,7 @@ from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
+from hw_models.tvm_cpu.cpu import use_threads
 from hw_models.tvm_cpu.kernel import Kernel
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class Part:
     weights: NDArray[Any] | None = None
 
     @property
+    def bits(self) -> list[str]:
+        """The buffers of codes that are stored as planes of bits."""
+        return [a.name for some in self.code.arguments().values() for a in some if a.dtype == "uint32"]
+
+    @property
     def made(self) -> list[str]:
         """The constants that come from the weights."""
         if self.weights is None or not isinstance(self.code, Kernel):
@@ -110,13 +116,14 @@ def _layer(step: Convolution) -> Layer:
     return step.conv, step.w_bits, step.a_bits, step.signed
 
 
-def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -> list[Part]:
+def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget, *, planes: bool = True) -> list[Part]:
     """Write code for every step of a program.
 
     Args:
         program: The program.
         chosen: The kernels of its integer convolutions.
         target: The processor.
+        planes: Whether codes may be written as bits, for layers that read them so.
 
     Returns:
         A part for each step, and what brings the input and float layers their numbers.
@@ -125,25 +132,73 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
     values = program.values
     image = values[program.input].shape
     if any(program.input in read_by(step) and not isinstance(step, Quantize) for step in program.steps):
-        interleave = steps.Interleave(image, builder.Output("float"))
+        interleave = steps.Interleave(image, builder.Output("float"), threads=target.cpu.threads)
         made.append(Part("input", interleave, {"input": INPUT, "output0": program.input}, {}))
     writer = _Writer(values, target)
     for step in program.steps:
         if isinstance(step, Quantize):
-            made.append(_quantize(step, values, image))
+            made.append(_quantize(step, values, image, target.cpu.threads))
         elif isinstance(step, Convolution) and step.is_low_bit:
             made.append(writer.convolution(step, chosen[_layer(step)]))
         elif isinstance(step, Convolution | FloatConvolution):
             made += writer.float_convolution(step)
         else:
             made.append(writer.between_layers(step))
+    _frame(made, program, planes)
     return made
 
 
-def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int]) -> Part:
+def _frame(made: list[Part], program: Program, planes: bool) -> None:
+    """Let maps be written into the padding of the layer that reads them, where it is the only one that does.
+
+    Args:
+        made: The parts, which are changed.
+        program: Their program.
+        planes: Whether codes may be written as bits, for layers that read them so.
+    """
+    readers: dict[str, list[int]] = {}
+    for index, part in enumerate(made):
+        for name, value in part.values.items():
+            if not name.startswith("output"):
+                readers.setdefault(value, []).append(index)
+    for index, part in enumerate(made):
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        outputs = list(epilogue.outputs)
+        for place in range(len(outputs)):
+            value = part.values[f"output{place}"]
+            if value == program.output or len(readers[value]) != 1:
+                continue
+            (reader,) = readers[value]
+            code = made[reader].code
+            if not isinstance(code, Kernel) or made[reader].values["input"] != value:
+                continue
+            if _map(program.values, value) != (*code.conv.input_size, code.conv.in_channels):
+                continue
+            frame = code.frame()
+            bits = code.planes()
+            if bits is not None and not (planes and getattr(part.code, "whole_blocks", True)):
+                continue
+            if frame is not None:
+                outputs[place] = replace(outputs[place], frame=frame, planes=bits)
+                made[reader] = replace(made[reader], code=replace(code, framed=True))
+        # Not the part as it was above: it may be framed itself by now.
+        code = made[index].code
+        made[index] = replace(made[index], code=replace(code, epilogue=replace(epilogue, outputs=tuple(outputs))))
+
+
+def _map(values: Mapping[str, Value], name: str) -> tuple[int, ...] | None:
+    """Return the sizes of a value; None for what isn't one of the program's, such as codes as real numbers."""
+    if name not in values:
+        return None
+    return values[name].shape
+
+
+def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int], threads: int) -> Part:
     codes = values[step.output].representation
     assert isinstance(codes, Codes)
-    code = steps.Interleave(image, _output(codes, 1.0), codes.scale)
+    code = steps.Interleave(image, _output(codes, 1.0), codes.scale, threads)
     return Part(step.name, code, {"input": INPUT, "output0": step.output}, {})
 
 
@@ -501,7 +556,7 @@ def compile_program(
     import tvm
 
     chosen = {layer: choice.kernel for layer, choice in target.fastest(layers(program)).items()}
-    made = parts(program, chosen, target)
+    made = parts(program, chosen, target, planes=reuse)  # who looks at values wants to see codes
     planned = plan(made, program, reuse=reuse)
     shapes = {INPUT: _planar(program.values[program.input]), OUTPUT: program.values[program.output].shape}
     arguments = [builder.Argument(name, shape, "float32") for name, shape in shapes.items()]
@@ -512,9 +567,9 @@ def compile_program(
     for start in range(0, len(made), TOGETHER):
         of = slice(start, start + TOGETHER)
         symbol = f"unpack_{start}"
-        unpack[symbol] = _function(symbol, arguments, made[of], planned.places[of], planned.stored[of])
+        unpack[symbol] = _function(symbol, arguments, made[of], planned.places[of], planned.stored[of], 1)
         symbol = f"steps_{start}"
-        functions[symbol] = _function(symbol, arguments, made[of], planned.places[of], None)
+        functions[symbol] = _function(symbol, arguments, made[of], planned.places[of], None, target.cpu.threads)
     on_progress(0, 1, "compiling the network")
     module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(target.cpu.target))
     # It runs once, in less time than it would take to be compiled well.
@@ -545,8 +600,9 @@ def compile_program(
             value: [*places[name][:2], list(program.values[value].shape)]
             for part, places in zip(made, planned.places, strict=True)
             for name, value in part.values.items()
-            if value in program.values
+            if value in program.values and name not in part.bits
         },
+        "frames": _frames(made),
     }
     folders.write(folder, content)
     on_progress(1, 1, "")
@@ -565,12 +621,27 @@ def write_packed(file: Path | IO[bytes], packed: NDArray[np.uint8]) -> None:
     np.savez_compressed(file, **{PACKED: packed})  # type: ignore[arg-type]
 
 
+def _frames(made: list[Part]) -> dict[str, list[int]]:
+    """Say of every value that lies within padding how many rows of it are above and below, and columns left and right."""
+    found = {}
+    for part in made:
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None and output.planes is None:
+                frame = output.frame
+                found[part.values[f"output{index}"]] = [frame.top, frame.bottom, frame.left, frame.right]
+    return found
+
+
 def _function(
     symbol: str,
     arguments: list[builder.Argument],
     made: list[Part],
     places: list[Places],
     stored: list[dict[str, packing.Stored]] | None,
+    threads: int,
 ) -> Any:
     """Build a function of some parts.
 
@@ -580,6 +651,7 @@ def _function(
         made: The parts.
         places: Those of each part's buffers.
         stored: How each part's constants are held, for the function that unpacks them; None for the one that computes.
+        threads: How many compute it.
 
     Returns:
         TVM's function.
@@ -587,6 +659,8 @@ def _function(
     b = builder.Builder()
 
     def body(arenas: dict[str, Any]) -> None:
+        stages: list[tuple[Code, str]] = []
+        buffers: list[dict[str, Any]] = []
         for index, part in enumerate(made):
             views = {
                 name: b.view(arenas[arena], at, shape, dtype) for name, (arena, at, shape, dtype) in places[index].items()
@@ -594,8 +668,10 @@ def _function(
             if stored is not None:
                 _unpack(b, part, views, arenas[PACKED], stored[index])
                 continue
-            for stage in part.code.arguments():
-                part.code.emit(b, stage, views)
+            stages += [(part.code, stage) for stage in part.code.arguments()]
+            buffers += [views for _ in part.code.arguments()]
+        if stored is None:
+            builder.write_stages(b, threads, stages, buffers)
 
     return b.function(symbol, arguments, body)
 
@@ -650,6 +726,7 @@ class Deployed:
         library = _load_library(self.folder, self.description)
         self._calls = [library[name] for name in self.description["calls"]]
         self._arrays = _load_arrays(self.folder, self.description)
+        self._threads: int = self.description["threads"]
         for name in self.description["unpack"]:
             library[name](*self._arrays.values())
         self._shapes = {name: tuple(shape) for name, shape, _ in self.description["arguments"]}
@@ -696,6 +773,7 @@ class Deployed:
 
     def run(self) -> None:
         """Compute the output of the image that the input buffer holds: what is timed, by one thread and no other at work."""
+        use_threads(self._threads)
         for call in self._calls:
             call(*self._arguments)
 
@@ -707,8 +785,13 @@ class Deployed:
     def value(self, name: str) -> NDArray[Any]:
         """Return a value of the program as the last image left it, of a network that was compiled without reusing memory."""
         arena, start, shape = self.description["values"][name]
-        values: NDArray[Any] = self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
-        return values
+        if name not in self.description["frames"]:
+            return self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
+        top, bottom, left, right = self.description["frames"][name]
+        height, width, channels = shape
+        framed = (top + height + bottom, left + width + right, channels)
+        whole = self.arena(arena)[start : start + math.prod(framed)].reshape(framed)
+        return whole[top : top + height, left : left + width]
 
 
 def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -719,14 +802,11 @@ def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any
     """
     import tvm
 
-    from hw_models.measured.processor import kept_processors
     from hw_models.tvm_cpu.target import check_runs_here
 
     path = folder / LIBRARY
     check_runs_here(description["target"], json.dumps(description["target"]))
     try:
-        with kept_processors():
-            tvm.get_global_func("runtime.config_threadpool")(1, description["threads"])
         with tempfile.TemporaryDirectory() as place:
             copy = shutil.copy(path, place)
             library = tvm.runtime.load_module(copy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 LANES = 16  # output channels in a block
-WORTH_WAKING = 2**14  # elements of a loop that is worth several threads
+WORD = 32  # channels in a word of bits
+WORTH_DIVIDING = 2**12  # elements of a loop that is worth several threads
+LESS_EVEN = 0.9  # of the most that threads could gain, which is taken if other things speak for it
 POWERS = 3  # of a parabola
 IN_REGISTERS = 2 * LANES  # segments of a table
 TABLE_ROW = 4  # numbers of a parabola, the last of them nothing
@@ -28,6 +30,102 @@ class Argument(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What lies around a map of (height, width, channels): the padding of the layer that reads it, numbers for real zero."""
+
+    shape: tuple[int, int, int]
+    top: int
+    bottom: int
+    left: int
+    right: int
+    zero: int = 0
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The height, width and channels of both together."""
+        height, width, channels = self.shape
+        return self.top + height + self.bottom, self.left + width + self.right, channels
+
+    @property
+    def _before(self) -> int:
+        """Numbers before the map's first one."""
+        return (self.top * self.size[1] + self.left) * self.shape[2]
+
+    @property
+    def _between(self) -> int:
+        """Numbers between two rows."""
+        return (self.left + self.right) * self.shape[2]
+
+    def place(self, at: Any) -> Any:
+        """Return where a number of the map is."""
+        return at + at // (self.shape[1] * self.shape[2]) * self._between + self._before
+
+    def fill(self, b: Builder, buffer: Any, dtype: str) -> None:
+        """Write the code that writes it.
+
+        Args:
+            b: Builds the function.
+            buffer: Of the map and what lies around it.
+            dtype: Of a number.
+        """
+
+        def zeros(at: Any, count: int) -> None:
+            pieces(b, count, lambda offset, lanes: b.put(buffer, at + offset, b.splat(self.zero, dtype, lanes), lanes))
+
+        height, width, channels = self.shape
+        zeros(0, self._before)
+        if self._between:
+            with b.loop(height - 1) as row:
+                zeros(self._before + width * channels + row * self.size[1] * channels, self._between)
+        end = self._before + ((height - 1) * self.size[1] + width) * channels
+        zeros(end, math.prod(self.size) - end)
+
+
+@dataclass(frozen=True)
+class Planes:
+    """How codes are written as bits: for every pixel and 32 channels a word of 32 bits for each bit of a code.
+
+    `positions` are those of the bits in a byte, `turned` says that the byte's highest bit is turned first (two's complement), and
+    `gathers` that the processor takes the top bits of bytes by one instruction.
+    """
+
+    positions: tuple[int, ...]
+    turned: bool
+    gathers: bool
+
+    def write(self, b: Builder, words: Any, place: Any, half: Any, codes: Any) -> None:
+        """Write the code that writes 16 channels: a half of each word.
+
+        Args:
+            b: Builds the function.
+            words: The buffer.
+            place: The first word of the 32 channels.
+            half: 0 or 1.
+            codes: A vector of 16 bytes.
+        """
+        T = b.T
+        halves = T.decl_buffer(
+            (2 * words.shape[0],), "uint16", data=words.data, elem_offset=2 * words.elem_offset, offset_factor=1
+        )
+        if self.turned:
+            codes = codes ^ b.splat(128, "uint8")
+        codes = T.bind(codes)
+        for plane, position in enumerate(self.positions):
+            if self.gathers:
+                # Bytes have no shift of their own: what comes over from a neighbour is below the top bit.
+                shifted = T.reinterpret("uint32x4", codes) << b.splat(7 - position, "uint32", 4)
+                bits = T.call_llvm_pure_intrin("int32", "llvm.x86.sse2.pmovmskb.128", T.reinterpret("int8x16", shifted))
+                bits = bits.astype("uint16")
+            else:
+                # Eight bytes of 0 or 1 become one: the product adds up shifts that put byte i's bit to bit 56 + i.
+                ones = T.reinterpret("uint64x2", codes) >> b.splat(position, "uint64", 2)
+                ones = ones & b.splat(0x0101010101010101, "uint64", 2)
+                bits = (ones * b.splat(0x0102040810204080, "uint64", 2)) >> b.splat(56, "uint64", 2)
+                bits = T.reinterpret("uint16", bits.astype("uint8x2"))
+            T.buffer_store(halves, bits, [2 * (place + plane) + half])
+
+
+@dataclass(frozen=True)
 class Output:
     """What an epilogue writes of its real values v, with f = `factor`.
 
@@ -36,6 +134,9 @@ class Output:
     fixed   32-bit integers clip(round(f v), low, high), at most 2^30 in size
     float   f v
     sums    the integer sums themselves, before any epilogue
+
+    With a `frame` they are written into the middle of it, and it around them. As `planes` codes are written as bits; a frame's
+    channels are then words.
     """
 
     kind: str = "codes"
@@ -43,10 +144,19 @@ class Output:
     low: int = 0
     high: int = 255
     zero: int = 0
+    frame: Frame | None = None
+    planes: Planes | None = None
+
+    @property
+    def stored(self) -> str:
+        """The type of its buffer."""
+        if self.planes is not None:
+            return "uint32"
+        return self.dtype
 
     @property
     def dtype(self) -> str:
-        """What it is stored as."""
+        """What a number is."""
         if self.kind == "codes" and self.high + self.zero > 255:
             return "uint16"
         return {"codes": "uint8", "sign": "uint8", "fixed": "int32", "float": "float32", "sums": "int32"}[self.kind]
@@ -114,7 +224,11 @@ class Epilogue:
         Its factors can be read 16 at a time from any on.
         """
         made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
-        made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
+        for i, output in enumerate(self.outputs):
+            size = shape
+            if output.frame is not None:
+                size = output.frame.size
+            made.append(Argument(f"output{i}", size, output.stored))
         if any(output.kind != "sums" for output in self.outputs):
             names = ["multiplier", "offset"]
             if self.slope:
@@ -134,8 +248,59 @@ def per_channel(name: str, values: NDArray[np.floating]) -> dict[str, NDArray[An
     return {name: np.pad(values.astype(np.float32), (0, LANES))}
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Loops one behind the other that threads share: `loops` are (rounds, what one round costs).
+
+    Each thread does what lies in its part of all that they cost together, round by round: by the middle of a round.
+    """
+
+    loops: tuple[tuple[int, int], ...]
+    threads: int
+
+    def first(self, loop: int, thread: Any) -> Any:
+        """Return the first round of a loop that isn't done by a thread before this one.
+
+        Args:
+            loop: Which loop.
+            thread: The thread's number, or an expression of TVM's.
+
+        Returns:
+            From 0 to all rounds.
+        """
+        rounds, cost = self.loops[loop]
+        before = sum(count * each for count, each in self.loops[:loop])
+        # Middles lie at (2 before + (2 round + 1) cost) / 2, and the thread begins at thread / threads of everything.
+        distance = 2 * thread * self._total - self.threads * (2 * before + cost)
+        least = (distance + 2 * self.threads * cost - 1) // (2 * self.threads * cost)
+        if isinstance(thread, int):
+            return min(max(least, 0), rounds)
+        from tvm import tirx
+
+        return tirx.min(tirx.max(least, 0), rounds)
+
+    @property
+    def _total(self) -> int:
+        return sum(rounds * cost for rounds, cost in self.loops)
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as one thread they are at most."""
+        most = 0
+        for thread in range(self.threads):
+            done = 0
+            for loop, (_, cost) in enumerate(self.loops):
+                done += cost * (self.first(loop, thread + 1) - self.first(loop, thread))
+            most = max(most, done)
+        return self._total / most
+
+
 class Builder:
-    """TVM's builder, and what is written with it again and again."""
+    """TVM's builder, and what is written with it again and again.
+
+    Threads go through a function together (`together`) and wait for each other behind every stage (`stage`). Within a stage
+    they divide loops, and what writes anything is in such a loop, or is said to be done `once`.
+    """
 
     def __init__(self) -> None:
         """Import TVM."""
@@ -145,6 +310,50 @@ class Builder:
         self.T: Any = builder
         self._ir = IRBuilder
         self._tile: _Tile | None = None
+        self.divides = False  # whether threads divided anything
+        self._alone = False  # whether one thread does what is written now
+
+    @contextmanager
+    def together(self, threads: int) -> Iterator[None]:
+        """Let all threads go through what is written."""
+        if threads == 1:
+            yield
+            return
+        with self.T.attr(self.const(0, "int32"), "pragma_parallel_launch_point", self.const(1, "int32")):
+            yield
+
+    @contextmanager
+    def stage(self, threads: int, divided: bool) -> Iterator[None]:
+        """Let threads wait for each other behind what is written; one of them does it, unless it is `divided`."""
+        if threads == 1:
+            yield
+            return
+        with self.T.attr(self.const(0, "int32"), "pragma_parallel_barrier_when_finish", self.const(1, "int32")):
+            if divided:
+                yield
+            else:
+                with self.once(threads):
+                    yield
+
+    @contextmanager
+    def once(self, threads: int) -> Iterator[None]:
+        """Let one thread do what is written."""
+        if threads == 1 or self._alone:
+            yield
+            return
+        # Of a loop of one round the compiler would make none. What isn't in a parallel loop has no places of its own in memory.
+        with self.T.parallel(0, 2) as index, self.T.If(index == 0), self.T.Then():
+            self._alone = True
+            yield
+            self._alone = False
+
+    @contextmanager
+    def share(self, shares: Shares, loop: int) -> Iterator[Any]:
+        """Write one of the loops that threads share."""
+        self.divides = True
+        with self.T.parallel(0, shares.threads) as thread:
+            with self.T.serial(shares.first(loop, thread), shares.first(loop, thread + 1)) as index:
+                yield index
 
     def function(self, symbol: str, arguments: Sequence[Argument], body: Callable[[dict[str, Any]], None]) -> Any:
         """Build a function.
@@ -183,13 +392,30 @@ class Builder:
     def loop(self, extent: int, threads: int = 1) -> Iterator[Any]:
         """Write a loop, run by several threads if there are; one round of it isn't a loop."""
         if extent == 1:
-            yield 0
+            with self.once(threads):
+                yield 0
         elif threads > 1:
+            self.divides = True
             with self.T.parallel(0, extent) as index:
                 yield index
         else:
             with self.T.serial(0, extent) as index:
                 yield index
+
+    def share_if(self, divided: bool, shares: Shares, loop: int) -> AbstractContextManager[Any]:
+        """Write one of some loops: one that threads share, or that each of them goes through.
+
+        Args:
+            divided: Which.
+            shares: The loops.
+            loop: Which of them.
+
+        Returns:
+            What gives the round.
+        """
+        if divided:
+            return self.share(shares, loop)
+        return self.loop(shares.loops[loop][0])
 
     def vector(self, buffer: Any, at: Any, lanes: int) -> Any:
         """Read so many lanes from a place on.
@@ -365,7 +591,16 @@ class Builder:
             made = v
             if output.factor != 1:
                 made = v * splat(output.factor, "float32")
-            self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
+            place = at
+            if output.planes is not None:
+                place = at // WORD * len(output.planes.positions)
+            if output.frame is not None:
+                place = output.frame.place(place)
+            if output.planes is not None:
+                half = at // LANES % 2
+                output.planes.write(self, buffers[f"output{index}"], place, half, self.rounded(made, output))
+                continue
+            self.put_some(buffers[f"output{index}"], place, self.rounded(made, output), output.dtype, count)
 
     def real(self, stored: Any, dtype: str, zero: int = 0) -> Any:
         """Return 16 stored numbers as float32, less the number that stands for zero.
@@ -488,6 +723,7 @@ class Code:
     `offset` and others that `workspace` doesn't have are constants. The others are between the functions.
     """
 
+    threads: int = 1
     constant = ("weights", "multiplier", "offset", "slope", "table", "initial", "border", "rows", "columns")
 
     def arguments(self) -> dict[str, list[Argument]]:
@@ -499,8 +735,17 @@ class Code:
         made = {}
         for stage, arguments in self.arguments().items():
             b = Builder()
-            made[f"{symbol}_{stage}"] = b.function(f"{symbol}_{stage}", arguments, functools.partial(self.emit, b, stage))
+            write = functools.partial(write_stages, b, self.threads, [(self, stage)])
+            made[f"{symbol}_{stage}"] = b.function(f"{symbol}_{stage}", arguments, lambda given, write=write: write([given]))
         return made
+
+    def is_shared(self, stage: str) -> bool:
+        """Say whether threads divide a stage, by writing it once."""
+        if self.threads == 1:
+            return False
+        b = Builder()
+        b.function("trial", self.arguments()[stage], functools.partial(self.emit, b, stage))
+        return b.divides
 
     def emit(self, b: Builder, stage: str, buffers: dict[str, Any]) -> None:
         """Write the code of a stage into the function that is being built.
@@ -511,6 +756,13 @@ class Code:
             buffers: What the function takes, by name.
         """
         getattr(self, f"_{stage}")(b, buffers)
+        epilogue = getattr(self, "epilogue", None)
+        if stage != "main" or epilogue is None:
+            return
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None:
+                with b.once(self.threads):
+                    output.frame.fill(b, buffers[f"output{index}"], output.stored)
 
     def workspace(self) -> dict[str, Argument]:
         """List the buffers between the functions, by name."""
@@ -518,6 +770,24 @@ class Code:
         return {
             a.name: a for a in every if not a.name.startswith(("input", "output", "residual")) and a.name not in self.constant
         }
+
+
+def write_stages(b: Builder, threads: int, stages: Sequence[tuple[Code, str]], buffers: Sequence[dict[str, Any]]) -> None:
+    """Write stages one after the other, as threads go through them together if there are several.
+
+    Args:
+        b: Builds the function.
+        threads: How many there are.
+        stages: Code, and which stage of it.
+        buffers: For each what it takes, by name.
+    """
+    divided = [code.is_shared(stage) for code, stage in stages]
+    if not any(divided):
+        threads = 1
+    with b.together(threads):
+        for (code, stage), shared, given in zip(stages, divided, buffers, strict=True):
+            with b.stage(threads, shared):
+                code.emit(b, stage, given)
 
 
 def up(count: int, to: int) -> int:
@@ -556,7 +826,7 @@ def segments(total: int, size: int) -> list[tuple[int, int, int]]:
 
 
 def useful(threads: int, elements: int) -> int:
-    """Return how many threads a loop over so many elements is worth: to wake them takes as long as some thousand elements."""
-    if elements < WORTH_WAKING:
+    """Return how many threads a loop over so many elements is worth: to wait for each other takes as long as some thousand."""
+    if elements < WORTH_DIVIDING:
         return 1
     return threads

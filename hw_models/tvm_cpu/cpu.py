@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from hw_models.measured.processor import kept_processors
+
+
+_used = threading.local()
+
+
+def use_threads(threads: int) -> None:
+    """Let what the calling thread runs of TVM's compute with so many threads.
+
+    Every thread has a pool of its own, made when it is first needed: as large as TVM_NUM_THREADS says, else OMP_NUM_THREADS,
+    else one for two processors. What is asked for beyond that would be ignored without a word. So the pool is made as large as
+    the machine, unless TVM_NUM_THREADS says otherwise.
+    """
+    if getattr(_used, "threads", 0) == threads:
+        return
+    import tvm
+
+    size = os.environ.get("TVM_NUM_THREADS", "")
+    workers = max(threads, os.cpu_count() or 1)
+    if size.isdigit():
+        workers = max(1, int(size))
+    with kept_processors():
+        # As many workers as processors are named, whichever these are.
+        tvm.get_global_func("runtime.config_threadpool")(1, threads, [str(index) for index in range(workers)])
+    _used.threads = threads
 
 
 @dataclass(frozen=True)
@@ -106,6 +134,11 @@ class Cpu:
         if self.has("avx512f"):
             return 32
         return 8
+
+    @cached_property
+    def little(self) -> bool:
+        """Whether the lower half of a word comes first in memory, as on all processors that have been tried."""
+        return bool(self.has("sse2") or self.has("neon"))
 
     @cached_property
     def gathers_signs(self) -> bool:

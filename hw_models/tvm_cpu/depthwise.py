@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.tvm_cpu.builder import LANES, Argument, Builder, segments, up
+from hw_models.tvm_cpu.builder import LANES, LESS_EVEN, WORTH_DIVIDING, Argument, Builder, Shares, segments, up
 from hw_models.tvm_cpu.conv import Conv, activation_range, weight_range
 from hw_models.tvm_cpu.cpu import Cpu
 from hw_models.tvm_cpu.kernel import Kernel
@@ -55,7 +55,7 @@ class Depthwise(Kernel):
     @property
     def _prepared(self) -> bool:
         """Whether the image is read as it comes."""
-        return not self.conv.padded and self.conv.in_channels % LANES == 0
+        return (self.framed or not self.conv.padded) and self.conv.in_channels % LANES == 0
 
     def _source(self, buffers: dict[str, Any]) -> Any:
         if self._prepared:
@@ -107,18 +107,28 @@ class Depthwise(Kernel):
         if self.sums == "int16":
             size = 2 * LANES
         missing = self._channels - conv.out_channels  # channels that the last block lacks
-        with b.loop(conv.batch) as image, b.loop(height, self.cpu.threads) as y:
-            for first, rounds, lanes in segments(self._channels, size):
-                partial = int(missing > 0 and first + rounds * lanes == self._channels)
-                whole = rounds - partial
-                for start, count, here in ((first, whole, lanes), (first + whole * lanes, partial, lanes - missing)):
-                    if not count:
-                        continue
-                    with b.loop(count) as step:
-                        channel = start + step * lanes
-                        for x0, x_rounds, columns in segments(width, self.tile):
-                            with b.loop(x_rounds) as x_step:
-                                self._tile(b, buffers, image, y, x0 + x_step * columns, columns, channel, lanes, here)
+        blocks = []  # first channel, rounds, channels, and how many of these exist
+        for first, rounds, lanes in segments(self._channels, size):
+            partial = int(missing > 0 and first + rounds * lanes == self._channels)
+            whole = rounds - partial
+            for start, count, here in ((first, whole, lanes), (first + whole * lanes, partial, lanes - missing)):
+                if count:
+                    blocks.append((start, count, lanes, here))
+        # Threads divide rows, unless blocks of channels can be divided more evenly.
+        of_rows = Shares(((height, 1),), self.threads)
+        of_blocks = Shares(tuple((count, lanes) for _, count, lanes, _ in blocks), self.threads)
+        divided = ""
+        if self.threads > 1 and conv.macs >= WORTH_DIVIDING and max(of_rows.gain, of_blocks.gain) > 1:
+            divided = "blocks"
+            if of_rows.gain > LESS_EVEN * of_blocks.gain:
+                divided = "rows"
+        with b.loop(conv.batch) as image, b.share_if(divided == "rows", of_rows, 0) as y:
+            for index, (start, _, lanes, here) in enumerate(blocks):
+                with b.share_if(divided == "blocks", of_blocks, index) as step:
+                    channel = start + step * lanes
+                    for x0, x_rounds, columns in segments(width, self.tile):
+                        with b.loop(x_rounds) as x_step:
+                            self._tile(b, buffers, image, y, x0 + x_step * columns, columns, channel, lanes, here)
 
     def _tile(
         self,

@@ -30,14 +30,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hw_models.storage import BITS
-from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Epilogue, Output, segments
+from hw_models.tvm_cpu.builder import (
+    LANES,
+    LESS_EVEN,
+    WORD,
+    WORTH_DIVIDING,
+    Argument,
+    Builder,
+    Epilogue,
+    Frame,
+    Output,
+    Planes,
+    Shares,
+    segments,
+    useful,
+)
 from hw_models.tvm_cpu.conv import Conv, border_sums, border_taps
 from hw_models.tvm_cpu.cpu import Cpu
 from hw_models.tvm_cpu.depthwise import Depthwise, DepthwiseDot
 from hw_models.tvm_cpu.kernel import Kernel
 
-VERSION = 4  # of the code that is generated: what was measured with another isn't comparable
-WORD = 32  # channels in a word of bits
+VERSION = 5  # of the code that is generated: what was measured with another isn't comparable
 # Pairs of planes up to which a kernel on bits is tried: measured, it wins up to 4 with VNNI or with AVX2, and up to 6 in fully
 # connected layers, which wait for their weights.
 MOST_PAIRS = 8
@@ -122,7 +135,30 @@ class Direct(Kernel):
     @property
     def _prepared(self) -> bool:
         """Whether the image is read as it comes."""
-        return self.how != "bits" and not self.conv.padded and self._inputs % self._chunk == 0
+        if self.how == "bits":
+            return self.framed
+        return (self.framed or not self.conv.padded) and self._inputs % self._chunk == 0
+
+    def planes(self) -> Planes | None:
+        """Return how whoever writes the input can write it as bits; see `Kernel.planes`."""
+        conv = self.conv
+        if self.how != "bits" or self.zero or self._inputs % WORD or conv.batch > 1 or not self.cpu.little:
+            return None
+        positions = tuple(range(self.a_bits))
+        if self._bipolar:
+            positions = (1,)
+        return Planes(positions, self._biased, self.cpu.gathers_signs)
+
+    def frame(self) -> Frame | None:
+        """Return what whoever writes the input can put around it; see `Kernel.frame`. Of planes there is always one."""
+        if self.how != "bits":
+            return super().frame()
+        if self.framed or self.planes() is None:
+            return None
+        high, wide = self._padded_size
+        (height, width), (top, left) = self.conv.input_size, self.conv.padding
+        sides = top, high - top - height, left, wide - left - width
+        return Frame((height, width, self.conv.groups * self._chunks * self.a_bits), *sides)
 
     @property
     def _border(self) -> bool:
@@ -170,7 +206,10 @@ class Direct(Kernel):
         """The image as the convolution reads it."""
         conv = self.conv
         if self.how == "bits":
-            return Argument("planes", (conv.batch, *self._padded_size, conv.groups, self._chunks, self.a_bits), "uint32")
+            name = "planes"
+            if self.framed:
+                name = "input"
+            return Argument(name, (conv.batch, *self._padded_size, conv.groups, self._chunks, self.a_bits), "uint32")
         if self._prepared:
             return self._input()
         channels = self._chunks * self._chunk
@@ -404,14 +443,20 @@ class Direct(Kernel):
                 with b.loop(count) as index:
                     T.buffer_store(planes, b.const(0, "uint32"), [at + index])
 
+        of_rows = of_columns = 1
+        if height > 1:
+            of_rows = self.threads
+        else:
+            of_columns = useful(self.threads, width * conv.in_channels)
         with b.loop(conv.batch) as image:
-            for start, count in ((0, top), (top + height, high - top - height)):
-                clear((image * high + start) * wide * pixel, count * wide * pixel)
-            with b.loop(height, self.cpu.threads) as y:
+            with b.once(self.threads):
+                for start, count in ((0, top), (top + height, high - top - height)):
+                    clear((image * high + start) * wide * pixel, count * wide * pixel)
+            with b.loop(height, of_rows) as y:
                 line = (image * high + y + top) * wide * pixel
                 clear(line, left * pixel)
                 clear(line + (left + width) * pixel, (wide - left - width) * pixel)
-                with b.loop(width * conv.groups) as x:
+                with b.loop(width * conv.groups, of_columns) as x:
                     start = (image * height + y) * width * conv.in_channels + x * self._inputs
                     to = line + left * pixel + x * self._chunks * self.a_bits
                     whole, rest = divmod(self._inputs, WORD)
@@ -475,14 +520,16 @@ class Direct(Kernel):
         high, wide = self._padded_size
         height, width = conv.output_size
         kh, kw = conv.kernel
-        planes = buffers["planes"]
+        planes = buffers[self._image().name]
         worth = [2**plane for plane in range(self.a_bits)]
         if self.signed:
             worth[-1] *= -1
         sums = buffers["row_sums"]
         if not self._flat:
             sums = buffers["pixel_sums"]
-        with b.loop(conv.batch * high * wide * conv.groups) as pixel:
+        pixels = conv.batch * high * wide * conv.groups
+        threads = useful(self.threads, pixels * self._inputs)
+        with b.stage(threads, True), b.loop(pixels, threads) as pixel:
             # As many words at once as hold a whole number of chunks.
             at_once = LANES // self.a_bits
             whole = self._chunks // at_once
@@ -504,7 +551,7 @@ class Direct(Kernel):
             T.buffer_store(sums, total, [pixel])
         if self._flat:
             return
-        with b.loop(conv.batch) as image, b.loop(height) as y, b.loop(width) as x, b.loop(conv.groups) as group:
+        with b.loop(conv.batch) as image, b.loop(height, threads) as y, b.loop(width) as x, b.loop(conv.groups) as group:
             total = b.const(0, "int32")
             for ky in range(kh):
                 for kx in range(kw):
@@ -527,28 +574,44 @@ class Direct(Kernel):
             # The last block has channels that don't exist: its code is another.
             start, rounds, size = spans[-1]
             spans[-1:] = [(start, rounds - 1, size), (start + (rounds - 1) * size, 1, size)]
-        # Threads share the blocks if there are enough, otherwise the rows, otherwise the columns of a single row.
-        of_blocks = of_rows = 1
-        if sum(rounds for _, rounds, _ in spans) >= self.cpu.threads:
-            of_blocks = self.cpu.threads
-        else:
-            of_rows = self.cpu.threads
+        rows = segments(height, down)
+        columns = segments(width, across)
+        shares = {
+            axis: Shares(tuple((rounds, size) for _, rounds, size in of), self.threads)
+            for axis, of in (("blocks", spans), ("rows", rows), ("columns", columns))
+        }
+        divided = self._divided(shares)
         with b.loop(images) as image, b.loop(conv.groups) as group:
-            for index, (first, rounds, size) in enumerate(spans):
+            for index, (first, _, size) in enumerate(spans):
                 count = LANES
                 if partial and index == len(spans) - 1:
                     count = partial
-                with b.loop(rounds, of_blocks) as step:
+                with b.share_if(divided == "blocks", shares["blocks"], index) as step:
                     block = first + step * size
-                    for y0, y_rounds, rows in segments(height, down):
-                        of_columns = 1
-                        if y_rounds == 1:
-                            of_columns = of_rows
-                        with b.loop(y_rounds, of_rows) as y_step:
-                            for x0, x_rounds, columns in segments(width, across):
-                                with b.loop(x_rounds, of_columns) as x_step:
-                                    corner = image, y0 + y_step * rows, x0 + x_step * columns
-                                    self._tile(b, buffers, group, block, size, count, corner, (rows, columns))
+                    for y_index, (y0, _, of_rows) in enumerate(rows):
+                        with b.share_if(divided == "rows", shares["rows"], y_index) as y_step:
+                            for x_index, (x0, _, of_columns) in enumerate(columns):
+                                with b.share_if(divided == "columns", shares["columns"], x_index) as x_step:
+                                    corner = image, y0 + y_step * of_rows, x0 + x_step * of_columns
+                                    self._tile(b, buffers, group, block, size, count, corner, (of_rows, of_columns))
+
+    def _divided(self, shares: dict[str, Shares]) -> str:
+        """Say which loops threads divide, of those over blocks, rows and columns.
+
+        Outputs of neighbouring blocks are in the same cache lines, so that rows are better; unless most of what is read are
+        weights: divided by blocks, each thread has its own.
+        """
+        conv = self.conv
+        if self.threads == 1 or conv.macs < WORTH_DIVIDING:
+            return ""
+        axes = ["rows", "columns", "blocks"]
+        pixels = conv.batch * conv.input_size[0] * conv.input_size[1]
+        if conv.taps * conv.out_channels * self.w_bits > 2 * pixels * conv.in_channels * self.a_bits:
+            axes = ["blocks", "rows", "columns"]
+        most = max(some.gain for some in shares.values())
+        if most == 1:
+            return ""
+        return next(axis for axis in axes if shares[axis].gain > LESS_EVEN * most)
 
     @property
     def _flat(self) -> bool:
@@ -654,7 +717,7 @@ class Direct(Kernel):
     ) -> None:
         """Add up the products of all pairs of planes whose positions sum up to `shift`."""
         T = b.T
-        image = buffers["planes"]
+        image = buffers[self._image().name]
         weights = buffers["weights"]
         for i in range(self.w_bits):
             j = shift - i

@@ -57,11 +57,11 @@ class Here:
 
         return tvm.cpu(0)
 
-    def function(self, name: str) -> Any:
-        """Look up a function of TVM's runtime."""
-        import tvm
+    def use_threads(self, threads: int) -> None:
+        """Let kernels compute with so many threads."""
+        from hw_models.tvm_cpu.cpu import use_threads
 
-        return tvm.get_global_func(name)
+        use_threads(threads)
 
     def load(self, library: Any, cpu: Cpu) -> Any:
         """Make a compiled module ready to be called."""
@@ -128,9 +128,9 @@ class Board:
         """Return its processor, as TVM names it."""
         return self._session.cpu(0)
 
-    def function(self, name: str) -> Any:
-        """Look up a function of the runtime there."""
-        return self._session.get_function(name)
+    def use_threads(self, threads: int) -> None:
+        """Let kernels compute with so many threads, if its pool has them: TVM_NUM_THREADS of the server says how many."""
+        self._session.get_function("runtime.config_threadpool")(1, threads)
 
     def load(self, library: Any, cpu: Cpu) -> Any:
         """Link, upload and load a compiled module."""
@@ -213,7 +213,7 @@ def measure(
     wanted = list(dict.fromkeys(kernels))
     place = session or Here()
     with place.watched():
-        place.function("runtime.config_threadpool")(1, cpu.threads)
+        place.use_threads(cpu.threads)
     found: dict[Kernel, Timing] = {}
     for conv in dict.fromkeys(kernel.conv for kernel in wanted):
         group = [kernel for kernel in wanted if kernel.conv == conv]
@@ -333,7 +333,7 @@ class Reference:
         self._place = session or Here()
         library, names = _compile([kernel], cpu)
         with self._place.watched():
-            self._place.function("runtime.config_threadpool")(1, cpu.threads)
+            self._place.use_threads(cpu.threads)
             self._module = self._place.load(library, cpu)
             ((_, self._timers),) = _timers(self._place, [(self._module, names)], cold=False).items()
 

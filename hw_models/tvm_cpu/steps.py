@@ -25,6 +25,7 @@ class Interleave(Code):
     shape: Shape
     output: Output
     scale: float = 1.0
+    threads: int = 1
 
     def arguments(self) -> dict[str, list[Argument]]:
         """List the image as it comes and as it goes."""
@@ -37,7 +38,7 @@ class Interleave(Code):
         source = buffers["input"]
         target = buffers["output0"]
         for first, rounds, count in segments(height * width, LANES):
-            with b.loop(rounds) as step:
+            with b.loop(rounds, useful(self.threads, height * width * channels)) as step:
                 at = first + step * LANES
                 for channel in range(channels):
                     x = b.some(source, channel * height * width + at, "float32", count)
