@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment import onnx_any, onnx_runtimes, onnx_tensorrt
-from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, integer_activations
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import compacted
 from haq.deployment.onnx_integers import IntegerWriter
 from haq.deployment.onnx_verify import CHECKED, Verification, compare
 from haq.store.files import write
@@ -34,7 +35,8 @@ def export(graph: Graph, network: nn.Module, path: str | Path, flavour: str | No
     16 bits are int16 or uint16, and the file is of opset 21 then. Any batch size.
 
     What the policy leaves in float has no such nodes, a layer's weights or its input or both. A layer's input, quantized, is
-    the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
+    the tensor NAME:input, NAME being the layer's name, and name@2 at its second call; in small files, where names would take
+    much of the room, ~5 of the network's sixth layer, and ~5@2.
 
     Args:
         graph: The operations of the network.
@@ -61,7 +63,8 @@ def _model(graph: Graph, network: nn.Module, flavour: str | None) -> Any:
     if flavour == "tensorrt":
         onnx_tensorrt.check(network)
         network, graph = onnx_tensorrt.signed_network(network), onnx_tensorrt.signed_graph(graph)
-    return IntegerWriter(graph, network, flavour).model("N")
+    model = IntegerWriter(graph, network, flavour).model("N")
+    return compacted(model, list(Q.quant_layers(network)))
 
 
 def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification:
@@ -99,7 +102,7 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
 def _size(path: str | Path, network: nn.Module, images: Tensor) -> tuple[str, str]:
     """Tell how large a file is, and how large what the policy stores."""
     size = Path(path).stat().st_size
-    stored = onnx_runtimes.stored_bytes(network, images)
+    stored = policy_storage_bytes(network, images)
     words = f"{describe_amount(size, 'storage')}, {size / stored:.2f} of the {describe_amount(stored, 'storage')} that layers store"
     return "size of the file", words
 

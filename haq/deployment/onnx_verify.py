@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from haq.deployment.exporter import Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import INPUT, layer_call
 from haq.deployment.program import Codes
 from haq.store.units import percent
 
 BATCH = 64
 CHECKED = 4  # images on which a file is compared before it is put in its place
-INPUT = ":input"  # ends the names of tensors that enter layers
 
 Array = NDArray[Any]
 # The outputs for images, and the tensors of these names.
@@ -128,16 +128,21 @@ def compare(
     for name, layer in Q.quant_layers(held).items():
         if layer.activation_bits is not None:
             inputs[name] = integer_activations(name, layer)
-    rounded = {output for node in model.graph.node for output in node.output if output.endswith(INPUT)}
+    # By the name of a layer, and of its call: the tensor that enters it.
+    rounded: dict[str, str] = {}
+    for node in model.graph.node:
+        for output in node.output:
+            call = layer_call(output, list(Q.quant_layers(held)))
+            if call is not None:
+                rounded[call] = output
     same = ties = values = different = steps = 0
     worst = largest = 0.0
     fault = ""
     for batch in images.split(BATCH):
         expected, integers = fake_quantized(held, batch)
-        other = {f"{name}{INPUT}" for name in integers} ^ rounded
-        fault = fault or _other_layers(other, rounded)
-        names = [name for name in integers if f"{name}{INPUT}" in rounded]
-        outputs, entered = run(batch.numpy(), [f"{name}{INPUT}" for name in names])
+        fault = fault or _other_layers(integers.keys() ^ rounded.keys(), rounded.keys())
+        names = [name for name in integers if name in rounded]
+        outputs, entered = run(batch.numpy(), [rounded[name] for name in names])
         said = real = expected.numpy()
         if held is not network:
             real = fake_quantized(network, batch)[0].numpy()
@@ -181,11 +186,10 @@ def _answers(outputs: Array, real: Array) -> tuple[int, int]:
     return int(same.sum()), int((near & ~same).sum())
 
 
-def _other_layers(other: set[str], rounded: set[str]) -> str:
-    """Say which of some tensors enters a layer otherwise than in the network."""
-    for tensor in sorted(other):
-        name = tensor.removesuffix(INPUT)
-        if tensor in rounded:
+def _other_layers(other: Set[str], rounded: Set[str]) -> str:
+    """Say of some layers' inputs which is another than in the network."""
+    for name in sorted(other):
+        if name in rounded:
             return f"rounds what enters layer {name!r}, which the network doesn't"
         return f"doesn't round what enters layer {name!r}, which the network does"
     return ""
