@@ -76,6 +76,7 @@ class Description(Record):
     output_dims: Dims | None = None
     steps: Annotated[list[Step], Field(max_length=MOST)]
     values: Annotated[dict[str, tuple[str, Size, Sizes]], Field(max_length=MOST)]
+    frames: Annotated[dict[str, tuple[Size, Size, Size, Size]], Field(max_length=MOST)]
     sha256: Hash  # of all other entries
 
     @model_validator(mode="after")

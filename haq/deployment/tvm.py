@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.deployment import folder as folders
 from haq.deployment import interpreter
+from haq.deployment.answers import compare_answers
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.folder import CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT, PACKED
 from haq.deployment.graph import Graph
@@ -54,7 +55,6 @@ from haq.deployment.program import (
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
 from haq.store import npz
-from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
@@ -89,6 +89,11 @@ class Part:
     weights: NDArray[Any] | None = None
 
     @property
+    def bits(self) -> list[str]:
+        """The buffers of codes that are stored as planes of bits."""
+        return [a.name for some in self.code.arguments().values() for a in some if a.dtype == "uint32"]
+
+    @property
     def made(self) -> list[str]:
         """The constants that come from the weights."""
         if self.weights is None or not isinstance(self.code, Kernel):
@@ -111,13 +116,14 @@ def _layer(step: Convolution) -> Layer:
     return step.conv, step.w_bits, step.a_bits, step.signed
 
 
-def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -> list[Part]:
+def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget, *, planes: bool = True) -> list[Part]:
     """Write code for every step of a program.
 
     Args:
         program: The program.
         chosen: The kernels of its integer convolutions.
         target: The processor.
+        planes: Whether codes may be written as bits, for layers that read them so.
 
     Returns:
         A part for each step, and what brings the input and float layers their numbers.
@@ -138,7 +144,55 @@ def parts(program: Program, chosen: Mapping[Layer, Kernel], target: CpuTarget) -
             made += writer.float_convolution(step)
         else:
             made.append(writer.between_layers(step))
+    _frame(made, program, planes)
     return made
+
+
+def _frame(made: list[Part], program: Program, planes: bool) -> None:
+    """Let maps be written into the padding of the layer that reads them, where it is the only one that does.
+
+    Args:
+        made: The parts, which are changed.
+        program: Their program.
+        planes: Whether codes may be written as bits, for layers that read them so.
+    """
+    readers: dict[str, list[int]] = {}
+    for index, part in enumerate(made):
+        for name, value in part.values.items():
+            if not name.startswith("output"):
+                readers.setdefault(value, []).append(index)
+    for index, part in enumerate(made):
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        outputs = list(epilogue.outputs)
+        for place in range(len(outputs)):
+            value = part.values[f"output{place}"]
+            if value == program.output or len(readers[value]) != 1:
+                continue
+            (reader,) = readers[value]
+            code = made[reader].code
+            if not isinstance(code, Kernel) or made[reader].values["input"] != value:
+                continue
+            if _map(program.values, value) != (*code.conv.input_size, code.conv.in_channels):
+                continue
+            frame = code.frame()
+            bits = code.planes()
+            if bits is not None and not (planes and getattr(part.code, "whole_blocks", True)):
+                continue
+            if frame is not None:
+                outputs[place] = replace(outputs[place], frame=frame, planes=bits)
+                made[reader] = replace(made[reader], code=replace(code, framed=True))
+        # Not the part as it was above: it may be framed itself by now.
+        code = made[index].code
+        made[index] = replace(made[index], code=replace(code, epilogue=replace(epilogue, outputs=tuple(outputs))))
+
+
+def _map(values: Mapping[str, Value], name: str) -> tuple[int, ...] | None:
+    """Return the sizes of a value; None for what isn't one of the program's, such as codes as real numbers."""
+    if name not in values:
+        return None
+    return values[name].shape
 
 
 def _quantize(step: Quantize, values: Mapping[str, Value], image: tuple[int, int, int], threads: int) -> Part:
@@ -503,7 +557,7 @@ def compile_program(
     import tvm
 
     chosen = {layer: choice.kernel for layer, choice in target.fastest(layers(program)).items()}
-    made = parts(program, chosen, target)
+    made = parts(program, chosen, target, planes=reuse)  # who looks at values wants to see codes
     planned = plan(made, program, reuse=reuse)
     shapes = {INPUT: _planar(program.values[program.input]), OUTPUT: program.values[program.output].shape}
     arguments = [builder.Argument(name, shape, "float32") for name, shape in shapes.items()]
@@ -547,8 +601,9 @@ def compile_program(
             value: [*places[name][:2], list(program.values[value].shape)]
             for part, places in zip(made, planned.places, strict=True)
             for name, value in part.values.items()
-            if value in program.values
+            if value in program.values and name not in part.bits
         },
+        "frames": _frames(made),
     }
     folders.write(folder, content)
     on_progress(1, 1, "")
@@ -565,6 +620,20 @@ def compile_program(
 def write_packed(file: Path | IO[bytes], packed: NDArray[np.uint8]) -> None:
     """Write the file of constants."""
     np.savez_compressed(file, **{PACKED: packed})  # type: ignore[arg-type]
+
+
+def _frames(made: list[Part]) -> dict[str, list[int]]:
+    """Say of every value that lies within padding how many rows of it are above and below, and columns left and right."""
+    found = {}
+    for part in made:
+        epilogue = getattr(part.code, "epilogue", None)
+        if epilogue is None:
+            continue
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None and output.planes is None:
+                frame = output.frame
+                found[part.values[f"output{index}"]] = [frame.top, frame.bottom, frame.left, frame.right]
+    return found
 
 
 def _function(
@@ -717,8 +786,13 @@ class Deployed:
     def value(self, name: str) -> NDArray[Any]:
         """Return a value of the program as the last image left it, of a network that was compiled without reusing memory."""
         arena, start, shape = self.description["values"][name]
-        values: NDArray[Any] = self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
-        return values
+        if name not in self.description["frames"]:
+            return self.arena(arena)[start : start + math.prod(shape)].reshape(shape)
+        top, bottom, left, right = self.description["frames"][name]
+        height, width, channels = shape
+        framed = (top + height + bottom, left + width + right, channels)
+        whole = self.arena(arena)[start : start + math.prod(framed)].reshape(framed)
+        return whole[top : top + height, left : left + width]
 
 
 def _load_library(folder: Path, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -862,17 +936,14 @@ class TvmExporter(Exporter):
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Compare answers on all test images, integers layer by layer on some of them, and time it; see `Exporter.compare`."""
         deployed = Deployed(path)
-        answers = _answers(network, deployed, samples)
+        answers = compare_answers(network, deployed, samples)
         program = lower(graph, network, samples.calibration)
         comparison = interpreter.compare(network, program, samples.compared)
         if comparison.fault:
             self._refuse(network, program, samples.compared, path)
         reference, _ = interpreter.run(program, samples.compared.numpy())
         unequal = int((deployed(samples.compared.numpy()) != reference).sum())
-        rows = [("same answer as in PyTorch", f"{answers.same:,} of {answers.count:,} test images")]
-        if samples.labelled:
-            before = answers.right_in_torch / answers.count
-            rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
+        rows = answers.rows()
         processor = deployed.description["machine"]["processor"]
         latency_s = _latency_s(deployed)
         if in_float := computed_in_float(program):
@@ -882,11 +953,10 @@ class TvmExporter(Exporter):
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
             ("  other than in PyTorch", of_own),
             ("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}"),
-            ("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}"),
             ("constants in the file", _constants(deployed, policy_storage_bytes(network, samples.compared))),
             ("latency, measured", f"{1e6 * latency_s:.1f} us ({processor}, median of {TIMED})"),
         ]
-        return Verdict(answers.same == answers.count, tuple(rows), latency_s, deployed.description["machine"])
+        return Verdict(answers.all_same, tuple(rows), latency_s, deployed.description["machine"])
 
     def _refuse(self, network: nn.Module, program: Program, images: Tensor, path: Path) -> None:
         try:
@@ -908,29 +978,6 @@ def _constants(deployed: Deployed, storage: int) -> str:
     """Say how large the file of constants is, beside what a search counts for the policy."""
     size = deployed.description["files"][CONSTANTS]["bytes"]
     return f"{size:,} bytes, {size / storage:.2f} x the policy's storage of {storage:,}"
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Of so many images, how many are answered as in PyTorch, and how many rightly by both."""
-
-    count: int
-    same: int
-    right: int
-    right_in_torch: int
-
-
-def _answers(network: nn.Module, deployed: Deployed, samples: Samples) -> _Answers:
-    count = same = right = right_in_torch = 0
-    for images, labels in samples.test():
-        with torch.inference_mode():
-            expected = network(images).argmax(1)
-        answers = deployed(images).argmax(1)
-        count += len(labels)
-        same += int((answers == expected).sum())
-        right += int((answers == labels).sum())
-        right_in_torch += int((expected == labels).sum())
-    return _Answers(count, same, right, right_in_torch)
 
 
 def _latency_s(deployed: Deployed) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LANES = 16  # output channels in a block
+WORD = 32  # channels in a word of bits
 WORTH_DIVIDING = 2**12  # elements of a loop that is worth several threads
 LESS_EVEN = 0.9  # of the most that threads could gain, which is taken if other things speak for it
 POWERS = 3  # of a parabola
@@ -29,6 +30,102 @@ class Argument(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What lies around a map of (height, width, channels): the padding of the layer that reads it, numbers for real zero."""
+
+    shape: tuple[int, int, int]
+    top: int
+    bottom: int
+    left: int
+    right: int
+    zero: int = 0
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """The height, width and channels of both together."""
+        height, width, channels = self.shape
+        return self.top + height + self.bottom, self.left + width + self.right, channels
+
+    @property
+    def _before(self) -> int:
+        """Numbers before the map's first one."""
+        return (self.top * self.size[1] + self.left) * self.shape[2]
+
+    @property
+    def _between(self) -> int:
+        """Numbers between two rows."""
+        return (self.left + self.right) * self.shape[2]
+
+    def place(self, at: Any) -> Any:
+        """Return where a number of the map is."""
+        return at + at // (self.shape[1] * self.shape[2]) * self._between + self._before
+
+    def fill(self, b: Builder, buffer: Any, dtype: str) -> None:
+        """Write the code that writes it.
+
+        Args:
+            b: Builds the function.
+            buffer: Of the map and what lies around it.
+            dtype: Of a number.
+        """
+
+        def zeros(at: Any, count: int) -> None:
+            pieces(b, count, lambda offset, lanes: b.put(buffer, at + offset, b.splat(self.zero, dtype, lanes), lanes))
+
+        height, width, channels = self.shape
+        zeros(0, self._before)
+        if self._between:
+            with b.loop(height - 1) as row:
+                zeros(self._before + width * channels + row * self.size[1] * channels, self._between)
+        end = self._before + ((height - 1) * self.size[1] + width) * channels
+        zeros(end, math.prod(self.size) - end)
+
+
+@dataclass(frozen=True)
+class Planes:
+    """How codes are written as bits: for every pixel and 32 channels a word of 32 bits for each bit of a code.
+
+    `positions` are those of the bits in a byte, `turned` says that the byte's highest bit is turned first (two's complement), and
+    `gathers` that the processor takes the top bits of bytes by one instruction.
+    """
+
+    positions: tuple[int, ...]
+    turned: bool
+    gathers: bool
+
+    def write(self, b: Builder, words: Any, place: Any, half: Any, codes: Any) -> None:
+        """Write the code that writes 16 channels: a half of each word.
+
+        Args:
+            b: Builds the function.
+            words: The buffer.
+            place: The first word of the 32 channels.
+            half: 0 or 1.
+            codes: A vector of 16 bytes.
+        """
+        T = b.T
+        halves = T.decl_buffer(
+            (2 * words.shape[0],), "uint16", data=words.data, elem_offset=2 * words.elem_offset, offset_factor=1
+        )
+        if self.turned:
+            codes = codes ^ b.splat(128, "uint8")
+        codes = T.bind(codes)
+        for plane, position in enumerate(self.positions):
+            if self.gathers:
+                # Bytes have no shift of their own: what comes over from a neighbour is below the top bit.
+                shifted = T.reinterpret("uint32x4", codes) << b.splat(7 - position, "uint32", 4)
+                bits = T.call_llvm_pure_intrin("int32", "llvm.x86.sse2.pmovmskb.128", T.reinterpret("int8x16", shifted))
+                bits = bits.astype("uint16")
+            else:
+                # Eight bytes of 0 or 1 become one: the product adds up shifts that put byte i's bit to bit 56 + i.
+                ones = T.reinterpret("uint64x2", codes) >> b.splat(position, "uint64", 2)
+                ones = ones & b.splat(0x0101010101010101, "uint64", 2)
+                bits = (ones * b.splat(0x0102040810204080, "uint64", 2)) >> b.splat(56, "uint64", 2)
+                bits = T.reinterpret("uint16", bits.astype("uint8x2"))
+            T.buffer_store(halves, bits, [2 * (place + plane) + half])
+
+
+@dataclass(frozen=True)
 class Output:
     """What an epilogue writes of its real values v, with f = `factor`.
 
@@ -37,6 +134,9 @@ class Output:
     fixed   32-bit integers clip(round(f v), low, high), at most 2^30 in size
     float   f v
     sums    the integer sums themselves, before any epilogue
+
+    With a `frame` they are written into the middle of it, and it around them. As `planes` codes are written as bits; a frame's
+    channels are then words.
     """
 
     kind: str = "codes"
@@ -44,10 +144,19 @@ class Output:
     low: int = 0
     high: int = 255
     zero: int = 0
+    frame: Frame | None = None
+    planes: Planes | None = None
+
+    @property
+    def stored(self) -> str:
+        """The type of its buffer."""
+        if self.planes is not None:
+            return "uint32"
+        return self.dtype
 
     @property
     def dtype(self) -> str:
-        """What it is stored as."""
+        """What a number is."""
         if self.kind == "codes" and self.high + self.zero > 255:
             return "uint16"
         return {"codes": "uint8", "sign": "uint8", "fixed": "int32", "float": "float32", "sums": "int32"}[self.kind]
@@ -115,7 +224,11 @@ class Epilogue:
         Its factors can be read 16 at a time from any on.
         """
         made = [Argument(f"residual{i}", shape, residual.dtype) for i, residual in enumerate(self.residuals)]
-        made += [Argument(f"output{i}", shape, output.dtype) for i, output in enumerate(self.outputs)]
+        for i, output in enumerate(self.outputs):
+            size = shape
+            if output.frame is not None:
+                size = output.frame.size
+            made.append(Argument(f"output{i}", size, output.stored))
         if any(output.kind != "sums" for output in self.outputs):
             names = ["multiplier", "offset"]
             if self.slope:
@@ -185,9 +298,8 @@ class Shares:
 class Builder:
     """TVM's builder, and what is written with it again and again.
 
-    Threads go through a function together (`together`) and wait for each other behind every stage (`stage`). Within a stage,
-    they divide loops; everything else of it is done by all of them, in places of their own, unless it is said to be done
-    `once`.
+    Threads go through a function together (`together`) and wait for each other behind every stage (`stage`). Within a stage
+    they divide loops, and what writes anything is in such a loop, or is said to be done `once`.
     """
 
     def __init__(self) -> None:
@@ -199,6 +311,7 @@ class Builder:
         self._ir = IRBuilder
         self._tile: _Tile | None = None
         self.divides = False  # whether threads divided anything
+        self._alone = False  # whether one thread does what is written now
 
     @contextmanager
     def together(self, threads: int) -> Iterator[None]:
@@ -222,21 +335,17 @@ class Builder:
                 with self.once(threads):
                     yield
 
-    def wait(self, threads: int) -> None:
-        """Let threads wait for each other within a stage that they divide."""
-        if threads > 1:
-            with self.stage(threads, True):
-                self.T.evaluate(self.const(0, "int32"))
-
     @contextmanager
     def once(self, threads: int) -> Iterator[None]:
         """Let one thread do what is written."""
-        if threads == 1:
+        if threads == 1 or self._alone:
             yield
             return
-        # Nobody else gets a round of it.
-        with self.T.parallel(0, 1):
+        # Of a loop of one round the compiler would make none. What isn't in a parallel loop has no places of its own in memory.
+        with self.T.parallel(0, 2) as index, self.T.If(index == 0), self.T.Then():
+            self._alone = True
             yield
+            self._alone = False
 
     @contextmanager
     def share(self, shares: Shares, loop: int) -> Iterator[Any]:
@@ -283,7 +392,8 @@ class Builder:
     def loop(self, extent: int, threads: int = 1) -> Iterator[Any]:
         """Write a loop, run by several threads if there are; one round of it isn't a loop."""
         if extent == 1:
-            yield 0
+            with self.once(threads):
+                yield 0
         elif threads > 1:
             self.divides = True
             with self.T.parallel(0, extent) as index:
@@ -481,7 +591,16 @@ class Builder:
             made = v
             if output.factor != 1:
                 made = v * splat(output.factor, "float32")
-            self.put_some(buffers[f"output{index}"], at, self.rounded(made, output), output.dtype, count)
+            place = at
+            if output.planes is not None:
+                place = at // WORD * len(output.planes.positions)
+            if output.frame is not None:
+                place = output.frame.place(place)
+            if output.planes is not None:
+                half = at // LANES % 2
+                output.planes.write(self, buffers[f"output{index}"], place, half, self.rounded(made, output))
+                continue
+            self.put_some(buffers[f"output{index}"], place, self.rounded(made, output), output.dtype, count)
 
     def real(self, stored: Any, dtype: str, zero: int = 0) -> Any:
         """Return 16 stored numbers as float32, less the number that stands for zero.
@@ -637,6 +756,13 @@ class Code:
             buffers: What the function takes, by name.
         """
         getattr(self, f"_{stage}")(b, buffers)
+        epilogue = getattr(self, "epilogue", None)
+        if stage != "main" or epilogue is None:
+            return
+        for index, output in enumerate(epilogue.outputs):
+            if output.frame is not None:
+                with b.once(self.threads):
+                    output.frame.fill(b, buffers[f"output{index}"], output.stored)
 
     def workspace(self) -> dict[str, Argument]:
         """List the buffers between the functions, by name."""

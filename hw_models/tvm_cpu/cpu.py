@@ -136,6 +136,11 @@ class Cpu:
         return 8
 
     @cached_property
+    def little(self) -> bool:
+        """Whether the lower half of a word comes first in memory, as on all processors that have been tried."""
+        return bool(self.has("sse2") or self.has("neon"))
+
+    @cached_property
     def gathers_signs(self) -> bool:
         """Whether one instruction takes the top bits of 32 bytes."""
         return self.has("avx2")

@@ -55,7 +55,7 @@ class Depthwise(Kernel):
     @property
     def _prepared(self) -> bool:
         """Whether the image is read as it comes."""
-        return not self.conv.padded and self.conv.in_channels % LANES == 0
+        return (self.framed or not self.conv.padded) and self.conv.in_channels % LANES == 0
 
     def _source(self, buffers: dict[str, Any]) -> Any:
         if self._prepared:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hw_models.tvm_cpu.builder import Argument, Builder, Code, Epilogue, pieces, up
+from hw_models.tvm_cpu.builder import LANES, Argument, Builder, Code, Epilogue, Frame, Planes, pieces, up
 from hw_models.tvm_cpu.conv import Conv, check_codes, weight_range, zero_point
 from hw_models.tvm_cpu.cpu import Cpu
 
@@ -19,7 +19,8 @@ class Kernel(Code):
     """One way to compute a layer, for weights and activations of at most these bits.
 
     `input` are bytes (batch, height, width, channels); `constants` makes the buffers that come from the weights. `zero` is
-    the byte of real zero among unsigned ones: the sums are those of the bytes less that.
+    the byte of real zero among unsigned ones: the sums are those of the bytes less that. If it is `framed`, the input lies
+    within its padding already (`frame`).
     """
 
     conv: Conv
@@ -29,6 +30,7 @@ class Kernel(Code):
     cpu: Cpu
     epilogue: Epilogue = field(default=Epilogue(), kw_only=True)
     zero: int = field(default=0, kw_only=True)
+    framed: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -48,7 +50,7 @@ class Kernel(Code):
     @property
     def key(self) -> str:
         """Text that is the same for the same code, and only then; widths that make no difference aren't in it."""
-        return repr((self.name, self.conv, self._zero, self.epilogue, self.cpu))
+        return repr((self.name, self.conv, self._zero, self.framed, self.epilogue, self.cpu))
 
     def constants(
         self, weights: NDArray[Any], multiplier: NDArray[np.floating], offset: NDArray[np.floating]
@@ -115,9 +117,37 @@ class Kernel(Code):
         height, width = self.conv.input_size
         return height + top + max(bottom, 0), width + left + max(right, 0)
 
+    def frame(self) -> Frame | None:
+        """Return what whoever writes the input can put around it, so that nothing is copied; None if that isn't enough."""
+        conv = self.conv
+        if self.framed or not conv.padded or conv.batch > 1 or not replace(self, framed=True)._prepared:
+            return None
+        high, wide = self._padded_size
+        (height, width), (top, left) = conv.input_size, conv.padding
+        sides = top, high - top - height, left, wide - left - width
+        return Frame((height, width, conv.in_channels), *sides, self._zero)
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether outputs are written 16 at a time, from a multiple of 16 on."""
+        conv = self.conv
+        return conv.groups in (1, conv.out_channels) or conv.out_channels // conv.groups % LANES == 0
+
+    def planes(self) -> Planes | None:
+        """Return how whoever writes the input can write it as bits, so that nothing is packed; None where it isn't read so."""
+        return None
+
+    @property
+    def _prepared(self) -> bool:
+        """Whether the image is read as it comes."""
+        raise NotImplementedError
+
     def _input(self) -> Argument:
         conv = self.conv
-        return Argument("input", (conv.batch, *conv.input_size, conv.in_channels), self._dtype)
+        size = conv.input_size
+        if self.framed:
+            size = self._padded_size
+        return Argument("input", (conv.batch, *size, conv.in_channels), self._dtype)
 
     @property
     def _dtype(self) -> str:

@@ -33,11 +33,14 @@ from hw_models.storage import BITS
 from hw_models.tvm_cpu.builder import (
     LANES,
     LESS_EVEN,
+    WORD,
     WORTH_DIVIDING,
     Argument,
     Builder,
     Epilogue,
+    Frame,
     Output,
+    Planes,
     Shares,
     segments,
     useful,
@@ -47,8 +50,7 @@ from hw_models.tvm_cpu.cpu import Cpu
 from hw_models.tvm_cpu.depthwise import Depthwise, DepthwiseDot
 from hw_models.tvm_cpu.kernel import Kernel
 
-VERSION = 4  # of the code that is generated: what was measured with another isn't comparable
-WORD = 32  # channels in a word of bits
+VERSION = 5  # of the code that is generated: what was measured with another isn't comparable
 # Pairs of planes up to which a kernel on bits is tried: measured, it wins up to 4 with VNNI or with AVX2, and up to 6 in fully
 # connected layers, which wait for their weights.
 MOST_PAIRS = 8
@@ -133,7 +135,30 @@ class Direct(Kernel):
     @property
     def _prepared(self) -> bool:
         """Whether the image is read as it comes."""
-        return self.how != "bits" and not self.conv.padded and self._inputs % self._chunk == 0
+        if self.how == "bits":
+            return self.framed
+        return (self.framed or not self.conv.padded) and self._inputs % self._chunk == 0
+
+    def planes(self) -> Planes | None:
+        """Return how whoever writes the input can write it as bits; see `Kernel.planes`."""
+        conv = self.conv
+        if self.how != "bits" or self.zero or self._inputs % WORD or conv.batch > 1 or not self.cpu.little:
+            return None
+        positions = tuple(range(self.a_bits))
+        if self._bipolar:
+            positions = (1,)
+        return Planes(positions, self._biased, self.cpu.gathers_signs)
+
+    def frame(self) -> Frame | None:
+        """Return what whoever writes the input can put around it; see `Kernel.frame`. Of planes there is always one."""
+        if self.how != "bits":
+            return super().frame()
+        if self.framed or self.planes() is None:
+            return None
+        high, wide = self._padded_size
+        (height, width), (top, left) = self.conv.input_size, self.conv.padding
+        sides = top, high - top - height, left, wide - left - width
+        return Frame((height, width, self.conv.groups * self._chunks * self.a_bits), *sides)
 
     @property
     def _border(self) -> bool:
@@ -181,7 +206,10 @@ class Direct(Kernel):
         """The image as the convolution reads it."""
         conv = self.conv
         if self.how == "bits":
-            return Argument("planes", (conv.batch, *self._padded_size, conv.groups, self._chunks, self.a_bits), "uint32")
+            name = "planes"
+            if self.framed:
+                name = "input"
+            return Argument(name, (conv.batch, *self._padded_size, conv.groups, self._chunks, self.a_bits), "uint32")
         if self._prepared:
             return self._input()
         channels = self._chunks * self._chunk
@@ -492,7 +520,7 @@ class Direct(Kernel):
         high, wide = self._padded_size
         height, width = conv.output_size
         kh, kw = conv.kernel
-        planes = buffers["planes"]
+        planes = buffers[self._image().name]
         worth = [2**plane for plane in range(self.a_bits)]
         if self.signed:
             worth[-1] *= -1
@@ -501,7 +529,7 @@ class Direct(Kernel):
             sums = buffers["pixel_sums"]
         pixels = conv.batch * high * wide * conv.groups
         threads = useful(self.threads, pixels * self._inputs)
-        with b.loop(pixels, threads) as pixel:
+        with b.stage(threads, True), b.loop(pixels, threads) as pixel:
             # As many words at once as hold a whole number of chunks.
             at_once = LANES // self.a_bits
             whole = self._chunks // at_once
@@ -523,7 +551,6 @@ class Direct(Kernel):
             T.buffer_store(sums, total, [pixel])
         if self._flat:
             return
-        b.wait(threads)
         with b.loop(conv.batch) as image, b.loop(height, threads) as y, b.loop(width) as x, b.loop(conv.groups) as group:
             total = b.const(0, "int32")
             for ky in range(kh):
@@ -690,7 +717,7 @@ class Direct(Kernel):
     ) -> None:
         """Add up the products of all pairs of planes whose positions sum up to `shift`."""
         T = b.T
-        image = buffers["planes"]
+        image = buffers[self._image().name]
         weights = buffers["weights"]
         for i in range(self.w_bits):
             j = shift - i

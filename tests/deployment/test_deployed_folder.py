@@ -30,6 +30,7 @@ CONTENT: dict[str, Any] = {
     ],
     "steps": [{"name": "conv", "code": "bytes"}],
     "values": {"x": ["const_int8", 0, [8, 8]]},
+    "frames": {},
 }
 
 
