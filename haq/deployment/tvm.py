@@ -220,7 +220,8 @@ class _Writer:
     def float_convolution(self, step: Convolution | FloatConvolution) -> list[Part]:
         """Write code for a layer in float32: of a float operand, or of one of 16 bits.
 
-        There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
+        There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does
+        it.
         """
         epilogue, names, constants = self._epilogue(step.epilogue)
         names["input"] = step.input
