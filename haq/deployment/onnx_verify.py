@@ -16,7 +16,7 @@ from haq.deployment.exporter import Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
-from haq.deployment.onnx_compact import INPUT, layer_call
+from haq.deployment.onnx_compact import layer_call
 from haq.deployment.program import Codes
 from haq.store.units import percent
 
@@ -196,6 +196,7 @@ def _other_layers(other: Set[str], rounded: Set[str]) -> str:
 
 
 def read_model(path: str | Path) -> Any:
+    """Read a file of ONNX; raises ValueError for what isn't one."""
     reader = package("onnx")
     try:
         return reader.load(str(path))

@@ -94,7 +94,7 @@ def pack(integers: Array, bits: int) -> NDArray[np.uint8]:
 
 
 class Packer:
-    """Collects the weights of a file, and writes what unpacks them: operators of constants alone, done when a file is loaded."""
+    """Collects the weights of a file, and writes what unpacks them: operators on constants, done when a file is loaded."""
 
     def __init__(self, writer: Any) -> None:
         """Have collected nothing.
