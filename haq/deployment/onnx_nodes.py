@@ -173,7 +173,7 @@ class GraphWriter:
         self.op("AveragePool", inputs, node.name, count_include_pad=1, **window)
 
     def _write_ranges(self, node: Node, source: str) -> None:
-        """Write sums over ranges of rows and columns, as products with matrices of zeros and ones, divided by what they say."""
+        """Write sums over ranges of rows and columns, as products with matrices of zeros and ones."""
         ranges = node.ranges
         assert ranges is not None
         height, width = self.shapes[node.inputs[0]][:2]
