@@ -345,9 +345,9 @@ def document(rows: Sequence[Row]) -> str:
     text += [
         "",
         '"Integers" are those that enter layers; "rounded otherwise" is how many of them differ from those of the '
-        "fake-quantized network though all before were the same: ties and the last digits of float32. Images have so many rows "
-        "and columns, sounds so many samples. Other steps are those that no layer does; a table is a function (SiLU, "
-        "Hardswish, ...) at a step's end, a slope a PReLU. Networks of pytorchcv that were made for images of one size pool "
+        "fake-quantized network though all before were the same: ties and the last digits of float32. Images have so many "
+        "rows and columns, sounds so many samples. Other steps are those that no layer does; a table is a function (SiLU, "
+        "Hardswish, ...) at a step's end, a slope a PReLU. Networks of pytorchcv made for images of one size pool "
         "over all of their last map.",
         "",
     ]

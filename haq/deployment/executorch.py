@@ -12,8 +12,8 @@ in network.pte, with the same values: a layer of 16 bits, one beside float, and 
 the last layer's is, and an addition's operands without `--residuals 8`; and one whose bias would move by more than
 BIAS_STEPS, rounded as XNNPACK rounds it, to a multiple of both operands' scales.
 
-The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and the bias
-is rounded to finer multiples.
+The weights of few bits, and in network.pte the inputs of few bits, are multiplied by a power of two, and their scales divided
+by it. That changes no value, and the bias is rounded to finer multiples.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ CHECKED = 4  # images on which a program is compared before it is put in its pla
 TIMED = 200  # calls
 SHOWN = 3  # names in a line
 TRANSPARENT = ("max_pool", "flatten", "move")  # kinds that do the same to rounded values as to others
+BYTE = 2**BYTE_BITS - 1
 SUMS = 2**31  # what sums in int32 stay below
 BIAS_STEPS = 1 / 64  # of the result's step, by which rounding the bias may move it
 RATIOS = (2.0**-32, 2.0**8)  # of scales, input times weight over output, between which XNNPACK has kernels
@@ -166,6 +167,7 @@ class Layer:
     real      the weights in float
     bias      None without
     rounding  of its input; None where that is float
+    finer     the same numbers as larger integers, that XNNPACK is given instead; None: those of `rounding`
     """
 
     call: str
@@ -173,6 +175,7 @@ class Layer:
     real: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     rounding: Rounding | None
+    finer: Rounding | None = None
 
     @property
     def fits(self) -> bool:
@@ -182,10 +185,11 @@ class Layer:
         integers, steps = self.weight
         if integers.dtype != np.int8:
             return False
-        most = max(abs(bound) for bound in self.rounding.integers)
+        entering = self.finer or self.rounding
+        most = max(abs(bound) for bound in entering.integers)
         sums = np.abs(integers.astype(np.int64)).reshape(len(integers), -1).sum(1) * float(most)
         if self.bias is not None:
-            sums = sums + np.abs(self.bias / (steps.astype(np.float64) * self.rounding.scale))
+            sums = sums + np.abs(self.bias / (steps.astype(np.float64) * entering.scale))
         return bool((sums < SUMS).all())
 
 
@@ -236,8 +240,8 @@ class Plan:
                 norms = _norms_behind(node, behind)
                 self._names |= dict.fromkeys((norm.name for norm in norms), node.name)
                 layer = _folded(node, modules[node.module], norms, calls[node.module])
-                if for_xnnpack and layer.rounding is not None and layer.rounding.wide:
-                    layer = replace(layer, rounding=layer.rounding._replace(in_float=True))
+                if for_xnnpack:
+                    layer = _for_xnnpack(layer)
                 self.layers[node.name] = layer
                 source = before[node.inputs[0]]
                 while source.kind == "move" and is_own(source.module, node.module):
@@ -292,7 +296,8 @@ class Plan:
             output = self.sole(after[0].name)
         if output is None or output.wide or output.sign:
             return False
-        ratios = layer.rounding.scale * layer.weight[1].astype(np.float64) / output.scale
+        entering = layer.finer or layer.rounding
+        ratios = entering.scale * layer.weight[1].astype(np.float64) / output.scale
         if ratios.min() < RATIOS[0] or ratios.max() >= RATIOS[1]:
             return False
         if layer.bias is None:
@@ -300,6 +305,20 @@ class Plan:
         exact = layer.bias / output.scale
         moved = np.abs(np.rint(exact / ratios) * ratios - exact)
         return bool(moved.max() <= BIAS_STEPS)
+
+
+def _for_xnnpack(layer: Layer) -> Layer:
+    """Keep a layer's input of 16 bits in float, and let one of few bits fill a byte, so that its bias has a finer unit."""
+    rounding = layer.rounding
+    if rounding is None:
+        return layer
+    if rounding.wide:
+        return replace(layer, rounding=rounding._replace(in_float=True))
+    low, high = rounding.integers
+    factor = 2 ** int(math.log2(BYTE / (high - low)))
+    if factor == 1:
+        return layer
+    return replace(layer, finer=Rounding.placed(rounding.scale / factor, low * factor, high * factor))
 
 
 def rounding_between(node: Node) -> Rounding:
@@ -436,6 +455,9 @@ class QdqNetwork(nn.Module):
             if node.kind in ("relu", "clamp"):
                 made = self._clip(node, inputs[0], clipped)
             elif node.name in self.plan.layers:
+                finer = self.plan.layers[node.name].finer
+                if finer is not None and node.name in self.plan.in_integers:
+                    inputs[0] = finer.real(finer.round(inputs[0], clipped=True))
                 made = self._multiply(node, inputs[0])
             elif node.kind == "move":
                 made = self._move(node, inputs, images.shape[0])
@@ -841,8 +863,7 @@ class ExecutorchExporter(Exporter):
         if self._lowered is not None:
             runs[path.with_suffix(PTE).name] = Running(path.with_suffix(PTE))
         found = {name: compare_answers(network, run, samples) for name, run in runs.items()}
-        plan = Plan(graph, network)
-        integers = _compare_integers(QdqNetwork(plan).eval(), network, samples.compared)
+        integers = _compare_integers(QdqNetwork(Plan(graph, network)).eval(), network, samples.compared)
         others = f"{integers.different:,}"
         if integers.different:
             others = f"{integers.different:,}, by up to {integers.steps}"
@@ -860,7 +881,7 @@ class ExecutorchExporter(Exporter):
             (f"{path.name}, in ExecuTorch's runtime", ""),
             *found[path.name].rows(),
             ("operators in XNNPACK", _taken_words(self._lowered)),
-            ("layers in integers there", _integer_words(plan)),
+            ("layers in integers there", _integer_words(Plan(graph, network, for_xnnpack=True))),
             ("size of the file", _size_words(path, network, samples.compared)),
             ("latency, measured", f"{1e6 * _latency_s(runs[path.name], samples.compared[:1]):.1f} us (median of {TIMED})"),
         ]

@@ -26,6 +26,7 @@ from haq.problem.problem import Problem
 from haq.study.config import FLOAT, MEASURED, SearchConfig
 from haq.study.task import LoadedNetwork, SearchTask, schemes_of
 from hw_models.widths import ACCEPTED, read_pair
+from hw_models.widths import FLOAT as WIDEST
 from quantizers.calling import count_of, samples, to_device
 
 CHECKED = 4  # samples on which operations are looked at
@@ -246,13 +247,19 @@ def read_pairs(text: str) -> list[tuple[int | None, int | None]]:
         if word.isdecimal():
             word = f"{word}/{word}"
         try:
-            w, a = Q.BitPolicy({"": read_pair(word)})[""]
-            pairs.append((w, a))
+            w, a = read_pair(word)
+            pairs.append((_width(w), _width(a)))
         except ValueError:
             raise ValueError(
                 f"--bits has {part!r}; give widths from {ACCEPTED}, such as 8/8 or 8/8,4/8 for weights/activations"
             ) from None
     return pairs
+
+
+def _width(width: int) -> int | None:
+    if width == WIDEST:
+        return None
+    return width
 
 
 def quantized_by_name(
