@@ -325,7 +325,11 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def document(rows: Sequence[Row]) -> str:
     """Write the page."""
     compared = {row.network for row in rows}
-    equal = sorted(compared - {row.network for row in rows if row.result != "equal"})
+    policies: dict[str, set[str]] = {network: set() for network in compared}
+    for row in rows:
+        if row.result == "equal":
+            policies[row.network].add(row.policy)
+    equal = [network for network in compared if policies[network] == set(POLICIES)]
     text = [
         "# Networks of the zoo that compile",
         "",
