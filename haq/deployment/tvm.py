@@ -168,7 +168,7 @@ def _frame(made: list[Part], program: Program, planes: bool) -> None:
         outputs = list(epilogue.outputs)
         for place in range(len(outputs)):
             value = part.values[f"output{place}"]
-            if value == program.output or len(readers[value]) != 1:
+            if value == program.output or len(readers.get(value, ())) != 1:
                 continue
             (reader,) = readers[value]
             code = made[reader].code
