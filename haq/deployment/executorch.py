@@ -40,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.deployment.answers import compare_answers
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph, Node
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
@@ -870,7 +871,7 @@ class ExecutorchExporter(Exporter):
         runs = {path.name: run}
         if self._lowered is not None:
             runs[path.with_suffix(PTE).name] = Running(path.with_suffix(PTE))
-        found = _answers(network, runs, samples)
+        found = {name: compare_answers(network, run, samples) for name, run in runs.items()}
         integers = _compare_integers(QdqNetwork(Plan(graph, network)).eval(), network, samples.compared)
         others = f"{integers.different:,}"
         if integers.different:
@@ -905,57 +906,6 @@ class ExecutorchExporter(Exporter):
 
 def _one_by_one(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.cat([run(image) for image in images.split(1)])
-
-
-@dataclass
-class _Answers:
-    """Of so many images, how many are answered as in PyTorch; the largest difference of outputs, and the largest output.
-
-    Ties are other answers that are nearly as large in PyTorch: within OUTPUT_SHARE of the largest output.
-    """
-
-    count: int = 0
-    same: int = 0
-    ties: int = 0
-    difference: float = 0.0
-    largest: float = 0.0
-
-    @property
-    def all_same(self) -> bool:
-        """Whether all are, or as good as that."""
-        return self.same + self.ties == self.count
-
-    def add(self, expected: Tensor, outputs: Tensor) -> None:
-        """Add the outputs of some images."""
-        self.count += len(expected)
-        answers, right = outputs.argmax(1, keepdim=True), expected.argmax(1, keepdim=True)
-        same = (answers == right).reshape(len(right), -1).all(1)
-        behind = expected.gather(1, right) - expected.gather(1, answers)
-        near = (behind <= OUTPUT_SHARE * expected.abs().max()).reshape(len(right), -1).all(1)
-        self.same += int(same.sum())
-        self.ties += int((near & ~same).sum())
-        self.difference = max(self.difference, float((expected - outputs).abs().max()))
-        self.largest = max(self.largest, float(expected.abs().max()))
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Describe them."""
-        answers = f"{self.same:,} of {self.count:,} test images"
-        if self.ties:
-            answers = f"{answers}, {self.ties:,} as good as equal"
-        return [
-            ("same answer as in PyTorch", answers),
-            ("largest difference of outputs from PyTorch's", f"{self.difference:.3g} (the largest is {self.largest:.3g})"),
-        ]
-
-
-@torch.no_grad()
-def _answers(network: nn.Module, runs: Mapping[str, Callable[[Tensor], Tensor]], samples: Samples) -> dict[str, _Answers]:
-    found = {name: _Answers() for name in runs}
-    for images, _ in samples.test():
-        expected = network(images)
-        for name, run in runs.items():
-            found[name].add(expected, run(images).reshape(expected.shape))
-    return found
 
 
 def _size_words(path: Path, network: nn.Module, images: Tensor) -> str:

@@ -23,7 +23,7 @@ REAL_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMu
 LAYERS_OF_OPENVINO = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 BYTES = ("u8", "i8")
 # On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits each, unless this is 1.
-# On other processors it changes nothing.
+# It changes no result on others.
 EXACT = "session.x64quantprecision"
 SERIOUS = 3  # what ONNX Runtime logs: errors
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq.deployment.answers import Answers
 from haq.deployment.exporter import Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
-from haq.deployment.onnx_compact import INPUT, layer_call
+from haq.deployment.onnx_compact import layer_call
 from haq.deployment.program import Codes
 from haq.store.units import percent
 
@@ -63,24 +64,21 @@ class Verification:
             f"layers {self.different} differ{by}"
         )
 
-    def verdict(self) -> Verdict:
-        """Describe it in lines of a table."""
-        same = round(self.same_answers * self.images)
+    def verdict(self, answers: Answers | None = None) -> Verdict:
+        """Describe it in lines of a table, with the answers on all test images where there are any."""
+        if answers is None:
+            answers = Answers(self.images, round(self.same_answers * self.images), self.ties)
+            answers.difference, answers.largest = self.output_difference, self.largest_output
         others = f"{self.different:,}"
         if self.different:
             others = f"{self.different:,}, by up to {self.steps}"
-        answers = f"{same:,} of {self.images:,} test images"
-        if self.ties:
-            answers = f"{answers}, {self.ties:,} as good as equal"
         rows = (
-            ("same answer as in PyTorch", answers),
+            *answers.rows(),
             ("integers that enter layers", f"{self.values:,}, of {self.images:,} images"),
             ("  other than in PyTorch", others),
-            ("largest difference of outputs from PyTorch's", f"{self.output_difference:.3g}"),
-            ("largest output", f"{self.largest_output:.3g}"),
             *self.further,
         )
-        return Verdict(same + self.ties == self.images, rows)
+        return Verdict(answers.all_same, rows)
 
 
 def compare(

@@ -22,9 +22,10 @@ from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 from haq.deployment.nodes import is_own
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import INPUT
 from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import IR_VERSION, Array, GraphWriter
-from haq.deployment.onnx_verify import CHECKED, INPUT, Runner, Verification, compare
+from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare
 from haq.deployment.program import Codes
 from haq.store.files import write
 
