@@ -26,11 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import hw_models
 import quantizers as Q
 from haq.deployment import fixed_point, interpreter
 from haq.deployment.c_source import CCode, generate, identifier, value_bytes
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.fixed_point import FixedProgram
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
@@ -210,18 +209,6 @@ def _described(folder: Path) -> dict[str, Any]:
         if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"{folder / name} isn't as it was written, by its SHA-256: deploy the network again")
     return content
-
-
-def policy_storage_bytes(network: nn.Module, images: Tensor) -> int:
-    """Return what a search prints as the storage of a network at its present bits: weights, scales, biases and norms."""
-    workload = hw_models.trace(Q.float_copy(network).eval(), images[:1])
-    policy = Q.get_policy(network)
-    stored = hw_models.storage_bytes(workload)
-    total = float(hw_models.float_bytes(workload))
-    for row, layer in zip(stored, workload.layers, strict=True):
-        w_bits, a_bits = policy[layer.name]
-        total += row[w_bits - 1, a_bits - 1]
-    return int(total)
 
 
 class CExporter(Exporter):
