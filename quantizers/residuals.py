@@ -93,6 +93,8 @@ class ResidualQuantizer(nn.Module):
         """Return the nearest values on the grid, in x's type; NaN stays NaN."""
         if not self.calibrated:
             return x
+        if isinstance(x, fx.Proxy):
+            return self._by_torch(x)
         values = x
         if x.dtype in (torch.float16, torch.bfloat16):
             values = x.float()
@@ -102,13 +104,16 @@ class ResidualQuantizer(nn.Module):
         elif values.dtype == torch.float32 and not differentiated(x) and not followed(x):
             made = self._in_pieces(values)
         else:
-            made = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, self.low, self.high)
+            made = self._by_torch(values)
             # Torch makes integers of NaN. Whoever trains would not be told.
             if not followed(x) and bool(x.isnan().any()):
                 made = torch.where(x.isnan(), values, made)
         if made.dtype != x.dtype:
             made = made.to(x.dtype)
         return made
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
 
     def _in_pieces(self, x: Tensor) -> Tensor:
         """Compute the same, a few times as fast: torch's function writes down for a gradient what was clipped."""
@@ -770,15 +775,22 @@ class _RewrittenCode:
     def __init__(self, evaluating: _Code, training: _Code, arguments: Mapping[str, Any]) -> None:
         self.arguments = dict(arguments)
         self._codes = {False: evaluating, True: training}
-        self._functions: dict[bool, Callable[..., Any]] = {}
+        self._compile()
+
+    def _compile(self) -> None:
+        # At once: nothing can be compiled while the compiler of torch follows the module.
+        self._functions = {mode: _function(code) for mode, code in self._codes.items()}
 
     def function(self, training: bool) -> Callable[..., Any]:
-        if training not in self._functions:
-            self._functions[training] = _function(self._codes[training])
+        """Return the code in a mode, a function of the module and its arguments."""
         return self._functions[training]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_functions": {}}
+        return {"arguments": self.arguments, "_codes": self._codes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
 
     def __deepcopy__(self, memo: Any) -> _RewrittenCode:
         return self

@@ -12,8 +12,8 @@ in network.pte, with the same values: a layer of 16 bits, one beside float, and 
 the last layer's is, and an addition's operands without `--residuals 8`; and one whose bias would move by more than
 BIAS_STEPS, rounded as XNNPACK rounds it, to a multiple of both operands' scales.
 
-The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and the bias
-is rounded to finer multiples.
+The weights of few bits, and in network.pte the inputs of few bits, are multiplied by a power of two, and their scales divided
+by it. That changes no value, and the bias is rounded to finer multiples.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.deployment.answers import compare_answers
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph, Node
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
@@ -55,6 +56,7 @@ CHECKED = 4  # images on which a program is compared before it is put in its pla
 TIMED = 200  # calls
 SHOWN = 3  # names in a line
 TRANSPARENT = ("max_pool", "flatten", "move")  # kinds that do the same to rounded values as to others
+BYTE = 2**BYTE_BITS - 1
 SUMS = 2**31  # what sums in int32 stay below
 BIAS_STEPS = 1 / 64  # of the result's step, by which rounding the bias may move it
 RATIOS = (2.0**-32, 2.0**8)  # of scales, input times weight over output, between which XNNPACK has kernels
@@ -85,7 +87,17 @@ class Rounding(NamedTuple):
 
     @classmethod
     def placed(cls, scale: float, low: int, high: int, *, wide: bool = False) -> Rounding:
-        """Find integers q, of real value q scale, a place in signed integers: as they are, or else from the smallest on."""
+        """Find integers a place among signed ones: as they are, or else from the smallest on.
+
+        Args:
+            scale: The real value of 1.
+            low: The smallest integer.
+            high: The largest.
+            wide: Whether they are put into 16 bits, not 8.
+
+        Returns:
+            The rounding.
+        """
         smallest = np.iinfo(np.int8).min
         if wide:
             smallest = np.iinfo(np.int16).min
@@ -155,6 +167,7 @@ class Layer:
     real      the weights in float
     bias      None without
     rounding  of its input; None where that is float
+    finer     the same numbers as larger integers, that XNNPACK is given instead; None: those of `rounding`
     """
 
     call: str
@@ -162,6 +175,7 @@ class Layer:
     real: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     rounding: Rounding | None
+    finer: Rounding | None = None
 
     @property
     def fits(self) -> bool:
@@ -171,10 +185,11 @@ class Layer:
         integers, steps = self.weight
         if integers.dtype != np.int8:
             return False
-        most = max(abs(bound) for bound in self.rounding.integers)
+        entering = self.finer or self.rounding
+        most = max(abs(bound) for bound in entering.integers)
         sums = np.abs(integers.astype(np.int64)).reshape(len(integers), -1).sum(1) * float(most)
         if self.bias is not None:
-            sums = sums + np.abs(self.bias / (steps.astype(np.float64) * self.rounding.scale))
+            sums = sums + np.abs(self.bias / (steps.astype(np.float64) * entering.scale))
         return bool((sums < SUMS).all())
 
 
@@ -225,8 +240,8 @@ class Plan:
                 norms = _norms_behind(node, behind)
                 self._names |= dict.fromkeys((norm.name for norm in norms), node.name)
                 layer = _folded(node, modules[node.module], norms, calls[node.module])
-                if for_xnnpack and layer.rounding is not None and layer.rounding.wide:
-                    layer = replace(layer, rounding=layer.rounding._replace(in_float=True))
+                if for_xnnpack:
+                    layer = _for_xnnpack(layer)
                 self.layers[node.name] = layer
                 source = before[node.inputs[0]]
                 while source.kind == "move" and is_own(source.module, node.module):
@@ -281,7 +296,8 @@ class Plan:
             output = self.sole(after[0].name)
         if output is None or output.wide or output.sign:
             return False
-        ratios = layer.rounding.scale * layer.weight[1].astype(np.float64) / output.scale
+        entering = layer.finer or layer.rounding
+        ratios = entering.scale * layer.weight[1].astype(np.float64) / output.scale
         if ratios.min() < RATIOS[0] or ratios.max() >= RATIOS[1]:
             return False
         if layer.bias is None:
@@ -289,6 +305,20 @@ class Plan:
         exact = layer.bias / output.scale
         moved = np.abs(np.rint(exact / ratios) * ratios - exact)
         return bool(moved.max() <= BIAS_STEPS)
+
+
+def _for_xnnpack(layer: Layer) -> Layer:
+    """Keep a layer's input of 16 bits in float, and let one of few bits fill a byte, so that its bias has a finer unit."""
+    rounding = layer.rounding
+    if rounding is None:
+        return layer
+    if rounding.wide:
+        return replace(layer, rounding=rounding._replace(in_float=True))
+    low, high = rounding.integers
+    factor = 2 ** int(math.log2(BYTE / (high - low)))
+    if factor == 1:
+        return layer
+    return replace(layer, finer=Rounding.placed(rounding.scale / factor, low * factor, high * factor))
 
 
 def rounding_between(node: Node) -> Rounding:
@@ -315,6 +345,8 @@ def _folded(node: Node, layer: Q.QuantLayer, norms: list[Node], number: int) -> 
     if bias is not None:
         shift = bias.detach().double().numpy()
     for norm in norms:
+        assert norm.scale is not None
+        assert norm.shift is not None
         factor, shift = factor * norm.scale, shift * norm.scale + norm.shift
     by_channel = (-1, *[1] * (layer.weight.dim() - 1))
     weight = None
@@ -423,6 +455,9 @@ class QdqNetwork(nn.Module):
             if node.kind in ("relu", "clamp"):
                 made = self._clip(node, inputs[0], clipped)
             elif node.name in self.plan.layers:
+                finer = self.plan.layers[node.name].finer
+                if finer is not None and node.name in self.plan.in_integers:
+                    inputs[0] = finer.real(finer.round(inputs[0], clipped=True))
                 made = self._multiply(node, inputs[0])
             elif node.kind == "move":
                 made = self._move(node, inputs, images.shape[0])
@@ -827,9 +862,8 @@ class ExecutorchExporter(Exporter):
         runs = {path.name: run}
         if self._lowered is not None:
             runs[path.with_suffix(PTE).name] = Running(path.with_suffix(PTE))
-        found = _answers(network, runs, samples)
-        plan = Plan(graph, network)
-        integers = _compare_integers(QdqNetwork(plan).eval(), network, samples.compared)
+        found = {name: compare_answers(network, run, samples) for name, run in runs.items()}
+        integers = _compare_integers(QdqNetwork(Plan(graph, network)).eval(), network, samples.compared)
         others = f"{integers.different:,}"
         if integers.different:
             others = f"{integers.different:,}, by up to {integers.steps}"
@@ -847,7 +881,7 @@ class ExecutorchExporter(Exporter):
             (f"{path.name}, in ExecuTorch's runtime", ""),
             *found[path.name].rows(),
             ("operators in XNNPACK", _taken_words(self._lowered)),
-            ("layers in integers there", _integer_words(plan)),
+            ("layers in integers there", _integer_words(Plan(graph, network, for_xnnpack=True))),
             ("size of the file", _size_words(path, network, samples.compared)),
             ("latency, measured", f"{1e6 * _latency_s(runs[path.name], samples.compared[:1]):.1f} us (median of {TIMED})"),
         ]
@@ -863,57 +897,6 @@ class ExecutorchExporter(Exporter):
 
 def _one_by_one(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.cat([run(image) for image in images.split(1)])
-
-
-@dataclass
-class _Answers:
-    """Of so many images, how many are answered as in PyTorch; the largest difference of outputs, and the largest output.
-
-    Ties are other answers that are nearly as large in PyTorch: within OUTPUT_SHARE of the largest output.
-    """
-
-    count: int = 0
-    same: int = 0
-    ties: int = 0
-    difference: float = 0.0
-    largest: float = 0.0
-
-    @property
-    def all_same(self) -> bool:
-        """Whether all are, or as good as that."""
-        return self.same + self.ties == self.count
-
-    def add(self, expected: Tensor, outputs: Tensor) -> None:
-        """Add the outputs of some images."""
-        self.count += len(expected)
-        answers, right = outputs.argmax(1, keepdim=True), expected.argmax(1, keepdim=True)
-        same = (answers == right).reshape(len(right), -1).all(1)
-        behind = expected.gather(1, right) - expected.gather(1, answers)
-        near = (behind <= OUTPUT_SHARE * expected.abs().max()).reshape(len(right), -1).all(1)
-        self.same += int(same.sum())
-        self.ties += int((near & ~same).sum())
-        self.difference = max(self.difference, float((expected - outputs).abs().max()))
-        self.largest = max(self.largest, float(expected.abs().max()))
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Describe them."""
-        answers = f"{self.same:,} of {self.count:,} test images"
-        if self.ties:
-            answers = f"{answers}, {self.ties:,} as good as equal"
-        return [
-            ("same answer as in PyTorch", answers),
-            ("largest difference of outputs from PyTorch's", f"{self.difference:.3g} (the largest is {self.largest:.3g})"),
-        ]
-
-
-@torch.no_grad()
-def _answers(network: nn.Module, runs: Mapping[str, Callable[[Tensor], Tensor]], samples: Samples) -> dict[str, _Answers]:
-    found = {name: _Answers() for name in runs}
-    for images, _ in samples.test():
-        expected = network(images)
-        for name, run in runs.items():
-            found[name].add(expected, run(images).reshape(expected.shape))
-    return found
 
 
 def _size_words(path: Path, network: nn.Module, images: Tensor) -> str:

@@ -30,6 +30,9 @@ class Flow:
         power_of_two: Whether scales must be powers of two.
         per_channel: Whether each output channel can have its own weight scale.
         grouped: Whether convolutions may have groups of more than one channel.
+        dilated: Whether windows may be dilated.
+        pads_averages: Whether average pooling may pad.
+        signals: Whether it takes signals (N, C, L).
     """
 
     name: str
@@ -39,13 +42,38 @@ class Flow:
     power_of_two: bool
     per_channel: bool
     grouped: bool
+    dilated: bool
+    pads_averages: bool
+    signals: bool
 
 
 KINDS = ("input", "output", "conv", "linear", "batch_norm", "relu", "clamp", "add", "max_pool", "avg_pool", "flatten")
 WORDS = "convolutions, linear layers, batch norms, ReLU, additions, max pooling, average pooling and flatten"
 FLOWS = {
-    "finn": Flow("finn", KINDS, WORDS, most_bits=8, power_of_two=False, per_channel=True, grouped=True),
-    "hls4ml": Flow("hls4ml", KINDS, WORDS, most_bits=16, power_of_two=True, per_channel=False, grouped=False),
+    "finn": Flow(
+        "finn",
+        KINDS,
+        WORDS,
+        most_bits=8,
+        power_of_two=False,
+        per_channel=True,
+        grouped=True,
+        dilated=True,
+        pads_averages=True,
+        signals=True,
+    ),
+    "hls4ml": Flow(
+        "hls4ml",
+        KINDS,
+        WORDS,
+        most_bits=16,
+        power_of_two=True,
+        per_channel=False,
+        grouped=False,
+        dilated=False,
+        pads_averages=False,
+        signals=False,
+    ),
 }
 
 
@@ -72,8 +100,17 @@ def _faults(flow: Flow, node: Node, graph: Graph, layers: dict[str, Q.QuantLayer
     if node.kind not in flow.kinds and node.kind != "quantize":
         what = node.function or node.operation or node.kind
         yield f"it has no operation {what!r}; it has {flow.words}"
-    elif node.kind in ("conv", "linear"):
+    if len(node.dims) == 3 and not flow.signals:
+        yield "it computes with signals, and it takes images and vectors"
+    if node.window is not None and node.window.dilation != (1, 1) and not flow.dilated:
+        yield f"its window is dilated by {max(node.window.dilation)}, and it takes none that are"
+    if node.kind in ("conv", "linear"):
         yield from _layer_faults(flow, node, layers[node.module])
+    elif node.kind == "add" and len({graph[name].dims for name in node.inputs}) > 1:
+        shapes = " and ".join(str(graph[name].dims) for name in node.inputs)
+        yield f"it adds shapes {shapes}, and it takes additions of one shape"
+    elif node.kind == "avg_pool":
+        yield from _average_faults(flow, node)
     elif node.kind == "quantize" and node.zero_point:
         yield f"the quantizer {node.name!r} has a zero point, {node.zero_point}, and it takes none"
     elif node.kind in ("relu", "clamp") and (node.low, node.high) != (0, math.inf):
@@ -105,6 +142,13 @@ def _layer_faults(flow: Flow, node: Node, layer: Q.QuantLayer) -> Iterator[str]:
     for what, scale in real:
         if flow.power_of_two and not _is_power_of_two(scale):
             yield f"its {what} scale {scale:.6g}, and it takes powers of two: {search}"
+
+
+def _average_faults(flow: Flow, node: Node) -> Iterator[str]:
+    if node.window is None:
+        yield "it averages windows of different sizes, and it takes windows of one size"
+    elif max(node.window.padding) and not flow.pads_averages:
+        yield "it averages over padding, too, and it takes none there"
 
 
 def _clamp_faults(node: Node, graph: Graph, layers: dict[str, Q.QuantLayer]) -> Iterator[str]:

@@ -133,8 +133,8 @@ class _Lowering:
             if layer.activation_bits is not None:
                 self.codes[name] = integer_activations(name, layer)
         with torch.no_grad():
-            self.largest = {node.name: float(x.abs().max()) for node, x in evaluate(graph, self.layers, calibrate)}
-        grouping = Grouping(graph, self.largest)
+            largest = {node.name: float(x.abs().max()) for node, x in evaluate(graph, self.layers, calibrate)}
+        grouping = Grouping(graph, largest)
         self.groups, self.output = grouping.groups, grouping.output
         self.ends = graph.nodes[0].dims, graph.nodes[-1].dims
         self.values: dict[str, Value] = {}
@@ -222,7 +222,7 @@ class _Lowering:
         """Return the least step in which a group's values fit, with headroom, or 0 for a move, which has none of its own."""
         if group.head.kind == "move":
             return 0.0
-        largest = self.largest[group.value] or 1.0
+        largest = group.largest or 1.0
         if not math.isfinite(largest):
             raise ValueError(f"operation {group.value!r} gives values that are not finite on the images of `calibrate`")
         return float(2.0 ** math.ceil(math.log2(HEADROOM * largest / limit)))

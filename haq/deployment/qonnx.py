@@ -22,9 +22,10 @@ from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 from haq.deployment.nodes import is_own
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import INPUT
 from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import IR_VERSION, Array, GraphWriter
-from haq.deployment.onnx_verify import CHECKED, INPUT, Runner, Verification, compare
+from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare
 from haq.deployment.program import Codes
 from haq.store.files import write
 
@@ -180,9 +181,9 @@ class _Writer(GraphWriter):
         if bias is not None:
             numbers = bias.detach().float().numpy()
             if linear or further:
-                further.append(("Add", self.constant(f"{name}.bias", _along_channels(numbers, node))))
+                further.append(("Add", self.constant(f"{step}.bias", _along_channels(numbers, node))))
             else:
-                inputs.append(self.constant(f"{name}.bias", numbers))
+                inputs.append(self.constant(f"{step}.bias", numbers))
         between = [f"{node.name}:sums", f"{node.name}:scaled"][: len(further)]
         made = [*between, node.name]
         if linear:
@@ -232,7 +233,8 @@ class _Writer(GraphWriter):
     def _weight(self, step: str, name: str, layer: Q.QuantLayer, linear: bool) -> tuple[str, Array]:
         """Write a layer's weights, those of a linear layer transposed.
 
-        FINN takes no quantized weights that several layers read, so every call of a layer has its own.
+        FINN takes no quantized weights that several layers read, so every call of a layer has its own; and no constant is
+        read twice, since qonnx would copy it to one with a random name.
 
         Returns:
             The name, and what the layer's sums must be multiplied by: the scales of signs, one for all or one per channel.
@@ -242,7 +244,7 @@ class _Writer(GraphWriter):
             weight = layer.weight.detach().float().numpy()
             if linear:
                 weight = weight.T
-            return self.constant(f"{name}.weight", weight), unscaled
+            return self.constant(f"{step}.weight", weight), unscaled
         q, scales, bits = integer_weights(name, layer)
         scales = scales.astype(np.float32)
         if (scales == scales[0]).all():
@@ -252,23 +254,23 @@ class _Writer(GraphWriter):
         if _is_sign(codes):
             if linear:
                 q = q.T
-            return self._quant(self.constant(f"{name}.weight", q), made, "", codes, False), scales
+            return self._quant(self.constant(f"{step}.weight", q), made, "", codes, False), scales
         each = scales.reshape(-1, *[1] * (q.ndim - 1))
         real = q * each
         if linear:
             real, each = real.T, each.T
         if len(scales) == 1:
             each = scales[0]
-        constant = self.constant(f"{name}.weight", real)
+        constant = self.constant(f"{step}.weight", real)
         narrow = int(q.min()) > -(2 ** (bits - 1))
-        return self._quant(constant, made, self.constant(f"{name}:weight_scale", each), codes, narrow), unscaled
+        return self._quant(constant, made, self.constant(f"{step}:weight_scale", each), codes, narrow), unscaled
 
     def _quant(self, source: str, made: str, scale: str, codes: Codes, narrow: bool) -> str:
         """Write what quantizes a tensor; signs have scale 1 instead of the one that is named."""
         if _is_sign(codes):
-            return self.op("BipolarQuant", [source, self.constant("one", 1)], made, domain=QONNX_DOMAIN)
-        zero = self.constant(f"zero_{codes.zero_point}", codes.zero_point)
-        inputs = [source, scale, zero, self.constant(f"bits_{codes.bits}", codes.bits)]
+            return self.op("BipolarQuant", [source, self.constant(f"{made}:scale", 1)], made, domain=QONNX_DOMAIN)
+        zero = self.constant(f"{made}:zero_point", codes.zero_point)
+        inputs = [source, scale, zero, self.constant(f"{made}:bits", codes.bits)]
         attributes = {"signed": int(codes.signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return self.op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
 

@@ -6,7 +6,6 @@ import importlib.util
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +153,19 @@ def test_batch_norms_are_folded_and_few_bits_fill_a_byte() -> None:
     )
 
 
+def test_inputs_of_few_bits_fill_a_byte_for_xnnpack() -> None:
+    x = images(8)
+    for a, factor in ((8, 1), (7, 2), (4, 16), (2, 64)):
+        made = quantized(Q.insert_residual_quantizers(small_network(), x), (8, a), x)
+        plan, _ = plan_of(made, x)
+        (layer,) = (layer for layer in plan.layers.values() if layer.call == "depthwise")
+        assert layer.rounding is not None
+        entering = layer.finer or layer.rounding
+        assert entering.scale == layer.rounding.scale / factor
+        assert entering.integers == (0, (2**a - 1) * factor)
+        torch.testing.assert_close(QdqNetwork(plan)(x), made(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_rounded_lies_in_signed_integers() -> None:
     assert Rounding.placed(0.5, 0, 255) == Rounding(0.5, -128, -128, 127)
     assert Rounding.placed(0.5, 0, 15) == Rounding(0.5, 0, 0, 15)
@@ -162,8 +174,8 @@ def test_what_is_rounded_lies_in_signed_integers() -> None:
     assert Rounding.placed(0.5, -127, 127).bounds == (-63.5, 63.5)
 
 
-def plan_of(network: nn.Module, x: Tensor, **others: Any) -> tuple[Plan, set[str]]:
-    plan = Plan(capture(network, x[:1]), network, **others)
+def plan_of(network: nn.Module, x: Tensor) -> tuple[Plan, set[str]]:
+    plan = Plan(capture(network, x[:1]), network, for_xnnpack=True)
     return plan, {plan.layers[name].call for name in plan.in_integers}
 
 

@@ -121,8 +121,9 @@ def test_the_form_that_tools_take(tmp_path: Path) -> None:
     assert model.graph.node[-1].output[0] == model.graph.output[0].name == "output"
 
 
-def test_scales_of_channels_have_a_dimension_of_their_own(tmp_path: Path) -> None:
+def test_scales_of_channels_have_a_dimension_and_files_are_the_same_again(tmp_path: Path) -> None:
     model = written(small_network(), (3, 4), images(8), tmp_path / "network.onnx")
+    assert written(small_network(), (3, 4), images(8), tmp_path / "again.onnx") == model
     held = {tensor.name: tensor for tensor in model.graph.initializer}
     assert list(held["stem:weight_scale"].dims) == [16, 1, 1, 1]
     assert list(held["hidden:weight_scale"].dims) == [1, 16]
@@ -176,6 +177,23 @@ def test_what_a_layer_does_to_its_own_input_and_signals(tmp_path: Path) -> None:
         assert "0:input" in {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
 
 
+def test_quantizers_between_layers(tmp_path: Path) -> None:
+    """Those in front of additions and poolings are Quant nodes of 8 bits; hls4ml's have no zero points."""
+    x = torch.randn(16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = Q.insert_residual_quantizers(fpga_flows.small_network("residual"), x)
+    quantized = fpga_flows.quantized_for("hls4ml", network, x, 4)
+    graph = capture(quantized, x)
+    between = [node for node in graph.nodes if node.kind == "quantize"]
+    assert len(between) == 3
+    path = tmp_path / "network.onnx"
+    QonnxExporter().export(quantized, graph, x, path, options={"flavour": "hls4ml"}, **GIVEN)
+    held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    assert [held[f"{node.name}:bits"] for node in between] == [8, 8, 8]
+    found = qonnx.verify(path, quantized, x)
+    assert not found.fault
+    assert found.same_answers == 1
+
+
 class Branches(nn.Module):
     """Operations of real numbers that stay what they are: functions, products, concatenation, interpolation."""
 
@@ -199,6 +217,9 @@ def test_operations_in_float(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- flows
+
+
+FOR_HLS4ML = Q.Linear(per_channel=False, power_of_two=True)
 
 
 def sequence(*modules: nn.Module) -> nn.Module:
@@ -250,9 +271,12 @@ def sequence(*modules: nn.Module) -> nn.Module:
             "hls4ml",
             [nn.Conv2d(4, 4, 1, groups=2)],
             (4, 4),
-            Q.Linear(per_channel=False, power_of_two=True),
+            FOR_HLS4ML,
             "layer '2' can't be built by hls4ml: it has 2 groups of several channels",
         ),
+        ("hls4ml", [nn.MaxPool2d(1, dilation=2)], (4, 4), FOR_HLS4ML, "layer '2' can't .*: its window is dilated by 2"),
+        ("hls4ml", [nn.AvgPool2d(3, 1, 1)], (4, 4), FOR_HLS4ML, "layer '2' can't .*: it averages over padding, too"),
+        ("finn", [nn.AvgPool2d(3, 1, 1, count_include_pad=False)], (4, 4), "linear", "layer '2' can't .* of different sizes"),
     ],
 )
 def test_what_a_flow_cannot_take_is_refused_by_name(
@@ -269,6 +293,15 @@ def test_what_a_flow_cannot_take_is_refused_by_name(
     with pytest.raises(ValueError, match=message):
         exporter.export(quantized, graph, x, tmp_path / "network.onnx", options={"flavour": flow}, **GIVEN)
     assert not list(tmp_path.iterdir())
+
+
+def test_signals_are_not_for_hls4ml() -> None:
+    network, x = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)).eval(), torch.randn(8, 2, 8)
+    quantized = fpga_flows.quantized_for("hls4ml", network, x)
+    graph = capture(quantized, x)
+    QonnxExporter().check_operations(quantized, graph, x, options={"flavour": "finn"})
+    with pytest.raises(ValueError, match="by hls4ml: it computes with signals, and it takes images and vectors"):
+        QonnxExporter().check_operations(quantized, graph, x, options={"flavour": "hls4ml"})
 
 
 @pytest.mark.parametrize("flow", fpga_flows.SCRIPTS)

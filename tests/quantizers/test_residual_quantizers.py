@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import quantizers as Q
@@ -203,6 +203,17 @@ def test_the_float_copy_has_none_unless_it_is_asked_to(net: nn.Module, images: T
     grids = {tuple(quantizer.grid) for quantizer in Q.residual_quantizers(made).values()}
     assert len(found) == 6
     assert set(found) == grids
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_torch_can_write_them_down(net: nn.Module, images: Tensor) -> None:
+    made = pickle.loads(pickle.dumps(quantized(net, images)))
+    expected = made(images)
+    # Nothing of ours may be new to the compiler, after a pickle either.
+    assert torch.allclose(torch.compile(made, backend="eager", fullgraph=True)(images), expected, atol=1e-6)
+    plain = Q.float_copy(made, keep_residuals=True)
+    assert torch.allclose(fx.symbolic_trace(plain)(images), plain(images), atol=1e-6)
 
 
 def test_they_train(net: nn.Module, images: Tensor) -> None:
