@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 python -m experiments.deployed_zoo [--networks NAME ...] [--policies NAME ...] [--again] [--quick]
 
-Networks of torchvision, timm and pytorchcv and two on sounds, with random weights whose batch norms have seen random images, each
-at two policies: 8 bits everywhere, and 2 to 8 bits drawn layer by layer for weights and activations. Each is captured, lowered to a
-program of integers, compiled and run on random images. Compared are all outputs of the compiled code with those of
-`haq.deployment.interpreter`, which is slow and exact, and the integers that enter the layers with those of the fake-quantized
-network.
+Networks of torchvision, timm and pytorchcv and two on sounds, with random weights whose batch norms have seen random images,
+each at two policies: 8 bits everywhere, and 2 to 8 bits drawn layer by layer for weights and activations. Each is captured,
+lowered to a program of integers, compiled and run on random images. Compared are all outputs of the compiled code with those
+of `haq.deployment.interpreter`, which is slow and exact, and the integers that enter the layers with those of the
+fake-quantized network.
 
-Whichever kernel computes a layer, integers are the same. So kernels are not measured, which takes most of the time of `haq deploy`:
-they are taken in turn from those that can compute a layer. What a network's latency is can't be told from this.
+Whichever kernel computes a layer, integers are the same. So kernels are not measured, which takes most of the time of
+`haq deploy`: they are taken in turn from those that can compute a layer. What a network's latency is can't be told from this.
 
 What was found is written after every network, and a later call goes on with those that are missing.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import random
 import shutil
 import sys
@@ -143,13 +144,13 @@ class Row:
 
 
 class PlainAudio(nn.Module):
-    """Four convolutions over a sound (Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms", M5), narrower."""
+    """Four convolutions over a sound: M5 of Dai et al., "Very Deep Convolutional Neural Networks for Raw Waveforms"."""
 
     def __init__(self, classes: int = 35) -> None:
         super().__init__()
         widths = (1, 24, 24, 48, 96)
         blocks: list[nn.Module] = []
-        for number, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             kernel, stride = 3, 1
             if number == 0:
                 kernel, stride = 80, 16
@@ -162,7 +163,7 @@ class PlainAudio(nn.Module):
 
 
 class DilatedAudio(nn.Module):
-    """Residual convolutions over a sound, wider and wider apart, with gates and SiLU; it ends in a value every eight samples."""
+    """Residual convolutions over a sound, wider and wider apart, with gates and SiLU; a value for every 8 samples."""
 
     def __init__(self, width: int = 20, blocks: int = 4) -> None:
         super().__init__()
@@ -343,9 +344,11 @@ def document(rows: Sequence[Row]) -> str:
         text.append(f"| {' | '.join(map(str, cells))} |")
     text += [
         "",
-        '"Integers" are those that enter layers for two images; "rounded otherwise" how many of them differ from the fake-quantized '
-        "network's though all before were the same: ties and the last digits of float32. Images have so many rows and columns, sounds "
-        "so many samples. Other steps are those that no layer does; a table is a function (SiLU, Hardswish, ...) at a step's end.",
+        '"Integers" are those that enter layers; "rounded otherwise" is how many of them differ from those of the '
+        "fake-quantized network though all before were the same: ties and the last digits of float32. Images have so many rows "
+        "and columns, sounds so many samples. Other steps are those that no layer does; a table is a function (SiLU, "
+        "Hardswish, ...) at a step's end, a slope a PReLU. Networks of pytorchcv that were made for images of one size pool "
+        "over all of their last map.",
         "",
     ]
     return "\n".join(text)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -26,7 +27,16 @@ from torch.overrides import TorchFunctionMode
 from quantizers.batches import Batches, batches_of, called, copied, prepared
 from quantizers.calling import Forward, count_of, inputs_of, leaves, map_tensors, samples
 from quantizers.copying import copy_network, evaluating
-from quantizers.functional import MAX_BITS, blocks, blockwise, differentiated, followed, integer_range, result_like
+from quantizers.functional import (
+    MAX_BITS,
+    blocks,
+    blockwise,
+    differentiated,
+    followed,
+    integer_range,
+    relative_error,
+    result_like,
+)
 from quantizers.layers import QuantLayer
 from quantizers.left_in_float import close_fast_paths
 from quantizers.observers import Observer, first_input, observe
@@ -41,6 +51,7 @@ EXAMPLES = 2  # samples by which a network is looked at: with one, what is broad
 # Functions of torch and of tensors, without underscores, that add two tensors.
 ADDITIONS = {"add", "iadd", "radd"}
 POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+COVERS = 2.0  # how many times its own squared error a tensor's grid may leave that is also a layer's
 CONSTANTS = (bool, int, float, str, type(None))  # arguments whose value a module's code may look at
 
 
@@ -57,7 +68,10 @@ class ResidualQuantizer(nn.Module):
         zero_point: The integer that stands for real 0 (Jacob et al., CVPR 2018, section 2.1).
         low: The smallest integer.
         high: The largest.
+        in_operations: Whether it computes in simple operations, for writers of files that don't know torch's function.
     """
+
+    in_operations = False
 
     def __init__(self) -> None:
         """Do nothing as yet."""
@@ -79,13 +93,18 @@ class ResidualQuantizer(nn.Module):
         """Return the nearest values on the grid, in x's type; NaN stays NaN."""
         if not self.calibrated:
             return x
+        if isinstance(x, fx.Proxy):
+            return self._by_torch(x)
         values = x
         if x.dtype in (torch.float16, torch.bfloat16):
             values = x.float()
-        if values.dtype == torch.float32 and not differentiated(x) and not followed(x):
+        if self.in_operations:
+            low, high = self.low - self.zero_point, self.high - self.zero_point
+            made = (values * self._inverse()).round().clamp(low, high) * self.scale
+        elif values.dtype == torch.float32 and not differentiated(x) and not followed(x):
             made = self._in_pieces(values)
         else:
-            made = torch.fake_quantize_per_tensor_affine(values, self.scale, self.zero_point, self.low, self.high)
+            made = self._by_torch(values)
             # Torch makes integers of NaN. Whoever trains would not be told.
             if not followed(x) and bool(x.isnan().any()):
                 made = torch.where(x.isnan(), values, made)
@@ -93,10 +112,12 @@ class ResidualQuantizer(nn.Module):
             made = made.to(x.dtype)
         return made
 
+    def _by_torch(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+
     def _in_pieces(self, x: Tensor) -> Tensor:
         """Compute the same, a few times as fast: torch's function writes down for a gradient what was clipped."""
-        # As there, it is multiplied by the inverse of the scale, in float32.
-        inverse = float(1 / torch.tensor(self.scale, dtype=torch.float32))
+        inverse = self._inverse()
         low, high = self.low - self.zero_point, self.high - self.zero_point
         if not blockwise(x):
             return (x * inverse).round_().clamp_(low, high).mul_(self.scale)
@@ -104,6 +125,10 @@ class ResidualQuantizer(nn.Module):
         for source, target in blocks(x, made):
             torch.mul(source, inverse, out=target).round_().clamp_(low, high).mul_(self.scale)
         return made
+
+    def _inverse(self) -> float:
+        """Return 1 / scale in float32, by which torch's function multiplies."""
+        return float(np.float32(1) / np.float32(self.scale))
 
     def extra_repr(self) -> str:
         """Show the grid."""
@@ -301,11 +326,12 @@ def calibrate_residuals(
 ) -> None:
     """Give the residual quantizers of a network their grids.
 
-    Where a layer reads the tensor, and its scheme has a grid of 8 bits that training leaves alone, that
-    is the grid: at 8 bits the layer then finds its input quantized already. Elsewhere it is that of the
-    smallest squared error, unless the schemes' `calibration` is `max` or `percentile`: unsigned where
-    no value was negative, else with a zero point; symmetric where the schemes' integers are always
-    signed, or their scales powers of two, as hardware wants it that has no others.
+    It is that of the smallest squared error, unless the schemes' `calibration` is `max` or
+    `percentile`: unsigned where no value was negative, else with a zero point; symmetric where the
+    schemes' integers are always signed, or their scales powers of two, as hardware wants it that has
+    no others. Where a layer reads the tensor, and its scheme has a grid of 8 bits that was found from
+    data and stays as it is in training, that is taken unless its squared error is more than `COVERS`
+    times as large: at 8 bits the layer then finds its input quantized already.
 
     Args:
         network: The network.
@@ -324,18 +350,25 @@ def calibrate_residuals(
                 f"residual quantizer {name!r} was never reached during calibration, so it has no scale: give `calibrate` "
                 "inputs that reach it"
             )
-        grid = None
+        quantizer.set_grid(rule.grid(observer))
+        shared = None
         if name in readers:
-            grid = _grid_of_layer(layers[readers[name]])
-        if grid is None:
-            grid = rule.grid(observer)
-        quantizer.set_grid(grid)
+            shared = _grid_of_layer(layers[readers[name]])
+        if shared is None:
+            continue
+        own, sample = quantizer.grid, observer.sample()
+        most = COVERS * relative_error(sample, quantizer(sample))
+        quantizer.set_grid(shared)
+        if relative_error(sample, quantizer(sample)) > most:
+            quantizer.set_grid(own)
 
 
 def _grid_of_layer(layer: QuantLayer) -> ResidualGrid | None:
     """Return the grid of a layer's input at 8 bits; None if it has none, or training changes it."""
     scheme = layer.scheme
-    if scheme.learned or not scheme.has_integer_activations or not scheme.takes(None, BITS, layer.signed):
+    if scheme.learned or "activation_scale" not in layer.state_names or not scheme.has_integer_activations:
+        return None
+    if not scheme.takes(None, BITS, layer.signed):
         return None
     scale = float(scheme.activation_step(layer, BITS))
     low, high = integer_range(BITS, scheme.has_signed_inputs(layer, BITS))
@@ -555,7 +588,7 @@ def _are_added(one: Any, other: Any) -> bool:
 
 
 def _is_pool(x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
-    """Say whether a mean is over height and width of maps, over the length of (N, C, L), or over tokens (N, L, C)."""
+    """Say whether a mean is over height, width or both of maps, over the length of (N, C, L), or over tokens (N, L, C)."""
     dims = named.get("dim", named.get("axis"))
     if len(args) > 1:
         dims = args[1]
@@ -564,11 +597,12 @@ def _is_pool(x: Tensor, args: tuple[Any, ...], named: Mapping[str, Any]) -> bool
     if not isinstance(dims, list | tuple) or not all(isinstance(dim, int) for dim in dims):
         return False
     over = {dim % x.dim() for dim in dims}
-    if x.dim() == 4:
-        return over == {2, 3}
-    # With their dimension kept, such means are parts of norms.
+    if x.dim() == 4 and over == {2, 3}:
+        return True
+    # With their dimension kept, means over one are parts of norms.
     keeps = named.get("keepdim", len(args) > 2 and args[2])
-    return x.dim() == 3 and len(over) == 1 and 0 not in over and not keeps
+    first = {3: 1, 4: 2}.get(x.dim(), x.dim())
+    return len(over) == 1 and min(over) >= first and not keeps
 
 
 class _OwnCode(fx.Tracer):
@@ -741,15 +775,22 @@ class _RewrittenCode:
     def __init__(self, evaluating: _Code, training: _Code, arguments: Mapping[str, Any]) -> None:
         self.arguments = dict(arguments)
         self._codes = {False: evaluating, True: training}
-        self._functions: dict[bool, Callable[..., Any]] = {}
+        self._compile()
+
+    def _compile(self) -> None:
+        # At once: nothing can be compiled while the compiler of torch follows the module.
+        self._functions = {mode: _function(code) for mode, code in self._codes.items()}
 
     def function(self, training: bool) -> Callable[..., Any]:
-        if training not in self._functions:
-            self._functions[training] = _function(self._codes[training])
+        """Return the code in a mode, a function of the module and its arguments."""
         return self._functions[training]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_functions": {}}
+        return {"arguments": self.arguments, "_codes": self._codes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._compile()
 
     def __deepcopy__(self, memo: Any) -> _RewrittenCode:
         return self
@@ -789,7 +830,8 @@ def _rewritten_class(kind: type[nn.Module]) -> type[nn.Module]:
         return self.residual_code.function(self.training)(self, *inputs, **named)
 
     content = {"__doc__": f"{kind.__name__} with residual quantizers.", "forward": forward}
-    _CLASSES[kind] = type(f"Residual{kind.__name__}", (_Rewritten, kind), content)
+    # By the same name, which messages tell.
+    _CLASSES[kind] = type(kind.__name__, (_Rewritten, kind), content)
     return _CLASSES[kind]
 
 

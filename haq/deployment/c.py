@@ -26,17 +26,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import hw_models
 import quantizers as Q
 from haq.deployment import fixed_point, interpreter
+from haq.deployment.answers import compare_answers
 from haq.deployment.c_source import CCode, generate, identifier, value_bytes
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.fixed_point import FixedProgram
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
 from haq.deployment.program import BYTE_BITS, Convolution, Step, read_by, written_by
 from haq.store import files
-from haq.store.units import describe_bytes, percent
+from haq.store.units import describe_bytes
 
 FORMAT = "haq-c-1"
 DESCRIPTION = "network.json"
@@ -212,18 +212,6 @@ def _described(folder: Path) -> dict[str, Any]:
     return content
 
 
-def policy_storage_bytes(network: nn.Module, images: Tensor) -> int:
-    """Return what a search prints as the storage of a network at its present bits: weights, scales, biases and norms."""
-    workload = hw_models.trace(Q.float_copy(network).eval(), images[:1])
-    policy = Q.get_policy(network)
-    stored = hw_models.storage_bytes(workload)
-    total = float(hw_models.float_bytes(workload))
-    for row, layer in zip(stored, workload.layers, strict=True):
-        w_bits, a_bits = policy[layer.name]
-        total += row[w_bits - 1, a_bits - 1]
-    return int(total)
-
-
 class CExporter(Exporter):
     """A folder with a network in C99, for microcontrollers."""
 
@@ -273,16 +261,16 @@ class CExporter(Exporter):
         program = lower(graph, network, samples.calibration)
         fixed = fixed_point.fixed_point(program)
         comparison = fixed_point.compare(network, program, fixed, samples.compared)
-        answers = _answers(network, fixed, samples)
-        rows = [("same answer as in PyTorch", f"{answers.same:,} of {answers.count:,} test images")]
-        if samples.labelled:
-            before = answers.right_in_torch / answers.count
-            rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(fixed_point.run(fixed, images.numpy())[0])
+
+        answers = compare_answers(network, run, samples)
+        rows = answers.rows()
         of_own = f"{comparison.different:,}, {comparison.own:,} of them by an end in integers instead of float32"
         rows += [
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
             ("  other than in PyTorch", of_own),
-            ("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}"),
         ]
         unequal = 0
         if shutil.which("gcc"):
@@ -293,7 +281,7 @@ class CExporter(Exporter):
         else:
             rows.append(("compiled code", "not run here: there is no gcc; answers are its integer program's"))
         rows += _size_rows(described)
-        return Verdict(answers.same == answers.count and not unequal, tuple(rows))
+        return Verdict(answers.all_same and not unequal, tuple(rows))
 
 
 def _size_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -308,27 +296,3 @@ def _size_rows(described: Mapping[str, Any]) -> list[tuple[str, str]]:
         ram = f"{describe_bytes(described['ram_bytes'])}, of which the arena {describe_bytes(described['arena_bytes'])}"
     storage = describe_bytes(described["policy_storage_bytes"])
     return [("flash", flash), ("RAM, beside the stack", ram), ("storage of the policy", storage)]
-
-
-@dataclass
-class _Answers:
-    """Of so many images, how many are answered as in PyTorch, and how many rightly by both."""
-
-    count: int = 0
-    same: int = 0
-    right: int = 0
-    right_in_torch: int = 0
-
-
-def _answers(network: nn.Module, fixed: FixedProgram, samples: Samples) -> _Answers:
-    found = _Answers()
-    for images, labels in samples.test():
-        with torch.inference_mode():
-            expected = network(images).argmax(1)
-        integers, _ = fixed_point.run_integers(fixed, images.numpy())
-        answers = torch.from_numpy(integers.argmax(3)).reshape(expected.shape)
-        found.count += len(labels)
-        found.same += int((answers == expected).sum())
-        found.right += int((answers == labels).sum())
-        found.right_in_torch += int((expected == labels).sum())
-    return found

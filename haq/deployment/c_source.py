@@ -283,7 +283,7 @@ class _Writer:
         self.name = name
         self.arena = arena
         self.bytes = {"weights": 0, "factors": 0, "tables": 0}
-        self.used = {"types", "left_shift", "round_shift", "scaled", "store", "load", "finish"}
+        self.used = {"types", "left_shift", "round_shift", "scaled", "near", "store", "load", "finish"}
         self.calls: list[str] = []
         self.tables: dict[tuple[str, bytes], str] = {}  # their names by type and content
 
@@ -661,7 +661,7 @@ int main(void)
             factor, shift = 0, epilogue.shift
             if output.factor is not None:
                 factor, shift = output.factor.mantissa, output.factor.shift
-            numbers = f"{output.low}, {output.high}, {factor}, {shift}, {int(output.sign)}"
+            numbers = f"{output.low}, {output.high}, {factor}, {shift}, {int(output.sign)}, {output.left}"
             fields.append(f"            {{{self._value(output.value)}, {numbers}}},")
         fields.append("        },")
         if epilogue.slope is not None:
@@ -676,7 +676,7 @@ int main(void)
 
     def _function(self, index: int, table: FixedTable) -> str:
         text, name = self._table("int32_t", f"segments_{index}", table.coefficients, "tables")
-        numbers = f"{len(table.coefficients)}, {table.start}, {table.fraction}"
+        numbers = f"{len(table.coefficients)}, {table.start}, {table.fraction}, {table.guard}"
         return text + f"static const struct table function_{index} = {{{name}, {numbers}}};\n"
 
     def _value(self, name: str) -> str:

@@ -12,8 +12,8 @@ in network.pte, with the same values: a layer of 16 bits, one beside float, and 
 the last layer's is, and an addition's operands without `--residuals 8`; and one whose bias would move by more than
 BIAS_STEPS, rounded as XNNPACK rounds it, to a multiple of both operands' scales.
 
-The weights of few bits are multiplied by a power of two, and their scales divided by it. That changes no value, and the bias
-is rounded to finer multiples.
+The weights of few bits, and in network.pte the inputs of few bits, are multiplied by a power of two, and their scales divided
+by it. That changes no value, and the bias is rounded to finer multiples.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.nn import functional as F
 
 import quantizers as Q
+from haq.deployment.answers import compare_answers
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph, Node
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
@@ -55,6 +56,7 @@ CHECKED = 4  # images on which a program is compared before it is put in its pla
 TIMED = 200  # calls
 SHOWN = 3  # names in a line
 TRANSPARENT = ("max_pool", "flatten", "move")  # kinds that do the same to rounded values as to others
+BYTE = 2**BYTE_BITS - 1
 SUMS = 2**31  # what sums in int32 stay below
 BIAS_STEPS = 1 / 64  # of the result's step, by which rounding the bias may move it
 RATIOS = (2.0**-32, 2.0**8)  # of scales, input times weight over output, between which XNNPACK has kernels
@@ -85,7 +87,17 @@ class Rounding(NamedTuple):
 
     @classmethod
     def placed(cls, scale: float, low: int, high: int, *, wide: bool = False) -> Rounding:
-        """Find integers q, of real value q scale, a place in signed integers: as they are, or else from the smallest on."""
+        """Find integers a place among signed ones: as they are, or else from the smallest on.
+
+        Args:
+            scale: The real value of 1.
+            low: The smallest integer.
+            high: The largest.
+            wide: Whether they are put into 16 bits, not 8.
+
+        Returns:
+            The rounding.
+        """
         smallest = np.iinfo(np.int8).min
         if wide:
             smallest = np.iinfo(np.int16).min
@@ -155,6 +167,7 @@ class Layer:
     real      the weights in float
     bias      None without
     rounding  of its input; None where that is float
+    finer     the same numbers as larger integers, that XNNPACK is given instead; None: those of `rounding`
     """
 
     call: str
@@ -162,6 +175,7 @@ class Layer:
     real: NDArray[np.float32]
     bias: NDArray[np.float32] | None
     rounding: Rounding | None
+    finer: Rounding | None = None
 
     @property
     def fits(self) -> bool:
@@ -171,10 +185,11 @@ class Layer:
         integers, steps = self.weight
         if integers.dtype != np.int8:
             return False
-        most = max(abs(bound) for bound in self.rounding.integers)
+        entering = self.finer or self.rounding
+        most = max(abs(bound) for bound in entering.integers)
         sums = np.abs(integers.astype(np.int64)).reshape(len(integers), -1).sum(1) * float(most)
         if self.bias is not None:
-            sums = sums + np.abs(self.bias / (steps.astype(np.float64) * self.rounding.scale))
+            sums = sums + np.abs(self.bias / (steps.astype(np.float64) * entering.scale))
         return bool((sums < SUMS).all())
 
 
@@ -184,7 +199,7 @@ class Plan:
     Attributes:
         nodes: The operations that are left, in order: batch norms behind layers are folded.
         layers: The layers by the names of their operations.
-        entries: The operations that a layer's rounded input enters first, with the names of the layers' calls.
+        watched: Layers and quantizers between them, with the names of their calls.
         in_integers: The layers that XNNPACK has integer kernels for.
     """
 
@@ -209,7 +224,7 @@ class Plan:
                 behind[name].append(node)
         self.nodes: list[Node] = []
         self.layers: dict[str, Layer] = {}
-        self.entries: dict[str, str] = {}
+        self.watched: dict[str, str] = {}
         self._names: dict[str, str] = {}  # of every operation, the one whose result is its own
         self._owners: dict[str, str] = {}  # of what a layer does to its own input, the layer's operation
         calls: dict[str, int] = {}
@@ -218,19 +233,20 @@ class Plan:
                 continue
             self._names[node.name] = node.name
             self.nodes.append(node)
-            if node.kind in ("conv", "linear"):
+            if node.kind in ("conv", "linear", "quantize"):
                 calls[node.module] = calls.get(node.module, 0) + 1
+                self.watched[node.name] = _call(node.module, calls[node.module])
+            if node.kind in ("conv", "linear"):
                 norms = _norms_behind(node, behind)
                 self._names |= dict.fromkeys((norm.name for norm in norms), node.name)
                 layer = _folded(node, modules[node.module], norms, calls[node.module])
-                if for_xnnpack and layer.rounding is not None and layer.rounding.wide:
-                    layer = replace(layer, rounding=layer.rounding._replace(in_float=True))
+                if for_xnnpack:
+                    layer = _for_xnnpack(layer)
                 self.layers[node.name] = layer
-                entry, source = node, before[node.inputs[0]]
+                source = before[node.inputs[0]]
                 while source.kind == "move" and is_own(source.module, node.module):
                     self._owners[source.name] = node.name
-                    entry, source = source, before[source.inputs[0]]
-                self.entries[entry.name] = layer.call
+                    source = before[source.inputs[0]]
         # Who reads the result of an operation, and in which ways; None is float.
         self.readers: dict[str, list[Node]] = {node.name: [] for node in self.nodes}
         self.asked: dict[str, list[Rounding | None]] = {node.name: [] for node in self.nodes}
@@ -280,7 +296,8 @@ class Plan:
             output = self.sole(after[0].name)
         if output is None or output.wide or output.sign:
             return False
-        ratios = layer.rounding.scale * layer.weight[1].astype(np.float64) / output.scale
+        entering = layer.finer or layer.rounding
+        ratios = entering.scale * layer.weight[1].astype(np.float64) / output.scale
         if ratios.min() < RATIOS[0] or ratios.max() >= RATIOS[1]:
             return False
         if layer.bias is None:
@@ -288,6 +305,20 @@ class Plan:
         exact = layer.bias / output.scale
         moved = np.abs(np.rint(exact / ratios) * ratios - exact)
         return bool(moved.max() <= BIAS_STEPS)
+
+
+def _for_xnnpack(layer: Layer) -> Layer:
+    """Keep a layer's input of 16 bits in float, and let one of few bits fill a byte, so that its bias has a finer unit."""
+    rounding = layer.rounding
+    if rounding is None:
+        return layer
+    if rounding.wide:
+        return replace(layer, rounding=rounding._replace(in_float=True))
+    low, high = rounding.integers
+    factor = 2 ** int(math.log2(BYTE / (high - low)))
+    if factor == 1:
+        return layer
+    return replace(layer, finer=Rounding.placed(rounding.scale / factor, low * factor, high * factor))
 
 
 def rounding_between(node: Node) -> Rounding:
@@ -314,6 +345,8 @@ def _folded(node: Node, layer: Q.QuantLayer, norms: list[Node], number: int) -> 
     if bias is not None:
         shift = bias.detach().double().numpy()
     for norm in norms:
+        assert norm.scale is not None
+        assert norm.shift is not None
         factor, shift = factor * norm.scale, shift * norm.scale + norm.shift
     by_channel = (-1, *[1] * (layer.weight.dim() - 1))
     weight = None
@@ -329,10 +362,7 @@ def _folded(node: Node, layer: Q.QuantLayer, norms: list[Node], number: int) -> 
     folded = None
     if bias is not None or norms:
         folded = shift.astype(np.float32)
-    call = node.module
-    if number > 1:
-        call = f"{node.module}@{number}"
-    return Layer(call, weight, real.astype(np.float32), folded, rounding)
+    return Layer(_call(node.module, number), weight, real.astype(np.float32), folded, rounding)
 
 
 def _filled(codes: NDArray[Any], scale: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.float32]] | None:
@@ -364,7 +394,7 @@ class QdqNetwork(nn.Module):
     Called with images it returns what the fake-quantized network does, but for the rounding of sums.
 
     Attributes:
-        watch: Told the real values that enter a layer, with the name of its call and their rounding; None: nobody is.
+        watch: Told the rounded values that enter a layer or leave a quantizer, with the name of its call; None: nobody is.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -420,11 +450,14 @@ class QdqNetwork(nn.Module):
             rounding = self.plan.read_as(node)
             names = self.plan.inputs(node)
             inputs = [read(name, rounding) for name in names]
-            if self.watch is not None and rounding is not None and node.name in self.plan.entries:
-                self.watch(self.plan.entries[node.name], inputs[0], rounding)
+            if self.watch is not None and rounding is not None and node.name in self.plan.watched:
+                self.watch(self.plan.watched[node.name], inputs[0], rounding)
             if node.kind in ("relu", "clamp"):
                 made = self._clip(node, inputs[0], clipped)
             elif node.name in self.plan.layers:
+                finer = self.plan.layers[node.name].finer
+                if finer is not None and node.name in self.plan.in_integers:
+                    inputs[0] = finer.real(finer.round(inputs[0], clipped=True))
                 made = self._multiply(node, inputs[0])
             elif node.kind == "move":
                 made = self._move(node, inputs, images.shape[0])
@@ -635,10 +668,11 @@ def lowered(program: Any) -> Lowered:
     Raises:
         ImportError: With what to install.
     """
-    partitioner = package("executorch.backends.xnnpack.partition.xnnpack_partitioner").XnnpackPartitioner()
+    partitioners = package("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    lower = package("executorch.exir").to_edge_transform_and_lower
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        edge = package("executorch.exir").to_edge_transform_and_lower(program, partitioner=[partitioner])
+        edge = lower(program, partitioner=[partitioners.XnnpackPartitioner()])
         whole = edge.exported_program().graph_module
         taken = 0
         for name, part in whole.named_children():
@@ -657,7 +691,9 @@ def _operators(module: Any) -> list[str]:
 def package(name: str) -> Any:
     """Import a part of executorch, which is optional. Raises ImportError with what to install."""
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it is made with
+            return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"ExecuTorch's programs need the package executorch: {INSTALL}") from error
 
@@ -697,28 +733,30 @@ class _Integers:
 
 @torch.no_grad()
 def _compare_integers(qdq: QdqNetwork, network: nn.Module, images: Tensor) -> _Integers:
-    """Compare what enters layers, and the outputs of images for which all of that is equal."""
+    """Compare what enters layers and leaves quantizers between them, and the outputs of images for which all is equal."""
     found = _Integers()
     expected, integers = fake_quantized(network, images)
+    between = _between(network, images)
     equal = np.ones(len(images), bool)  # images all of whose integers were the same so far
 
     def watch(call: str, x: Tensor, rounding: Rounding) -> None:
         nonlocal equal
-        q = integers.pop(call)
+        q = between.get(call)
+        if q is None:
+            q = integers.pop(call)
         gap = np.abs((x / rounding.scale).round().to(torch.int32).numpy().reshape(q.shape) - q)
-        found.values += q.size
-        found.different += int((gap > 0).sum())
-        found.steps = max(found.steps, int(gap.max()))
         of_image = gap.reshape(len(gap), -1).max(1)
         most = int(of_image[equal].max(initial=0))
         one_step = 1
         if (rounding.low, rounding.high) == (-1, 1):
             one_step = 2
         if most > one_step:
-            found.fault = (
-                found.fault or f"gives layer {call!r} integers that are off by up to {most}, from the same ones before"
-            )
+            found.fault = found.fault or f"gives {call!r} integers that are off by up to {most}, from the same ones before"
         equal = equal & (of_image == 0)
+        if call not in between:
+            found.values += q.size
+            found.different += int((gap > 0).sum())
+            found.steps = max(found.steps, int(gap.max()))
 
     qdq.watch = watch
     try:
@@ -731,6 +769,35 @@ def _compare_integers(qdq: QdqNetwork, network: nn.Module, images: Tensor) -> _I
     if apart.numel() and not float(apart.max()) <= OUTPUT_SHARE * float(expected.abs().max()):
         found.fault = found.fault or f"gives outputs that are off by {float(apart.max()):.3g} where all layers get the same"
     return found
+
+
+def _between(network: nn.Module, images: Tensor) -> dict[str, NDArray[np.int32]]:
+    """Return the multiples of their scales that quantizers between layers give, by the names of their calls."""
+    found: dict[str, NDArray[np.int32]] = {}
+    calls: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[Any, Any, Tensor], None]:
+        def after(module: Any, inputs: Any, made: Tensor) -> None:
+            calls[name] = calls.get(name, 0) + 1
+            found[_call(name, calls[name])] = (made / module.scale).round().to(torch.int32).numpy()
+
+        return after
+
+    quantizers = Q.residual_quantizers(network)
+    hooks = [module.register_forward_hook(watch(name)) for name, module in quantizers.items()]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _call(name: str, number: int) -> str:
+    """Name a call of a module: by the module, and of a later call of it by the call too."""
+    if number == 1:
+        return name
+    return f"{name}@{number}"
 
 
 class ExecutorchExporter(Exporter):
@@ -795,9 +862,8 @@ class ExecutorchExporter(Exporter):
         runs = {path.name: run}
         if self._lowered is not None:
             runs[path.with_suffix(PTE).name] = Running(path.with_suffix(PTE))
-        found = _answers(network, runs, samples)
-        plan = Plan(graph, network)
-        integers = _compare_integers(QdqNetwork(plan).eval(), network, samples.compared)
+        found = {name: compare_answers(network, run, samples) for name, run in runs.items()}
+        integers = _compare_integers(QdqNetwork(Plan(graph, network)).eval(), network, samples.compared)
         others = f"{integers.different:,}"
         if integers.different:
             others = f"{integers.different:,}, by up to {integers.steps}"
@@ -815,7 +881,7 @@ class ExecutorchExporter(Exporter):
             (f"{path.name}, in ExecuTorch's runtime", ""),
             *found[path.name].rows(),
             ("operators in XNNPACK", _taken_words(self._lowered)),
-            ("layers in integers there", _integer_words(plan)),
+            ("layers in integers there", _integer_words(Plan(graph, network, for_xnnpack=True))),
             ("size of the file", _size_words(path, network, samples.compared)),
             ("latency, measured", f"{1e6 * _latency_s(runs[path.name], samples.compared[:1]):.1f} us (median of {TIMED})"),
         ]
@@ -831,46 +897,6 @@ class ExecutorchExporter(Exporter):
 
 def _one_by_one(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.cat([run(image) for image in images.split(1)])
-
-
-@dataclass
-class _Answers:
-    """Of so many images, how many are answered as in PyTorch; the largest difference of outputs, and the largest output."""
-
-    count: int = 0
-    same: int = 0
-    difference: float = 0.0
-    largest: float = 0.0
-
-    @property
-    def all_same(self) -> bool:
-        """Whether all are."""
-        return self.same == self.count
-
-    def add(self, expected: Tensor, outputs: Tensor) -> None:
-        """Add the outputs of some images."""
-        self.count += len(expected)
-        same = expected.argmax(1) == outputs.argmax(1)
-        self.same += int(same.reshape(len(same), -1).all(1).sum())
-        self.difference = max(self.difference, float((expected - outputs).abs().max()))
-        self.largest = max(self.largest, float(expected.abs().max()))
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Describe them."""
-        return [
-            ("same answer as in PyTorch", f"{self.same:,} of {self.count:,} test images"),
-            ("largest difference of outputs from PyTorch's", f"{self.difference:.3g} (the largest is {self.largest:.3g})"),
-        ]
-
-
-@torch.no_grad()
-def _answers(network: nn.Module, runs: Mapping[str, Callable[[Tensor], Tensor]], samples: Samples) -> dict[str, _Answers]:
-    found = {name: _Answers() for name in runs}
-    for images, _ in samples.test():
-        expected = network(images)
-        for name, run in runs.items():
-            found[name].add(expected, run(images).reshape(expected.shape))
-    return found
 
 
 def _size_words(path: Path, network: nn.Module, images: Tensor) -> str:

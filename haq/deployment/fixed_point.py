@@ -72,7 +72,7 @@ FLOAT_DIGITS = 24  # binary ones, of float32
 IMAGE_LIMIT = 2**30
 WEIGHT_DIGITS = 30  # of interpolation
 PLACE_DIGITS = 30  # of the place within a segment of a table
-GUARD_DIGITS = 8  # what a table gives is finer than its coefficients by so many
+FEWEST_GUARD, MOST_GUARD = 8, 28  # digits by which what a table gives is finer than its coefficients
 # An image's channel may be so much flatter than the steepest before it is clipped earlier.
 FLATTEST = 2.0**-10
 SAME_TABLE = 2.0**-22  # how close the coefficients of two tables are that are one function's, rounded to float32 twice
@@ -120,17 +120,18 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class FixedTable:
-    """A `program.Table` whose coefficients are int32, 2^(shift - 8) of them being 1, and whose v has the unit 2^-(fraction + k).
+    """A `program.Table` in integers; its coefficients are int32, 2^(shift - guard) of them being 1.
 
-    There are 2^k segments in 1. With i = clip((v >> fraction) + start, 0, segments - 1) and r = v - ((i - start) << fraction),
-    the place in segment i, of `fraction` digits:
+    A segment of its domain is 2^fraction of v. With i = clip((v >> fraction) + start, 0, segments - 1), r, the place in
+    segment i, is v - ((i - start) << fraction), and the table gives
 
-        in the first and last segment    c0 2^8 + round(r c1 / 2^(fraction - 8))
-        in all others                    c0 2^8 + ((c1 + (c2 p >> 30)) p >> 22),  p = r >> (fraction - 30)
+        in the first and last segment    c0 2^guard + round(r c1 / 2^(fraction - guard))
+        in all others                    c0 2^guard + ((c1 + (c2 p >> 30)) p >> (30 - guard)),  p = r >> (fraction - 30)
     """
 
     start: int
     fraction: int
+    guard: int
     shift: int
     coefficients: NDArray[np.int32]
 
@@ -139,7 +140,8 @@ class FixedTable:
 class FixedOutput:
     """`value` = round(v factor), clipped to [low, high]; without a factor round(v / 2^shift) of the epilogue.
 
-    Of signs, -1 and 1, it is the sign of v.
+    Of signs, -1 and 1, it is the sign of v. Of a value that is much finer than v, v 2^left is taken in place of v, clipped
+    before to 2^(61 - left), which is far beyond what the value holds.
     """
 
     value: str
@@ -147,6 +149,7 @@ class FixedOutput:
     low: int
     high: int
     sign: bool = False
+    left: int = 0
 
 
 @dataclass(frozen=True)
@@ -461,8 +464,9 @@ class _Conversion:
         representation = self.values[output.value].representation
         factor = Factor.of(output.factor * self._finer(output) * unit)
         factor = Factor(factor.mantissa, factor.shift + shift)
-        if factor.shift < FEWEST_SHIFT:
-            raise ValueError(f"value {output.value!r} has no integer form: it is much finer than what is computed with it")
+        left = max(0, FEWEST_SHIFT - factor.shift)
+        if left:
+            factor = Factor(factor.mantissa, FEWEST_SHIFT)
         if factor.shift > LAST_SHIFT:
             factor = Factor(factor.mantissa >> min(31, factor.shift - LAST_SHIFT), LAST_SHIFT)
         if isinstance(representation, Codes) and _is_sign(representation):
@@ -475,25 +479,32 @@ class _Conversion:
         else:
             below = np.rint(epilogue.low * output.factor * self._finer(output))
             above = np.rint(epilogue.high * output.factor * self._finer(output))
-        return FixedOutput(output.value, factor, int(np.clip(below, low, high)), int(np.clip(above, low, high)))
+        return FixedOutput(output.value, factor, int(np.clip(below, low, high)), int(np.clip(above, low, high)), left=left)
 
     def _table(self, step: Any, table: Table, shift: int) -> FixedTable:
         """Turn a table into integers of real values; of one function in many layers there is one."""
-        fraction = shift - _exponent(table.inverse)
-        if fraction - GUARD_DIGITS < FEWEST_SHIFT:
-            raise ValueError(f"step {step.name!r} has no integer form: its sums are too large for the table of its function")
-        unit = self.program.values[step.epilogue.outputs[0].value].representation.unit
-        real = table.coefficients.astype(np.float64) * unit
+        outputs = step.epilogue.outputs
+        unit = self.program.values[outputs[0].value].representation.unit
         reach = _table_reach(table, self._reach(step)) * unit
+        integers, digits = self._coefficients(table, table.coefficients.astype(np.float64) * unit)
+        finest = max(output.factor * self._finer(output) / unit for output in outputs)
+        fraction = shift - _exponent(table.inverse)
+        most = min(MOST_GUARD, fraction - FEWEST_SHIFT, ROOM - 1 - _exponent(reach) - digits)
+        guard = min(most, max(FEWEST_GUARD, FEWEST_SHIFT - Factor.of(finest).shift - digits))
+        if guard < FEWEST_GUARD:
+            raise ValueError(f"step {step.name!r} has no integer form: its function is of larger numbers than a table is for")
+        return FixedTable(int(table.start), fraction, guard, digits + guard, integers)
+
+    def _coefficients(self, table: Table, real: NDArray[np.float64]) -> tuple[NDArray[np.int32], int]:
+        """Return coefficients as integers, and how many binary digits they have behind the point."""
         for known, coefficients, integers, digits in self.tables:
             alike = (known.start, known.inverse, known.segments) == (table.start, table.inverse, table.segments)
-            if alike and np.allclose(coefficients, real, SAME_TABLE, 0) and reach * 2.0 ** (digits + GUARD_DIGITS) < 2.0**ROOM:
-                return FixedTable(int(table.start), fraction, digits + GUARD_DIGITS, integers)
+            if alike and np.allclose(coefficients, real, SAME_TABLE, 0):
+                return integers, digits
         digits = 30 - _exponent(float(np.abs(real).max()) or 1.0)
-        digits = min(digits, _exponent(2.0**ROOM / (reach or 1.0)) - GUARD_DIGITS)
         integers = np.rint(real * 2.0**digits).clip(-LARGEST, LARGEST).astype(np.int32)
         self.tables.append((table, real, integers, digits))
-        return FixedTable(int(table.start), fraction, digits + GUARD_DIGITS, integers)
+        return integers, digits
 
 
 def _most_in_window(step: Pool) -> int:
@@ -712,10 +723,10 @@ def _pool(step: Pool, head: Head, x: Integers) -> Integers:
 def _between_rows(step: Resize, x: Integers) -> Integers:
     """Interpolate bilinearly: along the rows' columns, then between the rows."""
     across = weights_of(step.columns)[:, None]
-    top = _between(x[:, step.rows.first][:, :, step.columns.first], x[:, step.rows.first][:, :, step.columns.second], across)
-    bottom = _between(
-        x[:, step.rows.second][:, :, step.columns.first], x[:, step.rows.second][:, :, step.columns.second], across
-    )
+    left, right = step.columns.first, step.columns.second
+    above, below = x[:, step.rows.first], x[:, step.rows.second]
+    top = _between(above[:, :, left], above[:, :, right], across)
+    bottom = _between(below[:, :, left], below[:, :, right], across)
     return _between(top, bottom, weights_of(step.rows)[:, None, None])
 
 
@@ -778,7 +789,10 @@ def _finish(epilogue: FixedEpilogue, sums: Integers, held: dict[str, Integers]) 
         elif output.factor is None:
             u = round_shift(v, epilogue.shift)
         else:
-            u = scaled(v, output.factor.mantissa, output.factor.shift)
+            near = v
+            if output.left:
+                near = v.clip(-(2 ** (61 - output.left)), 2 ** (61 - output.left)) << output.left
+            u = scaled(near, output.factor.mantissa, output.factor.shift)
         held[output.value] = u.clip(output.low, output.high).astype(np.int64)
 
 
@@ -788,11 +802,12 @@ def apply_table(table: FixedTable, v: Integers) -> Integers:
     i = ((v >> table.fraction) + table.start).clip(0, last)
     r = v - ((i - table.start) << table.fraction)
     constant, linear, square = table.coefficients.astype(np.int64)[i].transpose(-1, *range(v.ndim))
-    straight = scaled(r, linear, table.fraction - GUARD_DIGITS)
+    straight = scaled(r, linear, table.fraction - table.guard)
     # Beyond the outermost segments the parabola isn't taken.
-    place = np.where((i > 0) & (i < last), r, 0) >> (table.fraction - PLACE_DIGITS)
-    bent = (linear + (square * place >> PLACE_DIGITS)) * place >> (PLACE_DIGITS - GUARD_DIGITS)
-    return (constant << GUARD_DIGITS) + np.where((i > 0) & (i < last), bent, straight)
+    inside = (i > 0) & (i < last)
+    place = np.where(inside, r, 0) >> (table.fraction - PLACE_DIGITS)
+    bent = (linear + (square * place >> PLACE_DIGITS)) * place >> (PLACE_DIGITS - table.guard)
+    return (constant << table.guard) + np.where(inside, bent, straight)
 
 
 def compare(network: nn.Module, program: Program, fixed: FixedProgram, images: Tensor) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import quantizers as Q
 from haq.deployment import moves
+from haq.deployment.functions import name_functions
 from haq.deployment.nodes import Graph, Node, Ranges, Shape, Taps, Window, evaluate, is_own, max_pool, shape_of, sum_pool
 from haq.deployment.windows import adaptive_ranges, bilinear_taps, window_ranges
 from hw_models.workload import Size
@@ -83,16 +85,37 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
         raise ValueError(
             f"{type(network).__name__} can't be deployed: torch can't write down what it does ({reason})"
         ) from error
-    graph = _Reader(plain, exported, tuple(Q.quant_layers(network))).read()
+    graph = name_functions(_Reader(plain, exported, tuple(Q.quant_layers(network))).read())
     layers = {name: plain.get_submodule(name) for name in graph.layers}
-    *_, (_, result) = evaluate(graph, layers, image)
-    if not torch.allclose(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max().clamp_min(1e-6))):
-        worst = float((result - expected).abs().max())
+    worst = _difference(graph, layers, image, expected)
+    if worst and any(node.kind == "quantize" for node in graph.nodes):
+        # At a tie, quantizers between layers round to other integers for the last digit of float32.
+        unquantized = _without_quantizers(graph)
+        worst = _difference(unquantized, layers, image, Q.float_copy(network).eval()(image.clone()))
+    if worst:
         raise ValueError(
             f"{type(network).__name__} can't be deployed: its operations one by one give something else, by up to {worst:.3g};"
             " does it change a tensor in place that it uses again?"
         )
     return graph
+
+
+def _difference(graph: Graph, layers: dict[str, nn.Module], image: Tensor, expected: Tensor) -> float:
+    """Return by how much a graph's result is another one; 0 where it is only by rounding."""
+    *_, (_, result) = evaluate(graph, layers, image)
+    if torch.allclose(result, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max().clamp_min(1e-6))):
+        return 0.0
+    return float((result - expected).abs().max())
+
+
+def _without_quantizers(graph: Graph) -> Graph:
+    """Return a graph whose quantizers between layers do nothing."""
+    nodes = []
+    for node in graph.nodes:
+        if node.kind == "quantize":
+            node = replace(node, kind="clamp", low=-math.inf, high=math.inf)
+        nodes.append(node)
+    return Graph(tuple(nodes))
 
 
 class _Reader:

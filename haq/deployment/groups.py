@@ -16,8 +16,6 @@ from haq.deployment.nodes import Graph, Node, Shape, shape_of
 from haq.deployment.program import Codes
 from haq.deployment.views import View, moved
 
-# What is done to each value, whatever its place.
-VALUEWISE = ("relu", "clamp", "function", "quantize")
 # What a step's epilogue does, in this order; each begins a group of its own where it comes too late for that before.
 AFFINE, ADDED, APPLIED, CLIPPED = range(4)
 STAGES = {"batch_norm": AFFINE, "add": ADDED, "function": APPLIED, "prelu": APPLIED, "relu": CLIPPED, "clamp": CLIPPED}
@@ -30,7 +28,7 @@ class Group:
 
     `value` is the last operation's name, `dims` and `shape` are those of its result. Of a move `view` says what is moved, of a
     linear layer `columns` the column of its weight for each of its stored inputs. `given` is the largest value that the
-    function gets in calibration.
+    function gets in calibration, `largest` the largest result.
     """
 
     head: Node
@@ -47,18 +45,21 @@ class Group:
     slope: NDArray[np.float64] | None = None
     function: Node | None = None
     given: float = 1.0
+    largest: float = 0.0
     low: float = -math.inf
     high: float = math.inf
     # What others want of it.
     codes: list[Codes] = field(default_factory=list)
     fixed_limit: int | None = None
+    pool_limit: int | None = None  # of a Fixed value for sums over many places, beside one for all others
     wants_float: bool = False
     is_read: bool = False  # as the integers that it has, of a quantizer
 
     @property
     def wanted(self) -> bool:
         """Whether anything reads it."""
-        return bool(self.codes) or self.fixed_limit is not None or self.wants_float or self.is_read
+        limited = self.fixed_limit is not None or self.pool_limit is not None
+        return bool(self.codes) or limited or self.wants_float or self.is_read
 
     @property
     def plain(self) -> bool:
@@ -73,7 +74,7 @@ class Group:
     @property
     def pools_codes(self) -> bool:
         """Whether the largest of codes can be taken in place of the codes of the largest: all want the same ones."""
-        alone = len(self.codes) == 1 and self.fixed_limit is None and not self.wants_float
+        alone = len(self.codes) == 1 and self.fixed_limit is None and self.pool_limit is None and not self.wants_float
         return self.head.kind == "max_pool" and self.plain and alone
 
     @property
@@ -136,20 +137,18 @@ class Grouping:
         given = [self.views[name] for name in node.inputs]
         if node.kind in MOVES:
             return moved(given, node.index, node.dims)
-        if node.kind in VALUEWISE and given[0].is_permutation:
-            return self._valuewise(node, given[0])
-        if node.kind in ("batch_norm", "prelu"):
-            return self._per_channel(node, given[0])
         if node.kind == "add":
             return self._add(node, *given)
+        if node.kind in STAGES:
+            return self._elementwise(node, given[0])
+        if node.kind == "quantize" and given[0].is_permutation:
+            source = given[0].sources[0]
+            return given[0].again(self._begin(node, (source,), source.dims).sources[0])
         if node.kind == "linear":
             return self._linear(node, given[0])
         if node.kind == "mul":
             return self._begin(node, self._factors(node, *given))
-        sources = tuple(self._computed(view, node) for view in given)
-        if node.kind in STAGES:
-            return self._begin_absorbing(node, sources[0])
-        return self._begin(node, sources)
+        return self._begin(node, tuple(self._computed(view, node) for view in given))
 
     # ----------------------------------------------------------------------------------------------------- beginnings
 
@@ -158,17 +157,15 @@ class Grouping:
         dims = dims or node.dims
         shape = shape_of(dims)
         group = Group(node, sources, dims, shape, np.ones(shape[2]), np.zeros(shape[2]), node.name)
+        group.largest = self.largest.get(node.name, 0.0)
         self.groups.append(group)
         return View.of(group, dims)
 
     def _begin_absorbing(self, node: Node, source: Group, residual: Group | None = None) -> View[Group]:
         """Begin a group with an operation that is all epilogue."""
         view = self._begin(node, (source,), source.dims)
-        view.sources[0].absorb(node, self._given(node), residual)
+        self._absorb(view.sources[0], node, residual)
         return view
-
-    def _given(self, node: Node) -> float:
-        return self.largest[node.inputs[0]]
 
     def _computed(self, view: View[Group], reader: Node) -> Group:
         """Return a group whose result lies in memory as a view has it: a move, if anything moves."""
@@ -188,15 +185,11 @@ class Grouping:
     # ------------------------------------------------------------------------------------------------------ absorbing
 
     def _alone(self, name: str) -> bool:
-        """Say whether the only reader of a group's result is that of a node, which has its values, maybe in other places."""
-        while self.readers[name] == 1:
-            node = self.nodes[name]
-            if node.kind not in MOVES:
-                return True
-            if len(node.inputs) != 1:
-                return False
-            name = node.inputs[0]
-        return False
+        """Say whether the only reader of groups' results is that of a node, which has their values, maybe in other places."""
+        node = self.nodes[name]
+        if self.readers[name] != 1:
+            return False
+        return node.kind not in MOVES or all(self._alone(source) for source in node.inputs)
 
     def _can_absorb(self, group: Group, name: str, stage: int) -> bool:
         """Say whether a group can do what comes after a node, which has its result."""
@@ -206,35 +199,28 @@ class Grouping:
             return True
         return group.stage <= stage and group.stage < APPLIED
 
-    def _valuewise(self, node: Node, view: View[Group]) -> View[Group]:
-        """Do on a source what is done on its values in other places."""
-        source = view.sources[0]
-        if node.kind == "quantize":
-            made = self._begin(node, (source,), source.dims)
-        elif self._can_absorb(source, node.inputs[0], STAGES[node.kind]):
-            source.absorb(node, self._given(node))
+    def _elementwise(self, node: Node, view: View[Group]) -> View[Group]:
+        """Do on sources what is done on their values in other places: in their epilogues, or in a step of its own."""
+        parts = _parts(node, view)
+        if parts is None:
+            return self._begin_absorbing(node, self._computed(view, node))
+        if all(self._can_absorb(source, node.inputs[0], STAGES[node.kind]) for source in view.sources):
+            for number, (source, part) in enumerate(zip(view.sources, parts, strict=True)):
+                self._absorb(source, part, number=number)
             return view
-        else:
-            made = self._begin_absorbing(node, source)
-        return view.again(made.sources[0])
+        if len(parts) > 1:
+            return self._begin_absorbing(node, self._computed(view, node))
+        return view.again(self._begin_absorbing(parts[0], view.sources[0]).sources[0])
 
-    def _per_channel(self, node: Node, view: View[Group]) -> View[Group]:
-        """Absorb or begin a batch norm or a PReLU: on values in other places only if all channels have the same."""
-        constants = [values for values in (node.scale, node.shift) if values is not None]
-        if view.is_permutation and not view.is_plain and all((values == values[0]).all() for values in constants):
-            channels = view.sources[0].shape[2]
-            same = {"scale": np.full(channels, constants[0][0])}
-            if node.shift is not None:
-                same["shift"] = np.full(channels, node.shift[0])
-            node = replace(node, **same)
-        elif not view.is_plain:
-            source = self._computed(view, node)
-            return self._begin_absorbing(node, source)
-        source = view.sources[0]
-        if self._can_absorb(source, node.inputs[0], STAGES[node.kind]):
-            source.absorb(node, self._given(node))
-            return view
-        return view.again(self._begin_absorbing(node, source).sources[0])
+    def _absorb(self, group: Group, node: Node, residual: Group | None = None, number: int = 0) -> None:
+        """Let a group do the work of one more operation, or of the part of it that has this number."""
+        given = 1.0
+        if node.kind == "function":
+            given = self.largest[node.inputs[0]]
+        group.absorb(node, given, residual)
+        group.largest = self.largest[node.name]
+        if number:
+            group.value = f"{node.name}_{number + 1}"
 
     def _add(self, node: Node, first: View[Group], second: View[Group]) -> View[Group]:
         """Add to the later of two results, if only this reads it; else in a step of its own."""
@@ -249,7 +235,7 @@ class Grouping:
         later = int(order[1] >= order[0])
         group, residual = pair[later], pair[1 - later]
         if group is not residual and self._can_absorb(group, names[later], ADDED):
-            group.absorb(node, 0.0, residual)
+            self._absorb(group, node, residual)
             return view.again(group)
         made = self._begin_absorbing(node, pair[0], pair[1])
         return view.again(made.sources[0])
@@ -281,3 +267,22 @@ def _broadcast(view: View[Group], dims: tuple[int, ...]) -> View[Group]:
     if view.dims == dims:
         return view
     return view.expanded(dims)
+
+
+def _parts(node: Node, view: View[Group]) -> list[Node] | None:
+    """Return what an operation on each value does on each source of a view; None if it can't be done there."""
+    if not view.is_complete:
+        return None
+    parts = [node] * len(view.sources)
+    if view.is_plain or node.scale is None:
+        return parts
+    scales = view.per_channel(node.scale)
+    if scales is None:
+        return None
+    parts = [replace(node, scale=scale) for scale in scales]
+    if node.shift is None:
+        return parts
+    shifts = view.per_channel(node.shift)
+    if shifts is None:
+        return None
+    return [replace(part, shift=shift) for part, shift in zip(parts, shifts, strict=True)]

@@ -65,7 +65,8 @@ def move_labels(operation: fx.Node, of: dict[fx.Node, Tensor], constants: dict[f
         if given.get("mode", "constant") == "constant":
             if given.get("value"):
                 raise ValueError(f"with {given['value']} instead of zeros")
-            return torch.nn.functional.pad(args[0], given["pad"], value=float(ZERO))
+            tensor: Any = args[0]
+            return torch.nn.functional.pad(tensor, given["pad"], value=float(ZERO))
     return target(*args, **kwargs)
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment import onnx_any, onnx_runtimes, onnx_tensorrt
-from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.answers import compare_answers
+from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, integer_activations
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import compacted
 from haq.deployment.onnx_integers import IntegerWriter
-from haq.deployment.onnx_verify import CHECKED, Verification, compare
+from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare, read_model
 from haq.store.files import write
 from haq.store.units import describe_amount
 
@@ -34,7 +37,8 @@ def export(graph: Graph, network: nn.Module, path: str | Path, flavour: str | No
     16 bits are int16 or uint16, and the file is of opset 21 then. Any batch size.
 
     What the policy leaves in float has no such nodes, a layer's weights or its input or both. A layer's input, quantized, is
-    the tensor NAME:input, NAME being the layer's name, and name@2 at its second call.
+    the tensor NAME:input, NAME being the layer's name, and name@2 at its second call; in small files, where names would take
+    much of the room, ~5 of the network's sixth layer, and ~5@2.
 
     Args:
         graph: The operations of the network.
@@ -61,7 +65,8 @@ def _model(graph: Graph, network: nn.Module, flavour: str | None) -> Any:
     if flavour == "tensorrt":
         onnx_tensorrt.check(network)
         network, graph = onnx_tensorrt.signed_network(network), onnx_tensorrt.signed_graph(graph)
-    return IntegerWriter(graph, network, flavour).model("N")
+    model = IntegerWriter(graph, network, flavour).model("N")
+    return compacted(model, list(Q.quant_layers(network)))
 
 
 def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification:
@@ -83,23 +88,27 @@ def verify(path: str | Path, network: nn.Module, images: Tensor) -> Verification
         ImportError: Naming what to install.
     """
     flavour = onnx_runtimes.flavour_of(path)
-    make_runner = onnx_runtimes.onnxruntime_runner
     held = None
-    if flavour == "openvino":
-        make_runner = onnx_runtimes.openvino_runner
     if flavour == "tensorrt":
         held = onnx_tensorrt.signed_network(network)
-    found = compare(path, network, images, flavour=flavour or "onnx", make_runner=make_runner, held=held)
+    found = compare(path, network, images, flavour=flavour or "onnx", make_runner=_runtime_for(flavour), held=held)
     rows = (*onnx_runtimes.operators(path, flavour), _size(path, network, images))
     if flavour == "tensorrt":
         rows = (*rows, *_halved(network))
     return dataclasses.replace(found, further=rows)
 
 
+def _runtime_for(flavour: str | None) -> Callable[[Any], Runner]:
+    """Return what runs files of a flavour: OpenVINO those that are for it, ONNX Runtime all others."""
+    if flavour == "openvino":
+        return onnx_runtimes.openvino_runner
+    return onnx_runtimes.onnxruntime_runner
+
+
 def _size(path: str | Path, network: nn.Module, images: Tensor) -> tuple[str, str]:
     """Tell how large a file is, and how large what the policy stores."""
     size = Path(path).stat().st_size
-    stored = onnx_runtimes.stored_bytes(network, images)
+    stored = policy_storage_bytes(network, images)
     words = f"{describe_amount(size, 'storage')}, {size / stored:.2f} of the {describe_amount(stored, 'storage')} that layers store"
     return "size of the file", words
 
@@ -159,8 +168,11 @@ class OnnxExporter(Exporter):
         return found
 
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
-        """Run the file on some test images; see `Exporter.compare`."""
-        return self._check(network, path, samples.compared).verdict()
+        """Compare answers on all test images, and integers layer by layer on some of them; see `Exporter.compare`."""
+        found = self._check(network, path, samples.compared)
+        run = _runtime_for(onnx_runtimes.flavour_of(path))(read_model(path))
+        answers = compare_answers(network, lambda images: torch.from_numpy(run(images.numpy(), [])[0]), samples)
+        return found.verdict(answers)
 
     def export_any(self, network: nn.Module, samples: AnySamples, path: Path) -> None:
         """Write a network of any operations and inputs; see `onnx_any.export_any`."""

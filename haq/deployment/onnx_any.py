@@ -257,6 +257,8 @@ class _Integers(Q.Scheme):
 def _with_integers(network: nn.Module) -> nn.Module:
     """Make a copy of a quantized network that holds the integers of its weights, int8 or int16."""
     made = Q.copy_network(network).eval()
+    for quantizer in Q.residual_quantizers(made).values():
+        quantizer.in_operations = True
     for name, layer in Q.quant_layers(made).items():
         if layer.weight_bits is None:
             continue

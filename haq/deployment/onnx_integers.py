@@ -21,10 +21,10 @@ from torch import nn
 from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import integer_activations, integer_weights
 from haq.deployment.nodes import is_own
+from haq.deployment.onnx_compact import INPUT
 from haq.deployment.onnx_grids import Grid, grid_of_codes, grid_of_node, wanted_grids
 from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import Array, GraphWriter
-from haq.deployment.onnx_verify import INPUT
 from haq.deployment.onnx_weights import FoldedWeights, Packer
 from haq.deployment.program import BYTE_BITS, Codes
 
@@ -126,8 +126,8 @@ class IntegerWriter(GraphWriter):
             else:
                 made = self.free(f"{name}:clipped")
                 bounds = [self.constant(f"{grid.dtype}_{bound}", bound, grid.dtype) for bound in ends]
-                self.clipped[*key, ends] = self.op("Clip", [tensor, *bounds], made)
-        return self.clipped[*key, ends]
+                self.clipped[(*key, ends)] = self.op("Clip", [tensor, *bounds], made)
+        return self.clipped[(*key, ends)]
 
     def _round(self, name: str, grid: Grid) -> None:
         """Put a node's real result on a grid."""
@@ -336,7 +336,6 @@ class IntegerWriter(GraphWriter):
             return _Form(weights, 0, wanted)
         if node.kind == "conv" and wanted is None:
             return None
-        weights = weights.with_small_bias(codes.scale)
         if not weights.bias.any():
             return _Form(weights, 0, wanted)
         form = _Form(weights, weights.shift(codes.bits == BYTE_BITS), wanted)
@@ -344,7 +343,8 @@ class IntegerWriter(GraphWriter):
             form = _Form(weights, weights.shift(True), wanted, up=_room(codes))
         if wanted is not None and form.rounding(codes) > LARGEST_ROUNDING * wanted.scale:
             return None
-        return form
+        step = codes.scale / 2.0 ** (form.shift + form.up)
+        return dataclasses.replace(form, weights=weights.with_small_bias(step))
 
     def _integer_layer(self, node: Node, step: str, form: _Form, made: str) -> None:
         """Write a layer between DequantizeLinear."""
@@ -353,8 +353,8 @@ class IntegerWriter(GraphWriter):
         scales = (weights.scale / 2.0**form.shift).astype(np.float32)
         scale = self.constant(f"{step}.scale", scales)
         stored = [self._stored(f"{step}.weight", weights, form.shift), scale]
-        if node.kind == "linear" and self.flavour is None:
-            # ONNX Runtime makes no QGemm without one.
+        if node.kind == "linear" or self.signed:
+            # ONNX Runtime makes no QGemm without one, and knows no zero of its own where it turns int8 into uint8.
             stored.append(self.constant(f"{step}.zero", np.zeros(len(scales)), np.int8))
         inputs = [self._enter(node, step, plain=True, up=form.up)]
         inputs.append(self.op("DequantizeLinear", stored, f"{step}:weight", axis=0))
@@ -386,6 +386,8 @@ class IntegerWriter(GraphWriter):
     def _stored(self, name: str, weights: FoldedWeights, shift: int) -> str:
         """Write integers at their bits, and return the tensor of int8 with these, moved up; the same ones are written once."""
         key = weights.q.tobytes(), weights.bits, shift
+        if weights.q.ndim == 2:
+            key = name.encode(), weights.bits, shift  # ONNX Runtime makes no two QGemm of one tensor
         if key not in self.stored:
             self.stored[key] = name
             if weights.bits == BYTE_BITS or (self.flavour is not None and weights.bits > HALF_BYTE_BITS):

@@ -9,18 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-import hw_models
-import quantizers as Q
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_integers import FLAVOUR
 from haq.deployment.onnx_verify import Array, Runner, read_model
 from hw_models.runtimes.openvino import same_signal_stack
-from hw_models.storage import storage_bytes, untied_bytes
-from hw_models.widths import place_of, width_of
 
 # Operators with weights, by whether ONNX Runtime computes them in integers.
 INTEGER_LAYERS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger")
@@ -29,7 +23,7 @@ REAL_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMu
 LAYERS_OF_OPENVINO = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 BYTES = ("u8", "i8")
 # On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits each, unless this is 1.
-# On other processors it changes nothing.
+# It changes no result on others.
 EXACT = "session.x64quantprecision"
 SERIOUS = 3  # what ONNX Runtime logs: errors
 
@@ -164,25 +158,3 @@ def _between_integers(model: Any) -> tuple[int, int]:
             else:
                 real += 1
     return whole, real
-
-
-def stored_bytes(network: nn.Module, images: Tensor) -> int:
-    """Sum what the policy of a network stores: weights at their bits, scales and biases, as searches count it.
-
-    Args:
-        network: The quantized network.
-        images: Images that it takes, one at least.
-
-    Returns:
-        Bytes.
-    """
-    policy = Q.get_policy(network)
-    workload = hw_models.trace(Q.float_copy(network), images[:1])
-    table = storage_bytes(workload)
-    total = 0.0
-    widths = []
-    for row, layer in zip(table, workload.layers, strict=True):
-        w, a = policy[layer.name]
-        widths.append(width_of(w))
-        total += float(row[place_of(w), place_of(a)])
-    return int(total + untied_bytes(workload, np.array(widths)))

@@ -24,12 +24,12 @@ HELD = "TensorRT has signed integers of 2 to 8 bits around zero, or float"
 def check(network: nn.Module) -> None:
     """Raise ValueError, naming the layer and what TensorRT takes in its place, for what it can't hold."""
     for name, layer in Q.quant_layers(network).items():
-        for what, bits in (("weights", layer.weight_bits), ("input", layer.activation_bits)):
+        for what, bits in (("weights have", layer.weight_bits), ("input has", layer.activation_bits)):
             if bits is not None and not 2 <= bits <= BYTE_BITS:
                 width = f"{bits} bits"
                 if bits == 1:
                     width = "1 bit"
-                raise ValueError(f"layer {name!r} can't be deployed for TensorRT: its {what} has {width}, and {HELD}")
+                raise ValueError(f"layer {name!r} can't be deployed for TensorRT: its {what} {width}, and {HELD}")
         if layer.activation_bits is not None and integer_activations(name, layer).zero_point:
             raise ValueError(
                 f"layer {name!r} can't be deployed for TensorRT: its input is asymmetric, with zero at "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import quantizers as Q
+from haq.deployment.answers import Answers
 from haq.deployment.exporter import Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import layer_call
 from haq.deployment.program import Codes
 from haq.store.units import percent
 
 BATCH = 64
 CHECKED = 4  # images on which a file is compared before it is put in its place
-INPUT = ":input"  # ends the names of tensors that enter layers
 
 Array = NDArray[Any]
 # The outputs for images, and the tensors of these names.
@@ -63,24 +64,21 @@ class Verification:
             f"layers {self.different} differ{by}"
         )
 
-    def verdict(self) -> Verdict:
-        """Describe it in lines of a table."""
-        same = round(self.same_answers * self.images)
+    def verdict(self, answers: Answers | None = None) -> Verdict:
+        """Describe it in lines of a table, with the answers on all test images where there are any."""
+        if answers is None:
+            answers = Answers(self.images, round(self.same_answers * self.images), self.ties)
+            answers.difference, answers.largest = self.output_difference, self.largest_output
         others = f"{self.different:,}"
         if self.different:
             others = f"{self.different:,}, by up to {self.steps}"
-        answers = f"{same:,} of {self.images:,} test images"
-        if self.ties:
-            answers = f"{answers}, {self.ties:,} as good as equal"
         rows = (
-            ("same answer as in PyTorch", answers),
+            *answers.rows(),
             ("integers that enter layers", f"{self.values:,}, of {self.images:,} images"),
             ("  other than in PyTorch", others),
-            ("largest difference of outputs from PyTorch's", f"{self.output_difference:.3g}"),
-            ("largest output", f"{self.largest_output:.3g}"),
             *self.further,
         )
-        return Verdict(same + self.ties == self.images, rows)
+        return Verdict(answers.all_same, rows)
 
 
 def compare(
@@ -128,16 +126,21 @@ def compare(
     for name, layer in Q.quant_layers(held).items():
         if layer.activation_bits is not None:
             inputs[name] = integer_activations(name, layer)
-    rounded = {output for node in model.graph.node for output in node.output if output.endswith(INPUT)}
+    # By the name of a layer, and of its call: the tensor that enters it.
+    rounded: dict[str, str] = {}
+    for node in model.graph.node:
+        for output in node.output:
+            call = layer_call(output, list(Q.quant_layers(held)))
+            if call is not None:
+                rounded[call] = output
     same = ties = values = different = steps = 0
     worst = largest = 0.0
     fault = ""
     for batch in images.split(BATCH):
         expected, integers = fake_quantized(held, batch)
-        other = {f"{name}{INPUT}" for name in integers} ^ rounded
-        fault = fault or _other_layers(other, rounded)
-        names = [name for name in integers if f"{name}{INPUT}" in rounded]
-        outputs, entered = run(batch.numpy(), [f"{name}{INPUT}" for name in names])
+        fault = fault or _other_layers(integers.keys() ^ rounded.keys(), rounded.keys())
+        names = [name for name in integers if name in rounded]
+        outputs, entered = run(batch.numpy(), [rounded[name] for name in names])
         said = real = expected.numpy()
         if held is not network:
             real = fake_quantized(network, batch)[0].numpy()
@@ -181,11 +184,10 @@ def _answers(outputs: Array, real: Array) -> tuple[int, int]:
     return int(same.sum()), int((near & ~same).sum())
 
 
-def _other_layers(other: set[str], rounded: set[str]) -> str:
-    """Say which of some tensors enters a layer otherwise than in the network."""
-    for tensor in sorted(other):
-        name = tensor.removesuffix(INPUT)
-        if tensor in rounded:
+def _other_layers(other: Set[str], rounded: Set[str]) -> str:
+    """Say of some layers' inputs which is another than in the network."""
+    for name in sorted(other):
+        if name in rounded:
             return f"rounds what enters layer {name!r}, which the network doesn't"
         return f"doesn't round what enters layer {name!r}, which the network does"
     return ""

@@ -139,7 +139,11 @@ class Packer:
         halves = writer.constant("halves", 0.5 ** np.arange(9))
         values = writer.constant(f"values_{bits}_{shift}", ends[0] * 2.0 ** np.arange(bits))
         bit = np.eye(9, 8) - 2 * np.eye(9, 8, -1)
-        of_bits = writer.constant("bits", bit)
+        of_bits = "bits"
+        if of_bits not in writer.constants:
+            small = writer.constant(of_bits, bit, np.int8)
+            writer.op("Cast", [small], f"{of_bits}:real", to=writer.onnx.TensorProto.FLOAT)
+        of_bits = f"{of_bits}:real"
         least = writer.constant(f"offset_{bits}_{shift}", ends[1])
         real = writer.op("Cast", [packed], f"{name}:bytes", to=writer.onnx.TensorProto.FLOAT)
         floors = writer.op("Floor", [writer.op("Mul", [real, halves], f"{name}:halves")], f"{name}:floors")

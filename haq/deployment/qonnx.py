@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.fpga import FLOWS, check_flow, codes_of, is_relu_for
 from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
 from haq.deployment.nodes import is_own
 from haq.deployment.onnx_any import package
+from haq.deployment.onnx_compact import INPUT
 from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import IR_VERSION, Array, GraphWriter
-from haq.deployment.onnx_verify import CHECKED, INPUT, Runner, Verification, compare
+from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare
 from haq.deployment.program import Codes
 from haq.store.files import write
 
@@ -129,6 +131,21 @@ class _Writer(GraphWriter):
 
     # ------------------------------------------------------------------------------------------------------- operations
 
+    def window(self, node: Node) -> dict[str, Any]:
+        """Return the attributes of a convolution or pooling, padded evenly where that changes nothing.
+
+        hls4ml pools evenly padded maps alone.
+        """
+        made = super().window(node)
+        rank = len(node.dims) - 2
+        starts, ends = made["pads"][:rank], list(made["pads"][rank:])
+        for axis in range(rank):
+            size, outputs = self.dims[node.inputs[0]][2 + axis], node.dims[2 + axis]
+            extent = made["dilations"][axis] * (made["kernel_shape"][axis] - 1) + 1
+            if (size + 2 * starts[axis] - extent) // made["strides"][axis] + 1 == outputs:
+                ends[axis] = starts[axis]
+        return {**made, "pads": (*starts, *ends)}
+
     def _write_avg_pool(self, node: Node, inputs: list[str]) -> None:
         if self.is_global(node):
             self.op("GlobalAveragePool", inputs, node.name)
@@ -164,9 +181,9 @@ class _Writer(GraphWriter):
         if bias is not None:
             numbers = bias.detach().float().numpy()
             if linear or further:
-                further.append(("Add", self.constant(f"{name}.bias", _along_channels(numbers, node))))
+                further.append(("Add", self.constant(f"{step}.bias", _along_channels(numbers, node))))
             else:
-                inputs.append(self.constant(f"{name}.bias", numbers))
+                inputs.append(self.constant(f"{step}.bias", numbers))
         between = [f"{node.name}:sums", f"{node.name}:scaled"][: len(further)]
         made = [*between, node.name]
         if linear:
@@ -186,13 +203,13 @@ class _Writer(GraphWriter):
         while source.kind == "move" and is_own(source.module, node.module):
             own.append(source)
             source = self.known[source.inputs[0]]
+        names = [*(f"{step}:own{place}" for place in range(len(own))), f"{step}{INPUT}"]
         made = source.name
         if codes is not None:
             scale = self.constant(f"{step}:input_scale", codes.scale)
             made = self._before_quantizer(made, step, codes)
-            made = self._quant(made, f"{step}{INPUT}", scale, codes, codes.narrow and codes.signed)
-        for move in reversed(own):
-            moved = f"{step}:{move.name}"
+            made = self._quant(made, names[0], scale, codes, codes.narrow and codes.signed)
+        for move, moved in zip(reversed(own), names[1:], strict=True):
             write_move(self, move, [made], moved)
             made = moved
         return made
@@ -200,19 +217,24 @@ class _Writer(GraphWriter):
     def _before_quantizer(self, name: str, step: str, codes: Codes) -> str:
         """Return the tensor that a quantizer reads.
 
-        FINN makes one node of a ReLU and the quantizer behind it, and takes the ReLU away from whoever else reads it: so each
-        quantizer gets one of its own. A clamp is a ReLU in front of a quantizer that ends before the clamp does; neither FINN
-        nor hls4ml has a clamp.
+        Every quantizer of unsigned integers has a ReLU of its own in front, which changes nothing: FINN makes one node of the
+        two, and takes the ReLU away from whoever else reads it; without one, it takes one unsigned bit for a sign. A clamp is
+        a ReLU in front of a quantizer that ends before the clamp does: neither FINN nor hls4ml has clamps.
         """
+        if codes.signed or codes.zero_point:
+            return name
         node = self.known[name]
-        if not is_relu_for(node, codes) or (node.high == math.inf and self.readers[name] == 1):
+        if not is_relu_for(node, codes):
+            return self.op("Relu", [name], f"{step}:relu")
+        if node.high == math.inf and self.readers[name] == 1:
             return name
         return self.op("Relu", list(node.inputs), f"{step}:relu")
 
     def _weight(self, step: str, name: str, layer: Q.QuantLayer, linear: bool) -> tuple[str, Array]:
         """Write a layer's weights, those of a linear layer transposed.
 
-        FINN takes no quantized weights that several layers read, so every call of a layer has its own.
+        FINN takes no quantized weights that several layers read, so every call of a layer has its own; and no constant is
+        read twice, since qonnx would copy it to one with a random name.
 
         Returns:
             The name, and what the layer's sums must be multiplied by: the scales of signs, one for all or one per channel.
@@ -222,7 +244,7 @@ class _Writer(GraphWriter):
             weight = layer.weight.detach().float().numpy()
             if linear:
                 weight = weight.T
-            return self.constant(f"{name}.weight", weight), unscaled
+            return self.constant(f"{step}.weight", weight), unscaled
         q, scales, bits = integer_weights(name, layer)
         scales = scales.astype(np.float32)
         if (scales == scales[0]).all():
@@ -232,40 +254,25 @@ class _Writer(GraphWriter):
         if _is_sign(codes):
             if linear:
                 q = q.T
-            return self._quant(self.constant(f"{name}.weight", q), made, "", codes, False), scales
+            return self._quant(self.constant(f"{step}.weight", q), made, "", codes, False), scales
         each = scales.reshape(-1, *[1] * (q.ndim - 1))
         real = q * each
         if linear:
             real, each = real.T, each.T
         if len(scales) == 1:
             each = scales[0]
-        constant = self.constant(f"{name}.weight", real)
+        constant = self.constant(f"{step}.weight", real)
         narrow = int(q.min()) > -(2 ** (bits - 1))
-        return self._quant(constant, made, self.constant(f"{name}:weight_scale", each), codes, narrow), unscaled
+        return self._quant(constant, made, self.constant(f"{step}:weight_scale", each), codes, narrow), unscaled
 
     def _quant(self, source: str, made: str, scale: str, codes: Codes, narrow: bool) -> str:
         """Write what quantizes a tensor; signs have scale 1 instead of the one that is named."""
         if _is_sign(codes):
-            return self.op("BipolarQuant", [source, self.constant("one", 1)], made, domain=QONNX_DOMAIN)
-        zero = self.constant(f"zero_{codes.zero_point}", codes.zero_point)
-        inputs = [source, scale, zero, self.constant(f"bits_{codes.bits}", codes.bits)]
+            return self.op("BipolarQuant", [source, self.constant(f"{made}:scale", 1)], made, domain=QONNX_DOMAIN)
+        zero = self.constant(f"{made}:zero_point", codes.zero_point)
+        inputs = [source, scale, zero, self.constant(f"{made}:bits", codes.bits)]
         attributes = {"signed": int(codes.signed), "narrow": int(narrow), "rounding_mode": "ROUND"}
         return self.op("Quant", inputs, made, domain=QONNX_DOMAIN, **attributes)
-
-
-def codes_of(node: Node) -> Codes:
-    """Return the integers of a quantizer between layers."""
-    assert node.scale is not None
-    signed = node.low < 0
-    bits = int(node.high - node.low).bit_length()
-    return Codes(float(node.scale), bits, signed, narrow=signed and node.low > -(2 ** (bits - 1)), zero_point=node.zero_point)
-
-
-def is_relu_for(node: Node, codes: Codes) -> bool:
-    """Tell whether a quantizer can't tell a clamp from a ReLU: it starts at 0 and ends behind the quantizer's integers."""
-    if node.kind not in ("relu", "clamp") or node.low != 0 or codes.signed or codes.zero_point:
-        return False
-    return node.high > (codes.range[1] - 0.5) * codes.scale
 
 
 def _is_sign(codes: Codes) -> bool:
@@ -286,13 +293,18 @@ class QonnxExporter(Exporter):
     name = "qonnx"
     summary = SUMMARIES["qonnx"]
     output = "network-qonnx.onnx"
+    options = ("flavour", "residuals")
+    flavours = tuple(FLOWS)
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the layer, for what has no nodes; see `Exporter.check_operations`."""
+        """Raise ValueError, naming the layer, for what can't be written, or isn't taken by the tool that it is for (`--for`)."""
+        flavour = options.get("flavour")
+        if flavour is not None:
+            check_flow(FLOWS[flavour], graph, Q.quant_layers(network))
         _Writer(graph, network).model(1)
 
     def export(
@@ -307,6 +319,7 @@ class QonnxExporter(Exporter):
         on_progress: OnProgress,
     ) -> None:
         """Write a network, if the file computes what it does; see `Exporter.export`."""
+        self.check_operations(network, graph, images, options=options)
         with tempfile.TemporaryDirectory() as place:
             made = Path(place, "network-qonnx.onnx")
             export(graph, network, made)

@@ -23,6 +23,7 @@ struct output {
     int32_t factor;
     uint8_t shift;
     uint8_t sign; /* the sign of v, -1 or 1, in its place */
+    uint8_t left; /* v 2^left in place of v, for a value that is much finer than v */
 };
 
 /* What is added to a sum before that: the value's integers times factor 2^left. */
@@ -43,6 +44,7 @@ struct table {
     const int32_t *coefficients;
     int32_t segments, start;
     uint8_t fraction; /* binary digits of a place within a segment */
+    uint8_t guard;    /* binary digits that results have more than coefficients */
 };
 
 /* What becomes of a sum: v = sum multiplier 2^left + offset 2^offset_left + residuals, its function, and its outputs. */
@@ -97,6 +99,18 @@ static int64_t scaled(int64_t number, int32_t factor, int shift)
     return kept;
 }
 
+/* part near */
+/* Multiply by 2^left a number that matters only if it is below 2^(61 - left). */
+static int64_t near(int64_t number, int left)
+{
+    const int64_t limit = (int64_t)1 << (61 - left);
+    if (number > limit)
+        number = limit;
+    if (number < -limit)
+        number = -limit;
+    return left_shift(number, left);
+}
+
 /* part times */
 static int64_t times(const struct factors *factors, int32_t index, int64_t number)
 {
@@ -116,9 +130,9 @@ static int64_t bent(const struct table *table, int64_t v)
     const int32_t *c = &table->coefficients[3 * segment];
     const int64_t rest = v - left_shift(segment - table->start, table->fraction);
     if (segment == 0 || segment == last)
-        return left_shift(c[0], 8) + scaled(rest, c[1], table->fraction - 8);
+        return left_shift(c[0], table->guard) + scaled(rest, c[1], table->fraction - table->guard);
     const int64_t place = rest >> (table->fraction - 30);
-    return left_shift(c[0], 8) + (((c[1] + (c[2] * place >> 30)) * place) >> 22);
+    return left_shift(c[0], table->guard) + (((c[1] + (c[2] * place >> 30)) * place) >> (30 - table->guard));
 }
 
 /* part store */
@@ -186,7 +200,7 @@ static void finish(const struct epilogue *e, int32_t index, int32_t channel, int
         if (o->sign)
             number = v >= 0 ? 1 : -1;
         else if (o->factor)
-            number = scaled(v, o->factor, o->shift);
+            number = scaled(o->left ? near(v, o->left) : v, o->factor, o->shift);
         else
             number = round_shift(v, o->shift);
         if (number < o->low)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.deployment import folder as folders
 from haq.deployment import interpreter
+from haq.deployment.answers import compare_answers
 from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
 from haq.deployment.folder import CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT, PACKED
 from haq.deployment.graph import Graph
@@ -54,7 +55,6 @@ from haq.deployment.program import (
 )
 from haq.deployment.program import Epilogue as ProgramEpilogue
 from haq.store import npz
-from haq.store.units import percent
 from hw_models.tvm_cpu import builder, kernels, move, packing, steps
 from hw_models.tvm_cpu.builder import Code
 from hw_models.tvm_cpu.conv import Conv
@@ -220,7 +220,8 @@ class _Writer:
     def float_convolution(self, step: Convolution | FloatConvolution) -> list[Part]:
         """Write code for a layer in float32: of a float operand, or of one of 16 bits.
 
-        There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does it.
+        There are no kernels for integers of 16 bits, whose sums take 64. In float32 they are summed as exactly as PyTorch does
+        it.
         """
         epilogue, names, constants = self._epilogue(step.epilogue)
         names["input"] = step.input
@@ -935,17 +936,14 @@ class TvmExporter(Exporter):
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Compare answers on all test images, integers layer by layer on some of them, and time it; see `Exporter.compare`."""
         deployed = Deployed(path)
-        answers = _answers(network, deployed, samples)
+        answers = compare_answers(network, deployed, samples)
         program = lower(graph, network, samples.calibration)
         comparison = interpreter.compare(network, program, samples.compared)
         if comparison.fault:
             self._refuse(network, program, samples.compared, path)
         reference, _ = interpreter.run(program, samples.compared.numpy())
         unequal = int((deployed(samples.compared.numpy()) != reference).sum())
-        rows = [("same answer as in PyTorch", f"{answers.same:,} of {answers.count:,} test images")]
-        if samples.labelled:
-            before = answers.right_in_torch / answers.count
-            rows.append(("accuracy", f"{percent(answers.right / answers.count)} (in PyTorch {percent(before)})"))
+        rows = answers.rows()
         processor = deployed.description["machine"]["processor"]
         latency_s = _latency_s(deployed)
         if in_float := computed_in_float(program):
@@ -955,11 +953,10 @@ class TvmExporter(Exporter):
             ("integers that enter layers", f"{comparison.values:,}, of {len(samples.compared)} images"),
             ("  other than in PyTorch", of_own),
             ("outputs other than the integer program's", f"{unequal:,} of {reference.size:,}"),
-            ("largest difference of outputs from PyTorch's", f"{comparison.output_difference:.3g}"),
             ("constants in the file", _constants(deployed, policy_storage_bytes(network, samples.compared))),
             ("latency, measured", f"{1e6 * latency_s:.1f} us ({processor}, median of {TIMED})"),
         ]
-        return Verdict(answers.same == answers.count, tuple(rows), latency_s, deployed.description["machine"])
+        return Verdict(answers.all_same, tuple(rows), latency_s, deployed.description["machine"])
 
     def _refuse(self, network: nn.Module, program: Program, images: Tensor, path: Path) -> None:
         try:
@@ -981,29 +978,6 @@ def _constants(deployed: Deployed, storage: int) -> str:
     """Say how large the file of constants is, beside what a search counts for the policy."""
     size = deployed.description["files"][CONSTANTS]["bytes"]
     return f"{size:,} bytes, {size / storage:.2f} x the policy's storage of {storage:,}"
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """Of so many images, how many are answered as in PyTorch, and how many rightly by both."""
-
-    count: int
-    same: int
-    right: int
-    right_in_torch: int
-
-
-def _answers(network: nn.Module, deployed: Deployed, samples: Samples) -> _Answers:
-    count = same = right = right_in_torch = 0
-    for images, labels in samples.test():
-        with torch.inference_mode():
-            expected = network(images).argmax(1)
-        answers = deployed(images).argmax(1)
-        count += len(labels)
-        same += int((answers == expected).sum())
-        right += int((answers == labels).sum())
-        right_in_torch += int((expected == labels).sum())
-    return _Answers(count, same, right, right_in_torch)
 
 
 def _latency_s(deployed: Deployed) -> float:

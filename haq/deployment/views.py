@@ -46,13 +46,38 @@ class View(Generic[Source]):
         return View(self.sources, self.sizes, index, dims)
 
     @cached_property
-    def is_permutation(self) -> bool:
-        """Whether it has every value of one source, once."""
+    def is_complete(self) -> bool:
+        """Whether it has every value of its sources, once."""
         if self.is_whole:
             return True
-        if len(self.sources) != 1 or len(self.index) != math.prod(self.sizes[0]):
+        if len(self.index) != sum(math.prod(size) for size in self.sizes):
             return False
         return bool((np.sort(self.index) == np.arange(len(self.index))).all())
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether it has every value of one source, once."""
+        return len(self.sources) == 1 and self.is_complete
+
+    def per_channel(self, values: NDArray[np.float64]) -> list[NDArray[np.float64]] | None:
+        """Return what each source's channels get where each channel of this has a value.
+
+        None where a channel of a source would get different ones, or where some values of sources are missing.
+        """
+        if not self.is_complete:
+            return None
+        given = np.empty(len(self.index))
+        given[self.index] = np.repeat(values, math.prod(self.dims[2:]))
+        found = []
+        start = 0
+        for size in self.sizes:
+            count = math.prod(size)
+            of_channels = given[start : start + count].reshape(size[1], -1)
+            if not (of_channels == of_channels[:, :1]).all():
+                return None
+            found.append(of_channels[:, 0].copy())
+            start += count
+        return found
 
     @cached_property
     def is_plain(self) -> bool:
@@ -73,8 +98,7 @@ class View(Generic[Source]):
             stored[channels_last(dims)] = np.arange(len(stored))
             places.append(stored + start)
             start += len(stored)
-        places.append(np.array([-1]))
-        return np.concatenate(places)[self.index[channels_last(self.dims)]]
+        return _taken(np.concatenate(places), self.index[channels_last(self.dims)])
 
 
 def channels_last(dims: tuple[int, ...]) -> Index:
@@ -106,15 +130,17 @@ def moved(views: Sequence[View[Source]], index: NDArray[np.int32] | None, dims: 
                 sources.append(source)
                 sizes.append(size)
                 total += math.prod(size)
-            places.append(np.arange(math.prod(size)) + starts[id(source)])
-        places.append(np.array([-1]))
-        parts.append(np.concatenate(places)[view.index])
-    places = np.concatenate([*parts, np.array([-1])])
+            places.append(np.arange(math.prod(size), dtype=np.int64) + starts[id(source)])
+        parts.append(_taken(np.concatenate(places), view.index))
+    together = np.concatenate(parts)
     if index is not None:
-        places = places[index]
-    else:
-        places = places[:-1]
-    return _pruned(sources, sizes, places, dims)
+        together = _taken(together, index.astype(np.int64))
+    return _pruned(sources, sizes, together, dims)
+
+
+def _taken(values: Index, index: Index) -> Index:
+    """Return values at places, and -1 at -1."""
+    return np.where(index < 0, -1, values[index])
 
 
 def _pruned(sources: list[Source], sizes: list[tuple[int, ...]], index: Index, dims: tuple[int, ...]) -> View[Source]:

@@ -49,12 +49,13 @@ def window_ranges(window: Window, size: Size, output_size: Size, *, padding_coun
         end = start + window.kernel[axis]
         counted.append(np.stack([start, np.minimum(end, size[axis] + window.padding[axis])], 1))
         inside.append(np.stack([np.maximum(start, 0), np.minimum(end, size[axis])], 1))
-    divisors = _areas(*inside)
+    divisors = _areas(inside[0], inside[1])
     if padding_counts:
-        divisors = _areas(*counted)
+        divisors = _areas(counted[0], counted[1])
     if divisor is not None:
         divisors = np.full(output_size, float(divisor))
-    return _ranges(*inside, divisors)
+    rows, columns = inside
+    return _ranges(rows, columns, divisors)
 
 
 def _areas(rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[np.float64]:

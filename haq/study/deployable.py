@@ -93,7 +93,16 @@ def options_of_exporter(exporter: Exporter, to: str, given: Mapping[str, Any]) -
 
 
 def check_residuals(exporter: Exporter, to: str, residuals: str) -> None:
-    """Raise ValueError if additions and average poolings are to have 8 bits, and an exporter has them in float."""
+    """Check that an exporter can write what enters additions and average poolings.
+
+    Args:
+        exporter: The exporter.
+        to: Its name, as it was asked for.
+        residuals: "8" or "float".
+
+    Raises:
+        ValueError: If that is to have 8 bits, and the exporter has it in float.
+    """
     if residuals == RESIDUALS and "residuals" not in exporter.options:
         raise ValueError(f"--residuals 8 can't be written by --to {to}, which has additions and poolings in float")
 
@@ -118,7 +127,16 @@ def unlike_images(forward: Any, inputs: Any) -> str:
 
 
 def check_inputs(exporter: Exporter, to: str, unlike: str) -> None:
-    """Raise ValueError if an exporter takes images and vectors alone, and `unlike_images` says that a network takes others."""
+    """Check that an exporter takes what a network takes.
+
+    Args:
+        exporter: The exporter.
+        to: Its name, as it was asked for.
+        unlike: What `unlike_images` says of the network's inputs.
+
+    Raises:
+        ValueError: If it takes images and vectors alone, and these are others.
+    """
     if unlike and not exporter.takes_any():
         raise ValueError(
             f"--to {to} writes networks that take images, or vectors, as one tensor, and this one {unlike}: "
@@ -223,18 +241,25 @@ def _check(exporter: Exporter, name: str, options: Mapping[str, Any], captured: 
 
 def read_pairs(text: str) -> list[tuple[int | None, int | None]]:
     """Read pairs of widths from "8/8,4/8,float", None being float. Raises ValueError naming the one that isn't."""
-    pairs = []
+    pairs: list[tuple[int | None, int | None]] = []
     for part in text.split(","):
         word = part.strip()
+        if word.isdecimal():
+            word = f"{word}/{word}"
         try:
-            if word.isdecimal():
-                word = f"{word}/{word}"
-            pairs.append(tuple(None if width == WIDEST else width for width in read_pair(word)))
+            w, a = read_pair(word)
+            pairs.append((_width(w), _width(a)))
         except ValueError:
             raise ValueError(
                 f"--bits has {part!r}; give widths from {ACCEPTED}, such as 8/8 or 8/8,4/8 for weights/activations"
             ) from None
     return pairs
+
+
+def _width(width: int) -> int | None:
+    if width == WIDEST:
+        return None
+    return width
 
 
 def quantized_by_name(

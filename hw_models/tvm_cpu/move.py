@@ -1,8 +1,8 @@
 """Numbers that only change their places: concatenation, shuffles, slices, padding, permutations, repeated pixels.
 
-Where every number of the result comes from is one array of indices. It is looked at once, when code is written, for what can be
-copied together: long runs in vectors, and rows of the result that all take their numbers in the same pattern, by shuffles of
-vectors. Whatever is neither is copied one number at a time.
+Where every number of the result comes from is one array of indices. It is looked at once, when code is written, for what can
+be copied together: long runs in vectors, and rows of the result that all take their numbers in the same pattern, by shuffles
+of vectors. Whatever is neither is copied one number at a time.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Runs:
 class Pattern:
     """Rows of the result whose numbers come from the same places of each source, counted from where the row's begin there.
 
-    `to` are the rows' first places; `starts` are, by source, where each row's numbers begin there. `sources` and `offsets` are of
-    the numbers in a row.
+    `to` are the rows' first places; `starts` are, by source, where each row's numbers begin there. `sources` and `offsets` are
+    of the numbers in a row.
     """
 
     to: Index
@@ -162,7 +162,9 @@ class Move(Code):
             origin = b.T.bind(start(index))
             _pieces(b, runs.length, lambda i, n: b.put(target, first + i, b.vector(source, origin + i, n), n))
 
-    def _shuffle(self, b: Builder, buffers: dict[str, Any], part: Pattern, at: Callable[[Index], Callable[[Any], Any]]) -> None:
+    def _shuffle(
+        self, b: Builder, buffers: dict[str, Any], part: Pattern, at: Callable[[Index], Callable[[Any], Any]]
+    ) -> None:
         row = len(part.sources)
         to = at(part.to)
         starts = {source: at(places) for source, places in part.starts.items()}
@@ -268,7 +270,7 @@ def _even(places: Index) -> bool:
 
 
 def _pieces(b: Builder, count: int, do: Callable[[Any, int], None]) -> None:
-    """Go over numbers 64 at a time, or as many as a power of two fits in; the rest is a piece that goes back into the one before."""
+    """Go over numbers 64 at a time, or by the largest power of two there is; the rest is a piece that reaches back."""
     size = min(WIDEST, 2 ** int(math.log2(count)))
     whole, rest = divmod(count, size)
     with b.loop(whole) as index:

@@ -120,7 +120,7 @@ class Product(Code):
         return {"main": [*maps, *self.epilogue.arguments(self.first.shape)]}
 
     def _main(self, b: Builder, buffers: dict[str, Any]) -> None:
-        height, width, channels = self.second.shape
+        height, width, _ = self.second.shape
 
         def block(pixel: Any, channel: Any, at: Any, count: int) -> None:
             x = self.first.read(b, buffers["input0"], pixel, channel, count)
@@ -213,8 +213,9 @@ class Resize(Code):
 class Pool(Code):
     """The largest (`max`), or the sum (`sum`), of the numbers in each window, and an epilogue.
 
-    Without an epilogue the largest codes stay codes of their type. With `ranges` a window is not the same everywhere: row y of the result sums `rows[y]` (from, to) of
-    the image, columns likewise. With `divided` every sum is float32 and multiplied by its pixel's factor.
+    Without an epilogue the largest codes stay codes of their type. With `ranges` a window is not the same everywhere: row y of
+    the result is of the rows from `rows[y, 0]` to `rows[y, 1]`, which isn't one of them, and columns likewise. With `divided`
+    every sum is float32 and multiplied by its pixel's factor.
     """
 
     kind: str

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import quantizers as Q
 from haq import data, deploy, networks, search
@@ -25,7 +26,7 @@ from haq.deployment.c import Compiled, CExporter
 from haq.deployment.fixed_point import FixedProgram, run_integers
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
-from haq.deployment.program import Convolution
+from haq.deployment.program import Codes, Convolution, Lookup
 from tests.commands.test_search_command import MODULE, QUICK
 from tests.conftest import enter, images, small_network
 from tests.deployment.test_fixed_point import everything
@@ -95,6 +96,87 @@ def test_with_sanitizers(tmp_path: Path) -> None:
     fixed = write(network, policy, x, tmp_path)
     for far in (x[:4], x[:4] * 1e4, -x[:2] * 1e30, x[:2] * 1e-38):
         assert_equal(tmp_path, fixed, far, SANITIZED)
+
+
+class Kinds(nn.Module):
+    """Every kind of step that isn't in `Everything`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")
+        self.prelu = nn.PReLU(6, init=-0.4)
+        self.layers = nn.ModuleList(nn.Conv2d(6, 6, 1) for _ in range(3))
+        self.gate = nn.Conv2d(6, 6, 1)
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        y = self.prelu(self.layers[0](x))
+        y = F.channel_shuffle(torch.cat([y[:, :3], x[:, 3:]], 1), 2)
+        y = F.interpolate(F.avg_pool2d(self.layers[1](y), 3, 2, 1, count_include_pad=False), scale_factor=2, mode="bilinear")
+        z = x.reshape(len(x), 6, 4, 20).transpose(2, 3).reshape(x.shape)
+        z = F.hardswish(self.layers[2](F.interpolate(F.max_pool2d(z, 2), scale_factor=2)))
+        return self.last(torch.cat([y * y[:, :1], z], 1))  # type: ignore[no-any-return]
+
+
+@needs_gcc
+def test_every_other_kind_of_step(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 10)
+    fixed = write(Kinds().eval(), (5, 7), x, tmp_path / "net")
+    found = {type(step).__name__ for step in fixed.steps}
+    assert {"Convolution", "Pool", "Product", "Resize", "Move"} <= found
+    called = (tmp_path / "net" / "net.c").read_text()
+    for function in ("average", "product", "resize", "move", "scatter", "max_pool", "sum_pool"):
+        assert f"static void {function}(" in called
+    for far in (x, x * 1e5):
+        assert_equal(tmp_path / "net", fixed, far, SANITIZED)
+
+
+@needs_gcc
+def test_residuals_of_bytes(tmp_path: Path) -> None:
+    """With quantizers at residuals nothing takes 32 bits but the network's ends."""
+    network, x = everything()
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=4, a=4), calibrate=x).eval()
+    quantized = Q.add_residual_quantizers(quantized, x)
+    fixed = c_code.convert(quantized, capture(quantized, x), x)
+    ends = {fixed.output, *(image.value for image in fixed.image)}
+    within = [value for name, value in fixed.values.items() if name not in ends]
+    assert all(isinstance(value.representation, Codes) for value in within)
+    c_code.write(tmp_path, fixed, {})
+    assert_equal(tmp_path, fixed, x[:4], SANITIZED)
+
+
+class OfBytes(nn.Module):
+    """A function of integers of 8 bits, that two read: a layer, and an average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(torch.fake_quantize_per_tensor_affine(self.first(x), 0.02, 100, 0, 255))
+        return self.second(x) + x.mean((2, 3), keepdim=True)  # type: ignore[no-any-return]
+
+
+@needs_gcc
+def test_a_function_of_bytes_is_a_table_of_256(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5)
+    fixed = write(OfBytes().eval(), (6, 6), x, tmp_path)
+    (step,) = (step for step in fixed.steps if isinstance(step, Lookup))
+    assert sorted(entries.dtype.name for entries in step.entries) == ["int32", "uint8"]
+    assert_equal(tmp_path, fixed, x, SANITIZED)
+
+
+@needs_gcc
+def test_signals_and_vectors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    signals = nn.Sequential(nn.Conv1d(2, 4, 5, 2), nn.ReLU(), nn.Conv1d(4, 3, 3, padding=1)).eval()
+    vectors = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)).eval()
+    for network, x in ((signals, torch.randn(4, 2, 20)), (vectors, torch.randn(4, 7))):
+        assert_equal(tmp_path, write(network, (3, 8), x, tmp_path), x)
 
 
 @needs_gcc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,31 @@ class Steps:
         codes = [f"sum:{r.kind}" for r in ALL if isinstance(r, Codes)]
         residuals = tuple(Residual(name, 0.3) for name in [*codes, f"sum:{FIXED.kind}"])
         added = {"residuals": residuals, "table": table, "low": -3.0, "high": 5.0, "some": ALL}
-        self.steps.append(Sum("table", f"sum:{UNSIGNED.kind}", self.epilogue("table", whole, FIXED.unit * UNSIGNED.scale, **added)))
+        self.steps.append(
+            Sum("table", f"sum:{UNSIGNED.kind}", self.epilogue("table", whole, FIXED.unit * UNSIGNED.scale, **added))
+        )
         for segments in (8, 32):  # which registers hold
             few = {"table": self.table(segments / 2)}
             self.steps.append(Sum(f"{segments}", f"sum:{FIXED.kind}", self.epilogue(f"{segments}", whole, FIXED.unit, **few)))
         ranges = Ranges(*(np.array([[0, 2], [1, 4]], np.int32) for _ in range(2)), np.ones((2, 2)))
         window = Window((3, 2), (2, 1), (1, 0))
         places = self.hold("places", FIXED, (HEIGHT, WIDTH, 1))
-        self.steps.append(Move("places", (f"sum:{FIXED.kind}",), self.index(HEIGHT * WIDTH * channels, (HEIGHT, WIDTH, 1)), places))
+        self.steps.append(
+            Move("places", (f"sum:{FIXED.kind}",), self.index(HEIGHT * WIDTH * channels, (HEIGHT, WIDTH, 1)), places)
+        )
         average = self.hold("mean", UNSIGNED, (1, 1, channels))
-        self.steps.append(Move("mean", (f"sum:{UNSIGNED.kind}",), self.index(HEIGHT * WIDTH * channels, (1, 1, channels)), average))
+        self.steps.append(
+            Move("mean", (f"sum:{UNSIGNED.kind}",), self.index(HEIGHT * WIDTH * channels, (1, 1, channels)), average)
+        )
         for r in (FIXED, UNSIGNED, SHIFTED):
             self.pools(f"sum:{r.kind}", r.unit, ranges, window)
         for r in (FIXED, SIGNED, WIDE):
             self.resize(f"sum:{r.kind}", r.unit)
-        for r, other, unit in ((FIXED, f"sum:{SIGNS.kind}", 1.0), (WIDE, "places", FIXED.unit), (Float(), "mean", UNSIGNED.unit)):
+        for r, other, unit in (
+            (FIXED, f"sum:{SIGNS.kind}", 1.0),
+            (WIDE, "places", FIXED.unit),
+            (Float(), "mean", UNSIGNED.unit),
+        ):
             step = f"sum:{r.kind} times"
             self.steps.append(Product(step, f"sum:{r.kind}", other, self.epilogue(step, whole, r.unit * unit)))
         self.look_up(f"sum:{SHIFTED.kind}")
@@ -160,7 +170,10 @@ def compiled(program: Program, folder: Path, threads: int = 1) -> tvm_code.Deplo
     return tvm_code.compile_program(program, target, folder, {}, reuse=False)
 
 
-@pytest.mark.parametrize(("channels", "threads"), [(17, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (3, 1), (15, 3), (40, 1)))])
+@pytest.mark.parametrize(
+    ("channels", "threads"),
+    [(17, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (3, 1), (15, 3), (40, 1)))],
+)
 def test_every_step_and_representation(channels: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hw_models.tvm_cpu.builder.WORTH_DIVIDING", 0)
     program = Steps(channels).program()
@@ -239,9 +252,8 @@ def run_code() -> Callable[..., dict[str, NDArray[Any]]]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield
 
 
 class Squeeze(nn.Module):
@@ -250,7 +262,9 @@ class Squeeze(nn.Module):
     def __init__(self, width: int = 15) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.Hardswish())
-        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 4, 1), nn.SiLU(), nn.Conv2d(4, width, 1), nn.Hardsigmoid())
+        self.squeeze = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 4, 1), nn.SiLU(), nn.Conv2d(4, width, 1), nn.Hardsigmoid()
+        )
         self.slow = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, padding_mode="circular"), nn.PReLU(width))
         self.up = nn.Sequential(nn.AvgPool2d(2, padding=1, count_include_pad=False), nn.Upsample(size=8, mode="bilinear"))
         self.last = nn.Sequential(nn.Conv2d(2 * width, 4, 1), nn.GELU(), nn.Conv2d(4, 5, 1))
@@ -286,7 +300,9 @@ def test_sounds(network: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5", "timm:efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "name", ["torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5", "timm:efficientnet_lite0"]
+)
 @pytest.mark.parametrize("policy", deployed_zoo.POLICIES)
 def test_published_networks(name: str, policy: str) -> None:
     (row,) = deployed_zoo.study(deployed_zoo.Case(name, 32), [policy])

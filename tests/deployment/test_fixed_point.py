@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -13,16 +13,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import quantizers as Q
 from haq import networks
 from haq.deployment import fixed_point
-from haq.deployment.fixed_point import Factor, FixedProgram, ImageValue, image_integers, round_shift, run_integers, scaled
+from haq.deployment.fixed_point import (
+    Factor,
+    FixedEpilogue,
+    FixedProgram,
+    ImageValue,
+    image_integers,
+    round_shift,
+    run_integers,
+    scaled,
+)
 from haq.deployment.graph import capture
 from haq.deployment.interpreter import Comparison
 from haq.deployment.lowering import lower
 from haq.deployment.program import Codes, Convolution, Fixed, Program
 from tests.conftest import images, small_network
+from tests.deployment.test_integer_kinds import IMAGES, Around
+from tests.deployment.test_integer_programs import randomised
 
 NUMBERS = st.integers(-(2**62) + 1, 2**62 - 1)
 INT32 = st.integers(-(2**31) + 1, 2**31 - 1)
@@ -231,27 +243,46 @@ def representation_range(fixed: FixedProgram, name: str) -> tuple[int, int]:
 
 
 def unbounded(fixed: FixedProgram, x: Any) -> Any:
-    """The same program in Python's integers, which have no bounds."""
-    held: dict[str, Any] = {
-        value.value: image_integers(x.transpose(0, 2, 3, 1), value).astype(object) for value in fixed.image
-    }
-    for step, epilogue in zip(fixed.steps, fixed.epilogues, strict=True):
-        sums = held[step.input]
-        if isinstance(step, Convolution):
-            sums = fixed_point._convolve(step.conv, sums.astype(np.int64), step.weights).astype(object)
-        elif hasattr(step, "window"):
-            sums = fixed_point._pool(step, sums.astype(np.int64)).astype(object)
-        left = epilogue.left.astype(object)
-        v = sums * epilogue.multiplier.astype(object) * 2**left + epilogue.offset.astype(object) * 2**epilogue.offset_left
-        for residual in epilogue.residuals:
-            v = v + held[residual.value] * residual.factor * 2**residual.left
-        for output in epilogue.outputs:
-            factor, shift = 1, epilogue.shift
-            if output.factor is not None:
-                factor, shift = output.factor.mantissa, output.factor.shift
-            rounded = [half_even(Fraction(int(number) * factor, 2**shift)) for number in v.reshape(-1)]
-            held[output.value] = np.array(rounded, object).reshape(v.shape).clip(output.low, output.high)
-    return held[fixed.output].astype(np.int64)
+    """The same program with the ends of its sums in Python's integers, which have no bounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fixed_point, "_finish", finish_unbounded)
+        return run_integers(fixed, x)[0]
+
+
+def finish_unbounded(epilogue: FixedEpilogue, sums: Any, held: dict[str, Any]) -> None:
+    multiplier = epilogue.multiplier.astype(object) * 2 ** epilogue.left.astype(object)
+    v = sums.astype(object) * multiplier + epilogue.offset.astype(object) * 2**epilogue.offset_left
+    for residual in epilogue.residuals:
+        v = v + held[residual.value].astype(object) * residual.factor * 2**residual.left
+    if epilogue.slope is not None:
+        slopes = np.broadcast_to(epilogue.slope.mantissas.astype(object) * 2**epilogue.slope.left, v.shape)
+        v = np.where(v < 0, rounded(v * slopes, epilogue.slope.shift), v)
+    if epilogue.table is not None:
+        v = np.vectorize(lambda number: table_unbounded(epilogue.table, number), otypes=[object])(v)
+    for output in epilogue.outputs:
+        if output.sign:
+            made = np.where(v >= 0, 1, -1)
+        elif output.factor is None:
+            made = rounded(v, epilogue.shift)
+        else:
+            made = rounded(v * output.factor.mantissa * 2**output.left, output.factor.shift)
+        held[output.value] = made.clip(output.low, output.high).astype(np.int64)
+
+
+def rounded(numbers: Any, shift: int) -> Any:
+    made = [half_even(Fraction(int(number), 2**shift)) for number in numbers.reshape(-1)]
+    return np.array(made, object).reshape(numbers.shape)
+
+
+def table_unbounded(table: Any, v: int) -> int:
+    last = len(table.coefficients) - 1
+    i = min(max((v >> table.fraction) + table.start, 0), last)
+    r = v - ((i - table.start) << table.fraction)
+    constant, linear, square = map(int, table.coefficients[i])
+    if i in (0, last):
+        return (constant << table.guard) + half_even(Fraction(r * linear, 2 ** (table.fraction - table.guard)))
+    place = r >> (table.fraction - 30)
+    return (constant << table.guard) + ((linear + (square * place >> 30)) * place >> (30 - table.guard))
 
 
 class Residual(nn.Module):
@@ -273,6 +304,83 @@ def test_second_outputs_are_exact() -> None:
     assert any(output.factor for epilogue in fixed.epilogues for output in epilogue.outputs)
     found, _ = run_integers(fixed, x.numpy())
     assert np.array_equal(found, unbounded(fixed, x.numpy()))
+
+
+# ------------------------------------------------------------------------------------------------------- kinds of steps
+
+OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "square": lambda x: x**2,
+    "prelu": nn.PReLU(4, init=-1.7),
+    "leaky relu": nn.LeakyReLU(0.9),
+    "squeeze and excitation": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
+    "product of places": lambda x: x * x[:, :1],
+    "product": lambda x: x * x.flip(2),
+    "bilinear": lambda x: F.interpolate(x, scale_factor=3, mode="bilinear"),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2),
+    "concatenation": lambda x: torch.cat([x[:, 1:3], F.relu(x[:, :2])], 1),
+    "shuffle": nn.ChannelShuffle(2),
+    "reflection": lambda x: F.pad(x, (1, 1, 2, 1), mode="reflect"),
+    "zeros": lambda x: F.pad(x, (1, 0, 2, 1)),
+    "no pattern": lambda x: x.reshape(len(x), 4, 8, 6).transpose(2, 3).reshape(len(x), 4, 3, 16),
+    "average with another divisor": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    "adaptive average": lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_kind_of_step(name: str) -> None:
+    operation = OPERATIONS[name]
+    channels = operation(torch.zeros(1, 4, 6, 8)).shape[1]
+    for bits in ((4, 8), (8, 1)):
+        _, _, fixed, found = convert(randomised(Around(operation, channels)), bits, IMAGES)
+        assert found.own == 0
+        assert found.same_answers == 1
+        huge, _ = run_integers(fixed, IMAGES.numpy() * 1e6)
+        assert np.array_equal(huge, unbounded(fixed, IMAGES.numpy() * 1e6))
+
+
+def test_functions_of_many_layers_have_one_table() -> None:
+    torch.manual_seed(0)
+    layers = [module for _ in range(3) for module in (nn.Conv2d(3, 3, 3, padding=1), nn.SiLU())]
+    _, _, fixed, _ = convert(nn.Sequential(*layers, nn.Conv2d(3, 2, 1)).eval(), (4, 4), IMAGES)
+    tables = [epilogue.table for epilogue in fixed.epilogues if epilogue is not None and epilogue.table is not None]
+    assert len(tables) == 3
+    assert len({id(table.coefficients) for table in tables}) == 1
+
+
+def test_signals_and_vectors() -> None:
+    torch.manual_seed(0)
+    signals = nn.Sequential(nn.Conv1d(2, 4, 5, 2), nn.ReLU(), nn.Conv1d(4, 3, 3)).eval()
+    vectors = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)).eval()
+    for network, x in ((signals, torch.randn(4, 2, 20)), (vectors, torch.randn(4, 7))):
+        _, _, fixed, found = convert(network, (5, 8), x)
+        assert found.own == 0
+        assert fixed_point.run(fixed, x.numpy())[0].shape == network(x).shape
+
+
+class Twice(nn.Module):
+    """A map as fine as float32 allows, and a step that is far coarser: v is multiplied before it is rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.first(x) * 1e-5)
+        return x + self.second(x)
+
+
+def test_values_that_are_much_finer_than_what_they_are_made_of_are_clipped_and_not_wrapped() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5)
+    network = Twice().eval()
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=x).eval()
+    fixed = fixed_point.fixed_point(lower(capture(quantized, x), quantized, x))
+    assert any(output.left for epilogue in fixed.epilogues if epilogue is not None for output in epilogue.outputs)
+    for factor in (1.0, 1e4, 1e30):
+        far = (x * factor).numpy()
+        assert np.array_equal(run_integers(fixed, far)[0], unbounded(fixed, far))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -13,9 +13,11 @@ from torch import nn
 
 import quantizers as Q
 from haq import deploy, search
+from haq.deployment.exporter import AnySamples
 from haq.deployment.graph import capture
 from haq.deployment.interpreter import check, compare
 from haq.deployment.lowering import lower
+from haq.deployment.onnx_any import compare_any, export_any
 from haq.deployment.program import Fixed
 from hw_models.trust import trust
 from tests.conftest import enter, images
@@ -60,10 +62,38 @@ def test_exporters_with_additions_in_float_are_refused() -> None:
     deploy._check_residuals(exporter, "other", "float", "8")
     with pytest.raises(ValueError, match="--residuals 8 can't be written by --to other"):
         deploy._check_residuals(exporter, "other", "8", "float")
-    with pytest.raises(ValueError, match="the run was searched with --residuals 8.*give --residuals float"):
+    with pytest.raises(ValueError, match="the run was searched with it; give --residuals float"):
         deploy._check_residuals(exporter, "other", None, "8")
     exporter.options = ("residuals",)
     deploy._check_residuals(exporter, "other", "8", "float")
+
+
+class Tokens(nn.Module):
+    """What can't be captured as a graph of images, and is written as any network is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Linear(8, 16), nn.LayerNorm(16)
+        self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + torch.softmax(x @ x.transpose(1, 2), -1) @ self.mix(self.norm(x))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.slow
+def test_files_of_any_network_have_them_too(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    network, x = Tokens().eval(), torch.randn(16, 6, 8, generator=torch.Generator().manual_seed(0))
+    inserted = Q.insert_residual_quantizers(network, x)
+    qnetwork = Q.quantize(inserted, Q.BitPolicy.uniform(network, w=8, a=8), calibrate=x).eval()
+    given = AnySamples((x, torch.zeros(16)), (x, torch.zeros(16)))
+    export_any(qnetwork, given, tmp_path / "any.onnx")
+    assert len(Q.residual_quantizers(qnetwork)) == 3
+    assert compare_any(qnetwork, given, tmp_path / "any.onnx").same_answers
 
 
 @pytest.mark.slow

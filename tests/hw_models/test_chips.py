@@ -17,10 +17,13 @@ from hw_models.target import price
 from hw_models.widths import FLOAT, place_of
 
 FOLDER = Path(hw_models.__file__).parent / "targets"
+ONE_TO_EIGHT = {(w, a) for w in range(1, 9) for a in range(1, 9)}
 CHIPS = {
     "cortex-m7": {(4, 8), (8, 8), (8, 16), (16, 16), (FLOAT, FLOAT)},
     "c2000-npu": {(2, 8), (4, 8), (8, 8), (FLOAT, FLOAT)},
     "hexagon-npu": {(4, 8), (8, 8), (4, 16), (8, 16), (16, 16)},
+    "finn": ONE_TO_EIGHT,
+    "hls4ml": ONE_TO_EIGHT,
     "nvidia-a100": {(4, 4), (4, 8), (8, 8), (4, FLOAT), (8, FLOAT), (FLOAT, FLOAT)},
 }
 DEPTHWISE = {"hexagon-npu": {(8, 8), (8, 16), (16, 16)}, "nvidia-a100": {(8, 8), (4, FLOAT), (8, FLOAT), (FLOAT, FLOAT)}}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import quantizers as Q
@@ -151,6 +151,22 @@ def test_a_layer_of_8_bits_reads_what_is_quantized_on_its_own_grid(net: nn.Modul
     assert torch.allclose(layer.scheme.activation(layer, x, 8), x, rtol=1e-6)
 
 
+def test_a_layers_grid_that_does_not_cover_the_tensor_is_not_taken(net: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        net.stem.weight[0] *= 30
+        net.stem.weight[0].abs_()
+        # The layer hardly looks at the channel whose values are large, and clips them.
+        net.blocks[0].conv1.weight[:, 0] *= 1e-6
+    made = quantized(net, images.abs(), scheme=Q.Linear(calibration="output"))
+    layer, quantizer = made.blocks[0].conv1, Q.residual_quantizers(made)["blocks.0.residual_quantizers.of_x"]
+    reaches = quantizer.scale * (quantizer.high - quantizer.zero_point)
+    assert reaches > 3 * 127 * float(layer.activation_scale[7])
+    # DoReFa's grid ends at 1, whatever the values are.
+    made = quantized(net, images.abs(), scheme=Q.DoReFa())
+    grid = Q.residual_quantizers(made)["blocks.0.residual_quantizers.of_x"].grid
+    assert grid.scale * (grid.high - grid.zero_point) == pytest.approx(reaches, rel=0.1)
+
+
 def test_they_change_what_the_network_computes_by_little(net: nn.Module, images: Tensor) -> None:
     made, without = quantized(net, images), Q.quantize(net, Q.BitPolicy.uniform(net, w=8, a=8), calibrate=images)
     expected = net(images)
@@ -187,6 +203,17 @@ def test_the_float_copy_has_none_unless_it_is_asked_to(net: nn.Module, images: T
     grids = {tuple(quantizer.grid) for quantizer in Q.residual_quantizers(made).values()}
     assert len(found) == 6
     assert set(found) == grids
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_torch_can_write_them_down(net: nn.Module, images: Tensor) -> None:
+    made = pickle.loads(pickle.dumps(quantized(net, images)))
+    expected = made(images)
+    # Nothing of ours may be new to the compiler, after a pickle either.
+    assert torch.allclose(torch.compile(made, backend="eager", fullgraph=True)(images), expected, atol=1e-6)
+    plain = Q.float_copy(made, keep_residuals=True)
+    assert torch.allclose(fx.symbolic_trace(plain)(images), plain(images), atol=1e-6)
 
 
 def test_they_train(net: nn.Module, images: Tensor) -> None:
