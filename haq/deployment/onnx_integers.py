@@ -465,7 +465,7 @@ class IntegerWriter(GraphWriter):
         ONNX Runtime has no Clip of them. What is clipped before it is divided rounds to the same.
         """
         self.opset, self.ir_version = WIDE_OPSET, WIDE_IR_VERSION
-        dtype = np.dtype(np.uint16)
+        dtype: np.dtype[Any] = np.dtype(np.uint16)
         if codes.signed:
             dtype = np.dtype(np.int16)
         scale = self.scalar(codes.scale, made)

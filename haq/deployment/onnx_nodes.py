@@ -217,7 +217,7 @@ class GraphWriter:
         self.op("MatMul", [self.constant(f"{node.name}:rows", _weights(node.rows, size[0])), made], node.name)
 
     def _write_quantize(self, node: Node, inputs: list[str]) -> None:
-        dtype = np.dtype("uint8")
+        dtype: np.dtype[Any] = np.dtype("uint8")
         if node.low < 0:
             dtype = np.dtype("int8")
         scale = self.constant(f"{node.name}:scale", node.scale)

@@ -90,7 +90,7 @@ def test_equal_weights_of_two_layers(kind: str, tmp_path: Path) -> None:
     """Those of convolutions are written once; ONNX Runtime can't make two QGemm of one tensor."""
     torch.manual_seed(0)
     x = torch.randn(4, 64)
-    layers = [nn.Linear(64, 64, bias=False) for _ in range(2)]
+    layers: list[Any] = [nn.Linear(64, 64, bias=False) for _ in range(2)]
     if kind == "conv":
         x = torch.randn(4, 64, 3, 3)
         layers = [nn.Conv2d(64, 64, 1, bias=False) for _ in range(2)]
