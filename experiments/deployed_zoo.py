@@ -325,7 +325,11 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 def document(rows: Sequence[Row]) -> str:
     """Write the page."""
     compared = {row.network for row in rows}
-    equal = sorted(compared - {row.network for row in rows if row.result != "equal"})
+    policies: dict[str, set[str]] = {network: set() for network in compared}
+    for row in rows:
+        if row.result == "equal":
+            policies[row.network].add(row.policy)
+    equal = [network for network in compared if policies[network] == set(POLICIES)]
     text = [
         "# Networks of the zoo that compile",
         "",
@@ -344,10 +348,11 @@ def document(rows: Sequence[Row]) -> str:
         text.append(f"| {' | '.join(map(str, cells))} |")
     text += [
         "",
-        '"Integers" are those that enter layers; "rounded otherwise" is how many of them differ from those of the fake-quantized '
-        "network though all before were the same: ties and the last digits of float32. Images have so many rows and columns, sounds "
-        "so many samples. Other steps are those that no layer does; a table is a function (SiLU, Hardswish, ...) at a step's "
-        "end, a slope a PReLU. Networks of pytorchcv that were made for images of one size pool over all of their last map.",
+        '"Integers" are those that enter layers; "rounded otherwise" is how many of them differ from those of the '
+        "fake-quantized network though all before were the same: ties and the last digits of float32. Images have so many "
+        "rows and columns, sounds so many samples. Other steps are those that no layer does; a table is a function (SiLU, "
+        "Hardswish, ...) at a step's end, a slope a PReLU. Networks of pytorchcv made for images of one size pool "
+        "over all of their last map.",
         "",
     ]
     return "\n".join(text)

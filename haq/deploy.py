@@ -311,7 +311,7 @@ def run_check(name: str, to: Sequence[str], given: Mapping[str, Any], output: Ou
         Column("why not", [answer.reason for answer in answers], least=40),
     ]
     print_columns(output.results, f"{name} at {given.get('bits') or EIGHT}", columns)
-    if any("operation" in answer.reason for answer in answers):
+    if any("can't be deployed: operation" in answer.reason for answer in answers):
         say(output.results, f"Deployable are {DEPLOYABLE}.")
     output.print_json(
         {"network": name, "bits": given.get("bits") or EIGHT, "scheme": given.get("scheme") or LINEAR}

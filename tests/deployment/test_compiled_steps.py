@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +165,9 @@ class Steps:
             self.steps.append(Move(name, inputs, index, self.hold(name, r, shape)))
 
 
-def compiled(program: Program, folder: Path, threads: int = 1) -> tvm_code.Deployed:
+def compiled(program: Program, folder: Path, threads: int = 1, *, reuse: bool = False) -> tvm_code.Deployed:
     target = deployed_zoo.unmeasured(threads)
-    return tvm_code.compile_program(program, target, folder, {}, reuse=False)
+    return tvm_code.compile_program(program, target, folder, {}, reuse=reuse)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def assert_equal(network: nn.Module, images: Tensor, folder: Path, w: int = 8, a
     quantized = Q.quantize(network.eval(), Q.BitPolicy.uniform(network, w=w, a=a), calibrate=images).eval()
     program = lower(capture(quantized, images), quantized, images)
     interpreter.check(quantized, program, images)
-    deployed = compiled(program, folder)
+    deployed = compiled(program, folder, reuse=True)
     expected, _ = interpreter.run(program, images.numpy())
     assert np.array_equal(deployed(images.numpy()), expected)
     assert deployed(images).shape == network(images).shape

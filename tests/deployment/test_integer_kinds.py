@@ -169,6 +169,22 @@ def test_products(operation: Callable[[Tensor], Tensor], other: Any) -> None:
     assert program.values[product.other].shape == other
 
 
+def test_a_map_that_a_large_pool_and_others_read_has_fine_steps_for_those() -> None:
+    """Sums of 32 bits leave few bits for each of many values; squeeze and excitation multiplies the same map."""
+    torch.manual_seed(0)
+    network = randomised(Around(lambda x: x * x.mean((2, 3), keepdim=True).sigmoid()))
+    x = torch.randn(2, 3, 40, 40)
+    program, found = deploy(network, (8, 8), x)
+    fixed = [value.representation for value in program.values.values() if isinstance(value.representation, Fixed)]
+    (pool,) = (step for step in program.steps if isinstance(step, Pool))
+    (product,) = (step for step in program.steps if isinstance(step, Product))
+    coarse, fine = (program.values[step.input].representation for step in (pool, product))
+    assert coarse in fixed
+    assert coarse.limit * 40 * 40 < 2**31
+    assert fine.limit == 2**30
+    assert found.own <= 3
+
+
 def test_sums_of_a_map_and_a_smaller_one_expand_it() -> None:
     program = around(lambda x: F.silu(x + x.mean((2, 3), keepdim=True)) - x[:, 1:2])
     assert kinds(program).count("Move") == 3
