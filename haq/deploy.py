@@ -1,5 +1,6 @@
 """Write what a run found as something that runs with those bits.
 
+    c       a folder with a C99 file for microcontrollers, integers from end to end; layers of 1 to 8 bits
     tvm     a folder with one library for this machine's processor; layers of 16 bits and float are computed in float32
     onnx    a file with QuantizeLinear and DequantizeLinear; with layers of 16 bits it is of opset 21
     qonnx   a file of QONNX, for tools of FPGAs
