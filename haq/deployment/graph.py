@@ -77,6 +77,11 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
     plain: Any = Q.float_copy(network, keep_residuals=True).eval()
     image = example[:1].clone()
     expected = plain(image.clone())
+    if isinstance(expected, Tensor) and not expected.isfinite().all():
+        raise ValueError(
+            f"{type(network).__name__} can't be deployed: it gives NaN or infinity for the first image, and what is written"
+            " is compared with it by its outputs; leave out what makes them so, such as a logarithm behind the last layer"
+        )
     try:
         exported = torch.export.export(plain, (image,))
     except Exception as error:
@@ -232,6 +237,8 @@ class _Reader:
             raise self._refusal(operation, f"of shape {dims}, whose first dimension isn't the image's")
         if not tensor.meta["val"].dtype.is_floating_point:
             raise self._refusal(operation, f"of {tensor.meta['val'].dtype}")
+        if 0 in dims:
+            raise self._refusal(operation, f"of shape {dims}, without a number in it")
         return name
 
     def _refusal(self, operation: fx.Node, why: str = "") -> ValueError:
@@ -521,7 +528,8 @@ class _Reader:
         """Hold a mean or the largest value over height, width or both."""
         before = self.nodes[source]
         rank = len(before.dims)
-        over = sorted(dim % rank for dim in given["dim"] or ())
+        # Without dimensions, as in x.mean(), it is over the batch, too.
+        over = sorted(dim % rank for dim in given.get("dim") or ())
         if rank not in (3, 4) or not over or over[0] < 2 or given.get("dtype") is not None:
             raise self._refusal(operation, "over other dimensions than height and width")
         dims = list(before.dims)

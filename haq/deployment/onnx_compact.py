@@ -75,7 +75,9 @@ def _rename(model: Any, layers: Sequence[str]) -> None:
     numbers = {name: number for number, name in enumerate(layers)}
     names = {name: name for name in kept}
     for name in uses:
-        layer, _, call = name.removesuffix(INPUT).partition("@")
+        layer, call = name.removesuffix(INPUT), ""
+        if layer not in numbers:
+            layer, _, call = layer.rpartition("@")
         if name.endswith(INPUT) and layer in numbers:
             names[name] = f"~{numbers[layer]}" + (f"@{call}" if call else "")
     fresh = _short_names(kept)

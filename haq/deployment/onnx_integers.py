@@ -336,6 +336,9 @@ class IntegerWriter(GraphWriter):
 
     def _integer_form(self, node: Node, weights: FoldedWeights, codes: Codes, wanted: Grid | None) -> _Form | None:
         """Return a layer's weights as integer kernels take them; None where none fits."""
+        if self.signed:
+            # ONNX Runtime, which checks the file, makes integers of its biases; in TensorRT they stay real.
+            return _Form(weights.with_small_bias(codes.scale), 0, wanted)
         if self.flavour is not None:
             return _Form(weights, 0, wanted)
         if node.kind == "conv" and wanted is None:
@@ -356,7 +359,7 @@ class IntegerWriter(GraphWriter):
         codes = self.codes[node.module]
         scales = (weights.scale / 2.0**form.shift).astype(np.float32)
         scale = self.constant(f"{step}.scale", scales)
-        stored = [self._stored(f"{step}.weight", weights, form.shift), scale]
+        stored = [self._stored(f"{step}.weight", weights, form.shift, integers=True), scale]
         if node.kind == "linear" or self.signed:
             # ONNX Runtime makes no QGemm without one, and knows no zero of its own where it turns int8 into uint8.
             stored.append(self.constant(f"{step}.zero", np.zeros(len(scales)), np.int8))
@@ -378,6 +381,7 @@ class IntegerWriter(GraphWriter):
             # Nothing is rounded behind it, so the bias isn't either.
             self._multiply(node, inputs, f"{made}:sums")
             self.op("Add", [f"{made}:sums", self.constant(f"{step}.bias", weights.bias)], made)
+            self.real.add(made)
 
     def _multiply(self, node: Node, inputs: list[str], made: str) -> None:
         if node.kind == "linear":
@@ -387,11 +391,22 @@ class IntegerWriter(GraphWriter):
             self.op("Conv", inputs, made, group=node.window.groups, **self.window(node))
         self.real.add(made)
 
-    def _stored(self, name: str, weights: FoldedWeights, shift: int) -> str:
-        """Write integers at their bits, and return the tensor of int8 with these, moved up; the same ones are written once."""
+    def _stored(self, name: str, weights: FoldedWeights, shift: int, *, integers: bool = False) -> str:
+        """Write a layer's integers at their bits; the same ones are written once.
+
+        Args:
+            name: The tensor's name.
+            weights: The integers.
+            shift: By how many bits they are moved up.
+            integers: Whether integer kernels take them.
+
+        Returns:
+            The tensor of int8 that holds them, moved up.
+        """
         key = weights.q.tobytes(), weights.bits, shift
-        if weights.q.ndim == 2:
-            key = name.encode(), weights.bits, shift  # ONNX Runtime makes no two QGemm of one tensor
+        if integers or weights.q.ndim == 2:
+            # ONNX Runtime makes no two QGemm of one tensor, and no two QLinearConv of one if it turns int8 into uint8.
+            key = name.encode(), weights.bits, shift
         if key not in self.stored:
             self.stored[key] = name
             if weights.bits == BYTE_BITS or (self.flavour is not None and weights.bits > HALF_BYTE_BITS):

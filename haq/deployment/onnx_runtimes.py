@@ -26,6 +26,7 @@ BYTES = ("u8", "i8")
 # It changes no result on others.
 EXACT = "session.x64quantprecision"
 SERIOUS = 3  # what ONNX Runtime logs: errors
+MOST_REASON = 300  # letters of a runtime's own message
 
 
 def flavour_of(path: str | Path) -> str | None:
@@ -50,7 +51,16 @@ def _session(model: bytes, optimized: Path | None = None) -> Any:
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.log_severity_level = SERIOUS
-    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # one class for each kind, none of which is a ValueError
+        raise ValueError(_not_loaded(f"ONNX Runtime {runtime.__version__}", error)) from error
+
+
+def _not_loaded(runtime: str, error: Exception) -> str:
+    """Say that a runtime doesn't load a file, in one line."""
+    reason = " ".join(str(error).split())[:MOST_REASON]
+    return f"{runtime} doesn't load the file that was written for it: {reason}"
 
 
 def onnxruntime_runner(model: Any) -> Runner:
@@ -95,8 +105,11 @@ def openvino_runner(model: Any) -> Runner:
 def _compiled(model: Any) -> Any:
     core = openvino().Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    with same_signal_stack():
-        return core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", settings)
+    try:
+        with same_signal_stack():
+            return core.compile_model(core.read_model(model.SerializeToString(), b""), "CPU", settings)
+    except RuntimeError as error:
+        raise ValueError(_not_loaded("OpenVINO", error)) from error
 
 
 def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], ...]:

@@ -64,14 +64,17 @@ class FoldedWeights:
     def with_small_bias(self, step: float) -> FoldedWeights:
         """Make steps of sums coarser where a bias would take too many of them, as behind channels that hardly contribute.
 
+        Where all weights are zero, whose scale could be any, they become as fine as the bias allows.
+
         Args:
             step: The real value of 1 of what enters the layer.
         """
         least = np.abs(self.bias) / (LARGEST_BIAS * step)
-        small = np.abs(self.scale) < least
-        if not small.any():
+        nothing = ~self.q.reshape(len(self.q), -1).any(1)
+        other = (np.abs(self.scale) < least) | (nothing & (least > 0))
+        if not other.any():
             return self
-        scale = np.where(small, np.copysign(least, self.scale), self.scale)
+        scale = np.where(other, np.copysign(least, self.scale), self.scale)
         each = (self.scale / scale).reshape(-1, *[1] * (self.q.ndim - 1))
         return FoldedWeights(np.rint(self.q * each).astype(np.int8), self.bits, scale, self.bias)
 

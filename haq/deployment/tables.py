@@ -112,7 +112,12 @@ def _error(node: Node, pieces: Values, end: float, largest: float) -> tuple[floa
     """Return how far a table is from its function where values are in calibration, and the function's largest value there."""
     inverse = len(pieces) / (2 * end)
     step = 2 * end / max(len(pieces) * PLACES, LOOKED_AT)
-    x = np.arange(-largest, largest + step, step)
+    # Behind its end the table goes on as it ends, and so does the function, nearly: a few places tell.
+    near = min(largest, 2 * end)
+    x = np.arange(-near, near + step, step)
+    if largest > near:
+        far = np.geomspace(near, largest, LOOKED_AT)
+        x = np.concatenate([-far, x, far])
     at = (x + end) * inverse
     i = np.floor(at).clip(0, len(pieces) - 1).astype(int)
     r = at - i
