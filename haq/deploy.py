@@ -229,6 +229,7 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
     run = SearchRun.load(folder, asked.device)
     _check_residuals(exporter, to, given.get("residuals"), run.config.residuals)
     path = out or run.folder / exporter.output
+    exporter.check_path(path)
     with ExitStack() as held:
         if path.resolve().is_relative_to(run.folder.resolve()):
             again = command_line("python", "-m", "haq.deploy", folder, "--to", to, *run.config.trust_words())

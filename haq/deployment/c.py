@@ -30,7 +30,7 @@ import quantizers as Q
 from haq.deployment import fixed_point, interpreter
 from haq.deployment.answers import compare_answers
 from haq.deployment.c_source import CCode, generate, identifier, value_bytes
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, check_own_folder, policy_storage_bytes
 from haq.deployment.fixed_point import FixedProgram
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
@@ -38,7 +38,8 @@ from haq.deployment.program import BYTE_BITS, Convolution, Step, read_by, writte
 from haq.store import files
 from haq.store.units import describe_bytes
 
-FORMAT = "haq-c-1"
+FORMATS = "haq-c-"  # of any version
+FORMAT = f"{FORMATS}1"
 DESCRIPTION = "network.json"
 CHECKED = 8  # images on which a network is compared before it is written
 # Compilers whose sizes are told, the first that is there, with the options of a usual target.
@@ -156,11 +157,9 @@ def write(folder: Path, fixed: FixedProgram, notes: Mapping[str, Any]) -> None:
         notes: What the description says besides.
     """
     code = generate(fixed, identifier(folder.resolve().name))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; --to c writes a folder")
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    description = folder / DESCRIPTION
-    description.unlink(missing_ok=True)
+    description = _mark_unfinished(folder)
     for name, text in code.files.items():
         files.write(folder / name, text)
     content = {"format": FORMAT, "name": code.name, **notes, **_description(fixed, code)}
@@ -169,6 +168,19 @@ def write(folder: Path, fixed: FixedProgram, notes: Mapping[str, Any]) -> None:
         content |= {"flash_bytes": sizes.flash, "ram_bytes": sizes.ram, "compiler": sizes.compiler}
     content["files"] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in code.files.items()}
     files.write(description, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for a file, and for a folder with C files of somebody else's: a name such as main.c is anyone's."""
+    name = identifier(folder.resolve().name)
+    check_own_folder(folder, CExporter.name, (f"{name}.c", f"{name}.h", "main.c"), DESCRIPTION, FORMATS)
+
+
+def _mark_unfinished(folder: Path) -> Path:
+    """Write a description that says whose folder it is, and describes no network; return its path."""
+    description = folder / DESCRIPTION
+    files.write(description, json.dumps({"format": FORMAT}) + "\n")
+    return description
 
 
 def _description(fixed: FixedProgram, code: CCode) -> dict[str, Any]:
@@ -220,6 +232,10 @@ class CExporter(Exporter):
     output = "network"
     options = ("residuals",)
 
+    def check_path(self, path: Path) -> None:
+        """Raise ValueError for a file, and for a folder with files of somebody else's."""
+        _check_folder(path)
+
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless all layers are of 1 to 8 bits, integers times a scale."""
         for name, layer in Q.quant_layers(network).items():
@@ -261,6 +277,12 @@ class CExporter(Exporter):
         program = lower(graph, network, samples.calibration)
         fixed = fixed_point.fixed_point(program)
         comparison = fixed_point.compare(network, program, fixed, samples.compared)
+        if comparison.fault:
+            _mark_unfinished(path)
+            raise ValueError(
+                f"{type(network).__name__} can't be written in C: its program without floats {comparison.fault}; what is in"
+                f" {path} is no network"
+            )
 
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(fixed_point.run(fixed, images.numpy())[0])

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 import quantizers as Q
 from haq.deployment.answers import compare_answers
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, check_is_no_folder, policy_storage_bytes
 from haq.deployment.graph import Graph, Node
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
@@ -817,6 +817,12 @@ class ExecutorchExporter(Exporter):
         self._lowered: Lowered | None = None
         self._fault = ""  # why it couldn't be
 
+    def check_path(self, path: Path) -> None:
+        """Raise ValueError for a folder, and for a name with another end than the two that are written."""
+        check_is_no_folder(path, self.name)
+        if path.suffix != PT2:
+            raise ValueError(f"--to {self.name} writes NAME{PT2}, and NAME{PTE} beside it, and {path} ends otherwise")
+
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
@@ -873,6 +879,10 @@ class ExecutorchExporter(Exporter):
             runs[path.with_suffix(PTE).name] = Running(path.with_suffix(PTE))
         found = {name: compare_answers(network, run, samples) for name, run in runs.items()}
         integers = _compare_integers(QdqNetwork(Plan(graph, network)).eval(), network, samples.compared)
+        if integers.fault:
+            for suffix in (PT2, PTE):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+            raise ValueError(f"{type(network).__name__} can't be deployed: as a program of {self.name} it {integers.fault}")
         others = f"{integers.different:,}"
         if integers.different:
             others = f"{integers.different:,}, by up to {integers.steps}"

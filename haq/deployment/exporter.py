@@ -7,10 +7,12 @@ under the entry points `haq.exporters`, or given as module:Name on the command l
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from haq.store.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,6 +87,9 @@ class Exporter(ABC):
     output: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     flavours: ClassVar[tuple[str, ...]] = ()
+
+    def check_path(self, path: Path) -> None:  # noqa: B027 - an exporter that writes anywhere has none
+        """Raise ValueError, naming what is in the way, for a path that can't be written; called before anything is loaded."""
 
     @abstractmethod
     def check(self, network: nn.Module) -> None:
@@ -182,6 +187,45 @@ class Exporter(ABC):
     def takes_any(cls) -> bool:
         """Say whether an exporter writes networks with inputs of any structure, and of any operations."""
         return cls.export_any is not Exporter.export_any
+
+
+def check_is_no_folder(path: Path, to: str) -> None:
+    """Raise ValueError for a folder, where an exporter writes a file.
+
+    Args:
+        path: Where it is to be written.
+        to: The exporter's name.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and --to {to} writes a file: give its name, too")
+
+
+def check_own_folder(folder: Path, to: str, names: Collection[str], description: str, formats: str) -> None:
+    """Raise ValueError for a file, and for a folder with files of somebody else that would be written over.
+
+    Args:
+        folder: Where an exporter is to write.
+        to: Its name.
+        names: The files that it writes besides its description.
+        description: The name of that.
+        formats: What the format begins with that its description names, of any version.
+    """
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{folder} is a file; --to {to} writes a folder")
+        return
+    strange = [name for name in names if (folder / name).exists()]
+    if (folder / description).exists():
+        strange = []
+        try:
+            if not str(read_json(folder / description).get("format")).startswith(formats):
+                strange = [description]
+        except ValueError:
+            pass  # damaged: deploying again mends that
+    if strange:
+        raise ValueError(
+            f"{folder / strange[0]} isn't of an earlier --to {to}, which would write over it: give another folder by --out"
+        )
 
 
 def policy_storage_bytes(network: nn.Module, images: Tensor) -> int:

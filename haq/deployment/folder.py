@@ -27,7 +27,8 @@ from haq.store.files import quoted
 from haq.store.records import MOST, Count, Names, Record, Settings
 from haq.store.units import describe_bytes
 
-FORMAT = "haq-deployed-3"
+FORMATS = "haq-deployed-"  # of any version
+FORMAT = f"{FORMATS}3"
 LIBRARY = "network.so"
 DESCRIPTION = "network.json"
 CONSTANTS = "constants.npz"

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 import quantizers as Q
 from haq.deployment import onnx_any, onnx_runtimes, onnx_tensorrt
 from haq.deployment.answers import compare_answers
-from haq.deployment.exporter import SUMMARIES, AnySamples, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
+from haq.deployment.exporter import (
+    SUMMARIES,
+    AnySamples,
+    Exporter,
+    OnProgress,
+    Samples,
+    Verdict,
+    check_is_no_folder,
+    policy_storage_bytes,
+)
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, integer_activations
 from haq.deployment.onnx_any import package
@@ -133,6 +142,10 @@ class OnnxExporter(Exporter):
     options = ("flavour", "residuals")
     flavours = FLAVOURS
 
+    def check_path(self, path: Path) -> None:
+        """Raise ValueError for a folder."""
+        check_is_no_folder(path, self.name)
+
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
@@ -167,9 +180,17 @@ class OnnxExporter(Exporter):
             raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
         return found
 
+    def _checked(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
+        """Check what was written; what computes something else is taken away again."""
+        try:
+            return self._check(network, path, images)
+        except ValueError:
+            path.unlink(missing_ok=True)
+            raise
+
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Compare answers on all test images, and integers layer by layer on some of them; see `Exporter.compare`."""
-        found = self._check(network, path, samples.compared)
+        found = self._checked(network, path, samples.compared)
         run = _runtime_for(onnx_runtimes.flavour_of(path))(read_model(path))
         answers = compare_answers(network, lambda images: torch.from_numpy(run(images.numpy(), [])[0]), samples)
         return found.verdict(answers)

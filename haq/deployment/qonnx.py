@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, check_is_no_folder
 from haq.deployment.fpga import FLOWS, check_flow, codes_of, is_relu_for
 from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
@@ -296,6 +296,10 @@ class QonnxExporter(Exporter):
     options = ("flavour", "residuals")
     flavours = tuple(FLOWS)
 
+    def check_path(self, path: Path) -> None:
+        """Raise ValueError for a folder."""
+        check_is_no_folder(path, self.name)
+
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
         check_integers(network, always_weights=True)
@@ -335,6 +339,14 @@ class QonnxExporter(Exporter):
             raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
         return found
 
+    def _checked(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
+        """Check what was written; what computes something else is taken away again."""
+        try:
+            return self._check(network, path, images)
+        except ValueError:
+            path.unlink(missing_ok=True)
+            raise
+
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Run the file on some test images; see `Exporter.compare`."""
-        return self._check(network, path, samples.compared).verdict()
+        return self._checked(network, path, samples.compared).verdict()

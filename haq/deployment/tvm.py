@@ -31,7 +31,7 @@ import quantizers as Q
 from haq.deployment import folder as folders
 from haq.deployment import interpreter
 from haq.deployment.answers import compare_answers
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, policy_storage_bytes
+from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, check_own_folder, policy_storage_bytes
 from haq.deployment.folder import CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT, PACKED
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
@@ -910,6 +910,10 @@ class TvmExporter(Exporter):
     summary = SUMMARIES["tvm"]
     output = "deployed"
     options = ("threads", "target", "cold", "residuals")
+
+    def check_path(self, path: Path) -> None:
+        """Raise ValueError for a file, and for a folder with files of somebody else's."""
+        check_own_folder(path, self.name, (), DESCRIPTION, folders.FORMATS)
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless quantized layers compute with integers times a scale."""
