@@ -22,7 +22,7 @@ from qonnx.transformation.quant_constant_folding import FoldTransposeIntoQuantIn
 from qonnx.util.cleanup import cleanup_model
 
 # Of what isn't quantized: batch norms, biases, images and outputs.
-PRECISION = "fixed<32,16>"
+PRECISION = "fixed<40,16>"
 
 
 def to_channels_last(model: Any) -> Any:

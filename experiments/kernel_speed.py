@@ -5,10 +5,11 @@
 Without arguments, four layers at the bits of a reference that was measured on Zen 4; with `--layers`, every distinct layer of
 MobileNetV2 at 96x96 and of ResNet-18 at 64x64, in int8.
 
-What is timed is bytes in, bytes out: preparing and packing the activations and the requantization count. Ours is, for each
-pair of bits, the fastest of the kernels that `--hw cpu` would measure; all that is compared is measured in turn, round by
-round, and medians of the rounds are given (spread: half the interquartile range, in percent of the median). A library's time
-is what one more such layer would cost in a network: to run a graph costs ONNX Runtime and OpenVINO some microseconds,
+What is timed is bytes in, bytes out: preparing and packing the activations and the requantization count. In a network the
+layer before does that preparing as it writes, if no other layer reads the same; rows "prepared" are without it. Ours is, for
+each pair of bits, the fastest of the kernels that `--hw cpu` would measure; all that is compared is measured in turn, round
+by round, and medians of the rounds are given (spread: half the interquartile range, in percent of the median). A library's
+time is what one more such layer would cost in a network: to run a graph costs ONNX Runtime and OpenVINO some microseconds,
 whatever is in it, so theirs is the time of a graph that has the layer several times side by side (as often as the caches
 hold, at most 16 times), less that of a graph with next to nothing in it, divided by how often. torch calls its operators one
 by one, as it does in a network.
@@ -80,6 +81,7 @@ REFERENCE = {
 OVER_FLOAT = (27, 26, 200, 27)
 IN_REFERENCE = ("ONNX Runtime", *(f"torch {engine}" for engine in TORCH_ENGINES))
 INT8 = (*IN_REFERENCE, "OpenVINO")
+PREPARED = "prepared"
 MOST_COPIES, COPIES_BYTES = 16, 512 << 10
 
 
@@ -89,6 +91,7 @@ class Ours:
 
     kernel: Kernel
     seconds: Callable[[], float]
+    prepared: Callable[[], float]
     run: Callable[[], NDArray[Any]]
     expected: NDArray[Any] | None
 
@@ -219,6 +222,8 @@ def compare(conv: Conv, bits: list[str], check: bool) -> tuple[dict[str, Time], 
             if np.abs(rival.run(layer.image).reshape(-1).astype(int) - expected).max() > 1:
                 raise SystemExit(f"{rival.name} computes something else on {conv}")
     readers: dict[str, Callable[[], float]] = {name: made.seconds for name, made in ours.items()}
+    if check:
+        readers |= {f"{name} {PREPARED}": made.prepared for name, made in ours.items() if "prepare" in made.kernel.arguments()}
     readers |= {rival.name: Reading(rival) for rival in alone}
     readers |= {name: Share(Reading(rival), Reading(nothing), copies) for name, (rival, nothing, copies) in rivals.items()}
     seconds: dict[str, list[float]] = {name: [] for name in readers}
@@ -322,6 +327,10 @@ def prepared(module: Any, name: str, kernel: Kernel, rng: np.random.Generator, c
     def seconds() -> float:
         return float(sum(timer(*given).results[0] for timer, given in timers))
 
+    def without_preparing() -> float:
+        every = zip(stages, timers, strict=True)
+        return float(sum(timer(*given).results[0] for stage, (timer, given) in every if stage != "prepare"))
+
     def run() -> NDArray[Any]:
         for function, given in calls:
             module[function](*given)
@@ -330,7 +339,7 @@ def prepared(module: Any, name: str, kernel: Kernel, rng: np.random.Generator, c
     expected = None
     if check:
         expected = quantized(reference(conv, weights, image), multiplier, offset, FACTOR)
-    return Ours(kernel, seconds, run, expected)
+    return Ours(kernel, seconds, without_preparing, run, expected)
 
 
 def quantized(

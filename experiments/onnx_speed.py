@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m experiments.onnx_speed [--networks NAME ...] [--seconds N] [--bits N] [--quick]
 
-The default network, ResNet-18 at 64x64 and MobileNetV2 at 96x96 (random weights, but for the default network), every layer at 8
-bits and residual quantizers of 8 bits, as `haq search --residuals 8` has them; written for any runtime, and for OpenVINO. The
-rivals are files of onnxruntime.quantization.quantize_static (weights int8 per channel, activations uint8) and float ones of
+The default network, ResNet-18 at 64x64 and MobileNetV2 at 96x96 (these two with random weights), every layer at 8 bits and
+residual quantizers of 8 bits, as `haq search --residuals 8` has them; written for any runtime, and for OpenVINO. The rivals
+are files of onnxruntime.quantization.quantize_static (weights int8 per channel, activations uint8) and float ones of
 torch.onnx. All run one image, warm, in one process and in turn: every reading is the shortest of four calls in a row, in
 seconds of the process, which others on the machine don't add to. Given are medians, and the lowest tenths of the readings.
 

@@ -1,5 +1,6 @@
 """Write what a run found as something that runs with those bits.
 
+    c       a folder with a C99 file for microcontrollers, integers from end to end; layers of 1 to 8 bits
     tvm     a folder with one library for this machine's processor; layers of 16 bits and float are computed in float32
     onnx    a file with QuantizeLinear and DequantizeLinear; with layers of 16 bits it is of opset 21
     qonnx   a file of QONNX, for tools of FPGAs
@@ -245,6 +246,11 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
             graph, samples = _seen_by(exporter, network, loaded)
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(samples, AnySamples):
+                if options.get("flavour") is not None:
+                    raise ValueError(
+                        f"--for {options['flavour']} is for networks that take images and whose operations --to {to} knows, "
+                        "which this one isn't: leave it out"
+                    )
                 exporter.export_any(network, samples, path)
             else:
                 exporter.export(
@@ -310,7 +316,7 @@ def run_check(name: str, to: Sequence[str], given: Mapping[str, Any], output: Ou
         Column("why not", [answer.reason for answer in answers], least=40),
     ]
     print_columns(output.results, f"{name} at {given.get('bits') or EIGHT}", columns)
-    if any("operation" in answer.reason for answer in answers):
+    if any("can't be deployed: operation" in answer.reason for answer in answers):
         say(output.results, f"Deployable are {DEPLOYABLE}.")
     output.print_json(
         {"network": name, "bits": given.get("bits") or EIGHT, "scheme": given.get("scheme") or LINEAR}

@@ -253,8 +253,9 @@ def find_pieces(step: Move, sizes: Sequence[int]) -> list[Piece] | None:
 
 def _piece(plane: NDArray[np.int64], channel: int, ends: NDArray[np.int64]) -> Piece | None:
     """Describe the move of one channel; None if it isn't one of rows and columns."""
-    given = plane >= 0
-    of_row, of_column = given.any(1), given.any(0)
+    given: NDArray[np.bool_] = plane >= 0
+    of_row: NDArray[np.bool_] = np.any(given, axis=1)
+    of_column: NDArray[np.bool_] = np.any(given, axis=0)
     rows, columns = np.full(len(of_row), NOWHERE), np.full(len(of_column), NOWHERE)
     if not given.any():
         return Piece(0, channel, rows, columns, [NOWHERE])
@@ -313,7 +314,9 @@ class _Writer:
         """Add what the steps need: a function that nothing calls is a warning."""
         packed = {step.w_bits < BYTE_BITS for step in self.fixed.steps if isinstance(step, Convolution)}
         if packed:
-            kind = {(True,): "weights_of_bits", (False,): "weights_of_bytes"}.get(tuple(packed), "weights_of_both")
+            kind = "weights_of_both"
+            if len(packed) == 1:
+                kind = {True: "weights_of_bits", False: "weights_of_bytes"}[True in packed]
             self.used |= {"convolution_type", kind}
             if True in packed:
                 self.used.add("unpacked")
@@ -455,7 +458,7 @@ int main(void)
 
     def _step(self, index: int) -> str:
         """Write a step's constants, and remember the call of its function."""
-        writers = {
+        writers: dict[type[Any], Any] = {
             Convolution: self._convolution,
             Pool: self._pool,
             Sum: self._sum,
@@ -465,7 +468,8 @@ int main(void)
             Lookup: self._lookup,
         }
         step = self.fixed.steps[index]
-        return writers[type(step)](index, step, self.fixed.heads[index])
+        text: str = writers[type(step)](index, step, self.fixed.heads[index])
+        return text
 
     def _convolution(self, index: int, step: Convolution, head: Head) -> str:
         conv = step.conv
@@ -581,8 +585,9 @@ int main(void)
         table, rows = "", []
         for number, piece in enumerate(pieces):
             names = []
-            for name, numbers in (("rows", piece.rows), ("columns", piece.columns), ("channels", piece.channels)):
-                made, name = self._table("int32_t", f"{name}_{index}_{number}", numbers, "tables")
+            parts = (("rows", piece.rows), ("columns", piece.columns), ("channels", np.array(piece.channels)))
+            for part, numbers in parts:
+                made, name = self._table("int32_t", f"{part}_{index}_{number}", numbers, "tables")
                 table += made
                 names.append(name)
             source = self._value(step.inputs[piece.source])
@@ -639,8 +644,11 @@ int main(void)
         size = max(len(epilogue.multiplier), len(epilogue.offset))
         if epilogue.slope is not None:
             size = max(size, epilogue.slope.mantissas.size)
-        columns = [("multipliers", "int32_t", epilogue.multiplier), ("lefts", "uint8_t", epilogue.left)]
-        columns.append(("offsets", "int32_t", epilogue.offset))
+        columns: list[tuple[str, str, NDArray[Any]]] = [
+            ("multipliers", "int32_t", epilogue.multiplier),
+            ("lefts", "uint8_t", epilogue.left),
+            ("offsets", "int32_t", epilogue.offset),
+        ]
         names = {}
         for name, kind, numbers in columns:
             table, names[name] = self._table(kind, f"{name}_{index}", np.broadcast_to(numbers, size), "factors")
@@ -661,8 +669,8 @@ int main(void)
             factor, shift = 0, epilogue.shift
             if output.factor is not None:
                 factor, shift = output.factor.mantissa, output.factor.shift
-            numbers = f"{output.low}, {output.high}, {factor}, {shift}, {int(output.sign)}, {output.left}"
-            fields.append(f"            {{{self._value(output.value)}, {numbers}}},")
+            stated = f"{output.low}, {output.high}, {factor}, {shift}, {int(output.sign)}, {output.left}"
+            fields.append(f"            {{{self._value(output.value)}, {stated}}},")
         fields.append("        },")
         if epilogue.slope is not None:
             slopes = np.broadcast_to(epilogue.slope.mantissas, size)

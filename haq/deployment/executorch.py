@@ -641,6 +641,10 @@ def exported(network: QdqNetwork, images: Tensor, *, any_number: bool = False) -
     return program
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _input(program: Any) -> Tensor:
     """Return what a program takes, without its values."""
     (name,) = program.graph_signature.user_inputs
@@ -811,6 +815,7 @@ class ExecutorchExporter(Exporter):
     def __init__(self) -> None:
         """Have lowered nothing."""
         self._lowered: Lowered | None = None
+        self._fault = ""  # why it couldn't be
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError, naming the layer, unless what is quantized are integers times a scale."""
@@ -846,7 +851,11 @@ class ExecutorchExporter(Exporter):
         if is_installed():
             on_progress(0, 1, "lowering to XNNPACK")
             for_xnnpack = QdqNetwork(Plan(graph, network, for_xnnpack=True)).eval()
-            self._lowered = lowered(exported(for_xnnpack, images))
+            try:
+                self._lowered = lowered(exported(for_xnnpack, images))
+            except Exception as error:
+                # Whatever the package can't do shows as one of many kinds of errors; the other file does without it.
+                self._fault = _first_line(error)
             on_progress(1, 1, "")
         write(path.with_suffix(PT2), content.getvalue())
         if self._lowered is not None:
@@ -889,7 +898,7 @@ class ExecutorchExporter(Exporter):
 
     def _why_not(self, path: Path) -> str:
         """Say why there is no program for the runtime."""
-        words = f"not written: {INSTALL}"
+        words = f"not written: {self._fault or INSTALL}"
         if path.with_suffix(PTE).exists():
             words = f"{words} (the one that is there is of an earlier deployment)"
         return words

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import quantizers as Q
 from haq.deployment import moves
+from haq.deployment.functions import name_functions
 from haq.deployment.nodes import Graph, Node, Ranges, Shape, Taps, Window, evaluate, is_own, max_pool, shape_of, sum_pool
 from haq.deployment.windows import adaptive_ranges, bilinear_taps, window_ranges
 from hw_models.workload import Size
@@ -84,7 +85,7 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
         raise ValueError(
             f"{type(network).__name__} can't be deployed: torch can't write down what it does ({reason})"
         ) from error
-    graph = _Reader(plain, exported, tuple(Q.quant_layers(network))).read()
+    graph = name_functions(_Reader(plain, exported, tuple(Q.quant_layers(network))).read())
     layers = {name: plain.get_submodule(name) for name in graph.layers}
     worst = _difference(graph, layers, image, expected)
     if worst and any(node.kind == "quantize" for node in graph.nodes):

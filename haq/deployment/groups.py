@@ -51,13 +51,15 @@ class Group:
     # What others want of it.
     codes: list[Codes] = field(default_factory=list)
     fixed_limit: int | None = None
+    pool_limit: int | None = None  # of a Fixed value for sums over many places, beside one for all others
     wants_float: bool = False
     is_read: bool = False  # as the integers that it has, of a quantizer
 
     @property
     def wanted(self) -> bool:
         """Whether anything reads it."""
-        return bool(self.codes) or self.fixed_limit is not None or self.wants_float or self.is_read
+        limited = self.fixed_limit is not None or self.pool_limit is not None
+        return bool(self.codes) or limited or self.wants_float or self.is_read
 
     @property
     def plain(self) -> bool:
@@ -72,7 +74,7 @@ class Group:
     @property
     def pools_codes(self) -> bool:
         """Whether the largest of codes can be taken in place of the codes of the largest: all want the same ones."""
-        alone = len(self.codes) == 1 and self.fixed_limit is None and not self.wants_float
+        alone = len(self.codes) == 1 and self.fixed_limit is None and self.pool_limit is None and not self.wants_float
         return self.head.kind == "max_pool" and self.plain and alone
 
     @property

@@ -47,6 +47,8 @@ from hw_models.tvm_cpu.conv import Conv
 # A value may become so many times larger than in calibration before Fixed clips it.
 HEADROOM = 8
 FIXED_LIMIT = 2**30
+# A Fixed value of fewer steps, for the sums of large windows, is one beside that of other readers.
+COARSE_LIMIT = 2**24
 
 
 def integer_weights(name: str, layer: Q.QuantLayer) -> tuple[NDArray[np.int8] | NDArray[np.int16], NDArray[np.float64], int]:
@@ -140,11 +142,13 @@ class _Lowering:
         self.values: dict[str, Value] = {}
         self.found: dict[tuple[Group, Representation], str] = {}
         self.fixed: dict[Group, Fixed] = {}
+        self.pooled: dict[Group, Fixed] = {}
         self.calls: dict[str, int] = {}
 
     def program(self) -> Program:
         for group in reversed(self.groups):
             if group.wanted:
+                _settle(group)
                 self._ask(group)
         self._fix()
         steps: list[Step] = []
@@ -178,10 +182,12 @@ class _Lowering:
         else:
             limit = FIXED_LIMIT
             if kind == "avg_pool":
-                # The sum of a window must fit into 32 bits, too.
-                limit >>= math.ceil(math.log2(_area(group)))
+                limit = _pool_limit(group)
             for source in group.sources:
-                self._ask_integers(source, limit)
+                if limit < COARSE_LIMIT and not source.quantizes:
+                    source.pool_limit = min(source.pool_limit or limit, limit)
+                else:
+                    self._ask_integers(source, limit)
 
     def _ask_alike(self, group: Group, source: Group) -> None:
         """Ask for all that is wanted of a move."""
@@ -217,6 +223,9 @@ class _Lowering:
         for group, members in together.items():
             limit = min(member.fixed_limit or FIXED_LIMIT for member in members)
             self.fixed[group] = Fixed(max(self._fixed_step(member, limit) for member in members), limit)
+        for group in self.groups:
+            if group.pool_limit is not None:
+                self.pooled[group] = Fixed(self._fixed_step(group, group.pool_limit), group.pool_limit)
 
     def _fixed_step(self, group: Group, limit: int) -> float:
         """Return the least step in which a group's values fit, with headroom, or 0 for a move, which has none of its own."""
@@ -245,7 +254,11 @@ class _Lowering:
         elif self._looks_up(group):
             yield self._lookup(group)
         else:
-            value, step = self._integers(group.sources[0])
+            source = group.sources[0]
+            value, step = self._integers(source)
+            if group.head.kind == "avg_pool" and source in self.pooled and _pool_limit(group) < COARSE_LIMIT:
+                fixed = self.pooled[source]
+                value, step = self.found[source, fixed], fixed.step
             yield self._step(group, value, step)
 
     def _step(self, group: Group, value: str, step: float) -> Step:
@@ -288,7 +301,7 @@ class _Lowering:
         value = self.found[group.sources[0], own]
         self.found[group, own] = value
         group.codes = [codes for codes in group.codes if codes != own]
-        if group.codes or group.fixed_limit is not None or group.wants_float:
+        if self._wanted(group):
             yield Sum(group.value, value, self._epilogue(group, np.full(1, own.scale)))
 
     def _looks_up(self, group: Group) -> bool:
@@ -379,6 +392,8 @@ class _Lowering:
         wanted: list[Representation] = [*group.codes]
         if group.fixed_limit is not None:
             wanted.append(self.fixed[group])
+        if group.pool_limit is not None:
+            wanted.append(self.pooled[group])
         if group.wants_float:
             wanted.append(Float())
         return wanted
@@ -430,13 +445,22 @@ def _size(group: Group) -> tuple[int, int]:
     return group.head.shape[:2]
 
 
-def _area(group: Group) -> int:
-    """Return how many values an average pooling adds up at most."""
+def _settle(group: Group) -> None:
+    """Let one Fixed value do for a group that only large windows read, and for a move, which has that of its sources."""
+    if group.pool_limit is not None and (group.fixed_limit is None or group.head.kind == "move"):
+        group.fixed_limit = min(group.fixed_limit or FIXED_LIMIT, group.pool_limit)
+        group.pool_limit = None
+
+
+def _pool_limit(group: Group) -> int:
+    """Return how large integers may be that an average pooling adds up: the sum of a window must fit into 32 bits, too."""
     ranges = group.head.ranges
     if ranges is not None:
-        return int(np.diff(ranges.rows).max() * np.diff(ranges.columns).max())
-    assert group.head.window is not None
-    return math.prod(group.head.window.kernel)
+        area = int(np.diff(ranges.rows).max() * np.diff(ranges.columns).max())
+    else:
+        assert group.head.window is not None
+        area = math.prod(group.head.window.kernel)
+    return FIXED_LIMIT >> math.ceil(math.log2(area))
 
 
 def _bias(layer: Q.QuantLayer) -> NDArray[np.float64]:

@@ -109,8 +109,8 @@ def _size(path: str | Path, network: nn.Module, images: Tensor) -> tuple[str, st
     """Tell how large a file is, and how large what the policy stores."""
     size = Path(path).stat().st_size
     stored = policy_storage_bytes(network, images)
-    words = f"{describe_amount(size, 'storage')}, {size / stored:.2f} of the {describe_amount(stored, 'storage')} that layers store"
-    return "size of the file", words
+    of = f"{size / stored:.2f} of the {describe_amount(stored, 'storage')} that layers store"
+    return "size of the file", f"{describe_amount(size, 'storage')}, {of}"
 
 
 def _halved(network: nn.Module) -> tuple[tuple[str, str], ...]:

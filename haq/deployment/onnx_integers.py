@@ -1,10 +1,11 @@
 """Writes quantized layers so that runtimes compute them in integers.
 
-ONNX Runtime makes a QLinearConv of a Conv whose input and weights come from DequantizeLinear and whose result goes into one
-QuantizeLinear; a QGemm of a Gemm whose inputs do, and whose bias is int32. Both round a bias to a multiple of the input's scale
-times the weights'. Where that is far off, and where there is no QuantizeLinear behind a convolution, its weights are written as
-float, which the runtime computes from the stored integers when it loads the file: no DequantizeLinear is left to be computed
-with every image then.
+ONNX Runtime makes a QLinearConv of a Conv whose input and weights come from DequantizeLinear and whose result goes into
+one QuantizeLinear; a QGemm of a Gemm whose inputs do, and whose bias, if there is one, is int32. Both round a bias to a
+multiple of the input's scale times the weights'. So integers of few bits are moved up in their bytes, and scales are as much
+smaller. Where a bias would be far off all the same, and where there is no QuantizeLinear behind a convolution, weights are
+written as real numbers that the runtime computes from the stored integers when it loads the file: no DequantizeLinear is left
+to be computed with every image then.
 """
 
 from __future__ import annotations
@@ -120,14 +121,15 @@ class IntegerWriter(GraphWriter):
             if grid.low <= low and high <= grid.high:
                 return tensor
         ends = grid.low, grid.high
-        if (*key, ends) not in self.clipped:
+        clipped = (name, grid.key, ends)
+        if clipped not in self.clipped:
             if self.flavour is not None:
                 self._round(name, grid)
             else:
                 made = self.free(f"{name}:clipped")
                 bounds = [self.constant(f"{grid.dtype}_{bound}", bound, grid.dtype) for bound in ends]
-                self.clipped[(*key, ends)] = self.op("Clip", [tensor, *bounds], made)
-        return self.clipped[(*key, ends)]
+                self.clipped[clipped] = self.op("Clip", [tensor, *bounds], made)
+        return self.clipped[clipped]
 
     def _round(self, name: str, grid: Grid) -> None:
         """Put a node's real result on a grid."""
@@ -228,7 +230,9 @@ class IntegerWriter(GraphWriter):
         source = self.integers_of(node.inputs[0], grid)
         real = self._dequantize(source, grid, f"{node.name}:real", node.inputs[0])
         pooled = self.op("MaxPool", [real], f"{node.name}:largest", **self.window(node))
-        made = self.op("QuantizeLinear", [pooled, self.scalar(grid.scale, node.name), self.zero(grid)], f"{node.name}:integers")
+        made = self.op(
+            "QuantizeLinear", [pooled, self.scalar(grid.scale, node.name), self.zero(grid)], f"{node.name}:integers"
+        )
         self.whole[node.name, grid.key] = made, grid.low, grid.high
 
     def _write_avg_pool(self, node: Node, inputs: list[str]) -> None:
@@ -285,8 +289,8 @@ class IntegerWriter(GraphWriter):
     def _may_be_rounded(self, node: Node, made: str) -> bool:
         """Tell whether a QuantizeLinear may stand behind a layer with real weights.
 
-        Where ONNX Runtime sees it, and a DequantizeLinear in front of them, it makes these weights 8 bits wide. It does so with
-        linear layers whatever is behind them.
+        Where ONNX Runtime sees it, and a DequantizeLinear in front of them, it makes these weights 8 bits wide. Linear layers
+        have theirs made so whatever is behind.
         """
         kinds = {reader.kind for reader in self.readers.get(made, [])}
         return node.kind == "linear" or not kinds <= BETWEEN
@@ -437,7 +441,9 @@ class IntegerWriter(GraphWriter):
             return self._wide(source, codes, made, plain)
         integers = self.integers_of(source, grid)
         if up:
-            integers = self.op("BitShift", [integers, self.constant(f"uint8_{up}", up, np.uint8)], f"{made}:up", direction="LEFT")
+            integers = self.op(
+                "BitShift", [integers, self.constant(f"uint8_{up}", up, np.uint8)], f"{made}:up", direction="LEFT"
+            )
             grid = dataclasses.replace(grid, scale=grid.scale / 2.0**up, zero=grid.zero << up)
         scale = self.scalar(grid.scale, source)
         return self._real(integers, scale, self.zero(grid), grid.zero, made, plain)
@@ -454,9 +460,12 @@ class IntegerWriter(GraphWriter):
         return self.op("DequantizeLinear", [integers, scale, self.constant(f"uint8_{zero}", zero, np.uint8)], made)
 
     def _wide(self, source: str, codes: Codes, made: str, plain: bool) -> str:
-        """Write integers of 16 bits. ONNX Runtime has no Clip of them. What is clipped before it is divided rounds to the same."""
+        """Write integers of 16 bits.
+
+        ONNX Runtime has no Clip of them. What is clipped before it is divided rounds to the same.
+        """
         self.opset, self.ir_version = WIDE_OPSET, WIDE_IR_VERSION
-        dtype = np.dtype(np.uint16)
+        dtype: np.dtype[Any] = np.dtype(np.uint16)
         if codes.signed:
             dtype = np.dtype(np.int16)
         scale = self.scalar(codes.scale, made)
@@ -481,7 +490,7 @@ class IntegerWriter(GraphWriter):
 
 @dataclass(frozen=True)
 class _Form:
-    """Weights of a layer for integer kernels, moved up by `shift` bits, and what enters it by `up`; and the grid of its result."""
+    """Weights of a layer for integer kernels, moved up by `shift` bits, what enters it by `up`, and the grid of its result."""
 
     weights: FoldedWeights
     shift: int

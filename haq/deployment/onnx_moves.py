@@ -171,9 +171,7 @@ def _write_gather(move: _Move) -> None:
     """Write any move within images: all values of an image in a row, those that are wanted, and the shape of the result."""
     shapes = [move.writer.dims[name] for name in move.node.inputs]
     if any(dims[0] != 1 for dims in (*shapes, move.dims)):
-        raise ValueError(
-            f"operation {move.node.name!r} in {move.node.module!r} can't be deployed: it takes values from one image to another"
-        )
+        raise ValueError(f"operation {move.node.name!r} can't be deployed: it takes values from one image to another")
     index = move.node.index
     assert index is not None
     rows = [move.between("Flatten", [name], f"row{place}") for place, name in enumerate(move.inputs)]

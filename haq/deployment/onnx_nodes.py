@@ -173,7 +173,7 @@ class GraphWriter:
         self.op("AveragePool", inputs, node.name, count_include_pad=1, **window)
 
     def _write_ranges(self, node: Node, source: str) -> None:
-        """Write sums over ranges of rows and columns, as products with matrices of zeros and ones, divided by what they say."""
+        """Write sums over ranges of rows and columns, as products with matrices of zeros and ones."""
         ranges = node.ranges
         assert ranges is not None
         height, width = self.shapes[node.inputs[0]][:2]
@@ -217,7 +217,7 @@ class GraphWriter:
         self.op("MatMul", [self.constant(f"{node.name}:rows", _weights(node.rows, size[0])), made], node.name)
 
     def _write_quantize(self, node: Node, inputs: list[str]) -> None:
-        dtype = np.dtype("uint8")
+        dtype: np.dtype[Any] = np.dtype("uint8")
         if node.low < 0:
             dtype = np.dtype("int8")
         scale = self.constant(f"{node.name}:scale", node.scale)

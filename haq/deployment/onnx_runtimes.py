@@ -22,7 +22,7 @@ REAL_LAYERS = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMu
 # The same in OpenVINO, which names the numbers that an operator reads.
 LAYERS_OF_OPENVINO = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 BYTES = ("u8", "i8")
-# On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits each, unless this is 1.
+# On x86 without VNNI, ONNX Runtime adds products of bytes by pairs in 16 bits, too few for two of 8 bits, unless this is 1.
 # It changes no result on others.
 EXACT = "session.x64quantprecision"
 SERIOUS = 3  # what ONNX Runtime logs: errors
@@ -121,7 +121,9 @@ def operators(path: str | Path, flavour: str | None) -> tuple[tuple[str, str], .
     whole = sum(kinds_here.get(kind, 0) for kind in INTEGER_LAYERS)
     real = sum(kinds_here.get(kind, 0) for kind in REAL_LAYERS)
     named = ", ".join(
-        f"{count:,} {kind}" for kind, count in sorted(kinds_here.items()) if kind in INTEGER_LAYERS or kind.startswith("QLinear")
+        f"{count:,} {kind}"
+        for kind, count in sorted(kinds_here.items())
+        if kind in INTEGER_LAYERS or kind.startswith("QLinear")
     )
     rows = [("layers that ONNX Runtime computes in integers", f"{whole:,} of {whole + real:,}")]
     if named:

@@ -1,8 +1,8 @@
 """What TensorRT holds of a quantized network: signed integers of 8 bits around zero, and weights alone of 4.
 
-What enters layers after a ReLU are unsigned integers of 8 bits here. TensorRT has no such ones, so they become seven bits of its
-signed ones, with steps twice as large; so do quantizers in front of additions and poolings, whose zero moves to 0. The network
-of `signed_network` has that already, and the file says what it computes.
+What enters layers after a ReLU are unsigned integers of 8 bits here. TensorRT has no such ones, so they become seven bits of
+its signed ones, with steps twice as large; so do quantizers in front of additions and poolings, whose zero moves to 0. The
+network of `signed_network` has that already, and the file says what it computes.
 """
 
 from __future__ import annotations

@@ -194,6 +194,7 @@ def _other_layers(other: Set[str], rounded: Set[str]) -> str:
 
 
 def read_model(path: str | Path) -> Any:
+    """Read a file of ONNX; raises ValueError for what isn't one."""
     reader = package("onnx")
     try:
         return reader.load(str(path))

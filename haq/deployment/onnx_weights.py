@@ -94,7 +94,7 @@ def pack(integers: Array, bits: int) -> NDArray[np.uint8]:
 
 
 class Packer:
-    """Collects the weights of a file, and writes what unpacks them: operators of constants alone, done when a file is loaded."""
+    """Collects the weights of a file, and writes what unpacks them: operators on constants, done when a file is loaded."""
 
     def __init__(self, writer: Any) -> None:
         """Have collected nothing.
@@ -106,7 +106,14 @@ class Packer:
         self.waiting: dict[tuple[int, int], list[tuple[str, Array]]] = {}  # by bits and shift: names of tensors, and integers
 
     def add(self, name: str, q: Array, bits: int, shift: int) -> None:
-        """Have a tensor of int8 that holds q 2^shift."""
+        """Have a tensor of int8 that holds q 2^shift.
+
+        Args:
+            name: Its name.
+            q: The integers.
+            bits: What they take.
+            shift: By how many bits they are moved up.
+        """
         self.waiting.setdefault((bits, shift), []).append((name, q))
 
     def write(self) -> None:

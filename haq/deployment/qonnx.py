@@ -301,11 +301,14 @@ class QonnxExporter(Exporter):
         check_integers(network, always_weights=True)
 
     def check_operations(self, network: nn.Module, graph: Graph, images: Tensor, *, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the layer, for what can't be written, or isn't taken by the tool that it is for (`--for`)."""
+        """Raise ValueError, naming the layer, for what can't be written, or what the tool doesn't take that it is for."""
+        self._check_flow(network, graph, options)
+        _Writer(graph, network).model(1)
+
+    def _check_flow(self, network: nn.Module, graph: Graph, options: Mapping[str, Any]) -> None:
         flavour = options.get("flavour")
         if flavour is not None:
             check_flow(FLOWS[flavour], graph, Q.quant_layers(network))
-        _Writer(graph, network).model(1)
 
     def export(
         self,
@@ -319,7 +322,7 @@ class QonnxExporter(Exporter):
         on_progress: OnProgress,
     ) -> None:
         """Write a network, if the file computes what it does; see `Exporter.export`."""
-        self.check_operations(network, graph, images, options=options)
+        self._check_flow(network, graph, options)
         with tempfile.TemporaryDirectory() as place:
             made = Path(place, "network-qonnx.onnx")
             export(graph, network, made)

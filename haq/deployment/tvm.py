@@ -79,7 +79,7 @@ Layer = tuple[Conv, int, int, bool]
 class Part:
     """Code for a step, with the names of the program's values that its buffers are, and its constants.
 
-    `weights` are those of a kernel as its program has them, (C_out, C_in / groups, kh, kw): what it makes of them isn't stored.
+    `weights` are those of a kernel as its program has them, (C_out, C_in / groups, kh, kw). What they become isn't stored.
     """
 
     name: str
@@ -171,20 +171,20 @@ def _frame(made: list[Part], program: Program, planes: bool) -> None:
             if value == program.output or len(readers.get(value, ())) != 1:
                 continue
             (reader,) = readers[value]
-            code = made[reader].code
-            if not isinstance(code, Kernel) or made[reader].values["input"] != value:
+            reading = made[reader].code
+            if not isinstance(reading, Kernel) or made[reader].values["input"] != value:
                 continue
-            if _map(program.values, value) != (*code.conv.input_size, code.conv.in_channels):
+            if _map(program.values, value) != (*reading.conv.input_size, reading.conv.in_channels):
                 continue
-            frame = code.frame()
-            bits = code.planes()
+            frame = reading.frame()
+            bits = reading.planes()
             if bits is not None and not (planes and getattr(part.code, "whole_blocks", True)):
                 continue
             if frame is not None:
                 outputs[place] = replace(outputs[place], frame=frame, planes=bits)
-                made[reader] = replace(made[reader], code=replace(code, framed=True))
+                made[reader] = replace(made[reader], code=replace(reading, framed=True))
         # Not the part as it was above: it may be framed itself by now.
-        code = made[index].code
+        code: Any = made[index].code
         made[index] = replace(made[index], code=replace(code, epilogue=replace(epilogue, outputs=tuple(outputs))))
 
 

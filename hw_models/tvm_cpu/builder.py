@@ -85,13 +85,11 @@ class Frame:
 class Planes:
     """How codes are written as bits: for every pixel and 32 channels a word of 32 bits for each bit of a code.
 
-    `positions` are those of the bits in a byte, `turned` says that the byte's highest bit is turned first (two's complement), and
-    `gathers` that the processor takes the top bits of bytes by one instruction.
+    `positions` are those of the bits in a byte; `turned` says that the byte's highest bit is turned first (two's complement).
     """
 
     positions: tuple[int, ...]
     turned: bool
-    gathers: bool
 
     def write(self, b: Builder, words: Any, place: Any, half: Any, codes: Any) -> None:
         """Write the code that writes 16 channels: a half of each word.
@@ -104,25 +102,18 @@ class Planes:
             codes: A vector of 16 bytes.
         """
         T = b.T
+        # All processors that there are kernels for have the lower half of a word first in memory.
         halves = T.decl_buffer(
             (2 * words.shape[0],), "uint16", data=words.data, elem_offset=2 * words.elem_offset, offset_factor=1
         )
+        whole = codes.astype("int32x16")
         if self.turned:
-            codes = codes ^ b.splat(128, "uint8")
-        codes = T.bind(codes)
+            whole = whole ^ b.splat(128, "int32")
+        whole = T.bind(whole)
         for plane, position in enumerate(self.positions):
-            if self.gathers:
-                # Bytes have no shift of their own: what comes over from a neighbour is below the top bit.
-                shifted = T.reinterpret("uint32x4", codes) << b.splat(7 - position, "uint32", 4)
-                bits = T.call_llvm_pure_intrin("int32", "llvm.x86.sse2.pmovmskb.128", T.reinterpret("int8x16", shifted))
-                bits = bits.astype("uint16")
-            else:
-                # Eight bytes of 0 or 1 become one: the product adds up shifts that put byte i's bit to bit 56 + i.
-                ones = T.reinterpret("uint64x2", codes) >> b.splat(position, "uint64", 2)
-                ones = ones & b.splat(0x0101010101010101, "uint64", 2)
-                bits = (ones * b.splat(0x0102040810204080, "uint64", 2)) >> b.splat(56, "uint64", 2)
-                bits = T.reinterpret("uint16", bits.astype("uint8x2"))
-            T.buffer_store(halves, bits, [2 * (place + plane) + half])
+            is_set = (whole & b.splat(2**position, "int32")) != b.splat(0, "int32")
+            # 16 truth values are as many bits, which `T.reinterpret` doesn't know.
+            T.buffer_store(halves, T.call_intrin("uint16", "tirx.reinterpret", is_set), [2 * (place + plane) + half])
 
 
 @dataclass(frozen=True)
@@ -341,7 +332,7 @@ class Builder:
         if threads == 1 or self._alone:
             yield
             return
-        # Of a loop of one round the compiler would make none. What isn't in a parallel loop has no places of its own in memory.
+        # Of a loop of one round the compiler would make none, and only what is in a parallel loop has memory of its own.
         with self.T.parallel(0, 2) as index, self.T.If(index == 0), self.T.Then():
             self._alone = True
             yield
@@ -351,9 +342,12 @@ class Builder:
     def share(self, shares: Shares, loop: int) -> Iterator[Any]:
         """Write one of the loops that threads share."""
         self.divides = True
-        with self.T.parallel(0, shares.threads) as thread:
-            with self.T.serial(shares.first(loop, thread), shares.first(loop, thread + 1)) as index:
-                yield index
+        T = self.T
+        with (
+            T.parallel(0, shares.threads) as thread,
+            T.serial(shares.first(loop, thread), shares.first(loop, thread + 1)) as index,
+        ):
+            yield index
 
     def function(self, symbol: str, arguments: Sequence[Argument], body: Callable[[dict[str, Any]], None]) -> Any:
         """Build a function.
@@ -735,8 +729,11 @@ class Code:
         made = {}
         for stage, arguments in self.arguments().items():
             b = Builder()
-            write = functools.partial(write_stages, b, self.threads, [(self, stage)])
-            made[f"{symbol}_{stage}"] = b.function(f"{symbol}_{stage}", arguments, lambda given, write=write: write([given]))
+
+            def body(given: dict[str, Any], b: Builder = b, stage: str = stage) -> None:
+                write_stages(b, self.threads, [(self, stage)], [given])
+
+            made[f"{symbol}_{stage}"] = b.function(f"{symbol}_{stage}", arguments, body)
         return made
 
     def is_shared(self, stage: str) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 from hw_models.measured.processor import kept_processors
 
-
 _used = threading.local()
 
 
@@ -134,11 +133,6 @@ class Cpu:
         if self.has("avx512f"):
             return 32
         return 8
-
-    @cached_property
-    def little(self) -> bool:
-        """Whether the lower half of a word comes first in memory, as on all processors that have been tried."""
-        return bool(self.has("sse2") or self.has("neon"))
 
     @cached_property
     def gathers_signs(self) -> bool:

@@ -142,12 +142,12 @@ class Direct(Kernel):
     def planes(self) -> Planes | None:
         """Return how whoever writes the input can write it as bits; see `Kernel.planes`."""
         conv = self.conv
-        if self.how != "bits" or self.zero or self._inputs % WORD or conv.batch > 1 or not self.cpu.little:
+        if self.how != "bits" or self.zero or self._inputs % WORD or conv.batch > 1:
             return None
         positions = tuple(range(self.a_bits))
         if self._bipolar:
             positions = (1,)
-        return Planes(positions, self._biased, self.cpu.gathers_signs)
+        return Planes(positions, self._biased)
 
     def frame(self) -> Frame | None:
         """Return what whoever writes the input can put around it; see `Kernel.frame`. Of planes there is always one."""
@@ -289,19 +289,23 @@ class Direct(Kernel):
         """Write the code that makes the buffers which come from the weights; see `Kernel.unpack`."""
         conv = self.conv
         length = self._runs[1]
-        with b.loop(conv.groups * self._blocks) as block, b.loop(conv.kernel[0]) as ky, b.loop(self._runs[0]) as kx:
-            with b.loop(self._vectors_of_run) as step:
-                run = (block * conv.kernel[0] + ky) * self._runs[0] + kx
-                vector = run * self._vectors_of_run + step
+        with (
+            b.loop(conv.groups * self._blocks) as block,
+            b.loop(conv.kernel[0]) as ky,
+            b.loop(self._runs[0]) as kx,
+            b.loop(self._vectors_of_run) as step,
+        ):
+            run = (block * conv.kernel[0] + ky) * self._runs[0] + kx
+            vector = run * self._vectors_of_run + step
 
-                def element(part: int, lane: Any, channel: Any, block: Any = block, ky: Any = ky, start: Any = kx * length, step: Any = step) -> Any:
-                    chunk = step * self._parts + part
-                    return self._element(b, weight, block, ky, start, chunk, lane, channel)
+            def element(part: int, lane: Any, channel: Any) -> Any:
+                chunk = step * self._parts + part
+                return self._element(b, weight, block, ky, kx * length, chunk, lane, channel)
 
-                if self.how == "bits":
-                    self._unpack_planes(b, buffers["weights"], vector, element)
-                else:
-                    self._unpack_vector(b, buffers["weights"], vector, element)
+            if self.how == "bits":
+                self._unpack_planes(b, buffers["weights"], vector, element)
+            else:
+                self._unpack_vector(b, buffers["weights"], vector, element)
         if self._initial or self._border:
             with b.loop(conv.groups * self._blocks * LANES) as lane:
                 self._unpack_initial(b, buffers, weight, lane)
@@ -397,8 +401,8 @@ class Direct(Kernel):
         if self._border:
             for border, taps in enumerate(border_taps(conv)[0]):
                 total = start[0]
-                for tap in np.flatnonzero(taps):
-                    total = total + sums[int(tap)]
+                for outside in np.flatnonzero(taps):
+                    total = total + sums[int(outside)]
                 T.buffer_store(buffers["border"], total, [border * conv.groups * lanes + lane])
 
     def _begin(self, b: Builder, total: Any) -> Any:

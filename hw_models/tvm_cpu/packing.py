@@ -7,7 +7,6 @@ bytes of a float32 are kept apart: its sign and exponent are like those of its n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias

@@ -90,13 +90,13 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path
     return tmp_path
 
 
-def refused(name: str, quantized: nn.Module, x: Tensor, path: Path) -> str:
+def refused(name: str, quantized: nn.Module, x: Tensor, path: Path, **options: str) -> str:
     """Deploy a network, and return the sentence by which that is refused."""
     try:
         exporter = EXPORTERS.get(name)()
         exporter.check(quantized)
         graph = capture(quantized, x[:1])
-        exporter.export(quantized, graph, x, path, notes={}, options={}, on_progress=lambda *told: None)
+        exporter.export(quantized, graph, x, path, notes={}, options=options, on_progress=lambda *told: None)
     except ValueError as error:
         return str(error)
     return ""
@@ -134,6 +134,19 @@ def test_yes_is_said_exactly_where_it_can_be_written(
     if sentence:
         assert sentence in answers[1].reason
         assert "deployable are" not in answers[1].reason
+
+
+def test_what_a_file_is_for_is_asked_too(nothing_is_compiled: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    x = images(8)
+    network = network_of("plain")
+    quantized = Q.quantize(network, Q.BitPolicy.uniform(network, 1, 8), calibrate=x).eval()
+    given = Quantized(quantized, (Q.get_policy(quantized),), x)
+    (openvino,) = ask(given, ["onnx"], "openvino")
+    (tensorrt,) = ask(given, ["onnx"], "tensorrt")
+    assert not openvino.reason
+    assert "1 bit" in tensorrt.reason
+    assert refused("onnx", quantized, x, nothing_is_compiled / "net.onnx", flavour="tensorrt") == tensorrt.reason
 
 
 def test_every_exporter_is_asked_unless_some_are_named(nothing_is_compiled: Path) -> None:

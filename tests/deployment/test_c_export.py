@@ -22,7 +22,7 @@ from haq import data, deploy, networks, search
 from haq.console.errors import EXIT_BAD_INPUT, run_command
 from haq.deployment import c as c_code
 from haq.deployment import c_source, fixed_point
-from haq.deployment.c import Compiled, CExporter
+from haq.deployment.c import CExporter, Compiled
 from haq.deployment.fixed_point import FixedProgram, run_integers
 from haq.deployment.graph import capture
 from haq.deployment.lowering import lower
@@ -64,8 +64,7 @@ def write(network: nn.Module, bits: Any, x: Tensor, folder: Path, scheme: Any = 
         policy = dict.fromkeys(Q.BitPolicy.uniform(network, w=8, a=8), bits)
     quantized = Q.quantize(network, policy, calibrate=x, scheme=scheme).eval()
     fixed = c_code.convert(quantized, capture(quantized, x), x)
-    notes = {"policy_storage_bytes": c_code.policy_storage_bytes(quantized, x)}
-    c_code.write(folder, fixed, notes)
+    c_code.write(folder, fixed, {})
     return fixed
 
 

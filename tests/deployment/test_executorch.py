@@ -255,6 +255,19 @@ def test_without_the_package_an_earlier_program_is_said_to_be_one(tmp_path: Path
     assert EXPORTERS.get("executorch") is ExecutorchExporter
 
 
+def test_what_cannot_be_lowered_is_said_and_the_other_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(program: object) -> None:
+        raise RuntimeError("no such operator\nand much more")
+
+    monkeypatch.setattr(executorch, "is_installed", lambda: True)
+    monkeypatch.setattr(executorch, "lowered", fail)
+    x = images(8)
+    verdict = deployed(quantized(small_network(), (8, 8), x), x, tmp_path)
+    assert verdict.same_answers
+    assert dict(verdict.rows)["network.pte"] == "not written: no such operator"
+    assert (tmp_path / "network.pt2").is_file()
+
+
 @pytest.mark.skipif(not INSTALLED, reason="executorch isn't installed")
 @pytest.mark.parametrize(
     "pair", [(8, 8), (1, 1), *(pytest.param(pair, marks=pytest.mark.slow) for pair in ((2, 4), (16, 16), (8, None)))]

@@ -210,6 +210,16 @@ def test_what_a_file_is_for_is_given_to_exporters_that_have_several_kinds(
         assert (tmp_path / "out.txt").read_text() == written
 
 
+def test_a_run_is_exported_for_executorch(place: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "net.pt2"
+    assert call("--to", "executorch", "--residuals", "8", "--out", str(out), "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["same_answers"]
+    assert printed["compared"]["same answer as in PyTorch"].startswith("64 of 64 test images")
+    assert set(printed["by_residuals"]) == {"8", "float"}
+    assert out.is_file()
+
+
 def test_printed_commands_are_quoted(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 

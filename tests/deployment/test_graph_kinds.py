@@ -84,6 +84,43 @@ def test_functions(name: str) -> None:
         assert graph.nodes[2].arguments == {"approximate": "tanh"}
 
 
+WRITTEN: dict[str, list[Callable[[Tensor], Tensor]]] = {
+    "silu": [lambda x: x * torch.sigmoid(x), lambda x: x / (1 + (-x).exp())],
+    "hardswish": [lambda x: x * F.relu6(x + 3) / 6, lambda x: x * F.hardsigmoid(x), lambda x: x * ((x + 3).clamp(0, 6) / 6)],
+    "hardsigmoid": [lambda x: F.relu6(x + 3.0) / 6.0],
+    "mish": [lambda x: x * F.softplus(x).tanh()],
+    "gelu": [
+        lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+        lambda x: 0.5 * x * (1 + (0.7978845608 * (x + 0.044715 * x**3)).tanh()),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_functions_that_are_written_out(name: str) -> None:
+    for function in WRITTEN[name]:
+        graph = behind(function)
+        assert kinds(graph) == ["function"]
+        assert graph.nodes[2].function == name
+    # In front of it and behind it is what is there.
+    graph = behind(lambda x: (WRITTEN[name][0](x * 2) * 0.5).relu())
+    assert kinds(graph) == ["batch_norm", "function", "batch_norm", "relu"]
+
+
+def test_functions_that_are_nearly_written_out_stay_as_they_are() -> None:
+    for function in (lambda x: x * (x * 1.702).sigmoid(), lambda x: (x * x.sigmoid()).clamp(max=50), lambda x: x * x.relu()):
+        assert kinds(behind(function))[-1] != "function"
+    # What is between is read by others.
+    graph = behind(lambda x: x * F.relu6(x + 3) / 6 + F.relu6(x + 3).mean((2, 3), keepdim=True))
+    assert kinds(graph).count("function") == 1
+
+    def gated(x: Tensor) -> Tensor:
+        gate = x.sigmoid()
+        return x * gate + gate
+
+    assert kinds(behind(gated)) == ["function", "mul", "add"]
+
+
 def test_slopes_per_channel() -> None:
     graph = graph_of(nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU(4, 0.1), nn.LeakyReLU(0.3)), torch.randn(2, 3, 4, 4))
     assert kinds(graph) == ["prelu", "prelu"]

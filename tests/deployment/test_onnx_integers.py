@@ -1,4 +1,4 @@
-"""Stock ONNX Runtime and OpenVINO compute the files of --to onnx in integers, layer by layer, and additions and pools with them."""
+"""Stock ONNX Runtime and OpenVINO compute the files of --to onnx in integers: layers, additions and pools."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_openvino_computes_every_layer_in_integers(bits: Any, residuals: bool, t
     if bits == (8, 8):
         export(capture(made, x), made, tmp_path / "any.onnx")
         kinds = openvino_kinds(tmp_path / "any.onnx")
-        layers = {key: count for key, count in kinds.items() if key[0] in ("Convolution", "GroupConvolution", "FullyConnected")}
+        layers = {
+            key: count for key, count in kinds.items() if key[0] in ("Convolution", "GroupConvolution", "FullyConnected")
+        }
         assert {precision for _, precision in layers} <= {"u8", "i8"}
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 import quantizers as Q
+from haq.deployment.exporter import policy_storage_bytes
 from haq.deployment.graph import capture
 from haq.deployment.onnx import export, verify
 from haq.deployment.onnx_compact import layer_call
-from haq.deployment.onnx_runtimes import stored_bytes
 from haq.deployment.onnx_weights import FoldedWeights, pack
 
 onnx = pytest.importorskip("onnx")
@@ -52,7 +52,7 @@ def test_every_width_is_packed_and_unpacked_by_the_runtime(bits: int, tmp_path: 
         *(nn.ReLU(), nn.Flatten(), nn.Linear(36, 7)),
     ).eval()
     x = torch.rand(8, 3, 8, 8)
-    names = [name for name in Q.BitPolicy.uniform(network, w=8, a=8)]
+    names = list(Q.BitPolicy.uniform(network, w=8, a=8))
     made = Q.quantize(network, dict.fromkeys(names, (bits, 8)), calibrate=x).eval()
     path = tmp_path / "net.onnx"
     export(capture(made, x), made, path)
@@ -77,7 +77,7 @@ def test_a_file_is_as_large_as_what_the_policy_stores(tmp_path: Path) -> None:
     made = Q.quantize(network, {"0": (5, 8), "3": (3, 6)}, scheme=Q.Linear(calibration="max"), calibrate=x).eval()
     path = tmp_path / "net.onnx"
     export(capture(made, x), made, path)
-    stored = stored_bytes(made, x)
+    stored = policy_storage_bytes(made, x)
     assert stored == 128 * 16 * 9 * 5 // 8 + 128 * 128 * 9 * 3 // 8 + 4 * (2 * 128 + 2 + 2 * 128)
     assert path.stat().st_size <= 1.1 * stored
     found = verify(path, made, x)
@@ -90,7 +90,7 @@ def test_equal_weights_of_two_layers(kind: str, tmp_path: Path) -> None:
     """Those of convolutions are written once; ONNX Runtime can't make two QGemm of one tensor."""
     torch.manual_seed(0)
     x = torch.randn(4, 64)
-    layers = [nn.Linear(64, 64, bias=False) for _ in range(2)]
+    layers: list[Any] = [nn.Linear(64, 64, bias=False) for _ in range(2)]
     if kind == "conv":
         x = torch.randn(4, 64, 3, 3)
         layers = [nn.Conv2d(64, 64, 1, bias=False) for _ in range(2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ def unpacked(made: Sequence[Kernel], weights: Sequence[np.ndarray]) -> list[dict
         b = Builder()
 
         def body(given: dict, b: Builder = b, kernel: Kernel = kernel, stored: packing.Stored = stored) -> None:
-            kernel.unpack(b, {n: v for n, v in given.items() if n != "packed"}, lambda at: stored.value(b, given["packed"], at))
+            kernel.unpack(
+                b, {n: v for n, v in given.items() if n != "packed"}, lambda at: stored.value(b, given["packed"], at)
+            )
 
         functions[f"k{index}"] = b.function(f"k{index}", [Argument("packed", packed.shape, "uint8"), *buffers.values()], body)
         # What is left in them mustn't matter.
@@ -115,7 +118,7 @@ def test_integers_take_their_bits(bits: int) -> None:
 def file_bytes(network: object, images: object) -> int:
     """What the file takes, without compiling anything."""
     program = lower(capture(network, images), network, images)
-    target = load_target("cpu")
+    target: Any = load_target("cpu")
     chosen = {layer: kernels.candidates(*layer, target.cpu)[0] for layer in tvm_code.layers(program)}
     planned = tvm_code.plan(tvm_code.parts(program, chosen, target), program)
     file = io.BytesIO()

@@ -81,15 +81,17 @@ class Wide(nn.Module):
         return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("w", "a", "threads"), [(1, 1, 1), (2, 2, 1), (1, 3, 2)])
+@pytest.mark.parametrize(
+    ("w", "a", "threads", "target"), [(1, 1, 1, None), (2, 2, 1, "x86-64-v3"), (1, 3, 2, None), (1, 2, 1, "x86-64")]
+)
 def test_bits_are_written_by_the_layer_before(
-    w: int, a: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    w: int, a: int, threads: int, target: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network that computes anything else than its integer program isn't compiled."""
     torch.manual_seed(0)
     network = Wide().eval()
     images = torch.randn(4, 3, 17, 14)
-    policy = {name: (w, a) for name in Q.BitPolicy.uniform(network, w=w, a=a)}
+    policy = dict.fromkeys(Q.BitPolicy.uniform(network, w=w, a=a), (w, a))
     schemes: dict[str, Q.Scheme] = {name: Q.Linear() for name in policy}
     if a == 1:
         schemes |= {"first": Q.Binary(), "grouped": Q.Binary(), "third": Q.Binary()}
@@ -102,7 +104,7 @@ def test_bits_are_written_by_the_layer_before(
 
     parts = tvm_code.parts
     monkeypatch.setattr(tvm_code, "parts", seen)
-    deploy.to_tvm(quantized, images, tmp_path, threads=threads)
+    deploy.to_tvm(quantized, images, tmp_path, threads=threads, target=target)
     written = [part.name for part in made if isinstance(part.code, Direct) and part.code.how == "bits" and part.code.framed]
     # The first one's input is written by a pool, the third one's by groups of 48 channels, which are whole blocks.
     assert {"second", "grouped", "third"} <= set(written)
