@@ -194,10 +194,10 @@ def network_of(case: Case) -> tuple[nn.Module, tuple[int, ...]]:
     else:
         network = networks.load(case.name, pretrained=False).module
         shape = (3, case.size, case.size)
-        last = getattr(getattr(network, "features", None), "final_pool", None)
-        if isinstance(last, nn.AvgPool2d):
+        features: Any = getattr(network, "features", None)
+        if isinstance(getattr(features, "final_pool", None), nn.AvgPool2d):
             # Its 7x7 are all of the map that images of 224x224 become.
-            network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+            features.final_pool = nn.AdaptiveAvgPool2d(1)
     network.train()
     with torch.no_grad():
         for _ in range(BATCHES):
@@ -283,8 +283,18 @@ class Captured:
         if unequal:
             result = "UNEQUAL"
         seconds = time.perf_counter() - start
-        numbers = (len(program.layers), steps_of(program), expected.size, unequal, comparison.values, comparison.own, seconds)
-        return Row(*case, policy, result, *numbers)
+        return Row(
+            *case,
+            policy,
+            result,
+            layers=len(program.layers),
+            steps=steps_of(program),
+            outputs=expected.size,
+            unequal=unequal,
+            integers=comparison.values,
+            rounded_otherwise=comparison.own,
+            seconds=seconds,
+        )
 
 
 def steps_of(program: Program) -> str:
@@ -369,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.quick:
         given.networks = ["resnet20_cifar10"]
-    cases = NETWORKS
+    cases: tuple[Case, ...] = NETWORKS
     if given.networks:
         cases = tuple(case for case in NETWORKS if any(part in case.name for part in given.networks))
     if not cases:

@@ -247,6 +247,11 @@ def run_deployment(folder: Path, to: str, out: Path | None, given: Mapping[str, 
             graph, samples = _seen_by(exporter, network, loaded)
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(samples, AnySamples):
+                if options.get("flavour") is not None:
+                    raise ValueError(
+                        f"--for {options['flavour']} is for networks that take images and whose operations --to {to} knows, "
+                        "which this one isn't: leave it out"
+                    )
                 exporter.export_any(network, samples, path)
             else:
                 exporter.export(

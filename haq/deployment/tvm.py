@@ -35,6 +35,7 @@ from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Ve
 from haq.deployment.folder import CONSTANTS, DESCRIPTION, INPUT, LIBRARY, OUTPUT, PACKED
 from haq.deployment.graph import Graph
 from haq.deployment.lowering import check_integers, lower
+from haq.deployment.nodes import Window
 from haq.deployment.program import (
     Codes,
     Convolution,
@@ -283,10 +284,7 @@ class _Writer:
             # The largest of codes is a code.
             of_epilogue = None
             constants = {}
-        sizes = [(1, 1), (1, 1), (0, 0), (1, 1)]
-        if step.window is not None:
-            window = step.window
-            sizes = [window.kernel, window.stride, window.padding, window.dilation]
+        window = step.window or Window((1, 1))
         if step.ranges is not None:
             constants |= {"rows": step.ranges.rows, "columns": step.ranges.columns}
         if step.factors is not None:
@@ -295,7 +293,10 @@ class _Writer:
             {"max": "max", "avg": "sum"}[step.kind],
             source,
             step.output_size,
-            *sizes,
+            window.kernel,
+            window.stride,
+            window.padding,
+            window.dilation,
             of_epilogue,
             step.ranges is not None,
             step.factors is not None,
@@ -356,7 +357,7 @@ class _Writer:
             residuals.append(builder.Residual(representation.dtype, residual.factor, _zero(representation)))
             names[f"residual{index}"] = residual.value
         table = None
-        constants = {}
+        constants: dict[str, NDArray[Any]] = {}
         if epilogue.slope is not None:
             channels = self.values[epilogue.outputs[0].value].shape[2]
             constants |= builder.per_channel("slope", np.broadcast_to(epilogue.slope, channels))

@@ -196,7 +196,7 @@ def loaded_with(network: nn.Module, inputs: Any, forward: Any = None) -> Any:
     [
         (tokens(4), None, "takes a dict"),
         (pairs(4), None, "takes a tuple"),
-        (signals(4), None, "takes torch.float32 of 3 dimensions"),
+        (torch.rand(4, 3, 2, 6, 6), None, "takes torch.float32 of 5 dimensions"),
         (tokens(4)["input_ids"], None, "takes torch.int64 of 2 dimensions"),
         (torch.rand(4, 3, 6, 6), lambda network, batch: network(batch[0]), "is called by a function of its own"),
     ],

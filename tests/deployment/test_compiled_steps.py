@@ -101,7 +101,8 @@ class Steps:
         for segments in (8, 32):  # which registers hold
             few = {"table": self.table(segments / 2)}
             self.steps.append(Sum(f"{segments}", f"sum:{FIXED.kind}", self.epilogue(f"{segments}", whole, FIXED.unit, **few)))
-        ranges = Ranges(*(np.array([[0, 2], [1, 4]], np.int32) for _ in range(2)), np.ones((2, 2)))
+        bounds = np.array([[0, 2], [1, 4]], np.int32)
+        ranges = Ranges(bounds, bounds, np.ones((2, 2)))
         window = Window((3, 2), (2, 1), (1, 0))
         places = self.hold("places", FIXED, (HEIGHT, WIDTH, 1))
         self.steps.append(
@@ -125,7 +126,8 @@ class Steps:
         self.look_up(f"sum:{SHIFTED.kind}")
         self.move()
         last = self.hold("result", Float(), whole)
-        self.steps.append(Sum("last", "image", Epilogue(*np.ones((2, 1), np.float32), (), -1.0, 1.0, (Output(last, 1.0),))))
+        one = np.ones(1, np.float32)
+        self.steps.append(Sum("last", "image", Epilogue(one, one, (), -1.0, 1.0, (Output(last, 1.0),))))
         dims = (1, channels, HEIGHT, WIDTH)
         return Program(tuple(self.steps), self.values, "image", last, dims, dims)
 
@@ -205,7 +207,7 @@ MOVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("channels", [1, 17, 64])
-def test_moves(channels: int, run_code: Callable[..., NDArray[Any]]) -> None:
+def test_moves(channels: int, run_code: Callable[..., dict[str, NDArray[Any]]]) -> None:
     torch.manual_seed(0)
     size = 4, 6
     count = channels * size[0] * size[1]
