@@ -412,8 +412,8 @@ class IntegerWriter(GraphWriter):
             if weights.bits == BYTE_BITS or (self.flavour is not None and weights.bits > HALF_BYTE_BITS):
                 self.constant(name, weights.q * 2**shift, np.int8)
             elif self.flavour is not None:
-                integers = self.constant(f"{name}4", weights.q, self._int4())
-                self.op("Cast", [integers], name, to=self.onnx.TensorProto.INT8)
+                halves = self.constant(f"{name}4", weights.q, self._int4())
+                self.op("Cast", [halves], name, to=self.onnx.TensorProto.INT8)
             else:
                 self.packer.add(name, weights.q, weights.bits, shift)
         return self.stored[key]
