@@ -77,11 +77,6 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
     plain: Any = Q.float_copy(network, keep_residuals=True).eval()
     image = example[:1].clone()
     expected = plain(image.clone())
-    if isinstance(expected, Tensor) and not expected.isfinite().all():
-        raise ValueError(
-            f"{type(network).__name__} can't be deployed: it gives NaN or infinity for the first image, and what is written"
-            " is compared with it by its outputs; leave out what makes them so, such as a logarithm behind the last layer"
-        )
     try:
         exported = torch.export.export(plain, (image,))
     except Exception as error:
@@ -91,6 +86,11 @@ def capture(network: nn.Module, example: Tensor) -> Graph:
             f"{type(network).__name__} can't be deployed: torch can't write down what it does ({reason})"
         ) from error
     graph = name_functions(_Reader(plain, exported, tuple(Q.quant_layers(network))).read())
+    if isinstance(expected, Tensor) and not expected.isfinite().all():
+        raise ValueError(
+            f"{type(network).__name__} can't be deployed: it gives NaN or infinity for the first image, and what is written"
+            " is compared with it by its outputs; leave out what makes them so, such as a logarithm behind the last layer"
+        )
     layers = {name: plain.get_submodule(name) for name in graph.layers}
     worst = _difference(graph, layers, image, expected)
     if worst and any(node.kind == "quantize" for node in graph.nodes):

@@ -87,7 +87,7 @@ def test_a_file_is_as_large_as_what_the_policy_stores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_equal_weights_of_two_layers(kind: str, tmp_path: Path) -> None:
-    """Those of convolutions are written once; ONNX Runtime can't make two QGemm of one tensor."""
+    """Each is written by itself: ONNX Runtime can't make two integer kernels of one tensor."""
     torch.manual_seed(0)
     x = torch.randn(4, 64)
     layers: list[Any] = [nn.Linear(64, 64, bias=False) for _ in range(2)]
@@ -97,7 +97,7 @@ def test_equal_weights_of_two_layers(kind: str, tmp_path: Path) -> None:
     layers[1].weight.data = layers[0].weight.data.clone()
     made = Q.quantize(nn.Sequential(layers[0], nn.ReLU(), layers[1]).eval(), {"0": (8, 8), "2": (8, 8)}, calibrate=x).eval()
     export(capture(made, x), made, tmp_path / "net.onnx")
-    assert ((tmp_path / "net.onnx").stat().st_size < 1.6 * 64 * 64) == (kind == "conv")
+    assert 2 * 64 * 64 < (tmp_path / "net.onnx").stat().st_size < 2.6 * 64 * 64
     assert not verify(tmp_path / "net.onnx", made, x).fault
 
 
