@@ -78,7 +78,9 @@ def cli(
             )
         return resume_search(resume, workers, output, device)
     asked = SearchConfig.from_options(options, config)
-    formats = tuple((check_deploy or "").split(",")) if check_deploy else ()
+    formats: tuple[str, ...] = ()
+    if check_deploy:
+        formats = tuple(check_deploy.split(","))
     return run_search(asked, workers, output, out=out, dry_run=dry_run, formats=formats)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -849,15 +850,22 @@ def _rewrite(owner: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any], na
     evaluating = _written(graph, names)
     training = evaluating
     before = owner.training
+    other = ""
     try:
         owner.training = True
         of_training = _traced(owner, arguments)
         if set(names) <= {node.name for node in of_training.nodes}:
             training = _written(of_training, names)
-    except Exception:  # code that torch.fx can follow in evaluation alone: then training is with that
-        training = evaluating
+        else:
+            other = "in training it adds or averages other tensors"
+    except Exception as error:  # whatever torch.fx can't follow in training alone
+        other = f"torch.fx can't follow it in training ({' '.join(str(error).split())[:200]})"
     finally:
         owner.training = before
+    if other:
+        warnings.warn(
+            f"{type(owner).__name__} with residual quantizers trains with its code of evaluation: {other}", stacklevel=2
+        )
     owner.add_module(KEY, quantizers)
     owner.residual_code = _RewrittenCode(evaluating, training, arguments)  # type: ignore[assignment]
     owner.__class__ = _rewritten_class(type(owner))

@@ -268,7 +268,10 @@ def _piece(plane: NDArray[np.int64], channel: int, ends: NDArray[np.int64]) -> P
     inside = np.searchsorted(ends, plane[given], "right") == source
     if not np.array_equal(given, of_row[:, None] & of_column) or not np.array_equal(made, plane) or not inside.all():
         return None
-    return Piece(source, channel, rows, columns, [int(start - (ends[source - 1] if source else 0))])
+    begin = 0
+    if source:
+        begin = ends[source - 1]
+    return Piece(source, channel, rows, columns, [int(start - begin)])
 
 
 def _parts() -> dict[str, str]:

@@ -17,7 +17,6 @@ from haq.deployment.answers import compare_answers
 from haq.deployment.exporter import (
     SUMMARIES,
     AnySamples,
-    Exporter,
     OnProgress,
     Samples,
     Verdict,
@@ -29,7 +28,7 @@ from haq.deployment.lowering import check_integers, integer_activations
 from haq.deployment.onnx_any import package
 from haq.deployment.onnx_compact import compacted
 from haq.deployment.onnx_integers import IntegerWriter
-from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare, read_model
+from haq.deployment.onnx_verify import CHECKED, Runner, Verification, VerifiedExporter, compare, read_model
 from haq.store.files import write
 from haq.store.units import describe_amount
 
@@ -133,7 +132,7 @@ def _halved(network: nn.Module) -> tuple[tuple[str, str], ...]:
     return (("inputs of 8 unsigned bits that TensorRT has 7 of", f"{count:,}"),)
 
 
-class OnnxExporter(Exporter):
+class OnnxExporter(VerifiedExporter):
     """A file with QuantizeLinear and DequantizeLinear, for ONNX Runtime and others."""
 
     name = "onnx"
@@ -171,26 +170,16 @@ class OnnxExporter(Exporter):
         with tempfile.TemporaryDirectory() as place:
             made = Path(place, "network.onnx")
             export(graph, network, made, options.get("flavour"))
-            self._check(network, made, images[:CHECKED])
+            self.check_written(made, network, images[:CHECKED])
             write(path, made.read_bytes())
 
-    def _check(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
-        found = verify(path, network, images)
-        if found.fault:
-            raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
-        return found
-
-    def _checked(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
-        """Check what was written; what computes something else is taken away again."""
-        try:
-            return self._check(network, path, images)
-        except ValueError:
-            path.unlink(missing_ok=True)
-            raise
+    def verify(self, path: Path, network: nn.Module, images: Tensor) -> Verification:
+        """Run a file beside the network; see `VerifiedExporter.verify`."""
+        return verify(path, network, images)
 
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Compare answers on all test images, and integers layer by layer on some of them; see `Exporter.compare`."""
-        found = self._checked(network, path, samples.compared)
+        found = self.check_written(path, network, samples.compared)
         run = _runtime_for(onnx_runtimes.flavour_of(path))(read_model(path))
         answers = compare_answers(network, lambda images: torch.from_numpy(run(images.numpy(), [])[0]), samples)
         return found.verdict(answers)

@@ -79,7 +79,9 @@ def _rename(model: Any, layers: Sequence[str]) -> None:
         if layer not in numbers:
             layer, _, call = layer.rpartition("@")
         if name.endswith(INPUT) and layer in numbers:
-            names[name] = f"~{numbers[layer]}" + (f"@{call}" if call else "")
+            names[name] = f"~{numbers[layer]}"
+            if call:
+                names[name] = f"{names[name]}@{call}"
     fresh = _short_names(kept)
     for name, _ in uses.most_common():
         if name not in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import quantizers as Q
 from haq.deployment.answers import Answers
-from haq.deployment.exporter import Verdict
+from haq.deployment.exporter import Exporter, Verdict
 from haq.deployment.interpreter import OUTPUT_SHARE, fake_quantized
 from haq.deployment.lowering import integer_activations
 from haq.deployment.onnx_any import package
@@ -79,6 +80,46 @@ class Verification:
             *self.further,
         )
         return Verdict(answers.all_same, rows)
+
+
+class VerifiedExporter(Exporter):
+    """An exporter of one ONNX file, which stays only if it computes what the network does."""
+
+    @abstractmethod
+    def verify(self, path: Path, network: nn.Module, images: Tensor) -> Verification:
+        """Run a file beside the network in PyTorch.
+
+        Args:
+            path: The file.
+            network: The quantized network.
+            images: Images (N, C, H, W).
+
+        Returns:
+            What differs.
+        """
+
+    def check_written(self, path: Path, network: nn.Module, images: Tensor) -> Verification:
+        """Verify a file, and take it away if it computes something else.
+
+        Args:
+            path: The file.
+            network: The quantized network.
+            images: Images (N, C, H, W).
+
+        Returns:
+            What differs by rounding.
+
+        Raises:
+            ValueError: If more than rounding differs, and for a file that can't be run.
+        """
+        try:
+            found = self.verify(path, network, images)
+            if found.fault:
+                raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
+        except ValueError:
+            path.unlink(missing_ok=True)
+            raise
+        return found
 
 
 def compare(

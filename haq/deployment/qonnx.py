@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import quantizers as Q
-from haq.deployment.exporter import SUMMARIES, Exporter, OnProgress, Samples, Verdict, check_is_no_folder
+from haq.deployment.exporter import SUMMARIES, OnProgress, Samples, Verdict, check_is_no_folder
 from haq.deployment.fpga import FLOWS, check_flow, codes_of, is_relu_for
 from haq.deployment.graph import Graph, Node
 from haq.deployment.lowering import check_integers, integer_activations, integer_weights
@@ -25,7 +25,7 @@ from haq.deployment.onnx_any import package
 from haq.deployment.onnx_compact import INPUT
 from haq.deployment.onnx_moves import write_move
 from haq.deployment.onnx_nodes import IR_VERSION, Array, GraphWriter
-from haq.deployment.onnx_verify import CHECKED, Runner, Verification, compare
+from haq.deployment.onnx_verify import CHECKED, Runner, Verification, VerifiedExporter, compare
 from haq.deployment.program import Codes
 from haq.store.files import write
 
@@ -287,7 +287,7 @@ def _along_channels(values: Array, node: Node) -> Array:
     return values.reshape(-1, *[1] * (len(node.dims) - 2))
 
 
-class QonnxExporter(Exporter):
+class QonnxExporter(VerifiedExporter):
     """A file of QONNX, for tools of FPGAs."""
 
     name = "qonnx"
@@ -330,23 +330,13 @@ class QonnxExporter(Exporter):
         with tempfile.TemporaryDirectory() as place:
             made = Path(place, "network-qonnx.onnx")
             export(graph, network, made)
-            self._check(network, made, images[:CHECKED])
+            self.check_written(made, network, images[:CHECKED])
             write(path, made.read_bytes())
 
-    def _check(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
-        found = verify(path, network, images)
-        if found.fault:
-            raise ValueError(f"{type(network).__name__} can't be deployed: as a file of {self.name} it {found.fault}")
-        return found
-
-    def _checked(self, network: nn.Module, path: Path, images: Tensor) -> Verification:
-        """Check what was written; what computes something else is taken away again."""
-        try:
-            return self._check(network, path, images)
-        except ValueError:
-            path.unlink(missing_ok=True)
-            raise
+    def verify(self, path: Path, network: nn.Module, images: Tensor) -> Verification:
+        """Run a file beside the network; see `VerifiedExporter.verify`."""
+        return verify(path, network, images)
 
     def compare(self, network: nn.Module, graph: Graph, samples: Samples, path: Path) -> Verdict:
         """Run the file on some test images; see `Exporter.compare`."""
-        return self._checked(network, path, samples.compared).verdict()
+        return self.check_written(path, network, samples.compared).verdict()
