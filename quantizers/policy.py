@@ -8,7 +8,9 @@ import json
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,7 @@ from quantizers.files import written_beside
 from quantizers.functional import ACCEPTED, MAX_BITS, WIDTHS
 
 SCHEMA, VERSION = "haq-bit-policy", 1
+KEEP_VERSION = 2  # of policies that keep a part of some channels, which readers of version 1 would not know of
 Bits = tuple["int | None", "int | None"]
 FLOAT = "float"  # how a width that stays in float may be written; it is kept as None
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -38,15 +41,33 @@ class BitPolicy(Mapping[str, Bits]):
 
     The activation is the layer's *input*. Bits are 1..8 or 16, or None to leave that operand in
     float; "float" is taken for None.
+
+    Beside that a policy may say which share of the channels of a group of channels is kept
+    (`quantizers.pruning`). Groups that `keep` doesn't name keep all of theirs.
     """
 
-    def __init__(self, bits: Mapping[str, Iterable[int | str | None]]) -> None:
-        """Take the bits of every layer, in order.
+    def __init__(self, bits: Mapping[str, Iterable[int | str | None]], keep: Mapping[str, float] | None = None) -> None:
+        """Take the bits of every layer, in order, and what is kept of groups of channels.
+
+        Args:
+            bits: Two widths by layer name. Of a `BitPolicy`, what it keeps is not taken along.
+            keep: The share of channels that is kept, beyond 0 and at most 1, by the group's name; a share of 1
+                is the same as none. None: all channels are kept.
 
         Raises:
-            ValueError: Naming the layer and the value, for anything but two of 1..8, 16, None or "float".
+            ValueError: Naming the layer or group and the value, for anything else.
         """
         self._bits: dict[str, Bits] = {name: _checked(name, pair) for name, pair in bits.items()}
+        self._keep: dict[str, float] = _checked_keep(keep)
+
+    @property
+    def keep(self) -> Mapping[str, float]:
+        """Return the share of channels that is kept, by the group's name; groups that keep all aren't named."""
+        return MappingProxyType(self._keep)
+
+    def with_keep(self, keep: Mapping[str, float] | None) -> BitPolicy:
+        """Return the same bits with other shares of channels; None or nothing: all channels are kept."""
+        return BitPolicy(self._bits, keep)
 
     @classmethod
     def uniform(cls, network: nn.Module, w: int | str | None, a: int | str | None) -> BitPolicy:
@@ -85,6 +106,8 @@ class BitPolicy(Mapping[str, Bits]):
         if not isinstance(data, Mapping) or data.get("schema") != SCHEMA:
             raise ValueError(f"{source} is not a bit policy: its 'schema' must be {SCHEMA!r}")
         _check_version(data.get("version"), source)
+        if ("keep" in data) != (data["version"] == KEEP_VERSION):
+            raise ValueError(f"{source}: 'keep' belongs to version {KEEP_VERSION}, and to no other")
         bits: dict[str, tuple[Any, Any]] = {}
         try:
             for layer in data["layers"]:
@@ -98,14 +121,16 @@ class BitPolicy(Mapping[str, Bits]):
                 f"{source}: 'layers' must be a list of objects with name, weight_bits and activation_bits ({error!r})"
             ) from error
         try:
-            return cls(bits)
+            return cls(bits, data.get("keep"))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the policy as plain data, in the one encoding that every file uses."""
         layers = [{"name": name, "weight_bits": w, "activation_bits": a} for name, (w, a) in self.items()]
-        return {"schema": SCHEMA, "version": VERSION, "layers": layers}
+        if not self._keep:
+            return {"schema": SCHEMA, "version": VERSION, "layers": layers}
+        return {"schema": SCHEMA, "version": KEEP_VERSION, "keep": dict(self._keep), "layers": layers}
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> BitPolicy:
@@ -122,7 +147,10 @@ class BitPolicy(Mapping[str, Bits]):
         """Write the policy, a line per layer; beside the target first, then renamed over it."""
         data = self.to_dict()
         layers = ",\n".join(f"    {json.dumps(layer)}" for layer in data["layers"])
-        text = f'{{\n  "schema": "{SCHEMA}",\n  "version": {VERSION},\n  "layers": [\n{layers}\n  ]\n}}\n'
+        keep = ""
+        if self._keep:
+            keep = f'  "keep": {json.dumps(dict(self._keep))},\n'
+        text = f'{{\n  "schema": "{SCHEMA}",\n  "version": {data["version"]},\n{keep}  "layers": [\n{layers}\n  ]\n}}\n'
         with written_beside(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -140,7 +168,7 @@ class BitPolicy(Mapping[str, Bits]):
             if names:
                 weights, activations = zip(*(bits[name] for name in names), strict=True)
                 bits.update(dict.fromkeys(names, (_widest(weights), _widest(activations))))
-        return BitPolicy(bits)
+        return BitPolicy(bits, self._keep)
 
     def __getitem__(self, name: str) -> Bits:
         """Return a layer's bits. Raises KeyError with the close names for an unknown layer."""
@@ -163,23 +191,35 @@ class BitPolicy(Mapping[str, Bits]):
         return name in self._bits
 
     def __hash__(self) -> int:
-        """Hash the layers and their bits, in order."""
-        return hash(tuple(self._bits.items()))
+        """Hash the layers and their bits, in order, and what is kept."""
+        return hash((tuple(self._bits.items()), frozenset(self._keep.items())))
 
     def __eq__(self, other: object) -> bool:
-        """Compare with any mapping; the order doesn't matter."""
-        return isinstance(other, Mapping) and self._bits == dict(other)
+        """Compare with any mapping; the order doesn't matter. One that isn't a policy keeps all channels."""
+        if not isinstance(other, Mapping):
+            return False
+        keep: Mapping[str, float] = {}
+        if isinstance(other, BitPolicy):
+            keep = other.keep
+        return self._bits == dict(other) and self._keep == keep
 
     def __repr__(self) -> str:
         """Show a short policy in full, and of a long one the widths and their means."""
         if len(self) <= SHORT:
-            return f"BitPolicy({self._bits})"
+            return f"BitPolicy({self._bits}{self._keep_words()})"
         weights = [w for w, _ in self.values()]
         activations = [a for _, a in self.values()]
         return (
             f"BitPolicy({len(self)} layers, {_span(weights)} / {_span(activations)} bits, "
-            f"mean {_mean(weights)} / {_mean(activations)})"
+            f"mean {_mean(weights)} / {_mean(activations)}{self._keep_words()})"
         )
+
+    def _keep_words(self) -> str:
+        """Say of how many groups of channels a part is kept; nothing if all keep theirs."""
+        if not self._keep:
+            return ""
+        low, high = min(self._keep.values()), max(self._keep.values())
+        return f", {len(self._keep)} groups of channels keep {low:.3g} to {high:.3g}"
 
     def _repr_html_(self) -> str:
         """Show the policy as a table, in a notebook."""
@@ -187,16 +227,23 @@ class BitPolicy(Mapping[str, Bits]):
             f"<tr><td>{html.escape(name)}</td><td>{_width(w)}</td><td>{_width(a)}</td></tr>" for name, (w, a) in self.items()
         ]
         head = "<tr><th>layer</th><th>weight bits</th><th>input bits</th></tr>"
-        return f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
+        table = f"<table><thead>{head}</thead><tbody>{''.join(lines)}</tbody></table>"
+        if not self._keep:
+            return table
+        kept = [f"<tr><td>{html.escape(name)}</td><td>{share:.3g}</td></tr>" for name, share in self._keep.items()]
+        head = "<tr><th>group of channels</th><th>share kept</th></tr>"
+        return f"{table}<table><thead>{head}</thead><tbody>{''.join(kept)}</tbody></table>"
 
 
 def _check_version(version: Any, source: str) -> None:
-    if version == VERSION:
+    if version in (VERSION, KEEP_VERSION) and not isinstance(version, bool):
         return
     remedy = ""
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version > KEEP_VERSION:
         remedy = ": it was made by a newer one, upgrade to read it"
-    raise ValueError(f"{source} has version {str(version)[:40]}; this release reads version {VERSION}{remedy}")
+    raise ValueError(
+        f"{source} has version {str(version)[:40]}; this release reads versions {VERSION} and {KEEP_VERSION}{remedy}"
+    )
 
 
 def _widest(widths: Iterable[int | None]) -> int | None:
@@ -244,6 +291,25 @@ def _checked(name: str, pair: Iterable[int | str | None]) -> Bits:
     if len(values) != 2:
         raise ValueError(f"layer {name!r} needs (weight bits, activation bits), not {values!r}")
     return _checked_width(name, values[0]), _checked_width(name, values[1])
+
+
+def _checked_keep(keep: Any) -> dict[str, float]:
+    """Check what is kept of groups of channels, and leave out those that keep all; in the order of their names."""
+    if keep is None:
+        return {}
+    if not isinstance(keep, Mapping):
+        raise ValueError(f"keep must be shares by name of a group of channels, not {_shown(keep)}")
+    found = {}
+    for name in sorted(keep, key=str):
+        share = keep[name]
+        if not isinstance(name, str):
+            raise ValueError(f"keep names {_shown(name)}, which is no name of a group of channels")
+        is_number = isinstance(share, Real) and not isinstance(share, bool)
+        if not is_number or not 0 < share <= 1:
+            raise ValueError(f"group {name!r} keeps {_shown(share)} of its channels; it must be beyond 0 and at most 1")
+        if share < 1:
+            found[name] = float(share)
+    return found
 
 
 def _checked_width(name: str, value: Any) -> int | None:

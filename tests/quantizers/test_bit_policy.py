@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,12 @@ def test_plain_data_and_files_are_one_encoding(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"schema": "other"}, "the file's policy is not a bit policy: its 'schema' must be 'haq-bit-policy'"),
-        ({"version": 2}, "the file's policy has version 2; this release reads version 1: it was made by a newer one"),
-        ({"version": 0}, "the file's policy has version 0; this release reads version 1$"),
+        ({"version": 3}, "the file's policy has version 3; this release reads versions 1 and 2: it was made by a newer one"),
+        ({"version": 0}, "the file's policy has version 0; this release reads versions 1 and 2$"),
+        ({"version": 2}, "the file's policy: 'keep' belongs to version 2, and to no other"),
+        ({"keep": {"a": 0.5}}, "the file's policy: 'keep' belongs to version 2, and to no other"),
+        ({"version": 2, "keep": {"a": 0}}, "the file's policy: group 'a' keeps 0 of its channels; it must be beyond 0"),
+        ({"version": 2, "keep": ["a"]}, "the file's policy: keep must be shares by name"),
         ({"layers": [{"name": "a", "weight_bits": 9, "activation_bits": 1}]}, "the file's policy: layer 'a'.*not 9"),
         ({"layers": {"a": [4, 4]}}, "the file's policy: 'layers' must be a list"),
     ],
@@ -136,3 +141,28 @@ def test_the_ends_are_the_first_and_the_last_layer() -> None:
     assert Q.ends(["a", "b", "c"]) == {"a": (8, 8), "c": (8, 8)}
     assert Q.ends(["a"]) == {"a": (8, 8)}
     assert Q.ends([]) == {}
+
+
+def test_what_is_kept_of_channels_is_a_part_of_the_policy(tmp_path: Path) -> None:
+    bits = {"a": (4, 4), "b": (8, 8)}
+    policy = Q.BitPolicy(bits, {"b": 0.5, "a": 0.875, "c": 1})
+    assert policy.keep == {"a": 0.875, "b": 0.5}
+    assert policy != Q.BitPolicy(bits)
+    assert policy != bits
+    assert Q.BitPolicy(bits, {"a": 1.0}) == bits
+    assert policy == Q.BitPolicy(bits, {"a": 0.875, "b": 0.5})
+    assert len({policy, Q.BitPolicy(bits, {"a": 0.875, "b": 0.5}), Q.BitPolicy(bits)}) == 2
+    assert policy.with_keep(None) == Q.BitPolicy(bits)
+    assert policy.tied([["a", "b"]]).keep == policy.keep
+    policy.to_json(tmp_path / "policy.json")
+    assert Q.BitPolicy.from_json(tmp_path / "policy.json") == policy
+    assert json.loads((tmp_path / "policy.json").read_text()) == policy.to_dict()
+    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert repr(policy).endswith(", 2 groups of channels keep 0.5 to 0.875)")
+    assert "<td>b</td><td>0.5</td>" in policy._repr_html_()
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), "half", None, True])
+def test_shares_that_are_none_are_refused_by_name(share: object) -> None:
+    with pytest.raises(ValueError, match="group 'a' keeps .* of its channels; it must be beyond 0 and at most 1"):
+        Q.BitPolicy({"a": (4, 4)}, {"a": share})
