@@ -109,9 +109,20 @@ class VariantCosts:
         for column, (metric, sums) in enumerate(zip(self.metrics, self._sums, strict=True)):
             total = sums.reshape(-1).take(where).sum(1)
             if metric == MEAN_BITS:
-                total /= np.maximum(self._weights[rows].sum(1), 1)
+                total /= self.weights(rows)
             found[:, column] = total
         return found
+
+    def of_cells(self, rows: NDArray[np.intp]) -> Floats:
+        """Return what variants cost at every pair of widths, shape (shapes, metrics, layers, 100).
+
+        It is infinite for what can't be done; a mean of bits is not yet divided by `weights`.
+        """
+        return self._sums[:, rows].swapaxes(0, 1)
+
+    def weights(self, rows: NDArray[np.intp]) -> Integers:
+        """Count the weights of networks, those that layers have in common once, shape (shapes,)."""
+        return np.maximum(self._weights[rows].sum(1), 1)
 
     def table_of(self, workload: Workload, rows: NDArray[np.intp]) -> CostTable:
         """Make the cost table of a smaller network.
