@@ -24,10 +24,11 @@ from quantizers.layers import QuantLayer
 from quantizers.policy import QUANTIZABLE
 from quantizers.pruning.channels import IN, OUT, ChannelGroup, ChannelGroups, Member
 from quantizers.pruning.dependencies import read_groups
+from quantizers.pruning.layers import is_depthwise
 from quantizers.pruning.removal import Kept, remove_channels
 from quantizers.pruning.trial import Trial
 
-__all__ = ["IN", "OUT", "ChannelGroup", "ChannelGroups", "Member", "apply_kept", "channel_groups"]
+__all__ = ["IN", "OUT", "ChannelGroup", "ChannelGroups", "Member", "apply_kept", "channel_groups", "is_depthwise"]
 SAMPLES = 2  # of the example, which are enough to follow channels
 
 
