@@ -40,8 +40,8 @@ from hw_models.target import is_measured
 from hw_models.widths import PLACES, places
 from quantizers.calling import inputs_of
 from quantizers.norms import running_norms
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups
 
 Shares = Mapping[str, float]  # what is kept, by the name of a group of channels; groups that aren't named keep all
 Numbers = NDArray[np.int64]  # (..., channel decisions): the number of an option for each of them
@@ -130,7 +130,9 @@ class ChannelProblem(Problem):
                 "targets: choose another criterion, such as l1 or fpgm"
             )
         if running_norms(network) and sum(map(samples_in, self.calibration)) < 2:
-            raise ValueError("`calibrate` has one sample, by which norms of a smaller network have no variance: give 2 or more")
+            raise ValueError(
+                "`calibrate` has one sample, by which norms of a smaller network have no variance: give 2 or more"
+            )
         given = example
         if forward is None:
             given = inputs_of(example, network)
