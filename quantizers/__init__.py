@@ -63,6 +63,7 @@ from quantizers.pruning import (
     layerwise_pruning,
     mask_channels,
     masked_layers,
+    prune,
     remove_channels,
     remove_filters,
 )
@@ -165,6 +166,7 @@ __all__ = [
     "masked_layers",
     "operator_norm",
     "pact_penalty",
+    "prune",
     "quant_layers",
     "quantize",
     "quantize_tensor",

@@ -1,6 +1,15 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
-from quantizers.pruning.criteria import L1, L2, BatchNormScale, GeometricMedian, KernelSparsityEntropy, Random, Taylor
+from quantizers.pruning.criteria import (
+    L1,
+    L2,
+    BatchNormScale,
+    CollaborativeChannels,
+    GeometricMedian,
+    KernelSparsityEntropy,
+    Random,
+    Taylor,
+)
 from quantizers.pruning.criterion import Criterion, Ranking, ScoreRanking, criterion_names, criterion_rows, select
 from quantizers.pruning.filters import (
     MainSubsidiary,
@@ -12,6 +21,7 @@ from quantizers.pruning.filters import (
 )
 from quantizers.pruning.groups import ChannelGroup, ChannelGroups, Member, channel_groups
 from quantizers.pruning.removal import kept_channels, mask_channels, remove_channels
+from quantizers.pruning.shrinking import prune
 
 __all__ = [
     "L1",
@@ -19,6 +29,7 @@ __all__ = [
     "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
+    "CollaborativeChannels",
     "Criterion",
     "GeometricMedian",
     "KernelSparsityEntropy",
@@ -37,6 +48,7 @@ __all__ = [
     "layerwise_pruning",
     "mask_channels",
     "masked_layers",
+    "prune",
     "remove_channels",
     "remove_filters",
     "select",
