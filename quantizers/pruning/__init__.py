@@ -1,5 +1,7 @@
 """What of a network isn't needed: groups of channels, criteria that say which, and binary filters whose masks are off."""
 
+from quantizers.kept import kept_channels
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups, Member
 from quantizers.pruning.criteria import (
     L1,
     L2,
@@ -19,13 +21,11 @@ from quantizers.pruning.filters import (
     masked_layers,
     remove_filters,
 )
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups, Member, channel_groups
-from quantizers.pruning.removal import kept_channels, mask_channels, remove_channels
+from quantizers.pruning.groups import apply_kept, channel_groups
+from quantizers.pruning.removal import mask_channels, remove_channels
 from quantizers.pruning.shrinking import prune
 
 __all__ = [
-    "L1",
-    "L2",
     "BatchNormScale",
     "ChannelGroup",
     "ChannelGroups",
@@ -33,6 +33,8 @@ __all__ = [
     "Criterion",
     "GeometricMedian",
     "KernelSparsityEntropy",
+    "L1",
+    "L2",
     "MainSubsidiary",
     "Member",
     "Random",
@@ -40,6 +42,7 @@ __all__ = [
     "ScoreRanking",
     "Taylor",
     "WithConstants",
+    "apply_kept",
     "channel_groups",
     "criterion_names",
     "criterion_rows",

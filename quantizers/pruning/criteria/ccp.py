@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from quantizers.batches import Batches
 from quantizers.calling import Forward
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 from quantizers.pruning.criterion import Criterion, Loss, Ranking, channels_of
 from quantizers.pruning.gates import gate_gradients
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups
 
 MOST_PROVEN = 20  # units of a group up to which the optimum is proven, in seconds; of 32 that takes minutes
 STARTS = 20  # of the local search, drawn at random beside those that are reasoned
