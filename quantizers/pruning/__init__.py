@@ -22,6 +22,7 @@ from quantizers.pruning.filters import (
     remove_filters,
 )
 from quantizers.pruning.groups import apply_kept, channel_groups
+from quantizers.pruning.kernel_clusters import share_kernels
 from quantizers.pruning.removal import mask_channels, remove_channels
 from quantizers.pruning.shrinking import prune
 
@@ -55,4 +56,5 @@ __all__ = [
     "remove_channels",
     "remove_filters",
     "select",
+    "share_kernels",
 ]
