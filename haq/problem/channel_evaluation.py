@@ -118,7 +118,13 @@ class ChannelEvaluator(Evaluator):
     def __getstate__(self) -> dict[str, Any]:
         """Give all that it takes to evaluate policies elsewhere; which channels a criterion keeps is known already."""
         empty: OrderedDict[Keep, nn.Module] = OrderedDict()
-        return super().__getstate__() | {"_source": None, "_outputs": None, "_pruned": empty, "_quantized": empty.copy(), "_thinned": {}}
+        return super().__getstate__() | {
+            "_source": None,
+            "_outputs": None,
+            "_pruned": empty,
+            "_quantized": empty.copy(),
+            "_thinned": {},
+        }
 
     @property
     def ranking(self) -> Ranking:

@@ -18,7 +18,7 @@ from haq.problem.channel_evaluation import ChannelEvaluator
 from haq.problem.channels import ChannelProblem
 from quantizers.norms import running_norms
 from quantizers.pruning.criterion import Criterion
-from tests.problem.pruned import NETWORKS, drawn, images, network_of, problem_of, samples
+from tests.problem.pruned import drawn, images, network_of, problem_of, samples
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,16 @@ def value_of(problem: ChannelProblem, network: nn.Module) -> Any:
     return problem.evaluator.measure(network)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("options", [{}, {"scheme": "dorefa"}, {"correction": None}, {"rounding": "gptq"}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("residual", {}),
+        ("separable", {}),
+        ("joined", {"correction": None}),
+        ("joined", {"scheme": "dorefa"}),
+        ("separable", {"rounding": "gptq"}),
+    ],
+)
 def test_what_is_judged_is_the_quantized_smaller_network(name: str, options: dict[str, Any]) -> None:
     problem = problem_of(name, metric="storage", **options)
     policy = drawn(problem, 1)
@@ -66,42 +74,38 @@ def test_the_value_does_not_depend_on_what_was_asked_before(problem: ChannelProb
     values = [problem.evaluate(policy) for policy in policies]
     other = problem_of("residual")
     assert [other.evaluate(policy) for policy in reversed(policies)] == values[::-1]
-    for seed in range(20):
+    for seed in range(5):
         problem.evaluate(drawn(problem, 100 + seed))
     assert len(problem.evaluator._pruned) <= 4
     problem.evaluator.cache.clear()
     assert [problem.evaluate(policy) for policy in policies] == values
 
 
-def test_norms_get_new_statistics_and_frozen_ones_keep_theirs() -> None:
+def test_norms_get_new_statistics_and_frozen_ones_keep_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     network = network_of("residual")
-    assert isinstance(network.head[1], nn.BatchNorm2d)
-    network.head[1].requires_grad_(False)
+    network.get_submodule("head.1").requires_grad_(False)
     problem = problem_of(network)
+    told = iter([2.0, 1.0])
+    monkeypatch.setattr("haq.problem.channel_evaluation.distance", lambda *given: next(told))
     keep = problem.keep_of([1] * len(problem.channel_decisions))
     removed = Q.remove_channels(network, problem.channel_groups, problem.kept_channels(keep))
     pruned = problem.pruned(keep)
-    names = {module: name for name, module in pruned.named_modules()}
-    changed = {names[norm] for norm in running_norms(pruned)
-               if not torch.equal(norm.running_mean, removed.get_submodule(names[norm]).running_mean)}
-    assert changed == {names[norm] for norm in running_norms(pruned)} - {"head.1"} - {"stem.1"} or "head.1" not in changed
-    assert changed
+    changed = []
+    for norm, before in zip(running_norms(pruned), running_norms(removed), strict=True):
+        assert isinstance(norm.running_mean, torch.Tensor)
+        changed.append(not torch.equal(norm.running_mean, before.running_mean))
+    assert changed == [True] * (len(changed) - 1) + [False]
 
 
 def test_statistics_that_take_outputs_further_away_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of("residual")
     keep = problem.keep_of([1] * len(problem.channel_decisions))
-    monkeypatch.setattr("haq.problem.channel_evaluation.distance", iter([1.0, 2.0]).__next__ and _rising())
+    told = iter([1.0, 2.0])
+    monkeypatch.setattr("haq.problem.channel_evaluation.distance", lambda *given: next(told))
     pruned = problem.pruned(keep)
     removed = Q.remove_channels(problem.network, problem.channel_groups, problem.kept_channels(keep))
     for norm, before in zip(running_norms(pruned), running_norms(removed), strict=True):
         assert torch.equal(norm.running_mean, before.running_mean)
-
-
-def _rising() -> Any:
-    """A distance that grows from call to call."""
-    told = iter(range(100))
-    return lambda *given: float(next(told))
 
 
 def test_a_network_changed_in_place_is_judged_anew() -> None:
@@ -241,7 +245,9 @@ def test_bits_alone_cannot_be_set_otherwise() -> None:
     known = Q.quantize(network, policy, calibrate=images(24), correction="analytic", scheme=Q.Linear("output"))
     with torch.no_grad():
         assert torch.equal(alone(images(8, 3)), known(images(8, 3)))
-    with pytest.raises(ValueError, match="nothing is known of 5 bits, since it was calibrated for the bits of one policy alone"):
+    with pytest.raises(
+        ValueError, match="nothing is known of 5 bits, since it was calibrated for the bits of one policy alone"
+    ):
         Q.set_policy(alone, Q.BitPolicy.uniform(network, 5, 6))
     with pytest.raises(ValueError, match="calibrated for the bits of one policy alone, and has no state of all widths"):
         Q.quantizer_state(alone)
@@ -250,8 +256,8 @@ def test_bits_alone_cannot_be_set_otherwise() -> None:
         assert torch.allclose(alone(images(8, 3)), network(images(8, 3)), atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [Q.Linear("mse"), Q.Linear("max", per_channel=False), Q.Linear("kl"), "linear-asymmetric"])
-@pytest.mark.parametrize("pair", [(3, 5), (8, 16), (16, 2), (None, 4)])
+@pytest.mark.parametrize("scheme", [Q.Linear("mse"), Q.Linear("max", per_channel=False), "linear-asymmetric"])
+@pytest.mark.parametrize("pair", [(3, 5), (16, 2), (None, 16)])
 def test_all_rules_find_the_same_for_a_policy_alone(scheme: Any, pair: tuple[int | None, int]) -> None:
     network = network_of("separable")
     policy = Q.BitPolicy.uniform(network, *pair)
