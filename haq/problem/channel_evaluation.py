@@ -27,8 +27,8 @@ from quantizers.batches import called, copied, prepared
 from quantizers.calling import Forward, leaves, map_tensors
 from quantizers.correction import distance
 from quantizers.norms import is_frozen, running_norms, take_statistics
+from quantizers.pruning.channels import ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
-from quantizers.pruning.groups import ChannelGroups
 from quantizers.residuals import residual_quantizers
 
 KEPT_FLOAT = 4  # float networks with fewer channels that are kept, those asked for last

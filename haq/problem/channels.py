@@ -40,8 +40,8 @@ from hw_models.target import is_measured
 from hw_models.widths import PLACES, places
 from quantizers.calling import inputs_of
 from quantizers.norms import running_norms
+from quantizers.pruning.channels import ChannelGroup, ChannelGroups
 from quantizers.pruning.criterion import Criterion, Ranking
-from quantizers.pruning.groups import ChannelGroup, ChannelGroups
 
 Shares = Mapping[str, float]  # what is kept, by the name of a group of channels; groups that aren't named keep all
 Numbers = NDArray[np.int64]  # (..., channel decisions): the number of an option for each of them

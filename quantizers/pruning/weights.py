@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from quantizers.pruning.groups import ChannelGroup
+from quantizers.pruning.channels import ChannelGroup
 
 
 def output_filters(layer: nn.Module) -> Tensor:

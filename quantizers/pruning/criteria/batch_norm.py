@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criteria.norm import relative
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
 from quantizers.pruning.weights import gathered
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
 from quantizers.pruning.weights import writer_filters
 
 

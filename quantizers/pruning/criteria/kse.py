@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
 from quantizers.pruning.weights import reader_kernels
 
 NEIGHBOURS = 5

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from quantizers.pruning.channels import ChannelGroup
 from quantizers.pruning.criterion import Criterion
-from quantizers.pruning.groups import ChannelGroup
 from quantizers.pruning.weights import writer_filters
 
 
