@@ -32,6 +32,7 @@ from quantizers.ensemble import Ensemble, bagging, boosting
 from quantizers.equalization import ChannelClamp, equalize, smooth
 from quantizers.folding import fold_batch_norm, fold_shifts
 from quantizers.functional import MAX_BITS, WIDTHS, dequantize, fake_quantize, integer_range, quantize_tensor, row_of
+from quantizers.kept import kept_channels
 from quantizers.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from quantizers.left_in_float import LeftInFloat
 from quantizers.network import (
@@ -54,11 +55,16 @@ from quantizers.pruning import (
     ChannelGroups,
     Criterion,
     MainSubsidiary,
+<<<<<<< HEAD
     Ranking,
     channel_groups,
     criterion_names,
     criterion_rows,
     kept_channels,
+=======
+    apply_kept,
+    channel_groups,
+>>>>>>> wt-groups
     kept_share,
     layerwise_pruning,
     mask_channels,
@@ -132,6 +138,7 @@ __all__ = [
     "Wiring",
     "activation_scales",
     "add_residual_quantizers",
+    "apply_kept",
     "backward_mode",
     "bagging",
     "binarize",
